@@ -1,0 +1,63 @@
+"""adapterkit: one typed `Adapter` for every adapter format, and everything else a function of it.
+
+Importing this package is cheap: names are loaded from their modules on first use, and neither torch nor onnx is
+imported before values must change.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .adapter import Adapter, BaseRef, Foreign, Step, Target
+    from .errors import AdapterkitError
+    from .formats import FORMATS, detect, read, write
+    from .merge import merge, verify
+    from .methods import METHODS
+
+_HOME = {
+    "Adapter": "adapter",
+    "AdapterkitError": "errors",
+    "BaseRef": "adapter",
+    "FORMATS": "formats",
+    "Foreign": "adapter",
+    "METHODS": "methods",
+    "Step": "adapter",
+    "Target": "adapter",
+    "detect": "formats",
+    "merge": "merge",
+    "read": "formats",
+    "verify": "merge",
+    "write": "formats",
+}
+
+__all__ = [
+    "FORMATS",
+    "METHODS",
+    "Adapter",
+    "AdapterkitError",
+    "BaseRef",
+    "Foreign",
+    "Step",
+    "Target",
+    "detect",
+    "merge",
+    "read",
+    "verify",
+    "write",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,155 @@
+"""Every error adapterkit raises on purpose: one root, few leaves, each with a place, a cure and a stable code.
+
+The library never prints, exits or asks; the command line turns a leaf into one line and its exit code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from typing import ClassVar
+
+Path = str | PathLike[str]
+
+
+class AdapterkitError(Exception):
+    """Root of all errors raised on purpose.
+
+    Attributes:
+        why: what is wrong, in one sentence without a full stop.
+        path: the file or folder it was found in, if any.
+        where: the place inside it: a tensor, a key, a target, a byte offset.
+        cure: what the reader of the message can do about it.
+        code: stable machine-readable name of the kind of error.
+        exit_code: what the command line exits with.
+    """
+
+    code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 2
+
+    def __init__(
+        self, why: str, *, path: Path | None = None, where: str | None = None, cure: str | None = None
+    ) -> None:
+        super().__init__(why)
+        self.why = why
+        self.path = None if path is None else str(path)
+        self.where = where
+        self.cure = cure
+
+    def __str__(self) -> str:
+        place = ": ".join(part for part in (self.path, self.where) if part)
+        text = f"{place}: {self.why}" if place else self.why
+        return f"{text}. {self.cure}" if self.cure else text
+
+    def at(self, path: Path | None = None, where: str | None = None) -> AdapterkitError:
+        """Fills in the place, where the raiser did not know it, and returns the same error."""
+        self.path = self.path or (None if path is None else str(path))
+        self.where = self.where or where
+        return self
+
+    def record(self) -> dict[str, str | None]:
+        """The error as plain data, for `--json`."""
+        return {"code": self.code, "why": self.why, "path": self.path, "where": self.where, "cure": self.cure}
+
+
+class UsageError(AdapterkitError):
+    """The call itself makes no sense: options that exclude each other, weights that do not match adapters."""
+
+    code = "usage"
+
+
+class Malformed(AdapterkitError):
+    """A file breaks the rules of its own container or dialect."""
+
+    code = "malformed"
+
+
+class UnknownFormat(AdapterkitError):
+    """No format, or more than one, recognises the input."""
+
+    code = "unknown-format"
+
+
+class ShapeMismatch(AdapterkitError):
+    """A tensor's shape or dtype is not what its update or its base calls for."""
+
+    code = "shape-mismatch"
+
+
+class TargetNotFound(AdapterkitError):
+    """A target has no place in the base, or more than one."""
+
+    code = "target-not-found"
+
+
+class Unsupported(AdapterkitError):
+    """Well-formed, but needs something this version does not know: a method, a version, a maths-changing option."""
+
+    code = "unsupported"
+    exit_code = 3
+
+
+class NotMergeable(AdapterkitError):
+    """The law of an update cannot be folded into weights."""
+
+    code = "not-mergeable"
+    exit_code = 3
+
+
+class Unrepresentable(AdapterkitError):
+    """A format cannot say what the adapter says.
+
+    Attributes:
+        items: one line for each thing the format has no words for.
+    """
+
+    code = "unrepresentable"
+    exit_code = 3
+
+    def __init__(self, why: str, *, items: Sequence[str] = (), path: Path | None = None, cure: str | None = None):
+        super().__init__(why + "".join(f"\n  - {item}" for item in items), path=path, cure=cure)
+        self.items = tuple(items)
+
+
+class CheckFailed(AdapterkitError):
+    """A verification ran to its end and found a difference."""
+
+    code = "check-failed"
+    exit_code = 1
+
+
+class Corrupt(AdapterkitError):
+    """Bytes are not the ones that were promised: a digest, a length or a journal disagrees."""
+
+    code = "corrupt"
+    exit_code = 4
+
+
+class StorageError(AdapterkitError):
+    """The file system said no: no space, no permission, read-only, not there, already taken."""
+
+    code = "storage"
+    exit_code = 6
+
+
+_NO_CURE = {
+    errno.ENOSPC: "Free some space on that file system or write elsewhere, then run the same command again",
+    errno.EDQUOT: "Raise the quota or write elsewhere, then run the same command again",
+    errno.EACCES: "Check the owner and the mode of that path",
+    errno.EPERM: "Check the owner and the mode of that path",
+    errno.EROFS: "The file system is mounted read-only; write elsewhere",
+}
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """The typed form of an `OSError` met while reading or writing `path`."""
+    reason = (error.strerror or str(error)).lower()
+    return StorageError(reason, path=path, cure=_NO_CURE.get(error.errno or 0))
+
+
+def nearest(name: str, among: Iterable[str], count: int = 3) -> str:
+    """Words that name the closest of `among`, for the cure of an error; empty when none is close."""
+    close = difflib.get_close_matches(name, list(among), n=count, cutoff=0.6)
+    return f"Nearest: {', '.join(close)}" if close else ""

@@ -1,0 +1,126 @@
+"""Lazy tensors: shape and dtype now, bytes when asked for; no caching, no operators.
+
+A leaf of an adapter is either a `Lazy` or a `torch.Tensor`. Everything that needs only shapes, or only moves bytes,
+works on `Lazy` without importing torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .dtypes import BY_TORCH, DTYPES, DType
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Buffer = bytes | bytearray | memoryview
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of bytes in a file: where a tensor's data lies, in C order, little-endian."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lazy:
+    """A tensor that is not read yet.
+
+    Attributes:
+        shape: its dimensions.
+        dtype: its element type.
+        fetch: reads the bytes: C order, little-endian, exactly `nbytes` of them.
+        span: where those bytes lie, when they are one run of one file; lets a writer copy without looking.
+    """
+
+    shape: Shape
+    dtype: DType
+    fetch: Callable[[], Buffer]
+    span: Span | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """The values as a numpy array of the storage dtype (`uint16` bits for bfloat16)."""
+        import numpy as np
+
+        return np.frombuffer(self.fetch(), dtype=self.dtype.numpy).reshape(self.shape)
+
+    def torch(self, device: str | torch.device | None = None) -> torch.Tensor:
+        """The values as a torch tensor of the same dtype."""
+        import torch
+
+        kind = getattr(torch, self.dtype.torch)
+        if self.nbytes == 0:
+            return torch.empty(self.shape, dtype=kind, device=device)
+        data = self.fetch()
+        writable = data if isinstance(data, bytearray) else bytearray(data)
+        return torch.frombuffer(writable, dtype=kind).reshape(self.shape).to(device or "cpu")
+
+    def map(self, f: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]], shape: Shape) -> Lazy:
+        """The same numbers rearranged: `f` reshapes, transposes or slices the storage array into `shape`."""
+
+        def fetch() -> Buffer:
+            import numpy as np
+
+            return np.ascontiguousarray(f(self.numpy())).tobytes()
+
+        return Lazy(tuple(shape), self.dtype, fetch)
+
+    def reshape(self, *shape: int) -> Lazy:
+        """The same bytes under another shape of as many elements; -1 stands for what is left over."""
+        known = math.prod(n for n in shape if n != -1)
+        size = math.prod(self.shape)
+        full = tuple((size // known if known else 0) if n == -1 else n for n in shape)
+        if math.prod(full) != size:
+            raise ValueError(f"cannot reshape {list(self.shape)} to {list(shape)}")
+        return Lazy(full, self.dtype, self.fetch, self.span)
+
+
+if TYPE_CHECKING:
+    Leaf = Lazy | torch.Tensor
+
+
+def as_lazy(leaf: Leaf) -> Lazy:
+    """Any leaf as a `Lazy`: unchanged, or a view of a torch tensor's values on the host."""
+    if isinstance(leaf, Lazy):
+        return leaf
+
+    def fetch() -> Buffer:
+        import torch
+
+        host = leaf.detach().to("cpu").contiguous()
+        return host.reshape(-1).view(torch.uint8).numpy().tobytes() if host.numel() else b""
+
+    return Lazy(tuple(leaf.shape), dtype_of(leaf), fetch)
+
+
+def as_torch(leaf: Leaf, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Any leaf as a torch tensor on `device`; floating leaves in `dtype` where one is given."""
+    value = leaf.torch(device) if isinstance(leaf, Lazy) else leaf.to(device=device)
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+
+def dtype_of(leaf: Leaf) -> DType:
+    """The element type of any leaf."""
+    return leaf.dtype if isinstance(leaf, Lazy) else BY_TORCH[str(leaf.dtype).removeprefix("torch.")]
+
+
+def from_numpy(array: np.ndarray[Any, Any], dtype: str | None = None) -> Lazy:
+    """A `Lazy` over a numpy array; `dtype` names the element type where numpy lacks it (`BF16` held as uint16)."""
+    kind = DTYPES[dtype] if dtype else next(d for d in DTYPES.values() if d.numpy == _little(array))
+    return Lazy(array.shape, kind, lambda: array.astype(kind.numpy, copy=False).tobytes())
+
+
+def _little(array: np.ndarray[Any, Any]) -> str:
+    return array.dtype.newbyteorder("<").str
