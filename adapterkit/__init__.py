@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter, BaseRef, Foreign, Step, Target
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
-    from .merge import merge, verify
+    from .merging import merge, verify
     from .methods import METHODS
 
 _HOME = {
@@ -28,9 +28,9 @@ _HOME = {
     "Step": "adapter",
     "Target": "adapter",
     "detect": "formats",
-    "merge": "merge",
+    "merge": "merging",
     "read": "formats",
-    "verify": "merge",
+    "verify": "merging",
     "write": "formats",
 }
 

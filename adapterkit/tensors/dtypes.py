@@ -33,25 +33,25 @@ DTYPES = {
         DType("BOOL", 1, "|b1", "bool", False),
         DType("U8", 1, "|u1", "uint8", False),
         DType("I8", 1, "|i1", "int8", False),
-        DType("I16", 2, "<i2", "int16", False),
-        DType("U16", 2, "<u2", "uint16", False),
-        DType("I32", 4, "<i4", "int32", False),
-        DType("U32", 4, "<u4", "uint32", False),
-        DType("I64", 8, "<i8", "int64", False),
-        DType("U64", 8, "<u8", "uint64", False),
-        DType("F8_E4M3", 1, "|u1", "float8_e4m3fn", True),
         DType("F8_E5M2", 1, "|u1", "float8_e5m2", True),
+        DType("F8_E4M3", 1, "|u1", "float8_e4m3fn", True),
         DType("F8_E8M0", 1, "|u1", "float8_e8m0fnu", True),
         DType("F8_E4M3FNUZ", 1, "|u1", "float8_e4m3fnuz", True),
         DType("F8_E5M2FNUZ", 1, "|u1", "float8_e5m2fnuz", True),
+        DType("I16", 2, "<i2", "int16", False),
+        DType("U16", 2, "<u2", "uint16", False),
         DType("F16", 2, "<f2", "float16", True),
         DType("BF16", 2, "<u2", "bfloat16", True),
+        DType("I32", 4, "<i4", "int32", False),
+        DType("U32", 4, "<u4", "uint32", False),
         DType("F32", 4, "<f4", "float32", True),
-        DType("F64", 8, "<f8", "float64", True),
         DType("C64", 8, "<c8", "complex64", True),
+        DType("F64", 8, "<f8", "float64", True),
+        DType("I64", 8, "<i8", "int64", False),
+        DType("U64", 8, "<u8", "uint64", False),
     )
 }
-"""safetensors name -> `DType`, in the order of the safetensors documentation."""
+"""safetensors name -> `DType`, in the order by which the safetensors library sorts a file (largest last)."""
 
 BY_TORCH = {d.torch: d for d in DTYPES.values()}
 """Name of the torch dtype (`bfloat16`) -> `DType`."""

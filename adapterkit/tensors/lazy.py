@@ -123,4 +123,4 @@ def from_numpy(array: np.ndarray[Any, Any], dtype: str | None = None) -> Lazy:
 
 
 def _little(array: np.ndarray[Any, Any]) -> str:
-    return array.dtype.newbyteorder("<").str
+    return str(array.dtype.newbyteorder("<").str)

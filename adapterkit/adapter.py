@@ -1,0 +1,212 @@
+"""`Adapter`: the one type that every format is read into and everything else is a function of."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from .errors import AdapterkitError, ShapeMismatch, TargetNotFound, UsageError, nearest
+from .tensors.lazy import as_lazy, as_torch
+from .updates import Update
+
+if TYPE_CHECKING:
+    import torch
+
+    from .tensors.checkpoint import Checkpoint
+    from .tensors.lazy import Leaf
+
+LAYOUTS = ("out *in", "in out *k", "e out *in", "e in out *k")
+"""Axis orders in which bases store weights: linear and convolution; GPT-2's Conv1D and embeddings; stacked experts."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Target:
+    """One place in a base.
+
+    Attributes:
+        path: dotted path of a module (its `weight` and `bias`) or of a parameter, in the base's own names.
+        layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see it as `[out, in, *k]`;
+            with a leading `e` there is one such weight an expert, and each tensor of an update has a leading `e` too.
+        rows: start and stop on the `out` axis, where the update applies to a slice of a fused weight.
+    """
+
+    path: str
+    layout: str = "out *in"
+    rows: tuple[int, int] | None = None
+
+    @property
+    def stacked(self) -> bool:
+        return self.layout.startswith("e ")
+
+    def __str__(self) -> str:
+        return self.path if self.rows is None else f"{self.path}[{self.rows[0]}:{self.rows[1]}]"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRef:
+    """The base an adapter was made for.
+
+    Attributes:
+        id: a hub id or a path, as the source format named it.
+        revision: branch, tag or commit, if known.
+        config_hash: sha256 of the canonical JSON of the base's config, if known.
+    """
+
+    id: str | None = None
+    revision: str | None = None
+    config_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of an adapter's lineage: what was done, and with which plain values."""
+
+    op: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Foreign:
+    """What a source format held that has no home in the model: kept so that writing that format again loses nothing."""
+
+    format: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Leaf] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """Typed updates by target.
+
+    Attributes:
+        updates: target -> updates in order of application.
+        base: the base it belongs to, as far as known.
+        recipe: its lineage, oldest step first.
+        foreign: leftovers of the format it was read from.
+        extensions: optional fields of a newer minor version of the spec, kept as they came.
+    """
+
+    updates: Mapping[Target, tuple[Update, ...]]
+    base: BaseRef | None = None
+    recipe: tuple[Step, ...] = ()
+    foreign: Foreign | None = None
+    extensions: Mapping[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[tuple[Target, Update]]:
+        """Every (target, update), in order."""
+        return ((target, update) for target, updates in self.updates.items() for update in updates)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def map(self, f: Callable[[Leaf], Leaf]) -> Adapter:
+        """The same adapter over changed leaves. A leaf shared by several updates is changed once and stays shared."""
+        seen: dict[int, Leaf] = {}
+        kept: list[Leaf] = []
+
+        def once(leaf: Leaf) -> Leaf:
+            if id(leaf) not in seen:
+                seen[id(leaf)] = f(leaf)
+                kept.append(leaf)
+            return seen[id(leaf)]
+
+        return self.replace(
+            updates={target: tuple(u.map(once) for u in updates) for target, updates in self.updates.items()}
+        )
+
+    def load(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Adapter:
+        """All leaves as torch tensors on `device`; floating ones in `dtype`, if given."""
+        return self.map(lambda leaf: as_torch(leaf, device, dtype))
+
+    def replace(self, **changes: Any) -> Adapter:
+        """The same adapter with other field values."""
+        return dataclasses.replace(self, **changes)
+
+    def step(self, op: str, **args: Any) -> Adapter:
+        """The same adapter with one more step in its lineage."""
+        return self.replace(recipe=(*self.recipe, Step(op, args)))
+
+    def validate(self) -> None:
+        """Checks every update against its shape strings and its method's rules, and updates of one target together.
+
+        Raises:
+            AdapterkitError: the first fault, with the target as its place.
+        """
+        if not self.updates:
+            raise UsageError("the adapter holds no updates", cure="It was saved before training, or key by key renamed")
+        for target, updates in self.updates.items():
+            together: dict[str, Any] = {}
+            for update in updates:
+                _check_update(target, update, together)
+
+    def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
+        """The entries at a dotted path.
+
+        Raises:
+            TargetNotFound: there are none; names the nearest.
+        """
+        found = {target: updates for target, updates in self.updates.items() if target.path == path}
+        if not found:
+            raise TargetNotFound(f"no update at {path!r}", cure=nearest(path, (t.path for t in self.updates)))
+        return found
+
+    def digest(self) -> str:
+        """sha256 over targets, methods, values and tensor bytes: equal digests mean the same function of a base."""
+        digest = hashlib.sha256()
+        for target, update in sorted(self, key=lambda pair: str(pair[0])):
+            head = [target.path, target.layout, target.rows, update.method, update.version, update.attributes]
+            digest.update(json.dumps(head, sort_keys=True).encode())
+            for name, leaf in update.tensors.items():
+                tensor = as_lazy(leaf)
+                digest.update(json.dumps([name, tensor.dtype.name, tensor.shape]).encode())
+                digest.update(tensor.fetch())
+        return digest.hexdigest()
+
+    def bind(self, base: Checkpoint | str | PathLike[str]) -> Adapter:
+        """The adapter with targets in the names and layouts of `base`, every shape checked against it.
+
+        Raises:
+            TargetNotFound: a target has no place in the base.
+            ShapeMismatch: a shape does not fit.
+        """
+        from .binding import bind
+
+        return bind(self, base).adapter
+
+    def delta(self, path: str, base: Checkpoint | str | PathLike[str] | None = None) -> torch.Tensor:
+        """W' - W at a target.
+
+        Args:
+            path: the target's dotted path.
+            base: where W comes from, for laws that need it.
+
+        Returns:
+            float32 `[out, in, *k]`; `[e, out, in, *k]` for stacked experts.
+
+        Raises:
+            TargetNotFound: nothing applies there.
+            NotMergeable: the law is not one of weights.
+            UsageError: the law needs W and no base was given.
+        """
+        from .binding import delta
+
+        return delta(self, path, base)
+
+
+def _check_update(target: Target, update: Update, together: dict[str, Any]) -> None:
+    try:
+        if target.layout not in LAYOUTS:
+            raise AdapterkitError(f"unknown layout {target.layout!r}", cure=f"Known: {', '.join(LAYOUTS)}")
+        dims = update.dims(target.stacked)
+        update.check()
+        for axis in ("out", "in", "e"):
+            if axis in dims and together.setdefault(axis, dims[axis]) != dims[axis]:
+                raise ShapeMismatch(f"{axis}={dims[axis]} here, {axis}={together[axis]} in the update before it")
+    except AdapterkitError as error:
+        error.where = f"{target}: {update.method}" + (f".{error.where}" if error.where else "")
+        raise

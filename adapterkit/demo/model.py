@@ -1,0 +1,147 @@
+"""A small transformer that reads 8x8 handwritten digits, the tasks its adapters were trained for, and the score.
+
+Images are uint8 `[n, 8, 8]` with values 0 (paper) to 16 (ink); labels are uint8 `[n]`, 0 to 9. A token is a patch of 2x2
+pixels, so an image is 16 tokens. `tools/train_demo.py` trains with this very module.
+
+Source of the images: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+Repository, doi:10.24432/C50P49 (CC BY 4.0), in the copy that scikit-learn carries.
+"""
+
+# The layers below are subclasses of torch's; only the code that runs the demo imports this module.
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+from torch.nn import functional  # noqa: TID253
+
+DATA = Path(__file__).parent / "data"
+PATCH, TOKENS, HEADS, CLASSES, INK = 2, 16, 4, 10, 16
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens of one image: `[n, 16, d]` to `[n, 16, d]`."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, d, bias=False)
+        self.v_proj = nn.Linear(d, d, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (_split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+def _split_heads(x: Tensor) -> Tensor:
+    return x.unflatten(2, (HEADS, -1)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """Two linears with a GELU between them, on each token by itself: `[n, 16, d]` to `[n, 16, d]`."""
+
+    def __init__(self, d: int, hidden: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(d, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(functional.gelu(self.up_proj(x)))
+        return out
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer: `[n, 16, d]` to `[n, 16, d]`."""
+
+    def __init__(self, d: int, hidden: int) -> None:
+        super().__init__()
+        self.attn_norm = nn.LayerNorm(d)
+        self.attn = Attention(d)
+        self.mlp_norm = nn.LayerNorm(d)
+        self.mlp = MLP(d, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_norm(x))
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
+class DigitTransformer(nn.Module):
+    """Images uint8 `[n, 8, 8]` to logits float32 `[n, 10]`."""
+
+    def __init__(self, *, d: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(PATCH * PATCH, d)
+        self.position = nn.Parameter(torch.randn(TOKENS, d) * 0.1)
+        self.layers = nn.ModuleList(Layer(d, hidden) for _ in range(layers))
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(_patches(images)) + self.position
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.head(self.norm(x).mean(1))
+        return logits
+
+
+def _patches(images: Tensor) -> Tensor:
+    """Images uint8 `[n, 8, 8]` as float32 `[n, 16, 4]` between -1 (paper) and 1 (ink)."""
+    pixels = images.float() * (2 / INK) - 1
+    return pixels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).flatten(3).flatten(1, 2)
+
+
+def build(weights: Mapping[str, Tensor]) -> nn.Module:
+    """A `DigitTransformer` that holds `weights`, of any float dtype, as float32; its sizes are read off their shapes.
+
+    Raises:
+        KeyError: the embedding or the first layer is missing.
+        RuntimeError: any other weight is missing, left over, or of another shape (torch's `load_state_dict` lists them).
+    """
+    hidden, d = weights["layers.0.mlp.up_proj.weight"].shape
+    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
+    model = DigitTransformer(d=d, hidden=hidden, layers=layers)
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The fraction, 0 to 1, of images uint8 `[n, 8, 8]` to which the model gives their label (integers `[n]`)."""
+    return float((model(images).argmax(1) == labels).float().mean())
+
+
+def held_out(folder: Path = DATA) -> tuple[Tensor, Tensor]:
+    """The images uint8 `[n, 8, 8]` and labels uint8 `[n]` that neither the base nor any adapter was trained on."""
+    from safetensors.torch import load_file
+
+    test = load_file(folder / "test.safetensors")
+    return test["images"], test["labels"]
+
+
+def rotated(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The digits lie on their side: a quarter turn, counter-clockwise."""
+    return images.rot90(1, (1, 2)), labels
+
+
+def negative(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """White on black becomes black on white."""
+    return INK - images, labels
+
+
+def relabelled(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The answer asked for is the next digit: 1 for a 0, 0 for a 9."""
+    return images, (labels + 1) % CLASSES
+
+
+# By the name of the adapter's folder: how its task differs from what the base was trained on.
+TASKS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "rotated": rotated,
+    "negative": negative,
+    "relabelled": relabelled,
+}

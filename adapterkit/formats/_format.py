@@ -1,0 +1,64 @@
+"""What a format is: a name, what it can express, and three functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from ..errors import Unrepresentable
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..tensors.checkpoint import Checkpoint
+
+ON_LOSS = ("refuse", "fold", "promote", "drop")
+
+
+class Format:
+    """A dialect on disk. Subclass it in a module of its own; the module's name is the format's name.
+
+    Class attributes:
+        url: where the dialect is described.
+        description: one line for tables.
+        methods: names of the methods it can express.
+        compat: names of foreign tools whose known faults the reader can reproduce on request.
+    """
+
+    url: ClassVar[str] = ""
+    description: ClassVar[str] = ""
+    methods: ClassVar[frozenset[str]] = frozenset()
+    compat: ClassVar[frozenset[str]] = frozenset()
+
+    def sniff(self, path: Path) -> bool:
+        """Whether the headers at `path` are this dialect's: no false negatives, no data read, no error raised."""
+        raise Unrepresentable(f"{type(self).__name__} cannot be detected")
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        """Reads an adapter, lazily.
+
+        Args:
+            path: file or folder.
+            compat: reproduce the known faults of this tool instead of following the formula.
+            base: the base, where the dialect alone does not tell names or layouts.
+
+        Raises:
+            Malformed: something in the input is unaccounted for or breaks the dialect's rules.
+            Unsupported: it needs what this version does not know.
+        """
+        raise Unrepresentable(f"{type(self).__name__} cannot be read")
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        """Writes an adapter, atomically, and returns one line for each thing that was left out or rewritten.
+
+        Args:
+            adapter: what to write.
+            path: file or folder, as the dialect has it.
+            on_loss: what to do with what the dialect cannot say: `refuse`, `fold`, `promote` or `drop`.
+            base: the base, where rewriting needs its weights.
+
+        Raises:
+            Unrepresentable: the dialect cannot say it and `on_loss` does not allow otherwise.
+        """
+        raise Unrepresentable(f"{type(self).__name__} cannot be written")

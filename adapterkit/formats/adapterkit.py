@@ -1,0 +1,241 @@
+"""The native format: one safetensors file with one metadata key, `adapterkit`; normative text in spec/README.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+
+from ..adapter import Adapter, BaseRef, Foreign, Step, Target
+from ..errors import AdapterkitError, Malformed, Unsupported
+from ..methods import METHODS
+from ..tensors import safetensors
+from ..tensors.lazy import as_lazy
+from ..updates import Update
+from ._format import Format
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ..tensors.lazy import Lazy, Leaf
+
+SPEC = "1.0"
+KEY = "adapterkit"
+FILE = "adapter.safetensors"
+
+
+class TargetRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One place in a base; see `adapterkit.Target`."""
+
+    path: Annotated[str, msgspec.Meta(min_length=1)]
+    layout: str = "out *in"
+    rows: tuple[int, int] | None = None
+
+
+class UpdateRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """One method at one target: `tensors` maps its fields to names of tensors in the file."""
+
+    target: TargetRecord
+    method: str
+    version: int
+    tensors: dict[str, str]
+    attributes: dict[str, Any]
+
+
+class BaseRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """The base the adapter was made for; see `adapterkit.BaseRef`."""
+
+    id: str | None = None
+    revision: str | None = None
+    config_hash: str | None = None
+
+
+class StepRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """One step of the lineage."""
+
+    op: str
+    args: dict[str, Any]
+
+
+class ForeignRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """Leftovers of a source format."""
+
+    format: str
+    data: dict[str, Any]
+    tensors: dict[str, str]
+
+
+class Record(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """The value of the metadata key."""
+
+    version: str
+    updates: list[UpdateRecord]
+    requires: list[str] = []
+    recipe: list[StepRecord] = []
+    base: BaseRecord | None = None
+    foreign: ForeignRecord | None = None
+    extensions: dict[str, Any] = {}
+
+
+class Native(Format):
+    """adapterkit's own format; says everything an `Adapter` can hold."""
+
+    url = "https://github.com/adapterkit/adapterkit/blob/main/spec/README.md"
+    description = f"adapterkit's own: one safetensors file, spec {SPEC}"
+    methods = frozenset(METHODS)
+
+    def sniff(self, path: Path) -> bool:
+        try:
+            return KEY in safetensors.read_header(_file(path)).metadata
+        except AdapterkitError:
+            return False
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        file = _file(path)
+        header = safetensors.read_header(file)
+        if KEY not in header.metadata:
+            raise Malformed(f"no metadata key {KEY!r}", path=file, cure="This is not an adapterkit file")
+        try:
+            record = _parse(header.metadata[KEY])
+            return _decode(record, {name: safetensors.lazy(header.path, e) for name, e in header.entries.items()})
+        except AdapterkitError as error:
+            raise error.at(path=file) from None
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        tensors: dict[str, Leaf] = {}
+        text = canonical(msgspec.to_builtins(_encode(adapter, tensors)))
+        safetensors.write(_file(path), {name: as_lazy(leaf) for name, leaf in tensors.items()}, {KEY: text})
+        return []
+
+
+def canonical(value: Any) -> str:
+    """Canonical JSON: keys sorted, no spaces, no escapes beyond JSON's own, no NaN or infinity."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _file(path: Path) -> Path:
+    return path / FILE if path.is_dir() else path
+
+
+def _encode(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
+    """The record of an adapter; fills `tensors` with what it names. A shared leaf is stored once."""
+    names: dict[int, str] = {}
+
+    def store(name: str, leaf: Leaf) -> str:
+        if id(leaf) not in names:
+            names[id(leaf)] = _unused(name, tensors)
+            tensors[names[id(leaf)]] = leaf
+        return names[id(leaf)]
+
+    base, foreign = adapter.base, adapter.foreign
+    return Record(
+        version=SPEC,
+        updates=[_encode_update(target, update, store) for target, update in adapter],
+        recipe=[StepRecord(step.op, dict(step.args)) for step in adapter.recipe],
+        base=None if base is None else BaseRecord(base.id, base.revision, base.config_hash),
+        foreign=None if foreign is None else _encode_foreign(foreign, store),
+        extensions=dict(adapter.extensions),
+    )
+
+
+def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
+    tensors = {name: store(f"{target.path}.{name}", leaf) for name, leaf in update.tensors.items()}
+    place = TargetRecord(target.path, target.layout, target.rows)
+    return UpdateRecord(place, update.method, update.version, tensors, update.attributes)
+
+
+def _encode_foreign(foreign: Foreign, store: Callable[[str, Leaf], str]) -> ForeignRecord:
+    tensors = {name: store(f"foreign.{name}", leaf) for name, leaf in foreign.tensors.items()}
+    return ForeignRecord(foreign.format, dict(foreign.data), tensors)
+
+
+def _unused(name: str, taken: Mapping[str, Any]) -> str:
+    count, free = 1, name
+    while free in taken:
+        count += 1
+        free = f"{name}:{count}"
+    return free
+
+
+def _parse(text: str) -> Record:
+    """The record in a metadata value; unknown fields of a newer MINOR go to `extensions`."""
+    try:
+        fields = msgspec.json.decode(text, type=dict[str, Any])
+        if _check_version(fields.get("version")):
+            unknown = [name for name in fields if name not in Record.__struct_fields__]
+            fields["extensions"] = {**fields.get("extensions", {}), **{name: fields.pop(name) for name in unknown}}
+        record = msgspec.convert(fields, Record)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        why, _, place = str(error).partition(" - at ")
+        where = f"metadata {KEY}" + (f" at {place.strip('`')}" if place else "")
+        raise Malformed(why, where=where, cure="Write the file again with the tool that made it") from None
+    if record.requires:
+        raise Unsupported(f"requires {', '.join(record.requires)}", where="requires", cure=_UPGRADE)
+    return record
+
+
+def _check_version(version: Any) -> bool:
+    """Whether a version is a newer MINOR than this one's."""
+    if not isinstance(version, str) or not re.fullmatch(r"\d{1,4}\.\d{1,4}", version):
+        raise Malformed(f"no version of the form MAJOR.MINOR, but {version!r}", where=f"metadata {KEY}: version")
+    (major, minor), (own_major, own_minor) = (map(int, v.split(".")) for v in (version, SPEC))
+    if major != own_major:
+        raise Unsupported(f"spec {version}; this release reads {own_major}.x", where="version", cure=_UPGRADE)
+    return minor > own_minor
+
+
+def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
+    unused = dict.fromkeys(tensors)
+
+    def take(name: str, field: str) -> Lazy:
+        if name not in tensors:
+            raise Malformed(f"refers to a tensor {name!r} that is not in the file", where=field)
+        unused.pop(name, None)
+        return tensors[name]
+
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for position, entry in enumerate(record.updates):
+        target = Target(entry.target.path, entry.target.layout, entry.target.rows)
+        try:
+            updates[target] = (*updates.get(target, ()), _decode_update(entry, take))
+        except AdapterkitError as error:
+            error.where = f"updates[{position}] ({target})" + (f": {error.where}" if error.where else "")
+            raise
+    foreign = None if record.foreign is None else Foreign(
+        record.foreign.format,
+        record.foreign.data,
+        {name: take(key, f"foreign.{name}") for name, key in record.foreign.tensors.items()},
+    )
+    if unused:
+        raise Malformed("a tensor that nothing refers to", where=next(iter(unused)), cure="Write the file again")
+    base = None if record.base is None else BaseRef(**msgspec.structs.asdict(record.base))
+    recipe = tuple(Step(step.op, step.args) for step in record.recipe)
+    return Adapter(updates, base, recipe, foreign, record.extensions)
+
+
+def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Update:
+    cls = METHODS[entry.method]
+    if entry.version != cls.version:
+        why = f"{entry.method} version {entry.version}; this release knows {cls.version}"
+        raise Unsupported(why, where="version", cure=_UPGRADE)
+    _check_names("tensors", entry.tensors, cls.tensor_fields())
+    _check_names("attributes", entry.attributes, cls.attribute_fields())
+    try:
+        return cls(**{field: take(name, field) for field, name in entry.tensors.items()}, **entry.attributes)
+    except TypeError as error:
+        missing = str(error).rpartition(": ")[2]
+        raise Malformed(f"{entry.method} lacks {missing}", cure="Write the file again") from None
+
+
+def _check_names(what: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        raise Malformed(f"unknown name {unknown!r}", where=what, cure=f"Known: {', '.join(known) or 'none'}")
+
+
+_UPGRADE = "Upgrade adapterkit, or write the file for an older version"

@@ -1,0 +1,45 @@
+"""Dense difference: W' = W + scaling * D, b' = b + scaling * d.  The full-rank form every additive method lowers to.
+
+Known as `diff` in LyCORIS and kohya files, https://github.com/KohakuBlueleaf/LyCORIS (module "full").
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import Malformed
+from ..updates import Additive, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Dense(Additive):
+    """W' = W + scaling * D, b' = b + scaling * d; at least one of D and d is present."""
+
+    blocks = frozenset({"out", "in"})
+    paper = "https://arxiv.org/abs/2309.14859"
+
+    D: Tensor | None = tensor("out *rest", optional=True)
+    d: Tensor | None = tensor("out", optional=True)
+    scaling: float = 1.0
+
+    def check(self) -> None:
+        super().check()
+        if self.D is None and self.d is None:
+            raise Malformed("needs D, d or both", cure="Write the adapter again")
+
+    @property
+    def changes_weight(self) -> bool:
+        return self.D is not None
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        assert self.D is not None
+        return self.scaling * self.D.reshape(shape)
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.d is not None
+
+    def bias_delta(self) -> Tensor | None:
+        return None if self.d is None else self.scaling * self.d

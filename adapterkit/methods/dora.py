@@ -1,0 +1,30 @@
+"""DoRA: W' = magnitude * V / |V| with V = W + scaling * B @ A.  Liu et al. 2024, https://arxiv.org/abs/2402.09353
+
+The norm is taken over everything but `out`: a row of a linear layer, an output channel's kernel of a convolution, a
+dimension of an embedding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class DoRA(WeightUpdate):
+    """W' = magnitude * V / |V|, V = W + scaling * B @ A, |V| per output."""
+
+    blocks = frozenset({"out"})
+    paper = "https://arxiv.org/abs/2402.09353"
+
+    A: Tensor = tensor("r in *k")
+    B: Tensor = tensor("out r")
+    magnitude: Tensor = tensor("out")
+    scaling: float = 1.0
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        V = W.flatten(1) + (self.scaling * self.B) @ self.A.flatten(1)
+        return (V * (self.magnitude / V.square().sum(1).sqrt())[:, None]).reshape(W.shape)

@@ -1,0 +1,43 @@
+"""IA3: W' = l * W on outputs, W' = W * l on inputs.  Liu et al. 2022, https://arxiv.org/abs/2205.05638
+
+The output form scales keys and values and takes the bias along; the input form scales what a feed-forward layer reads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import Malformed
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class IA3(WeightUpdate):
+    """Scales outputs by `l` (weight rows and bias), or inputs by `l_in` (weight columns); exactly one is present."""
+
+    blocks = frozenset({"out", "in"})
+    needs_bias = False
+    paper = "https://arxiv.org/abs/2205.05638"
+
+    l: Tensor | None = tensor("out", optional=True)  # noqa: E741 - the paper's name
+    l_in: Tensor | None = tensor("in", optional=True)
+
+    def check(self) -> None:
+        super().check()
+        if (self.l is None) == (self.l_in is None):
+            raise Malformed("needs exactly one of l and l_in", cure="Write the adapter again")
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.l is not None
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        if self.l is not None:
+            return W * self.l.reshape(-1, *[1] * (W.ndim - 1))
+        assert self.l_in is not None
+        return W * self.l_in.reshape(1, -1, *[1] * (W.ndim - 2))
+
+    def new_bias(self, b: Tensor) -> Tensor:
+        return b if self.l is None else b * self.l

@@ -1,0 +1,43 @@
+"""LoRA: W' = W + scaling * B @ A.  Hu et al. 2021, https://arxiv.org/abs/2106.09685
+
+`scaling` is what the papers call alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023,
+https://arxiv.org/abs/2312.03732). A convolution's A is its full-size kernel, B the 1x1 mix after it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..updates import Additive, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LoRA(Additive):
+    """W' = W + scaling * B @ A, b' = b + scaling * bias."""
+
+    blocks = frozenset({"out", "in"})
+    paper = "https://arxiv.org/abs/2106.09685"
+
+    A: Tensor = tensor("r in *k")
+    B: Tensor = tensor("out r")
+    bias: Tensor | None = tensor("out", optional=True)
+    scaling: float = 1.0
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        return ((self.scaling * self.B) @ self.A.flatten(1)).reshape(shape)
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.bias is not None
+
+    def bias_delta(self) -> Tensor | None:
+        return None if self.bias is None else self.scaling * self.bias
+
+    def add_to(self, W: Tensor, weight: float) -> None:
+        W.flatten(1).addmm_(self.B, self.A.flatten(1), alpha=weight * self.scaling)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        y = layer(x) + layer.mix(layer.op(x, self.A), self.B) * self.scaling
+        return y if self.bias is None else y + layer.per_channel(self.scaling * self.bias)

@@ -1,0 +1,44 @@
+"""Replacement: W' = weight, b' = bias.  Whole parameters that were trained beside an adapter.
+
+What PEFT calls `modules_to_save` and `bias="all"`, and how trained norms travel,
+https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import Malformed
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Replacement(WeightUpdate):
+    """W' = weight, b' = bias; what is absent stays as it is, and at least one is present."""
+
+    blocks = frozenset({"out"})
+    paper = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
+
+    weight: Tensor | None = tensor("out *rest", optional=True)
+    bias: Tensor | None = tensor("out", optional=True)
+
+    def check(self) -> None:
+        super().check()
+        if self.weight is None and self.bias is None:
+            raise Malformed("needs weight, bias or both", cure="Write the adapter again")
+
+    @property
+    def changes_weight(self) -> bool:
+        return self.weight is not None
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.bias is not None
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        return W if self.weight is None else self.weight.reshape(W.shape)
+
+    def new_bias(self, b: Tensor) -> Tensor:
+        return b if self.bias is None else self.bias

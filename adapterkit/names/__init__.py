@@ -1,0 +1,1 @@
+"""What bases call things, as data: layouts that shapes cannot tell, and which head is tied to which embedding."""

@@ -1,0 +1,85 @@
+"""The registry: an entry is a module, its file name is its name. Listing imports nothing; getting imports that one.
+
+Third parties add entries through entry points of the registry's group; they cannot shadow a built-in one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar, cast
+
+from .errors import Unsupported, nearest
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Name -> entry. An entry is the one class in its module that derives from `root`.
+
+    Args:
+        noun: what an entry is called in messages.
+        package: the package whose modules are the built-in entries; names with a leading underscore are private.
+        group: the entry-point group of third parties.
+        root: the class that entries derive from.
+    """
+
+    def __init__(self, noun: str, package: str, group: str, root: type) -> None:
+        self.noun, self.package, self.group, self.root = noun, package, group, root
+        self._loaded: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        """The entry.
+
+        Raises:
+            Unsupported: there is none of that name.
+        """
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._builtin, *self._third_party}))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._builtin or name in self._third_party
+
+    def name_of(self, entry: type) -> str:
+        """The name under which `entry` is registered."""
+        name = entry.__module__.rpartition(".")[2]
+        if entry.__module__ == f"{self.package}.{name}":
+            return name
+        return next((n for n, point in self._third_party.items() if point.load() is entry), name)
+
+    @cached_property
+    def _builtin(self) -> frozenset[str]:
+        path = import_module(self.package).__path__
+        return frozenset(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+
+    @cached_property
+    def _third_party(self) -> Mapping[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=self.group) if point.name not in self._builtin}
+
+    def _load(self, name: str) -> T:
+        if name in self._builtin:
+            return self._entry(import_module(f"{self.package}.{name}"))
+        if name in self._third_party:
+            return cast(T, self._third_party[name].load())
+        cure = nearest(name, self) or f"Known: {', '.join(self)}"
+        raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
+
+    def _entry(self, module: Any) -> T:
+        found = [
+            value for value in vars(module).values()
+            if inspect.isclass(value) and issubclass(value, self.root) and value.__module__ == module.__name__
+        ]  # fmt: skip
+        if len(found) != 1:
+            raise TypeError(f"{module.__name__} must define exactly one {self.root.__name__}, has {len(found)}")
+        return cast(T, found[0])

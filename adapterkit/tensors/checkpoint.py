@@ -1,0 +1,172 @@
+"""Checkpoints: the weights of a base, in one file or many, as one mapping of lazy tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import Malformed, StorageError, UsageError, storage_error
+from . import safetensors
+from .lazy import Lazy
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
+MAX_JSON = 256 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """Weights on disk.
+
+    Attributes:
+        root: the folder, or the single file.
+        tensors: name -> lazy tensor, in file order within each file.
+        files: the weight files, in order; `home` maps each tensor to one of them.
+        home: tensor name -> weight file.
+        metadata: the safetensors metadata of each file, by file; empty for torch files.
+        config: the model's `config.json`, when there is one beside the weights.
+        index: the parsed index file of a sharded checkpoint, else None.
+    """
+
+    root: Path
+    tensors: Mapping[str, Lazy]
+    files: tuple[Path, ...]
+    home: Mapping[str, Path]
+    metadata: Mapping[Path, Mapping[str, str]]
+    config: Mapping[str, Any] | None
+    index: Mapping[str, Any] | None
+
+    @property
+    def folder(self) -> Path:
+        """Where the other files of the model lie."""
+        return self.root if self.root.is_dir() else self.root.parent
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a folder of safetensors shards, one safetensors file, or a torch `.bin`/`.pt`, reading headers only.
+
+    Raises:
+        StorageError: nothing readable is there.
+        Malformed: the files disagree with each other or with their index.
+        UsageError: the folder holds no weights, or more than one set of them.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise StorageError("no such file or folder", path=path, cure="Check the spelling of the path")
+    files, index = _weight_files(root) if root.is_dir() else ((root,), None)
+    tensors: dict[str, Lazy] = {}
+    home: dict[str, Path] = {}
+    metadata: dict[Path, Mapping[str, str]] = {}
+    for file in files:
+        part, metadata[file] = _read_file(file)
+        twice = next((name for name in part if name in tensors), None)
+        if twice:
+            raise Malformed(f"also in {home[twice].name}", path=file, where=twice, cure="Remove one of the copies")
+        tensors |= part
+        home |= dict.fromkeys(part, file)
+    if index is not None:
+        _check_index(index[0], index[1], home)
+    folder = root if root.is_dir() else root.parent
+    config = folder / "config.json"
+    return Checkpoint(
+        root, tensors, tuple(files), home, metadata, read_json(config) if config.exists() else None,
+        None if index is None else index[1],
+    )  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        Malformed: it is not one, or is unreasonably large.
+        StorageError: it cannot be read.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise Malformed("too large for a JSON file of this kind", path=path)
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"not valid JSON ({error})", path=path, cure="Write or fetch the file again") from error
+    if not isinstance(value, dict):
+        raise Malformed("not a JSON object", path=path, cure="Write or fetch the file again")
+    return value
+
+
+def contained(folder: Path, name: str) -> Path:
+    """`folder / name` for a name out of an untrusted file.
+
+    Raises:
+        Malformed: the name is absolute, climbs out of the folder, or is not a plain relative path.
+    """
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name:
+        raise Malformed(
+            f"{name!r} points outside the folder", path=folder, cure="Do not use this file: repack the model"
+        )
+    return folder / pure
+
+
+def _weight_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]] | None]:
+    for index_name, single in ((INDEX, SINGLE), (TORCH_INDEX, TORCH_SINGLE)):
+        index, whole = folder / index_name, folder / single
+        if index.exists() and whole.exists():
+            raise UsageError(f"holds both {single} and {index_name}", path=folder, cure="Remove the stale one")
+        if index.exists():
+            return _indexed_files(index)
+        if whole.exists():
+            return (whole,), None
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        cure = f"A base folder holds {SINGLE}, {INDEX} with its shards, or {TORCH_SINGLE}"
+        raise UsageError("no weights in this folder", path=folder, cure=cure)
+    if len(found) > 1:
+        raise UsageError(
+            f"{len(found)} safetensors files and no {INDEX}", path=folder, cure="Name one file, or restore the index"
+        )
+    return (found[0],), None
+
+
+def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]]]:
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise Malformed("no weight_map of tensor names to file names", path=path, cure="Fetch the index again")
+    names = sorted(set(weight_map.values()))
+    files = tuple(contained(path.parent, name) for name in names)
+    for file in files:
+        if not file.exists():
+            raise Malformed(f"names {file.name}, which is not there", path=path, cure="Fetch the missing shard")
+    return files, (path, index)
+
+
+def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
+    from .torch_file import is_torch_file, read_torch_file
+
+    if file.is_dir():
+        raise Malformed("a folder where a weight file should be", path=file)
+    if file.suffix in {".bin", ".pt", ".pth"} or is_torch_file(file):
+        return read_torch_file(file), {}
+    header = safetensors.read_header(file)
+    return {name: safetensors.lazy(header.path, e) for name, e in header.entries.items()}, header.metadata
+
+
+def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:
+    weight_map = index["weight_map"]
+    for name, file in weight_map.items():
+        if name not in home or home[name].name != PurePosixPath(file).name:
+            raise Malformed(
+                f"says {file}, which does not hold it", path=path, where=name, cure="Fetch the shards again"
+            )
+    extra = next((name for name in home if name not in weight_map), None)
+    if extra:
+        raise Malformed(
+            f"{home[extra].name} holds it, the index does not", path=path, where=extra, cure="Rebuild the index"
+        )

@@ -1,0 +1,216 @@
+"""safetensors files, read and written without loading them.
+
+The reader trusts nothing: lengths, offsets, shapes and dtypes of a header are checked against each other and against
+the size of the file before a byte of data is touched. Format: https://huggingface.co/docs/safetensors (format section).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import Malformed, StorageError, storage_error
+from .atomic import replacing
+from .dtypes import DTYPES, DType
+from .lazy import Buffer, Lazy, Shape, Span
+
+MAX_HEADER = 100_000_000
+"""The safetensors format caps a header at 100 MB."""
+
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies: `offset` counts from the start of the file, in bytes."""
+
+    name: str
+    dtype: DType
+    shape: Shape
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The checked header of one file: entries in file order, and the free-form metadata."""
+
+    path: str
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    size: int
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Reads and checks the header of the safetensors file at `path`.
+
+    Raises:
+        Malformed: the header is not one, or does not agree with itself or with the size of the file.
+        StorageError: the file cannot be read.
+    """
+    path = os.fspath(path)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = _header_length(file.read(8), size, path)
+            raw = file.read(length)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    fields = _parse(raw, path)
+    metadata = _metadata(fields.pop("__metadata__", {}), path)
+    entries = sorted((_entry(name, spec, 8 + length, path) for name, spec in fields.items()), key=_position)
+    _check_cover(entries, 8 + length, size, path)
+    return Header(path, {entry.name: entry for entry in entries}, metadata, size)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Lazy]:
+    """All tensors of a file as lazy handles, in file order."""
+    header = read_header(path)
+    return {name: lazy(header.path, entry) for name, entry in header.entries.items()}
+
+
+def lazy(path: str, entry: Entry) -> Lazy:
+    """A handle on one entry; each fetch opens, reads exactly the bytes and closes."""
+    span = Span(path, entry.offset, entry.nbytes)
+    return Lazy(entry.shape, entry.dtype, lambda: read_span(span), span)
+
+
+def read_span(span: Span) -> bytearray:
+    """The bytes of a span.
+
+    Raises:
+        StorageError: the file cannot be read, or has become shorter than its header said.
+    """
+    data = bytearray(span.nbytes)
+    try:
+        with open(span.path, "rb", buffering=0) as file:
+            file.seek(span.offset)
+            view, done = memoryview(data), 0
+            while done < span.nbytes and (count := file.readinto(view[done:])):
+                done += count
+    except OSError as error:
+        raise storage_error(error, span.path) from error
+    if done < span.nbytes:
+        raise StorageError("the file ends before its last tensor", path=span.path, cure="It changed while being read")
+    return data
+
+
+def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:
+    """The header bytes, length prefix and padding included, for tensors laid out in the given order without gaps."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        fields[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
+    """Writes a file atomically: header first, then one tensor at a time, so memory holds one tensor.
+
+    The order is the safetensors library's own (dtype, widest first, then name): the same tensors always give the same
+    bytes, and the bytes that library would have written.
+    """
+    rank = {dtype: -position for position, dtype in enumerate(DTYPES)}
+    order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype.name], name.encode()))
+    header = encode_header(((n, tensors[n].dtype, tensors[n].shape) for n in order), metadata)
+    with replacing(Path(path)) as file:
+        file.write(header)
+        for name in order:
+            file.write(_exact(tensors[name], name, path))
+
+
+def _exact(tensor: Lazy, name: str, path: str | os.PathLike[str]) -> Buffer:
+    data = tensor.fetch()
+    if len(data) != tensor.nbytes:
+        raise Malformed(f"{len(data)} bytes where {tensor.nbytes} were promised", path=path, where=name)
+    return data
+
+
+def _header_length(prefix: bytes, size: int, path: str) -> int:
+    if len(prefix) < 8:
+        raise Malformed(f"{size} bytes are too few for a safetensors file", path=path, cure=_AGAIN)
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER or 8 + length > size:
+        raise Malformed(
+            f"the header claims {length} bytes of a file of {size}", path=path, where="header length", cure=_AGAIN
+        )
+    return int(length)
+
+
+def _parse(raw: bytes, path: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise Malformed(f"the header is not valid JSON ({error})", path=path, where="header", cure=_AGAIN) from error
+    if not isinstance(fields, dict):
+        raise Malformed("the header is not a JSON object", path=path, where="header", cure=_AGAIN)
+    return fields
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} twice")
+    return fields
+
+
+def _metadata(value: Any, path: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise Malformed("metadata must map text to text", path=path, where="__metadata__", cure=_REWRITE)
+    return value
+
+
+def _entry(name: str, spec: Any, start: int, path: str) -> Entry:
+    if not isinstance(spec, dict) or set(spec) != {"dtype", "shape", "data_offsets"}:
+        raise Malformed("needs exactly dtype, shape and data_offsets", path=path, where=name, cure=_REWRITE)
+    dtype, shape, offsets = DTYPES.get(str(spec["dtype"])), spec["shape"], spec["data_offsets"]
+    if dtype is None:
+        known = ", ".join(DTYPES)
+        raise Malformed(f"unknown dtype {spec['dtype']!r}", path=path, where=name, cure=f"Known: {known}")
+    if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        raise Malformed("shape and data_offsets must be whole numbers >= 0", path=path, where=name, cure=_REWRITE)
+    entry = Entry(name, dtype, tuple(shape), start + offsets[0])
+    if offsets[1] - offsets[0] != entry.nbytes:
+        raise Malformed(
+            f"{dtype} {list(shape)} takes {entry.nbytes} bytes, its data_offsets span {offsets[1] - offsets[0]}",
+            path=path, where=name, cure=_REWRITE,
+        )  # fmt: skip
+    return entry
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+def _position(entry: Entry) -> tuple[int, int]:
+    return entry.offset, entry.nbytes
+
+
+def _check_cover(entries: list[Entry], start: int, size: int, path: str) -> None:
+    end = start
+    for entry in entries:
+        if entry.offset != end:
+            fault = "overlaps the tensor before it" if entry.offset < end else "leaves a hole before it"
+            raise Malformed(f"its data {fault}", path=path, where=entry.name, cure=_REWRITE)
+        end += entry.nbytes
+    if end != size:
+        fault = "is cut short" if end > size else "has trailing bytes"
+        raise Malformed(f"the header describes {end} bytes, the file {fault} at {size}", path=path, cure=_AGAIN)
+
+
+_AGAIN = "Fetch or write the file again"
+_REWRITE = "Write the file again with the tool that made it"

@@ -1,0 +1,226 @@
+"""Updates: what happens at one target. Four kinds; the kind decides what may be done with an update.
+
+A method is a subclass of one kind: fields with shape strings, and one formula. Everything else is derived from those
+here. Formulas see weights as `[out, in, *k]` whatever the base stores, and run in whatever floating dtype the caller
+hands in: the merger computes in float64, a live model in its own dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
+
+from .errors import AdapterkitError, NotMergeable, ShapeMismatch
+from .shapes import Axes, Dims, tensor
+from .tensors.lazy import dtype_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from .tensors.lazy import Leaf
+
+__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "tensor"]
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor,))
+class Update:
+    """What one method does at one target. Subclasses become frozen, keyword-only dataclasses by themselves.
+
+    Class attributes:
+        kind: the name of the kind, set by the four kinds below.
+        version: of the method's entry in the spec.
+        blocks: axes along which the formula may be cut into blocks that are computed apart.
+        needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
+        acts_on: what the update changes, for messages.
+        paper: where the formula comes from.
+    """
+
+    kind: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    blocks: ClassVar[frozenset[str]] = frozenset()
+    needs_bias: ClassVar[bool] = True
+    acts_on: ClassVar[str] = "the layer"
+    paper: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
+
+    @property
+    def method(self) -> str:
+        """The method's name: that of its module."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @classmethod
+    def tensor_fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The fields that hold tensors, in order; `metadata["axes"]` is the parsed shape string."""
+        return {f.name: f for f in dataclasses.fields(cast(Any, cls)) if "axes" in f.metadata}
+
+    @classmethod
+    def attribute_fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The fields that hold plain values, in order."""
+        return {f.name: f for f in dataclasses.fields(cast(Any, cls)) if "axes" not in f.metadata}
+
+    @property
+    def tensors(self) -> dict[str, Leaf]:
+        """The tensors that are present, by field."""
+        present = ((name, getattr(self, name)) for name in self.tensor_fields())
+        return {name: leaf for name, leaf in present if leaf is not None}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The plain values, by field."""
+        return {name: getattr(self, name) for name in self.attribute_fields()}
+
+    def map(self, f: Callable[[Leaf], Leaf]) -> Self:
+        """The same update over changed leaves."""
+        return self.replace(**{name: f(leaf) for name, leaf in self.tensors.items()})
+
+    def replace(self, **changes: Any) -> Self:
+        """The same update with other field values."""
+        return cast(Self, dataclasses.replace(cast(Any, self), **changes))
+
+    def dims(self, stack: bool = False) -> Dims:
+        """The sizes of all named axes, solved from the tensors.
+
+        Args:
+            stack: every tensor carries a leading axis `e`: one slice an expert.
+
+        Raises:
+            ShapeMismatch: the tensors disagree with their shape strings or with each other, or hold the wrong type.
+        """
+        dims: Dims = {}
+        for name, leaf in self.tensors.items():
+            declared = self.tensor_fields()[name].metadata
+            axes = Axes.parse(f"e {declared['axes'].text}") if stack else declared["axes"]
+            axes.bind(tuple(leaf.shape), dims, name)
+            if dtype_of(leaf).floating == declared["integer"]:
+                expected = "whole numbers" if declared["integer"] else "real numbers"
+                raise ShapeMismatch(f"{dtype_of(leaf)} where {expected} belong", where=name)
+        return dims
+
+    def check(self) -> None:
+        """Checks the plain values; methods with rules of their own extend it.
+
+        Raises:
+            AdapterkitError: a value is not of its declared type, or not finite.
+        """
+        for name, field in self.attribute_fields().items():
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise AdapterkitError(f"{value} is not a finite number", where=name, cure="The file is damaged")
+            _check_type(name, value, str(field.type))
+
+    def block(self, axis: str, start: int, stop: int) -> Self:
+        """The update restricted to positions `start` to `stop` of a named axis of the weight."""
+        changes = {}
+        for name, leaf in self.tensors.items():
+            position = self.tensor_fields()[name].metadata["axes"].index(axis)
+            if position is not None:
+                changes[name] = cast("torch.Tensor", leaf).narrow(position, start, stop - start)
+        return self.replace(**changes)
+
+    def expert(self, index: int) -> Self:
+        """One expert's update out of a stacked one: every tensor's slice `index` along its leading axis."""
+        return self.map(lambda leaf: cast("torch.Tensor", leaf)[index])
+
+    @property
+    def changes_weight(self) -> bool:
+        """Whether there is anything to fold into the weight."""
+        return False
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether there is anything to fold into the bias."""
+        return False
+
+    def new_weight(self, W: torch.Tensor) -> torch.Tensor:
+        """W' `[out, in, *k]`, or a block of it for a block of W.
+
+        Raises:
+            NotMergeable: the law of this update is not one of weights.
+        """
+        raise NotMergeable(
+            f"{self.method} changes {self.acts_on}, not its weights", cure="Inject it into a live model instead"
+        )
+
+    def new_bias(self, b: torch.Tensor) -> torch.Tensor:
+        """b' `[out]`."""
+        return b
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        """y' for the input `x` of a layer: a backend's view of the target, over real or symbolic values."""
+        raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
+
+
+class Additive(Update):
+    """W' = W + D, b' = b + d, with D and d free of W."""
+
+    kind = "additive"
+
+    @property
+    def changes_weight(self) -> bool:
+        return True
+
+    def delta(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """D, for a weight of `shape` = `[out, in, *k]`."""
+        raise NotMergeable(f"{self.method} has no formula")
+
+    def bias_delta(self) -> torch.Tensor | None:
+        """d `[out]`, or None where the bias stays as it is."""
+        return None
+
+    def add_to(self, W: torch.Tensor, weight: float) -> None:
+        """W += weight * D, in place; a method overrides it where that can be had without forming D."""
+        W.add_(self.delta(tuple(W.shape)), alpha=weight)
+
+    def new_weight(self, W: torch.Tensor) -> torch.Tensor:
+        return W + self.delta(tuple(W.shape))
+
+    def new_bias(self, b: torch.Tensor) -> torch.Tensor:
+        d = self.bias_delta()
+        return b if d is None else b + d
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        d = self.bias_delta()
+        y = layer(x) + layer.op(x, self.delta(layer.shape))
+        return y if d is None else y + layer.per_channel(d)
+
+
+class WeightUpdate(Update):
+    """W' = f(W), b' = g(b)."""
+
+    kind = "weight"
+
+    @property
+    def changes_weight(self) -> bool:
+        return True
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        y = layer.op(x, self.new_weight(layer.weight))
+        return y if layer.bias is None else y + layer.per_channel(self.new_bias(layer.bias))
+
+
+class OutputUpdate(Update):
+    """y' = f(x, layer)."""
+
+    kind = "output"
+    acts_on = "the output of the layer"
+
+
+class ContextUpdate(Update):
+    """Extra tokens, or past keys and values."""
+
+    kind = "context"
+    acts_on = "the context of the model"
+
+
+_TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    allowed = _TYPES.get(annotation)
+    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
+        raise AdapterkitError(f"{value!r} is not of type {annotation}", where=name, cure="The file is damaged")
