@@ -300,14 +300,17 @@ def _check_site(site: Site, shapes: Shapes) -> None:
 
 
 def _check_update(update: Update, site: Site, shapes: Shapes) -> None:
-    dims = update.dims(site.target.stacked)
     if update.changes_weight and site.weight is None:
         raise TargetNotFound("the base has no weight there, only a bias")
     if site.weight is not None and not _fits(site.target, (update,), shapes[site.weight]):
-        made_for = ", ".join(f"{name}={size}" for name, size in dims.items() if name in ("e", "out", "in", "k", "rest"))
+        dims = update.dims(site.target.stacked)
+        made_for = ", ".join(f"{name}={dims[name]}" for name in ("e", "out", "in", "k", "rest") if name in dims)
         raise ShapeMismatch(f"made for {made_for}; the base has {list(shapes[site.weight])}", cure=_WRONG_BASE)
     if site.bias is None and update.changes_bias and update.needs_bias:
         raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")
+    seen = None if site.weight is None else _viewed(shapes[site.weight], site.target)
+    if seen is not None:
+        update.check_against(seen[int(site.target.stacked) :])
 
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"

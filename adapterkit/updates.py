@@ -8,12 +8,13 @@ hands in: the merger computes in float64, a live model in its own dtype.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
-from .errors import AdapterkitError, NotMergeable, ShapeMismatch
+from .errors import Malformed, NotMergeable, ShapeMismatch
 from .shapes import Axes, Dims, tensor
+from .tensors.finite import first_not_finite
 from .tensors.lazy import dtype_of
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ class Update:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The plain values, by field."""
-        return {name: getattr(self, name) for name in self.attribute_fields()}
+        """The plain values, by field; a whole number in a float's place comes out as a float."""
+        return {name: _plain(getattr(self, name), field.type) for name, field in self.attribute_fields().items()}
 
     def map(self, f: Callable[[Leaf], Leaf]) -> Self:
         """The same update over changed leaves."""
@@ -92,26 +93,40 @@ class Update:
             ShapeMismatch: the tensors disagree with their shape strings or with each other, or hold the wrong type.
         """
         dims: Dims = {}
-        for name, leaf in self.tensors.items():
+        # The second round checks products and quotients whose names a later tensor had yet to tell.
+        for name, leaf in [*self.tensors.items()] * 2:
             declared = self.tensor_fields()[name].metadata
             axes = Axes.parse(f"e {declared['axes'].text}") if stack else declared["axes"]
             axes.bind(tuple(leaf.shape), dims, name)
-            if dtype_of(leaf).floating == declared["integer"]:
-                expected = "whole numbers" if declared["integer"] else "real numbers"
-                raise ShapeMismatch(f"{dtype_of(leaf)} where {expected} belong", where=name)
+            _check_dtype(name, leaf, declared["integer"])
         return dims
 
     def check(self) -> None:
         """Checks the plain values; methods with rules of their own extend it.
 
         Raises:
-            AdapterkitError: a value is not of its declared type, or not finite.
+            Malformed: a value is not of its declared type, or not finite.
         """
         for name, field in self.attribute_fields().items():
-            value = getattr(self, name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise AdapterkitError(f"{value} is not a finite number", where=name, cure="The file is damaged")
-            _check_type(name, value, str(field.type))
+            _check_attribute(name, getattr(self, name), _type_name(field.type))
+
+    def check_values(self) -> None:
+        """Reads every tensor and checks its values; methods with rules of their own extend it.
+
+        Raises:
+            Malformed: a NaN or an infinity; names the field and the first position.
+        """
+        for name, leaf in self.tensors.items():
+            position = first_not_finite(leaf)
+            if position is not None:
+                raise Malformed(f"a NaN or an infinity at {list(position)}", where=name, cure=_DIVERGED)
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        """Checks the update against the weight's shape `[out, in, *k]` beyond its axes, e.g. that indices are inside.
+
+        Raises:
+            ShapeMismatch: it does not fit.
+        """
 
     def block(self, axis: str, start: int, stop: int) -> Self:
         """The update restricted to positions `start` to `stop` of a named axis of the weight."""
@@ -172,6 +187,10 @@ class Additive(Update):
         """d `[out]`, or None where the bias stays as it is."""
         return None
 
+    def delta_norm(self, shape: tuple[int, ...]) -> float:
+        """The Frobenius norm of D; a method overrides it where that can be had without forming D."""
+        return float(self.delta(shape).norm())
+
     def add_to(self, W: torch.Tensor, weight: float) -> None:
         """W += weight * D, in place; a method overrides it where that can be had without forming D."""
         W.add_(self.delta(tuple(W.shape)), alpha=weight)
@@ -218,9 +237,30 @@ class ContextUpdate(Update):
 
 
 _TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
+_DAMAGED = "The file is damaged, or the tool that wrote it is at fault; write it again"
+_DIVERGED = "The training diverged, or the file is damaged; use an earlier checkpoint"
 
 
-def _check_type(name: str, value: Any, annotation: str) -> None:
+def _check_attribute(name: str, value: Any, annotation: str) -> None:
     allowed = _TYPES.get(annotation)
     if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
-        raise AdapterkitError(f"{value!r} is not of type {annotation}", where=name, cure="The file is damaged")
+        raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=_DAMAGED)
+    # Compared, not converted: a whole number may be too large for a float.
+    if annotation == "float" and not -sys.float_info.max <= value <= sys.float_info.max:
+        raise Malformed(f"{value} is not a finite number", where=name, cure=_DAMAGED)
+
+
+def _check_dtype(name: str, leaf: Leaf, integer: bool) -> None:
+    dtype = dtype_of(leaf)
+    fits = not dtype.floating and dtype.name != "BOOL" if integer else dtype.floating and dtype.name != "C64"
+    if not fits:
+        expected = "whole numbers" if integer else "real numbers"
+        raise ShapeMismatch(f"{dtype} where {expected} belong", where=name, cure=_DAMAGED)
+
+
+def _plain(value: Any, annotation: Any) -> Any:
+    return float(value) if type(value) is int and _type_name(annotation) == "float" else value
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))

@@ -36,7 +36,14 @@ class LoRA(Additive):
         return None if self.bias is None else self.scaling * self.bias
 
     def add_to(self, W: Tensor, weight: float) -> None:
-        W.flatten(1).addmm_(self.B, self.A.flatten(1), alpha=weight * self.scaling)
+        if W.ndim == 2:
+            W.addmm_(self.B, self.A.flatten(1), alpha=weight * self.scaling)
+        else:
+            super().add_to(W, weight)
+
+    def delta_norm(self, shape: tuple[int, ...]) -> float:
+        A, B = self.A.flatten(1), self.B
+        return abs(self.scaling) * float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0).sqrt())
 
     def forward(self, x: Any, layer: Any) -> Any:
         y = layer(x) + layer.mix(layer.op(x, self.A), self.B) * self.scaling

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+from ..errors import ShapeMismatch
+from ..tensors.lazy import as_lazy
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
@@ -22,6 +24,14 @@ class Rows(WeightUpdate):
 
     index: Tensor = tensor("n", integer=True)
     values: Tensor = tensor("n out")
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        index = as_lazy(self.index).numpy()
+        if index.size and (index.min() < 0 or index.max() >= shape[1]):
+            worst = index.max() if index.max() >= shape[1] else index.min()
+            raise ShapeMismatch(f"token {worst} of a base with {shape[1]}", cure="Resize the base's embeddings first")
+        if len(set(index.tolist())) < index.size:
+            raise ShapeMismatch("the same token twice", cure="Write the adapter again")
 
     def new_weight(self, W: Tensor) -> Tensor:
         return W.index_copy(1, self.index, self.values.mT.to(W.dtype))

@@ -1,0 +1,183 @@
+"""Merging: fold adapters into the weights of a base, streamed, one rounding, resumable, verifiable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import AdapterkitError, StorageError, Unsupported, UsageError, storage_error
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..tensors.checkpoint import Checkpoint
+    from .execute import Progress
+    from .planning import Plan
+    from .report import Report
+    from .verification import Verification
+
+    Base = Checkpoint | str | PathLike[str]
+    Source = Adapter | str | PathLike[str]
+
+__all__ = ["merge", "plan", "verify"]
+
+
+def plan(
+    base: Base,
+    adapters: Source | Sequence[Source],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    shard_size: int | None = None,
+    tied: str | None = None,
+    allow_partial: bool = False,
+) -> Plan:
+    """What `merge` would do with the same arguments, made from headers; `plan(...).record()` is plain data.
+
+    Raises:
+        AdapterkitError: as `merge`, before anything is written.
+    """
+    from .planning import make_plan
+
+    named = _named(adapters, weights, base)
+    options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
+    return make_plan(_opened(base), named, **options)  # type: ignore[arg-type]
+
+
+def merge(
+    base: Base,
+    adapters: Source | Sequence[Source],
+    out: str | PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    shard_size: int | None = None,
+    engine: str = "local",
+    progress: Progress | None = None,
+    tied: str | None = None,
+    allow_partial: bool = False,
+    overwrite: bool = False,
+) -> Report:
+    """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded once from float64.
+
+    The output appears whole, by rename. An interrupted merge resumes when it is called again with the same arguments,
+    and gives the same bytes.
+
+    Args:
+        base: a folder of weights, one weight file, or an open checkpoint.
+        adapters: one adapter or several: paths or `Adapter`s.
+        out: the folder to write; it must not exist, or be empty. With a single-file base, a `.safetensors` path.
+        weights: one factor an adapter; 1 for each when not given.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda:N` or any torch device.
+        dtype: cast all floating tensors to this; the base's own dtypes when not given.
+        shard_size: bytes of an output file at most; the base's own sharding when not given.
+        engine: `local`.
+        progress: called with (bytes done, bytes in all) from the calling thread.
+        tied: what to do where the base ties its head to its embedding and an adapter changes one: `merge` or `untie`.
+        allow_partial: leave targets that the base does not have out instead of refusing.
+        overwrite: replace what is at `out`.
+
+    Raises:
+        TargetNotFound, ShapeMismatch: an adapter does not fit the base.
+        NotMergeable: an update's law is not one of weights.
+        UsageError: arguments that make no sense together; a tied weight without a choice.
+        Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
+        StorageError: no space, no permission, or `out` is taken.
+    """
+    if engine != "local":
+        raise Unsupported(f"unknown engine {engine!r}", cure="Known: local")
+    target = Path(out)
+    checkpoint = _opened(base)
+    _check_target(target, checkpoint, adapters, overwrite)
+    named = _named(adapters, weights, base)
+    started = time.perf_counter()
+    from .planning import make_plan
+    from .report import carry_out
+
+    options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
+    planned = make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
+    return carry_out(planned, target, device, progress, started)
+
+
+def verify(
+    merged: Base,
+    base: Base,
+    adapters: Source | Sequence[Source],
+    *,
+    weights: Sequence[float] | None = None,
+    allow_partial: bool = False,
+    progress: Progress | None = None,
+) -> Verification:
+    """Computes the merge again and compares every element with what is on disk; writes nothing.
+
+    Args:
+        merged: the output of a merge, by whatever tool.
+        base: the base it was made from.
+        adapters: the adapters.
+        weights: one factor an adapter; 1 for each when not given.
+        allow_partial: as in `merge`.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        what was compared and every difference found; a difference is not an error.
+
+    Raises:
+        AdapterkitError: the inputs cannot be read or do not fit together.
+    """
+    from .verification import compare
+
+    return compare(_opened(merged), _opened(base), _named(adapters, weights, base), allow_partial, progress)
+
+
+def _opened(base: Base) -> Checkpoint:
+    from ..tensors.checkpoint import Checkpoint, open_checkpoint
+
+    return base if isinstance(base, Checkpoint) else open_checkpoint(base)
+
+
+def _named(
+    adapters: Source | Sequence[Source], weights: Sequence[float] | None, base: Base
+) -> list[tuple[str, Adapter, float]]:
+    from ..adapter import Adapter
+    from ..formats import read
+
+    single = isinstance(adapters, (str, PathLike, Adapter))
+    several: Sequence[Source] = [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
+    if not several:
+        raise UsageError("no adapter was given", cure="Name at least one")
+    factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
+    if len(factors) != len(several):
+        raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure="Give one weight an adapter")
+    opened = _opened(base)
+    return [
+        (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=opened), w)
+        for a, w in zip(several, factors, strict=True)
+    ]
+
+
+def _check_target(out: Path, base: Checkpoint, adapters: object, overwrite: bool) -> None:
+    paths = [base.root, *(Path(a) for a in _listed(adapters) if isinstance(a, (str, PathLike)))]
+    for path in paths:
+        if _within(out, path) or _within(path, out):
+            raise UsageError(f"the output overlaps the input {path}", path=out, cure="Write to another folder")
+    try:
+        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise storage_error(error, out) from error
+    if taken and not overwrite and not (out.parent / f".{out.name}.merging").exists():
+        raise StorageError("already there", path=out, cure="Choose another path, or allow overwriting")
+
+
+def _listed(adapters: object) -> list[object]:
+    return list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
+
+
+def _within(inner: Path, outer: Path) -> bool:
+    try:
+        inner, outer = inner.resolve(), outer.resolve()
+    except (OSError, RuntimeError) as error:
+        raise AdapterkitError(f"cannot resolve ({error})", path=inner, cure="Check the path") from error
+    return inner == outer or (outer.is_dir() and outer in inner.parents)

@@ -1,0 +1,252 @@
+"""The arithmetic of a merge: one block of one stored tensor, float64 in the middle, one rounding at the end.
+
+Every adapter is read against the base it was trained on: W' = W + sum_i weight_i * (f_i(W) - W), whatever their order.
+float64 makes each element of a 16-bit output the nearest number to the exact result, also where W and the change
+nearly cancel, which float32 does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import Malformed
+from ..tensors.lazy import as_torch
+from ..updates import Additive, Update
+from .planning import BLOCK_ELEMENTS, Output
+
+if TYPE_CHECKING:
+    from .folds import Fold
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Stored rows `start` to `stop` of a tensor of `rows`, or of one expert's slice of it; offsets count elements."""
+
+    expert: int | None
+    start: int
+    stop: int
+    rows: int
+    width: int
+
+    @property
+    def first(self) -> int:
+        return ((self.expert or 0) * self.rows + self.start) * self.width
+
+    @property
+    def elements(self) -> int:
+        return (self.stop - self.start) * self.width
+
+    @property
+    def whole(self) -> bool:
+        return self.start == 0 and self.stop == self.rows
+
+
+def blocks(output: Output) -> list[Block]:
+    """The blocks of an output tensor in file order; their cut depends on the tensor alone."""
+    shape = output.shape or (1,)
+    stacked = any(fold.target.stacked for fold in output.folds)
+    experts = range(shape[0]) if stacked else (None,)
+    rows, *rest = shape[1:] if stacked else shape
+    width = math.prod(rest)
+    cut = all(fold.blockable for fold in output.folds)
+    step = max(1, BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
+    return [
+        Block(expert, start, min(start + step, rows), rows, width)
+        for expert in experts
+        for start in range(0, rows, step)
+        if width
+    ]
+
+
+class Folder:
+    """Folds ready to be applied to the blocks of one output tensor: their factors loaded once, in float64.
+
+    Raises:
+        Malformed: a factor holds a NaN or an infinity.
+    """
+
+    def __init__(self, output: Output, device: torch.device) -> None:
+        self.output = output
+        self.device = device
+        self.folds = [(fold, [_load(update, fold, device) for update in fold.updates]) for fold in output.folds]
+        self.stored = getattr(torch, output.source.dtype.torch)
+        self.dtype = getattr(torch, output.dtype.torch)
+        self._work: Tensor | None = None
+
+    @cached_property
+    def watched(self) -> bool:
+        """Whether a result could be NaN or infinite although base and factors are finite."""
+        return (self.output.dtype.itemsize < 4 and self.output.dtype.name != "BF16") or any(
+            not fold.additive for fold, _ in self.folds
+        )
+
+    def norms(self) -> dict[int, float]:
+        """Squared norms of the changes that need no look at the base, by fold."""
+        return {
+            position: (fold.weight * _norm(updates, fold)) ** 2
+            for position, (fold, updates) in enumerate(self.folds)
+            if fold.additive and not fold.bias
+        }
+
+    def compute(self, raw: Tensor, out: Tensor, block: Block) -> dict[int, float]:
+        """Computes one block from the base's values `raw` into `out`, both flat; returns squared norms by fold.
+
+        Raises:
+            Malformed: the result does not fit the output's dtype, or is NaN.
+        """
+        if not self.folds:
+            out.copy_(raw)
+            return {}
+        work = self._image(raw, block)
+        norms = self._fold(work, block)
+        out.copy_(work.reshape(-1))
+        if self.watched and not _finite(out) and _finite(raw):
+            raise Malformed(
+                f"merging gives values that {self.output.dtype} cannot hold", where=self.output.name,
+                cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
+            )  # fmt: skip
+        return norms
+
+    def _image(self, raw: Tensor, block: Block) -> Tensor:
+        """The block in float64, as `[rows, *rest]`, in memory that is used again for the next one."""
+        if self._work is None or self._work.numel() < block.elements:
+            self._work = torch.empty(block.elements, dtype=torch.float64, device=self.device)
+        work = self._work[: block.elements]
+        work.copy_(raw)
+        rest = self.output.shape[1 + (block.expert is not None) :]
+        return work.view(block.stop - block.start, *rest)
+
+    def _fold(self, work: Tensor, block: Block) -> dict[int, float]:
+        norms: dict[int, float] = {}
+        original = work.clone() if self._needs_original else work
+        untouched = True
+        for position in self._order:
+            fold, updates = self.folds[position]
+            part = _part(fold, block)
+            if part is None:
+                continue
+            view, W = (_view(t, fold, part, block) for t in (work, original))
+            cut = [_cut(update, fold, block, part) for update in updates]
+            if fold.additive and not fold.bias:
+                _add(cut, view, fold.weight)
+            else:
+                norms[position] = _mix(_through(cut, W, fold.bias), W, view, fold.weight, replace=untouched)
+            untouched = False
+        return norms
+
+    @cached_property
+    def _order(self) -> list[int]:
+        """What is not a plain sum comes first: with weight 1 it is then taken as it is, without a difference."""
+        return sorted(range(len(self.folds)), key=lambda position: self.folds[position][0].additive)
+
+    @cached_property
+    def _needs_original(self) -> bool:
+        return sum(not fold.additive or fold.bias for fold, _ in self.folds) > 1
+
+
+def _add(updates: list[Update], view: Tensor, weight: float) -> None:
+    for update in updates:
+        assert isinstance(update, Additive)
+        update.add_to(view, weight)
+
+
+def _mix(new: Tensor, W: Tensor, view: Tensor, weight: float, *, replace: bool) -> float:
+    """Moves `view` by `weight` of the way from W to `new`; returns the squared norm of the move."""
+    change = new - W
+    norm = weight**2 * float(change.square().sum())
+    if replace and weight == 1:
+        view.copy_(new)
+    else:
+        view.add_(change, alpha=weight)
+    return norm
+
+
+def _through(updates: list[Update], W: Tensor, bias: bool) -> Tensor:
+    for update in updates:
+        W = update.new_bias(W) if bias else update.new_weight(W)
+    return W
+
+
+def _load(update: Update, fold: Fold, device: torch.device) -> Update:
+    for name, leaf in update.tensors.items():
+        if not _finite(as_torch(leaf, device)):
+            raise Malformed(
+                "holds a NaN or an infinity", where=f"{fold.target}: {update.method}.{name}",
+                cure="The training diverged, or the file is damaged; use an earlier checkpoint",
+            )  # fmt: skip
+    return update.map(lambda leaf: as_torch(leaf, device, torch.float64))
+
+
+def _finite(value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return True
+    return bool(torch.isfinite(value.float() if value.itemsize == 1 else value).all())
+
+
+def _norm(updates: list[Update], fold: Fold) -> float:
+    shape = _logical(fold)
+    experts = range(fold.shape[0]) if fold.target.stacked else (None,)
+    squares = 0.0
+    for expert in experts:
+        parts = [u if expert is None else u.expert(expert) for u in updates]
+        if len(parts) == 1 and isinstance(parts[0], Additive):
+            squares += parts[0].delta_norm(shape) ** 2
+        else:
+            total = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
+            squares += float(torch.as_tensor(total).square().sum())
+    return math.sqrt(squares)
+
+
+def _logical(fold: Fold) -> tuple[int, ...]:
+    """The shape of one weight as the updates see it."""
+    first, second, *rest = fold.shape[1:] if fold.target.stacked else (*fold.shape, 1)[: max(2, len(fold.shape))]
+    shape = (second, first, *rest) if fold.axis == "in" else (first, second, *rest)
+    return shape if fold.target.rows is None else (fold.target.rows[1] - fold.target.rows[0], *shape[1:])
+
+
+def _part(fold: Fold, block: Block) -> tuple[int, int] | None:
+    """The stored rows of the block that the fold touches; None where it touches none."""
+    if fold.target.rows is None or fold.axis == "in":
+        return block.start, block.stop
+    start, stop = max(block.start, fold.target.rows[0]), min(block.stop, fold.target.rows[1])
+    return (start, stop) if start < stop else None
+
+
+def _view(work: Tensor, fold: Fold, part: tuple[int, int], block: Block) -> Tensor:
+    """The touched part of a block as the updates see it: `[out, in, *k]`."""
+    if fold.bias:
+        return work
+    work = work[part[0] - block.start : part[1] - block.start]
+    if fold.axis == "out":
+        return work
+    view = work.transpose(0, 1)
+    return view if fold.target.rows is None else view[fold.target.rows[0] : fold.target.rows[1]]
+
+
+def _cut(update: Update, fold: Fold, block: Block, part: tuple[int, int]) -> Update:
+    """The update for the touched part of a block."""
+    if block.expert is not None:
+        update = update.expert(block.expert)
+    if block.whole or fold.bias:
+        return update
+    offset = fold.target.rows[0] if fold.target.rows is not None and fold.axis == "out" else 0
+    return update.block(fold.axis, part[0] - offset, part[1] - offset)
+
+
+def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Block]]:
+    """Consecutive blocks in runs of about `nbytes`: what one worker takes at a time."""
+    run: list[Block] = []
+    for block in blocks_:
+        run.append(block)
+        if sum(b.elements for b in run) * itemsize >= nbytes:
+            yield run
+            run = []
+    if run:
+        yield run

@@ -1,0 +1,74 @@
+"""Copying runs of bytes between files, by the kernel where it can."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import BinaryIO
+
+CHUNK = 32 << 20
+_NOT_HERE = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM}
+
+
+def copy_range(
+    source: BinaryIO, target: BinaryIO, start: int, at: int, nbytes: int, moved: Callable[[int], None]
+) -> None:
+    """Copies `nbytes` from `start` of one open file to `at` of another; shares blocks where the file system can.
+
+    Raises:
+        EOFError: the source ends early.
+        OSError: reading or writing failed.
+    """
+    done = _by_kernel(source, target, start, at, nbytes, moved)
+    buffer = memoryview(bytearray(min(CHUNK, nbytes - done)))
+    while done < nbytes:
+        source.seek(start + done)
+        count = source.readinto(buffer[: nbytes - done])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        target.seek(at + done)
+        write_all(target, buffer[:count])
+        done += count
+        moved(count)
+
+
+def write_all(file: BinaryIO, data: memoryview) -> None:
+    """Writes every byte to an unbuffered file."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def read_all(file: BinaryIO, data: memoryview) -> None:
+    """Fills `data` from an unbuffered file.
+
+    Raises:
+        EOFError: the file ends early.
+    """
+    while data:
+        count = file.readinto(data)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        data = data[count:]
+
+
+def _by_kernel(
+    source: BinaryIO, target: BinaryIO, start: int, at: int, nbytes: int, moved: Callable[[int], None]
+) -> int:
+    """How many bytes the kernel copied: all, or as many as it would before it declined."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    done = 0
+    while done < nbytes:
+        size = min(CHUNK, nbytes - done)
+        try:
+            count = os.copy_file_range(source.fileno(), target.fileno(), size, start + done, at + done)
+        except OSError as error:
+            if error.errno in _NOT_HERE:
+                return done
+            raise
+        if not count:
+            return done
+        done += count
+        moved(count)
+    return done

@@ -1,0 +1,307 @@
+"""Carrying out a plan: workers read, compute and write at the same time; files are finished beside them.
+
+Nothing a worker holds grows with the model: a block in, its float64 image, a block out.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from ..errors import AdapterkitError, StorageError, storage_error
+from .compute import Block, Folder, blocks, runs
+from .copying import copy_range, read_all, write_all
+from .planning import Output, OutputFile, Plan
+from .stage import Norms, Stage
+
+RUN = 32 << 20
+"""Output bytes that a worker takes at a time."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A run of bytes of one output file: blocks to compute of `output`, or `nbytes` to copy from `source`."""
+
+    file: OpenFile
+    offset: int
+    nbytes: int
+    source: tuple[str, int]
+    output: Output | None = None
+    blocks: tuple[Block, ...] = ()
+    order: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class OpenFile:
+    """An output file being written: how many jobs are left, and the norms found so far by output, fold and job."""
+
+    plan: OutputFile
+    path: Path
+    left: int = 0
+    norms: dict[str, list[tuple[int, dict[int, float]]]] = field(default_factory=lambda: defaultdict(list))
+
+
+def execute(plan: Plan, stage: Stage, device: str, progress: Progress | None) -> dict[str, Norms]:
+    """Writes every weight file that is not finished yet into the stage; returns the norms by file.
+
+    Raises:
+        AdapterkitError: the first fault of any worker; the others stop.
+    """
+    pending = [file for file in plan.files if not stage.finished(file.name)]
+    crew = _Crew(stage, torch.device(device), plan.bytes - sum(file.size for file in pending), plan.bytes)
+    crew.run(pending, progress)
+    return {file.name: stage.norms_of(file.name) for file in plan.files}
+
+
+class _Crew:
+    """Workers on a queue of jobs, and one finisher that makes whole files durable."""
+
+    def __init__(self, stage: Stage, device: torch.device, done: int, total: int) -> None:
+        self.stage, self.device, self.done, self.total = stage, device, done, total
+        self.jobs: queue.Queue[Job | None] = queue.Queue(64)
+        self.written: queue.Queue[OpenFile | None] = queue.Queue()
+        self.lock = threading.Lock()
+        self.failure: BaseException | None = None
+
+    def run(self, pending: list[OutputFile], progress: Progress | None) -> None:
+        threads = torch.get_num_threads()
+        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(_workers(self.device))]
+        finisher = threading.Thread(target=self._finish, daemon=True)
+        for thread in (*workers, finisher):
+            thread.start()
+        try:
+            self._feed(pending, workers, progress)
+        except BaseException as error:
+            self.failure = self.failure or error
+            raise
+        finally:
+            _join(workers, None)
+            self.written.put(None)
+            _join([finisher], None)
+            torch.set_num_threads(threads)
+        if self.failure is not None:
+            raise self.failure
+        if progress is not None:
+            progress(self.done, self.total)
+
+    def _feed(self, pending: list[OutputFile], workers: list[threading.Thread], progress: Progress | None) -> None:
+        for planned in pending:
+            file = OpenFile(planned, self.stage.parts / planned.name)
+            _create(file.path, planned)
+            jobs = _jobs(file)
+            file.left = len(jobs)
+            if not jobs:
+                self.written.put(file)
+            for job in jobs:
+                self._put(job, progress)
+        for _ in workers:
+            self._put(None, progress)
+        while any(worker.is_alive() for worker in workers):
+            _join(workers, 0.1)
+            self._report(progress)
+
+    def _put(self, job: Job | None, progress: Progress | None) -> None:
+        while self.failure is None:
+            try:
+                return self.jobs.put(job, timeout=0.1)
+            except queue.Full:
+                self._report(progress)
+        return None
+
+    def _report(self, progress: Progress | None) -> None:
+        if progress is not None:
+            progress(self.done, self.total)
+
+    def _work(self) -> None:
+        hands = _Hands(self.device, self._moved)
+        try:
+            while self.failure is None:
+                try:
+                    job = self.jobs.get(timeout=0.1)
+                except queue.Empty:
+                    continue
+                if job is None:
+                    return
+                self._done(job, hands.do(job))
+        except BaseException as error:
+            self.failure = self.failure or error
+        finally:
+            hands.close()
+
+    def _done(self, job: Job, norms: dict[int, float]) -> None:
+        with self.lock:
+            if job.output is not None and norms:
+                job.file.norms[job.output.name].append((job.order, norms))
+            job.file.left -= 1
+            last = job.file.left == 0
+        if last:
+            self.written.put(job.file)
+
+    def _finish(self) -> None:
+        while (file := self.written.get()) is not None:
+            try:
+                if self.failure is None:
+                    self.stage.finish(file.plan.name, _norms(file))
+            except BaseException as error:
+                self.failure = self.failure or error
+
+    def _moved(self, nbytes: int) -> None:
+        with self.lock:
+            self.done += nbytes
+
+
+class _Hands:
+    """What one worker holds: open files and two buffers that are used again for every block."""
+
+    def __init__(self, device: torch.device, moved: Callable[[int], None]) -> None:
+        self.device, self.moved = device, moved
+        self.files: dict[tuple[str, str], BinaryIO] = {}
+        self.raw = self.out = torch.empty(0, dtype=torch.uint8)
+        torch.set_num_threads(1)
+
+    def do(self, job: Job) -> dict[int, float]:
+        """Does one job; returns the squared norms it found, by fold."""
+        target = self._open(str(job.file.path), "r+b")
+        try:
+            if job.output is None:
+                source = self._open(job.source[0], "rb")
+                copy_range(source, target, job.source[1], job.offset, job.nbytes, self.moved)
+                return {}
+            return self._compute(job.output, job, target)
+        except EOFError:
+            raise StorageError("the file ends before its last tensor", path=job.source[0], cure=_CHANGED) from None
+        except OSError as error:
+            raise storage_error(error, error.filename or job.file.path) from error
+        except AdapterkitError as error:
+            raise error.at(where=job.output.name if job.output else None) from error.__cause__
+
+    def _compute(self, output: Output, job: Job, target: BinaryIO) -> dict[int, float]:
+        folder = Folder(output, self.device)
+        norms = folder.norms() if job.order == 0 else {}
+        for block in job.blocks:
+            raw = self._read(output, block)
+            data = self._room("out", block.elements * output.dtype.itemsize)
+            out = data.view(folder.dtype)
+            for fold, square in self._fold(folder, raw, out, block).items():
+                norms[fold] = norms.get(fold, 0.0) + square
+            target.seek(output.offset + block.first * output.dtype.itemsize)
+            write_all(target, _bytes(data))
+            self.moved(len(data))
+        return norms
+
+    def _fold(self, folder: Folder, raw: torch.Tensor, out: torch.Tensor, block: Block) -> dict[int, float]:
+        if self.device.type == "cpu":
+            return folder.compute(raw, out, block)
+        there = torch.empty(out.shape, dtype=out.dtype, device=self.device)
+        norms = folder.compute(raw.to(self.device), there, block)
+        out.copy_(there)
+        return norms
+
+    def _read(self, output: Output, block: Block) -> torch.Tensor:
+        size = output.source.dtype.itemsize
+        data = self._room("raw", block.elements * size)
+        span = output.source.span
+        if span is None:
+            whole = output.source.torch().reshape(-1)
+            return whole[block.first : block.first + block.elements]
+        file = self._open(span.path, "rb")
+        file.seek(span.offset + block.first * size)
+        read_all(file, _bytes(data))
+        return data.view(getattr(torch, output.source.dtype.torch))
+
+    def _room(self, which: str, nbytes: int) -> torch.Tensor:
+        held: torch.Tensor = getattr(self, which)
+        if held.numel() < nbytes:
+            held = torch.empty(nbytes, dtype=torch.uint8)
+            setattr(self, which, held)
+        return held[:nbytes]
+
+    def _open(self, path: str, mode: str) -> BinaryIO:
+        if (path, mode) not in self.files:
+            self.files[path, mode] = open(path, mode, buffering=0)  # type: ignore[assignment]  # noqa: SIM115
+        return self.files[path, mode]
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+def _bytes(data: torch.Tensor) -> memoryview:
+    return memoryview(data.numpy())  # type: ignore[arg-type]  # numpy's stubs for Python 3.11 lack the buffer protocol
+
+
+def _create(path: Path, planned: OutputFile) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(planned.header)
+        file.truncate(planned.size)
+
+
+def _jobs(file: OpenFile) -> list[Job]:
+    jobs: list[Job] = []
+    for output in file.plan.outputs:
+        if output.copied and output.source.span is not None:
+            _extend(jobs, file, output)
+            continue
+        where = "" if output.source.span is None else output.source.span.path
+        for order, run in enumerate(runs(blocks(output), RUN, output.dtype.itemsize)):
+            jobs.append(Job(file, output.offset, 0, (where, 0), output, tuple(run), order))
+    return [piece for job in jobs for piece in _pieces(job)]
+
+
+def _extend(jobs: list[Job], file: OpenFile, output: Output) -> None:
+    """Adds a tensor that is copied: to the copy before it, where the bytes lie on in both files, or as a new one."""
+    span = output.source.span
+    assert span is not None
+    last = jobs[-1] if jobs and jobs[-1].output is None else None
+    if last is not None and last.offset + last.nbytes == output.offset:
+        path, start = last.source
+        if path == span.path and start + last.nbytes == span.offset:
+            last.nbytes += output.nbytes
+            return
+    jobs.append(Job(file, output.offset, output.nbytes, (span.path, span.offset)))
+
+
+def _pieces(job: Job) -> list[Job]:
+    if job.output is not None or job.nbytes <= RUN:
+        return [job]
+    path, start = job.source
+    return [
+        Job(job.file, job.offset + at, min(RUN, job.nbytes - at), (path, start + at))
+        for at in range(0, job.nbytes, RUN)
+    ]
+
+
+def _norms(file: OpenFile) -> Norms:
+    """Norm by output and fold, summed in the order of the jobs so that it does not depend on which ended first."""
+    found: Norms = {}
+    for output in file.plan.outputs:
+        squares = [0.0] * len(output.folds)
+        for _, norms in sorted(file.norms.get(output.name, ()), key=lambda pair: pair[0]):
+            for fold, square in norms.items():
+                squares[fold] += square
+        if output.folds:
+            found[output.name] = [square**0.5 for square in squares]
+    return found
+
+
+def _workers(device: torch.device) -> int:
+    return max(2, min(os.cpu_count() or 2, 16)) if device.type == "cpu" else 3
+
+
+def _join(threads: list[threading.Thread], timeout: float | None) -> None:
+    for thread in threads:
+        thread.join(timeout)
+
+
+_CHANGED = "It changed while being read; run the merge again"

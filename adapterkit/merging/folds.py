@@ -1,0 +1,124 @@
+"""Folds: what each adapter does to each stored tensor of a base; and the choice that tied weights ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..binding import Site, bind
+from ..errors import AdapterkitError, NotMergeable, UsageError
+from ..names.ties import find_tie
+from ..updates import Additive, Update
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter, Target
+    from ..tensors.checkpoint import Checkpoint
+    from .planning import Source
+
+TIED = ("merge", "untie")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fold:
+    """What one adapter does to one stored tensor.
+
+    Attributes:
+        target: where and in which layout.
+        updates: the updates to apply, in order.
+        weight: how much of the change is taken.
+        source: position of the adapter in the merge.
+        bias: the stored tensor is the target's bias, not its weight.
+    """
+
+    target: Target
+    updates: tuple[Update, ...]
+    weight: float
+    source: int
+    bias: bool
+    shape: tuple[int, ...]
+
+    @property
+    def additive(self) -> bool:
+        return all(isinstance(update, Additive) for update in self.updates)
+
+    @property
+    def axis(self) -> str:
+        """The axis of the update's view that runs along the stored tensor's rows."""
+        return "in" if self.target.layout.removeprefix("e ").startswith("in") else "out"
+
+    @property
+    def blockable(self) -> bool:
+        """Whether a block of stored rows can be computed without the others."""
+        return not self.bias and all(self.axis in update.blocks for update in self.updates)
+
+
+def folds_by_tensor(
+    base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]], tied: str | None, allow_partial: bool
+) -> tuple[tuple[Source, ...], dict[str, tuple[Fold, ...]], dict[str, str], dict[str, Any]]:
+    """Binds the adapters and sorts their updates by stored tensor.
+
+    Returns:
+        the bound sources; output name -> folds; output name -> stored name it is made from; changes to the config.
+    """
+    from .planning import Source
+
+    if tied is not None and tied not in TIED:
+        raise UsageError(f"unknown choice {tied!r} for tied weights", cure=f"Known: {', '.join(TIED)}")
+    tie = find_tie(base.tensors, base.config)
+    aliases = {} if tie is None else {tie[0]: tie[1]}
+    sources, folds = [], dict[str, list[Fold]]()
+    for position, (name, adapter, weight) in enumerate(adapters):
+        bound = bind(adapter, base, partial=allow_partial, aliases=aliases)
+        sources.append(Source(name, bound.adapter, weight, adapter.digest(), bound.missing, bound.renamed))
+        for site in bound.sites:
+            for stored, fold in _folds(site, weight, position, base, aliases):
+                folds.setdefault(stored, []).append(fold)
+    names = {name: name for name in base.tensors}
+    changes = {} if tie is None else _settle_tie(tie, folds, names, tied)
+    return tuple(sources), {name: tuple(found) for name, found in folds.items()}, names, changes
+
+
+def _folds(
+    site: Site, weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
+) -> list[tuple[str, Fold]]:
+    found = []
+    for update in site.updates:
+        if update.kind not in ("additive", "weight"):
+            raise NotMergeable(
+                f"{update.method} changes {update.acts_on}, not weights", where=str(site.target),
+                cure="Inject it into a live model instead",
+            )  # fmt: skip
+    for stored, bias in ((site.weight, False), (site.bias, True)):
+        updates = tuple(u for u in site.updates if (u.changes_bias if bias else u.changes_weight))
+        if stored is not None and updates:
+            shape = base.tensors[aliases.get(stored, stored)].shape
+            found.append((stored, Fold(site.target, updates, weight, position, bias, shape)))
+    return found
+
+
+def _settle_tie(
+    tie: tuple[str, str], folds: dict[str, list[Fold]], names: dict[str, str], tied: str | None
+) -> dict[str, Any]:
+    head, embedding = tie
+    touched = [name for name in tie if name in folds]
+    if not touched:
+        return {}
+    if tied is None:
+        raise UsageError(
+            f"the base ties {head} to {embedding}: one tensor, and the adapter changes {' and '.join(touched)}",
+            where=touched[0],
+            cure="Choose --tied untie (write the head apart; each gets its own change, as in training) or "
+            "--tied merge (fold every change into the one shared tensor, which changes both)",
+        )
+    if tied == "untie":
+        names[head] = embedding
+        return {"tie_word_embeddings": False}
+    both = [*folds.get(embedding, []), *folds.pop(head, [])]
+    if len(touched) == 2 and not all(fold.additive for fold in both):
+        raise AdapterkitError(
+            f"{head} and {embedding} are changed in ways that cannot share one tensor", where=head,
+            cure="Choose --tied untie",
+        )  # fmt: skip
+    folds[embedding] = both
+    return {}

@@ -1,0 +1,286 @@
+"""The plan of a merge: a value, made from headers alone, that says what every byte of the output will be.
+
+Output files hold output tensors in order. A tensor is a stored tensor of the base, possibly with folds: what one
+adapter does to it. Everything without folds, and of the same dtype, is copied as bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..adapter import Adapter, Target
+from ..errors import Unsupported, UsageError
+from ..tensors.checkpoint import INDEX, SINGLE, Checkpoint
+from ..tensors.dtypes import BY_TORCH, DTYPES, DType
+from ..tensors.lazy import Lazy, Shape
+from ..tensors.safetensors import encode_header
+from .folds import Fold, folds_by_tensor
+
+BLOCK_ELEMENTS = 1 << 19
+"""Elements computed at a time: small enough that the float64 block stays in a core's cache."""
+
+REPORT = "adapterkit_merge.json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """One tensor of the output: `offset` is where its data begins in its file."""
+
+    name: str
+    dtype: DType
+    shape: Shape
+    offset: int
+    source: Lazy
+    folds: tuple[Fold, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def copied(self) -> bool:
+        """Whether its bytes are the base's."""
+        return not self.folds and self.dtype == self.source.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputFile:
+    """One weight file of the output."""
+
+    name: str
+    header: bytes
+    outputs: tuple[Output, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(output.nbytes for output in self.outputs)
+
+    @property
+    def computed(self) -> int:
+        """Bytes that are computed rather than copied."""
+        return sum(output.nbytes for output in self.outputs if not output.copied)
+
+    def record(self) -> dict[str, Any]:
+        targets = sum(bool(output.folds) for output in self.outputs)
+        copied = self.size - self.computed
+        return {
+            "name": self.name, "bytes": self.size, "copied_bytes": copied, "computed_bytes": self.computed,
+            "tensors": len(self.outputs), "targets": targets,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """One adapter of a merge, bound to the base."""
+
+    name: str
+    adapter: Adapter
+    weight: float
+    digest: str
+    missing: tuple[Target, ...]
+    renamed: tuple[str, str] | None
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "digest": self.digest, "weight": self.weight, "targets": len(self.adapter.updates),
+            "missing": [str(target) for target in self.missing],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What a merge will do.
+
+    Attributes:
+        base: the open base.
+        sources: the adapters.
+        files: the weight files of the output.
+        tied: `merge` or `untie` where the base ties its head to its embedding and that was chosen.
+        config_changes: keys of `config.json` that the output changes.
+        dtype: the dtype all floating tensors are cast to, if any.
+    """
+
+    base: Checkpoint
+    sources: tuple[Source, ...]
+    files: tuple[OutputFile, ...]
+    tied: str | None
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    dtype: DType | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def targets(self) -> int:
+        return sum(bool(output.folds) for output in self.outputs())
+
+    def outputs(self) -> Iterator[Output]:
+        """All output tensors, file by file."""
+        return (output for file in self.files for output in file.outputs)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what decides the output: inputs by size, time and content, options, and the version of the code."""
+        stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.base.files]
+        headers = [hashlib.sha256(file.header).hexdigest() for file in self.files]
+        head = [__version__, stamps, headers, [file.name for file in self.files], self.tied, dict(self.config_changes)]
+        text = json.dumps([*head, [source.record() for source in self.sources]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of the largest block and its float64 image, a worker: what a merge holds beyond the imports."""
+        return max((_block_bytes(output) for output in self.outputs() if not output.copied), default=0)
+
+    def lineage(self) -> dict[str, Any]:
+        """What the output's own record says: no paths, no times, so that equal merges write equal bytes."""
+        return {
+            "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
+            "dtype": self.dtype and self.dtype.name, "tied": self.tied,
+        }  # fmt: skip
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "base": str(self.base.root), "digest": self.digest, "bytes": self.bytes, "targets": self.targets,
+            "peak_memory": self.peak_memory, "files": [file.record() for file in self.files], **self.lineage(),
+        }  # fmt: skip
+
+
+def make_plan(
+    base: Checkpoint,
+    adapters: Sequence[tuple[str, Adapter, float]],
+    *,
+    dtype: str | None = None,
+    shard_size: int | None = None,
+    tied: str | None = None,
+    allow_partial: bool = False,
+) -> Plan:
+    """Plans the merge of named, weighted adapters into a base; reads headers, and the adapters once for their digests.
+
+    Raises:
+        TargetNotFound, ShapeMismatch: an adapter does not fit the base.
+        NotMergeable: an update's law is not one of weights.
+        UsageError: a tied weight is touched and `tied` does not say what to do; options that make no sense.
+        Unsupported: a targeted weight is not of a floating dtype.
+    """
+    cast = _dtype(dtype)
+    sources, folds, names, changes = folds_by_tensor(base, adapters, tied, allow_partial)
+    tensors = {name: base.tensors[stored] for name, stored in names.items()}
+    for name in folds:
+        _check_floating(name, tensors[name], base)
+    if cast is not None and base.config is not None:
+        key = "dtype" if "dtype" in base.config else "torch_dtype"
+        changes[key] = cast.torch
+    files = tuple(_files(base, tensors, folds, cast, shard_size))
+    return Plan(base, sources, files, tied, changes, cast)
+
+
+def index_of(plan: Plan) -> bytes | None:
+    """The index file of a sharded output; the base's own bytes where it still holds true."""
+    if len(plan.files) == 1 and plan.base.index is None:
+        return None
+    weight_map = {output.name: file.name for file in plan.files for output in file.outputs}
+    total = sum(output.nbytes for output in plan.outputs())
+    old = plan.base.index or {}
+    if old.get("weight_map") == weight_map and (old.get("metadata") or {}).get("total_size") == total:
+        return (plan.base.folder / INDEX).read_bytes()
+    index = {**old, "metadata": {**(old.get("metadata") or {}), "total_size": total}, "weight_map": weight_map}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _files(
+    base: Checkpoint, tensors: Mapping[str, Lazy], folds: Mapping[str, tuple[Fold, ...]], cast: DType | None,
+    shard_size: int | None,
+) -> Iterator[OutputFile]:  # fmt: skip
+    for name, members, metadata in _grouping(base, tensors, cast, shard_size):
+        kinds = {m: _output_dtype(tensors[m], cast) for m in members}
+        header = encode_header(((m, kinds[m], tensors[m].shape) for m in members), metadata)
+        offset, outputs = len(header), []
+        for member in members:
+            source = tensors[member]
+            outputs.append(Output(member, kinds[member], source.shape, offset, source, folds.get(member, ())))
+            offset += outputs[-1].nbytes
+        yield OutputFile(name, header, tuple(outputs))
+
+
+def _grouping(
+    base: Checkpoint, tensors: Mapping[str, Lazy], cast: DType | None, shard_size: int | None
+) -> Iterator[tuple[str, list[str], Mapping[str, str]]]:
+    """(file name, tensor names in order, metadata) of each output file: sharded as the base, unless a size is given."""
+    common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
+    if shard_size is None:
+        first = base.files[0]
+        homes = {name: base.home.get(name, first) for name in tensors}
+        for file in base.files:
+            yield _safetensors_name(file), [n for n in tensors if homes[n] == file], base.metadata.get(file) or common
+        return
+    shards = _split(tensors, cast, shard_size)
+    for number, members in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        yield name, members, common
+
+
+def _split(tensors: Mapping[str, Lazy], cast: DType | None, shard_size: int) -> list[list[str]]:
+    if shard_size <= 0:
+        raise UsageError(f"a shard size of {shard_size} bytes", cure="Give a positive size, e.g. 5GB")
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        nbytes = math.prod(tensor.shape) * _output_dtype(tensor, cast).itemsize
+        if shards[-1] and filled + nbytes > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes
+    return shards
+
+
+def _safetensors_name(file: Path) -> str:
+    if file.suffix == ".safetensors":
+        return file.name
+    return file.with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
+
+
+def _dtype(name: str | None) -> DType | None:
+    if name is None:
+        return None
+    found = DTYPES.get(name.upper()) or BY_TORCH.get(name.removeprefix("torch."))
+    if found is None or not found.floating or found.torch.startswith(("complex", "float8_e8")):
+        known = ", ".join(d.name for d in DTYPES.values() if d.floating)
+        raise UsageError(f"cannot cast weights to {name!r}", cure=f"Known: {known}")
+    return found
+
+
+def _output_dtype(tensor: Lazy, cast: DType | None) -> DType:
+    convertible = tensor.dtype.floating and not tensor.dtype.torch.startswith(("complex", "float8_e8"))
+    return cast if cast is not None and convertible else tensor.dtype
+
+
+def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
+    method = (base.config or {}).get("quantization_config")
+    if method is not None:
+        kind = method.get("quant_method", "of some kind") if isinstance(method, dict) else "of some kind"
+        raise Unsupported(
+            f"the base is quantized ({kind})", path=base.root, where=name,
+            cure="Merge into the 16-bit weights that it was quantized from",
+        )  # fmt: skip
+    if not tensor.dtype.floating:
+        raise Unsupported(
+            f"a weight of dtype {tensor.dtype} cannot take an update", path=base.root, where=name,
+            cure="Merge into the floating-point weights that it was made from",
+        )  # fmt: skip
+
+
+def _block_bytes(output: Output) -> int:
+    elements = math.prod(output.shape)
+    if all(fold.blockable for fold in output.folds):
+        elements = min(elements, max(BLOCK_ELEMENTS, elements // max(output.shape[0] if output.shape else 1, 1)))
+    return elements * (8 + output.dtype.itemsize + output.source.dtype.itemsize)

@@ -1,0 +1,158 @@
+"""From a plan to a finished output: weights, the base's other files, the output's own record, and the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AdapterkitError, StorageError, storage_error
+from ..tensors.atomic import write_bytes
+from ..tensors.checkpoint import INDEX, TORCH_INDEX
+from .planning import REPORT, Plan, index_of
+from .stage import Norms, Stage
+
+if TYPE_CHECKING:
+    from .execute import Progress
+
+WEIGHT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
+}  # fmt: skip
+"""Other forms of the base's weights: left out of the output, where they would be stale."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Report:
+    """What a merge did.
+
+    Attributes:
+        out: where the output is.
+        plan: what was carried out.
+        norms: Frobenius norm of each change, by tensor: one number an adapter that touches it.
+        resumed: names of files that an earlier, interrupted run had finished.
+        carried: the base's other files in the output.
+        left_out: files of the base that are not in the output, because they hold its weights in another form.
+        seconds: from the start of planning to the output being durable in place.
+    """
+
+    out: Path
+    plan: Plan
+    norms: Mapping[str, list[float]]
+    resumed: tuple[str, ...]
+    carried: tuple[str, ...]
+    left_out: tuple[str, ...]
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "out": str(self.out), "seconds": round(self.seconds, 3), "bytes": self.plan.bytes,
+            "targets": self.plan.targets, "files": [file.name for file in self.plan.files],
+            "resumed": list(self.resumed), "carried": list(self.carried), "left_out": list(self.left_out),
+            **self.plan.lineage(), "norms": dict(self.norms),
+        }  # fmt: skip
+
+
+def carry_out(plan: Plan, out: Path, device: str, progress: Progress | None, started: float) -> Report:
+    """Executes a plan into `out`; see `adapterkit.merge`."""
+    stage = Stage(out, plan.digest, single=out.suffix == ".safetensors" and not plan.base.root.is_dir())
+    try:
+        with stage.locked():
+            if stage.was_completed:
+                norms = json.loads((out / REPORT).read_text())["norms"] if out.is_dir() else {}
+                stage.discard()
+                names = tuple(file.name for file in plan.files)
+                return Report(out, plan, norms, names, (), (), time.perf_counter() - started)
+            resumed = tuple(file.name for file in plan.files if stage.finished(file.name))
+            _check_space(plan, out, resumed)
+            return _write(plan, stage, device, progress, started, resumed)
+    except (AdapterkitError, MemoryError) as error:
+        if not (isinstance(error, StorageError) and "another merge" in error.why):
+            stage.discard()
+        raise
+
+
+def _write(
+    plan: Plan, stage: Stage, device: str, progress: Progress | None, started: float, resumed: tuple[str, ...]
+) -> Report:
+    from .execute import execute
+
+    found = execute(plan, stage, _device(device), progress)
+    norms = {name: values for file in plan.files for name, values in found[file.name].items()}
+    carried: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    if plan.base.root.is_dir():
+        carried, left_out = _carry(plan, stage.out)
+        _write_records(plan, stage.out, norms)
+    stage.publish()
+    return Report(stage.target, plan, norms, resumed, carried, left_out, time.perf_counter() - started)
+
+
+def _carry(plan: Plan, out: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Copies the base's other files; returns the names copied and left out."""
+    carried, left_out = [], []
+    for file in sorted(_files(plan.base.root)):
+        name = file.relative_to(plan.base.root).as_posix()
+        if file in plan.base.files or name in (INDEX, TORCH_INDEX, REPORT):
+            continue
+        if file.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json"):
+            left_out.append(name)
+            continue
+        carried.append(name)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(file, out / name)
+        except OSError as error:
+            raise storage_error(error, file) from error
+    return tuple(carried), tuple(left_out)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files below a folder, hidden folders left out; links to files count, links to folders do not."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
+            yield from _files(entry)
+        elif entry.is_file():
+            yield entry
+
+
+def _write_records(plan: Plan, out: Path, norms: Norms) -> None:
+    if plan.config_changes and plan.base.config is not None:
+        config = {**plan.base.config, **plan.config_changes}
+        write_bytes(out / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    record = json.dumps({**plan.lineage(), "norms": norms}, indent=2, sort_keys=True)
+    write_bytes(out / REPORT, (record + "\n").encode())
+    index = index_of(plan)
+    if index is not None:
+        write_bytes(out / INDEX, index)
+
+
+def _check_space(plan: Plan, out: Path, resumed: tuple[str, ...]) -> None:
+    needed = sum(file.size for file in plan.files if file.name not in resumed)
+    try:
+        free = shutil.disk_usage(out.parent).free
+    except OSError as error:
+        raise storage_error(error, out.parent) from error
+    if needed > free:
+        raise StorageError(
+            f"needs {needed:,} bytes, {free:,} are free", path=out.parent, cure="Free some space or write elsewhere"
+        )
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        from ..errors import UsageError
+
+        raise UsageError(f"no device {name!r} ({first})", cure="Use auto, cpu or cuda:N") from None
+    return name

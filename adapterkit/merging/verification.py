@@ -1,0 +1,143 @@
+"""Verification: the merge computed again, block by block, and compared with what is on disk, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..tensors.lazy import Lazy, Span
+from ..tensors.safetensors import read_span
+from .planning import Output, Plan, make_plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..adapter import Adapter
+    from ..tensors.checkpoint import Checkpoint
+    from .execute import Progress
+
+PIECE = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One tensor that is not what the merge gives.
+
+    Attributes:
+        tensor: its name.
+        why: what is wrong with it.
+        elements: how many elements differ, where they could be compared.
+        largest: the largest difference of two elements.
+    """
+
+    tensor: str
+    why: str
+    elements: int = 0
+    largest: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        return {"tensor": self.tensor, "why": self.why, "elements": self.elements, "largest": self.largest}
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a verification compared and found."""
+
+    tensors: int
+    targets: int
+    differences: tuple[Difference, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+    def record(self) -> dict[str, Any]:
+        found = [difference.record() for difference in self.differences]
+        return {"ok": self.ok, "tensors": self.tensors, "targets": self.targets, "differences": found}
+
+
+def compare(
+    merged: Checkpoint,
+    base: Checkpoint,
+    adapters: Sequence[tuple[str, Adapter, float]],
+    allow_partial: bool,
+    progress: Progress | None,
+) -> Verification:
+    """Compares a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
+    plan = make_plan(base, adapters, tied=_tied(merged, base), allow_partial=allow_partial)
+    differences = [Difference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
+    done, total = 0, plan.bytes
+    for output in plan.outputs():
+        found = merged.tensors.get(output.name)
+        difference = Difference(output.name, "missing") if found is None else _compare(output, found)
+        if difference is not None:
+            differences.append(difference)
+        done += output.nbytes
+        if progress is not None:
+            progress(done, total)
+    return Verification(sum(1 for _ in plan.outputs()), plan.targets, tuple(differences))
+
+
+def _names(plan: Plan) -> set[str]:
+    return {output.name for output in plan.outputs()}
+
+
+def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
+    """How the merge must have treated a tie, read off the merged weights: an untied head is there by name."""
+    return "untie" if set(merged.tensors) - set(base.tensors) else "merge"
+
+
+def _compare(output: Output, found: Lazy) -> Difference | None:
+    if found.shape != output.shape:
+        return Difference(output.name, f"shape {list(found.shape)}, not {list(output.shape)}")
+    if found.dtype.floating != output.dtype.floating:
+        return Difference(output.name, f"dtype {found.dtype}, not {output.dtype}")
+    expected = replace(output, dtype=found.dtype)
+    return _compare_bytes(expected, found) if expected.copied else _compare_blocks(expected, found)
+
+
+def _compare_bytes(output: Output, found: Lazy) -> Difference | None:
+    one, other = output.source.span, found.span
+    if one is None or other is None:
+        same = bytes(output.source.fetch()) == bytes(found.fetch())
+        return None if same else Difference(output.name, "not the base's bytes")
+    for at in range(0, one.nbytes, PIECE):
+        size = min(PIECE, one.nbytes - at)
+        if read_span(Span(one.path, one.offset + at, size)) != read_span(Span(other.path, other.offset + at, size)):
+            return Difference(output.name, "not the base's bytes, and no adapter touches it")
+    return None
+
+
+def _compare_blocks(output: Output, found: Lazy) -> Difference | None:
+    import torch
+
+    from .compute import Folder, blocks
+
+    folder = Folder(output, torch.device("cpu"))
+    elements, largest = 0, 0.0
+    for block in blocks(output):
+        raw = _values(output.source, block.first, block.elements)
+        expected = torch.empty(block.elements, dtype=folder.dtype)
+        folder.compute(raw, expected, block)
+        there = _values(found, block.first, block.elements)
+        wrong = ~_equal_bits(expected, there)
+        if bool(wrong.any()):
+            elements += int(wrong.sum())
+            largest = max(largest, float((expected[wrong].double() - there[wrong].double()).abs().max()))
+    return Difference(output.name, "not what the merge gives", elements, largest) if elements else None
+
+
+def _values(tensor: Lazy, first: int, count: int) -> torch.Tensor:
+    size = tensor.dtype.itemsize
+    if tensor.span is None:
+        return tensor.torch().reshape(-1)[first : first + count]
+    span = Span(tensor.span.path, tensor.span.offset + first * size, count * size)
+    return Lazy((count,), tensor.dtype, lambda: read_span(span)).torch()
+
+
+def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
+    return a.view(width) == b.view(width)
