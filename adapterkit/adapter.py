@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .errors import AdapterkitError, ShapeMismatch, TargetNotFound, UsageError, nearest
-from .tensors.lazy import as_lazy, as_torch
+from .errors import AdapterkitError, Malformed, ShapeMismatch, TargetNotFound, UsageError, nearest
+from .tensors.lazy import Lazy, as_lazy, as_torch
 from .updates import Update
 
 if TYPE_CHECKING:
@@ -140,9 +140,22 @@ class Adapter:
         if not self.updates:
             raise UsageError("the adapter holds no updates", cure="It was saved before training, or key by key renamed")
         for target, updates in self.updates.items():
-            together: dict[str, Any] = {}
+            _check_target(target)
+            together = {} if target.rows is None else {"out": target.rows[1] - target.rows[0]}
             for update in updates:
                 _check_update(target, update, together)
+
+    def check_values(self) -> None:
+        """Reads every tensor, one at a time, and checks what shapes do not show: NaN, infinities, indices.
+
+        Raises:
+            Malformed: the first fault, with target, field and position.
+        """
+        for target, update in self:
+            try:
+                update.check_values()
+            except AdapterkitError as error:
+                raise _placed(error, target, update).at(path=_source(update)) from None
 
     def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
         """The entries at a dotted path.
@@ -160,10 +173,10 @@ class Adapter:
         digest = hashlib.sha256()
         for target, update in sorted(self, key=lambda pair: str(pair[0])):
             head = [target.path, target.layout, target.rows, update.method, update.version, update.attributes]
-            digest.update(json.dumps(head, sort_keys=True).encode())
+            digest.update(canonical(head).encode())
             for name, leaf in update.tensors.items():
                 tensor = as_lazy(leaf)
-                digest.update(json.dumps([name, tensor.dtype.name, tensor.shape]).encode())
+                digest.update(canonical([name, tensor.dtype.name, tensor.shape]).encode())
                 digest.update(tensor.fetch())
         return digest.hexdigest()
 
@@ -198,15 +211,48 @@ class Adapter:
         return delta(self, path, base)
 
 
+def canonical(value: Any) -> str:
+    """Canonical JSON: keys sorted, no spaces, no escapes beyond JSON's own, no NaN or infinity."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _check_target(target: Target) -> None:
+    if not target.path:
+        raise Malformed("a target without a path", where="path", cure=_REWRITE)
+    if target.layout not in LAYOUTS:
+        known = f"Known: {', '.join(LAYOUTS)}"
+        raise Malformed(f"unknown layout {target.layout!r}", where=f"{target}: layout", cure=known)
+    if target.rows is not None and not 0 <= target.rows[0] < target.rows[1]:
+        raise Malformed("rows are not a start before a stop", where=f"{target}: rows", cure=_REWRITE)
+
+
 def _check_update(target: Target, update: Update, together: dict[str, Any]) -> None:
     try:
-        if target.layout not in LAYOUTS:
-            raise AdapterkitError(f"unknown layout {target.layout!r}", cure=f"Known: {', '.join(LAYOUTS)}")
         dims = update.dims(target.stacked)
         update.check()
-        for axis in ("out", "in", "e"):
-            if axis in dims and together.setdefault(axis, dims[axis]) != dims[axis]:
-                raise ShapeMismatch(f"{axis}={dims[axis]} here, {axis}={together[axis]} in the update before it")
+        for axis, size in _shared(dims).items():
+            if together.setdefault(axis, size) != size:
+                why = f"{axis}={size} here, {axis}={together[axis]} in its target's rows or the update before it"
+                raise ShapeMismatch(why, cure=_REWRITE)
     except AdapterkitError as error:
-        error.where = f"{target}: {update.method}" + (f".{error.where}" if error.where else "")
-        raise
+        raise _placed(error, target, update) from None
+
+
+def _shared(dims: Mapping[str, Any]) -> dict[str, Any]:
+    """The axes on which all updates of a target agree; `rest` begins with the axis that others call `in`."""
+    inputs = {"in": dims["rest"][0]} if dims.get("rest") else {}
+    return {axis: dims[axis] for axis in ("out", "in", "e") if axis in dims} | inputs
+
+
+def _placed(error: AdapterkitError, target: Target, update: Update) -> AdapterkitError:
+    error.where = f"{target}: {update.method}" + (f".{error.where}" if error.where else "")
+    return error
+
+
+def _source(update: Update) -> str | None:
+    """The file that an update's tensors lie in, where they are not loaded."""
+    spans = (leaf.span for leaf in update.tensors.values() if isinstance(leaf, Lazy))
+    return next((span.path for span in spans if span), None)
+
+
+_REWRITE = "Write the adapter again with the tool that made it"

@@ -78,8 +78,10 @@ def bind(
     sites = _with_layouts(placed, shapes, base.config)
     for site in sites:
         _check_site(site, shapes)
-    bound = adapter.replace(updates={site.target: site.updates for site in sites})
-    return Binding(bound, tuple(sites), tuple(missing), renamed)
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for site in sites:
+        updates[site.target] = (*updates.get(site.target, ()), *site.updates)
+    return Binding(adapter.replace(updates=updates), tuple(sites), tuple(missing), renamed)
 
 
 def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | None) -> torch.Tensor:
@@ -117,9 +119,11 @@ def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Ten
     device, dtype = W.device, W.dtype
     for update in updates:
         loaded = update.map(lambda leaf: as_torch(leaf, device, dtype))
+        if not loaded.changes_weight:
+            continue
         if stacked:
             W = torch.stack([loaded.expert(e).new_weight(W[e]) for e in range(W.shape[0])])
-        elif loaded.changes_weight:
+        else:
             W = loaded.new_weight(W)
     return W
 
@@ -284,7 +288,7 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
         return next(layout for layout in fits if layout in ("in out *k", "e in out *k"))
     if in_out is None and any(said == declared and is_ != declared for said, is_ in proven):
         raise ShapeMismatch(
-            "a square weight that may be stored [out, in] or [in, out], and the adapter's word is wrong for other weights",
+            "a square weight, stored [out, in] or [in, out], and the adapter's word is wrong for other weights",
             where=str(site.target),
             cure="Add the model_type of a known family to the base's config",
         )
@@ -301,16 +305,28 @@ def _check_site(site: Site, shapes: Shapes) -> None:
 
 def _check_update(update: Update, site: Site, shapes: Shapes) -> None:
     if update.changes_weight and site.weight is None:
-        raise TargetNotFound("the base has no weight there, only a bias")
+        raise TargetNotFound("the base has no weight there, only a bias", cure=_WRONG_BASE)
     if site.weight is not None and not _fits(site.target, (update,), shapes[site.weight]):
         dims = update.dims(site.target.stacked)
         made_for = ", ".join(f"{name}={dims[name]}" for name in ("e", "out", "in", "k", "rest") if name in dims)
         raise ShapeMismatch(f"made for {made_for}; the base has {list(shapes[site.weight])}", cure=_WRONG_BASE)
     if site.bias is None and update.changes_bias and update.needs_bias:
         raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")
+    if site.bias is not None and update.changes_bias and not _bias_fits(update, site.target, shapes[site.bias]):
+        made_for = update.dims(site.target.stacked).get("out")
+        raise ShapeMismatch(f"made for {made_for} outputs; the bias is {list(shapes[site.bias])}", cure=_WRONG_BASE)
     seen = None if site.weight is None else _viewed(shapes[site.weight], site.target)
     if seen is not None:
         update.check_against(seen[int(site.target.stacked) :])
+
+
+def _bias_fits(update: Update, target: Target, shape: tuple[int, ...]) -> bool:
+    """Whether a bias is `[out]`, or `[e, out]` of stacked experts, with room for the target's rows."""
+    dims = update.dims(target.stacked)
+    lead = (dims["e"],) if target.stacked else ()
+    if target.rows is not None:
+        return shape[:-1] == lead and len(shape) > 0 and target.rows[1] <= shape[-1]
+    return shape == (*lead, dims["out"])
 
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"

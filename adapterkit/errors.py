@@ -134,11 +134,15 @@ class StorageError(AdapterkitError):
     exit_code = 6
 
 
-_NO_CURE = {
+_CURES = {
     errno.ENOSPC: "Free some space on that file system or write elsewhere, then run the same command again",
     errno.EDQUOT: "Raise the quota or write elsewhere, then run the same command again",
     errno.EACCES: "Check the owner and the mode of that path",
     errno.EPERM: "Check the owner and the mode of that path",
+    errno.EEXIST: "A file is in the way of a folder",
+    errno.ENOTDIR: "A file is in the way of a folder",
+    errno.ENOENT: "Check the spelling of the path",
+    errno.EISDIR: "Name a file, not a folder",
     errno.EROFS: "The file system is mounted read-only; write elsewhere",
 }
 
@@ -146,7 +150,7 @@ _NO_CURE = {
 def storage_error(error: OSError, path: Path) -> StorageError:
     """The typed form of an `OSError` met while reading or writing `path`."""
     reason = (error.strerror or str(error)).lower()
-    return StorageError(reason, path=path, cure=_NO_CURE.get(error.errno or 0))
+    return StorageError(reason, path=path, cure=_CURES.get(error.errno or 0, "Check the disk and its file system"))
 
 
 def nearest(name: str, among: Iterable[str], count: int = 3) -> str:

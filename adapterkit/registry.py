@@ -1,6 +1,7 @@
 """The registry: an entry is a module, its file name is its name. Listing imports nothing; getting imports that one.
 
-Third parties add entries through entry points of the registry's group; they cannot shadow a built-in one.
+Third parties add entries through entry points of the registry's group, called after the entry's module; they cannot
+shadow a built-in one.
 """
 
 from __future__ import annotations
@@ -51,13 +52,6 @@ class Registry(Mapping[str, T], Generic[T]):
     def __contains__(self, name: object) -> bool:
         return name in self._builtin or name in self._third_party
 
-    def name_of(self, entry: type) -> str:
-        """The name under which `entry` is registered."""
-        name = entry.__module__.rpartition(".")[2]
-        if entry.__module__ == f"{self.package}.{name}":
-            return name
-        return next((n for n, point in self._third_party.items() if point.load() is entry), name)
-
     @cached_property
     def _builtin(self) -> frozenset[str]:
         path = import_module(self.package).__path__
@@ -71,9 +65,16 @@ class Registry(Mapping[str, T], Generic[T]):
         if name in self._builtin:
             return self._entry(import_module(f"{self.package}.{name}"))
         if name in self._third_party:
-            return cast(T, self._third_party[name].load())
+            return self._foreign(name, self._third_party[name].load())
         cure = nearest(name, self) or f"Known: {', '.join(self)}"
         raise Unsupported(f"unknown {self.noun} {name!r}", cure=cure)
+
+    def _foreign(self, name: str, entry: Any) -> T:
+        """A third party's entry, held to the same rule: what is stored in files is the module's name."""
+        fits = inspect.isclass(entry) and issubclass(entry, self.root)
+        if not fits or entry.__module__.rpartition(".")[2] != name:
+            raise TypeError(f"{self.group}: {name} must be a {self.root.__name__} in a module so called, not {entry}")
+        return cast(T, entry)
 
     def _entry(self, module: Any) -> T:
         found = [

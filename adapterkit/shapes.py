@@ -19,7 +19,7 @@ from .errors import ShapeMismatch
 Dims = dict[str, int | tuple[int, ...]]
 """Axis name -> size; a starred name -> the sizes it stands for."""
 
-_AXIS = re.compile(r"\*?[a-z_]\w*|\d+|(?:\w+[*/])+\w+")
+_AXIS = re.compile(r"\*[a-z_]\w*|(?:[a-z_]\w*|\d+)(?:[*/](?:[a-z_]\w*|\d+))*")
 
 
 @dataclass(frozen=True, slots=True)

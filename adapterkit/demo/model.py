@@ -1,7 +1,7 @@
 """A small transformer that reads 8x8 handwritten digits, the tasks its adapters were trained for, and the score.
 
-Images are uint8 `[n, 8, 8]` with values 0 (paper) to 16 (ink); labels are uint8 `[n]`, 0 to 9. A token is a patch of 2x2
-pixels, so an image is 16 tokens. `tools/train_demo.py` trains with this very module.
+Images are uint8 `[n, 8, 8]` with values 0 (paper) to 16 (ink); labels are uint8 `[n]`, 0 to 9. A token is a patch of
+2x2 pixels, so an image is 16 tokens. `tools/train_demo.py` trains with this very module.
 
 Source of the images: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
 Repository, doi:10.24432/C50P49 (CC BY 4.0), in the copy that scikit-learn carries.
@@ -10,12 +10,15 @@ Repository, doi:10.24432/C50P49 (CC BY 4.0), in the copy that scikit-learn carri
 # The layers below are subclasses of torch's; only the code that runs the demo imports this module.
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from torch.nn import functional  # noqa: TID253
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 DATA = Path(__file__).parent / "data"
 PATCH, TOKENS, HEADS, CLASSES, INK = 2, 16, 4, 10, 16
@@ -39,7 +42,7 @@ class Attention(nn.Module):
 
 
 def _split_heads(x: Tensor) -> Tensor:
-    return x.unflatten(2, (HEADS, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], HEADS, -1).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -100,8 +103,8 @@ def build(weights: Mapping[str, Tensor]) -> nn.Module:
     """A `DigitTransformer` that holds `weights`, of any float dtype, as float32; its sizes are read off their shapes.
 
     Raises:
-        KeyError: the embedding or the first layer is missing.
-        RuntimeError: any other weight is missing, left over, or of another shape (torch's `load_state_dict` lists them).
+        KeyError: the first layer's `mlp.up_proj`, which gives the sizes, is missing.
+        RuntimeError: any other is missing, left over, or of another shape (torch's `load_state_dict` lists them).
     """
     hidden, d = weights["layers.0.mlp.up_proj.weight"].shape
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
@@ -113,7 +116,7 @@ def build(weights: Mapping[str, Tensor]) -> nn.Module:
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """The fraction, 0 to 1, of images uint8 `[n, 8, 8]` to which the model gives their label (integers `[n]`)."""
-    return float((model(images).argmax(1) == labels).float().mean())
+    return float((model(images).argmax(1) == labels).double().mean())
 
 
 def held_out(folder: Path = DATA) -> tuple[Tensor, Tensor]:
@@ -130,7 +133,7 @@ def rotated(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def negative(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """White on black becomes black on white."""
+    """Ink becomes paper and paper becomes ink."""
     return INK - images, labels
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from ..adapter import Adapter, BaseRef, Foreign, Step, Target
+from ..adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target, canonical
 from ..errors import AdapterkitError, Malformed, Unsupported
 from ..methods import METHODS
 from ..tensors import safetensors
 from ..tensors.lazy import as_lazy
+from ..tensors.strict_json import load_json
 from ..updates import Update
 from ._format import Format
 
@@ -26,21 +26,26 @@ SPEC = "1.0"
 KEY = "adapterkit"
 FILE = "adapter.safetensors"
 
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+Layout = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(LAYOUTS)})]
+Version = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^1\.[0-9]{1,4}$"})]
+Row = Annotated[int, msgspec.Meta(ge=0)]
+
 
 class TargetRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """One place in a base; see `adapterkit.Target`."""
 
-    path: Annotated[str, msgspec.Meta(min_length=1)]
-    layout: str = "out *in"
-    rows: tuple[int, int] | None = None
+    path: Text
+    layout: Layout = "out *in"
+    rows: tuple[Row, Row] | None = None
 
 
 class UpdateRecord(msgspec.Struct, forbid_unknown_fields=True):
     """One method at one target: `tensors` maps its fields to names of tensors in the file."""
 
     target: TargetRecord
-    method: str
-    version: int
+    method: Text
+    version: Annotated[int, msgspec.Meta(ge=1)]
     tensors: dict[str, str]
     attributes: dict[str, Any]
 
@@ -71,8 +76,8 @@ class ForeignRecord(msgspec.Struct, forbid_unknown_fields=True):
 class Record(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The value of the metadata key."""
 
-    version: str
-    updates: list[UpdateRecord]
+    version: Version
+    updates: Annotated[list[UpdateRecord], msgspec.Meta(min_length=1)]
     requires: list[str] = []
     recipe: list[StepRecord] = []
     base: BaseRecord | None = None
@@ -97,7 +102,8 @@ class Native(Format):
         file = _file(path)
         header = safetensors.read_header(file)
         if KEY not in header.metadata:
-            raise Malformed(f"no metadata key {KEY!r}", path=file, cure="This is not an adapterkit file")
+            cure = "This is not an adapterkit file; name its format, or let it be detected"
+            raise Malformed(f"no metadata key {KEY!r}", path=file, where="__metadata__", cure=cure)
         try:
             record = _parse(header.metadata[KEY])
             return _decode(record, {name: safetensors.lazy(header.path, e) for name, e in header.entries.items()})
@@ -111,11 +117,6 @@ class Native(Format):
         text = canonical(msgspec.to_builtins(_encode(adapter, tensors)))
         safetensors.write(_file(path), {name: as_lazy(leaf) for name, leaf in tensors.items()}, {KEY: text})
         return []
-
-
-def canonical(value: Any) -> str:
-    """Canonical JSON: keys sorted, no spaces, no escapes beyond JSON's own, no NaN or infinity."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def _file(path: Path) -> Path:
@@ -165,24 +166,35 @@ def _unused(name: str, taken: Mapping[str, Any]) -> str:
 def _parse(text: str) -> Record:
     """The record in a metadata value; unknown fields of a newer MINOR go to `extensions`."""
     try:
-        fields = msgspec.json.decode(text, type=dict[str, Any])
+        fields = load_json(text)
+        if not isinstance(fields, dict):
+            raise ValueError("the record is not a JSON object")
         if _check_version(fields.get("version")):
-            unknown = [name for name in fields if name not in Record.__struct_fields__]
-            fields["extensions"] = {**fields.get("extensions", {}), **{name: fields.pop(name) for name in unknown}}
+            fields = _keep_unknown(fields)
         record = msgspec.convert(fields, Record)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         why, _, place = str(error).partition(" - at ")
         where = f"metadata {KEY}" + (f" at {place.strip('`')}" if place else "")
-        raise Malformed(why, where=where, cure="Write the file again with the tool that made it") from None
+        raise Malformed(why, where=where, cure=_REWRITE) from None
     if record.requires:
         raise Unsupported(f"requires {', '.join(record.requires)}", where="requires", cure=_UPGRADE)
     return record
 
 
+def _keep_unknown(fields: dict[str, Any]) -> dict[str, Any]:
+    known = {name: value for name, value in fields.items() if name in Record.__struct_fields__}
+    unknown = {name: value for name, value in fields.items() if name not in known}
+    kept = known.get("extensions", {})
+    if not isinstance(kept, dict) or kept.keys() & unknown.keys():
+        raise ValueError("extensions are not an object, or repeat a field beside them - at `$.extensions`")
+    return {**known, "extensions": kept | unknown}
+
+
 def _check_version(version: Any) -> bool:
     """Whether a version is a newer MINOR than this one's."""
-    if not isinstance(version, str) or not re.fullmatch(r"\d{1,4}\.\d{1,4}", version):
-        raise Malformed(f"no version of the form MAJOR.MINOR, but {version!r}", where=f"metadata {KEY}: version")
+    if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,4}\.[0-9]{1,4}", version):
+        why = f"no version of the form MAJOR.MINOR, but {version!r}"
+        raise Malformed(why, where=f"metadata {KEY}: version", cure=_REWRITE)
     (major, minor), (own_major, own_minor) = (map(int, v.split(".")) for v in (version, SPEC))
     if major != own_major:
         raise Unsupported(f"spec {version}; this release reads {own_major}.x", where="version", cure=_UPGRADE)
@@ -194,7 +206,7 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
 
     def take(name: str, field: str) -> Lazy:
         if name not in tensors:
-            raise Malformed(f"refers to a tensor {name!r} that is not in the file", where=field)
+            raise Malformed(f"refers to a tensor {name!r} that is not in the file", where=field, cure=_REWRITE)
         unused.pop(name, None)
         return tensors[name]
 
@@ -202,17 +214,23 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
     for position, entry in enumerate(record.updates):
         target = Target(entry.target.path, entry.target.layout, entry.target.rows)
         try:
+            if target in updates and target != next(reversed(updates)):
+                raise Malformed("updates of one target that do not follow each other", cure=_REWRITE)
             updates[target] = (*updates.get(target, ()), _decode_update(entry, take))
         except AdapterkitError as error:
             error.where = f"updates[{position}] ({target})" + (f": {error.where}" if error.where else "")
             raise
-    foreign = None if record.foreign is None else Foreign(
-        record.foreign.format,
-        record.foreign.data,
-        {name: take(key, f"foreign.{name}") for name, key in record.foreign.tensors.items()},
+    foreign = (
+        None
+        if record.foreign is None
+        else Foreign(
+            record.foreign.format,
+            record.foreign.data,
+            {name: take(key, f"foreign.{name}") for name, key in record.foreign.tensors.items()},
+        )
     )
     if unused:
-        raise Malformed("a tensor that nothing refers to", where=next(iter(unused)), cure="Write the file again")
+        raise Malformed("a tensor that nothing refers to", where=next(iter(unused)), cure=_REWRITE)
     base = None if record.base is None else BaseRef(**msgspec.structs.asdict(record.base))
     recipe = tuple(Step(step.op, step.args) for step in record.recipe)
     return Adapter(updates, base, recipe, foreign, record.extensions)
@@ -229,7 +247,7 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
         return cls(**{field: take(name, field) for field, name in entry.tensors.items()}, **entry.attributes)
     except TypeError as error:
         missing = str(error).rpartition(": ")[2]
-        raise Malformed(f"{entry.method} lacks {missing}", cure="Write the file again") from None
+        raise Malformed(f"{entry.method} lacks {missing}", where="tensors", cure=_REWRITE) from None
 
 
 def _check_names(what: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -239,3 +257,4 @@ def _check_names(what: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
 
 
 _UPGRADE = "Upgrade adapterkit, or write the file for an older version"
+_REWRITE = "Write the file again with the tool that made it"

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import torch
 
-from ..errors import AdapterkitError, StorageError, storage_error
+from ..errors import AdapterkitError, Corrupt, storage_error
 from .compute import Block, Folder, blocks, runs
 from .copying import copy_range, read_all, write_all
 from .planning import Output, OutputFile, Plan
@@ -58,7 +58,8 @@ def execute(plan: Plan, stage: Stage, device: str, progress: Progress | None) ->
         AdapterkitError: the first fault of any worker; the others stop.
     """
     pending = [file for file in plan.files if not stage.finished(file.name)]
-    crew = _Crew(stage, torch.device(device), plan.bytes - sum(file.size for file in pending), plan.bytes)
+    left = sum(output.nbytes for file in pending for output in file.outputs)
+    crew = _Crew(stage, torch.device(device), plan.bytes - left, plan.bytes)
     crew.run(pending, progress)
     return {file.name: stage.norms_of(file.name) for file in plan.files}
 
@@ -179,7 +180,7 @@ class _Hands:
                 return {}
             return self._compute(job.output, job, target)
         except EOFError:
-            raise StorageError("the file ends before its last tensor", path=job.source[0], cure=_CHANGED) from None
+            raise Corrupt("the file ends before its last tensor", path=job.source[0], cure=_CHANGED) from None
         except OSError as error:
             raise storage_error(error, error.filename or job.file.path) from error
         except AdapterkitError as error:

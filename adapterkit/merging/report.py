@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterkitError, StorageError, storage_error
+from ..errors import AdapterkitError, StorageError, UsageError, storage_error
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
 from .planning import REPORT, Plan, index_of
@@ -59,21 +59,26 @@ class Report:
 
 def carry_out(plan: Plan, out: Path, device: str, progress: Progress | None, started: float) -> Report:
     """Executes a plan into `out`; see `adapterkit.merge`."""
-    stage = Stage(out, plan.digest, single=out.suffix == ".safetensors" and not plan.base.root.is_dir())
-    try:
-        with stage.locked():
+    names = [file.name for file in plan.files]
+    stage = Stage(out, plan.digest, names, single=out.suffix == ".safetensors" and not plan.base.root.is_dir())
+    with stage.locked():
+        try:
             if stage.was_completed:
-                norms = json.loads((out / REPORT).read_text())["norms"] if out.is_dir() else {}
-                stage.discard()
-                names = tuple(file.name for file in plan.files)
-                return Report(out, plan, norms, names, (), (), time.perf_counter() - started)
-            resumed = tuple(file.name for file in plan.files if stage.finished(file.name))
+                return _completed(plan, stage, started)
+            resumed = tuple(name for name in names if stage.finished(name))
             _check_space(plan, out, resumed)
             return _write(plan, stage, device, progress, started, resumed)
-    except (AdapterkitError, MemoryError) as error:
-        if not (isinstance(error, StorageError) and "another merge" in error.why):
+        except (AdapterkitError, OSError, MemoryError):
             stage.discard()
-        raise
+            raise
+
+
+def _completed(plan: Plan, stage: Stage, started: float) -> Report:
+    """The report of an earlier run that was killed after its output was in place."""
+    record = stage.target / REPORT
+    norms = json.loads(record.read_text())["norms"] if record.exists() else {}
+    stage.discard()
+    return Report(stage.target, plan, norms, tuple(stage.files), (), (), time.perf_counter() - started)
 
 
 def _write(
@@ -152,7 +157,5 @@ def _device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        from ..errors import UsageError
-
         raise UsageError(f"no device {name!r} ({first})", cure="Use auto, cpu or cuda:N") from None
     return name

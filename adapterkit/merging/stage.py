@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,18 @@ class Stage:
     Args:
         out: where the output will appear.
         digest: of the plan; a stage of another plan is thrown away.
+        files: names of the files that are kept when an earlier run finished them; all else is written again.
         single: the output is the one file in the stage, not the folder.
     """
 
-    def __init__(self, out: Path, digest: str, *, single: bool = False) -> None:
-        self.target, self.single = out, single
+    def __init__(self, out: Path, digest: str, files: Collection[str], *, single: bool = False) -> None:
+        self.target, self.files, self.single = out, files, single
         self.digest = digest
         self.folder = out.parent / f".{out.name}.merging"
         self.out = self.folder / "out"
         self.parts = self.folder / "parts"
         self._norms = self.folder / "norms"
+        self._marker = self.folder / "publishing"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -56,7 +58,8 @@ class Stage:
     @property
     def was_completed(self) -> bool:
         """The output is in place and only the stage was left behind."""
-        return not _holds_files(self.out) and self.target.exists() and self._journal() == self.digest
+        published = self._marker.exists() and not (self.out.exists() and any(self.out.iterdir()))
+        return published and self.target.exists() and self._journal() == self.digest
 
     def finished(self, name: str) -> bool:
         """Whether an earlier run finished this file."""
@@ -79,6 +82,7 @@ class Stage:
         """Makes the whole output durable, renames it into place and removes the stage."""
         for folder, _, _ in os.walk(self.out):
             sync_folder(Path(folder))
+        write_bytes(self._marker, b"")
         if self.target.exists():
             self._move_aside()
         single = next(self.out.iterdir()) if self.single else self.out
@@ -100,12 +104,12 @@ class Stage:
 
     def _lay_out(self) -> None:
         if self._journal() != self.digest and not self.was_completed:
-            for entry in self.folder.iterdir():
-                if entry.name != "lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _clear(self.folder, keep={"lock"})
             for folder in (self.out, self.parts, self._norms):
                 folder.mkdir()
             write_bytes(self.folder / "plan", self.digest.encode())
+        elif self.out.exists():
+            _clear(self.out, keep=self.files)
 
     def _journal(self) -> str | None:
         with contextlib.suppress(OSError):
@@ -113,8 +117,10 @@ class Stage:
         return None
 
 
-def _holds_files(folder: Path) -> bool:
-    return folder.exists() and any(folder.iterdir())
+def _clear(folder: Path, keep: Collection[str]) -> None:
+    for entry in folder.iterdir():
+        if entry.name not in keep:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _lock(handle: int, out: Path) -> None:

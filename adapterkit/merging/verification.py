@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..tensors.lazy import Lazy, Span
-from ..tensors.safetensors import read_span
+from ..tensors.lazy import Lazy, Span, read_span
 from .planning import Output, Plan, make_plan
 
 if TYPE_CHECKING:

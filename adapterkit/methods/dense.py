@@ -5,7 +5,7 @@ Known as `diff` in LyCORIS and kohya files, https://github.com/KohakuBlueleaf/Ly
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ..errors import Malformed
 from ..updates import Additive, tensor
@@ -43,3 +43,8 @@ class Dense(Additive):
 
     def bias_delta(self) -> Tensor | None:
         return None if self.d is None else self.scaling * self.d
+
+    def block(self, axis: str, start: int, stop: int) -> Self:
+        if axis != "in":
+            return super().block(axis, start, stop)
+        return self if self.D is None else self.replace(D=self.D.narrow(1, start, stop - start))

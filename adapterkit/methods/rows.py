@@ -6,13 +6,14 @@ new row itself, not a difference. In the view `[out, in]` of an embedding, a tok
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import ShapeMismatch
+from ..errors import Malformed, ShapeMismatch
 from ..tensors.lazy import as_lazy
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -30,14 +31,25 @@ class Rows(WeightUpdate):
         if index.size and (index.min() < 0 or index.max() >= shape[1]):
             worst = index.max() if index.max() >= shape[1] else index.min()
             raise ShapeMismatch(f"token {worst} of a base with {shape[1]}", cure="Resize the base's embeddings first")
-        if len(set(index.tolist())) < index.size:
-            raise ShapeMismatch("the same token twice", cure="Write the adapter again")
+        if _repeats(index):
+            raise ShapeMismatch("the same token twice", where="index", cure="Write the adapter again")
+
+    def check_values(self) -> None:
+        super().check_values()
+        index = as_lazy(self.index).numpy()
+        if index.size and (index.min() < 0 or _repeats(index)):
+            raise Malformed("a position below 0, or one twice", where="index", cure="Write the adapter again")
 
     def new_weight(self, W: Tensor) -> Tensor:
-        return W.index_copy(1, self.index, self.values.mT.to(W.dtype))
+        return W.index_copy(1, self.index.long(), self.values.mT.to(W.dtype))
 
     def block(self, axis: str, start: int, stop: int) -> Self:
         if axis != "in":
             return super().block(axis, start, stop)
         inside = (self.index >= start) & (self.index < stop)
         return self.replace(index=self.index[inside] - start, values=self.values[inside])
+
+
+def _repeats(index: np.ndarray[Any, Any]) -> bool:
+    """Whether a position comes twice, in one list of them or in any expert's."""
+    return any(len(set(row)) < len(row) for row in index.reshape(-1, index.shape[-1]).tolist()) if index.size else False

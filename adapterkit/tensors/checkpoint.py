@@ -89,7 +89,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_JSON:
-            raise Malformed("too large for a JSON file of this kind", path=path)
+            why = f"more than {MAX_JSON} bytes, too large for a JSON file of this kind"
+            raise Malformed(why, path=path, cure="Write or fetch the file again")
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise storage_error(error, path) from error
@@ -109,7 +110,10 @@ def contained(folder: Path, name: str) -> Path:
     pure = PurePosixPath(name)
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name:
         raise Malformed(
-            f"{name!r} points outside the folder", path=folder, cure="Do not use this file: repack the model"
+            f"{name!r} is not the plain name of a file inside the folder",
+            path=folder,
+            where=name,
+            cure="Do not use this file: repack the model",
         )
     return folder / pure
 
@@ -137,13 +141,15 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str,
 def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]]]:
     index = read_json(path)
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise Malformed("no weight_map of tensor names to file names", path=path, cure="Fetch the index again")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        why = "no weight_map of tensor names to file names"
+        raise Malformed(why, path=path, where="weight_map", cure="Fetch the index again")
     names = sorted(set(weight_map.values()))
     files = tuple(contained(path.parent, name) for name in names)
     for file in files:
         if not file.exists():
-            raise Malformed(f"names {file.name}, which is not there", path=path, cure="Fetch the missing shard")
+            why = f"names {file.name}, which is not there"
+            raise Malformed(why, path=path, where="weight_map", cure="Fetch the missing shard")
     return files, (path, index)
 
 
@@ -151,7 +157,7 @@ def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
     from .torch_file import is_torch_file, read_torch_file
 
     if file.is_dir():
-        raise Malformed("a folder where a weight file should be", path=file)
+        raise Malformed("a folder where a weight file should be", path=file, cure="Fetch the weights again")
     if file.suffix in {".bin", ".pt", ".pth"} or is_torch_file(file):
         return read_torch_file(file), {}
     header = safetensors.read_header(file)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Corrupt, storage_error
 from .dtypes import BY_TORCH, DTYPES, DType
 
 if TYPE_CHECKING:
@@ -28,6 +29,28 @@ class Span:
     path: str
     offset: int
     nbytes: int
+
+
+def read_span(span: Span) -> bytearray:
+    """The bytes of a span; the file is opened for it and closed again.
+
+    Raises:
+        StorageError: the file cannot be read.
+        Corrupt: it has become shorter since its header was read.
+    """
+    data = bytearray(span.nbytes)
+    try:
+        with open(span.path, "rb", buffering=0) as file:
+            file.seek(span.offset)
+            view, done = memoryview(data), 0
+            while done < span.nbytes and (count := file.readinto(view[done:])):
+                done += count
+    except OSError as error:
+        raise storage_error(error, span.path) from error
+    if done < span.nbytes:
+        why = f"{done} bytes where {span.nbytes} were when the file was opened"
+        raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure="It changed while in use; read it anew")
+    return data
 
 
 @dataclass(frozen=True, slots=True, eq=False)

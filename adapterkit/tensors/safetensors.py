@@ -15,13 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import Malformed, StorageError, storage_error
+from ..errors import Malformed, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES, DType
-from .lazy import Buffer, Lazy, Shape, Span
+from .lazy import Buffer, Lazy, Shape, Span, read_span
+from .strict_json import load_json
 
 MAX_HEADER = 100_000_000
 """The safetensors format caps a header at 100 MB."""
+
+MAX_AXES = 64
+"""Axes of a tensor: torch's own limit."""
 
 ALIGNMENT = 8
 
@@ -84,26 +88,6 @@ def lazy(path: str, entry: Entry) -> Lazy:
     return Lazy(entry.shape, entry.dtype, lambda: read_span(span), span)
 
 
-def read_span(span: Span) -> bytearray:
-    """The bytes of a span.
-
-    Raises:
-        StorageError: the file cannot be read, or has become shorter than its header said.
-    """
-    data = bytearray(span.nbytes)
-    try:
-        with open(span.path, "rb", buffering=0) as file:
-            file.seek(span.offset)
-            view, done = memoryview(data), 0
-            while done < span.nbytes and (count := file.readinto(view[done:])):
-                done += count
-    except OSError as error:
-        raise storage_error(error, span.path) from error
-    if done < span.nbytes:
-        raise StorageError("the file ends before its last tensor", path=span.path, cure="It changed while being read")
-    return data
-
-
 def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:
     """The header bytes, length prefix and padding included, for tensors laid out in the given order without gaps."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -135,13 +119,15 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: M
 def _exact(tensor: Lazy, name: str, path: str | os.PathLike[str]) -> Buffer:
     data = tensor.fetch()
     if len(data) != tensor.nbytes:
-        raise Malformed(f"{len(data)} bytes where {tensor.nbytes} were promised", path=path, where=name)
+        why = f"{len(data)} bytes where {tensor.nbytes} were promised"
+        raise Malformed(why, path=path, where=name, cure="The source changed while being read; run again")
     return data
 
 
 def _header_length(prefix: bytes, size: int, path: str) -> int:
     if len(prefix) < 8:
-        raise Malformed(f"{size} bytes are too few for a safetensors file", path=path, cure=_AGAIN)
+        why = f"{size} bytes are too few for a safetensors file"
+        raise Malformed(why, path=path, where="header length", cure=_AGAIN)
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER or 8 + length > size:
         raise Malformed(
@@ -152,19 +138,11 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
 
 def _parse(raw: bytes, path: str) -> dict[str, Any]:
     try:
-        fields = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        fields = load_json(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise Malformed(f"the header is not valid JSON ({error})", path=path, where="header", cure=_AGAIN) from error
     if not isinstance(fields, dict):
         raise Malformed("the header is not a JSON object", path=path, where="header", cure=_AGAIN)
-    return fields
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} twice")
     return fields
 
 
@@ -182,7 +160,8 @@ def _entry(name: str, spec: Any, start: int, path: str) -> Entry:
         known = ", ".join(DTYPES)
         raise Malformed(f"unknown dtype {spec['dtype']!r}", path=path, where=name, cure=f"Known: {known}")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        raise Malformed("shape and data_offsets must be whole numbers >= 0", path=path, where=name, cure=_REWRITE)
+        why = f"shape and data_offsets must be up to {MAX_AXES} whole numbers >= 0"
+        raise Malformed(why, path=path, where=name, cure=_REWRITE)
     entry = Entry(name, dtype, tuple(shape), start + offsets[0])
     if offsets[1] - offsets[0] != entry.nbytes:
         raise Malformed(
@@ -193,7 +172,9 @@ def _entry(name: str, spec: Any, start: int, path: str) -> Entry:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    if not isinstance(value, list) or len(value) > MAX_AXES:
+        return False
+    return all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
 def _position(entry: Entry) -> tuple[int, int]:
@@ -209,7 +190,8 @@ def _check_cover(entries: list[Entry], start: int, size: int, path: str) -> None
         end += entry.nbytes
     if end != size:
         fault = "is cut short" if end > size else "has trailing bytes"
-        raise Malformed(f"the header describes {end} bytes, the file {fault} at {size}", path=path, cure=_AGAIN)
+        why = f"the header describes {end} bytes, the file {fault} at {size}"
+        raise Malformed(why, path=path, where=f"byte {min(end, size)}", cure=_AGAIN)
 
 
 _AGAIN = "Fetch or write the file again"

@@ -1,0 +1,91 @@
+"""The group of commands: found by the names of their modules, imported when named, every error caught at the top."""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import click
+
+from ..errors import UsageError, nearest
+from ._failures import answer, carried
+from ._options import Settings
+
+
+class Commands(click.Group):
+    """A command `x` is `command` in module `x` of `package`; that module's docstring is its help.
+
+    Args:
+        package: dotted name of the package of commands; names with a leading underscore are private.
+        attributes: those of any click group.
+    """
+
+    def __init__(self, *, package: str, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.package = package
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        found = pkgutil.iter_modules(import_module(self.package).__path__)
+        return sorted(module.name for module in found if not module.name.startswith("_"))
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.list_commands(ctx):
+            return None
+        command: click.Command = import_module(f"{self.package}.{name}").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args[0] not in known and not args[0].startswith("-"):
+            cure = nearest(args[0], known) or f"Known: {', '.join(known)}"
+            raise UsageError(f"no such command {args[0]!r}", cure=cure)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self._summary(name)) for name in self.list_commands(ctx)])
+
+    def _summary(self, name: str) -> str:
+        """The first line of a module's docstring, read from its source: importing all of them would be slow."""
+        module = f"{self.package}.{name}"
+        loader = getattr(find_spec(module), "loader", None)
+        read = getattr(loader, "get_source", None)
+        source = read(module) if read else None
+        text = ast.get_docstring(ast.parse(source)) if source else import_module(module).__doc__
+        return (text or "").partition("\n")[0]
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with carried():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with carried():
+            return super().invoke(ctx)
+
+    def main(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> int:
+        """Runs the command line; exits with its code, or returns it where `standalone_mode` is off."""
+        settings = Settings.of(sys.argv[1:] if args is None else args)
+        run = super().main
+        code = answer(
+            lambda: run(args, prog_name or "adapterkit", complete_var, standalone_mode=False, obj=settings, **extra),
+            settings,
+        )
+        if standalone_mode:
+            sys.exit(code)
+        return code

@@ -1,0 +1,123 @@
+"""What an exception becomes at the top of the command line: one error, its words, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from ..errors import AdapterkitError, StorageError, UsageError, storage_error
+from ._options import Settings
+from ._render import as_json, printable
+
+CLOSED_PIPE = 141
+"""What a shell reports of a program that wrote to a closed pipe: 128 + SIGPIPE."""
+
+
+class Bug(AdapterkitError):
+    """Something that adapterkit did not foresee; the exit code is that of EX_SOFTWARE in BSD's sysexits."""
+
+    code = "bug"
+    exit_code = 70
+
+
+class Interrupted(AdapterkitError):
+    """The user pressed Ctrl-C."""
+
+    code = "interrupted"
+    exit_code = 130
+
+
+class Carried(Exception):
+    """Takes an exception past click, which exits on a closed pipe and calls an `EOFError` an interruption."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def carried() -> Iterator[None]:
+    """Carries what click would take for something else."""
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise Carried(error) from error
+
+
+def answer(run: Callable[[], Any], settings: Settings) -> int:
+    """Runs a command and returns the exit code; says on standard error, and as JSON if asked, what went wrong."""
+    try:
+        _escape_unprintable()
+        code = run()
+        sys.stdout.flush()
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        met = error.error if isinstance(error, Carried) else error
+        if isinstance(met, BrokenPipeError):
+            _discard_output()
+            return CLOSED_PIPE
+        return _say(met, settings)
+    return code if isinstance(code, int) else 0
+
+
+def typed(error: BaseException) -> AdapterkitError:
+    """Any exception as one of adapterkit's own."""
+    if isinstance(error, AdapterkitError):
+        return error
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return Interrupted("Interrupted", cure="Run the same command again to resume.")
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "adapterkit"
+        return UsageError(error.format_message().removesuffix("."), cure=f"Try '{command} --help'")
+    if isinstance(error, OSError):
+        return storage_error(error, error.filename or "a file")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return StorageError(f"not enough memory ({str(error) or 'allocation failed'})", cure=_NO_MEMORY)
+    why = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return Bug(f"{why} (this is a bug in adapterkit)", cure="Run it again with --debug for the traceback to report")
+
+
+def text_of(error: AdapterkitError) -> str:
+    """The words for people: one line for what is wrong, one for the cure."""
+    if isinstance(error, Interrupted):
+        return f"{error.why}. {error.cure}"
+    line = ": ".join(part for part in ("error", error.path, error.where, error.why) if part)
+    return f"{line}\n  {error.cure}" if error.cure else line
+
+
+def _say(error: BaseException, settings: Settings) -> int:
+    known = typed(error)
+    if settings.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    try:
+        click.echo(printable(text_of(known), keep="\n"), err=True)
+        if settings.json:
+            click.echo(as_json({"error": known.record()}))
+    except BrokenPipeError:
+        _discard_output()
+    return known.exit_code
+
+
+def _discard_output() -> None:
+    """Points standard output at nothing, so that the interpreter's last flush does not complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
+def _escape_unprintable() -> None:
+    """A name that the terminal's encoding cannot show is shown with escapes instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+_NO_MEMORY = "Free some memory or use a machine with more, then run the same command again"

@@ -1,0 +1,98 @@
+"""Options that several commands share, each written once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import nearest
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a command talks.
+
+    Attributes:
+        json: one JSON document on standard output, errors included.
+        quiet: no progress and no notes on standard error.
+        debug: a traceback with every error.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> Settings:
+        """Read straight from the words of the command line: they must hold for errors in reading those words, too."""
+        given = set(words[: words.index("--")] if "--" in words else words)
+        debug = os.environ.get("ADAPTERKIT_DEBUG", "") not in ("", "0")
+        return cls("--json" in given, "--quiet" in given, debug or "--debug" in given)
+
+
+def format_name(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """Checks the name of a format; the formats are listed only when one is named."""
+    from ..formats import FORMATS
+
+    if value is not None and value not in FORMATS:
+        known = nearest(value, FORMATS) or f"Known: {', '.join(FORMATS)}"
+        raise click.BadParameter(f"unknown format {value!r}. {known}")
+    return value
+
+
+def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    """A number of bytes with an optional unit, decimal or binary: 5GB, 500MB, 2GiB, 1000000."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", value.strip(), re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size such as 5GB, 500MB or 2GiB")
+    number, unit, binary = match.groups()
+    scale: int = (1024 if binary else 1000) ** " kmgt".index((unit or " ").lower())
+    return round(float(number) * scale)
+
+
+def device_name(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    """Checks for `auto`, `cpu`, `cuda` or one CUDA device by number."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N")
+    return value
+
+
+def flags(command: F) -> F:
+    """The options of every command; `Settings` holds what they say."""
+    for name, text in (
+        ("--debug", "Show a traceback with an error; so does ADAPTERKIT_DEBUG=1."),
+        ("--quiet", "Show no progress."),
+        ("--json", "Print one JSON document, for errors too."),
+    ):
+        command = click.option(name, is_flag=True, expose_value=False, help=text)(command)
+    return command
+
+
+def reading(command: F) -> F:
+    """How an adapter is read."""
+    for option in (compat, base, source_format):
+        command = option(command)
+    return command
+
+
+base = click.option("--base", metavar="BASE", help="The base that the adapter is for: a folder or a weight file.")
+source_format = click.option(
+    "--from", "source_format", callback=format_name, metavar="FORMAT",
+    help="Format of SRC; found from its headers if absent.",
+)  # fmt: skip
+compat = click.option("--compat", metavar="NAME", help="Reproduce the known faults of the named tool, e.g. peft.")
+allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace what is already there.")
+weights = click.option(
+    "--weight", "weights", type=float, multiple=True, metavar="W",
+    help="Weight of an adapter, in the adapters' order; 1 each if absent.",
+)  # fmt: skip

@@ -1,0 +1,105 @@
+"""Progress on standard error: a bar on a terminal, a plain line every few seconds elsewhere, nothing for short work."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import click
+
+from ._options import Settings
+from ._render import size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+DELAY = 1.0
+"""Seconds of silence at the start: work that ends sooner shows nothing."""
+
+INTERVAL = 5.0
+"""Seconds between two plain lines."""
+
+
+class Meter(Protocol):
+    """What the library reports to."""
+
+    def __call__(self, done: int, total: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Lines:
+    """A plain line now and then."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.start = label, time.monotonic()
+        self.due = self.start + INTERVAL
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= self.due:
+            self.due = now + INTERVAL
+            click.echo(line(self.label, done, total, now - self.start), err=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Bar:
+    """A bar with bytes, speed and time left."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.due = label, time.monotonic() + DELAY
+        self.drawn: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.drawn is None and time.monotonic() >= self.due:
+            self.drawn = _draw(self.label, total)
+        if self.drawn is not None:
+            self.drawn.update(self.drawn.task_ids[0], completed=done, total=total)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands and gives the terminal back."""
+        if self.drawn is not None:
+            self.drawn.stop()
+
+
+@contextmanager
+def progress(settings: Settings, label: str) -> Iterator[Meter | None]:
+    """A meter for the length of some work; None when told to be quiet."""
+    if settings.quiet:
+        yield None
+        return
+    meter: Meter = Bar(label) if sys.stderr.isatty() else Lines(label)
+    try:
+        yield meter
+    finally:
+        meter.close()
+
+
+def line(label: str, done: int, total: int, seconds: float) -> str:
+    """One plain line: share, bytes, speed and time left."""
+    speed = done / seconds if seconds > 0 else 0.0
+    share = f"{done / total:.0%}" if total else "100%"
+    left = f", {_clock((total - done) / speed)} left" if speed > 0 else ""
+    return f"{label}: {share}, {size(done)} of {size(total)}, {size(round(speed))}/s{left}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _draw(label: str, total: int) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    drawn = Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr))
+    drawn.add_task(label, total=total)
+    drawn.start()
+    return drawn

@@ -1,0 +1,118 @@
+"""Results on standard output: tables for people, aligned text without a terminal, one JSON document if asked."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from ._options import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells under headings. A column that is empty in every row is not shown; one of numbers only is set right."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def shown(self) -> Table:
+        """The same table without its empty columns."""
+        used = [i for i in range(len(self.columns)) if any(row[i] not in (None, "") for row in self.rows)]
+        return Table([self.columns[i] for i in used], [[row[i] for i in used] for row in self.rows])
+
+    def numeric(self, column: int) -> bool:
+        return all(isinstance(row[column], int | float | None) for row in self.rows)
+
+
+View = Iterable[Table | str]
+
+
+def show(settings: Settings, record: Mapping[str, Any], view: Callable[[Mapping[str, Any]], View]) -> None:
+    """Prints a result: `record` as JSON, or the lines and tables that `view` makes of it."""
+    if settings.json:
+        click.echo(as_json(record))
+        return
+    for part in view(record):
+        if isinstance(part, str):
+            click.echo(printable(part))
+        elif sys.stdout.isatty():
+            _print_rich(part.shown())
+        else:
+            click.echo("\n".join(_aligned(part.shown())))
+
+
+def as_json(value: Any) -> str:
+    """Valid JSON of a record: numbers that JSON does not know become null, paths become text."""
+    import json
+
+    return json.dumps(_plain(value), indent=2, allow_nan=False)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text with control characters escaped: names come from files that may want to drive a terminal."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return printable(f"{value:.6g}" if isinstance(value, float) else str(value))
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units, as `--shard-size` takes them."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count and its noun: `1 file`, `2 files`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _aligned(table: Table) -> list[str]:
+    rows = [list(table.columns), *([cell(value) for value in row] for row in table.rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
+    right = [table.numeric(i) for i in range(len(table.columns))]
+    return [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _print_rich(table: Table) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(table.columns):
+        drawn.add_column(Text(name), justify="right" if table.numeric(i) else "left", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*(Text(cell(value)) for value in row))
+    Console(file=sys.stdout).print(drawn)

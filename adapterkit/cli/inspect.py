@@ -1,0 +1,171 @@
+"""Show what an adapter or a base holds.
+
+SRC is an adapter in any known format, or a base: a folder of weights or one weight file. Only headers are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import _options
+from ._render import Table, View, counted, show, size
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter, Target
+    from ..tensors.checkpoint import Checkpoint
+    from ..tensors.lazy import Leaf
+    from ..updates import Update
+
+
+@click.command(help=__doc__)
+@click.argument("src")
+@_options.reading
+@_options.flags
+@click.pass_obj
+def command(
+    settings: _options.Settings, src: str, source_format: str | None, base: str | None, compat: str | None
+) -> None:
+    """Runs `adapterkit.read`, or opens a base."""
+    from .. import detect, read
+
+    if source_format is None and not _is_adapter(src):
+        show(settings, _base_record(src), _base_view)
+        return
+    name = source_format or detect(src)
+    show(settings, adapter_record(read(src, name, base, compat=compat), src, name), _adapter_view)
+
+
+def _is_adapter(src: str) -> bool:
+    """Whether any format recognises `src`; a path that is not there counts as one, so that reading it says so."""
+    from pathlib import Path
+
+    from ..formats import FORMATS
+
+    path = Path(src)
+    return not path.exists() or any(FORMATS[name]().sniff(path) for name in FORMATS)
+
+
+def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, Any]:
+    """An adapter's updates, lineage and totals as plain data; a tensor that updates share counts once in the totals."""
+    leaves = {id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}
+    base = adapter.base
+    return {
+        "kind": "adapter", "path": src, "format": source_format,
+        "base": base and {"id": base.id, "revision": base.revision, "config_hash": base.config_hash},
+        "updates": [_update_record(target, update) for target, update in adapter],
+        "recipe": [{"op": step.op, "args": dict(step.args)} for step in adapter.recipe],
+        "totals": {
+            "targets": len(adapter.updates), "updates": len(adapter), **_sums(leaves.values()),
+            "methods": _counts(update.method for _, update in adapter),
+            "dtypes": _counts(str(_dtype(leaf)) for leaf in leaves.values()),
+        },
+    }  # fmt: skip
+
+
+def _update_record(target: Target, update: Update) -> dict[str, Any]:
+    tensors = update.tensors
+    return {
+        "target": target.path, "layout": target.layout, "rows": target.rows, "method": update.method,
+        "kind": update.kind, "rank": update.dims(target.stacked).get("r"), "attributes": update.attributes,
+        "tensors": {
+            name: {"shape": list(leaf.shape), "dtype": str(_dtype(leaf))} for name, leaf in tensors.items()
+        },
+        **_sums(tensors.values()),
+    }  # fmt: skip
+
+
+def _base_record(src: str) -> dict[str, Any]:
+    from ..errors import UnknownFormat, UsageError
+    from ..tensors.checkpoint import open_checkpoint
+
+    try:
+        base = open_checkpoint(src)
+    except UsageError as error:
+        cure = "See 'adapterkit list formats'; a base is a folder of weights or one weight file"
+        raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=src, cure=cure) from error
+    dtypes = sorted({str(tensor.dtype) for tensor in base.tensors.values()})
+    return {
+        "kind": "base", "path": src, "model_type": (base.config or {}).get("model_type"),
+        "files": [file.name for file in base.files],
+        "tensors": [_tensor_record(base, name) for name in base.tensors],
+        "totals": {
+            "tensors": len(base.tensors), **_sums(base.tensors.values()),
+            "dtypes": {dtype: _of_dtype(base, dtype) for dtype in dtypes},
+        },
+    }  # fmt: skip
+
+
+def _tensor_record(base: Checkpoint, name: str) -> dict[str, Any]:
+    tensor = base.tensors[name]
+    where = {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+    return {**where, **_sums([tensor]), "file": base.home[name].name}
+
+
+def _of_dtype(base: Checkpoint, dtype: str) -> dict[str, int]:
+    tensors = [tensor for tensor in base.tensors.values() if str(tensor.dtype) == dtype]
+    return {"tensors": len(tensors), **_sums(tensors)}
+
+
+def _adapter_view(record: Mapping[str, Any]) -> View:
+    totals, base = record["totals"], record["base"] or {}
+    yield f"{record['path']}: adapter in format {record['format']}" + (f", for {base['id']}" if base.get("id") else "")
+    columns = ("target", "layout", "method", "shapes", "rank", "scaling", "other", "dtype", "parameters")
+    yield Table(columns, [_update_row(update) for update in record["updates"]])
+    methods = ", ".join(f"{count} {method}" for method, count in totals["methods"].items())
+    yield f"{counted(totals['targets'], 'target')} ({methods}), {_amounts(totals)}"
+
+
+def _update_row(update: Mapping[str, Any]) -> list[Any]:
+    rows = f"[{update['rows'][0]}:{update['rows'][1]}]" if update["rows"] else ""
+    layout = "" if update["layout"] == "out *in" else update["layout"]
+    shapes = " ".join(f"{name}{_shape(tensor)}" for name, tensor in update["tensors"].items())
+    other = " ".join(f"{k}={v}" for k, v in update["attributes"].items() if k != "scaling" and v is not None)
+    dtypes = ", ".join(sorted({tensor["dtype"] for tensor in update["tensors"].values()}))
+    scaling = update["attributes"].get("scaling")
+    return [
+        update["target"] + rows, layout, update["method"], shapes, update["rank"], scaling, other, dtypes,
+        update["parameters"],
+    ]  # fmt: skip
+
+
+def _base_view(record: Mapping[str, Any]) -> View:
+    totals = record["totals"]
+    yield f"{record['path']}: base" + (f", model_type {record['model_type']}" if record["model_type"] else "")
+    columns = ("tensor", "shape", "dtype", "parameters", "bytes")
+    yield Table(
+        columns, [[t["name"], _shape(t), t["dtype"], t["parameters"], t["bytes"]] for t in record["tensors"]]
+    )  # fmt: skip
+    counts = [[dtype, n["tensors"], n["parameters"], n["bytes"]] for dtype, n in totals["dtypes"].items()]
+    yield Table(("dtype", "tensors", "parameters", "bytes"), counts)
+    files = counted(len(record["files"]), "file")
+    yield f"{counted(totals['tensors'], 'tensor')} in {files}, {_amounts(totals)}"
+
+
+def _amounts(totals: Mapping[str, Any]) -> str:
+    return f"{counted(totals['parameters'], 'parameter')}, {size(totals['bytes'])}"
+
+
+def _shape(tensor: Mapping[str, Any]) -> str:
+    return f"[{','.join(map(str, tensor['shape']))}]"
+
+
+def _sums(leaves: Iterable[Leaf]) -> dict[str, int]:
+    import math
+
+    sizes = [(math.prod(leaf.shape), _dtype(leaf).itemsize) for leaf in leaves]
+    return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
+
+
+def _dtype(leaf: Leaf) -> Any:
+    from ..tensors.lazy import dtype_of
+
+    return dtype_of(leaf)
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    from collections import Counter
+
+    return dict(sorted(Counter(names).items()))

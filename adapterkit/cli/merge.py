@@ -1,0 +1,120 @@
+"""Fold adapters into a base and write the new base.
+
+BASE is a folder of weights or one weight file; each A an adapter in any known format. An interrupted merge goes on
+where it stopped when the same command is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+
+from . import _options
+from ._progress import progress
+from ._render import Table, View, counted, show, size
+from .verify import record_of, verdict
+
+
+@click.command(help=__doc__)
+@click.argument("base")
+@click.argument("adapters", metavar="A...", nargs=-1, required=True)
+@click.option("-o", "--out", metavar="OUT", help="Folder or file to write; needed unless only the plan is shown.")
+@_options.weights
+@click.option(
+    "--device", callback=_options.device_name, default="auto", show_default=True, metavar="DEVICE",
+    help="Where to compute: auto, cpu or cuda:N.",
+)  # fmt: skip
+@click.option("--dtype", metavar="D", help="Cast all floating weights, e.g. to BF16; as in the base if absent.")
+@click.option(
+    "--shard-size", callback=_options.byte_count, metavar="SIZE",
+    help="Largest weight file to write, e.g. 5GB; the base's own files if absent.",
+)  # fmt: skip
+@click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True, help="What runs the plan.")
+@click.option(
+    "--tied", type=click.Choice(["merge", "untie"]),
+    help="Where a touched head shares its weight with the embedding: merge into both, or untie them.",
+)  # fmt: skip
+@_options.allow_partial
+@_options.overwrite
+@click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
+@click.option("--verify", "verified", is_flag=True, help="Compute every merged tensor again and compare it to OUT.")
+@_options.flags
+@click.pass_context
+def command(
+    ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...], device: str,
+    dtype: str | None, shard_size: int | None, engine: str, tied: str | None, allow_partial: bool, overwrite: bool,
+    only_plan: bool, verified: bool,
+) -> None:  # fmt: skip
+    """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
+    from ..merging import merge, plan
+
+    settings: _options.Settings = ctx.obj
+    chosen = list(weights) or None
+    if only_plan:
+        planned = plan(
+            base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial
+        )
+        show(settings, planned.record(), _plan_view)
+        return
+    if out is None:
+        raise click.UsageError("Missing option '-o' / '--out'")
+    with progress(settings, "merge") as meter:
+        report = merge(
+            base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
+            progress=meter, tied=tied, allow_partial=allow_partial, overwrite=overwrite,
+        )  # fmt: skip
+    record = dict(report.record())
+    if verified:
+        record["verification"] = record_of(settings, out, base, adapters, chosen, allow_partial)
+    show(settings, record, _report_view)
+    if verified and not record["verification"]["ok"]:
+        ctx.exit(1)
+
+
+def _plan_view(record: Mapping[str, Any]) -> View:
+    yield f"merge into {record['base']}"
+    yield _adapters_table(record)
+    columns = ("file", "bytes", "copied", "computed", "targets")
+    files = record["files"]
+    yield Table(
+        columns, [[f["name"], f["bytes"], f["copied_bytes"], f["computed_bytes"], f["targets"]] for f in files]
+    )  # fmt: skip
+    held = size(record["peak_memory"])
+    yield f"{counted(record['targets'], 'target')}, {size(record['bytes'])} to write, blocks of {held} at most"
+    yield from _warnings(record)
+
+
+def _report_view(record: Mapping[str, Any]) -> View:
+    targets, seconds = counted(record["targets"], "target"), f"{record['seconds']:.2f} s"
+    files = counted(len(record["files"]), "file")
+    yield f"{record['out']}: {targets} merged, {files} of {size(record['bytes'])} in {seconds}"
+    yield _adapters_table(record)
+    yield from _extremes(record["norms"])
+    if record["resumed"]:
+        yield f"{counted(len(record['resumed']), 'file')} kept from the interrupted run"
+    yield from _warnings(record)
+    if "verification" in record:
+        yield from verdict(record["verification"])
+
+
+def _adapters_table(record: Mapping[str, Any]) -> Table:
+    rows = [[a["name"], float(a["weight"]), a["targets"], a["digest"][:12]] for a in record["adapters"]]
+    return Table(("adapter", "weight", "targets", "digest"), rows)
+
+
+def _extremes(norms: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    """The smallest and the largest change: an adapter that does nothing, or far too much, shows here."""
+    if norms:
+        low, high = (choose(norms, key=lambda name: max(norms[name])) for choose in (min, max))
+        yield f"norm of a change: {max(norms[low]):.4g} ({low}) to {max(norms[high]):.4g} ({high})"
+
+
+def _warnings(record: Mapping[str, Any]) -> Iterator[str]:
+    for adapter in record["adapters"]:
+        if adapter["missing"]:
+            names = ", ".join(adapter["missing"])
+            yield f"warning: {adapter['name']}: not in the base, left out: {names}"
+    if record.get("left_out"):
+        yield f"warning: other forms of the base's weights, left out: {', '.join(record['left_out'])}"

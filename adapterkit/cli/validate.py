@@ -1,0 +1,45 @@
+"""Check an adapter's file, shapes, values and fit to a base.
+
+Nothing is written. The first fault is reported with the file and the place in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from . import _options
+from ._render import View, counted, show
+
+
+@click.command(help=__doc__)
+@click.argument("src")
+@_options.reading
+@_options.flags
+@click.pass_obj
+def command(
+    settings: _options.Settings, src: str, source_format: str | None, base: str | None, compat: str | None
+) -> None:
+    """Runs `adapterkit.read`, `Adapter.check_values` and `Adapter.bind`."""
+    from .. import detect, read
+    from ..errors import AdapterkitError
+
+    name = source_format or detect(src)
+    adapter = read(src, name, base, compat=compat)
+    try:
+        bound = adapter if base is None else adapter.bind(base)
+        adapter.check_values()
+    except AdapterkitError as error:
+        raise error.at(path=src) from None
+    record = {
+        "ok": True, "path": src, "format": name, "targets": len(bound.updates), "updates": len(bound), "base": base,
+    }  # fmt: skip
+    show(settings, record, _view)
+
+
+def _view(record: Mapping[str, Any]) -> View:
+    fits = f", fits {record['base']}" if record["base"] else ""
+    targets, updates = counted(record["targets"], "target"), counted(record["updates"], "update")
+    yield f"{record['path']}: valid {record['format']}, {updates} at {targets}, all values finite{fits}"

@@ -1,0 +1,44 @@
+"""PEFT: a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`); see spec/formats/peft.toml.
+
+The maths is in the file's tensors and in a dozen fields of the config; `config` lists every field and says why it
+matters or does not. One module a family of tensors turns keys into updates, `writer` turns updates back into keys.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import AdapterkitError
+from .._format import Format
+from . import container, reader, writer
+
+if TYPE_CHECKING:
+    from ...adapter import Adapter
+    from ...tensors.checkpoint import Checkpoint
+
+
+class Peft(Format):
+    """Hugging Face PEFT's folders: LoRA, DoRA, IA3, whole modules and token rows."""
+
+    url = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
+    description = "Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors or .bin"
+    methods = frozenset({"dora", "ia3", "lora", "replacement", "rows"})
+    compat = frozenset({"peft"})
+
+    def sniff(self, path: Path) -> bool:
+        return container.sniff(path)
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        config, tensors = container.load(path)
+        try:
+            return reader.decode(config, tensors, compat=compat, base=base)
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        config, tensors, lines = writer.encode(adapter, on_loss=on_loss, base=base)
+        container.save(path, config, tensors)
+        return lines

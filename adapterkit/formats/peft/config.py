@@ -1,0 +1,200 @@
+"""The config: every field that PEFT has written into it, what it does, and the typed values of those that count."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from ...errors import Malformed, Unsupported
+
+PEFT_TYPES = ("IA3", "LORA", "TRAINABLE_TOKENS")
+"""The values of `peft_type` that are read."""
+
+READ = {
+    "alpha_pattern": "alpha of the modules it matches",
+    "enable_lora": "before 0.3: which equal blocks of a fused weight are adapted",
+    "fan_in_fan_out": "the base stores its weights [in, out]; a hint, shapes of the base decide",
+    "feedforward_modules": "IA3: modules whose inputs are scaled",
+    "init_lora_weights": "whether the base was changed when the adapter was made",
+    "lora_alpha": "scaling = lora_alpha / r",
+    "lora_bias": "the adapter carries a bias of its own",
+    "peft_type": "which law",
+    "r": "rank",
+    "rank_pattern": "rank of the modules it matches",
+    "target_parameters": "names of the parameters of stacked experts, in no order",
+    "token_indices": "TRAINABLE_TOKENS: numbers of the stored rows",
+    "trainable_token_indices": "numbers of the stored rows",
+    "use_dora": "the law is DoRA's",
+    "use_rslora": "scaling = lora_alpha / sqrt(r)",
+}
+"""Fields that change what the tensors mean."""
+
+HARMLESS = {
+    "auto_mapping": "class of the base",
+    "base_model_name_or_path": "name of the base",
+    "bias": "which biases were trained; those are in the file",
+    "corda_config": "setting of an initialisation, see init_lora_weights",
+    "ensure_weight_tying": "ties the adapters of tied layers in training; the file holds each",
+    "eva_config": "setting of an initialisation, see init_lora_weights",
+    "exclude_modules": "which modules have tensors; the keys say so",
+    "inference_mode": "training only",
+    "init_ia3_weights": "initial values",
+    "init_weights": "initial values",
+    "layers_pattern": "which modules have tensors; the keys say so",
+    "layers_to_transform": "which modules have tensors; the keys say so",
+    "loftq_config": "setting of an initialisation, see init_lora_weights",
+    "lora_dropout": "training only",
+    "lora_ga_config": "setting of an initialisation, see init_lora_weights",
+    "megatron_core": "name of a library, see megatron_config",
+    "merge_weights": "before 0.3: when to fold; the sum is the same",
+    "modules_to_save": "which modules were trained whole; those are in the file",
+    "monteclora_config": "noise in training; without it the law is plain LoRA's",
+    "peft_version": "who wrote the file",
+    "qalora_group_size": "setting of use_qalora",
+    "revision": "revision of the base",
+    "runtime_config": "settings of one process",
+    "target_modules": "which modules have tensors; the keys say so",
+    "task_type": "class of the base",
+    "velora_config": "compressed gradients in training; the law is plain LoRA's",
+}
+"""Fields that change nothing that a merge or a forward pass computes."""
+
+REFUSED = {
+    "alora_invocation_tokens": "aLoRA acts only behind its invocation tokens, so it has no merged weights",
+    "arrow_config": "Arrow routes every token between adapters, so it has no merged weights",
+    "kasa_config": "KaSA truncates the base by a singular value decomposition first",
+    "layer_replication": "it repeats layers of the base, and keys count the repeated ones",
+    "megatron_config": "its tensors are split over Megatron's ranks",
+    "use_bdlora": "BD-LoRA stores the blocks of block-diagonal factors",
+    "use_qalora": "QA-LoRA averages groups of inputs before A",
+}
+"""Fields that must be off, with the reason."""
+
+PLAIN_INIT = ("eva", "gaussian", "mica", "orthogonal")
+"""Initialisations that leave the base as it is."""
+
+CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+"""Initialisations that subtract from the base what they put into the adapter; the first words of the value."""
+
+Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
+Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Tokens = list[Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]]
+T = TypeVar("T")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of a config that this format reads, with PEFT's defaults."""
+
+    peft_type: str
+    r: Rank = 8
+    lora_alpha: Number = 8
+    use_rslora: bool | None = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Number] | None = None
+    use_dora: bool | None = False
+    lora_bias: bool | None = False
+    fan_in_fan_out: bool | None = False
+    init_lora_weights: bool | str | None = True
+    enable_lora: list[bool] | None = None
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: Tokens | dict[str, Tokens] | None = None
+    token_indices: Tokens | None = None
+    feedforward_modules: list[str] | str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def rank(self, name: str) -> int:
+        """The rank at the module or parameter `name`."""
+        return first_match(self.rank_pattern or {}, name, self.r)
+
+    def scaling(self, name: str) -> float:
+        """The factor on B @ A at the module or parameter `name`."""
+        alpha, rank = first_match(self.alpha_pattern or {}, name, self.lora_alpha), self.rank(name)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def parse(config: Mapping[str, Any]) -> Settings:
+    """The typed settings of a config.
+
+    Raises:
+        Malformed: a field is not of its type.
+        Unsupported: a field asks for what this version does not know.
+    """
+    _check_type(config)
+    for name, value in config.items():
+        _check_field(name, value)
+    try:
+        settings = msgspec.convert({k: v for k, v in config.items() if k in Settings.__struct_fields__}, Settings)
+    except msgspec.ValidationError as error:
+        why, _, place = str(error).partition(" - at ")
+        where = place.strip("`").removeprefix("$.") or "adapter_config.json"
+        raise Malformed(why, where=where, cure=_REWRITE) from None
+    _check_init(settings.init_lora_weights)
+    return settings
+
+
+def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
+    """The value of the first pattern that fits `name`, whole or behind a dot, or else of the one that is `name` itself."""
+    for pattern, value in patterns.items():
+        if matches(rf"(.*\.)?({pattern})$", name):
+            return value
+    return patterns.get(name, default)
+
+
+def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
+    """Whether a regular expression out of a config fits `name` from its start, or all of it.
+
+    Raises:
+        Malformed: it is not a regular expression.
+    """
+    try:
+        return bool(re.fullmatch(pattern, name) if whole else re.match(pattern, name))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise Malformed(f"not a regular expression ({error})", where=pattern[:80], cure=_REWRITE) from None
+
+
+def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
+    """Whether PEFT's `target_modules` names a module: a string is a pattern, the items of a list are whole endings."""
+    if isinstance(target_modules, str):
+        return matches(target_modules, path, whole=True)
+    return any(path == name or path.endswith(f".{name}") for name in target_modules or ())
+
+
+def _check_type(config: Mapping[str, Any]) -> None:
+    found = config.get("peft_type")
+    if not isinstance(found, str):
+        raise Malformed("no peft_type", where="peft_type", cure="This is not a config of PEFT's")
+    if found not in PEFT_TYPES:
+        known = f"Known: {', '.join(PEFT_TYPES)}"
+        raise Unsupported(f"PEFT's {found} is not known to this version", where="peft_type", cure=known)
+
+
+def _check_field(name: str, value: Any) -> None:
+    if not value or name in READ or name in HARMLESS:
+        return
+    if name in REFUSED:
+        raise Unsupported(f"{REFUSED[name]}; not known to this version", where=name, cure=_WITH_PEFT)
+    why = f"a field that this version does not know, set to {str(value)[:60]}: it may change the maths"
+    raise Unsupported(why, where=name, cure="Upgrade adapterkit, or take the field out if it is known to be harmless")
+
+
+def _check_init(value: bool | str | None) -> None:
+    if not isinstance(value, str) or value.lower() in PLAIN_INIT:
+        return
+    if value.lower().startswith(CHANGED_BASE):
+        raise Unsupported(
+            f"{value} changed the base when the adapter was made, so the file alone does not say what was trained",
+            where="init_lora_weights",
+            cure="Save it from PEFT once more with path_initial_model_for_weight_conversion, as a plain LoRA",
+        )
+    raise Unsupported(f"an unknown initialisation {value!r}", where="init_lora_weights", cure=_WITH_PEFT)
+
+
+_REWRITE = "Write the adapter again with PEFT"
+_WITH_PEFT = "Merge it with PEFT itself"

@@ -1,0 +1,116 @@
+"""The tensors of one LoRA or DoRA: which belong together, and what rank and scaling the config gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...errors import Malformed, ShapeMismatch
+from .file import make
+
+if TYPE_CHECKING:
+    from ...tensors.lazy import Lazy
+    from ...updates import Update
+    from .config import Settings
+    from .file import File
+    from .keys import Key
+
+FIELDS = {
+    ("lora_A", "weight"): "A",
+    ("lora_B", "weight"): "B",
+    ("lora_B", "bias"): "bias",
+    ("lora_embedding_A", ""): "A",
+    ("lora_embedding_B", ""): "B",
+    ("lora_magnitude_vector", ""): "magnitude",
+    ("lora_magnitude_vector", "weight"): "magnitude",
+}
+"""(part, leaf) of a key -> field of the update."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """The tensors of one adapted module or parameter, as the file holds them.
+
+    Attributes:
+        stem: the path in their keys, wrappers included.
+        keys: field of the update -> key.
+        tensors: field of the update -> tensor.
+        embedding: the keys are those of an embedding.
+    """
+
+    stem: str
+    keys: Mapping[str, Key]
+    tensors: Mapping[str, Lazy]
+    embedding: bool
+
+    @property
+    def key(self) -> Key:
+        """The key that stands for all."""
+        return self.keys["A"]
+
+    @property
+    def A(self) -> Lazy:  # noqa: N802 - the paper's name
+        return self.tensors["A"]
+
+    @property
+    def B(self) -> Lazy:  # noqa: N802 - the paper's name
+        return self.tensors["B"]
+
+
+def find_factors(file: File) -> list[Factors]:
+    """All of them, in file order.
+
+    Raises:
+        Malformed: a tensor lacks its partner, or the config knows nothing of it.
+    """
+    groups = file.groups({part for part, _ in FIELDS})
+    return [_factors(file, stem, keys) for stem, keys in groups.items()]
+
+
+def check_rank(factors: Factors, rank: int, experts: int = 1) -> None:
+    """Checks the rank that the config gives against the tensors.
+
+    Raises:
+        ShapeMismatch: they differ.
+    """
+    for field, axis in (("A", 0), ("B", 1)):
+        size = factors.tensors[field].shape[axis]
+        if size != rank * experts:
+            each = f" for each of {experts} experts" if experts > 1 else ""
+            raise ShapeMismatch(
+                f"rank {size} in {list(factors.tensors[field].shape)}; the config says {rank}{each}",
+                where=factors.keys[field].text, cure="The config is not of this file, or its rank_pattern is damaged",
+            )  # fmt: skip
+
+
+def adapt(settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0) -> Update:
+    """The LoRA or DoRA whose scaling the config gives to the module or parameter `name`, `times` over."""
+    return make("dora" if "magnitude" in tensors else "lora", tensors, scaling=settings.scaling(name) * times)
+
+
+def _factors(file: File, stem: str, slots: Mapping[tuple[str, str], Key]) -> Factors:
+    keys = {FIELDS[slot]: key for slot, key in slots.items() if slot in FIELDS}
+    _check_partners(file.settings, keys, next(iter(slots.values())).text)
+    for name in ("A", "B"):
+        if len(file.tensors[keys[name]].shape) < 2:
+            raise ShapeMismatch(
+                f"a factor of shape {list(file.tensors[keys[name]].shape)}", where=keys[name].text,
+                cure="It was saved from one shard of a model: gather the shards first",
+            )  # fmt: skip
+    embedding = any(part.startswith("lora_embedding") for part, _ in slots)
+    return Factors(stem, keys, {name: file.tensors[key] for name, key in keys.items()}, embedding)
+
+
+def _check_partners(settings: Settings, keys: Mapping[str, Key], where: str) -> None:
+    needs = {"A": True, "B": True, "magnitude": settings.use_dora, "bias": settings.lora_bias}
+    for name, needed in needs.items():
+        if needed and name not in keys:
+            raise Malformed(f"its partner is not in the file: {_WORDS[name]}", where=where, cure=_AGAIN)
+        if not needed and name in keys:
+            why = f"{_WORDS[name]} where the config has none"
+            raise Malformed(why, where=keys[name].text, cure="The config is not of this file")
+
+
+_WORDS = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector of DoRA", "bias": "the bias of lora_bias"}
+_AGAIN = "Save the adapter again with PEFT"

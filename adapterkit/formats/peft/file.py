@@ -1,0 +1,85 @@
+"""What the families of tensors share: the parsed file they read from, and what they find in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ...methods import METHODS
+from ...updates import Update
+from .keys import Key
+
+if TYPE_CHECKING:
+    from ...tensors.checkpoint import Checkpoint
+    from ...tensors.lazy import Lazy, Leaf, Shape
+    from .config import Settings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class File:
+    """A parsed file of tensors.
+
+    Attributes:
+        settings: what its config says.
+        tensors: key -> tensor, in file order.
+        base: the base, if the caller gave one.
+        compat: whose faults to reproduce.
+        parameters: stem -> parameter of the base, where the caller knows what the file does not say.
+    """
+
+    settings: Settings
+    tensors: Mapping[Key, Lazy]
+    base: Checkpoint | None = None
+    compat: str | None = None
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+    def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
+        """Stem -> (part, leaf) -> key, for the keys of these parts."""
+        found: dict[str, dict[tuple[str, str], Key]] = {}
+        for key in self.tensors:
+            if key.part in parts:
+                found.setdefault(key.stem, {})[key.part, key.leaf] = key
+        return found
+
+    def base_shape(self, name: str) -> Shape | None:
+        """The shape of a tensor of the base, found by its name or by the one name that ends with it."""
+        tensors = {} if self.base is None else self.base.tensors
+        if name in tensors:
+            return tensors[name].shape
+        longer = [tensor.shape for other, tensor in tensors.items() if other.endswith(f".{name}")]
+        return longer[0] if len(longer) == 1 else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """One update of a file.
+
+    Attributes:
+        path: its target's.
+        update: with leaves as the file holds them, but for their shapes.
+        keys: field of the update -> the key it came from.
+        layout: of the target, as far as the file tells.
+        rows: of the target.
+    """
+
+    path: str
+    update: Update
+    keys: Mapping[str, Key]
+    layout: str = "out *in"
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """A key whose tensor changes nothing that the adapter computes, and is kept to be written back."""
+
+    key: Key
+
+
+Findings = Iterator[Found | Kept]
+
+
+def make(method: str, leaves: Mapping[str, Leaf], **attributes: float) -> Update:
+    """An update of a method over leaves that are not read yet."""
+    return METHODS[method](**leaves, **attributes)

@@ -1,0 +1,111 @@
+"""Keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
+
+PEFT wraps a module to adapt it, so a path can hold names of wrappers: `base_layer`, one for each adapted parameter of
+the module; `token_adapter`; `modules_to_save.<adapter name>` in state dicts that were saved by hand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ...errors import Malformed
+from ...tensors.lazy import Lazy
+
+PREFIX = "base_model.model."
+
+_PART = re.compile(r"(?P<stem>.+)\.(?P<part>(?:lora|ia3|trainable_tokens)_\w+)(?P<rest>(?:\.[^.]+)*)", re.DOTALL)
+_SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
+_WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
+_OUTERMOST = re.compile(r"(?:\.base_layer)*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a file of tensors.
+
+    Attributes:
+        text: the key itself.
+        stem: the path before the part, wrappers included; the whole path of a parameter of the base.
+        part: `lora_A`, `ia3_l`, ...; empty for a parameter of the base.
+        leaf: what ends the key behind the part: `weight`, `bias` or nothing.
+        adapter: the adapter's name, where the key holds it.
+    """
+
+    text: str
+    stem: str
+    part: str = ""
+    leaf: str = ""
+    adapter: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The dotted path in the base's own names."""
+        return _WRAPPERS.sub("", self.stem)
+
+    @property
+    def depth(self) -> int:
+        """How many adapted parameters of the same module are wrapped outside this one."""
+        found = _OUTERMOST.search(self.stem)
+        return 0 if found is None else found.group().count(".base_layer")
+
+    @property
+    def module(self) -> str:
+        """The path of the outermost wrapped module: that of the attention for an output projection inside it."""
+        inside = _OUTERMOST.sub("", self.stem)
+        return _WRAPPERS.sub("", inside.partition(".base_layer.")[0])
+
+
+def parse_keys(tensors: Mapping[str, Lazy]) -> tuple[str, dict[Key, Lazy]]:
+    """The prefix that all keys share, and the parsed keys in file order.
+
+    Raises:
+        Malformed: only some keys have the prefix, or they belong to several adapters.
+    """
+    prefix = PREFIX if any(text.startswith(PREFIX) for text in tensors) else ""
+    for text in tensors:
+        if not text.startswith(prefix) or text == prefix:
+            raise Malformed(f"does not begin with {PREFIX!r} as other keys do", where=text, cure=_REWRITE)
+    keys = {parse_key(text, prefix): tensor for text, tensor in tensors.items()}
+    _check_names(keys)
+    return prefix, keys
+
+
+def parse_key(text: str, prefix: str) -> Key:
+    """One key, taken apart."""
+    body = text[len(prefix) :]
+    if found := _PART.fullmatch(body):
+        names, leaf = _tail(found["rest"])
+        return Key(text, found["stem"], found["part"] + names[1], leaf, names[0])
+    if found := _SAVED.fullmatch(body):
+        return Key(text, f"{found['stem']}.{found['rest']}", adapter=found["name"])
+    return Key(text, body)
+
+
+def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
+    """(adapter name, what of the part is left over), leaf; for `.default.weight` and the like."""
+    names = rest.split(".")[1:]
+    leaf = names.pop() if names and names[-1] in ("weight", "bias") else ""
+    adapter = names.pop(0) if names else None
+    return (adapter, "".join(f".{name}" for name in names)), leaf
+
+
+def _check_names(keys: Iterable[Key]) -> None:
+    """Either no key holds an adapter's name, or all hold the same; keys of the base's parameters never need one."""
+    named = {key.adapter: key for key in keys if key.part in _NAMED}
+    if len(named) > 1:
+        first, second = list(named.values())[:2]
+        raise Malformed(f"not of the same adapter as {first.text}", where=second.text, cure="Save one adapter a file")
+
+
+_NAMED = (
+    "ia3_l",
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "trainable_tokens_delta",
+)
+_REWRITE = "Write the adapter again with PEFT"

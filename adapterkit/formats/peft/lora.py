@@ -1,0 +1,98 @@
+"""LoRA and DoRA on modules: linear layers, convolutions, embeddings, attention.
+
+An embedding's factors see the table [vocabulary, dimension] from its other side, which is the layout `in out *k`. Of
+`nn.MultiheadAttention` PEFT adapts both projections by one rank and one alpha, those of the attention's own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from ...errors import Malformed, ShapeMismatch, Unsupported
+from . import experts, merged_linear
+from .factors import Factors, adapt, check_rank, find_factors
+from .file import File, Findings, Found, Kept
+
+if TYPE_CHECKING:
+    from ...tensors.lazy import Lazy
+
+TRAINING = ("lora_monteclora_sampler", "lora_velora_embed")
+"""First words of the parts that matter in training only."""
+
+
+def decode(file: File) -> Findings:
+    """All LoRA and DoRA updates of a file.
+
+    Raises:
+        Malformed: a tensor's partner is missing, or the config knows nothing of it.
+        ShapeMismatch: shapes disagree with each other or with the config's ranks.
+        Unsupported: a grouped convolution.
+    """
+    yield from (Kept(key) for key in file.tensors if key.part.startswith(TRAINING))
+    modules: list[Factors] = []
+    parameters: list[Factors] = []
+    for each in find_factors(file):
+        (parameters if experts.adapts_parameter(file, each.key.path) else modules).append(each)
+    attentions = {each.key.module for each in modules if each.key.module != each.key.path}
+    for each in modules:
+        if file.settings.enable_lora is not None and len(each.B.shape) == 3 and len(each.A.shape) == 2:
+            yield from merged_linear.decode(file.settings, each)
+        else:
+            yield from _module(file, each, attentions)
+    yield from experts.decode(file, parameters)
+
+
+def _module(file: File, factors: Factors, attentions: Collection[str]) -> Findings:
+    name, path = factors.key.module, factors.key.path
+    _check_plain(factors, file.settings.rank(name))
+    tensors = {"A": factors.A, "B": _flat_output(factors)}
+    for field in ("magnitude", "bias"):
+        if field in factors.tensors:
+            tensors[field] = _vector(factors, field)
+    keys, times = dict(factors.keys), 1.0
+    if file.compat == "peft" and name in attentions:
+        if name == path and "bias" in tensors:
+            del tensors["bias"]
+            yield Kept(keys.pop("bias"))
+        times = 1.0 if name == path else 2.0
+    if path == name and path in attentions:
+        path = f"{path}.in_proj_weight"
+    yield Found(path, adapt(file.settings, name, tensors, times), keys, _layout(file, factors, attentions))
+
+
+def _check_plain(factors: Factors, rank: int) -> None:
+    if factors.key.depth:
+        why = "nested as for parameters, and target_parameters names none here"
+        raise Malformed(why, where=factors.key.text, cure="The config is not of this file")
+    inner = factors.B.shape[1]
+    if len(factors.A.shape) > 2 and factors.A.shape[0] == rank != inner and rank % inner == 0:
+        raise Unsupported(
+            f"a convolution in {rank // inner} groups: PEFT's A reads all channels, so the pair is no change of W",
+            where=factors.keys["B"].text, cure="Leave grouped convolutions out of target_modules",
+        )  # fmt: skip
+    check_rank(factors, rank)
+
+
+def _layout(file: File, factors: Factors, attentions: Collection[str]) -> str:
+    if factors.embedding:
+        return "in out *k"
+    turned = file.settings.fan_in_fan_out and len(factors.A.shape) == 2 and factors.key.module not in attentions
+    return "in out *k" if turned else "out *in"
+
+
+def _flat_output(factors: Factors) -> Lazy:
+    """B as [out, r]: a convolution's B mixes channels at one place, so all its other axes are 1."""
+    A, B = factors.A, factors.B
+    if len(A.shape) != len(B.shape) or any(size != 1 for size in B.shape[2:]):
+        why = f"{list(B.shape)} does not go with {list(A.shape)}"
+        raise ShapeMismatch(why, where=factors.keys["B"].text, cure="Save the adapter again with PEFT")
+    return B if len(B.shape) == 2 else B.reshape(*B.shape[:2])
+
+
+def _vector(factors: Factors, field: str) -> Lazy:
+    tensor, out = factors.tensors[field], factors.B.shape[0]
+    if sorted(tensor.shape)[-1:] != [out] or sorted(tensor.shape)[:-1] != [1] * (len(tensor.shape) - 1):
+        why = f"{list(tensor.shape)} are not the {out} values of lora_B's outputs"
+        raise ShapeMismatch(why, where=factors.keys[field].text, cure="Save the adapter again with PEFT")
+    return tensor if len(tensor.shape) == 1 else tensor.reshape(out)

@@ -1,0 +1,40 @@
+"""Parameters of the base, saved whole under their own names: `modules_to_save`, trained biases, embeddings.
+
+PEFT loads whatever has the name of a parameter into the model, so each is a replacement. The copy of an adapted
+embedding that PEFT saves beside its factors is one too, and comes before them.
+"""
+
+from __future__ import annotations
+
+from ...errors import Unsupported
+from .file import File, Findings, Found, Kept, make
+from .keys import Key
+
+
+def decode(file: File) -> Findings:
+    """All whole parameters of a file; what is not of real numbers was not trained, and is only kept.
+
+    Raises:
+        Unsupported: a parameter is a single number.
+    """
+    whole = {key for key, tensor in file.tensors.items() if not key.part and not tensor.dtype.floating}
+    packed = tuple(f"{key.text}." for key in whole)
+    modules: dict[str, dict[str, Key]] = {}
+    for key, tensor in file.tensors.items():
+        if key in whole or (not key.part and key.text.startswith(packed)):
+            yield Kept(key)
+        elif not key.part:
+            path, field = _place(key.path, len(tensor.shape))
+            modules.setdefault(path, {})[field] = key
+    for path, keys in modules.items():
+        yield Found(path, make("replacement", {field: file.tensors[key] for field, key in keys.items()}), keys)
+
+
+def _place(name: str, axes: int) -> tuple[str, str]:
+    """(target, field) of a parameter: that of its module, for a weight and a bias."""
+    if not axes:
+        raise Unsupported("a single number cannot be replaced", where=name, cure="Leave it out of modules_to_save")
+    module, _, field = name.rpartition(".")
+    if module and (field == "weight" or (field == "bias" and axes == 1)):
+        return module, field
+    return name, "weight"

@@ -1,0 +1,52 @@
+"""Trainable tokens: `trainable_tokens_delta` holds whole new rows, despite its name; the config holds their numbers."""
+
+from __future__ import annotations
+
+from ...errors import Malformed, ShapeMismatch
+from ...tensors.dtypes import DTYPES
+from ...tensors.lazy import Lazy
+from .config import Settings
+from .file import File, Findings, Found, Kept, make
+
+PART = "trainable_tokens_delta"
+ORIGINAL = "trainable_tokens_original"
+"""A copy of the base's own rows."""
+
+
+def decode(file: File) -> Findings:
+    """All token rows of a file.
+
+    Raises:
+        Malformed: the config has no token numbers for them.
+        ShapeMismatch: there are more or fewer numbers than rows.
+    """
+    yield from (Kept(key) for key in file.tensors if key.part == ORIGINAL)
+    keys = [slots[PART, ""] for slots in file.groups({PART}).values() if (PART, "") in slots]
+    for key in keys:
+        index, values = _index(file.settings, key.path, len(keys)), file.tensors[key]
+        if index is None:
+            raise Malformed("the config has no token numbers for these rows", where=key.text, cure=_AGAIN)
+        if values.shape[:1] != (len(index),) or len(values.shape) != 2:
+            why = f"{list(values.shape)} are not the rows of {len(index)} tokens"
+            raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+        update = make("rows", {"index": integers(index), "values": values})
+        yield Found(key.path, update, {"values": key}, "in out *k")
+
+
+def integers(values: list[int]) -> Lazy:
+    """Whole numbers as an int64 tensor."""
+    return Lazy((len(values),), DTYPES["I64"], lambda: b"".join(value.to_bytes(8, "little") for value in values))
+
+
+def _index(settings: Settings, path: str, modules: int) -> list[int] | None:
+    if settings.peft_type == "TRAINABLE_TOKENS":
+        return settings.token_indices
+    named = settings.trainable_token_indices
+    if not isinstance(named, dict):
+        return named if modules == 1 else None
+    fitting = [name for name in named if path.endswith(name)]
+    exact = [name for name in fitting if name == path]
+    return named[(exact or fitting)[0]] if len(exact or fitting) == 1 else None
+
+
+_AGAIN = "Save the adapter again with PEFT"

@@ -1,0 +1,49 @@
+"""NaN and infinity by their bits, so that values of any element type can be checked without torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .lazy import as_lazy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .dtypes import DType
+    from .lazy import Leaf, Shape
+
+_BITS = {
+    "BF16": (0x7F80, 0x7F80),
+    "F8_E5M2": (0x7C, 0x7C),
+    "F8_E4M3": (0x7F, 0x7F),
+    "F8_E8M0": (0xFF, 0xFF),
+    "F8_E4M3FNUZ": (0xFF, 0x80),
+    "F8_E5M2FNUZ": (0xFF, 0x80),
+}
+"""Types numpy lacks -> (mask, what the masked bits are when the value is not finite).
+
+F8_E4M3, F8_E8M0 and the FNUZ types have no infinity, one or two NaNs: https://arxiv.org/abs/2209.05433,
+https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+"""
+
+
+def first_not_finite(leaf: Leaf) -> Shape | None:
+    """The position of the first NaN or infinity in C order; None where all values are finite."""
+    tensor = as_lazy(leaf)
+    if not tensor.dtype.floating:
+        return None
+    bad = _not_finite(tensor.numpy(), tensor.dtype)
+    if not bad.any():
+        return None
+    import numpy as np
+
+    return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), tensor.shape))
+
+
+def _not_finite(values: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    if dtype.name not in _BITS:
+        return np.asarray(~np.isfinite(values))
+    mask, bits = _BITS[dtype.name]
+    return np.asarray((values & mask) == bits)

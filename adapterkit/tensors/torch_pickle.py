@@ -1,0 +1,335 @@
+"""The pickle machine: carries out the few opcodes that `torch.save` writes for a state dict, on inert values.
+
+`pickle.Unpickler` has no part in this: its opcodes can hang or kill a process even when every global is refused. A memo
+index of 2**31 is an allocation of gigabytes, a dict key of sixty nested pairs takes 2**60 hashes, one of a million
+nested tuples overflows the C stack. Here time and memory are linear in the pickle, and any opcode or global that no
+state dict needs is an error.
+Formats: torch/_utils.py (`_rebuild_*`), pickletools (opcodes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import prod
+from operator import mul
+from pickletools import opcodes
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AdapterkitError, Malformed, Unsupported
+from .dtypes import BY_TORCH, DTYPES, DType
+
+if TYPE_CHECKING:
+    import io
+    from collections.abc import Callable, Sequence
+
+    from .lazy import Shape
+
+_LENGTH = 1 << 22
+"""Opcodes in a pickle; a tensor takes 30."""
+_DIMENSIONS = 32
+"""What numpy 1 can hold."""
+_CONVERT = "Convert the file to safetensors with the tool that wrote it, if you trust it"
+_DAMAGED = "The file is damaged, cut short or not what it claims to be; fetch it again or convert it to safetensors"
+ALONE = "Save the state dict alone: a dict of names to tensors, with no other entries"
+
+
+def damaged(why: str, where: str | None = None) -> Malformed:
+    """The error for a file that breaks the rules of its container."""
+    return Malformed(why, where=where, cure=_DAMAGED)
+
+
+def refused(why: str, where: str | None = None) -> Unsupported:
+    """The error for a file that asks for more than a state dict needs."""
+    return Unsupported(why, where=where, cure=_CONVERT)
+
+
+def short(text: str) -> str:
+    """Text out of a file, fit for one line of a message."""
+    return ascii(text if len(text) <= 120 else text[:117] + "...")
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in words for a message."""
+    return {View: "tensor", Storage: "storage", _Global: "global"}.get(type(value), type(value).__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    """The name of something in torch, `module name`; a name is all it is."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of elements in the file, under its key in the container."""
+
+    key: str
+    dtype: DType
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def where(self) -> str:
+        return f"storage {short(self.key)}"
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A strided tensor: element [i, j, ...] is number `offset + i * stride[0] + j * stride[1] + ...` of its storage."""
+
+    storage: Storage
+    dtype: DType
+    offset: int
+    shape: Shape
+    stride: Shape
+
+    @property
+    def extent(self) -> int:
+        """Elements from the first to the last, both counted."""
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True)) if all(self.shape) else 0
+
+    @property
+    def contiguous(self) -> bool:
+        dense = [*accumulate(self.shape[:0:-1], mul, initial=1)][::-1]
+        return not all(self.shape) or all(
+            n == 1 or s == d for n, s, d in zip(self.shape, self.stride, dense[: len(self.shape)], strict=True)
+        )
+
+
+_KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat")
+_NAMES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "C64")
+_STORAGE_TYPES = {
+    f"{module} {kind}Storage": DTYPES[name]
+    for module in ("torch", "torch.cuda")
+    for kind, name in zip(_KINDS, _NAMES, strict=True)
+} | {"torch.storage UntypedStorage": DTYPES["U8"], "torch UntypedStorage": DTYPES["U8"]}
+_DTYPES = {f"torch {name}": dtype for name, dtype in BY_TORCH.items()}
+
+
+def _counts(value: object) -> bool:
+    return (
+        type(value) is tuple and len(value) <= _DIMENSIONS and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    )
+
+
+def _tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = None, hooks: Any = None, metadata: Any = None
+) -> View:
+    """`_rebuild_tensor` and `_rebuild_tensor_v2`."""
+    if hooks or metadata:
+        raise refused("a tensor with hooks, or a conjugate or negative view")
+    if type(storage) is not Storage or not (_counts((offset,)) and _counts(shape) and _counts(stride)):
+        raise damaged(f"a tensor without storage, or with sizes that are not up to {_DIMENSIONS} counts")
+    return _inside(View(storage, storage.dtype, offset, shape, stride))
+
+
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
+) -> View:
+    if type(dtype) is not _Global or dtype.name not in _DTYPES or type(storage) is not Storage:
+        raise damaged("a tensor without storage or dtype")
+    bare = Storage(storage.key, DTYPES["U8"], storage.nbytes)
+    element = _DTYPES[dtype.name]
+    return _inside(replace(_tensor(bare, offset, shape, stride, grad, hooks, metadata), dtype=element))
+
+
+def _inside(view: View) -> View:
+    shape, stride, itemsize = list(view.shape), list(view.stride), view.dtype.itemsize
+    if len(shape) != len(stride) or prod(n or 1 for n in shape) * itemsize >= 1 << 63:
+        raise damaged(f"no tensor has shape {shape}, strides {stride}", view.storage.where)
+    if view.extent and (view.offset + view.extent) * itemsize > view.storage.nbytes:
+        why = f"a view of shape {shape}, strides {stride}, offset {view.offset} leaves {view.storage.nbytes} bytes"
+        raise damaged(why, view.storage.where)
+    return view
+
+
+def _parameter(data: Any, _grad: Any, hooks: Any) -> View:
+    if hooks or type(data) is not View:
+        raise damaged("a parameter that is not a tensor, or has hooks")
+    return data
+
+
+def _ordered() -> dict[str, Any]:
+    return {}
+
+
+_CALLS: dict[str, Callable[..., object]] = {
+    "collections OrderedDict": _ordered,
+    "torch Size": lambda shape: shape,
+    "torch._utils _rebuild_parameter": _parameter,
+    "torch._utils _rebuild_tensor": _tensor,
+    "torch._utils _rebuild_tensor_v2": _tensor,
+    "torch._utils _rebuild_tensor_v3": _tensor_v3,
+}
+"""What REDUCE may call; every one is ours and takes what it is given apart without running any of it."""
+_KNOWN = {*_CALLS, *_STORAGE_TYPES, *_DTYPES}
+
+
+class Machine:
+    """Carries out pickles; remembers the storages that they name."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.storages: dict[str, Storage] = {}
+
+    def load(self, stream: io.BytesIO) -> object:
+        """The value of the pickle that starts here; leaves the stream behind its STOP."""
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        position = stream.tell()
+        try:
+            for _ in range(_LENGTH):
+                position = stream.tell()
+                if self.step(stream) == "STOP":
+                    (value,) = self.stack
+                    return value
+            raise refused(f"a pickle of more than {_LENGTH} opcodes")
+        except AdapterkitError as error:
+            error.at(where=f"{self.place} byte {position}")
+            raise
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            why = f"the pickle makes no sense: {short(str(error))}"
+            raise damaged(why, f"{self.place} byte {position}") from error
+
+    def step(self, stream: io.BytesIO) -> str:
+        """Carries out one opcode and names it. An argument is decoded only once its opcode is known to be harmless."""
+        code = stream.read(1)
+        if code not in _OPCODES:
+            raise ValueError(f"no opcode is {code!r}" if code else "it ends without a STOP")
+        name, reader = _OPCODES[code]
+        if name not in _STEPS:
+            raise refused(f"the pickle uses opcode {name}, which no state dict needs")
+        _STEPS[name](self, reader(stream) if reader else None)
+        return name
+
+    def push(self, value: object) -> None:
+        self.stack.append(value)
+
+    def mark(self, _: object) -> None:
+        if len(self.marks) >= 64:
+            raise refused("values nested more than 64 deep")
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def since_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def pops(self, count: int) -> tuple[Any, ...]:
+        items = tuple(self.stack[-count:])
+        if len(items) < count:
+            raise IndexError("a value too few")
+        del self.stack[-count:]
+        return items
+
+    def top(self, kind: type) -> Any:
+        if type(self.stack[-1]) is not kind:
+            raise damaged(f"a value of type {kind_of(self.stack[-1])} where the pickle needs a {kind.__name__}")
+        return self.stack[-1]
+
+    def put(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def get(self, index: int) -> None:
+        self.push(self.memo[index])
+
+    def extend(self, items: Sequence[Any]) -> None:
+        self.top(list).extend(items)
+
+    def update(self, items: Sequence[Any]) -> None:
+        # Integers past 64 bits can be made to collide by the million, tuples to hash for ever.
+        if not all(type(key) is str or (type(key) is int and abs(key) < 1 << 60) for key in items[::2]):
+            raise Malformed("a dict key that is neither text nor a small integer", cure=ALONE)
+        self.top(dict).update(zip(items[::2], items[1::2], strict=True))
+
+    def resolve(self, name: str) -> None:
+        if name not in _KNOWN:
+            raise refused(f"the pickle asks for {short(name.replace(' ', '.', 1))}, which no state dict needs")
+        self.push(_Global(name))
+
+    def resolve_stack(self, _: object) -> None:
+        module, name = self.pops(2)
+        if type(module) is not str or type(name) is not str:
+            raise damaged("a global whose name is not text")
+        self.resolve(f"{module} {name}")
+
+    def reduce(self, _: object) -> None:
+        called, args = self.pops(2)
+        if type(called) is not _Global or called.name not in _CALLS or type(args) is not tuple:
+            raise damaged("a call of something that cannot be called")
+        self.push(_CALLS[called.name](*args))
+
+    def build(self, _: object) -> None:
+        (state,) = self.pops(1)
+        self.top(dict)
+        if type(state) is not dict or not state.keys() <= {"_metadata"}:
+            raise refused("attributes on a dict, other than a module's `_metadata`")
+
+    def persistent(self, _: object) -> None:
+        (pid,) = self.pops(1)
+        match pid if type(pid) is tuple else ():
+            # The legacy container adds a view of the storage, which has been None since torch 0.4.
+            case ("storage", _Global(name=kind), str(key), str(), numel, *view) if (
+                kind in _STORAGE_TYPES and _counts((numel,)) and view in ([], [None])
+            ):
+                storage = Storage(key, _STORAGE_TYPES[kind], numel)
+            case _:
+                raise damaged("a persistent id that does not name a storage")
+        if self.storages.setdefault(key, storage).nbytes != storage.nbytes:
+            raise damaged("one storage with two sizes", storage.where)
+        self.push(storage)
+
+
+def _global_name(stream: io.BytesIO) -> str:
+    """The argument of GLOBAL, `module name`; pickletools would take backslashes in it for escapes, and warn."""
+    module, name = stream.readline(), stream.readline()
+    if not name.endswith(b"\n"):
+        raise ValueError("a name without an end")
+    return f"{module[:-1].decode()} {name[:-1].decode()}"
+
+
+_OPCODES: dict[bytes, tuple[str, Callable[[io.BytesIO], Any] | None]] = {
+    opcode.code.encode("latin-1"): (opcode.name, opcode.arg.reader if opcode.arg else None) for opcode in opcodes
+} | {b"c": ("GLOBAL", _global_name)}
+
+
+def _pushes(make: Callable[[], object]) -> Callable[[Machine, Any], None]:
+    return lambda machine, _: machine.push(make())
+
+
+_PLAIN = ("BINFLOAT", "BININT", "BININT1", "BININT2", "BINUNICODE", "LONG1", "SHORT_BINUNICODE")
+_STEPS: dict[str, Callable[[Machine, Any], None]] = {
+    **dict.fromkeys(_PLAIN, Machine.push),
+    **dict.fromkeys(("FRAME", "PROTO", "STOP"), lambda _m, _: None),
+    "APPEND": lambda m, _: m.extend(m.pops(1)),
+    "APPENDS": lambda m, _: m.extend(m.since_mark()),
+    "BINGET": Machine.get,
+    "BINPERSID": Machine.persistent,
+    "BINPUT": Machine.put,
+    "BUILD": Machine.build,
+    "EMPTY_DICT": _pushes(dict),
+    "EMPTY_LIST": _pushes(list),
+    "EMPTY_TUPLE": _pushes(tuple),
+    "GLOBAL": Machine.resolve,
+    "LONG_BINGET": Machine.get,
+    "LONG_BINPUT": Machine.put,
+    "MARK": Machine.mark,
+    "MEMOIZE": lambda m, _: m.put(len(m.memo)),
+    "NEWFALSE": _pushes(lambda: False),
+    "NEWTRUE": _pushes(lambda: True),
+    "NONE": _pushes(lambda: None),
+    "REDUCE": Machine.reduce,
+    "SETITEM": lambda m, _: m.update(m.pops(2)),
+    "SETITEMS": lambda m, _: m.update(m.since_mark()),
+    "STACK_GLOBAL": Machine.resolve_stack,
+    "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),
+    "TUPLE1": lambda m, _: m.push(m.pops(1)),
+    "TUPLE2": lambda m, _: m.push(m.pops(2)),
+    "TUPLE3": lambda m, _: m.push(m.pops(3)),
+}

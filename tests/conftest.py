@@ -1,0 +1,153 @@
+"""What tests share: the specification's folder, small bases, and adapters made from shape strings alone."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from adapterkit.adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target
+from adapterkit.errors import Malformed
+from adapterkit.methods import METHODS
+from adapterkit.shapes import Axes
+from adapterkit.tensors.checkpoint import open_checkpoint
+from adapterkit.tensors.lazy import from_numpy
+
+settings.register_profile(
+    "repository",
+    max_examples=25,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("repository")
+
+SIZES = {"out": 8, "in": 16}
+"""Sizes of the weight's axes in examples; what other names stand for divides them."""
+
+
+def values(shape, seed=0):
+    """float64 numbers that no formula is likely to produce by accident."""
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@st.composite
+def updates(draw, method=None, stacked=False, kernel=None, sizes=SIZES, rank=None):
+    """An update of any method, or of one, its tensors made from its shape strings.
+
+    `kernel` are the sizes of the weight's kernel axes; `rank` 1 makes an update for a weight of one axis.
+    """
+    cls = METHODS[method or draw(st.sampled_from(sorted(METHODS)))]
+    kernel = draw(st.sampled_from([(), (3,), (2, 1)])) if kernel is None else kernel
+    dims = {**sizes, "k": kernel, "rest": () if rank == 1 else (sizes["in"], *kernel), "e": 2}
+    for attempt in range(50):
+        fields = {**draw(_tensors(cls, dims, stacked)), **draw(_attributes(cls))}
+        try:
+            update = cls(**fields)
+            update.check()
+            return update
+        except Malformed:
+            assert attempt < 49
+    raise AssertionError(cls)
+
+
+@st.composite
+def _tensors(draw, cls, dims, stacked):
+    names = {name for field in cls.tensor_fields().values() for axis in field.metadata["axes"].axes
+             for name in axis.replace("/", "*").split("*") if name and not name.isdigit()}  # fmt: skip
+    dims = {**dict.fromkeys(sorted(names), 1), **{n: draw(st.sampled_from([1, 2, 4])) for n in sorted(names)}, **dims}
+    made = {}
+    for name, field in cls.tensor_fields().items():
+        if field.metadata["optional"] and draw(st.booleans()):
+            continue
+        axes = field.metadata["axes"]
+        shape = (Axes.parse(f"e {axes.text}") if stacked else axes).sizes(dims)
+        seed = draw(st.integers(0, 2**32 - 1))
+        made[name] = from_numpy(_positions(shape, dims["in"], seed) if field.metadata["integer"] else values(shape, seed))
+    return made
+
+
+def _positions(shape, size, seed):
+    """Whole numbers below `size`, distinct along the last axis."""
+    rng = np.random.default_rng(seed)
+    lists = [rng.permutation(size)[: shape[-1]] for _ in range(math.prod(shape[:-1]))]
+    return np.array(lists, dtype=np.int64).reshape(shape)
+
+
+@st.composite
+def _attributes(draw, cls):
+    plain = {"float": st.floats(-4, 4), "int": st.integers(-9, 9), "str": st.text(max_size=5), "bool": st.booleans()}
+    fields = cls.attribute_fields().values()
+    return {f.name: draw(plain[f.type]) for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())}
+
+
+PATHS = st.lists(st.text("abcxyz_0é", min_size=1, max_size=4), min_size=1, max_size=3).map(".".join)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+OBJECTS = st.dictionaries(st.text(max_size=4), JSON, max_size=3)
+NAMES = st.none() | st.text(max_size=8)
+
+
+@st.composite
+def adapters(draw):
+    """An adapter with any of what the native format can say: several updates at a target, rows, stacks, leftovers."""
+    entries = {}
+    for path in draw(st.lists(PATHS, min_size=1, max_size=4, unique=True)):
+        layout = draw(st.sampled_from(LAYOUTS))
+        start = draw(st.integers(0, 5))
+        rows = (start, start + SIZES["out"]) if draw(st.booleans()) else None
+        made = updates(stacked=layout.startswith("e "), kernel=())
+        entries[Target(path, layout, rows)] = tuple(draw(st.lists(made, min_size=1, max_size=2)))
+    base = draw(st.none() | st.builds(BaseRef, NAMES, NAMES, NAMES))
+    recipe = tuple(draw(st.lists(st.builds(Step, st.text(max_size=5), OBJECTS), max_size=2)))
+    extra = st.dictionaries(st.text(max_size=4), st.integers(0, 9).map(lambda n: from_numpy(values((n,)))), max_size=2)
+    foreign = draw(st.none() | st.builds(Foreign, st.text(max_size=5), OBJECTS, extra))
+    return Adapter(entries, base, recipe, foreign, draw(OBJECTS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategies:
+    """The strategies above, for tests to draw from."""
+
+    updates = staticmethod(updates)
+    adapters = staticmethod(adapters)
+
+
+@pytest.fixture(scope="session")
+def made():
+    """Strategies for updates and adapters."""
+    return Strategies()
+
+
+@pytest.fixture(scope="session")
+def spec():
+    """The folder of the specification."""
+    return Path(__file__).parent.parent / "spec"
+
+
+@pytest.fixture
+def base(tmp_path):
+    """Writes a base of numpy arrays by the safetensors library and opens it."""
+
+    def write(tensors, config=None):
+        folder = tmp_path / "base"
+        folder.mkdir()
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "model.safetensors")
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+        return open_checkpoint(folder)
+
+    return write

@@ -1,0 +1,213 @@
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import adapterkit as ak
+from adapterkit.errors import AdapterkitError
+from adapterkit.formats import FORMATS
+from adapterkit.formats.adapterkit import KEY, SPEC, Record
+from adapterkit.methods import METHODS
+
+ROOT = Path(__file__).parent.parent / "spec"
+MANIFEST = tomllib.loads((ROOT / "1.0" / "manifest.toml").read_text("utf-8"))
+FORMAT_ENTRIES = sorted((ROOT / "formats").glob("*.toml"))
+VECTORS = sorted((ROOT / "vectors" / "methods").glob("*.adapter.safetensors"))
+
+
+def entry(folder, name):
+    return tomllib.loads((ROOT / folder / f"{name}.toml").read_text("utf-8"))
+
+
+def record(path):
+    """The record in a file, read without adapterkit."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
+
+
+@pytest.fixture(scope="session")
+def schema():
+    return jsonschema.Draft202012Validator(json.loads((ROOT / f"adapterkit-{SPEC}.schema.json").read_text("utf-8")))
+
+
+def test_module_entry_and_vector_exist_in_threes():
+    entries = {path.stem for path in (ROOT / "methods").glob("*.toml")}
+    vectors = {path.name.removesuffix(".adapter.safetensors") for path in VECTORS}
+    assert entries == vectors == set(METHODS) == set(MANIFEST["methods"])
+    assert all(path.with_name(path.name.replace(".adapter.", ".expected.")).exists() for path in VECTORS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_entry_says_what_its_class_does(name):
+    said, cls = entry("methods", name), METHODS[name]
+    assert said.keys() <= {"name", "version", "kind", "title", "formula", "paper", "blocks", "needs_bias", "tensors", "attributes"}
+    assert (said["name"], said["version"], said["kind"]) == (name, cls.version, cls.kind)
+    assert (said["paper"], said["needs_bias"]) == (cls.paper, cls.needs_bias)
+    assert said["blocks"] == sorted(cls.blocks)
+    assert MANIFEST["methods"][name] == cls.version
+    assert said["title"]
+    assert said["formula"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_tensors_are_its_fields_in_order(name):
+    said = [
+        (t["name"], t["shape"], t.get("optional", False), t.get("integer", False)) for t in entry("methods", name)["tensors"]
+    ]
+    fields = METHODS[name].tensor_fields().items()
+    assert said == [(n, f.metadata["axes"].text, f.metadata["optional"], f.metadata["integer"]) for n, f in fields]
+    assert all(tensor["meaning"] for tensor in entry("methods", name)["tensors"])
+    assert all(t.keys() <= {"name", "shape", "optional", "integer", "meaning"} for t in entry("methods", name)["tensors"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_attributes_are_its_fields_in_order(name):
+    attributes = entry("methods", name).get("attributes", [])
+    said = [(a["name"], a["type"], a.get("default", dataclasses.MISSING)) for a in attributes]
+    assert said == [(n, f.type, f.default) for n, f in METHODS[name].attribute_fields().items()]
+    assert all(type(a["default"]).__name__ == a["type"] for a in attributes if "default" in a)
+    assert all(attribute["meaning"] for attribute in attributes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_vectors_use_every_field_and_every_default(name):
+    updates = record(ROOT / "vectors" / "methods" / f"{name}.adapter.safetensors")["updates"]
+    own = [update for update in updates if update["method"] == name]
+    fields, attributes = METHODS[name].tensor_fields(), METHODS[name].attribute_fields()
+    for field, declared in fields.items():
+        assert any(field in update["tensors"] for update in own)
+        assert not declared.metadata["optional"] or any(field not in update["tensors"] for update in own)
+    for attribute in attributes:
+        assert any(attribute in update["attributes"] for update in own)
+        assert any(attribute not in update["attributes"] for update in own)
+    assert {update["target"]["layout"] for update in own} >= {"out *in", "in out *k"}
+
+
+@pytest.mark.parametrize("path", FORMAT_ENTRIES, ids=lambda path: path.stem)
+def test_a_formats_entry_says_what_its_class_does(path):
+    said, cls = entry("formats", path.stem), FORMATS[path.stem]
+    assert said["name"] == path.stem
+    assert sorted(said["methods"]) == sorted(cls.methods)
+    assert said["url"] == cls.url
+    assert all(said[key] for key in ("title", "container", "read", "write"))
+    assert set(said["methods"]) <= set(MANIFEST["methods"])
+
+
+def test_every_format_has_an_entry_and_the_manifest_lists_them():
+    assert {path.stem for path in FORMAT_ENTRIES} == set(FORMATS) == set(MANIFEST["formats"])
+
+
+def test_the_manifest_is_of_the_version_that_is_written():
+    assert MANIFEST["version"] == SPEC
+    assert (ROOT / MANIFEST["schema"]).exists()
+    assert f"## {SPEC}\n" in (ROOT / "CHANGES.md").read_text("utf-8")
+    assert (ROOT / "README.md").read_text("utf-8").startswith(f"# The adapterkit container, version {SPEC}\n")
+
+
+@pytest.mark.parametrize("name", MANIFEST["vectors"])
+def test_a_listed_vector_is_unchanged(name):
+    assert hashlib.sha256((ROOT / "vectors" / name).read_bytes()).hexdigest() == MANIFEST["vectors"][name]
+
+
+def test_every_vector_of_a_method_is_listed():
+    on_disk = {path.relative_to(ROOT / "vectors").as_posix() for path in (ROOT / "vectors" / "methods").iterdir()}
+    assert on_disk == {name for name in MANIFEST["vectors"] if name.startswith("methods/")}
+
+
+def test_what_is_made_by_machine_is_what_the_machine_makes():
+    root = ROOT.parent
+    done = subprocess.run(
+        [sys.executable, root / "tools" / "vectors.py", "--check", "--methods", "--invalid", "--schema"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.name)
+def test_every_vectors_record_fits_the_schema(path, schema):
+    schema.validate(record(path))
+
+
+def test_every_native_file_of_a_foreign_vector_fits_the_schema(schema):
+    for path in (ROOT / "vectors" / "formats").rglob("*.safetensors"):
+        data = path.read_bytes()
+        metadata = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__", {})
+        if KEY in metadata:
+            schema.validate(json.loads(metadata[KEY]))
+
+
+def test_the_schema_is_one_and_the_page_s_example_fits_it(schema):
+    schema.check_schema(schema.schema)
+    (example,) = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    schema.validate(json.loads(example))
+
+
+def test_the_page_s_example_is_read_as_it_stands(tmp_path):
+    (example,) = re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    q, c = "model.layers.0.self_attn.q_proj", "transformer.h.0.attn.c_attn"
+    tensors = {f"{q}.A": np.ones((2, 3)), f"{q}.B": np.ones((4, 2)), f"{c}.l": np.ones(768)}
+    save_file(tensors, tmp_path / "x", {KEY: example})
+    adapter = ak.read(tmp_path / "x", format="adapterkit")
+    assert [(str(target), update.method) for target, update in adapter] == [(q, "lora"), (f"{c}[0:768]", "ia3")]
+
+
+def test_the_page_names_every_field_of_the_record(schema):
+    page = (ROOT / "README.md").read_text("utf-8")
+    for definition in schema.schema["$defs"].values():
+        for name in definition["properties"]:
+            assert re.search(rf"[`{{\" ,]{name}[`}}\",]", page), name
+    assert set(schema.schema["$defs"]["Record"]["properties"]) == set(Record.__struct_fields__)
+
+
+VALUES = st.sampled_from([None, True, 0, 1, -1, 2, 1.5, "", "q", "1.0", "out *in", "e in out *k", [], [0, 2], [1, "a"], {}])
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_the_schema_accepts_whatever_the_reader_does(data, tmp_path_factory, schema):
+    """Records changed at random places: none that the schema rejects may pass the reader."""
+    path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
+    update = {"target": {"path": "q", "rows": [0, 2]}, "method": "ia3", "version": 1, "tensors": {"l": "t"}, "attributes": {}}
+    good = {"version": "1.0", "updates": [update], "base": {"id": "x"}, "recipe": [{"op": "x", "args": {}}], "requires": []}
+    changed = copy.deepcopy(good)
+    for _ in range(data.draw(st.integers(0, 2))):
+        _change(changed, data)
+    save_file({"t": np.ones(2)}, path, {KEY: json.dumps(changed)})
+    try:
+        ak.read(path, format="adapterkit")
+    except AdapterkitError:
+        return
+    schema.validate(changed)
+
+
+def _change(value, data):
+    """Sets, adds or removes one field or item somewhere inside `value`."""
+    inside = value
+    while True:
+        keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
+        if not keys:
+            return
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(inside[key], dict | list) or data.draw(st.integers(0, 2)) == 0:
+            break
+        inside = inside[key]
+    if isinstance(inside, dict) and data.draw(st.booleans()):
+        inside.pop(key)
+        inside[data.draw(st.sampled_from(["layout", "rows", "id", "extensions", "colour", "foreign"]))] = data.draw(VALUES)
+    else:
+        inside[key] = data.draw(VALUES)

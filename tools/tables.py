@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""Writes the tables of README.md from the spec, the formats and the commands; `--check` only compares.
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats or commands.
+Exit codes: 0 written or up to date, 1 not up to date (`--check`), 2 something to make them from is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from adapterkit import FORMATS, METHODS  # noqa: E402 - the checkout's own, installed or not
+from adapterkit.cli import adapterkit  # noqa: E402
+
+BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the README is not up to date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="another file to work on")
+    chosen = parser.parse_args(words)
+    try:
+        return _work(chosen.readme, chosen.check)
+    except LookupError as error:
+        print(f"tables: {error.args[0]}", file=sys.stderr)
+        return 2
+
+
+def _work(readme: Path, check: bool) -> int:
+    if not readme.is_file():
+        raise LookupError(f"{readme} is not there: it must hold the marked blocks that this tool fills")
+    old = readme.read_text("utf-8")
+    marked = {name for _, name, _ in BLOCK.findall(old)}
+    if missing := set(TABLES) - marked:
+        raise LookupError(f"{readme} lacks the block <!-- table:{min(missing)} --> ... <!-- /table -->")
+    if unknown := marked - set(TABLES):
+        raise LookupError(f"unknown table {min(unknown)!r} in {readme}; known: {', '.join(TABLES)}")
+    new = BLOCK.sub(_fill, old)
+    if check and new != old:
+        print(f"tables: {readme} is not up to date; run tools/tables.py", file=sys.stderr)
+        return 1
+    if new != old:
+        readme.write_text(new, "utf-8")
+    return 0
+
+
+def _fill(block: re.Match[str]) -> str:
+    start, name, end = block.groups()
+    return f"{start}{TABLES[name]()}\n{end}"
+
+
+def methods() -> str:
+    """One row a method, as its entry in the spec has it."""
+    rows = [_method_row(name, _spec("methods", name)) for name in METHODS]
+    return _markdown(("Method", "What it is", "Kind", "Formula"), rows)
+
+
+def _method_row(name: str, entry: dict[str, Any]) -> list[str]:
+    formula = "<br>".join(f"`{line}`" for line in entry["formula"].strip().splitlines())
+    return [f"`{name}`", f"[{entry['title']}]({entry['paper']})", entry["kind"], formula]
+
+
+def formats() -> str:
+    """One row a format: the container as the spec has it, and what the code can express in it."""
+    return _markdown(("Format", "What it is", "Container", "Methods"), [_format_row(name) for name in FORMATS])
+
+
+def _format_row(name: str) -> list[str]:
+    entry = _spec("formats", name)
+    expressed = " ".join(f"`{method}`" for method in sorted(FORMATS[name].methods))
+    return [f"`{name}`", f"[{entry['title']}]({entry['url']})", entry["container"], expressed]
+
+
+def commands() -> str:
+    """One row a command: its usage, its first line of help, its own options."""
+    ctx = click.Context(adapterkit, info_name="adapterkit")
+    return _markdown(
+        ("Command", "What it does", "Options"), [_command_row(ctx, n) for n in adapterkit.list_commands(ctx)]
+    )
+
+
+def _command_row(parent: click.Context, name: str) -> list[str]:
+    command = adapterkit.get_command(parent, name)
+    if command is None:
+        raise LookupError(f"the command {name!r} is listed, but not there")
+    ctx = click.Context(command, info_name=name, parent=parent)
+    words = [parameter.make_metavar(ctx) for parameter in command.params if isinstance(parameter, click.Argument)]
+    everywhere = {"--json", "--quiet", "--debug"}
+    own = [p.opts[-1] for p in command.params if isinstance(p, click.Option) and not everywhere & set(p.opts)]
+    usage = " ".join(word for word in ("adapterkit", name, *words) if word)
+    return [f"`{usage}`", (command.help or "").partition("\n")[0], " ".join(f"`{option}`" for option in own)]
+
+
+def _spec(kind: str, name: str) -> dict[str, Any]:
+    path = ROOT / "spec" / kind / f"{name}.toml"
+    if not path.is_file():
+        raise LookupError(f"{path} is not there: every entry of {kind} has one")
+    return tomllib.loads(path.read_text("utf-8"))
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+TABLES = {"methods": methods, "formats": formats, "commands": commands}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Writes what of `spec/` is made by machine: vectors of methods, invalid inputs, JSON schema, the manifest's hashes.
+
+Released vectors are append-only: once the manifest says so, a file it lists is never written again with other bytes.
+Run without options it writes all; `--check` writes nothing and fails where a file is not what would be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vector_cases import CASES
+from vector_invalid import invalid
+from vector_methods import vectors
+
+SPEC = Path(__file__).resolve().parent.parent / "spec"
+SCHEMA = "adapterkit-1.0.schema.json"
+MANIFEST = "1.0/manifest.toml"
+ID = "https://github.com/adapterkit/adapterkit/blob/main/spec/" + SCHEMA
+
+
+def method_files() -> Iterator[tuple[str, bytes]]:
+    """Path under `spec/` and content of every method's vector."""
+    for method, cases in CASES.items():
+        for name, data in vectors(method, cases()).items():
+            yield f"vectors/methods/{name}", data
+
+
+def invalid_files() -> Iterator[tuple[str, bytes]]:
+    """Path and content of every invalid input, and of the expectation beside it."""
+    for case in invalid():
+        path = f"vectors/invalid/{case.name}"
+        yield f"{path}.json", case.expectation().encode()
+        if isinstance(case.content, bytes):
+            yield f"{path}.safetensors", case.content
+        else:
+            yield from ((f"{path}/{name}", data) for name, data in case.content.items())
+
+
+def schema_files() -> Iterator[tuple[str, bytes]]:
+    """The JSON schema of the record."""
+    yield SCHEMA, (json.dumps(schema(), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def schema() -> dict[str, Any]:
+    """The schema, generated from the types that the native reader decodes into."""
+    import msgspec
+
+    from adapterkit.formats.adapterkit import Record
+
+    head = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": ID,
+        "title": "The value of the metadata key `adapterkit`, specification 1.0",
+    }
+    return head | msgspec.json.schema(Record)
+
+
+def manifest_files(root: Path) -> Iterator[tuple[str, bytes]]:
+    """The manifest: what the specification consists of, and the hash of every vector on disk but the invalid ones."""
+    methods = {path.stem: _toml(path)["version"] for path in sorted((root / "methods").glob("*.toml"))}
+    formats = sorted(path.stem for path in (root / "formats").glob("*.toml"))
+    lines = [
+        'version = "1.0"',
+        f"released = {json.dumps(released(root))}",
+        f'schema = "{SCHEMA}"',
+        f"formats = {json.dumps(formats)}",
+        "",
+        "[methods]",
+        *(f"{name} = {version}" for name, version in methods.items()),
+        "",
+        "# sha256 of vectors, by their path under vectors/. Released ones are never changed or removed.",
+        "[vectors]",
+        *(f'"{name}" = "{sha256((root / "vectors" / name).read_bytes())}"' for name in _vectors_on_disk(root)),
+        "",
+    ]
+    yield MANIFEST, "\n".join(lines).encode()
+
+
+def _vectors_on_disk(root: Path) -> list[str]:
+    found = (p for part in ("methods", "formats") for p in (root / "vectors" / part).rglob("*") if p.is_file())
+    return sorted(path.relative_to(root / "vectors").as_posix() for path in found)
+
+
+def released(root: Path) -> bool:
+    """Whether the manifest's vectors are out in the world."""
+    return bool((root / MANIFEST).exists() and _toml(root / MANIFEST)["released"])
+
+
+def sha256(data: bytes) -> str:
+    """As the manifest writes it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text("utf-8"))
+
+
+def differing(root: Path, files: list[tuple[str, bytes]]) -> list[str]:
+    """Paths whose content on disk is not the given one."""
+    return [name for name, data in files if not (root / name).is_file() or (root / name).read_bytes() != data]
+
+
+def refused(root: Path, names: list[str]) -> list[str]:
+    """Those of the paths that a released manifest lists."""
+    if not released(root):
+        return []
+    listed = _toml(root / MANIFEST)["vectors"]
+    return [name for name in names if name.removeprefix("vectors/") in listed]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 1 where a file differs that must not."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    for part in ("methods", "invalid", "schema", "manifest"):
+        parser.add_argument(f"--{part}", action="append_const", dest="parts", const=part, help=f"only the {part}")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a file differs")
+    options = parser.parse_args(arguments)
+    makers = {"methods": method_files, "invalid": invalid_files, "schema": schema_files}
+    failed = False
+    for part in options.parts or [*makers, "manifest"]:
+        files = list(manifest_files(SPEC) if part == "manifest" else makers[part]())
+        failed |= _settle(files, differing(SPEC, files), options.check)
+    return int(failed)
+
+
+def _settle(files: list[tuple[str, bytes]], changed: list[str], check: bool) -> bool:
+    """Writes what changed, or says so; returns whether something is wrong."""
+    stuck = changed if check else refused(SPEC, changed)
+    for name in stuck:
+        print(f"{name}: {'not what would be written' if check else 'released, never to be changed'}", file=sys.stderr)
+    if stuck:
+        return True
+    for name, data in files:
+        if name in changed:
+            (SPEC / name).parent.mkdir(parents=True, exist_ok=True)
+            (SPEC / name).write_bytes(data)
+            print(f"wrote spec/{name}")
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
