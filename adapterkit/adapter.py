@@ -165,7 +165,8 @@ class Adapter:
         """
         found = {target: updates for target, updates in self.updates.items() if target.path == path}
         if not found:
-            raise TargetNotFound(f"no update at {path!r}", cure=nearest(path, (t.path for t in self.updates)))
+            cure = nearest(path, (target.path for target in self.updates)) or "Its targets are the keys of `updates`"
+            raise TargetNotFound(f"no update at {path!r}", where=path, cure=cure)
         return found
 
     def digest(self) -> str:

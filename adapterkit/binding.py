@@ -106,9 +106,9 @@ def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | 
 def view(W: torch.Tensor, target: Target) -> torch.Tensor:
     """A stored weight as its target's updates see it: `[out, in, *k]`, or `[e, out, in, *k]`; no copy."""
     if target.layout == "in out *k":
-        W = W.transpose(0, 1)
+        W = W.swapaxes(0, 1)
     elif target.layout == "e in out *k":
-        W = W.transpose(1, 2)
+        W = W.swapaxes(1, 2)
     return W if target.rows is None else W.narrow(int(target.stacked), target.rows[0], target.rows[1] - target.rows[0])
 
 
@@ -283,6 +283,8 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
     declared = site.target.layout
     if len(fits) < 2:
         return fits[0] if fits else declared
+    if declared in fits and _whole_only(site):
+        return declared
     in_out = stored_in_out(site.target.path, config)
     if in_out:
         return next(layout for layout in fits if layout in ("in out *k", "e in out *k"))
@@ -293,6 +295,12 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
             cure="Add the model_type of a known family to the base's config",
         )
     return declared
+
+
+def _whole_only(site: Site) -> bool:
+    """Whether the updates hold whole weights only: the declared layout is then the order of their own axes."""
+    dims = [update.dims(site.target.stacked) for update in site.updates]
+    return any("rest" in each for each in dims) and not any("in" in each for each in dims)
 
 
 def _check_site(site: Site, shapes: Shapes) -> None:
@@ -313,8 +321,8 @@ def _check_update(update: Update, site: Site, shapes: Shapes) -> None:
     if site.bias is None and update.changes_bias and update.needs_bias:
         raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")
     if site.bias is not None and update.changes_bias and not _bias_fits(update, site.target, shapes[site.bias]):
-        made_for = update.dims(site.target.stacked).get("out")
-        raise ShapeMismatch(f"made for {made_for} outputs; the bias is {list(shapes[site.bias])}", cure=_WRONG_BASE)
+        out = update.dims(site.target.stacked).get("out")
+        raise ShapeMismatch(f"made for {out} outputs; the bias is {list(shapes[site.bias])}", cure=_WRONG_BASE)
     seen = None if site.weight is None else _viewed(shapes[site.weight], site.target)
     if seen is not None:
         update.check_against(seen[int(site.target.stacked) :])

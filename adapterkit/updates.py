@@ -2,12 +2,14 @@
 
 A method is a subclass of one kind: fields with shape strings, and one formula. Everything else is derived from those
 here. Formulas see weights as `[out, in, *k]` whatever the base stores, and run in whatever floating dtype the caller
-hands in: the merger computes in float64, a live model in its own dtype.
+hands in: the merger computes in float64, a live model in its own dtype. They are typed as over torch tensors, and keep
+to what numpy arrays have too: operators, indexing, `reshape`, `sum`, `.mT`; so a merge on the CPU needs no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
@@ -134,12 +136,12 @@ class Update:
         for name, leaf in self.tensors.items():
             position = self.tensor_fields()[name].metadata["axes"].index(axis)
             if position is not None:
-                changes[name] = cast("torch.Tensor", leaf).narrow(position, start, stop - start)
+                changes[name] = _narrow(leaf, position, start, stop)
         return self.replace(**changes)
 
     def expert(self, index: int) -> Self:
         """One expert's update out of a stacked one: every tensor's slice `index` along its leading axis."""
-        return self.map(lambda leaf: cast("torch.Tensor", leaf)[index])
+        return self.map(lambda leaf: cast(Any, leaf)[index])
 
     @property
     def changes_weight(self) -> bool:
@@ -170,6 +172,13 @@ class Update:
         raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
 
 
+def _narrow(leaf: Any, axis: int, start: int, stop: int) -> Any:
+    """Positions `start` to `stop` of an axis, counted from the front or, negative, from the back."""
+    whole = slice(None)
+    here = slice(start, stop)
+    return leaf[(*[whole] * axis, here)] if axis >= 0 else leaf[(..., here, *[whole] * (-axis - 1))]
+
+
 class Additive(Update):
     """W' = W + D, b' = b + d, with D and d free of W."""
 
@@ -189,11 +198,12 @@ class Additive(Update):
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
         """The Frobenius norm of D; a method overrides it where that can be had without forming D."""
-        return float(self.delta(shape).norm())
+        D = self.delta(shape)
+        return math.sqrt(float((D * D).sum()))
 
     def add_to(self, W: torch.Tensor, weight: float) -> None:
         """W += weight * D, in place; a method overrides it where that can be had without forming D."""
-        W.add_(self.delta(tuple(W.shape)), alpha=weight)
+        W += weight * self.delta(tuple(W.shape))
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
         return W + self.delta(tuple(W.shape))

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import re
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,45 +44,48 @@ def values(shape, seed=0):
 
 
 @st.composite
-def updates(draw, method=None, stacked=False, kernel=None, sizes=SIZES, rank=None):
-    """An update of any method, or of one, its tensors made from its shape strings.
-
-    `kernel` are the sizes of the weight's kernel axes; `rank` 1 makes an update for a weight of one axis.
-    """
+def updates(draw, method=None, stacked=False, kernel=None):
+    """An update of any method, or of one, its tensors made from its shape strings; `kernel` sizes the kernel's axes."""
     cls = METHODS[method or draw(st.sampled_from(sorted(METHODS)))]
     kernel = draw(st.sampled_from([(), (3,), (2, 1)])) if kernel is None else kernel
-    dims = {**sizes, "k": kernel, "rest": () if rank == 1 else (sizes["in"], *kernel), "e": 2}
-    for attempt in range(50):
-        fields = {**draw(_tensors(cls, dims, stacked)), **draw(_attributes(cls))}
-        try:
-            update = cls(**fields)
-            update.check()
-            return update
-        except Malformed:
-            assert attempt < 49
-    raise AssertionError(cls)
+    sizes = {name: draw(st.sampled_from([1, 2, 4])) for name in _names(cls)}
+    dims = sizes | SIZES | {"k": kernel, "rest": (SIZES["in"], *kernel), "e": 2}
+    made, seed = {}, draw(st.integers(0, 2**32 - 1))
+    for position, name in enumerate(draw(st.sampled_from(_together(cls)))):
+        field = cls.tensor_fields()[name].metadata
+        shape = (Axes.parse(f"e {field['axes'].text}") if stacked else field["axes"]).sizes(dims)
+        made[name] = from_numpy((_positions if field["integer"] else values)(shape, seed + position))
+    return cls(**made, **draw(_attributes(cls)))
 
 
-@st.composite
-def _tensors(draw, cls, dims, stacked):
-    names = {name for field in cls.tensor_fields().values() for axis in field.metadata["axes"].axes
-             for name in axis.replace("/", "*").split("*") if name and not name.isdigit()}  # fmt: skip
-    dims = {**dict.fromkeys(sorted(names), 1), **{n: draw(st.sampled_from([1, 2, 4])) for n in sorted(names)}, **dims}
-    made = {}
-    for name, field in cls.tensor_fields().items():
-        if field.metadata["optional"] and draw(st.booleans()):
-            continue
-        axes = field.metadata["axes"]
-        shape = (Axes.parse(f"e {axes.text}") if stacked else axes).sizes(dims)
-        seed = draw(st.integers(0, 2**32 - 1))
-        made[name] = from_numpy(_positions(shape, dims["in"], seed) if field.metadata["integer"] else values(shape, seed))
-    return made
+def _names(cls):
+    """The axes that a method's shape strings name."""
+    texts = (field.metadata["axes"].text for field in cls.tensor_fields().values())
+    return sorted({name for text in texts for name in re.findall(r"[a-z_]\w*", text)})
 
 
-def _positions(shape, size, seed):
-    """Whole numbers below `size`, distinct along the last axis."""
+@cache
+def _together(cls):
+    """Which of a method's tensors may be present together."""
+    fields = cls.tensor_fields()
+    optional = [name for name, field in fields.items() if field.metadata["optional"]]
+    subsets = [set(some) for count in range(len(optional) + 1) for some in combinations(optional, count)]
+    groups = [[name for name in fields if name not in optional or name in some] for some in subsets]
+    return [group for group in groups if _allowed(cls, group)]
+
+
+def _allowed(cls, group):
+    try:
+        cls(**dict.fromkeys(group, from_numpy(np.ones(1)))).check()
+    except Malformed:
+        return False
+    return True
+
+
+def _positions(shape, seed):
+    """Positions on the axis `in`, distinct along the last axis."""
     rng = np.random.default_rng(seed)
-    lists = [rng.permutation(size)[: shape[-1]] for _ in range(math.prod(shape[:-1]))]
+    lists = [rng.permutation(SIZES["in"])[: shape[-1]] for _ in range(math.prod(shape[:-1]))]
     return np.array(lists, dtype=np.int64).reshape(shape)
 
 

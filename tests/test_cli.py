@@ -17,8 +17,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
 
 from adapterkit import __version__
-from adapterkit.cli import _failures, _options, adapterkit, convert
-from adapterkit.formats._format import ON_LOSS
+from adapterkit.cli import _failures, _options, adapterkit
 
 COMMANDS = ["convert", "demo", "doctor", "inspect", "list", "merge", "validate", "verify"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -245,7 +244,3 @@ def test_sizes(text: str, count: int) -> None:
 def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(click.BadParameter):
         _options.byte_count(click.Context(adapterkit), click.Option(["--size"]), text)
-
-
-def test_the_choices_of_on_loss_are_the_librarys() -> None:
-    assert convert.ON_LOSS == ON_LOSS

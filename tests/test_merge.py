@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -334,8 +333,11 @@ REFUSED = {
         lambda: ak.Adapter({Target("layers.0.q", "in out *k"): (Rows(index=torch.tensor([300]), values=rand(1, 200)),)}),
         {}, "token 300 of a base with 300", 2,
     ),
-    "no adapters": (lambda: [], {}, "no adapter", 2),
+    "no adapters": (list, {}, "no adapter", 2),
     "weights do not match": (lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"weights": [1, 2]}, "2 weights", 2),
+    "weight that is no number": (
+        lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"weights": [math.nan]}, "not all finite", 2,
+    ),
     "unknown dtype": (lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"dtype": "int8"}, "cannot cast", 2),
     "unknown tied": (lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"tied": "x"}, "unknown choice", 2),
     "unknown engine": (lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"engine": "x"}, "unknown engine", 3),
@@ -385,7 +387,11 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
-    for out, words in (("file", "already there"), ("full", "already there"), ("file/out", "file exists|not a directory")):
+    for out, words in (
+        ("file", "already there"),
+        ("full", "already there"),
+        ("file/out", "file exists|not a directory"),
+    ):
         with pytest.raises(ak.AdapterkitError, match=f"(?i){words}") as caught:
             ak.merge(base, adapter, tmp_path / out)
         assert caught.value.exit_code == 6

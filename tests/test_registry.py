@@ -21,7 +21,9 @@ def zoo(tmp_path, monkeypatch):
 
     write("zoo/__init__.py", "")
     write("zoo/cat.py", "from here import Animal\nclass Cat(Animal): pass\n")
-    write("zoo/ape.py", "from here import Animal\nfrom zoo.cat import Cat\nclass Ape(Animal): pass\nclass Jungle: pass\n")
+    write(
+        "zoo/ape.py", "from here import Animal\nfrom zoo.cat import Cat\nclass Ape(Animal): pass\nclass Jungle: pass\n"
+    )
     write("zoo/_private.py", "raise AssertionError('a private module is no entry')\n")
     write("zoo/broken.py", "raise AssertionError('imported without being asked for')\n")
     write("zoo/twins.py", "from here import Animal\nclass One(Animal): pass\nclass Two(Animal): pass\n")
@@ -69,7 +71,9 @@ def test_a_third_partys_entry_is_of_the_kind_and_in_a_module_of_its_name(zoo, na
         zoo[name]
 
 
-@pytest.mark.parametrize(("name", "cure"), [("cats", "Nearest: cat"), ("zzz", "Known: alias, ape"), ("_private", "Known")])
+@pytest.mark.parametrize(
+    ("name", "cure"), [("cats", "Nearest: cat"), ("zzz", "Known: alias, ape"), ("_private", "Known")]
+)
 def test_an_unknown_name_names_the_nearest(zoo, name, cure):
     with pytest.raises(Unsupported, match=f"unknown animal '{name}'") as raised:
         zoo[name]

@@ -16,7 +16,9 @@ def test_the_grammar_holds_names_numbers_products_quotients_and_one_star(text):
     assert Axes.parse(text).axes == tuple(text.split())
 
 
-@pytest.mark.parametrize("text", ["*a *b", "R", "out/", "/b", "a**b", "*", "*3", "a-b", "2x", "a*2x", "a*B", "**k", "é"])
+@pytest.mark.parametrize(
+    "text", ["*a *b", "R", "out/", "/b", "a**b", "*", "*3", "a-b", "2x", "a*2x", "a*B", "**k", "é"]
+)
 def test_anything_else_is_refused(text):
     with pytest.raises(ValueError, match="bad shape string"):
         Axes.parse(text)
@@ -93,7 +95,13 @@ def test_sizes_and_binding_are_inverse(front, back, starred, data):
 
 @pytest.mark.parametrize(
     ("text", "axis", "position"),
-    [("r in *k", "in", 1), ("r in *k", "out", None), ("out *k r", "r", -1), ("*k a b", "a", -2), ("out/b b", "out", None)],
+    [
+        ("r in *k", "in", 1),
+        ("r in *k", "out", None),
+        ("out *k r", "r", -1),
+        ("*k a b", "a", -2),
+        ("out/b b", "out", None),
+    ],
 )
 def test_an_axis_has_a_position_from_its_own_side_of_the_star(text, axis, position):
     assert Axes.parse(text).index(axis) == position

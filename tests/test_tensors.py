@@ -196,10 +196,9 @@ def test_a_changed_byte_never_escapes_the_typed_errors(data, tmp_path_factory):
     path.write_bytes(content)
     try:
         tensors = ours.read(path)
-    except Malformed as error:
-        assert error.path == str(path)
-    else:
-        assert sum(len(t.fetch()) for t in tensors.values()) == 56
+    except Malformed:
+        return
+    assert sum(len(t.fetch()) for t in tensors.values()) == 56
 
 
 def test_lazy_arrays_are_rearranged_without_being_loaded():
@@ -267,10 +266,11 @@ def test_the_first_bad_position_is_named(dtype, value):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a":1,"a":1}', '[{"a":{"b":1,"b":2}}]', "NaN", "[Infinity]", "-Infinity", "1e999", '"\\ud800"', "{", "", "1 2"]
+    "text",
+    ['{"a":1,"a":1}', '[{"a":{"b":1,"b":2}}]', "NaN", "[Infinity]", "-Infinity", "1e999", '"\\ud800"', "{", "", "1 2"],
 )
 def test_strict_json_refuses_what_readers_could_differ_on(text):
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\S"):
         load_json(text)
 
 
@@ -321,7 +321,9 @@ def test_no_weights_and_no_path_are_told_apart(tmp_path):
         open_checkpoint(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("name", ["", "..", "../x", "a/../../x", "/x", "\\x", "a\\x", "C:x", "http://x/y", "x\0", "a/.."])
+@pytest.mark.parametrize(
+    "name", ["", "..", "../x", "a/../../x", "/x", "\\x", "a\\x", "C:x", "http://x/y", "x\0", "a/.."]
+)
 def test_names_out_of_files_stay_inside_their_folder(name, tmp_path):
     with pytest.raises(Malformed, match="not the plain name of a file inside the folder"):
         contained(tmp_path, name)

@@ -57,7 +57,9 @@ OURS_ALONE = {"entry_unknown_field", "tensor_twice", "metadata_twice", "entry_fi
 """Containers that we refuse and the safetensors library lets pass."""
 
 
-@pytest.mark.parametrize("case", [c for c in INVALID if c.with_suffix(".safetensors").exists()], ids=lambda case: case.stem)
+@pytest.mark.parametrize(
+    "case", [c for c in INVALID if c.with_suffix(".safetensors").exists()], ids=lambda case: case.stem
+)
 def test_sniffing_never_fails_and_knows_native_files_however_bad_their_records(case):
     path = case.with_suffix(".safetensors")
     recognised = ak.FORMATS["adapterkit"]().sniff(path)

@@ -20,9 +20,9 @@ def containers() -> Iterator[Invalid]:
 
 
 def _entry(**fields: Any) -> bytes:
-    """A file with one tensor `t` of four bytes, with other fields in its header entry; None takes one out."""
+    """A file with one tensor `h.0.w` of four bytes, with other fields in its header entry; None takes one out."""
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | fields
-    return pack({"t": {name: value for name, value in entry.items() if value is not None}}, bytes(4))
+    return pack({"h.0.w": {name: value for name, value in entry.items() if value is not None}}, bytes(4))
 
 
 def _lengths() -> Iterator[Invalid]:
@@ -47,50 +47,50 @@ def _headers() -> Iterator[Invalid]:
     yield Invalid("header_text", pack('"t"'), where="header")
     yield Invalid("header_two_values", pack("{}{}"), where="header")
     yield Invalid("header_nul_padding", pack(b"{}\0\0\0\0\0\0"), where="header")
-    yield Invalid("header_deep", pack('{"t":' + DEEP + "}"), where="")
+    yield Invalid("header_deep", pack('{"h.0.w":' + DEEP + "}"), where="")
     yield Invalid("header_half_surrogate", pack('{"\\ud800":' + one + "}"), where="header")
-    yield Invalid("tensor_twice", pack(f'{{"t":{one},"t":{one}}}'), where="header")
+    yield Invalid("tensor_twice", pack(f'{{"h.0.w":{one},"h.0.w":{one}}}'), where="header")
     yield Invalid("metadata_twice", pack('{"__metadata__":{},"__metadata__":{}}'), where="header")
-    yield Invalid("entry_field_twice", pack('{"t":{"dtype":"U8","shape":[0],"shape":[0],"data_offsets":[0,0]}}'))
+    yield Invalid("entry_field_twice", pack('{"h.0.w":{"dtype":"U8","shape":[0],"shape":[0],"data_offsets":[0,0]}}'))
 
 
 def _entries() -> Iterator[Invalid]:
-    yield Invalid("dtype_unknown", _entry(dtype="F33"), where="t")
-    yield Invalid("dtype_lowercase", _entry(dtype="f32"), where="t")
-    yield Invalid("dtype_number", _entry(dtype=32), where="t")
-    yield Invalid("dtype_missing", _entry(dtype=None), where="t")
-    yield Invalid("dtype_disagrees", _entry(dtype="F64"), where="t")
-    yield Invalid("entry_unknown_field", _entry(strides=[1]), where="t")
-    yield Invalid("entry_list", pack({"t": ["F32", [1], [0, 4]]}, bytes(4)), where="t")
-    yield Invalid("shape_disagrees", _entry(shape=[2]), where="t")
-    yield Invalid("shape_negative", _entry(shape=[-1, -1]), where="t")
-    yield Invalid("shape_huge", _entry(shape=[1 << 62, 1 << 62]), where="t")
-    yield Invalid("shape_wraps_around", _entry(shape=[(1 << 62) + 1, 4]), where="t")
-    yield Invalid("shape_beyond_64_bits", _entry(shape=[1 << 64]), where="t")
-    yield Invalid("shape_float", _entry(shape=[1.0]), where="t")
-    yield Invalid("shape_bool", _entry(shape=[True]), where="t")
-    yield Invalid("shape_text", _entry(shape="1"), where="t")
-    yield Invalid("shape_number", _entry(shape=1), where="t")
-    yield Invalid("shape_nan", pack('{"t":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', bytes(4)))
-    yield Invalid("shape_too_many_axes", _entry(shape=[1] * 65), where="t")
+    yield Invalid("dtype_unknown", _entry(dtype="F33"), where="h.0.w")
+    yield Invalid("dtype_lowercase", _entry(dtype="f32"), where="h.0.w")
+    yield Invalid("dtype_number", _entry(dtype=32), where="h.0.w")
+    yield Invalid("dtype_missing", _entry(dtype=None), where="h.0.w")
+    yield Invalid("dtype_disagrees", _entry(dtype="F64"), where="h.0.w")
+    yield Invalid("entry_unknown_field", _entry(strides=[1]), where="h.0.w")
+    yield Invalid("entry_list", pack({"h.0.w": ["F32", [1], [0, 4]]}, bytes(4)), where="h.0.w")
+    yield Invalid("shape_disagrees", _entry(shape=[2]), where="h.0.w")
+    yield Invalid("shape_negative", _entry(shape=[-1, -1]), where="h.0.w")
+    yield Invalid("shape_huge", _entry(shape=[1 << 62, 1 << 62]), where="h.0.w")
+    yield Invalid("shape_wraps_around", _entry(shape=[(1 << 62) + 1, 4]), where="h.0.w")
+    yield Invalid("shape_beyond_64_bits", _entry(shape=[1 << 64]), where="h.0.w")
+    yield Invalid("shape_float", _entry(shape=[1.0]), where="h.0.w")
+    yield Invalid("shape_bool", _entry(shape=[True]), where="h.0.w")
+    yield Invalid("shape_text", _entry(shape="1"), where="h.0.w")
+    yield Invalid("shape_number", _entry(shape=1), where="h.0.w")
+    yield Invalid("shape_nan", pack('{"h.0.w":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', bytes(4)))
+    yield Invalid("shape_too_many_axes", _entry(shape=[1] * 65), where="h.0.w")
 
 
 def _offsets() -> Iterator[Invalid]:
     entry = {"dtype": "U8", "shape": [4]}
 
     def two(first: list[Any], second: list[Any], size: int) -> bytes:
-        return pack({"t": entry | {"data_offsets": first}, "u": entry | {"data_offsets": second}}, bytes(size))
+        return pack({"h.0.w": entry | {"data_offsets": first}, "h.1.w": entry | {"data_offsets": second}}, bytes(size))
 
-    yield Invalid("offsets_three", _entry(data_offsets=[0, 4, 8]), where="t")
-    yield Invalid("offsets_reversed", _entry(data_offsets=[4, 0]), where="t")
-    yield Invalid("offsets_negative", _entry(data_offsets=[-4, 0]), where="t")
-    yield Invalid("offsets_float", _entry(data_offsets=[0.0, 4.0]), where="t")
-    yield Invalid("offsets_bool", _entry(dtype="U8", data_offsets=[False, True]), where="t")
+    yield Invalid("offsets_three", _entry(data_offsets=[0, 4, 8]), where="h.0.w")
+    yield Invalid("offsets_reversed", _entry(data_offsets=[4, 0]), where="h.0.w")
+    yield Invalid("offsets_negative", _entry(data_offsets=[-4, 0]), where="h.0.w")
+    yield Invalid("offsets_float", _entry(data_offsets=[0.0, 4.0]), where="h.0.w")
+    yield Invalid("offsets_bool", _entry(dtype="U8", data_offsets=[False, True]), where="h.0.w")
     yield Invalid("offsets_beyond_file", _entry(shape=[250], data_offsets=[0, 1000]), where="byte")
-    yield Invalid("offsets_same", two([0, 4], [0, 4], 4), where="u")
-    yield Invalid("offsets_overlap", two([0, 4], [2, 6], 6), where="u")
-    yield Invalid("offsets_hole", two([0, 4], [8, 12], 12), where="u")
-    yield Invalid("offsets_hole_at_start", _entry(data_offsets=[4, 8]), where="t")
+    yield Invalid("offsets_same", two([0, 4], [0, 4], 4), where="h.1.w")
+    yield Invalid("offsets_overlap", two([0, 4], [2, 6], 6), where="h.1.w")
+    yield Invalid("offsets_hole", two([0, 4], [8, 12], 12), where="h.1.w")
+    yield Invalid("offsets_hole_at_start", _entry(data_offsets=[4, 8]), where="h.0.w")
     yield Invalid("trailing_bytes", VALID + b"\0", where="byte")
     yield Invalid("data_without_tensors", pack("{}", bytes(4)), where="byte")
 

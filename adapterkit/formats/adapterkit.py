@@ -36,7 +36,7 @@ class TargetRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
     """One place in a base; see `adapterkit.Target`."""
 
     path: Text
-    layout: Layout = "out *in"
+    layout: Layout = LAYOUTS[0]
     rows: tuple[Row, Row] | None = None
 
 
@@ -146,7 +146,9 @@ def _encode(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
 
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
     tensors = {name: store(f"{target.path}.{name}", leaf) for name, leaf in update.tensors.items()}
-    place = TargetRecord(target.path, target.layout, target.rows)
+    # Defaults are left out by identity, so that an equal layout must be the very object.
+    layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
+    place = TargetRecord(target.path, layout, target.rows)
     return UpdateRecord(place, update.method, update.version, tensors, update.attributes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from os import PathLike
@@ -151,6 +152,8 @@ def _named(
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(several):
         raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure="Give one weight an adapter")
+    if not all(math.isfinite(factor) for factor in factors):
+        raise UsageError(f"weights {factors} are not all finite", cure="Give each adapter a number")
     opened = _opened(base)
     return [
         (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=opened), w)

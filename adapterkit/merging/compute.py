@@ -11,17 +11,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ..errors import Malformed
-from ..tensors.lazy import as_torch
+from ..errors import AdapterkitError, Malformed
 from ..updates import Additive, Update
 from .planning import BLOCK_ELEMENTS, Output
 
 if TYPE_CHECKING:
+    from .arrays import Arrays, Workspace
     from .folds import Fold
 
 
@@ -72,13 +69,9 @@ class Folder:
         Malformed: a factor holds a NaN or an infinity.
     """
 
-    def __init__(self, output: Output, device: torch.device) -> None:
-        self.output = output
-        self.device = device
-        self.folds = [(fold, [_load(update, fold, device) for update in fold.updates]) for fold in output.folds]
-        self.stored = getattr(torch, output.source.dtype.torch)
-        self.dtype = getattr(torch, output.dtype.torch)
-        self._work: Tensor | None = None
+    def __init__(self, output: Output, workspace: Workspace) -> None:
+        self.output, self.workspace, self.arrays = output, workspace, workspace.arrays
+        self.folds = [(fold, [_load(update, fold, self.arrays) for update in fold.updates]) for fold in output.folds]
 
     @cached_property
     def watched(self) -> bool:
@@ -95,37 +88,39 @@ class Folder:
             if fold.additive and not fold.bias
         }
 
-    def compute(self, raw: Tensor, out: Tensor, block: Block) -> dict[int, float]:
+    def compute(self, raw: Any, out: Any, block: Block) -> dict[int, float]:
         """Computes one block from the base's values `raw` into `out`, both flat; returns squared norms by fold.
 
         Raises:
             Malformed: the result does not fit the output's dtype, or is NaN.
         """
         if not self.folds:
-            out.copy_(raw)
+            self.arrays.assign(out, raw)
             return {}
         work = self._image(raw, block)
         norms = self._fold(work, block)
-        out.copy_(work.reshape(-1))
-        if self.watched and not _finite(out) and _finite(raw):
+        self.arrays.assign(out, work.reshape(-1))
+        if self.watched and not self.arrays.finite(out) and self.arrays.finite(raw):
             raise Malformed(
                 f"merging gives values that {self.output.dtype} cannot hold", where=self.output.name,
                 cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
             )  # fmt: skip
         return norms
 
-    def _image(self, raw: Tensor, block: Block) -> Tensor:
-        """The block in float64, as `[rows, *rest]`, in memory that is used again for the next one."""
-        if self._work is None or self._work.numel() < block.elements:
-            self._work = torch.empty(block.elements, dtype=torch.float64, device=self.device)
-        work = self._work[: block.elements]
-        work.copy_(raw)
-        rest = self.output.shape[1 + (block.expert is not None) :]
-        return work.view(block.stop - block.start, *rest)
+    def exact(self, block: Block) -> Any:
+        """The float64 result that the last `compute`, of this block, rounded; flat."""
+        return self.workspace.take(block.elements)
 
-    def _fold(self, work: Tensor, block: Block) -> dict[int, float]:
+    def _image(self, raw: Any, block: Block) -> Any:
+        """The block in float64, as `[rows, *rest]`, in memory that is used again for the next one."""
+        work = self.workspace.take(block.elements)
+        self.arrays.assign(work, raw)
+        rest = self.output.shape[1 + (block.expert is not None) :]
+        return work.reshape(block.stop - block.start, *rest)
+
+    def _fold(self, work: Any, block: Block) -> dict[int, float]:
         norms: dict[int, float] = {}
-        original = work.clone() if self._needs_original else work
+        original = work * 1 if self._needs_original else work
         untouched = True
         for position in self._order:
             fold, updates = self.folds[position]
@@ -151,43 +146,36 @@ class Folder:
         return sum(not fold.additive or fold.bias for fold, _ in self.folds) > 1
 
 
-def _add(updates: list[Update], view: Tensor, weight: float) -> None:
+def _add(updates: list[Update], view: Any, weight: float) -> None:
     for update in updates:
         assert isinstance(update, Additive)
         update.add_to(view, weight)
 
 
-def _mix(new: Tensor, W: Tensor, view: Tensor, weight: float, *, replace: bool) -> float:
+def _mix(new: Any, W: Any, view: Any, weight: float, *, replace: bool) -> float:
     """Moves `view` by `weight` of the way from W to `new`; returns the squared norm of the move."""
     change = new - W
-    norm = weight**2 * float(change.square().sum())
+    norm = weight**2 * float((change * change).sum())
     if replace and weight == 1:
-        view.copy_(new)
+        view[...] = new
     else:
-        view.add_(change, alpha=weight)
+        view += weight * change
     return norm
 
 
-def _through(updates: list[Update], W: Tensor, bias: bool) -> Tensor:
+def _through(updates: list[Update], W: Any, bias: bool) -> Any:
     for update in updates:
         W = update.new_bias(W) if bias else update.new_weight(W)
     return W
 
 
-def _load(update: Update, fold: Fold, device: torch.device) -> Update:
-    for name, leaf in update.tensors.items():
-        if not _finite(as_torch(leaf, device)):
-            raise Malformed(
-                "holds a NaN or an infinity", where=f"{fold.target}: {update.method}.{name}",
-                cure="The training diverged, or the file is damaged; use an earlier checkpoint",
-            )  # fmt: skip
-    return update.map(lambda leaf: as_torch(leaf, device, torch.float64))
-
-
-def _finite(value: Tensor) -> bool:
-    if not value.is_floating_point():
-        return True
-    return bool(torch.isfinite(value.float() if value.itemsize == 1 else value).all())
+def _load(update: Update, fold: Fold, arrays: Arrays) -> Update:
+    try:
+        update.check_values()
+    except AdapterkitError as error:
+        error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
+        raise
+    return update.map(arrays.load)
 
 
 def _norm(updates: list[Update], fold: Fold) -> float:
@@ -199,8 +187,8 @@ def _norm(updates: list[Update], fold: Fold) -> float:
         if len(parts) == 1 and isinstance(parts[0], Additive):
             squares += parts[0].delta_norm(shape) ** 2
         else:
-            total = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
-            squares += float(torch.as_tensor(total).square().sum())
+            total: Any = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
+            squares += float((total * total).sum())
     return math.sqrt(squares)
 
 
@@ -219,14 +207,14 @@ def _part(fold: Fold, block: Block) -> tuple[int, int] | None:
     return (start, stop) if start < stop else None
 
 
-def _view(work: Tensor, fold: Fold, part: tuple[int, int], block: Block) -> Tensor:
+def _view(work: Any, fold: Fold, part: tuple[int, int], block: Block) -> Any:
     """The touched part of a block as the updates see it: `[out, in, *k]`."""
     if fold.bias:
-        return work
+        return work if fold.target.rows is None else work[slice(*fold.target.rows)]
     work = work[part[0] - block.start : part[1] - block.start]
     if fold.axis == "out":
         return work
-    view = work.transpose(0, 1)
+    view = work.swapaxes(0, 1)
     return view if fold.target.rows is None else view[fold.target.rows[0] : fold.target.rows[1]]
 
 

@@ -5,6 +5,7 @@ Nothing a worker holds grows with the model: a block in, its float64 image, a bl
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import threading
@@ -12,11 +13,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-import torch
+from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError, Corrupt, storage_error
+from .arrays import Arrays, Workspace
 from .compute import Block, Folder, blocks, runs
 from .copying import copy_range, read_all, write_all
 from .planning import Output, OutputFile, Plan
@@ -51,7 +53,7 @@ class OpenFile:
     norms: dict[str, list[tuple[int, dict[int, float]]]] = field(default_factory=lambda: defaultdict(list))
 
 
-def execute(plan: Plan, stage: Stage, device: str, progress: Progress | None) -> dict[str, Norms]:
+def execute(plan: Plan, stage: Stage, arrays: Arrays, progress: Progress | None) -> dict[str, Norms]:
     """Writes every weight file that is not finished yet into the stage; returns the norms by file.
 
     Raises:
@@ -59,24 +61,24 @@ def execute(plan: Plan, stage: Stage, device: str, progress: Progress | None) ->
     """
     pending = [file for file in plan.files if not stage.finished(file.name)]
     left = sum(output.nbytes for file in pending for output in file.outputs)
-    crew = _Crew(stage, torch.device(device), plan.bytes - left, plan.bytes)
-    crew.run(pending, progress)
+    crew = _Crew(stage, arrays, plan.bytes - left, plan.bytes)
+    with threadpool_limits(1, "blas"):
+        crew.run(pending, progress)
     return {file.name: stage.norms_of(file.name) for file in plan.files}
 
 
 class _Crew:
     """Workers on a queue of jobs, and one finisher that makes whole files durable."""
 
-    def __init__(self, stage: Stage, device: torch.device, done: int, total: int) -> None:
-        self.stage, self.device, self.done, self.total = stage, device, done, total
+    def __init__(self, stage: Stage, arrays: Arrays, done: int, total: int) -> None:
+        self.stage, self.arrays, self.done, self.total = stage, arrays, done, total
         self.jobs: queue.Queue[Job | None] = queue.Queue(64)
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
         self.lock = threading.Lock()
         self.failure: BaseException | None = None
 
     def run(self, pending: list[OutputFile], progress: Progress | None) -> None:
-        threads = torch.get_num_threads()
-        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(_workers(self.device))]
+        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(_workers())]
         finisher = threading.Thread(target=self._finish, daemon=True)
         for thread in (*workers, finisher):
             thread.start()
@@ -86,10 +88,9 @@ class _Crew:
             self.failure = self.failure or error
             raise
         finally:
-            _join(workers, None)
+            _join(workers)
             self.written.put(None)
-            _join([finisher], None)
-            torch.set_num_threads(threads)
+            _join([finisher])
         if self.failure is not None:
             raise self.failure
         if progress is not None:
@@ -124,20 +125,24 @@ class _Crew:
             progress(self.done, self.total)
 
     def _work(self) -> None:
-        hands = _Hands(self.device, self._moved)
+        hands = _Hands(self.arrays, self._moved)
         try:
-            while self.failure is None:
-                try:
-                    job = self.jobs.get(timeout=0.1)
-                except queue.Empty:
-                    continue
-                if job is None:
-                    return
-                self._done(job, hands.do(job))
+            with self.arrays.quiet():
+                self._take_jobs(hands)
         except BaseException as error:
             self.failure = self.failure or error
         finally:
             hands.close()
+
+    def _take_jobs(self, hands: _Hands) -> None:
+        while self.failure is None:
+            try:
+                job = self.jobs.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if job is None:
+                return
+            self._done(job, hands.do(job))
 
     def _done(self, job: Job, norms: dict[int, float]) -> None:
         with self.lock:
@@ -164,11 +169,10 @@ class _Crew:
 class _Hands:
     """What one worker holds: open files and two buffers that are used again for every block."""
 
-    def __init__(self, device: torch.device, moved: Callable[[int], None]) -> None:
-        self.device, self.moved = device, moved
+    def __init__(self, arrays: Arrays, moved: Callable[[int], None]) -> None:
+        self.arrays, self.moved, self.workspace = arrays, moved, Workspace(arrays)
         self.files: dict[tuple[str, str], BinaryIO] = {}
-        self.raw = self.out = torch.empty(0, dtype=torch.uint8)
-        torch.set_num_threads(1)
+        self.raw = self.out = bytearray()
 
     def do(self, job: Job) -> dict[int, float]:
         """Does one job; returns the squared norms it found, by fold."""
@@ -187,45 +191,36 @@ class _Hands:
             raise error.at(where=job.output.name if job.output else None) from error.__cause__
 
     def _compute(self, output: Output, job: Job, target: BinaryIO) -> dict[int, float]:
-        folder = Folder(output, self.device)
+        folder = Folder(output, self.workspace)
         norms = folder.norms() if job.order == 0 else {}
         for block in job.blocks:
             raw = self._read(output, block)
             data = self._room("out", block.elements * output.dtype.itemsize)
-            out = data.view(folder.dtype)
-            for fold, square in self._fold(folder, raw, out, block).items():
+            for fold, square in folder.compute(raw, self.arrays.over(data, output.dtype), block).items():
                 norms[fold] = norms.get(fold, 0.0) + square
             target.seek(output.offset + block.first * output.dtype.itemsize)
-            write_all(target, _bytes(data))
+            write_all(target, data)
             self.moved(len(data))
         return norms
 
-    def _fold(self, folder: Folder, raw: torch.Tensor, out: torch.Tensor, block: Block) -> dict[int, float]:
-        if self.device.type == "cpu":
-            return folder.compute(raw, out, block)
-        there = torch.empty(out.shape, dtype=out.dtype, device=self.device)
-        norms = folder.compute(raw.to(self.device), there, block)
-        out.copy_(there)
-        return norms
-
-    def _read(self, output: Output, block: Block) -> torch.Tensor:
+    def _read(self, output: Output, block: Block) -> Any:
         size = output.source.dtype.itemsize
         data = self._room("raw", block.elements * size)
         span = output.source.span
         if span is None:
-            whole = output.source.torch().reshape(-1)
-            return whole[block.first : block.first + block.elements]
-        file = self._open(span.path, "rb")
-        file.seek(span.offset + block.first * size)
-        read_all(file, _bytes(data))
-        return data.view(getattr(torch, output.source.dtype.torch))
+            data[:] = memoryview(output.source.fetch())[block.first * size :][: len(data)]
+        else:
+            file = self._open(span.path, "rb")
+            file.seek(span.offset + block.first * size)
+            read_all(file, data)
+        return self.arrays.over(data, output.source.dtype)
 
-    def _room(self, which: str, nbytes: int) -> torch.Tensor:
-        held: torch.Tensor = getattr(self, which)
-        if held.numel() < nbytes:
-            held = torch.empty(nbytes, dtype=torch.uint8)
+    def _room(self, which: str, nbytes: int) -> memoryview:
+        held: bytearray = getattr(self, which)
+        if len(held) < nbytes:
+            held = bytearray(nbytes)
             setattr(self, which, held)
-        return held[:nbytes]
+        return memoryview(held)[:nbytes]
 
     def _open(self, path: str, mode: str) -> BinaryIO:
         if (path, mode) not in self.files:
@@ -237,15 +232,21 @@ class _Hands:
             file.close()
 
 
-def _bytes(data: torch.Tensor) -> memoryview:
-    return memoryview(data.numpy())  # type: ignore[arg-type]  # numpy's stubs for Python 3.11 lack the buffer protocol
-
-
 def _create(path: Path, planned: OutputFile) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(planned.header)
-        file.truncate(planned.size)
+        _reserve(file, planned.size)
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Makes the file its full size with blocks of its own: no space is missed later, and writing is a third faster."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        file.truncate(size)
 
 
 def _jobs(file: OpenFile) -> list[Job]:
@@ -296,11 +297,11 @@ def _norms(file: OpenFile) -> Norms:
     return found
 
 
-def _workers(device: torch.device) -> int:
-    return max(2, min(os.cpu_count() or 2, 16)) if device.type == "cpu" else 3
+def _workers() -> int:
+    return max(2, min(os.cpu_count() or 2, 16))
 
 
-def _join(threads: list[threading.Thread], timeout: float | None) -> None:
+def _join(threads: list[threading.Thread], timeout: float | None = None) -> None:
     for thread in threads:
         thread.join(timeout)
 

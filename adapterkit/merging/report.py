@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterkitError, StorageError, UsageError, storage_error
+from ..errors import AdapterkitError, StorageError, storage_error
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
+from .arrays import arrays_for
 from .planning import REPORT, Plan, index_of
 from .stage import Norms, Stage
 
@@ -86,7 +87,7 @@ def _write(
 ) -> Report:
     from .execute import execute
 
-    found = execute(plan, stage, _device(device), progress)
+    found = execute(plan, stage, arrays_for(device), progress)
     norms = {name: values for file in plan.files for name, values in found[file.name].items()}
     carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -146,16 +147,3 @@ def _check_space(plan: Plan, out: Path, resumed: tuple[str, ...]) -> None:
         raise StorageError(
             f"needs {needed:,} bytes, {free:,} are free", path=out.parent, cure="Free some space or write elsewhere"
         )
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"no device {name!r} ({first})", cure="Use auto, cpu or cuda:N") from None
-    return name

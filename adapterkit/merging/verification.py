@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..tensors.dtypes import DType
 from ..tensors.lazy import Lazy, Span, read_span
+from .arrays import Arrays, NumpyArrays, Workspace
 from .planning import Output, Plan, make_plan
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
     from ..adapter import Adapter
     from ..tensors.checkpoint import Checkpoint
     from .execute import Progress
 
 PIECE = 16 << 20
+
+NEAREST = 0.5001
+"""Units in the last place: what is closer to the exact result is taken for the number nearest to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +71,16 @@ def compare(
     """Compares a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
     plan = make_plan(base, adapters, tied=_tied(merged, base), allow_partial=allow_partial)
     differences = [Difference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
-    done, total = 0, plan.bytes
-    for output in plan.outputs():
-        found = merged.tensors.get(output.name)
-        difference = Difference(output.name, "missing") if found is None else _compare(output, found)
-        if difference is not None:
-            differences.append(difference)
-        done += output.nbytes
-        if progress is not None:
-            progress(done, total)
+    arrays, done = NumpyArrays(), 0
+    with arrays.quiet():
+        for output in plan.outputs():
+            found = merged.tensors.get(output.name)
+            difference = Difference(output.name, "missing") if found is None else _compare(output, found, arrays)
+            if difference is not None:
+                differences.append(difference)
+            done += output.nbytes
+            if progress is not None:
+                progress(done, plan.bytes)
     return Verification(sum(1 for _ in plan.outputs()), plan.targets, tuple(differences))
 
 
@@ -87,13 +93,13 @@ def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
     return "untie" if set(merged.tensors) - set(base.tensors) else "merge"
 
 
-def _compare(output: Output, found: Lazy) -> Difference | None:
+def _compare(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
     if found.shape != output.shape:
         return Difference(output.name, f"shape {list(found.shape)}, not {list(output.shape)}")
     if found.dtype.floating != output.dtype.floating:
         return Difference(output.name, f"dtype {found.dtype}, not {output.dtype}")
     expected = replace(output, dtype=found.dtype)
-    return _compare_bytes(expected, found) if expected.copied else _compare_blocks(expected, found)
+    return _compare_bytes(expected, found) if expected.copied else _compare_blocks(expected, found, arrays)
 
 
 def _compare_bytes(output: Output, found: Lazy) -> Difference | None:
@@ -108,35 +114,43 @@ def _compare_bytes(output: Output, found: Lazy) -> Difference | None:
     return None
 
 
-def _compare_blocks(output: Output, found: Lazy) -> Difference | None:
-    import torch
-
+def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
     from .compute import Folder, blocks
 
-    folder = Folder(output, torch.device("cpu"))
+    folder = Folder(output, Workspace(arrays))
     elements, largest = 0, 0.0
     for block in blocks(output):
-        raw = _values(output.source, block.first, block.elements)
-        expected = torch.empty(block.elements, dtype=folder.dtype)
-        folder.compute(raw, expected, block)
-        there = _values(found, block.first, block.elements)
-        wrong = ~_equal_bits(expected, there)
-        if bool(wrong.any()):
-            elements += int(wrong.sum())
-            largest = max(largest, float((expected[wrong].double() - there[wrong].double()).abs().max()))
+        expected = bytearray(block.elements * output.dtype.itemsize)
+        raw = arrays.over(_bytes(output.source, block.first, block.elements), output.source.dtype)
+        folder.compute(raw, arrays.over(memoryview(expected), output.dtype), block)
+        there = _bytes(found, block.first, block.elements)
+        if there != expected:
+            errors = _errors(folder.exact(block), there, expected, output.dtype)
+            elements += len(errors)
+            largest = max([largest, *errors.tolist()])
     return Difference(output.name, "not what the merge gives", elements, largest) if elements else None
 
 
-def _values(tensor: Lazy, first: int, count: int) -> torch.Tensor:
+def _errors(exact: Any, there: memoryview, expected: bytearray, dtype: DType) -> np.ndarray[Any, Any]:
+    """How far elements are from the exact result, of those that are not the nearest number to it.
+
+    Of two numbers equally near, but for the last bits of float64, another library may have come to the other one.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    bits = f"<u{dtype.itemsize}"
+    other = np.frombuffer(there, bits) != np.frombuffer(expected, bits)
+    values, exact = np.frombuffer(there, dtype.array)[other].astype(float), exact[other]
+    info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
+    unit = np.exp2(np.maximum(np.frexp(exact)[1] - 1, info.minexp) - info.nmant)
+    errors = np.abs(values - exact)
+    wrong: np.ndarray[Any, Any] = errors[~(errors <= NEAREST * unit)]
+    return np.asarray(np.nan_to_num(wrong, nan=np.inf))
+
+
+def _bytes(tensor: Lazy, first: int, count: int) -> memoryview:
     size = tensor.dtype.itemsize
     if tensor.span is None:
-        return tensor.torch().reshape(-1)[first : first + count]
-    span = Span(tensor.span.path, tensor.span.offset + first * size, count * size)
-    return Lazy((count,), tensor.dtype, lambda: read_span(span)).torch()
-
-
-def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
-    return a.view(width) == b.view(width)
+        return memoryview(tensor.fetch())[first * size : (first + count) * size]
+    return memoryview(read_span(Span(tensor.span.path, tensor.span.offset + first * size, count * size)))

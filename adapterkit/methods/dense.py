@@ -47,4 +47,4 @@ class Dense(Additive):
     def block(self, axis: str, start: int, stop: int) -> Self:
         if axis != "in":
             return super().block(axis, start, stop)
-        return self if self.D is None else self.replace(D=self.D.narrow(1, start, stop - start))
+        return self if self.D is None else self.replace(D=self.D[:, start:stop])

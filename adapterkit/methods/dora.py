@@ -26,5 +26,6 @@ class DoRA(WeightUpdate):
     scaling: float = 1.0
 
     def new_weight(self, W: Tensor) -> Tensor:
-        V = W.flatten(1) + (self.scaling * self.B) @ self.A.flatten(1)
-        return (V * (self.magnitude / V.square().sum(1).sqrt())[:, None]).reshape(W.shape)
+        V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)
+        norm = (V * V).sum(1) ** 0.5
+        return (V * (self.magnitude / norm)[:, None]).reshape(W.shape)

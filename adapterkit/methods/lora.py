@@ -6,8 +6,10 @@ https://arxiv.org/abs/2312.03732). A convolution's A is its full-size kernel, B 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
+from ..tensors.products import add_product
 from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ class LoRA(Additive):
     scaling: float = 1.0
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
-        return ((self.scaling * self.B) @ self.A.flatten(1)).reshape(shape)
+        return ((self.scaling * self.B) @ self.A.reshape(len(self.A), -1)).reshape(shape)
 
     @property
     def changes_bias(self) -> bool:
@@ -37,13 +39,13 @@ class LoRA(Additive):
 
     def add_to(self, W: Tensor, weight: float) -> None:
         if W.ndim == 2:
-            W.addmm_(self.B, self.A.flatten(1), alpha=weight * self.scaling)
+            add_product(W, self.B, self.A.reshape(len(self.A), -1), weight * self.scaling)
         else:
             super().add_to(W, weight)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
-        A, B = self.A.flatten(1), self.B
-        return abs(self.scaling) * float(((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0).sqrt())
+        A, B = self.A.reshape(len(self.A), -1), self.B
+        return abs(self.scaling) * math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
 
     def forward(self, x: Any, layer: Any) -> Any:
         y = layer(x) + layer.mix(layer.op(x, self.A), self.B) * self.scaling

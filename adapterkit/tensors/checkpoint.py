@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import Malformed, StorageError, UsageError, storage_error
 from . import safetensors
 from .lazy import Lazy
+from .strict_json import load_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -80,8 +81,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     )  # fmt: skip
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
     """A JSON object from a file.
+
+    Args:
+        path: the file.
+        strict: refuse repeated keys and numbers that are not finite; configs of bases may hold the latter.
 
     Raises:
         Malformed: it is not one, or is unreasonably large.
@@ -91,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON:
             why = f"more than {MAX_JSON} bytes, too large for a JSON file of this kind"
             raise Malformed(why, path=path, cure="Write or fetch the file again")
-        value = json.loads(path.read_text("utf-8"))
+        value = (load_json if strict else json.loads)(path.read_text("utf-8"))
     except OSError as error:
         raise storage_error(error, path) from error
     except (ValueError, RecursionError) as error:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,17 @@ class DType:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def array(self) -> np.dtype[Any]:
+        """The numpy dtype that computes with it; ml_dtypes has those that numpy lacks."""
+        import numpy as np
+
+        if self.floating and self.numpy[1] == "u":
+            import ml_dtypes
+
+            return np.dtype(getattr(ml_dtypes, self.torch))  # type: ignore[no-any-return]
+        return np.dtype(self.numpy)
 
 
 DTYPES = {

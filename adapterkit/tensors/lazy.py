@@ -134,6 +134,12 @@ def as_torch(leaf: Leaf, device: str | torch.device | None = None, dtype: torch.
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
+def as_array(leaf: Leaf) -> np.ndarray[Any, Any]:
+    """Any leaf as a numpy array that can be computed with; bfloat16 and float8 in ml_dtypes' types."""
+    tensor = as_lazy(leaf)
+    return tensor.numpy().view(tensor.dtype.array)
+
+
 def dtype_of(leaf: Leaf) -> DType:
     """The element type of any leaf."""
     return leaf.dtype if isinstance(leaf, Lazy) else BY_TORCH[str(leaf.dtype).removeprefix("torch.")]

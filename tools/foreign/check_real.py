@@ -2,9 +2,9 @@
 
     python tools/foreign/check_real.py BASE ADAPTERS
 
-ADAPTERS is what `make_peft_adapters.py` made from BASE. Every adapter is merged twice by the command line: in float32, whose logits
-(evaluated in float32 and in float64), text and weights are compared with PEFT's, and in the base's own dtype, whose
-every element is compared with formulas.py. Exits 1 when anything is off.
+ADAPTERS is what `make_peft_adapters.py` made from BASE. Every adapter is merged twice by the command line: in float32,
+whose logits (evaluated in float32 and in float64), text and weights are compared with PEFT's, and in the base's own
+dtype, whose every element is compared with formulas.py. Exits 1 when anything is off.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGITS = 1e-4
-"""Largest absolute difference of a logit between the merged model and PEFT's unmerged one."""
+"""Largest absolute difference of a logit between the merged model and PEFT's unmerged one.
+
+In float32, what PEFT's own evaluation is away from float64 comes on top: for DoRA that alone can be more than this.
+"""
 WEIGHTS = 1e-6
 """Largest difference of a weight from PEFT's merge, over the largest weight of its tensor."""
 
@@ -42,6 +45,7 @@ class Verdict:
     name: str
     logits: float = float("nan")
     exact: float = float("nan")
+    noise: float = float("nan")
     text: str = "-"
     weights: float = float("nan")
     changed: int = 0
@@ -94,9 +98,11 @@ def compare_float32(verdict: Verdict, base: Path, adapter: Path, merged: Path) -
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     answers = results.ask(model, AutoTokenizer.from_pretrained(base))
     verdict.logits, verdict.exact = answers.logit_error(expected), answers.exact_error(expected)
+    verdict.noise = expected.noise()
     verdict.text = "same" if answers.same_text(expected) else "differs"
     verdict.weights = largest_relative_error(read_weights(merged), peft_weights(base, adapter))
-    verdict.expect(verdict.logits <= LOGITS, f"logits differ by {verdict.logits:.2e}, allowed {LOGITS:.0e}")
+    allowed = LOGITS + verdict.noise
+    verdict.expect(verdict.logits <= allowed, f"logits differ by {verdict.logits:.2e}, allowed {allowed:.2e}")
     verdict.expect(verdict.exact <= LOGITS, f"logits in float64 differ by {verdict.exact:.2e}, allowed {LOGITS:.0e}")
     verdict.expect(verdict.text == "same", f"text differs: {answers.text} instead of {expected.text}")
     verdict.expect(verdict.weights <= WEIGHTS, f"weights differ by {verdict.weights:.2e}, allowed {WEIGHTS:.0e}")
@@ -150,6 +156,7 @@ COLUMNS = (
     "changed",
     "logits",
     "in f64",
+    "PEFT f32",
     "text",
     "weights",
     "elements",
@@ -176,9 +183,10 @@ def show(verdicts: list[Verdict]) -> None:
 def cells(verdict: Verdict) -> tuple[str, ...]:
     """One row of the table."""
     r = verdict.rounding
-    compared = (f"{verdict.logits:.1e}", f"{verdict.exact:.1e}", verdict.text, f"{verdict.weights:.1e}")
+    logits = (f"{verdict.logits:.1e}", f"{verdict.exact:.1e}", f"{verdict.noise:.1e}")
+    others = (verdict.text, f"{verdict.weights:.1e}")
     rounding = (f"{r.elements:,}", f"{r.worst:.6f}", f"{r.over_half:,}", f"{r.over_limit:,}")
-    return (verdict.name, str(verdict.changed), *compared, *rounding, "FAIL" if verdict.wrong else "ok")
+    return (verdict.name, str(verdict.changed), *logits, *others, *rounding, "FAIL" if verdict.wrong else "ok")
 
 
 def main() -> int:

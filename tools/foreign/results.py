@@ -53,6 +53,10 @@ class Results:
         """Largest absolute difference between any two logits, in float64."""
         return largest_difference(self.exact, other.exact)
 
+    def noise(self) -> float:
+        """How far the float32 evaluation is from the float64 one."""
+        return largest_difference(self.logits, self.exact)
+
     def same_text(self, other: Results) -> bool:
         """Whether both wrote the same tokens."""
         return all(torch.equal(a, b) for a, b in zip(self.written, other.written, strict=True))

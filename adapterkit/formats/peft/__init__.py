@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
 from .._format import Format
-from . import container, reader, writer
+from .container import load, save, sniff
+from .reader import decode
+from .writer import encode
 
 if TYPE_CHECKING:
     from ...adapter import Adapter
@@ -27,18 +29,18 @@ class Peft(Format):
     compat = frozenset({"peft"})
 
     def sniff(self, path: Path) -> bool:
-        return container.sniff(path)
+        return sniff(path)
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-        config, tensors = container.load(path)
+        config, tensors = load(path)
         try:
-            return reader.decode(config, tensors, compat=compat, base=base)
+            return decode(config, tensors, compat=compat, base=base)
         except AdapterkitError as error:
             raise error.at(path=path) from None
 
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        config, tensors, lines = writer.encode(adapter, on_loss=on_loss, base=base)
-        container.save(path, config, tensors)
+        config, tensors, lines = encode(adapter, on_loss=on_loss, base=base)
+        save(path, config, tensors)
         return lines

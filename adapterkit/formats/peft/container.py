@@ -49,7 +49,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
     if not (folder / CONFIG).exists():
         raise StorageError(f"no {CONFIG} beside the tensors", path=folder, cure="Fetch it: it holds rank and alpha")
-    return read_json(folder / CONFIG), _read(weights)
+    return read_json(folder / CONFIG, strict=True), _read(weights)
 
 
 def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> None:

@@ -125,6 +125,11 @@ def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
     return not gate_up or not down or (gate_up[1] == 2 * down[2] and gate_up[2] == down[1])
 
 
+def told_apart(names: Sequence[str]) -> bool:
+    """Whether the order of a module's adapted parameters is known."""
+    return len(names) == 1 or set(names) <= set(IN_ORDER)
+
+
 def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Parameter -> wrappers around it, for a module of which all these are adapted; the first declared is innermost."""
     ordered = sorted(names, key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else -1, name))

@@ -42,6 +42,10 @@ class File:
                 found.setdefault(key.stem, {})[key.part, key.leaf] = key
         return found
 
+    def attentions(self) -> set[str]:
+        """Paths of the `nn.MultiheadAttention`s whose output projection is adapted inside them, as PEFT does."""
+        return {key.module for key in self.tensors if key.part.startswith("lora_") and key.module != key.path}
+
     def base_shape(self, name: str) -> Shape | None:
         """The shape of a tensor of the base, found by its name or by the one name that ends with it."""
         tensors = {} if self.base is None else self.base.tensors

@@ -1,4 +1,4 @@
-"""IA3: `ia3_l` scales outputs, [out, 1], or in `feedforward_modules` inputs, [1, in]; convolutions' are [1, n, 1, ...]."""
+"""IA3: `ia3_l` scales outputs, [out, 1], or in `feedforward_modules` inputs, [1, in]; for convolutions [1, n, 1]."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _scales_inputs(settings: Settings, key: Key, shape: Shape) -> bool:
 
 
 def feedforward(settings: Settings, path: str) -> bool | None:
-    """Whether a module's inputs are scaled, by plain endings as in PEFT, not whole names; None where it does not say."""
+    """Whether a module's inputs are scaled, by endings as in PEFT, not whole names; None where it does not say."""
     named = settings.feedforward_modules
     if named is None:
         return None

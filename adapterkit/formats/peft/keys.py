@@ -93,7 +93,10 @@ def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
 
 def _check_names(keys: Iterable[Key]) -> None:
     """Either no key holds an adapter's name, or all hold the same; keys of the base's parameters never need one."""
-    named = {key.adapter: key for key in keys if key.part in _NAMED}
+    named: dict[str | None, Key] = {}
+    for key in keys:
+        if key.part in _NAMED:
+            named.setdefault(key.adapter, key)
     if len(named) > 1:
         first, second = list(named.values())[:2]
         raise Malformed(f"not of the same adapter as {first.text}", where=second.text, cure="Save one adapter a file")

@@ -34,7 +34,7 @@ def decode(file: File) -> Findings:
     parameters: list[Factors] = []
     for each in find_factors(file):
         (parameters if experts.adapts_parameter(file, each.key.path) else modules).append(each)
-    attentions = {each.key.module for each in modules if each.key.module != each.key.path}
+    attentions = file.attentions()
     for each in modules:
         if file.settings.enable_lora is not None and len(each.B.shape) == 3 and len(each.A.shape) == 2:
             yield from merged_linear.decode(file.settings, each)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from ...adapter import Adapter, BaseRef, Foreign, Step, Target
 from ...errors import Malformed
@@ -13,7 +14,8 @@ from ...tensors.lazy import as_lazy
 from . import config as fields
 from . import ia3, lora, replacement, rows
 from .file import File, Found, Kept
-from .keys import PREFIX, parse_keys
+from .hints import FORMAT, Hints, fingerprint
+from .keys import parse_keys
 from .spelling import spell, stored
 
 if TYPE_CHECKING:
@@ -45,16 +47,15 @@ def decode(
         UsageError: the file does not tell which parameters it adapts, and there is no base to tell.
     """
     settings = fields.parse(config)
-    prefix, keys = parse_keys(tensors)
-    file = File(settings, keys, base, compat)
+    prefix, parsed = parse_keys(tensors)
+    file = File(settings, parsed, base, compat)
     updates, places, kept = assemble(file)
-    data: dict[str, Any] = {"config": dict(config), "targets": fingerprint(updates)}
-    if prefix != PREFIX:
-        data["prefix"] = prefix
-    data |= _departures(updates, places, tensors, prefix, settings.peft_type)
-    ref = BaseRef(settings.base_model_name_or_path, settings.revision) if settings.base_model_name_or_path else None
-    foreign = Foreign("peft", data, {key: tensors[key] for key in kept})
-    return Adapter(updates, ref, (Step("read", {"format": "peft"}),), foreign)
+    keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)
+    hints = Hints(config=dict(config), targets=fingerprint(updates), prefix=prefix, keys=keys, shapes=shapes)
+    foreign = Foreign(FORMAT, msgspec.to_builtins(hints), {key: tensors[key] for key in kept})
+    name = settings.base_model_name_or_path
+    base_ref = BaseRef(name, settings.revision) if name else None
+    return Adapter(updates, base_ref, (Step("read", {"format": FORMAT}),), foreign)
 
 
 def assemble(file: File) -> tuple[Updates, Places, list[str]]:
@@ -79,11 +80,6 @@ def assemble(file: File) -> tuple[Updates, Places, list[str]]:
     return updates, places, kept
 
 
-def fingerprint(updates: Iterable[Target] | Updates) -> str:
-    """sha256 over the paths of an adapter: whether the lists of modules in a config are still right."""
-    return hashlib.sha256("\n".join(sorted(str(target) for target in updates)).encode()).hexdigest()
-
-
 def _check_all_used(file: File, used: set[str]) -> None:
     left = next((key for key in file.tensors if key.text not in used), None)
     if left is not None:
@@ -101,18 +97,17 @@ def _in_file_order(file: File, found: Mapping[Any, list[Found]]) -> dict[Any, li
 
 
 def _layout(findings: Iterable[Found]) -> str:
-    """The layout that the acting update declares, corrected by a whole weight beside it where that proves it wrong."""
-    acting = [finding for finding in findings if not isinstance(finding.update, Replacement)]
-    if not acting:
+    """The layout that the acting update declares, unless a whole weight beside it proves it wrong."""
+    acting = next((finding for finding in findings if not isinstance(finding.update, Replacement)), None)
+    if acting is None:
         return "out *in"
-    layout, dims = acting[0].layout, acting[0].update.dims(acting[0].layout.startswith("e "))
-    sizes = dims.get("out"), dims.get("in")
-    for finding in findings:
-        weight = getattr(finding.update, "weight", None)
-        if weight is not None and layout in ("out *in", "in out *k") and sizes[0] != sizes[1]:
-            shown = tuple(weight.shape[:2])
-            layout = "out *in" if shown == sizes else "in out *k" if shown == sizes[::-1] else layout
-    return layout
+    dims = acting.update.dims(acting.layout.startswith("e "))
+    out, in_ = dims.get("out"), dims.get("in")
+    proofs: dict[Any, str] = {(out, in_): "out *in", (in_, out): "in out *k"}
+    whole = next((f.update.tensors["weight"] for f in findings if "weight" in f.update.tensors), None)
+    if whole is None or len(proofs) < 2 or acting.layout.startswith("e "):
+        return acting.layout
+    return proofs.get(tuple(whole.shape[:2]), acting.layout)
 
 
 def _in_layout(finding: Found, target: Target) -> Update:
@@ -124,9 +119,10 @@ def _in_layout(finding: Found, target: Target) -> Update:
 
 def _departures(
     updates: Updates, places: Places, tensors: Mapping[str, Lazy], prefix: str, peft_type: str
-) -> dict[str, Any]:
+) -> tuple[dict[str, str], dict[str, list[int]]]:
     """Where the file's keys and shapes are not those that the writer would have chosen."""
-    keys, shapes = {}, {}
+    keys: dict[str, str] = {}
+    shapes: dict[str, list[int]] = {}
     for spelled in spell(updates, peft_type, prefix):
         text = places.get(spelled.place)
         if text is None:
@@ -135,4 +131,4 @@ def _departures(
             keys[spelled.key] = text
         if tensors[text].shape != spelled.leaf.shape:
             shapes[text] = list(tensors[text].shape)
-    return {name: value for name, value in (("keys", keys), ("shapes", shapes)) if value}
+    return keys, shapes

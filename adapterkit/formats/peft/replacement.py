@@ -6,6 +6,8 @@ embedding that PEFT saves beside its factors is one too, and comes before them.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ...errors import Unsupported
 from .file import File, Findings, Found, Kept, make
 from .keys import Key
@@ -19,22 +21,25 @@ def decode(file: File) -> Findings:
     """
     whole = {key for key, tensor in file.tensors.items() if not key.part and not tensor.dtype.floating}
     packed = tuple(f"{key.text}." for key in whole)
+    attentions = file.attentions()
     modules: dict[str, dict[str, Key]] = {}
     for key, tensor in file.tensors.items():
         if key in whole or (not key.part and key.text.startswith(packed)):
             yield Kept(key)
         elif not key.part:
-            path, field = _place(key.path, len(tensor.shape))
+            path, field = _place(key.path, len(tensor.shape), attentions)
             modules.setdefault(path, {})[field] = key
     for path, keys in modules.items():
         yield Found(path, make("replacement", {field: file.tensors[key] for field, key in keys.items()}), keys)
 
 
-def _place(name: str, axes: int) -> tuple[str, str]:
+def _place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
     """(target, field) of a parameter: that of its module, for a weight and a bias."""
     if not axes:
         raise Unsupported("a single number cannot be replaced", where=name, cure="Leave it out of modules_to_save")
     module, _, field = name.rpartition(".")
     if module and (field == "weight" or (field == "bias" and axes == 1)):
         return module, field
+    if field == "in_proj_bias" and module in attentions:
+        return f"{module}.in_proj_weight", "bias"
     return name, "weight"

@@ -14,7 +14,7 @@ from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...names.layouts import IN_OUT
 from ...tensors.lazy import Lazy, as_lazy
-from .experts import IN_ORDER, depths, unstack
+from .experts import depths, told_apart, unstack
 from .keys import PREFIX
 
 if TYPE_CHECKING:
@@ -44,30 +44,40 @@ class Spelled:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """What the spelling of one target depends on beyond the target itself.
+class Names:
+    """How PEFT names what one set of updates adapts.
 
     Attributes:
-        stems: target -> (the path in its keys, wrappers included; whether that is a guess).
-        peft_type: of the config.
-        base: the base, if known: it tells modules from parameters, and convolutions from linear layers.
+        paths: of the targets of LoRA and DoRA.
+        wrappers: module -> what its wrappers put between its path and that of what is inside it.
+        depths: parameter -> how many of the wrappers of its module are inside its own.
+        guessed: parameters of which the depth is a guess.
+        base: the base, if known.
     """
 
-    stems: Mapping[Target, tuple[str, bool]]
-    peft_type: str
+    paths: Collection[str]
+    wrappers: Mapping[str, str]
+    depths: Mapping[str, int]
+    guessed: Collection[str]
     base: Checkpoint | None
+
+    def inside(self, name: str) -> str:
+        """A dotted path with the wrappers of the modules on the way; its own are not among them."""
+        *modules, last = name.split(".")
+        steps = (part + self.wrappers.get(".".join(modules[: stop + 1]), "") for stop, part in enumerate(modules))
+        return ".".join([*steps, last])
 
 
 def spell(
     updates: Mapping[Target, tuple[Update, ...]], peft_type: str, prefix: str = PREFIX, base: Checkpoint | None = None
 ) -> Iterator[Spelled]:
     """Every tensor of the updates with its key; slices of fused weights have none."""
-    layout = Layout(_stems(updates, base), peft_type, base)
+    names = _names(updates, peft_type, base)
     for target, found in updates.items():
         if target.rows is not None:
             continue
         for position, update in enumerate(found):
-            for field, key, leaf, guessed in _spell_update(target, update, found, layout):
+            for field, key, leaf, guessed in _spell_update(target, update, names, peft_type):
                 yield Spelled((target, position, field), prefix + key, leaf, guessed)
 
 
@@ -88,9 +98,9 @@ def config_name(target: Target, paths: Collection[str]) -> str:
     return module if module and other and f"{module}.{other}" in paths else target.path
 
 
-def is_parameter(target: Target, base: Checkpoint | None) -> bool:
-    """Whether a LoRA's target is a parameter rather than a module."""
-    return target.stacked or target.path.endswith(".weight") or (base is not None and target.path in base.tensors)
+def is_parameter(target: Target, paths: Collection[str], base: Checkpoint | None) -> bool:
+    """Whether a LoRA's target is a parameter, apart from any attention, rather than a module."""
+    return (target.stacked or _names_parameter(target.path, base)) and config_name(target, paths) == target.path
 
 
 def is_embedding(target: Target) -> bool | None:
@@ -107,43 +117,57 @@ def lora_paths(updates: Mapping[Target, tuple[Update, ...]]) -> set[str]:
     return {target.path for target, found in updates.items() if any(isinstance(u, (LoRA, DoRA)) for u in found)}
 
 
-def _stems(updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[Target, tuple[str, bool]]:
+def _names_parameter(path: str, base: Checkpoint | None) -> bool:
+    return path.endswith("weight") or (base is not None and path in base.tensors)
+
+
+def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: Checkpoint | None) -> Names:
     paths = lora_paths(updates)
-    stems: dict[Target, tuple[str, bool]] = {}
-    modules: dict[str, list[Target]] = {}
-    for target in updates:
-        name = config_name(target, paths)
-        if target.path in paths and name == target.path and is_parameter(target, base) and "." in target.path:
-            modules.setdefault(target.path.rpartition(".")[0], []).append(target)
-        else:
-            inside = name != target.path and target.path.endswith(".out_proj")
-            stems[target] = (f"{name}.base_layer.out_proj" if inside else name, False)
-    for module, targets in modules.items():
-        named = {target.path.rpartition(".")[2]: target for target in targets}
-        guessed = len(named) > 1 and not set(named) <= set(IN_ORDER)
-        stems |= {named[name]: (module + ".base_layer" * depth, guessed) for name, depth in depths(list(named))}
-    return stems
+    modules: dict[str, list[str]] = {}
+    wrappers: dict[str, str] = {}
+    for target, found in updates.items():
+        module, _, name = target.path.rpartition(".")
+        if target.path in paths and module and is_parameter(target, paths, base):
+            modules.setdefault(module, []).append(name)
+        elif any(isinstance(update, (LoRA, DoRA, IA3)) for update in found):
+            wrappers |= dict.fromkeys((config_name(target, paths), target.path), ".base_layer")
+        elif any(isinstance(update, Rows) for update in found):
+            wrappers[target.path] = _ROWS[peft_type == "TRAINABLE_TOKENS"] + ".base_layer"
+    wrappers |= {module: ".base_layer" * len(names) for module, names in modules.items()}
+    guessed = {f"{m}.{name}" for m, names in modules.items() for name in names if not told_apart(names)}
+    depth = {f"{module}.{name}": d for module, names in modules.items() for name, d in depths(names)}
+    return Names(paths, wrappers, depth, guessed, base)
 
 
 def _spell_update(
-    target: Target, update: Update, found: tuple[Update, ...], layout: Layout
+    target: Target, update: Update, names: Names, peft_type: str
 ) -> Iterator[tuple[str, str, Lazy, bool]]:
-    stem, guessed = layout.stems[target]
     if isinstance(update, (LoRA, DoRA)):
-        embedding = is_embedding(target)
+        embedding, stem = is_embedding(target), _stem(target, names)
+        guessed = embedding is None or target.path in names.guessed
         for field, leaf in update.tensors.items():
             key = f"{stem}.{_part(field, bool(embedding))}"
-            yield field, key, _factor(field, as_lazy(leaf), update, target.stacked), guessed or embedding is None
+            yield field, key, _factor(field, as_lazy(leaf), update, target.stacked), guessed
     elif isinstance(update, IA3):
         for field, leaf in update.tensors.items():
-            yield field, f"{stem}.ia3_l", _scales(field, as_lazy(leaf), target, layout.base), False
+            yield field, f"{names.inside(target.path)}.ia3_l", _scales(field, as_lazy(leaf), target, names.base), False
     elif isinstance(update, Rows):
-        inside = "" if layout.peft_type == "TRAINABLE_TOKENS" else ".token_adapter"
-        yield "values", f"{stem}{inside}.trainable_tokens_delta", as_lazy(update.values), False
+        wrapper = _ROWS[peft_type == "TRAINABLE_TOKENS"]
+        key = f"{names.inside(target.path)}{wrapper}.trainable_tokens_delta"
+        yield "values", key, as_lazy(update.values), False
     elif isinstance(update, Replacement):
         for field, leaf in update.tensors.items():
             whole = stored(as_lazy(leaf), target.layout) if field == "weight" else as_lazy(leaf)
-            yield field, _whole_key(target, field, stem, found, layout), whole, False
+            yield field, names.inside(_whole_name(target.path, field, names.base)), whole, False
+
+
+def _stem(target: Target, names: Names) -> str:
+    """The path in the keys of a LoRA, its own module's wrappers included."""
+    if target.path in names.depths:
+        module = target.path.rpartition(".")[0]
+        return names.inside(module) + ".base_layer" * names.depths[target.path]
+    name = config_name(target, names.paths)
+    return names.inside(target.path if target.path.endswith(".out_proj") else name)
 
 
 def _part(field: str, embedding: bool) -> str:
@@ -170,12 +194,12 @@ def _scales(field: str, leaf: Lazy, target: Target, base: Checkpoint | None) -> 
     return leaf.reshape(1, -1) if field == "l_in" else leaf.reshape(-1, 1)
 
 
-def _whole_key(target: Target, field: str, stem: str, found: tuple[Update, ...], layout: Layout) -> str:
-    if layout.base is not None and field == "weight" and target.path in layout.base.tensors:
-        return target.path
-    inside = ""
-    if any(isinstance(update, (LoRA, DoRA, IA3)) for update in found):
-        inside = ".base_layer"
-    elif any(isinstance(update, Rows) for update in found):
-        inside = ".base_layer" if layout.peft_type == "TRAINABLE_TOKENS" else ".token_adapter.base_layer"
-    return f"{stem}{inside}.{field}"
+def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
+    """The parameter of the base that a replacement replaces."""
+    if not _names_parameter(path, base):
+        return f"{path}.{field}"
+    return path if field == "weight" else "bias".join(path.rsplit("weight", 1))
+
+
+_ROWS = (".token_adapter", "")
+"""Between a module and its token rows: beside a LoRA, and alone."""

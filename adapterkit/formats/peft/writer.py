@@ -1,2 +1,125 @@
-def encode(*a, **k):
-    raise SystemExit
+"""An `Adapter` in, a config and tensors out; nothing is written that does not read back as the same adapter.
+
+A config that was read is written again as it was wherever it still says what the adapter says: first all of it, then
+all but ranks and alphas, then all but those and the lists of modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ...errors import Unrepresentable
+from ...methods.ia3 import IA3
+from ...methods.replacement import Replacement
+from ...methods.rows import Rows
+from ...tensors.lazy import as_lazy
+from .compose import configs
+from .hints import FORMAT, Hints, hints_of
+from .keys import parse_key
+from .losses import Loss, Updates, acting_method, find_losses
+from .modules import token_numbers
+from .proof import says
+from .scalings import number_fields
+from .spelling import Spelled, spell, stored
+
+if TYPE_CHECKING:
+    from ...adapter import Adapter, Target
+    from ...tensors.checkpoint import Checkpoint
+    from ...tensors.lazy import Lazy
+    from ...updates import Update
+
+
+def encode(
+    adapter: Adapter, *, on_loss: str, base: Checkpoint | None
+) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
+    """The config, the tensors by key, and one line for each thing left out or rewritten.
+
+    Raises:
+        Unrepresentable: a PEFT file cannot say it and `on_loss` does not allow otherwise.
+    """
+    hints = hints_of(adapter)
+    updates, lines = _expressible(_as_stored(adapter.updates), hints, on_loss, base)
+    peft_type = _peft_type(updates, hints)
+    updates, numbers, folded = number_fields(updates, hints, on_loss)
+    spelled = _spell(updates, hints, peft_type, base)
+    tensors = {each.key: each.leaf for each in spelled}
+    for config in configs(adapter, updates, hints, peft_type, numbers, base):
+        if says(config, tensors, spelled, updates, base):
+            return config, _kept(adapter, updates, hints) | tensors, lines + folded
+    raise Unrepresentable("PEFT's config has no words for this combination", cure="Write adapterkit's own format")
+
+
+def _as_stored(updates: Updates) -> dict[Target, tuple[Update, ...]]:
+    """The same updates, with what is only replaced in the order in which the base stores it."""
+    changed: dict[Target, tuple[Update, ...]] = {}
+    for target, found in updates.items():
+        if target.layout == "out *in" or not all(isinstance(update, Replacement) for update in found):
+            changed[target] = found
+        else:
+            changed[replace(target, layout="out *in")] = tuple(_turned(update, target.layout) for update in found)
+    return changed
+
+
+def _turned(update: Update, layout: str) -> Update:
+    weight = update.tensors.get("weight")
+    return update if weight is None else update.replace(weight=stored(as_lazy(weight), layout))
+
+
+def _expressible(updates: Updates, hints: Hints, on_loss: str, base: Checkpoint | None) -> tuple[Updates, list[str]]:
+    """What a file can say, and a line for each update that was dropped."""
+    lines: list[str] = []
+    while losses := [*find_losses(updates, base), *_guesses(updates, hints, base)]:
+        items = [f"{target}: {why}" for target, _, why in losses]
+        if on_loss != "drop":
+            cure = "Drop them with on_loss='drop', or write adapterkit's own format"
+            raise Unrepresentable("PEFT has no words for these updates", items=items, cure=cure)
+        lines += [f"left out {item}" for item in items]
+        updates = _without(updates, {(target, position) for target, position, _ in losses})
+    if not updates:
+        raise Unrepresentable("nothing of this adapter fits a PEFT file", items=lines, cure="Write adapterkit's own")
+    return updates, lines
+
+
+def _guesses(updates: Updates, hints: Hints, base: Checkpoint | None) -> Iterator[Loss]:
+    spelled = spell(updates, "LORA", hints.prefix, base)
+    for target, position in dict.fromkeys(s.place[:2] for s in spelled if s.guessed and s.key not in hints.keys):
+        why = "order of this module's parameters" if target.stacked else "whether this is an embedding or a Conv1D"
+        yield target, position, f"nothing tells the {why}, on which its keys depend"
+
+
+def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tuple[Update, ...]]:
+    kept = {t: tuple(u for i, u in enumerate(found) if (t, i) not in lost) for t, found in updates.items()}
+    return {target: found for target, found in kept.items() if found}
+
+
+def _peft_type(updates: Updates, hints: Hints) -> str:
+    method = acting_method(updates)
+    if method is not None:
+        return "IA3" if method is IA3 else "LORA"
+    numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
+    read = hints.config.get("peft_type")
+    alone = read == "TRAINABLE_TOKENS" or (read != "LORA" and len(numbers) == len(updates))
+    return "TRAINABLE_TOKENS" if numbers and alone and all(n == numbers[0] for n in numbers) else "LORA"
+
+
+def _spell(updates: Updates, hints: Hints, peft_type: str, base: Checkpoint | None) -> list[Spelled]:
+    """Every tensor as PEFT stores it, under the key and in the shape that it was read from, where that is known."""
+    spelled = []
+    for each in spell(updates, peft_type, hints.prefix, base):
+        key = hints.keys.get(each.key, each.key)
+        shape = hints.shapes.get(key, each.leaf.shape)
+        fits = math.prod(shape) == math.prod(each.leaf.shape)
+        spelled.append(replace(each, key=key, leaf=each.leaf.reshape(*shape) if fits else each.leaf))
+    return spelled
+
+
+def _kept(adapter: Adapter, updates: Updates, hints: Hints) -> dict[str, Lazy]:
+    """Tensors that only travel along, while what they belong to is still there."""
+    if adapter.foreign is None or adapter.foreign.format != FORMAT:
+        return {}
+    paths = {target.path for target in updates}
+    keys = {text: parse_key(text, hints.prefix) for text in adapter.foreign.tensors}
+    return {t: as_lazy(adapter.foreign.tensors[t]) for t, key in keys.items() if not key.part or key.path in paths}

@@ -1,0 +1,93 @@
+"""The configs that could be written, the one nearest to what was read first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...methods.dora import DoRA
+from ...methods.ia3 import IA3
+from ...methods.lora import LoRA
+from .hints import Hints, fingerprint
+from .losses import Updates, acting_method
+from .modules import ia3_fields, lora_fields, token_fields
+from .spelling import is_embedding, lora_paths
+
+if TYPE_CHECKING:
+    from ...adapter import Adapter
+    from ...tensors.checkpoint import Checkpoint
+
+FRESH: dict[str, dict[str, Any]] = {
+    "LORA": {"bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0},
+    "IA3": {"fan_in_fan_out": False, "init_ia3_weights": True},
+    "TRAINABLE_TOKENS": {"init_weights": True},
+}
+"""What a config says that never was PEFT's; fields that PEFT did not always have are left to their defaults."""
+
+COMMON = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "revision": None,
+    "task_type": None,
+}
+"""What every config says; of a config of another type all but `inference_mode` is kept."""
+
+ALWAYS = ("r", "lora_alpha", "target_modules", "feedforward_modules", "modules_to_save")
+"""Fields that are written even where they are off."""
+
+
+def configs(
+    adapter: Adapter,
+    updates: Updates,
+    hints: Hints,
+    peft_type: str,
+    numbers: Mapping[str, Any],
+    base: Checkpoint | None,
+) -> Iterator[dict[str, Any]]:
+    """What was read; the same with other ranks and alphas; the same with other lists of modules as well."""
+    read = hints.config if hints.config.get("peft_type") == peft_type else {}
+    named = _base_fields(adapter, hints)
+    changed = numbers if peft_type == "LORA" else {}
+    if read and hints.targets == fingerprint(updates):
+        yield read | named
+        yield _over(read | named, changed)
+    common = {name: hints.config.get(name, value) for name, value in COMMON.items()} | {"inference_mode": True}
+    start = read or {**common, **FRESH[peft_type], "peft_type": peft_type}
+    lists = {"LORA": lora_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}[peft_type](updates, base)
+    yield _over(start | named, {**_law_fields(updates, peft_type), **changed, **lists})
+
+
+def _over(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with changes; a field that is off is not added, so that older releases of PEFT know all fields."""
+    return {**config, **{name: value for name, value in changes.items() if value or name in config or name in ALWAYS}}
+
+
+def _base_fields(adapter: Adapter, hints: Hints) -> dict[str, Any]:
+    """The base's name, where it is not the one that was read."""
+    ref, read = adapter.base, hints.config.get("base_model_name_or_path")
+    if ref is None or ref.id in (None, read):
+        return {}
+    return {"base_model_name_or_path": ref.id, "revision": ref.revision}
+
+
+def _law_fields(updates: Updates, peft_type: str) -> dict[str, Any]:
+    if peft_type != "LORA":
+        return {"fan_in_fan_out": _stored_in_out(updates)} if peft_type == "IA3" else {}
+    loras = [update for found in updates.values() for update in found if isinstance(update, LoRA)]
+    return {
+        "use_dora": acting_method(updates) is DoRA,
+        "lora_bias": any(update.bias is not None for update in loras),
+        "fan_in_fan_out": _stored_in_out(updates),
+    }
+
+
+def _stored_in_out(updates: Updates) -> bool:
+    """Whether linear layers among the targets are stored [in, out]."""
+    paths = lora_paths(updates)
+    return any(
+        target.layout == "in out *k"
+        and (target.path in paths or any(isinstance(u, IA3) for u in found))
+        and not is_embedding(target)
+        for target, found in updates.items()
+    )

@@ -1,0 +1,54 @@
+"""What a PEFT file held that the model has no home for: enough to write the same config, keys and shapes again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import msgspec
+
+from ...adapter import Adapter, Target
+from ...errors import Malformed
+from .keys import PREFIX
+
+FORMAT = "peft"
+
+Size = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The leftovers.
+
+    Attributes:
+        config: the config as it was read.
+        targets: fingerprint of the targets that were read: whether the config's lists of modules still hold.
+        prefix: what all keys begin with.
+        keys: key that the writer would choose -> key that the file had, where nothing in the updates tells.
+        shapes: key -> shape that the file had, where the writer would choose another of as many elements.
+    """
+
+    config: dict[str, Any] = {}
+    targets: str = ""
+    prefix: str = PREFIX
+    keys: dict[str, str] = {}
+    shapes: dict[str, list[Size]] = {}
+
+
+def hints_of(adapter: Adapter) -> Hints:
+    """The leftovers of an adapter that was read from a PEFT file; empty ones for any other.
+
+    Raises:
+        Malformed: they are damaged.
+    """
+    if adapter.foreign is None or adapter.foreign.format != FORMAT:
+        return Hints()
+    try:
+        return msgspec.convert(dict(adapter.foreign.data), Hints)
+    except msgspec.ValidationError as error:
+        raise Malformed(f"leftovers of PEFT are damaged ({error})", where="foreign", cure="Drop them") from None
+
+
+def fingerprint(targets: Iterable[Target]) -> str:
+    """sha256 over the targets' paths and rows."""
+    return hashlib.sha256("\n".join(sorted(map(str, targets))).encode()).hexdigest()

@@ -1,0 +1,122 @@
+"""What a PEFT file cannot say: found before anything is written, one line for each update."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...methods.dora import DoRA
+from ...methods.ia3 import IA3
+from ...methods.lora import LoRA
+from ...methods.replacement import Replacement
+from ...methods.rows import Rows
+from .spelling import config_name, is_embedding, is_parameter, lora_paths
+
+if TYPE_CHECKING:
+    from ...adapter import Target
+    from ...tensors.checkpoint import Checkpoint
+    from ...updates import Update
+
+Updates = Mapping["Target", "tuple[Update, ...]"]
+Loss = tuple["Target", int, str]
+"""Target, position among its updates, and why it cannot be said."""
+
+ORDER = {Replacement: 0, LoRA: 1, DoRA: 1, IA3: 1, Rows: 2}
+"""The order in which PEFT applies what it finds at one module."""
+
+ACTING = (LoRA, DoRA, IA3)
+"""Methods of which a file holds one."""
+
+
+def find_losses(updates: Updates, base: Checkpoint | None) -> list[Loss]:
+    """Every update that a PEFT file has no words for, each once."""
+    found: dict[tuple[Target, int], str] = {}
+    for losses in (_alone(updates, base), _together(updates), _biases(updates, base), _attentions(updates)):
+        for target, position, why in losses:
+            found.setdefault((target, position), why)
+    return [(target, position, why) for (target, position), why in found.items()]
+
+
+def acting_method(updates: Updates) -> type[Update] | None:
+    """The one of LoRA, DoRA and IA3 that most updates are of; None where there is none of them."""
+    count = Counter(type(u) for found in updates.values() for u in found if isinstance(u, ACTING))
+    return max(ACTING, key=lambda method: count[method]) if count else None
+
+
+def _alone(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
+    method, paths = acting_method(updates), lora_paths(updates)
+    for target, found in updates.items():
+        for position, update in enumerate(found):
+            why = _why_not(target, update, method) or _why_not_there(target, update, paths, base)
+            if why:
+                yield target, position, why
+
+
+def _why_not(target: Target, update: Update, method: type[Update] | None) -> str:
+    if type(update) not in ORDER:
+        return f"{update.method} is not among the methods that are written to PEFT files"
+    if isinstance(update, ACTING) and type(update) is not method:
+        return f"{update.method} beside {_name(method)}: a PEFT file holds one of them"
+    if isinstance(update, Rows) and method is IA3:
+        return "token rows beside ia3: its config has no field for them"
+    if target.rows is not None:
+        return f"{update.method} on some rows of a fused weight"
+    return ""
+
+
+def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkpoint | None) -> str:
+    adapts = isinstance(update, (LoRA, DoRA))
+    if target.stacked and not (isinstance(update, LoRA) and update.bias is None and "." in target.path):
+        return f"{update.method} on stacked experts, but for plain LoRA on a module's parameter"
+    if adapts and 0 in update.tensors["A"].shape:
+        return f"{update.method} of rank 0"
+    if adapts and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
+        return f"{update.method} on a transposed convolution"
+    if isinstance(update, DoRA) and (is_parameter(target, paths, base) or config_name(target, paths) != target.path):
+        return "dora on a parameter or an attention"
+    if isinstance(update, Rows) and (target.path in paths or target.layout != "in out *k"):
+        return "token rows on a module that is adapted as well, or is no embedding"
+    return ""
+
+
+def _together(updates: Updates) -> Iterator[Loss]:
+    seen: dict[str, Target] = {}
+    for target, found in updates.items():
+        if seen.setdefault(target.path, target) != target and target.rows is None:
+            yield from ((target, position, "a second view of one weight") for position in range(len(found)))
+        ranks = [ORDER.get(type(update), 0) for update in found]
+        for position in range(1, len(found)):
+            if ranks[position] <= max(ranks[:position]):
+                yield target, position, f"{found[position].method} after {found[position - 1].method} on one module"
+
+
+def _biases(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
+    """`lora_bias` is one switch for all: the smaller of the two parties is lost."""
+    paths = lora_paths(updates)
+    parties: dict[bool, list[Loss]] = {True: [], False: []}
+    for target, found in updates.items():
+        for position, update in enumerate(found):
+            if isinstance(update, LoRA):
+                has = update.bias is not None
+                where = is_parameter(target, paths, base) or is_embedding(target)
+                why = f"lora {'with' if has else 'without'} a bias beside others {'without' if has else 'with'}"
+                parties[has].append((target, position, "lora with a bias there" if has and where else why))
+    if parties[True] and parties[False]:
+        yield from min(parties[True], parties[False], key=len)
+    yield from (loss for loss in parties[True] if loss[2].endswith("there"))
+
+
+def _attentions(updates: Updates) -> Iterator[Loss]:
+    """The two projections of an attention share one rank and one alpha."""
+    paths, first = lora_paths(updates), dict[str, Any]()
+    for target, found in updates.items():
+        for position, update in enumerate(found):
+            if isinstance(update, LoRA):
+                said = (int(update.A.shape[-2 if target.stacked else 0]), update.scaling)
+                if first.setdefault(config_name(target, paths), said) != said:
+                    yield target, position, "another rank or scaling than the attention's other projection"
+
+
+def _name(method: type[Update] | None) -> str:
+    return "others" if method is None else method.__module__.rpartition(".")[2]

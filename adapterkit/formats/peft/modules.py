@@ -1,0 +1,117 @@
+"""The lists of names in a config, made so that PEFT finds exactly the modules that a file has tensors for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+from ...methods.ia3 import IA3
+from ...methods.replacement import Replacement
+from ...methods.rows import Rows
+from ...tensors.lazy import as_lazy
+from .config import matches
+from .spelling import config_name, is_parameter, lora_paths
+
+if TYPE_CHECKING:
+    from ...adapter import Target
+    from ...tensors.checkpoint import Checkpoint
+    from .losses import Updates
+
+NO_MODULE = "dummy-target-modules"
+"""PEFT's own word for a LoRA config that adapts no module."""
+
+
+def lora_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    """Which modules, parameters, biases and tokens a LORA file has."""
+    paths = lora_paths(updates)
+    targets = [target for target in updates if target.path in paths]
+    parameters = [t.path for t in targets if is_parameter(t, paths, base)]
+    modules = sorted({config_name(t, paths) for t in targets if t.path not in parameters})
+    tokens = {target.path: token_numbers(target, updates) for target in updates if _has(updates[target], Rows)}
+    biases = [target for target, found in updates.items() if _only_bias(found)]
+    return {
+        "target_modules": endings(modules, base) if modules or parameters else NO_MODULE,
+        "target_parameters": sorted(parameters) or None,
+        "modules_to_save": saved_modules(updates, modules, base),
+        "trainable_token_indices": tokens or None,
+        "bias": "none" if not biases else "lora_only" if all(t.path in paths for t in biases) else "all",
+        **_ANYWHERE,
+    }
+
+
+def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    """Which modules an IA3 file has, and which of them scale their inputs."""
+    found = {target.path: update for target, us in updates.items() for update in us if isinstance(update, IA3)}
+    inputs = sorted(path for path, update in found.items() if update.l_in is not None)
+    loose = any(path.endswith(tuple(inputs)) for path in found if path not in inputs)
+    return {
+        "target_modules": _pattern(sorted(found)) if loose else endings(sorted(found), base),
+        "feedforward_modules": _pattern(inputs) if loose else inputs,
+        "modules_to_save": saved_modules(updates, sorted(found), base),
+        "exclude_modules": None,
+    }
+
+
+def token_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    """Which tokens of which modules a TRAINABLE_TOKENS file has."""
+    paths = {target.path: token_numbers(target, updates) for target in updates if _has(updates[target], Rows)}
+    return {"target_modules": endings(sorted(paths), base), "token_indices": next(iter(paths.values()))}
+
+
+def token_numbers(target: Target, updates: Updates) -> list[int]:
+    """The numbers of a target's token rows."""
+    rows = next(update for update in updates[target] if isinstance(update, Rows))
+    return [int(number) for number in as_lazy(rows.index).numpy()]
+
+
+def endings(modules: Collection[str], base: Checkpoint | None) -> list[str] | str:
+    """A list of whole paths; a pattern where another module of the base ends like one of them."""
+    return _pattern(modules) if _also_end_so(modules, base) else sorted(modules)
+
+
+def saved_modules(updates: Updates, adapted: Iterable[str], base: Checkpoint | None) -> list[str] | None:
+    """`modules_to_save`: modules replaced whole, which PEFT wraps. What it cannot wrap it still loads, by its name."""
+    whole = [
+        target.path
+        for target, found in updates.items()
+        if all(isinstance(update, Replacement) for update in found) and not _only_bias(found)
+        and _is_whole(target.path, found, base)
+    ]  # fmt: skip
+    hidden = [path for path in whole if any(matches(rf"(^|.*\.){path}($|\..*)", other) for other in adapted)]
+    return sorted(set(whole) - set(hidden)) or None
+
+
+def _is_whole(path: str, found: tuple[Any, ...], base: Checkpoint | None) -> bool:
+    """Whether a module of this path has just these tensors, and no other module of the base ends like it."""
+    if base is None:
+        return True
+    held = {name for name in base.tensors if name.startswith(f"{path}.")}
+    ends_so = any(name.rpartition(".")[0].endswith(path) for name in base.tensors if name not in held)
+    return not ends_so and held == {f"{path}.{field}" for update in found for field in update.tensors}
+
+
+def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
+    named = set(modules)
+    for name in () if base is None else base.tensors:
+        parts = name.split(".")
+        for stop in range(1, len(parts)):
+            module = ".".join(parts[:stop])
+            if module not in named and any(".".join(parts[start:stop]) in named for start in range(1, stop)):
+                return True
+    return False
+
+
+def _pattern(modules: Iterable[str]) -> str:
+    return "|".join(re.escape(module) for module in modules)
+
+
+def _has(found: tuple[Any, ...], method: type) -> bool:
+    return any(isinstance(update, method) for update in found)
+
+
+def _only_bias(found: tuple[Any, ...]) -> bool:
+    return any(isinstance(update, Replacement) and update.weight is None for update in found)
+
+
+_ANYWHERE = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}

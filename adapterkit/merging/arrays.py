@@ -1,0 +1,158 @@
+"""The two array libraries a merge computes with: numpy on the CPU, where torch need not be imported, and torch.
+
+Formulas are written in what both have in common; what differs (memory, casts, devices) is here.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import UsageError
+from ..tensors.dtypes import DType
+from ..tensors.lazy import as_array, as_lazy, as_torch
+
+if TYPE_CHECKING:
+    from ..tensors.lazy import Leaf
+
+
+class Arrays(Protocol):
+    """What the merge asks of an array library; `Any` is its array type."""
+
+    def load(self, leaf: Leaf) -> Any:
+        """A leaf where the library computes: real numbers in float64, whole numbers as they are."""
+
+    def over(self, buffer: memoryview, dtype: DType) -> Any:
+        """A flat array over bytes on the host; no copy."""
+
+    def empty(self, count: int) -> Any:
+        """A flat float64 array where the library computes."""
+
+    def assign(self, target: Any, values: Any) -> None:
+        """Writes values into an array of the same shape, cast to its dtype, to the nearest, wherever either lies."""
+
+    def finite(self, values: Any) -> bool:
+        """Whether there is no NaN and no infinity."""
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        """A context for a worker: no warnings on overflow, which is checked for, and one thread each."""
+
+
+class Workspace:
+    """One worker's float64 memory, used again for every block of every tensor: fresh memory is slow to touch."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        self.arrays = arrays
+        self._held: Any = None
+
+    def take(self, count: int) -> Any:
+        """The first `count` numbers of it, as the last user left them."""
+        if self._held is None or len(self._held) < count:
+            self._held = self.arrays.empty(count)
+        return self._held[:count]
+
+
+def arrays_for(device: str) -> Arrays:
+    """The library for a device: `auto` (CUDA where torch finds one), `cpu`, `cuda:N` or any other that torch knows.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if device == "cpu" or (device == "auto" and not _has_cuda()):
+        return NumpyArrays()
+    arrays = TorchArrays("cuda" if device == "auto" else device)
+    try:
+        arrays.empty(0)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UsageError(f"no device {device!r} ({first})", cure="Use auto, cpu or cuda:N") from None
+    return arrays
+
+
+def _has_cuda() -> bool:
+    """Whether torch could find a CUDA device; asked of the driver first, which costs no import of torch."""
+    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")) and sys.platform != "win32":
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+class NumpyArrays:
+    """numpy with ml_dtypes' element types."""
+
+    def __init__(self) -> None:
+        import numpy as np  # before the workers start, so that its BLAS can be held to one thread each
+
+        self.np = np
+
+    def load(self, leaf: Leaf) -> Any:
+        values = as_array(leaf)
+        return values.astype("<f8") if as_lazy(leaf).dtype.floating else values
+
+    def over(self, buffer: memoryview, dtype: DType) -> Any:
+        return self.np.frombuffer(buffer, dtype=dtype.array)
+
+    def empty(self, count: int) -> Any:
+        return self.np.empty(count)
+
+    def assign(self, target: Any, values: Any) -> None:
+        self.np.copyto(target, values, casting="unsafe")
+
+    def finite(self, values: Any) -> bool:
+        return values.dtype.kind in "iub" or bool(self.np.isfinite(values).all())
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        return self.np.errstate(all="ignore")
+
+
+class TorchArrays:
+    """torch on any device.
+
+    Args:
+        device: where to compute; blocks come from the host and go back there.
+    """
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.torch, self.device = torch, torch.device(device)
+
+    def load(self, leaf: Leaf) -> Any:
+        return as_torch(leaf, self.device, self.torch.float64)
+
+    def over(self, buffer: memoryview, dtype: DType) -> Any:
+        return self.torch.frombuffer(buffer, dtype=getattr(self.torch, dtype.torch))
+
+    def empty(self, count: int) -> Any:
+        return self.torch.empty(count, dtype=self.torch.float64, device=self.device)
+
+    def assign(self, target: Any, values: Any) -> None:
+        target.copy_(values)
+
+    def finite(self, values: Any) -> bool:
+        if not values.is_floating_point():
+            return True
+        wide = values.float() if values.itemsize == 1 else values
+        return bool(self.torch.isfinite(wide).all())
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        return _OneThread(self.torch)
+
+
+class _OneThread:
+    """torch with one thread in this thread; the number of the thread that asked is put back."""
+
+    def __init__(self, torch: Any) -> None:
+        self.torch = torch
+
+    def __enter__(self) -> None:
+        self.before = self.torch.get_num_threads()
+        self.torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.torch.set_num_threads(self.before)

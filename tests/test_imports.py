@@ -1,0 +1,159 @@
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "adapterkit"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LAYERS = [
+    {"errors"},
+    {"tensors"},
+    {"shapes"},
+    {"updates"},
+    {"adapter"},
+    {"registry", "names"},
+    {"binding"},
+    {"methods"},
+    {"formats", "quant", "ops"},
+    {"merging", "torch", "onnx", "demo"},
+    {"hub"},
+    {"cli"},
+    {"__main__"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+HEAVY = {
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnx_ir",
+    "onnxscript",
+    "huggingface_hub",
+    "transformers",
+    "rich",
+    "yaml",
+    "peft",
+}
+
+ALLOWED = {
+    "merging": {"torch"},
+    "torch": {"torch"},
+    "demo": {"torch"},
+    "onnx": {"onnx", "onnx_ir"},
+    "hub": {"huggingface_hub"},
+}
+"""What a part of the package is about it may import at once: its modules are imported when they are used."""
+
+
+def place(file):
+    """(top-level name inside the package, dotted name)."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0], ".".join(("adapterkit", *(p for p in parts if p != "__init__")))
+
+
+def module_level(file):
+    """Modules that importing `file` imports, in full; what is imported for type checkers alone is left out."""
+    found = set()
+
+    def visit(nodes):
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                found.update(_from(node, file))
+            elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+                visit(node.orelse)
+            elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                visit(child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler))
+
+    visit(ast.parse(file.read_text("utf-8")).body)
+    return found
+
+
+def _from(node, file):
+    if not node.level:
+        return {node.module}
+    package = ["adapterkit", *file.relative_to(PACKAGE).parts[:-1]]
+    origin = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+    return {".".join(origin)} if node.module else {".".join([*origin, alias.name]) for alias in node.names}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_go_one_way(file):
+    own, _ = place(file)
+    if own == "__init__":
+        own = "errors"
+    assert own in RANK, "a new part of the package needs a place in the order"
+    for module in module_level(file):
+        if module.startswith("adapterkit.") and module != "adapterkit.__version__":
+            other = module.split(".")[1]
+            assert other == own or RANK[other] < RANK[own], f"{file.name} imports {module}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_heavy_packages_are_imported_where_they_are_used(file):
+    own, _ = place(file)
+    heavy = {module.split(".")[0] for module in module_level(file)} & HEAVY
+    assert heavy <= ALLOWED.get(own, set())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_nothing_is_called_after_what_it_is_not(file):
+    assert not {"utils", "helpers", "common", "manager"} & set(file.with_suffix("").parts)
+
+
+def loaded_after(code, *arguments):
+    """Which heavy packages a fresh interpreter has loaded after running `code`."""
+    report = f"\nimport sys; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code + report, *map(str, arguments)],
+        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return done.stdout.split()
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    names = "ak.Adapter, ak.Target, ak.read, ak.write, ak.detect, list(ak.METHODS), list(ak.FORMATS)"
+    assert loaded_after(f"import adapterkit as ak; {names}") == []
+
+
+def test_reading_detecting_and_converting_without_values_load_nothing_heavy(tmp_path):
+    record = (
+        '{"version":"1.0","updates":[{"target":{"path":"q"},"method":"lora","version":1,'
+        '"tensors":{"A":"q.A","B":"q.B"},"attributes":{}}]}'
+    )
+    save_file({"q.A": np.ones((2, 4)), "q.B": np.ones((3, 2))}, tmp_path / "a.safetensors", {"adapterkit": record})
+    code = """
+import sys, adapterkit as ak
+source, target = sys.argv[1:]
+native = ak.FORMATS["adapterkit"]()
+assert native.sniff(__import__("pathlib").Path(source))
+adapter = ak.read(source, format="adapterkit")
+adapter.validate()
+adapter.digest()
+assert ak.write(adapter, target) == []
+assert [ak.METHODS[name].kind for name in ak.METHODS]
+"""
+    assert loaded_after(code, tmp_path / "a.safetensors", tmp_path / "b.safetensors") == []
+    assert (tmp_path / "b.safetensors").exists()
+
+
+def test_detecting_among_all_formats_loads_nothing_heavy(tmp_path):
+    save_file({"q.A": np.ones(2)}, tmp_path / "a.safetensors", {"adapterkit": "{}"})
+    code = "import sys, adapterkit as ak; assert ak.detect(sys.argv[1]) == 'adapterkit'"
+    assert loaded_after(code, tmp_path / "a.safetensors") == []
+
+
+def test_public_names_are_the_ones_that_the_package_says():
+    import adapterkit as ak
+
+    assert set(ak.__all__) <= set(dir(ak))
+    assert all(getattr(ak, name) is not None for name in ak.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ak.nothing  # noqa: B018 - the access is what is tested

@@ -1,0 +1,92 @@
+"""What a PEFT file has no words for is listed, and left out or folded only if the caller says so."""
+
+import math
+
+import numpy as np
+import pytest
+
+import adapterkit as ak
+from adapterkit.errors import Unrepresentable
+from adapterkit.methods import METHODS
+from adapterkit.tensors.lazy import from_numpy
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
+def lora(r=2, out=4, in_=6, **fields):
+    leaves = {"A": ones(r, in_), "B": ones(out, r), **{k: v for k, v in fields.items() if isinstance(v, np.ndarray)}}
+    rest = {k: v for k, v in fields.items() if not isinstance(v, np.ndarray)}
+    return METHODS["dora" if "magnitude" in fields else "lora"](**{k: from_numpy(v) for k, v in leaves.items()}, **rest)
+
+
+def adapter(**updates):
+    return ak.Adapter({ak.Target(path): u if isinstance(u, tuple) else (u,) for path, u in updates.items()})
+
+
+UNREPRESENTABLE = {
+    "two methods": (adapter(a=lora(), b=lora(), c=METHODS["ia3"](l=from_numpy(ones(4)))), "c: ia3 beside lora"),
+    "DoRA and LoRA": (adapter(a=lora(), b=lora(), c=lora(magnitude=ones(4))), "c: dora beside lora"),
+    "another method": (adapter(a=lora(), c=METHODS["dense"](D=from_numpy(ones(4, 6)))), "c: dense"),
+    "some biases": (adapter(a=lora(), b=lora(), c=lora(bias=ones(4))), "c: lora with a bias beside others without"),
+    "rows of a weight": (
+        ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", rows=(0, 4)): (lora(),)}), "c[0:4]: lora on some rows",
+    ),
+    "an unnamed embedding": (
+        ak.Adapter({ak.Target("a"): (lora(),), ak.Target("c", "in out *k"): (lora(),)}), "c: nothing tells",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNREPRESENTABLE)
+def test_what_peft_has_no_words_for(case, tmp_path):
+    source, line = UNREPRESENTABLE[case]
+    with pytest.raises(Unrepresentable) as raised:
+        ak.write(source, tmp_path / "a", "peft")
+    assert any(item.startswith(line) for item in raised.value.items)
+    assert not (tmp_path / "a").exists()
+    lines = ak.write(source, tmp_path / "a", "peft", on_loss="drop")
+    assert lines
+    assert all(found.startswith("left out c") for found in lines)
+    assert "c" not in {target.path for target, _ in ak.read(tmp_path / "a")}
+
+
+def test_two_of_a_kind_at_one_target(tmp_path):
+    source = adapter(a=(lora(), lora(scaling=3.0)))
+    with pytest.raises(Unrepresentable, match="a: lora after lora on one module"):
+        ak.write(source, tmp_path / "a", "peft")
+    assert ak.write(source, tmp_path / "a", "peft", on_loss="drop") == ["left out a: lora after lora on one module"]
+    assert [update.scaling for _, update in ak.read(tmp_path / "a")] == [1.0]
+
+
+def test_names_that_end_alike_keep_their_scalings(tmp_path):
+    """A plain pattern `q` would fit `b.q`, and a plain `b.q` would fit `b-q`."""
+    scalings = {"q": 2.0, "b.q": 1.0, "c.q": 1.0, "b-q": 3.0, "x.b.q": 4.0}
+    ak.write(adapter(**{path: lora(scaling=scaling) for path, scaling in scalings.items()}), tmp_path / "a", "peft")
+    assert {target.path: update.scaling for target, update in ak.read(tmp_path / "a")} == scalings
+
+
+def test_a_scaling_that_no_alpha_gives_is_folded_if_allowed(tmp_path):
+    scaling = next(
+        s for s in (0.1 * math.sqrt(n) for n in range(1, 200))
+        if not any(a / d == s for d in (3, math.sqrt(3)) for a in near(s * d))
+    )  # fmt: skip
+    source = adapter(a=lora(r=3, scaling=scaling), b=lora(r=3, scaling=2.0))
+    with pytest.raises(Unrepresentable, match="a: no alpha gives its scaling"):
+        ak.write(source, tmp_path / "a", "peft")
+    assert ak.write(source, tmp_path / "a", "peft", on_loss="fold") == ["folded the scaling into B of a"]
+    read = ak.read(tmp_path / "a")
+    np.testing.assert_allclose(read.delta("a").numpy(), source.delta("a").numpy(), rtol=1e-7)
+    assert read.delta("b").equal(source.delta("b"))
+
+
+def near(value):
+    """Every float within four units in the last place."""
+    found = [value]
+    for towards in (math.inf, -math.inf):
+        step = value
+        for _ in range(4):
+            step = math.nextafter(step, towards)
+            found.append(step)
+    return found

@@ -1,0 +1,43 @@
+"""Folders that PEFT saved read as what PEFT held in memory when it saved them."""
+
+from pathlib import Path
+
+import pytest
+
+import adapterkit as ak
+from adapterkit.tensors.lazy import as_lazy
+
+FOLDERS = sorted(path.parent for path in Path(__file__).parent.parent.glob("spec/vectors/formats/peft/*/*.json"))
+
+
+def content(adapter):
+    """Every value of an adapter's updates, bits of tensors included."""
+    return {
+        (target, update.method, name): (leaf.shape, leaf.dtype, bytes(leaf.fetch()))
+        for target, update in adapter
+        for name, leaf in {n: as_lazy(t) for n, t in update.tensors.items()}.items()
+    }
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_reads_as_peft_held_it(folder):
+    read, expected = ak.read(folder), ak.read(folder / "expected.native.safetensors")
+    assert content(read) == content(expected)
+    assert {t: [u.attributes for u in us] for t, us in read.updates.items()} == {
+        t: [u.attributes for u in us] for t, us in expected.updates.items()
+    }
+    assert read.recipe == expected.recipe
+    assert read.digest() == expected.digest()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_writes_as_peft_wrote_it(folder, tmp_path):
+    ak.write(ak.read(folder), tmp_path / "a", "peft")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if (folder / name).exists():
+            assert (tmp_path / "a" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_there_is_a_vector_of_every_method():
+    methods = {update.method for folder in FOLDERS for _, update in ak.read(folder)}
+    assert methods == ak.FORMATS["peft"].methods

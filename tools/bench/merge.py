@@ -1,0 +1,234 @@
+"""Times a merge side by side: adapterkit, PEFT, and plainly copying the base. Linux.
+
+    python tools/bench/merge.py [--rounds 3] [--scale 0.1] [--work FOLDER] [--only NAME] [--full-error]
+
+The base has 1.1 B parameters in bfloat16 (TinyLlama's shape, random values, 2.2 GB in 5 shards), the adapter is a PEFT
+LoRA of rank 16 on all 154 linears. Both are made once and kept in the work folder. Every contender runs as a process of
+its own, in turn, with the base in the page cache and nothing left to write back; outputs are removed after each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rig.process import ProcessFailed, Run, measure
+
+RIG = Path(__file__).resolve().parent / "rig"
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "HF_HUB_OFFLINE": "1"}
+COPY = 'cp -r "$0" "$1" && sync -f "$1"'
+
+Command = Callable[[Path, Path, Path], list[str]]
+
+
+@dataclass(slots=True)
+class Contender:
+    """A command to time, and what was seen of it.
+
+    Attributes:
+        name: what the table calls it.
+        command: the command line for a base, an adapter and an output folder.
+        merges: whether its output is a merged base, to be held against float64.
+        runs: one a round.
+        flushes: seconds that a sync took after each run: what the run had left to the kernel to write.
+        rounding: errors of the last output (see foreign/formulas.py).
+    """
+
+    name: str
+    command: Command
+    merges: bool = True
+    runs: list[Run] = field(default_factory=list)
+    flushes: list[float] = field(default_factory=list)
+    rounding: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Wall time of the whole process, one a round."""
+        return [run.seconds for run in self.runs]
+
+    @property
+    def merging(self) -> list[float]:
+        """Seconds that the command itself reports for the merging, one a round; NaN where it reports none."""
+        return [reported(run.stdout) for run in self.runs]
+
+    def most(self, figure: str) -> int:
+        """Largest over the runs of a figure of memory, in bytes."""
+        figures: list[int] = [getattr(run, figure) for run in self.runs]
+        return max(figures)
+
+
+def contenders() -> list[Contender]:
+    """Everything that is timed; `import torch` is the floor under the memory of the two that merge."""
+    python = sys.executable
+    return [
+        Contender("import torch", lambda *_: [python, "-c", "import torch"], merges=False),
+        Contender("cp + sync", lambda base, _, out: ["sh", "-c", COPY, str(base), str(out)], merges=False),
+        Contender(
+            "adapterkit",
+            lambda base, adapter, out: [
+                *(python, "-m", "adapterkit", "merge", str(base), str(adapter), "-o", str(out), "--json")
+            ],
+        ),
+        Contender("peft", lambda *paths: [python, str(RIG / "peft_merge.py"), *map(str, paths)]),
+    ]
+
+
+def reported(stdout: str) -> float:
+    """`seconds` of a JSON report on stdout."""
+    try:
+        return float(json.loads(stdout)["seconds"])
+    except (ValueError, TypeError, KeyError):
+        return float("nan")
+
+
+def inputs(work: Path, scale: float) -> Path:
+    """The folder that holds `base` and `adapter`, made when it is not there yet."""
+    folder = work / f"llama-{scale:g}"
+    if not folder.exists():
+        print(f"making the base in {folder} (once)", file=sys.stderr)
+        work.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, str(RIG / "llama.py"), str(folder), "--scale", str(scale)], check=True)
+    return folder
+
+
+def warm(folder: Path) -> None:
+    """Reads every file once, so that no contender pays for the disk alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                while file.read(1 << 20):
+                    pass
+
+
+def once(contender: Contender, folder: Path, work: Path, *, last: bool, full: bool) -> None:
+    """One timed run, from clean to clean."""
+    base, adapter, out = folder / "base", folder / "adapter", work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    try:
+        contender.runs.append(measure(contender.command(base, adapter, out), work / "last", ENV))
+        started = time.perf_counter()
+        os.sync()
+        contender.flushes.append(time.perf_counter() - started)
+        print(f"{contender.name}: {contender.runs[-1].seconds:.2f} s", file=sys.stderr)
+        if last and contender.merges:
+            contender.rounding = exactness(base, adapter, out, full=full)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def exactness(base: Path, adapter: Path, out: Path, *, full: bool) -> dict[str, float]:
+    """Rounding errors of `out`, found in another process so that this one stays small."""
+    command = [
+        sys.executable,
+        str(RIG / "exactness.py"),
+        *map(str, (base, adapter, out)),
+        *(["--full"] if full else []),
+    ]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **ENV})
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+HEAD = (
+    "",
+    "median s",
+    "range s",
+    "flush s",
+    "cpu s",
+    "merging s",
+    "peak MB",
+    "above torch",
+    "VmHWM",
+    "anonymous",
+    "worst ulp",
+    "> 0.501",
+)
+
+
+def show(seen: list[Contender]) -> None:
+    """Prints the table; memory in MB of 10^6 bytes, the largest of all runs."""
+    floor = next((c.most("peak") for c in seen if c.name == "import torch"), 0)
+    rows = [HEAD, *(row(contender, floor) for contender in seen)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+
+
+def row(contender: Contender, floor: int) -> tuple[str, ...]:
+    """One line of the table."""
+    merging = statistics.median(contender.merging)
+    peak = contender.most("peak")
+    rounding = contender.rounding
+    return (
+        contender.name,
+        f"{statistics.median(contender.seconds):.2f}",
+        f"{min(contender.seconds):.2f}-{max(contender.seconds):.2f}",
+        f"{statistics.median(contender.flushes):.2f}",
+        f"{statistics.median(run.cpu for run in contender.runs):.2f}",
+        "-" if math.isnan(merging) else f"{merging:.2f}",
+        f"{peak / 1e6:.0f}",
+        f"{(peak - floor) / 1e6:.0f}" if contender.merges else "-",
+        f"{contender.most('high_water') / 1e6:.0f}",
+        f"{contender.most('anonymous') / 1e6:.0f}",
+        f"{rounding['worst']:.6f}" if rounding else "-",
+        f"{rounding['over_limit']:,} of {rounding['elements']:,}" if rounding else "-",
+    )
+
+
+def ratios(seen: list[Contender]) -> None:
+    """Prints the two figures that the budget is about, where their parts were measured."""
+    by_name = {contender.name: contender for contender in seen}
+    ours, peft, copy = (by_name.get(name) for name in ("adapterkit", "peft", "cp + sync"))
+    if ours and peft:
+        print(f"whole process, peft / adapterkit: {paired(peft.seconds, ours.seconds)}")
+    if ours and copy:
+        print(f"merging made durable, adapterkit / cp + sync: {paired(ours.merging, copy.seconds)}")
+
+
+def paired(above: list[float], below: list[float]) -> str:
+    """Median and range of the ratios within a round: what slows the machine down for a while slows both."""
+    found = [a / b for a, b in zip(above, below, strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+def main() -> int:
+    """Runs the command line; 1 when a contender fails."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, default=cache / "adapterkit" / "bench", help="default: %(default)s")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the base's full size, for a quick try")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=[c.name for c in contenders()], help="may be repeated")
+    parser.add_argument("--full-error", action="store_true", help="check every element, not one target of each kind")
+    options = parser.parse_args()
+    seen = [c for c in contenders() if not options.only or c.name in options.only]
+    folder = inputs(options.work.absolute(), options.scale)
+    warm(folder)
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
+    try:
+        for number in range(options.rounds):
+            for contender in seen:
+                last = number == options.rounds - 1
+                once(contender, folder, options.work.absolute(), last=last, full=options.full_error)
+    except ProcessFailed as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    show(seen)
+    ratios(seen)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
