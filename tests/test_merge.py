@@ -116,26 +116,28 @@ CASES = {
     "ia3_in": ((96, 40), Target("m"), [IA3(l_in=rand(40))], lambda W, u: W * f64(u[0].l_in)[None]),
     "ia3_conv": ((12, 6, 3, 3), Target("m"), [IA3(l_in=rand(6))], lambda W, u: W * f64(u[0].l_in)[None, :, None, None]),
     "dense": ((96, 40), Target("m"), [Dense(D=rand(96, 40), scaling=0.3)], lambda W, u: W + 0.3 * f64(u[0].D)),
-    "replacement": ((96, 40), Target("m"), [Replacement(weight=rand(96, 40))], lambda W, u: f64(u[0].weight)),
+    "replacement": ((96, 40), Target("m"), [Replacement(weight=rand(96, 40))], lambda _, u: f64(u[0].weight)),
     "rows": (
         (50, 16), Target("m", "in out *k"), [Rows(index=torch.tensor([3, 49]), values=rand(2, 16))],
         lambda W, u: np.concatenate([W[:, :3], f64(u[0].values)[:1].T, W[:, 4:49], f64(u[0].values)[1:].T], 1),
     ),
     "replacement_then_lora": (
         (96, 40), Target("m"), [Replacement(weight=rand(96, 40)), lora(96, 40)],
-        lambda W, u: f64(u[0].weight) + lora_delta(u[1]),
+        lambda _, u: f64(u[0].weight) + lora_delta(u[1]),
     ),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"], ids=["numpy", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_every_element_is_the_nearest_to_float64(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+def test_every_element_is_the_nearest_to_float64(tmp_path: Path, case: str, dtype: torch.dtype, device: str) -> None:
+    """`cpu` computes with numpy, `cpu:0` as any device of torch does."""
     shape, target, updates, formula = CASES[case]
     W = rand(*shape, seed=99).to(dtype)
     base = save_base(tmp_path / "base", {"m.weight": W, "other.weight": rand(7).to(dtype)})
     adapter = ak.Adapter({target: tuple(updates)})
-    ak.merge(base, adapter, tmp_path / "out")
+    ak.merge(base, adapter, tmp_path / "out", device=device)
     merged = load_all(tmp_path / "out")["m.weight"]
     view = f64(W).swapaxes(0, 1) if target.layout == "in out *k" else f64(W)
     exact = formula(view, updates)
@@ -314,54 +316,48 @@ def nan(u: LoRA) -> LoRA:
     return u
 
 
+def one(*updates: object, path: str = "layers.0.q", layout: str = "out *in") -> ak.Adapter:
+    return ak.Adapter({Target(path, layout): updates})  # type: ignore[dict-item]
+
+
+PLAIN = lora(300, 200)
+FAR = Rows(index=torch.tensor([300]), values=rand(1, 200))
+HUGE = Dense(D=torch.full((300, 200), 1e5))
+ZERO = (
+    Replacement(weight=torch.zeros(300, 200)),
+    DoRA(A=torch.zeros(4, 200), B=torch.zeros(300, 4), magnitude=rand(300)),
+)
+PARTIAL = ak.Adapter({Target("layers.0.q"): (PLAIN,), Target("layers.9.q"): (PLAIN,)})
+
+# name -> (adapter, options, words of the message, exit code)
 REFUSED = {
-    "NaN factor": (lambda: ak.Adapter({Target("layers.0.q"): (nan(lora(300, 200)),)}), {}, "NaN", 2),
-    "infinite factor": (
-        lambda: ak.Adapter({Target("layers.0.q"): (IA3(l=torch.full((300,), math.inf)),)}), {}, "NaN or an infinity", 2,
-    ),
-    "nothing matches": (lambda: ak.Adapter({Target("layer.0.q"): (lora(300, 200),)}), {}, "Nearest: layers.0.q", 2),
-    "partial match": (
-        lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),), Target("layers.9.q"): (lora(300, 200),)}),
-        {}, "1 of 2 targets", 2,
-    ),
-    "wrong base": (lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 201),)}), {}, r"made for .*in=201", 2),
-    "a bias that is not there": (
-        lambda: ak.Adapter({Target("layers.0.q"): (Dense(d=rand(300)),)}), {}, "does not have", 3,
-    ),
-    "integer weight": (lambda: ak.Adapter({Target("count"): (Dense(D=rand(1)),)}), {}, "dtype I64", 3),
-    "token out of range": (
-        lambda: ak.Adapter({Target("layers.0.q", "in out *k"): (Rows(index=torch.tensor([300]), values=rand(1, 200)),)}),
-        {}, "token 300 of a base with 300", 2,
-    ),
-    "no adapters": (list, {}, "no adapter", 2),
-    "weights do not match": (lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"weights": [1, 2]}, "2 weights", 2),
-    "weight that is no number": (
-        lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"weights": [math.nan]}, "not all finite", 2,
-    ),
-    "unknown dtype": (lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"dtype": "int8"}, "cannot cast", 2),
-    "unknown tied": (lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"tied": "x"}, "unknown choice", 2),
-    "unknown engine": (lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"engine": "x"}, "unknown engine", 3),
-    "unknown device": (lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"device": "cuda:77"}, "no device", 2),
-    "shard size": (lambda: ak.Adapter({Target("layers.0.q"): (lora(300, 200),)}), {"shard_size": 0}, "shard size", 2),
-    "fp16 overflow": (
-        lambda: ak.Adapter({Target("layers.0.q"): (Dense(D=torch.full((300, 200), 1e5)),)}),
-        {"dtype": "float16"}, "cannot hold", 2,
-    ),
-    "DoRA of a zero row": (
-        lambda: ak.Adapter({Target("layers.0.q"): (
-            Replacement(weight=torch.zeros(300, 200)),
-            DoRA(A=torch.zeros(4, 200), B=torch.zeros(300, 4), magnitude=rand(300)),
-        )}), {}, "cannot hold", 2,
-    ),
-}  # fmt: skip
+    "NaN factor": (one(nan(lora(300, 200))), {}, "NaN", 2),
+    "infinite factor": (one(IA3(l=torch.full((300,), math.inf))), {}, "NaN or an infinity", 2),
+    "nothing matches": (one(PLAIN, path="layer.0.q"), {}, "Nearest: layers.0.q", 2),
+    "partial match": (PARTIAL, {}, "1 of 2 targets", 2),
+    "wrong base": (one(lora(300, 201)), {}, r"made for .*in=201", 2),
+    "a bias that is not there": (one(Dense(d=rand(300))), {}, "does not have", 3),
+    "integer weight": (one(Dense(D=rand(1)), path="count"), {}, "dtype I64", 3),
+    "token out of range": (one(FAR, layout="in out *k"), {}, "token 300 of a base with 300", 2),
+    "no adapters": ([], {}, "no adapter", 2),
+    "weights do not match": (one(PLAIN), {"weights": [1, 2]}, "2 weights", 2),
+    "weight that is no number": (one(PLAIN), {"weights": [math.nan]}, "not all finite", 2),
+    "unknown dtype": (one(PLAIN), {"dtype": "int8"}, "cannot cast", 2),
+    "unknown tied": (one(PLAIN), {"tied": "x"}, "unknown choice", 2),
+    "unknown engine": (one(PLAIN), {"engine": "x"}, "unknown engine", 3),
+    "unknown device": (one(PLAIN), {"device": "cuda:77"}, "no device", 2),
+    "shard size": (one(PLAIN), {"shard_size": 0}, "shard size", 2),
+    "fp16 overflow": (one(HUGE), {"dtype": "float16"}, "cannot hold", 2),
+    "DoRA of a zero row": (one(*ZERO), {}, "cannot hold", 2),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_with_a_cure_and_nothing_left(tmp_path: Path, case: str) -> None:
-    make, options, words, exit_code = REFUSED[case]
+    adapter, options, words, exit_code = REFUSED[case]
     base, _ = big_base(tmp_path / "base")
     with pytest.raises(ak.AdapterkitError, match=f"(?s){words}") as caught:
-        ak.merge(base, make(), tmp_path / "out", **options)
+        ak.merge(base, adapter, tmp_path / "out", **options)
     assert caught.value.cure
     assert caught.value.exit_code == exit_code
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
@@ -567,6 +563,23 @@ def test_verify_finds_a_wrong_recipe(tmp_path: Path) -> None:
         assert not ak.verify(tmp_path / "out", base, other, weights=weights).ok
 
 
+VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
+
+
+@pytest.mark.parametrize("method", sorted(p.name.partition(".")[0] for p in VECTORS.glob("*.expected.safetensors")))
+def test_the_vectors_of_the_spec_merge_to_what_they_expect(tmp_path: Path, method: str) -> None:
+    expected = load_file(VECTORS / f"{method}.expected.safetensors")
+    base = {n: t for n, t in expected.items() if n.endswith((".weight", ".bias")) and ".merged." not in n}
+    save_file(base, tmp_path / "base.safetensors")
+    adapter = VECTORS / f"{method}.adapter.safetensors"
+    ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors", dtype="F64")
+    merged = load_file(tmp_path / "out.safetensors")
+    for name in base:
+        path, _, leaf = name.rpartition(".")
+        want = expected.get(f"{path}.merged.{leaf}", base[name])
+        np.testing.assert_allclose(f64(merged[name]), f64(want), rtol=0, atol=1e-12, err_msg=name)
+
+
 def test_progress_is_told_from_the_calling_thread_and_ends_at_all(tmp_path: Path) -> None:
     import threading
 
@@ -580,8 +593,28 @@ def test_progress_is_told_from_the_calling_thread_and_ends_at_all(tmp_path: Path
     assert [d for d, *_ in seen] == sorted(d for d, *_ in seen)
 
 
-def test_threads_of_the_caller_are_left_as_they_were(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_threads_of_the_caller_are_left_as_they_were(tmp_path: Path, device: str) -> None:
+    from threadpoolctl import threadpool_info
+
     base, adapter = big_base(tmp_path / "base")
-    before = torch.get_num_threads()
-    ak.merge(base, adapter, tmp_path / "out")
-    assert torch.get_num_threads() == before
+    before = torch.get_num_threads(), threadpool_info()
+    ak.merge(base, adapter, tmp_path / "out", device=device)
+    assert (torch.get_num_threads(), threadpool_info()) == before
+
+
+def test_a_merge_on_the_cpu_imports_no_torch(tmp_path: Path) -> None:
+    base, adapter = big_base(tmp_path / "base")
+    ak.write(adapter, tmp_path / "adapter.safetensors")
+    script = "import sys, adapterkit as ak; ak.merge(*sys.argv[1:4], device='cpu'); assert 'torch' not in sys.modules"
+    paths = [base, tmp_path / "adapter.safetensors", tmp_path / "out"]
+    subprocess.run([sys.executable, "-c", script, *map(str, paths)], check=True)
+
+
+def test_fp8_weights(tmp_path: Path) -> None:
+    W = rand(64, 32).to(torch.float8_e4m3fn)
+    u = lora(64, 32)
+    base = save_base(tmp_path / "base", {"m.weight": W})
+    ak.merge(base, ak.Adapter({Target("m"): (u,)}), tmp_path / "out")
+    merged = load_all(tmp_path / "out")["m.weight"]
+    assert torch.equal(merged.view(torch.uint8), torch.from_numpy(f64(W) + lora_delta(u)).to(W.dtype).view(torch.uint8))
