@@ -296,6 +296,16 @@ def test_tied_weights_ask_for_a_choice(tmp_path: Path) -> None:
     for name in ("untied", "shared"):
         assert ak.verify(tmp_path / name, base, adapter).ok
 
+    saved = rand(20, 8, seed=9)
+    twice = ak.Adapter(
+        {Target(name): (Replacement(weight=saved.clone()),) for name in ("lm_head", "model.embed_tokens")}
+    )
+    ak.merge(base, twice, tmp_path / "twice", tied="merge")
+    assert torch.equal(load_all(tmp_path / "twice")["model.embed_tokens.weight"], saved)
+    apart = twice.replace(updates={**twice.updates, Target("lm_head"): (Replacement(weight=saved + 1),)})
+    with pytest.raises(ak.AdapterkitError, match="cannot share one tensor"):
+        ak.merge(base, apart, tmp_path / "apart", tied="merge")
+
     norm = ak.Adapter({Target("model.norm"): (Replacement(weight=rand(8, seed=5)),)})
     ak.merge(base, norm, tmp_path / "untouched")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import StorageError, UnknownFormat, UsageError, nearest
 from ..registry import Registry
+from ..tensors.checkpoint import opened
 from ._format import ON_LOSS, Format
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def read(
     if compat is not None and compat not in reader.compat:
         known = ", ".join(sorted(reader.compat)) or "none"
         raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=f"Known: {known}")
-    adapter = reader.read(source, compat=compat, base=_opened(base))
+    adapter = reader.read(source, compat=compat, base=None if base is None else opened(base))
     try:
         adapter.validate()
     except Exception as error:
@@ -87,7 +88,7 @@ def write(
         raise UsageError(f"unknown on_loss {on_loss!r}", cure=f"Known: {', '.join(ON_LOSS)}")
     writer = FORMATS[format]()
     adapter.validate()
-    return writer.write(adapter, Path(path), on_loss=on_loss, base=_opened(base))
+    return writer.write(adapter, Path(path), on_loss=on_loss, base=None if base is None else opened(base))
 
 
 def _existing(path: str | PathLike[str]) -> Path:
@@ -99,12 +100,6 @@ def _existing(path: str | PathLike[str]) -> Path:
         siblings = dict.fromkeys(str(source.parent / entry.name) for entry in source.parent.iterdir())
     cure = nearest(str(source), siblings) or "Check the spelling of the path"
     raise StorageError("no such file or folder", path=path, cure=cure)
-
-
-def _opened(base: Checkpoint | str | PathLike[str] | None) -> Checkpoint | None:
-    from ..tensors.checkpoint import Checkpoint, open_checkpoint
-
-    return base if base is None or isinstance(base, Checkpoint) else open_checkpoint(base)
 
 
 def _placed(error: Exception, path: str | PathLike[str]) -> Exception:

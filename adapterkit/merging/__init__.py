@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, StorageError, Unsupported, UsageError, storage_error
+from ..tensors.checkpoint import opened
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -44,7 +45,7 @@ def plan(
 
     named = _named(adapters, weights, base)
     options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
-    return make_plan(_opened(base), named, **options)  # type: ignore[arg-type]
+    return make_plan(opened(base), named, **options)  # type: ignore[arg-type]
 
 
 def merge(
@@ -91,7 +92,7 @@ def merge(
     if engine != "local":
         raise Unsupported(f"unknown engine {engine!r}", cure="Known: local")
     target = Path(out)
-    checkpoint = _opened(base)
+    checkpoint = opened(base)
     _check_target(target, checkpoint, adapters, overwrite)
     named = _named(adapters, weights, base)
     started = time.perf_counter()
@@ -130,13 +131,7 @@ def verify(
     """
     from .verification import compare
 
-    return compare(_opened(merged), _opened(base), _named(adapters, weights, base), allow_partial, progress)
-
-
-def _opened(base: Base) -> Checkpoint:
-    from ..tensors.checkpoint import Checkpoint, open_checkpoint
-
-    return base if isinstance(base, Checkpoint) else open_checkpoint(base)
+    return compare(opened(merged), opened(base), _named(adapters, weights, base), allow_partial, progress)
 
 
 def _named(
@@ -154,9 +149,9 @@ def _named(
         raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure="Give one weight an adapter")
     if not all(math.isfinite(factor) for factor in factors):
         raise UsageError(f"weights {factors} are not all finite", cure="Give each adapter a number")
-    opened = _opened(base)
+    checkpoint = opened(base)
     return [
-        (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=opened), w)
+        (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
         for a, w in zip(several, factors, strict=True)
     ]
 

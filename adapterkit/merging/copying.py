@@ -33,6 +33,27 @@ def copy_range(
         moved(count)
 
 
+class WriteBehind:
+    """Has written ranges go to disk at once, and their pages go once they are there.
+
+    So the disk works from the first range on instead of at the final flush, and new pages are those of old ranges,
+    which is cheaper than fresh memory and leaves the caches of other programs alone.
+    """
+
+    def __init__(self, lag: int = 3) -> None:
+        self.lag = lag
+        self._written: list[tuple[int, int, int]] = []
+
+    def __call__(self, file: BinaryIO, start: int, nbytes: int) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        self._written.append((file.fileno(), start, nbytes))
+        # On dirty pages this advice starts the writing, on clean ones it lets them go.
+        os.posix_fadvise(*self._written[-1], os.POSIX_FADV_DONTNEED)
+        if len(self._written) > self.lag:
+            os.posix_fadvise(*self._written.pop(0), os.POSIX_FADV_DONTNEED)
+
+
 def write_all(file: BinaryIO, data: memoryview) -> None:
     """Writes every byte to an unbuffered file."""
     while data:

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from ..errors import AdapterkitError, Corrupt, storage_error
 from .arrays import Arrays, Workspace
 from .compute import Block, Folder, blocks, runs
-from .copying import copy_range, read_all, write_all
+from .copying import WriteBehind, copy_range, read_all, write_all
 from .planning import Output, OutputFile, Plan
 from .stage import Norms, Stage
 
@@ -173,6 +173,7 @@ class _Hands:
         self.arrays, self.moved, self.workspace = arrays, moved, Workspace(arrays)
         self.files: dict[tuple[str, str], BinaryIO] = {}
         self.raw = self.out = bytearray()
+        self.behind = WriteBehind()
 
     def do(self, job: Job) -> dict[int, float]:
         """Does one job; returns the squared norms it found, by fold."""
@@ -181,8 +182,11 @@ class _Hands:
             if job.output is None:
                 source = self._open(job.source[0], "rb")
                 copy_range(source, target, job.source[1], job.offset, job.nbytes, self.moved)
-                return {}
-            return self._compute(job.output, job, target)
+                norms = {}
+            else:
+                norms = self._compute(job.output, job, target)
+            self.behind(target, job.offset, job.nbytes)
+            return norms
         except EOFError:
             raise Corrupt("the file ends before its last tensor", path=job.source[0], cure=_CHANGED) from None
         except OSError as error:
@@ -256,8 +260,10 @@ def _jobs(file: OpenFile) -> list[Job]:
             _extend(jobs, file, output)
             continue
         where = "" if output.source.span is None else output.source.span.path
-        for order, run in enumerate(runs(blocks(output), RUN, output.dtype.itemsize)):
-            jobs.append(Job(file, output.offset, 0, (where, 0), output, tuple(run), order))
+        size = output.dtype.itemsize
+        for order, run in enumerate(runs(blocks(output), RUN, size)):
+            start, nbytes = output.offset + run[0].first * size, sum(block.elements for block in run) * size
+            jobs.append(Job(file, start, nbytes, (where, 0), output, tuple(run), order))
     return [piece for job in jobs for piece in _pieces(job)]
 
 

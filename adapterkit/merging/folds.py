@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..binding import Site, bind
 from ..errors import AdapterkitError, NotMergeable, UsageError
 from ..names.ties import find_tie
+from ..tensors.lazy import as_lazy
 from ..updates import Additive, Update
 
 if TYPE_CHECKING:
@@ -114,7 +115,10 @@ def _settle_tie(
     if tied == "untie":
         names[head] = embedding
         return {"tie_word_embeddings": False}
-    both = [*folds.get(embedding, []), *folds.pop(head, [])]
+    of_head, of_embedding = folds.pop(head, []), folds.get(embedding, [])
+    if len(touched) == 2 and _same_replacement(of_head, of_embedding):
+        return {}
+    both = [*of_embedding, *of_head]
     if len(touched) == 2 and not all(fold.additive for fold in both):
         raise AdapterkitError(
             f"{head} and {embedding} are changed in ways that cannot share one tensor", where=head,
@@ -122,3 +126,14 @@ def _settle_tie(
         )  # fmt: skip
     folds[embedding] = both
     return {}
+
+
+def _same_replacement(one: list[Fold], other: list[Fold]) -> bool:
+    """Whether both are the same whole weight, as files have it that were saved from tied layers."""
+    if not len(one) == len(other) == 1 or not len(one[0].updates) == len(other[0].updates) == 1:
+        return False
+    weights = [fold.updates[0].tensors for fold in (one[0], other[0])]
+    if any(set(tensors) != {"weight"} for tensors in weights) or one[0].weight != other[0].weight:
+        return False
+    a, b = (as_lazy(tensors["weight"]) for tensors in weights)
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and bytes(a.fetch()) == bytes(b.fetch())

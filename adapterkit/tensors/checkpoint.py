@@ -81,6 +81,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     )  # fmt: skip
 
 
+def opened(base: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
+    """A checkpoint that may be given as its path; see `open_checkpoint`."""
+    return base if isinstance(base, Checkpoint) else open_checkpoint(base)
+
+
 def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
     """A JSON object from a file.
 

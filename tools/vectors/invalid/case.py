@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from vector_container import native, numbers, stored
+from container import native, numbers, stored
 
 EXIT = {"Malformed": 2, "ShapeMismatch": 2, "UsageError": 2, "Unsupported": 3}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vector_container import layout, numbers, pack, stored, text
-from vector_invalid_case import Invalid
+from container import layout, numbers, pack, stored, text
+
+from invalid.case import Invalid
 
 
 def bases() -> Iterator[Invalid]:

@@ -6,8 +6,9 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-from vector_container import layout, pack
-from vector_invalid_case import DEEP, HEADER_END, RECORD, TENSORS, VALID, Invalid
+from container import layout, pack
+
+from invalid.case import DEEP, HEADER_END, RECORD, TENSORS, VALID, Invalid
 
 
 def containers() -> Iterator[Invalid]:

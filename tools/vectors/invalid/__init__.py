@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vector_invalid_bases import bases
-from vector_invalid_case import Invalid
-from vector_invalid_containers import containers
-from vector_invalid_records import records
+from invalid.bases import bases
+from invalid.case import Invalid
+from invalid.containers import containers
+from invalid.records import records
 
 
-def invalid() -> Iterator[Invalid]:
-    """All cases."""
+def cases() -> Iterator[Invalid]:
+    """All of them."""
     yield from containers()
     yield from records()
     yield from bases()

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Writes what of `spec/` is made by machine: vectors of methods, invalid inputs, JSON schema, the manifest's hashes.
 
 Released vectors are append-only: once the manifest says so, a file it lists is never written again with other bytes.
-Run without options it writes all; `--check` writes nothing and fails where a file is not what would be written.
+`python tools/vectors` writes all; with `--check` nothing, and it fails where a file is not what would be written.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vector_cases import CASES
-from vector_invalid import invalid
-from vector_methods import vectors
+import invalid
+import methods
+from vector import vectors
 
-SPEC = Path(__file__).resolve().parent.parent / "spec"
+SPEC = Path(__file__).resolve().parents[2] / "spec"
 SCHEMA = "adapterkit-1.0.schema.json"
 MANIFEST = "1.0/manifest.toml"
 ID = "https://github.com/adapterkit/adapterkit/blob/main/spec/" + SCHEMA
@@ -28,14 +27,14 @@ ID = "https://github.com/adapterkit/adapterkit/blob/main/spec/" + SCHEMA
 
 def method_files() -> Iterator[tuple[str, bytes]]:
     """Path under `spec/` and content of every method's vector."""
-    for method, cases in CASES.items():
-        for name, data in vectors(method, cases()).items():
+    for method in methods.names():
+        for name, data in vectors(method, methods.named(method).cases()).items():
             yield f"vectors/methods/{name}", data
 
 
 def invalid_files() -> Iterator[tuple[str, bytes]]:
     """Path and content of every invalid input, and of the expectation beside it."""
-    for case in invalid():
+    for case in invalid.cases():
         path = f"vectors/invalid/{case.name}"
         yield f"{path}.json", case.expectation().encode()
         if isinstance(case.content, bytes):

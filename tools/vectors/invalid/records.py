@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from vector_container import Stored, native, numbers, stored, text
-from vector_invalid_case import DEEP, LORA, RECORD, TENSORS, Invalid
+from container import Stored, native, numbers, stored, text
+
+from invalid.case import DEEP, LORA, RECORD, TENSORS, Invalid
 
 
 def records() -> Iterator[Invalid]:

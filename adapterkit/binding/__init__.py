@@ -1,0 +1,107 @@
+"""Binding: where each target of an adapter lies in a base, and whether its shapes fit there.
+
+Names resolve exactly, or by one prefix that is added to or taken off all of them alike; never by guessing. Storage
+layouts are proven by shapes, then by the family's table, then by the adapter's own word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from ..adapter import Adapter, Target
+from ..errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound
+from ..tensors.checkpoint import opened
+from ..updates import Update
+from .deltas import delta, fold, view, view_shape
+from .layouts import fits, viewed, with_layouts
+from .sites import Shapes, Site, find_sites
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+__all__ = ["Binding", "Site", "bind", "delta", "fold", "view", "view_shape"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Binding:
+    """An adapter bound to a base.
+
+    Attributes:
+        adapter: with targets in the base's names and layouts.
+        sites: one an entry, in the adapter's order.
+        missing: targets without a place, when partial binding was allowed.
+        renamed: the prefix that was (taken off, added), if any.
+    """
+
+    adapter: Adapter
+    sites: tuple[Site, ...]
+    missing: tuple[Target, ...]
+    renamed: tuple[str, str] | None
+
+
+def bind(
+    adapter: Adapter, base: Checkpoint | str | PathLike[str], *, partial: bool = False, aliases: Mapping[str, str] = {}
+) -> Binding:
+    """Binds an adapter to a base.
+
+    Args:
+        adapter: the adapter.
+        base: an open checkpoint or the path of one.
+        partial: leave targets without a place out instead of refusing; at least one must have a place.
+        aliases: further names of stored tensors (a tied head), alias -> stored name.
+
+    Raises:
+        TargetNotFound: targets without a place; names the nearest.
+        ShapeMismatch: a shape does not fit, or a square weight's layout cannot be told.
+    """
+    base = opened(base)
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    shapes |= {alias: shapes[name] for alias, name in aliases.items()}
+    placed, missing, renamed = find_sites(adapter, shapes, partial=partial)
+    sites = with_layouts(placed, shapes, base.config)
+    for site in sites:
+        _check_site(site, shapes)
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for site in sites:
+        updates[site.target] = (*updates.get(site.target, ()), *site.updates)
+    return Binding(adapter.replace(updates=updates), tuple(sites), tuple(missing), renamed)
+
+
+def _check_site(site: Site, shapes: Shapes) -> None:
+    for update in site.updates:
+        try:
+            _check_update(update, site, shapes)
+        except AdapterkitError as error:
+            raise error.at(where=f"{site.target}: {update.method}") from None
+
+
+def _check_update(update: Update, site: Site, shapes: Shapes) -> None:
+    if update.changes_weight and site.weight is None:
+        raise TargetNotFound("the base has no weight there, only a bias", cure=_WRONG_BASE)
+    if site.weight is not None and not fits(site.target, (update,), shapes[site.weight]):
+        dims = update.dims(site.target.stacked)
+        made_for = ", ".join(f"{name}={dims[name]}" for name in ("e", "out", "in", "k", "rest") if name in dims)
+        raise ShapeMismatch(f"made for {made_for}; the base has {list(shapes[site.weight])}", cure=_WRONG_BASE)
+    if site.bias is None and update.changes_bias and update.needs_bias:
+        raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")
+    if site.bias is not None and update.changes_bias and not _bias_fits(update, site.target, shapes[site.bias]):
+        out = update.dims(site.target.stacked).get("out")
+        raise ShapeMismatch(f"made for {out} outputs; the bias is {list(shapes[site.bias])}", cure=_WRONG_BASE)
+    seen = None if site.weight is None else viewed(shapes[site.weight], site.target)
+    if seen is not None:
+        update.check_against(seen[int(site.target.stacked) :])
+
+
+def _bias_fits(update: Update, target: Target, shape: tuple[int, ...]) -> bool:
+    """Whether a bias is `[out]`, or `[e, out]` of stacked experts, with room for the target's rows."""
+    dims = update.dims(target.stacked)
+    lead = (dims["e"],) if target.stacked else ()
+    if target.rows is not None:
+        return shape[:-1] == lead and len(shape) > 0 and target.rows[1] <= shape[-1]
+    return shape == (*lead, dims["out"])
+
+
+_WRONG_BASE = "Is this the base that the adapter was trained on?"

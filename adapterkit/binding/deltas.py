@@ -1,0 +1,97 @@
+"""Deltas: what an adapter adds to one weight, formed whole; for looking and checking, not for merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Adapter, Target
+from ..errors import NotMergeable, UsageError
+from ..tensors.checkpoint import opened
+from ..tensors.lazy import as_torch
+from ..updates import Additive, Update
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..tensors.checkpoint import Checkpoint
+
+
+def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | None) -> torch.Tensor:
+    """W' - W at `path`, float32 in the view `[out, in, *k]`; see `Adapter.delta`."""
+    import torch
+
+    if base is None:
+        found = adapter.find(path)
+        _one_view(path, found)
+        return _free_delta(found).float()
+    from . import bind
+
+    part = adapter.replace(updates=adapter.find(path))
+    checkpoint = opened(base)
+    sites = bind(part, checkpoint).sites
+    _one_view(path, [site.target for site in sites])
+    weight = sites[0].weight
+    if weight is None:
+        raise NotMergeable("changes a bias only", where=path, cure="There is no weight difference to return")
+    W = view(as_torch(checkpoint.tensors[weight], dtype=torch.float64), sites[0].target)
+    return (fold([u for site in sites for u in site.updates], W, sites[0].target.stacked) - W).float()
+
+
+def view(W: torch.Tensor, target: Target) -> torch.Tensor:
+    """A stored weight as its target's updates see it: `[out, in, *k]`, or `[e, out, in, *k]`; no copy."""
+    if target.layout == "in out *k":
+        W = W.swapaxes(0, 1)
+    elif target.layout == "e in out *k":
+        W = W.swapaxes(1, 2)
+    return W if target.rows is None else W.narrow(int(target.stacked), target.rows[0], target.rows[1] - target.rows[0])
+
+
+def fold(updates: Iterable[Update], W: torch.Tensor, stacked: bool) -> torch.Tensor:
+    """Loads the updates in the dtype of W and applies them in order to a weight in the target's view."""
+    import torch
+
+    device, dtype = W.device, W.dtype
+    for update in updates:
+        loaded = update.map(lambda leaf: as_torch(leaf, device, dtype))
+        if not loaded.changes_weight:
+            continue
+        if stacked:
+            W = torch.stack([loaded.expert(e).new_weight(W[e]) for e in range(W.shape[0])])
+        else:
+            W = loaded.new_weight(W)
+    return W
+
+
+def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
+    """The shape of the weight in the target's view, as far as the updates alone tell it.
+
+    Raises:
+        UsageError: they do not tell all of it.
+    """
+    dims: dict[str, Any] = {}
+    for update in updates:
+        dims |= update.dims(target.stacked)
+    if "rest" in dims:
+        return (*((dims["e"],) if target.stacked else ()), dims["out"], *dims["rest"])
+    if "out" not in dims or "in" not in dims:
+        raise UsageError("the shape of its weight is known to the base only", where=str(target), cure="Pass base=")
+    return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["in"], *dims.get("k", ()))
+
+
+def _free_delta(found: Mapping[Target, tuple[Update, ...]]) -> torch.Tensor:
+    import torch
+
+    (target, updates), *_ = found.items()
+    needy = next((u for us in found.values() for u in us if not isinstance(u, Additive)), None)
+    if needy is not None:
+        raise UsageError(f"the law of {needy.method} needs the weight", where=target.path, cure="Pass base=")
+    zero = torch.zeros(view_shape(target, updates), dtype=torch.float64)
+    return fold([u for us in found.values() for u in us], zero, target.stacked)
+
+
+def _one_view(path: str, targets: Iterable[Target]) -> None:
+    views = {(target.layout, target.rows) for target in targets}
+    if len(views) > 1:
+        raise UsageError("updates here see the weight in different layouts", where=path, cure="Merge them instead")

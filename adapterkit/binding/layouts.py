@@ -1,0 +1,100 @@
+"""Layouts: how a base stores each weight: proven by shapes, then by the family's table, then by the adapter's word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..adapter import LAYOUTS, Target
+from ..errors import ShapeMismatch
+from ..names.layouts import stored_in_out
+from ..updates import Update
+from .sites import Shapes, Site
+
+
+def with_layouts(sites: list[Site], shapes: Shapes, config: Mapping[str, Any] | None) -> list[Site]:
+    """The sites with the layout in which the base stores each weight.
+
+    Raises:
+        ShapeMismatch: a square weight's layout cannot be told.
+    """
+    fitting = [_fitting_layouts(site, shapes) for site in sites]
+    proven = {(site.target.layout, fits[0]) for site, fits in zip(sites, fitting, strict=True) if len(fits) == 1}
+    return [
+        replace(site, target=replace(site.target, layout=_choose(site, fits, proven, config)))
+        for site, fits in zip(sites, fitting, strict=True)
+    ]
+
+
+def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a stored weight of `shape` is one that the updates were made for, in the target's layout."""
+    seen = viewed(shape, target)
+    if seen is None:
+        return False
+    offset = int(target.stacked)
+    for update in updates:
+        dims = update.dims(target.stacked)
+        if target.stacked and dims.get("e") != seen[0]:
+            return False
+        out, rest = seen[offset], seen[offset + 1 :]
+        if target.rows is not None:
+            out = target.rows[1] - target.rows[0] if target.rows[1] <= out else -1
+        if dims.get("out", out) != out or not _rest_fits(dims, rest):
+            return False
+    return True
+
+
+def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
+    """A stored shape as the target's updates see it, `[out, in, *k]`; None where it has too few axes."""
+    if target.layout.startswith("out"):
+        return shape or None
+    if target.layout == "in out *k":
+        return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else None
+    if len(shape) < 3:
+        return None
+    return shape if target.layout == "e out *in" else (shape[0], shape[2], shape[1], *shape[3:])
+
+
+def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
+    if site.weight is None:
+        return [site.target.layout]
+    stacked = [layout for layout in LAYOUTS if layout.startswith("e ") == site.target.stacked]
+    return [
+        layout for layout in stacked if fits(replace(site.target, layout=layout), site.updates, shapes[site.weight])
+    ]
+
+
+def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:
+    if "rest" in dims:
+        return bool(dims["rest"] == rest)
+    if "in" not in dims:
+        return True
+    if not rest or dims["in"] != rest[0]:
+        return False
+    return "k" not in dims or dims["k"] == rest[1:] or (math.prod(dims["k"]) == 1 == math.prod(rest[1:]))
+
+
+def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: Mapping[str, Any] | None) -> str:
+    declared = site.target.layout
+    if len(fits) < 2:
+        return fits[0] if fits else declared
+    if declared in fits and _whole_only(site):
+        return declared
+    in_out = stored_in_out(site.target.path, config)
+    if in_out:
+        return next(layout for layout in fits if layout in ("in out *k", "e in out *k"))
+    if in_out is None and any(said == declared and is_ != declared for said, is_ in proven):
+        raise ShapeMismatch(
+            "a square weight, stored [out, in] or [in, out], and the adapter's word is wrong for other weights",
+            where=str(site.target),
+            cure="Add the model_type of a known family to the base's config",
+        )
+    return declared
+
+
+def _whole_only(site: Site) -> bool:
+    """Whether the updates hold whole weights only: the declared layout is then the order of their own axes."""
+    dims = [update.dims(site.target.stacked) for update in site.updates]
+    return any("rest" in each for each in dims) and not any("in" in each for each in dims)
