@@ -23,7 +23,7 @@ from ..tensors.lazy import Lazy, Shape
 from ..tensors.safetensors import encode_header
 from .folds import Fold, folds_by_tensor
 
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 3 << 17
 """Elements computed at a time: small enough that the float64 block stays in a core's cache."""
 
 REPORT = "adapterkit_merge.json"

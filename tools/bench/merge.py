@@ -58,6 +58,11 @@ class Contender:
         return [run.seconds for run in self.runs]
 
     @property
+    def durable(self) -> list[float]:
+        """The same and the flush of what it left to the kernel: until its output is on disk."""
+        return [wall + flush for wall, flush in zip(self.seconds, self.flushes, strict=True)]
+
+    @property
     def merging(self) -> list[float]:
         """Seconds that the command itself reports for the merging, one a round; NaN where it reports none."""
         return [reported(run.stdout) for run in self.runs]
@@ -116,6 +121,7 @@ def once(contender: Contender, folder: Path, work: Path, *, last: bool, full: bo
     base, adapter, out = folder / "base", folder / "adapter", work / "out"
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
+    warm(folder)
     try:
         contender.runs.append(measure(contender.command(base, adapter, out), work / "last", ENV))
         started = time.perf_counter()
@@ -193,6 +199,7 @@ def ratios(seen: list[Contender]) -> None:
     ours, peft, copy = (by_name.get(name) for name in ("adapterkit", "peft", "cp + sync"))
     if ours and peft:
         print(f"whole process, peft / adapterkit: {paired(peft.seconds, ours.seconds)}")
+        print(f"the same with both outputs on disk: {paired(peft.durable, ours.durable)}")
     if ours and copy:
         print(f"merging made durable, adapterkit / cp + sync: {paired(ours.merging, copy.seconds)}")
 
@@ -215,7 +222,6 @@ def main() -> int:
     options = parser.parse_args()
     seen = [c for c in contenders() if not options.only or c.name in options.only]
     folder = inputs(options.work.absolute(), options.scale)
-    warm(folder)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
     try:
         for number in range(options.rounds):
