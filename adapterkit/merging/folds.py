@@ -15,9 +15,25 @@ from ..updates import Additive, Update
 if TYPE_CHECKING:
     from ..adapter import Adapter, Target
     from ..tensors.checkpoint import Checkpoint
-    from .planning import Source
-
 TIED = ("merge", "untie")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """One adapter of a merge, bound to the base."""
+
+    name: str
+    adapter: Adapter
+    weight: float
+    digest: str
+    missing: tuple[Target, ...]
+    renamed: tuple[str, str] | None
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "digest": self.digest, "weight": self.weight, "targets": len(self.adapter.updates),
+            "missing": [str(target) for target in self.missing],
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +78,6 @@ def folds_by_tensor(
     Returns:
         the bound sources; output name -> folds; output name -> stored name it is made from; changes to the config.
     """
-    from .planning import Source
-
     if tied is not None and tied not in TIED:
         raise UsageError(f"unknown choice {tied!r} for tied weights", cure=f"Known: {', '.join(TIED)}")
     tie = find_tie(base.tensors, base.config)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..adapter import Adapter, Target
+from ..adapter import Adapter
 from ..errors import Unsupported, UsageError
 from ..tensors.checkpoint import INDEX, SINGLE, Checkpoint
 from ..tensors.dtypes import BY_TORCH, DTYPES, DType
 from ..tensors.lazy import Lazy, Shape
 from ..tensors.safetensors import encode_header
-from .folds import Fold, folds_by_tensor
+from .folds import Fold, Source, folds_by_tensor
 
 BLOCK_ELEMENTS = 3 << 17
 """Elements computed at a time: small enough that the float64 block stays in a core's cache."""
@@ -73,24 +73,6 @@ class OutputFile:
         return {
             "name": self.name, "bytes": self.size, "copied_bytes": copied, "computed_bytes": self.computed,
             "tensors": len(self.outputs), "targets": targets,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Source:
-    """One adapter of a merge, bound to the base."""
-
-    name: str
-    adapter: Adapter
-    weight: float
-    digest: str
-    missing: tuple[Target, ...]
-    renamed: tuple[str, str] | None
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "name": self.name, "digest": self.digest, "weight": self.weight, "targets": len(self.adapter.updates),
-            "missing": [str(target) for target in self.missing],
         }  # fmt: skip
 
 
