@@ -49,17 +49,17 @@ class _Crew:
         self.failure: BaseException | None = None
 
     def run(self, pending: list[OutputFile], progress: Progress | None) -> None:
-        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(_workers())]
+        crew = [threading.Thread(target=self._work, daemon=True) for _ in range(workers())]
         finisher = threading.Thread(target=self._finish, daemon=True)
-        for thread in (*workers, finisher):
+        for thread in (*crew, finisher):
             thread.start()
         try:
-            self._feed(pending, workers, progress)
+            self._feed(pending, crew, progress)
         except BaseException as error:
             self.failure = self.failure or error
             raise
         finally:
-            _join(workers)
+            _join(crew)
             self.written.put(None)
             _join([finisher])
         if self.failure is not None:
@@ -67,7 +67,7 @@ class _Crew:
         if progress is not None:
             progress(self.done, self.total)
 
-    def _feed(self, pending: list[OutputFile], workers: list[threading.Thread], progress: Progress | None) -> None:
+    def _feed(self, pending: list[OutputFile], crew: list[threading.Thread], progress: Progress | None) -> None:
         for planned in pending:
             file = OpenFile(planned, self.stage.parts / planned.name)
             create(file.path, planned)
@@ -77,10 +77,10 @@ class _Crew:
                 self.written.put(file)
             for job in jobs:
                 self._put(job, progress)
-        for _ in workers:
+        for _ in crew:
             self._put(None, progress)
-        while any(worker.is_alive() for worker in workers):
-            _join(workers, 0.1)
+        while any(worker.is_alive() for worker in crew):
+            _join(crew, 0.1)
             self._report(progress)
 
     def _put(self, job: Job | None, progress: Progress | None) -> None:
@@ -207,7 +207,8 @@ class _Hands:
             file.close()
 
 
-def _workers() -> int:
+def workers() -> int:
+    """How many threads compute at a time."""
     return max(2, min(os.cpu_count() or 2, 16))
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from threadpoolctl import threadpool_limits
 
 from ..tensors.dtypes import DType
 from ..tensors.lazy import Lazy, Span, read_span
 from .arrays import Arrays, NumpyArrays, Workspace
+from .execute import workers
 from .planning import Output, Plan, make_plan
 
 if TYPE_CHECKING:
@@ -72,10 +76,15 @@ def compare(
     plan = make_plan(base, adapters, tied=_tied(merged, base), allow_partial=allow_partial)
     differences = [Difference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
     arrays, done = NumpyArrays(), 0
-    with arrays.quiet():
-        for output in plan.outputs():
-            found = merged.tensors.get(output.name)
-            difference = Difference(output.name, "missing") if found is None else _compare(output, found, arrays)
+    outputs = list(plan.outputs())
+
+    def check(output: Output) -> Difference | None:
+        found = merged.tensors.get(output.name)
+        with arrays.quiet():
+            return Difference(output.name, "missing") if found is None else _compare(output, found, arrays)
+
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers()) as pool:
+        for output, difference in zip(outputs, pool.map(check, outputs), strict=True):
             if difference is not None:
                 differences.append(difference)
             done += output.nbytes
@@ -124,7 +133,7 @@ def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference |
         raw = arrays.over(_bytes(output.source, block.first, block.elements), output.source.dtype)
         folder.compute(raw, arrays.over(memoryview(expected), output.dtype), block)
         there = _bytes(found, block.first, block.elements)
-        if there != expected:
+        if bytes(there) != expected:
             errors = _errors(folder.exact(block), there, expected, output.dtype)
             elements += len(errors)
             largest = max([largest, *errors.tolist()])
