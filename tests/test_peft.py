@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, MissConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -21,7 +21,7 @@ import adapterkit as ak
 pytestmark = pytest.mark.filterwarnings("ignore")
 """PEFT warns about much that is asked of it here; none of it comes from adapterkit."""
 
-MOVED = ("lora_", "hada_", "ia3_", "trainable_tokens_delta", "modules_to_save", "bias")
+MOVED = ("lora_", "hada_", "miss_", "ia3_", "trainable_tokens_delta", "modules_to_save", "bias")
 """Words in the names of parameters that PEFT trains."""
 
 
@@ -128,6 +128,8 @@ CASES = {
         Layers,
         loha(target_modules=["q", "conv1", "conv2", "point"], use_effective_conv2d=True),
     ),
+    "miss": (Layers, MissConfig(r=3, target_modules=["q", "up"], init_weights=False)),
+    "mini miss": (Layers, MissConfig(r=2, mini_r=4, target_modules=["q", "up"], init_weights="mini")),
     "saved modules": (llama, lora(target_modules=["q_proj"], modules_to_save=["model.norm", "lm_head"])),
     "saved tree": (Layers, lora(target_modules=["q"], modules_to_save=["head", "norm"])),
     "saved square of gpt-2": (gpt2, lora(target_modules=["c_attn"], modules_to_save=["attn.c_proj"])),

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, TrainableTokensConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, MissConfig, PeftConfig, TrainableTokensConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.miss.layer import MissLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -118,6 +119,8 @@ CASES = {
     "loha_cores": Case(
         Layers, LoHaConfig(r=2, alpha=3, target_modules=["q", "conv1", "conv2", "point"], use_effective_conv2d=True)
     ),
+    "miss": Case(Layers, MissConfig(r=4, target_modules=["q", "up"])),
+    "miss_mini": Case(Layers, MissConfig(r=2, mini_r=2, target_modules=["q", "up"], init_weights="mini")),
     "modules_to_save": Case(Layers, lora_config("q", modules_to_save=["head"])),
     "trainable_tokens": Case(llama, TrainableTokensConfig(token_indices=[5, 2], target_modules=["embed_tokens"])),
     "lora_tokens": Case(llama, lora_config("q_proj", trainable_token_indices=[8, 0, 3])),
@@ -137,6 +140,9 @@ def updates(model: Any, bias: str) -> Updates:
             yield ak.Target(path), METHODS["ia3"](**{"l_in" if module.is_feedforward else "l": vector})
         elif isinstance(module, LoHaLayer):
             yield of_loha(path, module)
+        elif isinstance(module, MissLayer):
+            field = "mini" if module.miss_fn == "mini" else "D"
+            yield ak.Target(path), METHODS["miss"](**{field: module.miss_block[NAME]})
         elif isinstance(module, TrainableTokensLayer):
             index = torch.tensor(module.token_indices[NAME])
             target = ak.Target(path.removesuffix(".token_adapter"), "in out *k")
