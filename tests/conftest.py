@@ -49,7 +49,8 @@ def updates(draw, method=None, stacked=False, kernel=None):
     cls = METHODS[method or draw(st.sampled_from(sorted(METHODS)))]
     kernel = draw(st.sampled_from([(), (3,), (2, 1)])) if kernel is None else kernel
     sizes = {name: draw(st.sampled_from([1, 2, 4])) for name in _names(cls)}
-    dims = sizes | SIZES | {"k": kernel, "rest": (SIZES["in"], *kernel), "e": 2}
+    columns = SIZES["in"] * math.prod(kernel)
+    dims = sizes | SIZES | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
     made, seed = {}, draw(st.integers(0, 2**32 - 1))
     for position, name in enumerate(draw(st.sampled_from(_together(cls)))):
         field = cls.tensor_fields()[name].metadata

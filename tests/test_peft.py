@@ -11,7 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, MissConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -21,7 +21,7 @@ import adapterkit as ak
 pytestmark = pytest.mark.filterwarnings("ignore")
 """PEFT warns about much that is asked of it here; none of it comes from adapterkit."""
 
-MOVED = ("lora_", "ia3_", "trainable_tokens_delta", "modules_to_save", "bias")
+MOVED = ("lora_", "hada_", "miss_", "ia3_", "trainable_tokens_delta", "modules_to_save", "bias")
 """Words in the names of parameters that PEFT trains."""
 
 
@@ -75,6 +75,10 @@ def lora(**options):
     return LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options})
 
 
+def loha(**options):
+    return LoHaConfig(**{"r": 3, "alpha": 4, "init_weights": False, **options})
+
+
 CONVOLUTIONS = ["conv1", "conv2", "conv3", "point"]
 CASES = {
     "linear": (Layers, lora(target_modules=["q", "up"])),
@@ -112,6 +116,20 @@ CASES = {
         IA3Config(target_modules=["q", "up", "conv2", "conv3"], feedforward_modules=["up", "conv3"]),
     ),
     "ia3 of gpt-2": (gpt2, IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])),
+    "loha": (
+        Layers,
+        loha(
+            target_modules=["q", "up", "conv1", "conv2", "point"],
+            rank_pattern={"conv.": 2},
+            alpha_pattern={"up": 5},
+        ),
+    ),
+    "loha with cores": (
+        Layers,
+        loha(target_modules=["q", "conv1", "conv2", "point"], use_effective_conv2d=True),
+    ),
+    "miss": (Layers, MissConfig(r=3, target_modules=["q", "up"], init_weights=False)),
+    "mini miss": (Layers, MissConfig(r=2, mini_r=4, target_modules=["q", "up"], init_weights="mini")),
     "saved modules": (llama, lora(target_modules=["q_proj"], modules_to_save=["model.norm", "lm_head"])),
     "saved tree": (Layers, lora(target_modules=["q"], modules_to_save=["head", "norm"])),
     "saved square of gpt-2": (gpt2, lora(target_modules=["c_attn"], modules_to_save=["attn.c_proj"])),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, TrainableTokensConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import adapterkit as ak
 from adapterkit.errors import Malformed, Unsupported, UsageError
 from adapterkit.formats.peft import config
+from adapterkit.formats.peft.families import FAMILIES
 
 PREFIX = "base_model.model."
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "base_model_name_or_path": "org/base"}
@@ -155,7 +157,9 @@ def test_merged_linear_of_peft_0_2(enabled, fan_in_fan_out, tmp_path):
 def test_the_specification_lists_the_same_fields():
     entry = tomllib.loads((Path(__file__).parent.parent / "spec" / "formats" / "peft.toml").read_text("utf-8"))
     assert entry["fields"] == {"read": config.READ, "harmless": config.HARMLESS, "refused": config.REFUSED}
-    assert tuple(entry["types"]) == config.PEFT_TYPES
+    assert tuple(entry["types"]) == config.peft_types()
+    families = {f.peft_type: {"read": f.read, "harmless": f.harmless} for f in FAMILIES.values()}
+    assert entry["families"] == families
 
 
 def test_every_field_of_peft_is_known():
@@ -163,3 +167,8 @@ def test_every_field_of_peft_is_known():
     known = {**config.READ, **config.HARMLESS, **config.REFUSED}
     for cls in (LoraConfig, IA3Config, TrainableTokensConfig):
         assert {field.name for field in dataclasses.fields(cls)} <= set(known), cls
+    for family in FAMILIES.values():
+        cls = PEFT_TYPE_TO_CONFIG_MAPPING[family.peft_type]
+        own = {*family.read, *family.harmless}
+        assert {field.name for field in dataclasses.fields(cls)} <= {*known, *own}, cls
+        assert own & set(known) <= {"init_weights"}

@@ -179,3 +179,38 @@ def test_any_key_is_read_or_refused(parts, tmp_path):
     assert (tmp_path / "b" / "adapter_model.safetensors").read_bytes() == (
         source / "adapter_model.safetensors"
     ).read_bytes()
+
+
+HADA = {
+    f"{PREFIX}a.q.hada_{name}": ones(*shape)
+    for name, shape in (("w1_a", (4, 2)), ("w1_b", (2, 6)), ("w2_a", (4, 2)), ("w2_b", (2, 6)))
+}
+LOHA = CONFIG | {"peft_type": "LOHA", "alpha": 4}
+MISS = {"peft_type": "MISS", "r": 2, "target_modules": ["q"]}
+BLOCK = {f"{PREFIX}a.q.miss_block": ones(2, 4)}
+FAMILY_FAULTS = {
+    "a missing factor": (LOHA, without(HADA, f"{PREFIX}a.q.hada_w2_b"), Malformed, f"{PREFIX}a.q.hada_w1_a"),
+    "one core of two": (LOHA, HADA | {f"{PREFIX}a.q.hada_t1": ones(2, 2, 3)}, Malformed, f"{PREFIX}a.q.hada_t1"),
+    "another rank": (LOHA | {"r": 3}, HADA, ShapeMismatch, f"{PREFIX}a.q.hada_w1_b"),
+    "a leaf that is none": (
+        LOHA,
+        HADA | {f"{PREFIX}a.q.hada_t1.weight": ones(2)},
+        Malformed,
+        f"{PREFIX}a.q.hada_t1.weight",
+    ),
+    "a nested one": (LOHA, {k.replace("q.", "q.base_layer."): t for k, t in HADA.items()}, Malformed, None),
+    "a field of another type": (LOHA | {"mini_r": 2}, HADA, Unsupported, "mini_r"),
+    "an alpha that is none": (LOHA | {"alpha": "x"}, HADA, Malformed, "alpha"),
+    "bat": (MISS | {"init_weights": "bat"}, BLOCK, Unsupported, "init_weights"),
+    "another width": (MISS | {"init_weights": "mini", "mini_r": 3}, BLOCK, ShapeMismatch, f"{PREFIX}a.q.miss_block"),
+}
+
+
+@pytest.mark.parametrize("fault", FAMILY_FAULTS)
+def test_faults_of_families(fault, tmp_path):
+    config, tensors, error, where = FAMILY_FAULTS[fault]
+    with pytest.raises(error) as raised:
+        ak.read(folder(tmp_path / "a", config, tensors))
+    assert type(raised.value) is error
+    assert raised.value.where == where or where is None
+    assert raised.value.cure

@@ -83,7 +83,9 @@ def _check_update(update: Update, site: Site, shapes: Shapes) -> None:
         raise TargetNotFound("the base has no weight there, only a bias", cure=_WRONG_BASE)
     if site.weight is not None and not fits(site.target, (update,), shapes[site.weight]):
         dims = update.dims(site.target.stacked)
-        made_for = ", ".join(f"{name}={dims[name]}" for name in ("e", "out", "in", "k", "rest") if name in dims)
+        made_for = ", ".join(
+            f"{name}={dims[name]}" for name in ("e", "out", "in", "k", "rest", "columns") if name in dims
+        )
         raise ShapeMismatch(f"made for {made_for}; the base has {list(shapes[site.weight])}", cure=_WRONG_BASE)
     if site.bias is None and update.changes_bias and update.needs_bias:
         raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")

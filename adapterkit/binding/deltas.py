@@ -75,6 +75,8 @@ def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
         dims |= update.dims(target.stacked)
     if "rest" in dims:
         return (*((dims["e"],) if target.stacked else ()), dims["out"], *dims["rest"])
+    if "out" in dims and "in" not in dims and "columns" in dims:
+        return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["columns"])
     if "out" not in dims or "in" not in dims:
         raise UsageError("the shape of its weight is known to the base only", where=str(target), cure="Pass base=")
     return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["in"], *dims.get("k", ()))

@@ -69,11 +69,20 @@ def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
 def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:
     if "rest" in dims:
         return bool(dims["rest"] == rest)
+    if dims.get("columns", math.prod(rest)) != math.prod(rest):
+        return False
     if "in" not in dims:
         return True
     if not rest or dims["in"] != rest[0]:
         return False
-    return "k" not in dims or dims["k"] == rest[1:] or (math.prod(dims["k"]) == 1 == math.prod(rest[1:]))
+    return "k" not in dims or _without_ones(dims["k"]) == _without_ones(rest[1:])
+
+
+def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """A kernel's sizes up to the last that is not 1: tools write a kernel of one axis as one of two."""
+    while kernel and kernel[-1] == 1:
+        kernel = kernel[:-1]
+    return kernel
 
 
 def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: Mapping[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""Thin products added in place: W += scale * B @ A, for numpy and torch, with the rank far below both sides."""
+"""Products of thin factors, for numpy and torch: W += scale * B @ A in place, and the Tucker form of a kernel."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def add_product(W: Any, B: Any, A: Any, scale: float) -> None:
         _add_tiled(W.T, scale * A.T, B.T)
     else:
         _add_tiled(W, scale * B, A)
+
+
+def tucker(core: Any, a: Any, inputs: Any) -> Any:
+    """sum_ij core[i, j, *k] a[o, i] inputs[j, n] as `[out, in * k]`."""
+    r = len(core)
+    inner = (core.reshape(r, r, -1).swapaxes(1, 2) @ inputs).swapaxes(1, 2)
+    return a @ inner.reshape(r, -1)
 
 
 def _add_tiled(W: Any, B: Any, A: Any) -> None:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, TrainableTokensConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, MissConfig, PeftConfig, TrainableTokensConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
+from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
+from peft.tuners.miss.layer import MissLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -113,6 +115,12 @@ CASES = {
     "lora_bias": Case(Layers, lora_config("q", "conv2", lora_bias=True)),
     "dora": Case(Layers, lora_config("q", "conv1", "conv2", "emb", use_dora=True)),
     "ia3": Case(Layers, IA3Config(target_modules=["q", "up", "conv2", "conv3"], feedforward_modules=["up", "conv3"])),
+    "loha": Case(Layers, LoHaConfig(r=2, alpha=3, target_modules=["q", "conv1", "conv2"], alpha_pattern={"q": 5})),
+    "loha_cores": Case(
+        Layers, LoHaConfig(r=2, alpha=3, target_modules=["q", "conv1", "conv2", "point"], use_effective_conv2d=True)
+    ),
+    "miss": Case(Layers, MissConfig(r=4, target_modules=["q", "up"])),
+    "miss_mini": Case(Layers, MissConfig(r=2, mini_r=2, target_modules=["q", "up"], init_weights="mini")),
     "modules_to_save": Case(Layers, lora_config("q", modules_to_save=["head"])),
     "trainable_tokens": Case(llama, TrainableTokensConfig(token_indices=[5, 2], target_modules=["embed_tokens"])),
     "lora_tokens": Case(llama, lora_config("q_proj", trainable_token_indices=[8, 0, 3])),
@@ -130,6 +138,11 @@ def updates(model: Any, bias: str) -> Updates:
         elif isinstance(module, IA3Layer):
             vector = module.ia3_l[NAME].flatten()
             yield ak.Target(path), METHODS["ia3"](**{"l_in" if module.is_feedforward else "l": vector})
+        elif isinstance(module, LoHaLayer):
+            yield of_loha(path, module)
+        elif isinstance(module, MissLayer):
+            field = "mini" if module.miss_fn == "mini" else "D"
+            yield ak.Target(path), METHODS["miss"](**{field: module.miss_block[NAME]})
         elif isinstance(module, TrainableTokensLayer):
             index = torch.tensor(module.token_indices[NAME])
             target = ak.Target(path.removesuffix(".token_adapter"), "in out *k")
@@ -167,6 +180,15 @@ def factors(module: Any) -> dict[str, Tensor]:
     A, B = module.lora_A[NAME], module.lora_B[NAME]
     bias = {} if B.bias is None else {"bias": B.bias}
     return {"A": A.weight, "B": B.weight.reshape(B.weight.shape[:2]), **bias}
+
+
+def of_loha(path: str, module: Any) -> tuple[ak.Target, Any]:
+    """LoHa; a core swaps the axes of the factors on the side of the outputs."""
+    held = {name: getattr(module, f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
+    tensors = {name: values[NAME] for name, values in held.items() if NAME in values}
+    if "t1" in tensors:
+        tensors = {name.replace("_b", "_in"): t.T if name.endswith("_a") else t for name, t in tensors.items()}
+    return ak.Target(path), METHODS["loha"](**tensors, scaling=module.scaling[NAME])
 
 
 def of_parameter(path: str, module: Any) -> Updates:

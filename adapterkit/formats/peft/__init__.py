@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ...errors import AdapterkitError
 from .._format import Format
 from .container import load, save, sniff
+from .families import FAMILIES
 from .reader import decode
 from .writer import encode
 
@@ -21,11 +22,20 @@ if TYPE_CHECKING:
 
 
 class Peft(Format):
-    """Hugging Face PEFT's folders: LoRA, DoRA, IA3, whole modules and token rows."""
+    """Hugging Face PEFT's folders: LoRA, DoRA, IA3, whole modules, token rows, and what `families` lists."""
 
     url = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
     description = "Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors or .bin"
-    methods = frozenset({"dora", "ia3", "lora", "replacement", "rows"})
+    methods = frozenset(
+        {
+            "dora",
+            "ia3",
+            "lora",
+            "replacement",
+            "rows",
+            *(f.method.__module__.rpartition(".")[2] for f in FAMILIES.values()),
+        }
+    )
     compat = frozenset({"peft"})
 
     def sniff(self, path: Path) -> bool:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ...methods.dora import DoRA
 from ...methods.ia3 import IA3
 from ...methods.lora import LoRA
+from .families import family_of_type
 from .hints import Hints, fingerprint
 from .losses import Updates, acting_method
-from .modules import ia3_fields, lora_fields, token_fields
+from .modules import family_fields, ia3_fields, lora_fields, token_fields
 from .spelling import is_embedding, lora_paths
 
 if TYPE_CHECKING:
@@ -48,14 +49,21 @@ def configs(
     """What was read; the same with other ranks and alphas; the same with other lists of modules as well."""
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     named = _base_fields(adapter, hints)
-    changed = numbers if peft_type == "LORA" else {}
+    family = family_of_type(peft_type)
+    changed = family.numbers(updates) if family else numbers if peft_type == "LORA" else {}
     if read and hints.targets == fingerprint(updates):
         yield read | named
         yield _over(read | named, changed)
     common = {name: hints.config.get(name, value) for name, value in COMMON.items()} | {"inference_mode": True}
-    start = read or {**common, **FRESH[peft_type], "peft_type": peft_type}
-    lists = {"LORA": lora_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}[peft_type](updates, base)
+    start = read or {**common, **(family.fresh if family else FRESH[peft_type]), "peft_type": peft_type}
+    lists = _lists(updates, peft_type, base)
     yield _over(start | named, {**_law_fields(updates, peft_type), **changed, **lists})
+
+
+def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[str, Any]:
+    if family := family_of_type(peft_type):
+        return family_fields(updates, family.method, base)
+    return {"LORA": lora_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}[peft_type](updates, base)
 
 
 def _over(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

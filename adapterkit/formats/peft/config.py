@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 
 from ...errors import Malformed, Unsupported
+from .families import FAMILIES, family_of_type
+from .patterns import first_match, matches
 
 PEFT_TYPES = ("IA3", "LORA", "TRAINABLE_TOKENS")
-"""The values of `peft_type` that are read."""
+"""The values of `peft_type` that are read beside those of `families`."""
 
 READ = {
     "alpha_pattern": "alpha of the modules it matches",
@@ -84,11 +84,10 @@ CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Tokens = list[Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]]
-T = TypeVar("T")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of a config that this format reads, with PEFT's defaults."""
+    """The fields of a config that this format reads, with PEFT's defaults; `own` are those of a family."""
 
     peft_type: str
     r: Rank = 8
@@ -109,6 +108,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     feedforward_modules: list[str] | str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    own: Any = None
 
     def rank(self, name: str) -> int:
         """The rank at the module or parameter `name`."""
@@ -120,6 +120,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
+def peft_types() -> tuple[str, ...]:
+    """The values of `peft_type` that are read, sorted."""
+    return tuple(sorted((*PEFT_TYPES, *(family.peft_type for family in FAMILIES.values()))))
+
+
 def parse(config: Mapping[str, Any]) -> Settings:
     """The typed settings of a config.
 
@@ -128,55 +133,20 @@ def parse(config: Mapping[str, Any]) -> Settings:
         Unsupported: a field asks for what this version does not know.
     """
     _check_type(config)
+    family = family_of_type(config["peft_type"])
     for name, value in config.items():
-        _check_field(name, value)
+        if family is None or name not in {**family.read, **family.harmless}:
+            _check_field(name, value)
+    known = {name: value for name, value in config.items() if name in Settings.__struct_fields__ and name != "own"}
     try:
-        settings = msgspec.convert({k: v for k, v in config.items() if k in Settings.__struct_fields__}, Settings)
+        own = None if family is None else msgspec.convert(dict(config), family.own)
+        settings = msgspec.structs.replace(msgspec.convert(known, Settings), own=own)
     except msgspec.ValidationError as error:
         why, _, place = str(error).partition(" - at ")
         where = place.strip("`").removeprefix("$.") or "adapter_config.json"
         raise Malformed(why, where=where, cure=_REWRITE) from None
     _check_init(settings.init_lora_weights)
     return settings
-
-
-def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """The value of the first pattern that fits `name`, whole or behind a dot, else of the one that is `name` itself."""
-    for pattern, value in patterns.items():
-        literal = _literal(pattern)
-        if literal == name if literal else matches(rf"(.*\.)?({pattern})$", name):
-            return value
-    return patterns.get(name, default)
-
-
-def exactly(name: str) -> str:
-    """The pattern that fits this name only: PEFT would let a plain one fit endings, and let a dot fit anything."""
-    return f"^{re.escape(name)}$"
-
-
-def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
-    """Whether a regular expression out of a config fits `name` from its start, or all of it.
-
-    Raises:
-        Malformed: it is not a regular expression.
-    """
-    compiled = _compiled(pattern)
-    return bool(compiled.fullmatch(name) if whole else compiled.match(name))
-
-
-@lru_cache(maxsize=1 << 14)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise Malformed(f"not a regular expression ({error})", where=pattern[:80], cure=_REWRITE) from None
-
-
-@lru_cache(maxsize=1 << 14)
-def _literal(pattern: str) -> str:
-    """The only name that the pattern can fit, when it is one that `exactly` made; configs hold hundreds of them."""
-    name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
-    return name if pattern == exactly(name) else ""
 
 
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
@@ -190,8 +160,8 @@ def _check_type(config: Mapping[str, Any]) -> None:
     found = config.get("peft_type")
     if not isinstance(found, str):
         raise Malformed("no peft_type", where="peft_type", cure="This is not a config of PEFT's")
-    if found not in PEFT_TYPES:
-        known = f"Known: {', '.join(PEFT_TYPES)}"
+    if found not in peft_types():
+        known = f"Known: {', '.join(peft_types())}"
         raise Unsupported(f"PEFT's {found} is not known to this version", where="peft_type", cure=known)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...errors import ShapeMismatch
-from .config import Settings, matches
+from .config import Settings
 from .file import File, Findings, Found, make
+from .patterns import matches
 
 if TYPE_CHECKING:
     from ...tensors.lazy import Shape

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from ...errors import Malformed
 from ...tensors.lazy import Lazy
+from .families import FAMILIES
 
 PREFIX = "base_model.model."
 
-_PART = re.compile(r"(?P<stem>.+)\.(?P<part>(?:lora|ia3|trainable_tokens)_\w+)(?P<rest>(?:\.[^.]+)*)", re.DOTALL)
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
 _WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
 _OUTERMOST = re.compile(r"(?:\.base_layer)*$")
@@ -75,12 +76,23 @@ def parse_keys(tensors: Mapping[str, Lazy]) -> tuple[str, dict[Key, Lazy]]:
 def parse_key(text: str, prefix: str) -> Key:
     """One key, taken apart."""
     body = text[len(prefix) :]
-    if found := _PART.fullmatch(body):
+    if found := _part().fullmatch(body):
         names, leaf = _tail(found["rest"])
         return Key(text, found["stem"], found["part"] + names[1], leaf, names[0])
     if found := _SAVED.fullmatch(body):
         return Key(text, f"{found['stem']}.{found['rest']}", adapter=found["name"])
     return Key(text, body)
+
+
+@cache
+def _part() -> re.Pattern[str]:
+    words = "|".join([r"(?:lora|ia3|trainable_tokens)_\w+", *map(re.escape, sorted(_family_parts()))])
+    return re.compile(rf"(?P<stem>.+)\.(?P<part>{words})(?P<rest>(?:\.[^.]+)*)", re.DOTALL)
+
+
+@cache
+def _family_parts() -> frozenset[str]:
+    return frozenset(part for family in FAMILIES.values() for part in family.parts)
 
 
 def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
@@ -95,7 +107,7 @@ def _check_names(keys: Iterable[Key]) -> None:
     """Either no key holds an adapter's name, or all hold the same; keys of the base's parameters never need one."""
     named: dict[str | None, Key] = {}
     for key in keys:
-        if key.part in _NAMED:
+        if key.part in _NAMED or key.part in _family_parts():
             named.setdefault(key.adapter, key)
     if len(named) > 1:
         first, second = list(named.values())[:2]

@@ -11,6 +11,7 @@ from ...methods.ia3 import IA3
 from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
+from .families import FAMILIES, family_of
 from .spelling import config_name, is_embedding, is_parameter, lora_paths
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ Updates = Mapping["Target", "tuple[Update, ...]"]
 Loss = tuple["Target", int, str]
 """Target, position among its updates, and why it cannot be said."""
 
-ORDER = {Replacement: 0, LoRA: 1, DoRA: 1, IA3: 1, Rows: 2}
-"""The order in which PEFT applies what it finds at one module."""
-
-ACTING = (LoRA, DoRA, IA3)
+ACTING = (LoRA, DoRA, IA3, *(family.method for family in FAMILIES.values()))
 """Methods of which a file holds one."""
+
+ORDER = {Replacement: 0, **dict.fromkeys(ACTING, 1), Rows: 2}
+"""The order in which PEFT applies what it finds at one module."""
 
 
 def find_losses(updates: Updates, base: Checkpoint | None) -> list[Loss]:
@@ -39,7 +40,7 @@ def find_losses(updates: Updates, base: Checkpoint | None) -> list[Loss]:
 
 
 def acting_method(updates: Updates) -> type[Update] | None:
-    """The one of LoRA, DoRA and IA3 that most updates are of; None where there is none of them."""
+    """The acting method that most updates are of; None where there is none."""
     count = Counter(type(u) for found in updates.values() for u in found if isinstance(u, ACTING))
     return max(ACTING, key=lambda method: count[method]) if count else None
 
@@ -58,8 +59,8 @@ def _why_not(target: Target, update: Update, method: type[Update] | None) -> str
         return f"{update.method} is not among the methods that are written to PEFT files"
     if isinstance(update, ACTING) and type(update) is not method:
         return f"{update.method} beside {_name(method)}: a PEFT file holds one of them"
-    if isinstance(update, Rows) and method is IA3:
-        return "token rows beside ia3: its config has no field for them"
+    if isinstance(update, Rows) and method not in (LoRA, DoRA, None):
+        return f"token rows beside {_name(method)}: its config has no field for them"
     if target.rows is not None:
         return f"{update.method} on some rows of a fused weight"
     return ""
@@ -75,6 +76,10 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
         return f"{update.method} on a transposed convolution"
     if isinstance(update, DoRA) and (is_parameter(target, paths, base) or config_name(target, paths) != target.path):
         return "dora on a parameter or an attention"
+    if family := family_of(update):
+        return (
+            f"{update.method} on a parameter" if is_parameter(target, paths, base) else family.why_not(target, update)
+        )
     if isinstance(update, Rows) and (target.path in paths or target.layout != "in out *k"):
         return "token rows on a module that is adapted as well, or is no embedding"
     return ""

@@ -10,7 +10,7 @@ from ...methods.ia3 import IA3
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...tensors.lazy import as_lazy
-from .config import matches
+from .patterns import matches
 from .spelling import config_name, is_parameter, lora_paths
 
 if TYPE_CHECKING:
@@ -50,6 +50,16 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
         "feedforward_modules": _pattern(inputs) if loose else inputs,
         "modules_to_save": saved_modules(updates, sorted(found), base),
         "exclude_modules": None,
+    }
+
+
+def family_fields(updates: Updates, method: type, base: Checkpoint | None) -> dict[str, Any]:
+    """Which modules a file of one of the `families` has."""
+    paths = sorted(target.path for target, found in updates.items() if _has(found, method))
+    return {
+        "target_modules": endings(paths, base),
+        "modules_to_save": saved_modules(updates, paths, base),
+        **_ANYWHERE,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,7 +13,8 @@ from ...methods.replacement import Replacement
 from ...tensors.lazy import as_lazy
 from . import config as fields
 from . import ia3, lora, replacement, rows
-from .file import File, Found, Kept
+from .families import family_of_type
+from .file import File, Findings, Found, Kept
 from .hints import FORMAT, Hints, fingerprint
 from .keys import parse_keys
 from .spelling import spell, stored
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     from ...tensors.lazy import Lazy
     from ...updates import Update
 
-FAMILIES = {
+BUILT_IN = {
     "IA3": (replacement.decode, ia3.decode),
     "LORA": (replacement.decode, lora.decode, rows.decode),
     "TRAINABLE_TOKENS": (replacement.decode, rows.decode),
 }
-"""peft_type -> what its files hold, in the order in which it acts on a module."""
+"""peft_type -> what its files hold, in the order in which it acts on a module; `families` has the other types."""
 
 Updates = dict[Target, tuple["Update", ...]]
 Places = dict[tuple[Target, int, str], str]
@@ -63,8 +64,8 @@ def assemble(file: File) -> tuple[Updates, Places, list[str]]:
     found: dict[tuple[str, tuple[int, int] | None], list[Found]] = {}
     kept: list[str] = []
     used: set[str] = set()
-    for family in FAMILIES[file.settings.peft_type]:
-        for finding in family(file):
+    for decoder in _decoders(file.settings.peft_type):
+        for finding in decoder(file):
             if isinstance(finding, Kept):
                 kept.append(finding.key.text)
             else:
@@ -78,6 +79,11 @@ def assemble(file: File) -> tuple[Updates, Places, list[str]]:
         updates[target] = tuple(_in_layout(finding, target) for finding in findings)
         places |= {(target, i, name): key.text for i, f in enumerate(findings) for name, key in f.keys.items()}
     return updates, places, kept
+
+
+def _decoders(peft_type: str) -> tuple[Callable[[File], Findings], ...]:
+    family = family_of_type(peft_type)
+    return BUILT_IN[peft_type] if family is None else (replacement.decode, family.decode)
 
 
 def _check_all_used(file: File, used: set[str]) -> None:

@@ -15,6 +15,7 @@ from ...methods.rows import Rows
 from ...names.layouts import IN_OUT
 from ...tensors.lazy import Lazy, as_lazy
 from .experts import depths, told_apart, unstack
+from .families import family_of
 from .keys import PREFIX
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: C
         module, _, name = target.path.rpartition(".")
         if target.path in paths and module and is_parameter(target, paths, base):
             modules.setdefault(module, []).append(name)
-        elif any(isinstance(update, (LoRA, DoRA, IA3)) for update in found):
+        elif any(isinstance(update, (LoRA, DoRA, IA3)) or family_of(update) for update in found):
             wrappers |= dict.fromkeys((config_name(target, paths), target.path), ".base_layer")
         elif any(isinstance(update, Rows) for update in found):
             wrappers[target.path] = _ROWS[peft_type == "TRAINABLE_TOKENS"] + ".base_layer"
@@ -159,6 +160,9 @@ def _spell_update(
         for field, leaf in update.tensors.items():
             whole = stored(as_lazy(leaf), target.layout) if field == "weight" else as_lazy(leaf)
             yield field, names.inside(_whole_name(target.path, field, names.base)), whole, False
+    elif family := family_of(update):
+        for field, (part, leaf) in family.encode(update).items():
+            yield field, f"{names.inside(target.path)}.{part}", leaf, False
 
 
 def _stem(target: Target, names: Names) -> str:

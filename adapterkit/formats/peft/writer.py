@@ -17,6 +17,7 @@ from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...tensors.lazy import as_lazy
 from .compose import configs
+from .families import FAMILIES
 from .hints import FORMAT, Hints, hints_of
 from .keys import parse_key
 from .losses import Loss, Updates, acting_method, find_losses
@@ -98,7 +99,8 @@ def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tu
 def _peft_type(updates: Updates, hints: Hints) -> str:
     method = acting_method(updates)
     if method is not None:
-        return "IA3" if method is IA3 else "LORA"
+        own = {family.method: family.peft_type for family in FAMILIES.values()}
+        return own.get(method, "IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
     read = hints.config.get("peft_type")
     alone = read == "TRAINABLE_TOKENS" or (read != "LORA" and len(numbers) == len(updates))

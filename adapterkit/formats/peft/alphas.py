@@ -1,0 +1,52 @@
+"""Ranks and alphas out of ranks and scalings: the most common of each, and patterns for the others."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .patterns import exactly
+
+Scale = tuple[int, float]
+"""Rank and scaling."""
+
+
+def number_fields(scales: Mapping[str, Scale], rslora: Sequence[bool]) -> tuple[dict[str, Any], list[str]]:
+    """The fields, with the first `use_rslora` that leaves fewest modules without an alpha; and those modules."""
+    tried = {flag: {name: exact_alpha(scale, flag) for name, scale in scales.items()} for flag in rslora}
+    flag = min(tried, key=lambda flag: sum(alpha is None for alpha in tried[flag].values()))
+    alphas = {name: alpha for name, alpha in tried[flag].items() if alpha is not None}
+    r = _most_common([rank for rank, _ in scales.values()], 8)
+    alpha = _most_common(list(alphas.values()), r)
+    fields = {
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": flag,
+        "rank_pattern": {exactly(name): rank for name, (rank, _) in scales.items() if rank != r},
+        "alpha_pattern": {exactly(name): value for name, value in alphas.items() if value != alpha},
+    }
+    return fields, [name for name in scales if name not in alphas]
+
+
+def exact_alpha(scale: Scale, rslora: bool) -> int | float | None:
+    """The alpha that PEFT divides to exactly this scaling, whole where it can be; None where there is none."""
+    rank, scaling = scale
+    divisor = math.sqrt(rank) if rslora else rank
+    return next((alpha for alpha in _candidates(scaling * divisor) if alpha / divisor == scaling), None)
+
+
+def _candidates(guess: float) -> Iterator[int | float]:
+    if not math.isfinite(guess):
+        return
+    if abs(guess) < 1 << 53:
+        yield round(guess)
+    yield guess
+    yield math.nextafter(guess, math.inf)
+    yield math.nextafter(guess, -math.inf)
+
+
+def _most_common(values: Sequence[Any], default: Any) -> Any:
+    count = Counter(values)
+    return min(count, key=lambda value: (-count[value], value), default=default)

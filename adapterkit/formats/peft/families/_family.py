@@ -1,0 +1,137 @@
+"""What a family is: the words of one `peft_type`, and two functions between its keys and a method's fields."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+
+from ....errors import Malformed, ShapeMismatch
+from ..alphas import number_fields
+from ..patterns import first_match
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.lazy import Lazy
+    from ....updates import Update
+    from ..config import Settings
+    from ..file import File, Findings, Found
+    from ..keys import Key
+
+
+class Own(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields of a config that only one family reads."""
+
+
+class Family(ABC):
+    """One `peft_type`, of one method. Subclass it in a module of its own.
+
+    Class attributes:
+        peft_type: its word in the config.
+        method: the class of its updates.
+        parts: what follows a module's path in its keys.
+        own: the fields that no other type has, with PEFT's defaults.
+        read: fields that change what its tensors mean, with what they do; those of all types aside.
+        harmless: fields of its own that change nothing, with the reason.
+        fresh: what a config says that never was PEFT's.
+    """
+
+    peft_type: ClassVar[str]
+    method: ClassVar[type[Update]]
+    parts: ClassVar[tuple[str, ...]]
+    own: ClassVar[type[Own]] = Own
+    read: ClassVar[Mapping[str, str]] = {}
+    harmless: ClassVar[Mapping[str, str]] = {}
+    fresh: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        """All its updates in a file.
+
+        Raises:
+            Malformed: a tensor lacks its partners.
+            ShapeMismatch: shapes disagree with the config.
+        """
+        for stem, slots in file.groups(cls.parts).items():
+            keys = {part: key for (part, leaf), key in slots.items() if not leaf}
+            if keys:
+                _check_stem(stem, next(iter(keys.values())))
+                yield cls.found(file, keys)
+
+    @classmethod
+    @abstractmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        """The update of one module, from its keys by part."""
+
+    @classmethod
+    @abstractmethod
+    def encode(cls, update: Any) -> dict[str, tuple[str, Lazy]]:
+        """Field -> part and tensor as PEFT stores it."""
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        """Why a file cannot say an update at its target; empty where it can."""
+        return "" if target.layout == "out *in" else f"{update.method} on a weight stored [in, out]"
+
+    @classmethod
+    @abstractmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        """The fields that say what tensors do not: ranks, scalings, forms."""
+
+    @classmethod
+    def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        """Path -> its update, for the updates of this family."""
+        return {t.path: update for t, found in updates.items() for update in found if type(update) is cls.method}
+
+
+class Scaled(Own, frozen=True, kw_only=True):
+    """Fields of a family whose scaling is alpha / r."""
+
+    alpha: float = 8
+
+    def scaling(self, settings: Settings, name: str) -> float:
+        """The factor on the change at the module `name`."""
+        return first_match(settings.alpha_pattern or {}, name, self.alpha) / settings.rank(name)
+
+
+def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """Rank and alpha fields for rank and scaling by module."""
+    fields, _ = number_fields(scales, (False,))
+    del fields["use_rslora"]
+    return {"alpha" if name == "lora_alpha" else name: value for name, value in fields.items()}
+
+
+def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
+    """Checks that a module has just these parts.
+
+    Raises:
+        Malformed: one is missing or too many.
+    """
+    some = next(iter(keys.values()))
+    missing = next((part for part in wanted if part not in keys), None)
+    if missing:
+        raise Malformed(f"its partner is not in the file: {missing}", where=some.text, cure=_AGAIN)
+    extra = next((key for part, key in keys.items() if part not in wanted), None)
+    if extra:
+        raise Malformed("a tensor of another form than its partners'", where=extra.text, cure=_AGAIN)
+
+
+def check_rank(key: Key, tensor: Lazy, rank: int, axis: int = 0) -> None:
+    """Checks one axis of a factor against the rank that the config gives.
+
+    Raises:
+        ShapeMismatch: they differ, or there is no such axis.
+    """
+    if len(tensor.shape) < 2 or tensor.shape[axis] != rank:
+        why = f"{list(tensor.shape)}, where the config says rank {rank}"
+        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file, or its rank_pattern is damaged")
+
+
+def _check_stem(stem: str, key: Key) -> None:
+    if stem.endswith(".base_layer"):
+        raise Malformed("nested in another adapter", where=key.text, cure=_AGAIN)
+
+
+_AGAIN = "Save the adapter again with PEFT"

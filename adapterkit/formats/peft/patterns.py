@@ -1,0 +1,54 @@
+"""Names and the regular expressions that a config matches them with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TypeVar
+
+from ...errors import Malformed
+
+T = TypeVar("T")
+
+
+def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
+    """The value of the first pattern that fits `name`, whole or behind a dot, else of the one that is `name` itself."""
+    for pattern, value in patterns.items():
+        literal = _literal(pattern)
+        if literal == name if literal else matches(rf"(.*\.)?({pattern})$", name):
+            return value
+    return patterns.get(name, default)
+
+
+def exactly(name: str) -> str:
+    """The pattern that fits this name only: PEFT would let a plain one fit endings, and let a dot fit anything."""
+    return f"^{re.escape(name)}$"
+
+
+def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
+    """Whether a regular expression out of a config fits `name` from its start, or all of it.
+
+    Raises:
+        Malformed: it is not a regular expression.
+    """
+    compiled = _compiled(pattern)
+    return bool(compiled.fullmatch(name) if whole else compiled.match(name))
+
+
+@lru_cache(maxsize=1 << 14)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise Malformed(f"not a regular expression ({error})", where=pattern[:80], cure=_REWRITE) from None
+
+
+@lru_cache(maxsize=1 << 14)
+def _literal(pattern: str) -> str:
+    """The only name that the pattern can fit, when it is one that `exactly` made; configs hold hundreds of them."""
+    name = re.sub(r"\\(.)", r"\1", pattern[1:-1])
+    return name if pattern == exactly(name) else ""
+
+
+_REWRITE = "Write the adapter again with PEFT"

@@ -1,0 +1,57 @@
+"""MiSS: W'[o, i] = W[o, i] + D[i mod r, o].  Kang and Yin 2024, https://arxiv.org/abs/2409.15371
+
+The successor of Bone. Its mini form repeats a narrower block over the outputs as well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from ..errors import Malformed, ShapeMismatch
+from ..updates import Additive, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MiSS(Additive):
+    """W'[o, i] = W[o, i] + block[i mod r, o], or + mini[i mod r, o mod m]; exactly one is present."""
+
+    blocks = frozenset({"out", "in"})
+    paper = "https://arxiv.org/abs/2409.15371"
+
+    D: Tensor | None = tensor("r out", optional=True)
+    mini: Tensor | None = tensor("r m", optional=True)
+
+    def check(self) -> None:
+        super().check()
+        if (self.D is None) == (self.mini is None):
+            raise Malformed("needs exactly one of D and mini", cure="Write the adapter again")
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ShapeMismatch("MiSS changes linear layers only", cure="Take this target out")
+        if self.mini is not None and shape[0] % self.mini.shape[-1]:
+            why = f"{shape[0]} outputs are no multiple of {self.mini.shape[-1]}"
+            raise ShapeMismatch(why, where="mini", cure="The adapter is not of this base")
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        plane: Tensor = _repeated(self._any, 0, shape[1], 0, shape[0])
+        return plane.mT
+
+    def block(self, axis: str, start: int, stop: int) -> Self:
+        some = self._any
+        if axis == "in":
+            r, held = len(some), cast(dict[str, Any], self.tensors)
+            return self.replace(**{name: leaf[[(start + i) % r for i in range(r)]] for name, leaf in held.items()})
+        return self.replace(D=_repeated(some, 0, len(some), start, stop), mini=None)
+
+    @property
+    def _any(self) -> Any:
+        return next(iter(self.tensors.values()))
+
+
+def _repeated(block: Any, top: int, bottom: int, left: int, right: int) -> Any:
+    """A part of the endless plane that copies of a block fill."""
+    rows, columns = block.shape
+    return block[[i % rows for i in range(top, bottom)]][:, [o % columns for o in range(left, right)]]
