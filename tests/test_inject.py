@@ -10,7 +10,7 @@ from torch.nn import functional
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
 from adapterkit.binding import fold, view
-from adapterkit.errors import TargetNotFound, UsageError
+from adapterkit.errors import ShapeMismatch, TargetNotFound, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.tensors.lazy import as_torch
 
@@ -51,6 +51,10 @@ def test_forward_is_merging_and_removing_leaves_no_trace(method, kind, data, mad
         update = data.draw(made.updates(method=method, kernel=tuple(model[0].weight.shape[2:])))
         if kind == "embedding" and update.changes_bias and method != "ia3":
             return
+        if method == "rows" and model[0].weight.ndim > 2:
+            with pytest.raises(ShapeMismatch, match="no token rows"):
+                ak.torch.inject(model, Adapter({Target("0", layout): (update,)}))
+            return
         before, keys, y = dict(model[0].__dict__), list(model.state_dict()), model(x)
         handle = ak.torch.inject(model, Adapter({Target("0", layout): (update,)}))
         got = model(x)
@@ -64,7 +68,7 @@ def test_forward_is_merging_and_removing_leaves_no_trace(method, kind, data, mad
         torch.testing.assert_close(got, model(x), rtol=tolerance, atol=tolerance)
 
 
-def lora(seed, **sizes):
+def lora(seed):
     g = torch.Generator().manual_seed(seed)
     return METHODS["lora"](A=torch.randn(2, 16, generator=g), B=torch.randn(8, 2, generator=g), scaling=0.5)
 
@@ -122,7 +126,7 @@ def test_training_touches_the_handles_parameters_alone(dtype):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     trained = handle.adapter()

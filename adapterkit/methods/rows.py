@@ -36,6 +36,8 @@ class Rows(WeightUpdate):
         return cls(index=W.new_tensor(index).long(), values=W[:, list(index)].mT, **attributes)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ShapeMismatch(f"a weight seen as {list(shape)} has no token rows", cure="They belong to embeddings")
         index = as_lazy(self.index).numpy()
         if index.size and (index.min() < 0 or index.max() >= shape[1]):
             worst = index.max() if index.max() >= shape[1] else index.min()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from ..adapter import Adapter
 from ..binding import Site, check_site, find_sites, fits, with_layouts
 from ..errors import Unsupported, UsageError, nearest
-from ..tensors.lazy import Leaf, as_torch
+from ..tensors.lazy import as_torch
+from ..updates import Update
 from .handle import Handle
 from .layers import layer_of, stored_layout
 from .station import Part, Station, Switch
+
+if TYPE_CHECKING:
+    from ..tensors.lazy import Leaf
 
 
 def inject(
@@ -46,11 +50,11 @@ def inject(
     loaded: dict[Any, Any] = {}
     for site, (holder, prefix) in zip(sites, plans, strict=True):
         W = model.get_parameter(site.weight or site.bias or "")
-        updates = tuple(u.map(lambda leaf, W=W: _own(leaf, W, trainable, leaves)) for u in site.updates)
+        updates = tuple(_owned(u, W, trainable, leaves) for u in site.updates)
         loaded[site.target] = (*loaded.get(site.target, ()), *updates)
         station = _station(holder)
-        cut = [None if path is None else path.removeprefix(prefix) for path in (site.weight, site.bias)]
-        station.attach(Part(switch, site.target, updates, *cut, _is_direct(site, holder, prefix)))
+        below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
+        station.attach(Part(switch, site.target, updates, below, bias, _is_direct(site, holder, prefix)))
         stations += [station] if station not in stations else []
     return Handle(adapter.replace(updates=loaded), switch, stations, model)
 
@@ -83,7 +87,7 @@ def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     placed, _, _ = find_sites(adapter, shapes, partial=False)
     config = getattr(model, "config", None)
-    words = config.to_dict() if hasattr(config, "to_dict") else None
+    words = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
     told = [_told(model, site, shapes) for site in placed]
     asked = iter(with_layouts([site for site, known in told if not known], shapes, words))
     sites = [site if known else next(asked) for site, known in told]
@@ -148,6 +152,10 @@ def _is_direct(site: Site, holder: nn.Module, prefix: str) -> bool:
 
 def _natural(site: Site, layout: str) -> bool:
     return site.target.layout == layout and site.target.rows is None
+
+
+def _owned(update: Update, W: Tensor, trainable: bool, leaves: dict[Any, Tensor]) -> Update:
+    return update.map(lambda leaf: _own(leaf, W, trainable, leaves))
 
 
 def _own(leaf: Leaf, W: Tensor, trainable: bool, leaves: dict[Any, Tensor]) -> Tensor:

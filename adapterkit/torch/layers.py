@@ -42,11 +42,12 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         W: Any = self.module.weight
-        return W.mT if self.layout == "in out *k" else W
+        seen: Tensor = W.mT if self.layout == "in out *k" else W
+        return seen
 
     @property
     def bias(self) -> Tensor | None:
-        b: Any = getattr(self.module, "bias", None)
+        b: Tensor | None = getattr(self.module, "bias", None)
         return b
 
     @property
@@ -90,7 +91,7 @@ class Embedding(Layer):
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         plain = isinstance(module, nn.Embedding) and _own_forward(module, nn.Embedding)
-        return plain and module.max_norm is None
+        return bool(plain and module.max_norm is None)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
         padding: Any = self.module.padding_idx
@@ -105,7 +106,7 @@ class Conv(Layer):
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         plain = any(isinstance(module, kind) and _own_forward(module, kind) for kind in cls.kinds)
-        return plain and module.groups == 1
+        return bool(plain and module.groups == 1)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
         exchanged: Any = self.module._conv_forward

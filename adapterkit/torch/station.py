@@ -77,7 +77,7 @@ class Station:
     def _routed(self, route: Sequence[str | None], parts: list[Part], args: Any, kwargs: Any) -> Any:
         if self.layer is None or len(args) + len(kwargs) != 1:
             raise Unsupported("rows of a batch cannot be told apart here", where=str(parts[0].target), cure=_ALONE)
-        (x,) = (*args, *kwargs.values())
+        x = [*args, *kwargs.values()][0]
         x = x.expand(len(route), *x.shape[1:]) if x.shape[0] == 1 else x
         if x.shape[0] != len(route):
             why = f"{x.shape[0]} rows where the route names {len(route)}"
