@@ -134,3 +134,28 @@ def test_training_touches_the_handles_parameters_alone(dtype):
     handle.remove()
     ak.torch.inject(model, trained)
     torch.testing.assert_close(model(x), now)
+
+
+class Experts(nn.Module):
+    """Stacked experts whose forward is their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 8, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.relu(torch.einsum("eoi,bi->beo", self.up, x))
+
+
+def test_stacked_experts_change_under_their_own_forward():
+    model, x = nn.ModuleDict({"moe": Experts()}), torch.randn(4, 8, dtype=torch.float64)
+    A, B = torch.randn(3, 2, 8).double(), torch.randn(3, 6, 2).double()
+    update = METHODS["lora"](A=A, B=B, scaling=0.5)
+    before = dict(model["moe"].__dict__)
+    handle = ak.torch.inject(model, Adapter({Target("moe.up", "e out *in"): (update,)}), weight=0.5)
+    got = model["moe"](x)
+    handle.remove()
+    assert model["moe"].__dict__ == before
+    with torch.no_grad():
+        model["moe"].up += 0.25 * B @ A
+    torch.testing.assert_close(got, model["moe"](x), rtol=1e-10, atol=1e-10)
