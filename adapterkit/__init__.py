@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import torch
     from .adapter import Adapter, BaseRef, Foreign, Step, Target
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
@@ -46,12 +47,19 @@ __all__ = [
     "detect",
     "merge",
     "read",
+    "torch",
     "verify",
     "write",
 ]
 
 
+_MODULES = ("torch",)
+"""Parts of the package that are reached as such."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
@@ -60,4 +68,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_MODULES})

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
-from .errors import Malformed, NotMergeable, ShapeMismatch
+from .errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from .shapes import Axes, Dims, tensor
 from .tensors.finite import first_not_finite
 from .tensors.lazy import dtype_of
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from .tensors.lazy import Leaf
+
+    Random = Callable[[tuple[int, ...]], torch.Tensor]
 
 __all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "tensor"]
 
@@ -143,6 +145,22 @@ class Update:
         """One expert's update out of a stacked one: every tensor's slice `index` along its leading axis."""
         return self.map(lambda leaf: cast(Any, leaf)[index])
 
+    @classmethod
+    def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        """A fresh update of a weight, before any training: unless the method says otherwise, one that changes nothing.
+
+        Args:
+            W: the weight `[out, in, *k]`.
+            b: its bias `[out]`, if it has one.
+            rank: the inner size, for methods that have one.
+            random: shape -> numbers drawn evenly from -1 to 1, in W's dtype.
+            attributes: the method's own plain values.
+
+        Raises:
+            Unsupported: the method has no rule for it.
+        """
+        raise Unsupported(f"{cls.__name__} has no initial value", cure="Build the update from tensors instead")
+
     @property
     def changes_weight(self) -> bool:
         """Whether there is anything to fold into the weight."""
@@ -214,7 +232,7 @@ class Additive(Update):
 
     def forward(self, x: Any, layer: Any) -> Any:
         d = self.bias_delta()
-        y = layer(x) + layer.op(x, self.delta(layer.shape))
+        y = layer(x) + layer.op(x, self.delta(layer.shape)) if self.changes_weight else layer(x)
         return y if d is None else y + layer.per_channel(d)
 
 

@@ -22,7 +22,19 @@ from .sites import Shapes, Site, find_sites
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
 
-__all__ = ["Binding", "Site", "bind", "delta", "fold", "view", "view_shape"]
+__all__ = [
+    "Binding",
+    "Site",
+    "bind",
+    "check_site",
+    "delta",
+    "find_sites",
+    "fits",
+    "fold",
+    "view",
+    "view_shape",
+    "with_layouts",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,22 +75,34 @@ def bind(
     placed, missing, renamed = find_sites(adapter, shapes, partial=partial)
     sites = with_layouts(placed, shapes, base.config)
     for site in sites:
-        _check_site(site, shapes)
+        check_site(site, shapes)
     updates: dict[Target, tuple[Update, ...]] = {}
     for site in sites:
         updates[site.target] = (*updates.get(site.target, ()), *site.updates)
     return Binding(adapter.replace(updates=updates), tuple(sites), tuple(missing), renamed)
 
 
-def _check_site(site: Site, shapes: Shapes) -> None:
+def check_site(site: Site, shapes: Shapes, *, biasless: bool = False) -> None:
+    """Checks a site's updates against the stored shapes there.
+
+    Args:
+        site: where the target lies.
+        shapes: of the stored tensors.
+        biasless: a change to a bias that the base lacks is no fault, as in a live layer, which adds it to its output.
+
+    Raises:
+        TargetNotFound: the base has a bias there only.
+        ShapeMismatch: a shape does not fit.
+        NotMergeable: there is no bias to change.
+    """
     for update in site.updates:
         try:
-            _check_update(update, site, shapes)
+            _check_update(update, site, shapes, biasless)
         except AdapterkitError as error:
             raise error.at(where=f"{site.target}: {update.method}") from None
 
 
-def _check_update(update: Update, site: Site, shapes: Shapes) -> None:
+def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) -> None:
     if update.changes_weight and site.weight is None:
         raise TargetNotFound("the base has no weight there, only a bias", cure=_WRONG_BASE)
     if site.weight is not None and not fits(site.target, (update,), shapes[site.weight]):
@@ -87,7 +111,7 @@ def _check_update(update: Update, site: Site, shapes: Shapes) -> None:
             f"{name}={dims[name]}" for name in ("e", "out", "in", "k", "rest", "columns") if name in dims
         )
         raise ShapeMismatch(f"made for {made_for}; the base has {list(shapes[site.weight])}", cure=_WRONG_BASE)
-    if site.bias is None and update.changes_bias and update.needs_bias:
+    if site.bias is None and update.changes_bias and update.needs_bias and not biasless:
         raise NotMergeable("changes a bias that the base does not have", cure="Inject it instead of merging")
     if site.bias is not None and update.changes_bias and not _bias_fits(update, site.target, shapes[site.bias]):
         out = update.dims(site.target.stacked).get("out")

@@ -5,13 +5,15 @@ Known as `diff` in LyCORIS and kohya files, https://github.com/KohakuBlueleaf/Ly
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import Malformed
 from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..updates import Random
 
 
 class Dense(Additive):
@@ -23,6 +25,10 @@ class Dense(Additive):
     D: Tensor | None = tensor("out *rest", optional=True)
     d: Tensor | None = tensor("out", optional=True)
     scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        return cls(D=0 * W, **attributes)
 
     def check(self) -> None:
         super().check()

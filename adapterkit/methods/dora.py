@@ -6,12 +6,15 @@ dimension of an embedding.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, Self
 
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..updates import Random
 
 
 class DoRA(WeightUpdate):
@@ -24,6 +27,12 @@ class DoRA(WeightUpdate):
     B: Tensor = tensor("out r")
     magnitude: Tensor = tensor("out")
     scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        A = random((rank, *W.shape[1:])) / math.prod(W.shape[1:]) ** 0.5
+        norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
+        return cls(A=A, B=W.new_zeros(len(W), rank), magnitude=norm, **attributes)
 
     def new_weight(self, W: Tensor) -> Tensor:
         V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)

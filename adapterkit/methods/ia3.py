@@ -5,13 +5,15 @@ The output form scales keys and values and takes the bias along; the input form 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import Malformed
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..updates import Random
 
 
 class IA3(WeightUpdate):
@@ -23,6 +25,10 @@ class IA3(WeightUpdate):
 
     l: Tensor | None = tensor("out", optional=True)  # noqa: E741 - the paper's name
     l_in: Tensor | None = tensor("in", optional=True)
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        return cls(l=W.new_ones(len(W)), **attributes)
 
     def check(self) -> None:
         super().check()

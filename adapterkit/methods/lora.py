@@ -7,13 +7,15 @@ https://arxiv.org/abs/2312.03732). A convolution's A is its full-size kernel, B 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ..tensors.products import add_product
 from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..updates import Random
 
 
 class LoRA(Additive):
@@ -26,6 +28,11 @@ class LoRA(Additive):
     B: Tensor = tensor("out r")
     bias: Tensor | None = tensor("out", optional=True)
     scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        A = random((rank, *W.shape[1:])) / math.prod(W.shape[1:]) ** 0.5
+        return cls(A=A, B=W.new_zeros(len(W), rank), **attributes)
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         return ((self.scaling * self.B) @ self.A.reshape(len(self.A), -1)).reshape(shape)

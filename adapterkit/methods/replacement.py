@@ -6,13 +6,15 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import Malformed
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..updates import Random
 
 
 class Replacement(WeightUpdate):
@@ -23,6 +25,10 @@ class Replacement(WeightUpdate):
 
     weight: Tensor | None = tensor("out *rest", optional=True)
     bias: Tensor | None = tensor("out", optional=True)
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        return cls(weight=W, bias=b, **attributes)
 
     def check(self) -> None:
         super().check()

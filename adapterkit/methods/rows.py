@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import Malformed, ShapeMismatch
+from ..errors import Malformed, ShapeMismatch, UsageError
 from ..tensors.lazy import as_lazy
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from ..updates import Random
 
 
 class Rows(WeightUpdate):
@@ -26,7 +28,16 @@ class Rows(WeightUpdate):
     index: Tensor = tensor("n", integer=True)
     values: Tensor = tensor("n out")
 
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        index = attributes.pop("index", None)
+        if index is None:
+            raise UsageError("rows needs to know which", where="index", cure="Pass index=[token, ...]")
+        return cls(index=W.new_tensor(index).long(), values=W[:, list(index)].mT, **attributes)
+
     def check_against(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ShapeMismatch(f"a weight seen as {list(shape)} has no token rows", cure="They belong to embeddings")
         index = as_lazy(self.index).numpy()
         if index.size and (index.min() < 0 or index.max() >= shape[1]):
             worst = index.max() if index.max() >= shape[1] else index.min()

@@ -1,0 +1,12 @@
+"""Adapters in live torch models: `inject` attaches one, `create` makes one to train, `route` picks one a row.
+
+This package is `adapterkit.torch`; `import torch` inside it is torch itself.
+"""
+
+from __future__ import annotations
+
+from .create import create
+from .handle import Handle
+from .inject import inject, route
+
+__all__ = ["Handle", "create", "inject", "route"]

@@ -1,0 +1,129 @@
+"""The handle of an attached adapter: switch it, weigh it, train it, read it back, fold it in, take it off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Target
+from ..errors import NotMergeable, UsageError
+from ..updates import Update
+from .station import Station, Switch
+
+
+class Handle:
+    """An adapter attached to a model. After `remove` or `merge_` every use raises `UsageError`."""
+
+    def __init__(self, adapter: Adapter, switch: Switch, stations: list[Station], model: nn.Module) -> None:
+        self._adapter, self._switch, self._stations, self._model = adapter, switch, stations, model
+        self._removed = False
+
+    @property
+    def name(self) -> str:
+        return self._switch.name
+
+    @property
+    def weight(self) -> float:
+        """How much of the adapter's change is added; may be set."""
+        return self._switch.weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._check()
+        self._switch.weight = value
+
+    def set_active(self, active: bool) -> None:
+        """Switches the adapter on or off."""
+        self._check()
+        self._switch.active = active
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """The model without this adapter, for the length of a `with`."""
+        self._check()
+        before, self._switch.active = self._switch.active, False
+        try:
+            yield
+        finally:
+            self._switch.active = before
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trainable leaves by name, `target.method.field`; empty unless injected with `trainable=True`.
+
+        Give these to the optimizer: the base's own `requires_grad` is left as it is.
+        """
+        self._check()
+        seen: set[int] = set()
+        for target, updates in self._adapter.updates.items():
+            for position, update in enumerate(updates):
+                for field, leaf in update.tensors.items():
+                    if isinstance(leaf, nn.Parameter) and id(leaf) not in seen:
+                        seen.add(id(leaf))
+                        yield _name(target, updates, position, field), leaf
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable leaves, shared ones once."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def adapter(self) -> Adapter:
+        """The adapter with the values of now: detached copies, in the model's names and layouts."""
+        self._check()
+        return self._adapter.map(_copy)
+
+    def remove(self) -> None:
+        """Takes the adapter off; the model's modules are what they were before."""
+        self._check()
+        for station in self._stations:
+            station.detach(self._switch)
+        self._removed = True
+
+    def merge_(self) -> None:
+        """Folds the adapter into the base in place, computed in float64 and rounded once, and takes it off.
+
+        Raises:
+            NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
+        """
+        self._check()
+        changed = [new for station in self._stations for new in self._folded(station)]
+        with torch.no_grad():
+            for parameter, value in changed:
+                parameter.copy_(value)
+        self.remove()
+
+    @torch.no_grad()
+    def _folded(self, station: Station) -> list[tuple[Tensor, Tensor]]:
+        parts = [part for part in station.parts if part.switch is self._switch]
+        for part in parts:
+            if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
+                raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
+            if any(u.kind in ("output", "context") for u in part.updates):
+                raise NotMergeable("is not a change of weights", where=str(part.target), cure=_KEEP)
+        new = station.changed(parts, torch.float64)
+        pairs: list[tuple[Tensor, Tensor]] = [
+            (station.module.get_parameter(path), value) for path, value in new.items()
+        ]
+        for parameter, _ in pairs:
+            names = [n for n, p in self._model.named_parameters(remove_duplicate=False) if p is parameter]
+            if len(names) > 1:
+                raise NotMergeable(f"one tensor under the names {', '.join(names)}", cure=_KEEP)
+        return pairs
+
+    def _check(self) -> None:
+        if self._removed:
+            raise UsageError("this handle was removed or merged", where=self.name, cure="Inject the adapter again")
+
+
+def _name(target: Target, updates: tuple[Update, ...], position: int, field: str) -> str:
+    method = updates[position].method
+    return f"{target}.{position}.{method}.{field}" if len(updates) > 1 else f"{target}.{method}.{field}"
+
+
+def _copy(leaf: object) -> Tensor:
+    assert isinstance(leaf, Tensor)
+    return leaf.detach().clone()
+
+
+_KEEP = "Keep it injected instead"

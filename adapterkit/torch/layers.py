@@ -1,0 +1,178 @@
+"""Layers: the words in which a method's forward formula speaks of one module.
+
+`layer(x)` is the module as it is; `layer.op(x, w)` the same geometry with another weight and no bias; `layer.mix(h, w)`
+a 1x1 mix of channels after it; `layer.per_channel(v)` a vector in the shape that adds to its output. Weights are
+`[out, in, *k]` whatever the module stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..updates import Additive, Update
+
+Forward = Callable[..., Any]
+
+
+class Layer:
+    """A module whose weight `op` can exchange; subclasses say how.
+
+    Attributes:
+        layout: the axis order in which such a module stores its weight, as in `Target`.
+    """
+
+    layout: ClassVar[str] = "out *in"
+
+    def __init__(self, module: nn.Module, forward: Forward) -> None:
+        self.module, self.forward = module, forward
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.forward(x)
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        """Whether a module is of this kind and computes as its class does, not in some way of its own."""
+        raise AssertionError("each kind of layer says it")
+
+    @property
+    def weight(self) -> Tensor:
+        W: Any = self.module.weight
+        seen: Tensor = W.mT if self.layout == "in out *k" else W
+        return seen
+
+    @property
+    def bias(self) -> Tensor | None:
+        b: Tensor | None = getattr(self.module, "bias", None)
+        return b
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def op(self, x: Tensor, w: Tensor) -> Tensor:
+        return functional.linear(x, w)
+
+    def mix(self, h: Tensor, w: Tensor) -> Tensor:
+        return functional.linear(h, w)
+
+    def per_channel(self, v: Tensor) -> Tensor:
+        return v
+
+
+class Linear(Layer):
+    """`nn.Linear`."""
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and _own_forward(module, nn.Linear)
+
+
+class Conv1D(Layer):
+    """transformers' `Conv1D`: a linear layer that stores `[in, out]`."""
+
+    layout = "in out *k"
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        kind = type(module)
+        return (kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils")
+
+
+class Embedding(Layer):
+    """`nn.Embedding`: stores `[in, out]`, a token being a position on `in`."""
+
+    layout = "in out *k"
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        plain = isinstance(module, nn.Embedding) and _own_forward(module, nn.Embedding)
+        return bool(plain and module.max_norm is None)
+
+    def op(self, x: Tensor, w: Tensor) -> Tensor:
+        padding: Any = self.module.padding_idx
+        return functional.embedding(x, w.mT, padding)
+
+
+class Conv(Layer):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` without groups, of any stride, dilation and padding mode."""
+
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        plain = any(isinstance(module, kind) and _own_forward(module, kind) for kind in cls.kinds)
+        return bool(plain and module.groups == 1)
+
+    def op(self, x: Tensor, w: Tensor) -> Tensor:
+        exchanged: Any = self.module._conv_forward
+        out: Tensor = exchanged(x, w.reshape(len(w), *self.shape[1:]), None)
+        return out
+
+    def mix(self, h: Tensor, w: Tensor) -> Tensor:
+        convolve: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.shape) - 3]
+        out: Tensor = convolve(h, w.reshape(*w.shape[:2], *[1] * (len(self.shape) - 2)))
+        return out
+
+    def per_channel(self, v: Tensor) -> Tensor:
+        return v.reshape(-1, *[1] * (len(self.shape) - 2))
+
+
+class Composed:
+    """A layer after an update: what the next update of the same target sees."""
+
+    def __init__(self, layer: Any, update: Update) -> None:
+        self.layer, self.update = layer, update
+        self.op, self.mix, self.per_channel = layer.op, layer.mix, layer.per_channel
+        self.shape = layer.shape
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.update.forward(x, self.layer)
+
+    @property
+    def weight(self) -> Tensor:
+        W: Tensor = self.layer.weight
+        return self.update.new_weight(W) if self.update.changes_weight else W
+
+    @property
+    def bias(self) -> Tensor | None:
+        b: Tensor | None = self.layer.bias
+        if b is not None:
+            return self.update.new_bias(b)
+        return self.update.bias_delta() if isinstance(self.update, Additive) else None
+
+
+class Difference:
+    """A layer whose own output counts as nothing, so that an additive update yields what it adds."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.op, self.mix, self.per_channel = layer.op, layer.mix, layer.per_channel
+        self.shape = layer.shape
+
+    def __call__(self, x: Tensor) -> float:
+        return 0.0
+
+
+KINDS: tuple[type[Layer], ...] = (Linear, Conv1D, Embedding, Conv)
+
+
+def layer_of(module: nn.Module, forward: Forward) -> Layer | None:
+    """The module in a formula's words, or None where its weight can only be exchanged under its own forward."""
+    kind = next((kind for kind in KINDS if kind.takes(module)), None)
+    return kind(module, forward) if kind else None
+
+
+def stored_layout(module: nn.Module) -> str | None:
+    """The axis order in which a module stores its weight, where its class tells."""
+    if isinstance(module, nn.Embedding) or Conv1D.takes(module):
+        return "in out *k"
+    return "out *in" if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
+
+
+def _own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return type(module).forward is kind.forward and not torch.nn.utils.parametrize.is_parametrized(module)

@@ -1,0 +1,58 @@
+"""Weights: stored parameters after updates, for modules that must run under their own forward, and for merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..adapter import Target
+from ..binding import fold, view
+from ..tensors.lazy import as_torch
+from ..updates import Update
+
+Change = tuple[float, Target, Sequence[Update]]
+"""(weight of the adapter, target, updates in order)."""
+
+
+def changed_weight(W: Tensor, changes: Iterable[Change]) -> Tensor:
+    """W + sum of weight * (f(W) - W), as stored; each law applies to the weight before any of them."""
+    after = W
+    for weight, target, updates in changes:
+        new = _weight(W, target, updates)
+        after = new if after is W and weight == 1 else after + weight * (new - W)
+    return after
+
+
+def changed_bias(b: Tensor, changes: Iterable[Change]) -> Tensor:
+    """b + sum of weight * (g(b) - b), as stored."""
+    after = b
+    for weight, target, updates in changes:
+        new = _bias(b, target, updates)
+        after = new if after is b and weight == 1 else after + weight * (new - b)
+    return after
+
+
+def _weight(W: Tensor, target: Target, updates: Sequence[Update]) -> Tensor:
+    if target.rows is not None:
+        whole = W.clone()
+        view(whole, target).copy_(fold(updates, view(W, target), target.stacked))
+        return whole
+    new = fold(updates, view(W, target), target.stacked)
+    return view(new, target)
+
+
+def _bias(b: Tensor, target: Target, updates: Sequence[Update]) -> Tensor:
+    part = b if target.rows is None else b[..., slice(*target.rows)]
+    for update in updates:
+        loaded = update.map(lambda leaf: as_torch(leaf, b.device, b.dtype))
+        if target.stacked:
+            part = torch.stack([loaded.expert(e).new_bias(part[e]) for e in range(len(part))])
+        else:
+            part = loaded.new_bias(part)
+    if target.rows is None:
+        return part
+    whole = b.clone()
+    whole[..., slice(*target.rows)] = part
+    return whole
