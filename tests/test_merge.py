@@ -621,6 +621,19 @@ def test_a_merge_on_the_cpu_imports_no_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script, *map(str, paths)], check=True)
 
 
+def test_a_base_of_many_shards_under_a_low_limit_of_open_files(tmp_path: Path) -> None:
+    pytest.importorskip("resource")
+    tensors = {f"layers.{i}.q.weight": rand(8, 4, seed=i) for i in range(120)}
+    base = save_base(tmp_path / "base", tensors, shards=120)
+    adapter = ak.Adapter({Target(f"layers.{i}.q"): (lora(8, 4),) for i in range(120)})
+    ak.write(adapter, tmp_path / "adapter.safetensors")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
+    script = f"{limit}; import sys, adapterkit as ak; ak.merge(*sys.argv[1:4])"
+    paths = [base, tmp_path / "adapter.safetensors", tmp_path / "out"]
+    subprocess.run([sys.executable, "-c", script, *map(str, paths)], check=True)
+    assert ak.verify(tmp_path / "out", base, adapter).ok
+
+
 def test_fp8_weights(tmp_path: Path) -> None:
     W = rand(64, 32).to(torch.float8_e4m3fn)
     u = lora(64, 32)

@@ -42,16 +42,21 @@ class WriteBehind:
 
     def __init__(self, lag: int = 3) -> None:
         self.lag = lag
-        self._written: list[tuple[int, int, int]] = []
+        self._written: list[tuple[BinaryIO, int, int]] = []
 
     def __call__(self, file: BinaryIO, start: int, nbytes: int) -> None:
         if not hasattr(os, "posix_fadvise"):
             return
-        self._written.append((file.fileno(), start, nbytes))
-        # On dirty pages this advice starts the writing, on clean ones it lets them go.
-        os.posix_fadvise(*self._written[-1], os.POSIX_FADV_DONTNEED)
+        self._written.append((file, start, nbytes))
+        _let_go(*self._written[-1])
         if len(self._written) > self.lag:
-            os.posix_fadvise(*self._written.pop(0), os.POSIX_FADV_DONTNEED)
+            _let_go(*self._written.pop(0))
+
+
+def _let_go(file: BinaryIO, start: int, nbytes: int) -> None:
+    """Advice that starts the writing of dirty pages and lets clean ones go."""
+    if not file.closed:
+        os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:

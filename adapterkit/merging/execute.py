@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from threadpoolctl import threadpool_limits
 
@@ -22,6 +22,9 @@ from .planning import Output, OutputFile, Plan
 from .stage import Norms, Stage
 
 Progress = Callable[[int, int], None]
+
+OPEN_FILES = 8
+"""Files that a worker keeps open: a base of hundreds of shards must not run into the system's limit."""
 
 
 def execute(plan: Plan, stage: Stage, arrays: Arrays, progress: Progress | None) -> dict[str, Norms]:
@@ -198,9 +201,13 @@ class _Hands:
         return memoryview(held)[:nbytes]
 
     def _open(self, path: str, mode: str) -> BinaryIO:
-        if (path, mode) not in self.files:
-            self.files[path, mode] = open(path, mode, buffering=0)  # type: ignore[assignment]  # noqa: SIM115
-        return self.files[path, mode]
+        file = self.files.pop((path, mode), None)
+        if file is None:
+            while len(self.files) >= OPEN_FILES:
+                self.files.pop(next(iter(self.files))).close()
+            file = cast(BinaryIO, open(path, mode, buffering=0))  # noqa: SIM115
+        self.files[path, mode] = file
+        return file
 
     def close(self) -> None:
         for file in self.files.values():

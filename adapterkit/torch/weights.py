@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,22 +15,27 @@ from ..updates import Update
 Change = tuple[float, Target, Sequence[Update]]
 """(weight of the adapter, target, updates in order)."""
 
+Law = Callable[[Tensor, Target, Sequence[Update]], Tensor]
+"""A stored weight or bias, through the updates of one target."""
+
 
 def changed_weight(W: Tensor, changes: Iterable[Change]) -> Tensor:
     """W + sum of weight * (f(W) - W), as stored; each law applies to the weight before any of them."""
-    after = W
-    for weight, target, updates in changes:
-        new = _weight(W, target, updates)
-        after = new if after is W and weight == 1 else after + weight * (new - W)
-    return after
+    return _mixed(W, changes, _weight)
 
 
 def changed_bias(b: Tensor, changes: Iterable[Change]) -> Tensor:
     """b + sum of weight * (g(b) - b), as stored."""
-    after = b
+    return _mixed(b, changes, _bias)
+
+
+def _mixed(
+    before: Tensor, changes: Iterable[Change], law: Callable[[Tensor, Target, Sequence[Update]], Tensor]
+) -> Tensor:
+    after = before
     for weight, target, updates in changes:
-        new = _bias(b, target, updates)
-        after = new if after is b and weight == 1 else after + weight * (new - b)
+        new = law(before, target, updates)
+        after = new if after is before and weight == 1 else after + weight * (new - before)
     return after
 
 
