@@ -39,6 +39,7 @@ class Update:
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
         acts_on: what the update changes, for messages.
+        frozen: tensors that are given, not trained: random projections, masks.
         paper: where the formula comes from.
     """
 
@@ -47,6 +48,7 @@ class Update:
     blocks: ClassVar[frozenset[str]] = frozenset()
     needs_bias: ClassVar[bool] = True
     acts_on: ClassVar[str] = "the layer"
+    frozen: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
