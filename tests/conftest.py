@@ -93,8 +93,9 @@ def _positions(shape, seed):
 @st.composite
 def _attributes(draw, cls):
     plain = {"float": st.floats(-4, 4), "int": st.integers(-9, 9), "str": st.text(max_size=5), "bool": st.booleans()}
-    fields = cls.attribute_fields().values()
-    return {f.name: draw(plain[f.type]) for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())}
+    fields = [f for f in cls.attribute_fields().values() if f.default is dataclasses.MISSING or draw(st.booleans())]
+    among = {f.name: st.sampled_from(f.metadata["among"]) for f in fields if f.metadata.get("among")}
+    return {f.name: draw(among.get(f.name, plain[f.type])) for f in fields}
 
 
 PATHS = st.lists(st.text("abcxyz_0é", min_size=1, max_size=4), min_size=1, max_size=3).map(".".join)

@@ -14,7 +14,7 @@ from ..adapter import Target
 from ..errors import ShapeMismatch, Unsupported
 from ..updates import Additive, Update
 from .layers import Composed, Difference, Layer, layer_of
-from .weights import changed_bias, changed_weight, tensor_at
+from .weights import changed_bias, changed_weight, settled, tensor_at
 
 
 @dataclass(eq=False)
@@ -113,10 +113,16 @@ class Station:
             W: Tensor = tensor_at(self.module, weight)
             out[weight] = changed_weight(W.to(dtype), at)
         for bias in dict.fromkeys(p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)):
-            at = [(p.switch.weight, p.target, p.updates) for p in parts if p.bias == bias]
+            at = [(p.switch.weight, p.target, self._settled(p, dtype)) for p in parts if p.bias == bias]
             b: Tensor = tensor_at(self.module, bias)
             out[bias] = changed_bias(b.to(dtype), at)
         return out
+
+    def _settled(self, part: Part, dtype: torch.dtype | None) -> tuple[Update, ...]:
+        """The part's updates, with what their changes to the bias take from the weight worked out."""
+        if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
+            return part.updates
+        return settled(part.updates, tensor_at(self.module, part.weight).to(dtype), part.target)
 
 
 def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
