@@ -1,6 +1,6 @@
-"""NOLA: A = sum alpha_i A_i, B = sum beta_i B_i over random A_i, B_i.  Koohpayegani et al. 2023, arXiv:2310.02556
+"""NOLA: A and B of LoRA as sums of random matrices.  Koohpayegani et al. 2023, https://arxiv.org/abs/2310.02556
 
-W' = W + scaling * B @ A. The random matrices follow from seeds by a generator that the spec defines to the bit, and are
+W' = W + scaling * B @ A, A = sum alpha_i A_i / sqrt(p) over p of them, B likewise. The random matrices follow from seeds by a generator that the spec defines to the bit, and are
 drawn a few at a time. Those of a generator that cannot be repeated are stored: `A_bases`, `B_bases`.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class NOLA(Additive):
-    """W' = W + scaling * (B0 + sum beta_i B_i) @ (A0 + sum alpha_i A_i); bases from seeds, or stored."""
+    """A = A0 + sum alpha_i A_i / sqrt(p), B = B0 + sum beta_i B_i / sqrt(q); bases from seeds, or stored."""
 
     paper = "https://arxiv.org/abs/2310.02556"
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ((("seeds",), ("A_bases", "B_bases")),)
@@ -41,7 +41,7 @@ class NOLA(Additive):
         n = int(attributes.pop("beta", 256))
         high, low = (int(part) for part in (random((2,)).abs() * (1 << 23)).tolist())
         seeds = (high << 24) + low + W.new_zeros(rank).long().cumsum(0) + (W.new_ones(rank).long().cumsum(0) - 1)
-        alpha = random((n,)) * (3 / (n * math.prod(W.shape[1:]))) ** 0.5
+        alpha = random((n,)) * (3 / math.prod(W.shape[1:])) ** 0.5
         return cls(alpha=alpha, beta=W.new_zeros(n), seeds=seeds, **attributes)
 
     def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -51,11 +51,8 @@ class NOLA(Additive):
         else:
             A = combine(self.alpha, self.seeds, 0, math.prod(shape[1:]))
             B = combine(self.beta, self.seeds, 1, shape[0]).mT
-        A = A.reshape(len(A), -1)
-        return (
-            A if self.A0 is None else A + self.A0.reshape(A.shape),
-            B if self.B0 is None else B + self.B0,
-        )
+        A, B = A.reshape(len(A), -1) / len(self.alpha) ** 0.5, B / len(self.beta) ** 0.5
+        return A if self.A0 is None else A + self.A0.reshape(A.shape), B if self.B0 is None else B + self.B0
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         A, B = self.factors(shape)

@@ -36,15 +36,15 @@ def formula(
     B0: Array | None = None,
     scaling: float = 1.0,
 ) -> Pair:
-    """W' = W + scaling * (B0 + sum beta_i B_i) (A0 + sum alpha_i A_i)."""
+    """W' = W + scaling * (B0 + sum beta_i B_i / sqrt(q)) (A0 + sum alpha_i A_i / sqrt(p))."""
     columns = W.reshape(len(W), -1).shape[1]
     if seeds is not None:
         A_bases = np.array([[_row(int(s), n, 0, columns) for s in seeds] for n in range(len(alpha))])
         B_bases = np.array([[_row(int(s), n, 1, len(W)) for s in seeds] for n in range(len(beta))]).swapaxes(1, 2)
     assert A_bases is not None
     assert B_bases is not None
-    A = sum(a * base.reshape(base.shape[0], -1) for a, base in zip(alpha, A_bases, strict=True))
-    B = sum(c * base for c, base in zip(beta, B_bases, strict=True))
+    A = sum(a * base.reshape(base.shape[0], -1) for a, base in zip(alpha, A_bases, strict=True)) / np.sqrt(len(alpha))
+    B = sum(c * base for c, base in zip(beta, B_bases, strict=True)) / np.sqrt(len(beta))
     A = A if A0 is None else A + A0.reshape(A0.shape[0], -1)
     B = B if B0 is None else B + B0
     return W + scaling * np.einsum("or,rc->oc", B, A).reshape(W.shape), b

@@ -1,0 +1,166 @@
+"""GLoRA: `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`, or `glora_A.zeros` for no support; the same of B to E."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ....errors import Malformed, ShapeMismatch
+from ....methods.glora import GLoRA
+from ....tensors.lazy import Lazy, as_array, as_lazy
+from ..file import File, Findings, Found, Kept, make
+from ._family import Family, Own, check_rank
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....updates import Update
+    from ..keys import Key
+
+FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
+"""Word in the config -> ends of the fields."""
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Rank, and in which form each support is."""
+
+    r: int = 4
+    config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
+    config_C: Literal["lora", "vector", "none"] = "lora"
+    config_D_E: Literal["vector", "constant", "none"] = "constant"
+
+    def form(self, support: str) -> str:
+        return {"A": self.config_A_B, "B": self.config_A_B, "C": self.config_C}.get(support, self.config_D_E)
+
+
+class GloraFamily(Family):
+    """GLORA."""
+
+    peft_type = "GLORA"
+    method = GLoRA
+    parts = tuple(f"glora_{support}.{leaf}" for support in "ABCDE" for leaf in ("Xd", "Xu", "X", "zeros"))
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "config_A_B": "form of A and B",
+        "config_C": "form of C, where the module has a bias",
+        "config_D_E": "form of D and E, where the module has a bias",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True}
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        for found in super().decode(file):
+            if isinstance(found, Found) and not found.update.tensors:
+                yield from (Kept(key) for key in found.keys.values())
+            else:
+                yield found
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        tensors: dict[str, Lazy] = {}
+        names: dict[str, Key] = {}
+        for support in "ABCDE":
+            for field, key in _fields(file, support, keys):
+                names[field] = key
+                if "." not in field:
+                    tensors[field] = _flat(field, file.tensors[key])
+        anchor = next(iter(tensors), "A")
+        names = {field.replace("*", anchor): key for field, key in names.items()}
+        some = next(iter(keys.values()))
+        return Found(some.path, make("glora", tensors), names)
+
+    @classmethod
+    def encode(cls, update: GLoRA) -> dict[str, tuple[str, Lazy]]:
+        held = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
+        encoded = {name: (_part(name), _full(name, leaf)) for name, leaf in held.items()}
+        anchor, dims = next(iter(held)), update.dims()
+        sizes = {"A": ("out", "in"), "B": ("out", "in"), "C": ("in", ""), "D": ("out",), "E": ("out",)}
+        for support, axes in sizes.items():
+            if not any(name[0] == support for name in held):
+                shape = tuple(int(str(dims.get(axis, 0))) if axis else 1 for axis in axes)
+                encoded[f"{anchor}.{support}"] = f"glora_{support}.zeros", _zeros(shape, held[anchor])
+        return encoded
+
+    @classmethod
+    def why_not(cls, target: Target, update: GLoRA) -> str:
+        forms = {s: {name[1:] for name in update.tensors if name[0] == s} for s in "ABCDE"}
+        if forms["A"] != forms["B"] or forms["D"] != forms["E"]:
+            return "glora with A and B, or D and E, in different forms"
+        if {"out", "in"} - update.dims().keys() and not all(forms.values()):
+            return "glora without factors: nothing tells the size of the weight"
+        return super().why_not(target, update)
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        found = list(cls.of_it(updates).values())
+        ranks = [int(str(update.dims()["r"])) for update in found if "r" in update.dims()]
+        fields = {"config_A_B": "A", "config_C": "C", "config_D_E": "D"}
+        return {"r": max(ranks, default=4), **{name: _form(support, found) for name, support in fields.items()}}
+
+
+def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple[str, Key]]:
+    """Field -> key of one support; of one that is absent `*.X`, the star standing for any field that is there."""
+    leaves = {
+        leaf: keys[f"glora_{support}.{leaf}"]
+        for leaf in ("Xd", "Xu", "X", "zeros")
+        if f"glora_{support}.{leaf}" in keys
+    }
+    form = file.settings.own.form(support)
+    wanted = {"Xd", "Xu"} if form == "lora" else {"X"}
+    if leaves.keys() == {"zeros"}:
+        if as_array(file.tensors[leaves["zeros"]]).any():
+            raise Malformed("values where there is no support", where=leaves["zeros"].text, cure=_AGAIN)
+        yield f"*.{support}", leaves["zeros"]
+    elif form == "none" or leaves.keys() != wanted:
+        some = next(iter(leaves.values()), next(iter(keys.values())))
+        why = f"glora_{support} is not there in the form that the config says, {form}"
+        raise Malformed(why, where=some.text, cure="The config is not of this file")
+    elif form == "lora":
+        check_rank(leaves["Xd"], file.tensors[leaves["Xd"]], file.settings.own.r, axis=1)
+        yield f"{support}_d", leaves["Xd"]
+        yield f"{support}_u", leaves["Xu"]
+    else:
+        field = support if form == "vector" else f"{support}_c"
+        _check_vector(field, leaves["X"], file.tensors[leaves["X"]])
+        yield field, leaves["X"]
+
+
+def _check_vector(field: str, key: Key, tensor: Lazy) -> None:
+    column = field in ("A", "B", "C")
+    if len(tensor.shape) != 1 + column or (column and tensor.shape[1] != 1):
+        why = f"{list(tensor.shape)} is no {'column' if column else 'vector'}"
+        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+
+
+def _flat(field: str, tensor: Lazy) -> Lazy:
+    return tensor.reshape(tensor.shape[0]) if field in ("A", "B", "C") else tensor
+
+
+def _full(field: str, tensor: Lazy) -> Lazy:
+    return tensor.reshape(*tensor.shape, 1) if field in ("A", "B", "C") else tensor
+
+
+def _part(field: str) -> str:
+    leaf = {"_d": "Xd", "_u": "Xu"}.get(field[1:], "X")
+    return f"glora_{field[0]}.{leaf}"
+
+
+def _zeros(shape: tuple[int, ...], like: Lazy) -> Lazy:
+    size = like.dtype.itemsize
+    for length in shape:
+        size *= length
+    return Lazy(shape, like.dtype, lambda: bytes(size))
+
+
+def _form(support: str, updates: list[GLoRA]) -> str:
+    ends = next(
+        (
+            tuple(n[1:] for n in u.tensors if n[0] == support)
+            for u in updates
+            if any(n[0] == support for n in u.tensors)
+        ),
+        (),
+    )
+    return next(word for word, form in FORMS.items() if form == ends)
+
+
+_AGAIN = "Save the adapter again with PEFT"
