@@ -1,11 +1,14 @@
-"""KaSA: W' = W without its r smallest singular values + scaling * B @ diag @ A.  Wang et al. 2024, arXiv:2412.06071"""
+"""KaSA: LoRA in the place of the base's smallest singular values.  Wang et al. 2024, https://arxiv.org/abs/2412.06071
+
+W' = W without its r smallest singular values + scaling * B @ diag @ A.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ShapeMismatch
-from ..tensors.namespace import namespace
+from ..tensors.decompositions import svd
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class KaSA(WeightUpdate):
-    """W' = U' S' V' + scaling * (B * diag) @ A; U' S' V' is the SVD of W cut to min(out, in) - r components."""
+    """W' = W - U' S' V' + scaling * (B * diag) @ A; U' S' V' are the r last components of the SVD of W."""
 
     paper = "https://arxiv.org/abs/2412.06071"
 
@@ -40,13 +43,5 @@ class KaSA(WeightUpdate):
     def new_weight(self, W: Tensor) -> Tensor:
         kept = min(W.shape) - len(self.A)
         U, S, V = svd(W)
-        new: Tensor = (U[:, :kept] * S[:kept]) @ V[:kept] + (self.scaling * self.B * self.diag) @ self.A
+        new: Tensor = W - (U[:, kept:] * S[kept:]) @ V[kept:] + (self.scaling * self.B * self.diag) @ self.A
         return new
-
-
-def svd(W: Any) -> tuple[Any, Any, Any]:
-    """The thin SVD, in float32 where W is narrower."""
-    xp = namespace(W)
-    wide = W if W.dtype in (xp.float32, xp.float64) else xp.astype(W, xp.float32)
-    U, S, V = xp.linalg.svd(wide, full_matrices=False)
-    return xp.astype(U, W.dtype), xp.astype(S, W.dtype), xp.astype(V, W.dtype)

@@ -1,7 +1,8 @@
 """NOLA: A and B of LoRA as sums of random matrices.  Koohpayegani et al. 2023, https://arxiv.org/abs/2310.02556
 
-W' = W + scaling * B @ A, A = sum alpha_i A_i / sqrt(p) over p of them, B likewise. The random matrices follow from seeds by a generator that the spec defines to the bit, and are
-drawn a few at a time. Those of a generator that cannot be repeated are stored: `A_bases`, `B_bases`.
+W' = W + scaling * B @ A, A = sum alpha_i A_i / sqrt(p) over p random matrices, B likewise. They follow from seeds by a
+generator that the spec defines to the bit, and are drawn a few at a time. Those of a generator that cannot be repeated
+are stored: `A_bases`, `B_bases`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ FIELDS = {
     ("lora_B", "bias"): "bias",
     ("lora_embedding_A", ""): "A",
     ("lora_embedding_B", ""): "B",
+    ("lora_diag", ""): "diag",
     ("lora_magnitude_vector", ""): "magnitude",
     ("lora_magnitude_vector", "weight"): "magnitude",
 }
@@ -84,9 +85,22 @@ def check_rank(factors: Factors, rank: int, experts: int = 1) -> None:
             )  # fmt: skip
 
 
-def adapt(settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0) -> Update:
-    """The LoRA or DoRA whose scaling the config gives to the module or parameter `name`, `times` over."""
-    return make("dora" if "magnitude" in tensors else "lora", tensors, scaling=settings.scaling(name) * times)
+def adapt(
+    settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0, *, embedding: bool = False
+) -> Update:
+    """The update whose law and scaling the config gives to the module or parameter `name`, `times` over."""
+    return make(_method(settings, tensors, embedding), tensors, scaling=settings.scaling(name) * times)
+
+
+def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) -> str:
+    if "magnitude" in tensors:
+        return "dora"
+    if "diag" in tensors:
+        return "kasa"
+    if tensors.keys() & {"A_blocks", "B_blocks"}:
+        return "bdlora"
+    # PEFT leaves an embedding's table as it is.
+    return "lora" if embedding else settings.residual or "lora"
 
 
 def _factors(file: File, stem: str, slots: Mapping[tuple[str, str], Key]) -> Factors:
@@ -103,7 +117,10 @@ def _factors(file: File, stem: str, slots: Mapping[tuple[str, str], Key]) -> Fac
 
 
 def _check_partners(settings: Settings, keys: Mapping[str, Key], where: str) -> None:
-    needs = {"A": True, "B": True, "magnitude": settings.use_dora, "bias": settings.lora_bias}
+    needs = {
+        "A": True, "B": True, "magnitude": settings.use_dora, "bias": settings.lora_bias,
+        "diag": settings.kasa_config is not None,
+    }  # fmt: skip
     for name, needed in needs.items():
         if needed and name not in keys:
             raise Malformed(f"its partner is not in the file: {_WORDS[name]}", where=where, cure=_AGAIN)
@@ -112,5 +129,8 @@ def _check_partners(settings: Settings, keys: Mapping[str, Key], where: str) -> 
             raise Malformed(why, where=keys[name].text, cure="The config is not of this file")
 
 
-_WORDS = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector of DoRA", "bias": "the bias of lora_bias"}
+_WORDS = {
+    "A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector of DoRA", "bias": "the bias of lora_bias",
+    "diag": "lora_diag of KaSA",
+}  # fmt: skip
 _AGAIN = "Save the adapter again with PEFT"
