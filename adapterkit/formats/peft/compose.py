@@ -9,7 +9,7 @@ from ...methods.ia3 import IA3
 from .families import family_of_type
 from .hints import Hints, fingerprint
 from .losses import Updates
-from .modules import family_fields, ia3_fields, lora_fields, token_fields
+from .modules import copy_fields, family_fields, ia3_fields, lora_fields, token_fields
 from .pairs import PAIRS, law_fields
 from .spelling import is_embedding, lora_paths
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FRESH: dict[str, dict[str, Any]] = {
     "LORA": {"bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0},
     "IA3": {"fan_in_fan_out": False, "init_ia3_weights": True},
+    "LN_TUNING": {},
     "TRAINABLE_TOKENS": {"init_weights": True},
 }
 """What a config says that never was PEFT's; fields that PEFT did not always have are left to their defaults."""
@@ -62,7 +63,8 @@ def configs(
 def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[str, Any]:
     if family := family_of_type(peft_type):
         return family_fields(updates, family.method, base)
-    return {"LORA": lora_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}[peft_type](updates, base)
+    lists = {"LORA": lora_fields, "LN_TUNING": copy_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}
+    return lists[peft_type](updates, base)
 
 
 def _over(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

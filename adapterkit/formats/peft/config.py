@@ -12,7 +12,7 @@ from ...errors import Malformed, Unsupported
 from .families import FAMILIES, family_of_type
 from .patterns import first_match, matches
 
-PEFT_TYPES = ("IA3", "LORA", "TRAINABLE_TOKENS")
+PEFT_TYPES = ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
 """The values of `peft_type` that are read beside those of `families`."""
 
 READ = {

@@ -12,6 +12,7 @@ from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...names.layouts import IN_OUT
 from ...tensors.lazy import Lazy, as_lazy
+from . import ln_tuning
 from .experts import depths, told_apart, unstack
 from .families import Family, family_of
 from .keys import PREFIX
@@ -160,7 +161,8 @@ def _spell_update(
     elif isinstance(update, Replacement):
         for field, leaf in update.tensors.items():
             whole = stored(as_lazy(leaf), target.layout) if field == "weight" else as_lazy(leaf)
-            yield field, names.inside(_whole_name(target.path, field, names.base)), whole, False
+            name = names.inside(_whole_name(target.path, field, names.base))
+            yield field, ln_tuning.spelled(name) if peft_type == "LN_TUNING" else name, whole, False
     elif family := family_of(update):
         for field, (part, leaf) in family.encode(update).items():
             key = part if is_shared(family, part) else f"{names.inside(target.path)}.{part}"

@@ -103,6 +103,8 @@ def _peft_type(updates: Updates, hints: Hints) -> str:
         return own.get(method, "IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
     read = hints.config.get("peft_type")
+    if read == "LN_TUNING" and not numbers:
+        return "LN_TUNING"
     alone = read == "TRAINABLE_TOKENS" or (read != "LORA" and len(numbers) == len(updates))
     return "TRAINABLE_TOKENS" if numbers and alone and all(n == numbers[0] for n in numbers) else "LORA"
 
