@@ -52,7 +52,7 @@ class NOLA(Additive):
         else:
             A = combine(self.alpha, self.seeds, 0, math.prod(shape[1:]))
             B = combine(self.beta, self.seeds, 1, shape[0]).mT
-        A, B = A.reshape(len(A), -1) / len(self.alpha) ** 0.5, B / len(self.beta) ** 0.5
+        A, B = A.reshape(len(A), -1) / max(len(self.alpha), 1) ** 0.5, B / max(len(self.beta), 1) ** 0.5
         return A if self.A0 is None else A + self.A0.reshape(A.shape), B if self.B0 is None else B + self.B0
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:

@@ -38,12 +38,13 @@ def uniform(seeds: Any, stream: int, first: int, stop: int, count: int, dtype: A
     seed div 2^32), taken as w / 2^31 - 1 and rounded once to the dtype.
     """
     xp = namespace(seeds)
-    places = xp.arange((count + 3) // 4, dtype=xp.int64, device=_device(seeds))
+    quarters = (count + 3) // 4
+    places = xp.arange(quarters, dtype=xp.int64, device=_device(seeds))
     vectors = xp.arange(first, stop, dtype=xp.int64, device=_device(seeds))[:, None, None]
     key = seeds[None, :, None] & WORD, seeds[None, :, None] >> 32 & WORD
     words = philox((places[None, None], vectors, vectors * 0 + stream, vectors * 0), key)
     drawn = xp.stack([word + 0 * words[0] for word in words], axis=-1)
-    flat = xp.reshape(drawn, (stop - first, len(seeds), -1))[..., :count]
+    flat = xp.reshape(drawn, (stop - first, len(seeds), 4 * quarters))[..., :count]
     return xp.astype(flat - (1 << 31), dtype) * 2.0**-31
 
 
@@ -54,7 +55,7 @@ def combine(coefficients: Any, seeds: Any, stream: int, count: int) -> Any:
     """
     n, step = len(coefficients), max(1, CHUNK // max(len(seeds) * count, 1))
     total: Any = 0
-    for first in range(0, n, step):
+    for first in range(0, max(n, 1), step):
         total = total + _term(coefficients[first : first + step], seeds, stream, first, count)
     return total
 
@@ -65,7 +66,7 @@ def _term(coefficients: Any, seeds: Any, stream: int, first: int, count: int) ->
 
     def weighed(c: Any) -> Any:
         vectors = xp.astype(uniform(seeds, stream, first, first + len(c), count, wide), c.dtype)
-        return (c @ vectors.reshape(len(c), -1)).reshape(len(seeds), count)
+        return (c @ vectors.reshape(len(c), len(seeds) * count)).reshape(len(seeds), count)
 
     if not getattr(coefficients, "requires_grad", False):
         return weighed(coefficients)
