@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ShapeMismatch
 from ..tensors.namespace import namespace
-from ..tensors.products import add_product
+from ..tensors.products import product
 from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ class BDLoRA(Additive):
         A, B = self.factors()
         return (self.scaling * B) @ A
 
-    def add_to(self, W: Tensor, weight: float) -> None:
+    def delta_into(self, D: Tensor, weight: float) -> None:
         A, B = self.factors()
-        add_product(W, B, A, weight * self.scaling)
+        product(D, (weight * self.scaling) * B, A)
 
     def forward(self, x: Any, layer: Any) -> Any:
         A, B = self.factors()

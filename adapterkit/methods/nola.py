@@ -11,7 +11,6 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..tensors.philox import combine
-from ..tensors.products import add_product
 from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
@@ -58,13 +57,6 @@ class NOLA(Additive):
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         A, B = self.factors(shape)
         return (self.scaling * B @ A).reshape(shape)
-
-    def add_to(self, W: Tensor, weight: float) -> None:
-        A, B = self.factors(tuple(W.shape))
-        if W.ndim == 2:
-            add_product(W, B, A, weight * self.scaling)
-        else:
-            W += weight * self.scaling * (B @ A).reshape(W.shape)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
         A, B = self.factors(shape)

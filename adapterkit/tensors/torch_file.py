@@ -53,8 +53,8 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
     """The tensors of a state dict that `torch.save` wrote, by name, in the file's order; no tensor data is read yet.
 
     A lone `state_dict`, `model` or `model_state_dict` entry around the state dict is taken off, and a module's
-    `_metadata` is dropped: it holds versions of code, not weights. Names that share a storage all come back. A tensor that is contiguous has a
-    `span`; any other view is gathered by its `fetch`. Files stay closed between fetches.
+    `_metadata` is dropped: it holds versions of code, not weights. Names that share a storage all come back. A tensor
+    that is contiguous has a `span`; any other view is gathered by its `fetch`. Files stay closed between fetches.
 
     Raises:
         Malformed: the file breaks the rules of its container, a view leaves its storage, or an entry is not a tensor.

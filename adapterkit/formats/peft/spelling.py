@@ -164,7 +164,8 @@ def _spell_update(
             name = names.inside(_whole_name(target.path, field, names.base))
             yield field, ln_tuning.spelled(name) if peft_type == "LN_TUNING" else name, whole, False
     elif family := family_of(update):
-        for field, (part, leaf) in family.encode(update).items():
+        weight = None if names.base is None else names.base.tensors.get(f"{target.path}.weight")
+        for field, (part, leaf) in family.encode_at(update, None if weight is None else weight.shape).items():
             key = part if is_shared(family, part) else f"{names.inside(target.path)}.{part}"
             yield field, key, leaf, False
 

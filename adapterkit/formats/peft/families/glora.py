@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ....errors import Malformed, ShapeMismatch
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
 """Word in the config -> ends of the fields."""
+
+
+LEAVES = ("Xd", "Xu", "X", "zeros")
 
 
 class Fields(Own, frozen=True, kw_only=True):
@@ -37,7 +41,7 @@ class GloraFamily(Family):
 
     peft_type = "GLORA"
     method = GLoRA
-    parts = tuple(f"glora_{support}.{leaf}" for support in "ABCDE" for leaf in ("Xd", "Xu", "X", "zeros"))
+    parts = tuple(f"glora_{s}.{leaf}" for s in "ABCDE" for leaf in LEAVES if s in "ABC" or leaf in ("X", "zeros"))
     own: ClassVar[type[Own]] = Fields
     read: ClassVar[Mapping[str, str]] = {
         "config_A_B": "form of A and B",
@@ -49,35 +53,29 @@ class GloraFamily(Family):
     @classmethod
     def decode(cls, file: File) -> Findings:
         for found in super().decode(file):
-            if isinstance(found, Found) and not found.update.tensors:
-                yield from (Kept(key) for key in found.keys.values())
-            else:
+            if not isinstance(found, Found) or found.update.tensors:
                 yield found
+        yield from (Kept(key) for key in file.tensors if key.part.startswith("glora_") and key.part.endswith(".zeros"))
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        tensors: dict[str, Lazy] = {}
-        names: dict[str, Key] = {}
-        for support in "ABCDE":
-            for field, key in _fields(file, support, keys):
-                names[field] = key
-                if "." not in field:
-                    tensors[field] = _flat(field, file.tensors[key])
-        anchor = next(iter(tensors), "A")
-        names = {field.replace("*", anchor): key for field, key in names.items()}
-        some = next(iter(keys.values()))
-        return Found(some.path, make("glora", tensors), names)
+        fields = {field: key for support in "ABCDE" for field, key in _fields(file, support, keys)}
+        tensors = {field: _flat(field, file.tensors[key]) for field, key in fields.items()}
+        return Found(next(iter(keys.values())).path, make("glora", tensors), fields)
 
     @classmethod
     def encode(cls, update: GLoRA) -> dict[str, tuple[str, Lazy]]:
+        return cls.encode_at(update, None)
+
+    @classmethod
+    def encode_at(cls, update: GLoRA, shape: tuple[int, ...] | None) -> dict[str, tuple[str, Lazy]]:
         held = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
         encoded = {name: (_part(name), _full(name, leaf)) for name, leaf in held.items()}
-        anchor, dims = next(iter(held)), update.dims()
-        sizes = {"A": ("out", "in"), "B": ("out", "in"), "C": ("in", ""), "D": ("out",), "E": ("out",)}
-        for support, axes in sizes.items():
-            if not any(name[0] == support for name in held):
-                shape = tuple(int(str(dims.get(axis, 0))) if axis else 1 for axis in axes)
-                encoded[f"{anchor}.{support}"] = f"glora_{support}.zeros", _zeros(shape, held[anchor])
+        anchor, dims = next(iter(held)), dict(zip(("out", "in"), shape or (), strict=False)) | update.dims() | {"1": 1}
+        for support, axes in _SIZES.items():
+            sizes = [dims.get(axis) for axis in axes]
+            if all(isinstance(size, int) for size in sizes) and not any(name[0] == support for name in held):
+                encoded[f"{anchor}.{support}"] = f"glora_{support}.zeros", _zeros(sizes, held[anchor])
         return encoded
 
     @classmethod
@@ -85,8 +83,6 @@ class GloraFamily(Family):
         forms = {s: {name[1:] for name in update.tensors if name[0] == s} for s in "ABCDE"}
         if forms["A"] != forms["B"] or forms["D"] != forms["E"]:
             return "glora with A and B, or D and E, in different forms"
-        if {"out", "in"} - update.dims().keys() and not all(forms.values()):
-            return "glora without factors: nothing tells the size of the weight"
         return super().why_not(target, update)
 
     @classmethod
@@ -98,26 +94,22 @@ class GloraFamily(Family):
 
 
 def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple[str, Key]]:
-    """Field -> key of one support; of one that is absent `*.X`, the star standing for any field that is there."""
-    leaves = {
-        leaf: keys[f"glora_{support}.{leaf}"]
-        for leaf in ("Xd", "Xu", "X", "zeros")
-        if f"glora_{support}.{leaf}" in keys
-    }
+    """Field -> key of one support; nothing for one that is absent, be it saved as zeros or not at all."""
+    leaves = {leaf: keys[part] for leaf in LEAVES if (part := f"glora_{support}.{leaf}") in keys}
     form = file.settings.own.form(support)
-    wanted = {"Xd", "Xu"} if form == "lora" else {"X"}
+    unbiased = not any(part[6] in "CDE" and not part.endswith(".zeros") for part in keys)
+    if not leaves and (form == "none" or (support in "CDE" and unbiased)):
+        return
     if leaves.keys() == {"zeros"}:
         if as_array(file.tensors[leaves["zeros"]]).any():
             raise Malformed("values where there is no support", where=leaves["zeros"].text, cure=_AGAIN)
-        yield f"*.{support}", leaves["zeros"]
-    elif form == "none" or leaves.keys() != wanted:
+    elif form == "none" or leaves.keys() != ({"Xd", "Xu"} if form == "lora" else {"X"}):
         some = next(iter(leaves.values()), next(iter(keys.values())))
         why = f"glora_{support} is not there in the form that the config says, {form}"
         raise Malformed(why, where=some.text, cure="The config is not of this file")
     elif form == "lora":
         check_rank(leaves["Xd"], file.tensors[leaves["Xd"]], file.settings.own.r, axis=1)
-        yield f"{support}_d", leaves["Xd"]
-        yield f"{support}_u", leaves["Xu"]
+        yield from ((f"{support}_d", leaves["Xd"]), (f"{support}_u", leaves["Xu"]))
     else:
         field = support if form == "vector" else f"{support}_c"
         _check_vector(field, leaves["X"], file.tensors[leaves["X"]])
@@ -144,11 +136,8 @@ def _part(field: str) -> str:
     return f"glora_{field[0]}.{leaf}"
 
 
-def _zeros(shape: tuple[int, ...], like: Lazy) -> Lazy:
-    size = like.dtype.itemsize
-    for length in shape:
-        size *= length
-    return Lazy(shape, like.dtype, lambda: bytes(size))
+def _zeros(shape: Sequence[Any], like: Lazy) -> Lazy:
+    return Lazy(tuple(shape), like.dtype, lambda: bytes(math.prod(shape) * like.dtype.itemsize))
 
 
 def _form(support: str, updates: list[GLoRA]) -> str:
@@ -162,5 +151,8 @@ def _form(support: str, updates: list[GLoRA]) -> str:
     )
     return next(word for word, form in FORMS.items() if form == ends)
 
+
+_SIZES = {"A": ("out", "in"), "B": ("out", "in"), "C": ("in", "1"), "D": ("out",), "E": ("out",)}
+"""Support -> axes of the zeros that PEFT saves in its place."""
 
 _AGAIN = "Save the adapter again with PEFT"
