@@ -33,7 +33,8 @@ ORDER = {Replacement: 0, **dict.fromkeys(ACTING, 1), Rows: 2}
 def find_losses(updates: Updates, base: Checkpoint | None) -> list[Loss]:
     """Every update that a PEFT file has no words for, each once."""
     found: dict[tuple[Target, int], str] = {}
-    for losses in (_alone(updates, base), _together(updates), _biases(updates, base), _attentions(updates)):
+    parties = (_biases(updates, base), _attentions(updates), _families(updates, base))
+    for losses in (_alone(updates, base), _together(updates), *parties):
         for target, position, why in losses:
             found.setdefault((target, position), why)
     return [(target, position, why) for (target, position), why in found.items()]
@@ -121,6 +122,15 @@ def _attentions(updates: Updates) -> Iterator[Loss]:
                 said = (int(update.A.shape[-2 if target.stacked else 0]), update.scaling)
                 if first.setdefault(config_name(target, paths), said) != said:
                     yield target, position, "another rank or scaling than the attention's other projection"
+
+
+def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
+    """What the config of a family says once for all of its modules."""
+    method = acting_method(updates)
+    family = next((family for family in FAMILIES.values() if family.method is method), None)
+    for target, why in family.apart(updates, base) if family else ():
+        position = next(i for i, update in enumerate(updates[target]) if type(update) is method)
+        yield target, position, why
 
 
 def _name(method: type[Update] | None) -> str:

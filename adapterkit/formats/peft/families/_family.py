@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -14,6 +15,7 @@ from ..patterns import first_match
 
 if TYPE_CHECKING:
     from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
     from ....tensors.lazy import Lazy
     from ....updates import Update
     from ..config import Settings
@@ -38,6 +40,7 @@ class Family(ABC):
         read: fields that change what its tensors mean, with what they do; those of all types aside.
         harmless: fields of its own that change nothing, with the reason.
         fresh: what a config says that never was PEFT's.
+        folds: tensor fields, of which the first that is present takes in a scaling that the config cannot say.
     """
 
     peft_type: ClassVar[str]
@@ -49,6 +52,7 @@ class Family(ABC):
     read: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[Mapping[str, str]] = {}
     fresh: ClassVar[Mapping[str, Any]] = {}
+    folds: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def decode(cls, file: File) -> Findings:
@@ -70,7 +74,10 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, update: Any) -> dict[str, tuple[str, Lazy]]:
-        """Field -> part, or shared key, and tensor as PEFT stores it; `field.0`, `field.1`, ... for parts of a field."""
+        """Field -> part, or shared key, and tensor as PEFT stores it; `field.0`, `field.1`, ... for parts of a field.
+
+        A part with a dot before it is the module's own, also where a shared key is called the same.
+        """
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
@@ -81,6 +88,23 @@ class Family(ABC):
     @abstractmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
         """The fields that say what tensors do not: ranks, scalings, forms."""
+
+    @classmethod
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
+        """The same, for families of which shapes of the base say more."""
+        return cls.numbers(updates)
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        """Targets whose update one file cannot say beside the others, and why."""
+        yield from ()
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        """Paths of the updates whose scaling no alpha gives to the last bit."""
+        return []
 
     @classmethod
     def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
@@ -103,6 +127,18 @@ def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     fields, _ = number_fields(scales, (False,))
     del fields["use_rslora"]
     return {"alpha" if name == "lora_alpha" else name: value for name, value in fields.items()}
+
+
+def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
+    """The modules whose scaling is no alpha / r."""
+    return number_fields(scales, (False,))[1]
+
+
+def minority(said: Mapping[Target, Any]) -> list[Target]:
+    """The targets that do not say what most of them say, or what the first of equally many says."""
+    count = Counter(said.values())
+    most = max(count, key=lambda value: count[value], default=None)
+    return [target for target, value in said.items() if value != most]
 
 
 def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
