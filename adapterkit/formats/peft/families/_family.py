@@ -112,6 +112,13 @@ class Family(ABC):
         return {t.path: update for t, found in updates.items() for update in found if type(update) is cls.method}
 
 
+    @classmethod
+    def turned(cls, updates: Mapping[Target, tuple[Update, ...]]) -> bool:
+        """Whether weights among its targets are stored [in, out]: `fan_in_fan_out`."""
+        own = (target for target, found in updates.items() if any(type(update) is cls.method for update in found))
+        return any(target.layout == "in out *k" for target in own)
+
+
 class Scaled(Own, frozen=True, kw_only=True):
     """Fields of a family whose scaling is alpha / r."""
 
@@ -139,6 +146,14 @@ def minority(said: Mapping[Target, Any]) -> list[Target]:
     count = Counter(said.values())
     most = max(count, key=lambda value: count[value], default=None)
     return [target for target, value in said.items() if value != most]
+
+
+def stored_inputs(base: Checkpoint | None, target: Target) -> int | None:
+    """How many inputs the weight of a linear layer has, where the base tells."""
+    weight = None if base is None else base.tensors.get(f"{target.path}.weight")
+    if weight is None or len(weight.shape) != 2:
+        return None
+    return weight.shape[0 if target.layout == "in out *k" else 1]
 
 
 def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
