@@ -75,7 +75,7 @@ def test_sides_are_split_as_peft_splits_them():
             assert even_split(size, factor) == factorization(size, factor)
 
 
-def test_peft_scrambles_whole_kernels_of_one_axis(trained, tmp_path):
+def test_peft_scrambles_whole_kernels_of_one_axis(trained):
     """LyCORIS multiplies each place of the kernel by itself; PEFT takes a matrix for a stack of kernels."""
     model, folder, base = trained(Layers, LoKrConfig(r=8, alpha=4, target_modules=["conv1"], init_weights=False))
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -168,7 +168,8 @@ def test_what_only_the_base_tells_is_asked_for(trained, tmp_path):
     with pytest.raises(UsageError, match=r"known to the base only.*Pass base=") as raised:
         ak.read(folder)
     assert raised.value.where == "block.0.q"
-    save_file({f"block.{n}.{m}.weight": torch.zeros(3, 3) for n in (0, 1) for m in ("q", "up")}, tmp_path / "b.safetensors")
+    names = [f"block.{n}.{module}.weight" for n in (0, 1) for module in ("q", "up")]
+    save_file({name: torch.zeros(3, 3) for name in names}, tmp_path / "b.safetensors")
     with pytest.raises(ShapeMismatch, match="made for 8 outputs; the base has"):
         ak.read(folder, base=tmp_path / "b.safetensors")
     edit(folder, save_projection=True)
@@ -228,7 +229,7 @@ def test_peft_loads_a_pruned_adalora_without_alpha_with_another_factor(trained):
     config = AdaLoraConfig(
         init_r=4, total_step=9, lora_alpha=0, target_modules=["q"], rank_pattern=left, init_lora_weights=False
     )
-    model, folder, base = trained(Layers, config)
+    model, folder, _ = trained(Layers, config)
     tensors = load_file(folder / "adapter_model.safetensors")
     A, B, E = (tensors[f"base_model.model.block.1.q.lora_{name}"].double() for name in "ABE")
     assert E.shape == (2, 1)
@@ -272,7 +273,7 @@ def test_scalings_that_no_alpha_gives_are_folded_if_allowed(method, leaves, fiel
         ak.write(adapter, tmp_path / "a", "peft")
     lines = ak.write(adapter, tmp_path / "a", "peft", on_loss="fold")
     assert lines == ["folded the scaling into a factor of a"]
-    (_, update), = ak.read(tmp_path / "a")
+    ((_, update),) = ak.read(tmp_path / "a")
     assert abs(update.scaling - 1) < 1e-4
     torch.testing.assert_close(as_torch(update.tensors[field]), (given[field].double() * scaling).float())
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotMergeable
-from ..tensors.products import add_product
+from ..tensors.products import product
 from ..updates import Additive
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ class LowRank(Additive):
         B, A = self.pair(shape)
         return (B @ A).reshape(shape)
 
-    def add_to(self, W: Tensor, weight: float) -> None:
-        if W.ndim == 2:
-            add_product(W, *self.pair(tuple(W.shape)), weight)
+    def delta_into(self, D: Tensor, weight: float) -> None:
+        if D.ndim == 2:
+            B, A = self.pair(tuple(D.shape))
+            product(D, weight * B, A)
         else:
-            super().add_to(W, weight)
+            super().delta_into(D, weight)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
         B, A = self.pair(shape)

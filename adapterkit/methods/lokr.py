@@ -56,7 +56,8 @@ class LoKr(Additive):
             raise Malformed(why, cure="Write the adapter again")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
-        return kron(self.scaling * self._first, self._second).reshape(shape)
+        D: Tensor = kron(self.scaling * self._first, self._second).reshape(shape)
+        return D
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
         squares = [float((factor * factor).sum()) for factor in (self._first, self._second)]
@@ -66,7 +67,7 @@ class LoKr(Additive):
         w1, w2 = self._first, self._second
         first, last = start // len(w2), -(-stop // len(w2))
         rows = kron(self.scaling * w1[first:last], w2)[start - first * len(w2) : stop - first * len(w2)]
-        return cast(Self, Dense(D=rows))  # a part of a Kronecker product is none
+        return cast(Self, Dense(D=rows, d=None))  # a part of a Kronecker product is none
 
     @property
     def _first(self) -> Any:

@@ -22,7 +22,7 @@ CASES = {
 }
 
 
-def update_of(path: str, module: Any, config: Any) -> Any:
+def update_of(_path: str, module: Any, _config: Any) -> Any:
     """The update of a wrapped module; a core swaps the axes of the factor on the side of the outputs."""
     if not isinstance(module, LoKrLayer):
         return None

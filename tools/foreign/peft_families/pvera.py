@@ -12,7 +12,7 @@ from adapterkit.methods import METHODS
 CASES = {"pvera": ("Layers", PveraConfig(r=2, target_modules=["q", "up"]))}
 
 
-def update_of(path: str, module: Any, config: Any) -> Any:
+def update_of(_path: str, module: Any, _config: Any) -> Any:
     """The update of a wrapped module; all of them hold the same projections."""
     if not isinstance(module, PveraLayer):
         return None

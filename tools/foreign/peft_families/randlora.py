@@ -12,7 +12,7 @@ from adapterkit.methods import METHODS
 CASES = {"randlora": ("Layers", RandLoraConfig(r=2, randlora_alpha=7, target_modules=["q", "up"]))}
 
 
-def update_of(path: str, module: Any, config: Any) -> Any:
+def update_of(_path: str, module: Any, _config: Any) -> Any:
     """The update of a wrapped module; all of them hold the same bases."""
     if not isinstance(module, RandLoraLayer):
         return None

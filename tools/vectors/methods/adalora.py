@@ -31,7 +31,5 @@ def cases() -> list[Case]:
     ]
 
 
-def _svd(
-    seed: str, out: int, columns: int, r: int = 2, scaling: float | None = 0.5, e: tuple[int, ...] = ()
-) -> Update:
+def _svd(seed: str, out: int, columns: int, r: int = 2, scaling: float | None = 0.5, e: tuple[int, ...] = ()) -> Update:
     return made("adalora", f"adalora.{seed}", scaling, A=(*e, r, columns), B=(*e, out, r), E=(*e, r))

@@ -47,7 +47,5 @@ def cases() -> list[Case]:
     ]
 
 
-def _made(
-    seed: str, out: int, *ins: int, r: int = 2, scaling: float | None = 0.5, e: tuple[int, ...] = ()
-) -> Update:
+def _made(seed: str, out: int, *ins: int, r: int = 2, scaling: float | None = 0.5, e: tuple[int, ...] = ()) -> Update:
     return update("lora_xs", f"lora_xs.{seed}", scaling, A=(*e, r, *ins), R=(*e, r, r), B=(*e, out, r))

@@ -7,9 +7,7 @@ from container import numbers
 from layers import Array
 
 
-def formula(
-    W: Array, b: Array | None, B: Array, lam: Array, A: Array, gamma: Array, scaling: float = 1.0
-) -> Pair:
+def formula(W: Array, b: Array | None, B: Array, lam: Array, A: Array, gamma: Array, scaling: float = 1.0) -> Pair:
     """Term by term: number q is base q // r of B's column q % r, and row q // n of A with gamma q % n."""
     r, n = lam.shape
     longer, shorter = max(W.shape), min(W.shape)

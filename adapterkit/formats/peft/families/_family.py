@@ -111,7 +111,6 @@ class Family(ABC):
         """Path -> its update, for the updates of this family."""
         return {t.path: update for t, found in updates.items() for update in found if type(update) is cls.method}
 
-
     @classmethod
     def turned(cls, updates: Mapping[Target, tuple[Update, ...]]) -> bool:
         """Whether weights among its targets are stored [in, out]: `fan_in_fan_out`."""

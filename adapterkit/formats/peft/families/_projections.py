@@ -33,7 +33,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
 
 class Projections(Family):
-    """VeRA's config and keys; `parts` are those of b and d, `shared` those of A and B, `halves` of which A has r rows."""
+    """VeRA's config and keys: `parts` are those of b and d, `shared` those of A and B; A has `halves` times r rows."""
 
     halves: ClassVar[int] = 1
     own: ClassVar[type[Own]] = Fields

@@ -48,8 +48,8 @@ class LokrFamily(Family):
     own: ClassVar[type[Own]] = Fields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r",
-        "decompose_both": "whether the first factor is taken apart where the rank is small; must be that of the tensors",
-        "decompose_factor": "how a side is split in two; must be that of the tensors",
+        "decompose_both": "whether the first factor is taken apart where the rank is small; as in the tensors",
+        "decompose_factor": "how a side is split in two; as in the tensors",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "module_dropout": "training only",

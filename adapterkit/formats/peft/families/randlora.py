@@ -137,7 +137,7 @@ def _needed(base: Checkpoint | None, own: Mapping[Target, RandLoRA]) -> tuple[in
 def _check_copy(file: File, copy: Key, original: Key) -> None:
     """A module's copy of a base is read to see that it is one: PEFT loads them all into the same tensor."""
     one, other = file.tensors[copy], file.tensors[original]
-    same = one is other or (one.shape, one.dtype) == (other.shape, other.dtype) and one.fetch() == other.fetch()
+    same = one is other or ((one.shape, one.dtype) == (other.shape, other.dtype) and one.fetch() == other.fetch())
     if not same:
         raise Malformed(f"is not the same as {original.text}", where=copy.text, cure=_AGAIN)
 

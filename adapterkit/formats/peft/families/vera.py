@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....methods.vera import VeRA
 from ._projections import Projections
@@ -19,4 +19,10 @@ class VeraFamily(Projections):
     parts = ("vera_lambda_b", "vera_lambda_d")
     shared = ("vera_A", "vera_B")
     harmless: ClassVar[Mapping[str, str]] = {"d_initial": "initial values", "vera_dropout": "training only"}
-    fresh = {"bias": "none", "d_initial": 0.1, "init_weights": True, "projection_prng_key": 0, "vera_dropout": 0.0}
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "bias": "none",
+        "d_initial": 0.1,
+        "init_weights": True,
+        "projection_prng_key": 0,
+        "vera_dropout": 0.0,
+    }
