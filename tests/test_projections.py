@@ -1,8 +1,10 @@
 """Products and shared projections: what PEFT's files leave to the reader, where PEFT is wrong, fresh adapters."""
 
 import copy
+import itertools
 import json
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -26,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 import adapterkit as ak
-from adapterkit.errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
+from adapterkit.errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.tensors.lazy import as_torch
 from adapterkit.tensors.products import even_split
@@ -381,6 +383,44 @@ def test_fresh_adapters_share_their_projections(method, tmp_path):
 def test_a_drawn_projection_costs_no_more_than_the_file_says(trained):
     """The rank is that of a tensor in the file, so a config cannot ask for more memory than that."""
     _, folder, base = trained(Layers, VeraConfig(r=5, target_modules=["q"], save_projection=False))
-    edit(folder, r=1 << 40)
+    edit(folder, r=1 << 30)
     with pytest.raises(ShapeMismatch, match="the config says rank"):
         ak.read(folder, base=base)
+
+
+FOLDERS = sorted(
+    path.parent for word in ("adalora*", "lokr*", "pvera", "randlora", "vera")
+    for path in Path(__file__).parent.parent.glob(f"spec/vectors/formats/peft/{word}/adapter_config.json")
+)  # fmt: skip
+SHAPES = [(0, 4), (4, 0), (1 << 61, 0), (3,), (), (1, 1), (2, 2, 2), (5, 7)]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_tensors_of_other_shapes_are_refused_by_name(folder, tmp_path):
+    """Whatever shape a file says: read as something valid, or a typed error with a place and a cure."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    refused = 0
+    for key, shape in itertools.product(tensors, SHAPES):
+        save_file(tensors | {key: torch.zeros(shape)}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+        try:
+            ak.read(tmp_path).validate()
+        except AdapterkitError as error:
+            assert error.where and error.cure
+            refused += 1
+    assert refused > len(tensors) * len(SHAPES) / 2
+
+
+@pytest.mark.parametrize(
+    ("method", "leaves"),
+    [
+        ("lokr", {"w1_a": (2, 0), "w1_b": (0, 2), "w2": (2, 3)}),
+        ("loha", {"w1_a": (4, 0), "w1_b": (0, 6), "w2_a": (4, 0), "w2_b": (0, 6)}),
+        ("randlora", {"B": (6, 2, 0), "lam": (0, 2), "A": (0, 1, 4), "gamma": (2, 4)}),
+        ("vera", {"A": (0, 6), "B": (4, 0), "b": (4,), "d": (0,)}),
+    ],
+)
+def test_what_has_no_elements_is_not_written(method, leaves, tmp_path):
+    update = METHODS[method](**{name: torch.zeros(shape) for name, shape in leaves.items()})
+    with pytest.raises(Unrepresentable, match=f"a: {method} of a tensor without elements"):
+        ak.write(ak.Adapter({ak.Target("a"): (update,)}), tmp_path / "a", "peft")

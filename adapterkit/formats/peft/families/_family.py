@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import msgspec
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..config import Settings
     from ..file import File, Findings, Found
     from ..keys import Key
+
+
+Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 
 
 class Own(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +43,7 @@ class Family(ABC):
         read: fields that change what its tensors mean, with what they do; those of all types aside.
         harmless: fields of its own that change nothing, with the reason.
         fresh: what a config says that never was PEFT's.
+        empty: tensors of its updates may have no elements.
         folds: tensor fields, of which the first that is present takes in a scaling that the config cannot say.
     """
 
@@ -52,6 +56,7 @@ class Family(ABC):
     read: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[Mapping[str, str]] = {}
     fresh: ClassVar[Mapping[str, Any]] = {}
+    empty: ClassVar[bool] = False
     folds: ClassVar[tuple[str, ...]] = ()
 
     @classmethod

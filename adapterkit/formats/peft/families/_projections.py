@@ -13,7 +13,7 @@ from ....tensors.dtypes import DTYPES
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Findings, Found, make
 from ..spelling import is_embedding
-from ._family import Family, Own, check_parts, minority, stored_inputs
+from ._family import Family, Own, Rank, check_parts, minority, stored_inputs
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -27,7 +27,7 @@ Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 class Fields(Own, frozen=True, kw_only=True):
     """Rank, and where the projections are."""
 
-    r: int = 256
+    r: Rank = 256
     projection_prng_key: Seed = 0
     save_projection: bool = True
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
-
-import msgspec
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed
 from ....methods.adalora import AdaLoRA
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Found, make
 from ..spelling import is_embedding
-from ._family import Family, Own, check_parts, check_rank, minority
+from ._family import Family, Own, Rank, check_parts, check_rank, minority
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -31,7 +29,7 @@ EPSILON = 1e-5
 class Fields(Own, frozen=True, kw_only=True):
     """The rank before training, and what was left of it."""
 
-    init_r: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 12
+    init_r: Rank = 12
     lora_alpha: float = 8
     rank_pattern: dict[str, list[bool]] | None = None
 
@@ -62,6 +60,7 @@ class AdaloraFamily(Family):
         "lora_dropout": 0.0,
         "total_step": 1,
     }
+    empty = True
     folds = ("E",)
 
     @classmethod

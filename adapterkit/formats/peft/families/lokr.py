@@ -168,6 +168,8 @@ def _turned(field: str, tensor: Lazy, forms: Mapping[str, str]) -> Lazy:
 def _check(update: LoKr, file: File, key: Key, kernel: int | None) -> None:
     own, rank = file.settings.own, file.settings.rank(key.path)
     update.dims()
+    if any(0 in leaf.shape for leaf in update.tensors.values()):
+        raise ShapeMismatch("a factor without elements", where=key.text, cure="Save the adapter again with PEFT")
     sizes = Sizes(update, kernel)
     if sizes.rank not in (None, rank) or not sizes.made_by(own.decompose_factor, own.decompose_both, rank):
         why = f"factors that PEFT does not make with rank {rank}, decompose_factor {own.decompose_factor}"

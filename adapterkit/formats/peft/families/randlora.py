@@ -11,7 +11,7 @@ from ....tensors.lazy import Lazy, as_lazy
 from ..alphas import exact_alpha
 from ..file import File, Found, make
 from ..spelling import is_embedding
-from ._family import Family, Own, check_parts, check_rank, minority, stored_inputs
+from ._family import Family, Own, Rank, check_parts, check_rank, minority, stored_inputs
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -27,7 +27,7 @@ SHARED = {"randlora_A": "A", "randlora_B": "B"}
 class Fields(Own, frozen=True, kw_only=True):
     """Rank and scaling, and where the bases are."""
 
-    r: int = 32
+    r: Rank = 32
     randlora_alpha: float = 640
     save_projection: bool = True
 
