@@ -79,7 +79,7 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, update: Any) -> dict[str, tuple[str, Lazy]]:
-        """Field -> part, or shared key, and tensor as PEFT stores it; `field.0`, `field.1`, ... for parts of a field.
+        """Field, or `field.0`, `field.1`, ... -> part or shared key, and tensor as PEFT stores it.
 
         A part with a dot before it is the module's own, also where a shared key is called the same.
         """
