@@ -1,6 +1,7 @@
 """Projections that all modules share, in PEFT's files and drawn again; LoRA-XS; fresh adapters."""
 
 import copy
+import json
 from functools import partial
 
 import numpy as np
@@ -45,7 +46,15 @@ def test_projections_are_drawn_again_bit_by_bit(kind, r, build, trained, tmp_pat
     ak.merge(base, adapter, tmp_path / "out")
     for name, tensor in load_file(tmp_path / "out" / "base.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
-    ak.write(adapter, tmp_path / "whole", "peft", base=base)
+    ak.write(adapter, tmp_path / "native.safetensors")
+    for number, same in enumerate((adapter, ak.read(tmp_path / "native.safetensors"))):
+        ak.write(same, tmp_path / f"again {number}", "peft")
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / f"again {number}" / file).read_bytes() == (folder / file).read_bytes()
+    other = {t: tuple(u.replace(A=2 * as_torch(u.A)) for u in us) for t, us in adapter.updates.items()}
+    ak.write(adapter.replace(updates=other), tmp_path / "other", "peft")
+    assert json.loads((tmp_path / "other" / "adapter_config.json").read_text())["save_projection"] is True
+    ak.write(adapter.replace(foreign=None), tmp_path / "whole", "peft", base=base)
     assert ak.read(tmp_path / "whole").digest() == adapter.digest()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged(model, tmp_path / "whole").items())
 

@@ -107,6 +107,11 @@ class Family(ABC):
         yield from ()
 
     @classmethod
+    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+        """Fields whose tensors a file with this config does not hold, where it says them all the same."""
+        return frozenset()
+
+    @classmethod
     def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
         """Paths of the updates whose scaling no alpha gives to the last bit."""
         return []

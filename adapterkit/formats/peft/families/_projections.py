@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import msgspec
@@ -76,6 +77,23 @@ class Projections(Family):
         return {"r": int(some.B.shape[1]), "save_projection": True, "fan_in_fan_out": cls.turned(updates)}
 
     @classmethod
+    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+        """Projections stay out of a file that had none, as long as they are those of its seed."""
+        if config.get("save_projection", True):
+            return frozenset()
+        try:
+            seed = msgspec.convert(dict(config), Fields).projection_prng_key
+        except msgspec.ValidationError:
+            return frozenset()  # whoever reads the config says what is wrong with it
+        some = next(iter(cls.of_it(updates).values()))
+        held = tuple(as_lazy(leaf) for leaf in (some.A, some.B))
+        drawn = _draw(seed, (held[0].shape, held[1].shape))
+        same = all(
+            one.dtype == other.dtype and one.fetch() == other.fetch() for one, other in zip(held, drawn, strict=True)
+        )
+        return frozenset("AB") if same else frozenset()
+
+    @classmethod
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
@@ -102,6 +120,9 @@ class Projections(Family):
 
     @classmethod
     def _drawn(cls, file: File, modules: Mapping[str, Mapping[str, Key]]) -> tuple[Lazy, Lazy]:
+        if file.omitted:
+            A, B = (file.omitted[word] for word in cls.shared)
+            return A, B
         if file.shared:
             why = "the config says that the file does not hold the projections, and it does"
             cure = "Set save_projection to true, to take those of the file"
@@ -110,8 +131,7 @@ class Projections(Family):
         ins = max((_inputs(file, path, out) for path, out in outs.items()), default=1)
         r = file.settings.own.r
         shapes = ((cls.halves * r, ins), (max(outs.values(), default=1), r))
-        A, B = (_lazy(file.settings.own.projection_prng_key, shapes, position) for position in (0, 1))
-        return A, B
+        return _draw(file.settings.own.projection_prng_key, shapes)
 
 
 def _check(file: File, keys: Mapping[str, Key], B: Lazy, halves: int) -> None:
@@ -143,10 +163,10 @@ def _inputs(file: File, path: str, out: int) -> int:
     return shape[0] if turned else shape[1]
 
 
-def _lazy(seed: int, shapes: tuple[tuple[int, int], ...], position: int) -> Lazy:
-    """One of the tensors that are drawn one after the other, evenly, from torch's generator on the CPU."""
+def _draw(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Lazy, Lazy]:
+    """A and B, drawn one after the other, evenly, from torch's generator on the CPU."""
 
-    def fetch() -> bytes:
+    def fetch(position: int) -> bytes:
         import torch
 
         generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -155,7 +175,7 @@ def _lazy(seed: int, shapes: tuple[tuple[int, int], ...], position: int) -> Lazy
             drawn = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         return drawn.numpy().tobytes()
 
-    return Lazy(shapes[position], DTYPES["F32"], fetch)
+    return Lazy(shapes[0], DTYPES["F32"], partial(fetch, 0)), Lazy(shapes[1], DTYPES["F32"], partial(fetch, 1))
 
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"
