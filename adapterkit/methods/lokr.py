@@ -1,7 +1,7 @@
 """LoKr: W' = W + scaling * kron(w1, w2).  Yeh et al. 2023, https://arxiv.org/abs/2309.14859
 
 Either factor may itself be a low-rank product; w2, which has the kernel of a convolution, may have a Tucker core.
-Output a * b + i is row a of w1 and row i of w2; inputs likewise; https://github.com/KohakuBlueleaf/LyCORIS.
+Output a * m + i belongs to row a of w1 and row i of the m rows of w2, inputs likewise, as in LyCORIS.
 """
 
 from __future__ import annotations

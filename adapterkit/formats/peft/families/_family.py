@@ -68,7 +68,7 @@ class Family(ABC):
             ShapeMismatch: shapes disagree with the config.
         """
         for stem, keys in file.modules(cls.parts).items():
-            _check_stem(stem, next(iter(keys.values())))
+            check_stem(stem, next(iter(keys.values())))
             yield cls.found(file, keys)
 
     @classmethod
@@ -191,7 +191,12 @@ def check_rank(key: Key, tensor: Lazy, rank: int, axis: int = 0) -> None:
         raise ShapeMismatch(why, where=key.text, cure="The config is not of this file, or its rank_pattern is damaged")
 
 
-def _check_stem(stem: str, key: Key) -> None:
+def check_stem(stem: str, key: Key) -> None:
+    """Checks that a module is adapted once.
+
+    Raises:
+        Malformed: it lies in another adapter's wrapper.
+    """
     if stem.endswith(".base_layer"):
         raise Malformed("nested in another adapter", where=key.text, cure=_AGAIN)
 

@@ -14,7 +14,7 @@ from ....tensors.dtypes import DTYPES
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Findings, Found, make
 from ..spelling import is_embedding
-from ._family import Family, Own, Rank, check_parts, minority, stored_inputs
+from ._family import Family, Own, Rank, check_parts, check_stem, minority, stored_inputs
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -45,9 +45,11 @@ class Projections(Family):
 
     @classmethod
     def decode(cls, file: File) -> Findings:
-        modules = {key.path: keys for keys in file.modules(cls.parts).values() for key in list(keys.values())[:1]}
-        for keys in modules.values():
+        modules = {}
+        for stem, keys in file.modules(cls.parts).items():
+            check_stem(stem, next(iter(keys.values())))
             check_parts(keys, cls.parts)
+            modules[next(iter(keys.values())).path] = keys
         A, B = cls._given(file) if file.settings.own.save_projection else cls._drawn(file, modules)
         places = {name: file.shared[word] for name, word in zip("AB", cls.shared, strict=True) if word in file.shared}
         for path, keys in modules.items():
@@ -104,9 +106,9 @@ class Projections(Family):
         kept = {target: update for target, update in own.items() if target not in odd}
         for (_, ins), (outs, _) in {(tuple(update.A.shape), tuple(update.B.shape)) for update in kept.values()}:
             widths = [stored_inputs(base, target) for target in kept]
-            larger = outs > max(update.b.shape[0] for update in kept.values())
-            if larger or (None not in widths and ins > max(width for width in widths if width is not None)):
-                why = "projections that are larger than the largest of these weights needs"
+            other = outs != max(update.b.shape[0] for update in kept.values())
+            if other or (None not in widths and ins != max(width for width in widths if width is not None)):
+                why = "projections of another size than PEFT makes for the largest of these weights"
                 yield from ((target, why) for target in kept)
 
     @classmethod
