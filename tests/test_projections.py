@@ -205,3 +205,13 @@ def test_a_drawn_projection_costs_no_more_than_the_file_says(trained):
     edit(folder, r=1 << 30)
     with pytest.raises(ShapeMismatch, match="the config says rank"):
         ak.read(folder, base=base)
+
+
+def test_a_module_inside_another_adapters_wrapper_is_refused(trained):
+    _, folder, _ = trained(Layers, VeraConfig(r=5, target_modules=["q", "up"]))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    nested = {key.replace("0.q.vera", "0.q.base_layer.vera"): tensor for key, tensor in tensors.items()}
+    save_file(nested, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(Malformed, match="nested in another adapter") as raised:
+        ak.read(folder)
+    assert "block.0.q.base_layer.vera_lambda_" in raised.value.where
