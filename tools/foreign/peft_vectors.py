@@ -4,8 +4,7 @@
 
 The native form is built by hand from the modules that PEFT holds in memory, never by reading the files back: what the
 reader makes of a folder can be held against it. Run it with the release of PEFT that a vector is to be of. What a
-family has is in its module in peft_families, found by listing: `CASES`, name -> (model, config), and `update_of`;
-`NEEDS_BASE` where files lack what the adapted weights tell, which are then saved beside them.
+family has is in its module in peft_families, found by listing: `CASES`, name -> (model, config), and `update_of`.
 
     python tools/foreign/peft_vectors.py DEST NAME...
 
@@ -38,7 +37,6 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.miss.layer import MissLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,12 +86,11 @@ def llama() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a config, how the folder is saved, and whether the adapted weights are saved beside it."""
+    """A model, a config, and how the folder is saved."""
 
     model: Callable[[], nn.Module]
     config: PeftConfig
     options: dict[str, Any] = field(default_factory=dict)
-    base: bool = False
 
 
 def lora_config(*modules: str, **options: Any) -> LoraConfig:
@@ -141,11 +138,7 @@ CASES = {
 
 FAMILIES = [import_module(f"peft_families.{m.name}") for m in pkgutil.iter_modules(peft_families.__path__)]
 MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama}
-CASES |= {
-    name: Case(MODELS[model], config, base=getattr(family, "NEEDS_BASE", False))
-    for family in FAMILIES
-    for name, (model, config) in family.CASES.items()
-}
+CASES |= {name: Case(MODELS[model], config) for f in FAMILIES for name, (model, config) in f.CASES.items()}
 
 
 def updates(model: Any, config: PeftConfig) -> Updates:
@@ -240,10 +233,6 @@ def make(name: str, case: Case, dest: Path) -> None:
     adapter = ak.Adapter(found, recipe=(ak.Step("read", {"format": "peft"}),))
     adapter = adapter.map(lambda leaf: leaf.detach().clone())
     ak.write(adapter, dest / "expected.native.safetensors")
-    if case.base:
-        modules = dict(model.base_model.model.named_modules())
-        weights = {f"{target.path}.weight": modules[target.path].base_layer.weight.detach() for target in found}
-        save_file(weights, dest / "base.safetensors")
     print(f"{name}: {sum(file.stat().st_size for file in dest.iterdir())} bytes")
 
 

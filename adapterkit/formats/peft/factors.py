@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...errors import Malformed, ShapeMismatch
+from ...errors import Malformed, ShapeMismatch, Unsupported
 from .file import make
+from .keys import LATENT
 
 if TYPE_CHECKING:
     from ...tensors.lazy import Lazy
@@ -25,6 +26,7 @@ FIELDS = {
     ("lora_diag", ""): "diag",
     ("lora_magnitude_vector", ""): "magnitude",
     ("lora_magnitude_vector", "weight"): "magnitude",
+    (LATENT, "weight"): "R",
 }
 """(part, leaf) of a key -> field of the update."""
 
@@ -95,6 +97,8 @@ def adapt(
 def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) -> str:
     if "magnitude" in tensors:
         return "dora"
+    if "R" in tensors:
+        return "lora_xs"
     if "diag" in tensors:
         return "kasa"
     if tensors.keys() & {"A_blocks", "B_blocks"}:
@@ -127,6 +131,8 @@ def _check_partners(settings: Settings, keys: Mapping[str, Key], where: str) -> 
         if not needed and name in keys:
             why = f"{_WORDS[name]} where the config has none"
             raise Malformed(why, where=keys[name].text, cure="The config is not of this file")
+    if "R" in keys and (keys.keys() & {"magnitude", "bias", "diag"} or settings.use_bdlora or settings.residual):
+        raise Unsupported("LoRA-XS with another law or a bias", where=keys["R"].text, cure="Save it without them")
 
 
 _WORDS = {

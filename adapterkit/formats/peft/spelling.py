@@ -166,7 +166,8 @@ def _spell_update(
     elif family := family_of(update):
         weight = None if names.base is None else names.base.tensors.get(f"{target.path}.weight")
         for field, (part, leaf) in family.encode_at(update, None if weight is None else weight.shape).items():
-            key = part if is_shared(family, part) else f"{names.inside(target.path)}.{part}"
+            own = f"{names.inside(target.path)}.{part.removeprefix('.')}"
+            key = part if is_shared(family, part) else own
             yield field, key, leaf, False
 
 
