@@ -95,8 +95,10 @@ def test_a_decomposition_is_kept_until_its_weight_changes(decompose):
     with torch.no_grad():
         W.mul_(2)
     torch.testing.assert_close(product(decompose(W)), W.detach(), rtol=1e-5, atol=1e-5)
-    half = decompose(W.detach().bfloat16())
-    assert {part.dtype for part in half} == {torch.bfloat16}
+    W.data = W.data.bfloat16()
+    assert {part.dtype for part in decompose(W)} == {torch.bfloat16}
+    W.data = 3 * W.data.double()
+    torch.testing.assert_close(product(decompose(W)), W.detach())
     array = decompose(W.detach().numpy())
     np.testing.assert_allclose(product(array), W.detach().numpy(), rtol=1e-4, atol=1e-5)
 

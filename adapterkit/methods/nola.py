@@ -40,7 +40,7 @@ class NOLA(Additive):
         """B is zero, A of the size of a fresh LoRA's; `beta` is the number of bases, 256 unless said."""
         n = int(attributes.pop("beta", 256))
         high, low = (int(part) for part in (random((2,)).abs() * (1 << 23)).tolist())
-        seeds = (high << 24) + low + W.new_zeros(rank).long().cumsum(0) + (W.new_ones(rank).long().cumsum(0) - 1)
+        seeds = (high << 24) + low + W.new_ones(rank).long().cumsum(0)
         alpha = random((n,)) * (3 / math.prod(W.shape[1:])) ** 0.5
         return cls(alpha=alpha, beta=W.new_zeros(n), seeds=seeds, **attributes)
 

@@ -25,13 +25,13 @@ def qr(W: Any) -> tuple[Any, Any]:
 
 
 def _kept(W: Any, name: str, decompose: Callable[[Any, Any], Any]) -> Any:
-    """The parts of a torch parameter are kept for as long as it lives and is not written to."""
-    version = getattr(W, "_version", None)
-    if version is None or _compiling():
+    """The parts of a torch tensor are kept for as long as it lives and is not written to, moved or cast."""
+    if not hasattr(W, "_version") or _compiling():
         return _parts(W, decompose)
+    state = W._version, W.data_ptr(), W.dtype, W.device
     held = _memory().setdefault(W, {})
-    if name not in held or held[name][0] != version:
-        held[name] = version, _parts(W.detach(), decompose)
+    if name not in held or held[name][0] != state:
+        held[name] = state, _parts(W.detach(), decompose)
     return held[name][1]
 
 
