@@ -64,7 +64,9 @@ class DeftFamily(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: DEFT) -> str:
-        return ""
+        from ..spelling import is_embedding
+
+        return "deft on an embedding" if is_embedding(target) else ""
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
