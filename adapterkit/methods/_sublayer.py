@@ -24,6 +24,7 @@ class Sublayer(OutputUpdate):
         ((), ("gate",), ("gate", "gate_bias")),
         ((), ("norm_before", "norm_before_bias")),
         ((), ("norm_after", "norm_after_bias")),
+        ((), ("scaling_factor",), ("channel_scaling",)),
     )
 
     gate: Tensor | None = tensor("1 hidden", optional=True)
@@ -32,7 +33,8 @@ class Sublayer(OutputUpdate):
     norm_before_bias: Tensor | None = tensor("hidden", optional=True)
     norm_after: Tensor | None = tensor("hidden", optional=True)
     norm_after_bias: Tensor | None = tensor("hidden", optional=True)
-    scaling_factor: Tensor | None = tensor("s", optional=True)
+    scaling_factor: Tensor | None = tensor("1", optional=True)
+    channel_scaling: Tensor | None = tensor("hidden", optional=True)
     non_linearity: str = attribute("relu", among=ACTIVATIONS)
     scaling: float = 1.0
     parallel: bool = False
@@ -73,8 +75,8 @@ class Sublayer(OutputUpdate):
     def _scaled(self, h: Any, layer: Any) -> Any:
         read = h if self.norm_before is None else layer_norm(h, self.norm_before, self.norm_before_bias, layer.channel)
         change = self.change(read, layer) * self.scaling
-        if self.scaling_factor is not None:
-            change = change * layer.per_channel(self.scaling_factor)
+        factor = self.channel_scaling if self.scaling_factor is None else self.scaling_factor
+        change = change if factor is None else change * layer.per_channel(factor)
         return change if self.gate is None else change * self._gate(h, layer)
 
     def _gate(self, h: Any, layer: Any) -> Any:
