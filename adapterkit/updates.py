@@ -38,6 +38,7 @@ class Update:
         version: of the method's entry in the spec.
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
+        frozen: names of tensors that are not trained, such as fixed projections; training leaves integers alone anyway.
         acts_on: what the update changes, for messages.
         paper: where the formula comes from.
     """
@@ -46,6 +47,7 @@ class Update:
     version: ClassVar[int] = 1
     blocks: ClassVar[frozenset[str]] = frozenset()
     needs_bias: ClassVar[bool] = True
+    frozen: ClassVar[frozenset[str]] = frozenset()
     acts_on: ClassVar[str] = "the layer"
     paper: ClassVar[str] = ""
 
