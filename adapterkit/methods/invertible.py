@@ -45,10 +45,18 @@ class Invertible(OutputUpdate):
             G_down_bias=W.new_zeros(rank), G_up=W.new_zeros(second, rank), G_up_bias=W.new_zeros(second), **attributes,
         )  # fmt: skip
 
+    @property
+    def channels(self) -> int | None:
+        return None if self.reverse else self._size
+
+    @property
+    def _size(self) -> int:
+        return int(self.F_up_bias.shape[0] + self.G_up_bias.shape[0])
+
     def check_against(self, shape: tuple[int, ...]) -> None:
-        size = len(self.F_up_bias) + len(self.G_up_bias)
-        if len(shape) != 2 or shape[int(self.reverse)] != size:
-            why = f"made for {size} {'inputs' if self.reverse else 'outputs'}; the layer's weight is {list(shape)}"
+        super().check_against(shape)
+        if len(shape) > 2 or (self.reverse and shape[1:] != (self._size,)):
+            why = f"made for {self._size} channels in the last axis; the layer's weight is {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     def forward(self, x: Any, layer: Any) -> Any:

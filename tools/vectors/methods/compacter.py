@@ -36,7 +36,11 @@ def _matrix(side: str, own: dict[str, Array]) -> Array:
     n = len(next(array for name, array in own.items() if name.startswith(f"{side}_rule")))
     total: Any = 0
     for i in range(n):
-        rule = own[f"{side}_rule"][i] if f"{side}_rule" in own else own[f"{side}_rule_left"][i] @ own[f"{side}_rule_right"][i]
+        rule = (
+            own[f"{side}_rule"][i]
+            if f"{side}_rule" in own
+            else own[f"{side}_rule_left"][i] @ own[f"{side}_rule_right"][i]
+        )
         W = own[f"{side}_W"][i] if f"{side}_W" in own else own[f"{side}_left"][i] @ own[f"{side}_right"][i]
         total = total + np.kron(rule, W)
     return total  # type: ignore[no-any-return]
