@@ -50,7 +50,7 @@ def inject(
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
     switch, leaves = Switch(name, weight), dict[Any, Tensor]()
     attached: list[tuple[Station, Part]] = []
-    for site in (piece for site in _sites(model, adapter) for piece in _pieces(site)):
+    for site in [piece for whole in _sites(model, adapter) for piece in _pieces(whole)]:
         holder, part = _outer(model, site, switch) if site.updates[0].kind == "output" else _inner(model, site, switch)
         like = _like(model, site, holder)
         part = replace(part, updates=tuple(_owned(u, like, trainable, leaves) for u in site.updates))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def outlet(
         raise Unsupported("updates of one target with residuals at several places", where=where, cure=cure)
     ((residual, norm),) = named
     own = None if residual or norm else _own_residual(module)
-    if (residual or own) and any(b.placed and not a.placed for a, b in zip(updates, updates[1:], strict=False)):
+    if (residual or own) and any(b.placed and not a.placed for a, b in pairwise(updates)):
         raise Unsupported("an update of the whole output before one inside it", where=where, cure=cure)
     if norm and not all(update.whole for update in placed):
         why = "the block around it normalises the output, so that the norm cannot be left out"
