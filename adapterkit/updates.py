@@ -50,10 +50,13 @@ class Update:
     frozen: ClassVar[frozenset[str]] = frozenset()
     acts_on: ClassVar[str] = "the layer"
     paper: ClassVar[str] = ""
+    # torch.compile reads attributes of a class, but not the fields of a dataclass.
+    _names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
+        cls._names = tuple(cls.tensor_fields())
 
     @property
     def method(self) -> str:
@@ -73,7 +76,7 @@ class Update:
     @property
     def tensors(self) -> dict[str, Leaf]:
         """The tensors that are present, by field."""
-        present = ((name, getattr(self, name)) for name in self.tensor_fields())
+        present = ((name, getattr(self, name)) for name in self._names)
         return {name: leaf for name, leaf in present if leaf is not None}
 
     @property
