@@ -38,8 +38,8 @@ class Update:
         version: of the method's entry in the spec.
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
-        frozen: names of tensors that are not trained, such as fixed projections; training leaves integers alone anyway.
         acts_on: what the update changes, for messages.
+        frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
         paper: where the formula comes from.
     """
 
@@ -47,8 +47,8 @@ class Update:
     version: ClassVar[int] = 1
     blocks: ClassVar[frozenset[str]] = frozenset()
     needs_bias: ClassVar[bool] = True
-    frozen: ClassVar[frozenset[str]] = frozenset()
     acts_on: ClassVar[str] = "the layer"
+    frozen: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
     _names: ClassVar[tuple[str, ...]] = ()
@@ -229,9 +229,9 @@ class Additive(Update):
         D = self.delta(shape)
         return math.sqrt(float((D * D).sum()))
 
-    def add_to(self, W: torch.Tensor, weight: float) -> None:
-        """W += weight * D, in place; a method overrides it where that can be had without forming D."""
-        W += weight * self.delta(tuple(W.shape))
+    def delta_into(self, D: torch.Tensor, weight: float) -> None:
+        """Writes weight * D over an array of the weight's shape; a method overrides it where that needs no copy."""
+        D[...] = weight * self.delta(tuple(D.shape))
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
         return W + self.delta(tuple(W.shape))

@@ -63,17 +63,17 @@ def test_norms(kind, method, close):
 def test_slices_of_a_fused_weight(method, close):
     """q and v of a fused qkv: each update sees its rows of the weight and of the bias alone."""
     model, x = nn.Sequential(nn.Linear(6, 12)).double(), draw(3, 6, seed=1)
-    q, v, l = lora(4, 6, seed=2), lora(4, 6, seed=3), draw(4, seed=4)
+    q, v, s = lora(4, 6, seed=2), lora(4, 6, seed=3), draw(4, seed=4)
     W, b = model[0].weight.detach().clone(), model[0].bias.detach().clone()
     V = W[8:] + product(v)
     second, weight, bias = {
         "lora": (v, V, b[8:]),
         "dora": (
-            METHODS["dora"](A=v.A, B=v.B, scaling=0.5, magnitude=l),
-            V / torch.linalg.vector_norm(V, dim=1, keepdim=True) * l[:, None],
+            METHODS["dora"](A=v.A, B=v.B, scaling=0.5, magnitude=s),
+            V / torch.linalg.vector_norm(V, dim=1, keepdim=True) * s[:, None],
             b[8:],
         ),
-        "ia3": (METHODS["ia3"](l=l), W[8:] * l[:, None], b[8:] * l),
+        "ia3": (METHODS["ia3"](l=s), W[8:] * s[:, None], b[8:] * s),
     }[method]
     ak.torch.inject(model, Adapter({Target("0", rows=(0, 4)): (q,), Target("0", rows=(8, 12)): (second,)}))
     W[:4] += product(q)
@@ -85,13 +85,13 @@ def test_slices_of_a_fused_weight(method, close):
 def test_several_updates_at_one_target_apply_in_order(weight, close):
     model, x = nn.Sequential(nn.Linear(6, 4)).double(), draw(3, 6, seed=1)
     W, b = model[0].weight.detach().clone(), model[0].bias.detach().clone()
-    first, l = lora(4, 6, seed=2), draw(4, seed=3)
+    first, s = lora(4, 6, seed=2), draw(4, seed=3)
     for updates, after in (
-        ((first, METHODS["ia3"](l=l)), (W + product(first)) * l[:, None]),
-        ((METHODS["ia3"](l=l), first), W * l[:, None] + product(first)),
+        ((first, METHODS["ia3"](l=s)), (W + product(first)) * s[:, None]),
+        ((METHODS["ia3"](l=s), first), W * s[:, None] + product(first)),
     ):
         handle = ak.torch.inject(model, Adapter({Target("0"): updates}), weight=weight)
-        new = W + weight * (after - W), b + weight * (b * l - b)
+        new = W + weight * (after - W), b + weight * (b * s - b)
         close(model(x), functional.linear(x, *new), tolerance=1e-12)
         handle.remove()
 
@@ -99,12 +99,12 @@ def test_several_updates_at_one_target_apply_in_order(weight, close):
 def test_adapters_with_weights_are_summed_each_over_the_plain_base(close):
     model, x = nn.Sequential(nn.Linear(6, 4)).double(), draw(3, 6, seed=1)
     W, b = model[0].weight.detach().clone(), model[0].bias.detach().clone()
-    one, l = lora(4, 6, seed=2), draw(4, seed=3)
+    one, s = lora(4, 6, seed=2), draw(4, seed=3)
     a = ak.torch.inject(model, Adapter({Target("0"): (one,)}), name="a", weight=0.25)
-    c = ak.torch.inject(model, Adapter({Target("0"): (METHODS["ia3"](l=l),)}), name="c", weight=2.0)
+    c = ak.torch.inject(model, Adapter({Target("0"): (METHODS["ia3"](l=s),)}), name="c", weight=2.0)
 
     def wanted(first, second):
-        scale = 1 + second * (l - 1)
+        scale = 1 + second * (s - 1)
         return functional.linear(x, scale[:, None] * W + first * product(one), scale * b)
 
     close(model(x), wanted(0.25, 2), tolerance=1e-12)
@@ -240,17 +240,17 @@ class Experts(nn.Module):
 @pytest.mark.parametrize("layout", ["e out *in", "e in out *k"])
 def test_stacked_experts(layout, method, close):
     model, x = nn.ModuleDict({"moe": Experts(layout)}), draw(4, 8)
-    pair, l = lora(6, 8, experts=(3,)), draw(3, 6, seed=4)
+    pair, s = lora(6, 8, experts=(3,)), draw(3, 6, seed=4)
     W = model["moe"].up.detach()
     W = W.mT if layout == "e in out *k" else W
     V = W + product(pair)
     update, new = {
         "lora": (pair, V),
         "dora": (
-            METHODS["dora"](A=pair.A, B=pair.B, scaling=0.5, magnitude=l),
-            V / torch.linalg.vector_norm(V, dim=2, keepdim=True) * l[:, :, None],
+            METHODS["dora"](A=pair.A, B=pair.B, scaling=0.5, magnitude=s),
+            V / torch.linalg.vector_norm(V, dim=2, keepdim=True) * s[:, :, None],
         ),
-        "ia3": (METHODS["ia3"](l=l), W * l[:, :, None]),
+        "ia3": (METHODS["ia3"](l=s), W * s[:, :, None]),
     }[method]
     wanted = torch.einsum("eoi,bi->beo", new, x)
     handle = ak.torch.inject(model, Adapter({Target("moe.up", layout): (update,)}))

@@ -68,7 +68,12 @@ WHOLE = {
         transformers.Qwen2MoeConfig,
         transformers.Qwen2MoeForCausalLM,
         SMALL
-        | {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 12, "num_experts": 4, "num_key_value_heads": 2}
+        | {
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 12,
+            "num_experts": 4,
+            "num_key_value_heads": 2,
+        }
         | {"num_experts_per_tok": 2, "experts_implementation": "eager"},
         ["q_proj", "experts.gate_up_proj", "experts.down_proj", "shared_expert.*_proj"],
     ),

@@ -16,6 +16,7 @@ from ..updates import Update
 from .handle import Handle
 from .layers import Quantized, layer_of, stored_layout, stored_shape
 from .station import Part, Station, Switch, names_of, station_at
+from .weights import tensor_at
 
 if TYPE_CHECKING:
     from ..tensors.lazy import Leaf
@@ -49,7 +50,7 @@ def inject(
     attached: list[tuple[Station, Part]] = []
     for site in _sites(model, adapter):
         holder, prefix = _holder(model, site)
-        W = model.get_parameter(site.weight or site.bias or "")
+        W = tensor_at(model, site.weight or site.bias or "")
         updates = tuple(_owned(u, W, trainable, leaves) for u in site.updates)
         below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
         part = Part(switch, site.target, updates, below, bias, _is_direct(site, holder, prefix))
@@ -64,7 +65,8 @@ def inject(
 
 
 def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    held = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
+    shapes = {name: tuple(tensor.shape) for tensors in held for name, tensor in tensors}
     shapes |= {f"{name}.weight": stored_shape(m) for name, m in model.named_modules() if Quantized.takes(m)}
     try:
         placed, _, _ = find_sites(adapter, shapes, partial=False)
@@ -126,7 +128,7 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     holder = model.get_submodule(path)
     prefix = f"{path}." if path else ""
     direct = _is_direct(site, holder, prefix)
-    parameter = model.get_parameter(site.weight or site.bias or "")
+    parameter = tensor_at(model, site.weight or site.bias or "")
     packed = not parameter.is_floating_point() or parameter.dtype.itemsize < 2
     if packed and not (direct and Quantized.takes(holder)):
         raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)

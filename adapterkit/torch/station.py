@@ -14,7 +14,7 @@ from ..adapter import Target
 from ..updates import Additive, Update
 from .layers import Composed, Difference, Layer, Quantized, layer_of
 from .routing import Route, join, split
-from .weights import changed_bias, changed_weight
+from .weights import changed_bias, changed_weight, tensor_at
 
 
 @dataclass(eq=False)
@@ -127,7 +127,7 @@ class Station:
         return out
 
     def _after(self, path: str, dtype: torch.dtype | None, changes: Any, law: Any) -> Tensor:
-        before = self.module.get_parameter(path)
+        before = tensor_at(self.module, path)
         wide = dtype or torch.promote_types(before.dtype, torch.float32)
         after: Tensor = law(before.to(wide), changes)
         return after if dtype else after.to(before.dtype)
