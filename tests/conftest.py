@@ -34,7 +34,7 @@ settings.register_profile(
 )
 settings.load_profile("repository")
 
-SIZES = {"out": 8, "in": 16, "hidden": 8, "first": 4, "second": 4}
+SIZES = {"out": 8, "in": 16, "hidden": 8, "first": 4, "second": 4, "d": 4}
 """Sizes of the weight's axes in examples, and of the output's channels; what other names stand for divides them."""
 
 
@@ -101,14 +101,14 @@ def _attributes(draw, cls):
     plain = {"float": st.floats(-4, 4), "int": st.integers(-9, 9), "str": st.text(max_size=5), "bool": st.booleans()}
     fields = cls.attribute_fields().values()
     chosen = [f for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())]
-    return {f.name: draw(_allowed_values(f.metadata) or plain[f.type]) for f in chosen}
+    return {f.name: draw(_allowed_values(f.metadata, plain[f.type])) for f in chosen}
 
 
-def _allowed_values(rules):
-    """A strategy for an attribute with rules of its own."""
+def _allowed_values(rules, plain):
+    """A strategy for an attribute that may have rules of its own."""
     if rules.get("among"):
         return st.sampled_from(rules["among"])
-    return None if rules.get("least") is None else st.integers(rules["least"], rules["least"] + 9)
+    return plain if rules.get("least") is None else st.integers(rules["least"], rules["least"] + 9)
 
 
 PATHS = st.lists(st.text("abcxyz_0é", min_size=1, max_size=4), min_size=1, max_size=3).map(".".join)
