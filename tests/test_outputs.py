@@ -248,11 +248,12 @@ def test_several_adapters_and_a_different_one_for_each_row(kind):
 def test_any_update_runs_on_its_layer_or_is_refused_by_name(method, data, made):
     update = data.draw(made.updates(method=method, kernel=()))
     model, x = nn.Sequential(nn.Linear(16, 8)).double(), torch.randn(2, 3, 16).double()
-    if getattr(update, "parallel", False) or getattr(update, "reverse", False):
-        with pytest.raises(ShapeMismatch, match=method):
-            ak.torch.inject(model, Adapter({Target("0"): (update,)}))
-        return
     live = update.replace(**{name: "" for name in ("residual", "norm") if hasattr(update, name)})
+    if getattr(live, "parallel", False) or getattr(live, "reverse", False):
+        with pytest.raises(ShapeMismatch) as raised:
+            ak.torch.inject(model, Adapter({Target("0"): (live,)}))
+        assert raised.value.where == f"0: {method}"
+        return
     ak.torch.inject(model, Adapter({Target("0"): (live,)}))
     assert model(x).shape == (2, 3, 8)
 
@@ -281,6 +282,29 @@ def test_a_fresh_update_changes_nothing_and_trains_all_of_itself(method, dtype):
     handle.remove()
     ak.torch.inject(model, trained)
     torch.testing.assert_close(model(x), now)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "attributes"),
+    [
+        ("bert", "layer.*.output", {"original_ln_before": True}),
+        ("gpt2", "h.*.mlp", {"residual": "ln_2", "original_ln_before": True}),
+        ("llama", "layers.?", {}),
+        ("t5", ["SelfAttention", "DenseReluDense"], {"residual": "layer_norm", "parallel": True}),
+    ],
+)
+def test_fresh_bottlenecks_for_modules_without_a_weight(kind, targets, attributes, hub, hub_model):
+    model = hub_model(kind, torch.float64)
+    y = run(model, kind, hub)
+    fresh = ak.torch.create(model, "bottleneck", targets=targets, rank=3, **attributes)
+    assert {update.up.shape for _, update in fresh} == {(8, 3)}
+    handle = ak.torch.inject(model, fresh)
+    torch.testing.assert_close(run(model, kind, hub), y, rtol=1e-12, atol=1e-12)
+    handle.remove()
+    trained = fresh.map(lambda leaf: torch.randn_like(leaf, dtype=torch.float64))
+    handle = ak.torch.inject(model, trained)
+    assert (run(model, kind, hub) - y).abs().max() > 0.1
+    handle.remove()
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
@@ -360,9 +384,14 @@ def test_faults_that_only_a_pass_can_show_name_the_target():
 
 @pytest.mark.parametrize(
     ("method", "fields"),
-    [("bottleneck", ("norm_before",)), ("bottleneck", ("gate_bias",)), ("bottleneck", ("scaling_factor", "channel_scaling")),
-     ("compacter", ("down_rule", "down_rule_left")), ("reft", ("suffix_source",))],
-)  # fmt: skip
+    [
+        ("bottleneck", ("norm_before",)),
+        ("bottleneck", ("gate_bias",)),
+        ("bottleneck", ("scaling_factor", "channel_scaling")),
+        ("compacter", ("down_rule", "down_rule_left")),
+        ("reft", ("suffix_source",)),
+    ],
+)
 def test_tensors_that_do_not_go_together_are_named(method, fields):
     cls = METHODS[method]
     needed = {name for name, field in cls.tensor_fields().items() if not field.metadata["optional"]}

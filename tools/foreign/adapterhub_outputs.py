@@ -92,7 +92,7 @@ ALL = {
     "invertible": SeqBnInvConfig(reduction_factor=4, inv_adapter_reduction_factor=2),
     **{
         name: BnConfig(**(SEQUENTIAL | {"non_linearity": name}))
-        for name in ("gelu", "leakyrelu", "mish", "quick_gelu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh", "laplace")
+        for name in "gelu leakyrelu mish quick_gelu relu2 relu6 sigmoid silu swish tanh laplace".split()
     },
 }  # fmt: skip
 """For BERT: the options one by one."""
@@ -239,7 +239,7 @@ def inputs(kind: str) -> dict[str, Tensor]:
     return {"input_ids": ids} | ({"decoder_input_ids": ids.flip(1).contiguous()} if kind == "t5" else {})
 
 
-def adapted(kind: str, folder: Path, config: Any, seed: int) -> Any:
+def adapted(folder: Path, config: Any, seed: int) -> Any:
     """The model with a random adapter, in float64."""
     model = AutoModel.from_pretrained(folder).eval()
     adapters.init(model)
@@ -283,16 +283,15 @@ def main() -> int:
         expected |= {f"{kind}.{name}": value for name, value in inputs(kind).items()}
         expected[f"{kind}.y"] = run(base.eval().double(), kind)
         for name, case in (USUAL | (ALL if kind == "bert" else {})).items():
-            model = adapted(kind, dest / "models" / kind, case, sum(f"{kind}_{name}".encode()))
+            model = adapted(dest / "models" / kind, case, sum(f"{kind}_{name}".encode()))
             found = {ak.Target(path): (update,) for path, update in updates(kind, model)}
             adapter = ak.Adapter(found).map(stored)
             ak.write(adapter, dest / f"{kind}.{name}.safetensors")
             expected[f"{kind}.{name}"] = run(model, kind)
             assert (expected[f"{kind}.{name}"] - expected[f"{kind}.y"]).abs().max() > 0.05
     save_file(expected, dest / "expected.safetensors")
-    print(
-        f"{len(list(dest.glob('*.safetensors')))} files, {sum(f.stat().st_size for f in dest.rglob('*') if f.is_file())} bytes"
-    )
+    sizes = [file.stat().st_size for file in dest.rglob("*") if file.is_file()]
+    print(f"{len(sizes)} files, {sum(sizes)} bytes")
     return 0
 
 
