@@ -22,6 +22,7 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.formats import FORMATS
 from adapterkit.formats.adapterkit import KEY, SPEC, Record
 from adapterkit.methods import METHODS
+from adapterkit.tensors.activations import ACTIVATIONS
 
 ROOT = Path(__file__).parent.parent / "spec"
 MANIFEST = tomllib.loads((ROOT / "1.0" / "manifest.toml").read_text("utf-8"))
@@ -181,6 +182,11 @@ def test_the_page_s_example_is_read_as_it_stands(tmp_path):
     save_file(tensors, tmp_path / "x", {KEY: example})
     adapter = ak.read(tmp_path / "x", format="adapterkit")
     assert [(str(target), update.method) for target, update in adapter] == [(q, "lora"), (f"{c}[0:768]", "ia3")]
+
+
+def test_the_page_defines_every_activation():
+    page = (ROOT / "README.md").read_text("utf-8").partition("Activations are")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", page)) == set(ACTIVATIONS)
 
 
 def test_the_page_names_every_field_of_the_record(schema):

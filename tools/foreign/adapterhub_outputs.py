@@ -72,6 +72,7 @@ USUAL = {
 SEQUENTIAL: dict[str, Any] = {
     "mh_adapter": True, "output_adapter": True, "reduction_factor": 4, "non_linearity": "gelu_new",
 }  # fmt: skip
+NAMES = ("gelu", "leakyrelu", "mish", "quick_gelu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh", "laplace")
 ALL = {
     "post_add": BnConfig(**SEQUENTIAL, original_ln_before=True, residual_before_ln="post_add"),
     "past_the_norm": BnConfig(**SEQUENTIAL, original_ln_before=True, residual_before_ln=False),
@@ -90,10 +91,7 @@ ALL = {
     "noreft": NoReftConfig(r=2, prefix_positions=3, suffix_positions=4, tied_weights=True),
     "direft": DiReftConfig(r=2, prefix_positions=1, non_linearity="relu"),
     "invertible": SeqBnInvConfig(reduction_factor=4, inv_adapter_reduction_factor=2),
-    **{
-        name: BnConfig(**(SEQUENTIAL | {"non_linearity": name}))
-        for name in "gelu leakyrelu mish quick_gelu relu2 relu6 sigmoid silu swish tanh laplace".split()
-    },
+    **{name: BnConfig(**(SEQUENTIAL | {"non_linearity": name})) for name in NAMES},
 }  # fmt: skip
 """For BERT: the options one by one."""
 
