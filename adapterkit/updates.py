@@ -40,6 +40,7 @@ class Update:
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
         acts_on: what the update changes, for messages.
         frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
+        starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
         paper: where the formula comes from.
     """
 
@@ -49,6 +50,7 @@ class Update:
     needs_bias: ClassVar[bool] = True
     acts_on: ClassVar[str] = "the layer"
     frozen: ClassVar[frozenset[str]] = frozenset()
+    starts_at_base: ClassVar[bool] = True
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
     _names: ClassVar[tuple[str, ...]] = ()
@@ -152,7 +154,7 @@ class Update:
 
     @classmethod
     def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """A fresh update of a weight, before any training: unless the method says otherwise, one that changes nothing.
+        """A fresh update of a weight, before any training: one that changes nothing, where `starts_at_base`.
 
         Args:
             W: the weight `[out, in, *k]`.

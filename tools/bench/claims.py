@@ -100,7 +100,7 @@ class Reader(nn.Module):
 
         sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS}
         heads = {"num_attention_heads": HEADS, "max_position_embeddings": 64}
-        self.body = LlamaModel(LlamaConfig(vocab_size=LEVELS ** PATCH**2, **sizes, **heads))
+        self.body = LlamaModel(LlamaConfig(vocab_size=LEVELS**PATCH**2, **sizes, **heads))
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, images: Tensor) -> Tensor:
