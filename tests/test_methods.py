@@ -25,7 +25,7 @@ from adapterkit.updates import Additive, ContextUpdate, OutputUpdate, Update, te
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
 OUT, IN = 8, 16
-TWO_AXES = {"miss", "rows"}
+TWO_AXES = {"miss", "pvera", "randlora", "rows", "vera"}
 """Methods of weights without a kernel."""
 
 
