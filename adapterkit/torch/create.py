@@ -65,9 +65,14 @@ def create(
     shapes = [_shape(model, path, target) for path, target in places.items()]
     given = cls.shared(shapes, rank, _random(generator)) | attributes
     updates = {target: (_fresh(cls, model, path, target, rank, generator, given),) for path, target in places.items()}
-    adapter = Adapter(updates).map(lambda leaf: torch.as_tensor(leaf).detach().clone())
+    adapter = Adapter(updates).map(_own)
     adapter.validate()
     return adapter
+
+
+def _own(leaf: object) -> Tensor:
+    """In memory of its own, in the order in which a file has it: so training starts alike from either."""
+    return torch.as_tensor(leaf).detach().clone(memory_format=torch.contiguous_format)
 
 
 def _random(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Random:
