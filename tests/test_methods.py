@@ -15,7 +15,7 @@ from torch.nn import functional
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
 from adapterkit.binding import bind, view
-from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
+from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch
 from adapterkit.methods import METHODS
 from adapterkit.tensors.checkpoint import open_checkpoint
 from adapterkit.tensors.dtypes import DTYPES
@@ -23,12 +23,13 @@ from adapterkit.tensors.lazy import Lazy, as_torch, from_numpy
 from adapterkit.updates import Additive, ContextUpdate, OutputUpdate, Update, tensor
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
+OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight")]
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
 OUT, IN = 8, 16
 
 CASES = [
     pytest.param(method, target.path, id=f"{method}-{target.path}")
-    for method in METHODS
+    for method in OF_WEIGHTS
     for target in ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit").updates
 ]
 
@@ -114,13 +115,13 @@ def test_delta_is_the_difference_that_merging_makes(method, path, opened):
         torch.testing.assert_close(adapter.delta(path).reshape(wanted.shape), wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_WEIGHTS)
 @given(data=st.data())
 def test_cutting_along_any_declared_axis_changes_nothing(method, data, made):
     kernel = data.draw(st.sampled_from([(), (3,), (2, 1)]))
     update = loaded(data.draw(made.updates(method=method, kernel=kernel)))
     W, b = torch.randn(OUT, IN, *kernel, dtype=torch.float64), torch.randn(OUT, dtype=torch.float64)
-    if refuses(update, (OUT, IN, *kernel)):
+    if refuses(update, tuple(W.shape)):
         return
     update = update.settled(W)
     whole = update.new_weight(W) if update.changes_weight else W
@@ -137,7 +138,7 @@ def test_cutting_along_any_declared_axis_changes_nothing(method, data, made):
 
 
 def refuses(update, shape):
-    """Whether the method's own rule keeps it from weights of this shape."""
+    """Whether the method's own rule keeps it from weights of this shape, a kernel for one."""
     try:
         update.check_against(shape)
     except ShapeMismatch:
@@ -155,9 +156,9 @@ def loaded(update):
 def test_the_weighted_difference_is_written_where_it_is_wanted(method, turned, data, made):
     kernel = data.draw(st.sampled_from([(), (3,), (2, 2)]))
     update = loaded(data.draw(made.updates(method=method, kernel=kernel).filter(lambda u: u.changes_weight)))
-    if refuses(update, (OUT, IN, *kernel)):
-        return
     W = torch.randn(OUT, IN, *kernel, dtype=torch.float64)
+    if refuses(update, tuple(W.shape)):
+        return
     D = update.delta(tuple(W.shape))
     for library in (torch.asarray, np.asarray):
         held = library(W.transpose(0, 1).contiguous()).swapaxes(0, 1) if turned else library(W.clone())
@@ -201,7 +202,7 @@ def test_tensors_that_share_an_axis_must_agree_on_it(method, data, made):
     for name, leaf in update.tensors.items():
         axes = update.tensor_fields()[name].metadata["axes"]
         others = {a for n in update.tensors if n != name for a in update.tensor_fields()[n].metadata["axes"].axes}
-        for axis in (a for a in others & set(axes.axes) if a[0] not in "*1"):
+        for axis in (a for a in others & set(axes.axes) if a.isidentifier()):
             shape = list(leaf.shape)
             shape[axes.index(axis)] += 1
             with pytest.raises(ShapeMismatch, match=f"with .*{axis}="):
@@ -226,33 +227,25 @@ def test_products_and_quotients_are_checked_once_later_fields_tell_their_names()
             blocked(*shapes).dims()
 
 
-WRONG = {
-    "float": [None, "1", True, [1.0], math.nan, math.inf, 10**400],
-    "int": [None, "1", True, 1.5, [1]],
-    "bool": [None, "true", 1, 0.0],
-    "str": [None, 1, True, ["relu"]],
-}
-"""Values that are not of a type."""
-
-
 @pytest.mark.parametrize("method", METHODS)
 @given(data=st.data())
 def test_attributes_are_of_their_type_and_finite(method, data, made):
     update = data.draw(made.updates(method=method))
     for name, field in METHODS[method].attribute_fields().items():
-        for value in WRONG[field.type]:
+        wrong = {
+            "float": [None, "1", True, [1.0], math.nan, math.inf, 10**400],
+            "int": [None, "1", True, 1.5],
+            "bool": [None, "1", 1],
+            "str": [None, 1, True],
+        }[field.type]
+        for value in wrong:
             with pytest.raises(Malformed) as raised:
                 update.replace(**{name: value}).check()
             assert raised.value.where == name
-        if field.metadata.get("among"):
-            with pytest.raises(Unsupported, match="unknown word 'colour'") as raised:
-                update.replace(**{name: "colour"}).check()
-            assert raised.value.where == name
-        if field.type != "float":
-            continue
-        whole = update.replace(**{name: 2})
-        whole.check()
-        assert repr(whole.attributes[name]) == "2.0"
+        if field.type == "float":
+            whole = update.replace(**{name: 2})
+            whole.check()
+            assert repr(whole.attributes[name]) == "2.0"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ W' = W without its r smallest singular values + scaling * B @ diag @ A.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ShapeMismatch
 from ..tensors.decompositions import svd
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class KaSA(WeightUpdate):
     """W' = W - U' S' V' + scaling * (B * diag) @ A; U' S' V' are the r last components of the SVD of W."""
 
+    starts_at_base: ClassVar[bool] = False
     paper = "https://arxiv.org/abs/2412.06071"
 
     A: Tensor = tensor("r in")
