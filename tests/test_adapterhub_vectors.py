@@ -1,0 +1,100 @@
+"""Folders that the adapters library saved read as what it held in memory, and compute what it computed."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+import adapterkit as ak
+from adapterkit.tensors.lazy import as_lazy
+
+ROOT = Path(__file__).parent.parent / "spec" / "vectors" / "formats" / "adapterhub"
+FOLDERS = sorted(path.parent for path in ROOT.glob("*/adapter_config.json"))
+
+
+def compat(folder):
+    """What reading this folder needs."""
+    return None
+
+
+def content(adapter):
+    """Every value of an adapter's updates, bits of tensors included."""
+    return {
+        (target, update.method, name): (leaf.shape, leaf.dtype, bytes(leaf.fetch()))
+        for target, update in adapter
+        for name, leaf in {n: as_lazy(t) for n, t in update.tensors.items()}.items()
+    }
+
+
+@cache
+def state(model):
+    return load_file(ROOT / "models" / model / "model.safetensors")
+
+
+def built(model):
+    """The model as transformers builds it, with the weights that the library had."""
+    return AutoModel.from_pretrained(ROOT / "models" / model, attn_implementation="eager").eval()
+
+
+def model_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["model_type"]
+
+
+def tensors(file):
+    return torch.load(file, weights_only=True) if file.suffix == ".bin" else load_file(file)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_reads_as_the_library_held_it(folder):
+    read, expected = ak.read(folder, compat=compat(folder)), ak.read(folder / "expected.native.safetensors")
+    assert content(read) == content(expected)
+    assert {t: [u.attributes for u in us] for t, us in read.updates.items()} == {
+        t: [u.attributes for u in us] for t, us in expected.updates.items()
+    }
+    assert read.recipe == expected.recipe
+    assert read.digest() == expected.digest()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_is_detected_as_itself_only(folder):
+    assert ak.detect(folder) == "adapterhub"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("by_way_of", ["directly", "native"])
+def test_writes_as_the_library_wrote_it(folder, by_way_of, tmp_path):
+    adapter = ak.read(folder, compat=compat(folder))
+    if by_way_of == "native":
+        ak.write(adapter, tmp_path / "native.safetensors")
+        adapter = ak.read(tmp_path / "native.safetensors")
+    assert ak.write(adapter, tmp_path / "a", "adapterhub") == []
+    written = {file.name for file in (tmp_path / "a").iterdir()}
+    assert written == {f.name for f in folder.iterdir()} - {"expected.native.safetensors", "forward.safetensors"}
+    for name in written:
+        if name.endswith(".bin"):
+            before, after = tensors(folder / name), tensors(tmp_path / "a" / name)
+            assert before.keys() == after.keys()
+            assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+        else:
+            assert (tmp_path / "a" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_computes_what_the_library_computed(folder):
+    model, forward = built(model_of(folder)), load_file(folder / "forward.safetensors")
+    y = forward.pop("y")
+    with torch.no_grad():
+        before = model(**forward).last_hidden_state
+        ak.torch.inject(model, ak.read(folder, compat=compat(folder)))
+        after = model(**forward).last_hidden_state
+    assert (y - before).abs().max() > 1e-2
+    torch.testing.assert_close(after, y, rtol=0, atol=1e-5)
+
+
+def test_there_is_a_vector_of_every_method():
+    methods = {update.method for folder in FOLDERS for _, update in ak.read(folder, compat=compat(folder))}
+    assert methods == ak.FORMATS["adapterhub"].methods
