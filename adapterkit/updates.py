@@ -39,6 +39,7 @@ class Update:
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
         acts_on: what the update changes, for messages.
+        frozen: tensors that are given, not trained: random projections, masks.
         paper: where the formula comes from.
     """
 
@@ -47,6 +48,7 @@ class Update:
     blocks: ClassVar[frozenset[str]] = frozenset()
     needs_bias: ClassVar[bool] = True
     acts_on: ClassVar[str] = "the layer"
+    frozen: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
@@ -219,9 +221,9 @@ class Additive(Update):
         D = self.delta(shape)
         return math.sqrt(float((D * D).sum()))
 
-    def add_to(self, W: torch.Tensor, weight: float) -> None:
-        """W += weight * D, in place; a method overrides it where that can be had without forming D."""
-        W += weight * self.delta(tuple(W.shape))
+    def delta_into(self, D: torch.Tensor, weight: float) -> None:
+        """Writes weight * D over an array of the weight's shape; a method overrides it where that needs no copy."""
+        D[...] = weight * self.delta(tuple(D.shape))
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
         return W + self.delta(tuple(W.shape))

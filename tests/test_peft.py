@@ -11,137 +11,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, MissConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import PeftModel, get_peft_model
+from peft_cases import Layers, every_case, gpt2, llama, outputs
+from peft_cases.built_in import lora
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import adapterkit as ak
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """PEFT warns about much that is asked of it here; none of it comes from adapterkit."""
 
-MOVED = ("lora_", "hada_", "miss_", "ia3_", "trainable_tokens_delta", "modules_to_save", "bias")
-"""Words in the names of parameters that PEFT trains."""
-
-
-class Experts(nn.Module):
-    """Stacked experts: [e, out, in], or [e, in, out] as gpt-oss stores them."""
-
-    def __init__(self, transposed):
-        super().__init__()
-        self.is_transposed = transposed
-        wide, back = ((3, 8, 12), (3, 6, 8)) if transposed else ((3, 12, 8), (3, 8, 6))
-        self.gate_up_proj = nn.Parameter(torch.randn(wide))
-        self.down_proj = nn.Parameter(torch.randn(back))
-
-
-class Layers(nn.Module):
-    """One layer of every kind that PEFT adapts."""
-
-    def __init__(self):
-        super().__init__()
-        self.block = nn.ModuleList(
-            nn.ModuleDict({"q": nn.Linear(8, 8), "up": nn.Linear(8, 12, bias=False)}) for _ in range(2)
-        )
-        self.emb = nn.Embedding(10, 6)
-        self.conv1 = nn.Conv1d(4, 6, 3, padding=1)
-        self.conv2 = nn.Conv2d(4, 6, (3, 2), stride=2)
-        self.conv3 = nn.Conv3d(2, 4, 2)
-        self.point = nn.Conv2d(6, 4, 1)
-        self.attn = nn.MultiheadAttention(8, 2)
-        self.experts = Experts(transposed=False)
-        self.turned = Experts(transposed=True)
-        self.norm = nn.BatchNorm1d(5)
-        self.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
-
-
-def gpt2():
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False)
-    )
-
-
-def llama():
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, tie_word_embeddings=False,
-        )
-    )  # fmt: skip
-
-
-def lora(**options):
-    return LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options})
-
-
-def loha(**options):
-    return LoHaConfig(**{"r": 3, "alpha": 4, "init_weights": False, **options})
-
-
-CONVOLUTIONS = ["conv1", "conv2", "conv3", "point"]
-CASES = {
-    "linear": (Layers, lora(target_modules=["q", "up"])),
-    "rslora": (Layers, lora(target_modules=["q", "up"], use_rslora=True, r=6)),
-    "patterns": (
-        llama,
-        lora(
-            target_modules="all-linear",
-            rank_pattern={r"layers\.1\.self_attn\.(q|k)_proj": 2, "q_proj": 3, "mlp.*": 5, "(.*)o_proj": 7},
-            alpha_pattern={"down_proj": 3, r"layers.\d.mlp.up_proj": 11, "v_proj": 0},
-        ),
-    ),
-    "layers": (llama, lora(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")),
-    "convolutions": (Layers, lora(target_modules=CONVOLUTIONS)),
-    "embedding": (Layers, lora(target_modules=["emb"])),
-    "embedding and head": (llama, lora(target_modules=["embed_tokens", "lm_head"])),
-    "conv1d of gpt-2": (gpt2, lora(target_modules=["c_attn", "c_proj", "wte", "lm_head"])),
-    "attention": (Layers, lora(target_modules=["attn", "q"], rank_pattern={"attn": 3}, bias="lora_only")),
-    "experts": (
-        Layers,
-        lora(
-            target_modules=["q"],
-            target_parameters=["experts.down_proj", "experts.gate_up_proj"],
-            rank_pattern={"down_proj": 2},
-        ),
-    ),
-    "turned experts": (Layers, lora(target_modules=[], target_parameters=["turned.gate_up_proj", "turned.down_proj"])),
-    "parameter": (Layers, lora(target_modules=[], target_parameters=["0.q.weight", "turned.down_proj"])),
-    "bias of lora": (Layers, lora(target_modules=["q", "conv2", "head.1"], lora_bias=True)),
-    "all biases": (Layers, lora(target_modules=["q"], bias="all")),
-    "dora": (Layers, lora(target_modules=["q", "up", "emb", *CONVOLUTIONS], use_dora=True)),
-    "dora of gpt-2": (gpt2, lora(target_modules=["c_attn", "c_proj", "wpe"], use_dora=True)),
-    "ia3": (
-        Layers,
-        IA3Config(target_modules=["q", "up", "conv2", "conv3"], feedforward_modules=["up", "conv3"]),
-    ),
-    "ia3 of gpt-2": (gpt2, IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])),
-    "loha": (
-        Layers,
-        loha(
-            target_modules=["q", "up", "conv1", "conv2", "point"],
-            rank_pattern={"conv.": 2},
-            alpha_pattern={"up": 5},
-        ),
-    ),
-    "loha with cores": (
-        Layers,
-        loha(target_modules=["q", "conv1", "conv2", "point"], use_effective_conv2d=True),
-    ),
-    "miss": (Layers, MissConfig(r=3, target_modules=["q", "up"], init_weights=False)),
-    "mini miss": (Layers, MissConfig(r=2, mini_r=4, target_modules=["q", "up"], init_weights="mini")),
-    "saved modules": (llama, lora(target_modules=["q_proj"], modules_to_save=["model.norm", "lm_head"])),
-    "saved tree": (Layers, lora(target_modules=["q"], modules_to_save=["head", "norm"])),
-    "saved square of gpt-2": (gpt2, lora(target_modules=["c_attn"], modules_to_save=["attn.c_proj"])),
-    "saved only": (llama, LoraConfig(target_modules="dummy-target-modules", modules_to_save=["embed_tokens"])),
-    "ia3 and saved": (
-        Layers,
-        IA3Config(target_modules=["q"], feedforward_modules=[], modules_to_save=["conv1"]),
-    ),
-    "tokens": (llama, TrainableTokensConfig(token_indices=[3, 11, 7], target_modules=["embed_tokens"])),
-    "lora and tokens": (llama, lora(target_modules=["q_proj", "lm_head"], trainable_token_indices=[19, 2])),
-    "tokens by module": (gpt2, lora(target_modules=["c_attn"], trainable_token_indices={"wte": [1, 5], "wpe": [0]})),
-}
+CASES = every_case()
 
 
 @cache
@@ -159,8 +39,8 @@ def save(model, config, folder, **options):
     torch.manual_seed(7)
     wrapped = get_peft_model(fresh(model), copy.deepcopy(config))
     with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if parameter.requires_grad and any(word in name for word in MOVED):
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
                 parameter.add_(0.3 * torch.randn_like(parameter))
     wrapped.save_pretrained(str(folder), **options)
     return folder
@@ -224,6 +104,23 @@ def test_merges_to_the_weights_of_peft(case, made, bases, tmp_path):
     got = merged_by_adapterkit(adapter, bases[model], tmp_path / "out")
     assert_same_weights(got, expected, base_of(model).state_dict())
     assert any(not torch.equal(got[name], tensor) for name, tensor in base_of(model).state_dict().items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_computes_what_peft_computes(case, made, bases):
+    """Injected, not merged, and gone without a trace."""
+    model, folder, _ = made(case)
+    base, mine = base_of(model), fresh(model)
+    theirs = PeftModel.from_pretrained(fresh(model), str(folder)).eval()
+    plain = outputs(base, mine)
+    handle = ak.torch.inject(mine, ak.read(folder, base=bases[model], compat="peft"))
+    with torch.no_grad():
+        got, expected = outputs(base, mine), outputs(base, theirs.base_model.model)
+    assert any(not torch.equal(one, other) for one, other in zip(got, plain, strict=True))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+    handle.remove()
+    assert all(torch.equal(one, other) for one, other in zip(outputs(base, mine), plain, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)

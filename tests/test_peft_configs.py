@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -157,9 +158,20 @@ def test_merged_linear_of_peft_0_2(enabled, fan_in_fan_out, tmp_path):
 def test_the_specification_lists_the_same_fields():
     entry = tomllib.loads((Path(__file__).parent.parent / "spec" / "formats" / "peft.toml").read_text("utf-8"))
     assert entry["fields"] == {"read": config.READ, "harmless": config.HARMLESS, "refused": config.REFUSED}
-    assert tuple(entry["types"]) == config.peft_types()
-    families = {f.peft_type: {"read": f.read, "harmless": f.harmless} for f in FAMILIES.values()}
-    assert entry["families"] == families
+    assert tuple(entry["types"]) == config.PEFT_TYPES
+
+
+def test_the_specification_has_a_file_for_each_family():
+    folder = Path(__file__).parent.parent / "spec" / "formats" / "peft"
+    assert {path.stem for path in folder.iterdir()} == set(FAMILIES)
+    for name, family in FAMILIES.items():
+        entry = tomllib.loads((folder / f"{name}.toml").read_text("utf-8"))
+        assert entry["type"] == family.peft_type
+        assert entry["methods"] == [family.method.__module__.rpartition(".")[2]]
+        assert entry.get("read", {}) == family.read
+        assert entry.get("harmless", {}) == family.harmless
+        words = {word for tensors in entry["tensors"] for word in re.findall(r"[\w.*]+", tensors["key"])}
+        assert {*family.parts, *family.shared} <= {word.rpartition("<m>.")[2].removeprefix(".") for word in words}
 
 
 def test_every_field_of_peft_is_known():

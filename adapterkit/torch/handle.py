@@ -12,6 +12,7 @@ from ..adapter import Adapter, Target
 from ..errors import NotMergeable, UsageError
 from ..updates import Update
 from .station import Station, Switch
+from .weights import tensor_at
 
 
 class Handle:
@@ -103,7 +104,7 @@ class Handle:
                 raise NotMergeable("is not a change of weights", where=str(part.target), cure=_KEEP)
         new = station.changed(parts, torch.float64)
         pairs: list[tuple[Tensor, Tensor]] = [
-            (station.module.get_parameter(path), value) for path, value in new.items()
+            (tensor_at(station.module, path), value) for path, value in new.items()
         ]
         for parameter, _ in pairs:
             names = [n for n, p in self._model.named_parameters(remove_duplicate=False) if p is parameter]

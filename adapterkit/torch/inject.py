@@ -18,6 +18,7 @@ from ..updates import Update
 from .handle import Handle
 from .layers import layer_of, stored_layout
 from .station import Part, Station, Switch
+from .weights import tensor_at
 
 if TYPE_CHECKING:
     from ..tensors.lazy import Leaf
@@ -49,7 +50,7 @@ def inject(
     switch, stations, leaves = Switch(name, weight), list[Station](), dict[Any, Tensor]()
     loaded: dict[Any, Any] = {}
     for site, (holder, prefix) in zip(sites, plans, strict=True):
-        W = model.get_parameter(site.weight or site.bias or "")
+        W = tensor_at(model, site.weight or site.bias or "")
         updates = tuple(_owned(u, W, trainable, leaves) for u in site.updates)
         loaded[site.target] = (*loaded.get(site.target, ()), *updates)
         station = _station(holder)
@@ -84,7 +85,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
 
 def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    held = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
+    shapes = {name: tuple(tensor.shape) for tensors in held for name, tensor in tensors}
     placed, _, _ = find_sites(adapter, shapes, partial=False)
     config = getattr(model, "config", None)
     words = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
@@ -116,7 +118,7 @@ def _plan(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
         path = parent
     holder = model.get_submodule(path)
     prefix = f"{path}." if path else ""
-    parameter = model.get_parameter(site.weight or site.bias or "")
+    parameter = tensor_at(model, site.weight or site.bias or "")
     if not parameter.is_floating_point():
         raise Unsupported(f"weights of {parameter.dtype}", where=str(site.target), cure="Load the base unquantized")
     direct = _is_direct(site, holder, prefix)

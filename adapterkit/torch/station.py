@@ -14,7 +14,7 @@ from ..adapter import Target
 from ..errors import ShapeMismatch, Unsupported
 from ..updates import Additive, Update
 from .layers import Composed, Difference, Layer, layer_of
-from .weights import changed_bias, changed_weight
+from .weights import changed_bias, changed_weight, tensor_at
 
 
 @dataclass(eq=False)
@@ -110,11 +110,11 @@ class Station:
         out = {}
         for weight in dict.fromkeys(p.weight for p in parts if p.weight):
             at = [(p.switch.weight, p.target, p.updates) for p in parts if p.weight == weight]
-            W: Tensor = self.module.get_parameter(weight)
+            W: Tensor = tensor_at(self.module, weight)
             out[weight] = changed_weight(W.to(dtype), at)
         for bias in dict.fromkeys(p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)):
             at = [(p.switch.weight, p.target, p.updates) for p in parts if p.bias == bias]
-            b: Tensor = self.module.get_parameter(bias)
+            b: Tensor = tensor_at(self.module, bias)
             out[bias] = changed_bias(b.to(dtype), at)
         return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter import Target
 from ..binding import fold, view
@@ -17,6 +17,13 @@ Change = tuple[float, Target, Sequence[Update]]
 
 Law = Callable[[Tensor, Target, Sequence[Update]], Tensor]
 """A stored weight or bias, through the updates of one target."""
+
+
+def tensor_at(module: nn.Module, path: str) -> Tensor:
+    """A parameter or buffer by its dotted path."""
+    owner, _, name = path.rpartition(".")
+    found: Tensor = getattr(module.get_submodule(owner), name)
+    return found
 
 
 def changed_weight(W: Tensor, changes: Iterable[Change]) -> Tensor:

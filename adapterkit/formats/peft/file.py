@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ...methods import METHODS
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from .config import Settings
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class File:
     """A parsed file of tensors.
 
@@ -41,6 +43,20 @@ class File:
             if key.part in parts:
                 found.setdefault(key.stem, {})[key.part, key.leaf] = key
         return found
+
+    def modules(self, parts: Iterable[str]) -> dict[str, dict[str, Key]]:
+        """Stem -> word -> key, for the keys whose words match these patterns, a star being one word."""
+        wanted = re.compile("|".join(re.escape(part).replace(r"\*", "[^.]+") for part in parts) or "(?!)")
+        found: dict[str, dict[str, Key]] = {}
+        for key in self.tensors:
+            if key.stem and wanted.fullmatch(key.word):
+                found.setdefault(key.stem, {})[key.word] = key
+        return found
+
+    @cached_property
+    def shared(self) -> dict[str, Key]:
+        """Word -> key, for what all modules share."""
+        return {key.word: key for key in self.tensors if not key.stem}
 
     def attentions(self) -> set[str]:
         """Paths of the `nn.MultiheadAttention`s whose output projection is adapted inside them, as PEFT does."""

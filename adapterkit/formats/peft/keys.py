@@ -1,6 +1,6 @@
 """Keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
 
-PEFT wraps a module to adapt it, so a path can hold names of wrappers: `base_layer`, one for each adapted parameter of
+What a family shares over all modules stands alone: `base_model.<part>`, or `<part>`. PEFT wraps a module to adapt it, so a path can hold names of wrappers: `base_layer`, one for each adapted parameter of
 the module; `token_adapter`; `modules_to_save.<adapter name>` in state dicts that were saved by hand.
 """
 
@@ -13,9 +13,10 @@ from functools import cache
 
 from ...errors import Malformed
 from ...tensors.lazy import Lazy
-from .families import FAMILIES
+from .families import FAMILIES, Family
 
 PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
 _WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
@@ -28,7 +29,8 @@ class Key:
 
     Attributes:
         text: the key itself.
-        stem: the path before the part, wrappers included; the whole path of a parameter of the base.
+        stem: the path before the part, wrappers included; the whole path of a parameter of the base; empty for what is
+            shared over all modules.
         part: `lora_A`, `ia3_l`, ...; empty for a parameter of the base.
         leaf: what ends the key behind the part: `weight`, `bias` or nothing.
         adapter: the adapter's name, where the key holds it.
@@ -39,6 +41,11 @@ class Key:
     part: str = ""
     leaf: str = ""
     adapter: str | None = None
+
+    @property
+    def word(self) -> str:
+        """The part with what ends the key behind it: `lora_A.weight`."""
+        return f"{self.part}.{self.leaf}" if self.leaf else self.part
 
     @property
     def path(self) -> str:
@@ -66,7 +73,7 @@ def parse_keys(tensors: Mapping[str, Lazy]) -> tuple[str, dict[Key, Lazy]]:
     """
     prefix = PREFIX if any(text.startswith(PREFIX) for text in tensors) else ""
     for text in tensors:
-        if not text.startswith(prefix) or text == prefix:
+        if (not text.startswith(prefix) or text == prefix) and not _shared().fullmatch(text):
             raise Malformed(f"does not begin with {PREFIX!r} as other keys do", where=text, cure=_REWRITE)
     keys = {parse_key(text, prefix): tensor for text, tensor in tensors.items()}
     _check_names(keys)
@@ -75,6 +82,9 @@ def parse_keys(tensors: Mapping[str, Lazy]) -> tuple[str, dict[Key, Lazy]]:
 
 def parse_key(text: str, prefix: str) -> Key:
     """One key, taken apart."""
+    if found := _shared().fullmatch(text):
+        names, leaf = _tail(found["rest"])
+        return Key(text, "", found["part"] + names[1], leaf, names[0])
     body = text[len(prefix) :]
     if found := _part().fullmatch(body):
         names, leaf = _tail(found["rest"])
@@ -86,13 +96,29 @@ def parse_key(text: str, prefix: str) -> Key:
 
 @cache
 def _part() -> re.Pattern[str]:
-    words = "|".join([r"(?:lora|ia3|trainable_tokens)_\w+", *map(re.escape, sorted(_family_parts()))])
+    words = "|".join([r"(?:lora|ia3|trainable_tokens)_\w+", _words(pattern for f in _families() for pattern in f.parts)])
     return re.compile(rf"(?P<stem>.+)\.(?P<part>{words})(?P<rest>(?:\.[^.]+)*)", re.DOTALL)
 
 
 @cache
-def _family_parts() -> frozenset[str]:
-    return frozenset(part for family in FAMILIES.values() for part in family.parts)
+def _shared() -> re.Pattern[str]:
+    words = _words(pattern for f in _families() for pattern in f.shared)
+    return re.compile(rf"(?:{re.escape(SHARED_PREFIX)})?(?P<part>{words})(?P<rest>(?:\.[^.]+)*)")
+
+
+@cache
+def _family_part() -> re.Pattern[str]:
+    return re.compile(_words(pattern for f in _families() for pattern in (*f.parts, *f.shared)))
+
+
+def _families() -> Iterable[type[Family]]:
+    return FAMILIES.values()
+
+
+def _words(patterns: Iterable[str]) -> str:
+    """One expression for words of keys without their leaf; a star is one word. Matches nothing if there are none."""
+    bare = sorted({re.sub(r"\.(?:weight|bias)$", "", pattern) for pattern in patterns})
+    return "|".join(re.escape(pattern).replace(r"\*", "[^.]+") for pattern in bare) or "(?!)"
 
 
 def _tail(rest: str) -> tuple[tuple[str | None, str], str]:
@@ -107,7 +133,7 @@ def _check_names(keys: Iterable[Key]) -> None:
     """Either no key holds an adapter's name, or all hold the same; keys of the base's parameters never need one."""
     named: dict[str | None, Key] = {}
     for key in keys:
-        if key.part in _NAMED or key.part in _family_parts():
+        if key.part in _NAMED or _family_part().fullmatch(key.part):
             named.setdefault(key.adapter, key)
     if len(named) > 1:
         first, second = list(named.values())[:2]

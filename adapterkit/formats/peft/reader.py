@@ -97,7 +97,9 @@ def _in_file_order(file: File, found: Mapping[Any, list[Found]]) -> dict[Any, li
     order = {key.text: position for position, key in enumerate(file.tensors)}
 
     def position(item: tuple[Any, list[Found]]) -> tuple[int, tuple[int, int]]:
-        return min(order[key.text] for finding in item[1] for key in finding.keys.values()), item[0][1] or (0, 0)
+        keys = [key for finding in item[1] for key in finding.keys.values()]
+        own = [key for key in keys if key.stem] or keys
+        return min(order[key.text] for key in own), item[0][1] or (0, 0)
 
     return dict(sorted(found.items(), key=position))
 

@@ -15,7 +15,7 @@ from ...methods.rows import Rows
 from ...names.layouts import IN_OUT
 from ...tensors.lazy import Lazy, as_lazy
 from .experts import depths, told_apart, unstack
-from .families import family_of
+from .families import Family, family_of
 from .keys import PREFIX
 
 if TYPE_CHECKING:
@@ -78,8 +78,10 @@ def spell(
         if target.rows is not None:
             continue
         for position, update in enumerate(found):
+            family = family_of(update)
             for field, key, leaf, guessed in _spell_update(target, update, names, peft_type):
-                yield Spelled((target, position, field), prefix + key, leaf, guessed)
+                whole = family.shared_prefix + key if family and is_shared(family, key) else prefix + key
+                yield Spelled((target, position, field), whole, leaf, guessed)
 
 
 def stored(leaf: Lazy, layout: str) -> Lazy:
@@ -162,7 +164,13 @@ def _spell_update(
             yield field, names.inside(_whole_name(target.path, field, names.base)), whole, False
     elif family := family_of(update):
         for field, (part, leaf) in family.encode(update).items():
-            yield field, f"{names.inside(target.path)}.{part}", leaf, False
+            key = part if is_shared(family, part) else f"{names.inside(target.path)}.{part}"
+            yield field, key, leaf, False
+
+
+def is_shared(family: type[Family], word: str) -> bool:
+    """Whether a word is the key of what all modules share."""
+    return any(fnmatchcase(word, pattern) for pattern in family.shared)
 
 
 def _stem(target: Target, names: Names) -> str:

@@ -46,7 +46,7 @@ def encode(
     peft_type = _peft_type(updates, hints)
     updates, numbers, folded = number_fields(updates, hints, on_loss)
     spelled = _spell(updates, hints, peft_type, base)
-    tensors = {each.key: each.leaf for each in spelled}
+    tensors = _by_key(spelled, updates)
     for config in configs(adapter, updates, hints, peft_type, numbers, base):
         if says(config, tensors, spelled, updates, base):
             return config, _kept(adapter, updates, hints) | tensors, lines + folded
@@ -116,6 +116,20 @@ def _spell(updates: Updates, hints: Hints, peft_type: str, base: Checkpoint | No
         fits = math.prod(shape) == math.prod(each.leaf.shape)
         spelled.append(replace(each, key=key, leaf=each.leaf.reshape(*shape) if fits else each.leaf))
     return spelled
+
+
+def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
+    """The tensors by key; what several updates share is written once, and must be the same for all of them."""
+    first: dict[str, Any] = {}
+    tensors: dict[str, Lazy] = {}
+    for each in spelled:
+        target, position, field = each.place
+        leaf = updates[target][position].tensors[field.partition(".")[0]]
+        if first.setdefault(each.key, leaf) is not leaf and tensors[each.key].fetch() != each.leaf.fetch():
+            cure = "Write adapterkit's own format, which has one tensor for each"
+            raise Unrepresentable("a PEFT file shares one tensor over its modules", items=[each.key], cure=cure)
+        tensors.setdefault(each.key, each.leaf)
+    return tensors
 
 
 def _kept(adapter: Adapter, updates: Updates, hints: Hints) -> dict[str, Lazy]:

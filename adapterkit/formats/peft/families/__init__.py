@@ -13,6 +13,8 @@ from ._family import Family
 if TYPE_CHECKING:
     from ....updates import Update
 
+__all__ = ["FAMILIES", "Family", "family_of", "family_of_type"]
+
 FAMILIES: Registry[type[Family]] = Registry("PEFT family", __name__, "adapterkit.peft_families", Family)
 
 

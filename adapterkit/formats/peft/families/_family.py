@@ -31,7 +31,9 @@ class Family(ABC):
     Class attributes:
         peft_type: its word in the config.
         method: the class of its updates.
-        parts: what follows a module's path in its keys.
+        parts: what follows a module's path in its keys, `.weight` or `.bias` included; a star stands for one word.
+        shared: keys of tensors that all modules share: they stand alone, behind `shared_prefix`.
+        shared_prefix: what is written before a shared key; read with and without `base_model.`.
         own: the fields that no other type has, with PEFT's defaults.
         read: fields that change what its tensors mean, with what they do; those of all types aside.
         harmless: fields of its own that change nothing, with the reason.
@@ -40,7 +42,9 @@ class Family(ABC):
 
     peft_type: ClassVar[str]
     method: ClassVar[type[Update]]
-    parts: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
+    shared_prefix: ClassVar[str] = "base_model."
     own: ClassVar[type[Own]] = Own
     read: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[Mapping[str, str]] = {}
@@ -54,21 +58,19 @@ class Family(ABC):
             Malformed: a tensor lacks its partners.
             ShapeMismatch: shapes disagree with the config.
         """
-        for stem, slots in file.groups(cls.parts).items():
-            keys = {part: key for (part, leaf), key in slots.items() if not leaf}
-            if keys:
-                _check_stem(stem, next(iter(keys.values())))
-                yield cls.found(file, keys)
+        for stem, keys in file.modules(cls.parts).items():
+            _check_stem(stem, next(iter(keys.values())))
+            yield cls.found(file, keys)
 
     @classmethod
     @abstractmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
-        """The update of one module, from its keys by part."""
+        """The update of one module, from its keys by part; what is shared is in `file.shared`."""
 
     @classmethod
     @abstractmethod
     def encode(cls, update: Any) -> dict[str, tuple[str, Lazy]]:
-        """Field -> part and tensor as PEFT stores it."""
+        """Field -> part, or shared key, and tensor as PEFT stores it; `field.0`, `field.1`, ... for parts of a field."""
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
