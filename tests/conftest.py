@@ -37,6 +37,9 @@ settings.load_profile("repository")
 SIZES = {"out": 8, "in": 16}
 """Sizes of the weight's axes in examples; what other names stand for divides them."""
 
+OF_WEIGHTS = sorted(name for name, cls in METHODS.items() if cls.kind in ("additive", "weight"))
+"""Methods whose law is one of weights."""
+
 
 def values(shape, seed=0):
     """float64 numbers that no formula is likely to produce by accident."""
@@ -56,7 +59,17 @@ def updates(draw, method=None, stacked=False, kernel=None):
         field = cls.tensor_fields()[name].metadata
         shape = (Axes.parse(f"e {field['axes'].text}") if stacked else field["axes"]).sizes(dims)
         made[name] = from_numpy((_positions if field["integer"] else values)(shape, seed + position))
-    return cls(**made, **draw(_attributes(cls)))
+    update = cls(**made, **draw(_attributes(cls)))
+    return update if _is_sound(update) else cls(**made)
+
+
+def _is_sound(update):
+    """Whether drawn attributes keep to the method's own rules."""
+    try:
+        update.check()
+    except Malformed:
+        return False
+    return True
 
 
 def _names(cls):
@@ -116,8 +129,12 @@ def adapters(draw):
         layout = draw(st.sampled_from(LAYOUTS))
         start = draw(st.integers(0, 5))
         rows = (start, start + SIZES["out"]) if draw(st.booleans()) else None
-        made = updates(stacked=layout.startswith("e "), kernel=())
+        methods = st.sampled_from(OF_WEIGHTS)
+        made = methods.flatmap(lambda name, e=layout.startswith("e "): updates(name, stacked=e, kernel=()))
         entries[Target(path, layout, rows)] = tuple(draw(st.lists(made, min_size=1, max_size=2)))
+    if draw(st.booleans()):
+        context = st.sampled_from(sorted(name for name, cls in METHODS.items() if cls.kind == "context"))
+        entries[Target("")] = (draw(context.flatmap(updates)),)
     base = draw(st.none() | st.builds(BaseRef, NAMES, NAMES, NAMES))
     recipe = tuple(draw(st.lists(st.builds(Step, st.text(max_size=5), OBJECTS), max_size=2)))
     extra = st.dictionaries(st.text(max_size=4), st.integers(0, 9).map(lambda n: from_numpy(values((n,)))), max_size=2)
