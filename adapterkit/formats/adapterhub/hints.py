@@ -20,6 +20,7 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         config: the whole config as it was read.
         file: name of the file of tensors.
+        root: the path of the base model in its keys, where something tells.
         keys: key that the writer would choose -> key that the file had.
         compat: the tool whose faults were wanted.
         interface: the plugin interface beside it.
@@ -29,6 +30,7 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     config: dict[str, Any] = {}
     file: str = ""
+    root: str = ""
     keys: dict[str, str] = {}
     compat: str | None = None
     interface: dict[str, Any] | None = None

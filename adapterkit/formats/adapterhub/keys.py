@@ -77,7 +77,3 @@ def parse_key(text: str, name: str) -> Key:
         raise Malformed(why, where=text, cure="Save one adapter a folder")
     return Key(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
 
-
-def spell(path: str, kind: str, name: str, slot: str) -> str:
-    """The key of a slot, as the library writes it."""
-    return ".".join(part for part in (path, kind, name, slot) if part)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,7 +16,7 @@ from .families import family_of
 from .file import AGAIN, Found, Kept, Part
 from .hints import FORMAT, HEAD, Hints
 from .keys import Key, parse_keys
-from .keys import spell as spell_key
+from .naming import Naming
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
     from ...tensors.lazy import Lazy
     from ...updates import Update
+    from .families._family import Family
 
 Updates = Mapping[Target, tuple["Update", ...]]
 
@@ -36,10 +38,12 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
         ShapeMismatch: shapes disagree with each other or with the config.
     """
     updates, kept, settings = assemble(content, compat=compat, base=base)
+    root = _root(parse_keys(content.tensors, settings.name))
     hints = Hints(
         config=dict(content.config),
         file=content.file,
-        keys=_departures(updates, content, settings.name),
+        root=root,
+        keys=_departures(updates, content, Naming(settings.name, settings.model_type, root)),
         compat=compat,
         interface=None if content.interface is None else dict(content.interface),
         head=None if content.head is None else dict(content.head),
@@ -74,15 +78,21 @@ def assemble(
     return updates, kept, settings
 
 
-def spell(updates: Updates, name: str) -> Iterator[tuple[str, Lazy]]:
+def spell(updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
     """Key and tensor of everything that is written, by the families of the updates."""
-    grouped: dict[object, dict[Target, tuple[Update, ...]]] = {}
+    for family, own in by_family(updates).items():
+        yield from family.spell(own, naming)
+
+
+def by_family(updates: Updates) -> dict[type[Family], Updates]:
+    """The updates of each family; those of none are left out."""
+    found: dict[type[Family], dict[Target, tuple[Update, ...]]] = {}
     for target, each in updates.items():
         for update in each:
-            own = grouped.setdefault(family_of(update), {})
-            own[target] = (*own.get(target, ()), update)
-    for family, own in grouped.items():
-        yield from family.spell(own, name)  # type: ignore[attr-defined]
+            if family := family_of(update):
+                own = found.setdefault(family, {})
+                own[target] = (*own.get(target, ()), update)
+    return dict(found)
 
 
 def _check_all_used(tensors: Mapping[Key, Lazy], used: set[Key]) -> None:
@@ -92,7 +102,17 @@ def _check_all_used(tensors: Mapping[Key, Lazy], used: set[Key]) -> None:
         raise Malformed(why, where=left.text, cure=f"The config is not of this file; {AGAIN[0].lower()}{AGAIN[1:]}")
 
 
-def _departures(updates: Updates, content: Content, name: str) -> dict[str, str]:
+def _departures(updates: Updates, content: Content, naming: Naming) -> dict[str, str]:
     """Where the file's keys are not those that the writer would have chosen."""
-    had = {spell_key(key.path, key.kind, name, key.slot): key.text for key in parse_keys(content.tensors, name)}
-    return {key: had[key] for key, _ in spell(updates, name) if had.get(key, key) != key}
+    parsed = parse_keys(content.tensors, naming.name)
+    had = {naming.key(key.path, key.kind, key.slot): key.text for key in parsed}
+    return {key: had[key] for key, _ in spell(updates, naming) if had.get(key, key) != key}
+
+
+def _root(keys: Iterable[Key]) -> str:
+    """The path of the base model, by a key of what all of it shares; empty where there is none."""
+    shared = (key.path for key in keys if key.kind in ROOTED and not key.path.endswith(".pool"))
+    return next((re.sub(r"(^|\.)(prefix|prompt)_tuning$", "", path) for path in shared), "")
+
+
+ROOTED = ("invertible_adapters", "prefix_tunings", "prompt_tunings", "shared_parameters")

@@ -15,16 +15,16 @@ from .config import RELEASE
 from .container import SAFETENSORS, Content
 from .families import family_of
 from .hints import FORMAT, HEAD, Hints, hints_of
+from .naming import Naming, root_of
 from .places import family_of_base
 from .proof import says
-from .reader import Updates, spell
+from .reader import Updates, by_family, spell
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target
     from ...tensors.checkpoint import Checkpoint
     from ...tensors.lazy import Lazy
     from ...updates import Update
-    from .families._family import Family
 
 NAME = "adapter"
 """What an adapter is called that never was AdapterHub's."""
@@ -52,7 +52,9 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
 
 
 def _content(adapter: Adapter, updates: Updates, hints: Hints, config: Mapping[str, Any]) -> Content:
-    spelled = {hints.keys.get(key, key): leaf for key, leaf in spell(updates, str(config["name"]))}
+    root = hints.root or root_of(target.path for target in updates)
+    naming = Naming(str(config["name"]), config.get("model_type"), root)
+    spelled = {hints.keys.get(key, key): leaf for key, leaf in spell(updates, naming)}
     kept, head = _kept(adapter)
     return Content(
         config=config,
@@ -74,7 +76,7 @@ def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
 
 
 def _config(adapter: Adapter, updates: Updates, hints: Hints, base: Checkpoint | None) -> dict[str, Any]:
-    own = [family.fresh | family.compose(each, base) for family, each in _by_family(updates).items()]
+    own = [family.fresh | family.compose(each, base) for family, each in by_family(updates).items()]
     known = {} if base is None else base.config or {}
     ref = adapter.base.id if adapter.base else None
     model_type = family_of_base((target.path for target in updates), known.get("model_type"))
@@ -112,7 +114,7 @@ def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
         for position, update in enumerate(each):
             if family_of(update) is None:
                 found[target, position] = f"{update.method} is not among the methods that the library has"
-    for family, own in _by_family(updates).items():
+    for family, own in by_family(updates).items():
         for target, position, why in family.losses(own, base):
             found.setdefault((target, _position(updates[target], own[target][position])), why)
     return dict.fromkeys((target, position, why) for (target, position), why in found.items())
@@ -120,16 +122,6 @@ def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
 
 def _position(updates: tuple[Update, ...], update: Update) -> int:
     return next(position for position, other in enumerate(updates) if other is update)
-
-
-def _by_family(updates: Updates) -> dict[type[Family], Updates]:
-    found: dict[type[Family], dict[Target, tuple[Update, ...]]] = {}
-    for target, each in updates.items():
-        for update in each:
-            if family := family_of(update):
-                own = found.setdefault(family, {})
-                own[target] = (*own.get(target, ()), update)
-    return dict(found)
 
 
 def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tuple[Update, ...]]:

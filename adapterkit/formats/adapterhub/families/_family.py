@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ....updates import Update
     from ..config import Settings
     from ..file import Findings, Part
+    from ..naming import Naming
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -60,7 +61,7 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def spell(cls, updates: Updates, name: str) -> Iterator[tuple[str, Lazy]]:
+    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
         """Key and tensor of all that a file holds of these updates, all of this family."""
 
     @classmethod

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..config import Settings
     from ..file import Findings, Part
     from ..keys import Key
+    from ..naming import Naming
 
 QKV = ("q", "k", "v")
 KIND = "loras"
@@ -89,11 +90,11 @@ class LoraFamily(Family):
                 yield from _lora(part, path, slots)
 
     @classmethod
-    def spell(cls, updates: Updates, name: str) -> Iterator[tuple[str, Lazy]]:
+    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
         for path, group in _by_path(updates).items():
             slots = [_slots(update) for _, update in group]
             for slot in slots[0]:
-                yield f"{path}.{KIND}.{name}.{slot}", joined([each[slot] for each in slots])
+                yield naming.key(path, KIND, slot), joined([each[slot] for each in slots])
 
     @classmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
