@@ -51,7 +51,7 @@ class Update:
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
         acts_on: what the update changes, for messages.
         forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
-        frozen: tensors that are given, not trained: random projections, masks.
+        frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
         paper: where the formula comes from.
     """
 
@@ -63,10 +63,13 @@ class Update:
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
     frozen: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
+    # torch.compile reads attributes of a class, but not the fields of a dataclass.
+    _names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
+        cls._names = tuple(cls.tensor_fields())
 
     @property
     def method(self) -> str:
@@ -86,7 +89,7 @@ class Update:
     @property
     def tensors(self) -> dict[str, Leaf]:
         """The tensors that are present, by field."""
-        present = ((name, getattr(self, name)) for name in self.tensor_fields())
+        present = ((name, getattr(self, name)) for name in self._names)
         return {name: leaf for name, leaf in present if leaf is not None}
 
     @property

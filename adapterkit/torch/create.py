@@ -63,10 +63,7 @@ def create(
     places = {path: _target(model, path, layout) for path in _matching(model, targets)}
     shapes = [_shape(model, path, target) for path, target in places.items()]
     given = cls.shared(shapes, rank, _random(generator)) | attributes
-    updates = {
-        target: (_fresh(cls, model, path, target, rank, generator, given),)
-        for path, target in places.items()
-    }
+    updates = {target: (_fresh(cls, model, path, target, rank, generator, given),) for path, target in places.items()}
     adapter = Adapter(updates).map(lambda leaf: torch.as_tensor(leaf).detach().clone())
     adapter.validate()
     return adapter

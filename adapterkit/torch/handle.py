@@ -107,9 +107,7 @@ class Handle:
             if isinstance(station.layer, Quantized):
                 raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=_KEEP)
         new = station.changed(parts, torch.float64)
-        pairs: list[tuple[Tensor, Tensor]] = [
-            (tensor_at(station.module, path), value) for path, value in new.items()
-        ]
+        pairs: list[tuple[Tensor, Tensor]] = [(tensor_at(station.module, path), value) for path, value in new.items()]
         for parameter, _ in pairs:
             names = [n for n, p in self._model.named_parameters(remove_duplicate=False) if p is parameter]
             if len(names) > 1:
