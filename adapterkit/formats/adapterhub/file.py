@@ -109,4 +109,18 @@ def take(part: Part, slots: Mapping[str, Key], fields: Mapping[str, str]) -> dic
     return {field: part.tensors[slots[slot]] for slot, field in fields.items()}
 
 
+def check_same(part: Part, one: Key, other: Key) -> None:
+    """Checks that two keys hold the same values, as one tensor that the library stores twice does.
+
+    Raises:
+        Malformed: they differ.
+    """
+    a, b = part.tensors[one], part.tensors[other]
+    if a.span is not None and a.span == b.span:
+        return
+    if a.shape != b.shape or bytes(a.fetch()) != bytes(b.fetch()):
+        why = f"differs from {other.text}, which is the same tensor in the library"
+        raise Malformed(why, where=one.text, cure=AGAIN)
+
+
 AGAIN = "Save the adapter again with the adapters library"

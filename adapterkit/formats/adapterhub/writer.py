@@ -56,6 +56,8 @@ def _content(adapter: Adapter, updates: Updates, hints: Hints, config: Mapping[s
     naming = Naming(str(config["name"]), config.get("model_type"), root)
     spelled = {hints.keys.get(key, key): leaf for key, leaf in spell(updates, naming)}
     kept, head = _kept(adapter)
+    stale = {key for family, own in by_family(updates).items() for key in family.stale(own, naming, kept)}
+    kept = {key: leaf for key, leaf in kept.items() if key not in stale}
     return Content(
         config=config,
         tensors=spelled | kept,

@@ -73,3 +73,8 @@ class Family(ABC):
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
         """Target, position among its updates and reason, for each of these that a file cannot say."""
         return iter(())
+
+    @classmethod
+    def stale(cls, updates: Updates, naming: Naming, kept: Mapping[str, Lazy]) -> Iterator[str]:
+        """Keys of tensors that only travel along and no longer go with these updates."""
+        return iter(())

@@ -1,0 +1,149 @@
+"""What a new config must say of bottleneck adapters: one form for all, and which layers of the base have any.
+
+A config names kinds of places and layers that are left out; whatever else it covers the library fills with fresh
+adapters, which change the model. So all must be there, and the base must tell how many layers there are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .slots import words_of
+from .sublayers import MODELS, Rule, hanging
+
+if TYPE_CHECKING:
+    from ...adapter import Target
+    from ...tensors.checkpoint import Checkpoint
+    from ...updates import Update
+
+    Updates = Mapping[Target, tuple[Update, ...]]
+
+FRESH = {
+    "dropout": 0.0,
+    "hypercomplex_nonlinearity": "glorot-uniform",
+    "init_weights": "bert",
+    "init_weights_seed": None,
+    "inv_adapter": None,
+    "inv_adapter_reduction_factor": None,
+    "learn_phm": True,
+    "phm_c_init": "normal",
+    "phm_init_range": 0.0001,
+    "stochastic_depth": 0.0,
+}
+"""What a config says that never was AdapterHub's."""
+
+SAME = ("adapter_residual_before_ln", "non_linearity", "original_ln_after", "original_ln_before")
+"""Attributes that a config calls the same."""
+
+FLAGS = ("mh_adapter", "output_adapter", "cross_adapter")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
+
+
+def placed(updates: Updates) -> list[tuple[Target, Any]]:
+    """Every adapter inside a block, with its target."""
+    return [(target, update) for target, found in updates.items() for update in found if update.method != "invertible"]
+
+
+def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    """The fields of a config that says these updates."""
+    adapters = placed(updates)
+    some, words = adapters[0][1], words_of([update for _, update in adapters])
+    flags = {rule.flag for _, rule in _rules(updates, base).values()}
+    return {
+        **words,
+        **{name: some.attributes[name] for name in SAME},
+        **{flag: flag in flags for flag in FLAGS},
+        "residual_before_ln": {"true": True, "false": False}.get(some.residual_before_ln, "post_add"),
+        "is_parallel": some.parallel,
+        "leave_out": sorted({*range(_layers(base) or 0)} - {_layer(target) for target, _ in adapters}),
+        "phm_dim": _rule_size(some),
+        "phm_rank": int(some.tensors["down_left"].shape[2]) if "down_left" in some.tensors else 1,
+        "reduction_factor": _factor(*_sizes(some)),
+    }
+
+
+def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+    """What a new config cannot say."""
+    first = next((_form(update) for _, update in placed(updates)), None)
+    model_type = None if base is None else (base.config or {}).get("model_type")
+    rules = _rules(updates, base)
+    patchy = _patchy(updates, rules)
+    for target, found in updates.items():
+        for position, update in enumerate(found):
+            if update.method == "invertible":
+                why = "written only beside what it was read with"
+            elif model_type not in MODELS or model_type in ENCODER_DECODER or not _layers(base):
+                why = "the library fills layers that are left out, and which there are only the base tells"
+            elif target not in rules:
+                why = f"no place where the library puts adapters in a {model_type}"
+            elif _form(update) != first:
+                why = "another form, size or method than the others': a config has one of each"
+            elif not {"down_bias", "up_bias"} <= {*update.tensors, *_unbiased(update)} or _bare_gate(update):
+                why = "layers or a gate without a bias"
+            elif _layer(target) in patchy:
+                why = "its layer lacks an adapter that other layers have"
+            else:
+                why = "a second adapter at one place" if position else ""
+            if why:
+                yield target, position, f"{update.method}: {why}"
+
+
+def _rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tuple[str, Rule]]:
+    model_type = None if base is None else (base.config or {}).get("model_type")
+    found = {target: hanging(target.path, u.residual, u.norm, model_type) for target, u in placed(updates)}
+    return {target: rule for target, rule in found.items() if rule is not None}
+
+
+def _patchy(updates: Updates, rules: Mapping[Target, tuple[str, Rule]]) -> set[int]:
+    """Layers that lack a kind of adapter that another layer has."""
+    kinds: dict[int, set[str]] = {}
+    for target, (_, rule) in rules.items():
+        kinds.setdefault(_layer(target), set()).add(rule.flag)
+    every = set().union(*kinds.values()) if kinds else set()
+    return {layer for layer, flags in kinds.items() if flags != every}
+
+
+def _form(update: Any) -> tuple[Any, ...]:
+    words = {name: value for name, value in update.attributes.items() if name not in ("residual", "norm")}
+    return update.method, words, {name: tuple(leaf.shape) for name, leaf in update.tensors.items()}
+
+
+def _unbiased(update: Any) -> tuple[str, ...]:
+    """Compacter's layers have no bias where the config says so, both or none."""
+    none = update.method == "compacter" and "down_bias" not in update.tensors and "up_bias" not in update.tensors
+    return ("down_bias", "up_bias") if none else ()
+
+
+def _bare_gate(update: Any) -> bool:
+    return "gate" in update.tensors and "gate_bias" not in update.tensors
+
+
+def _sizes(update: Any) -> tuple[int, int]:
+    """Sizes of the block and of the bottleneck."""
+    dims = update.dims()
+    return int(dims["hidden"]), int(dims["d"])
+
+
+def _factor(hidden: int, inner: int) -> float:
+    """The factor by which the library divides one size to get the other; it rounds down."""
+    factor = hidden / inner
+    return factor if int(hidden // factor) == inner else math.nextafter(factor, 0)
+
+
+def _rule_size(update: Any) -> int:
+    rule = update.tensors.get("down_rule", update.tensors.get("down_rule_left"))
+    return 4 if rule is None else int(rule.shape[0])
+
+
+def _layers(base: Checkpoint | None) -> int | None:
+    config = {} if base is None else base.config or {}
+    return next((config[name] for name in LAYERS if isinstance(config.get(name), int)), None)
+
+
+def _layer(target: Target) -> int:
+    found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", target.path)
+    return int(found[1]) if found else 0
