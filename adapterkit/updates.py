@@ -306,9 +306,27 @@ class OutputUpdate(Update):
     acts_on = "the output of the layer"
     placed: ClassVar[bool] = False
 
+    @property
+    def channels(self) -> int | None:
+        """How many channels the layer's output must have; None where the update does not say."""
+        hidden: Any = self.dims().get("hidden")
+        return cast(int | None, hidden)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer's residual and norm are part of what comes out."""
+        return True
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if self.channels not in (None, shape[0]):
+            raise ShapeMismatch(f"made for {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
+
     def inside(self, x: Any, layer: Any) -> Any:
         """What the update makes of `layer.hidden(x)`."""
         return self.forward(x, layer)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        return layer.close(self.inside(x, layer), x, self.whole)
 
 
 class ContextUpdate(Update):
@@ -359,6 +377,7 @@ class ContextUpdate(Update):
 
 _TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 _DAMAGED = "The file is damaged, or the tool that wrote it is at fault; write it again"
+_WRONG_BASE = "Is this the base that the adapter was trained on?"
 _DIVERGED = "The training diverged, or the file is damaged; use an earlier checkpoint"
 
 

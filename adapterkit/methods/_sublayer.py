@@ -45,18 +45,20 @@ class Sublayer(OutputUpdate):
     residual: str = ""
     norm: str = ""
 
+    @property
+    def whole(self) -> bool:
+        return self.original_ln_after
+
     def check_against(self, shape: tuple[int, ...]) -> None:
-        hidden = self.dims()["hidden"]
-        if shape[0] != hidden or (self.parallel and shape[1:2] != (hidden,)):
-            why = f"made for {hidden} channels; the layer has {list(shape[:2])} of outputs and inputs"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+        super().check_against(shape)
+        if self.parallel and not self.residual and shape[1:2] != shape[:1]:
+            raise ShapeMismatch(
+                "inputs and outputs differ in number", where="parallel", cure="Name the residual to read"
+            )
 
     def change(self, h: Any, layer: Any) -> Any:
         """Down, the activation, and up: `[..., hidden]` to `[..., hidden]`."""
         raise AssertionError("each bottleneck defines it")
-
-    def forward(self, x: Any, layer: Any) -> Any:
-        return layer.close(self.inside(x, layer), x, self.original_ln_after)
 
     def inside(self, x: Any, layer: Any) -> Any:
         hidden, residual = layer.hidden(x), layer.residual(x)
@@ -64,7 +66,9 @@ class Sublayer(OutputUpdate):
             return hidden + self._after(self._scaled(x if residual is None else residual, layer), layer)
         read, skip = self._read(hidden, residual, layer)
         change = self._scaled(read, layer)
-        return self._after(change + skip, layer) if self.adapter_residual_before_ln else self._after(change, layer) + skip
+        return (
+            self._after(change + skip, layer) if self.adapter_residual_before_ln else self._after(change, layer) + skip
+        )
 
     def _read(self, hidden: Any, residual: Any, layer: Any) -> tuple[Any, Any]:
         """What the adapter reads, and what its own residual goes past it with."""

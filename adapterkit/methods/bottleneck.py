@@ -33,7 +33,9 @@ class Bottleneck(Sublayer):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         hidden = len(W)
         down, zeros = random((rank, hidden)) / hidden**0.5, W.new_zeros(hidden)
-        return cls(down=down, down_bias=zeros[:1].repeat(rank), up=W.new_zeros(hidden, rank), up_bias=zeros, **attributes)
+        return cls(
+            down=down, down_bias=zeros[:1].repeat(rank), up=W.new_zeros(hidden, rank), up_bias=zeros, **attributes
+        )
 
     def change(self, h: Any, layer: Any) -> Any:
         inner = ACTIVATIONS[self.non_linearity](biased(layer.mix(h, self.down), self.down_bias, layer))

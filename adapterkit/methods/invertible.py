@@ -45,10 +45,18 @@ class Invertible(OutputUpdate):
             G_down_bias=W.new_zeros(rank), G_up=W.new_zeros(second, rank), G_up_bias=W.new_zeros(second), **attributes,
         )  # fmt: skip
 
+    @property
+    def channels(self) -> int | None:
+        return None if self.reverse else self._size
+
+    @property
+    def _size(self) -> int:
+        return int(self.F_up_bias.shape[0] + self.G_up_bias.shape[0])
+
     def check_against(self, shape: tuple[int, ...]) -> None:
-        size = len(self.F_up_bias) + len(self.G_up_bias)
-        if len(shape) != 2 or shape[int(self.reverse)] != size:
-            why = f"made for {size} {'inputs' if self.reverse else 'outputs'}; the layer's weight is {list(shape)}"
+        super().check_against(shape)
+        if len(shape) > 2 or (self.reverse and shape[1:] != (self._size,)):
+            why = f"made for {self._size} channels in the last axis; the layer's weight is {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     def forward(self, x: Any, layer: Any) -> Any:
@@ -56,22 +64,22 @@ class Invertible(OutputUpdate):
 
     def _forward(self, y: Any) -> Any:
         y1, y2 = self._halves(y)
-        y1 = y1 + self._F(y2)
-        return namespace(y).concat([y1, y2 + self._G(y1)], axis=-1)
+        y1 = y1 + self._first(y2)
+        return namespace(y).concat([y1, y2 + self._second(y1)], axis=-1)
 
     def _backward(self, y: Any) -> Any:
         y1, y2 = self._halves(y)
-        y2 = y2 - self._G(y1)
-        return namespace(y).concat([y1 - self._F(y2), y2], axis=-1)
+        y2 = y2 - self._second(y1)
+        return namespace(y).concat([y1 - self._first(y2), y2], axis=-1)
 
     def _halves(self, y: Any) -> tuple[Any, Any]:
         first = self.F_up_bias.shape[0]
         return y[..., :first], y[..., first:]
 
-    def _F(self, h: Any) -> Any:
+    def _first(self, h: Any) -> Any:
         inner = ACTIVATIONS[self.non_linearity](h @ self.F_down.mT + self.F_down_bias)
         return inner @ self.F_up.mT + self.F_up_bias
 
-    def _G(self, h: Any) -> Any:
+    def _second(self, h: Any) -> Any:
         inner = ACTIVATIONS[self.non_linearity](h @ self.G_down.mT + self.G_down_bias)
         return inner @ self.G_up.mT + self.G_up_bias

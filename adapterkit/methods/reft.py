@@ -25,7 +25,9 @@ class ReFT(OutputUpdate):
     """
 
     paper = "https://arxiv.org/abs/2404.03592"
-    forms: ClassVar[Any] = (((), ("suffix_source", "suffix_projection"), ("suffix_source", "suffix_source_bias", "suffix_projection")),)
+    forms: ClassVar[Any] = (
+        ((), ("suffix_source", "suffix_projection"), ("suffix_source", "suffix_source_bias", "suffix_projection")),
+    )
 
     source: Tensor = tensor("r hidden")
     source_bias: Tensor | None = tensor("r", optional=True)
@@ -48,10 +50,9 @@ class ReFT(OutputUpdate):
         return cls(source=source.clone(), source_bias=W.new_zeros(rank), projection=projection, **attributes)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        hidden = self.dims()["hidden"]
-        if len(shape) > 2 or shape[0] != hidden:
-            why = f"made for {hidden} channels in the last axis; the layer's weight is {list(shape)}"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+        super().check_against(shape)
+        if len(shape) > 2:
+            raise ShapeMismatch("a kernel's layer has no axis of positions", cure="Target a module of sequences")
 
     def forward(self, x: Any, layer: Any) -> Any:
         y = layer(x)
@@ -59,9 +60,9 @@ class ReFT(OutputUpdate):
         stop = length - min(self.suffix_positions, length)
         start = min(self.prefix_positions, stop)
         first = self._changed(y[..., :start, :], self.source, self.source_bias, self.projection)
-        own = self.suffix_source is not None
-        suffix = ("suffix_source", "suffix_source_bias", "suffix_projection") if own else ("source", "source_bias", "projection")
-        last = self._changed(y[..., stop:, :], *(getattr(self, name) for name in suffix))
+        tied = self.source, self.source_bias, self.projection
+        own = self.suffix_source, self.suffix_source_bias, self.suffix_projection
+        last = self._changed(y[..., stop:, :], *(tied if self.suffix_source is None else own))
         return namespace(y).concat([first, y[..., start:stop, :], last], axis=-2)
 
     def _changed(self, h: Any, source: Any, bias: Any, projection: Any) -> Any:

@@ -63,10 +63,9 @@ def sublayer(
     original_ln_after: bool = True,
     residual_before_ln: str = "true",
     adapter_residual_before_ln: bool = False,
-    residual: str = "",
-    norm: str = "",
+    **_where: str,
 ) -> Array:
-    """The sub-layer's output with a bottleneck that computes `change`; `added` is what is added to the hidden value."""
+    """The sub-layer's output with a bottleneck that computes `change`; `added` is its residual."""
 
     def total(h: Array) -> Array:
         return h if added is None else h + added

@@ -11,8 +11,8 @@ from sublayers import ACTIVATIONS, BESIDE, GATED, SQUARE, made, sublayer
 
 
 def output(
-    x: Array, layer: Callable[[Array], Array], down: Array, up: Array, down_bias: Array | None = None, up_bias: Array | None = None,
-    non_linearity: str = "relu", **options: Any,
+    x: Array, layer: Callable[[Array], Array], down: Array, up: Array, down_bias: Array | None = None,
+    up_bias: Array | None = None, non_linearity: str = "relu", **options: Any,
 ) -> Array:  # fmt: skip
     """The layer's output through the adapter."""
 
@@ -39,6 +39,8 @@ def cases() -> list[Case]:
         "parallel": {"parallel": True, "scaling": 4.0},
         "parallel_bare": {"parallel": True, "original_ln_after": False},
     }  # fmt: skip
+    after = "norm_after norm_after_bias"
+    sibling = _plain("sibling", original_ln_before=True, residual="first", norm="last")
     return [
         Case("linear", updates=(_plain("linear"),), **BIASED),
         Case("defaults", updates=(_plain("defaults"),), **LINEAR),
@@ -47,17 +49,17 @@ def cases() -> list[Case]:
         Case("gated", updates=(_plain("gated", "gate gate_bias", non_linearity="tanh"),), **GATED),
         Case("gate_alone", updates=(_plain("gate_alone", "gate", non_linearity="leaky_relu"),), **BIASED),
         Case("norm_before", updates=(_plain("before", "norm_before norm_before_bias"),), **BIASED),
-        Case("norm_after", updates=(_plain("after", "norm_after norm_after_bias"),), **BIASED),
-        Case("norm_last", updates=(_plain("last", "norm_after norm_after_bias", adapter_residual_before_ln=True),), **BIASED),
+        Case("norm_after", updates=(_plain("after", after),), **BIASED),
+        Case("norm_last", updates=(_plain("last", after, adapter_residual_before_ln=True),), **BIASED),
         Case("beside", updates=(_plain("beside", parallel=True, non_linearity="gelu_new"),), **SQUARE),
         Case("in_out", updates=(_plain("in_out"),), **IN_OUT),
         Case("embedding", updates=(_plain("embedding"),), **EMBEDDING),
         Case("conv2d", updates=(_plain("conv2d"),), **CONV2D),
         Case("bf16", updates=(_plain("bf16"),), dtype="BF16", **BIASED),
-        *(Case(f"{name}_normed", updates=(_plain(name, **chosen),), beside=BESIDE, **BIASED) for name, chosen in options.items()),
-        *(Case(f"{name}_added", updates=(_plain(name, **chosen),), beside=add, **BIASED) for name, chosen in options.items()),
-        Case("sibling", updates=(_plain("sibling", original_ln_before=True, residual="first", norm="last"),), beside=BESIDE, **BIASED),
-    ]  # fmt: skip
+        *(Case(f"{n}_normed", updates=(_plain(n, **some),), beside=BESIDE, **BIASED) for n, some in options.items()),
+        *(Case(f"{n}_added", updates=(_plain(n, **some),), beside=add, **BIASED) for n, some in options.items()),
+        Case("sibling", updates=(sibling,), beside=BESIDE, **BIASED),
+    ]
 
 
 def _plain(seed: str, names: str = "", **attributes: Any) -> Update:

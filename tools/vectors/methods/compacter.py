@@ -36,7 +36,11 @@ def _matrix(side: str, own: dict[str, Array]) -> Array:
     n = len(next(array for name, array in own.items() if name.startswith(f"{side}_rule")))
     total: Any = 0
     for i in range(n):
-        rule = own[f"{side}_rule"][i] if f"{side}_rule" in own else own[f"{side}_rule_left"][i] @ own[f"{side}_rule_right"][i]
+        rule = (
+            own[f"{side}_rule"][i]
+            if f"{side}_rule" in own
+            else own[f"{side}_rule_left"][i] @ own[f"{side}_rule_right"][i]
+        )
         W = own[f"{side}_W"][i] if f"{side}_W" in own else own[f"{side}_left"][i] @ own[f"{side}_right"][i]
         total = total + np.kron(rule, W)
     return total  # type: ignore[no-any-return]
@@ -45,22 +49,30 @@ def _matrix(side: str, own: dict[str, Array]) -> Array:
 def cases() -> list[Case]:
     """Rules and weights whole or in factors, one rule for both sides, and the fields of every bottleneck."""
     whole, factors = "down_rule down_W up_rule up_W", "down_rule down_left down_right up_rule up_left up_right"
-    biases = "down_bias up_bias"
+    rules = "down_rule_left down_rule_right down_W up_rule_left up_rule_right up_W"
+    biases, norms = "down_bias up_bias", "norm_before norm_before_bias norm_after norm_after_bias"
     beside = {"added": (2, 4), "norm_weight": (4,), "norm_bias": (4,)}
+    pfeiffer = {"original_ln_before": True, "residual_before_ln": "post_add", "original_ln_after": False}
+    plain = {
+        "whole": _update("whole", f"{whole} {biases}"),
+        "factors": _update("factors", f"{factors} {biases}", non_linearity="gelu"),
+        "shared_rule": _shared(f"{factors} {biases}"),
+        "rules_in_factors": _update("rules", rules),
+        "scaled": _update("scaled", f"{whole} scaling_factor", scaling=0.5),
+        "channels": _update("channels", f"{whole} channel_scaling"),
+        "gated": _update("gated", f"{whole} gate gate_bias"),
+        "norms": _update("norms", f"{whole} {norms}", adapter_residual_before_ln=True),
+    }
+    placed = {
+        "pfeiffer": _update("pfeiffer", factors, **pfeiffer),
+        "parallel": _update("parallel", factors, parallel=True),
+        "sibling": _update("sibling", factors, residual="first", norm="last"),
+    }
     return [
-        Case("whole", updates=(_update("whole", f"{whole} {biases}"),), **FOUR),
-        Case("factors", updates=(_update("factors", f"{factors} {biases}", non_linearity="gelu"),), **FOUR),
-        Case("shared_rule", updates=(_shared(f"{factors} {biases}"),), **FOUR),
-        Case("rules_in_factors", updates=(_update("rules", "down_rule_left down_rule_right down_W up_rule_left up_rule_right up_W"),), **FOUR),
-        Case("scaled", updates=(_update("scaled", f"{whole} scaling_factor", scaling=0.5),), **FOUR),
-        Case("channels", updates=(_update("channels", f"{whole} channel_scaling"),), **FOUR),
-        Case("gated", updates=(_update("gated", f"{whole} gate gate_bias"),), **FOUR),
-        Case("norms", updates=(_update("norms", f"{whole} norm_before norm_before_bias norm_after norm_after_bias", adapter_residual_before_ln=True),), **FOUR),
+        *(Case(name, updates=(update,), **FOUR) for name, update in plain.items()),
         Case("in_out", updates=(_update("in_out", whole),), weight=(5, 4), layout="in out *k", bias=(4,)),
-        Case("pfeiffer", updates=(_update("pfeiffer", factors, original_ln_before=True, residual_before_ln="post_add", original_ln_after=False),), beside=beside, **FOUR),
-        Case("parallel", updates=(_update("parallel", factors, parallel=True),), beside=beside, **FOUR),
-        Case("sibling", updates=(_update("sibling", factors, residual="first", norm="last"),), beside=beside, **FOUR),
-    ]  # fmt: skip
+        *(Case(name, updates=(update,), beside=beside, **FOUR) for name, update in placed.items()),
+    ]
 
 
 def _update(seed: str, names: str, **attributes: Any) -> Update:

@@ -13,23 +13,24 @@ from sublayers import ACTIVATIONS, with_attributes
 
 def output(
     x: Array, layer: Callable[[Array], Array], F_down: Array, F_down_bias: Array, F_up: Array, F_up_bias: Array,
-    G_down: Array, G_down_bias: Array, G_up: Array, G_up_bias: Array, non_linearity: str = "relu", reverse: bool = False,
+    G_down: Array, G_down_bias: Array, G_up: Array, G_up_bias: Array, non_linearity: str = "relu",
+    reverse: bool = False,
 ) -> Array:  # fmt: skip
     """The layer's output through the block, or its output for the input that the block would have made into x."""
     act, first = ACTIVATIONS[non_linearity], len(F_up)
 
-    def F(h: Array) -> Array:
+    def f(h: Array) -> Array:
         return act(h @ F_down.T + F_down_bias) @ F_up.T + F_up_bias
 
-    def G(h: Array) -> Array:
+    def g(h: Array) -> Array:
         return act(h @ G_down.T + G_down_bias) @ G_up.T + G_up_bias
 
     if reverse:
-        z2 = x[..., first:] - G(x[..., :first])
-        return layer(np.concatenate([x[..., :first] - F(z2), z2], axis=-1))
+        z2 = x[..., first:] - g(x[..., :first])
+        return layer(np.concatenate([x[..., :first] - f(z2), z2], axis=-1))
     y = layer(x)
-    y1 = y[..., :first] + F(y[..., first:])
-    return np.concatenate([y1, y[..., first:] + G(y1)], axis=-1)
+    y1 = y[..., :first] + f(y[..., first:])
+    return np.concatenate([y1, y[..., first:] + g(y1)], axis=-1)
 
 
 def cases() -> list[Case]:

@@ -56,7 +56,7 @@ def cases() -> list[Case]:
         Case("direft", updates=(_update("direft", subtract_projection=False, non_linearity="relu"),), **LONG),
         Case("no_bias", updates=(_update("no_bias", biased=False, prefix_positions=1),), **LONG),
         Case("tied", updates=(_update("tied", prefix_positions=1, suffix_positions=2),), **LONG),
-        Case("untied", updates=(_update("untied", own=True, prefix_positions=2, suffix_positions=1, orthogonality=True),), **LONG),
+        Case("untied", updates=(_update("untied", own=True, suffix_positions=1, orthogonality=True),), **LONG),
         Case("untied_no_bias", updates=(_update("unbiased", own=True, biased=False, suffix_positions=1),), **LONG),
         Case("overlap", updates=(_update("overlap", own=True, prefix_positions=4, suffix_positions=4),), **LONG),
         Case("short", updates=(_update("short", own=True, prefix_positions=9),), **LONG),
