@@ -9,6 +9,7 @@ transformers saved them. Run it where `adapters` 1.3.0 is installed; it needs it
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -21,9 +22,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import adapters
 import torch
-from adapters import IA3Config, LoRAConfig
+from adapters import (
+    CompacterConfig,
+    ConfigUnion,
+    DiReftConfig,
+    DoRAConfig,
+    DoubleSeqBnConfig,
+    IA3Config,
+    LoReftConfig,
+    LoRAConfig,
+    NoReftConfig,
+    ParBnConfig,
+    PromptTuningConfig,
+    SeqBnConfig,
+    SeqBnInvConfig,
+)
 from adapters.configuration import AdapterConfig
+from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.lora import IA3, LoRALinear, LoRAMergedLinear
+from adapters.methods.prompt_tuning import PromptTuningLayer
+from adapters.methods.reft import ReftLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -81,6 +99,37 @@ CASES = {
     "lora_t5": Case("t5", lambda: LoRAConfig(r=1, alpha=2, intermediate_lora=True), safetensors=False),
     "ia3_bert": Case("bert", IA3Config),
     "ia3_gpt2": Case("gpt2", IA3Config),
+    "dora_llama": Case("llama", lambda: DoRAConfig(r=2, alpha=2)),
+    "pfeiffer_bert": Case("bert", lambda: SeqBnConfig(reduction_factor=4)),
+    "houlsby_bert": Case("bert", lambda: DoubleSeqBnConfig(reduction_factor={"0": 2, "default": 4}, leave_out=[])),
+    "houlsby_gpt2": Case("gpt2", lambda: DoubleSeqBnConfig(reduction_factor=4, non_linearity="gelu")),
+    "houlsby_t5": Case("t5", lambda: DoubleSeqBnConfig(reduction_factor=4, cross_adapter=True), safetensors=False),
+    "normed_bert": Case(
+        "bert",
+        lambda: SeqBnConfig(
+            reduction_factor=4, ln_before=True, ln_after=True, adapter_residual_before_ln=True, scaling="channel"
+        ),
+        safetensors=False,
+    ),
+    "post_add_bert": Case(
+        "bert", lambda: SeqBnConfig(reduction_factor=4, residual_before_ln="post_add", use_gating=True, scaling=0.5)
+    ),
+    "parallel_llama": Case("llama", lambda: ParBnConfig(reduction_factor=4, scaling="learned", leave_out=[1])),
+    "parallel_bert": Case("bert", lambda: ParBnConfig(reduction_factor=4)),
+    "invertible_bert": Case("bert", lambda: SeqBnInvConfig(reduction_factor=4)),
+    "compacter_bert": Case("bert", lambda: CompacterConfig(reduction_factor=2, phm_dim=2), headed=True),
+    "compacter_own_gpt2": Case(
+        "gpt2",
+        lambda: CompacterConfig(
+            reduction_factor=2, phm_dim=2, shared_phm_rule=False, factorized_phm_rule=True, factorized_phm_W=False
+        ),
+    ),
+    "loreft_bert": Case("bert", lambda: LoReftConfig(r=2, suffix_positions=2)),
+    "loreft_tied_llama": Case("llama", lambda: LoReftConfig(prefix_positions=1, suffix_positions=2, tied_weights=True)),
+    "noreft_gpt2": Case("gpt2", lambda: NoReftConfig(r=2, non_linearity="relu", layers=[1])),
+    "direft_gpt2": Case("gpt2", lambda: DiReftConfig(r=2)),
+    "prompt_bert": Case("bert", lambda: PromptTuningConfig(prompt_length=3)),
+    "union_bert": Case("bert", lambda: ConfigUnion(SeqBnConfig(reduction_factor=4), LoRAConfig(r=2, alpha=4))),
 }
 
 
@@ -92,12 +141,106 @@ def updates(model: Any) -> Updates:
             yield ak.Target(path, "in out *k" if turned else "out *in"), of_lora(module.loras[NAME])
         elif isinstance(module, LoRAMergedLinear) and NAME in module.loras:
             yield from of_merged(path, module, module.loras[NAME])
+        elif isinstance(module, BottleneckLayer) and NAME in module.adapters:
+            yield of_bottleneck(path, module.adapters[NAME], model)
+        elif isinstance(module, ReftLayer) and NAME in module.refts:
+            yield ak.Target(path.removesuffix(".reft_layer")), of_reft(module.refts[NAME])
+        elif isinstance(module, PromptTuningLayer) and NAME in module.prompt_tunings:
+            weight = module.prompt_tunings[NAME].prompt_embedding.weight
+            yield ak.Target("embeddings"), METHODS["prompt"](P=weight)
+    for name, block in getattr(model, "invertible_adapters", {}).items():
+        assert name == NAME
+        yield ak.Target("embeddings"), of_coupling(block)
+
+
+PLACES = {
+    "gpt2": {"attention_adapters": ("attn", "ln_1"), "output_adapters": ("mlp", "ln_2")},
+    "llama": {
+        "attention_adapters": ("self_attn", "input_layernorm"),
+        "output_adapters": ("mlp", "post_attention_layernorm"),
+    },
+}
+"""Where a block's adapters act: the module whose output changes, and the one that reads the residual."""
+
+
+def of_bottleneck(path: str, adapter: Any, model: Any) -> tuple[ak.Target, Any]:
+    """A bottleneck adapter or Compacter."""
+    kind, residual, target = model.config.model_type, "", path
+    if kind in PLACES:
+        block, _, layer = path.rpartition(".")
+        name, residual = PLACES[kind][layer]
+        target = f"{block}.{name}"
+    elif kind == "t5":
+        inner = {0: "SelfAttention", len(model.get_submodule(path.rpartition(".")[0])) - 1: "DenseReluDense"}
+        target, residual = f"{path}.{inner.get(int(path[-1]), 'EncDecAttention')}", "layer_norm"
+    first, scaling = adapter.adapter_down[int(adapter.add_layer_norm_before)], adapter.scaling
+    vector = {} if isinstance(scaling, float) else {"scaling_factor" if len(scaling) == 1 else "channel_scaling": scaling}
+    if hasattr(first, "weight"):
+        layers = {"down": first.weight, "down_bias": first.bias, "up": adapter.adapter_up.weight}
+        layers["up_bias"] = adapter.adapter_up.bias
+    else:
+        layers = {**of_phm(first, "down", model), **of_phm(adapter.adapter_up, "up", model)}
+    pairs = {"norm_before": "adapter_norm_before", "norm_after": "adapter_norm_after", "gate": "gate"}
+    held = {field: getattr(adapter, name) for field, name in pairs.items() if hasattr(adapter, name)}
+    extra = {f: m.weight for f, m in held.items()} | {f"{f}_bias": m.bias for f, m in held.items()}
+    update = METHODS["bottleneck" if "up" in layers else "compacter"](
+        **layers, **extra, **vector, residual=residual,
+        non_linearity=model.adapters_config.get(NAME)["non_linearity"] if not union(model) else "relu",
+        scaling=scaling if isinstance(scaling, float) else 1.0,
+        parallel=type(adapter).__name__ == "ParallelAdapter",
+        original_ln_before=adapter.original_ln_before, original_ln_after=adapter.original_ln_after,
+        residual_before_ln=str(adapter.residual_before_ln).lower(),
+        adapter_residual_before_ln=adapter.adapter_residual_before_ln,
+    )  # fmt: skip
+    return ak.Target(target), update
+
+
+def union(model: Any) -> bool:
+    """Whether the adapter is of several methods."""
+    return model.adapters_config.get(NAME).architecture == "union"
+
+
+def of_phm(layer: Any, way: str, model: Any) -> dict[str, Tensor]:
+    """A Compacter layer's tensors, shared ones too."""
+    base = getattr(model, model.base_model_prefix, model)
+    shared = dict(base.shared_parameters[NAME].items()) if NAME in base.shared_parameters else {}
+    found = {"bias": layer.b}
+    for field, name in (("rule", "phm_rule"), ("rule_left", "phm_rule_left"), ("rule_right", "phm_rule_right")):
+        if name in shared or hasattr(layer, name):
+            found[field] = shared.get(name, getattr(layer, name, None))
+    for field, name in (("W", "W"), ("left", "W_left"), ("right", "W_right")):
+        if hasattr(layer, name):
+            found[field] = getattr(layer, name)
+    return {f"{way}_{field}": tensor for field, tensor in found.items()}
+
+
+def of_reft(reft: Any) -> Any:
+    """ReFT, its projections as the library computes them."""
+    tensors = {}
+    for prefix, unit in zip(("", "suffix_"), reft.units, strict=False):
+        tensors |= {f"{prefix}source": unit.learned_source.weight, f"{prefix}source_bias": unit.learned_source.bias}
+        tensors[f"{prefix}projection"] = unit.projection.weight
+    first, word = reft.units[0], getattr(reft.units[0].non_linearity.f, "__class__", None)
+    return METHODS["reft"](
+        **tensors, prefix_positions=reft.prefix_positions, suffix_positions=reft.suffix_positions,
+        subtract_projection=first.subtract_projection, orthogonality=first.orthogonal,
+        non_linearity={"Identity": "linear", "ReLU": "relu"}[word.__name__],
+    )  # fmt: skip
+
+
+def of_coupling(block: Any) -> Any:
+    """An invertible adapter of the kind that the library calls NICE."""
+    layers = {f"{half}_{way}": getattr(block, half)[at] for half in "FG" for way, at in (("down", 0), ("up", 2))}
+    tensors = {name: layer.weight for name, layer in layers.items()}
+    return METHODS["invertible"](**tensors, **{f"{name}_bias": layer.bias for name, layer in layers.items()})
 
 
 def of_lora(lora: Any) -> Any:
-    """LoRA or IA3 on a plain layer."""
+    """LoRA, DoRA or IA3 on a plain layer."""
     if isinstance(lora, IA3):
         return METHODS["ia3"](l=lora.lora_B[:, 0] * lora.scaling)
+    if lora.use_dora:
+        return METHODS["dora"](A=lora.lora_A, B=lora.lora_B, magnitude=lora.m.weight[:, 0], scaling=lora.scaling)
     return METHODS["lora"](A=lora.lora_A, B=lora.lora_B, scaling=lora.scaling)
 
 
@@ -121,7 +264,11 @@ def randomize(module: nn.Module, seed: int, spread: float) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             around = 1.0 if "orm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(around + spread * torch.randn(parameter.shape))
+            values = around + spread * torch.randn(parameter.shape)
+            if name.endswith("original"):
+                # Householder vectors lie above the diagonal, which holds signs.
+                values = values.triu(1) + parameter * torch.eye(*parameter.shape)
+            parameter.copy_(values)
 
 
 def own(model: nn.Module) -> nn.Module:
@@ -142,6 +289,14 @@ def run(model: Any, name: str) -> Tensor:
     return out
 
 
+def tell(model: Any, path: Path) -> None:
+    """What the library should have written of DiReFT, whose files it takes for NoReFT's otherwise; it reads the field."""
+    config = json.loads(path.read_text("utf-8"))
+    if not getattr(model.adapters_config.get(NAME), "subtract_projection", True):
+        config["config"]["subtract_projection"] = False
+        path.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+
+
 def make(name: str, case: Case, dest: Path) -> None:
     """One folder: what the library saved, the native form, and a forward pass."""
     model = AutoModel.from_pretrained(dest.parent / "models" / case.model)
@@ -149,11 +304,13 @@ def make(name: str, case: Case, dest: Path) -> None:
         headed = BertForSequenceClassification(model.config)
         headed.bert.load_state_dict(model.state_dict(), strict=False)
         model = headed
-    model.eval()
+    model.config.name_or_path = f"tiny/{case.model}"
     adapters.init(model)
     model.add_adapter(NAME, config=case.config(), set_active=True)
+    model.eval()
     randomize(own(model), sum(name.encode()), 0.5)
     model.save_adapter(str(dest), NAME, with_head=False, use_safetensors=case.safetensors)
+    tell(model, dest / "adapter_config.json")
     found: dict[ak.Target, tuple[Any, ...]] = {}
     for target, update in updates(model):
         found[target] = (*found.get(target, ()), update.map(lambda leaf: leaf.detach().clone().contiguous()))
