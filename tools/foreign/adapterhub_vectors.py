@@ -31,15 +31,17 @@ from adapters import (
     IA3Config,
     LoReftConfig,
     LoRAConfig,
+    MTLLoRAConfig,
     NoReftConfig,
     ParBnConfig,
     PromptTuningConfig,
     SeqBnConfig,
     SeqBnInvConfig,
+    VeraConfig,
 )
 from adapters.configuration import AdapterConfig
 from adapters.methods.bottleneck import BottleneckLayer
-from adapters.methods.lora import IA3, LoRALinear, LoRAMergedLinear
+from adapters.methods.lora import IA3, LoRALinear, LoRAMergedLinear, MTLLoRA, Vera
 from adapters.methods.prompt_tuning import PromptTuningLayer
 from adapters.methods.reft import ReftLayer
 from safetensors.torch import save_file
@@ -99,6 +101,9 @@ CASES = {
     "lora_t5": Case("t5", lambda: LoRAConfig(r=1, alpha=2, intermediate_lora=True), safetensors=False),
     "ia3_bert": Case("bert", IA3Config),
     "ia3_gpt2": Case("gpt2", IA3Config),
+    "gated_bert": Case("bert", lambda: LoRAConfig(r=2, use_gating=True, intermediate_lora=True)),
+    "vera_bert": Case("bert", lambda: VeraConfig(r=2, alpha=4), headed=True),
+    "mtl_bert": Case("bert", lambda: MTLLoRAConfig(r=2, alpha=3, n_up_projection=3, weights_sharpness=0.5)),
     "dora_llama": Case("llama", lambda: DoRAConfig(r=2, alpha=2)),
     "pfeiffer_bert": Case("bert", lambda: SeqBnConfig(reduction_factor=4)),
     "houlsby_bert": Case("bert", lambda: DoubleSeqBnConfig(reduction_factor={"0": 2, "default": 4}, leave_out=[])),
@@ -138,7 +143,7 @@ def updates(model: Any) -> Updates:
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear) and NAME in module.loras:
             turned = getattr(module, "fan_in_fan_out", False)
-            yield ak.Target(path, "in out *k" if turned else "out *in"), of_lora(module.loras[NAME])
+            yield ak.Target(path, "in out *k" if turned else "out *in"), of_lora(module.loras[NAME], model)
         elif isinstance(module, LoRAMergedLinear) and NAME in module.loras:
             yield from of_merged(path, module, module.loras[NAME])
         elif isinstance(module, BottleneckLayer) and NAME in module.adapters:
@@ -235,8 +240,18 @@ def of_coupling(block: Any) -> Any:
     return METHODS["invertible"](**tensors, **{f"{name}_bias": layer.bias for name, layer in layers.items()})
 
 
-def of_lora(lora: Any) -> Any:
-    """LoRA, DoRA or IA3 on a plain layer."""
+def of_lora(lora: Any, model: Any) -> Any:
+    """LoRA and its like on a plain layer."""
+    if isinstance(lora, Vera):
+        shared = getattr(model, model.base_model_prefix, model).shared_parameters[NAME]
+        tensors = {"A": shared["lora_A"], "B": shared["lora_B"], "D": lora.vera_D, "E": lora.vera_B}
+        return METHODS["vera_matrices"](**tensors, scaling=lora.scaling)
+    if isinstance(lora, MTLLoRA):
+        tensors = {"A": lora.lora_A, "B": lora.lora_B, "values": lora.task_specific.values, "weights": lora.weights}
+        return METHODS["mtl_lora"](**tensors, scaling=lora.scaling, sharpness=lora.weights_sharpness)
+    if lora.use_gating:
+        gate = {"gate": lora.gate.weight, "gate_bias": lora.gate.bias}
+        return METHODS["gated_lora"](A=lora.lora_A, B=lora.lora_B, **gate)
     if isinstance(lora, IA3):
         return METHODS["ia3"](l=lora.lora_B[:, 0] * lora.scaling)
     if lora.use_dora:
@@ -313,8 +328,9 @@ def make(name: str, case: Case, dest: Path) -> None:
     tell(model, dest / "adapter_config.json")
     found: dict[ak.Target, tuple[Any, ...]] = {}
     for target, update in updates(model):
-        found[target] = (*found.get(target, ()), update.map(lambda leaf: leaf.detach().clone().contiguous()))
+        found[target] = (*found.get(target, ()), update)
     adapter = ak.Adapter(found, recipe=(ak.Step("read", {"format": "adapterhub"}),))
+    adapter = adapter.map(lambda leaf: leaf.detach().clone().contiguous())
     ak.write(adapter, dest / "expected.native.safetensors")
     inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS.flip(1).contiguous()} if case.model == "t5" else {})
     save_file(inputs | {"y": run(model, case.model)}, dest / "forward.safetensors")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....adapter import Target
-from ....errors import ShapeMismatch, Unsupported
+from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....methods import METHODS
 from ....tensors.lazy import Lazy, as_lazy
 from ...peft.alphas import exact_alpha
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..naming import Naming
 
 QKV = ("q", "k", "v")
-KIND = "loras"
+KIND, SHARED = "loras", "shared_parameters"
 
 
 class LoraFields(Fields, frozen=True, kw_only=True):
@@ -47,7 +47,7 @@ class LoraFields(Fields, frozen=True, kw_only=True):
 class LoraFamily(Family):
     """`lora`."""
 
-    methods = frozenset({"dora", "ia3", "lora"})
+    methods = frozenset({"dora", "gated_lora", "ia3", "lora", "vera_matrices"})
     fields = LoraFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r; 1 in files of adapters before 1.1, which were trained so",
@@ -55,9 +55,9 @@ class LoraFamily(Family):
         "composition_mode": "add: LoRA; scale: IA3",
         "r": "rank",
         "use_dora": "the law is DoRA's",
-        "use_gating": "the change is weighted by a gate on the input; refused",
-        "vera_b": "a float: the law is VeRA's; refused",
-        "vera_d": "a float: the law is VeRA's; refused",
+        "use_gating": "a gate on the input stands in the place of the scaling",
+        "vera_b": "a float: the law is VeRA's",
+        "vera_d": "a float: the law is VeRA's",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "dropout": "training only",
@@ -75,19 +75,18 @@ class LoraFamily(Family):
         "dtype": None,
         "init_weights_seed": None,
         "leave_out": [],
-        "use_gating": False,
-        "vera_b": None,
-        "vera_d": None,
     }
 
     @classmethod
     def decode(cls, part: Part) -> Findings:
-        _check_law(part)
+        kind = _kind(part)
         for path, slots in part.groups(KIND).items():
-            if part.own.composition_mode == "scale":
+            if kind == "ia3":
                 yield from _ia3(part, path, slots)
+            elif kind == "vera_matrices":
+                yield _vera(part, path, slots)
             else:
-                yield from _lora(part, path, slots)
+                yield from _lora(part, path, slots, kind)
 
     @classmethod
     def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
@@ -95,6 +94,9 @@ class LoraFamily(Family):
             slots = [_slots(update) for _, update in group]
             for slot in slots[0]:
                 yield naming.key(path, KIND, slot), joined([each[slot] for each in slots])
+        first: Any = next(iter(updates.values()))[0]
+        for field in ("A", "B") if first.method == "vera_matrices" else ():
+            yield naming.key(naming.root, SHARED, f"lora_{field}"), as_lazy(first.tensors[field])
 
     @classmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
@@ -106,12 +108,15 @@ class LoraFamily(Family):
             "alpha": alpha,
             "attn_matrices": [word for word in QKV if word in roles],
             "composition_mode": "scale" if scale else "add",
-            "init_weights": "ia3" if scale else "lora",
+            "init_weights": {"ia3": "ia3", "vera_matrices": "vera"}.get(some.method, "lora"),
             "intermediate_lora": "intermediate" in roles,
             "output_lora": "output" in roles,
             "r": rank,
             "selfattn_lora": not roles.isdisjoint(QKV),
             "use_dora": some.method == "dora",
+            "use_gating": some.method == "gated_lora",
+            "vera_b": 0.0 if some.method == "vera_matrices" else None,
+            "vera_d": 0.1 if some.method == "vera_matrices" else None,
         }
 
     @classmethod
@@ -127,37 +132,53 @@ class LoraFamily(Family):
         yield from _unplaced(updates, base)
 
 
-def _check_law(part: Part) -> None:
+def _kind(part: Part) -> str:
+    """The method that the fields call for.
+
+    Raises:
+        Unsupported: they call for a combination that no method here is.
+    """
     own = part.own
     if own.composition_mode not in ("add", "scale"):
         why = f"an unknown composition_mode {own.composition_mode[:60]!r}"
         raise Unsupported(why, where=f"{part.at}.composition_mode", cure="Known: add, scale")
-    if own.use_gating:
-        why = "a gate on the input weights the change, so that it is none of weights; not known to this version"
-        raise Unsupported(why, where=f"{part.at}.use_gating", cure="Run it with the adapters library")
-    for name in ("vera_d", "vera_b"):
-        if isinstance(getattr(own, name), float):
-            why = "VeRA as AdapterHub stores it is not known to this version"
-            raise Unsupported(why, where=f"{part.at}.{name}", cure="Merge it with the adapters library")
+    on = {
+        "ia3": own.composition_mode == "scale",
+        "dora": bool(own.use_dora),
+        "gated_lora": bool(own.use_gating),
+        "vera_matrices": isinstance(own.vera_d, float) or isinstance(own.vera_b, float),
+    }
+    named = [method for method, is_on in on.items() if is_on]
+    if len(named) > 1:
+        why = f"{' and '.join(named)} in one adapter are not known to this version"
+        raise Unsupported(why, where=part.at, cure="Run it with the adapters library")
+    return named[0] if named else "lora"
 
 
-def _lora(part: Part, path: str, slots: Mapping[str, Key]) -> Iterator[Found | Kept]:
-    tensors = take(part, slots, {"lora_A": "A", "lora_B": "B"} | ({"m.weight": "m"} if part.own.use_dora else {}))
+EXTRA = {
+    "lora": {},
+    "dora": {"m.weight": "magnitude"},
+    "gated_lora": {"gate.weight": "gate", "gate.bias": "gate_bias"},
+}
+"""Method -> slot -> field, beside A and B."""
+
+
+def _lora(part: Part, path: str, slots: Mapping[str, Key], method: str) -> Iterator[Found | Kept]:
+    fields = {"lora_A": "A", "lora_B": "B", **EXTRA[method]}
+    tensors = take(part, slots, fields)
     A, B, layout = tensors["A"], tensors["B"], part.layout(path)
-    blocks = _blocks(part, path, A.shape[0] // part.own.r if A.shape else 0)
-    groups = 1 if blocks is None else len(blocks)
+    keys = tuple(slots[slot] for slot in fields)
     if 0 in (*A.shape, *B.shape):
         yield from (Kept(key) for key in slots.values())
         return
-    _check_factors(part, slots, A, B, groups)
-    keys = tuple(slots[slot] for slot in ("lora_A", "lora_B", *(["m.weight"] if "m" in tensors else [])))
-    if "m" in tensors and (layout != "out *in" or blocks is not None):
-        why = "DoRA where the base stores [in, out]: the library takes its norms over the wrong axis there"
-        raise Unsupported(why, where=slots["m.weight"].text, cure="Leave those layers out, or use LoRA there")
+    blocks = _blocks(part, path, A.shape[0] // part.own.r if A.shape else 0)
+    _check_factors(part, slots, A, B, 1 if blocks is None else len(blocks))
+    _check_place(part, path, slots, method, fused=blocks is not None)
+    scaling = {} if method == "gated_lora" else {"scaling": _scaling(part)}
+    if "magnitude" in tensors:
+        tensors["magnitude"] = _column(tensors["magnitude"], B.shape[0], slots["m.weight"])
     if blocks is None:
-        magnitude = {"magnitude": _column(tensors["m"], B.shape[0], slots["m.weight"])} if "m" in tensors else {}
-        update = METHODS["dora" if magnitude else "lora"](A=A, B=B, **magnitude, scaling=_scaling(part))
-        yield Found(Target(path, layout), update, keys)
+        yield Found(Target(path, layout), METHODS[method](**tensors, **scaling), keys)
         return
     for group, rows in enumerate(_rows(B.shape[0], blocks)):
         size = rows[1] - rows[0]
@@ -165,7 +186,31 @@ def _lora(part: Part, path: str, slots: Mapping[str, Key]) -> Iterator[Found | K
             "A": sliced(A, group * part.own.r, (group + 1) * part.own.r),
             "B": sliced(B, group * size, (group + 1) * size),
         }
-        yield Found(Target(path, layout, rows), METHODS["lora"](**factors, scaling=_scaling(part)), keys)
+        yield Found(Target(path, layout, rows), METHODS[method](**factors, **scaling), keys)
+
+
+def _check_place(part: Part, path: str, slots: Mapping[str, Key], method: str, *, fused: bool) -> None:
+    where = slots["lora_A"].text
+    if method == "dora" and (fused or part.layout(path) != "out *in"):
+        why = "DoRA where the base stores [in, out]: the library takes its norms over the wrong axis there"
+        raise Unsupported(why, where=where, cure="Leave those layers out, or use LoRA there")
+    if method == "gated_lora" and fused:
+        why = "gates of their own for the thirds of a fused weight are not known to this version"
+        raise Unsupported(why, where=where, cure="Run it with the adapters library")
+
+
+def _vera(part: Part, path: str, slots: Mapping[str, Key]) -> Found:
+    fields = {"vera_D": "D", "vera_B": "E"}
+    tensors = take(part, slots, fields)
+    groups = [*part.groups(SHARED).values()]
+    shared = {"lora_A": "A", "lora_B": "B"}
+    if not groups or any(slot not in groups[0] for slot in shared):
+        why = "the shared lora_A and lora_B are not in the file: saving from a model without a head drops them"
+        raise Malformed(why, where=slots["vera_D"].text, cure="Save it again from a model with a head, where it was trained")
+    tensors |= take(part, groups[0], shared)
+    keys = (*(slots[slot] for slot in fields), *(groups[0][slot] for slot in shared))
+    update = METHODS["vera_matrices"](**tensors, scaling=_scaling(part))
+    return Found(Target(path, part.layout(path)), update, keys)
 
 
 def _ia3(part: Part, path: str, slots: Mapping[str, Key]) -> Iterator[Found]:
@@ -231,22 +276,26 @@ def _by_path(updates: Updates) -> dict[str, list[tuple[Target, Update]]]:
 def _slots(update: Any) -> dict[str, Lazy]:
     if update.method == "ia3":
         return {"lora_B": as_lazy(update.l).reshape(-1, 1)}
-    factors = {"lora_A": as_lazy(update.A), "lora_B": as_lazy(update.B)}
-    return factors | ({"m.weight": as_lazy(update.magnitude).reshape(-1, 1)} if update.method == "dora" else {})
+    if update.method == "vera_matrices":
+        return {"vera_D": as_lazy(update.D), "vera_B": as_lazy(update.E)}
+    slots = {"lora_A": as_lazy(update.A), "lora_B": as_lazy(update.B)}
+    for slot, field in EXTRA[update.method].items():
+        leaf = as_lazy(update.tensors[field])
+        slots[slot] = leaf.reshape(-1, 1) if field == "magnitude" else leaf
+    return slots
 
 
 def _law(update: Any) -> tuple[Any, ...]:
     if update.method == "ia3":
         return (update.method,)
-    return update.method, int(update.A.shape[0]), float(update.scaling)
+    shared = (id(update.A), id(update.B)) if update.method == "vera_matrices" else ()
+    return update.method, int(update.A.shape[0]), update.attributes.get("scaling"), shared
 
 
 def _numbers(update: Any) -> tuple[int, int | float]:
-    """Rank and alpha; `losses` has made sure that there is an alpha."""
-    if update.method == "ia3":
-        return 1, 1
-    rank = int(update.A.shape[0])
-    return rank, exact_alpha((rank, float(update.scaling)), rslora=False) or 0
+    """Rank and alpha; `losses` has made sure that there is an alpha. Where it is not used it is the rank."""
+    rank = 1 if update.method == "ia3" else int(update.A.shape[0])
+    return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
 
 
 def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
@@ -260,7 +309,8 @@ def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
         return f"{update.method} of rank 0"
     if update.method == "lora" and update.bias is not None:
         return "lora with a bias"
-    if exact_alpha((int(update.A.shape[0]), float(update.scaling)), rslora=False) is None:
+    scaling = float(update.attributes.get("scaling", 1.0))
+    if exact_alpha((int(update.A.shape[0]), scaling), rslora=False) is None:
         return "no alpha gives its scaling exactly"
     return _why_not_dora(target, update, base) if update.method == "dora" else ""
 
