@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, DynamicCache
 
 import adapterkit as ak
 from adapterkit.tensors.lazy import as_lazy
@@ -20,6 +20,11 @@ FOLDERS = sorted(path.parent for path in ROOT.glob("*/adapter_config.json"))
 def compat(folder):
     """What reading this folder needs: the library never writes what tells NoReFT from DiReFT."""
     return "adapters" if folder.name == "noreft_gpt2" else None
+
+
+def read_folder(folder):
+    """A vector's adapter; the base tells the heads of a prefix."""
+    return ak.read(folder, compat=compat(folder), base=ROOT / "models" / model_of(folder))
 
 
 def content(adapter):
@@ -51,7 +56,7 @@ def tensors(file):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_reads_as_the_library_held_it(folder):
-    read, expected = ak.read(folder, compat=compat(folder)), ak.read(folder / "expected.native.safetensors")
+    read, expected = read_folder(folder), ak.read(folder / "expected.native.safetensors")
     before, after = content(expected), content(read)
     assert before.keys() == after.keys()
     for key, (shape, dtype, data) in before.items():
@@ -75,7 +80,7 @@ def test_is_detected_as_itself_only(folder):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 @pytest.mark.parametrize("by_way_of", ["directly", "native"])
 def test_writes_as_the_library_wrote_it(folder, by_way_of, tmp_path):
-    adapter = ak.read(folder, compat=compat(folder))
+    adapter = read_folder(folder)
     if by_way_of == "native":
         ak.write(adapter, tmp_path / "native.safetensors")
         adapter = ak.read(tmp_path / "native.safetensors")
@@ -91,18 +96,58 @@ def test_writes_as_the_library_wrote_it(folder, by_way_of, tmp_path):
             assert (tmp_path / "a" / name).read_bytes() == (folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+CONTEXT = {"mam_bert", "prefix_bert", "prefix_flat_llama", "prefix_t5", "prompt_bert"}
+"""Vectors that are not only of changed layers."""
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if f.name not in CONTEXT], ids=lambda folder: folder.name)
 def test_computes_what_the_library_computed(folder):
     model, forward = built(model_of(folder)), load_file(folder / "forward.safetensors")
     y = forward.pop("y")
     with torch.no_grad():
         before = model(**forward).last_hidden_state
-        ak.torch.inject(model, ak.read(folder, compat=compat(folder)))
+        ak.torch.inject(model, read_folder(folder))
         after = model(**forward).last_hidden_state
     assert (y - before).abs().max() > 1e-2
     torch.testing.assert_close(after, y, rtol=0, atol=1e-5)
 
 
+def test_a_prefix_is_attended_to_first_and_shifts_no_position():
+    folder = ROOT / "prefix_flat_llama"
+    model, forward, cache = built("llama"), load_file(folder / "forward.safetensors"), DynamicCache()
+    y, ids = forward.pop("y"), forward["input_ids"]
+    for layer, update in enumerate(update for _, update in read_folder(folder).load()):
+        keys, values = update.past()[0]
+        cache.update(keys.expand(len(ids), -1, -1, -1), values.expand(len(ids), -1, -1, -1), layer)
+    with torch.no_grad():
+        positions = torch.arange(ids.shape[1])[None]
+        after = model(input_ids=ids, cache=cache, position_ids=positions).last_hidden_state
+    torch.testing.assert_close(after, y, rtol=0, atol=1e-5)
+
+
+def test_a_network_of_a_prefix_gives_the_keys_that_the_library_had():
+    """The flat tensor [n, layers, 2, heads, d] of a prefix, by its own formula."""
+    folder = ROOT / "prefix_bert"
+    file = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
+    own = {k.rpartition("self_prefix.")[2]: t for k, t in file.items() if k.startswith("prefix_tuning.")}
+    h = torch.tanh(own["wte.weight"] @ own["control_trans.0.weight"].T + own["control_trans.0.bias"])
+    flat = (h @ own["control_trans.2.weight"].T + own["control_trans.2.bias"]).reshape(3, 2, 2, 2, 4)
+    for layer, (target, update) in enumerate(read_folder(folder).load()):
+        assert target.path == f"encoder.layer.{layer}.attention.self"
+        torch.testing.assert_close(update.past()[0], flat[:, layer].permute(1, 2, 0, 3))
+
+
+def test_a_prompt_stands_behind_the_embeddings():
+    folder = ROOT / "prompt_bert"
+    model, forward = built("bert"), load_file(folder / "forward.safetensors")
+    y, ((target, update),) = forward.pop("y"), read_folder(folder).load()
+    module = model.get_submodule(target.path)
+    module.register_forward_hook(lambda _, x, out: torch.cat([update.embeddings().expand(len(out), -1, -1), out], 1))
+    with torch.no_grad():
+        after = model(**forward).last_hidden_state
+    torch.testing.assert_close(after, y, rtol=0, atol=1e-5)
+
+
 def test_there_is_a_vector_of_every_method():
-    methods = {update.method for folder in FOLDERS for _, update in ak.read(folder, compat=compat(folder))}
+    methods = {update.method for folder in FOLDERS for _, update in read_folder(folder)}
     assert methods == ak.FORMATS["adapterhub"].methods

@@ -31,9 +31,11 @@ from adapters import (
     IA3Config,
     LoReftConfig,
     LoRAConfig,
+    MAMConfig,
     MTLLoRAConfig,
     NoReftConfig,
     ParBnConfig,
+    PrefixTuningConfig,
     PromptTuningConfig,
     SeqBnConfig,
     SeqBnInvConfig,
@@ -42,6 +44,7 @@ from adapters import (
 from adapters.configuration import AdapterConfig
 from adapters.methods.bottleneck import BottleneckLayer
 from adapters.methods.lora import IA3, LoRALinear, LoRAMergedLinear, MTLLoRA, Vera
+from adapters.methods.prefix_tuning import FlatPrefixTuning, PrefixTuningLayer
 from adapters.methods.prompt_tuning import PromptTuningLayer
 from adapters.methods.reft import ReftLayer
 from safetensors.torch import save_file
@@ -133,6 +136,16 @@ CASES = {
     "loreft_tied_llama": Case("llama", lambda: LoReftConfig(prefix_positions=1, suffix_positions=2, tied_weights=True)),
     "noreft_gpt2": Case("gpt2", lambda: NoReftConfig(r=2, non_linearity="relu", layers=[1])),
     "direft_gpt2": Case("gpt2", lambda: DiReftConfig(r=2)),
+    "prefix_bert": Case("bert", lambda: PrefixTuningConfig(prefix_length=3, bottleneck_size=5), safetensors=False),
+    "prefix_flat_llama": Case("llama", lambda: PrefixTuningConfig(prefix_length=3, flat=True), safetensors=False),
+    "prefix_t5": Case(
+        "t5", lambda: PrefixTuningConfig(prefix_length=2, bottleneck_size=3, cross_prefix=False), safetensors=False
+    ),
+    "mam_bert": Case(
+        "bert",
+        lambda: MAMConfig(PrefixTuningConfig(prefix_length=2, bottleneck_size=3), ParBnConfig(reduction_factor=4)),
+        safetensors=False,
+    ),
     "prompt_bert": Case("bert", lambda: PromptTuningConfig(prompt_length=3)),
     "union_bert": Case("bert", lambda: ConfigUnion(SeqBnConfig(reduction_factor=4), LoRAConfig(r=2, alpha=4))),
 }
@@ -150,6 +163,9 @@ def updates(model: Any) -> Updates:
             yield of_bottleneck(path, module.adapters[NAME], model)
         elif isinstance(module, ReftLayer) and NAME in module.refts:
             yield ak.Target(path.removesuffix(".reft_layer")), of_reft(module.refts[NAME])
+        elif isinstance(module, PrefixTuningLayer) and NAME in module.prefixes:
+            prefix = module.pool.prefix_tunings[NAME][module.location_key]
+            yield ak.Target(path.removesuffix(".prefix_tuning")), of_prefix(prefix, module.prefixes[NAME])
         elif isinstance(module, PromptTuningLayer) and NAME in module.prompt_tunings:
             weight = module.prompt_tunings[NAME].prompt_embedding.weight
             yield ak.Target("embeddings"), METHODS["prompt"](P=weight)
@@ -190,7 +206,7 @@ def of_bottleneck(path: str, adapter: Any, model: Any) -> tuple[ak.Target, Any]:
     extra = {f: m.weight for f, m in held.items()} | {f"{f}_bias": m.bias for f, m in held.items()}
     update = METHODS["bottleneck" if "up" in layers else "compacter"](
         **layers, **extra, **vector, residual=residual,
-        non_linearity=model.adapters_config.get(NAME)["non_linearity"] if not union(model) else "relu",
+        non_linearity="relu" if union(model) else model.adapters_config.get(NAME)["non_linearity"],
         scaling=scaling if isinstance(scaling, float) else 1.0,
         parallel=type(adapter).__name__ == "ParallelAdapter",
         original_ln_before=adapter.original_ln_before, original_ln_after=adapter.original_ln_after,
@@ -231,6 +247,18 @@ def of_reft(reft: Any) -> Any:
         subtract_projection=first.subtract_projection, orthogonality=first.orthogonal,
         non_linearity={"Identity": "linear", "ReLU": "relu"}[word.__name__],
     )  # fmt: skip
+
+
+def of_prefix(prefix: Any, layer: int) -> Any:
+    """One layer's share of a prefix."""
+    layers, heads, d = prefix.n_layers, prefix.n_heads, prefix.n_embd_per_head
+    if isinstance(prefix, FlatPrefixTuning):
+        whole = prefix.control_trans.reshape(-1, layers, 2, heads, d)
+        return METHODS["prefix"](P=whole[:, layer].permute(1, 2, 0, 3)[None])
+    first, last = prefix.control_trans[0], prefix.control_trans[2]
+    shares = {"W2": last.weight.reshape(layers, 2, heads, d, -1), "b2": last.bias.reshape(layers, 2, heads, d)}
+    shares = {field: share[layer : layer + 1] for field, share in shares.items()}
+    return METHODS["prefix_mlp"](E=prefix.wte.weight, W1=first.weight, b1=first.bias, **shares)
 
 
 def of_coupling(block: Any) -> Any:
@@ -305,7 +333,7 @@ def run(model: Any, name: str) -> Tensor:
 
 
 def tell(model: Any, path: Path) -> None:
-    """What the library should have written of DiReFT, whose files it takes for NoReFT's otherwise; it reads the field."""
+    """What the library should have written of DiReFT, whose files it takes for NoReFT's."""
     config = json.loads(path.read_text("utf-8"))
     if not getattr(model.adapters_config.get(NAME), "subtract_projection", True):
         config["config"]["subtract_projection"] = False

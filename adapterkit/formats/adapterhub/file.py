@@ -29,6 +29,7 @@ class Part:
         base: the base, where one was given.
         compat: the tool whose faults are wanted, if any.
         at: where this config lies in the file's: `config`, or `config.configs[1]`.
+        heads: of the keys and values of a prefix, where that is known without the base.
     """
 
     settings: Settings
@@ -37,6 +38,7 @@ class Part:
     base: Checkpoint | None = None
     compat: str | None = None
     at: str = "config"
+    heads: int | None = None
 
     def groups(self, kind: str) -> dict[str, dict[str, Key]]:
         """Module -> slot -> key, for the keys of a kind.

@@ -15,15 +15,22 @@ if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
     from ...updates import Update
 
+PREFIXES = ("prefix", "prefix_mlp")
+
 
 def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:
     """Whether the library's files would be read as these updates."""
     written = json.loads(json.dumps(dict(content.config), sort_keys=True))
     try:
-        read, _, _ = assemble(replace(content, config=written), compat=compat, base=base)
+        read, _, _ = assemble(replace(content, config=written), compat=compat, base=base, heads=_heads(updates))
     except AdapterkitError:
         return False
     return _content(read) == _content(updates)
+
+
+def _heads(updates: Updates) -> int | None:
+    found = [u.tensors.get("P", u.tensors.get("b2")) for us in updates.values() for u in us if u.method in PREFIXES]
+    return next((int(leaf.shape[2]) for leaf in found if leaf is not None), None)
 
 
 def _content(updates: Updates) -> dict[Any, Any]:

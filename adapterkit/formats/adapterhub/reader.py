@@ -57,15 +57,15 @@ def decode(content: Content, *, compat: str | None = None, base: Checkpoint | No
 
 
 def assemble(
-    content: Content, *, compat: str | None = None, base: Checkpoint | None = None
+    content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
 ) -> tuple[Updates, list[Key], Settings]:
-    """The updates by target, the keys that are only kept, and what the config says."""
+    """The updates by target, the keys that are only kept, and what the config says; `heads` are those of a prefix."""
     settings = parse(content.config, content.interface)
     tensors = parse_keys(content.tensors, settings.name)
     found: list[Found] = []
     kept: list[Key] = []
     for at, family, own in parts(content.config, settings):
-        for finding in family.decode(Part(settings, own, tensors, base, compat, at)):
+        for finding in family.decode(Part(settings, own, tensors, base, compat, at, heads)):
             if isinstance(finding, Kept):
                 kept.append(finding.key)
             else:

@@ -62,7 +62,7 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
         "leave_out": sorted({*range(_layers(base) or 0)} - {_layer(target) for target, _ in adapters}),
         "phm_dim": _rule_size(some),
         "phm_rank": int(some.tensors["down_left"].shape[2]) if "down_left" in some.tensors else 1,
-        "reduction_factor": _factor(*_sizes(some)),
+        "reduction_factor": _factors(adapters),
     }
 
 
@@ -71,7 +71,7 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
     first = next((_form(update) for _, update in placed(updates)), None)
     model_type = None if base is None else (base.config or {}).get("model_type")
     rules = _rules(updates, base)
-    patchy = _patchy(updates, rules)
+    patchy, uneven = _patchy(updates, rules), _uneven(placed(updates))
     for target, found in updates.items():
         for position, update in enumerate(found):
             if update.method == "invertible":
@@ -86,6 +86,8 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
                 why = "layers or a gate without a bias"
             elif _layer(target) in patchy:
                 why = "its layer lacks an adapter that other layers have"
+            elif _layer(target) in uneven:
+                why = "its layer has adapters of several sizes"
             else:
                 why = "a second adapter at one place" if position else ""
             if why:
@@ -108,8 +110,10 @@ def _patchy(updates: Updates, rules: Mapping[Target, tuple[str, Rule]]) -> set[i
 
 
 def _form(update: Any) -> tuple[Any, ...]:
+    """All that a config has one word for: everything but the place and, layer by layer, the size."""
     words = {name: value for name, value in update.attributes.items() if name not in ("residual", "norm")}
-    return update.method, words, {name: tuple(leaf.shape) for name, leaf in update.tensors.items()}
+    dims = {name: size for name, size in update.dims().items() if name != "d"}
+    return update.method, words, set(update.tensors), dims
 
 
 def _unbiased(update: Any) -> tuple[str, ...]:
@@ -120,6 +124,20 @@ def _unbiased(update: Any) -> tuple[str, ...]:
 
 def _bare_gate(update: Any) -> bool:
     return "gate" in update.tensors and "gate_bias" not in update.tensors
+
+
+def _factors(adapters: list[tuple[Target, Any]]) -> float | dict[str, float]:
+    """The reduction factor: one for all, or one a layer."""
+    factors = {str(_layer(target)): _factor(*_sizes(update)) for target, update in adapters}
+    return next(iter(factors.values())) if len(set(factors.values())) == 1 else factors
+
+
+def _uneven(adapters: list[tuple[Target, Any]]) -> set[int]:
+    """Layers whose adapters are of several sizes."""
+    sizes: dict[int, set[int]] = {}
+    for target, update in adapters:
+        sizes.setdefault(_layer(target), set()).add(_sizes(update)[1])
+    return {layer for layer, found in sizes.items() if len(found) > 1}
 
 
 def _sizes(update: Any) -> tuple[int, int]:

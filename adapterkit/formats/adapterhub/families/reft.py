@@ -117,6 +117,8 @@ class ReftFamily(Family):
                 elif any(f"{prefix}source" in update.tensors and f"{prefix}source_bias" not in update.tensors
                          for prefix in ("", "suffix_")):  # fmt: skip
                     why = "a source without a bias"
+                elif not update.attributes["subtract_projection"]:
+                    why = "without subtract_projection (DiReFT), which the library reads back as NoReFT"
                 elif _layer(target.path) is None:
                     why = "not behind one of the base's layers"
                 else:
