@@ -108,6 +108,7 @@ CASES = {
     "vera_bert": Case("bert", lambda: VeraConfig(r=2, alpha=4), headed=True),
     "mtl_bert": Case("bert", lambda: MTLLoRAConfig(r=2, alpha=3, n_up_projection=3, weights_sharpness=0.5)),
     "dora_llama": Case("llama", lambda: DoRAConfig(r=2, alpha=2)),
+    "dora_bert": Case("bert", lambda: DoRAConfig(r=2, alpha=4)),
     "pfeiffer_bert": Case("bert", lambda: SeqBnConfig(reduction_factor=4)),
     "houlsby_bert": Case("bert", lambda: DoubleSeqBnConfig(reduction_factor={"0": 2, "default": 4}, leave_out=[])),
     "houlsby_gpt2": Case("gpt2", lambda: DoubleSeqBnConfig(reduction_factor=4, non_linearity="gelu")),
