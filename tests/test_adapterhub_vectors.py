@@ -103,7 +103,9 @@ FAULTY = {"dora_bert"}
 """Vectors whose forward is not their method's."""
 
 
-@pytest.mark.parametrize("folder", [f for f in FOLDERS if f.name not in CONTEXT | FAULTY], ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", [f for f in FOLDERS if f.name not in CONTEXT | FAULTY], ids=lambda folder: folder.name
+)
 def test_computes_what_the_library_computed(folder):
     model, forward = built(model_of(folder)), load_file(folder / "forward.safetensors")
     y = forward.pop("y")
@@ -116,7 +118,7 @@ def test_computes_what_the_library_computed(folder):
 
 
 def test_doras_forward_in_the_library_is_not_its_formula():
-    """It divides by |W + B A| whatever the scaling, and multiplies the bias too; the file is read as the paper has it."""
+    """It divides by |W + B A| whatever the scaling, and multiplies the bias too; files are read as in the paper."""
     folder = ROOT / "dora_bert"
     model, forward, adapter = built("bert"), load_file(folder / "forward.safetensors"), read_folder(folder).load()
     y = forward.pop("y")
@@ -167,7 +169,7 @@ def test_a_prompt_stands_behind_the_embeddings():
     model, forward = built("bert"), load_file(folder / "forward.safetensors")
     y, ((target, update),) = forward.pop("y"), read_folder(folder).load()
     module = model.get_submodule(target.path)
-    module.register_forward_hook(lambda _, x, out: torch.cat([update.embeddings().expand(len(out), -1, -1), out], 1))
+    module.register_forward_hook(lambda *given: torch.cat([update.embeddings().expand(2, -1, -1), given[2]], 1))
     with torch.no_grad():
         after = model(**forward).last_hidden_state
     torch.testing.assert_close(after, y, rtol=0, atol=1e-5)

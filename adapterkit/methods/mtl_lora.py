@@ -1,7 +1,7 @@
-"""MTL-LoRA: W' = W + scaling * (sum_i w_i B_i) @ diag(values) @ A, w = softmax(weights / sharpness).  Yang et al. 2024,
-https://arxiv.org/abs/2410.09437
+"""MTL-LoRA: W' = W + scaling * (sum_i w_i B_i) @ diag(values) @ A, w = softmax(weights / sharpness).
 
-What one task computes. Tasks share A and B, and have weights and values of their own.
+Yang et al. 2024, https://arxiv.org/abs/2410.09437. What one task computes. Tasks share A and B, and have weights
+and values of their own.
 """
 
 from __future__ import annotations
@@ -54,4 +54,5 @@ class MTLLoRA(Additive):
         xp = namespace(self.weights)
         shares = xp.exp((self.weights - xp.max(self.weights)) / self.sharpness)
         B = (shares[:, None, None] * self.B).sum(0) / shares.sum()
-        return (self.scaling * B @ (self.values[:, None] * self.A)).reshape(shape)
+        D: Tensor = self.scaling * B @ (self.values[:, None] * self.A)
+        return D.reshape(shape)

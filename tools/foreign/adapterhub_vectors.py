@@ -29,8 +29,8 @@ from adapters import (
     DoRAConfig,
     DoubleSeqBnConfig,
     IA3Config,
-    LoReftConfig,
     LoRAConfig,
+    LoReftConfig,
     MAMConfig,
     MTLLoRAConfig,
     NoReftConfig,
@@ -196,7 +196,9 @@ def of_bottleneck(path: str, adapter: Any, model: Any) -> tuple[ak.Target, Any]:
         inner = {0: "SelfAttention", len(model.get_submodule(path.rpartition(".")[0])) - 1: "DenseReluDense"}
         target, residual = f"{path}.{inner.get(int(path[-1]), 'EncDecAttention')}", "layer_norm"
     first, scaling = adapter.adapter_down[int(adapter.add_layer_norm_before)], adapter.scaling
-    vector = {} if isinstance(scaling, float) else {"scaling_factor" if len(scaling) == 1 else "channel_scaling": scaling}
+    vector = (
+        {} if isinstance(scaling, float) else {"scaling_factor" if len(scaling) == 1 else "channel_scaling": scaling}
+    )
     if hasattr(first, "weight"):
         layers = {"down": first.weight, "down_bias": first.bias, "up": adapter.adapter_up.weight}
         layers["up_bias"] = adapter.adapter_up.bias

@@ -2,8 +2,8 @@
 
     python tools/foreign/check_adapterhub.py
 
-The adapters of spec/vectors/formats/adapterhub are taken in native form, so that nothing of the folder they came from is
-left, and written as new folders, for their bases. Run it where `adapters` 1.3.0 is installed. One line a vector: the
+The adapters of spec/vectors/formats/adapterhub are taken in native form, so that nothing of the folder they came from
+is left, and written as new folders, for their bases. Run it where `adapters` 1.3.0 is installed. One line a vector: the
 largest difference, or why the folder cannot be written.
 """
 

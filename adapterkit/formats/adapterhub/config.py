@@ -113,7 +113,7 @@ def _release(version: str | None) -> Release | None:
     if found is None:
         return None
     numbers = tuple(int(number) for number in found[1].split("."))
-    return (numbers + (0, 0, 0))[:3], not re.search(r"dev|a|b|rc", found[2])
+    return (*numbers, 0, 0, 0)[:3], not re.search(r"dev|a|b|rc", found[2])
 
 
 _REWRITE = "Save the adapter again with the adapters library"

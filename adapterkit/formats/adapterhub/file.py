@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...errors import Malformed
+from ...methods import METHODS
 from ...names.layouts import stored_in_out
 from ...tensors.lazy import Lazy
 
 if TYPE_CHECKING:
     from ...adapter import Target
     from ...tensors.checkpoint import Checkpoint
+    from ...tensors.lazy import Leaf
     from ...updates import Update
     from .config import Settings
     from .keys import Key
@@ -96,6 +98,11 @@ def sliced(leaf: Lazy, start: int, stop: int) -> Lazy:
     if (start, stop) == (0, leaf.shape[0]):
         return leaf
     return leaf.map(lambda values: values[start:stop], (stop - start, *leaf.shape[1:]))
+
+
+def make(method: str, leaves: Mapping[str, Leaf], **attributes: Any) -> Update:
+    """An update of a method over leaves that are not read yet."""
+    return METHODS[method](**leaves, **attributes)
 
 
 def take(part: Part, slots: Mapping[str, Key], fields: Mapping[str, str]) -> dict[str, Lazy]:

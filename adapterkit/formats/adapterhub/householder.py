@@ -27,7 +27,7 @@ def composed(original: Lazy, base: Lazy) -> Lazy:
 
 
 def taken_apart(matrix: Lazy) -> tuple[Lazy, Lazy]:
-    """`original` and `base` for a matrix [r, n] of orthonormal rows, as the parametrization itself would choose them."""
+    """`original` and `base` for a matrix [r, n] of orthonormal rows, as the parametrization chooses them."""
     r, n = matrix.shape
 
     def minus_one() -> bytes:
@@ -63,4 +63,5 @@ def _rows(original: Lazy, base: Lazy) -> np.ndarray[Any, Any]:
         v = np.zeros(len(X))
         v[position], v[position + 1 :] = 1, X[position + 1 :, position]
         Q -= 2 / (v @ v) * np.outer(v, v @ Q)
-    return (as_array(base).astype(np.float64) @ (Q * X.diagonal().astype(np.int64))).T
+    rows: np.ndarray[Any, Any] = (as_array(base).astype(np.float64) @ (Q * X.diagonal().astype(np.int64))).T
+    return rows

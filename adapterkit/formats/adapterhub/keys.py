@@ -76,4 +76,3 @@ def parse_key(text: str, name: str) -> Key:
         why = f"of an adapter {found['name']!r}, where the config is of {name!r}"
         raise Malformed(why, where=text, cure="Save one adapter a folder")
     return Key(text, found["path"] or "", KINDS[found["kind"]], found["slot"])
-

@@ -7,6 +7,10 @@ Endings of module paths in the models of transformers 4, under the words `q`, `k
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ...tensors.checkpoint import Checkpoint
 
 Roles = Mapping[str, tuple[str, ...]]
 
@@ -72,6 +76,12 @@ FUSED = {"deberta": "in_proj", "eat": "qkv", "gpt2": "c_attn", "modernbert": "Wq
 """model_type -> name of the layer that holds queries, keys and values in one weight."""
 
 
+def model_type_of(base: Checkpoint | None) -> str | None:
+    """What the config of a base says."""
+    found = (base.config or {}).get("model_type") if base is not None else None
+    return found if isinstance(found, str) else None
+
+
 def role(path: str, model_type: str) -> str | None:
     """What configs call the linear layer at a path; None where the library does not adapt it."""
     roles = ROLES.get(model_type, {})
@@ -79,7 +89,7 @@ def role(path: str, model_type: str) -> str | None:
 
 
 def family_of_base(paths: Iterable[str], model_type: str | None) -> str | None:
-    """A `model_type` under which every path has its role: the one that is given, or any where all agree on the roles."""
+    """A `model_type` under which every path has its role: the given one, or any where all agree on the roles."""
     paths = list(paths)
     if model_type is not None:
         return model_type if model_type in ROLES else None

@@ -54,7 +54,9 @@ def shared_slots(words: Words) -> dict[str, tuple[str, ...]]:
     """Slot -> the fields that it fills in every adapter, of what the whole model shares."""
     if not words["phm_layer"]:
         return {}
-    found = {name: (f"down_{PHM[name]}", f"up_{PHM[name]}") for name in _rules(words, shared=True)}
+    found: dict[str, tuple[str, ...]] = {}
+    for name in _rules(words, shared=True):
+        found[name] = (f"down_{PHM[name]}", f"up_{PHM[name]}")
     for way in ("down", "up"):
         found |= {name.replace("W", f"W_{way}"): (f"{way}_{PHM[name]}",) for name in _factors(words, shared=True)}
     return found

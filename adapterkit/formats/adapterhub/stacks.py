@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from .places import model_type_of
 from .slots import words_of
 from .sublayers import MODELS, Rule, hanging
 
@@ -69,9 +70,9 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
 def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
     """What a new config cannot say."""
     first = next((_form(update) for _, update in placed(updates)), None)
-    model_type = None if base is None else (base.config or {}).get("model_type")
+    model_type = model_type_of(base)
     rules = _rules(updates, base)
-    patchy, uneven = _patchy(updates, rules), _uneven(placed(updates))
+    patchy, uneven = _patchy(rules), _uneven(placed(updates))
     for target, found in updates.items():
         for position, update in enumerate(found):
             if update.method == "invertible":
@@ -95,12 +96,12 @@ def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, 
 
 
 def _rules(updates: Updates, base: Checkpoint | None) -> dict[Target, tuple[str, Rule]]:
-    model_type = None if base is None else (base.config or {}).get("model_type")
+    model_type = model_type_of(base)
     found = {target: hanging(target.path, u.residual, u.norm, model_type) for target, u in placed(updates)}
     return {target: rule for target, rule in found.items() if rule is not None}
 
 
-def _patchy(updates: Updates, rules: Mapping[Target, tuple[str, Rule]]) -> set[int]:
+def _patchy(rules: Mapping[Target, tuple[str, Rule]]) -> set[int]:
     """Layers that lack a kind of adapter that another layer has."""
     kinds: dict[int, set[str]] = {}
     for target, (_, rule) in rules.items():

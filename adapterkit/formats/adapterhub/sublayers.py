@@ -20,7 +20,7 @@ class Rule:
         module: ending of the path of the library's module.
         target: ending of the path of the target.
         flag: the switch in a config: `mh_adapter`, `output_adapter` or `cross_adapter`.
-        residual: from the target's parent, the module whose input is added to its output; empty where it does it itself.
+        residual: from the target's parent, the module whose input is added to its output; empty where it does so.
         norm: likewise, the module that normalises the sum.
         within: what the path before the endings must hold.
     """

@@ -16,7 +16,7 @@ from .container import SAFETENSORS, Content
 from .families import family_of
 from .hints import FORMAT, HEAD, Hints, hints_of
 from .naming import Naming, root_of
-from .places import family_of_base
+from .places import family_of_base, model_type_of
 from .proof import says
 from .reader import Updates, by_family, spell
 
@@ -78,10 +78,10 @@ def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
 
 
 def _config(adapter: Adapter, updates: Updates, hints: Hints, base: Checkpoint | None) -> dict[str, Any]:
-    own = [family.fresh | family.compose(each, base) for family, each in by_family(updates).items()]
+    own = [{**family.fresh, **family.compose(each, base)} for family, each in by_family(updates).items()]
     known = {} if base is None else base.config or {}
     ref = adapter.base.id if adapter.base else None
-    model_type = family_of_base((target.path for target in updates), known.get("model_type"))
+    model_type = family_of_base((target.path for target in updates), model_type_of(base))
     return {
         "hidden_size": known.get("hidden_size"),
         "model_class": None,

@@ -12,9 +12,7 @@ from layers import Array
 LONG: dict[str, Any] = BIASED | {"x": (2, 4, 5)}
 
 
-def output(
-    x: Array, layer: Callable[[Array], Array], A: Array, B: Array, gate: Array, gate_bias: Array
-) -> Array:
+def output(x: Array, layer: Callable[[Array], Array], A: Array, B: Array, gate: Array, gate_bias: Array) -> Array:
     """Row by row, place by place."""
     y = layer(x).copy()
     for row, out in zip(x, y, strict=True):

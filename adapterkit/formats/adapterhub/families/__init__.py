@@ -21,5 +21,7 @@ def family_of(update: Update) -> type[Family] | None:
 def family_of_architecture(architecture: Any) -> type[Family] | None:
     """The family that an `architecture` names; None where there is none."""
     if architecture is None:
-        return FAMILIES["bottleneck"] if "bottleneck" in FAMILIES else None
+        architecture = "bottleneck"
+    elif architecture == "bottleneck":
+        return None
     return FAMILIES[architecture] if isinstance(architecture, str) and architecture in FAMILIES else None

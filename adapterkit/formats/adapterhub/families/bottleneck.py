@@ -12,11 +12,10 @@ import msgspec
 
 from ....adapter import Target
 from ....errors import Malformed, Unsupported
-from ....methods import METHODS
 from ....tensors.activations import ACTIVATIONS
 from ....tensors.lazy import Lazy, as_lazy
 from .. import stacks
-from ..file import Found, check_same, take
+from ..file import Found, check_same, make, take
 from ..slots import COUPLING, own_slots, shared_slots, words_of
 from ..sublayers import EMBEDDINGS, MODELS, hanging, standing
 from ._family import Family, Fields, Number, Updates
@@ -58,8 +57,8 @@ class BottleneckFields(Fields, frozen=True, kw_only=True):
     phm_bias: bool | None = True
     shared_phm_rule: bool | None = True
     factorized_phm_rule: bool | None = False
-    shared_W_phm: bool | None = False  # noqa: N815 - the config's word
-    factorized_phm_W: bool | None = True  # noqa: N815 - the config's word
+    shared_W_phm: bool | None = False
+    factorized_phm_W: bool | None = True
 
 
 class BottleneckFamily(Family):
@@ -127,8 +126,8 @@ class BottleneckFamily(Family):
             if getattr(part.own, rule.flag):
                 tensors, own_keys = _own(part, words, slots)
                 place = {"residual": rule.residual, "norm": rule.norm}
-                method = METHODS["compacter" if part.own.phm_layer else "bottleneck"]
-                update = method(**tensors, **shared, **_attributes(part.own), **place)
+                method = "compacter" if part.own.phm_layer else "bottleneck"
+                update = make(method, tensors | shared, **_attributes(part.own), **place)
                 yield Found(Target(target), update, (*own_keys, *keys))
         if part.own.inv_adapter:
             yield from _invertible(part)
@@ -189,7 +188,7 @@ def _shared(part: Part, words: Mapping[str, Any]) -> tuple[dict[str, Lazy], list
     groups = [*part.groups(SHARED).values()]
     missing = [slot for slot in fields if not groups or slot not in groups[0]]
     if missing:
-        why = f"the shared tensors {', '.join(missing)} are not in the file: saving from a model without a head drops them"
+        why = f"the shared {', '.join(missing)} are not in the file: saving from a model without a head drops them"
         raise Malformed(why, where=SHARED, cure="Save it again from a model with a head, where it was trained")
     keys = [groups[0][slot] for slot in fields]
     tensors = {field: part.tensors[key] for key, slot in zip(keys, fields, strict=True) for field in fields[slot]}
@@ -214,6 +213,8 @@ def _invertible(part: Part) -> Iterator[Found]:
         name = EMBEDDINGS.get(part.settings.model_type or "")
         if name is None:
             why = f"where the embeddings of a {part.settings.model_type} end is not known to this version"
-            raise Unsupported(why, where=next(iter(slots.values())).text, cure=f"Known: {', '.join(sorted(EMBEDDINGS))}")
-        update = METHODS["invertible"](**take(part, slots, COUPLING), non_linearity=part.own.non_linearity)
+            raise Unsupported(
+                why, where=next(iter(slots.values())).text, cure=f"Known: {', '.join(sorted(EMBEDDINGS))}"
+            )
+        update = make("invertible", take(part, slots, COUPLING), non_linearity=part.own.non_linearity)
         yield Found(Target(f"{path}.{name}" if path else name), update, tuple(slots[slot] for slot in COUPLING))

@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....adapter import Target
 from ....errors import Malformed, ShapeMismatch, Unsupported
-from ....methods import METHODS
 from ....tensors.lazy import Lazy, as_lazy
-from ...peft.alphas import exact_alpha
-from ..file import AGAIN, Found, Kept, joined, sliced, take
-from ..places import FUSED, family_of_base, role
+from .. import layers
+from ..file import AGAIN, Found, Kept, joined, make, sliced, take
+from ..layers import QKV
+from ..places import FUSED
 from ._family import Family, Fields, Number, Size, Updates
 
 if TYPE_CHECKING:
     from ....tensors.checkpoint import Checkpoint
     from ....updates import Update
-    from ..config import Settings
     from ..file import Findings, Part
     from ..keys import Key
     from ..naming import Naming
 
-QKV = ("q", "k", "v")
 KIND, SHARED = "loras", "shared_parameters"
 
 
@@ -100,36 +98,11 @@ class LoraFamily(Family):
 
     @classmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-        some = next(iter(updates.values()))[0]
-        roles = _roles(updates, base)
-        rank, alpha = _numbers(some)
-        scale = some.method == "ia3"
-        return {
-            "alpha": alpha,
-            "attn_matrices": [word for word in QKV if word in roles],
-            "composition_mode": "scale" if scale else "add",
-            "init_weights": {"ia3": "ia3", "vera_matrices": "vera"}.get(some.method, "lora"),
-            "intermediate_lora": "intermediate" in roles,
-            "output_lora": "output" in roles,
-            "r": rank,
-            "selfattn_lora": not roles.isdisjoint(QKV),
-            "use_dora": some.method == "dora",
-            "use_gating": some.method == "gated_lora",
-            "vera_b": 0.0 if some.method == "vera_matrices" else None,
-            "vera_d": 0.1 if some.method == "vera_matrices" else None,
-        }
+        return layers.compose(updates, base)
 
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-        first = _law(next(iter(updates.values()))[0])
-        for target, found in updates.items():
-            for position, update in enumerate(found):
-                why = _why_not(target, update, base) or ("" if position == 0 else "a second update of one module")
-                if not why and _law(update) != first:
-                    why = "another method, rank or scaling than the others': a config has one of each"
-                if why:
-                    yield target, position, why
-        yield from _unplaced(updates, base)
+        return layers.losses(updates, base)
 
 
 def _kind(part: Part) -> str:
@@ -178,7 +151,7 @@ def _lora(part: Part, path: str, slots: Mapping[str, Key], method: str) -> Itera
     if "magnitude" in tensors:
         tensors["magnitude"] = _column(tensors["magnitude"], B.shape[0], slots["m.weight"])
     if blocks is None:
-        yield Found(Target(path, layout), METHODS[method](**tensors, **scaling), keys)
+        yield Found(Target(path, layout), make(method, tensors, **scaling), keys)
         return
     for group, rows in enumerate(_rows(B.shape[0], blocks)):
         size = rows[1] - rows[0]
@@ -186,7 +159,7 @@ def _lora(part: Part, path: str, slots: Mapping[str, Key], method: str) -> Itera
             "A": sliced(A, group * part.own.r, (group + 1) * part.own.r),
             "B": sliced(B, group * size, (group + 1) * size),
         }
-        yield Found(Target(path, layout, rows), METHODS[method](**factors, **scaling), keys)
+        yield Found(Target(path, layout, rows), make(method, factors, **scaling), keys)
 
 
 def _check_place(part: Part, path: str, slots: Mapping[str, Key], method: str, *, fused: bool) -> None:
@@ -206,10 +179,12 @@ def _vera(part: Part, path: str, slots: Mapping[str, Key]) -> Found:
     shared = {"lora_A": "A", "lora_B": "B"}
     if not groups or any(slot not in groups[0] for slot in shared):
         why = "the shared lora_A and lora_B are not in the file: saving from a model without a head drops them"
-        raise Malformed(why, where=slots["vera_D"].text, cure="Save it again from a model with a head, where it was trained")
+        raise Malformed(
+            why, where=slots["vera_D"].text, cure="Save it again from a model with a head, where it was trained"
+        )
     tensors |= take(part, groups[0], shared)
     keys = (*(slots[slot] for slot in fields), *(groups[0][slot] for slot in shared))
-    update = METHODS["vera_matrices"](**tensors, scaling=_scaling(part))
+    update = make("vera_matrices", tensors, scaling=_scaling(part))
     return Found(Target(path, part.layout(path)), update, keys)
 
 
@@ -222,11 +197,11 @@ def _ia3(part: Part, path: str, slots: Mapping[str, Key]) -> Iterator[Found]:
     vector = _column(B, B.shape[0] if B.shape else 0, key)
     blocks = _blocks(part, path, 1)
     if blocks is None:
-        yield Found(Target(path, part.layout(path)), METHODS["ia3"](l=vector), (key,))
+        yield Found(Target(path, part.layout(path)), make("ia3", {"l": vector}), (key,))
         return
     for group, rows in enumerate(_rows(vector.shape[0], blocks)):
         size = rows[1] - rows[0]
-        update = METHODS["ia3"](l=sliced(vector, group * size, (group + 1) * size))
+        update = make("ia3", {"l": sliced(vector, group * size, (group + 1) * size)})
         yield Found(Target(path, part.layout(path), rows), update, (key,))
 
 
@@ -283,87 +258,6 @@ def _slots(update: Any) -> dict[str, Lazy]:
         leaf = as_lazy(update.tensors[field])
         slots[slot] = leaf.reshape(-1, 1) if field == "magnitude" else leaf
     return slots
-
-
-def _law(update: Any) -> tuple[Any, ...]:
-    if update.method == "ia3":
-        return (update.method,)
-    shared = (id(update.A), id(update.B)) if update.method == "vera_matrices" else ()
-    return update.method, int(update.A.shape[0]), update.attributes.get("scaling"), shared
-
-
-def _numbers(update: Any) -> tuple[int, int | float]:
-    """Rank and alpha; `losses` has made sure that there is an alpha. Where it is not used it is the rank."""
-    rank = 1 if update.method == "ia3" else int(update.A.shape[0])
-    return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
-
-
-def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
-    if target.stacked:
-        return f"{update.method} on stacked experts"
-    if update.method == "ia3":
-        return "" if update.l is not None else "ia3 on inputs"
-    if len(update.A.shape) != 2:
-        return f"{update.method} on a convolution"
-    if 0 in update.A.shape:
-        return f"{update.method} of rank 0"
-    if update.method == "lora" and update.bias is not None:
-        return "lora with a bias"
-    scaling = float(update.attributes.get("scaling", 1.0))
-    if exact_alpha((int(update.A.shape[0]), scaling), rslora=False) is None:
-        return "no alpha gives its scaling exactly"
-    return _why_not_dora(target, update, base) if update.method == "dora" else ""
-
-
-def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
-    """The library divides by |W + B A| without the scaling, and multiplies the layer's bias too."""
-    if target.layout != "out *in":
-        return "dora on a weight stored [in, out]"
-    if update.scaling != 1:
-        return "dora with a scaling other than 1, which the library leaves out of the norm"
-    if base is None:
-        return "dora, whose bias the library would scale: whether there is one only the base tells"
-    names = [name for name in base.tensors if f".{name}".endswith(f".{target.path}.bias")]
-    return "dora on a layer with a bias, which the library would scale" if names else ""
-
-
-def _roles(updates: Updates, base: Checkpoint | None) -> set[str]:
-    """The words of a config for all that is adapted."""
-    model_type = _family(updates, base) or ""
-    words: set[str] = set()
-    for target in updates:
-        word = role(target.path, model_type) or ""
-        size = target.rows[1] - target.rows[0] if target.rows else 0
-        words.add(QKV[target.rows[0] // size] if word == "qkv" and target.rows else word)
-    return words
-
-
-def _family(updates: Updates, base: Checkpoint | None) -> str | None:
-    config = None if base is None else base.config
-    return family_of_base((target.path for target in updates), config and config.get("model_type"))
-
-
-def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
-    """What has no word in a config, which names no modules but kinds of them."""
-    family = _family(updates, base)
-    for target, found in updates.items():
-        word = role(target.path, family or "")
-        if family is None:
-            why = "nothing tells which layers of the base these are; pass the base"
-        elif word is None:
-            why = f"not a layer of {family} that the library adapts"
-        elif (word == "qkv") != (target.rows is not None):
-            why = "all of a fused weight" if target.rows is None else "some rows of a weight"
-        elif target.rows is not None and not _third(target.rows, found[0]):
-            why = "rows that are no third of a fused weight"
-        else:
-            continue
-        yield from ((target, position, f"{found[position].method}: {why}") for position in range(len(found)))
-
-
-def _third(rows: tuple[int, int], update: Any) -> bool:
-    start, size = rows[0], rows[1] - rows[0]
-    return start % size == 0 and start // size < 3
 
 
 _OTHER = "The config is not of this file"

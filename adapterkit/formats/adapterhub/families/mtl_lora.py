@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....adapter import Target
 from ....errors import ShapeMismatch, Unsupported
-from ....methods import METHODS
 from ....tensors.lazy import Lazy, as_lazy
 from ...peft.alphas import exact_alpha
-from ..file import Found, take
-from ..places import family_of_base, role
+from ..file import Found, make, take
+from ..layers import QKV, base_family
+from ..places import role
 from ._family import Family, Fields, Number, Size, Updates
-from .lora import QKV, LoraFamily
+from .lora import LoraFamily
 
 if TYPE_CHECKING:
     from ....tensors.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ class MtlLoraFamily(Family):
             if len(shape) != 3 or (shape[0], shape[2]) != (own.n_up_projection, own.r):
                 why = f"{list(shape)} is not [{own.n_up_projection}, outputs, {own.r}]"
                 raise ShapeMismatch(why, where=slots["lora_B"].text, cure="The config is not of this file")
-            update = METHODS["mtl_lora"](**tensors, scaling=own.alpha / own.r, sharpness=float(own.weights_sharpness))
+            update = make("mtl_lora", tensors, scaling=own.alpha / own.r, sharpness=float(own.weights_sharpness))
             yield Found(Target(path, part.layout(path)), update, tuple(slots[slot] for slot in FIELDS))
 
     @classmethod
@@ -99,7 +99,7 @@ class MtlLoraFamily(Family):
     @classmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
         some: Any = next(iter(updates.values()))[0]
-        roles = {role(target.path, _family(updates, base) or "") or "" for target in updates}
+        roles = {role(target.path, base_family(updates, base) or "") or "" for target in updates}
         return {
             "alpha": exact_alpha((int(some.A.shape[0]), float(some.scaling)), rslora=False) or 0,
             "attn_matrices": [word for word in QKV if word in roles],
@@ -114,7 +114,7 @@ class MtlLoraFamily(Family):
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
         first = _law(next(iter(updates.values()))[0])
-        family = _family(updates, base) or ""
+        family = base_family(updates, base) or ""
         for target, found in updates.items():
             for position, update in enumerate(found):
                 if target.stacked or target.rows is not None:
@@ -131,8 +131,3 @@ class MtlLoraFamily(Family):
 
 def _law(update: Any) -> tuple[int, int, float, float]:
     return int(update.A.shape[0]), int(update.B.shape[0]), float(update.scaling), float(update.sharpness)
-
-
-def _family(updates: Updates, base: Checkpoint | None) -> str | None:
-    config = None if base is None else base.config
-    return family_of_base((target.path for target in updates), config and config.get("model_type"))

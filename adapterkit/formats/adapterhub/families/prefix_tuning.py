@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....adapter import Target
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
-from ....methods import METHODS
 from ....tensors.lazy import Lazy, as_lazy
-from ..file import AGAIN, Found, Kept, check_same, joined, sliced, take
+from ..file import AGAIN, Found, Kept, check_same, joined, make, sliced, take
 from ._family import Family, Fields, Size, Updates
 
 if TYPE_CHECKING:
@@ -85,7 +84,12 @@ class PrefixFamily(Family):
                 raise Unsupported(why, where=next(iter(whole.values())).text, cure=f"Known: {', '.join(GROUPS)}")
             own = [path for path in sorted(found, key=_in_order) if _group(path, part) == name]
             yield from _group_updates(part, name, own, whole)
-        used = {path for name in names for path in found if _group(path, part) == name and _layer(path) not in part.own.leave_out}
+        used = {
+            path
+            for name in names
+            for path in found
+            if _group(path, part) == name and _layer(path) not in part.own.leave_out
+        }
         for path, slots in found.items():
             for slot, key in slots.items():
                 if slot not in whole:
@@ -141,13 +145,13 @@ def _group_updates(part: Part, name: str, paths: Sequence[str], whole: Mapping[s
         mine = tuple(key for key in part.tensors if key.kind == KIND and key.path == path + POOL)
         if part.own.flat:
             P = _share(tensors["P"], part.own.prefix_length, len(placed), position, heads)
-            update = METHODS["prefix"](P=P)
+            update = make("prefix", {"P": P})
         else:
             start, stop = position * 2 * width, (position + 1) * 2 * width
             W2, b2 = sliced(tensors["W2"], start, stop), sliced(tensors["b2"], start, stop)
             shape = (1, 2, heads, width // heads)
-            shared = {field: tensors[field] for field in ("E", "W1", "b1")}
-            update = METHODS["prefix_mlp"](**shared, W2=W2.reshape(*shape, W2.shape[1]), b2=b2.reshape(*shape))
+            share = {"W2": W2.reshape(*shape, W2.shape[1]), "b2": b2.reshape(*shape)}
+            update = make("prefix_mlp", {**tensors, **share})
         yield Found(Target(path), update, (*keys, *mine))
 
 

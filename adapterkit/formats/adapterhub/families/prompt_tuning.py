@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....adapter import Target
 from ....errors import ShapeMismatch, Unsupported
-from ....methods import METHODS
 from ....tensors.lazy import Lazy, as_lazy
-from ..file import Found, take
+from ..file import Found, make, take
 from ..sublayers import EMBEDDINGS
 from ._family import Family, Fields, Size, Updates
 
@@ -64,7 +63,7 @@ class PromptFamily(Family):
             if name is None:
                 why = f"where the embeddings of a {part.settings.model_type} end is not known to this version"
                 raise Unsupported(why, where=slots[SLOT].text, cure=f"Known: {', '.join(sorted(EMBEDDINGS))}")
-            yield Found(Target(path.removesuffix(LAYER) + name), METHODS["prompt"](**tensors), (slots[SLOT],))
+            yield Found(Target(path.removesuffix(LAYER) + name), make("prompt", tensors), (slots[SLOT],))
 
     @classmethod
     def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....adapter import Target
 from ....errors import ShapeMismatch, Unsupported
-from ....methods import METHODS
 from ....tensors.activations import ACTIVATIONS
 from ....tensors.lazy import Lazy, as_lazy
 from .. import householder
-from ..file import AGAIN, Found, Kept, take
+from ..file import AGAIN, Found, Kept, make, take
 from ._family import Family, Fields, Size, Updates
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class ReftFamily(Family):
                 found, used = _unit(part, slots, unit)
                 tensors |= {f"suffix_{field}" if unit else field: leaf for field, leaf in found.items()}
                 keys += used
-            update = METHODS["reft"](**tensors, **_attributes(part))
+            update = make("reft", tensors, **_attributes(part))
             yield Found(Target(path.removesuffix(LAYER)), update, tuple(keys))
             yield from (Kept(key) for slot, key in slots.items() if slot.endswith((ORIGINAL, BASE)))
 
@@ -145,7 +144,9 @@ def _check(part: Part) -> None:
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure=f"Known: {', '.join(ACTIVATIONS)}")
     if part.own.subtract_projection is None and not part.own.orthogonality and part.compat != "adapters":
         why = "nothing tells NoReFT from DiReFT: the library does not write whether the projection is subtracted"
-        cure = "Write subtract_projection into `config`: true for NoReFT, which the library takes it for, false for DiReFT"
+        cure = (
+            "Write subtract_projection into `config`: true for NoReFT, which the library takes it for, false for DiReFT"
+        )
         raise Unsupported(why, where=f"{part.at}.subtract_projection", cure=cure)
 
 
@@ -167,7 +168,7 @@ def _unit(part: Part, slots: Mapping[str, Key], unit: int) -> tuple[dict[str, La
     keys = [own[slot] for slot in fields]
     if part.own.orthogonality:
         halves = take(part, own, {ORIGINAL: "original", BASE: "base"})
-        _check_halves(part, own[ORIGINAL], **halves)
+        _check_halves(own[ORIGINAL], **halves)
         tensors["projection"] = householder.composed(**halves)
     for field in ("source", "projection"):
         if tensors[field].shape[:1] != (part.own.r,):
@@ -176,7 +177,7 @@ def _unit(part: Part, slots: Mapping[str, Key], unit: int) -> tuple[dict[str, La
     return tensors, keys
 
 
-def _check_halves(part: Part, key: Key, original: Lazy, base: Lazy) -> None:
+def _check_halves(key: Key, original: Lazy, base: Lazy) -> None:
     n = original.shape[-1] if original.shape else 0
     if len(original.shape) != 2 or original.shape[0] >= n or base.shape != (n, n):
         why = f"{list(original.shape)} and {list(base.shape)} are not [r, n] with r < n, and [n, n]"
