@@ -174,6 +174,13 @@ def test_a_composition_is_recognised_and_refused_by_name(name, tmp_path):
     assert raised.value.path.endswith(name)
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter.safetensors"])
+def test_either_file_stands_for_the_folder(name):
+    path = VECTORS / "lora_bert" / name
+    assert ak.detect(path) == "adapterhub"
+    assert ak.read(path).digest() == ak.read(path.parent).digest()
+
+
 # Refusals: every fault by its place.
 
 

@@ -148,6 +148,13 @@ CASES = {
         safetensors=False,
     ),
     "prompt_bert": Case("bert", lambda: PromptTuningConfig(prompt_length=3)),
+    "two_kinds_bert": Case(
+        "bert",
+        lambda: ConfigUnion(
+            SeqBnConfig(reduction_factor=4, mh_adapter=True, output_adapter=False, ln_after=True),
+            ParBnConfig(reduction_factor=2, scaling="learned"),
+        ),
+    ),
     "union_bert": Case("bert", lambda: ConfigUnion(SeqBnConfig(reduction_factor=4), LoRAConfig(r=2, alpha=4))),
 }
 

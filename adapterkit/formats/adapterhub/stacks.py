@@ -49,6 +49,14 @@ def placed(updates: Updates) -> list[tuple[Target, Any]]:
     return [(target, update) for target, found in updates.items() for update in found if update.method != "invertible"]
 
 
+def forms(updates: Updates) -> list[list[tuple[Target, Any]]]:
+    """The same, those together that hold the same tensors: a union may have two configs."""
+    found: dict[Any, list[tuple[Target, Any]]] = {}
+    for target, update in placed(updates):
+        found.setdefault((update.method, frozenset(update.tensors)), []).append((target, update))
+    return list(found.values())
+
+
 def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
     """The fields of a config that says these updates."""
     adapters = placed(updates)

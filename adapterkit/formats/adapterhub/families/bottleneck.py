@@ -134,15 +134,15 @@ class BottleneckFamily(Family):
 
     @classmethod
     def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
-        placed = stacks.placed(updates)
-        words = words_of([update for _, update in placed]) if placed else {}
-        for target, update in placed:
-            hung = hanging(target.path, update.residual, update.norm, naming.model_type)
-            path = target.path if hung is None else hung[0]
-            for slot, field in {**own_slots(words), **(TWICE if words["ln_before"] else {})}.items():
-                yield naming.key(path, KIND, slot), as_lazy(update.tensors[field])
-        for slot, fields in shared_slots(words).items() if placed else ():
-            yield naming.key(naming.root, SHARED, slot), as_lazy(placed[0][1].tensors[fields[0]])
+        for own in stacks.forms(updates):
+            words = words_of([update for _, update in own])
+            for target, update in own:
+                hung = hanging(target.path, update.residual, update.norm, naming.model_type)
+                path = target.path if hung is None else hung[0]
+                for slot, field in {**own_slots(words), **(TWICE if words["ln_before"] else {})}.items():
+                    yield naming.key(path, KIND, slot), as_lazy(update.tensors[field])
+            for slot, fields in shared_slots(words).items():
+                yield naming.key(naming.root, SHARED, slot), as_lazy(own[0][1].tensors[fields[0]])
         for update in (u for found in updates.values() for u in found if u.method == "invertible"):
             for slot, field in COUPLING.items():
                 yield naming.key(naming.root, INVERTIBLE, slot), as_lazy(update.tensors[field])
