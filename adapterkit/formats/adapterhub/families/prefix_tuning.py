@@ -14,6 +14,7 @@ from ....adapter import Target
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import AGAIN, Found, Kept, check_same, joined, make, sliced, take
+from ..places import model_type_of
 from ._family import Family, Fields, Size, Updates
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ NETWORK = {
 """Slot of a group -> field; the last two hold all layers."""
 
 ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+ATTENTIONS = {
+    **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), ".attention.self"),
+    **dict.fromkeys(("llama", "mistral"), ".self_attn"),
+    "gpt2": ".attn",
+}
+"""model_type -> the attentions that new folders can be written for."""
+
 HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
 
 
@@ -67,6 +76,16 @@ class PrefixFamily(Family):
         "encoder_prefix": "which attentions have any; the keys say so",
         "init_weights_seed": "initial values",
         "shared_gating": "setting of use_gating",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "architecture": "prefix_tuning",
+        "cross_prefix": True,
+        "dropout": 0.0,
+        "encoder_prefix": True,
+        "init_weights_seed": None,
+        "non_linearity": "tanh",
+        "shared_gating": True,
+        "use_gating": False,
     }
 
     @classmethod
@@ -112,13 +131,41 @@ class PrefixFamily(Family):
 
     @classmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
-        raise AssertionError("losses refuses all")
+        some: Any = next(iter(updates.values()))[0]
+        flat = some.method == "prefix"
+        layers = next((base.config[n] for n in LAYERS if base and base.config and n in base.config), 0)
+        return {
+            "bottleneck_size": 512 if flat else int(some.W1.shape[0]),
+            "flat": flat,
+            "leave_out": sorted({*range(layers)} - {_layer(target.path) for target in updates}),
+            "prefix_length": int(some.P.shape[3] if flat else some.E.shape[0]),
+        }
 
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+        model_type = model_type_of(base)
+        first: Any = next(iter(updates.values()))[0]
         for target, found in updates.items():
             for position, update in enumerate(found):
-                yield target, position, f"{update.method}: written only beside what it was read with"
+                why = _why_not(target, update, first, model_type) or ("a second one" if position else "")
+                if why:
+                    yield target, position, f"{update.method}: {why}"
+
+
+def _why_not(target: Target, update: Any, first: Any, model_type: str | None) -> str:
+    """Why a new config cannot say it: the library fills all attentions of the layers that are not left out."""
+    ending = ATTENTIONS.get(model_type or "")
+    if ending is None:
+        return "the library fills attentions that are left out, and which there are only the base tells"
+    if not target.path.endswith(ending):
+        return f"not an attention where the library puts prefixes in a {model_type}"
+    shapes = {name: tuple(leaf.shape) for name, leaf in update.tensors.items()}
+    if shapes != {name: tuple(leaf.shape) for name, leaf in first.tensors.items()} or update.method != first.method:
+        return "another form or size than the others': a config has one of each"
+    if update.method == "prefix":
+        return "" if update.P.shape[0] == 1 and update.step == 1 else "keys and values of several layers"
+    shared = all(update.tensors[name] is first.tensors[name] for name in ("E", "W1", "b1"))
+    return "" if shared and update.b2.shape[0] == 1 else "a network of its own, where the library has one for all"
 
 
 def _check(part: Part) -> None:
