@@ -52,6 +52,7 @@ class Update:
         acts_on: what the update changes, for messages.
         forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
         frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
+        starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
         paper: where the formula comes from.
     """
 
@@ -62,6 +63,7 @@ class Update:
     acts_on: ClassVar[str] = "the layer"
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
     frozen: ClassVar[frozenset[str]] = frozenset()
+    starts_at_base: ClassVar[bool] = True
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
     _names: ClassVar[tuple[str, ...]] = ()
@@ -172,7 +174,7 @@ class Update:
 
     @classmethod
     def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """A fresh update of a weight, before any training: unless the method says otherwise, one that changes nothing.
+        """A fresh update of a weight, before any training: one that changes nothing, where `starts_at_base`.
 
         Args:
             W: the weight `[out, in, *k]`.

@@ -52,9 +52,8 @@ class Sublayer(OutputUpdate):
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)
         if self.parallel and not self.residual and shape[1:2] != shape[:1]:
-            raise ShapeMismatch(
-                "inputs and outputs differ in number", where="parallel", cure="Name the residual to read"
-            )
+            why = f"stands parallel to a layer of {list(shape[:2])} outputs and inputs"
+            raise ShapeMismatch(why, cure="Name the residual to read")
 
     def change(self, h: Any, layer: Any) -> Any:
         """Down, the activation, and up: `[..., hidden]` to `[..., hidden]`."""

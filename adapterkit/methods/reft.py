@@ -75,5 +75,5 @@ class ReFT(OutputUpdate):
 def _orthonormal(R: Any) -> Any:
     """The rows after Gram and Schmidt: R itself where they are orthonormal already."""
     xp = namespace(R)
-    gram = R @ R.mT
-    return xp.linalg.solve(xp.linalg.cholesky(gram), R)
+    wide = R if R.dtype.itemsize > 2 else xp.astype(R, xp.float32)  # No library factors 16 bits.
+    return xp.astype(xp.linalg.solve(xp.linalg.cholesky(wide @ wide.mT), wide), R.dtype)

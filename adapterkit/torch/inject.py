@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapter import Adapter, Target
 from ..binding import Site, check_site, find_sites, fits, with_layouts
@@ -74,6 +75,9 @@ def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
     except TargetNotFound as error:
         _refuse_packed(model, adapter)
         raise error from None
+    for site in placed:
+        if is_parametrized(model.get_submodule((site.weight or site.bias or "").rpartition(".")[0])):
+            raise Unsupported("a parametrized layer", where=str(site.target), cure="Remove its parametrizations first")
     config = getattr(model, "config", None)
     words = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
     told = [_told(model, site, shapes) for site in placed]
@@ -183,8 +187,6 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     packed = not parameter.is_floating_point() or parameter.dtype.itemsize < 2
     if packed and not (direct and Quantized.takes(holder)):
         raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
-    if torch.nn.utils.parametrize.is_parametrized(holder):
-        raise Unsupported("a parametrized weight", where=str(site.target), cure="Remove its parametrizations first")
     for update in site.updates:
         _check_layer(update, site, type(holder).__name__, direct)
     _refuse_fast_path(model, path, site)

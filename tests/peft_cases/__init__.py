@@ -51,6 +51,16 @@ class Layers(nn.Module):
         self.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
 
 
+class Grouped(nn.Module):
+    """Convolutions in groups, which store [out, in / groups, *k], and one that is wide enough for a core of rank 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(8, 12, 3, groups=2, padding=1)
+        self.two = nn.Conv2d(8, 4, (3, 2), groups=4, dilation=2, padding=2)
+        self.wide = nn.Conv1d(16, 36, 5)
+
+
 def gpt2():
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False)
@@ -73,7 +83,7 @@ SHAPES = {
     nn.Conv3d: lambda m: (1, m.in_channels, 4, 3, 5),
     nn.BatchNorm1d: lambda m: (2, m.num_features),
     nn.MultiheadAttention: lambda m: (3, 2, m.embed_dim),
-    Experts: lambda m: (5, 12),
+    Experts: lambda _: (5, 8),
 }
 """Kind of module -> shape of an input."""
 
@@ -93,7 +103,6 @@ def outputs(base, model):
             found.append(model.get_submodule(name)(torch.arange(layer.num_embeddings)))
         elif type(layer) in SHAPES and "attn." not in name:
             x = torch.randn(SHAPES[type(layer)](layer), generator=torch.Generator().manual_seed(len(name)))
-            x = x[..., :8] if isinstance(layer, Experts) else x
             out = model.get_submodule(name)(*[x] * (3 if isinstance(layer, nn.MultiheadAttention) else 1))
             found += out[:1] if isinstance(layer, nn.MultiheadAttention) else out if isinstance(out, tuple) else [out]
     return found

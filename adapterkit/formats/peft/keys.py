@@ -1,7 +1,8 @@
 """Keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
 
-What a family shares over all modules stands alone: `base_model.<part>`, or `<part>`. PEFT wraps a module to adapt it, so a path can hold names of wrappers: `base_layer`, one for each adapted parameter of
-the module; `token_adapter`; `modules_to_save.<adapter name>` in state dicts that were saved by hand.
+What a family shares over all modules stands alone: `base_model.<part>`, or `<part>`. PEFT wraps a module to adapt it,
+so a path can hold names of wrappers: `base_layer`, one for each adapted parameter of the module; `token_adapter`;
+`modules_to_save.<adapter name>` in state dicts that were saved by hand.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from ...tensors.lazy import Lazy
 from .families import FAMILIES, Family
 
 PREFIX = "base_model.model."
+LATENT = "lora_latent_mapping"
+"""LoRA-XS's R: a module called `default_lora_latent_mapping`, of which PEFT took `.default` for the adapter's name."""
 SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
+_LATENT = re.compile(r"(?P<stem>.+?)(?:\.default)?_lora_latent_mapping\.weight", re.DOTALL)
 _WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
 _OUTERMOST = re.compile(r"(?:\.base_layer)*$")
 
@@ -86,6 +90,8 @@ def parse_key(text: str, prefix: str) -> Key:
         names, leaf = _tail(found["rest"])
         return Key(text, "", found["part"] + names[1], leaf, names[0])
     body = text[len(prefix) :]
+    if found := _LATENT.fullmatch(body):
+        return Key(text, found["stem"], LATENT, "weight")
     if found := _part().fullmatch(body):
         names, leaf = _tail(found["rest"])
         return Key(text, found["stem"], found["part"] + names[1], leaf, names[0])
@@ -96,7 +102,8 @@ def parse_key(text: str, prefix: str) -> Key:
 
 @cache
 def _part() -> re.Pattern[str]:
-    words = "|".join([r"(?:lora|ia3|trainable_tokens)_\w+", _words(pattern for f in _families() for pattern in f.parts)])
+    own = _words(pattern for f in _families() for pattern in f.parts)
+    words = rf"(?:lora|ia3|trainable_tokens)_\w+|{own}"
     return re.compile(rf"(?P<stem>.+)\.(?P<part>{words})(?P<rest>(?:\.[^.]+)*)", re.DOTALL)
 
 
