@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import tomllib
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,19 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.errors import Malformed, ShapeMismatch, StorageError, Unrepresentable, Unsupported, UsageError
+from adapterkit.errors import (
+    AdapterkitError,
+    Malformed,
+    ShapeMismatch,
+    StorageError,
+    Unrepresentable,
+    Unsupported,
+    UsageError,
+)
+from adapterkit.formats.adapterhub.container import load
 from adapterkit.formats.adapterhub.families import FAMILIES
+from adapterkit.formats.adapterhub.reader import decode
+from adapterkit.tensors.checkpoint import open_checkpoint
 from adapterkit.tensors.lazy import from_numpy
 
 SPEC = Path(__file__).parent.parent / "spec"
@@ -270,6 +283,38 @@ def test_a_fault_is_refused_by_name_and_place(fault, changed):
     assert raised.value.path.startswith(str(folder))
     assert raised.value.cure
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+FOLDERS = sorted(path.parent for path in VECTORS.glob("*/adapter_config.json"))
+
+
+def attempt(content, base):
+    """Reads it, or does not: nothing but adapterkit's own errors may come out."""
+    with suppress(AdapterkitError):
+        decode(content, base=base).validate()
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_tensors_of_any_shape_are_read_or_refused(folder):
+    content, base = load(folder), open_checkpoint(VECTORS / "models" / config_of(folder)["model_type"])
+    for key in content.tensors:
+        others = {name: tensor for name, tensor in content.tensors.items() if name != key}
+        attempt(replace(content, tensors=others), base)
+        for shape in ((), (3,), (3, 0), (3, 3, 3)):
+            attempt(replace(content, tensors=others | {key: from_numpy(np.ones(shape, np.float32))}), base)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_fields_of_any_kind_are_read_or_refused(folder):
+    content, base = load(folder), open_checkpoint(VECTORS / "models" / config_of(folder)["model_type"])
+    whole = dict(content.config)
+    for name in whole["config"]:
+        for value in (None, -1, 0, 7, 2.5, 10**30, True, "x", ["q"], {"x": 1}):
+            changed = whole | {"config": whole["config"] | {name: value}}
+            attempt(replace(content, config=changed), base)
+    for name in ("name", "model_type", "model_name", "version", "config"):
+        for value in (None, 7, "x", ["x"], {"x": 1}):
+            attempt(replace(content, config=whole | {name: value}), base)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter.safetensors"])

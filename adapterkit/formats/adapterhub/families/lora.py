@@ -199,6 +199,8 @@ def _ia3(part: Part, path: str, slots: Mapping[str, Key]) -> Iterator[Found]:
     if blocks is None:
         yield Found(Target(path, part.layout(path)), make("ia3", {"l": vector}), (key,))
         return
+    if vector.shape[0] % len(blocks):
+        raise ShapeMismatch(f"{list(B.shape)} are not {len(blocks)} thirds of a weight", where=key.text, cure=_OTHER)
     for group, rows in enumerate(_rows(vector.shape[0], blocks)):
         size = rows[1] - rows[0]
         update = make("ia3", {"l": sliced(vector, group * size, (group + 1) * size)})
@@ -216,6 +218,9 @@ def _blocks(part: Part, path: str, groups: int) -> list[int] | None:
     enabled = [position for position, word in enumerate(QKV) if word in part.own.attn_matrices]
     name = (part.settings.interface or {}).get("attn_qkv_proj") or FUSED.get(part.settings.model_type or "")
     fused = path.rpartition(".")[2] == str(name).rpartition(".")[2] if name else False
+    if fused and not enabled:
+        why = "none of q, k and v, where the file has factors of a weight that holds them"
+        raise Malformed(why, where=f"{part.at}.attn_matrices", cure=_OTHER)
     return enabled if fused or (groups == len(enabled) > 1) else None
 
 

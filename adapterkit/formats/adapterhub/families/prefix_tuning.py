@@ -188,6 +188,9 @@ def _group_updates(part: Part, name: str, paths: Sequence[str], whole: Mapping[s
     keys = tuple(own.values())
     placed = [path for path in paths if _layer(path) not in part.own.leave_out]
     heads, width = _sizes(part, tensors, len(placed), keys[0])
+    if "W2" in tensors and (len(tensors["W2"].shape) != 2 or tensors["W2"].shape[:1] != tensors["b2"].shape):
+        why = f"{list(tensors['W2'].shape)} does not go with a bias of {list(tensors['b2'].shape)}"
+        raise ShapeMismatch(why, where=keys[0].text, cure=AGAIN)
     for position, path in enumerate(placed):
         mine = tuple(key for key in part.tensors if key.kind == KIND and key.path == path + POOL)
         if part.own.flat:
