@@ -37,9 +37,11 @@ class MTLLoRA(Additive):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        count, ones = attributes.pop("count", 1), W.new_ones(max(rank, 1))
+        count = attributes.pop("count", 2)
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
-        return cls(A=A, B=W.new_zeros(count, len(W), rank), values=ones, weights=W.new_ones(count), **attributes)
+        # Equal shares would make the factors equal for good, so that the weights never learned.
+        weights = 1 + 0.01 * random((count,))
+        return cls(A=A, B=W.new_zeros(count, len(W), rank), values=W.new_ones(rank), weights=weights, **attributes)
 
     def check(self) -> None:
         super().check()
