@@ -39,9 +39,11 @@ class MTLLoRA(Additive):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         count = attributes.pop("count", 2)
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
-        # Equal shares would make the factors equal for good, so that the weights never learned.
-        weights = 1 + 0.01 * random((count,))
-        return cls(A=A, B=W.new_zeros(count, len(W), rank), values=W.new_ones(rank), weights=weights, **attributes)
+        # Opposite factors cancel out; were all of them zero they would stay equal, and the weights never learn.
+        Z = 0.1 * random((len(W), rank)) if count > 1 else W.new_zeros(len(W), rank)
+        signs = W.new_tensor([(-1.0) ** i if i < count - count % 2 else 0.0 for i in range(count)])
+        B = signs[:, None, None] * Z
+        return cls(A=A, B=B, values=W.new_ones(rank), weights=W.new_ones(count), **attributes)
 
     def check(self) -> None:
         super().check()
