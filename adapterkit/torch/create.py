@@ -12,6 +12,8 @@ from torch import nn
 from ..adapter import Adapter, Target
 from ..errors import TargetNotFound, UsageError, nearest
 from ..methods import METHODS
+from ..updates import ContextUpdate
+from .create_context import create_context
 from .layers import Conv1D, stored_layout
 
 
@@ -24,8 +26,9 @@ def create(
     Args:
         model: the model it is for.
         method: the method's name.
-        targets: globs over dotted module names, a class of modules, or "all-linear".
-        rank: the inner size, for methods that have one.
+        targets: globs over dotted module names, a class of modules, or "all-linear"; context has its own place, but for
+            attentions, all of those that can take it unless globs say which.
+        rank: the inner size, for methods that have one; the number of virtual tokens, for those of context.
         alpha: scaling times rank; without it the scaling is 1, or what `scaling=` says.
         seed: of the numbers drawn.
         attributes: the method's own plain values.
@@ -40,6 +43,8 @@ def create(
         raise UsageError("rank is below 1, or both alpha and scaling are given", cure="Correct the arguments")
     if alpha is not None:
         attributes["scaling"] = alpha / rank
+    if issubclass(cls, ContextUpdate):
+        return create_context(model, cls, targets, rank, seed, attributes)
     unknown = [name for name in attributes if name not in {*cls.attribute_fields(), *cls.tensor_fields()}]
     if unknown:
         raise UsageError(f"{method} has no {unknown[0]}", cure=f"It has {', '.join(cls.attribute_fields())}")

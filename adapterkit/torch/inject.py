@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
-from ..binding import Site, check_site, find_sites, fits, with_layouts
+from ..binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
 from ..errors import Unsupported, UsageError, nearest
 from ..tensors.lazy import as_torch
 from ..updates import Update
+from .context import ContextPart, embedding_of, parts_of
 from .handle import Handle
 from .layers import layer_of, stored_layout
-from .station import Part, Station, Switch
+from .station import Part, Station
+from .switch import Switch
 from .weights import tensor_at
 
 if TYPE_CHECKING:
@@ -45,7 +47,10 @@ def inject(
     adapter.validate()
     if name in _names(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
-    sites = _sites(model, adapter)
+    weights, context = apart(adapter)
+    if weight != 1 and context.updates:
+        raise UsageError("context has no half measures", where=name, cure="Leave weight at 1")
+    sites, parts = _sites(model, weights), _parts(model, context)
     plans = [_plan(model, site) for site in sites]
     switch, stations, leaves = Switch(name, weight), list[Station](), dict[Any, Tensor]()
     loaded: dict[Any, Any] = {}
@@ -57,6 +62,13 @@ def inject(
         below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
         station.attach(Part(switch, site.target, updates, below, bias, _is_direct(site, holder, prefix)))
         stations += [station] if station not in stations else []
+    for target, updates in parts.items():
+        like = _embedded_like(model, target)
+        loaded[target] = tuple(_owned(u, like, trainable, leaves) for u in updates)
+        for module, part in parts_of(model, ContextPart(switch, target, loaded[target])):
+            station = _station(module)
+            station.attach(part)
+            stations += [station] if station not in stations else []
     return Handle(adapter.replace(updates=loaded), switch, stations, model)
 
 
@@ -96,6 +108,23 @@ def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
     for site in sites:
         check_site(site, shapes, biasless=True)
     return sites
+
+
+def _parts(model: nn.Module, context: Adapter) -> dict[Any, Any]:
+    """Context updates by the parts of the model that they speak to, checked before anything is attached."""
+    names = {f"{name}." for name, _ in model.named_modules() if name}
+    found: dict[Any, Any] = find_parts(context, dict.fromkeys(names, ()), None)
+    for target, updates in found.items():
+        parts_of(model, ContextPart(Switch("", 1), target, updates))
+    return found
+
+
+def _embedded_like(model: nn.Module, target: Any) -> Tensor:
+    """A tensor of the dtype and on the device of what context meets."""
+    part = model.get_submodule(target.path)
+    first = next((p for p in part.parameters() if p.is_floating_point()), None)
+    like: Any = embedding_of(part).weight if first is None or hasattr(part, "get_input_embeddings") else first
+    return like  # type: ignore[no-any-return]
 
 
 def _told(model: nn.Module, site: Site, shapes: Any) -> tuple[Site, bool]:
@@ -181,4 +210,4 @@ def _stations(model: nn.Module) -> list[Station]:
 
 
 def _names(model: nn.Module) -> set[str]:
-    return {part.switch.name for station in _stations(model) for part in station.parts}
+    return {part.switch.name for station in _stations(model) for part in (*station.parts, *station.contexts)}

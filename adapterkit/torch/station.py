@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +15,10 @@ from torch import Tensor, nn
 from ..adapter import Target
 from ..errors import ShapeMismatch, Unsupported
 from ..updates import Additive, Update
+from .context import ContextPart, surround
 from .layers import Composed, Difference, Layer, layer_of
+from .switch import Switch
 from .weights import changed_bias, changed_weight, tensor_at
-
-
-@dataclass(eq=False)
-class Switch:
-    """What all attached parts of one adapter share."""
-
-    name: str
-    weight: float
-    active: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,21 +41,35 @@ class Station:
         self.before = module.__dict__.get("forward")
         self.layer: Layer | None = layer_of(module, self.original)
         self.parts: list[Part] = []
+        self.contexts: list[ContextPart] = []
+        self.names = tuple(inspect.signature(self.original).parameters)
         self.route: Sequence[str | None] | None = None
 
-    def attach(self, part: Part) -> None:
-        self.parts.append(part)
-        self.module.__dict__["forward"] = self.forward
+    def attach(self, part: Part | ContextPart) -> None:
+        if isinstance(part, ContextPart):
+            self.contexts.append(part)
+        else:
+            self.parts.append(part)
+        self.module.__dict__["forward"] = _entry(self)
 
     def detach(self, switch: Switch) -> None:
         self.parts = [part for part in self.parts if part.switch is not switch]
-        if self.parts:
+        self.contexts = [part for part in self.contexts if part.switch is not switch]
+        if self.parts or self.contexts:
             return
         del self.module.__dict__["forward"]
         if self.before is not None:
             self.module.__dict__["forward"] = self.before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        around = [part for part in self.contexts if part.switch.active]
+        if not around:
+            return self._inner(*args, **kwargs)
+        if self.route is not None:
+            raise Unsupported("context for some rows of a batch", where=str(around[0].target), cure=_ALONE)
+        return surround(self.module, around, self.names, self._inner, args, kwargs)
+
+    def _inner(self, *args: Any, **kwargs: Any) -> Any:
         active = [part for part in self.parts if part.switch.active and part.switch.weight]
         if self.route is not None and active:
             return self._routed(self.route, active, args, kwargs)
@@ -117,6 +126,17 @@ class Station:
             b: Tensor = tensor_at(self.module, bias)
             out[bias] = changed_bias(b.to(dtype), at)
         return out
+
+
+def _entry(station: Station) -> Callable[..., Any]:
+    """What is called in the place of the module's forward, with its signature: `generate` looks at that."""
+
+    @functools.wraps(station.original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return station.forward(*args, **kwargs)
+
+    forward.__dict__["__self__"] = station
+    return forward
 
 
 def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
