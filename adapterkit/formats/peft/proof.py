@@ -11,7 +11,7 @@ from ...methods.replacement import Replacement
 from ...tensors.lazy import Lazy, as_lazy
 from . import config as fields
 from .file import File
-from .keys import parse_key, parse_keys
+from .keys import parse_key, parse_keys, prefix_of
 from .losses import Updates
 from .reader import assemble
 from .spelling import Spelled, stored
@@ -31,7 +31,7 @@ def says(
     """Whether PEFT would find these updates in a file of these tensors with this config, as it is written: sorted."""
     written = json.loads(json.dumps(config, sort_keys=True))
     try:
-        prefix, keys = parse_keys(tensors)
+        prefix, keys = parse_keys(tensors, prefix_of(config["peft_type"]))
         stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
         read, _, _ = assemble(File(fields.parse(written), keys, base, parameters=stems))
     except AdapterkitError:

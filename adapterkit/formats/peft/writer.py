@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ...errors import Unrepresentable
 from ...methods.ia3 import IA3
 from ...methods.replacement import Replacement
@@ -19,7 +21,7 @@ from ...tensors.lazy import as_lazy
 from .compose import configs
 from .families import FAMILIES
 from .hints import FORMAT, Hints, hints_of
-from .keys import parse_key
+from .keys import parse_key, prefix_of
 from .losses import Loss, Updates, acting_method, find_losses
 from .modules import token_numbers
 from .proof import says
@@ -44,6 +46,8 @@ def encode(
     hints = hints_of(adapter)
     updates, lines = _expressible(_as_stored(adapter.updates), hints, on_loss, base)
     peft_type = _peft_type(updates, hints)
+    if not hints.config:
+        hints = msgspec.structs.replace(hints, prefix=prefix_of(peft_type))
     updates, numbers, folded = number_fields(updates, hints, on_loss)
     spelled = _spell(updates, hints, peft_type, base)
     tensors = _by_key(spelled, updates)
@@ -99,8 +103,11 @@ def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tu
 def _peft_type(updates: Updates, hints: Hints) -> str:
     method = acting_method(updates)
     if method is not None:
-        own = {family.method: family.peft_type for family in FAMILIES.values()}
-        return own.get(method, "IA3" if method is IA3 else "LORA")
+        own = {name: family.peft_type for name, family in FAMILIES.items() if family.method is method}
+        read = hints.config.get("peft_type")
+        # Several types have one law: the one that was read goes on, else the one that is called after it.
+        named = own.get(method.__module__.rpartition(".")[2]) or next(iter(own.values()), None)
+        return read if read in own.values() else named or ("IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
     read = hints.config.get("peft_type")
     alone = read == "TRAINABLE_TOKENS" or (read != "LORA" and len(numbers) == len(updates))
