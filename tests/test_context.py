@@ -7,11 +7,9 @@ import pytest
 import torch
 
 import adapterkit as ak
-from adapterkit.adapter import Adapter, Target
-from adapterkit.errors import Malformed, NotMergeable, TargetNotFound
 from adapterkit.methods import METHODS
 from adapterkit.tensors.checkpoint import open_checkpoint
-from adapterkit.tensors.lazy import as_array, as_torch, from_numpy
+from adapterkit.tensors.lazy import as_array, as_torch
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
 CONTEXT = [name for name, cls in METHODS.items() if cls.kind == "context"]

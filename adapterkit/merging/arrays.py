@@ -128,7 +128,7 @@ class _Quiet:
         self.errors.__enter__()
         self.before = self.np.setbufsize(CAST_AT_A_TIME)
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.np.setbufsize(self.before)
         self.errors.__exit__(*raised)
 

@@ -27,6 +27,9 @@ class Heads(ABC):
     def __init__(self, module: Any) -> None:
         self.module, self.d = module, int(module.head_dim)
 
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape((*x.shape[:-1], -1, self.d))
+
     @abstractmethod
     def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
         """Queries of the input `[batch, m, width]`: `[batch, heads, m, d]`, positions in them."""
@@ -48,17 +51,18 @@ class Separate(Heads):
         self.width = module.q_proj.in_features
 
     def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
-        q: Tensor = self.module.q_proj(x).unflatten(-1, (-1, self.d)).transpose(1, 2)
+        q: Tensor = self._heads(self.module.q_proj(x)).transpose(1, 2)
         if words.get("position_embeddings") is None:
             return q
         cos, sin = (each.unsqueeze(1) for each in words["position_embeddings"])
         if cos.shape[-1] != self.d:
             raise Unsupported("rotary positions in a part of each head", cure="Choose a model of Llama's kind")
         first, second = q.chunk(2, -1)
-        return q * cos + torch.cat((-second, first), -1) * sin
+        turned: Tensor = q * cos + torch.cat((-second, first), -1) * sin
+        return turned
 
     def keys_values(self, P: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = (p(P).unflatten(-1, (-1, self.d)).transpose(0, 1) for p in (self.module.k_proj, self.module.v_proj))
+        k, v = (self._heads(p(P)).transpose(0, 1) for p in (self.module.k_proj, self.module.v_proj))
         groups = self.module.q_proj.out_features // self.module.k_proj.out_features
         return k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
 
@@ -75,10 +79,10 @@ class Fused(Heads):
 
     def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
         q: Tensor = self.module.c_attn(x).chunk(3, -1)[0]
-        return q.unflatten(-1, (-1, self.d)).transpose(1, 2)
+        return self._heads(q).transpose(1, 2)
 
     def keys_values(self, P: Tensor) -> tuple[Tensor, Tensor]:
-        _, k, v = (each.unflatten(-1, (-1, self.d)).transpose(0, 1) for each in self.module.c_attn(P).chunk(3, -1))
+        _, k, v = (self._heads(each).transpose(0, 1) for each in self.module.c_attn(P).chunk(3, -1))
         return k, v
 
     def mixed(self, h: Tensor) -> Tensor:

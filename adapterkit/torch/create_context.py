@@ -12,7 +12,7 @@ from ..adapter import Adapter, Target
 from ..errors import TargetNotFound, Unsupported, UsageError
 from ..updates import ContextUpdate
 from .attention import heads_of
-from .context import embedding_of, sizes_of
+from .sizes import embedding_of, sizes_of
 
 
 def create_context(
@@ -45,22 +45,26 @@ def create_context(
         given.setdefault("sizes", sizes_of(model))
         if given["sizes"].keys() != {"layers", "heads", "d"}:
             raise Unsupported("the config does not tell layers and heads", cure="Pass sizes=dict(layers=, heads=, d=)")
-    updates = {}
-    for path in _paths(model, cls, targets, embedding):
+
+    def made() -> ContextUpdate:
         try:
-            made = cls.initial(W, None, tokens, random, **given)
+            return cls.initial(W, None, tokens, random, **given).map(lambda leaf: torch.as_tensor(leaf).clone())
         except TypeError as error:
             known = ", ".join(("index", *cls.attribute_fields()))
             raise UsageError(str(error).rpartition("() ")[2], where=cls.__name__, cure=f"It has {known}") from None
-        updates[Target(path)] = (made.map(lambda leaf: torch.as_tensor(leaf).clone()),)
-    adapter = Adapter(updates)
+
+    paths = _paths(model, cls, targets, embedding)
+    # New tokens are the same ones in every module that shares the embedding's weight.
+    same = made() if cls.place == "vocabulary" else None
+    adapter = Adapter({Target(path): (same or made(),) for path in paths})
     adapter.validate()
     return adapter
 
 
-def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Any, embedding: nn.Module) -> list[str]:
+def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Any, embedding: Any) -> list[str]:
     if cls.place == "vocabulary":
-        return [next(name for name, module in model.named_modules() if module is embedding)]
+        alike = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        return [name for name, module in alike if module.weight is embedding.weight]
     if cls.place != "attention":
         return [""]
     globs = ["*"] if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)

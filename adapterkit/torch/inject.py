@@ -15,9 +15,10 @@ from ..binding import Site, apart, check_site, find_parts, find_sites, fits, wit
 from ..errors import Unsupported, UsageError, nearest
 from ..tensors.lazy import as_torch
 from ..updates import Update
-from .context import ContextPart, embedding_of, parts_of
+from .context import ContextPart, parts_of
 from .handle import Handle
 from .layers import layer_of, stored_layout
+from .sizes import embedding_of
 from .station import Part, Station
 from .switch import Switch
 from .weights import tensor_at
@@ -186,7 +187,8 @@ def _natural(site: Site, layout: str) -> bool:
 
 
 def _owned(update: Update, W: Tensor, trainable: bool, leaves: dict[Any, Tensor]) -> Update:
-    return update.map(lambda leaf: _own(leaf, W, trainable, leaves))
+    owned = {n: _own(leaf, W, trainable and n not in update.frozen, leaves) for n, leaf in update.tensors.items()}
+    return update.replace(**owned)
 
 
 def _own(leaf: Leaf, W: Tensor, trainable: bool, leaves: dict[Any, Tensor]) -> Tensor:
@@ -210,4 +212,4 @@ def _stations(model: nn.Module) -> list[Station]:
 
 
 def _names(model: nn.Module) -> set[str]:
-    return {part.switch.name for station in _stations(model) for part in (*station.parts, *station.contexts)}
+    return {switch.name for station in _stations(model) for switch in station.switches}

@@ -45,6 +45,11 @@ class Station:
         self.names = tuple(inspect.signature(self.original).parameters)
         self.route: Sequence[str | None] | None = None
 
+    @property
+    def switches(self) -> list[Switch]:
+        """Those of the adapters that have a part here."""
+        return [*(part.switch for part in self.parts), *(part.switch for part in self.contexts)]
+
     def attach(self, part: Part | ContextPart) -> None:
         if isinstance(part, ContextPart):
             self.contexts.append(part)

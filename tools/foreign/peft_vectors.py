@@ -22,7 +22,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, MissConfig, PeftConfig, TrainableTokensConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    CartridgeConfig,
+    CPTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    MissConfig,
+    MultitaskPromptTuningConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
+from peft.tuners.adaption_prompt import AdaptedAttention
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
@@ -30,7 +46,7 @@ from peft.tuners.miss.layer import MissLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import adapterkit as ak
 from adapterkit.methods import METHODS
@@ -74,6 +90,16 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False)
     )
+
+
+def t5() -> nn.Module:
+    """A model with an encoder and a decoder, of three layers each."""
+    sizes = {"vocab_size": 9, "d_model": 4, "d_kv": 2, "d_ff": 6, "num_layers": 3, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+PAIR: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 3}
 
 
 @dataclass(frozen=True)
@@ -124,14 +150,35 @@ CASES = {
     "modules_to_save": Case(Layers, lora_config("q", modules_to_save=["head"])),
     "trainable_tokens": Case(llama, TrainableTokensConfig(token_indices=[5, 2], target_modules=["embed_tokens"])),
     "lora_tokens": Case(llama, lora_config("q_proj", trainable_token_indices=[8, 0, 3])),
+    "prompt": Case(llama, PromptTuningConfig(**CAUSAL)),
+    "prompt_pair": Case(t5, PromptTuningConfig(**PAIR)),
+    "prompt_classifier": Case(llama, PromptTuningConfig(**CAUSAL, modules_to_save=["lm_head"])),
+    "p_tuning": Case(llama, PromptEncoderConfig(**CAUSAL, encoder_hidden_size=5)),
+    "cpt": Case(
+        llama,
+        CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[4, 1, 7], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 3]),
+    ),
+    "multitask_prompt": Case(llama, MultitaskPromptTuningConfig(**CAUSAL, num_tasks=2, num_ranks=2)),
+    "multitask_prompt_pair": Case(t5, MultitaskPromptTuningConfig(**PAIR, num_tasks=2)),
+    "prefix": Case(llama, PrefixTuningConfig(**CAUSAL)),
+    "prefix_projected": Case(llama, PrefixTuningConfig(**CAUSAL, prefix_projection=True, encoder_hidden_size=5)),
+    "prefix_pair": Case(t5, PrefixTuningConfig(**PAIR)),
+    "cartridge": Case(llama, CartridgeConfig(**CAUSAL, num_frozen_tokens=2)),
+    "adaption_prompt": Case(llama, AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)),
     "bin_file": Case(Layers, lora_config("q", "conv2"), {"safe_serialization": False}),
 }
 
 
 def updates(model: Any, bias: str) -> Updates:
     """Every update of a PEFT model, from its modules; `bias` is its config's."""
-    for path, module in model.base_model.model.named_modules():
-        if isinstance(module, ParamWrapper):
+    learned = model.active_peft_config.is_prompt_learning
+    if learned:
+        yield ak.Target(""), of_context(model, model.active_peft_config)
+    for path, module in (model.base_model if learned else model.base_model.model).named_modules():
+        if isinstance(module, AdaptedAttention):
+            tensors = {"P": module.adaption_prompt[0], "gate": module.adaption_gate}
+            yield ak.Target(path), METHODS["adaption_prompt"](**tensors)
+        elif isinstance(module, ParamWrapper):
             yield from of_parameter(path, module)
         elif isinstance(module, LoraLayer) and NAME in (*module.lora_A, *module.lora_embedding_A):
             yield from of_lora(path, module, bias)
@@ -151,6 +198,25 @@ def updates(model: Any, bias: str) -> Updates:
             for inner, part in module.modules_to_save[NAME].named_modules():
                 if own := dict(part.named_parameters(recurse=False)):
                     yield ak.Target(f"{path}.{inner}".rstrip(".")), METHODS["replacement"](**own)
+
+
+def of_context(model: Any, config: Any) -> Any:
+    """The virtual tokens as PEFT computes them; each layer's keys and values cut out one by one."""
+    encoder, pair = model.prompt_encoder[NAME], config.num_transformer_submodules == 2
+    if config.peft_type == "MULTITASK_PROMPT_TUNING":
+        tensors = {"P": encoder.embedding.weight, "columns": encoder.prefix_task_cols, "rows": encoder.prefix_task_rows}
+        return METHODS["multitask_prompt"](**tensors, decoder=pair)
+    whole = model.get_prompt_embedding_to_save(NAME)
+    if config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
+        return METHODS["prompt"](P=whole, used=config.num_virtual_tokens if pair else 0)
+    d, heads = config.token_dim // config.num_attention_heads, config.num_attention_heads
+    P = torch.empty(config.num_layers, 2, heads, config.num_virtual_tokens, d)
+    for layer in range(config.num_layers):
+        for kind in range(2):
+            for head in range(heads):
+                start = ((layer * 2 + kind) * heads + head) * d
+                P[layer, kind, head] = whole[:, start : start + d]
+    return METHODS["prefix"](P=P, step=config.num_transformer_submodules)
 
 
 def of_lora(path: str, module: Any, bias: str) -> Updates:

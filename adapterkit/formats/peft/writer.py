@@ -107,7 +107,7 @@ def _peft_type(updates: Updates, hints: Hints) -> str:
         read = hints.config.get("peft_type")
         # Several types have one law: the one that was read goes on, else the one that is called after it.
         named = own.get(method.__module__.rpartition(".")[2]) or next(iter(own.values()), None)
-        return read if read in own.values() else named or ("IA3" if method is IA3 else "LORA")
+        return str(read) if read in own.values() else named or ("IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
     read = hints.config.get("peft_type")
     alone = read == "TRAINABLE_TOKENS" or (read != "LORA" and len(numbers) == len(updates))

@@ -47,7 +47,7 @@ class Sizes(Own, frozen=True, kw_only=True):
 class ContextFamily(Family):
     """A family of virtual tokens."""
 
-    shared = (EMBEDDINGS,)
+    shared: ClassVar[tuple[str, ...]] = (EMBEDDINGS,)
     shared_prefix = ""
     prefix = "base_model."
     names_modules = False
@@ -109,7 +109,7 @@ class PrefixLike(ContextFamily):
         tensor = file.tensors[key]
         layers, heads, width = own.num_layers, own.num_attention_heads, own.token_dim
         if not (layers and heads and width) or min(layers, heads, width) < 1 or width % heads:
-            why = f"num_layers {layers}, num_attention_heads {heads} and token_dim {width} do not cut up the file's tensor"
+            why = f"num_layers {layers}, num_attention_heads {heads} and token_dim {width} do not cut up the tensor"
             raise Malformed(why, where="token_dim", cure="Save the adapter again with PEFT")
         check_sizes(key, tensor, own.num_virtual_tokens, layers * 2 * width)
         shape = (tensor.shape[0], layers, 2, heads, width // heads)
@@ -142,7 +142,7 @@ def stacks(parts: int) -> dict[str, Any]:
 
 def rows(own: Any) -> int | None:
     """How many rows a tensor of embeddings has, as the config says it."""
-    return own.num_virtual_tokens and own.num_virtual_tokens * own.parts
+    return None if own.num_virtual_tokens is None else int(own.num_virtual_tokens * own.parts)
 
 
 def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:

@@ -40,7 +40,6 @@ class AdaptionPromptFamily(Family):
     read: ClassVar[Mapping[str, str]] = {
         "adapter_layers": "number of the last layers that have tensors",
         "adapter_len": "number of virtual tokens",
-        "target_modules": "name of the attentions; attn: GPT-2's, where nothing mixes the heads of what is added",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
 

@@ -1,5 +1,7 @@
-"""Multitask prompt tuning: `prompt_embeddings` [n, dim], `prefix_task_cols` [tasks, n, r], `prefix_task_rows`
-[tasks, r, dim]; the second half of n is a decoder's, where there is one."""
+"""Multitask prompt tuning: `prompt_embeddings` [n, dim], `prefix_task_cols` [tasks, n, r], `prefix_task_rows`.
+
+Where the model has a decoder beside its encoder, the second half of n is the decoder's.
+"""
 
 from __future__ import annotations
 
