@@ -29,6 +29,10 @@ from .sizes import embedding_of, is_encoder_decoder, sizes_of
 from .switch import Switch
 
 
+CACHES = {"cache", "past_key_values"}
+"""What a model calls its past keys and values: one word since transformers 5.24, the other before."""
+
+
 @dataclass(frozen=True, eq=False)
 class ContextPart:
     """Context updates at one module; `encoder` where it is the encoder of the model that they are meant for."""
@@ -63,13 +67,20 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
         ShapeMismatch: it is made for other sizes than the model's.
         Unsupported: the module does not take such context.
     """
-    module = model.get_submodule(part.target.path)
+    module = _reader(model.get_submodule(part.target.path), part.updates)
     for update in part.updates:
         _check(module, part.target, update)
     found = [(module, part)]
     if part.updates[0].place == "embeddings" and is_encoder_decoder(module):
         found.append((_encoder(module), ContextPart(part.switch, part.target, part.updates, encoder=True)))
     return found
+
+
+def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
+    """The module that reads past keys and values: a classifier leaves that to the model inside it."""
+    inside = getattr(module, "base_model", None)
+    takes = CACHES & set(inspect.signature(module.forward).parameters)
+    return inside if isinstance(inside, nn.Module) and updates[0].place == "past" and not takes else module
 
 
 def _with_tokens(
@@ -126,7 +137,7 @@ def _check(module: nn.Module, target: Target, update: ContextUpdate) -> None:
 def _width(module: nn.Module, update: ContextUpdate, where: str) -> int:
     """The width of a model's embeddings, once it is sure that the model takes the update."""
     names = inspect.signature(module.forward).parameters
-    needed = {"embeddings": {"inputs_embeds"}, "past": {"cache", "past_key_values"}}[update.place]
+    needed = {"inputs_embeds"} if update.place == "embeddings" else CACHES
     if not needed & set(names):
         why = f"a {type(module).__name__} takes no {' or '.join(sorted(needed))}"
         raise Unsupported(why, where=where, cure="Context belongs to models that do, as those of transformers")
