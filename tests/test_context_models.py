@@ -35,7 +35,7 @@ from transformers import (
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unrepresentable, Unsupported, UsageError
 from adapterkit.methods import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -385,6 +385,20 @@ def test_training_from_scratch_reaches_every_trained_tensor_and_nothing_else(met
     resumed = ak.torch.inject(model, ak.read(tmp_path / "a.safetensors"), trainable=True)
     torch.testing.assert_close(model(**words).logits, y)
     assert resumed.adapter().digest() == result.digest()
+
+
+@pytest.mark.parametrize("method", ["p_tuning", "cpt", "prefix_mlp"])
+def test_peft_gets_what_a_network_computes_where_that_is_asked_for(method, tmp_path):
+    model = fresh(grouped)
+    adapter = ak.torch.create(model, method, rank=3)
+    adapter = adapter.map(lambda leaf: leaf + 0.1 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1)))
+    with pytest.raises(Unrepresentable, match=rf"\(model\): the network of {method}; on_loss='fold'"):
+        ak.write(adapter, tmp_path / "out", "peft")
+    lines = ak.write(adapter, tmp_path / "out", "peft", on_loss="fold")
+    assert lines == [f"(model): wrote what {method} computes, not its network"]
+    ak.torch.inject(model, adapter)
+    theirs = PeftModel.from_pretrained(fresh(grouped), str(tmp_path / "out")).eval()
+    torch.testing.assert_close(model(IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_to_begin_with_are_the_ones_that_are_asked_for():

@@ -8,7 +8,7 @@ nearly cancel, which float32 does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -127,12 +127,10 @@ class Folder:
         total = self._shaped(self.workspace.take(block.elements), block)
         for position, (fold, updates) in enumerate(self.folds):
             view = _view(total, fold, (block.start, block.stop), block)
-            first, *others = [_cut(update, fold, block, (block.start, block.stop)) for update in updates]
+            cut = _additive(_cut(update, fold, block, (block.start, block.stop)) for update in updates)
             if position == 0:
-                first.delta_into(view, fold.weight)
-            else:
-                _add([first], view, fold.weight)
-            _add(others, view, fold.weight)
+                cut.pop(0).delta_into(view, fold.weight)
+            _add(cut, view, fold.weight)
         return total.reshape(-1)
 
     def _image(self, raw: Any, block: Block) -> Any:
@@ -157,7 +155,7 @@ class Folder:
             view, W = (_view(t, fold, part, block) for t in (work, original))
             cut = [_cut(update, fold, block, part) for update in updates]
             if fold.additive and not fold.bias:
-                _add(cut, view, fold.weight)
+                _add(_additive(cut), view, fold.weight)
             else:
                 norms[position] = _mix(_through(cut, W, fold.bias), W, view, fold.weight, replace=untouched)
             untouched = False
@@ -171,6 +169,10 @@ class Folder:
     @cached_property
     def _needs_original(self) -> bool:
         return sum(not fold.additive or fold.bias for fold, _ in self.folds) > 1
+
+
+def _additive(updates: Iterable[Update]) -> list[Additive]:
+    return [update for update in updates if isinstance(update, Additive)]
 
 
 def _add(updates: Sequence[Additive], view: Any, weight: float) -> None:

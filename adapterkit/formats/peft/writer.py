@@ -19,6 +19,7 @@ from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...tensors.lazy import as_lazy
 from .compose import configs
+from .encoders import without_encoders
 from .families import FAMILIES
 from .hints import FORMAT, Hints, hints_of
 from .keys import parse_key, prefix_of
@@ -44,7 +45,8 @@ def encode(
         Unrepresentable: a PEFT file cannot say it and `on_loss` does not allow otherwise.
     """
     hints = hints_of(adapter)
-    updates, lines = _expressible(_as_stored(adapter.updates), hints, on_loss, base)
+    plain, computed = without_encoders(adapter.updates) if on_loss == "fold" else (adapter.updates, [])
+    updates, lines = _expressible(_as_stored(plain), hints, on_loss, base)
     peft_type = _peft_type(updates, hints)
     if not hints.config:
         hints = msgspec.structs.replace(hints, prefix=prefix_of(peft_type))
@@ -53,7 +55,7 @@ def encode(
     tensors = _by_key(spelled, updates)
     for config in configs(adapter, updates, hints, peft_type, numbers, base):
         if says(config, tensors, spelled, updates, base):
-            return config, _kept(adapter, updates, hints) | tensors, lines + folded
+            return config, _kept(adapter, updates, hints) | tensors, computed + lines + folded
     raise Unrepresentable("PEFT's config has no words for this combination", cure="Write adapterkit's own format")
 
 
