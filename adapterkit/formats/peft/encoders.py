@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...methods import METHODS
 from ...tensors.lazy import Lazy, as_array, as_lazy
 from ...updates import ContextUpdate
 from .families import family_of
+from .file import make
 
 if TYPE_CHECKING:
     from ...adapter import Target
@@ -27,7 +27,12 @@ def without_encoders(
     updates: Mapping[Target, tuple[Update, ...]],
 ) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
     """The same function of a base without networks, and a line for each that was left behind."""
-    lines = [f"{t}: wrote what {u.method} computes, not its network" for t, us in updates.items() for u in us if has_encoder(u)]
+    lines = [
+        f"{t}: wrote what {u.method} computes, not its network"
+        for t, us in updates.items()
+        for u in us
+        if has_encoder(u)
+    ]
     changed = {t: tuple(_computed(u) if has_encoder(u) else u for u in us) for t, us in updates.items()}
     return changed, lines
 
@@ -39,4 +44,4 @@ def _computed(update: Any) -> Update:
     wide = update.map(lambda leaf: as_array(leaf).astype(np.float64))
     values = np.ascontiguousarray(getattr(wide, update.place)()).astype(dtype.array)
     P = Lazy(values.shape, dtype, lambda: values.tobytes())
-    return METHODS[PLAIN[update.place]](P=P)
+    return make(PLAIN[update.place], {"P": P})
