@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
 from .errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
@@ -39,7 +39,7 @@ class Update:
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
         acts_on: what the update changes, for messages.
-        frozen: tensors that are given, not trained: random projections, masks.
+        frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
         paper: where the formula comes from.
     """
 
@@ -50,10 +50,13 @@ class Update:
     acts_on: ClassVar[str] = "the layer"
     frozen: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
+    # torch.compile reads attributes of a class, but not the fields of a dataclass.
+    _names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
+        cls._names = tuple(cls.tensor_fields())
 
     @property
     def method(self) -> str:
@@ -73,7 +76,7 @@ class Update:
     @property
     def tensors(self) -> dict[str, Leaf]:
         """The tensors that are present, by field."""
-        present = ((name, getattr(self, name)) for name in self.tensor_fields())
+        present = ((name, getattr(self, name)) for name in self._names)
         return {name: leaf for name, leaf in present if leaf is not None}
 
     @property
@@ -162,6 +165,11 @@ class Update:
             Unsupported: the method has no rule for it.
         """
         raise Unsupported(f"{cls.__name__} has no initial value", cure="Build the update from tensors instead")
+
+    @classmethod
+    def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, torch.Tensor]:
+        """Tensors that fresh updates of weights of these shapes share, by field; `initial` gets them as attributes."""
+        return {}
 
     @property
     def changes_weight(self) -> bool:

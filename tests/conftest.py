@@ -175,3 +175,16 @@ def base(tmp_path):
         return open_checkpoint(folder)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def close():
+    """Asserts that two tensors differ by less than a share of the largest number that went into either."""
+
+    def check(got, wanted, *terms, tolerance=1e-5):
+        size = max(float(term.detach().abs().max()) for term in (wanted, *terms))
+        assert got.shape == wanted.shape
+        assert got.dtype == wanted.dtype
+        assert float((got.detach().double() - wanted.detach().double()).abs().max()) <= tolerance * size
+
+    return check

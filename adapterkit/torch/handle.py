@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, Target
 from ..errors import NotMergeable, UsageError
 from ..updates import Update
+from .layers import Quantized
 from .station import Station
 from .switch import Switch
 from .weights import tensor_at
@@ -30,6 +31,7 @@ class Handle:
     @property
     def weight(self) -> float:
         """How much of the adapter's change is added; may be set."""
+        self._check()
         return self._switch.weight
 
     @weight.setter
@@ -106,6 +108,8 @@ class Handle:
         for part in parts:
             if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
                 raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
+            if isinstance(station.layer, Quantized):
+                raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=_KEEP)
         new = station.changed(parts, torch.float64)
         pairs: list[tuple[Tensor, Tensor]] = [(tensor_at(station.module, path), value) for path, value in new.items()]
         for parameter, _ in pairs:

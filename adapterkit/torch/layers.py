@@ -7,6 +7,7 @@ a 1x1 mix of channels after it; `layer.per_channel(v)` a vector in the shape tha
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -33,6 +34,10 @@ class Layer:
 
     def __call__(self, x: Tensor) -> Any:
         return self.forward(x)
+
+    def like(self, x: Tensor) -> Layer:
+        """The layer as `x` meets it: where its weight has no dtype to compute in, that of `x`."""
+        return self
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
@@ -122,6 +127,34 @@ class Conv(Layer):
         return v.reshape(-1, *[1] * (len(self.shape) - 2))
 
 
+class Quantized(Linear):
+    """bitsandbytes' `Linear4bit` and `Linear8bitLt`: additive updates beside the packed weight, which stays as it is.
+
+    Laws that need W see it as the library's own dequantization gives it.
+    """
+
+    def __init__(self, module: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(module, forward)
+        self.dtype = dtype
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        kinds = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "bitsandbytes"]
+        packed = not isinstance(module.weight, Tensor) or not module.weight.is_floating_point() if kinds else False
+        return packed and kinds[-1].__name__ in ("Linear4bit", "Linear8bitLt")
+
+    def like(self, x: Tensor) -> Layer:
+        return Quantized(self.module, self.forward, x.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        return dequantized(self.module).to(self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return stored_shape(self.module)
+
+
 class Composed:
     """A layer after an update: what the next update of the same target sees."""
 
@@ -158,7 +191,7 @@ class Difference:
         return 0.0
 
 
-KINDS: tuple[type[Layer], ...] = (Linear, Conv1D, Embedding, Conv)
+KINDS: tuple[type[Layer], ...] = (Linear, Conv1D, Embedding, Conv, Quantized)
 
 
 def layer_of(module: nn.Module, forward: Forward) -> Layer | None:
@@ -172,6 +205,28 @@ def stored_layout(module: nn.Module) -> str | None:
     if isinstance(module, nn.Embedding) or Conv1D.takes(module):
         return "in out *k"
     return "out *in" if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
+
+
+def stored_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight before any packing."""
+    if Quantized.takes(module):
+        sizes: Any = module.out_features, module.in_features
+        return (int(sizes[0]), int(sizes[1]))
+    W: Any = module.weight
+    return tuple(W.shape)
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The weight `[out, in]` of a module of bitsandbytes', by its own functions."""
+    library: Any = importlib.import_module("bitsandbytes.functional")
+    W: Any = module.weight
+    state: Any = getattr(W, "quant_state", None)
+    if state is not None:
+        out: Tensor = library.dequantize_4bit(W.data, state)
+        return out
+    held: Any = module.state if getattr(module.state, "CB", None) is not None else W
+    dense: Tensor = library.int8_vectorwise_dequant(held.CB, held.SCB)
+    return dense
 
 
 def _own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:

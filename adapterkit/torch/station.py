@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Target
-from ..errors import ShapeMismatch, Unsupported
+from ..errors import Unsupported
 from ..updates import Additive, Update
 from .context import ContextPart, surround
-from .layers import Composed, Difference, Layer, layer_of
+from .layers import Composed, Difference, Layer, Quantized, layer_of
+from .routing import Route, join, split
 from .switch import Switch
 from .weights import changed_bias, changed_weight, tensor_at
 
@@ -32,6 +33,12 @@ class Part:
     bias: str | None
     direct: bool
 
+    @property
+    def foldable(self) -> bool:
+        """Whether the module's parameters can carry all of it: its laws are of weights, its biases have a place."""
+        kinds = all(update.kind in ("additive", "weight") for update in self.updates)
+        return kinds and (self.bias is not None or not any(u.changes_bias and u.needs_bias for u in self.updates))
+
 
 class Station:
     """Stands in for `module.forward`, and leaves the module as it was when its last part goes."""
@@ -43,7 +50,7 @@ class Station:
         self.parts: list[Part] = []
         self.contexts: list[ContextPart] = []
         self.names = tuple(inspect.signature(self.original).parameters)
-        self.route: Sequence[str | None] | None = None
+        self.route: Route | None = None
 
     @property
     def switches(self) -> list[Switch]:
@@ -71,7 +78,8 @@ class Station:
         if not around:
             return self._inner(*args, **kwargs)
         if self.route is not None:
-            raise Unsupported("context for some rows of a batch", where=str(around[0].target), cure=_ALONE)
+            cure = "Run the rows of each adapter by themselves"
+            raise Unsupported("context for some rows of a batch", where=str(around[0].target), cure=cure)
         return surround(self.module, around, self.names, self._inner, args, kwargs)
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,26 +91,29 @@ class Station:
     def _run(self, parts: list[Part], args: Any, kwargs: Any) -> Any:
         if not parts:
             return self.original(*args, **kwargs)
-        if self.layer is not None and all(part.direct for part in parts) and len(args) + len(kwargs) == 1:
-            return _direct(self.layer, parts, *args, *kwargs.values())
+        if self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
+            x = [*args, *kwargs.values()][0]
+            return _direct(self.layer.like(x), parts, x)
         with self._shadowed(parts):
             return self.original(*args, **kwargs)
 
-    def _routed(self, route: Sequence[str | None], parts: list[Part], args: Any, kwargs: Any) -> Any:
-        if self.layer is None or len(args) + len(kwargs) != 1:
-            raise Unsupported("rows of a batch cannot be told apart here", where=str(parts[0].target), cure=_ALONE)
-        x = [*args, *kwargs.values()][0]
-        x = x.expand(len(route), *x.shape[1:]) if x.shape[0] == 1 else x
-        if x.shape[0] != len(route):
-            why = f"{x.shape[0]} rows where the route names {len(route)}"
-            raise ShapeMismatch(why, where=str(parts[0].target), cure="Name one adapter, or None, for each row")
-        groups = {name: [row for row, other in enumerate(route) if other == name] for name in dict.fromkeys(route)}
-        done = [
-            self._run([part for part in parts if part.switch.name == name], (x[rows],), {})
-            for name, rows in groups.items()
+    def _is_direct(self, parts: list[Part]) -> bool:
+        """Whether the parts run as formulas over the layer; else under its own forward, its parameters exchanged.
+
+        A new weight of 16 bits is better formed once in 32 than step by step.
+        """
+        if not all(part.direct for part in parts):
+            return False
+        laws = any(update.kind == "weight" for part in parts for update in part.updates)
+        return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
+
+    def _routed(self, route: Route, parts: list[Part], args: Any, kwargs: Any) -> Any:
+        where = str(parts[0].target)
+        outputs = [
+            self._run([part for part in parts if part.switch.name == name], some, named)
+            for name, some, named in split(route, self.module, args, kwargs, where)
         ]
-        order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
-        return torch.cat(done)[order.argsort()]
+        return join(route, outputs, where)
 
     @contextmanager
     def _shadowed(self, parts: list[Part]) -> Iterator[None]:
@@ -114,23 +125,59 @@ class Station:
                 module = self.module.get_submodule(owner)
                 module.__dict__[name] = value
                 placed.append((module, name))
-            yield
+            with _listed(self.module):
+                yield
         finally:
             for module, name in placed:
                 del module.__dict__[name]
 
     def changed(self, parts: list[Part], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The module's parameters after the parts, by path, computed in `dtype`."""
+        """The module's parameters after the parts, by path: in `dtype`, or computed in 32 bits and rounded once."""
         out = {}
-        for weight in dict.fromkeys(p.weight for p in parts if p.weight):
+        for weight in dict.fromkeys(p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)):
             at = [(p.switch.weight, p.target, p.updates) for p in parts if p.weight == weight]
-            W: Tensor = tensor_at(self.module, weight)
-            out[weight] = changed_weight(W.to(dtype), at)
+            out[weight] = self._after(weight, dtype, at, changed_weight)
         for bias in dict.fromkeys(p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)):
             at = [(p.switch.weight, p.target, p.updates) for p in parts if p.bias == bias]
-            b: Tensor = tensor_at(self.module, bias)
-            out[bias] = changed_bias(b.to(dtype), at)
+            out[bias] = self._after(bias, dtype, at, changed_bias)
         return out
+
+    def _after(self, path: str, dtype: torch.dtype | None, changes: Any, law: Any) -> Tensor:
+        before = tensor_at(self.module, path)
+        wide = dtype or torch.promote_types(before.dtype, torch.float32)
+        after: Tensor = law(before.to(wide), changes)
+        return after if dtype else after.to(before.dtype)
+
+
+@contextmanager
+def _listed(module: nn.Module) -> Iterator[None]:
+    """A recurrent module reads its parameters from a list that it keeps."""
+    if not isinstance(module, nn.RNNBase):
+        yield
+        return
+    kept = module._flat_weights
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    try:
+        yield
+    finally:
+        module._flat_weights = kept
+
+
+def stations_of(model: nn.Module) -> list[Station]:
+    """The stations in a model."""
+    standing = (getattr(m.__dict__.get("forward"), "__self__", None) for m in model.modules())
+    return [station for station in standing if isinstance(station, Station)]
+
+
+def station_at(module: nn.Module) -> Station:
+    """The station that stands at a module, or a new one."""
+    standing = getattr(module.__dict__.get("forward"), "__self__", None)
+    return standing if isinstance(standing, Station) else Station(module)
+
+
+def names_of(model: nn.Module) -> set[str]:
+    """The names of the adapters attached to a model."""
+    return {switch.name for station in stations_of(model) for switch in station.switches}
 
 
 def _entry(station: Station) -> Callable[..., Any]:
@@ -167,14 +214,16 @@ def _chain(layer: Any, updates: Sequence[Update]) -> Any:
 
 def _live(update: Update, layer: Layer) -> Update:
     """The update in the dtype and on the device of the layer."""
-    W = layer.weight
+    dtype, device = (layer.dtype if isinstance(layer, Quantized) else layer.weight.dtype), layer.module.weight.device
 
     def moved(leaf: Any) -> Tensor:
-        out: Tensor = leaf.to(W.device, W.dtype) if leaf.is_floating_point() else leaf.to(W.device)
+        out: Tensor = leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
         return out
 
     same = all(moved(leaf) is leaf for leaf in update.tensors.values())
     return update if same else update.map(moved)
 
 
-_ALONE = "Run the rows of each adapter by themselves"
+def _is_half(module: nn.Module) -> bool:
+    W: Any = module.weight
+    return W.dtype in (torch.float16, torch.bfloat16)
