@@ -525,8 +525,22 @@ REFUSED = {
     "layers": (llama, "", "prefix", (2, 2, 4, 3, 2), ShapeMismatch, "made for layers=2; the model has 3"),
     "heads": (grouped, "", "prefix", (3, 2, 4, 3, 2), ShapeMismatch, "made for heads=4; the model has 2"),
     "head width": (llama, "", "prefix", (3, 2, 4, 3, 3), ShapeMismatch, "made for d=3; the model has 2"),
-    "no embeddings": (Plain, "", "prompt", (2, 8), Unsupported, "takes no inputs_embeds"),
-    "no cache": (Own, "", "prefix", (3, 2, 4, 3, 2), Unsupported, "takes no cache or past_key_values"),
+    "no embeddings": (
+        Plain,
+        "",
+        "prompt",
+        (2, 8),
+        Unsupported,
+        "does not apply to a Plain, which takes no inputs_embeds",
+    ),
+    "no cache": (
+        Own,
+        "",
+        "prefix",
+        (3, 2, 4, 3, 2),
+        Unsupported,
+        "does not apply to a Own, which takes no cache or past_key_values",
+    ),
     "no such part": (llama, "model.layers.9", "prompt", (2, 8), TargetNotFound, "no such part in the base"),
     "no embedding": (llama, "lm_head", "textual_inversion", (2, 8), Unsupported, "new tokens in a Linear"),
     "new width": (llama, "model.embed_tokens", "textual_inversion", (2, 5), ShapeMismatch, "made for embeddings of 5"),
@@ -559,7 +573,7 @@ def test_there_is_no_half_of_a_prompt(saved):
     with pytest.raises(UsageError, match="context has no half measures"):
         handle.weight = 2
     handle.weight = 1
-    with pytest.raises(NotMergeable, match=r"\(model\): prompt: is not a change of weights"):
+    with pytest.raises(NotMergeable, match=r"\(model\): is not a change of weights"):
         handle.merge_()
     with pytest.raises(Unsupported, match="context for some rows"), ak.torch.route(model, ["default", None]):
         model(IDS)
@@ -594,6 +608,15 @@ def test_compiled_and_exported_models_have_their_context():
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(IDS), y)
     torch.testing.assert_close(torch.export.export(model, (IDS,)).module()(IDS), y)
     handle.remove()
+
+
+def test_a_copied_model_keeps_its_context_apart():
+    model = fresh(llama)
+    handle = ak.torch.inject(model, ak.torch.create(model, "prompt", rank=3))
+    copied = copy.deepcopy(model)
+    handle.remove()
+    assert copied(IDS).logits.shape[1] == 6
+    assert model(IDS).logits.shape[1] == 3
 
 
 def test_configs_that_are_not_of_their_file_are_refused(saved, tmp_path):

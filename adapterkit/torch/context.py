@@ -138,7 +138,9 @@ def _width(module: nn.Module, update: ContextUpdate, where: str) -> int:
     names = inspect.signature(module.forward).parameters
     needed = {"inputs_embeds"} if update.place == "embeddings" else CACHES
     if not needed & set(names):
-        why = f"a {type(module).__name__} takes no {' or '.join(sorted(needed))}"
+        why = (
+            f"{update.method} does not apply to a {type(module).__name__}, which takes no {' or '.join(sorted(needed))}"
+        )
         raise Unsupported(why, where=where, cure="Context belongs to models that do, as those of transformers")
     dims, sizes = update.dims(), sizes_of(module)
     for name, size in sizes.items():

@@ -95,7 +95,7 @@ class Handle:
         self._check()
         for target, update in self._adapter:
             if update.kind in ("output", "context"):
-                raise NotMergeable("is not a change of weights", where=f"{target}: {update.method}", cure=_KEEP)
+                raise NotMergeable("is not a change of weights", where=str(target), cure=_KEEP)
         changed = [new for station in self._stations for new in self._folded(station)]
         with torch.no_grad():
             for parameter, value in changed:

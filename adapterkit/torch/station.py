@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,12 +61,16 @@ class Station:
             self.contexts.append(part)
         else:
             self.parts.append(part)
-        self.module.__dict__["forward"] = _entry(self)
+        self._stand()
+
+    def _stand(self) -> None:
+        self.module.__dict__["forward"] = Entry(self) if self.contexts else self.forward
 
     def detach(self, switch: Switch) -> None:
         self.parts = [part for part in self.parts if part.switch is not switch]
         self.contexts = [part for part in self.contexts if part.switch is not switch]
         if self.parts or self.contexts:
+            self._stand()
             return
         del self.module.__dict__["forward"]
         if self.before is not None:
@@ -180,15 +183,22 @@ def names_of(model: nn.Module) -> set[str]:
     return {switch.name for station in stations_of(model) for switch in station.switches}
 
 
-def _entry(station: Station) -> Callable[..., Any]:
-    """What is called in the place of the module's forward, with its signature: `generate` looks at that."""
+class Entry:
+    """A station's forward under the signature of its module's own: `generate` looks at that, `torch.export` at code."""
 
-    @functools.wraps(station.original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return station.forward(*args, **kwargs)
+    def __init__(self, station: Station) -> None:
+        self.__self__ = station
 
-    forward.__dict__["__self__"] = station
-    return forward
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__self__.original)
+
+    @property
+    def __code__(self) -> Any:
+        return self.__self__.forward.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__self__.forward(*args, **kwargs)
 
 
 def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
