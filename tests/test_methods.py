@@ -26,7 +26,7 @@ VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
 OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight")]
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
 OUT, IN = 8, 16
-TWO_AXES = {"miss", "rows"}
+TWO_AXES = {"miss", "pvera", "randlora", "rows", "vera"}
 """Methods of weights without a kernel."""
 
 

@@ -3,7 +3,12 @@
     python tools/foreign/peft_vectors.py [DEST]
 
 The native form is built by hand from the modules that PEFT holds in memory, never by reading the files back: what the
-reader makes of a folder can be held against it. Run it with the release of PEFT that a vector is to be of.
+reader makes of a folder can be held against it. Run it with the release of PEFT that a vector is to be of. What a
+family has is in its module in peft_families, found by listing: `CASES`, name -> (model, config), and `update_of`.
+
+    python tools/foreign/peft_vectors.py DEST NAME...
+
+writes just these.
 """
 
 from __future__ import annotations
@@ -15,36 +20,24 @@ if os.environ.get("PYTHONHASHSEED") != "0":
     # PEFT writes sets of names in the order of their hashes.
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
 
+import pkgutil
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import peft_families
 import torch
-from peft import (
-    AdaptionPromptConfig,
-    CartridgeConfig,
-    CPTConfig,
-    IA3Config,
-    LoHaConfig,
-    LoraConfig,
-    MissConfig,
-    MultitaskPromptTuningConfig,
-    PeftConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    TrainableTokensConfig,
-    get_peft_model,
-)
-from peft.tuners.adaption_prompt import AdaptedAttention
+from peft import IA3Config, LoHaConfig, LoraConfig, MissConfig, PeftConfig, TrainableTokensConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.miss.layer import MissLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
+from peft_families import virtual_tokens
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -98,10 +91,6 @@ def t5() -> nn.Module:
     return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
 
 
-CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
-PAIR: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 3}
-
-
 @dataclass(frozen=True)
 class Case:
     """A model, a config, and how the folder is saved."""
@@ -150,34 +139,25 @@ CASES = {
     "modules_to_save": Case(Layers, lora_config("q", modules_to_save=["head"])),
     "trainable_tokens": Case(llama, TrainableTokensConfig(token_indices=[5, 2], target_modules=["embed_tokens"])),
     "lora_tokens": Case(llama, lora_config("q_proj", trainable_token_indices=[8, 0, 3])),
-    "prompt": Case(llama, PromptTuningConfig(**CAUSAL)),
-    "prompt_pair": Case(t5, PromptTuningConfig(**PAIR)),
-    "prompt_classifier": Case(llama, PromptTuningConfig(**CAUSAL, modules_to_save=["lm_head"])),
-    "p_tuning": Case(llama, PromptEncoderConfig(**CAUSAL, encoder_hidden_size=5)),
-    "cpt": Case(
-        llama,
-        CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[4, 1, 7], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 3]),
-    ),
-    "multitask_prompt": Case(llama, MultitaskPromptTuningConfig(**CAUSAL, num_tasks=2, num_ranks=2)),
-    "multitask_prompt_pair": Case(t5, MultitaskPromptTuningConfig(**PAIR, num_tasks=2)),
-    "prefix": Case(llama, PrefixTuningConfig(**CAUSAL)),
-    "prefix_projected": Case(llama, PrefixTuningConfig(**CAUSAL, prefix_projection=True, encoder_hidden_size=5)),
-    "prefix_pair": Case(t5, PrefixTuningConfig(**PAIR)),
-    "cartridge": Case(llama, CartridgeConfig(**CAUSAL, num_frozen_tokens=2)),
-    "adaption_prompt": Case(llama, AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)),
     "bin_file": Case(Layers, lora_config("q", "conv2"), {"safe_serialization": False}),
 }
 
 
-def updates(model: Any, bias: str) -> Updates:
-    """Every update of a PEFT model, from its modules; `bias` is its config's."""
+FAMILIES = [import_module(f"peft_families.{m.name}") for m in pkgutil.iter_modules(peft_families.__path__)]
+MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama, "t5": t5}
+CASES |= {name: Case(MODELS[model], config) for f in FAMILIES for name, (model, config) in f.CASES.items()}
+
+
+def updates(model: Any, config: PeftConfig) -> Updates:
+    """Every update of a PEFT model, from its modules."""
+    bias = getattr(config, "bias", "none")
     learned = model.active_peft_config.is_prompt_learning
     if learned:
-        yield ak.Target(""), of_context(model, model.active_peft_config)
+        yield ak.Target(""), virtual_tokens.update_of_model(model, config)
     for path, module in (model.base_model if learned else model.base_model.model).named_modules():
-        if isinstance(module, AdaptedAttention):
-            tensors = {"P": module.adaption_prompt[0], "gate": module.adaption_gate}
-            yield ak.Target(path), METHODS["adaption_prompt"](**tensors)
+        own = [update for family in FAMILIES if (update := family.update_of(path, module, config)) is not None]
+        if own:
+            yield ak.Target(path), own[0]
         elif isinstance(module, ParamWrapper):
             yield from of_parameter(path, module)
         elif isinstance(module, LoraLayer) and NAME in (*module.lora_A, *module.lora_embedding_A):
@@ -198,25 +178,6 @@ def updates(model: Any, bias: str) -> Updates:
             for inner, part in module.modules_to_save[NAME].named_modules():
                 if own := dict(part.named_parameters(recurse=False)):
                     yield ak.Target(f"{path}.{inner}".rstrip(".")), METHODS["replacement"](**own)
-
-
-def of_context(model: Any, config: Any) -> Any:
-    """The virtual tokens as PEFT computes them; each layer's keys and values cut out one by one."""
-    encoder, pair = model.prompt_encoder[NAME], config.num_transformer_submodules == 2
-    if config.peft_type == "MULTITASK_PROMPT_TUNING":
-        tensors = {"P": encoder.embedding.weight, "columns": encoder.prefix_task_cols, "rows": encoder.prefix_task_rows}
-        return METHODS["multitask_prompt"](**tensors, decoder=pair)
-    whole = model.get_prompt_embedding_to_save(NAME)
-    if config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE"):
-        return METHODS["prompt"](P=whole, used=config.num_virtual_tokens if pair else 0)
-    d, heads = config.token_dim // config.num_attention_heads, config.num_attention_heads
-    P = torch.empty(config.num_layers, 2, heads, config.num_virtual_tokens, d)
-    for layer in range(config.num_layers):
-        for kind in range(2):
-            for head in range(heads):
-                start = ((layer * 2 + kind) * heads + head) * d
-                P[layer, kind, head] = whole[:, start : start + d]
-    return METHODS["prefix"](P=P, step=config.num_transformer_submodules)
 
 
 def of_lora(path: str, module: Any, bias: str) -> Updates:
@@ -277,9 +238,10 @@ def make(name: str, case: Case, dest: Path) -> None:
     model.save_pretrained(str(dest), **case.options)
     (dest / "README.md").unlink()
     found: dict[ak.Target, tuple[Any, ...]] = {}
-    for target, update in updates(model, getattr(case.config, "bias", "none")):
-        found[target] = (*found.get(target, ()), update.map(lambda leaf: leaf.detach().clone()))
+    for target, update in updates(model, case.config):
+        found[target] = (*found.get(target, ()), update)
     adapter = ak.Adapter(found, recipe=(ak.Step("read", {"format": "peft"}),))
+    adapter = adapter.map(lambda leaf: leaf.detach().clone())
     ak.write(adapter, dest / "expected.native.safetensors")
     print(f"{name}: {sum(file.stat().st_size for file in dest.iterdir())} bytes")
 
@@ -288,6 +250,8 @@ def main() -> int:
     """Writes all cases, each folder anew."""
     dest = Path(sys.argv[1]) if len(sys.argv) > 1 else DEST
     for name, case in CASES.items():
+        if name not in (sys.argv[2:] or CASES):
+            continue
         shutil.rmtree(dest / name, ignore_errors=True)
         (dest / name).mkdir(parents=True)
         make(name, case, dest / name)
