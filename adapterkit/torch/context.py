@@ -25,8 +25,8 @@ from ..errors import ShapeMismatch, Unsupported
 from ..updates import ContextUpdate
 from .attention import heads_of
 from .call import Call, Words, encoder_words, present
+from .outputs import Switch
 from .sizes import embedding_of, is_encoder_decoder, sizes_of
-from .switch import Switch
 
 CACHES = {"cache", "past_key_values"}
 """What a model calls its past keys and values: one word since transformers 5.24, the other before."""

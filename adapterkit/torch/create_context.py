@@ -48,7 +48,7 @@ def create_context(
 
     def made() -> ContextUpdate:
         try:
-            return cls.initial(W, None, tokens, random, **given).map(lambda leaf: torch.as_tensor(leaf).clone())
+            return cls.initial(W, None, tokens, random, **given).map(_own)
         except TypeError as error:
             known = ", ".join(("index", *cls.attribute_fields()))
             raise UsageError(str(error).rpartition("() ")[2], where=cls.__name__, cure=f"It has {known}") from None
@@ -59,6 +59,10 @@ def create_context(
     adapter = Adapter({Target(path): (same or made(),) for path in paths})
     adapter.validate()
     return adapter
+
+
+def _own(leaf: Any) -> torch.Tensor:
+    return torch.as_tensor(leaf).detach().clone(memory_format=torch.contiguous_format)
 
 
 def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Any, embedding: Any) -> list[str]:

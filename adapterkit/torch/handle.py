@@ -12,8 +12,8 @@ from ..adapter import Adapter, Target
 from ..errors import NotMergeable, UsageError
 from ..updates import Update
 from .layers import Quantized
+from .outputs import Switch
 from .station import Station
-from .switch import Switch
 from .weights import tensor_at
 
 

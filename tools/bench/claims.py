@@ -30,7 +30,7 @@ import adapterkit as ak
 from adapterkit.methods import METHODS
 
 WIDTH, HIDDEN, LAYERS, HEADS = 256, 512, 2, 4
-LEVELS, PATCH = 3, 2
+PATCH, TOKENS = 2, 16
 TRAINED, BATCH, PRETRAINING = 1257, 64, 30
 NF4 = [
     -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
@@ -100,19 +100,20 @@ class Reader(nn.Module):
 
         sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS}
         heads = {"num_attention_heads": HEADS, "max_position_embeddings": 64}
-        self.body = LlamaModel(LlamaConfig(vocab_size=LEVELS**PATCH**2, **sizes, **heads))
-        self.head = nn.Linear(WIDTH, 10)
+        self.embed, self.head = nn.Linear(PATCH**2, WIDTH), nn.Linear(WIDTH, 10)
+        self.position = nn.Parameter(0.1 * torch.randn(TOKENS, WIDTH))
+        self.body = LlamaModel(LlamaConfig(vocab_size=32, **sizes, **heads))
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.body(input_ids=tokens(images)).last_hidden_state[:, -1])
+        seen = self.body(inputs_embeds=self.embed(patches(images)) + self.position).last_hidden_state
+        logits: Tensor = self.head(seen[:, -TOKENS:].mean(1))
         return logits
 
 
-def tokens(images: Tensor) -> Tensor:
-    """Images uint8 `[n, 8, 8]` as the numbers `[n, 16]` of their patches, each pixel one of a few levels of grey."""
-    levels = images.long() * LEVELS // 17
-    patches = levels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).flatten(3).flatten(1, 2)
-    return (patches * LEVELS ** torch.arange(PATCH**2)).sum(-1)
+def patches(images: Tensor) -> Tensor:
+    """Images uint8 `[n, 8, 8]` as float32 `[n, 16, 4]` between -1 (paper) and 1 (ink)."""
+    pixels = images.float() / 8 - 1
+    return pixels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).flatten(3).flatten(1, 2)
 
 
 def turned(images: Tensor) -> Tensor:
