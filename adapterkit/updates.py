@@ -365,6 +365,8 @@ class ContextUpdate(Update):
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What is added to the heads' outputs of an attention, before they are mixed: `[batch, heads, m, d]`.
 
+        Methods of this place hold the prompt as `P`, `[n, dim]`; without their `projected` it is added after mixing.
+
         Args:
             q: queries of the input, `[batch, heads, m, d]`, positions already in them.
             k: keys of the prompt, `[heads, n, d]`, without positions.

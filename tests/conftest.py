@@ -146,9 +146,9 @@ def adapters(draw):
         layout = draw(st.sampled_from(LAYOUTS))
         start = draw(st.integers(0, 5))
         rows = (start, start + SIZES["out"]) if draw(st.booleans()) else None
-        methods = st.sampled_from(OF_WEIGHTS)
-        made = methods.flatmap(lambda name, e=layout.startswith("e "): updates(name, stacked=e, kernel=()))
-        entries[Target(path, layout, rows)] = tuple(draw(st.lists(made, min_size=1, max_size=2)))
+        methods = draw(st.lists(st.sampled_from(OF_WEIGHTS), min_size=1, max_size=2))
+        made = [draw(updates(name, stacked=layout.startswith("e "), kernel=())) for name in methods]
+        entries[Target(path, layout, rows)] = tuple(made)
     if draw(st.booleans()):
         context = st.sampled_from(sorted(name for name, cls in METHODS.items() if cls.kind == "context"))
         entries[Target("")] = (draw(context.flatmap(updates)),)

@@ -1,5 +1,4 @@
-"""LLaMA-Adapter: a prompt that an attention attends to beside its input, through a gate.  Zhang et al. 2023,
-https://arxiv.org/abs/2303.16199
+"""LLaMA-Adapter: attention to a prompt, through a gate.  Zhang et al. 2023, https://arxiv.org/abs/2303.16199
 
 Its target is an attention. Keys and values are the attention's own projections of P, without positions.
 """

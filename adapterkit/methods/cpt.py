@@ -1,5 +1,4 @@
-"""Context-aware prompt tuning: embeddings of examples, and bounded changes to them.  Blau et al. 2024,
-https://arxiv.org/abs/2410.17222
+"""Context-aware prompt tuning: bounded changes to examples.  Blau et al. 2024, https://arxiv.org/abs/2410.17222
 
 PEFT's files hold the sum: those are read as `prompt`, whose law they follow.
 """
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CPT(ContextUpdate):
-    """E + D * min(1, epsilon / |D|) stands in front of the embeddings of the input; |D| and epsilon are each token's."""
+    """E + D * min(1, epsilon / |D|), |D| being each token's, stands in front of the embeddings of the input."""
 
     place = "embeddings"
     frozen = frozenset({"E", "epsilon"})

@@ -1,5 +1,4 @@
-"""P-tuning: embeddings that a small network computes, in front of the input's.  Liu et al. 2021,
-https://arxiv.org/abs/2103.10385
+"""P-tuning: a prompt that a small network computes.  Liu et al. 2021, https://arxiv.org/abs/2103.10385
 
 PEFT's files hold what the network computed and not the network: those are read as `prompt`, whose law they follow.
 """

@@ -1,5 +1,4 @@
-"""Prefix tuning: trained keys and values before those of the input.  Li and Liang 2021,
-https://arxiv.org/abs/2101.00190
+"""Prefix tuning: keys and values before the input's.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
 The law of Cartridges (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266) too, and of prefixes that a network
 computed, once it has been left behind, as PEFT's files do.

@@ -1,5 +1,4 @@
-"""Prefix tuning with its network: keys and values that an MLP computes.  Li and Liang 2021,
-https://arxiv.org/abs/2101.00190
+"""Prefix tuning with the MLP that computes it.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
 
 AdapterHub's files keep the network (`wte`, `control_trans`); PEFT's hold what it computed, and are read as `prefix`.
 """
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class PrefixMLP(ContextUpdate):
-    """Layer i attends to the keys P[i, 0] and values P[i, 1] first, P being W2 @ tanh(W1 @ E + b1) + b2, token by token.
+    """Layer i attends to the keys P[i, 0] and values P[i, 1] first; for each token P = W2 @ tanh(W1 @ E + b1) + b2.
 
     Row by row, W2 and b2 are as one linear layer of `layers * 2 * heads * d` outputs has them.
     """

@@ -60,13 +60,15 @@ def update(method: str, seed: str, /, scaling: float | None = None, **shapes: tu
     return Update(method, tensors, {} if scaling is None else {"scaling": scaling})
 
 
-def contextual(method: str, name: str, /, dtype: str = "F64", attributes: dict[str, Any] = {}, **shapes: Any) -> Case:
+def contextual(
+    method: str, name: str, /, dtype: str = "F64", attributes: dict[str, Any] | None = None, **shapes: Any
+) -> Case:
     """A case of one update of the model's context: no weight, no input; tensors of the given shapes, or given."""
     tensors = {
         field: numbers(f"{method}.{name}.{field}", *shape) if isinstance(shape, tuple) else shape
         for field, shape in shapes.items()
     }
-    return Case(name, (), (Update(method, tensors, dict(attributes)),), dtype=dtype)
+    return Case(name, (), (Update(method, tensors, attributes or {}),), dtype=dtype)
 
 
 def low_rank(

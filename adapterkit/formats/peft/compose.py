@@ -64,7 +64,7 @@ def configs(
 
 def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[str, Any]:
     if family := family_of_type(peft_type):
-        return family_fields(updates, family.method, base)
+        return family_fields(updates, family, base)
     return {"LORA": lora_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}[peft_type](updates, base)
 
 

@@ -8,7 +8,7 @@ from container import numbers
 from layers import Array
 
 
-def context(P: Array, gate: Array, projected: bool = True) -> dict[str, Array]:
+def context(P: Array, gate: Array, projected: bool = True) -> dict[str, Array]:  # noqa: ARG001 - it does not change what is computed here
     """Head by head, query by query, for queries, keys and values that are drawn here."""
     heads, d = 2, 3
     seed = f"adaption_prompt.{len(P)}.{len(gate)}"

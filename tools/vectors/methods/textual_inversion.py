@@ -6,7 +6,7 @@ from building import Case, contextual
 from layers import Array
 
 
-def context(P: Array, token: str = "") -> dict[str, Array]:
+def context(P: Array, token: str = "") -> dict[str, Array]:  # noqa: ARG001 - it does not change what is computed here
     """As they are."""
     return {"vocabulary": P}
 
