@@ -40,6 +40,9 @@ SIZES = {"out": 8, "in": 16, "hidden": 8, "first": 4, "second": 4, "d": 4}
 WIDE = {"outs": 12, "ins": 20, "short": 8, "shorts": 12, "longs": 20, "bases": 5}
 """Sizes of axes along which weights of several sizes share a tensor, and of the shorter of the two above."""
 
+OF_WEIGHTS = sorted(name for name, cls in METHODS.items() if cls.kind in ("additive", "weight"))
+"""Methods whose law is one of weights."""
+
 
 def values(shape, seed=0):
     """float64 numbers that no formula is likely to produce by accident."""
@@ -59,7 +62,17 @@ def updates(draw, method=None, stacked=False, kernel=None):
         field = cls.tensor_fields()[name].metadata
         shape = (Axes.parse(f"e {field['axes'].text}") if stacked else field["axes"]).sizes(dims)
         made[name] = from_numpy((_positions if field["integer"] else values)(shape, seed + position))
-    return cls(**made, **draw(_attributes(cls)))
+    update = cls(**made, **draw(_attributes(cls)))
+    return update if _is_sound(update) else cls(**made)
+
+
+def _is_sound(update):
+    """Whether drawn attributes keep to the method's own rules."""
+    try:
+        update.check()
+    except Malformed:
+        return False
+    return True
 
 
 def _names(cls):
@@ -134,8 +147,12 @@ def adapters(draw):
         layout = draw(st.sampled_from(LAYOUTS))
         start = draw(st.integers(0, 5))
         rows = (start, start + SIZES["out"]) if draw(st.booleans()) else None
-        made = updates(stacked=layout.startswith("e "), kernel=())
-        entries[Target(path, layout, rows)] = tuple(draw(st.lists(made, min_size=1, max_size=2)))
+        methods = draw(st.lists(st.sampled_from(OF_WEIGHTS), min_size=1, max_size=2))
+        made = [draw(updates(name, stacked=layout.startswith("e "), kernel=())) for name in methods]
+        entries[Target(path, layout, rows)] = tuple(made)
+    if draw(st.booleans()):
+        context = st.sampled_from(sorted(name for name, cls in METHODS.items() if cls.kind == "context"))
+        entries[Target("")] = (draw(context.flatmap(updates)),)
     base = draw(st.none() | st.builds(BaseRef, NAMES, NAMES, NAMES))
     recipe = tuple(draw(st.lists(st.builds(Step, st.text(max_size=5), OBJECTS), max_size=2)))
     extra = st.dictionaries(st.text(max_size=4), st.integers(0, 9).map(lambda n: from_numpy(values((n,)))), max_size=2)

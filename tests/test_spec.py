@@ -112,7 +112,8 @@ def test_vectors_use_every_field_and_every_default(name):
     for attribute in attributes:
         assert any(attribute in update["attributes"] for update in own)
         assert any(attribute not in update["attributes"] for update in own)
-    assert {update["target"]["layout"] for update in own} >= {"out *in", "in out *k"}
+    layouts = {"out *in"} if METHODS[name].kind == "context" else {"out *in", "in out *k"}
+    assert {update["target"]["layout"] for update in own} >= layouts
 
 
 @pytest.mark.parametrize("path", FORMAT_ENTRIES, ids=lambda path: path.stem)

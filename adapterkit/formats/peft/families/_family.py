@@ -39,6 +39,8 @@ class Family(ABC):
         parts: what follows a module's path in its keys, `.weight` or `.bias` included; a star stands for one word.
         shared: keys of tensors that all modules share: they stand alone, behind `shared_prefix`.
         shared_prefix: what is written before a shared key; read with and without `base_model.`.
+        prefix: what is written before the base's own names.
+        names_modules: whether its config lists the modules that have tensors.
         own: the fields that no other type has, with PEFT's defaults.
         read: fields that change what its tensors mean, with what they do; those of all types aside.
         harmless: fields of its own that change nothing, with the reason.
@@ -52,6 +54,8 @@ class Family(ABC):
     parts: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
     shared_prefix: ClassVar[str] = "base_model."
+    prefix: ClassVar[str] = "base_model.model."
+    names_modules: ClassVar[bool] = True
     own: ClassVar[type[Own]] = Own
     read: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[Mapping[str, str]] = {}
