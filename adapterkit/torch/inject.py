@@ -221,12 +221,12 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     if packed and not (direct and Quantized.takes(holder)):
         raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
     for update in site.updates:
-        _check_layer(update, site, type(holder).__name__, direct)
+        _check_layer(update, site, direct)
     _refuse_fast_path(model, path, site)
     return holder, prefix
 
 
-def _check_layer(update: Update, site: Site, kind: str, direct: bool) -> None:
+def _check_layer(update: Update, site: Site, direct: bool) -> None:
     lost = site.bias is None and update.changes_bias and update.needs_bias
     if lost and not (direct and update.kind == "additive"):
         why = f"{update.method} changes a bias that the layer does not have"
