@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
 from .errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
-from .shapes import Axes, Dims, tensor
+from .shapes import Axes, Dims, one_of, tensor
 from .tensors.finite import first_not_finite
 from .tensors.lazy import dtype_of
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     Random = Callable[[tuple[int, ...]], torch.Tensor]
 
-__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "tensor"]
+__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "one_of", "tensor"]
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor,))
+@dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, one_of))
 class Update:
     """What one method does at one target. Subclasses become frozen, keyword-only dataclasses by themselves.
 
@@ -111,10 +111,11 @@ class Update:
         """Checks the plain values; methods with rules of their own extend it.
 
         Raises:
-            Malformed: a value is not of its declared type, or not finite.
+            Malformed: a value is not of its declared type, not finite, or not one of those it can be.
         """
         for name, field in self.attribute_fields().items():
             _check_attribute(name, getattr(self, name), _type_name(field.type))
+            _check_choice(name, getattr(self, name), field.metadata.get("choices"))
 
     def check_values(self) -> None:
         """Reads every tensor and checks its values; methods with rules of their own extend it.
@@ -133,6 +134,10 @@ class Update:
         Raises:
             ShapeMismatch: it does not fit.
         """
+
+    def cuts(self, axis: str) -> bool:
+        """Whether this update may be cut along an axis: one of `blocks`, unless a method says less of some updates."""
+        return axis in self.blocks
 
     def block(self, axis: str, start: int, stop: int) -> Self:
         """The update restricted to positions `start` to `stop` of a named axis of the weight."""
@@ -278,6 +283,12 @@ def _check_attribute(name: str, value: Any, annotation: str) -> None:
     # Compared, not converted: a whole number may be too large for a float.
     if annotation == "float" and not -sys.float_info.max <= value <= sys.float_info.max:
         raise Malformed(f"{value} is not a finite number", where=name, cure=_DAMAGED)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...] | None) -> None:
+    if choices is not None and value not in choices:
+        known = f"Known: {', '.join(map(str, choices))}"
+        raise Malformed(f"{value!r} is not one of its values", where=name, cure=known)
 
 
 def _check_dtype(name: str, leaf: Leaf, integer: bool) -> None:

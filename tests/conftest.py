@@ -6,7 +6,7 @@ import math
 import os
 import re
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from adapterkit.adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target
-from adapterkit.errors import Malformed
+from adapterkit.binding import fits
+from adapterkit.binding.layouts import viewed
+from adapterkit.errors import AdapterkitError, Malformed
 from adapterkit.methods import METHODS
 from adapterkit.shapes import Axes
 from adapterkit.tensors.checkpoint import open_checkpoint
@@ -48,15 +50,61 @@ def updates(draw, method=None, stacked=False, kernel=None):
     """An update of any method, or of one, its tensors made from its shape strings; `kernel` sizes the kernel's axes."""
     cls = METHODS[method or draw(st.sampled_from(sorted(METHODS)))]
     kernel = draw(st.sampled_from([(), (3,), (2, 1)])) if kernel is None else kernel
-    sizes = {name: draw(st.sampled_from([1, 2, 4])) for name in _names(cls)}
+    present = draw(st.sampled_from(_together(cls)))
+    attributes, sizes = draw(_attributes(cls)), draw(st.sampled_from(_sizes(cls, kernel, tuple(present))))
+    seed = draw(st.integers(0, 2**32 - 1))
+    made = {
+        name: _numbers(cls, name, _shape(cls, name, sizes, kernel, stacked), seed + position)
+        for position, name in enumerate(present)
+    }
+    update = cls(**made, **attributes)
+    return update if _makes_sense(update, stacked) else cls(**made)
+
+
+def _shape(cls, name, sizes, kernel, stacked=False):
+    axes = cls.tensor_fields()[name].metadata["axes"]
     columns = SIZES["in"] * math.prod(kernel)
-    dims = sizes | SIZES | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
-    made, seed = {}, draw(st.integers(0, 2**32 - 1))
-    for position, name in enumerate(draw(st.sampled_from(_together(cls)))):
-        field = cls.tensor_fields()[name].metadata
-        shape = (Axes.parse(f"e {field['axes'].text}") if stacked else field["axes"]).sizes(dims)
-        made[name] = from_numpy((_positions if field["integer"] else values)(shape, seed + position))
-    return cls(**made, **draw(_attributes(cls)))
+    dims = dict(sizes) | SIZES | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
+    return (Axes.parse(f"e {axes.text}") if stacked else axes).sizes(dims)
+
+
+@cache
+def _sizes(cls, kernel, present):
+    """Sizes of the method's own axes that a weight of this kernel takes; any at all where it takes none."""
+    free = [name for name in _names(cls) if name not in (*SIZES, "k", "rest", "columns", "e")]
+    every = [tuple(zip(free, some, strict=True)) for some in product([1, 2, 4, 6], repeat=len(free))]
+    fitting = []
+    for sizes in every:
+        made = {name: _numbers(cls, name, _shape(cls, name, sizes, kernel)) for name in present}
+        if takes(cls(**made), (SIZES["out"], SIZES["in"], *kernel)):
+            fitting.append(sizes)
+    return fitting or every
+
+
+def _numbers(cls, name, shape, seed=0):
+    make = _positions if cls.tensor_fields()[name].metadata["integer"] else values
+    return from_numpy(make(shape, seed))
+
+
+def takes(update, shape, layout="out *in"):
+    """Whether an update fits a weight stored in this shape."""
+    try:
+        seen = viewed(shape, Target("", layout))
+        if not fits(Target("", layout), (update,), shape):
+            return False
+        update.check_against(seen)
+    except AdapterkitError:
+        return False
+    return True
+
+
+def _makes_sense(update, stacked):
+    try:
+        update.check()
+        update.dims(stacked)
+    except AdapterkitError:
+        return False
+    return True
 
 
 def _names(cls):
@@ -94,7 +142,8 @@ def _positions(shape, seed):
 def _attributes(draw, cls):
     plain = {"float": st.floats(-4, 4), "int": st.integers(-9, 9), "str": st.text(max_size=5), "bool": st.booleans()}
     fields = cls.attribute_fields().values()
-    return {f.name: draw(plain[f.type]) for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())}
+    drawn = {f.name: st.sampled_from(f.metadata["choices"]) if "choices" in f.metadata else plain[f.type] for f in fields}
+    return {f.name: draw(drawn[f.name]) for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())}
 
 
 PATHS = st.lists(st.text("abcxyz_0é", min_size=1, max_size=4), min_size=1, max_size=3).map(".".join)
@@ -127,8 +176,9 @@ def adapters(draw):
 
 @dataclasses.dataclass(frozen=True)
 class Strategies:
-    """The strategies above, for tests to draw from."""
+    """The strategies above, for tests to draw from, and whether what is drawn fits a weight."""
 
+    takes = staticmethod(takes)
     updates = staticmethod(updates)
     adapters = staticmethod(adapters)
 
