@@ -100,11 +100,6 @@ def tensor(shape: str, *, optional: bool = False, integer: bool = False) -> Any:
     return dataclasses.field(default=None, metadata=metadata) if optional else dataclasses.field(metadata=metadata)
 
 
-def one_of(*choices: Any) -> Any:
-    """A dataclass field of one of a few plain values; the first is its default."""
-    return dataclasses.field(default=choices[0], metadata={"choices": choices})
-
-
 def _bind_axis(axis: str, size: int, dims: Dims) -> bool:
     if axis.isidentifier():
         return dims.setdefault(axis, size) == size

@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
 from .errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
-from .shapes import Axes, Dims, one_of, tensor
+from .shapes import Axes, Dims, tensor
 from .tensors.finite import first_not_finite
 from .tensors.lazy import dtype_of
 
@@ -26,10 +26,22 @@ if TYPE_CHECKING:
 
     Random = Callable[[tuple[int, ...]], torch.Tensor]
 
-__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "one_of", "tensor"]
+__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "attribute", "tensor"]
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, one_of))
+def attribute(default: Any, *, among: Collection[Any] = (), least: int | None = None, most: int | None = None) -> Any:
+    """A field that holds a plain value, where its type does not say all.
+
+    Args:
+        default: the value that is meant where none is given.
+        among: the words or numbers it may be.
+        least: the smallest number it may be.
+        most: the largest number it may be.
+    """
+    return dataclasses.field(default=default, metadata={"among": tuple(among), "least": least, "most": most})
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))
 class Update:
     """What one method does at one target. Subclasses become frozen, keyword-only dataclasses by themselves.
 
@@ -39,6 +51,7 @@ class Update:
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
         acts_on: what the update changes, for messages.
+        forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
         frozen: tensors that are given, not trained: random projections, masks.
         paper: where the formula comes from.
     """
@@ -48,6 +61,7 @@ class Update:
     blocks: ClassVar[frozenset[str]] = frozenset()
     needs_bias: ClassVar[bool] = True
     acts_on: ClassVar[str] = "the layer"
+    forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
     frozen: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
 
@@ -108,14 +122,20 @@ class Update:
         return dims
 
     def check(self) -> None:
-        """Checks the plain values; methods with rules of their own extend it.
+        """Checks the plain values, and which tensors are present; methods with rules of their own extend it.
 
         Raises:
-            Malformed: a value is not of its declared type, not finite, or not one of those it can be.
+            Malformed: a value is not of its declared type, not finite or out of range, or tensors do not go together.
+            Unsupported: a word is none of those that the method knows.
         """
         for name, field in self.attribute_fields().items():
             _check_attribute(name, getattr(self, name), _type_name(field.type))
-            _check_choice(name, getattr(self, name), field.metadata.get("choices"))
+            _check_range(name, getattr(self, name), field.metadata)
+        for group in self.forms:
+            present = {name for names in group for name in names if getattr(self, name) is not None}
+            if present not in [set(names) for names in group]:
+                choices = " or ".join(" and ".join(names) or "none" for names in group)
+                raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=_DAMAGED)
 
     def check_values(self) -> None:
         """Reads every tensor and checks its values; methods with rules of their own extend it.
@@ -285,10 +305,13 @@ def _check_attribute(name: str, value: Any, annotation: str) -> None:
         raise Malformed(f"{value} is not a finite number", where=name, cure=_DAMAGED)
 
 
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...] | None) -> None:
-    if choices is not None and value not in choices:
-        known = f"Known: {', '.join(map(str, choices))}"
-        raise Malformed(f"{value!r} is not one of its values", where=name, cure=known)
+def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
+    if rules.get("among") and value not in rules["among"]:
+        raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(map(str, rules['among']))}")
+    if rules.get("least") is not None and value < rules["least"]:
+        raise Malformed(f"{value} is below {rules['least']}", where=name, cure=_DAMAGED)
+    if rules.get("most") is not None and value > rules["most"]:
+        raise Malformed(f"{value} is above {rules['most']}", where=name, cure=_DAMAGED)
 
 
 def _check_dtype(name: str, leaf: Leaf, integer: bool) -> None:

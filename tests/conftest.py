@@ -72,13 +72,17 @@ def _shape(cls, name, sizes, kernel, stacked=False):
 def _sizes(cls, kernel, present):
     """Sizes of the method's own axes that a weight of this kernel takes; any at all where it takes none."""
     free = [name for name in _names(cls) if name not in (*SIZES, "k", "rest", "columns", "e")]
-    every = [tuple(zip(free, some, strict=True)) for some in product([1, 2, 4, 6], repeat=len(free))]
-    fitting = []
-    for sizes in every:
-        made = {name: _numbers(cls, name, _shape(cls, name, sizes, kernel)) for name in present}
-        if takes(cls(**made), (SIZES["out"], SIZES["in"], *kernel)):
-            fitting.append(sizes)
-    return fitting or every
+    some = [1, 2, 3, 4, 6, 8] if len(free) < 4 else [1, 2, 4]
+    every = [tuple(zip(free, chosen, strict=True)) for chosen in product(some, repeat=len(free))]
+    trials = {sizes: _trial(cls, sizes, kernel, present) for sizes in every}
+    for holds in (lambda update: takes(update, (SIZES["out"], SIZES["in"], *kernel)), _makes_sense):
+        if fitting := [sizes for sizes, update in trials.items() if holds(update)]:
+            return fitting
+    return every
+
+
+def _trial(cls, sizes, kernel, present):
+    return cls(**{name: _numbers(cls, name, _shape(cls, name, sizes, kernel)) for name in present})
 
 
 def _numbers(cls, name, shape, seed=0):
@@ -98,7 +102,7 @@ def takes(update, shape, layout="out *in"):
     return True
 
 
-def _makes_sense(update, stacked):
+def _makes_sense(update, stacked=False):
     try:
         update.check()
         update.dims(stacked)
@@ -142,7 +146,8 @@ def _positions(shape, seed):
 def _attributes(draw, cls):
     plain = {"float": st.floats(-4, 4), "int": st.integers(-9, 9), "str": st.text(max_size=5), "bool": st.booleans()}
     fields = cls.attribute_fields().values()
-    drawn = {f.name: st.sampled_from(f.metadata["choices"]) if "choices" in f.metadata else plain[f.type] for f in fields}
+    drawn = {f.name: st.sampled_from(f.metadata.get("among") or [None]) for f in fields}
+    drawn |= {f.name: plain[f.type] for f in fields if not f.metadata.get("among")}
     return {f.name: draw(drawn[f.name]) for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())}
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
 from adapterkit.binding import bind, view
-from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch
+from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from adapterkit.methods import METHODS
 from adapterkit.tensors.checkpoint import open_checkpoint
 from adapterkit.tensors.dtypes import DTYPES
@@ -25,6 +25,14 @@ from adapterkit.updates import Additive, ContextUpdate, OutputUpdate, Update, te
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
 OUT, IN = 8, 16
+
+WRONG = {
+    "float": [None, "1", True, [1.0], math.nan, math.inf, 10**400],
+    "int": [None, "1", True, 1.5],
+    "str": [None, 1, b"in"],
+    "bool": [None, 0, 1, "true"],
+}
+"""Type of an attribute -> values that are not of it."""
 
 CASES = [
     pytest.param(method, target.path, id=f"{method}-{target.path}")
@@ -220,20 +228,30 @@ def test_products_and_quotients_are_checked_once_later_fields_tell_their_names()
 def test_attributes_are_of_their_type_and_finite(method, data, made):
     update = data.draw(made.updates(method=method))
     for name, field in METHODS[method].attribute_fields().items():
-        wrong = {"float": [None, "1", True, [1.0], math.nan, math.inf, 10**400]}[field.type]
-        for value in wrong:
+        for value in WRONG[field.type]:
             with pytest.raises(Malformed) as raised:
                 update.replace(**{name: value}).check()
             assert raised.value.where == name
-        whole = update.replace(**{name: 2})
-        whole.check()
-        assert repr(whole.attributes[name]) == "2.0"
+        if field.metadata.get("among"):
+            unknown = {"str": "colour", "int": 77}[field.type]
+            with pytest.raises(Unsupported, match=f"unknown word {unknown!r}") as raised:
+                update.replace(**{name: unknown}).check()
+            assert raised.value.where == name
+        if field.type == "float":
+            whole = update.replace(**{name: 2})
+            whole.check()
+            assert repr(whole.attributes[name]) == "2.0"
 
 
 @pytest.mark.parametrize(
     ("method", "fields"),
     [
         ("loha", ("w1_a", "w2_a")),
+        ("oft", ()),
+        ("oft", ("pairs", "square")),
+        ("psoft", ("a",)),
+        ("psoft", ("pairs", "R")),
+        ("psoft", ("pairs", "A")),
         ("loha", ("w1_a", "w2_a", "w1_b", "w2_b", "t1")),
         ("miss", ()),
         ("miss", ("D", "mini")),

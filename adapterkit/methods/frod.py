@@ -6,7 +6,7 @@ V is one invertible matrix for all layers of a kind. U is what W is in it, W = U
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import Malformed, ShapeMismatch
 from ..tensors.lazy import as_lazy
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class FRoD(WeightUpdate):
     """W' = U @ (S + diag(l)) @ V^T, S holding `values` at (row, column) = `index`; U @ diag(|U|) = W @ inverse(V^T)."""
 
-    frozen: ClassVar[frozenset[str]] = frozenset({"V"})
+    frozen = frozenset({"V"})
     paper = "https://doi.org/10.1609/aaai.v40i31.39813"
 
     l: Tensor = tensor("in")  # noqa: E741 - the paper's name
@@ -50,7 +50,8 @@ class FRoD(WeightUpdate):
 
     def _check_index(self) -> None:
         places, size = as_lazy(self.index).numpy(), self.V.shape[-1]
-        flat = (places[..., 0, :].astype("i8") * size + places[..., 1, :]).reshape(-1, places.shape[-1])
+        flat = places[..., 0, :].astype("i8") * size + places[..., 1, :]
+        flat = flat.reshape(len(flat) if flat.ndim > 1 else 1, flat.shape[-1])
         inside = not places.size or (places.min() >= 0 and places.max() < size)
         if not inside or any(len(set(row)) < len(row) for row in flat.tolist()):
             raise Malformed("a place outside the matrix, or one twice", where="index", cure="Write the adapter again")

@@ -41,8 +41,8 @@ class HRA(WeightUpdate):
         X = W.reshape(len(W), -1)
         if self.gram_schmidt:
             U = in_float32(lambda u: namespace(u).linalg.qr(u)[0], self.u)
-            return (X - 2 * (X @ U) @ U.mT).reshape(W.shape)
-        for i in range(self.u.shape[1]):
+            X = X - 2 * (X @ U) @ U.mT
+        for i in range(0 if self.gram_schmidt else self.u.shape[1]):
             u = self.u[:, i : i + 1]
             X = X - (2 / (u * u).sum()) * (X @ u) @ u.mT
         return X.reshape(W.shape)

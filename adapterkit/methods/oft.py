@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..errors import Malformed, ShapeMismatch
 from ..shapes import Dims
 from ..tensors.rotations import block_size, cayley, neumann, shortened, skew, turn_columns, turn_rows
-from ..updates import WeightUpdate, one_of, tensor
+from ..updates import WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,12 +27,13 @@ class OFT(WeightUpdate):
 
     blocks = frozenset({"in", "out"})
     paper = "https://arxiv.org/abs/2306.07280"
+    forms = ((("pairs",), ("square",)),)
 
     pairs: Tensor | None = tensor("n p", optional=True)
     square: Tensor | None = tensor("n b b", optional=True)
     rescale: Tensor | None = tensor("out", optional=True)
-    side: str = one_of("in", "out")
-    terms: int = 0
+    side: str = attribute("in", among=("in", "out"))
+    terms: int = attribute(0, least=0, most=100)
     coft: bool = False
     eps: float = 6e-5
     constraint: float = 0.0
@@ -45,10 +46,8 @@ class OFT(WeightUpdate):
 
     def check(self) -> None:
         super().check()
-        if (self.pairs is None) == (self.square is None) or (self.rescale is not None and self.side == "in"):
-            raise Malformed("needs one of pairs and square; rescale goes with outputs", cure="Write the adapter again")
-        if not 0 <= self.terms <= 100:
-            raise Malformed(f"a series of {self.terms} terms", where="terms", cure="Write the adapter again")
+        if self.rescale is not None and self.side == "in":
+            raise Malformed("a factor on outputs beside turned inputs", where="rescale", cure="Write the adapter again")
 
     def dims(self, stack: bool = False) -> Dims:
         dims: Any = super().dims(stack)

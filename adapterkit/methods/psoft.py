@@ -1,20 +1,19 @@
 """PSOFT: a rotation in the principal subspace of W.  Wu et al. 2025, https://openreview.net/forum?id=FSHrinMArK
 
 W' = W + B (R - I) A, where B @ A is W's part of its r largest singular values: A = V^T and B = U S, or both with the
-root of S. A file of PEFT's holds R alone, and takes A and B from its base: there the law depends on the signs of the
-singular vectors, which only the library that computes them decides. They are LAPACK's here, of numpy or torch, as in
-PEFT; an update that holds A and B needs no such trust, and no decomposition.
+root of S. PEFT stores R alone and takes A and B from its base. Singular vectors have signs that only the library which
+computes them decides, and the law depends on them, so A and B that are not stored have the signs that they have in
+PEFT: those of torch's float32 decomposition on the CPU. Adapters made here hold A and B, and need neither.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import Malformed, ShapeMismatch
+from ..errors import ShapeMismatch
 from ..shapes import Dims
-from ..tensors.namespace import namespace
-from ..tensors.rotations import block_size, cayley, identity, in_float32, neumann, shortened, skew
-from ..updates import WeightUpdate, tensor
+from ..tensors.rotations import block_size, cayley, identity, like, neumann, shortened, skew
+from ..updates import WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +24,9 @@ if TYPE_CHECKING:
 class PSOFT(WeightUpdate):
     """W' = W + B @ (b * R * a - I) @ A; R is a rotation of `pairs`, or free."""
 
-    frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    frozen = frozenset({"A", "B"})
     paper = "https://openreview.net/forum?id=FSHrinMArK"
+    forms = ((("pairs",), ("R",)), ((), ("A", "B")))
 
     pairs: Tensor | None = tensor("p", optional=True)
     R: Tensor | None = tensor("r r", optional=True)
@@ -35,7 +35,7 @@ class PSOFT(WeightUpdate):
     A: Tensor | None = tensor("r in", optional=True)
     B: Tensor | None = tensor("out r", optional=True)
     symmetric: bool = False
-    terms: int = 0
+    terms: int = attribute(0, least=0, most=100)
     eps: float = 0.0
 
     @classmethod
@@ -43,13 +43,6 @@ class PSOFT(WeightUpdate):
         r = min(rank, *W.shape)
         A, B = _principal(W, r, attributes.get("symmetric", False))
         return cls(pairs=W.new_zeros(r * (r - 1) // 2), a=W.new_ones(r), b=W.new_ones(r), A=A, B=B, **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if (self.pairs is None) == (self.R is None) or (self.A is None) != (self.B is None):
-            raise Malformed("needs one of pairs and R, and both of A and B or none", cure="Write the adapter again")
-        if not 0 <= self.terms <= 100:
-            raise Malformed(f"a series of {self.terms} terms", where="terms", cure="Write the adapter again")
 
     def dims(self, stack: bool = False) -> Dims:
         dims: Any = super().dims(stack)
@@ -79,7 +72,15 @@ class PSOFT(WeightUpdate):
 
 
 def _principal(W: Any, r: int, symmetric: bool) -> tuple[Any, Any]:
-    """A `[r, in]` and B `[out, r]`."""
-    U, S, V = in_float32(lambda W: tuple(namespace(W).linalg.svd(W, full_matrices=False)), W)
+    """A `[r, in]` and B `[out, r]`; in float64, of a weight of that type, with the signs that float32 has."""
+    import torch
+
+    host = (W.detach() if isinstance(W, torch.Tensor) else torch.tensor(W)).cpu()
+    U, S, V = torch.linalg.svd(host.float(), full_matrices=False)
+    if host.dtype == torch.float64:
+        signs = V
+        U, S, V = torch.linalg.svd(host, full_matrices=False)
+        turned = (V * signs).sum(1) < 0
+        U, V = torch.where(turned, -U, U), torch.where(turned[:, None], -V, V)
     left, right = (S[:r] ** 0.5, S[:r, None] ** 0.5) if symmetric else (S[:r], 1)
-    return right * V[:r], U[:, :r] * left
+    return like(W, right * V[:r]), like(W, U[:, :r] * left)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..errors import Malformed, ShapeMismatch
 from ..shapes import Dims
 from ..tensors.namespace import namespace
-from ..updates import WeightUpdate, one_of, tensor
+from ..updates import WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +29,8 @@ class RoAd(WeightUpdate):
 
     theta: Tensor = tensor("size")
     alpha: Tensor = tensor("size")
-    variant: int = one_of(1, 2, 4)
-    group: int = 2
+    variant: int = attribute(1, among=(1, 2, 4))
+    group: int = attribute(2, least=2)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
@@ -39,7 +39,7 @@ class RoAd(WeightUpdate):
 
     def check(self) -> None:
         super().check()
-        if self.group < 2 or self.group % 2:
+        if self.group % 2:
             raise Malformed(f"{self.group} outputs do not go in pairs", where="group", cure="Write the adapter again")
 
     def dims(self, stack: bool = False) -> Dims:

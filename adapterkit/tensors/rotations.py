@@ -22,8 +22,8 @@ def skew(pairs: Any) -> Any:
     """Skew-symmetric matrices `[..., b, b]` from what stands above their diagonals, row by row, `[..., b*(b-1)/2]`."""
     xp, b = namespace(pairs), block_size(pairs.shape[-1])
     if b < 2:
-        return xp.zeros((*pairs.shape[:-1], b, b), **_like(pairs))
-    i = xp.arange(b, device=_like(pairs)["device"])
+        return xp.zeros((*pairs.shape[:-1], b, b), **_kind(pairs))
+    i = xp.arange(b, device=_kind(pairs)["device"])
     row, column = i[:, None], i[None, :]
     place = row * (2 * b - row - 1) // 2 + column - row - 1
     above = row < column
@@ -69,7 +69,7 @@ def turn_rows(X: Any, R: Any) -> Any:
 
 def identity(like: Any) -> Any:
     """I of the size, dtype and device of square matrices."""
-    return namespace(like).eye(like.shape[-1], **_like(like))
+    return namespace(like).eye(like.shape[-1], **_kind(like))
 
 
 def in_float32(f: Callable[[Any], Any], X: Any) -> Any:
@@ -81,7 +81,12 @@ def in_float32(f: Callable[[Any], Any], X: Any) -> Any:
     return tuple(xp.astype(part, X.dtype) for part in out) if isinstance(out, tuple) else xp.astype(out, X.dtype)
 
 
-def _like(array: Any) -> dict[str, Any]:
+def like(array: Any, values: Any) -> Any:
+    """A torch tensor on the CPU as an array of the library, dtype and device of another."""
+    return values.to(array.device, array.dtype) if hasattr(array, "detach") else values.numpy().astype(array.dtype)
+
+
+def _kind(array: Any) -> dict[str, Any]:
     from array_api_compat import device
 
     return {"dtype": array.dtype, "device": device(array)}
