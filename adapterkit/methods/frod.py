@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self
 from ..errors import Malformed, ShapeMismatch
 from ..tensors.lazy import as_lazy
 from ..tensors.namespace import namespace
-from ..tensors.rotations import in_float32
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
@@ -65,12 +64,16 @@ class FRoD(WeightUpdate):
 
 
 def _spanned(W: Any, V: Any) -> tuple[Any, Any]:
-    """U and l with W = U diag(l) V^T; columns of U have length 1, or 0 where l is below 1e-12."""
-    within = in_float32(lambda V: _solved(V, namespace(V).astype(W, V.dtype)), V)
-    square = (within * within).sum(0)
+    """U and l with W = U diag(l) V^T; columns of U have length 1, or 0 where l is below 1e-12.
+
+    In float64 whatever the dtype: lengths that are 0 but for the rounding of V make directions too.
+    """
+    xp = namespace(W)
+    G = _solved(xp.astype(V, xp.float64), xp.astype(W, xp.float64))
+    square = (G * G).sum(0)
     held = square > 1e-24
-    length = namespace(W).where(held, square, square * 0 + 1) ** 0.5
-    return within / length * namespace(W).astype(held, W.dtype), length * namespace(W).astype(held, W.dtype)
+    length = xp.where(held, square, square * 0 + 1) ** 0.5
+    return tuple(xp.astype(part * xp.astype(held, G.dtype), W.dtype) for part in (G / length, length))
 
 
 def _solved(V: Any, W: Any) -> Any:

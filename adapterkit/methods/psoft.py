@@ -2,8 +2,8 @@
 
 W' = W + B (R - I) A, where B @ A is W's part of its r largest singular values: A = V^T and B = U S, or both with the
 root of S. PEFT stores R alone and takes A and B from its base. Singular vectors have signs that only the library which
-computes them decides, and the law depends on them, so A and B that are not stored have the signs that they have in
-PEFT: those of torch's float32 decomposition on the CPU. Adapters made here hold A and B, and need neither.
+computes them decides, and the law depends on them, so A and B that are not stored are computed as PEFT does it: by
+torch's decomposition in float32 on the CPU. Adapters made here hold A and B, and need none.
 """
 
 from __future__ import annotations
@@ -72,15 +72,10 @@ class PSOFT(WeightUpdate):
 
 
 def _principal(W: Any, r: int, symmetric: bool) -> tuple[Any, Any]:
-    """A `[r, in]` and B `[out, r]`; in float64, of a weight of that type, with the signs that float32 has."""
+    """A `[r, in]` and B `[out, r]`."""
     import torch
 
-    host = (W.detach() if isinstance(W, torch.Tensor) else torch.tensor(W)).cpu()
-    U, S, V = torch.linalg.svd(host.float(), full_matrices=False)
-    if host.dtype == torch.float64:
-        signs = V
-        U, S, V = torch.linalg.svd(host, full_matrices=False)
-        turned = (V * signs).sum(1) < 0
-        U, V = torch.where(turned, -U, U), torch.where(turned[:, None], -V, V)
+    host = (W.detach() if isinstance(W, torch.Tensor) else torch.tensor(W)).to("cpu", torch.float32)
+    U, S, V = torch.linalg.svd(host, full_matrices=False)
     left, right = (S[:r] ** 0.5, S[:r, None] ** 0.5) if symmetric else (S[:r], 1)
     return like(W, right * V[:r]), like(W, U[:, :r] * left)

@@ -1,6 +1,7 @@
 """PSOFT: W' = W + B (R - I) A, in a subspace that is given, or W's own of the largest singular values.
 
-Singular vectors have no sign of their own, so where they are W's own, R is diagonal here: that makes no use of signs.
+Singular vectors have no sign of their own, so where they are W's own, R is diagonal here: that makes no use of signs. It
+is near the identity too, because tools know W's own singular vectors to float32 only.
 """
 
 from __future__ import annotations
@@ -89,5 +90,5 @@ def _given(seed: str, rank: int, **others: Any) -> Update:
 
 def _own(seed: str, rank: int, e: tuple[int, ...] = (), **others: Any) -> Update:
     shapes = {name: others.pop(name) for name in ("a", "b") if name in others}
-    tensors = {name: numbers(f"{seed}.{name}", *shape) for name, shape in shapes.items()}
+    tensors = {name: 1 + 2.0**-23 * numbers(f"{seed}.{name}", *shape) for name, shape in shapes.items()}
     return Update("psoft", {"pairs": np.zeros((*e, rank * (rank - 1) // 2)), **tensors}, others)
