@@ -57,7 +57,7 @@ def shortened(Q: Any, square: Any, most: float, more: float) -> Any:
 
 
 def turn_columns(X: Any, R: Any) -> Any:
-    """X `[rows, n * b]`, each block of columns times the transpose of its R of `[n, b, b]`, or of the one R there is."""
+    """X `[rows, n * b]`, each block of columns times the transpose of its R of `[n, b, b]`, or of the one there is."""
     blocks = X.reshape(len(X), -1, R.shape[-1]).swapaxes(0, 1)
     return (blocks @ R.mT).swapaxes(0, 1).reshape(X.shape)
 

@@ -1,7 +1,8 @@
 """Keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
 
-What a family shares over all modules stands alone: `base_model.<part>`, or `<part>`. PEFT wraps a module to adapt it, so a path can hold names of wrappers: `base_layer`, one for each adapted parameter of
-the module; `token_adapter`; `modules_to_save.<adapter name>` in state dicts that were saved by hand.
+What a family shares over all modules stands alone: `base_model.<part>`, or `<part>`. PEFT wraps a module to adapt it,
+so a path can hold names of wrappers: `base_layer`, one for each adapted parameter of the module; `token_adapter`;
+`modules_to_save.<adapter name>` in state dicts that were saved by hand.
 """
 
 from __future__ import annotations

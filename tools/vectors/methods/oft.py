@@ -71,19 +71,21 @@ def _series(Q: Array, terms: int) -> Array:
 
 def cases() -> list[Case]:
     """Both sides, both ways to store Q, both laws of R, both limits on Q, one block for all, every layer."""
+    six: dict[str, Any] = {"weight": (3, 6), "x": (2, 6)}
+    embedding4 = EMBEDDING | {"weight": (6, 4)}
     return [
-        Case("linear", updates=(_pairs("oft.linear", 3, 2),), weight=(3, 6), bias=(3,), x=(2, 6)),
+        Case("linear", updates=(_pairs("oft.linear", 3, 2),), bias=(3,), **six),
         Case("whole", updates=(_pairs("oft.whole", 1, 5),), **BIASED),
         Case("blocks_of_one", updates=(_pairs("oft.ones", 5, 1),), **LINEAR),
-        Case("shared", updates=(_pairs("oft.shared", 1, 2),), weight=(3, 6), x=(2, 6)),
-        *(Case(f"terms{n}", updates=(_pairs(f"oft.terms{n}", 2, 3, terms=n),), weight=(3, 6), x=(2, 6)) for n in range(1, 7)),
-        Case("coft", updates=(_pairs("oft.coft", 2, 3, coft=True, eps=0.5),), weight=(3, 6), x=(2, 6)),
-        Case("coft_default", updates=(_pairs("oft.coftd", 2, 3, coft=True, terms=5),), weight=(3, 6), x=(2, 6)),
-        Case("coft_within", updates=(_pairs("oft.within", 2, 3, coft=True, eps=64.0),), weight=(3, 6), x=(2, 6)),
+        Case("shared", updates=(_pairs("oft.shared", 1, 2),), **six),
+        *(Case(f"terms{n}", updates=(_pairs(f"oft.terms{n}", 2, 3, terms=n),), **six) for n in range(1, 7)),
+        Case("coft", updates=(_pairs("oft.coft", 2, 3, coft=True, eps=0.5),), **six),
+        Case("coft_default", updates=(_pairs("oft.coftd", 2, 3, coft=True, terms=5),), **six),
+        Case("coft_within", updates=(_pairs("oft.within", 2, 3, coft=True, eps=64.0),), **six),
         Case("conv1d", updates=(_pairs("oft.conv1d", 2, 3),), **CONV1D),
         Case("conv2d", updates=(_pairs("oft.conv2d", 3, 4),), **CONV2D),
         Case("embedding", updates=(_pairs("oft.embedding", 1, 3, side="out"),), **EMBEDDING),
-        Case("embedding_blocks", updates=(_pairs("oft.embblocks", 2, 2, side="out", terms=5),), **EMBEDDING | {"weight": (6, 4)}),
+        Case("embedding_blocks", updates=(_pairs("oft.embblocks", 2, 2, side="out", terms=5),), **embedding4),
         Case("square", updates=(_square("oft.square", 1, 3, side="out"),), **BIASED),
         Case("rescaled", updates=(_square("oft.rescaled", 2, 2, rescale=4, side="out"),), weight=(4, 5), bias=(4,)),
         Case("rescaled_conv", updates=(_square("oft.resconv", 1, 3, rescale=3, side="out"),), **CONV2D),

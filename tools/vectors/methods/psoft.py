@@ -1,7 +1,7 @@
 """PSOFT: W' = W + B (R - I) A, in a subspace that is given, or W's own of the largest singular values.
 
-Singular vectors have no sign of their own, so where they are W's own, R is diagonal here: that makes no use of signs. It
-is near the identity too, because tools know W's own singular vectors to float32 only.
+Singular vectors have no sign of their own, so where they are W's own, R is diagonal here: that makes no use of signs.
+It is near the identity too, because tools know W's own singular vectors to float32 only.
 """
 
 from __future__ import annotations

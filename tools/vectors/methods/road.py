@@ -33,6 +33,7 @@ def _places(group: int, inside: int, half: int, variant: int) -> tuple[int, int]
 
 def cases() -> list[Case]:
     """All variants, groups of two and of more, with and without a bias."""
+    stack = update("road", "road.e", theta=(2, 2), alpha=(2, 2))
     four: dict[str, Any] = {"weight": (4, 5), "bias": (4,)}
     return [
         Case("linear", updates=(_road("road.linear", 2),), **four),
@@ -45,7 +46,7 @@ def cases() -> list[Case]:
         Case("conv2d", updates=(_road("road.conv2d", 2),), **CONV2D | {"weight": (4, 2, 2, 3), "bias": (4,)}),
         Case("in_out", updates=(_road("road.in_out", 2, group=4),), **IN_OUT | {"weight": (5, 4), "bias": (4,)}),
         Case("embedding", updates=(_road("road.embedding", 4, variant=2),), **EMBEDDING | {"weight": (6, 4)}),
-        Case("experts", updates=(update("road", "road.e", theta=(2, 2), alpha=(2, 2)),), **EXPERTS | {"weight": (2, 4, 5)}),
+        Case("experts", updates=(stack,), **EXPERTS | {"weight": (2, 4, 5)}),
         Case("fused", updates=(_road("road.fused", 2),), weight=(12, 5), bias=(12,), rows=(4, 8)),
         Case("bf16", updates=(_road("road.bf16", 2),), dtype="BF16", **four),
     ]  # fmt: skip

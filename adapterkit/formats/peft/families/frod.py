@@ -1,5 +1,6 @@
-"""FRoD: `frod_lambda_l` [in], `frod_lambda_s_values` [n]; of all modules of a kind `frod_V.<kind>` [in, in],
-`frod_s_indices.<kind>` [2, n] and `frod_s_size.<kind>`, which is (in, in).
+"""FRoD: `frod_lambda_l` [in], `frod_lambda_s_values` [n], and what all modules of a kind share.
+
+That is `frod_V.<kind>` [in, in], `frod_s_indices.<kind>` [2, n] and `frod_s_size.<kind>`, which is (in, in).
 """
 
 from __future__ import annotations

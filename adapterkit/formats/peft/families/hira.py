@@ -28,9 +28,6 @@ class HiraFamily(Family):
     peft_type = "HIRA"
     method = HiRA
     parts = (*PLAIN.values(), *EMBEDDING.values())
-    read: ClassVar[Mapping[str, str]] = {
-        "rank_pattern": "rank of the modules it matches; of a model's first adapter PEFT ignores it"
-    }
     harmless: ClassVar[Mapping[str, str]] = {"hira_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {"fan_in_fan_out": False, "hira_dropout": 0.0, "init_weights": True}
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....methods.oft import OFT
 from ....tensors.lazy import as_lazy
 from ....tensors.rotations import block_size
-from ..file import File, Found, make
+from ..file import File, Found
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class OftFamily(Family):
         "eps": "what coft allows all blocks together",
         "num_cayley_neumann_terms": "how many terms of the series",
         "oft_block_size": "size of the blocks, or the nearest that divides the layer's width; 0 where r says it",
-        "peft_version": 'before 0.18 the series ended otherwise: refused, but for compat = "peft"',
-        "use_cayley_neumann": "the first terms of a series instead of the exact transform",
+        "use_cayley_neumann": "the first terms of a series, which before 0.18 ended otherwise",
     }
     harmless: ClassVar[Mapping[str, str]] = {"module_dropout": "training only"}
     fresh: ClassVar[Mapping[str, Any]] = {
@@ -62,10 +61,10 @@ class OftFamily(Family):
         check_parts(keys, (part,))
         key, own = keys[part], file.settings.own
         _check(own, key, file.tensors[key], file.compat)
-        update = make(
-            "oft", {"pairs": file.tensors[key]}, side="out" if part == EMBEDDING else "in", coft=own.coft, eps=own.eps,
-            terms=max(own.num_cayley_neumann_terms, 1) if own.use_cayley_neumann else 0,
-        )  # fmt: skip
+        terms = max(own.num_cayley_neumann_terms, 1) if own.use_cayley_neumann else 0
+        side = "out" if part == EMBEDDING else "in"
+        leaves: Any = {"pairs": file.tensors[key]}
+        update = OFT(**leaves, side=side, terms=terms, coft=own.coft, eps=own.eps)
         return Found(key.path, update, {"pairs": key}, "in out *k" if part == EMBEDDING else "out *in")
 
     @classmethod
@@ -130,16 +129,17 @@ def _blocks(found: list[tuple[int, int]]) -> dict[str, Any]:
     """The fields for these numbers and sizes of blocks."""
     if all(n == 1 for n, _ in found) and len({size for _, size in found}) == 1:
         return {"block_share": True, "r": 0, "oft_block_size": found[0][1]}
-    size = _fitting(found, (size for _, size in found), lambda n, size: size)
-    number = _fitting(found, (n for n, _ in found), lambda n, size: n)
+    size, number = _fitting(found, 1), _fitting(found, 0)
     if size is None and number is not None:
         return {"block_share": False, "r": number, "oft_block_size": 0}
     return {"block_share": False, "r": 0, "oft_block_size": size or max(size for _, size in found)}
 
 
-def _fitting(found: list[tuple[int, int]], candidates: Iterable[int], pick: Any) -> int | None:
-    tried = sorted(set(candidates), reverse=True)
-    return next((c for c in tried if all(nearest_divisor(n * b, c) == pick(n, b) for n, b in found)), None)
+def _fitting(found: list[tuple[int, int]], which: int) -> int | None:
+    """A number or size of blocks that PEFT rounds to the one that every layer has."""
+    tried = sorted({each[which] for each in found}, reverse=True)
+    widths = [(n * size, (n, size)[which]) for n, size in found]
+    return next((c for c in tried if all(nearest_divisor(width, c) == wanted for width, wanted in widths)), None)
 
 
 _AGAIN = "Save the adapter again with PEFT"

@@ -48,8 +48,7 @@ class OsfFamily(Family):
     parts = tuple(FIELDS)
     own: ClassVar[type[Own]] = Fields
     read: ClassVar[Mapping[str, str]] = {
-        "effective_rank": "how many singular values stay as they are; without it half of them",
-        "rank_pattern": "the same of the modules in whose names it is found",
+        "effective_rank": "how many singular values stay, or which share, else half; rank_pattern says it by module",
     }
     harmless: ClassVar[Mapping[str, str]] = {"target_svd_config": "PEFT makes no use of it"}
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}

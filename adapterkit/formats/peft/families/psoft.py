@@ -9,7 +9,7 @@ from ....errors import ShapeMismatch, Unsupported
 from ....methods.psoft import PSOFT
 from ....tensors.lazy import as_lazy
 from ....tensors.rotations import block_size
-from ..file import File, Found, make
+from ..file import File, Found
 from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
@@ -80,11 +80,10 @@ class PsoftFamily(Family):
         _check(own, keys[WEIGHT], file.tensors[keys[WEIGHT]])
         found = {fields[part]: key for part, key in keys.items()}
         series = own.psoft_orth and own.use_cayley_neumann
-        update = make(
-            "psoft", {field: file.tensors[key] for field, key in found.items()}, symmetric=own.ab_svd_init == "pissa_init",
-            terms=max(own.num_cayley_neumann_terms, 1) if series else 0,
-            eps=own.cayley_neumann_eps or 0.0 if series else 0.0,
-        )  # fmt: skip
+        leaves: Any = {field: file.tensors[key] for field, key in found.items()}
+        terms = max(own.num_cayley_neumann_terms, 1) if series else 0
+        eps = own.cayley_neumann_eps or 0.0 if series else 0.0
+        update = PSOFT(**leaves, symmetric=own.ab_svd_init == "pissa_init", terms=terms, eps=eps)
         return Found(keys[WEIGHT].path, update, found)
 
     @classmethod
