@@ -249,6 +249,7 @@ def test_attributes_are_of_their_type_and_finite(method, data, made):
         ("loha", ("w1_a", "w2_a")),
         ("oft", ()),
         ("oft", ("pairs", "square")),
+        ("osf", ("U", "S", "V", "S_own")),
         ("psoft", ("a",)),
         ("psoft", ("pairs", "R")),
         ("psoft", ("pairs", "A")),

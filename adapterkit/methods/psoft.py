@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ShapeMismatch
 from ..shapes import Dims
-from ..tensors.rotations import block_size, cayley, identity, like, neumann, shortened, skew
+from ..tensors.rotations import block_size, cayley, identity, neumann, shortened, singular, skew
 from ..updates import WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
@@ -73,9 +73,6 @@ class PSOFT(WeightUpdate):
 
 def _principal(W: Any, r: int, symmetric: bool) -> tuple[Any, Any]:
     """A `[r, in]` and B `[out, r]`."""
-    import torch
-
-    host = (W.detach() if isinstance(W, torch.Tensor) else torch.tensor(W)).to("cpu", torch.float32)
-    U, S, V = torch.linalg.svd(host, full_matrices=False)
+    U, S, V = singular(W)
     left, right = (S[:r] ** 0.5, S[:r, None] ** 0.5) if symmetric else (S[:r], 1)
-    return like(W, right * V[:r]), like(W, U[:, :r] * left)
+    return right * V[:r], U[:, :r] * left

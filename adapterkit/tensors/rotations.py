@@ -81,9 +81,20 @@ def in_float32(f: Callable[[Any], Any], X: Any) -> Any:
     return tuple(xp.astype(part, X.dtype) for part in out) if isinstance(out, tuple) else xp.astype(out, X.dtype)
 
 
-def like(array: Any, values: Any) -> Any:
-    """A torch tensor on the CPU as an array of the library, dtype and device of another."""
-    return values.to(array.device, array.dtype) if hasattr(array, "detach") else values.numpy().astype(array.dtype)
+def singular(W: Any) -> tuple[Any, Any, Any]:
+    """U, S and V^T of a weight `[out, in]`, by torch in float32 on the CPU whatever library W is of: as PEFT has them.
+
+    Signs and last digits are up to the library that computes them, and adapters depend on both.
+    """
+    import torch
+
+    live = isinstance(W, torch.Tensor)
+    host = (W.detach() if live else torch.tensor(W)).to("cpu", torch.float32)
+    U, S, V = (
+        part.to(W.device, W.dtype) if live else part.numpy().astype(W.dtype)
+        for part in torch.linalg.svd(host, full_matrices=False)
+    )
+    return U, S, V
 
 
 def _kind(array: Any) -> dict[str, Any]:

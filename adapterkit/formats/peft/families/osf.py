@@ -72,6 +72,8 @@ class OsfFamily(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: OSF) -> str:
+        if update.S_own is not None:
+            return "osf with a part of its own to take off: PEFT computes it from its base"
         return super().why_not(target, update) or ("" if _kept(update) else "osf of all singular values")
 
     @classmethod
