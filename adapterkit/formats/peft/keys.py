@@ -97,9 +97,8 @@ def parse_key(text: str, prefix: str) -> Key:
 
 @cache
 def _part() -> re.Pattern[str]:
-    words = "|".join(
-        [r"(?:lora|ia3|trainable_tokens)_\w+", _words(pattern for f in _families() for pattern in f.parts)]
-    )
+    own = _words(pattern for f in _families() for pattern in f.parts)
+    words = rf"(?:lora|ia3|trainable_tokens)_\w+|{own}"
     return re.compile(rf"(?P<stem>.+)\.(?P<part>{words})(?P<rest>(?:\.[^.]+)*)", re.DOTALL)
 
 
