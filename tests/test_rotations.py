@@ -162,6 +162,20 @@ def test_reflections_that_cannot_start_from_nothing_are_refused(rank, options):
         ak.torch.create(nn.Sequential(nn.Linear(8, 8)), "hra", rank=rank, **options)
 
 
+@pytest.mark.parametrize(
+    ("method", "layer", "why"),
+    [
+        ("psoft", nn.Conv1d(4, 6, 3), "no singular values"),
+        ("osf", nn.Conv1d(4, 6, 3), "no singular values"),
+        ("frod", nn.Conv1d(4, 6, 3), "linear layers only"),
+        ("road", nn.Linear(4, 5), "do not go in pairs"),
+    ],
+)
+def test_layers_that_a_method_cannot_begin_at(method, layer, why):
+    with pytest.raises(ShapeMismatch, match=why):
+        ak.torch.create(nn.Sequential(layer), method, targets="0", rank=2)
+
+
 def test_a_limit_on_a_rotation_that_stands_still_has_gradients():
     """|Q| has none at 0, where training begins."""
     pairs = torch.zeros(2, 1, requires_grad=True)

@@ -33,6 +33,8 @@ class FRoD(WeightUpdate):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         size = W.shape[1]
+        if len(W.shape) != 2:
+            raise ShapeMismatch("FRoD changes linear layers only", cure="Take this target out")
         V = namespace(W).linalg.svd(W, full_matrices=True)[2].mT
         places = random((size * size,)).argsort()[: min(rank, size) * size]
         index = namespace(W).stack([places // size, places % size])

@@ -40,8 +40,8 @@ class PSOFT(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        r = min(rank, *W.shape)
-        A, B = _principal(W, r, attributes.get("symmetric", False))
+        A, B = _principal(W, min(rank, *W.shape), attributes.get("symmetric", False))
+        r = len(A)
         return cls(pairs=W.new_zeros(r * (r - 1) // 2), a=W.new_ones(r), b=W.new_ones(r), A=A, B=B, **attributes)
 
     def dims(self, stack: bool = False) -> Dims:

@@ -34,6 +34,8 @@ class RoAd(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        if len(W) % 2:
+            raise ShapeMismatch(f"{len(W)} outputs do not go in pairs", cure="Take this target out")
         size = len(W) * attributes.get("variant", 1) // 2
         return cls(theta=W.new_zeros(size), alpha=W.new_ones(size), **attributes)
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import ShapeMismatch
 from .namespace import namespace
 
 
@@ -85,8 +86,14 @@ def singular(W: Any) -> tuple[Any, Any, Any]:
     """U, S and V^T of a weight `[out, in]`, by torch in float32 on the CPU whatever library W is of: as PEFT has them.
 
     Signs and last digits are up to the library that computes them, and adapters depend on both.
+
+    Raises:
+        ShapeMismatch: the weight has a kernel.
     """
     import torch
+
+    if len(W.shape) != 2:
+        raise ShapeMismatch(f"no singular values of a weight of {list(W.shape)}", cure="Choose linear layers only")
 
     live = isinstance(W, torch.Tensor)
     host = (W.detach() if live else torch.tensor(W)).to("cpu", torch.float32)
