@@ -39,6 +39,9 @@ settings.load_profile("repository")
 SIZES = {"out": 8, "in": 16}
 """Sizes of the weight's axes in examples; what other names stand for divides them."""
 
+WIDE = {"outs": 12, "ins": 20, "short": 8, "shorts": 12, "longs": 20, "bases": 5}
+"""Sizes of axes along which weights of several sizes share a tensor, and of the shorter of the two above."""
+
 
 def values(shape, seed=0):
     """float64 numbers that no formula is likely to produce by accident."""
@@ -64,14 +67,14 @@ def updates(draw, method=None, stacked=False, kernel=None):
 def _shape(cls, name, sizes, kernel, stacked=False):
     axes = cls.tensor_fields()[name].metadata["axes"]
     columns = SIZES["in"] * math.prod(kernel)
-    dims = dict(sizes) | SIZES | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
+    dims = dict(sizes) | SIZES | WIDE | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
     return (Axes.parse(f"e {axes.text}") if stacked else axes).sizes(dims)
 
 
 @cache
 def _sizes(cls, kernel, present):
     """Sizes of the method's own axes that a weight of this kernel takes; any at all where it takes none."""
-    free = [name for name in _names(cls) if name not in (*SIZES, "k", "rest", "columns", "e")]
+    free = [name for name in _names(cls) if name not in (*SIZES, *WIDE, "k", "rest", "columns", "e")]
     some = [1, 2, 3, 4, 6, 8] if len(free) < 4 else [1, 2, 4]
     every = [tuple(zip(free, chosen, strict=True)) for chosen in product(some, repeat=len(free))]
     trials = {sizes: _trial(cls, sizes, kernel, present) for sizes in every}

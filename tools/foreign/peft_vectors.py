@@ -3,7 +3,12 @@
     python tools/foreign/peft_vectors.py [DEST]
 
 The native form is built by hand from the modules that PEFT holds in memory, never by reading the files back: what the
-reader makes of a folder can be held against it. Run it with the release of PEFT that a vector is to be of.
+reader makes of a folder can be held against it. Run it with the release of PEFT that a vector is to be of. What a
+family has is in its module in peft_families, found by listing: `CASES`, name -> (model, config), and `update_of`.
+
+    python tools/foreign/peft_vectors.py DEST NAME...
+
+writes just these.
 """
 
 from __future__ import annotations
@@ -15,12 +20,15 @@ if os.environ.get("PYTHONHASHSEED") != "0":
     # PEFT writes sets of names in the order of their hashes.
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
 
+import pkgutil
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import peft_families
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, MissConfig, PeftConfig, TrainableTokensConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
@@ -128,10 +136,19 @@ CASES = {
 }
 
 
-def updates(model: Any, bias: str) -> Updates:
-    """Every update of a PEFT model, from its modules; `bias` is its config's."""
+FAMILIES = [import_module(f"peft_families.{m.name}") for m in pkgutil.iter_modules(peft_families.__path__)]
+MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama}
+CASES |= {name: Case(MODELS[model], config) for f in FAMILIES for name, (model, config) in f.CASES.items()}
+
+
+def updates(model: Any, config: PeftConfig) -> Updates:
+    """Every update of a PEFT model, from its modules."""
+    bias = getattr(config, "bias", "none")
     for path, module in model.base_model.model.named_modules():
-        if isinstance(module, ParamWrapper):
+        own = [update for family in FAMILIES if (update := family.update_of(path, module, config)) is not None]
+        if own:
+            yield ak.Target(path), own[0]
+        elif isinstance(module, ParamWrapper):
             yield from of_parameter(path, module)
         elif isinstance(module, LoraLayer) and NAME in (*module.lora_A, *module.lora_embedding_A):
             yield from of_lora(path, module, bias)
@@ -211,9 +228,10 @@ def make(name: str, case: Case, dest: Path) -> None:
     model.save_pretrained(str(dest), **case.options)
     (dest / "README.md").unlink()
     found: dict[ak.Target, tuple[Any, ...]] = {}
-    for target, update in updates(model, getattr(case.config, "bias", "none")):
-        found[target] = (*found.get(target, ()), update.map(lambda leaf: leaf.detach().clone()))
+    for target, update in updates(model, case.config):
+        found[target] = (*found.get(target, ()), update)
     adapter = ak.Adapter(found, recipe=(ak.Step("read", {"format": "peft"}),))
+    adapter = adapter.map(lambda leaf: leaf.detach().clone())
     ak.write(adapter, dest / "expected.native.safetensors")
     print(f"{name}: {sum(file.stat().st_size for file in dest.iterdir())} bytes")
 
@@ -222,6 +240,8 @@ def main() -> int:
     """Writes all cases, each folder anew."""
     dest = Path(sys.argv[1]) if len(sys.argv) > 1 else DEST
     for name, case in CASES.items():
+        if name not in (sys.argv[2:] or CASES):
+            continue
         shutil.rmtree(dest / name, ignore_errors=True)
         (dest / name).mkdir(parents=True)
         make(name, case, dest / name)

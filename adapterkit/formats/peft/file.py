@@ -28,6 +28,7 @@ class File:
         base: the base, if the caller gave one.
         compat: whose faults to reproduce.
         parameters: stem -> parameter of the base, where the caller knows what the file does not say.
+        omitted: word -> tensor that all modules share and the file leaves out, where the caller knows it.
     """
 
     settings: Settings
@@ -35,6 +36,7 @@ class File:
     base: Checkpoint | None = None
     compat: str | None = None
     parameters: Mapping[str, str] = field(default_factory=dict)
+    omitted: Mapping[str, Lazy] = field(default_factory=dict)
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
         """Stem -> (part, leaf) -> key, for the keys of these parts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import AdapterkitError
@@ -27,13 +27,18 @@ def says(
     spelled: Iterable[Spelled],
     updates: Updates,
     base: Checkpoint | None,
+    omitted: Collection[str] = (),
 ) -> bool:
-    """Whether PEFT would find these updates in a file of these tensors with this config, as it is written: sorted."""
+    """Whether PEFT would find these updates in a file of these tensors with this config, as it is written: sorted.
+
+    The tensors of the keys `omitted` are not in the file.
+    """
     written = json.loads(json.dumps(config, sort_keys=True))
     try:
-        prefix, keys = parse_keys(tensors)
+        prefix, keys = parse_keys({key: tensor for key, tensor in tensors.items() if key not in omitted})
         stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
-        read, _, _ = assemble(File(fields.parse(written), keys, base, parameters=stems))
+        out = {parse_key(key, prefix).word: tensors[key] for key in omitted}
+        read, _, _ = assemble(File(fields.parse(written), keys, base, parameters=stems, omitted=out))
     except AdapterkitError:
         return False
     return _content(read) == _content(updates)

@@ -7,7 +7,7 @@ all but ranks and alphas, then all but those and the lists of modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...tensors.lazy import as_lazy
 from .compose import configs
-from .families import FAMILIES
+from .families import FAMILIES, family_of_type
 from .hints import FORMAT, Hints, hints_of
 from .keys import parse_key
 from .losses import Loss, Updates, acting_method, find_losses
@@ -48,8 +48,10 @@ def encode(
     spelled = _spell(updates, hints, peft_type, base)
     tensors = _by_key(spelled, updates)
     for config in configs(adapter, updates, hints, peft_type, numbers, base):
-        if says(config, tensors, spelled, updates, base):
-            return config, _kept(adapter, updates, hints) | tensors, lines + folded
+        omitted = _omitted(config, spelled, updates, peft_type)
+        if says(config, tensors, spelled, updates, base, omitted):
+            written = {key: tensor for key, tensor in tensors.items() if key not in omitted}
+            return config, _kept(adapter, updates, hints) | written, lines + folded
     raise Unrepresentable("PEFT's config has no words for this combination", cure="Write adapterkit's own format")
 
 
@@ -130,6 +132,13 @@ def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
             raise Unrepresentable("a PEFT file shares one tensor over its modules", items=[each.key], cure=cure)
         tensors.setdefault(each.key, each.leaf)
     return tensors
+
+
+def _omitted(config: Mapping[str, Any], spelled: list[Spelled], updates: Updates, peft_type: str) -> set[str]:
+    """Keys that a file with this config does not have."""
+    family = family_of_type(peft_type)
+    left_out = family.omitted(config, updates) if family else ()
+    return {each.key for each in spelled if each.place[2] in left_out}
 
 
 def _kept(adapter: Adapter, updates: Updates, hints: Hints) -> dict[str, Lazy]:
