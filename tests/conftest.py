@@ -77,6 +77,7 @@ def _sizes(cls, kernel, present):
     free = [name for name in _names(cls) if name not in (*SIZES, *WIDE, "k", "rest", "columns", "e")]
     some = [1, 2, 3, 4, 6, 8] if len(free) < 4 else [1, 2, 4]
     every = [tuple(zip(free, chosen, strict=True)) for chosen in product(some, repeat=len(free))]
+    every = [sizes for sizes in every if all(min(_shape(cls, n, sizes, kernel), default=1) >= 0 for n in present)]
     trials = {sizes: _trial(cls, sizes, kernel, present) for sizes in every}
     for holds in (lambda update: takes(update, (SIZES["out"], SIZES["in"], *kernel)), _makes_sense):
         if fitting := [sizes for sizes, update in trials.items() if holds(update)]:

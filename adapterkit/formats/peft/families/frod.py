@@ -47,6 +47,7 @@ class FrodFamily(Family):
     parts = tuple(FIELDS)
     shared = tuple(f"{word}.*" for word in SHARED.values())
     own: ClassVar[type[Own]] = Fields
+    empty = True
     read: ClassVar[Mapping[str, str]] = {
         "save_projection": "whether the basis is in the file; refused without it",
         "sparse_rate": "which share of the places off the diagonal is trained",

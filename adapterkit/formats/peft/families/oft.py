@@ -41,6 +41,7 @@ class OftFamily(Family):
     method = OFT
     parts = (PLAIN, EMBEDDING)
     own: ClassVar[type[Own]] = Fields
+    empty = True
     read: ClassVar[Mapping[str, str]] = {
         "block_share": "one block serves for all",
         "coft": "each block's Q is held within eps",

@@ -47,6 +47,7 @@ class PsoftFamily(Family):
     method = PSOFT
     parts = (WEIGHT, VECTOR_A, VECTOR_B)
     own: ClassVar[type[Own]] = Fields
+    empty = True
     read: ClassVar[Mapping[str, str]] = {
         "ab_svd_init": "psoft_init: the singular values go to B; pissa_init: to both factors by their roots",
         "cayley_neumann_eps": "how long Q may be, beside use_cayley_neumann",
