@@ -52,7 +52,8 @@ class Update:
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
         acts_on: what the update changes, for messages.
         forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
-        frozen: tensors that are given, not trained: random projections, masks.
+        frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
+        starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
         paper: where the formula comes from.
     """
 
@@ -63,11 +64,15 @@ class Update:
     acts_on: ClassVar[str] = "the layer"
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
     frozen: ClassVar[frozenset[str]] = frozenset()
+    starts_at_base: ClassVar[bool] = True
     paper: ClassVar[str] = ""
+    # torch.compile reads attributes of a class, but not the fields of a dataclass.
+    _names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
+        cls._names = tuple(cls.tensor_fields())
 
     @property
     def method(self) -> str:
@@ -87,7 +92,7 @@ class Update:
     @property
     def tensors(self) -> dict[str, Leaf]:
         """The tensors that are present, by field."""
-        present = ((name, getattr(self, name)) for name in self.tensor_fields())
+        present = ((name, getattr(self, name)) for name in self._names)
         return {name: leaf for name, leaf in present if leaf is not None}
 
     @property
@@ -174,7 +179,7 @@ class Update:
 
     @classmethod
     def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """A fresh update of a weight, before any training: unless the method says otherwise, one that changes nothing.
+        """A fresh update of a weight, before any training: one that changes nothing, where `starts_at_base`.
 
         Args:
             W: the weight `[out, in, *k]`.
@@ -283,10 +288,52 @@ class WeightUpdate(Update):
 
 
 class OutputUpdate(Update):
-    """y' = f(x, layer)."""
+    """y' = f(x, layer): a method defines `forward`, or `inside` where it stands before the layer's residual and norm.
+
+    A layer is any module here, with a weight or without one, in these words:
+
+    `layer(x)`: its output, whole.
+    `layer.hidden(x)`: its output before a residual is added and the sum normalised.
+    `layer.residual(x)`: what is added, or None.
+    `layer.norm(h)`: the normalisation of the sum; h itself where there is none.
+    `layer.close(h, x, whole)`: the output for another hidden value; without `whole`, one that neither the residual nor
+        the norm is part of.
+    `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in the shape that adds
+        to the output, and the axis of the channels.
+
+    Class attributes:
+        placed: the formula is `inside`, so that several such updates follow each other before the layer closes.
+
+    Attributes that place an update, where a method has them:
+        residual: path, from the target's parent, of the module whose input is added to the target's output.
+        norm: path, likewise, of the module that the sum goes through.
+    """
 
     kind = "output"
     acts_on = "the output of the layer"
+    placed: ClassVar[bool] = False
+
+    @property
+    def channels(self) -> int | None:
+        """How many channels the layer's output must have; None where the update does not say."""
+        hidden: Any = self.dims().get("hidden")
+        return cast(int | None, hidden)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer's residual and norm are part of what comes out."""
+        return True
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if self.channels not in (None, shape[0]):
+            raise ShapeMismatch(f"made for {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
+
+    def inside(self, x: Any, layer: Any) -> Any:
+        """What the update makes of `layer.hidden(x)`."""
+        return self.forward(x, layer)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        return layer.close(self.inside(x, layer), x, self.whole)
 
 
 class ContextUpdate(Update):
@@ -298,6 +345,7 @@ class ContextUpdate(Update):
 
 _TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 _DAMAGED = "The file is damaged, or the tool that wrote it is at fault; write it again"
+_WRONG_BASE = "Is this the base that the adapter was trained on?"
 _DIVERGED = "The training diverged, or the file is damaged; use an earlier checkpoint"
 
 

@@ -23,20 +23,21 @@ from adapterkit.tensors.lazy import Lazy, as_torch, from_numpy
 from adapterkit.updates import Additive, ContextUpdate, OutputUpdate, Update, tensor
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
+OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight")]
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
 OUT, IN = 8, 16
 
 WRONG = {
     "float": [None, "1", True, [1.0], math.nan, math.inf, 10**400],
     "int": [None, "1", True, 1.5],
-    "str": [None, 1, b"in"],
+    "str": [None, 1, True],
     "bool": [None, 0, 1, "true"],
 }
 """Type of an attribute -> values that are not of it."""
 
 CASES = [
     pytest.param(method, target.path, id=f"{method}-{target.path}")
-    for method in METHODS
+    for method in OF_WEIGHTS
     for target in ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit").updates
 ]
 
@@ -122,7 +123,7 @@ def test_delta_is_the_difference_that_merging_makes(method, path, opened):
         torch.testing.assert_close(adapter.delta(path).reshape(wanted.shape), wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_WEIGHTS)
 @given(data=st.data())
 def test_cutting_along_any_declared_axis_changes_nothing(method, data, made):
     kernel = data.draw(st.sampled_from([(), (3,), (2, 1)]))
@@ -199,7 +200,7 @@ def test_tensors_that_share_an_axis_must_agree_on_it(method, data, made):
     for name, leaf in update.tensors.items():
         axes = update.tensor_fields()[name].metadata["axes"]
         others = {a for n in update.tensors if n != name for a in update.tensor_fields()[n].metadata["axes"].axes}
-        for axis in (a for a in others & set(axes.axes) if not a.startswith("*")):
+        for axis in (a for a in others & set(axes.axes) if a.isidentifier()):
             shape = list(leaf.shape)
             shape[axes.index(axis)] += 1
             with pytest.raises(ShapeMismatch, match=f"with .*{axis}="):
