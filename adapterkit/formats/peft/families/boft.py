@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, ShapeMismatch
@@ -13,7 +13,6 @@ from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
     from ....adapter import Target
-    from ....tensors.checkpoint import Checkpoint
     from ....tensors.lazy import Lazy
     from ....updates import Update
     from ..keys import Key
@@ -59,14 +58,9 @@ class BoftFamily(Family):
         return {"R": ("boft_R", as_lazy(update.R)), "s": ("boft_s", as_lazy(update.s).reshape(-1, 1))}
 
     @classmethod
-    def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
-        for target, found in updates.items():
-            for update in (update for update in found if isinstance(update, BOFT)):
-                parts = cls.encode(update)
-                weight = None if base is None else base.tensors.get(f"{target.path}.weight")
-                if weight is not None and len(weight.shape) > 2:
-                    parts["s"] = ("boft_s", as_lazy(update.s).reshape(1, -1))
-                yield parts
+    def encode_at(cls, update: BOFT, shape: tuple[int, ...] | None) -> Parts:
+        turned = {"s": ("boft_s", as_lazy(update.s).reshape(1, -1))} if shape is not None and len(shape) > 2 else {}
+        return cls.encode(update) | turned
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
