@@ -76,7 +76,7 @@ def _shape(cls, name, sizes, kernel, stacked=False):
 def _sizes(cls, kernel, present, forms):
     """Sizes of the method's own axes that a weight of this kernel takes; any at all where it takes none."""
     free = [name for name in _names(cls) if name not in (*SIZES, *WIDE, "k", "rest", "columns", "e")]
-    some = [1, 2, 3, 4, 6, 8] if len(free) < 4 else [1, 2, 4]
+    some = [1, 2, 3, 4, 6, 8, 16] if len(free) < 4 else [1, 2, 4]
     every = [tuple(zip(free, chosen, strict=True)) for chosen in product(some, repeat=len(free))]
     every = [sizes for sizes in every if all(min(_shape(cls, n, sizes, kernel), default=1) >= 0 for n in present)]
     trials = {sizes: _trial(cls, sizes, kernel, present, forms) for sizes in every}

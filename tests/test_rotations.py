@@ -247,6 +247,7 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
         (METHODS["osf"](U=torch.zeros(8, 9), S=torch.zeros(9), V=torch.zeros(9, 16)), (8, 16), "9 singular values"),
         (METHODS["road"](theta=torch.zeros(4), alpha=torch.zeros(4), group=6), (8, 16), "groups of 6"),
         (METHODS["road"](theta=torch.zeros(6), alpha=torch.zeros(6)), (8, 16), "out=12"),
+        (METHODS["road"](theta=torch.zeros(7), alpha=torch.zeros(7), variant=4), (8, 16), "7 angles"),
     ],
 )
 def test_what_does_not_fit_is_named(update, shape, why):

@@ -46,6 +46,9 @@ class RoAd(WeightUpdate):
 
     def dims(self, stack: bool = False) -> Dims:
         dims: Any = super().dims(stack)
+        if dims["size"] * 2 % self.variant:
+            why = f"{dims['size']} angles are not those of pairs with {self.variant} each"
+            raise ShapeMismatch(why, where="theta", cure="Write the adapter again")
         return {**dims, "out": dims["size"] * 2 // self.variant}
 
     def check_against(self, shape: tuple[int, ...]) -> None:
