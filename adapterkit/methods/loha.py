@@ -51,10 +51,11 @@ class LoHa(Additive):
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         one = self.w1_a @ _right(self.w1_b, self.t1, self.w1_in)
         two = self.w2_a @ _right(self.w2_b, self.t2, self.w2_in)
-        return (self.scaling * one * two).reshape(shape)
+        D: Tensor = (self.scaling * one * two).reshape(shape)
+        return D
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Of rank r * r: column (i, j) of B is the product of columns i and j of w1_a and w2_a, row (i, j) of A alike."""
+        """Of rank r * r: column (i, j) of B is the product of columns i and j of w1_a and w2_a; rows of A likewise."""
         one, two = _right(self.w1_b, self.t1, self.w1_in), _right(self.w2_b, self.t2, self.w2_in)
         B = (self.scaling * self.w1_a)[:, :, None] * self.w2_a[:, None, :]
         return B.reshape(len(B), -1), (one[:, None] * two[None]).reshape(-1, one.shape[-1])

@@ -60,7 +60,7 @@ class Rows(WeightUpdate):
         tokens = [update.index.tolist() for update in updates]
         if any(len(update.index.shape) > 1 for update in updates):
             return None
-        if all(weight == 1 for weight in weights) and len({*sum(tokens, [])}) == sum(map(len, tokens)):
+        if all(weight == 1 for weight in weights) and len(set().union(*tokens)) == sum(map(len, tokens)):
             xp = namespace(updates[0].values)
             return cls(index=xp.concat([u.index for u in updates]), values=xp.concat([u.values for u in updates]))
         if not math.isclose(sum(weights), 1) or any(set(each) != set(tokens[0]) for each in tokens):

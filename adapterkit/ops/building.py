@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def low_rank(
     target: Target, shape: Shape, pairs: Sequence[tuple[Array, Array]], bias: Array | None, dtype: DType
 ) -> LoRA:
-    """A LoRA of B `[out, r]` and A `[r, in * k]`, one pair an expert where they are stacked; ranks are evened out by zeros.
+    """A LoRA of B `[out, r]` and A `[r, in * k]`, one pair an expert where they are stacked; zeros even out their ranks.
 
     Args:
         target: where it goes.
@@ -42,9 +42,7 @@ def low_rank(
     return LoRA(A=held(A, dtype), B=held(B, dtype), bias=None if bias is None else held(bias, dtype))  # type: ignore[arg-type]
 
 
-def dense(
-    target: Target, shape: Shape, changes: Sequence[Array] | None, bias: Array | None, dtype: DType
-) -> Dense:
+def dense(target: Target, shape: Shape, changes: Sequence[Array] | None, bias: Array | None, dtype: DType) -> Dense:
     """A dense difference `[out, in * k]` of each weight, and of the bias; each may be absent."""
     import numpy as np
 

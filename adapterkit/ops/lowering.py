@@ -106,8 +106,8 @@ class Change:
     def bias(self) -> Array | None:
         """The change of the bias, `[out]` or `[e, out]`; None where it stays as it is."""
         changing = [loaded(update, self.target) for update in self.updates if update.changes_bias]
-        terms: list[Any] = [self.weight * update.bias_delta() for update in changing]  # type: ignore[operator]
-        return sum(terms) if terms else None  # type: ignore[return-value]
+        terms: list[Any] = [self.weight * update.bias_delta() for update in changing]
+        return sum(terms) if terms else None
 
 
 def loaded(update: Any, target: Target) -> Any:
@@ -164,9 +164,10 @@ def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:
 
 
 def shape_of(target: Target, updates: Sequence[Update], base: Base | None) -> Shape | None:
-    """The shape of one weight there, `[out, in, *k]`; `[out]` where a bias alone is changed; None if nothing tells it."""
+    """The shape of one weight there, `[out, in, *k]`; `[out]` if only a bias is changed; None if nothing tells it."""
     if base is not None:
-        stored = opened(base).tensors.get(f"{target.path}.weight") or opened(base).tensors.get(target.path)
+        tensors = opened(base).tensors
+        stored = tensors.get(f"{target.path}.weight") or tensors.get(target.path)
         seen = None if stored is None else viewed(stored.shape, target)
         if seen is not None:
             rows = target.rows
