@@ -6,5 +6,22 @@ Every operation takes adapters (or their paths) and gives an adapter; none chang
 from __future__ import annotations
 
 from .algebra import add, average, negate, scale, stack, subtract
+from .comparison import Comparison, Likeness, compare
+from .extraction import extract
+from .resizing import Cut, promote, resize
 
-__all__ = ["add", "average", "negate", "scale", "stack", "subtract"]
+__all__ = [
+    "Comparison",
+    "Cut",
+    "Likeness",
+    "add",
+    "average",
+    "compare",
+    "extract",
+    "negate",
+    "promote",
+    "resize",
+    "scale",
+    "stack",
+    "subtract",
+]

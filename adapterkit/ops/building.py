@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def low_rank(
     target: Target, shape: Shape, pairs: Sequence[tuple[Array, Array]], bias: Array | None, dtype: DType
 ) -> LoRA:
-    """A LoRA of B `[out, r]` and A `[r, in * k]`, one pair an expert where they are stacked; zeros even out their ranks.
+    """A LoRA of B `[out, r]` and A `[r, in * k]`, a pair for each expert of a stack; zeros even out their ranks.
 
     Args:
         target: where it goes.

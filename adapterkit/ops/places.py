@@ -108,6 +108,7 @@ def places(
     """
     if not adapters:
         raise UsageError("no adapter was given", cure="Name at least one")
+    base = None if base is None else opened(base)
     read = [_opened(adapter, base) for adapter in adapters]
     if lower is not None:
         read = [additive(adapter, base, lower) for adapter in read]
@@ -136,9 +137,7 @@ def _check_common(adapters: Sequence[Adapter]) -> None:
         paths = {target.path for target in adapter.updates}
         if not first & paths:
             path = next(iter(paths))
-            cure = (
-                nearest(path, first) or "Pass base=/--base, which settles names; or allow it with disjoint/--disjoint"
-            )
+            cure = nearest(path, first) or "Pass base=/--base, which settles names; or allow it: disjoint/--disjoint"
             raise UsageError("the adapters have no target in common", where=path, cure=cure)
         first |= paths
 

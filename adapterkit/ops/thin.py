@@ -1,6 +1,6 @@
 """Algebra of products of thin factors: everything by QR of the factors and decompositions of small cores.
 
-B @ A of rank r is never formed: with thin QR, B = Q_B R_B and A^T = Q_A R_A, it is Q_B (R_B R_A^T) Q_A^T, and all that is
+B @ A of rank r is never formed: with thin QR, B = Q_B R_B and A^T = Q_A R_A, it is Q_B (R_B R_A^T) Q_A^T, and what is
 asked of it (norms, angles, singular values) is asked of the small matrix in the middle.
 """
 
