@@ -1,7 +1,7 @@
 """Write what fine-tuning changed in a base as an adapter.
 
-TUNED and BASE are folders of weights or weight files of one architecture. Changed matrices become LoRA; norms, biases and
-changed or new rows of token embeddings are kept as they are.
+TUNED and BASE are folders of weights or weight files of one architecture. Changed matrices become LoRA; norms, biases
+and changed or new rows of token embeddings are kept as they are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write an adapter at another rank.
 
-A is read in any known format. Each change of thin factors becomes the best LoRA of the rank, or of the smallest rank that
-keeps so much of it; the error that this makes at each target is shown.
+A is read in any known format. Each change of thin factors becomes the best LoRA of the rank, or of the smallest rank
+that keeps so much of it; the error that this makes at each target is shown.
 """
 
 from __future__ import annotations
