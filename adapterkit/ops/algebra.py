@@ -1,0 +1,307 @@
+"""Exact algebra of adapters: scale, negate, add, subtract, average, stack; of factors, mostly without a base.
+
+A sum means what merging several adapters means: W' = W + sum_i weight_i * (f_i(W) - W). Thin factors are put beside one
+another, so that ranks add up and nothing is computed before it is read; PEFT's "linear" sums A and B apart, which adds
+products B_i @ A_j that belong to nobody.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Adapter
+from ..errors import AdapterkitError, UsageError
+from ..methods.dense import Dense
+from ..methods.lora import LoRA
+from ..tensors.computed import computed, held, joined, total, wide
+from ..updates import Additive, Update
+from .building import balanced, low_rank, of_several
+from .lowering import Change, additive, check_kind, loaded
+from .places import Place, places
+
+if TYPE_CHECKING:
+    from ..tensors.computed import Array
+    from .lowering import Base
+    from .places import Source
+
+    Term = tuple[Additive, float]
+
+
+def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapter:
+    """The adapter that changes every weight `factor` times as much.
+
+    Args:
+        adapter: an adapter or its path.
+        factor: any finite number.
+        base: for laws that need its weights.
+
+    Raises:
+        NotMergeable: a law is not one of weights.
+        UsageError: a law needs the weights and no base was given; the factor is not finite.
+    """
+    _check_weights([factor], 1)
+    (read,), found = places([adapter], base=base)
+    updates = {place.target: _at(place, [factor], stacking=False) for place in found}
+    return read.replace(updates=updates).step("scale", factor=float(factor))
+
+
+def negate(adapter: Source, *, base: Base | None = None) -> Adapter:
+    """The adapter that takes away what this one adds; see `scale`."""
+    return scale(adapter, -1.0, base=base)
+
+
+def add(
+    adapters: Sequence[Source],
+    weights: Sequence[float] | None = None,
+    *,
+    base: Base | None = None,
+    disjoint: bool = False,
+) -> Adapter:
+    """The sum of adapters, exactly: ranks add up, to what the weight has at most; what has no factors is summed whole.
+
+    Args:
+        adapters: adapters or their paths, of any methods, ranks and targets.
+        weights: one factor an adapter; 1 for each when not given.
+        base: settles names and layouts, and is what laws that need weights are taken at.
+        disjoint: adapters that share no target are meant to.
+
+    Returns:
+        at each target the methods that were there where one adapter has it alone, else a LoRA, a dense rest, or both.
+
+    Raises:
+        UsageError: weights do not match the adapters; no common targets; a law needs the weights and there is no base.
+        NotMergeable: a law is not one of weights.
+        ShapeMismatch: adapters are of different weights.
+    """
+    return _combined("add", adapters, _checked(weights, adapters), base, disjoint, stacking=False)
+
+
+def subtract(one: Source, other: Source, *, base: Base | None = None, disjoint: bool = False) -> Adapter:
+    """What `one` adds, less what `other` adds; see `add`."""
+    return add([one, other], [1.0, -1.0], base=base, disjoint=disjoint)
+
+
+def average(
+    adapters: Sequence[Source],
+    weights: Sequence[float] | None = None,
+    *,
+    base: Base | None = None,
+    disjoint: bool = False,
+) -> Adapter:
+    """The weighted mean of adapters; one that lacks a target counts as no change there. See `add`.
+
+    Raises:
+        UsageError: the weights sum to 0.
+    """
+    chosen = _checked(weights, adapters)
+    whole = math.fsum(chosen)
+    if whole == 0:
+        raise UsageError("the weights sum to 0", cure="Choose weights with a sum, or add")
+    return _combined("average", adapters, [w / whole for w in chosen], base, disjoint, stacking=False)
+
+
+def stack(
+    adapters: Sequence[Source],
+    weights: Sequence[float] | None = None,
+    *,
+    base: Base | None = None,
+    disjoint: bool = False,
+) -> Adapter:
+    """Adapters put beside one another: ranks add up whatever they are, and what has no thin factors is kept apart.
+
+    The same function as `add`, whatever the ranks; prompts and other contexts are put behind one another.
+
+    Raises:
+        AdapterkitError: as `add`.
+    """
+    return _combined("stack", adapters, _checked(weights, adapters), base, disjoint, stacking=True)
+
+
+def _combined(
+    op: str, adapters: Sequence[Source], weights: list[float], base: Base | None, disjoint: bool, *, stacking: bool
+) -> Adapter:
+    read, found = places(adapters, base=base, disjoint=disjoint)
+    updates = {place.target: _at(place, weights, stacking) for place in found}
+    return of_several(read, updates, op, weights=weights)
+
+
+def _at(place: Place, weights: Sequence[float], stacking: bool) -> tuple[Update, ...]:
+    """The sum at one target."""
+    try:
+        held_ = [_parted(found, weight) for found, weight in zip(place.updates, weights, strict=True) if found]
+        heads = [(head, weight) for head, _, weight in held_ if head]
+        lawful, lowered = _mixed(place, heads, stacking)
+        terms = [(update, weight) for _, tail, weight in held_ for update in tail] + lowered
+        return (*lawful, *(_alone(place, terms) if len(held_) == 1 else _added(place, terms, stacking)))
+    except AdapterkitError as error:
+        raise error.at(where=str(place.target)) from None
+
+
+def _parted(found: Sequence[Update], weight: float) -> tuple[tuple[Update, ...], tuple[Additive, ...], float]:
+    """Updates up to the last that is not additive, and the additive ones behind, whose change is its own."""
+    last = max((i + 1 for i, update in enumerate(found) if not isinstance(update, Additive)), default=0)
+    return tuple(found[:last]), tuple(u for u in found[last:] if isinstance(u, Additive)), weight
+
+
+def _mixed(
+    place: Place, heads: Sequence[tuple[tuple[Update, ...], float]], stacking: bool
+) -> tuple[tuple[Update, ...], list[Term]]:
+    """The weighted mixture of laws that are not additive, and what of it became additive at the base."""
+    if not heads or (len(heads) == 1 and heads[0][1] == 1):
+        return heads[0][0] if heads else (), []
+    updates, weights = [head for head, _ in heads], [weight for _, weight in heads]
+    every = [update for head in updates for update in head]
+    if stacking and all(u.kind == "context" for u in every) and all(w == 1 for w in weights):
+        return tuple(every), []
+    for update in every:
+        check_kind(update, place.target, True, _DOING)
+    mixture = _mixture(place, updates, weights)
+    if mixture is not None:
+        return (mixture,), []
+    for update in every:
+        check_kind(update, place.target, place.base is not None, _DOING)
+    parts = [additive(Adapter({place.target: head}), place.base, _DOING) for head in updates]
+    return (), [(u, w) for a, w in zip(parts, weights, strict=True) for _, u in a if isinstance(u, Additive)]
+
+
+def _mixture(place: Place, updates: Sequence[tuple[Update, ...]], weights: Sequence[float]) -> Update | None:
+    """One update of the method that all share, where the method can say it."""
+    methods = {type(update) for head in updates for update in head}
+    if len(methods) > 1 or any(len(head) > 1 for head in updates):
+        return None
+    ready = [loaded(head[0], place.target) for head in updates]
+    made: Any = methods.pop().mixed(ready, list(weights))  # type: ignore[attr-defined]
+    kind = wide([leaf for head in updates for leaf in head[0].tensors.values()])
+    return None if made is None else made.map(lambda values: _stored(values, kind))
+
+
+def _stored(values: Any, kind: Any) -> Any:
+    from ..tensors.lazy import from_numpy
+
+    return held(values, kind) if values.dtype.kind == "f" else from_numpy(values)
+
+
+def _alone(place: Place, terms: Sequence[Term]) -> list[Update]:
+    """One adapter's additive updates, each of its own method where that can be scaled."""
+    made: list[Update] = []
+    for update, weight in terms:
+        scaled = update if weight == 1 else update.scaled(weight)
+        made += _added(place, [(update, weight)], stacking=True) if scaled is None else [scaled]
+    return made
+
+
+def _added(place: Place, terms: Sequence[Term], stacking: bool) -> list[Update]:
+    """Additive updates as one LoRA, and what has no thin factors as one dense difference, or apart when stacking."""
+    thin: list[tuple[LoRA, float]] = []
+    rest: list[Term] = []
+    for update, weight in terms:
+        lora = update if isinstance(update, LoRA) else _lora(place, update)
+        thin += [] if lora is None else [(lora, weight)]
+        rest += [(update, weight)] if lora is None else []
+    made: list[Update] = []
+    if thin:
+        whole = len(place.shape) < 2 or sum(_rank(place, u) for u, _ in thin) > _most(place)
+        made.append(_reduced(place, thin) if whole and not stacking else _beside(place, thin))
+    if stacking:
+        return made + [update.scaled(weight) or _dense(place, [(update, weight)]) for update, weight in rest]
+    return made + ([_dense(place, rest)] if rest else [])
+
+
+def _lora(place: Place, update: Additive) -> LoRA | None:
+    """The LoRA that another method comes down to; None where it has no pair of factors."""
+    if not update.changes_weight or type(update).pair is Additive.pair:
+        return None
+    change = Change(place.target, place.shape, (update,))
+    deltas = list(change.deltas())
+    if any(delta.rest is not None for delta in deltas):
+        return None
+    kind = wide(list(update.tensors.values()))
+    return low_rank(place.target, place.shape, [(d.B, d.A) for d in deltas], change.bias(), kind)
+
+
+def _beside(place: Place, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
+    """Factors beside one another; leaves stay unread."""
+    stacked, shape = int(place.target.stacked), place.shape
+    factors = [weight * update.scaling for update, weight in terms]
+    scaling = factors[0] if factors[0] != 0 else 1.0
+    ratios = [factor / scaling for factor in factors]
+    lead = [u.A.shape[: 1 + stacked] for u, _ in terms]
+    A = joined([u.A.reshape(*front, *shape[1:]) for (u, _), front in zip(terms, lead, strict=True)], stacked)
+    B = joined([u.B for u, _ in terms], 1 + stacked, ratios)
+    biases = [(u.bias, ratio) for (u, _), ratio in zip(terms, ratios, strict=True) if u.bias is not None]
+    bias = total([leaf for leaf, _ in biases], [ratio for _, ratio in biases]) if biases else None
+    return LoRA(A=A, B=B, bias=bias, scaling=scaling)  # type: ignore[arg-type]
+
+
+def _reduced(place: Place, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
+    """The sum at the rank of the weight, worked out; for ranks that add up to more than that."""
+    from .thin import svd
+
+    change = Change(place.target, place.shape, tuple(u.replace(scaling=w * u.scaling) for u, w in terms))
+    pairs = [balanced(*svd(delta)) for delta in change.deltas()]
+    kind = wide([leaf for update, _ in terms for leaf in update.tensors.values()])
+    return low_rank(place.target, place.shape, pairs, change.bias(), kind)
+
+
+def _dense(place: Place, terms: Sequence[Term]) -> Update:
+    """The sum as one dense difference, worked out when it is read."""
+    if len(terms) == 1 and isinstance(terms[0][0], Dense):
+        update, weight = terms[0]
+        return update.scaled(weight) or update
+    kind = wide([leaf for update, _ in terms for leaf in update.tensors.values()])
+    target, fields = place.target, {}
+    changes = [Change(target, place.shape, (update,), weight) for update, weight in terms]
+    if any(change.changes_weight for change in changes):
+        lead = (changes[0].experts,) if target.stacked else ()
+        fields["D"] = computed((*lead, *place.shape), kind, lambda: _whole(changes, (*lead, *place.shape)))
+    if any(change.changes_bias for change in changes):
+        lead = (changes[0].experts,) if target.stacked else ()
+        fields["d"] = computed((*lead, place.shape[0]), kind, lambda: _biases(changes))
+    return Dense(**fields)  # type: ignore[arg-type]
+
+
+def _whole(changes: Sequence[Change], shape: tuple[int, ...]) -> Array:
+    """The sum of changes, experts stacked; one of them in memory at a time beside the sum."""
+    import numpy as np
+
+    result = np.zeros(shape)
+    slices = result if len(shape) > len(changes[0].shape) else [result]
+    for change in changes:
+        if change.changes_weight:
+            for one, delta in zip(slices, change.deltas(), strict=True):
+                one += delta.dense().reshape(change.shape)
+    return result
+
+
+def _biases(changes: Sequence[Change]) -> Array:
+    found = [change.bias() for change in changes]
+    summed: Array = sum(bias for bias in found if bias is not None)  # type: ignore[assignment]
+    return summed
+
+
+def _rank(place: Place, update: LoRA) -> int:
+    return int(update.A.shape[int(place.target.stacked)])
+
+
+def _most(place: Place) -> int:
+    return min(place.shape[0], math.prod(place.shape[1:]))
+
+
+def _checked(weights: Sequence[float] | None, adapters: Sequence[Source]) -> list[float]:
+    if isinstance(adapters, (str, Adapter)):
+        raise UsageError("one adapter where a list belongs", cure="Pass a list of adapters")
+    chosen = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    _check_weights(chosen, len(adapters))
+    return chosen
+
+
+def _check_weights(weights: Sequence[float], count: int) -> None:
+    if len(weights) != count:
+        raise UsageError(f"{len(weights)} weights for {count} adapters", cure="Give one weight an adapter")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UsageError(f"weights {list(weights)} are not all finite", cure="Give each adapter a number")
+
+
+_DOING = "scaled or added"
