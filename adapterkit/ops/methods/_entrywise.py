@@ -1,0 +1,117 @@
+"""Methods entry by entry: each change made sparse, signs put to the vote, what agrees summed or averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ._method import Method, parameter, whole
+
+if TYPE_CHECKING:
+    from ...tensors.computed import Array
+    from ..at import At
+    from ..lowering import Delta
+
+COUNTS = ("reference", "floor", "at_least_one")
+SIGNS = ("none", "total", "frequency")
+DENOMINATORS = ("none", "count", "weights")
+RESCALES = ("none", "inverse", "norm")
+
+DENSITY = "share of the entries that are kept"
+SCALE = "factor of the result, lambda"
+KEPT = "how many entries a density p of n is: int(p n) + 1 (reference), int(p n) (floor), or that but 1 at least"
+RESCALE = "what is kept is divided by its probability (inverse), or brought to the L1 norm it had (norm)"
+
+
+class Entrywise(Method):
+    """lambda * sum_t w_t M_t S(D_t), over a denominator if any; M_t is 1 where an entry has the elected sign.
+
+    S is the formula of a subclass, `sparse`; it is given, and gives, one change.
+    """
+
+    scale: float = parameter(1.0, SCALE)
+    sign: str = parameter("none", "how signs are elected: by the sum, or by how many there are", among=SIGNS)
+    weighted_vote: bool = parameter(False, "whether weights count in the election")
+    zero_sign: str = parameter("+", "the sign of an entry whose votes cancel", among=("+", "majority"))
+    denominator: str = parameter(
+        "none", "what a sum is divided by: agreeing adapters, or their weights", among=DENOMINATORS
+    )
+
+    @property
+    def dense(self) -> bool:
+        return True
+
+    def sparse(self, D: Array, t: int, at: At) -> Array:
+        """The change of present adapter t with most entries set to zero."""
+        return D
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+        import numpy as np
+
+        return whole(self.merged(np.stack([delta.dense() for delta in deltas]), weights, at))
+
+    def vector(self, changes: Array, weights: Array, at: At) -> Array:
+        return self.merged(changes, weights, at)
+
+    def merged(self, changes: Array, weights: Array, at: At) -> Array:
+        """Changes `[T, ...]` to one, `[...]`."""
+        import numpy as np
+
+        kept = np.stack([self.sparse(D, t, at) for t, D in enumerate(changes)])
+        w = weights.reshape(-1, *[1] * (kept.ndim - 1))
+        agree = self._agreeing(w * kept if self.weighted_vote else kept)
+        total = (w * kept * agree).sum(0)
+        if self.denominator == "none":
+            return self.scale * total
+        share = (agree & (kept != 0) if self.sign == "none" else agree) * (1.0 if self.denominator == "count" else w)
+        below = share.sum(0)
+        result: Array = self.scale * total / np.where(below == 0, 1.0, below)
+        return result
+
+    def _agreeing(self, votes: Array) -> Array:
+        import numpy as np
+
+        if self.sign == "none":
+            return np.ones(votes.shape, bool)
+        elected = np.sign((votes if self.sign == "total" else np.sign(votes)).sum(0))
+        majority = np.sign(elected.sum()) if self.zero_sign == "majority" else 1.0
+        return np.sign(votes) == np.where(elected == 0, majority or 1.0, elected)
+
+
+def count_of(density: float, total: int, how: str) -> int:
+    """How many of `total` entries a density keeps."""
+    if density >= 1:
+        return total
+    if how == "reference":
+        return min(int(density * total) + 1, total)
+    return max(int(density * total), 1 if how == "at_least_one" and density > 0 else 0)
+
+
+def largest(D: Array, kept: int) -> Array:
+    """Which entries are among the `kept` largest magnitudes; those as large as the smallest of them, too."""
+    import numpy as np
+
+    if kept <= 0:
+        return np.zeros(D.shape, bool)
+    if kept >= D.size:
+        return np.ones(D.shape, bool)
+    sizes = np.abs(D)
+    chosen: Array = sizes >= np.partition(sizes.ravel(), D.size - kept)[D.size - kept]
+    return chosen
+
+
+def rescaled(D: Array, mask: Array, chance: Array | float, how: str) -> Array:
+    """D where the mask is set, which it is by `chance`, scaled so that its mean, or its L1 norm, stays."""
+    import numpy as np
+
+    kept = D * mask
+    if how == "inverse":
+        return kept / np.where(mask, chance, 1.0)
+    if how == "norm":
+        before, after = np.abs(D).sum(), np.abs(kept).sum()
+        return kept * (before / after) if before > TINY and after > TINY else kept
+    return kept
+
+
+TINY = 1e-7
+"""L1 norms below this are not brought to one another."""
