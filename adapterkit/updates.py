@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
 from .errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
@@ -26,10 +26,22 @@ if TYPE_CHECKING:
 
     Random = Callable[[tuple[int, ...]], torch.Tensor]
 
-__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "tensor"]
+__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "attribute", "tensor"]
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor,))
+def attribute(default: Any, *, among: Collection[Any] = (), least: int | None = None, most: int | None = None) -> Any:
+    """A field that holds a plain value, where its type does not say all.
+
+    Args:
+        default: the value that is meant where none is given.
+        among: the words or numbers it may be.
+        least: the smallest number it may be.
+        most: the largest number it may be.
+    """
+    return dataclasses.field(default=default, metadata={"among": tuple(among), "least": least, "most": most})
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))
 class Update:
     """What one method does at one target. Subclasses become frozen, keyword-only dataclasses by themselves.
 
@@ -39,7 +51,10 @@ class Update:
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
         acts_on: what the update changes, for messages.
-        frozen: tensors that are given, not trained: random projections, masks.
+        forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
+        frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
+        bias_sees_weight: the change to the bias needs the weight, so that `settled` comes before `new_bias`.
+        starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
         paper: where the formula comes from.
     """
 
@@ -48,12 +63,18 @@ class Update:
     blocks: ClassVar[frozenset[str]] = frozenset()
     needs_bias: ClassVar[bool] = True
     acts_on: ClassVar[str] = "the layer"
+    forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
     frozen: ClassVar[frozenset[str]] = frozenset()
+    bias_sees_weight: ClassVar[bool] = False
+    starts_at_base: ClassVar[bool] = True
     paper: ClassVar[str] = ""
+    # torch.compile reads attributes of a class, but not the fields of a dataclass.
+    _names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
+        cls._names = tuple(cls.tensor_fields())
 
     @property
     def method(self) -> str:
@@ -73,7 +94,7 @@ class Update:
     @property
     def tensors(self) -> dict[str, Leaf]:
         """The tensors that are present, by field."""
-        present = ((name, getattr(self, name)) for name in self.tensor_fields())
+        present = ((name, getattr(self, name)) for name in self._names)
         return {name: leaf for name, leaf in present if leaf is not None}
 
     @property
@@ -108,13 +129,20 @@ class Update:
         return dims
 
     def check(self) -> None:
-        """Checks the plain values; methods with rules of their own extend it.
+        """Checks the plain values, and which tensors are present; methods with rules of their own extend it.
 
         Raises:
-            Malformed: a value is not of its declared type, or not finite.
+            Malformed: a value is not of its declared type, not finite or out of range, or tensors do not go together.
+            Unsupported: a word is none of those that the method knows.
         """
         for name, field in self.attribute_fields().items():
             _check_attribute(name, getattr(self, name), _type_name(field.type))
+            _check_range(name, getattr(self, name), field.metadata)
+        for group in self.forms:
+            present = {name for names in group for name in names if getattr(self, name) is not None}
+            if present not in [set(names) for names in group]:
+                choices = " or ".join(" and ".join(names) or "none" for names in group)
+                raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=_DAMAGED)
 
     def check_values(self) -> None:
         """Reads every tensor and checks its values; methods with rules of their own extend it.
@@ -134,6 +162,10 @@ class Update:
             ShapeMismatch: it does not fit.
         """
 
+    def cuts(self, axis: str) -> bool:
+        """Whether this update may be cut along an axis: one of `blocks`, unless a method says less of some updates."""
+        return axis in self.blocks
+
     def block(self, axis: str, start: int, stop: int) -> Self:
         """The update restricted to positions `start` to `stop` of a named axis of the weight."""
         changes = {}
@@ -149,7 +181,7 @@ class Update:
 
     @classmethod
     def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """A fresh update of a weight, before any training: unless the method says otherwise, one that changes nothing.
+        """A fresh update of a weight, before any training: one that changes nothing, where `starts_at_base`.
 
         Args:
             W: the weight `[out, in, *k]`.
@@ -187,6 +219,10 @@ class Update:
         raise NotMergeable(
             f"{self.method} changes {self.acts_on}, not its weights", cure="Inject it into a live model instead"
         )
+
+    def settled(self, W: torch.Tensor) -> Self:
+        """The same update with what its change to the bias takes from the weight W `[out, in, *k]` worked out."""
+        return self
 
     def new_bias(self, b: torch.Tensor) -> torch.Tensor:
         """b' `[out]`."""
@@ -276,25 +312,110 @@ class WeightUpdate(Update):
 
     def forward(self, x: Any, layer: Any) -> Any:
         y = layer.op(x, self.new_weight(layer.weight))
-        return y if layer.bias is None else y + layer.per_channel(self.new_bias(layer.bias))
+        settled = self.settled(layer.weight) if self.bias_sees_weight else self
+        return y if layer.bias is None else y + layer.per_channel(settled.new_bias(layer.bias))
 
 
 class OutputUpdate(Update):
-    """y' = f(x, layer)."""
+    """y' = f(x, layer): a method defines `forward`, or `inside` where it stands before the layer's residual and norm.
+
+    A layer is any module here, with a weight or without one, in these words:
+
+    `layer(x)`: its output, whole.
+    `layer.hidden(x)`: its output before a residual is added and the sum normalised.
+    `layer.residual(x)`: what is added, or None.
+    `layer.norm(h)`: the normalisation of the sum; h itself where there is none.
+    `layer.close(h, x, whole)`: the output for another hidden value; without `whole`, one that neither the residual nor
+        the norm is part of.
+    `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in the shape that adds
+        to the output, and the axis of the channels.
+
+    Class attributes:
+        placed: the formula is `inside`, so that several such updates follow each other before the layer closes.
+
+    Attributes that place an update, where a method has them:
+        residual: path, from the target's parent, of the module whose input is added to the target's output.
+        norm: path, likewise, of the module that the sum goes through.
+    """
 
     kind = "output"
     acts_on = "the output of the layer"
+    placed: ClassVar[bool] = False
+
+    @property
+    def channels(self) -> int | None:
+        """How many channels the layer's output must have; None where the update does not say."""
+        hidden: Any = self.dims().get("hidden")
+        return cast(int | None, hidden)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer's residual and norm are part of what comes out."""
+        return True
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if self.channels not in (None, shape[0]):
+            raise ShapeMismatch(f"made for {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
+
+    def inside(self, x: Any, layer: Any) -> Any:
+        """What the update makes of `layer.hidden(x)`."""
+        return self.forward(x, layer)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        return layer.close(self.inside(x, layer), x, self.whole)
 
 
 class ContextUpdate(Update):
-    """Extra tokens, or past keys and values."""
+    """More context than the model's input: tokens in front of it, keys and values before it, prompts to attend to.
+
+    Its target is the whole model, `Target("")`, or the part of it that the update speaks to: an attention, an
+    embedding. There is no weight to see, so the target has no layout, rows or experts. Updates of one place add up in
+    the order in which they are attached, the first in front.
+
+    Class attributes:
+        place: which of the four words below is the method's formula; the others add nothing.
+    """
 
     kind = "context"
     acts_on = "the context of the model"
+    place: ClassVar[str] = ""
+
+    def embeddings(self, task: Any = None) -> torch.Tensor | None:
+        """What stands in front of the embeddings of the input, an encoder's where there is one: `[n, dim]`.
+
+        Args:
+            task: for prompts of several tasks, the number of one, or numbers `[batch]`: then `[batch, n, dim]`.
+        """
+        return None
+
+    def decoder_embeddings(self, task: Any = None) -> torch.Tensor | None:
+        """The same for the input of a decoder that has an encoder beside it."""
+        return None
+
+    def past(self) -> torch.Tensor | None:
+        """Keys and values that come before those of the input, `[layers, 2, heads, n, d]`; a decoder's."""
+        return None
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What is added to the heads' outputs of an attention, before they are mixed: `[batch, heads, m, d]`.
+
+        Methods of this place hold the prompt as `P`, `[n, dim]`; without their `projected` it is added after mixing.
+
+        Args:
+            q: queries of the input, `[batch, heads, m, d]`, positions already in them.
+            k: keys of the prompt, `[heads, n, d]`, without positions.
+            v: values of the prompt, `[heads, n, d]`.
+        """
+        raise NotMergeable(f"{self.method} has no formula of attention")
+
+    def vocabulary(self) -> torch.Tensor | None:
+        """Embeddings of new tokens, numbered behind the last one of the base, `[n, dim]`."""
+        return None
 
 
 _TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 _DAMAGED = "The file is damaged, or the tool that wrote it is at fault; write it again"
+_WRONG_BASE = "Is this the base that the adapter was trained on?"
 _DIVERGED = "The training diverged, or the file is damaged; use an earlier checkpoint"
 
 
@@ -305,6 +426,15 @@ def _check_attribute(name: str, value: Any, annotation: str) -> None:
     # Compared, not converted: a whole number may be too large for a float.
     if annotation == "float" and not -sys.float_info.max <= value <= sys.float_info.max:
         raise Malformed(f"{value} is not a finite number", where=name, cure=_DAMAGED)
+
+
+def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
+    if rules.get("among") and value not in rules["among"]:
+        raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(map(str, rules['among']))}")
+    if rules.get("least") is not None and value < rules["least"]:
+        raise Malformed(f"{value} is below {rules['least']}", where=name, cure=_DAMAGED)
+    if rules.get("most") is not None and value > rules["most"]:
+        raise Malformed(f"{value} is above {rules['most']}", where=name, cure=_DAMAGED)
 
 
 def _check_dtype(name: str, leaf: Leaf, integer: bool) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from adapterkit.adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target
-from adapterkit.errors import Malformed
+from adapterkit.binding import fits
+from adapterkit.binding.layouts import viewed
+from adapterkit.errors import AdapterkitError, Malformed
 from adapterkit.methods import METHODS
 from adapterkit.shapes import Axes
 from adapterkit.tensors.checkpoint import open_checkpoint
@@ -34,11 +36,14 @@ settings.register_profile(
 )
 settings.load_profile("repository")
 
-SIZES = {"out": 8, "in": 16}
-"""Sizes of the weight's axes in examples; what other names stand for divides them."""
+SIZES = {"out": 8, "in": 16, "hidden": 8, "first": 4, "second": 4, "d": 4}
+"""Sizes of the weight's axes in examples, and of the output's channels; what other names stand for divides them."""
 
 WIDE = {"outs": 12, "ins": 20, "short": 8, "shorts": 12, "longs": 20, "bases": 5}
 """Sizes of axes along which weights of several sizes share a tensor, and of the shorter of the two above."""
+
+OF_WEIGHTS = sorted(name for name, cls in METHODS.items() if cls.kind in ("additive", "weight"))
+"""Methods whose law is one of weights."""
 
 
 def values(shape, seed=0):
@@ -51,15 +56,68 @@ def updates(draw, method=None, stacked=False, kernel=None):
     """An update of any method, or of one, its tensors made from its shape strings; `kernel` sizes the kernel's axes."""
     cls = METHODS[method or draw(st.sampled_from(sorted(METHODS)))]
     kernel = draw(st.sampled_from([(), (3,), (2, 1)])) if kernel is None else kernel
-    sizes = {name: draw(st.sampled_from([1, 2, 4])) for name in _names(cls)}
+    present = draw(_together(cls))
+    attributes, seed = draw(_attributes(cls)), draw(st.integers(0, 2**32 - 1))
+    forms = tuple((n, v) for n, v in attributes.items() if cls.attribute_fields()[n].metadata.get("among"))
+    sizes = draw(st.sampled_from(_sizes(cls, kernel, tuple(present), forms)))
+    made = {
+        name: _numbers(cls, name, _shape(cls, name, sizes, kernel, stacked), seed + position)
+        for position, name in enumerate(present)
+    }
+    update = cls(**made, **attributes)
+    return update if _makes_sense(update, stacked) else cls(**made, **dict(forms))
+
+
+def _shape(cls, name, sizes, kernel, stacked=False):
+    axes = cls.tensor_fields()[name].metadata["axes"]
     columns = SIZES["in"] * math.prod(kernel)
-    dims = sizes | SIZES | WIDE | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
-    made, seed = {}, draw(st.integers(0, 2**32 - 1))
-    for position, name in enumerate(draw(st.sampled_from(_together(cls)))):
-        field = cls.tensor_fields()[name].metadata
-        shape = (Axes.parse(f"e {field['axes'].text}") if stacked else field["axes"]).sizes(dims)
-        made[name] = from_numpy((_positions if field["integer"] else values)(shape, seed + position))
-    return cls(**made, **draw(_attributes(cls)))
+    dims = dict(sizes) | SIZES | WIDE | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
+    return (Axes.parse(f"e {axes.text}") if stacked else axes).sizes(dims)
+
+
+@cache
+def _sizes(cls, kernel, present, forms):
+    """Sizes of the method's own axes that a weight of this kernel takes; any at all where it takes none."""
+    free = [name for name in _names(cls) if name not in (*SIZES, *WIDE, "k", "rest", "columns", "e")]
+    some = [1, 2, 3, 4, 6, 8, 16] if len(free) < 4 else [1, 2, 4]
+    every = [tuple(zip(free, chosen, strict=True)) for chosen in product(some, repeat=len(free))]
+    every = [sizes for sizes in every if all(min(_shape(cls, n, sizes, kernel), default=1) >= 0 for n in present)]
+    trials = {sizes: _trial(cls, sizes, kernel, present, forms) for sizes in every}
+    for holds in (lambda update: takes(update, (SIZES["out"], SIZES["in"], *kernel)), _makes_sense):
+        if fitting := [sizes for sizes, update in trials.items() if holds(update)]:
+            return fitting
+    return every
+
+
+def _trial(cls, sizes, kernel, present, forms):
+    made = {name: _numbers(cls, name, _shape(cls, name, sizes, kernel)) for name in present}
+    return cls(**made, **dict(forms))
+
+
+def _numbers(cls, name, shape, seed=0):
+    make = _positions if cls.tensor_fields()[name].metadata["integer"] else values
+    return from_numpy(make(shape, seed))
+
+
+def takes(update, shape, layout="out *in"):
+    """Whether an update fits a weight stored in this shape."""
+    try:
+        seen = viewed(shape, Target("", layout))
+        if not fits(Target("", layout), (update,), shape):
+            return False
+        update.check_against(seen)
+    except AdapterkitError:
+        return False
+    return True
+
+
+def _makes_sense(update, stacked=False):
+    try:
+        update.check()
+        dims = update.dims(stacked)
+    except AdapterkitError:
+        return False
+    return all(dims.get(axis, size) == size for axis, size in SIZES.items())
 
 
 def _names(cls):
@@ -68,13 +126,20 @@ def _names(cls):
     return sorted({name for text in texts for name in re.findall(r"[a-z_]\w*", text)})
 
 
+@st.composite
+def _together(draw, cls):
+    """Tensors of a method that may be present together: a form of each group, and some of the others."""
+    forms = st.tuples(*map(st.sampled_from, cls.forms)).filter(lambda forms: _groups(cls, forms))
+    return draw(st.sampled_from(_groups(cls, draw(forms))))
+
+
 @cache
-def _together(cls):
-    """Which of a method's tensors may be present together."""
-    fields = cls.tensor_fields()
-    optional = [name for name, field in fields.items() if field.metadata["optional"]]
-    subsets = [set(some) for count in range(len(optional) + 1) for some in combinations(optional, count)]
-    groups = [[name for name in fields if name not in optional or name in some] for some in subsets]
+def _groups(cls, forms):
+    fields, grouped = cls.tensor_fields(), {name for group in cls.forms for form in group for name in form}
+    free = [name for name, field in fields.items() if field.metadata["optional"] and name not in grouped]
+    given = {name for name in fields if not fields[name].metadata["optional"]} | {n for form in forms for n in form}
+    subsets = [given | set(some) for count in range(len(free) + 1) for some in combinations(free, count)]
+    groups = [[name for name in fields if name in some] for some in subsets]
     return [group for group in groups if _allowed(cls, group)]
 
 
@@ -97,7 +162,15 @@ def _positions(shape, seed):
 def _attributes(draw, cls):
     plain = {"float": st.floats(-4, 4), "int": st.integers(-9, 9), "str": st.text(max_size=5), "bool": st.booleans()}
     fields = cls.attribute_fields().values()
-    return {f.name: draw(plain[f.type]) for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())}
+    chosen = [f for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())]
+    return {f.name: draw(_allowed_values(f.metadata, plain[f.type])) for f in chosen}
+
+
+def _allowed_values(rules, plain):
+    """A strategy for an attribute that may have rules of its own."""
+    if rules.get("among"):
+        return st.sampled_from(rules["among"])
+    return plain if rules.get("least") is None else st.integers(rules["least"], rules["least"] + 9)
 
 
 PATHS = st.lists(st.text("abcxyz_0é", min_size=1, max_size=4), min_size=1, max_size=3).map(".".join)
@@ -119,8 +192,12 @@ def adapters(draw):
         layout = draw(st.sampled_from(LAYOUTS))
         start = draw(st.integers(0, 5))
         rows = (start, start + SIZES["out"]) if draw(st.booleans()) else None
-        made = updates(stacked=layout.startswith("e "), kernel=())
-        entries[Target(path, layout, rows)] = tuple(draw(st.lists(made, min_size=1, max_size=2)))
+        methods = draw(st.lists(st.sampled_from(OF_WEIGHTS), min_size=1, max_size=2))
+        made = [draw(updates(name, stacked=layout.startswith("e "), kernel=())) for name in methods]
+        entries[Target(path, layout, rows)] = tuple(made)
+    if draw(st.booleans()):
+        context = st.sampled_from(sorted(name for name, cls in METHODS.items() if cls.kind == "context"))
+        entries[Target("")] = (draw(context.flatmap(updates)),)
     base = draw(st.none() | st.builds(BaseRef, NAMES, NAMES, NAMES))
     recipe = tuple(draw(st.lists(st.builds(Step, st.text(max_size=5), OBJECTS), max_size=2)))
     extra = st.dictionaries(st.text(max_size=4), st.integers(0, 9).map(lambda n: from_numpy(values((n,)))), max_size=2)
@@ -130,8 +207,9 @@ def adapters(draw):
 
 @dataclasses.dataclass(frozen=True)
 class Strategies:
-    """The strategies above, for tests to draw from."""
+    """The strategies above, for tests to draw from, and whether what is drawn fits a weight."""
 
+    takes = staticmethod(takes)
     updates = staticmethod(updates)
     adapters = staticmethod(adapters)
 
@@ -161,3 +239,16 @@ def base(tmp_path):
         return open_checkpoint(folder)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def close():
+    """Asserts that two tensors differ by less than a share of the largest number that went into either."""
+
+    def check(got, wanted, *terms, tolerance=1e-5):
+        size = max(float(term.detach().abs().max()) for term in (wanted, *terms))
+        assert got.shape == wanted.shape
+        assert got.dtype == wanted.dtype
+        assert float((got.detach().double() - wanted.detach().double()).abs().max()) <= tolerance * size
+
+    return check

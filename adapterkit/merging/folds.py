@@ -15,6 +15,8 @@ from ..updates import Additive, Update
 if TYPE_CHECKING:
     from ..adapter import Adapter, Target
     from ..tensors.checkpoint import Checkpoint
+    from ..tensors.lazy import Lazy
+
 TIED = ("merge", "untie")
 
 
@@ -46,6 +48,8 @@ class Fold:
         weight: how much of the change is taken.
         source: position of the adapter in the merge.
         bias: the stored tensor is the target's bias, not its weight.
+        shape: of the stored tensor.
+        seen: the base's weight, where the change to its bias needs it.
     """
 
     target: Target
@@ -54,6 +58,7 @@ class Fold:
     source: int
     bias: bool
     shape: tuple[int, ...]
+    seen: Lazy | None = None
 
     @property
     def additive(self) -> bool:
@@ -67,7 +72,7 @@ class Fold:
     @property
     def blockable(self) -> bool:
         """Whether a block of stored rows can be computed without the others."""
-        return not self.bias and all(self.axis in update.blocks for update in self.updates)
+        return not self.bias and all(update.cuts(self.axis) for update in self.updates)
 
 
 def folds_by_tensor(
@@ -84,6 +89,7 @@ def folds_by_tensor(
     aliases = {} if tie is None else {tie[0]: tie[1]}
     sources, folds = [], dict[str, list[Fold]]()
     for position, (name, adapter, weight) in enumerate(adapters):
+        _refuse_other_laws(adapter)
         bound = bind(adapter, base, partial=allow_partial, aliases=aliases)
         sources.append(Source(name, bound.adapter, weight, adapter.digest(), bound.missing, bound.renamed))
         for site in bound.sites:
@@ -94,22 +100,38 @@ def folds_by_tensor(
     return tuple(sources), {name: tuple(found) for name, found in folds.items()}, names, changes
 
 
+def _refuse_other_laws(adapter: Adapter) -> None:
+    """Before any name is looked up: what is not of weights has no place among them."""
+    for target, update in adapter:
+        if update.kind not in ("additive", "weight"):
+            why = f"{update.method} changes {update.acts_on}, not weights"
+            raise NotMergeable(why, where=str(target), cure="Inject it into a live model instead")
+
+
 def _folds(
     site: Site, weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
 ) -> list[tuple[str, Fold]]:
     found = []
-    for update in site.updates:
-        if update.kind not in ("additive", "weight"):
-            raise NotMergeable(
-                f"{update.method} changes {update.acts_on}, not weights", where=str(site.target),
-                cure="Inject it into a live model instead",
-            )  # fmt: skip
     for stored, bias in ((site.weight, False), (site.bias, True)):
         updates = tuple(u for u in site.updates if (u.changes_bias if bias else u.changes_weight))
         if stored is not None and updates:
             shape = base.tensors[aliases.get(stored, stored)].shape
-            found.append((stored, Fold(site.target, updates, weight, position, bias, shape)))
+            seen = _seen(site, base, aliases) if bias else None
+            found.append((stored, Fold(site.target, updates, weight, position, bias, shape, seen)))
     return found
+
+
+def _seen(site: Site, base: Checkpoint, aliases: Mapping[str, str]) -> Lazy | None:
+    """The weight that a change to its bias needs; it must be the base's own."""
+    needy = [
+        position for position, update in enumerate(site.updates) if update.bias_sees_weight and update.changes_bias
+    ]
+    if not needy or site.weight is None:
+        return None
+    if any(update.changes_weight for update in site.updates[: needy[-1]]):
+        why = f"{site.updates[needy[-1]].method} changes the bias by a weight that another update changes before it"
+        raise NotMergeable(why, where=str(site.target), cure="Merge one adapter after the other")
+    return base.tensors[aliases.get(site.weight, site.weight)]
 
 
 def _settle_tie(

@@ -16,6 +16,7 @@ from .spelling import config_name, is_parameter, lora_paths
 if TYPE_CHECKING:
     from ...adapter import Target
     from ...tensors.checkpoint import Checkpoint
+    from .families import Family
     from .losses import Updates
 
 NO_MODULE = "dummy-target-modules"
@@ -53,13 +54,29 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
     }
 
 
-def family_fields(updates: Updates, method: type, base: Checkpoint | None) -> dict[str, Any]:
+def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, Any]:
     """Which modules a file of one of the `families` has."""
-    paths = sorted(target.path for target, found in updates.items() if _has(found, method))
+    paths = sorted(target.path for target, found in updates.items() if _has(found, family.method))
+    if not family.names_modules:
+        saved = saved_modules(updates, (), base)
+        pair = base is not None and (base.config or {}).get("is_encoder_decoder")
+        return ({"modules_to_save": saved} if saved else {}) | ({"task_type": "SEQ_2_SEQ_LM"} if pair else {})
     return {
         "target_modules": endings(paths, base),
         "modules_to_save": saved_modules(updates, paths, base),
         **_ANYWHERE,
+    }
+
+
+def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    """Which modules an LN_TUNING file has copies of: those that hold what is replaced."""
+    held = {
+        f"{target.path}." if base is None or f"{target.path}.weight" in base.tensors else target.path
+        for target in updates
+    }
+    return {
+        "target_modules": endings(sorted({name.rpartition(".")[0] for name in held}), base),
+        "exclude_modules": None,
     }
 
 

@@ -12,11 +12,11 @@ from ...errors import Malformed
 from ...methods.replacement import Replacement
 from ...tensors.lazy import as_lazy
 from . import config as fields
-from . import ia3, lora, replacement, rows
+from . import ia3, ln_tuning, lora, replacement, rows
 from .families import family_of_type
 from .file import File, Findings, Found, Kept
 from .hints import FORMAT, Hints, fingerprint
-from .keys import parse_keys
+from .keys import parse_keys, prefix_of
 from .spelling import spell, stored
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "IA3": (replacement.decode, ia3.decode),
+    "LN_TUNING": (replacement.decode, ln_tuning.decode),
     "LORA": (replacement.decode, lora.decode, rows.decode),
     "TRAINABLE_TOKENS": (replacement.decode, rows.decode),
 }
@@ -48,7 +49,7 @@ def decode(
         UsageError: the file does not tell which parameters it adapts, and there is no base to tell.
     """
     settings = fields.parse(config)
-    prefix, parsed = parse_keys(tensors)
+    prefix, parsed = parse_keys(tensors, prefix_of(settings.peft_type))
     file = File(settings, parsed, base, compat)
     updates, places, kept = assemble(file)
     keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)
