@@ -194,6 +194,8 @@ def _measured(place: Place, bits: bool, tolerance: float, signs: bool, sums: lis
     biases = [None if change is None else change.bias() for change in changes]
     weights = [_weight(pair, signs) for pair in side_by_side(changes)]
     totals = [math.fsum(each[i] for each in weights) + extra for i, extra in enumerate(_of_biases(biases))]
+    if bits:
+        totals[3] = 0.0
     for i, value in enumerate(totals):
         sums[i] += value
     a, b, product, difference = totals

@@ -60,6 +60,10 @@ class Criterion:
         named = {"rank": self.rank, "energy": self.energy, "error": self.error, "frobenius": self.frobenius}
         return {name: value for name, value in named.items() if value is not None}
 
+    def keeps_all(self, small: int) -> bool:
+        """Whether nothing of a matrix whose smaller side is `small` may be lost."""
+        return (self.rank or 0) >= small or self.energy == 1 or 0 in (self.error, self.frobenius)
+
     def check_possible(self, most: int) -> None:
         """Refuses a rank that no weight can have.
 

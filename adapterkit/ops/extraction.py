@@ -56,7 +56,8 @@ def extract(
 ) -> Adapter:
     """The adapter that makes a base what a tuned model is.
 
-    A matrix of a smaller side than the rank is kept at full rank: merging gives the tuned weights again, bit by bit.
+    A matrix of a smaller side than the rank is kept at full rank: merging gives the tuned weights again, bit by bit where
+    they are of 32 bits or less. An energy of 1 and an error of 0 do so everywhere.
 
     Args:
         tuned: the tuned weights: a folder, a file, or an open checkpoint.
@@ -177,8 +178,8 @@ class _Extraction:
     def _matrix(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update, Cut]]:
         """A LoRA of the difference, or of each expert's."""
         target = self._target(name, len(tuned.shape))
-        full = self.criterion.rank is not None and self.criterion.rank >= min(tuned.shape)
-        D = view_of(difference(name, tuned, base, exact=full), target)
+        exact = self.criterion.keeps_all(min(tuned.shape))
+        D = view_of(difference(name, tuned, base, exact=exact), target)
         if not D.any():
             return
         shape = D.shape[1:] if target.stacked else D.shape
@@ -196,7 +197,7 @@ class _Extraction:
         import numpy as np
 
         small = min(D.shape)
-        if self.criterion.rank is not None and self.criterion.rank >= small:
+        if self.criterion.keeps_all(small):
             identity = np.eye(small, dtype=D.dtype)
             return (D, identity) if D.shape[1] == small else (identity, D)
         D = D.astype(np.float32, copy=False)
