@@ -43,7 +43,7 @@ def scale(adapter: Source, factor: float, *, base: Base | None = None) -> Adapte
     """
     _check_weights([factor], 1)
     (read,), found = places([adapter], base=base)
-    updates = {place.target: _at(place, [factor], stacking=False) for place in found}
+    updates = {place.target: summed_at(place, [factor], stacking=False) for place in found}
     return read.replace(updates=updates).step("scale", factor=float(factor))
 
 
@@ -123,11 +123,11 @@ def _combined(
     op: str, adapters: Sequence[Source], weights: list[float], base: Base | None, disjoint: bool, *, stacking: bool
 ) -> Adapter:
     read, found = places(adapters, base=base, disjoint=disjoint)
-    updates = {place.target: _at(place, weights, stacking) for place in found}
+    updates = {place.target: summed_at(place, weights, stacking) for place in found}
     return of_several(read, updates, op, weights=weights)
 
 
-def _at(place: Place, weights: Sequence[float], stacking: bool) -> tuple[Update, ...]:
+def summed_at(place: Place, weights: Sequence[float], stacking: bool) -> tuple[Update, ...]:
     """The sum at one target."""
     try:
         held_ = [_parted(found, weight) for found, weight in zip(place.updates, weights, strict=True) if found]

@@ -51,7 +51,7 @@ class At:
         return [values.get(name, getattr(method, name)) for values in own]
 
     def uniform(self, t: int, shape: tuple[int, ...]) -> Array:
-        """Numbers in [0, 1) for present adapter t: a function of seed, target, part and the adapter's position alone."""
+        """Numbers in [0, 1) for present adapter t: a function of seed, target, part and its position alone."""
         import math
 
         import numpy as np

@@ -1,4 +1,4 @@
-"""The methods that combine adapters: one module each, found by its file name. `COMBINERS["ties"]` is the class `TIES`."""
+"""Methods that combine adapters: one module each, found by its file name. `COMBINERS["ties"]` is the class `TIES`."""
 
 from __future__ import annotations
 

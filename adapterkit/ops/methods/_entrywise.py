@@ -62,7 +62,7 @@ class Entrywise(Method):
         agree = self._agreeing(w * kept if self.weighted_vote else kept)
         total = (w * kept * agree).sum(0)
         if self.denominator == "none":
-            return self.scale * total
+            return np.asarray(self.scale * total)
         share = (agree & (kept != 0) if self.sign == "none" else agree) * (1.0 if self.denominator == "count" else w)
         below = share.sum(0)
         result: Array = self.scale * total / np.where(below == 0, 1.0, below)
@@ -75,7 +75,7 @@ class Entrywise(Method):
             return np.ones(votes.shape, bool)
         elected = np.sign((votes if self.sign == "total" else np.sign(votes)).sum(0))
         majority = np.sign(elected.sum()) if self.zero_sign == "majority" else 1.0
-        return np.sign(votes) == np.where(elected == 0, majority or 1.0, elected)
+        return np.asarray(np.sign(votes) == np.where(elected == 0, majority or 1.0, elected))
 
 
 def count_of(density: float, total: int, how: str) -> int:

@@ -54,6 +54,8 @@ class Method:
         dense: whether the result has no thin factors even where the changes have.
         compat: peer -> parameters with which it computes what that peer computes.
         plug: the parameter that names another method, for those that work on top of one.
+        single: parameters that may differ from adapter to adapter.
+        sequential: whether `data=` is also given the adapter of the targets that are done, in the adapters' order.
     """
 
     title: ClassVar[str] = ""
@@ -62,6 +64,8 @@ class Method:
     takes: ClassVar[tuple[int, int | None]] = (1, None)
     compat: ClassVar[Mapping[str, Mapping[str, Value]]] = {}
     plug: ClassVar[str | None] = None
+    single: ClassVar[frozenset[str]] = frozenset()
+    sequential: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -71,6 +75,12 @@ class Method:
     def parameters(cls) -> dict[str, dataclasses.Field[Any]]:
         """Name -> field with its default and facts."""
         return {f.name: f for f in dataclasses.fields(cls) if "meaning" in f.metadata}  # type: ignore[arg-type]
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What every parameter is where nothing is said, `then` of plug-ins included."""
+        own = {name: field.default for name, field in cls.parameters().items()}
+        return {"then": vars(cls()).get("then"), **own} if cls.plug else own
 
     @classmethod
     def checked(cls, name: str, value: Any) -> Value:
@@ -92,7 +102,7 @@ class Method:
         outside = not isinstance(fits, (bool, str)) and not facts["least"] <= fits <= facts["most"]
         if outside or (facts["among"] and fits not in facts["among"]):
             raise UsageError(f"{value!r} will not do", where=name, cure=_said(known[name]))
-        return fits
+        return fits  # type: ignore[no-any-return]
 
     def values(self) -> dict[str, Value]:
         """The parameters as plain data."""
@@ -106,6 +116,10 @@ class Method:
     def counts(self) -> bool:
         """Whether numbers of the whole adapters are needed before anything can be computed."""
         return False
+
+    def sums(self, weights: Sequence[float]) -> list[float] | None:
+        """The factor of each adapter, where the method is a sum whatever the changes are: that needs no computing."""
+        return None
 
     def check(self) -> None:
         """Checks parameters together; raises UsageError."""
@@ -156,8 +170,7 @@ class Spectral(Method):
 
 
 class PlugIn(Method):
-    """Methods that change what another method sees: its name is the parameter `then`, and what is not this one's own
-    parameter is the other's."""
+    """Methods that change what another method, `then`, sees; parameters that are not their own are the other's."""
 
     plug: ClassVar[str | None] = "then"
     then: str = "task_arithmetic"
@@ -192,11 +205,24 @@ def made(cls: type[Method], values: Mapping[str, Any]) -> Method:
         return method
     own = {name: cls.checked(name, value) for name, value in values.items() if name in cls.parameters()}
     rest = {name: value for name, value in values.items() if name not in own and name != "then"}
-    plugged = cls(**own, settings=rest, **{"then": values["then"]} if "then" in values else {})
+    plugged: Any = cls(**own, settings=rest, then=values.get("then", cls.then))
     plugged.check()
     if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None:
         raise UsageError(f"{plugged.then} cannot come after it", where="then", cure="Name a method that stands alone")
-    return plugged
+    return plugged  # type: ignore[no-any-return]
+
+
+def shares(weights: Array) -> Array:
+    """Weights over their sum.
+
+    Raises:
+        UsageError: they have none.
+    """
+    whole = weights.sum()
+    if abs(whole) < TINY * abs(weights).sum() or whole == 0:
+        raise UsageError("the weights sum to 0", where="weights", cure="Choose weights with a sum")
+    result: Array = weights / whole
+    return result
 
 
 def gram(deltas: Sequence[Delta]) -> Array:
@@ -205,7 +231,8 @@ def gram(deltas: Sequence[Delta]) -> Array:
 
     if any(delta.rest is not None for delta in deltas):
         flat = np.stack([delta.dense().ravel() for delta in deltas])
-        return flat @ flat.T
+        product: Array = flat @ flat.T
+        return product
     found = np.empty((len(deltas), len(deltas)))
     for s, one in enumerate(deltas):
         for t, other in enumerate(deltas[: s + 1]):
@@ -231,14 +258,17 @@ def whole(D: Array) -> Delta:
 
 
 def between(left: Array, core: Array, right: Array) -> Delta:
-    """left @ core @ right as a pair of thin factors, singular values evenly shared, without directions that are noise."""
+    """left @ core @ right as a pair of thin factors, singular values evenly shared, noise left out."""
     import numpy as np
 
     U, S, Vh = np.linalg.svd(core, full_matrices=False)
-    kept = max(int((S > NOISE * S[:1].max(initial=0)).sum()), 1)
+    kept = max(int((NOISE * S[:1].max(initial=0) < S).sum()), 1)
     root = np.sqrt(S[:kept])
     return Delta(left @ (U[:, :kept] * root), (root[:, None] * Vh[:kept]) @ right)
 
+
+TINY = 1e-12
+"""A sum of weights below this part of their magnitudes is none."""
 
 NOISE = 1e-13
 """Singular values below this part of the largest are rounding."""
@@ -246,7 +276,7 @@ NOISE = 1e-13
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
-def _typed(value: Any, kind: type) -> Value:
+def _typed(value: Any, kind: type) -> Any:
     if isinstance(value, bool) or kind in (bool, str):
         return value if type(value) is kind else None
     if kind is int:
@@ -258,5 +288,7 @@ def _said(field: dataclasses.Field[Any]) -> str:
     facts = field.metadata
     if facts["among"]:
         return f"One of: {', '.join(facts['among'])}"
-    bounds = [f"from {facts['least']:g}"] * (facts["least"] > -math.inf) + [f"to {facts['most']:g}"] * (facts["most"] < math.inf)
+    bounds = [f"from {facts['least']:g}"] * (facts["least"] > -math.inf) + [f"to {facts['most']:g}"] * (
+        facts["most"] < math.inf
+    )
     return f"{facts['meaning']}: {_KINDS[facts['kind']]} {' '.join(bounds)}".rstrip()

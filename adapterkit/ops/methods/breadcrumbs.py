@@ -5,7 +5,7 @@ Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ._entrywise import DENSITY, RESCALE, Entrywise, rescaled
 from ._method import parameter
@@ -20,7 +20,8 @@ class Breadcrumbs(Entrywise):
 
     title = "Model Breadcrumbs"
     paper = "https://arxiv.org/abs/2312.06795"
-    compat = {"mergekit": {"density": 1.0, "gamma": 0.01, "weighted_vote": True}}
+    single = frozenset({"density", "gamma"})
+    compat: ClassVar = {"mergekit": {"density": 1.0, "gamma": 0.01, "weighted_vote": True}}
 
     density: float = parameter(0.143, DENSITY, least=0, most=1)
     gamma: float = parameter(0.007, "share of the entries, the largest, that is dropped", least=0, most=1)

@@ -21,6 +21,7 @@ class Consensus(Entrywise):
 
     title = "Consensus task arithmetic (TALL masks)"
     paper = "https://arxiv.org/abs/2405.07813"
+    single = frozenset({"threshold"})
 
     threshold: float = parameter(0.4, "lambda_t: how large an entry is beside what the others add", least=0)
     agree: int = parameter(2, "tasks that an entry must matter to", least=1)

@@ -5,7 +5,7 @@ Yu et al. 2023, https://arxiv.org/abs/2311.03099
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ._entrywise import RESCALE, RESCALES, Entrywise, rescaled
 from ._method import parameter
@@ -20,7 +20,8 @@ class Dare(Entrywise):
 
     title = "DARE, then task arithmetic"
     paper = "https://arxiv.org/abs/2311.03099"
-    compat = {"mergekit": {"density": 1.0, "rescale": "norm"}, "peft": {}}
+    single = frozenset({"density"})
+    compat: ClassVar = {"mergekit": {"density": 1.0, "rescale": "norm"}, "peft": {}}
 
     density: float = parameter(0.1, "probability p that an entry is kept", least=0, most=1)
     rescale: str = parameter("inverse", RESCALE, among=RESCALES)

@@ -5,7 +5,7 @@ Yu et al. 2023, https://arxiv.org/abs/2311.03099
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ._entrywise import DENOMINATORS, RESCALE, RESCALES, SIGNS, Entrywise
 from ._method import parameter
@@ -21,7 +21,8 @@ class DareTIES(Entrywise):
 
     title = "DARE, then TIES"
     paper = "https://arxiv.org/abs/2311.03099"
-    compat = {
+    single = frozenset({"density"})
+    compat: ClassVar = {
         "mergekit": {
             "density": 1.0, "rescale": "norm", "weighted_vote": True, "zero_sign": "+", "denominator": "none",
         },

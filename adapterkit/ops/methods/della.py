@@ -5,7 +5,7 @@ Deep et al. 2024, https://arxiv.org/abs/2406.11617
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
 from ._entrywise import DENOMINATORS, RESCALE, RESCALES, SIGNS, Entrywise, rescaled
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 
 class Della(Entrywise):
-    """As DARE and TIES, with p from density - epsilon for a row's smallest entry to density + epsilon for its largest."""
+    """As DARE and TIES, with p from density - epsilon for a row's smallest to density + epsilon for its largest."""
 
     title = "DELLA"
     paper = "https://arxiv.org/abs/2406.11617"
-    compat = {
+    single = frozenset({"density", "epsilon"})
+    compat: ClassVar = {
         "mergekit": {"rescale": "norm", "weighted_vote": True, "zero_sign": "+", "denominator": "weights"},
     }  # fmt: skip
 

@@ -5,10 +5,10 @@ Ilharco et al. 2022, https://arxiv.org/abs/2212.04089; averaged: Wortsman et al.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-from ...errors import UsageError
-from ._method import Mixture, parameter
+from ._method import Mixture, parameter, shares
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array
@@ -19,13 +19,14 @@ class Linear(Mixture):
 
     title = "Weighted sum"
     paper = "https://arxiv.org/abs/2203.05482"
-    compat = {"mergekit": {"normalize": True}, "peft": {}}
+    compat: ClassVar = {"mergekit": {"normalize": True}, "peft": {}}
 
     normalize: bool = parameter(False, "divide by the sum of the weights: a mean")
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
-        if not self.normalize:
-            return weights
-        if not weights.sum():
-            raise UsageError("the weights sum to 0", where="weights", cure="Choose others, or normalize=False")
-        return weights / weights.sum()
+        return shares(weights) if self.normalize else weights
+
+    def sums(self, weights: Sequence[float]) -> list[float]:
+        import numpy as np
+
+        return [float(c) for c in self.coefficients(np.zeros(0), np.array(weights))]

@@ -5,7 +5,7 @@ Han et al. 2015, https://arxiv.org/abs/1506.02626; of task vectors: TIES without
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ._entrywise import COUNTS, DENSITY, KEPT, Entrywise, count_of, largest
 from ._method import parameter
@@ -20,7 +20,8 @@ class MagnitudePrune(Entrywise):
 
     title = "Magnitude pruning"
     paper = "https://arxiv.org/abs/1506.02626"
-    compat = {"peft": {"kept": "floor"}}
+    single = frozenset({"density"})
+    compat: ClassVar = {"peft": {"kept": "floor"}}
 
     density: float = parameter(0.5, DENSITY, least=0, most=1)
     kept: str = parameter("floor", KEPT, among=COUNTS)

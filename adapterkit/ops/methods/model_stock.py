@@ -5,7 +5,7 @@ Jang et al. 2024, https://arxiv.org/abs/2403.19522
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ._method import Mixture, parameter
 
@@ -18,7 +18,7 @@ class ModelStock(Mixture):
 
     title = "Model Stock"
     paper = "https://arxiv.org/abs/2403.19522"
-    compat = {"mergekit": {"clamp": False}}
+    compat: ClassVar = {"mergekit": {"clamp": False}}
 
     clamp: bool = parameter(True, "take a negative mean cosine for 0, rather than go beyond the base")
 

@@ -6,10 +6,10 @@ D = (m cos|v| + v sin|v| / |v|) * sum_t w_t |D_t|.  Goddard 2025, https://goddar
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
-from ._method import Mixture, parameter
+from ._method import Mixture, parameter, shares
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array
@@ -20,7 +20,7 @@ class MultiSlerp(Mixture):
 
     title = "Spherical mean of several (MultiSLERP)"
     paper = "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea"
-    compat = {"mergekit": {}}
+    compat: ClassVar = {"mergekit": {}}
 
     normalize: bool = parameter(True, "divide the weights by their sum")
     eps: float = parameter(1e-8, "lengths below it are none", least=0)
@@ -28,7 +28,7 @@ class MultiSlerp(Mixture):
     def coefficients(self, gram: Array, weights: Array) -> Array:
         import numpy as np
 
-        w = weights / weights.sum() if self.normalize else weights
+        w = shares(weights) if self.normalize else weights
         sizes = np.sqrt(gram.diagonal())
         inverse = np.where(sizes > 0, 1 / np.where(sizes > 0, sizes, 1.0), 0.0)
         cosines = gram * np.outer(inverse, inverse)

@@ -5,7 +5,7 @@ Wan et al. 2024 (FuseChat), https://arxiv.org/abs/2408.07990
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ._entrywise import Entrywise, largest
 from ._method import parameter
@@ -20,10 +20,14 @@ class SCE(Entrywise):
 
     title = "SCE"
     paper = "https://arxiv.org/abs/2408.07990"
-    compat = {"mergekit": {"select": 1.0}}
+    compat: ClassVar = {"mergekit": {"select": 1.0}}
 
-    select: float = parameter(0.1, "share of the entries that vary at all to select, those that vary most", least=0, most=1)
-    sign: str = parameter("total", "how signs are elected: by the sum, or by how many there are", among=("total", "frequency"))
+    select: float = parameter(
+        0.1, "share of the entries that vary at all to select, those that vary most", least=0, most=1
+    )
+    sign: str = parameter(
+        "total", "how signs are elected: by the sum, or by how many there are", among=("total", "frequency")
+    )
 
     def merged(self, changes: Array, weights: Array, at: At) -> Array:
         import numpy as np

@@ -7,9 +7,9 @@ straight line.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from ._method import Mixture, parameter
+from ._method import Mixture, parameter, shares
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array
@@ -21,7 +21,7 @@ class Slerp(Mixture):
     title = "Spherical interpolation (SLERP)"
     paper = "https://doi.org/10.1145/325165.325242"
     takes = (2, 2)
-    compat = {"mergekit": {}}
+    compat: ClassVar = {"mergekit": {}}
 
     t: float | None = parameter(
         None, "how far from the first to the second; the second's share of the weights if not given", kind=float
@@ -33,7 +33,7 @@ class Slerp(Mixture):
 
         if len(gram) == 1:
             return np.ones(1)
-        t = float(weights[1] / weights.sum()) if self.t is None else self.t
+        t = float(shares(weights)[1]) if self.t is None else self.t
         sizes = np.sqrt(gram.diagonal())
         cosine = float(np.clip(gram[0, 1] / (sizes.prod() or 1.0), -1, 1))
         if abs(cosine) > self.threshold:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from ._entrywise import SCALE
 from ._method import Mixture, parameter
@@ -16,9 +17,12 @@ class TaskArithmetic(Mixture):
 
     title = "Task arithmetic"
     paper = "https://arxiv.org/abs/2212.04089"
-    compat = {"mergekit": {}, "peft": {}}
+    compat: ClassVar = {"mergekit": {}, "peft": {}}
 
     scale: float = parameter(1.0, SCALE)
 
     def coefficients(self, gram: Array, weights: Array) -> Array:
         return self.scale * weights
+
+    def sums(self, weights: Sequence[float]) -> list[float]:
+        return [self.scale * weight for weight in weights]

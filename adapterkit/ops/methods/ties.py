@@ -5,7 +5,7 @@ Yadav et al. 2023, https://arxiv.org/abs/2306.01708
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ._entrywise import COUNTS, DENOMINATORS, DENSITY, KEPT, SIGNS, Entrywise, count_of, largest
 from ._method import parameter
@@ -20,7 +20,8 @@ class TIES(Entrywise):
 
     title = "TIES"
     paper = "https://arxiv.org/abs/2306.01708"
-    compat = {
+    single = frozenset({"density"})
+    compat: ClassVar = {
         "mergekit": {
             "density": 1.0, "scope": "tensor", "kept": "at_least_one", "weighted_vote": True, "zero_sign": "+",
             "denominator": "weights",
@@ -29,7 +30,9 @@ class TIES(Entrywise):
     }  # fmt: skip
 
     density: float = parameter(0.2, DENSITY, least=0, most=1)
-    scope: str = parameter("model", "what the largest are sought in: the whole adapter or each tensor", among=("model", "tensor"))
+    scope: str = parameter(
+        "model", "what the largest are sought in: the whole adapter or each tensor", among=("model", "tensor")
+    )
     kept: str = parameter("reference", KEPT, among=COUNTS)
     sign: str = parameter("total", "how signs are elected: by the sum, or by how many there are", among=SIGNS)
     zero_sign: str = parameter("majority", "the sign of an entry whose votes cancel", among=("+", "majority"))
