@@ -96,11 +96,9 @@ def _combiner_row(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return (
-        {True: "true", False: "false", None: "-"}.get(value, str(value))
-        if not isinstance(value, float)
-        else f"{value:g}"
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _methods_view(record: Mapping[str, Any]) -> View:

@@ -46,8 +46,8 @@ from .verify import record_of, verdict
 @click.pass_context
 def command(
     ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
-    method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None, engine: str, tied: str | None, allow_partial: bool, overwrite: bool,
-    only_plan: bool, verified: bool,
+    method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
+    engine: str, tied: str | None, allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
     from ..merging import merge, plan
@@ -55,7 +55,7 @@ def command(
     settings: _options.Settings = ctx.obj
     chosen = list(weights) or None
     if method is not None:
-        adapters, chosen = _combined(base, adapters, method, weights, parameters), None  # type: ignore[assignment]
+        adapters, chosen = _combined(base, adapters, method, weights, parameters), None
     elif parameters:
         raise click.UsageError("--set is of a --method")
     if only_plan:

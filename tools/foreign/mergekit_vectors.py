@@ -1,4 +1,4 @@
-"""Writes tests/data/mergekit.safetensors: what mergekit's `merge_tensors` makes of three changes, for every method of it.
+"""Writes tests/data/mergekit.safetensors: what mergekit's `merge_tensors` makes of three changes, method by method.
 
     python tools/foreign/mergekit_vectors.py [DEST]
 

@@ -17,6 +17,10 @@ SIGNS = ("none", "total", "frequency")
 DENOMINATORS = ("none", "count", "weights")
 RESCALES = ("none", "inverse", "norm")
 
+SIGN = "how signs are elected: by the sum, or by how many there are"
+ZERO_SIGNS = ("+", "majority")
+ZERO_SIGN = "the sign of an entry whose votes cancel: positive, or that of most entries of its tensor"
+DENOMINATOR = "what a sum is divided by: agreeing adapters, or their weights"
 DENSITY = "share of the entries that are kept"
 SCALE = "factor of the result, lambda"
 KEPT = "how many entries a density p of n is: int(p n) + 1 (reference), int(p n) (floor), or that but 1 at least"
@@ -24,26 +28,17 @@ RESCALE = "what is kept is divided by its probability (inverse), or brought to t
 
 
 class Entrywise(Method):
-    """lambda * sum_t w_t M_t S(D_t), over a denominator if any; M_t is 1 where an entry has the elected sign.
-
-    S is the formula of a subclass, `sparse`; it is given, and gives, one change.
-    """
+    """Methods that need whole matrices; the formula sees all changes of a tensor, `merged`."""
 
     scale: float = parameter(1.0, SCALE)
-    sign: str = parameter("none", "how signs are elected: by the sum, or by how many there are", among=SIGNS)
-    weighted_vote: bool = parameter(False, "whether weights count in the election")
-    zero_sign: str = parameter("+", "the sign of an entry whose votes cancel", among=("+", "majority"))
-    denominator: str = parameter(
-        "none", "what a sum is divided by: agreeing adapters, or their weights", among=DENOMINATORS
-    )
 
     @property
     def dense(self) -> bool:
         return True
 
-    def sparse(self, D: Array, t: int, at: At) -> Array:
-        """The change of present adapter t with most entries set to zero."""
-        return D
+    def merged(self, changes: Array, weights: Array, at: At) -> Array:
+        """Changes `[T, ...]` to one, `[...]`."""
+        raise NotImplementedError
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
         import numpy as np
@@ -53,13 +48,28 @@ class Entrywise(Method):
     def vector(self, changes: Array, weights: Array, at: At) -> Array:
         return self.merged(changes, weights, at)
 
+
+class Sparse(Entrywise):
+    """lambda * sum_t w_t M_t S(D_t), over a denominator if any; M_t is 1 where an entry has the elected sign.
+
+    S is the formula of a subclass, `sparse`; it is given, and gives, one change.
+    """
+
+    sign: str = parameter("none", SIGN, among=SIGNS)
+    weighted_vote: bool = parameter(False, "whether weights count in the election")
+    zero_sign: str = parameter("+", ZERO_SIGN, among=ZERO_SIGNS)
+    denominator: str = parameter("none", DENOMINATOR, among=DENOMINATORS)
+
+    def sparse(self, D: Array, t: int, at: At) -> Array:
+        """The change of present adapter t with most entries set to zero."""
+        raise NotImplementedError
+
     def merged(self, changes: Array, weights: Array, at: At) -> Array:
-        """Changes `[T, ...]` to one, `[...]`."""
         import numpy as np
 
         kept = np.stack([self.sparse(D, t, at) for t, D in enumerate(changes)])
         w = weights.reshape(-1, *[1] * (kept.ndim - 1))
-        agree = self._agreeing(w * kept if self.weighted_vote else kept)
+        agree = agreeing(w * kept if self.weighted_vote else kept, self.sign, self.zero_sign)
         total = (w * kept * agree).sum(0)
         if self.denominator == "none":
             return np.asarray(self.scale * total)
@@ -68,14 +78,16 @@ class Entrywise(Method):
         result: Array = self.scale * total / np.where(below == 0, 1.0, below)
         return result
 
-    def _agreeing(self, votes: Array) -> Array:
-        import numpy as np
 
-        if self.sign == "none":
-            return np.ones(votes.shape, bool)
-        elected = np.sign((votes if self.sign == "total" else np.sign(votes)).sum(0))
-        majority = np.sign(elected.sum()) if self.zero_sign == "majority" else 1.0
-        return np.asarray(np.sign(votes) == np.where(elected == 0, majority or 1.0, elected))
+def agreeing(votes: Array, sign: str, zero_sign: str = "+") -> Array:
+    """Which entries of `[T, ...]` have the sign that is elected there."""
+    import numpy as np
+
+    if sign == "none":
+        return np.ones(votes.shape, bool)
+    elected = np.sign((votes if sign == "total" else np.sign(votes)).sum(0))
+    majority = np.sign(elected.sum()) if zero_sign == "majority" else 1.0
+    return np.asarray(np.sign(votes) == np.where(elected == 0, majority or 1.0, elected))
 
 
 def count_of(density: float, total: int, how: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import DENSITY, RESCALE, Entrywise, rescaled
+from ._entrywise import DENSITY, RESCALE, Sparse, largest, rescaled
 from ._method import parameter
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..at import At
 
 
-class Breadcrumbs(Entrywise):
+class Breadcrumbs(Sparse):
     """lambda * sum_t w_t m_t D_t: of the magnitudes in a tensor the gamma n largest go, then the smallest."""
 
     title = "Model Breadcrumbs"

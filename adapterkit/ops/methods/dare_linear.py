@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import RESCALE, RESCALES, Entrywise, rescaled
+from ._entrywise import RESCALE, RESCALES, Sparse, rescaled
 from ._method import parameter
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..at import At
 
 
-class Dare(Entrywise):
+class Dare(Sparse):
     """lambda * sum_t w_t m_t D_t / p, every entry of m_t being 1 with probability p."""
 
     title = "DARE, then task arithmetic"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import DENOMINATORS, RESCALE, RESCALES, SIGNS, Entrywise
+from ._entrywise import DENOMINATOR, DENOMINATORS, RESCALE, RESCALES, SIGN, SIGNS, ZERO_SIGN, ZERO_SIGNS, Sparse
 from ._method import parameter
 from .dare_linear import dropped
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..at import At
 
 
-class DareTIES(Entrywise):
+class DareTIES(Sparse):
     """lambda * mean of the entries of m_t D_t / p that have the elected sign."""
 
     title = "DARE, then TIES"
@@ -31,11 +31,9 @@ class DareTIES(Entrywise):
 
     density: float = parameter(0.1, "probability p that an entry is kept", least=0, most=1)
     rescale: str = parameter("inverse", RESCALE, among=RESCALES)
-    sign: str = parameter("total", "how signs are elected: by the sum, or by how many there are", among=SIGNS)
-    zero_sign: str = parameter("majority", "the sign of an entry whose votes cancel", among=("+", "majority"))
-    denominator: str = parameter(
-        "count", "what a sum is divided by: agreeing adapters, or their weights", among=DENOMINATORS
-    )
+    sign: str = parameter("total", SIGN, among=SIGNS)
+    zero_sign: str = parameter("majority", ZERO_SIGN, among=ZERO_SIGNS)
+    denominator: str = parameter("count", DENOMINATOR, among=DENOMINATORS)
 
     def sparse(self, D: Array, t: int, at: At) -> Array:
         return dropped(D, at.each(self, "density")[t], self.rescale, t, at)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
-from ._entrywise import DENOMINATORS, RESCALE, RESCALES, SIGNS, Entrywise, rescaled
+from ._entrywise import DENOMINATOR, DENOMINATORS, RESCALE, RESCALES, SIGN, SIGNS, Sparse, largest, rescaled
 from ._method import parameter
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..at import At
 
 
-class Della(Entrywise):
+class Della(Sparse):
     """As DARE and TIES, with p from density - epsilon for a row's smallest to density + epsilon for its largest."""
 
     title = "DELLA"
@@ -29,10 +29,8 @@ class Della(Entrywise):
     density: float = parameter(0.3, "mean probability that an entry is kept", least=0, most=1)
     epsilon: float = parameter(0.15, "how far the probabilities are from their mean at most", least=0, most=1)
     rescale: str = parameter("inverse", RESCALE, among=RESCALES)
-    sign: str = parameter("total", "how signs are elected: by the sum, or by how many there are", among=SIGNS)
-    denominator: str = parameter(
-        "count", "what a sum is divided by: agreeing adapters, or their weights", among=DENOMINATORS
-    )
+    sign: str = parameter("total", SIGN, among=SIGNS)
+    denominator: str = parameter("count", DENOMINATOR, among=DENOMINATORS)
 
     def sparse(self, D: Array, t: int, at: At) -> Array:
         import numpy as np

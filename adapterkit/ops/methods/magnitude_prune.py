@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import COUNTS, DENSITY, KEPT, Entrywise, count_of, largest
+from ._entrywise import COUNTS, DENSITY, KEPT, Sparse, count_of, largest
 from ._method import parameter
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..at import At
 
 
-class MagnitudePrune(Entrywise):
+class MagnitudePrune(Sparse):
     """lambda * sum_t w_t * the largest entries of D_t."""
 
     title = "Magnitude pruning"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import Entrywise, largest
+from ._entrywise import SIGN, Entrywise, agreeing, largest
 from ._method import parameter
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ class SCE(Entrywise):
     select: float = parameter(
         0.1, "share of the entries that vary at all to select, those that vary most", least=0, most=1
     )
-    sign: str = parameter(
-        "total", "how signs are elected: by the sum, or by how many there are", among=("total", "frequency")
-    )
+    sign: str = parameter("total", SIGN, among=("total", "frequency"))
 
     def merged(self, changes: Array, weights: Array, at: At) -> Array:
         import numpy as np
@@ -35,7 +33,7 @@ class SCE(Entrywise):
         D = changes * self._selected(changes)
         squares = (D * D).reshape(len(D), -1).mean(1) * weights
         w = (squares / (squares.sum() or 1.0)).reshape(-1, *[1] * (D.ndim - 1)) + np.zeros(D.shape)
-        agree = self._agreeing(D)
+        agree = agreeing(D, self.sign)
         below = (w * agree).sum(0)
         result: Array = self.scale * (w * agree * D).sum(0) / np.where(below == 0, 1.0, below)
         return result

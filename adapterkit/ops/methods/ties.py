@@ -7,7 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import COUNTS, DENOMINATORS, DENSITY, KEPT, SIGNS, Entrywise, count_of, largest
+from ._entrywise import (
+    COUNTS,
+    DENOMINATOR,
+    DENOMINATORS,
+    DENSITY,
+    KEPT,
+    SIGN,
+    SIGNS,
+    ZERO_SIGN,
+    ZERO_SIGNS,
+    Sparse,
+    count_of,
+    largest,
+)
 from ._method import parameter
 
 if TYPE_CHECKING:
@@ -15,7 +28,7 @@ if TYPE_CHECKING:
     from ..at import At
 
 
-class TIES(Entrywise):
+class TIES(Sparse):
     """lambda * mean of the entries, among the largest of their change, that have the elected sign."""
 
     title = "TIES"
@@ -34,11 +47,9 @@ class TIES(Entrywise):
         "model", "what the largest are sought in: the whole adapter or each tensor", among=("model", "tensor")
     )
     kept: str = parameter("reference", KEPT, among=COUNTS)
-    sign: str = parameter("total", "how signs are elected: by the sum, or by how many there are", among=SIGNS)
-    zero_sign: str = parameter("majority", "the sign of an entry whose votes cancel", among=("+", "majority"))
-    denominator: str = parameter(
-        "count", "what a sum is divided by: agreeing adapters, or their weights", among=DENOMINATORS
-    )
+    sign: str = parameter("total", SIGN, among=SIGNS)
+    zero_sign: str = parameter("majority", ZERO_SIGN, among=ZERO_SIGNS)
+    denominator: str = parameter("count", DENOMINATOR, among=DENOMINATORS)
 
     @property
     def counts(self) -> bool:
