@@ -1,6 +1,6 @@
-"""The k-th largest magnitude of numbers too many to hold: found bit by bit, in three rounds over them.
+"""The k-th largest magnitude of numbers too many to hold: found bit by bit, in four rounds over them.
 
-Magnitudes are positive, and the bits of positive doubles are ordered as the doubles are: each round counts 21 more bits
+Magnitudes are positive, and the bits of positive doubles are ordered as the doubles are: each round counts 16 more bits
 of those that begin like the one looked for.
 """
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..tensors.computed import Array
 
-BITS = 21
-ROUNDS = 3
+BITS = 16
+ROUNDS = 4
 
 
 class Census:
@@ -32,7 +32,7 @@ class Census:
         self._left: dict[int, int] = {}
 
     def run(self, once: Callable[[], None]) -> None:
-        """Fills the census: `once` goes over all targets, and is called three times."""
+        """Fills the census: `once` goes over all targets, and is called four times."""
         self.counting = True
         for self._round in range(ROUNDS):
             self._counts = {}

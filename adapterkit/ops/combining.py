@@ -82,6 +82,8 @@ def combine(
     else:
         cut = cut if rank is None else rank
     _check_data(name, data)
+    if not adapters:
+        raise UsageError("no adapter was given", cure="Name at least one")
     low, high = COMBINERS[name].takes
     if not low <= len(adapters) <= (len(adapters) if high is None else high):
         raise UsageError(f"{name} takes {low} adapters, not {len(adapters)}", cure="Choose another method")

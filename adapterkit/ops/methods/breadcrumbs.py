@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import DENSITY, RESCALE, Sparse, largest, rescaled
+from ._entrywise import DENSITY, RESCALE, Sparse, rescaled
 from ._method import parameter
 
 if TYPE_CHECKING:
