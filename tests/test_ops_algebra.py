@@ -40,7 +40,7 @@ def lora(seed=0, out=OUT, columns=(IN,), rank=2, scaling=1.0, bias=False, lead=(
 
 def arrays(update):
     """An update over float64 arrays of numpy."""
-    return update.map(lambda leaf: np.array(as_array(leaf), np.float64) if leaf.dtype.floating else leaf.numpy())
+    return update.map(lambda leaf: np.array(as_array(leaf), np.float64) if leaf.dtype.floating else leaf.numpy().copy())
 
 
 def change(updates, shape, stacked=False):
@@ -203,7 +203,7 @@ def test_merging_the_sum_is_merging_the_adapters(shared, base, tmp_path):
         "l.weight": rng.normal(size=(8, 16)), "l.bias": rng.normal(size=8), "c.weight": rng.normal(size=(8, 4, 3, 3)),
         "e.weight": rng.normal(size=(20, 8)), "x.experts": rng.normal(size=(3, 8, 16)), "n.weight": rng.normal(size=8),
         "k.weight": rng.normal(size=(8, 16)), "k.bias": rng.normal(size=8), "d.weight": rng.normal(size=(8, 16)),
-        "h.weight": rng.normal(size=(4, 16)),
+        "h.weight": rng.normal(size=(4, 16)), "g.weight": rng.normal(size=(8, 16)), "g.bias": rng.normal(size=8),
     }  # fmt: skip
     weights = {name: value.astype(np.float32) for name, value in weights.items()}
     model = base(weights)
@@ -240,8 +240,31 @@ def full_adapter(seed):
         Target("n"): (METHODS["dense"](D=leaf(8)),),
         Target("k"): (METHODS["ia3"](l=leaf(8)),),
         Target("d"): (dora, lora(seed, dtype=np.float32)),
+        Target("g"): (METHODS["glora"](A=leaf(8), B=leaf(8), C=leaf(16), D=leaf(8)),),
         Target("h"): (METHODS["replacement"](weight=leaf(4, 16)),),
     })  # fmt: skip
+
+
+def test_a_head_that_the_base_ties_is_known_by_its_name(base, tmp_path):
+    table = np.random.default_rng(0).normal(size=(10, 16)).astype(np.float32)
+    model = base({"model.embed_tokens.weight": table}, {"model_type": "llama", "tie_word_embeddings": True})
+    head = [
+        Adapter({Target("lm_head"): (METHODS["ia3"](l=from_numpy(np.full(10, v))), lora(out=10))}) for v in (2.0, 3.0)
+    ]
+    total = ops.add(head, [1, 2], base=model)
+    for name, adapters, kwargs in (("apart", head, {"weights": [1, 2]}), ("added", total, {})):
+        ak.merge(model, adapters, tmp_path / name, tied="untie", **kwargs)
+    apart, added = (load_file(tmp_path / name / "model.safetensors")["lm_head.weight"] for name in ("apart", "added"))
+    np.testing.assert_allclose(added, apart, rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.5, -0.3])
+def test_a_scaled_adapter_is_still_one_of_its_format(factor, peft_model, tmp_path):
+    _, adapters = peft_model
+    ak.write(ops.scale(adapters[0], factor), tmp_path / "scaled", format="peft")
+    model = peft.PeftModel.from_pretrained(TwoLayers(), tmp_path / "scaled", adapter_name="sum")
+    for module in ("q", "c"):
+        close(of_peft(model, module), factor * adapters[0].delta(module).double().numpy())
 
 
 @given(st.floats(-2, 2), st.floats(-2, 2))

@@ -148,6 +148,15 @@ def test_the_error_that_is_told_is_that_of_what_is_stored(dtype, digits):
     assert math.isclose(cuts[0].error, error, rel_tol=1e-3, abs_tol=1e-13 * cuts[0].norm)
 
 
+def test_a_rank_above_that_of_the_weight_comes_down():
+    """LoRA of rank 16 on a head of 3 outputs."""
+    update, cuts = random_lora(0, out=3, rank=16), []
+    (made,) = ops.resize(Adapter({TARGET: (update,)}), error=1e-9, dtype="F64", report=cuts.append).updates[TARGET]
+    assert made.A.shape == (3, 20)
+    np.testing.assert_allclose(dense(made), dense(update), atol=1e-12)
+    assert (cuts[0].before, cuts[0].rank) == (3, 3)
+
+
 def test_other_methods_become_a_lora_of_their_rank():
     rng = np.random.default_rng(0)
     fields = {"w1_a": (12, 2), "w1_b": (2, 20), "w2_a": (12, 2), "w2_b": (2, 20)}

@@ -1,4 +1,4 @@
-"""Tell whether two adapters are the same function, and how they differ.
+"""Tell whether two adapters are the same function.
 
 A and B may be of different formats and methods. The exit code is 0 where they change a base alike, 1 where they do not,
 and 3 where only a base could tell and none was given.

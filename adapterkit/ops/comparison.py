@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AdapterkitError, UsageError
 from ..tensors.lazy import as_lazy
 from ..updates import Additive, Update
-from .lowering import Delta, additive, loaded
+from .at_base import additive
+from .lowering import Delta, loaded
 from .places import Place, places, side_by_side
 from .thin import whole_core
 

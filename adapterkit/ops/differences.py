@@ -115,7 +115,8 @@ def _floats(tensor: Lazy) -> Array:
 
     values = tensor.numpy()
     if tensor.dtype.name == "BF16":
-        return (values.astype("<u4") << 16).view("<f4")
+        wide: Array = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
+        return wide
     return values.view(tensor.dtype.array).astype(np.float64 if tensor.dtype.itemsize > 4 else np.float32)
 
 

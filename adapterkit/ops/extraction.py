@@ -19,14 +19,15 @@ from ..errors import TargetNotFound, Unsupported, UsageError, nearest
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
 from ..names.layouts import stored_in_out
-from ..names.ties import find_tie, is_embedding
+from ..names.ties import aliases, is_embedding
 from ..tensors.checkpoint import opened
 from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy, from_numpy
+from .at_base import view_of
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
 from .differences import changed_rows, check_rows, difference, frobenius, left
-from .lowering import Change, view_of
+from .lowering import Change
 from .resizing import Cut, seed_of
 from .sketching import dominant
 
@@ -56,8 +57,8 @@ def extract(
 ) -> Adapter:
     """The adapter that makes a base what a tuned model is.
 
-    A matrix of a smaller side than the rank is kept at full rank: merging gives the tuned weights again, bit by bit where
-    they are of 32 bits or less. An energy of 1 and an error of 0 do so everywhere.
+    A matrix of a smaller side than the rank is kept at full rank: merging gives the tuned weights again, bit by bit
+    where they are of 32 bits or less. An energy of 1 and an error of 0 do so everywhere.
 
     Args:
         tuned: the tuned weights: a folder, a file, or an open checkpoint.
@@ -118,8 +119,7 @@ class _Extraction:
     @property
     def aliases(self) -> Mapping[str, str]:
         """A head that the base ties to its embedding, by the name that the tuned model may store it under."""
-        tie = find_tie(self.base.tensors, self.base.config)
-        return {} if tie is None else dict([tie])
+        return aliases(self.base.tensors, self.base.config)
 
     def names(self, globs: tuple[str, ...]) -> list[str]:
         """The tuned tensors to look at, file by file.

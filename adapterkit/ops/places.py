@@ -9,11 +9,11 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, Target
-from ..binding import bind
 from ..errors import ShapeMismatch, UsageError, nearest
 from ..tensors.checkpoint import opened
 from ..updates import Additive
-from .lowering import Change, Delta, additive, shape_of
+from .at_base import additive, bound
+from .lowering import Change, Delta, shape_of
 
 if TYPE_CHECKING:
     from ..tensors.lazy import Shape
@@ -65,7 +65,7 @@ class Place:
         """What each adapter adds here, times its weight; None for those that have nothing here.
 
         Raises:
-            AdapterkitError: an update is not additive; see `lowering.additive`.
+            AdapterkitError: an update is not additive; see `at_base.additive`.
         """
         shape, factors = self.shape, weights or [1.0] * len(self.updates)
         made: list[Change | None] = []
@@ -104,7 +104,7 @@ def places(
     Raises:
         UsageError: there is no adapter, or two of them have no target in common.
         ShapeMismatch: adapters say differently how the base stores a weight.
-        NotMergeable, TargetNotFound: see `lowering.additive` and `Adapter.bind`.
+        NotMergeable, TargetNotFound: see `at_base.additive` and `Adapter.bind`.
     """
     if not adapters:
         raise UsageError("no adapter was given", cure="Name at least one")
@@ -127,7 +127,7 @@ def _opened(source: Source, base: Base | None) -> Adapter:
         from ..formats import read
 
         adapter = read(source, base=base)
-    return adapter if base is None else bind(adapter, opened(base)).adapter
+    return adapter if base is None else bound(adapter, opened(base))[0]
 
 
 def _check_common(adapters: Sequence[Adapter]) -> None:

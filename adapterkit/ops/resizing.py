@@ -18,7 +18,7 @@ from .criteria import Criterion
 from .lowering import Change, Delta
 from .places import Place, places
 from .sketching import dominant, first
-from .thin import distance, norm, svd
+from .thin import distance, svd
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Target
@@ -38,7 +38,7 @@ class Cut:
     Attributes:
         target: where.
         method: what it is now; empty where nothing is left.
-        before: rank of the factors that were there; of a change without factors, the smaller side of the weight.
+        before: rank of the factors that were there, or the smaller side of the weight: the rank that it can have.
         rank: of the factors that are there now; None where the change is kept whole.
         norm: Frobenius norm of the change as it was.
         error: Frobenius norm of what was lost, rounding of the new factors included.
@@ -141,8 +141,30 @@ class _Part:
     place: Place
     kept: tuple[Update, ...]
     change: Change
-    deltas: tuple[Delta, ...]
-    found: tuple[Decomposition, ...]
+    weights: tuple[_Weight, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Weight:
+    """One weight's change: as it is, decomposed as far as it is kept, its norm, and the norm of what is cut off it.
+
+    The latter is None where only the part that is kept was worked out.
+    """
+
+    delta: Delta
+    found: Decomposition
+    norm: float
+    cut: float | None = None
+
+    def first(self, count: int) -> _Weight:
+        """With the first so many singular values alone."""
+        return replace(self, found=first(self.found, count), cut=_size(self.found[1][count:]))
+
+    def lost(self, made: Delta) -> float:
+        """The distance to what is stored: what is cut off is at right angles to what is kept, so the squares add up."""
+        if self.cut is None:
+            return distance(self.delta, made)
+        return math.hypot(self.cut, distance(Delta(*balanced(*self.found)), made))
 
 
 def _resized(
@@ -187,11 +209,8 @@ def _part(place: Place, criterion: Criterion, every: bool) -> _Part | None:
     if not own or (not criterion.record() and len(own) == 1 and isinstance(own[0], LoRA)):
         return None
     change = Change(place.target, place.shape, tuple(own))
-    deltas = tuple(change.deltas())
-    if not every and any(delta.rest is not None for delta in deltas):
-        return None
     kept = tuple(update for update in updates if not any(update is each for each in own))
-    return _Part(place, kept, change, deltas, tuple(_decomposed(delta, place, criterion) for delta in deltas))
+    return _Part(place, kept, change, tuple(_decomposed(delta, place, criterion) for delta in change.deltas()))
 
 
 def _own(place: Place, every: bool) -> list[Additive]:
@@ -203,45 +222,42 @@ def _own(place: Place, every: bool) -> list[Additive]:
     return own if own and len(place.shape) > 1 else []
 
 
-def _decomposed(delta: Delta, place: Place, criterion: Criterion) -> Decomposition:
+def _decomposed(delta: Delta, place: Place, criterion: Criterion) -> _Weight:
     if delta.rest is not None and criterion.record() and criterion.scope == "target":
-        return dominant(delta.dense(), criterion, seed_of(str(place.target)))
-    U, S, Vh = svd(delta)
+        D = delta.dense()
+        return _Weight(delta, dominant(D, criterion, seed_of(str(place.target))), _size(D))
+    found = svd(delta)
+    S = found[1]
+    whole = _Weight(delta, found, _size(S), 0.0)
     if criterion.record():
-        return (U, S, Vh) if criterion.scope == "all" else first((U, S, Vh), criterion.counts([S], [_size(S)])[0])
+        return whole if criterion.scope == "all" else whole.first(criterion.counts([S], [whole.norm])[0])
     least = S[:1] * 1e-15 * max(delta.shape)
-    return (U, S, Vh) if delta.rest is None else first((U, S, Vh), max(int((least < S).sum()), 1))
+    return whole if delta.rest is None else whole.first(max(int((least < S).sum()), 1))
 
 
 def _rationed(parts: list[_Part | None], criterion: Criterion) -> list[_Part | None]:
     """Every part with the singular values that it may keep when all of them compete."""
-    every = [found for part in parts if part is not None for found in part.found]
+    every = [weight for part in parts if part is not None for weight in part.weights]
     if not every or not criterion.record():
         return parts
-    spectra = [S for _, S, _ in every]
-    counts = iter(criterion.counts(spectra, [_size(S) for S in spectra]))
-    return [part and replace(part, found=tuple(first(found, next(counts)) for found in part.found)) for part in parts]
+    counts = iter(criterion.counts([weight.found[1] for weight in every], [weight.norm for weight in every]))
+    return [part and replace(part, weights=tuple(each.first(next(counts)) for each in part.weights)) for part in parts]
 
 
 def _finished(part: _Part, kind: DType, cuts: list[Cut]) -> tuple[Update, ...]:
     """The kept updates and the new LoRA; none where it got no rank and changes no bias."""
     place, bias = part.place, part.change.bias()
-    rank = max(len(S) for _, S, _ in part.found)
-    before = max(delta.rank if delta.rest is None else min(delta.shape) for delta in part.deltas)
-    sizes = math.hypot(*(norm(delta) for delta in part.deltas))
+    rank = max(len(weight.found[1]) for weight in part.weights)
+    before = max(w.delta.rank if w.delta.rest is None else min(w.delta.shape) for w in part.weights)
+    sizes = math.hypot(*(weight.norm for weight in part.weights))
     if rank == 0 and bias is None:
         cuts.append(Cut(str(place.target), "", before, 0, sizes, sizes))
         return part.kept
-    lora = low_rank(place.target, place.shape, [balanced(*found) for found in part.found], bias, kind)
-    lost = _lost(part, lora)
+    lora = low_rank(place.target, place.shape, [balanced(*weight.found) for weight in part.weights], bias, kind)
+    made = Change(place.target, place.shape, (lora,)).deltas()
+    lost = math.hypot(*(weight.lost(delta) for weight, delta in zip(part.weights, made, strict=True)))
     cuts.append(Cut(str(place.target), lora.method, before, rank, sizes, lost))
     return (*part.kept, lora)
-
-
-def _lost(part: _Part, lora: LoRA) -> float:
-    """The distance from what was there to what is there, as it is stored."""
-    made = Change(part.place.target, part.place.shape, (lora,)).deltas()
-    return math.hypot(*(distance(was, now) for was, now in zip(part.deltas, made, strict=True)))
 
 
 def _check_rank(criterion: Criterion, found: Sequence[Place], every: bool) -> None:
