@@ -44,7 +44,7 @@ def adapters(count=3, targets=(Q, V), **more):
     ]
 
 
-def D(adapter, target=Q):
+def change(adapter, target=Q):
     return adapter.delta(target.path).numpy().astype(np.float64)
 
 
@@ -168,7 +168,8 @@ def test_what_is_random_does_not_depend_on_other_targets_or_runs():
     assert list(updates) == [Q, V]
     backwards = [Adapter(dict(reversed(a.updates.items()))) for a in adapters()]
     again = ak.ops.combine(backwards, "dare_ties", density=0.5, seed=7)
-    assert (exact(again) == exact(both)).all() and (exact(again, V) == exact(both, V)).all()
+    assert (exact(again) == exact(both)).all()
+    assert (exact(again, V) == exact(both, V)).all()
 
 
 # The papers' formulas, on whole matrices.
@@ -341,7 +342,8 @@ def test_clusters_are_those_of_points_far_apart():
     centres, own = 50 * rng.normal(size=(4, 6)), np.repeat(np.arange(4), 5)
     points = centres[own] + rng.normal(size=(20, 6))
     found = clusters(points @ points.T, 4, rng.random((5, 4)))
-    assert all(len(set(found[own == c])) == 1 for c in range(4)) and len(set(found)) == 4
+    assert all(len(set(found[own == c])) == 1 for c in range(4))
+    assert len(set(found)) == 4
 
 
 @given(
@@ -365,23 +367,23 @@ def test_each_expert_is_combined_for_itself(name):
     stacked = Target("experts", "e out *in")
     given_ = adapters(targets=[stacked], lead=(2,), bias=True)
     more = {"scope": "tensor"} if name in ("ties", "knots_ties", "ctm") else {}
-    together = D(ak.ops.combine(given_, name, **more), stacked)
+    together = change(ak.ops.combine(given_, name, **more), stacked)
     if "dare" in name:
         assert together.shape == (2, OUT, IN)
         return
     for e in range(2):
         parts = [Adapter({Q: (adapter.updates[stacked][0].map(lambda leaf, e=e: from_numpy(leaf.numpy()[e])),)})
                  for adapter in given_]  # fmt: skip
-        close(together[e], D(ak.ops.combine(parts, name, **more)), 1e-5)
+        close(together[e], change(ak.ops.combine(parts, name, **more)), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["ties", "knots_ties", "tsv", "core_tsv"])
 def test_kernels_are_flattened(name):
     made = ak.ops.combine(adapters(columns=(7, 2, 2)), name)
     flat = ak.ops.combine(adapters(columns=(28,)), name)
-    assert D(made).shape == (OUT, 7, 2, 2)
+    assert change(made).shape == (OUT, 7, 2, 2)
     # The same random numbers in another shape.
-    close(D(made).reshape(OUT, IN), D(flat), 1e-6)
+    close(change(made).reshape(OUT, IN), D(flat), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["linear", "ties", "tsv", "knots", "iso_c", "wudi", "ctm_linear"])
@@ -390,7 +392,8 @@ def test_methods_without_thin_factors_are_combined_too(name):
     dense = Adapter({Q: (METHODS["dense"](D=from_numpy(rng.normal(size=(OUT, IN)))),)})
     given_ = [adapters(1, targets=[Q])[0], dense]
     made = ak.ops.combine(given_, name, **({"rank": 4} if name == "ctm_linear" else {}))
-    assert D(made).shape == (OUT, IN) and np.isfinite(D(made)).all()
+    assert change(made).shape == (OUT, IN)
+    assert np.isfinite(change(made)).all()
     if name == "tsv":
         parts = [np.linalg.svd(exact(adapter), full_matrices=False) for adapter in given_]
         kept = [RANK, OUT]
@@ -409,7 +412,7 @@ def test_an_adapter_without_a_target_takes_no_part_there():
 def test_ranks_may_differ():
     given_ = [adapters(1, rank=2)[0], adapters(2, rank=5)[1]]
     for name in ("knots_ties", "tsv", "core_task_arithmetic", "lego", "ctm"):
-        assert np.isfinite(D(ak.ops.combine(given_, name))).all()
+        assert np.isfinite(change(ak.ops.combine(given_, name))).all()
 
 
 def test_a_result_is_cut_to_its_best_approximation():
@@ -423,8 +426,10 @@ def test_a_result_is_cut_to_its_best_approximation():
 
 @pytest.mark.parametrize(
     "name",
-    ["linear", "model_stock", "karcher", "tsv", "iso_c", "iso_cts", "cart", "wudi", "svc", "core_ties", "core_dare_ties",
-     "pico", "ctm", "lego", "robust_merge"],
+    [
+        "linear", "model_stock", "karcher", "tsv", "iso_c", "iso_cts", "cart", "wudi", "svc", "core_ties",
+        "core_dare_ties", "pico", "ctm", "lego", "robust_merge",
+    ],
 )  # fmt: skip
 def test_factors_are_never_multiplied_out(name):
     size = 1500

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ..tensors.lazy import Shape
     from .methods._method import Method
 
-CHUNK = 1 << 20
-"""Random numbers drawn at a time."""
+CHUNK = 1 << 14
+"""Random numbers drawn at a time: what is worked on to make them fits a core's cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -64,6 +64,7 @@ TAKEN = {"slerp": [0, 1], "nuslerp": [0, 1], "one": [0]}
 
 
 def main() -> None:
+    """Draws the changes, merges them in each way, writes one file."""
     random = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {"base": torch.randn(OUT, IN, generator=random, dtype=torch.float64)}
     for t in range(TASKS):

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from ..at import At
     from ..lowering import Delta
 
+BLOCK = 1 << 15
+"""Entries looked at together: those of several adapters fit a core's cache."""
+
 COUNTS = ("reference", "floor", "at_least_one")
 SIGNS = ("none", "total", "frequency")
 DENOMINATORS = ("none", "count", "weights")
@@ -37,7 +40,7 @@ class Entrywise(Method):
         return True
 
     def merged(self, changes: Array, weights: Array, at: At) -> Array:
-        """Changes `[T, ...]` to one, `[...]`."""
+        """Changes `[T, ...]`, which may be written over, to one, `[...]`."""
         raise NotImplementedError
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
@@ -67,27 +70,41 @@ class Sparse(Entrywise):
     def merged(self, changes: Array, weights: Array, at: At) -> Array:
         import numpy as np
 
-        kept = np.stack([self.sparse(D, t, at) for t, D in enumerate(changes)])
-        w = weights.reshape(-1, *[1] * (kept.ndim - 1))
-        agree = agreeing(w * kept if self.weighted_vote else kept, self.sign, self.zero_sign)
-        total = (w * kept * agree).sum(0)
+        for t, D in enumerate(changes):
+            changes[t] = self.sparse(D, t, at)
+        kept = changes.reshape(len(changes), -1)
+        elected = self._elected(kept, weights)
+        result = np.empty(kept.shape[1])
+        for start in range(0, len(result), BLOCK):
+            span = slice(start, start + BLOCK)
+            result[span] = self._fused(kept[:, span], None if elected is None else elected[span], weights[:, None])
+        return result.reshape(changes.shape[1:])
+
+    def _elected(self, kept: Array, weights: Array) -> Array | None:
+        """The sign of each entry, 1 or -1; None where there is no election."""
+        import numpy as np
+
+        if self.sign == "none":
+            return None
+        elected = np.empty(kept.shape[1], np.int8)
+        for start in range(0, len(elected), BLOCK):
+            span = slice(start, start + BLOCK)
+            votes = weights[:, None] * kept[:, span] if self.weighted_vote else kept[:, span]
+            elected[span] = np.sign((votes if self.sign == "total" else np.sign(votes)).sum(0))
+        majority = np.sign(int(elected.sum(dtype=np.int64))) if self.zero_sign == "majority" else 1
+        elected[elected == 0] = majority or 1
+        return elected
+
+    def _fused(self, kept: Array, elected: Array | None, w: Array) -> Array:
+        """The sum over what agrees, over the denominator."""
+        import numpy as np
+
+        agree = np.sign(w * kept if self.weighted_vote else kept) == elected if elected is not None else kept != 0
+        total = self.scale * (w * kept * agree).sum(0)
         if self.denominator == "none":
-            return np.asarray(self.scale * total)
-        share = (agree & (kept != 0) if self.sign == "none" else agree) * (1.0 if self.denominator == "count" else w)
-        below = share.sum(0)
-        result: Array = self.scale * total / np.where(below == 0, 1.0, below)
-        return result
-
-
-def agreeing(votes: Array, sign: str, zero_sign: str = "+") -> Array:
-    """Which entries of `[T, ...]` have the sign that is elected there."""
-    import numpy as np
-
-    if sign == "none":
-        return np.ones(votes.shape, bool)
-    elected = np.sign((votes if sign == "total" else np.sign(votes)).sum(0))
-    majority = np.sign(elected.sum()) if zero_sign == "majority" else 1.0
-    return np.asarray(np.sign(votes) == np.where(elected == 0, majority or 1.0, elected))
+            return np.asarray(total)
+        below = (agree * (1.0 if self.denominator == "count" else w)).sum(0)
+        return np.asarray(total / np.where(below == 0, 1.0, below))
 
 
 def count_of(density: float, total: int, how: str) -> int:

@@ -68,5 +68,5 @@ def _first(X: Array, rank: int) -> Array:
     """The first left singular vectors of [X_1 .. X_T]."""
     import numpy as np
 
-    found: Array = np.linalg.svd(np.hstack(list(X)), full_matrices=False)[0][:, :rank]
-    return found
+    vectors: Array = np.linalg.eigh((X @ X.swapaxes(1, 2)).sum(0))[1]
+    return vectors[:, ::-1][:, :rank]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ._entrywise import SIGN, Entrywise, agreeing, largest
+from ._entrywise import SIGN, Entrywise, largest
 from ._method import parameter
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class SCE(Entrywise):
         D = changes * self._selected(changes)
         squares = (D * D).reshape(len(D), -1).mean(1) * weights
         w = (squares / (squares.sum() or 1.0)).reshape(-1, *[1] * (D.ndim - 1)) + np.zeros(D.shape)
-        agree = agreeing(D, self.sign)
+        votes = (D if self.sign == "total" else np.sign(D)).sum(0)
+        agree = np.sign(D) == np.where(votes >= 0, 1.0, -1.0)
         below = (w * agree).sum(0)
         result: Array = self.scale * (w * agree * D).sum(0) / np.where(below == 0, 1.0, below)
         return result
