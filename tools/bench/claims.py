@@ -102,7 +102,8 @@ class Reader(nn.Module):
         heads = {"num_attention_heads": HEADS, "max_position_embeddings": 64}
         self.embed, self.head = nn.Linear(PATCH**2, WIDTH), nn.Linear(WIDTH, 10)
         self.position = nn.Parameter(0.1 * torch.randn(TOKENS, WIDTH))
-        self.body = LlamaModel(LlamaConfig(vocab_size=32, **sizes, **heads))
+        self.body = LlamaModel(LlamaConfig(vocab_size=16, **sizes, **heads))
+        self.body.embed_tokens.requires_grad_(False)  # Of no use to images; prompts begin with some of its rows.
 
     def forward(self, images: Tensor) -> Tensor:
         seen = self.body(inputs_embeds=self.embed(patches(images)) + self.position).last_hidden_state
@@ -174,7 +175,7 @@ def pretrained(data: Digits) -> Reader:
     """The base: reads the digits as they are."""
     torch.manual_seed(0)
     model = Reader()
-    fit(model, list(model.parameters()), data.images, data.labels, PRETRAINING, 2e-3)
+    fit(model, [p for p in model.parameters() if p.requires_grad], data.images, data.labels, PRETRAINING, 1e-3)
     return model
 
 
@@ -188,9 +189,8 @@ def run(contender: Contender, base: Reader, data: Digits, epochs: int, seed: int
         before = accuracy(model, turned(data.test_images), data.test_labels)
         optimizer = fit(model, parameters, turned(data.images), data.labels, epochs, contender.rate)
         after = accuracy(model, turned(data.test_images), data.test_labels)
-        training = sum(nbytes(p.grad for p in parameters)) + sum(
-            sum(nbytes(v for v in state.values() if v.ndim)) for state in optimizer.state.values()
-        )
+        kept = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+        training = nbytes(p.grad for p in parameters) + nbytes(kept)
         return Result(
             before, after, sum(p.numel() for p in parameters), training, weights_of(model, contender), file_of(),
             time.perf_counter() - started,
@@ -201,8 +201,8 @@ def run(contender: Contender, base: Reader, data: Digits, epochs: int, seed: int
 def adapted(contender: Contender, model: Reader, seed: int) -> Iterator[tuple[list[Any], Any]]:
     """What is trained, and a function that gives the bytes of the file to keep of it."""
     if contender.method is None:
-        parameters: list[Any] = list(model.parameters())
-        yield parameters, lambda: sum(nbytes(parameters))
+        parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
+        yield parameters, lambda: nbytes(parameters)
         return
     model.requires_grad_(False)
     fresh = ak.torch.create(model.body, contender.method, seed=seed, **contender.options)
@@ -221,7 +221,7 @@ def file_size(adapter: Any) -> int:
 
 def weights_of(model: Reader, contender: Contender) -> int:
     """Bytes of the base while training: of a 4-bit base, what a packed file of it would take."""
-    plain = sum(nbytes(model.parameters()))
+    plain = nbytes(model.parameters())
     if not contender.four_bits:
         return plain
     packed = sum(m.weight.numel() for m in model.body.modules() if isinstance(m, nn.Linear))
@@ -240,9 +240,9 @@ def rounded_to_four_bits(model: nn.Module) -> None:
             module.weight.copy_((levels[torch.bucketize(blocks / scale, middles)] * scale).reshape(module.weight.shape))
 
 
-def nbytes(tensors: Iterable[Any]) -> list[int]:
-    """Bytes of each tensor."""
-    return [tensor.nbytes for tensor in tensors]
+def nbytes(tensors: Iterable[Any]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def show(seen: list[Contender], total: int, plain: float) -> None:
@@ -291,7 +291,7 @@ def main() -> int:
         for seed in range(options.seeds):
             contender.runs.append(run(contender, base, data, options.epochs, seed))
             print(f"{contender.name}, seed {seed}: {contender.runs[-1].after:.1%}", file=sys.stderr, flush=True)
-    show(seen, sum(p.numel() for p in base.parameters()), plain)
+    show(seen, sum(p.numel() for p in base.parameters() if p.requires_grad), plain)
     return 0
 
 
