@@ -35,7 +35,8 @@ def create(
         model: the model it is for.
         method: the method's name.
         targets: one choice or several, each of which must match something. Globs match whole dotted names of modules
-            with a weight and of parameters, or the end of them after a dot; regular expressions match whole names.
+            with a weight (of all modules for a method of outputs) and of parameters, or the end of them after a dot;
+            regular expressions match whole names.
             "all-linear" is every linear layer (and GPT-2's Conv1D) but the output head: what
             `get_output_embeddings()` of a transformers model returns or, for its classifiers, `score` or `classifier`.
         rank: the inner size, for methods that have one.
@@ -60,7 +61,7 @@ def create(
     if unknown:
         raise UsageError(f"{method} has no {unknown[0]}", cure=f"It has {', '.join(cls.attribute_fields())}")
     generator = torch.Generator().manual_seed(seed)
-    places = {path: _target(model, path, layout) for path in _matching(model, targets)}
+    places = {path: _target(model, path, layout) for path in _matching(model, targets, cls.kind == "output")}
     shapes = [_shape(model, path, target) for path, target in places.items()]
     given = cls.shared(shapes, rank, _random(generator)) | attributes
     updates = {target: (_fresh(cls, model, path, target, rank, generator, given),) for path, target in places.items()}
@@ -110,6 +111,8 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
 def _shape(model: nn.Module, path: str, target: Target) -> tuple[int, ...]:
     """The weight's shape as updates see it, an expert's where they are stacked."""
     module = _module(model, path)
+    if module is not None and not _weighted(module):
+        return tuple(_as_if_square(module, path).shape)
     stored = tuple(model.get_parameter(path).shape) if module is None else stored_shape(module)
     return tuple(view(torch.empty(stored, device="meta"), target).shape)[int(target.stacked) :]
 
@@ -117,6 +120,8 @@ def _shape(model: nn.Module, path: str, target: Target) -> tuple[int, ...]:
 def _weight(model: nn.Module, path: str, target: Target) -> Tensor:
     """The weight as updates see it, on the CPU in at least float32."""
     module: Any = _module(model, path)
+    if module is not None and not _weighted(module):
+        return _as_if_square(module, path)
     if module is None:
         stored: Tensor = model.get_parameter(path)
     else:
@@ -124,6 +129,24 @@ def _weight(model: nn.Module, path: str, target: Target) -> Tensor:
     if not stored.is_floating_point() or stored.dtype.itemsize < 2:
         raise Unsupported(f"a weight of {stored.dtype}", where=path, cure="Load the base unquantized")
     return view(stored.detach().to("cpu", torch.promote_types(stored.dtype, torch.float32)), target)
+
+
+def _weighted(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), nn.Parameter)
+
+
+def _as_if_square(module: nn.Module, path: str) -> Tensor:
+    """Zeros in the place of the weight of a module without one: as many channels as the last of its parts gives.
+
+    A table comes last where it is a bias on positions, so that it only counts where there is nothing else.
+    """
+    parts = [part for part in module.modules() if _weighted(part)]
+    parts.sort(key=lambda part: not isinstance(part, nn.Embedding))
+    if not parts:
+        raise Unsupported("a module without a weight inside", where=path, cure="Build the update from tensors instead")
+    target = Target(path, stored_layout(parts[-1]) or "out *in")
+    size = view(torch.empty(stored_shape(parts[-1]), device="meta"), target).shape[0]
+    return torch.zeros(size, size)
 
 
 def _bias(model: nn.Module, path: str) -> Tensor | None:
@@ -149,11 +172,13 @@ def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:
     raise UsageError(why, where=path, cure=f"Pass layout=, one of {', '.join(map(repr, LAYOUTS))}")
 
 
-def _matching(model: nn.Module, targets: Choice | Sequence[Choice]) -> list[str]:
+def _matching(model: nn.Module, targets: Choice | Sequence[Choice], outer: bool) -> list[str]:
     choices = [targets] if isinstance(targets, str | re.Pattern | type) else list(targets)
     modules = {n: m for n, m in model.named_modules() if n and isinstance(getattr(m, "weight", None), nn.Parameter)}
+    if outer:
+        modules = {n: m for n, m in model.named_modules() if n and type(m).forward is not nn.Module.forward}
     weights = {f"{name}.{kind}" for name in modules for kind in ("weight", "bias")}
-    parameters = [name for name, _ in model.named_parameters() if name not in weights]
+    parameters = [name for name, _ in model.named_parameters() if name not in weights and not outer]
     names = [*modules, *parameters]
     found = {name for choice in choices for name in _chosen(model, choice, modules, names)}
     return [name for name in names if name in found]

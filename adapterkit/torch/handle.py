@@ -12,7 +12,8 @@ from ..adapter import Adapter, Target
 from ..errors import NotMergeable, UsageError
 from ..updates import Update
 from .layers import Quantized
-from .station import Station, Switch
+from .outputs import Switch
+from .station import Station
 from .weights import tensor_at
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from ..tensors.lazy import as_torch
 from ..updates import Update
 from .handle import Handle
 from .layers import Quantized, layer_of, stored_layout, stored_shape
-from .station import Part, Station, Switch, names_of, station_at
+from .outputs import Outlet, Switch, outlet
+from .station import Part, Station, names_of, station_at
 from .weights import tensor_at
 
 if TYPE_CHECKING:
@@ -49,12 +51,10 @@ def inject(
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
     switch, leaves = Switch(name, weight), dict[Any, Tensor]()
     attached: list[tuple[Station, Part]] = []
-    for site in _sites(model, adapter):
-        holder, prefix = _holder(model, site)
-        W = tensor_at(model, site.weight or site.bias or "")
-        updates = tuple(_owned(u, W, trainable, leaves) for u in site.updates)
-        below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
-        part = Part(switch, site.target, updates, below, bias, _is_direct(site, holder, prefix))
+    for site in [piece for whole in _sites(model, adapter) for piece in _pieces(whole)]:
+        holder, part = _outer(model, site, switch) if site.updates[0].kind == "output" else _inner(model, site, switch)
+        like = _like(model, site, holder)
+        part = replace(part, updates=tuple(_owned(u, like, trainable, leaves) for u in site.updates))
         station = next((s for s, _ in attached if s.module is holder), None) or station_at(holder)
         _check_together(station, [part, *(other for s, other in attached if s is station)])
         attached.append((station, part))
@@ -62,7 +62,8 @@ def inject(
     for station, part in attached:  # From here on nothing fails: a refused adapter leaves no trace.
         station.attach(part)
         loaded[part.target] = (*loaded.get(part.target, ()), *part.updates)
-    return Handle(adapter.replace(updates=loaded), switch, list(dict.fromkeys(s for s, _ in attached)), model)
+    stations = [*(station for station, _ in attached), *_tapped(part.outlet for _, part in attached)]
+    return Handle(adapter.replace(updates=loaded), switch, list(dict.fromkeys(stations)), model)
 
 
 def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
@@ -70,7 +71,7 @@ def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
     shapes = {name: tuple(tensor.shape) for tensors in held for name, tensor in tensors}
     shapes |= {f"{name}.weight": stored_shape(m) for name, m in model.named_modules() if Quantized.takes(m)}
     try:
-        placed, _, _ = find_sites(adapter, shapes, partial=False)
+        placed, _, _ = find_sites(adapter, shapes, partial=False, modules=[name for name, _ in model.named_modules()])
     except TargetNotFound as error:
         _refuse_packed(model, adapter)
         raise error from None
@@ -98,13 +99,63 @@ def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
 
 def _check_together(station: Station, parts: list[Part]) -> None:
     """Parts whose law is not one of weights need formulas over the layer, parts that are not direct its own forward."""
-    together = [*station.parts, *parts]
+    together = [part for part in (*station.parts, *parts) if part.outlet is None]
     outer = next((part for part in together if not part.foldable), None)
     inner = next((part for part in together if not part.direct), None)
     if outer and inner:
         methods = [f"{update.method} at {part.target}" for part in (outer, inner) for update in part.updates]
         why = f"{' and '.join(dict.fromkeys(methods))} cannot be attached together"
         raise Unsupported(why, where=str(parts[0].target), cure="Merge the one that is a change of weights instead")
+
+
+def _pieces(site: Site) -> list[Site]:
+    """The site's updates of weights, and then those of its output."""
+    outer = [update.kind == "output" for update in site.updates]
+    if outer != sorted(outer):
+        why = "an update of weights behind one of the output"
+        raise Unsupported(why, where=str(site.target), cure="Order updates of weights before those of outputs")
+    return [
+        replace(site, updates=part)
+        for part in (site.updates[: outer.count(False)], site.updates[outer.count(False) :])
+        if part
+    ]
+
+
+def _outer(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
+    """The module whose output changes, and the part that does it."""
+    path = site.target.path
+    parent, holder = path.rpartition(".")[0], model.get_submodule(path)
+    if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and path:
+        raise Unsupported("its module never runs inside an attention", where=str(site.target), cure=f"Target {parent}")
+    _refuse_fast_path(model, f"{path}.", site)
+    made = outlet(
+        holder, site.updates, site.target, switch, lambda name: model.get_submodule(f"{parent}.{name}".lstrip("."))
+    )
+    return holder, Part(switch, site.target, site.updates, None, None, False, made)
+
+
+def _inner(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
+    """The module that reads the weight, and the part that changes it there."""
+    holder, prefix = _holder(model, site)
+    below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
+    return holder, Part(switch, site.target, site.updates, below, bias, _is_direct(site, holder, prefix))
+
+
+def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
+    """A tensor whose device and dtype the updates take."""
+    if site.weight or site.bias:
+        return tensor_at(model, site.weight or site.bias or "")
+    held = [p for module in (holder, model) for p in module.parameters() if p.is_floating_point()]
+    return held[0] if held else torch.empty(0)
+
+
+def _tapped(outlets: Iterable[Outlet | None]) -> Iterator[Station]:
+    """The stations of modules that read a residual, their taps opened."""
+    for each in outlets:
+        if each is not None and each.reader is not None and each.tap is not None:
+            station = station_at(each.reader)
+            station.tap(each.tap)
+            yield station
 
 
 def _told(model: nn.Module, site: Site, shapes: Any) -> tuple[Site, bool]:
@@ -143,7 +194,7 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
 
 
 def _check_layer(update: Update, site: Site, kind: str, direct: bool) -> None:
-    if update.kind == "context" or (update.kind == "output" and not direct):
+    if update.kind == "context":
         why = f"{update.method} does not apply to a {kind}"
         raise Unsupported(why, where=str(site.target), cure="Choose a linear, convolution or embedding layer")
     lost = site.bias is None and update.changes_bias and update.needs_bias

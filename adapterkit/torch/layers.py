@@ -2,7 +2,7 @@
 
 `layer(x)` is the module as it is; `layer.op(x, w)` the same geometry with another weight and no bias; `layer.mix(h, w)`
 a 1x1 mix of channels after it; `layer.per_channel(v)` a vector in the shape that adds to its output. Weights are
-`[out, in, *k]` whatever the module stores.
+`[out, in, *k]` whatever the module stores. The words of updates of outputs are in `OutputUpdate`; see outputs.py too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..updates import Additive, Update
+from ..updates import Additive, OutputUpdate, Update
 
 Forward = Callable[..., Any]
 
@@ -25,9 +25,11 @@ class Layer:
 
     Attributes:
         layout: the axis order in which such a module stores its weight, as in `Target`.
+        channel: the axis of the output's channels.
     """
 
     layout: ClassVar[str] = "out *in"
+    channel: ClassVar[int] = -1
 
     def __init__(self, module: nn.Module, forward: Forward) -> None:
         self.module, self.forward = module, forward
@@ -108,6 +110,10 @@ class Conv(Layer):
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+    @property
+    def channel(self) -> int:  # type: ignore[override]
+        return 1 - len(self.shape)
+
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         plain = any(isinstance(module, kind) and _own_forward(module, kind) for kind in cls.kinds)
@@ -161,10 +167,22 @@ class Composed:
     def __init__(self, layer: Any, update: Update) -> None:
         self.layer, self.update = layer, update
         self.op, self.mix, self.per_channel = layer.op, layer.mix, layer.per_channel
-        self.shape = layer.shape
+        self.shape, self.channel = layer.shape, layer.channel
 
     def __call__(self, x: Tensor) -> Any:
         return self.update.forward(x, self.layer)
+
+    def hidden(self, x: Tensor) -> Any:
+        return self.update.inside(x, self.layer) if isinstance(self.update, OutputUpdate) else self(x)
+
+    def residual(self, x: Tensor) -> Any:
+        return self.layer.residual(x)
+
+    def norm(self, h: Tensor) -> Any:
+        return self.layer.norm(h)
+
+    def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Any:
+        return self.layer.close(h, x, whole)
 
     @property
     def weight(self) -> Tensor:
@@ -175,7 +193,8 @@ class Composed:
     def bias(self) -> Tensor | None:
         b: Tensor | None = self.layer.bias
         if b is not None:
-            return self.update.new_bias(b)
+            settled = self.update.settled(self.layer.weight) if self.update.bias_sees_weight else self.update
+            return settled.new_bias(b)
         return self.update.bias_delta() if isinstance(self.update, Additive) else None
 
 
@@ -198,6 +217,16 @@ def layer_of(module: nn.Module, forward: Forward) -> Layer | None:
     """The module in a formula's words, or None where its weight can only be exchanged under its own forward."""
     kind = next((kind for kind in KINDS if kind.takes(module)), None)
     return kind(module, forward) if kind else None
+
+
+def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
+    """The update on a device, in the dtype to compute in: the same one where it is so already."""
+
+    def there(leaf: Any) -> Tensor:
+        out: Tensor = leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+        return out
+
+    return update if all(there(leaf) is leaf for leaf in update.tensors.values()) else update.map(there)
 
 
 def stored_layout(module: nn.Module) -> str | None:

@@ -11,24 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Target
+from ..errors import AdapterkitError
 from ..updates import Additive, Update
-from .layers import Composed, Difference, Layer, Quantized, layer_of
+from .layers import Composed, Difference, Layer, Quantized, layer_of, moved
+from .outputs import Change, Outlet, Switch, Tap, through
 from .routing import Route, join, split
-from .weights import changed_bias, changed_weight, tensor_at
-
-
-@dataclass(eq=False)
-class Switch:
-    """What all attached parts of one adapter share."""
-
-    name: str
-    weight: float
-    active: bool = True
+from .weights import changed_bias, changed_weight, settled, tensor_at
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One target's updates at a station; `weight` and `bias` are parameters' paths below the station's module."""
+    """One target's updates at a station; `weight` and `bias` are parameters' paths below the station's module.
+
+    Updates of outputs are a part of their own, with an outlet.
+    """
 
     switch: Switch
     target: Target
@@ -36,6 +32,7 @@ class Part:
     weight: str | None
     bias: str | None
     direct: bool
+    outlet: Outlet | None = None
 
     @property
     def foldable(self) -> bool:
@@ -52,27 +49,51 @@ class Station:
         self.before = module.__dict__.get("forward")
         self.layer: Layer | None = layer_of(module, self.original)
         self.parts: list[Part] = []
+        self.taps: list[Tap] = []
         self.route: Route | None = None
 
     def attach(self, part: Part) -> None:
         self.parts.append(part)
         self.module.__dict__["forward"] = self.forward
 
+    def tap(self, tap: Tap) -> None:
+        """Lets a tap keep what the module reads."""
+        self.taps.append(tap)
+        self.module.__dict__["forward"] = self.forward
+
     def detach(self, switch: Switch) -> None:
         self.parts = [part for part in self.parts if part.switch is not switch]
-        if self.parts:
+        self.taps = [tap for tap in self.taps if tap.switch is not switch]
+        if self.parts or self.taps:
             return
         del self.module.__dict__["forward"]
         if self.before is not None:
             self.module.__dict__["forward"] = self.before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for tap in self.taps:
+            if tap.switch.active and tap.switch.weight:
+                tap.value = args[0] if args else next(iter(kwargs.values()))
         active = [part for part in self.parts if part.switch.active and part.switch.weight]
+        residuals = {p.switch.name: p.outlet.tap.take() for p in active if p.outlet and p.outlet.tap}
         if self.route is not None and active:
-            return self._routed(self.route, active, args, kwargs)
-        return self._run(active, args, kwargs)
+            return self._routed(self.route, active, args, kwargs, residuals)
+        return self._run(active, args, kwargs, residuals)
 
-    def _run(self, parts: list[Part], args: Any, kwargs: Any) -> Any:
+    def _run(self, parts: list[Part], args: Any, kwargs: Any, residuals: dict[str, Tensor]) -> Any:
+        inner = [part for part in parts if part.outlet is None]
+        changes = [
+            Change(p.switch.weight, p.updates, p.outlet, residuals.get(p.switch.name)) for p in parts if p.outlet
+        ]
+        if not changes:
+            return self._weighed(inner, args, kwargs)
+        try:
+            return through(self.module, self.layer, lambda a, k: self._weighed(inner, a, k), args, kwargs, changes)
+        except AdapterkitError as error:
+            raise error.at(where=str(next(part.target for part in parts if part.outlet))) from None
+
+    def _weighed(self, parts: list[Part], args: Any, kwargs: Any) -> Any:
+        """The module's own output through updates of its weights."""
         if not parts:
             return self.original(*args, **kwargs)
         if self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
@@ -91,11 +112,11 @@ class Station:
         laws = any(update.kind == "weight" for part in parts for update in part.updates)
         return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
 
-    def _routed(self, route: Route, parts: list[Part], args: Any, kwargs: Any) -> Any:
+    def _routed(self, route: Route, parts: list[Part], args: Any, kwargs: Any, residuals: dict[str, Tensor]) -> Any:
         where = str(parts[0].target)
         outputs = [
-            self._run([part for part in parts if part.switch.name == name], some, named)
-            for name, some, named in split(route, self.module, args, kwargs, where)
+            self._run([part for part in parts if part.switch.name == name], some, named, beside)
+            for name, (*some, beside), named in split(route, self.module, (*args, residuals), kwargs, where)
         ]
         return join(route, outputs, where)
 
@@ -122,9 +143,16 @@ class Station:
             at = [(p.switch.weight, p.target, p.updates) for p in parts if p.weight == weight]
             out[weight] = self._after(weight, dtype, at, changed_weight)
         for bias in dict.fromkeys(p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)):
-            at = [(p.switch.weight, p.target, p.updates) for p in parts if p.bias == bias]
+            at = [(p.switch.weight, p.target, self._settled(p, dtype)) for p in parts if p.bias == bias]
             out[bias] = self._after(bias, dtype, at, changed_bias)
         return out
+
+    def _settled(self, part: Part, dtype: torch.dtype | None) -> tuple[Update, ...]:
+        """The part's updates, with what their changes to the bias take from the weight worked out."""
+        if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
+            return part.updates
+        W = tensor_at(self.module, part.weight)
+        return settled(part.updates, W.to(dtype or torch.promote_types(W.dtype, torch.float32)), part.target)
 
     def _after(self, path: str, dtype: torch.dtype | None, changes: Any, law: Any) -> Tensor:
         before = tensor_at(self.module, path)
@@ -187,14 +215,8 @@ def _chain(layer: Any, updates: Sequence[Update]) -> Any:
 
 def _live(update: Update, layer: Layer) -> Update:
     """The update in the dtype and on the device of the layer."""
-    dtype, device = (layer.dtype if isinstance(layer, Quantized) else layer.weight.dtype), layer.module.weight.device
-
-    def moved(leaf: Any) -> Tensor:
-        out: Tensor = leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
-        return out
-
-    same = all(moved(leaf) is leaf for leaf in update.tensors.values())
-    return update if same else update.map(moved)
+    held: Any = layer.module.weight
+    return moved(update, held.device, layer.dtype if isinstance(layer, Quantized) else layer.weight.dtype)
 
 
 def _is_half(module: nn.Module) -> bool:

@@ -85,6 +85,11 @@ class Family(ABC):
         """
 
     @classmethod
+    def encode_at(cls, update: Any, shape: tuple[int, ...] | None) -> dict[str, tuple[str, Lazy]]:
+        """The same at a module whose weight, as stored, is of `shape`, where the base is known."""
+        return cls.encode(update)
+
+    @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
         """Why a file cannot say an update at its target; empty where it can."""
         return "" if target.layout == "out *in" else f"{update.method} on a weight stored [in, out]"
