@@ -11,7 +11,7 @@ from ...methods.replacement import Replacement
 from ...tensors.lazy import Lazy, as_lazy
 from . import config as fields
 from .file import File
-from .keys import parse_key, parse_keys
+from .keys import parse_key, parse_keys, prefix_of
 from .losses import Updates
 from .reader import assemble
 from .spelling import Spelled, stored
@@ -35,7 +35,8 @@ def says(
     """
     written = json.loads(json.dumps(config, sort_keys=True))
     try:
-        prefix, keys = parse_keys({key: tensor for key, tensor in tensors.items() if key not in omitted})
+        held = {key: tensor for key, tensor in tensors.items() if key not in omitted}
+        prefix, keys = parse_keys(held, prefix_of(config["peft_type"]))
         stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
         out = {parse_key(key, prefix).word: tensors[key] for key in omitted}
         read, _, _ = assemble(File(fields.parse(written), keys, base, parameters=stems, omitted=out))
