@@ -6,14 +6,14 @@ import math
 import os
 import re
 from functools import cache
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, reject, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -55,8 +55,15 @@ def updates(draw, method=None, stacked=False, kernel=None):
     for position, name in enumerate(draw(st.sampled_from(_together(cls)))):
         field = cls.tensor_fields()[name].metadata
         shape = (Axes.parse(f"e {field['axes'].text}") if stacked else field["axes"]).sizes(dims)
-        made[name] = from_numpy((_positions if field["integer"] else values)(shape, seed + position))
-    return cls(**made, **draw(_attributes(cls)))
+        below = [dims[axis] for axis in field["below"]]
+        array = _positions(shape, seed + position, below) if field["integer"] else values(shape, seed + position)
+        made[name] = from_numpy(array)
+    update = cls(**made, **draw(_attributes(cls)))
+    try:
+        update.check()
+    except Malformed:
+        reject()
+    return update
 
 
 def _names(cls):
@@ -77,24 +84,32 @@ def _together(cls):
 
 def _allowed(cls, group):
     try:
-        cls(**dict.fromkeys(group, from_numpy(np.ones(1)))).check()
+        cls(**dict.fromkeys(group, from_numpy(np.ones(2))), **_required(cls)).check()
     except Malformed:
         return False
     return True
 
 
-def _positions(shape, seed):
-    """Positions on the axis `in`, distinct along the last axis."""
-    rng = np.random.default_rng(seed)
-    lists = [rng.permutation(SIZES["in"])[: shape[-1]] for _ in range(math.prod(shape[:-1]))]
+def _required(cls):
+    """Values of the attributes that a method does not do without."""
+    fields = cls.attribute_fields().values()
+    return {f.name: {"int": 1, "float": 1.0}[f.type] for f in fields if f.default is dataclasses.MISSING}
+
+
+def _positions(shape, seed, below):
+    """Positions on the axis `in`, or below other bounds, taken in turn; distinct along the last axis where there is room."""
+    rng, bounds = np.random.default_rng(seed), cycle(below or [SIZES["in"]])
+    lists = [np.resize(rng.permutation(bound), shape[-1]) for bound, _ in zip(bounds, range(math.prod(shape[:-1])))]
     return np.array(lists, dtype=np.int64).reshape(shape)
 
 
 @st.composite
 def _attributes(draw, cls):
     plain = {"float": st.floats(-4, 4), "int": st.integers(-9, 9), "str": st.text(max_size=5), "bool": st.booleans()}
+    sizes = {"outputs": st.just(SIZES["out"]), "inputs": st.just(SIZES["in"])}
     fields = cls.attribute_fields().values()
-    return {f.name: draw(plain[f.type]) for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())}
+    drawn = (f for f in fields if f.default is dataclasses.MISSING or draw(st.booleans()))
+    return {f.name: draw(sizes.get(f.name, plain[f.type])) for f in drawn}
 
 
 PATHS = st.lists(st.text("abcxyz_0é", min_size=1, max_size=4), min_size=1, max_size=3).map(".".join)

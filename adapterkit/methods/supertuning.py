@@ -1,0 +1,58 @@
+"""Super-Tuning: W' = W + S, S at the weight's largest elements.  https://arxiv.org/abs/2607.09287
+
+Positions count the elements of the weight row by row. The hybrid form, Supra, adds a LoRA: + scaling * B @ A.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import Malformed
+from ..tensors.positions import add_at, outside, scattered
+from ..tensors.products import add_product
+from ..updates import tensor
+from ._planar import Sparse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class SuperTuning(Sparse):
+    """W'[index // in, index % in] = W[...] + values, and + scaling * B @ A where A and B are present."""
+
+    paper = "https://arxiv.org/abs/2607.09287"
+    frozen: ClassVar[frozenset[str]] = frozenset({"index"})
+
+    index: Tensor = tensor("n", integer=True)
+    values: Tensor = tensor("n")
+    A: Tensor | None = tensor("r in", optional=True)
+    B: Tensor | None = tensor("out r", optional=True)
+    scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        count = min(rank * (W.shape[0] + W.shape[1]), W.numel())
+        index = W.abs().reshape(-1).topk(count).indices
+        return cls(**{"index": index, "values": W.new_zeros(count), **attributes})
+
+    def check(self) -> None:
+        super().check()
+        if (self.A is None) != (self.B is None):
+            raise Malformed("needs both of A and B, or neither", cure="Write the adapter again")
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
+        worst = outside(self.index, (shape[0] * shape[1],))
+        if worst is not None:
+            raise Malformed(f"position {worst} of {list(shape)}", where="index", cure="It is not of this base")
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        sparse: Tensor = scattered(self.values, self.index, shape)
+        return sparse if self.A is None or self.B is None else sparse + self.scaling * (self.B @ self.A)
+
+    def add_to(self, W: Tensor, weight: float) -> None:
+        add_at(W, self.index // W.shape[1], self.index % W.shape[1], weight * self.values)
+        if self.A is not None and self.B is not None:
+            add_product(W, self.B, self.A, weight * self.scaling)
