@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import AdapterkitError
 from ...methods.replacement import Replacement
 from ...tensors.lazy import Lazy, as_lazy
 from . import config as fields
+from .families import family_of_type
 from .file import File
 from .keys import parse_key, parse_keys
 from .losses import Updates
-from .reader import assemble
+from .reader import Places, assemble
 from .spelling import Spelled, stored
 
 if TYPE_CHECKING:
@@ -33,27 +34,53 @@ def says(
     try:
         prefix, keys = parse_keys(tensors)
         stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
-        read, _, _ = assemble(File(fields.parse(written), keys, base, parameters=stems))
+        file = File(fields.parse(written), keys, base, parameters=stems, shapes=_shapes(updates))
+        read, places, _ = assemble(file)
     except AdapterkitError:
         return False
-    return _content(read) == _content(updates)
+    own = _own(places, file)
+    return _content(read, own) == _content(updates, own)
 
 
-def _content(updates: Updates) -> dict[Any, Any]:
-    """All that a config can get wrong: places, methods, values, shapes, numbers of tokens."""
+def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
+    """(path, position) -> the fields that come from keys of their own, or from the only one there is for all modules."""
+    family = family_of_type(file.settings.peft_type)
+    several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
+    own: dict[tuple[str, int], set[str]] = {}
+    for (target, position, field), text in places.items():
+        if text not in several:
+            own.setdefault((target.path, position), set()).add(field)
+    return own
+
+
+def _shapes(updates: Updates) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the weights that the updates know the size of."""
+    dims = {target.path: update.dims(target.stacked) for target, found in updates.items() for update in found}
+    return {path: (each["out"], each["in"]) for path, each in dims.items() if "out" in each and "in" in each}  # type: ignore[misc]
+
+
+def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> dict[Any, Any]:
+    """All that a config can get wrong: places, methods, values, shapes, numbers of tokens.
+
+    Of real numbers under keys of their own nothing but the type is: others, which a reader makes, or chooses among
+    several shared tensors, are compared.
+    """
     return {
-        (target.path, target.rows, target.stacked): [_outline(update, target.layout) for update in found]
+        (target.path, target.rows, target.stacked): [
+            _outline(update, target.layout, own.get((target.path, position), ()))
+            for position, update in enumerate(found)
+        ]
         for target, found in updates.items()
     }
 
 
-def _outline(update: Update, layout: str) -> tuple[Any, ...]:
+def _outline(update: Update, layout: str, own: Collection[str]) -> tuple[Any, ...]:
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
     if isinstance(update, Replacement) and "weight" in leaves:
         leaves["weight"] = stored(leaves["weight"], layout)
-    shapes = {name: (leaf.shape, _values(leaf)) for name, leaf in leaves.items()}
+    shapes = {name: (leaf.shape, _values(leaf, name in own)) for name, leaf in leaves.items()}
     return update.method, update.attributes, shapes
 
 
-def _values(leaf: Lazy) -> Any:
-    return leaf.dtype.name if leaf.dtype.floating else leaf.numpy().tolist()
+def _values(leaf: Lazy, own: bool) -> Any:
+    return leaf.dtype.name if leaf.dtype.floating and own else (leaf.dtype.name, leaf.numpy().tolist())

@@ -15,7 +15,7 @@ from ...methods.rows import Rows
 from ...names.layouts import IN_OUT
 from ...tensors.lazy import Lazy, as_lazy
 from .experts import depths, told_apart, unstack
-from .families import Family, family_of
+from .families import Family, Parts, family_of
 from .keys import PREFIX
 
 if TYPE_CHECKING:
@@ -74,12 +74,14 @@ def spell(
 ) -> Iterator[Spelled]:
     """Every tensor of the updates with its key; slices of fused weights have none."""
     names = _names(updates, peft_type, base)
+    encoded: dict[type[Family], Iterator[Parts]] = {}
     for target, found in updates.items():
-        if target.rows is not None:
-            continue
         for position, update in enumerate(found):
             family = family_of(update)
-            for field, key, leaf, guessed in _spell_update(target, update, names, peft_type):
+            parts = next(encoded.setdefault(family, family.encode_all(updates, base))) if family else {}
+            if target.rows is not None:
+                continue
+            for field, key, leaf, guessed in _spell_update(target, update, names, peft_type, parts):
                 whole = family.shared_prefix + key if family and is_shared(family, key) else prefix + key
                 yield Spelled((target, position, field), whole, leaf, guessed)
 
@@ -143,7 +145,7 @@ def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: C
 
 
 def _spell_update(
-    target: Target, update: Update, names: Names, peft_type: str
+    target: Target, update: Update, names: Names, peft_type: str, parts: Parts
 ) -> Iterator[tuple[str, str, Lazy, bool]]:
     if isinstance(update, (LoRA, DoRA)):
         embedding, stem = is_embedding(target), _stem(target, names)
@@ -163,7 +165,7 @@ def _spell_update(
             whole = stored(as_lazy(leaf), target.layout) if field == "weight" else as_lazy(leaf)
             yield field, names.inside(_whole_name(target.path, field, names.base)), whole, False
     elif family := family_of(update):
-        for field, (part, leaf) in family.encode(update).items():
+        for field, (part, leaf) in parts.items():
             key = part if is_shared(family, part) else f"{names.inside(target.path)}.{part}"
             yield field, key, leaf, False
 

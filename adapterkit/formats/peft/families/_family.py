@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -14,11 +14,15 @@ from ..patterns import first_match
 
 if TYPE_CHECKING:
     from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
     from ....tensors.lazy import Lazy
     from ....updates import Update
     from ..config import Settings
     from ..file import File, Findings, Found
     from ..keys import Key
+
+Parts = dict[str, "tuple[str, Lazy]"]
+"""Field -> part of the key, and tensor as PEFT stores it."""
 
 
 class Own(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +73,7 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def encode(cls, update: Any) -> dict[str, tuple[str, Lazy]]:
+    def encode(cls, update: Any) -> Parts:
         """Field -> part, or shared key, and tensor as PEFT stores it; `field.0`, `field.1`, ... for parts of a field."""
 
     @classmethod
@@ -81,6 +85,16 @@ class Family(ABC):
     @abstractmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
         """The fields that say what tensors do not: ranks, scalings, forms."""
+
+    @classmethod
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
+        """The same, where a family needs the base for them."""
+        return cls.numbers(updates)
+
+    @classmethod
+    def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
+        """Every update of this family encoded, in order; for families whose keys depend on the other updates too."""
+        return (cls.encode(update) for found in updates.values() for update in found if type(update) is cls.method)
 
     @classmethod
     def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
