@@ -28,7 +28,7 @@ class File:
         base: the base, if the caller gave one.
         compat: whose faults to reproduce.
         parameters: stem -> parameter of the base, where the caller knows what the file does not say.
-        shapes: path -> outputs and inputs of its weight, where the caller knows them without a base.
+        known: path -> the update that the file is to say there, when it is read to prove what is written.
     """
 
     settings: Settings
@@ -36,7 +36,7 @@ class File:
     base: Checkpoint | None = None
     compat: str | None = None
     parameters: Mapping[str, str] = field(default_factory=dict)
-    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    known: Mapping[str, Update] = field(default_factory=dict)
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
         """Stem -> (part, leaf) -> key, for the keys of these parts."""

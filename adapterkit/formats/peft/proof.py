@@ -10,7 +10,7 @@ from ...errors import AdapterkitError
 from ...methods.replacement import Replacement
 from ...tensors.lazy import Lazy, as_lazy
 from . import config as fields
-from .families import family_of_type
+from .families import family_of, family_of_type
 from .file import File
 from .keys import parse_key, parse_keys
 from .losses import Updates
@@ -34,7 +34,8 @@ def says(
     try:
         prefix, keys = parse_keys(tensors)
         stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
-        file = File(fields.parse(written), keys, base, parameters=stems, shapes=_shapes(updates))
+        known = {target.path: update for target, found in updates.items() for update in found if family_of(update)}
+        file = File(fields.parse(written), keys, base, parameters=stems, known=known)
         read, places, _ = assemble(file)
     except AdapterkitError:
         return False
@@ -51,12 +52,6 @@ def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
         if text not in several:
             own.setdefault((target.path, position), set()).add(field)
     return own
-
-
-def _shapes(updates: Updates) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of the weights that the updates know the size of."""
-    dims = {target.path: update.dims(target.stacked) for target, found in updates.items() for update in found}
-    return {path: (each["out"], each["in"]) for path, each in dims.items() if "out" in each and "in" in each}  # type: ignore[misc]
 
 
 def _content(updates: Updates, own: Mapping[tuple[str, int], Collection[str]]) -> dict[Any, Any]:

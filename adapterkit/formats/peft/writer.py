@@ -17,7 +17,7 @@ from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...tensors.lazy import as_lazy
 from .compose import configs
-from .families import FAMILIES
+from .families import FAMILIES, family_of_type
 from .hints import FORMAT, Hints, hints_of
 from .keys import parse_key
 from .losses import Loss, Updates, acting_method, find_losses
@@ -45,9 +45,10 @@ def encode(
     updates, lines = _expressible(_as_stored(adapter.updates), hints, on_loss, base)
     peft_type = _peft_type(updates, hints)
     updates, numbers, folded = number_fields(updates, hints, on_loss)
-    spelled = _spell(updates, hints, peft_type, base)
-    tensors = _by_key(spelled, updates)
+    whole = _spell(updates, hints, peft_type, base)
     for config in configs(adapter, updates, hints, peft_type, numbers, base):
+        spelled = _written(whole, config, hints.prefix)
+        tensors = _by_key(spelled, updates)
         if says(config, tensors, spelled, updates, base):
             return config, _kept(adapter, updates, hints) | tensors, lines + folded
     raise Unrepresentable("PEFT's config has no words for this combination", cure="Write adapterkit's own format")
@@ -116,6 +117,13 @@ def _spell(updates: Updates, hints: Hints, peft_type: str, base: Checkpoint | No
         fits = math.prod(shape) == math.prod(each.leaf.shape)
         spelled.append(replace(each, key=key, leaf=each.leaf.reshape(*shape) if fits else each.leaf))
     return spelled
+
+
+def _written(spelled: list[Spelled], config: dict[str, Any], prefix: str) -> list[Spelled]:
+    """The tensors that a file of this config has."""
+    family = family_of_type(config["peft_type"])
+    missing = () if family is None else family.left_out(config)
+    return [each for each in spelled if not missing or parse_key(each.key, prefix).word not in missing]
 
 
 def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:

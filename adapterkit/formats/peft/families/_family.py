@@ -97,6 +97,11 @@ class Family(ABC):
         return (cls.encode(update) for found in updates.values() for update in found if type(update) is cls.method)
 
     @classmethod
+    def left_out(cls, config: Mapping[str, Any]) -> Collection[str]:
+        """The parts that a file of this config does without, because its reader makes them."""
+        return ()
+
+    @classmethod
     def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
         """Path -> its update, for the updates of this family."""
         return {t.path: update for t, found in updates.items() for update in found if type(update) is cls.method}

@@ -34,8 +34,9 @@ def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
         UsageError: there is no base to tell.
         ShapeMismatch: the base has no such linear layer.
     """
-    if key.path in file.shapes:
-        return file.shapes[key.path]
+    if key.path in file.known:
+        dims: Any = file.known[key.path].dims()
+        return dims["out"], dims["in"]
     if file.base is None:
         raise UsageError(f"{why}, which the file does not hold", where=key.path, cure="Pass base=")
     shape = file.base_shape(f"{key.path}.weight")
