@@ -221,9 +221,9 @@ class Additive(Update):
         D = self.delta(shape)
         return math.sqrt(float((D * D).sum()))
 
-    def add_to(self, W: torch.Tensor, weight: float) -> None:
-        """W += weight * D, in place; a method overrides it where that can be had without forming D."""
-        W += weight * self.delta(tuple(W.shape))
+    def delta_into(self, D: torch.Tensor, weight: float) -> None:
+        """Writes weight * D over an array of the weight's shape; a method overrides it where that needs no copy."""
+        D[...] = weight * self.delta(tuple(D.shape))
 
     def new_weight(self, W: torch.Tensor) -> torch.Tensor:
         return W + self.delta(tuple(W.shape))

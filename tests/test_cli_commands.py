@@ -13,25 +13,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_line import record, run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.cli import _checks, adapterkit
+from adapterkit.cli import _checks
 from adapterkit.methods.lora import LoRA
 from adapterkit.tensors.lazy import from_numpy
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(adapterkit, [str(word) for word in words])
-
-
-def record(*words: object, code: int = 0) -> dict[str, object]:
-    result = run(*words, "--json")
-    assert result.exit_code == code, result.output
-    return json.loads(result.stdout)
 
 
 @pytest.fixture

@@ -8,36 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_line import run, save_base, save_peft
 from safetensors.numpy import save_file
 
 from adapterkit import errors
-from adapterkit.cli import _failures, adapterkit
-
-
-def run(*words: object, **options: object) -> Result:
-    return CliRunner().invoke(adapterkit, [str(word) for word in words], **options)
+from adapterkit.cli import _failures
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    folder.mkdir()
-    save_file({"layers.0.q.weight": np.zeros((8, 4), np.float32)}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text('{"model_type": "tiny"}')
-    return folder
+    return save_base(tmp_path / "base")
 
 
 @pytest.fixture
 def peft(tmp_path: Path) -> Path:
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    key = "base_model.model.layers.0.q.lora_{}.weight"
-    factors = {key.format("A"): np.ones((2, 4), np.float32), key.format("B"): np.ones((8, 2), np.float32)}
-    save_file(factors, folder / "adapter_model.safetensors", {"format": "pt"})
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_peft(tmp_path / "adapter")
 
 
 WRONG = {

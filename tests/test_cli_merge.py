@@ -7,22 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_line import record, run
 from safetensors.numpy import load_file, save_file
 
-from adapterkit.cli import adapterkit
-
 SHAPES = {"layers.0.q.weight": (8, 4), "layers.1.q.weight": (8, 4), "norm.weight": (4,)}
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(adapterkit, [str(word) for word in words])
-
-
-def record(*words: object, code: int = 0) -> dict[str, object]:
-    result = run(*words, "--json")
-    assert result.exit_code == code, result.output
-    return json.loads(result.stdout)
 
 
 def whole(seed: int, *shape: int) -> np.ndarray:

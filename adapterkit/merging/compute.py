@@ -8,7 +8,7 @@ nearly cancel, which float32 does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -97,9 +97,13 @@ class Folder:
         if not self.folds:
             self.arrays.assign(out, raw)
             return {}
-        work = self._image(raw, block)
-        norms = self._fold(work, block)
-        self.arrays.assign(out, work.reshape(-1))
+        if self._sums:
+            norms: dict[int, float] = {}
+            self.arrays.add(raw, self._sum(block), out)
+        else:
+            work = self._image(raw, block)
+            norms = self._fold(work, block)
+            self.arrays.assign(out, work.reshape(-1))
         if self.watched and not self.arrays.finite(out) and self.arrays.finite(raw):
             raise Malformed(
                 f"merging gives values that {self.output.dtype} cannot hold", where=self.output.name,
@@ -107,16 +111,37 @@ class Folder:
             )  # fmt: skip
         return norms
 
-    def exact(self, block: Block) -> Any:
-        """The float64 result that the last `compute`, of this block, rounded; flat."""
-        return self.workspace.take(block.elements)
+    def exact(self, raw: Any, block: Block) -> Any:
+        """The float64 result that `compute` rounds; flat."""
+        work = self._image(raw, block)
+        self._fold(work, block)
+        return work.reshape(-1)
+
+    @cached_property
+    def _sums(self) -> bool:
+        """Whether the folds add up over whole blocks, whatever the base's values."""
+        return all(fold.additive and not fold.bias and fold.target.rows is None for fold, _ in self.folds)
+
+    def _sum(self, block: Block) -> Any:
+        """What all folds add to the block, in float64; flat."""
+        total = self._shaped(self.workspace.take(block.elements), block)
+        for position, (fold, updates) in enumerate(self.folds):
+            view = _view(total, fold, (block.start, block.stop), block)
+            cut = _additive(_cut(update, fold, block, (block.start, block.stop)) for update in updates)
+            if position == 0:
+                cut.pop(0).delta_into(view, fold.weight)
+            _add(cut, view, fold.weight)
+        return total.reshape(-1)
 
     def _image(self, raw: Any, block: Block) -> Any:
         """The block in float64, as `[rows, *rest]`, in memory that is used again for the next one."""
         work = self.workspace.take(block.elements)
         self.arrays.assign(work, raw)
+        return self._shaped(work, block)
+
+    def _shaped(self, flat: Any, block: Block) -> Any:
         rest = self.output.shape[1 + (block.expert is not None) :]
-        return work.reshape(block.stop - block.start, *rest)
+        return flat.reshape(block.stop - block.start, *rest)
 
     def _fold(self, work: Any, block: Block) -> dict[int, float]:
         norms: dict[int, float] = {}
@@ -130,7 +155,7 @@ class Folder:
             view, W = (_view(t, fold, part, block) for t in (work, original))
             cut = [_cut(update, fold, block, part) for update in updates]
             if fold.additive and not fold.bias:
-                _add(cut, view, fold.weight)
+                _add(_additive(cut), view, fold.weight)
             else:
                 norms[position] = _mix(_through(cut, W, fold.bias), W, view, fold.weight, replace=untouched)
             untouched = False
@@ -146,10 +171,13 @@ class Folder:
         return sum(not fold.additive or fold.bias for fold, _ in self.folds) > 1
 
 
-def _add(updates: list[Update], view: Any, weight: float) -> None:
+def _additive(updates: Iterable[Update]) -> list[Additive]:
+    return [update for update in updates if isinstance(update, Additive)]
+
+
+def _add(updates: Sequence[Additive], view: Any, weight: float) -> None:
     for update in updates:
-        assert isinstance(update, Additive)
-        update.add_to(view, weight)
+        view += weight * update.delta(tuple(view.shape))
 
 
 def _mix(new: Any, W: Any, view: Any, weight: float, *, replace: bool) -> float:

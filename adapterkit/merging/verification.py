@@ -134,7 +134,7 @@ def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference |
         folder.compute(raw, arrays.over(memoryview(expected), output.dtype), block)
         there = _bytes(found, block.first, block.elements)
         if bytes(there) != expected:
-            errors = _errors(folder.exact(block), there, expected, output.dtype)
+            errors = _errors(folder.exact(raw, block), there, expected, output.dtype)
             elements += len(errors)
             largest = max([largest, *errors.tolist()])
     return Difference(output.name, "not what the merge gives", elements, largest) if elements else None

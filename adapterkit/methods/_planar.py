@@ -9,7 +9,7 @@ from ..errors import Malformed, ShapeMismatch
 from ..shapes import Dims
 from ..tensors.lazy import as_lazy
 from ..tensors.positions import outside
-from ..tensors.products import add_product
+from ..tensors.products import product
 from ..updates import Additive
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ class LowRank(Planar):
         A, B = self.factors()
         return (B @ A).reshape(shape)
 
-    def add_to(self, W: Tensor, weight: float) -> None:
+    def delta_into(self, D: Tensor, weight: float) -> None:
         A, B = self.factors()
-        add_product(W, B, A, weight)
+        product(D, weight * B, A)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
         A, B = self.factors()

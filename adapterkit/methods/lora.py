@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.products import add_product
+from ..tensors.products import product
 from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ class LoRA(Additive):
     def bias_delta(self) -> Tensor | None:
         return None if self.bias is None else self.scaling * self.bias
 
-    def add_to(self, W: Tensor, weight: float) -> None:
-        if W.ndim == 2:
-            add_product(W, self.B, self.A.reshape(len(self.A), -1), weight * self.scaling)
+    def delta_into(self, D: Tensor, weight: float) -> None:
+        if D.ndim == 2:
+            product(D, (weight * self.scaling) * self.B, self.A.reshape(len(self.A), -1))
         else:
-            super().add_to(W, weight)
+            super().delta_into(D, weight)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
         A, B = self.A.reshape(len(self.A), -1), self.B

@@ -39,8 +39,9 @@ class SHiRA(Sparse):
         dense: Tensor = scattered(self.values, self.index[0] * shape[1] + self.index[1], shape)
         return dense
 
-    def add_to(self, W: Tensor, weight: float) -> None:
-        add_at(W, self.index[0], self.index[1], weight * self.values)
+    def delta_into(self, D: Tensor, weight: float) -> None:
+        D[...] = 0
+        add_at(D, self.index[0], self.index[1], weight * self.values)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
         return math.sqrt(float((self.values * self.values).sum()))

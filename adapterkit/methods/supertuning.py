@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import Malformed
 from ..tensors.positions import add_at, outside, scattered
-from ..tensors.products import add_product
+from ..tensors.products import product
 from ..updates import tensor
 from ._planar import Sparse
 
@@ -52,7 +52,9 @@ class SuperTuning(Sparse):
         sparse: Tensor = scattered(self.values, self.index, shape)
         return sparse if self.A is None or self.B is None else sparse + self.scaling * (self.B @ self.A)
 
-    def add_to(self, W: Tensor, weight: float) -> None:
-        add_at(W, self.index // W.shape[1], self.index % W.shape[1], weight * self.values)
-        if self.A is not None and self.B is not None:
-            add_product(W, self.B, self.A, weight * self.scaling)
+    def delta_into(self, D: Tensor, weight: float) -> None:
+        if self.A is None or self.B is None:
+            D[...] = 0
+        else:
+            product(D, (weight * self.scaling) * self.B, self.A)
+        add_at(D, self.index // D.shape[1], self.index % D.shape[1], weight * self.values)

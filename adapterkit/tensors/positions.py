@@ -25,14 +25,14 @@ def scattered(values: Any, flat: Any, shape: tuple[int, ...]) -> Any:
     return dense.astype(values.dtype, copy=False).reshape(shape)
 
 
-def add_at(W: Any, rows: Any, columns: Any, values: Any) -> None:
-    """W[rows, columns] += values, in place; W may be a transposed view, and a position may come twice."""
-    if hasattr(W, "index_put_"):
-        W.index_put_((rows.long(), columns.long()), values.to(W.dtype), accumulate=True)
+def add_at(D: Any, rows: Any, columns: Any, values: Any) -> None:
+    """D[rows, columns] += values, in place; D may be a transposed view, and a position may come twice."""
+    if hasattr(D, "index_put_"):
+        D.index_put_((rows.long(), columns.long()), values.to(D.dtype), accumulate=True)
         return
     import numpy as np
 
-    np.add.at(W, (rows, columns), values)
+    np.add.at(D, (rows, columns), values)
 
 
 def random_positions(seed: int, size: int, count: int) -> torch.Tensor:

@@ -103,9 +103,7 @@ class Handle:
             if any(u.kind in ("output", "context") for u in part.updates):
                 raise NotMergeable("is not a change of weights", where=str(part.target), cure=_KEEP)
         new = station.changed(parts, torch.float64)
-        pairs: list[tuple[Tensor, Tensor]] = [
-            (tensor_at(station.module, path), value) for path, value in new.items()
-        ]
+        pairs: list[tuple[Tensor, Tensor]] = [(tensor_at(station.module, path), value) for path, value in new.items()]
         for parameter, _ in pairs:
             names = [n for n, p in self._model.named_parameters(remove_duplicate=False) if p is parameter]
             if len(names) > 1:

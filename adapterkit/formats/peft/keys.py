@@ -1,7 +1,8 @@
 """Keys: `<prefix><module>.<part>[.<adapter name>][.weight|.bias]`, or `<prefix><parameter of the base>`.
 
-What a family shares over all modules stands alone: `base_model.<part>`, or `<part>`. PEFT wraps a module to adapt it, so a path can hold names of wrappers: `base_layer`, one for each adapted parameter of
-the module; `token_adapter`; `modules_to_save.<adapter name>` in state dicts that were saved by hand.
+What a family shares over all modules stands alone: `base_model.<part>`, or `<part>`. PEFT wraps a module to adapt it,
+so a path can hold names of wrappers: `base_layer`, one for each adapted parameter of the module; `token_adapter`;
+`modules_to_save.<adapter name>` in state dicts that were saved by hand.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def parse_key(text: str, prefix: str) -> Key:
 
 @cache
 def _part() -> re.Pattern[str]:
-    words = "|".join([r"(?:lora|ia3|trainable_tokens)_\w+", _words(pattern for f in _families() for pattern in f.parts)])
+    own = _words(pattern for f in _families() for pattern in f.parts)
+    words = rf"(?:lora|ia3|trainable_tokens)_\w+|{own}"
     return re.compile(rf"(?P<stem>.+)\.(?P<part>{words})(?P<rest>(?:\.[^.]+)*)", re.DOTALL)
 
 

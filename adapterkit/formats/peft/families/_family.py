@@ -74,7 +74,7 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, update: Any) -> Parts:
-        """Field -> part, or shared key, and tensor as PEFT stores it; `field.0`, `field.1`, ... for parts of a field."""
+        """Field, or `field.0`, `field.1`, ... -> part or shared key, and tensor as PEFT stores it."""
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
