@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
 from .errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
@@ -162,6 +162,11 @@ class Update:
             Unsupported: the method has no rule for it.
         """
         raise Unsupported(f"{cls.__name__} has no initial value", cure="Build the update from tensors instead")
+
+    @classmethod
+    def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, torch.Tensor]:
+        """Tensors that fresh updates of weights of these shapes share, by field; `initial` gets them as attributes."""
+        return {}
 
     @property
     def changes_weight(self) -> bool:

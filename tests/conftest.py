@@ -97,9 +97,9 @@ def _required(cls):
 
 
 def _positions(shape, seed, below):
-    """Positions on the axis `in`, or below other bounds, taken in turn; distinct along the last axis where there is room."""
+    """Positions on the axis `in`, or below other bounds in turn; distinct along the last axis where there is room."""
     rng, bounds = np.random.default_rng(seed), cycle(below or [SIZES["in"]])
-    lists = [np.resize(rng.permutation(bound), shape[-1]) for bound, _ in zip(bounds, range(math.prod(shape[:-1])))]
+    lists = [np.resize(rng.permutation(next(bounds)), shape[-1]) for _ in range(math.prod(shape[:-1]))]
     return np.array(lists, dtype=np.int64).reshape(shape)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.namespace import namespace
+from ..tensors.positions import counting
 from ..updates import tensor
 from ._planar import Planar
 
@@ -32,7 +32,7 @@ class C3A(Planar):
         return cls(**{"kernel": W.new_zeros(W.shape[0] // size, W.shape[1] // size, size), **attributes})
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
-        at = namespace(self.kernel).arange(self.kernel.shape[2])
+        at = counting(self.kernel.shape[2], self.kernel)
         blocks = self.kernel[:, :, (at[None, :] - at[:, None]) % len(at)]
         return blocks.swapaxes(1, 2).reshape(shape) / shape[1]
 

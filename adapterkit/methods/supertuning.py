@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed
+from ..errors import Malformed, ShapeMismatch
 from ..tensors.positions import add_at, outside, scattered
 from ..tensors.products import product
 from ..updates import tensor
@@ -46,7 +46,7 @@ class SuperTuning(Sparse):
         super().check_against(shape)
         worst = outside(self.index, (shape[0] * shape[1],))
         if worst is not None:
-            raise Malformed(f"position {worst} of {list(shape)}", where="index", cure="It is not of this base")
+            raise ShapeMismatch(f"index: position {worst} of {list(shape)}", cure="The adapter is not of this base")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         sparse: Tensor = scattered(self.values, self.index, shape)

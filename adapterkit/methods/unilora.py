@@ -13,6 +13,8 @@ from ..updates import tensor
 from ._planar import LowRank
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from ..updates import Random
@@ -35,17 +37,20 @@ class UniLoRA(LowRank):
     scales_B: Tensor = tensor("out r")
 
     @classmethod
+    def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, Tensor]:
+        theta = 0.02 * random((LENGTH,))
+        return {"theta": theta, "uses": theta.new_tensor(rank * sum(map(sum, shapes)) / LENGTH)}
+
+    @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        out, in_ = W.shape
+        given = {**cls.shared([tuple(W.shape)], rank, random), **attributes}
+        scale, (out, in_) = float(given.pop("uses")) ** -0.5, W.shape
         used = random((rank * (in_ + out),)).argsort() % LENGTH
-        scales = used.bincount(minlength=LENGTH)[used].to(W.dtype) ** -0.5
-        A, B = slice(0, rank * in_), slice(rank * in_, None)
         made = {
-            "theta": 0.02 * random((LENGTH,)),
-            "indices_A": used[A].reshape(rank, in_), "scales_A": scales[A].reshape(rank, in_),
-            "indices_B": used[B].reshape(out, rank), "scales_B": scales[B].reshape(out, rank),
+            "indices_A": used[: rank * in_].reshape(rank, in_), "scales_A": W.new_full((rank, in_), scale),
+            "indices_B": used[rank * in_ :].reshape(out, rank), "scales_B": W.new_full((out, rank), scale),
         }  # fmt: skip
-        return cls(**{**made, **attributes})
+        return cls(**{**made, **given})
 
     def factors(self) -> tuple[Tensor, Tensor]:
         xp = namespace(self.theta)

@@ -15,6 +15,8 @@ from ..updates import tensor
 from ._planar import LowRank
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from ..updates import Random
@@ -35,12 +37,17 @@ class VBLoRA(LowRank):
     topk: int = 2
 
     @classmethod
+    def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, Tensor]:
+        common = math.gcd(*(size for shape in shapes for size in shape))
+        length = max(n for n in range(1, min(256, common) + 1) if common % n == 0)
+        return {"bank": 0.02 * random((256, length))}
+
+    @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        common = math.gcd(*W.shape)
-        size = max(n for n in range(1, min(256, common) + 1) if common % n == 0)
-        bank = 0.02 * random((256, size))
-        A, B = (rank, W.shape[1] // size, 256), (W.shape[0] // size, rank, 256)
-        return cls(**{"bank": bank, "logits_A": random(A) / 6, "logits_B": random(B) / 6, **attributes})
+        given = {**cls.shared([tuple(W.shape)], rank, random), **attributes}
+        count, length = given["bank"].shape
+        A, B = (rank, W.shape[1] // length, count), (W.shape[0] // length, rank, count)
+        return cls(**{"logits_A": random(A) / 6, "logits_B": random(B) / 6, **given})
 
     def check(self) -> None:
         super().check()

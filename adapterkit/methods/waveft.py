@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import Malformed
 from ..tensors.namespace import namespace
-from ..tensors.positions import random_positions, scattered
+from ..tensors.positions import counting, random_positions, scattered
 from ..updates import tensor
 from ._planar import Sized, Sparse
 from .fourierft import SEED
@@ -25,11 +25,11 @@ class WaveFT(Sized, Sparse):
     """W' = W + scaling * the inverse transform of F, F[index[0], index[1]] = spectrum and 0 elsewhere."""
 
     paper = "https://arxiv.org/abs/2505.12532"
-    frozen: ClassVar[frozenset[str]] = frozenset({"index", "filter"})
+    frozen: ClassVar[frozenset[str]] = frozenset({"index", "low_pass"})
 
     index: Tensor = tensor("2 n", integer=True, below="out in")
     spectrum: Tensor = tensor("n")
-    filter: Tensor | None = tensor("taps", optional=True)
+    low_pass: Tensor | None = tensor("taps", optional=True)
     scaling: float = 1.0
 
     @classmethod
@@ -37,23 +37,23 @@ class WaveFT(Sized, Sparse):
         out, in_ = W.shape
         flat = random_positions(SEED, out * in_, rank)
         index = flat.new_tensor([(flat // in_).tolist(), (flat % in_).tolist()])
-        given = {"index": index, "spectrum": W.new_zeros(len(flat)), "filter": W.new_tensor([0.5**0.5] * 2)}
+        given = {"index": index, "spectrum": W.new_zeros(len(flat)), "low_pass": W.new_tensor([0.5**0.5] * 2)}
         return cls(outputs=out, inputs=in_, **{**given, **attributes})
 
     def check(self) -> None:
         super().check()
-        if self.filter is not None and (self.filter.shape[-1] < 2 or self.filter.shape[-1] % 2):
-            raise Malformed("a wavelet's filter has an even number of taps", where="filter", cure="Write it again")
+        if self.low_pass is not None and (self.low_pass.shape[-1] < 2 or self.low_pass.shape[-1] % 2):
+            raise Malformed("a wavelet's filter has an even number of taps", where="low_pass", cure="Write it again")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         rows, columns = self.index[0], self.index[1]
-        if self.filter is None:
+        if self.low_pass is None:
             return self.scaling * scattered(self.spectrum, rows * shape[1] + columns, shape)  # type: ignore[no-any-return]
-        taps = self.filter.shape[0]
+        taps = self.low_pass.shape[0]
         lower, down = _band(rows, shape[0], taps)
         right, across = _band(columns, shape[1], taps)
         # The upper right quarter holds what is high along the rows' axis, the lower left what is high along the other.
-        patches = _taps(self.filter, right)[:, :, None] * _taps(self.filter, lower)[:, None, :]
+        patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
         inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
         flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside
         return self.scaling * scattered(self.spectrum[:, None, None] * patches * inside, flat, shape)  # type: ignore[no-any-return]
@@ -64,14 +64,13 @@ def _band(positions: Any, size: int, taps: int) -> tuple[Any, Any]:
     padded = size + taps - 2 + size % 2
     at = positions + (padded - size) // 2
     half = padded // 2
-    steps = namespace(positions).arange(taps)
+    steps = counting(taps, positions)
     return at >= half, (2 * (at % half) - (taps - 2))[:, None] + steps[None, :]
 
 
 def _taps(low: Any, high: Any) -> Any:
     """The filter of each coefficient, `[n, taps]`: the low one, or its mirror image with alternating signs."""
-    xp = namespace(low)
-    mirrored = xp.flip(low) * (1 - 2 * (xp.arange(low.shape[0]) % 2))
+    mirrored = namespace(low).flip(low) * (1 - 2 * (counting(low.shape[0], low) % 2))
     return high[:, None] * mirrored[None, :] + ~high[:, None] * low[None, :]
 
 

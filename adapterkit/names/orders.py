@@ -41,7 +41,8 @@ _BERT = Order(
     ("pooler.dense",),
 )  # fmt: skip
 ORDERS = {
-    **dict.fromkeys(("cohere", "gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("cohere", "gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2"), _LLAMA),
+    **dict.fromkeys(("qwen2", "qwen3", "stablelm"), _LLAMA),
     **dict.fromkeys(("bert", "roberta"), _BERT),
     "bloom": Order(
         ("word_embeddings",),

@@ -1,10 +1,11 @@
-"""Positions in a weight: numbers put at them, random ones out of a seed, and whether they are inside; numpy and torch."""
+"""Positions in a weight: numbers put at them, random ones out of a seed, whether they are inside; numpy and torch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from .lazy import as_lazy
+from .namespace import namespace
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,11 @@ def add_at(D: Any, rows: Any, columns: Any, values: Any) -> None:
     np.add.at(D, (rows, columns), values)
 
 
+def counting(count: int, like: Any) -> Any:
+    """The numbers from 0 to `count` - 1, where another array lies."""
+    return namespace(like).arange(count, device=getattr(like, "device", None))
+
+
 def random_positions(seed: int, size: int, count: int) -> torch.Tensor:
     """The first `count` of the numbers below `size` in random order, as torch's generator on the CPU draws it."""
     import torch
@@ -43,7 +49,7 @@ def random_positions(seed: int, size: int, count: int) -> torch.Tensor:
 
 
 def outside(leaf: Leaf, below: tuple[int | None, ...]) -> int | None:
-    """The first number below 0, or not below its bound: one for all, or one for each row of pairs; None if all are in."""
+    """The first number below 0, or not below its bound: one for all, or one for each row of pairs; None without one."""
     values = as_lazy(leaf).numpy()
     parts = [values] if len(below) == 1 else [values[..., row, :] for row in range(len(below))]
     for part, bound in zip(parts, below, strict=True):

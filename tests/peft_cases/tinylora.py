@@ -14,6 +14,7 @@ def tinylora(**options):
 
 CASES = {
     "tinylora": (Layers, tinylora(target_modules=["q", "up", "emb", "head.1"], r=4)),
+    "tinylora of an embedding": (llama, tinylora(target_modules=["embed_tokens", "q_proj"])),
     "tied tinylora": (Layers, tinylora(target_modules=["q", "up"], weight_tying=1.0)),
     "half tied tinylora": (llama, tinylora(target_modules="all-linear", weight_tying=0.5)),
     "tinylora drawn again": (llama, tinylora(target_modules=["k_proj", "down_proj"], save_projection=False)),

@@ -11,7 +11,7 @@ def waveft(**options):
 
 CASES = {
     "waveft": (Layers, waveft(target_modules=["q", "up"])),
-    "waveft without a transform": (Layers, waveft(target_modules=["q", "up", "head.1"], n_frequency=20, use_idwt=False)),
+    "waveft without a transform": (Layers, waveft(target_modules=["q", "head.1"], n_frequency=20, use_idwt=False)),
     "waveft of db4": (Layers, waveft(target_modules=["q", "up", "head.1"], n_frequency=24, wavelet_family="db4")),
     "waveft of sym5": (Layers, waveft(target_modules=["head.1"], n_frequency=24, wavelet_family="sym5")),
     "waveft of coif2": (llama, waveft(target_modules=["q_proj"], wavelet_family="coif2")),

@@ -3,7 +3,13 @@
     python tools/foreign/peft_vectors.py [DEST]
 
 The native form is built by hand from the modules that PEFT holds in memory, never by reading the files back: what the
-reader makes of a folder can be held against it. Run it with the release of PEFT that a vector is to be of.
+reader makes of a folder can be held against it. Run it with the release of PEFT that a vector is to be of. What a
+family has is in its module in peft_families, found by listing: `CASES`, name -> (model, config), and `update_of`;
+`NEEDS_BASE` where files lack what the adapted weights tell, which are then saved beside them.
+
+    python tools/foreign/peft_vectors.py DEST NAME...
+
+writes just these.
 """
 
 from __future__ import annotations
@@ -15,12 +21,15 @@ if os.environ.get("PYTHONHASHSEED") != "0":
     # PEFT writes sets of names in the order of their hashes.
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
 
+import pkgutil
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import peft_families
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, MissConfig, PeftConfig, TrainableTokensConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
@@ -29,6 +38,7 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.miss.layer import MissLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,11 +88,12 @@ def llama() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a config, and how the folder is saved."""
+    """A model, a config, how the folder is saved, and whether the adapted weights are saved beside it."""
 
     model: Callable[[], nn.Module]
     config: PeftConfig
     options: dict[str, Any] = field(default_factory=dict)
+    base: bool = False
 
 
 def lora_config(*modules: str, **options: Any) -> LoraConfig:
@@ -128,10 +139,23 @@ CASES = {
 }
 
 
-def updates(model: Any, bias: str) -> Updates:
-    """Every update of a PEFT model, from its modules; `bias` is its config's."""
+FAMILIES = [import_module(f"peft_families.{m.name}") for m in pkgutil.iter_modules(peft_families.__path__)]
+MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama}
+CASES |= {
+    name: Case(MODELS[model], config, base=getattr(family, "NEEDS_BASE", False))
+    for family in FAMILIES
+    for name, (model, config) in family.CASES.items()
+}
+
+
+def updates(model: Any, config: PeftConfig) -> Updates:
+    """Every update of a PEFT model, from its modules."""
+    bias = getattr(config, "bias", "none")
     for path, module in model.base_model.model.named_modules():
-        if isinstance(module, ParamWrapper):
+        own = [update for family in FAMILIES if (update := family.update_of(path, module, config)) is not None]
+        if own:
+            yield ak.Target(path), own[0]
+        elif isinstance(module, ParamWrapper):
             yield from of_parameter(path, module)
         elif isinstance(module, LoraLayer) and NAME in (*module.lora_A, *module.lora_embedding_A):
             yield from of_lora(path, module, bias)
@@ -211,10 +235,15 @@ def make(name: str, case: Case, dest: Path) -> None:
     model.save_pretrained(str(dest), **case.options)
     (dest / "README.md").unlink()
     found: dict[ak.Target, tuple[Any, ...]] = {}
-    for target, update in updates(model, getattr(case.config, "bias", "none")):
-        found[target] = (*found.get(target, ()), update.map(lambda leaf: leaf.detach().clone()))
+    for target, update in updates(model, case.config):
+        found[target] = (*found.get(target, ()), update)
     adapter = ak.Adapter(found, recipe=(ak.Step("read", {"format": "peft"}),))
+    adapter = adapter.map(lambda leaf: leaf.detach().clone())
     ak.write(adapter, dest / "expected.native.safetensors")
+    if case.base:
+        modules = dict(model.base_model.model.named_modules())
+        weights = {f"{target.path}.weight": modules[target.path].base_layer.weight.detach() for target in found}
+        save_file(weights, dest / "base.safetensors")
     print(f"{name}: {sum(file.stat().st_size for file in dest.iterdir())} bytes")
 
 
@@ -222,6 +251,8 @@ def main() -> int:
     """Writes all cases, each folder anew."""
     dest = Path(sys.argv[1]) if len(sys.argv) > 1 else DEST
     for name, case in CASES.items():
+        if name not in (sys.argv[2:] or CASES):
+            continue
         shutil.rmtree(dest / name, ignore_errors=True)
         (dest / name).mkdir(parents=True)
         make(name, case, dest / name)

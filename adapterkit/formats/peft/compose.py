@@ -50,11 +50,11 @@ def configs(
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
     named = _base_fields(adapter, hints)
     family = family_of_type(peft_type)
-    same = bool(read) and hints.targets == fingerprint(updates)
-    if same:
+    as_read = bool(read) and hints.targets == fingerprint(updates)
+    if as_read:
         yield read | named
     changed = family.numbers_at(updates, base) if family else numbers if peft_type == "LORA" else {}
-    if same:
+    if as_read:
         yield _over(read | named, changed)
     common = {name: hints.config.get(name, value) for name, value in COMMON.items()} | {"inference_mode": True}
     start = read or {**common, **(family.fresh if family else FRESH[peft_type]), "peft_type": peft_type}

@@ -137,9 +137,9 @@ def parse(config: Mapping[str, Any]) -> Settings:
     for name, value in config.items():
         if family is None or name not in {**family.read, **family.harmless}:
             _check_field(name, value)
-    known = {name: value for name, value in config.items() if name in Settings.__struct_fields__ and name != "own"}
-    if family is not None:
-        known = {name: value for name, value in known.items() if value is not None}
+    own_fields = {"own"} if family is None else {"own", *family.own.__struct_fields__}
+    common = {*Settings.__struct_fields__} - own_fields
+    known = {name: value for name, value in config.items() if name in common}
     try:
         own = None if family is None else msgspec.convert(dict(config), family.own)
         settings = msgspec.structs.replace(msgspec.convert(known, Settings), own=own)

@@ -44,7 +44,7 @@ def says(
 
 
 def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
-    """(path, position) -> the fields that come from keys of their own, or from the only one there is for all modules."""
+    """(path, position) -> the fields that come from keys of their own, or from the only one for all modules."""
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
     own: dict[tuple[str, int], set[str]] = {}

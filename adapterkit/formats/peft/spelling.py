@@ -166,7 +166,8 @@ def _spell_update(
             yield field, names.inside(_whole_name(target.path, field, names.base)), whole, False
     elif family := family_of(update):
         for field, (part, leaf) in parts.items():
-            key = part if is_shared(family, part) else f"{names.inside(target.path)}.{part}"
+            own = f"{names.inside(target.path)}.{part.removeprefix('.')}"
+            key = part if is_shared(family, part) else own
             yield field, key, leaf, False
 
 

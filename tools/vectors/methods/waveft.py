@@ -9,16 +9,16 @@ from layers import Array
 
 
 def formula(
-    W: Array, b: Array | None, index: Array, spectrum: Array, outputs: int, inputs: int, filter: Array | None = None,
+    W: Array, b: Array | None, index: Array, spectrum: Array, outputs: int, inputs: int, low_pass: Array | None = None,
     scaling: float = 1.0,
 ) -> Pair:  # fmt: skip
     """W' = W + scaling * the inverse transform of F, padded; F itself without a filter."""
-    border = 0 if filter is None else len(filter) - 2
-    sizes = [n + border + (n + border) % 2 if filter is not None else n for n in (outputs, inputs)]
+    border = 0 if low_pass is None else len(low_pass) - 2
+    sizes = [n + border + (n + border) % 2 if low_pass is not None else n for n in (outputs, inputs)]
     F = np.zeros(sizes)
     for (u, v), c in zip(index.T, spectrum, strict=True):
         F[u + (sizes[0] - outputs) // 2, v + (sizes[1] - inputs) // 2] = c
-    D = F if filter is None else _inverse(F, filter)[:outputs, :inputs]
+    D = F if low_pass is None else _inverse(F, low_pass)[:outputs, :inputs]
     return W + scaling * D, b
 
 
@@ -59,15 +59,13 @@ def cases() -> list[Case]:
     ]
 
 
-def _some(
-    seed: str, out: int, in_: int, n: int = 4, taps: int = 2, scaling: float | None = 0.5, e: int = 0
-) -> Update:
+def _some(seed: str, out: int, in_: int, n: int = 4, taps: int = 2, scaling: float | None = 0.5, e: int = 0) -> Update:
     rng = np.random.default_rng(len(seed) + 11)
     lists = [rng.permutation(out * in_)[:n] for _ in range(max(e, 1))]
     index = np.stack([np.stack(np.divmod(flat, in_)) for flat in lists])
     lead = (e,) if e else ()
     tensors = {"index": index if e else index[0], "spectrum": numbers(f"waveft.{seed}", *lead, n)}
     if taps:
-        tensors["filter"] = numbers(f"waveft.{seed}.filter", *lead, taps)
+        tensors["low_pass"] = numbers(f"waveft.{seed}.low_pass", *lead, taps)
     attributes = {"outputs": out, "inputs": in_} | ({} if scaling is None else {"scaling": scaling})
     return Update("waveft", tensors, attributes)

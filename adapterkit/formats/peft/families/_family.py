@@ -88,7 +88,7 @@ class Family(ABC):
 
     @classmethod
     def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
-        """The same, where a family needs the base for them."""
+        """The same, for families of which shapes of the base say more."""
         return cls.numbers(updates)
 
     @classmethod

@@ -15,7 +15,6 @@ from ..spelling import is_embedding
 if TYPE_CHECKING:
     from ....adapter import Target
     from ....tensors.checkpoint import Checkpoint
-    from ....updates import Update
     from ..file import File
     from ..keys import Key
 

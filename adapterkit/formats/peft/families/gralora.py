@@ -1,4 +1,4 @@
-"""GraLoRA: `gralora_A` [g, in / g, r], `gralora_B` [g, r, out / g], and a LoRA: `gralora_A_general`, `gralora_B_general`."""
+"""GraLoRA: `gralora_A` [g, in / g, r], `gralora_B` [g, r, out / g]; of a hybrid `gralora_A_general` and B's as well."""
 
 from __future__ import annotations
 

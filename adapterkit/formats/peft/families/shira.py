@@ -9,7 +9,7 @@ from ....methods.shira import SHiRA
 from ....tensors.dtypes import DTYPES
 from ....tensors.lazy import Lazy, as_array, as_lazy
 from ..file import File, Found, make
-from ._family import Family, Own, Parts, check_parts
+from ._family import Family, Parts, check_parts
 from ._weights import check_size, weight_in
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""TinyLoRA: `tinylora_A`, `tinylora_B`, `tinylora_P` of each module, and `tinylora_v.<group>`, which groups of them share.
+"""TinyLoRA: `tinylora_A`, `tinylora_B`, `tinylora_P` of each module, and `tinylora_v.<group>`, of a group of them.
 
 A group is a run of modules in the order in which the model declares them. The keys do not tell a module's number; its
 random P does, which PEFT draws from `projection_seed` plus that number.
@@ -65,7 +65,7 @@ class TinyLoRAFamily(Family):
 
     @classmethod
     def decode(cls, file: File) -> Findings:
-        found = list(super().decode(file))
+        found = [each for each in super().decode(file) if isinstance(each, Found)]
         numbers = _numbers({each.path: each.update for each in found}, file)
         for each in found:
             number = None if numbers is None else numbers[each.path]
@@ -78,8 +78,9 @@ class TinyLoRAFamily(Family):
         A, B = (file.tensors[keys[part]].shape for part in ("tinylora_A", "tinylora_B"))
         key = keys["tinylora_A"]
         check_size(key, A[0] if len(A) == len(B) == 2 else -1, min(own.r, A[-1], B[0]), "r")
-        tensors: dict[str, Any] = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
-        update = make("tinylora", {"P": None, "v": None, **tensors})
+        # What is still None is completed once all modules are known.
+        tensors: dict[str, Any] = {"P": None, "v": None} | {FIELDS[part]: file.tensors[k] for part, k in keys.items()}
+        update = make("tinylora", tensors)
         return Found(key.path, update, {FIELDS[part]: key for part, key in keys.items()}, layout(file, key.path))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Uni-LoRA: one `unilora_theta_d` [d]; with `save_indices` each module's `unilora_indices_A`, `unilora_scales_A`, and B's.
+"""Uni-LoRA: one `unilora_theta_d` [d]; with `save_indices` each module's `unilora_indices_A`, `unilora_scales_A`, ...
 
 Without, the positions are drawn again for all modules at once, in the order in which the model declares them.
 """

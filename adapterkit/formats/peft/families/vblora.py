@@ -1,7 +1,7 @@
 """VB-LoRA: `vblora_logits_A` [r, in / b, n], `vblora_logits_B` [out / b, r, n], and one `vblora_vector_bank` [n, b].
 
-With `save_only_topk_weights`, of the logits `_topk_indices` and `_topk_weights`; the last weight is left out, and is what
-the others lack of 1.
+With `save_only_topk_weights`, of the logits `_topk_indices` and `_topk_weights`; the last weight is left out, and is
+what the others lack of 1.
 """
 
 from __future__ import annotations
@@ -138,4 +138,6 @@ def _stored(part: str, tensor: Lazy) -> Lazy:
 
 
 def _sums_to_one(weights: Lazy) -> bool:
-    return weights.shape[-1] > 0 and bytes(_whole("weights", _stored("weights", weights)).fetch()) == bytes(weights.fetch())
+    return weights.shape[-1] > 0 and bytes(_whole("weights", _stored("weights", weights)).fetch()) == bytes(
+        weights.fetch()
+    )

@@ -1,4 +1,4 @@
-"""WaveFT: `waveft_spectrum` [n]; positions out of `random_loc_seed` and the size of the weight, a wavelet by its name."""
+"""WaveFT: `waveft_spectrum` [n]; positions out of `random_loc_seed` and the weight's size, a wavelet by its name."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class WaveFTFamily(Family):
         out, in_ = weight_shape(file, key, "WaveFT's positions depend on the size of the weight")
         tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
         if own.use_idwt:
-            tensors["filter"] = _filter(own.wavelet_family, file.compat)
+            tensors["low_pass"] = _filter(own.wavelet_family, file.compat)
         update = make("waveft", tensors, scaling=own.scaling, outputs=out, inputs=in_)
         return Found(key.path, update, {"spectrum": key}, layout(file, key.path))
 
@@ -80,7 +80,7 @@ class WaveFTFamily(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        unknown = update.filter is not None and name_of(as_lazy(update.filter).numpy().tolist()) is None
+        unknown = update.low_pass is not None and name_of(as_lazy(update.low_pass).numpy().tolist()) is None
         return "waveft of a wavelet that PEFT has no name for" if unknown else not_linear(target, update.method)
 
     @classmethod
@@ -89,7 +89,7 @@ class WaveFTFamily(Family):
         sizes = {path: int(update.spectrum.shape[0]) for path, update in found.items()}
         fields = size_fields(sizes, "n_frequency")
         fields["n_frequency_pattern"] = {exactly(path): n for path, n in fields["n_frequency_pattern"].items()}
-        taps = next(iter(found.values())).filter
+        taps = next(iter(found.values())).low_pass
         name = None if taps is None else name_of(as_lazy(taps).numpy().tolist())
         wavelet = {"use_idwt": name is not None} | ({"wavelet_family": name} if name else {})
         return fields | of_one(updates, cls.method) | wavelet | {"proportional_parameters": False}
