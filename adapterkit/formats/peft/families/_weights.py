@@ -15,6 +15,7 @@ from ..spelling import is_embedding
 if TYPE_CHECKING:
     from ....adapter import Target
     from ....tensors.checkpoint import Checkpoint
+    from ....tensors.lazy import Lazy
     from ..file import File
     from ..keys import Key
 
@@ -75,6 +76,11 @@ def size_fields(sizes: Mapping[str, int], field: str) -> dict[str, Any]:
     """The most common size, and a pattern with the whole path of each module that has another."""
     common = min(Counter(sizes.values()).items(), key=lambda item: (-item[1], item[0]))[0]
     return {field: common, f"{field}_pattern": {path: size for path, size in sizes.items() if size != common}}
+
+
+def side(tensor: Lazy, axis: int, axes: int) -> int:
+    """The size of one axis of a tensor that should have so many; -1 where it has not."""
+    return tensor.shape[axis] if len(tensor.shape) == axes else -1
 
 
 def check_size(key: Key, found: int, said: int, field: str) -> None:

@@ -9,7 +9,7 @@ from ....methods.c3a import C3A
 from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts
-from ._weights import check_size, size_at, size_fields
+from ._weights import check_size, side, size_at, size_fields
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -44,7 +44,7 @@ class C3AFamily(Family):
         key, own = keys[PART], file.settings.own
         kernel = file.tensors[key]
         size = size_at(own.block_size, own.block_size_pattern, key.path)
-        check_size(key, kernel.shape[2] if len(kernel.shape) == 3 else -1, size, "block_size")
+        check_size(key, side(kernel, 2, 3), size, "block_size")
         return Found(key.path, make("c3a", {"kernel": kernel}), {"kernel": key})
 
     @classmethod

@@ -10,7 +10,7 @@ from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts
 from ._positions import drawn, of_one
-from ._weights import check_size, layout, not_linear, size_at, size_fields, weight_shape
+from ._weights import check_size, layout, not_linear, side, size_at, size_fields, weight_shape
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -49,7 +49,7 @@ class FourierFTFamily(Family):
         key, own = keys[PART], file.settings.own
         spectrum = file.tensors[key]
         count = size_at(own.n_frequency, own.n_frequency_pattern, key.path)
-        check_size(key, spectrum.shape[0] if len(spectrum.shape) == 1 else -1, count, "n_frequency")
+        check_size(key, side(spectrum, 0, 1), count, "n_frequency")
         out, in_ = weight_shape(file, key, "FourierFT's positions depend on the size of the weight")
         tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
         update = make("fourierft", tensors, scaling=own.scaling, outputs=out, inputs=in_)

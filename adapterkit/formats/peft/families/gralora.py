@@ -11,7 +11,7 @@ from ....tensors.lazy import as_lazy
 from ..alphas import exact_alpha
 from ..file import File, Found, make
 from ._family import Family, Own, Parts, check_parts
-from ._weights import check_size, layout, not_linear
+from ._weights import check_size, layout, not_linear, side
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -52,12 +52,11 @@ class GraLoRAFamily(Family):
         fields = HYBRID if own.hybrid_r else BLOCKS
         check_parts(keys, fields)
         key = keys["gralora_A"]
-        shape = file.tensors[key].shape
-        check_size(key, shape[0] if len(shape) == 3 else -1, own.gralora_k, "gralora_k")
-        check_size(key, shape[2], r, "r")
+        check_size(key, side(file.tensors[key], 0, 3), own.gralora_k, "gralora_k")
+        check_size(key, side(file.tensors[key], 2, 3), r, "r")
         if own.hybrid_r:
             whole = keys["gralora_A_general.weight"]
-            check_size(whole, file.tensors[whole].shape[0], own.hybrid_r, "hybrid_r")
+            check_size(whole, side(file.tensors[whole], 0, 2), own.hybrid_r, "hybrid_r")
         tensors = {fields[part]: file.tensors[key] for part, key in keys.items()}
         update = make("gralora", tensors, scaling=own.alpha / (r + own.hybrid_r))
         return Found(key.path, update, {fields[part]: key for part, key in keys.items()}, layout(file, key.path))

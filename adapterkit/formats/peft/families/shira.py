@@ -10,7 +10,7 @@ from ....tensors.dtypes import DTYPES
 from ....tensors.lazy import Lazy, as_array, as_lazy
 from ..file import File, Found, make
 from ._family import Family, Parts, check_parts
-from ._weights import check_size, weight_in
+from ._weights import check_size, side, weight_in
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -40,7 +40,7 @@ class SHiRAFamily(Family):
         key = keys["shira_weight"]
         shape = file.base_shape(f"{key.path}.weight")
         if shape is not None and len(shape) == 2:
-            check_size(key, file.tensors[key].shape[0], file.settings.r * sum(shape), "r")
+            check_size(key, side(file.tensors[key], 0, 1), file.settings.r * sum(shape), "r")
         tensors = {"index": _whole_numbers(file.tensors[keys["shira_indices"]]), "values": file.tensors[key]}
         return Found(key.path, make("shira", tensors), {FIELDS[part]: key for part, key in keys.items()})
 

@@ -11,7 +11,7 @@ from ....tensors.lazy import as_lazy
 from ..alphas import exact_alpha
 from ..file import File, Found, make
 from ._family import Family, Own, Parts, check_parts
-from ._weights import check_size, weight_in
+from ._weights import check_size, side, weight_in
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -58,10 +58,10 @@ class SuperTuningFamily(Family):
         key = keys["supertuning_values"]
         shape = file.base_shape(f"{key.path}.weight")
         if shape is not None and len(shape) == 2:
-            check_size(key, file.tensors[key].shape[0], _count(shape[0] * shape[1], own.sparsity), "sparsity")
+            check_size(key, side(file.tensors[key], 0, 1), _count(shape[0] * shape[1], own.sparsity), "sparsity")
         if own.r is not None:
             low = keys["supertuning_lora_A.weight"]
-            check_size(low, file.tensors[low].shape[0], own.r, "r")
+            check_size(low, side(file.tensors[low], 0, 2), own.r, "r")
         scaling = 1.0 if own.r is None else (2 * own.r if own.lora_alpha is None else own.lora_alpha) / own.r
         tensors = {fields[part]: file.tensors[key] for part, key in keys.items()}
         update = make("supertuning", tensors, scaling=float(scaling))

@@ -7,7 +7,9 @@ random P does, which PEFT draws from `projection_seed` plus that number.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import msgspec
 
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....methods.tinylora import TinyLoRA
@@ -16,7 +18,7 @@ from ....tensors.dtypes import DTYPES
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Findings, Found, make
 from ._family import Family, Own, Parts, check_parts
-from ._weights import check_size, layout
+from ._weights import check_size, layout, side
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -35,7 +37,7 @@ class Fields(Own, frozen=True, kw_only=True):
     r: int = 2
     u: int = 64
     weight_tying: float = 0.0
-    projection_seed: int = SEED
+    projection_seed: Annotated[int, msgspec.Meta(ge=-(1 << 62), le=1 << 62)] = SEED
     save_projection: bool | None = True
 
 
@@ -75,9 +77,9 @@ class TinyLoRAFamily(Family):
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
         own = file.settings.own
         check_parts(keys, FIELDS if own.save_projection else [part for part in FIELDS if part != "tinylora_P"])
-        A, B = (file.tensors[keys[part]].shape for part in ("tinylora_A", "tinylora_B"))
-        key = keys["tinylora_A"]
-        check_size(key, A[0] if len(A) == len(B) == 2 else -1, min(own.r, A[-1], B[0]), "r")
+        A, B = (file.tensors[keys[part]] for part in ("tinylora_A", "tinylora_B"))
+        key, most = keys["tinylora_A"], min(own.r, side(A, 1, 2), side(B, 0, 2))
+        check_size(key, side(A, 0, 2), max(most, 0), "r")
         # What is still None is completed once all modules are known.
         tensors: dict[str, Any] = {"P": None, "v": None} | {FIELDS[part]: file.tensors[k] for part, k in keys.items()}
         update = make("tinylora", tensors)
@@ -126,6 +128,7 @@ def _numbers(updates: Mapping[str, Any], file: File) -> dict[str, int] | None:
     """Every module's number in the model; None where nothing tells."""
     known: Mapping[str, Any] = file.known or updates
     held = {path: as_lazy(known[path].P) for path in updates if path in known and known[path].P is not None}
+    held = {path: P for path, P in held.items() if len(P.shape) == 3 and P.shape[2]}
     by_P = _by_projection(held, file.settings.own.projection_seed) if len(held) == len(updates) else None
     if by_P is not None:
         return by_P
@@ -180,7 +183,7 @@ def _completed(file: File, found: Found, number: int | None, count: int) -> Foun
     if key is None:
         raise Malformed(f"tinylora_v.{group} is not in the file", where=found.path, cure="Save it again with PEFT")
     v = file.tensors[key]
-    check_size(key, v.shape[0] if len(v.shape) == 1 else -1, own.u, "u")
+    check_size(key, side(v, 0, 1), own.u, "u")
     changes: dict[str, Any] = {"v": v}
     if update.tensors.get("P") is None:
         rank = update.tensors["A"].shape[0]

@@ -6,8 +6,10 @@ Without, the positions are drawn again for all modules at once, in the order in 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import msgspec
 
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....methods.unilora import UniLoRA
@@ -18,7 +20,7 @@ from ..config import names_module
 from ..file import File, Findings, Found, make
 from ..keys import Key
 from ._family import Family, Own, Parts, check_parts
-from ._weights import check_size, layout, not_linear, weight_shape
+from ._weights import check_size, layout, not_linear, side, weight_shape
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,7 @@ class Fields(Own, frozen=True, kw_only=True):
 
     r: int = 4
     theta_d_length: int = 256
-    proj_seed: int = 42
+    proj_seed: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 42
     save_indices: bool | None = False
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -62,14 +64,15 @@ class UniLoRAFamily(Family):
     def decode(cls, file: File) -> Findings:
         if THETA not in file.shared:
             raise Malformed(f"{THETA} is not in the file", where=THETA, cure="Save the adapter again with PEFT")
-        check_size(file.shared[THETA], _length(file), file.settings.own.theta_d_length, "theta_d_length")
+        theta = file.shared[THETA]
+        check_size(theta, side(file.tensors[theta], 0, 1), file.settings.own.theta_d_length, "theta_d_length")
         yield from super().decode(file) if file.settings.own.save_indices else _regenerated(file)
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
         check_parts(keys, FIELDS)
         key = keys["unilora_indices_A"]
-        check_size(key, file.tensors[key].shape[0], file.settings.own.r, "r")
+        check_size(key, side(file.tensors[key], 0, 2), file.settings.own.r, "r")
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
         places = {"theta": file.shared[THETA]} | {FIELDS[part]: key for part, key in keys.items()}
         update = make("unilora", {"theta": file.tensors[file.shared[THETA]], **tensors})
@@ -94,11 +97,6 @@ class UniLoRAFamily(Family):
         turned = any(target.layout == "in out *k" for target in updates)
         sizes = {"r": int(some.indices_A.shape[0]), "theta_d_length": int(some.theta.shape[0])}
         return sizes | {"save_indices": True, "fan_in_fan_out": turned}
-
-
-def _length(file: File) -> int:
-    shape = file.tensors[file.shared[THETA]].shape
-    return shape[0] if len(shape) == 1 else -1
 
 
 def _regenerated(file: File) -> Findings:
@@ -154,7 +152,7 @@ def _scale_dtype(file: File, path: str) -> str:
     return held.dtype.name if held is not None and held.dtype.floating else "F32"
 
 
-@cache
+@lru_cache(maxsize=4)
 def _drawn(total: int, length: int, seed: int) -> Any:
     """A function that returns the positions in theta of all elements, and how often each is used."""
 

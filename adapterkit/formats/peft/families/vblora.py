@@ -14,7 +14,7 @@ from ....methods.vblora import VBLoRA
 from ....tensors.lazy import Lazy, as_array, as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts, check_parts
-from ._weights import check_size, layout, not_linear
+from ._weights import check_size, layout, not_linear, side
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -105,15 +105,14 @@ class VBLoRAFamily(Family):
 
 
 def _check_sizes(file: File, keys: Mapping[str, Key], bank: Key) -> None:
-    own, sizes = file.settings.own, file.tensors[bank].shape
-    check_size(bank, sizes[0] if len(sizes) == 2 else -1, own.num_vectors, "num_vectors")
-    check_size(bank, sizes[1], own.vector_length, "vector_length")
+    own = file.settings.own
+    check_size(bank, side(file.tensors[bank], 0, 2), own.num_vectors, "num_vectors")
+    check_size(bank, side(file.tensors[bank], 1, 2), own.vector_length, "vector_length")
     for part, key in keys.items():
-        shape = file.tensors[key].shape
-        rank_axis = 0 if "_A" in part else 1
-        check_size(key, shape[rank_axis] if len(shape) == 3 else -1, file.settings.r, "r")
+        tensor = file.tensors[key]
+        check_size(key, side(tensor, 0 if "_A" in part else 1, 3), file.settings.r, "r")
         if part in CHOSEN:
-            check_size(key, shape[2], own.topk - part.endswith("weights"), "topk")
+            check_size(key, side(tensor, 2, 3), own.topk - part.endswith("weights"), "topk")
 
 
 def _whole(part: str, tensor: Lazy) -> Lazy:

@@ -14,7 +14,7 @@ from ..patterns import exactly, first_match
 from ._family import Family, Own, Parts
 from ._positions import drawn, of_one
 from ._wavelets import FAULTY, FILTERS, filter_of, name_of
-from ._weights import check_size, layout, not_linear, size_fields, weight_shape
+from ._weights import check_size, layout, not_linear, side, size_fields, weight_shape
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -63,10 +63,9 @@ class WaveFTFamily(Family):
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
         key, own = keys[PART], file.settings.own
         spectrum = file.tensors[key]
-        count = spectrum.shape[0] if len(spectrum.shape) == 1 else -1
-        if not own.proportional_parameters:
-            said = first_match(own.n_frequency_pattern or {}, key.path, own.n_frequency)
-            check_size(key, count, said, "n_frequency")
+        count = side(spectrum, 0, 1)
+        said = first_match(own.n_frequency_pattern or {}, key.path, own.n_frequency)
+        check_size(key, count, max(count, 0) if own.proportional_parameters else said, "n_frequency")
         out, in_ = weight_shape(file, key, "WaveFT's positions depend on the size of the weight")
         tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
         if own.use_idwt:
