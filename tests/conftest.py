@@ -37,6 +37,9 @@ settings.load_profile("repository")
 SIZES = {"out": 8, "in": 16}
 """Sizes of the weight's axes in examples; what other names stand for divides them."""
 
+WIDE = {"outs": 12, "ins": 20, "short": 8, "shorts": 12, "longs": 20, "bases": 5}
+"""Sizes of axes along which weights of several sizes share a tensor, and of the shorter of the two above."""
+
 
 def values(shape, seed=0):
     """float64 numbers that no formula is likely to produce by accident."""
@@ -50,7 +53,7 @@ def updates(draw, method=None, stacked=False, kernel=None):
     kernel = draw(st.sampled_from([(), (3,), (2, 1)])) if kernel is None else kernel
     sizes = {name: draw(st.sampled_from([1, 2, 4])) for name in _names(cls)}
     columns = SIZES["in"] * math.prod(kernel)
-    dims = sizes | SIZES | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
+    dims = sizes | SIZES | WIDE | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
     made, seed = {}, draw(st.integers(0, 2**32 - 1))
     for position, name in enumerate(draw(st.sampled_from(_together(cls)))):
         field = cls.tensor_fields()[name].metadata

@@ -87,7 +87,7 @@ def assert_same_weights(got, expected, base):
 def bases(tmp_path_factory):
     """Model -> a folder with its weights, as any user has them."""
     folders = {}
-    for model in (Layers, gpt2, llama):
+    for model in dict.fromkeys((Layers, gpt2, llama, *(model for model, _ in CASES.values()))):
         folders[model] = tmp_path_factory.mktemp(model.__name__)
         save_file(base_of(model).state_dict(), folders[model] / "model.safetensors", {"format": "pt"})
         config = getattr(base_of(model), "config", None)

@@ -81,7 +81,7 @@ def test_the_invalid_corpus_covers_every_kind_of_error_a_reader_has():
 @pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.name)
 def test_the_safetensors_library_opens_every_vector(path):
     with safe_open(path, "pt") as file:
-        assert all(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 - it is no mapping
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118 - it is no mapping
 
 
 @pytest.mark.parametrize("path", [p for p in METHOD_FILES if ".adapter." in p.name], ids=lambda path: path.name)

@@ -118,7 +118,9 @@ def _check_update(update: Update, site: Site, shapes: Shapes, biasless: bool) ->
         raise ShapeMismatch(f"made for {out} outputs; the bias is {list(shapes[site.bias])}", cure=_WRONG_BASE)
     seen = None if site.weight is None else viewed(shapes[site.weight], site.target)
     if seen is not None:
-        update.check_against(seen[int(site.target.stacked) :])
+        out, *rest = seen[int(site.target.stacked) :]
+        rows = site.target.rows
+        update.check_against((out if rows is None else rows[1] - rows[0], *rest))
 
 
 def _bias_fits(update: Update, target: Target, shape: tuple[int, ...]) -> bool:

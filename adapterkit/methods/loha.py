@@ -6,7 +6,8 @@ have a Tucker core: then it is `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import Malformed
 from ..tensors.products import tucker
@@ -14,6 +15,8 @@ from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..updates import Random
 
 
 class LoHa(Additive):
@@ -31,6 +34,13 @@ class LoHa(Additive):
     t2: Tensor | None = tensor("r r *k", optional=True)
     w2_in: Tensor | None = tensor("r in", optional=True)
     scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        columns = math.prod(W.shape[1:])
+        w1_a, w2_a = (random((len(W), rank)) / rank**0.5 for _ in range(2))
+        w1_b = random((rank, columns)) / columns**0.5
+        return cls(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=W.new_zeros(rank, columns), **attributes)
 
     def check(self) -> None:
         super().check()

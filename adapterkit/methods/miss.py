@@ -13,6 +13,8 @@ from ..updates import Additive, tensor
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..updates import Random
+
 
 class MiSS(Additive):
     """W'[o, i] = W[o, i] + block[i mod r, o], or + mini[i mod r, o mod m]; exactly one is present."""
@@ -22,6 +24,10 @@ class MiSS(Additive):
 
     D: Tensor | None = tensor("r out", optional=True)
     mini: Tensor | None = tensor("r m", optional=True)
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        return cls(D=W.new_zeros(rank, len(W)), **attributes)
 
     def check(self) -> None:
         super().check()

@@ -1,7 +1,8 @@
-"""Products of thin factors, for numpy and torch: D = B @ A into given memory, and the Tucker form of a kernel."""
+"""Products of small factors, for numpy and torch: D = B @ A into given memory, Kronecker's, a kernel's Tucker form."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 ROWS = 16
@@ -23,6 +24,26 @@ def tucker(core: Any, a: Any, inputs: Any) -> Any:
     r = len(core)
     inner = (core.reshape(r, r, -1).swapaxes(1, 2) @ inputs).swapaxes(1, 2)
     return a @ inner.reshape(r, -1)
+
+
+def kron(w1: Any, w2: Any) -> Any:
+    """The Kronecker product of `[a, c]` and `[b, d]`, `[a * b, c * d]`."""
+    return (w1[:, None, :, None] * w2[None, :, None, :]).reshape(len(w1) * len(w2), -1)
+
+
+def even_split(size: int, factor: int = -1) -> tuple[int, int]:
+    """The two numbers into which LyCORIS splits a side of a weight, the one for w1 first.
+
+    Args:
+        size: their product.
+        factor: the first, where it divides; else the first is the largest number up to it that makes it the smaller of
+            the two. -1 for no limit.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
+    small = next((n for n in range(limit, 0, -1) if size % n == 0), 1)
+    return small, size // small
 
 
 def _product(D: Any, B: Any, A: Any) -> None:

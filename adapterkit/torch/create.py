@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from ..adapter import Adapter, Target
 from ..errors import TargetNotFound, UsageError, nearest
 from ..methods import METHODS
 from .layers import Conv1D, stored_layout
+
+if TYPE_CHECKING:
+    from ..updates import Random
 
 
 def create(
@@ -44,22 +47,38 @@ def create(
     if unknown:
         raise UsageError(f"{method} has no {unknown[0]}", cure=f"It has {', '.join(cls.attribute_fields())}")
     generator = torch.Generator().manual_seed(seed)
-    updates = {}
-    for path, module in _matching(model, targets):
-        layout = stored_layout(module) or "out *in"
-        stored: Any = module.weight
-        W = stored.detach().to("cpu", torch.promote_types(stored.dtype, torch.float32))
-        b: Any = getattr(module, "bias", None)
-        b = None if b is None else b.detach().to(W)
-
-        def random(shape: tuple[int, ...], dtype: torch.dtype = W.dtype) -> torch.Tensor:
-            return torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1
-
-        made = cls.initial(W.mT if layout == "in out *k" else W, b, rank, random, **attributes)
-        updates[Target(path, layout)] = (made.map(lambda leaf: torch.as_tensor(leaf).clone()),)
-    adapter = Adapter(updates)
+    places = list(_targets(model, targets))
+    shapes = [_view_shape(module, target) for target, module in places]
+    given = cls.shared(shapes, rank, _random(generator, torch.float32)) | attributes
+    made = {}
+    for target, module in places:
+        W, b = _viewed(module, target)
+        made[target] = (cls.initial(W, b, rank, _random(generator, W.dtype), **given),)
+    adapter = Adapter(made).map(lambda leaf: torch.as_tensor(leaf).clone())
     adapter.validate()
     return adapter
+
+
+def _targets(model: nn.Module, targets: Any) -> Iterator[tuple[Target, nn.Module]]:
+    for path, module in _matching(model, targets):
+        yield Target(path, stored_layout(module) or "out *in"), module
+
+
+def _view_shape(module: nn.Module, target: Target) -> tuple[int, ...]:
+    shape: Any = module.weight.shape
+    return (shape[1], shape[0], *shape[2:]) if target.layout == "in out *k" else tuple(shape)
+
+
+def _viewed(module: nn.Module, target: Target) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The module's weight `[out, in, *k]` and bias on the CPU, in float32 or wider."""
+    stored: Any = module.weight
+    W = stored.detach().to("cpu", torch.promote_types(stored.dtype, torch.float32))
+    b: Any = getattr(module, "bias", None)
+    return W.mT if target.layout == "in out *k" else W, None if b is None else b.detach().to(W)
+
+
+def _random(generator: torch.Generator, dtype: torch.dtype) -> Random:
+    return lambda shape: torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1
 
 
 def _matching(model: nn.Module, targets: str | type[nn.Module] | Sequence[str]) -> Iterator[tuple[str, nn.Module]]:

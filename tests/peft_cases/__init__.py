@@ -51,6 +51,16 @@ class Layers(nn.Module):
         self.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
 
 
+class Grouped(nn.Module):
+    """Convolutions in groups, which store [out, in / groups, *k], and one that is wide enough for a core of rank 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(8, 12, 3, groups=2, padding=1)
+        self.two = nn.Conv2d(8, 4, (3, 2), groups=4, dilation=2, padding=2)
+        self.wide = nn.Conv1d(16, 36, 5)
+
+
 def gpt2():
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False)

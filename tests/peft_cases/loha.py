@@ -2,7 +2,7 @@
 
 from peft import LoHaConfig
 
-from peft_cases import Layers
+from peft_cases import Grouped, Layers
 
 
 def loha(**options):
@@ -22,4 +22,6 @@ CASES = {
         Layers,
         loha(target_modules=["q", "conv1", "conv2", "point"], use_effective_conv2d=True),
     ),
+    "loha in groups": (Grouped, loha(target_modules=["one", "two"])),
+    "loha with cores in groups": (Grouped, loha(target_modules=["one", "two"], use_effective_conv2d=True)),
 }

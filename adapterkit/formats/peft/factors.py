@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...errors import Malformed, ShapeMismatch
+from ...errors import Malformed, ShapeMismatch, Unsupported
 from .file import make
+from .keys import LATENT
 
 if TYPE_CHECKING:
     from ...tensors.lazy import Lazy
@@ -24,6 +25,7 @@ FIELDS = {
     ("lora_embedding_B", ""): "B",
     ("lora_magnitude_vector", ""): "magnitude",
     ("lora_magnitude_vector", "weight"): "magnitude",
+    (LATENT, "weight"): "R",
 }
 """(part, leaf) of a key -> field of the update."""
 
@@ -85,8 +87,9 @@ def check_rank(factors: Factors, rank: int, experts: int = 1) -> None:
 
 
 def adapt(settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0) -> Update:
-    """The LoRA or DoRA whose scaling the config gives to the module or parameter `name`, `times` over."""
-    return make("dora" if "magnitude" in tensors else "lora", tensors, scaling=settings.scaling(name) * times)
+    """The LoRA, DoRA or LoRA-XS whose scaling the config gives to the module or parameter `name`, `times` over."""
+    method = "dora" if "magnitude" in tensors else "lora_xs" if "R" in tensors else "lora"
+    return make(method, tensors, scaling=settings.scaling(name) * times)
 
 
 def _factors(file: File, stem: str, slots: Mapping[tuple[str, str], Key]) -> Factors:
@@ -110,6 +113,8 @@ def _check_partners(settings: Settings, keys: Mapping[str, Key], where: str) -> 
         if not needed and name in keys:
             why = f"{_WORDS[name]} where the config has none"
             raise Malformed(why, where=keys[name].text, cure="The config is not of this file")
+    if "R" in keys and keys.keys() & {"magnitude", "bias"}:
+        raise Unsupported("LoRA-XS with DoRA or a bias of its own", where=keys["R"].text, cure="Save it without them")
 
 
 _WORDS = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector of DoRA", "bias": "the bias of lora_bias"}

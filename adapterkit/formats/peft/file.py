@@ -29,6 +29,7 @@ class File:
         compat: whose faults to reproduce.
         parameters: stem -> parameter of the base, where the caller knows what the file does not say.
         known: path -> the update that the file is to say there, when it is read to prove what is written.
+        omitted: word -> tensor that all modules share and the file leaves out, where the caller knows it.
     """
 
     settings: Settings
@@ -37,6 +38,7 @@ class File:
     compat: str | None = None
     parameters: Mapping[str, str] = field(default_factory=dict)
     known: Mapping[str, Update] = field(default_factory=dict)
+    omitted: Mapping[str, Lazy] = field(default_factory=dict)
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
         """Stem -> (part, leaf) -> key, for the keys of these parts."""

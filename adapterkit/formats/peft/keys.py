@@ -17,9 +17,12 @@ from ...tensors.lazy import Lazy
 from .families import FAMILIES, Family
 
 PREFIX = "base_model.model."
+LATENT = "lora_latent_mapping"
+"""LoRA-XS's R: a module called `default_lora_latent_mapping`, of which PEFT took `.default` for the adapter's name."""
 SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
+_LATENT = re.compile(r"(?P<stem>.+?)(?:\.default)?_lora_latent_mapping\.weight", re.DOTALL)
 _WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
 _OUTERMOST = re.compile(r"(?:\.base_layer)*$")
 
@@ -87,6 +90,8 @@ def parse_key(text: str, prefix: str) -> Key:
         names, leaf = _tail(found["rest"])
         return Key(text, "", found["part"] + names[1], leaf, names[0])
     body = text[len(prefix) :]
+    if found := _LATENT.fullmatch(body):
+        return Key(text, found["stem"], LATENT, "weight")
     if found := _part().fullmatch(body):
         names, leaf = _tail(found["rest"])
         return Key(text, found["stem"], found["part"] + names[1], leaf, names[0])

@@ -1,4 +1,4 @@
-"""LoRA and DoRA on modules: linear layers, convolutions, embeddings, attention.
+"""LoRA, DoRA and LoRA-XS on modules: linear layers, convolutions, embeddings, attention.
 
 An embedding's factors see the table [vocabulary, dimension] from its other side, which is the layout `in out *k`. Of
 `nn.MultiheadAttention` PEFT adapts both projections by one rank and one alpha, those of the attention's own name.
@@ -50,6 +50,8 @@ def _module(file: File, factors: Factors, attentions: Collection[str]) -> Findin
     for field in ("magnitude", "bias"):
         if field in factors.tensors:
             tensors[field] = _vector(factors, field)
+    if "R" in factors.tensors:
+        tensors["R"] = factors.tensors["R"]
     keys, times = dict(factors.keys), 1.0
     if file.compat == "peft" and name in attentions:
         if name == path and "bias" in tensors:

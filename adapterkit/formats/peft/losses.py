@@ -33,7 +33,8 @@ ORDER = {Replacement: 0, **dict.fromkeys(ACTING, 1), Rows: 2}
 def find_losses(updates: Updates, base: Checkpoint | None) -> list[Loss]:
     """Every update that a PEFT file has no words for, each once."""
     found: dict[tuple[Target, int], str] = {}
-    for losses in (_alone(updates, base), _together(updates), _biases(updates, base), _attentions(updates)):
+    parties = (_biases(updates, base), _attentions(updates), _families(updates, base))
+    for losses in (_alone(updates, base), _together(updates), *parties):
         for target, position, why in losses:
             found.setdefault((target, position), why)
     return [(target, position, why) for (target, position), why in found.items()]
@@ -77,6 +78,8 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
     if isinstance(update, DoRA) and (is_parameter(target, paths, base) or config_name(target, paths) != target.path):
         return "dora on a parameter or an attention"
     if family := family_of(update):
+        if not family.empty and _empty(update):
+            return f"{update.method} of a tensor without elements"
         return (
             f"{update.method} on a parameter" if is_parameter(target, paths, base) else family.why_not(target, update)
         )
@@ -121,6 +124,22 @@ def _attentions(updates: Updates) -> Iterator[Loss]:
                 said = (int(update.A.shape[-2 if target.stacked else 0]), update.scaling)
                 if first.setdefault(config_name(target, paths), said) != said:
                     yield target, position, "another rank or scaling than the attention's other projection"
+
+
+def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
+    """What the config of a family says once for all of its modules."""
+    method = acting_method(updates)
+    family = next((family for family in FAMILIES.values() if family.method is method), None)
+    own = [update for found in updates.values() for update in found if type(update) is method]
+    if family and not family.empty and any(map(_empty, own)):
+        return  # they are lost by themselves; the others are looked at without them
+    for target, why in family.apart(updates, base) if family else ():
+        position = next(i for i, update in enumerate(updates[target]) if type(update) is method)
+        yield target, position, why
+
+
+def _empty(update: Update) -> bool:
+    return any(0 in leaf.shape for leaf in update.tensors.values())
 
 
 def _name(method: type[Update] | None) -> str:

@@ -28,14 +28,19 @@ def says(
     spelled: Iterable[Spelled],
     updates: Updates,
     base: Checkpoint | None,
+    omitted: Collection[str] = (),
 ) -> bool:
-    """Whether PEFT would find these updates in a file of these tensors with this config, as it is written: sorted."""
+    """Whether PEFT would find these updates in a file of these tensors with this config, as it is written: sorted.
+
+    The tensors of the keys `omitted` are not in the file.
+    """
     written = json.loads(json.dumps(config, sort_keys=True))
     try:
-        prefix, keys = parse_keys(tensors)
+        prefix, keys = parse_keys({key: tensor for key, tensor in tensors.items() if key not in omitted})
         stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
         known = {target.path: update for target, found in updates.items() for update in found if family_of(update)}
-        file = File(fields.parse(written), keys, base, parameters=stems, known=known)
+        out = {parse_key(key, prefix).word: tensors[key] for key in omitted}
+        file = File(fields.parse(written), keys, base, parameters=stems, omitted=out, known=known)
         read, places, _ = assemble(file)
     except AdapterkitError:
         return False
@@ -78,4 +83,6 @@ def _outline(update: Update, layout: str, own: Collection[str]) -> tuple[Any, ..
 
 
 def _values(leaf: Lazy, own: bool) -> Any:
-    return leaf.dtype.name if leaf.dtype.floating and own else (leaf.dtype.name, leaf.numpy().tolist())
+    if not leaf.dtype.floating:
+        return leaf.numpy().tolist()
+    return leaf.dtype.name if own else (leaf.dtype.name, bytes(leaf.fetch()))

@@ -14,7 +14,8 @@ from ...methods.lora import LoRA
 from ...tensors.lazy import as_torch
 from .alphas import Scale
 from .alphas import number_fields as scale_fields
-from .losses import Updates
+from .families import FAMILIES
+from .losses import Updates, acting_method
 from .spelling import config_name, lora_paths
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 def number_fields(updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates, dict[str, Any], list[str]]:
     """The fields that say ranks and scalings; where no alpha says a scaling it is folded into B, if allowed."""
+    updates, lines = _family_folded(updates, on_loss)
+    if lines:
+        return updates, {}, lines
     first = hints.config.get("use_rslora") is True
     numbers, inexact = scale_fields(_scales(updates), (first, not first))
     if not inexact:
@@ -37,6 +41,28 @@ def number_fields(updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates
     changed = {t: tuple(map(_folded, found)) if t in needy else found for t, found in updates.items()}
     numbers, _ = scale_fields(_scales(changed), (first, not first))
     return changed, numbers, [f"folded the scaling into B of {target}" for target in needy]
+
+
+def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
+    """The updates of a family, scalings that its config cannot say folded into the field that takes them."""
+    method = acting_method(updates)
+    family = next((family for family in FAMILIES.values() if family.method is method), None)
+    needy = family.inexact(updates) if family else []
+    if family is None or not needy:
+        return updates, []
+    items = [f"{path}: no alpha gives its scaling exactly" for path in needy]
+    if on_loss not in ("fold", "promote"):
+        raise Unrepresentable("PEFT says a scaling as alpha / r", items=items, cure="Allow it with on_loss='fold'")
+
+    def folded(update: Update) -> Update:
+        field = next((name for name in family.folds if name in update.tensors), None)
+        if type(update) is not method or field is None:
+            return update
+        scaled = _times(update.tensors[field], update.attributes["scaling"])
+        return update.replace(scaling=1.0, **{field: scaled})
+
+    changed = {t: tuple(map(folded, found)) if t.path in needy else found for t, found in updates.items()}
+    return changed, [f"folded the scaling into a factor of {path}" for path in needy]
 
 
 def _scales(updates: Updates) -> dict[str, Scale]:

@@ -7,7 +7,7 @@ all but ranks and alphas, then all but those and the lists of modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +45,13 @@ def encode(
     updates, lines = _expressible(_as_stored(adapter.updates), hints, on_loss, base)
     peft_type = _peft_type(updates, hints)
     updates, numbers, folded = number_fields(updates, hints, on_loss)
-    whole = _spell(updates, hints, peft_type, base)
+    spelled = _spell(updates, hints, peft_type, base)
+    tensors = _by_key(spelled, updates)
     for config in configs(adapter, updates, hints, peft_type, numbers, base):
-        spelled = _written(whole, config, hints.prefix)
-        tensors = _by_key(spelled, updates)
-        if says(config, tensors, spelled, updates, base):
-            return config, _kept(adapter, updates, hints) | tensors, lines + folded
+        omitted = _omitted(config, spelled, updates, peft_type)
+        if says(config, tensors, spelled, updates, base, omitted):
+            written = {key: tensor for key, tensor in tensors.items() if key not in omitted}
+            return config, _kept(adapter, updates, hints) | written, lines + folded
     raise Unrepresentable("PEFT's config has no words for this combination", cure="Write adapterkit's own format")
 
 
@@ -119,13 +120,6 @@ def _spell(updates: Updates, hints: Hints, peft_type: str, base: Checkpoint | No
     return spelled
 
 
-def _written(spelled: list[Spelled], config: dict[str, Any], prefix: str) -> list[Spelled]:
-    """The tensors that a file of this config has."""
-    family = family_of_type(config["peft_type"])
-    missing = () if family is None else family.left_out(config)
-    return [each for each in spelled if not missing or parse_key(each.key, prefix).word not in missing]
-
-
 def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
     """The tensors by key; what several updates share is written once, and must be the same for all of them."""
     first: dict[str, Any] = {}
@@ -138,6 +132,13 @@ def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
             raise Unrepresentable("a PEFT file shares one tensor over its modules", items=[each.key], cure=cure)
         tensors.setdefault(each.key, each.leaf)
     return tensors
+
+
+def _omitted(config: Mapping[str, Any], spelled: list[Spelled], updates: Updates, peft_type: str) -> set[str]:
+    """Keys that a file with this config does not have."""
+    family = family_of_type(peft_type)
+    left_out = family.omitted(config, updates) if family else ()
+    return {each.key for each in spelled if each.place[2] in left_out}
 
 
 def _kept(adapter: Adapter, updates: Updates, hints: Hints) -> dict[str, Lazy]:

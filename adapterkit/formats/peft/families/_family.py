@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import msgspec
 
@@ -25,6 +26,9 @@ Parts = dict[str, "tuple[str, Lazy]"]
 """Field -> part of the key, and tensor as PEFT stores it."""
 
 
+Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+
+
 class Own(msgspec.Struct, frozen=True, kw_only=True):
     """Fields of a config that only one family reads."""
 
@@ -42,6 +46,8 @@ class Family(ABC):
         read: fields that change what its tensors mean, with what they do; those of all types aside.
         harmless: fields of its own that change nothing, with the reason.
         fresh: what a config says that never was PEFT's.
+        empty: tensors of its updates may have no elements.
+        folds: tensor fields, of which the first that is present takes in a scaling that the config cannot say.
     """
 
     peft_type: ClassVar[str]
@@ -53,6 +59,8 @@ class Family(ABC):
     read: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[Mapping[str, str]] = {}
     fresh: ClassVar[Mapping[str, Any]] = {}
+    empty: ClassVar[bool] = False
+    folds: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def decode(cls, file: File) -> Findings:
@@ -63,7 +71,7 @@ class Family(ABC):
             ShapeMismatch: shapes disagree with the config.
         """
         for stem, keys in file.modules(cls.parts).items():
-            _check_stem(stem, next(iter(keys.values())))
+            check_stem(stem, next(iter(keys.values())))
             yield cls.found(file, keys)
 
     @classmethod
@@ -74,7 +82,10 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, update: Any) -> Parts:
-        """Field, or `field.0`, `field.1`, ... -> part or shared key, and tensor as PEFT stores it."""
+        """Field, or `field.0`, `field.1`, ... -> part or shared key, and tensor as PEFT stores it.
+
+        A part with a dot before it is the module's own, also where a shared key is called the same.
+        """
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
@@ -97,14 +108,32 @@ class Family(ABC):
         return (cls.encode(update) for found in updates.values() for update in found if type(update) is cls.method)
 
     @classmethod
-    def left_out(cls, config: Mapping[str, Any]) -> Collection[str]:
-        """The parts that a file of this config does without, because its reader makes them."""
-        return ()
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        """Targets whose update one file cannot say beside the others, and why."""
+        yield from ()
+
+    @classmethod
+    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+        """Fields whose tensors a file with this config does not hold, where it says them all the same."""
+        return frozenset()
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        """Paths of the updates whose scaling no alpha gives to the last bit."""
+        return []
 
     @classmethod
     def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
         """Path -> its update, for the updates of this family."""
         return {t.path: update for t, found in updates.items() for update in found if type(update) is cls.method}
+
+    @classmethod
+    def turned(cls, updates: Mapping[Target, tuple[Update, ...]]) -> bool:
+        """Whether weights among its targets are stored [in, out]: `fan_in_fan_out`."""
+        own = (target for target, found in updates.items() if any(type(update) is cls.method for update in found))
+        return any(target.layout == "in out *k" for target in own)
 
 
 class Scaled(Own, frozen=True, kw_only=True):
@@ -122,6 +151,26 @@ def scaled_numbers(scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     fields, _ = number_fields(scales, (False,))
     del fields["use_rslora"]
     return {"alpha" if name == "lora_alpha" else name: value for name, value in fields.items()}
+
+
+def inexact_alphas(scales: Mapping[str, tuple[int, float]]) -> list[str]:
+    """The modules whose scaling is no alpha / r."""
+    return number_fields(scales, (False,))[1]
+
+
+def minority(said: Mapping[Target, Any]) -> list[Target]:
+    """The targets that do not say what most of them say, or what the first of equally many says."""
+    count = Counter(said.values())
+    most = max(count, key=lambda value: count[value], default=None)
+    return [target for target, value in said.items() if value != most]
+
+
+def stored_inputs(base: Checkpoint | None, target: Target) -> int | None:
+    """How many inputs the weight of a linear layer has, where the base tells."""
+    weight = None if base is None else base.tensors.get(f"{target.path}.weight")
+    if weight is None or len(weight.shape) != 2:
+        return None
+    return weight.shape[0 if target.layout == "in out *k" else 1]
 
 
 def check_parts(keys: Mapping[str, Key], wanted: Collection[str]) -> None:
@@ -150,7 +199,12 @@ def check_rank(key: Key, tensor: Lazy, rank: int, axis: int = 0) -> None:
         raise ShapeMismatch(why, where=key.text, cure="The config is not of this file, or its rank_pattern is damaged")
 
 
-def _check_stem(stem: str, key: Key) -> None:
+def check_stem(stem: str, key: Key) -> None:
+    """Checks that a module is adapted once.
+
+    Raises:
+        Malformed: it lies in another adapter's wrapper.
+    """
     if stem.endswith(".base_layer"):
         raise Malformed("nested in another adapter", where=key.text, cure=_AGAIN)
 

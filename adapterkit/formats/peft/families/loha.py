@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ....methods.loha import LoHa
 from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
-from ._family import Family, Own, Scaled, check_parts, check_rank, scaled_numbers
+from ._family import Family, Own, Scaled, check_parts, check_rank, inexact_alphas, scaled_numbers
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -35,6 +35,7 @@ class LohaFamily(Family):
         "use_effective_conv2d": "whether kernels have a core; the keys say so",
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
+    folds = ("w1_a",)
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
@@ -53,10 +54,18 @@ class LohaFamily(Family):
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        cored = any(update.t1 is not None for update in cls.of_it(updates).values())
+        return {**scaled_numbers(cls.scales(updates)), "use_effective_conv2d": cored}
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        return inexact_alphas(cls.scales(updates))
+
+    @classmethod
+    def scales(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, tuple[int, float]]:
+        """Path -> rank and scaling."""
         found = cls.of_it(updates)
-        scales = {path: (int(update.w1_a.shape[1]), float(update.scaling)) for path, update in found.items()}
-        cored = any(update.t1 is not None for update in found.values())
-        return {**scaled_numbers(scales), "use_effective_conv2d": cored}
+        return {path: (int(update.w1_a.shape[1]), float(update.scaling)) for path, update in found.items()}
 
 
 def _turned(part: str, tensor: Lazy, fields: Mapping[str, str]) -> Lazy:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import ShapeMismatch, Unsupported
 from ....methods.miss import MiSS
 from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
-from ._family import Family, Own, check_rank
+from ._family import Family, Own, check_rank, minority
 
 if TYPE_CHECKING:
     from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
     from ....tensors.lazy import Lazy
     from ....updates import Update
     from ..keys import Key
@@ -61,8 +62,23 @@ class MissFamily(Family):
         return {field: (PART, as_lazy(leaf)) for field, leaf in update.tensors.items()}
 
     @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        said = {t: _form(update) for t, found in updates.items() for update in found if isinstance(update, MiSS)}
+        for target in minority(said):
+            yield target, "miss of another rank or form than the others: the config has one for all"
+
+    @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
         some = next(iter(cls.of_it(updates).values()))
         r, width = next(iter(some.tensors.values())).shape
         mini = some.mini is not None
         return {"r": int(r), "mini_r": int(width) if mini else 1, "init_weights": "mini" if mini else True}
+
+
+def _form(update: MiSS) -> tuple[str, tuple[int, ...]]:
+    """Which form, and the sizes that the config says of it."""
+    if update.mini is not None:
+        return "mini", tuple(update.mini.shape)
+    return "whole", () if update.D is None else (int(update.D.shape[0]),)

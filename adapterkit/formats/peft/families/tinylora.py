@@ -104,8 +104,8 @@ class TinyLoRAFamily(Family):
                     yield {**cls.encode(update), "v": (f"tinylora_v.{group}", as_lazy(update.v))}
 
     @classmethod
-    def left_out(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
-        return () if config.get("save_projection", True) else ("tinylora_P",)
+    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+        return frozenset() if config.get("save_projection", True) else frozenset({"P"})
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:

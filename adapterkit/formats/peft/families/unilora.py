@@ -84,8 +84,8 @@ class UniLoRAFamily(Family):
         return {"theta": (THETA, as_lazy(update.theta)), **own}
 
     @classmethod
-    def left_out(cls, config: Mapping[str, Any]) -> tuple[str, ...]:
-        return () if config.get("save_indices") else cls.parts
+    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+        return frozenset() if config.get("save_indices") else frozenset(FIELDS.values())
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:

@@ -1,0 +1,183 @@
+"""What VeRA and PVeRA share: projections for all modules, which lie in the file or are drawn again from a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import msgspec
+
+from ....errors import Malformed, ShapeMismatch, UsageError
+from ....tensors.dtypes import DTYPES
+from ....tensors.lazy import Lazy, as_lazy
+from ..file import File, Findings, Found, make
+from ..spelling import is_embedding
+from ._family import Family, Own, Rank, check_parts, check_stem, minority, stored_inputs
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
+    from ....updates import Update
+    from ..keys import Key
+
+Seed = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Rank, and where the projections are."""
+
+    r: Rank = 256
+    projection_prng_key: Seed = 0
+    save_projection: bool = True
+
+
+class Projections(Family):
+    """VeRA's config and keys: `parts` are those of b and d, `shared` those of A and B; A has `halves` times r rows."""
+
+    halves: ClassVar[int] = 1
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "projection_prng_key": "the seed from which the projections are drawn, where they are not in the file",
+        "save_projection": "whether the projections are in the file",
+    }
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        modules = {}
+        for stem, keys in file.modules(cls.parts).items():
+            check_stem(stem, next(iter(keys.values())))
+            check_parts(keys, cls.parts)
+            modules[next(iter(keys.values())).path] = keys
+        A, B = cls._given(file) if file.settings.own.save_projection else cls._drawn(file, modules)
+        places = {name: file.shared[word] for name, word in zip("AB", cls.shared, strict=True) if word in file.shared}
+        for path, keys in modules.items():
+            own = {"b": keys[cls.parts[0]], "d": keys[cls.parts[1]]}
+            _check(file, own, B, cls.halves)
+            leaves = {name: file.tensors[key] for name, key in own.items()}
+            update = make(cls.method.__module__.rpartition(".")[2], {**leaves, "A": A, "B": B})
+            layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
+            yield Found(path, update, own | places, layout)
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        raise AssertionError("decode reads all modules together")
+
+    @classmethod
+    def encode(cls, update: Any) -> dict[str, tuple[str, Lazy]]:
+        words = dict(zip("bdAB", (*cls.parts, *cls.shared), strict=True))
+        return {field: (word, as_lazy(update.tensors[field])) for field, word in words.items()}
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        return f"{update.method} on an embedding" if is_embedding(target) else ""
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        some = next(iter(cls.of_it(updates).values()))
+        return {"r": int(some.B.shape[1]), "save_projection": True, "fan_in_fan_out": cls.turned(updates)}
+
+    @classmethod
+    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+        """Projections stay out of a file that had none, as long as they are those of its seed."""
+        if config.get("save_projection", True):
+            return frozenset()
+        try:
+            seed = msgspec.convert(dict(config), Fields).projection_prng_key
+        except msgspec.ValidationError:
+            return frozenset()  # whoever reads the config says what is wrong with it
+        some = next(iter(cls.of_it(updates).values()))
+        held = tuple(as_lazy(leaf) for leaf in (some.A, some.B))
+        drawn = _draw(seed, (held[0].shape, held[1].shape))
+        same = all(
+            one.dtype == other.dtype and one.fetch() == other.fetch() for one, other in zip(held, drawn, strict=True)
+        )
+        return frozenset("AB") if same else frozenset()
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        """PEFT makes projections just as large as the largest module, and loads no others."""
+        own: dict[Target, Any] = {t: u for t, found in updates.items() for u in found if type(u) is cls.method}
+        odd = minority({target: (update.A.shape, update.B.shape) for target, update in own.items()})
+        yield from ((target, "projections of other sizes than the others'") for target in odd)
+        kept = {target: update for target, update in own.items() if target not in odd}
+        for (_, ins), (outs, _) in {(tuple(update.A.shape), tuple(update.B.shape)) for update in kept.values()}:
+            widths = [stored_inputs(base, target) for target in kept]
+            other = outs != max(update.b.shape[0] for update in kept.values())
+            if other or (None not in widths and ins != max(width for width in widths if width is not None)):
+                why = "projections of another size than PEFT makes for the largest of these weights"
+                yield from ((target, why) for target in kept)
+
+    @classmethod
+    def _given(cls, file: File) -> tuple[Lazy, Lazy]:
+        missing = next((word for word in cls.shared if word not in file.shared), None)
+        if missing is not None:
+            why = f"the config says that the file holds the projections, and it does not: {missing}"
+            raise Malformed(why, where="save_projection", cure="Save the adapter again with PEFT")
+        A, B = (file.tensors[file.shared[word]] for word in cls.shared)
+        return A, B
+
+    @classmethod
+    def _drawn(cls, file: File, modules: Mapping[str, Mapping[str, Key]]) -> tuple[Lazy, Lazy]:
+        if file.omitted:
+            A, B = (file.omitted[word] for word in cls.shared)
+            return A, B
+        if file.shared:
+            why = "the config says that the file does not hold the projections, and it does"
+            cure = "Set save_projection to true, to take those of the file"
+            raise Malformed(why, where=next(iter(file.shared.values())).text, cure=cure)
+        outs = {path: _outputs(file, keys[cls.parts[0]]) for path, keys in modules.items()}
+        ins = max((_inputs(file, path, out) for path, out in outs.items()), default=1)
+        r = file.settings.own.r
+        shapes = ((cls.halves * r, ins), (max(outs.values(), default=1), r))
+        return _draw(file.settings.own.projection_prng_key, shapes)
+
+
+def _check(file: File, keys: Mapping[str, Key], B: Lazy, halves: int) -> None:
+    d, r, out = file.tensors[keys["d"]], file.settings.own.r, _outputs(file, keys["b"])
+    if d.shape != (halves * r,):
+        why = f"{list(d.shape)}, where the config says rank {r}"
+        raise ShapeMismatch(why, where=keys["d"].text, cure="The config is not of this file")
+    if len(B.shape) != 2 or B.shape[0] < out:
+        why = f"{out} outputs, where the projection for all modules is {list(B.shape)}"
+        raise ShapeMismatch(why, where=keys["b"].text, cure="Save the adapter again with PEFT")
+
+
+def _outputs(file: File, key: Key) -> int:
+    shape = file.tensors[key].shape
+    if len(shape) != 1:
+        raise ShapeMismatch(f"{list(shape)} is no vector", where=key.text, cure="Save the adapter again with PEFT")
+    return shape[0]
+
+
+def _inputs(file: File, path: str, out: int) -> int:
+    """The inputs of a module, which only the base tells."""
+    shape = file.base_shape(f"{path}.weight")
+    if shape is None:
+        why = "the projections are not in the file, and how large they are is known to the base only"
+        raise UsageError(why, where=path, cure="Pass base=/--base")
+    if len(shape) != 2 or out not in shape:
+        raise ShapeMismatch(f"made for {out} outputs; the base has {list(shape)}", where=path, cure=_WRONG_BASE)
+    turned = shape[1] == out and (file.settings.fan_in_fan_out or shape[0] != out)
+    return shape[0] if turned else shape[1]
+
+
+def _draw(seed: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Lazy, Lazy]:
+    """A and B, drawn one after the other, evenly, from torch's generator on the CPU."""
+
+    def fetch(position: int) -> bytes:
+        import torch
+
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        for shape in shapes[: position + 1]:
+            bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+            drawn = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        return drawn.numpy().tobytes()
+
+    return Lazy(shapes[0], DTYPES["F32"], partial(fetch, 0)), Lazy(shapes[1], DTYPES["F32"], partial(fetch, 1))
+
+
+_WRONG_BASE = "Is this the base that the adapter was trained on?"

@@ -1,0 +1,225 @@
+"""LoKr: `lokr_w1` [a, c] or `lokr_w1_a`, `lokr_w1_b`; the same for `lokr_w2` [b, d, *k], with a core `lokr_t2`.
+
+PEFT's config does not say the four sizes: it splits a weight's sides by `decompose_factor`, and takes a factor apart
+where the rank is small. A file that it is to load has just those shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import ShapeMismatch
+from ....methods.lokr import LoKr
+from ....tensors.dtypes import DTYPES
+from ....tensors.lazy import Lazy, as_array, as_lazy
+from ....tensors.products import even_split
+from ..file import File, Found, make
+from ._family import Family, Own, Scaled, check_parts, inexact_alphas, scaled_numbers
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
+    from ....updates import Update
+    from ..keys import Key
+
+FIRST = {"lokr_w1": "w1"}, {"lokr_w1_a": "w1_a", "lokr_w1_b": "w1_b"}
+SECOND = (
+    {"lokr_w2": "w2"}, {"lokr_t2": "t2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_in"},
+    {"lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b"},
+)  # fmt: skip
+"""Part -> field of the update, for the forms of each factor; the first of which one part is there is meant."""
+
+
+class Fields(Scaled, frozen=True, kw_only=True):
+    """How PEFT splits sides."""
+
+    decompose_factor: int = -1
+    decompose_both: bool = False
+
+
+class LokrFamily(Family):
+    """LOKR."""
+
+    peft_type = "LOKR"
+    method = LoKr
+    parts = tuple(dict.fromkeys(part for form in (*FIRST, *SECOND) for part in form))
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "alpha": "scaling = alpha / r",
+        "decompose_both": "whether the first factor is taken apart where the rank is small; as in the tensors",
+        "decompose_factor": "how a side is split in two; as in the tensors",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "module_dropout": "training only",
+        "rank_dropout": "training only",
+        "rank_dropout_scale": "training only",
+        "use_effective_conv2d": "whether kernels have a core; the keys say so",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
+    folds = ("w1", "w1_a")
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        fields = _form(keys, FIRST) | _form(keys, SECOND)
+        check_parts(keys, fields)
+        some = next(iter(keys.values()))
+        tensors = {fields[part]: _turned(fields[part], file.tensors[key], fields) for part, key in keys.items()}
+        update = make("lokr", tensors, scaling=file.settings.own.scaling(file.settings, some.path))
+        assert isinstance(update, LoKr)
+        weight = file.base_shape(f"{some.path}.weight")
+        _check(update, file, some, math.prod(weight[2:]) if weight else None)
+        places = {fields[part]: key for part, key in keys.items()}
+        if file.compat == "peft" and update.w2 is not None and len(update.w2.shape) == 3:
+            one = make("dense", {"D": _as_peft(update)}, scaling=update.scaling)
+            return Found(some.path, one, places)
+        return Found(some.path, update, places)
+
+    @classmethod
+    def encode(cls, update: LoKr) -> dict[str, tuple[str, Lazy]]:
+        held = update.tensors
+        forms = next(form for form in FIRST if held.keys() >= {*form.values()}) | next(
+            form for form in SECOND if held.keys() >= {*form.values()}
+        )
+        return {field: (part, _turned(field, as_lazy(held[field]), forms)) for part, field in forms.items()}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        return cls.numbers_at(updates, None)
+
+    @classmethod
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
+        found = cls.of_it(updates)
+        factor, both = next(_splits(found, base), (-1, False))
+        scales = {path: (_rank(update, both), float(update.scaling)) for path, update in found.items()}
+        cored = any(update.t2 is not None for update in found.values())
+        words = {"decompose_factor": factor, "decompose_both": both, "use_effective_conv2d": cored}
+        return {**scaled_numbers(scales), **words}
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        found = cls.of_it(updates)
+        _, both = next(_splits(found, None), (-1, False))
+        return inexact_alphas({path: (_rank(update, both), float(update.scaling)) for path, update in found.items()})
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        found = cls.of_it(updates)
+        if found and next(_splits(found, base), None) is None:
+            why = "lokr of factors that PEFT does not make for weights of this size, by any decompose_factor for all"
+            yield from ((target, why) for target in updates if target.path in found)
+            return
+        cored = any(update.t2 is not None for update in found.values())
+        for target in updates if cored else ():
+            kernel = _kernel(base, target.path)
+            if target.path in found and found[target.path].w2_b is not None and kernel > 1:
+                yield target, "lokr with a whole kernel beside others with cores: one switch for all"
+
+
+class Sizes:
+    """What PEFT would have to make of one weight. Where the places of its kernel are not known, its inputs may not be.
+
+    Attributes:
+        sides: (size of a side, the part of it that is w1's) for outputs and inputs.
+        first: whether w1 is taken apart, and the larger of its sizes.
+        second: whether w2 is, and the larger of its sizes.
+        rank: the rank that a factor which is taken apart has; None where both are whole.
+    """
+
+    def __init__(self, update: LoKr, kernel: int | None) -> None:
+        shapes = {name: tuple(leaf.shape) for name, leaf in update.tensors.items()}
+        a, c = shapes["w1"] if "w1" in shapes else (shapes["w1_a"][0], shapes["w1_b"][1])
+        b = shapes["w2" if "w2" in shapes else "w2_a"][0]
+        d = next((shapes[name][1] for name in ("w2", "w2_in") if name in shapes), None)
+        if d is None and kernel is not None:
+            d = shapes["w2_b"][1] // kernel
+        self.sides = ((a * b, a),) if d is None else ((a * b, a), (c * d, c))
+        self.first = ("w1_a" in shapes, max(a, c))
+        self.second = ("w2" not in shapes, math.inf if d is None else max(b, d))
+        ranks = [shape[1] for name, shape in shapes.items() if name in ("w1_a", "w2_a")]
+        self.rank: int | None = ranks[0] if ranks else None
+
+    def smallest(self, both: bool) -> int:
+        """The smallest rank that leaves the factors whole that are."""
+        needed = [self.second] if not both else [self.first, self.second]
+        return max((-(-int(size) // 2) for apart, size in needed if not apart), default=1)
+
+    def made_by(self, factor: int, both: bool, rank: int) -> bool:
+        """Whether PEFT makes these shapes."""
+        apart = (both and rank < self.first[1] / 2, rank < self.second[1] / 2)
+        split = all(even_split(size, factor)[0] == part for size, part in self.sides)
+        return split and apart == (self.first[0], self.second[0])
+
+
+def _form(keys: Mapping[str, Key], forms: tuple[dict[str, str], ...]) -> dict[str, str]:
+    return next((form for form in forms if any(part in keys for part in list(form)[:1])), forms[0])
+
+
+def _turned(field: str, tensor: Lazy, forms: Mapping[str, str]) -> Lazy:
+    """[b, r] to [r, b] or back, where there is a core; all else as it is."""
+    if field != "w2_a" or "t2" not in forms.values() or len(tensor.shape) != 2:
+        return tensor
+    return tensor.map(lambda values: values.T, tensor.shape[::-1])
+
+
+def _check(update: LoKr, file: File, key: Key, kernel: int | None) -> None:
+    own, rank = file.settings.own, file.settings.rank(key.path)
+    update.dims()
+    if any(0 in leaf.shape for leaf in update.tensors.values()):
+        raise ShapeMismatch("a factor without elements", where=key.text, cure="Save the adapter again with PEFT")
+    sizes = Sizes(update, kernel)
+    if sizes.rank not in (None, rank) or not sizes.made_by(own.decompose_factor, own.decompose_both, rank):
+        why = f"factors that PEFT does not make with rank {rank}, decompose_factor {own.decompose_factor}"
+        cure = "The config is not of this file, or its rank_pattern is damaged"
+        raise ShapeMismatch(f"{why} and decompose_both {own.decompose_both}", where=key.text, cure=cure)
+
+
+def _rank(update: LoKr, both: bool) -> int:
+    sizes = Sizes(update, 1)
+    return sizes.smallest(both) if sizes.rank is None else sizes.rank
+
+
+def _splits(found: Mapping[str, LoKr], base: Checkpoint | None) -> Iterator[tuple[int, bool]]:
+    """The decompose_factor and decompose_both by which PEFT makes all these shapes.
+
+    Without a base they are taken for linear layers, or, where that cannot be, their inputs for unknown.
+    """
+    yield from _splits_of([Sizes(update, _kernel(base, path)) for path, update in found.items()])
+    if base is None:
+        yield from _splits_of([Sizes(update, None) for update in found.values()])
+
+
+def _splits_of(made: list[Sizes]) -> Iterator[tuple[int, bool]]:
+    parts = sorted({part for sizes in made for _, part in sizes.sides})
+    widest = max((math.isqrt(size) for sizes in made for size, _ in sizes.sides), default=1)
+    for factor in dict.fromkeys((-1, *parts, *range(1, widest + 1))):
+        if all(even_split(size, factor)[0] == part for sizes in made for size, part in sizes.sides):
+            for both in (False, True):
+                if all(each.made_by(factor, both, each.rank or each.smallest(both)) for each in made):
+                    yield factor, both
+
+
+def _kernel(base: Checkpoint | None, path: str) -> int:
+    """Places of a kernel, as far as the base tells; 1 of a linear layer."""
+    weight = None if base is None else base.tensors.get(f"{path}.weight")
+    return 1 if weight is None else math.prod(weight.shape[2:])
+
+
+def _as_peft(update: LoKr) -> Lazy:
+    """PEFT's kernel of one axis: it multiplies a matrix with a stack of them, and so takes the axes for others."""
+    held: Any = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
+    a, c = (held["w1_a"].shape[0], held["w1_b"].shape[1]) if update.w1 is None else held["w1"].shape
+    b, d, k = held["w2"].shape
+    shape = (a * b, c * d, k)
+
+    def fetch() -> bytes:
+        import numpy as np
+
+        values = {name: as_array(leaf).astype(np.float64) for name, leaf in held.items()}
+        w1 = values["w1"] if update.w1 is not None else values["w1_a"] @ values["w1_b"]
+        return np.kron(w1[None], values["w2"]).reshape(shape).tobytes()
+
+    return Lazy(shape, DTYPES["F64"], fetch)

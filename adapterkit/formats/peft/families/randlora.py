@@ -1,0 +1,145 @@
+"""RandLoRA: `randlora_lambda` [r, n], `randlora_gamma` [n, short]; bases for all modules, and a copy in each module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import Malformed, Unsupported
+from ....methods.randlora import RandLoRA
+from ....tensors.lazy import Lazy, as_lazy
+from ..alphas import exact_alpha
+from ..file import File, Found, make
+from ..spelling import is_embedding
+from ._family import Family, Own, Rank, check_parts, check_rank, minority, stored_inputs
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
+    from ....updates import Update
+    from ..keys import Key
+
+OWN = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
+SHARED = {"randlora_A": "A", "randlora_B": "B"}
+"""Part -> field of the update."""
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Rank and scaling, and where the bases are."""
+
+    r: Rank = 32
+    randlora_alpha: float = 640
+    save_projection: bool = True
+
+
+class RandloraFamily(Family):
+    """RANDLORA."""
+
+    peft_type = "RANDLORA"
+    method = RandLoRA
+    parts = (*OWN, *SHARED)
+    shared = tuple(SHARED)
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "randlora_alpha": "scaling = randlora_alpha / r",
+        "save_projection": "whether the bases are in the file; must be on",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "projection_prng_key": "the seed of the bases, which are in the file",
+        "randlora_dropout": "training only",
+        "sparse": "how the bases were drawn; they are in the file",
+        "very_sparse": "how the bases were drawn; they are in the file",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "bias": "none",
+        "init_weights": True,
+        "projection_prng_key": 0,
+        "randlora_dropout": 0.0,
+    }
+    folds = ("lam",)
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        own = file.settings.own
+        if not own.save_projection:
+            why = "RandLoRA's bases are not in the file: PEFT draws them in whichever half precision the machine has"
+            raise Unsupported(why, where="save_projection", cure="Save it from PEFT with save_projection=True")
+        missing = next((word for word in SHARED if word not in file.shared), None)
+        if missing is not None:
+            raise Malformed(f"the bases are not in the file: {missing}", where="save_projection", cure=_AGAIN)
+        copies = {part: key for part, key in keys.items() if part in SHARED}
+        check_parts({part: key for part, key in keys.items() if part not in copies}, OWN)
+        for part, key in copies.items():
+            _check_copy(file, key, file.shared[part])
+        check_rank(keys["randlora_lambda"], file.tensors[keys["randlora_lambda"]], own.r)
+        places = {field: keys[part] for part, field in OWN.items()}
+        places |= {field: file.shared[part] for part, field in SHARED.items()}
+        update = make(
+            "randlora", {n: file.tensors[key] for n, key in places.items()}, scaling=own.randlora_alpha / own.r
+        )
+        places |= {f"{SHARED[part]}.copy": key for part, key in copies.items()}
+        layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
+        return Found(keys["randlora_lambda"].path, update, places, layout)
+
+    @classmethod
+    def encode(cls, update: RandLoRA) -> dict[str, tuple[str, Lazy]]:
+        held = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
+        words = {field: (part, held[field]) for part, field in (OWN | SHARED).items()}
+        return words | {f"{field}.copy": (f".{part}", held[field]) for part, field in SHARED.items()}
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        return f"{update.method} on an embedding" if is_embedding(target) else ""
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        some = next(iter(cls.of_it(updates).values()))
+        r = int(some.lam.shape[0])
+        alpha = exact_alpha((r, some.scaling), rslora=False)
+        turned = cls.turned(updates)
+        return {"r": r, "randlora_alpha": alpha, "save_projection": True, "fan_in_fan_out": turned}
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        found = cls.of_it(updates)
+        return [p for p, u in found.items() if exact_alpha((int(u.lam.shape[0]), u.scaling), rslora=False) is None]
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        """PEFT has one rank and scaling, makes bases as large as the largest module, and as many as the rank asks."""
+        own = {t: u for t, found in updates.items() for u in found if isinstance(u, RandLoRA)}
+        said = {t: (u.scaling, tuple(u.A.shape), tuple(u.B.shape)) for t, u in own.items()}
+        odd = minority(said)
+        yield from ((target, "randlora of another scaling or other bases than the others'") for target in odd)
+        kept = {target: update for target, update in own.items() if target not in odd}
+        for target, update in kept.items():
+            n, short = update.gamma.shape
+            if n != -(-short // update.lam.shape[0]):
+                yield target, "randlora of fewer or more terms than PEFT has for a weight of this size"
+        for longs, bases, r, shorts in {(*u.B.shape, u.A.shape[-1]) for u in kept.values()}:
+            needed = _needed(base, kept)
+            if bases != -(-shorts // r) or (needed is not None and (shorts, longs) != needed):
+                yield from ((target, "bases of other sizes than PEFT makes for these weights") for target in kept)
+
+
+def _needed(base: Checkpoint | None, own: Mapping[Target, RandLoRA]) -> tuple[int, int] | None:
+    """The shorter and the longer of the largest number of outputs and of inputs, where the base tells them."""
+    widths = {target: stored_inputs(base, target) for target in own}
+    if base is None or None in widths.values():
+        return None
+    outs = [base.tensors[f"{t.path}.weight"].shape[1 if t.layout == "in out *k" else 0] for t in own]
+    sides = sorted((max(outs), max(width for width in widths.values() if width is not None)))
+    return sides[0], sides[1]
+
+
+def _check_copy(file: File, copy: Key, original: Key) -> None:
+    """A module's copy of a base is read to see that it is one: PEFT loads them all into the same tensor."""
+    one, other = file.tensors[copy], file.tensors[original]
+    same = one is other or ((one.shape, one.dtype) == (other.shape, other.dtype) and one.fetch() == other.fetch())
+    if not same:
+        raise Malformed(f"is not the same as {original.text}", where=copy.text, cure=_AGAIN)
+
+
+_AGAIN = "Save the adapter again with PEFT"

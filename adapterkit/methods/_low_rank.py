@@ -1,0 +1,40 @@
+"""Laws that come down to a pair of thin factors: W' = W + B @ A, with A and B made from the fields and the shape."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ..errors import NotMergeable
+from ..tensors.products import product
+from ..updates import Additive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LowRank(Additive):
+    """W' = W + B @ A; a subclass says in `pair` what the two are. No method itself."""
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """B `[out, r]` and A `[r, in * k]`, scaling included, for a weight of `shape` = `[out, in, *k]`."""
+        raise NotMergeable(f"{self.method} has no formula")
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        B, A = self.pair(shape)
+        return (B @ A).reshape(shape)
+
+    def delta_into(self, D: Tensor, weight: float) -> None:
+        if D.ndim == 2:
+            B, A = self.pair(tuple(D.shape))
+            product(D, weight * B, A)
+        else:
+            super().delta_into(D, weight)
+
+    def delta_norm(self, shape: tuple[int, ...]) -> float:
+        B, A = self.pair(shape)
+        return math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        B, A = self.pair(layer.shape)
+        return layer(x) + layer.mix(layer.op(x, A.reshape(len(A), *layer.shape[1:])), B)

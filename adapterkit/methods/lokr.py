@@ -1,0 +1,82 @@
+"""LoKr: W' = W + scaling * kron(w1, w2).  Yeh et al. 2023, https://arxiv.org/abs/2309.14859
+
+Either factor may itself be a low-rank product; w2, which has the kernel of a convolution, may have a Tucker core.
+Output a * m + i belongs to row a of w1 and row i of the m rows of w2, inputs likewise, as in LyCORIS.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from ..errors import Malformed
+from ..tensors.products import even_split, kron, tucker
+from ..updates import Additive, tensor
+from .dense import Dense
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class LoKr(Additive):
+    """W' = W + scaling * kron(w1, w2); w1 is whole or w1_a @ w1_b, w2 whole, w2_a @ w2_b, or a core between two."""
+
+    blocks = frozenset({"out"})
+    paper = "https://arxiv.org/abs/2309.14859"
+
+    w1: Tensor | None = tensor("a c", optional=True)
+    w1_a: Tensor | None = tensor("a r", optional=True)
+    w1_b: Tensor | None = tensor("r c", optional=True)
+    w2: Tensor | None = tensor("out/a in/c *k", optional=True)
+    w2_a: Tensor | None = tensor("out/a r", optional=True)
+    w2_b: Tensor | None = tensor("r columns/c", optional=True)
+    t2: Tensor | None = tensor("r r *k", optional=True)
+    w2_in: Tensor | None = tensor("r in/c", optional=True)
+    scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        (a, rows), (c, inner) = even_split(W.shape[0]), even_split(W.shape[1])
+        columns = inner * math.prod(W.shape[2:])
+        w1 = W.new_zeros(a, c)
+        if rank >= max(rows, inner) / 2:
+            return cls(w1=w1, w2=random((rows, inner, *W.shape[2:])) / columns**0.5, **attributes)
+        w2_a, w2_b = random((rows, rank)) / rank**0.5, random((rank, columns)) / columns**0.5
+        return cls(w1=w1, w2_a=w2_a, w2_b=w2_b, **attributes)
+
+    def check(self) -> None:
+        super().check()
+        first = self.tensors.keys() & {"w1", "w1_a", "w1_b"}
+        second = self.tensors.keys() - first
+        whole = ({"w2"}, {"w2_a", "w2_b"}, {"w2_a", "t2", "w2_in"})
+        if first not in ({"w1"}, {"w1_a", "w1_b"}) or second not in whole:
+            why = "needs w1, or w1_a and w1_b; and w2, or w2_a and w2_b, or w2_a, t2 and w2_in"
+            raise Malformed(why, cure="Write the adapter again")
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        D: Tensor = kron(self.scaling * self._first, self._second).reshape(shape)
+        return D
+
+    def delta_norm(self, shape: tuple[int, ...]) -> float:
+        squares = [float((factor * factor).sum()) for factor in (self._first, self._second)]
+        return abs(self.scaling) * math.sqrt(math.prod(squares))
+
+    def block(self, axis: str, start: int, stop: int) -> Self:
+        w1, w2 = self._first, self._second
+        first, last = start // len(w2), -(-stop // len(w2))
+        rows = kron(self.scaling * w1[first:last], w2)[start - first * len(w2) : stop - first * len(w2)]
+        return cast(Self, Dense(D=rows, d=None))  # a part of a Kronecker product is none
+
+    @property
+    def _first(self) -> Any:
+        """w1 `[a, c]`."""
+        return cast(Any, self.w1) if self.w1_a is None else self.w1_a @ cast(Any, self.w1_b)
+
+    @property
+    def _second(self) -> Any:
+        """w2 `[b, d * k]`."""
+        if self.w2 is not None:
+            return self.w2.reshape(len(self.w2), -1)
+        return tucker(self.t2, self.w2_a, self.w2_in) if self.w2_b is None else cast(Any, self.w2_a) @ self.w2_b

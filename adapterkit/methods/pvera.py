@@ -1,0 +1,36 @@
+"""PVeRA: VeRA whose d is a distribution.  Fillioux et al. 2025, https://arxiv.org/abs/2512.07703
+
+The first r rows of A and entries of d give the mean, the others the logarithm of the variance, by which training draws
+at random. The law here is that of the mean: what PEFT merges to, and computes unless it is told to draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..updates import tensor
+from .vera import VeRA
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class PVeRA(VeRA):
+    """W' = W + (b * B[:out]) @ (d[:r] * A[:r, :in]); the weight has two axes."""
+
+    paper = "https://arxiv.org/abs/2512.07703"
+
+    d: Tensor = tensor("2*r")
+    A: Tensor = tensor("2*r ins")
+
+    @classmethod
+    def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, Tensor]:
+        outs, ins = (max(shape[axis] for shape in shapes) for axis in (0, 1))
+        return {"A": random((2 * rank, ins)) * (6 / ins) ** 0.5, "B": random((outs, rank)) * (6 / rank) ** 0.5}
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        r = self.B.shape[1]
+        return self.b[:, None] * self.B[: shape[0]], self.d[:r, None] * self.A[:r, : shape[1]]

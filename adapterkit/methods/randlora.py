@@ -1,0 +1,64 @@
+"""RandLoRA: W' = W + scaling * sum_j B_j diag(lam_j) A diag(gamma_j).  Albert et al. 2025, https://arxiv.org/abs/2502.00987
+
+The bases B_j and A are random, fixed, and shared by all weights; the sum of n of them, n * r >= min(out, in), has full
+rank. A lies along the shorter side of the weight, B along the longer. As trained by its authors' code, the n * r
+columns of the bases (a column's number counts bases first) meet the r * n rows of A (which count rows of A first) in
+the order of their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import ShapeMismatch
+from ..updates import tensor
+from ._low_rank import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class RandLoRA(LowRank):
+    """W' = W + scaling * L @ S, or its transpose where `in` is the longer side; the weight has two axes."""
+
+    frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    paper = "https://arxiv.org/abs/2502.00987"
+
+    B: Tensor = tensor("longs bases r")
+    lam: Tensor = tensor("r n")
+    A: Tensor = tensor("r 1 shorts")
+    gamma: Tensor = tensor("n short")
+    scaling: float = 1.0
+
+    @classmethod
+    def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, Tensor]:
+        sides = [max(shape[axis] for shape in shapes) for axis in (0, 1)]
+        shorts, longs = min(sides), max(sides)
+        bases = -(-shorts // rank)
+        return {"A": random((rank, 1, shorts)) * 3**0.5, "B": random((longs, bases, rank)) * 3**0.5}
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        fields = cls.shared([tuple(W.shape)], rank, random) | attributes
+        short = min(W.shape[:2])
+        n = -(-short // len(fields["A"]))
+        gamma = W.new_full((n, short), 1 / max(n, short))
+        return cls(lam=W.new_zeros(len(fields["A"]), n), gamma=gamma, **fields)
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ShapeMismatch("randlora changes linear layers only", cure="Take this target out")
+        n, short = self.gamma.shape[-2:]
+        longs, bases, _ = self.B.shape[-3:]
+        if short != min(shape) or self.A.shape[-1] < short or longs < max(shape) or bases < n:
+            why = f"{n} bases, sides {short} and at most {longs}; the weight is {list(shape)}"
+            raise ShapeMismatch(why, cure="The adapter is not of this base")
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        n, short = self.gamma.shape
+        S = (self.A[..., :short] * self.lam[:, :, None] * self.gamma).reshape(-1, short)
+        L = self.scaling * self.B[: max(shape), :n].reshape(max(shape), -1)
+        return (S.mT, L.mT) if shape[1] > shape[0] else (L, S)

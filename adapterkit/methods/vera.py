@@ -1,0 +1,58 @@
+"""VeRA: W' = W + diag(b) @ B @ diag(d) @ A.  Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454
+
+A and B are random, fixed, and shared by all weights; they are as large as the largest, and each weight takes the first
+of A's columns and of B's rows. Only the vectors b and d are a weight's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import ShapeMismatch
+from ..updates import tensor
+from ._low_rank import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class VeRA(LowRank):
+    """W' = W + (b * B[:out]) @ (d * A[:, :in]); the weight has two axes."""
+
+    blocks = frozenset({"out", "in"})
+    frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    paper = "https://arxiv.org/abs/2310.11454"
+
+    b: Tensor = tensor("out")
+    B: Tensor = tensor("outs r")
+    d: Tensor = tensor("r")
+    A: Tensor = tensor("r ins")
+
+    @classmethod
+    def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, Tensor]:
+        outs, ins = (max(shape[axis] for shape in shapes) for axis in (0, 1))
+        return {"A": random((rank, ins)) * (6 / ins) ** 0.5, "B": random((outs, rank)) * (6 / rank) ** 0.5}
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        fields = cls.shared([tuple(W.shape)], rank, random) | attributes
+        return cls(b=W.new_zeros(len(W)), d=W.new_full((len(fields["A"]),), 0.1), **fields)
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
+        for name, have, need in (("A", self.A.shape[-1], shape[1]), ("B", self.B.shape[-2], shape[0])):
+            if have < need:
+                why = f"made for weights of at most {have}; this one has {need}"
+                raise ShapeMismatch(why, where=name, cure="The adapter is not of this base")
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return self.b[:, None] * self.B[: shape[0]], self.d[:, None] * self.A[:, : shape[1]]
+
+    def block(self, axis: str, start: int, stop: int) -> Self:
+        if axis == "in":
+            return self.replace(A=self.A[:, start:stop])
+        return self.replace(B=self.B[start:stop], b=self.b[start:stop])
