@@ -265,3 +265,17 @@ def test_fresh_updates_train(method):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert all(later != earlier for earlier, later in pairwise(losses))
+
+
+@pytest.mark.parametrize(("method", "shared"), [("vblora", "bank"), ("unilora", "theta")])
+def test_what_fresh_updates_share_is_one_tensor_in_peft_too(method, shared, base, tmp_path):
+    fresh = ak.torch.create(base[0], method, targets=["q", "up"], rank=2)
+    assert len({id(update.tensors[shared]) for _, update in fresh}) == 1
+    ak.write(fresh, tmp_path / "a", "peft")
+    assert ak.read(tmp_path / "a").digest() == fresh.digest()
+    model = Layers()
+    model.load_state_dict(base[0].state_dict())
+    merged = PeftModel.from_pretrained(model, str(tmp_path / "a")).merge_and_unload().state_dict()
+    for path in ("block.0.q", "block.1.up"):
+        delta = merged[f"{path}.weight"] - base[0].state_dict()[f"{path}.weight"]
+        torch.testing.assert_close(delta, fresh.delta(path), rtol=1e-4, atol=1e-6)
