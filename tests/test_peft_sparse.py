@@ -279,3 +279,24 @@ def test_what_fresh_updates_share_is_one_tensor_in_peft_too(method, shared, base
     for path in ("block.0.q", "block.1.up"):
         delta = merged[f"{path}.weight"] - base[0].state_dict()[f"{path}.weight"]
         torch.testing.assert_close(delta, fresh.delta(path), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fourierft", "waveft", "gralora", "supertuning"])
+def test_scalings_that_one_config_cannot_say_are_folded_if_allowed(method, base, tmp_path):
+    fresh = ak.torch.create(base[0], method, targets=["q"], rank=2)
+    generator = torch.Generator().manual_seed(3)
+    moved = {}
+    for scaling, (target, update) in zip((0.1, 0.3), fresh, strict=True):
+        fields = {n: t + torch.randn(t.shape, generator=generator) for n, t in update.tensors.items() if t.ndim == 3}
+        if method == "supertuning":
+            fields = {"A": torch.randn(3, 8, generator=generator), "B": torch.randn(8, 3, generator=generator)}
+        elif method != "gralora":
+            fields = {"spectrum": torch.randn(update.spectrum.shape, generator=generator)}
+        moved[target] = (update.replace(**fields, scaling=scaling),)
+    adapter = fresh.replace(updates=moved)
+    with pytest.raises(Unrepresentable):
+        ak.write(adapter, tmp_path / "a", "peft", base=base[1])
+    assert len(ak.write(adapter, tmp_path / "a", "peft", base=base[1], on_loss="fold")) == 2
+    read = ak.read(tmp_path / "a", base=base[1])
+    for target in moved:
+        torch.testing.assert_close(read.delta(target.path), adapter.delta(target.path), rtol=1e-6, atol=1e-7)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from ....tensors.lazy import Lazy, from_numpy
+from ....tensors.dtypes import DTYPES
+from ....tensors.lazy import Lazy
 
 FAULTY = "coif4"
 """Of PEFT the numbers are no Coiflet's, nor any wavelet's; those are what it computes with."""
@@ -134,13 +135,17 @@ FILTERS: dict[str, tuple[float, ...]] = {
 
 
 @cache
-def filter_of(name: str) -> Lazy:
+def filter_of(name: str, dtype: str = "F64") -> Lazy:
     """A wavelet's filter, one tensor for all that use it."""
     import numpy as np
 
-    return from_numpy(np.array(FILTERS[name]))
+    kind = DTYPES[dtype]
+    taps = np.array(FILTERS[name]).astype(kind.array)
+    return Lazy(taps.shape, kind, taps.tobytes)
 
 
-def name_of(taps: list[float]) -> str | None:
+def name_of(taps: Lazy) -> str | None:
     """The wavelet that has these taps, and that a file can name; None where there is none."""
-    return next((name for name, known in FILTERS.items() if list(known) == taps and name != FAULTY), None)
+    fitting = (name for name, known in FILTERS.items() if len(known) == taps.shape[0] and name != FAULTY)
+    held = bytes(taps.fetch())
+    return next((name for name in fitting if bytes(filter_of(name, taps.dtype.name).fetch()) == held), None)

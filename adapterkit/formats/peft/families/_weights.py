@@ -65,6 +65,11 @@ def not_linear(target: Target, method: str) -> str:
     return "" if target.layout == "out *in" else f"{method} on a weight stored {target.layout}"
 
 
+def unlike(scalings: Mapping[str, float]) -> list[str]:
+    """All paths, where a config with one scaling for all cannot say theirs."""
+    return [] if len(set(scalings.values())) < 2 else list(scalings)
+
+
 def size_at(size: int, pattern: Mapping[str, int] | None, path: str) -> int:
     """A size that patterns change: the first that fits what follows a dot, else the one that is the path itself."""
     pattern = pattern or {}

@@ -10,7 +10,7 @@ from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts
 from ._positions import drawn, of_one
-from ._weights import check_size, layout, not_linear, side, size_at, size_fields, weight_shape
+from ._weights import check_size, layout, not_linear, side, size_at, size_fields, unlike, weight_shape
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -35,6 +35,7 @@ class FourierFTFamily(Family):
     peft_type = "FOURIERFT"
     method = FourierFT
     parts = (PART,)
+    folds = ("spectrum",)
     own: ClassVar[type[Own]] = Fields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "how many coefficients there are",
@@ -62,6 +63,10 @@ class FourierFTFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
         return not_linear(target, update.method)
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ....tensors.lazy import as_lazy
 from ..alphas import exact_alpha
 from ..file import File, Found, make
 from ._family import Family, Own, Parts, check_parts
-from ._weights import check_size, layout, not_linear, side
+from ._weights import check_size, layout, not_linear, side, unlike
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -37,6 +37,7 @@ class GraLoRAFamily(Family):
     peft_type = "GRALORA"
     method = GraLoRA
     parts = tuple(HYBRID)
+    folds = ("B",)
     own: ClassVar[type[Own]] = Fields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / (r + hybrid_r)",
@@ -69,6 +70,13 @@ class GraLoRAFamily(Family):
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
         return not_linear(target, update.method)
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        plain = {path: update for path, update in cls.of_it(updates).items() if update.A_whole is None}
+        if any(exact_alpha((int(u.A.shape[2]), float(u.scaling)), False) is None for u in plain.values()):
+            return list(plain)
+        return unlike({path: float(update.scaling) for path, update in plain.items()})
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ....tensors.lazy import as_lazy
 from ..alphas import exact_alpha
 from ..file import File, Found, make
 from ._family import Family, Own, Parts, check_parts
-from ._weights import check_size, side, weight_in
+from ._weights import check_size, side, unlike, weight_in
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -39,6 +39,7 @@ class SuperTuningFamily(Family):
     peft_type = "SUPERTUNING"
     method = SuperTuning
     parts = tuple(HYBRID)
+    folds = ("B",)
     own: ClassVar[type[Own]] = Fields
     read: ClassVar[Mapping[str, str]] = {
         "save_precomputed_indices": "false: the positions are left out, refused",
@@ -71,6 +72,13 @@ class SuperTuningFamily(Family):
     def encode(cls, update: SuperTuning) -> Parts:
         fields = SPARSE if update.A is None else HYBRID
         return {field: (part, as_lazy(update.tensors[field])) for part, field in fields.items()}
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        hybrid = {path: update for path, update in cls.of_it(updates).items() if update.A is not None}
+        if any(exact_alpha((int(u.A.shape[0]), float(u.scaling)), False) is None for u in hybrid.values()):
+            return list(hybrid)
+        return unlike({path: float(update.scaling) for path, update in hybrid.items()})
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..patterns import exactly, first_match
 from ._family import Family, Own, Parts
 from ._positions import drawn, of_one
 from ._wavelets import FAULTY, FILTERS, filter_of, name_of
-from ._weights import check_size, layout, not_linear, side, size_fields, weight_shape
+from ._weights import check_size, layout, not_linear, side, size_fields, unlike, weight_shape
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -42,6 +42,7 @@ class WaveFTFamily(Family):
     peft_type = "WAVEFT"
     method = WaveFT
     parts = (PART,)
+    folds = ("spectrum",)
     own: ClassVar[type[Own]] = Fields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "how many coefficients there are",
@@ -69,7 +70,7 @@ class WaveFTFamily(Family):
         out, in_ = weight_shape(file, key, "WaveFT's positions depend on the size of the weight")
         tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
         if own.use_idwt:
-            tensors["low_pass"] = _filter(own.wavelet_family, file.compat)
+            tensors["low_pass"] = _filter(own.wavelet_family, file.compat, _dtype(file, key.path))
         update = make("waveft", tensors, scaling=own.scaling, outputs=out, inputs=in_)
         return Found(key.path, update, {"spectrum": key}, layout(file, key.path))
 
@@ -79,8 +80,12 @@ class WaveFTFamily(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        unknown = update.low_pass is not None and name_of(as_lazy(update.low_pass).numpy().tolist()) is None
+        unknown = update.low_pass is not None and name_of(as_lazy(update.low_pass)) is None
         return "waveft of a wavelet that PEFT has no name for" if unknown else not_linear(target, update.method)
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
@@ -89,16 +94,22 @@ class WaveFTFamily(Family):
         fields = size_fields(sizes, "n_frequency")
         fields["n_frequency_pattern"] = {exactly(path): n for path, n in fields["n_frequency_pattern"].items()}
         taps = next(iter(found.values())).low_pass
-        name = None if taps is None else name_of(as_lazy(taps).numpy().tolist())
+        name = None if taps is None else name_of(as_lazy(taps))
         wavelet = {"use_idwt": name is not None} | ({"wavelet_family": name} if name else {})
         return fields | of_one(updates, cls.method) | wavelet | {"proportional_parameters": False}
 
 
-def _filter(name: str, compat: str | None) -> Lazy:
+def _dtype(file: File, path: str) -> str:
+    """The element type of a filter: that of the update that is to be said, where there is one."""
+    known = file.known[path].tensors.get("low_pass") if path in file.known else None
+    return "F64" if known is None else as_lazy(known).dtype.name
+
+
+def _filter(name: str, compat: str | None, dtype: str) -> Lazy:
     if name == FAULTY and compat != "peft":
         why = f"PEFT's {name} is not the wavelet of that name, so that its adapters are not what they say"
         raise Unsupported(why, where="wavelet_family", cure="Read it with compat='peft' for what PEFT computes")
     if name not in FILTERS:
         known = ", ".join(known for known in FILTERS if known != FAULTY)
         raise Unsupported(f"the wavelet {name}", where="wavelet_family", cure=f"Known: {known}")
-    return filter_of(name)
+    return filter_of(name, dtype)
