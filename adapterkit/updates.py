@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
 from .errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
@@ -26,10 +26,21 @@ if TYPE_CHECKING:
 
     Random = Callable[[tuple[int, ...]], torch.Tensor]
 
-__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "tensor"]
+__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "attribute", "tensor"]
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor,))
+def attribute(default: Any, *, among: Collection[str] = (), least: int | None = None) -> Any:
+    """A field that holds a plain value, where its type does not say all.
+
+    Args:
+        default: the value that is meant where none is given.
+        among: the words it may be.
+        least: the smallest number it may be.
+    """
+    return dataclasses.field(default=default, metadata={"among": tuple(among), "least": least})
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))
 class Update:
     """What one method does at one target. Subclasses become frozen, keyword-only dataclasses by themselves.
 
@@ -39,7 +50,9 @@ class Update:
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
         acts_on: what the update changes, for messages.
-        frozen: tensors that are given, not trained: random projections, masks.
+        forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
+        frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
+        starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
         paper: where the formula comes from.
     """
 
@@ -48,12 +61,17 @@ class Update:
     blocks: ClassVar[frozenset[str]] = frozenset()
     needs_bias: ClassVar[bool] = True
     acts_on: ClassVar[str] = "the layer"
+    forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
     frozen: ClassVar[frozenset[str]] = frozenset()
+    starts_at_base: ClassVar[bool] = True
     paper: ClassVar[str] = ""
+    # torch.compile reads attributes of a class, but not the fields of a dataclass.
+    _names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
+        cls._names = tuple(cls.tensor_fields())
 
     @property
     def method(self) -> str:
@@ -73,7 +91,7 @@ class Update:
     @property
     def tensors(self) -> dict[str, Leaf]:
         """The tensors that are present, by field."""
-        present = ((name, getattr(self, name)) for name in self.tensor_fields())
+        present = ((name, getattr(self, name)) for name in self._names)
         return {name: leaf for name, leaf in present if leaf is not None}
 
     @property
@@ -108,13 +126,20 @@ class Update:
         return dims
 
     def check(self) -> None:
-        """Checks the plain values; methods with rules of their own extend it.
+        """Checks the plain values, and which tensors are present; methods with rules of their own extend it.
 
         Raises:
-            Malformed: a value is not of its declared type, or not finite.
+            Malformed: a value is not of its declared type, not finite or too small, or tensors do not go together.
+            Unsupported: a word is none of those that the method knows.
         """
         for name, field in self.attribute_fields().items():
             _check_attribute(name, getattr(self, name), _type_name(field.type))
+            _check_range(name, getattr(self, name), field.metadata)
+        for group in self.forms:
+            present = {name for names in group for name in names if getattr(self, name) is not None}
+            if present not in [set(names) for names in group]:
+                choices = " or ".join(" and ".join(names) or "none" for names in group)
+                raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=_DAMAGED)
 
     def check_values(self) -> None:
         """Reads every tensor and checks its values; methods with rules of their own extend it.
@@ -149,7 +174,7 @@ class Update:
 
     @classmethod
     def initial(cls, W: torch.Tensor, b: torch.Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        """A fresh update of a weight, before any training: unless the method says otherwise, one that changes nothing.
+        """A fresh update of a weight, before any training: one that changes nothing, where `starts_at_base`.
 
         Args:
             W: the weight `[out, in, *k]`.
@@ -258,10 +283,52 @@ class WeightUpdate(Update):
 
 
 class OutputUpdate(Update):
-    """y' = f(x, layer)."""
+    """y' = f(x, layer): a method defines `forward`, or `inside` where it stands before the layer's residual and norm.
+
+    A layer is any module here, with a weight or without one, in these words:
+
+    `layer(x)`: its output, whole.
+    `layer.hidden(x)`: its output before a residual is added and the sum normalised.
+    `layer.residual(x)`: what is added, or None.
+    `layer.norm(h)`: the normalisation of the sum; h itself where there is none.
+    `layer.close(h, x, whole)`: the output for another hidden value; without `whole`, one that neither the residual nor
+        the norm is part of.
+    `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in the shape that adds
+        to the output, and the axis of the channels.
+
+    Class attributes:
+        placed: the formula is `inside`, so that several such updates follow each other before the layer closes.
+
+    Attributes that place an update, where a method has them:
+        residual: path, from the target's parent, of the module whose input is added to the target's output.
+        norm: path, likewise, of the module that the sum goes through.
+    """
 
     kind = "output"
     acts_on = "the output of the layer"
+    placed: ClassVar[bool] = False
+
+    @property
+    def channels(self) -> int | None:
+        """How many channels the layer's output must have; None where the update does not say."""
+        hidden: Any = self.dims().get("hidden")
+        return cast(int | None, hidden)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer's residual and norm are part of what comes out."""
+        return True
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if self.channels not in (None, shape[0]):
+            raise ShapeMismatch(f"made for {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
+
+    def inside(self, x: Any, layer: Any) -> Any:
+        """What the update makes of `layer.hidden(x)`."""
+        return self.forward(x, layer)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        return layer.close(self.inside(x, layer), x, self.whole)
 
 
 class ContextUpdate(Update):
@@ -273,6 +340,7 @@ class ContextUpdate(Update):
 
 _TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 _DAMAGED = "The file is damaged, or the tool that wrote it is at fault; write it again"
+_WRONG_BASE = "Is this the base that the adapter was trained on?"
 _DIVERGED = "The training diverged, or the file is damaged; use an earlier checkpoint"
 
 
@@ -283,6 +351,13 @@ def _check_attribute(name: str, value: Any, annotation: str) -> None:
     # Compared, not converted: a whole number may be too large for a float.
     if annotation == "float" and not -sys.float_info.max <= value <= sys.float_info.max:
         raise Malformed(f"{value} is not a finite number", where=name, cure=_DAMAGED)
+
+
+def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
+    if rules.get("among") and value not in rules["among"]:
+        raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(rules['among'])}")
+    if rules.get("least") is not None and value < rules["least"]:
+        raise Malformed(f"{value} is below {rules['least']}", where=name, cure=_DAMAGED)
 
 
 def _check_dtype(name: str, leaf: Leaf, integer: bool) -> None:

@@ -34,8 +34,8 @@ settings.register_profile(
 )
 settings.load_profile("repository")
 
-SIZES = {"out": 8, "in": 16}
-"""Sizes of the weight's axes in examples; what other names stand for divides them."""
+SIZES = {"out": 8, "in": 16, "hidden": 8, "first": 4, "second": 4, "d": 4}
+"""Sizes of the weight's axes in examples, and of the output's channels; what other names stand for divides them."""
 
 WIDE = {"outs": 12, "ins": 20, "short": 8, "shorts": 12, "longs": 20, "bases": 5}
 """Sizes of axes along which weights of several sizes share a tensor, and of the shorter of the two above."""
@@ -55,7 +55,7 @@ def updates(draw, method=None, stacked=False, kernel=None):
     columns = SIZES["in"] * math.prod(kernel)
     dims = sizes | SIZES | WIDE | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
     made, seed = {}, draw(st.integers(0, 2**32 - 1))
-    for position, name in enumerate(draw(st.sampled_from(_together(cls)))):
+    for position, name in enumerate(draw(_together(cls))):
         field = cls.tensor_fields()[name].metadata
         shape = (Axes.parse(f"e {field['axes'].text}") if stacked else field["axes"]).sizes(dims)
         below = [dims[axis] for axis in field["below"]]
@@ -75,13 +75,19 @@ def _names(cls):
     return sorted({name for text in texts for name in re.findall(r"[a-z_]\w*", text)})
 
 
+@st.composite
+def _together(draw, cls):
+    """Tensors of a method that may be present together: a form of each group, and some of the others."""
+    return draw(st.sampled_from(_groups(cls, tuple(draw(st.sampled_from(group)) for group in cls.forms))))
+
+
 @cache
-def _together(cls):
-    """Which of a method's tensors may be present together."""
-    fields = cls.tensor_fields()
-    optional = [name for name, field in fields.items() if field.metadata["optional"]]
-    subsets = [set(some) for count in range(len(optional) + 1) for some in combinations(optional, count)]
-    groups = [[name for name in fields if name not in optional or name in some] for some in subsets]
+def _groups(cls, forms):
+    fields, grouped = cls.tensor_fields(), {name for group in cls.forms for form in group for name in form}
+    free = [name for name, field in fields.items() if field.metadata["optional"] and name not in grouped]
+    given = {name for name in fields if not fields[name].metadata["optional"]} | {n for form in forms for n in form}
+    subsets = [given | set(some) for count in range(len(free) + 1) for some in combinations(free, count)]
+    groups = [[name for name in fields if name in some] for some in subsets]
     return [group for group in groups if _allowed(cls, group)]
 
 
@@ -111,8 +117,15 @@ def _attributes(draw, cls):
     plain = {"float": st.floats(-4, 4), "int": st.integers(-9, 9), "str": st.text(max_size=5), "bool": st.booleans()}
     sizes = {"outputs": st.just(SIZES["out"]), "inputs": st.just(SIZES["in"])}
     fields = cls.attribute_fields().values()
-    drawn = (f for f in fields if f.default is dataclasses.MISSING or draw(st.booleans()))
-    return {f.name: draw(sizes.get(f.name, plain[f.type])) for f in drawn}
+    chosen = [f for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())]
+    return {f.name: draw(sizes.get(f.name) or _allowed_values(f.metadata, plain[f.type])) for f in chosen}
+
+
+def _allowed_values(rules, plain):
+    """A strategy for an attribute that may have rules of its own."""
+    if rules.get("among"):
+        return st.sampled_from(rules["among"])
+    return plain if rules.get("least") is None else st.integers(rules["least"], rules["least"] + 9)
 
 
 PATHS = st.lists(st.text("abcxyz_0é", min_size=1, max_size=4), min_size=1, max_size=3).map(".".join)
@@ -176,3 +189,16 @@ def base(tmp_path):
         return open_checkpoint(folder)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def close():
+    """Asserts that two tensors differ by less than a share of the largest number that went into either."""
+
+    def check(got, wanted, *terms, tolerance=1e-5):
+        size = max(float(term.detach().abs().max()) for term in (wanted, *terms))
+        assert got.shape == wanted.shape
+        assert got.dtype == wanted.dtype
+        assert float((got.detach().double() - wanted.detach().double()).abs().max()) <= tolerance * size
+
+    return check

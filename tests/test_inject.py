@@ -14,6 +14,7 @@ from adapterkit.errors import ShapeMismatch, TargetNotFound, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.tensors.lazy import as_torch
 
+OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight")]
 IDS = torch.tensor([[0, 3], [15, 7]])
 LAYERS = {
     "linear": (lambda: nn.Linear(16, 8), (2, 16), "out *in"),
@@ -42,11 +43,11 @@ def merge(model, update, layout):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_WEIGHTS)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_forward_is_merging_and_removing_leaves_no_trace(method, kind, data, made):
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+def test_forward_is_merging_and_removing_leaves_no_trace(method, kind, data, made, close):
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model, x, layout = model_and_input(kind, dtype)
         update = data.draw(made.updates(method=method, kernel=tuple(model[0].weight.shape[2:])))
         if kind == "embedding" and update.changes_bias and method != "ia3":
@@ -55,17 +56,26 @@ def test_forward_is_merging_and_removing_leaves_no_trace(method, kind, data, mad
             with pytest.raises(ShapeMismatch, match=method):
                 ak.torch.inject(model, Adapter({Target("0", layout): (update,)}))
             return
-        before, keys, y = dict(model[0].__dict__), list(model.state_dict()), model(x)
+        before, keys, y = trace(model), list(model.state_dict()), model(x)
         handle = ak.torch.inject(model, Adapter({Target("0", layout): (update,)}))
         got = model(x)
         assert list(model.state_dict()) == keys
         with handle.disable():
             assert torch.equal(model(x), y)
         handle.remove()
-        assert model[0].__dict__ == before
+        assert trace(model) == before
         assert torch.equal(model(x), y)
         merge(model, update, layout)
-        torch.testing.assert_close(got, model(x), rtol=tolerance, atol=tolerance)
+        close(got, model(x), y, tolerance=tolerance)
+
+
+def trace(model):
+    """Everything that an injection could leave behind: attributes, hooks, parameters as objects, their bytes."""
+    held = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    for attributes in held.values():
+        attributes |= {key: dict(value) for key, value in attributes.items() if key.endswith("hooks")}
+    parameters = {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    return held, parameters, {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
 
 
 def refuses(update, shape):

@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -24,12 +23,13 @@ from adapterkit.tensors.lazy import Lazy, as_torch, from_numpy
 from adapterkit.updates import Additive, ContextUpdate, OutputUpdate, Update, tensor
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
+OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight")]
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
 OUT, IN = 8, 16
 
 CASES = [
     pytest.param(method, target.path, id=f"{method}-{target.path}")
-    for method in METHODS
+    for method in OF_WEIGHTS
     for target in ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit").updates
 ]
 
@@ -115,13 +115,13 @@ def test_delta_is_the_difference_that_merging_makes(method, path, opened):
         torch.testing.assert_close(adapter.delta(path).reshape(wanted.shape), wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OF_WEIGHTS)
 @given(data=st.data())
 def test_cutting_along_any_declared_axis_changes_nothing(method, data, made):
     kernel = data.draw(st.sampled_from([(), (3,), (2, 1)]))
     update = loaded(data.draw(made.updates(method=method, kernel=kernel)))
     W, b = torch.randn(OUT, IN, *kernel, dtype=torch.float64), torch.randn(OUT, dtype=torch.float64)
-    if refused(update, (OUT, IN, *kernel)):
+    if refuses(update, tuple(W.shape)):
         return
     whole = update.new_weight(W) if update.changes_weight else W
     for axis in METHODS[method].blocks:
@@ -136,12 +136,12 @@ def test_cutting_along_any_declared_axis_changes_nothing(method, data, made):
             torch.testing.assert_close(torch.cat(parts), update.new_bias(b), rtol=1e-12, atol=1e-12)
 
 
-def refused(update, shape):
-    """Whether the method's own rule keeps it from weights with a kernel."""
+def refuses(update, shape):
+    """Whether the method's own rule keeps it from weights of this shape, a kernel for one."""
     try:
         update.check_against(shape)
     except ShapeMismatch:
-        return len(shape) > 2
+        return True
     return False
 
 
@@ -155,9 +155,9 @@ def loaded(update):
 def test_the_weighted_difference_is_written_where_it_is_wanted(method, turned, data, made):
     kernel = data.draw(st.sampled_from([(), (3,), (2, 2)]))
     update = loaded(data.draw(made.updates(method=method, kernel=kernel).filter(lambda u: u.changes_weight)))
-    if refused(update, (OUT, IN, *kernel)):
-        return
     W = torch.randn(OUT, IN, *kernel, dtype=torch.float64)
+    if refuses(update, tuple(W.shape)):
+        return
     D = update.delta(tuple(W.shape))
     for library in (torch.asarray, np.asarray):
         held = library(W.transpose(0, 1).contiguous()).swapaxes(0, 1) if turned else library(W.clone())
@@ -201,11 +201,10 @@ def test_tensors_that_share_an_axis_must_agree_on_it(method, data, made):
     for name, leaf in update.tensors.items():
         axes = update.tensor_fields()[name].metadata["axes"]
         others = {a for n in update.tensors if n != name for a in update.tensor_fields()[n].metadata["axes"].axes}
-        for axis in (a for a in others & set(axes.axes) if not a.startswith("*")):
+        for axis in (a for a in others & set(axes.axes) if a.isidentifier()):
             shape = list(leaf.shape)
             shape[axes.index(axis)] += 1
-            names = "|".join(re.findall(r"[a-z_]\w*", axis))
-            with pytest.raises(ShapeMismatch, match=rf"with .*\b({names})="):
+            with pytest.raises(ShapeMismatch, match=f"with .*{axis}="):
                 update.replace(**{name: unreadable(shape, leaf.dtype.name)}).dims()
 
 
@@ -227,21 +226,18 @@ def test_products_and_quotients_are_checked_once_later_fields_tell_their_names()
             blocked(*shapes).dims()
 
 
-WRONG = {
-    "float": [None, "1", True, [1.0], math.nan, math.inf, 10**400],
-    "int": [None, "1", True, [1], 1.5, math.nan],
-    "bool": [None, "true", 1, 0.0],
-    "str": [None, 1, True, ["a"]],
-}
-"""Type of an attribute -> what is not of it."""
-
-
 @pytest.mark.parametrize("method", METHODS)
 @given(data=st.data())
 def test_attributes_are_of_their_type_and_finite(method, data, made):
     update = data.draw(made.updates(method=method))
     for name, field in METHODS[method].attribute_fields().items():
-        for value in WRONG[field.type]:
+        wrong = {
+            "float": [None, "1", True, [1.0], math.nan, math.inf, 10**400],
+            "int": [None, "1", True, 1.5],
+            "bool": [None, "1", 1],
+            "str": [None, 1, True],
+        }[field.type]
+        for value in wrong:
             with pytest.raises(Malformed) as raised:
                 update.replace(**{name: value}).check()
             assert raised.value.where == name

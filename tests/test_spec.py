@@ -22,6 +22,7 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.formats import FORMATS
 from adapterkit.formats.adapterkit import KEY, SPEC, Record
 from adapterkit.methods import METHODS
+from adapterkit.tensors.activations import ACTIVATIONS
 
 ROOT = Path(__file__).parent.parent / "spec"
 MANIFEST = tomllib.loads((ROOT / "1.0" / "manifest.toml").read_text("utf-8"))
@@ -95,6 +96,9 @@ def test_a_methods_attributes_are_its_fields_in_order(name):
     assert said == [(n, f.type, f.default) for n, f in METHODS[name].attribute_fields().items()]
     assert all(type(a["default"]).__name__ == a["type"] for a in attributes if "default" in a)
     assert all(attribute["meaning"] for attribute in attributes)
+    rules = [(a.get("among", []), a.get("least")) for a in attributes]
+    fields = [field.metadata for field in METHODS[name].attribute_fields().values()]
+    assert rules == [(list(f.get("among", ())), f.get("least")) for f in fields]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -117,10 +121,11 @@ def test_a_formats_entry_says_what_its_class_does(path):
     said, cls = entry("formats", path.stem), FORMATS[path.stem]
     assert said["name"] == path.stem
     parts = [tomllib.loads(part.read_text("utf-8")) for part in path.with_suffix("").glob("*.toml")]
-    assert {*said["methods"], *(name for part in parts for name in part["methods"])} == cls.methods
+    own = MANIFEST["methods"] if said["methods"] == "all" else said["methods"]
+    assert {*own, *(name for part in parts for name in part["methods"])} == cls.methods
     assert said["url"] == cls.url
     assert all(said[key] for key in ("title", "container", "read", "write"))
-    assert set(said["methods"]) <= set(MANIFEST["methods"])
+    assert set(own) <= set(MANIFEST["methods"])
 
 
 def test_every_format_has_an_entry_and_the_manifest_lists_them():
@@ -179,6 +184,11 @@ def test_the_page_s_example_is_read_as_it_stands(tmp_path):
     save_file(tensors, tmp_path / "x", {KEY: example})
     adapter = ak.read(tmp_path / "x", format="adapterkit")
     assert [(str(target), update.method) for target, update in adapter] == [(q, "lora"), (f"{c}[0:768]", "ia3")]
+
+
+def test_the_page_defines_every_activation():
+    page = (ROOT / "README.md").read_text("utf-8").partition("Activations are")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", page)) == set(ACTIVATIONS)
 
 
 def test_the_page_names_every_field_of_the_record(schema):

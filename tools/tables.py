@@ -63,13 +63,14 @@ def _fill(block: re.Match[str]) -> str:
 
 
 def methods() -> str:
-    """One row a method, as its entry in the spec has it."""
+    """One row a method, as its entry in the spec has it; of a long law the first paragraph."""
     rows = [_method_row(name, _spec("methods", name)) for name in METHODS]
     return _markdown(("Method", "What it is", "Kind", "Formula"), rows)
 
 
 def _method_row(name: str, entry: dict[str, Any]) -> list[str]:
-    formula = "<br>".join(f"`{line}`" for line in entry["formula"].strip().splitlines())
+    law = entry["formula"].strip().partition("\n\n")[0]
+    formula = "<br>".join(f"`{line}`" for line in law.splitlines())
     return [f"`{name}`", f"[{entry['title']}]({entry['paper']})", entry["kind"], formula]
 
 

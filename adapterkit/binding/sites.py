@@ -5,7 +5,7 @@ A name resolves exactly, or by one prefix that is added to or taken off all of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..adapter import Adapter, Target
@@ -29,24 +29,48 @@ class Site:
     bias: str | None
 
 
-def find_sites(adapter: Adapter, shapes: Shapes, *, partial: bool) -> tuple[list[Site], list[Target], Prefix | None]:
+def find_sites(
+    adapter: Adapter, shapes: Shapes, *, partial: bool, modules: Iterable[str] = ()
+) -> tuple[list[Site], list[Target], Prefix | None]:
     """Every target's site, the targets that have none, and the prefix change that was needed.
+
+    A target whose updates are all of outputs may be any module: one that stored tensors lie below, or one of `modules`.
 
     Raises:
         TargetNotFound: some have none and `partial` is off, or all have none; names the nearest.
     """
-    renamed = _prefix_change([target.path for target in adapter.updates], shapes, partial)
-    placed, missing = _place(adapter, shapes, renamed)
+    outer = {target.path for target, updates in adapter.updates.items() if all(u.kind == "output" for u in updates)}
+    below = {name[:at] for name in shapes for at, letter in enumerate(name) if letter == "."} if outer else set()
+    places = _Places(shapes, frozenset({*below, *modules}), frozenset(outer))
+    renamed = _prefix_change([target.path for target in adapter.updates], places, partial)
+    placed, missing = _place(adapter, places, renamed)
     if missing and not (partial and placed):
-        raise _not_found(missing, adapter, shapes)
+        raise _not_found(missing, adapter, places)
     return placed, missing, renamed
 
 
-def _place(adapter: Adapter, shapes: Shapes, renamed: tuple[str, str] | None) -> tuple[list[Site], list[Target]]:
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """What targets are looked up in: stored tensors and modules, and which targets may be any module."""
+
+    shapes: Shapes
+    modules: frozenset[str]
+    outer: frozenset[str]
+
+    def keys(self, path: str, target: str) -> tuple[str | None, str | None] | None:
+        """(weight, bias) names at the path that a target's has become; None where it has no place."""
+        if target not in self.outer:
+            return _keys(path, self.shapes)
+        weight, bias = f"{path}.weight", f"{path}.bias"
+        held = weight if weight in self.shapes else None, bias if bias in self.shapes else None
+        return held if path in self.modules else None
+
+
+def _place(adapter: Adapter, places: _Places, renamed: tuple[str, str] | None) -> tuple[list[Site], list[Target]]:
     placed, missing = [], []
     for target, updates in adapter.updates.items():
         path = target.path if renamed is None else _rename(target.path, *renamed)
-        keys = _keys(path, shapes)
+        keys = places.keys(path, target.path)
         if keys is None:
             missing.append(target)
         else:
@@ -66,26 +90,27 @@ def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
     return path, bias if found and bias in shapes else None
 
 
-def _prefix_change(paths: list[str], shapes: Shapes, partial: bool) -> Prefix | None:
+def _prefix_change(paths: list[str], places: _Places, partial: bool) -> Prefix | None:
     """The one prefix change that gives every path a place, or most of them where a part will do; None without one."""
-    lost = [path for path in paths if _keys(path, shapes) is None]
+    lost = [path for path in paths if places.keys(path, path) is None]
     if not lost:
         return None
-    trials = {c for path in (lost if partial else lost[:1]) for c in _prefix_candidates(path, shapes)}
-    placed = {c: sum(_keys(_rename(path, *c), shapes) is not None for path in paths) for c in trials}
+    trials = {c for path in (lost if partial else lost[:1]) for c in _prefix_candidates(path, places)}
+    placed = {c: sum(places.keys(_rename(path, *c), path) is not None for path in paths) for c in trials}
     most = max(placed.values(), default=0)
     best = [c for c, count in placed.items() if count == most]
     wanted = len(paths) if not partial else len(paths) - len(lost) + 1
     return best[0] if len(best) == 1 and most >= wanted else None
 
 
-def _prefix_candidates(path: str, shapes: Shapes) -> Iterator[Prefix]:
+def _prefix_candidates(path: str, places: _Places) -> Iterator[Prefix]:
     parts = path.split(".")
     for cut in range(1, len(parts)):
-        if _keys(".".join(parts[cut:]), shapes):
+        if places.keys(".".join(parts[cut:]), path):
             yield ".".join(parts[:cut]) + ".", ""
-    for name in shapes:
-        for tail in (f".{path}.weight", f".{path}"):
+    outer = path in places.outer
+    for name in places.modules if outer else places.shapes:
+        for tail in (f".{path}",) if outer else (f".{path}.weight", f".{path}"):
             if name.endswith(tail):
                 yield "", name.removesuffix(tail) + "."
 
@@ -94,8 +119,9 @@ def _rename(path: str, off: str, on: str) -> str:
     return on + path.removeprefix(off) if path.startswith(off) else on + path
 
 
-def _not_found(missing: list[Target], adapter: Adapter, shapes: Shapes) -> TargetNotFound:
-    modules = {name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in shapes}
+def _not_found(missing: list[Target], adapter: Adapter, places: _Places) -> TargetNotFound:
+    stored = (name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in places.shapes)
+    modules = {*stored, *(places.modules if places.outer else ())}
     count = f"{len(missing)} of {len(adapter.updates)} targets" if len(adapter.updates) > 1 else "the target"
     shown = ", ".join(str(target) for target in missing[:3]) + (", ..." if len(missing) > 3 else "")
     partly = "" if len(missing) == len(adapter.updates) else "; allow a partial match to leave them out"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import Malformed
 from ..tensors.namespace import namespace
-from ..updates import tensor
+from ..updates import attribute, tensor
 from ._planar import LowRank
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class VBLoRA(LowRank):
     weights_A: Tensor | None = tensor("r in/b m", optional=True)
     indices_B: Tensor | None = tensor("out/b r m", optional=True, integer=True, below="n")
     weights_B: Tensor | None = tensor("out/b r m", optional=True)
-    topk: int = 2
+    topk: int = attribute(2, least=1)
 
     @classmethod
     def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, Tensor]:
@@ -55,8 +55,6 @@ class VBLoRA(LowRank):
         forms = {"logits_A", "logits_B"}, {"indices_A", "weights_A", "indices_B", "weights_B"}
         if present not in forms:
             raise Malformed("needs logits, or indices and weights, of A and of B", cure="Write the adapter again")
-        if self.topk < 1:
-            raise Malformed("mixes no vectors", where="topk", cure="Write the adapter again")
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A = self._mixed(self.logits_A, self.indices_A, self.weights_A)

@@ -15,6 +15,12 @@ def namespace(*arrays: Any) -> Any:
     Raises:
         TypeError: they are of several libraries, or of none.
     """
+    present = [array for array in arrays if array is not None]
+    if present and all(type(array).__module__.partition(".")[0] == "torch" for array in present):
+        # Said here, since torch.compile does not see through the cache in which array_namespace looks it up.
+        from array_api_compat import torch
+
+        return torch
     from array_api_compat import array_namespace
 
-    return array_namespace(*(array for array in arrays if array is not None))
+    return array_namespace(*present)

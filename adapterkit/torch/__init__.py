@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .create import create
 from .handle import Handle
-from .inject import inject, route
+from .inject import inject
+from .routing import route
 
 __all__ = ["Handle", "create", "inject", "route"]

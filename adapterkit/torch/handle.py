@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..adapter import Adapter, Target
 from ..errors import NotMergeable, UsageError
 from ..updates import Update
-from .station import Station, Switch
+from .layers import Quantized
+from .outputs import Switch
+from .station import Station
 from .weights import tensor_at
 
 
@@ -29,6 +31,7 @@ class Handle:
     @property
     def weight(self) -> float:
         """How much of the adapter's change is added; may be set."""
+        self._check()
         return self._switch.weight
 
     @weight.setter
@@ -102,6 +105,8 @@ class Handle:
                 raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
             if any(u.kind in ("output", "context") for u in part.updates):
                 raise NotMergeable("is not a change of weights", where=str(part.target), cure=_KEEP)
+            if isinstance(station.layer, Quantized):
+                raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=_KEEP)
         new = station.changed(parts, torch.float64)
         pairs: list[tuple[Tensor, Tensor]] = [(tensor_at(station.module, path), value) for path, value in new.items()]
         for parameter, _ in pairs:

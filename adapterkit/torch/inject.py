@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from ..adapter import Adapter
+from ..adapter import Adapter, Target
 from ..binding import Site, check_site, find_sites, fits, with_layouts
-from ..errors import Unsupported, UsageError, nearest
+from ..errors import TargetNotFound, Unsupported, UsageError
 from ..tensors.lazy import as_torch
 from ..updates import Update
 from .handle import Handle
-from .layers import layer_of, stored_layout
-from .station import Part, Station, Switch
+from .layers import Quantized, layer_of, stored_layout, stored_shape
+from .outputs import Outlet, Switch, outlet
+from .station import Part, Station, names_of, station_at
 from .weights import tensor_at
 
 if TYPE_CHECKING:
@@ -34,60 +35,49 @@ def inject(
         adapter: the adapter.
         name: what `route` calls it; one name, one adapter.
         weight: how much of its change is added.
-        trainable: its leaves become float32 (or wider) parameters of the handle, cast to the layer's dtype in forward.
+        trainable: its leaves, but for those its method calls `frozen`, become float32 (or wider) parameters of the
+            handle, cast to the layer's dtype in forward.
 
     Raises:
         TargetNotFound: a target has no place in the model; names the nearest.
         ShapeMismatch: a shape does not fit.
-        Unsupported: a layer cannot take the method.
+        Unsupported: a layer cannot take the method, or not beside what is attached to it already.
         UsageError: the name is taken.
+
+    After an error nothing is attached.
     """
     adapter.validate()
-    if name in _names(model):
+    if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
-    sites = _sites(model, adapter)
-    plans = [_plan(model, site) for site in sites]
-    switch, stations, leaves = Switch(name, weight), list[Station](), dict[Any, Tensor]()
-    loaded: dict[Any, Any] = {}
-    for site, (holder, prefix) in zip(sites, plans, strict=True):
-        W = tensor_at(model, site.weight or site.bias or "")
-        updates = tuple(_owned(u, W, trainable, leaves) for u in site.updates)
-        loaded[site.target] = (*loaded.get(site.target, ()), *updates)
-        station = _station(holder)
-        below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
-        station.attach(Part(switch, site.target, updates, below, bias, _is_direct(site, holder, prefix)))
-        stations += [station] if station not in stations else []
-    return Handle(adapter.replace(updates=loaded), switch, stations, model)
-
-
-@contextmanager
-def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
-    """A different adapter for each row of a batch: inside the `with`, row i goes through `names[i]`, or the base.
-
-    Raises:
-        UsageError: no adapter of such a name is attached.
-        Unsupported: raised by a forward through a module whose rows cannot be told apart.
-        ShapeMismatch: raised by a forward of another number of rows.
-    """
-    known = _names(model)
-    for name in names:
-        if name is not None and name not in known:
-            raise UsageError("no such adapter is attached", where=name, cure=nearest(name, known) or "Inject it first")
-    stations = _stations(model)
-    before = [station.route for station in stations]
-    try:
-        for station in stations:
-            station.route = tuple(names)
-        yield
-    finally:
-        for station, old in zip(stations, before, strict=True):
-            station.route = old
+    switch, leaves = Switch(name, weight), dict[Any, Tensor]()
+    attached: list[tuple[Station, Part]] = []
+    for site in [piece for whole in _sites(model, adapter) for piece in _pieces(whole)]:
+        holder, part = _outer(model, site, switch) if site.updates[0].kind == "output" else _inner(model, site, switch)
+        like = _like(model, site, holder)
+        part = replace(part, updates=tuple(_owned(u, like, trainable, leaves) for u in site.updates))
+        station = next((s for s, _ in attached if s.module is holder), None) or station_at(holder)
+        _check_together(station, [part, *(other for s, other in attached if s is station)])
+        attached.append((station, part))
+    loaded: dict[Target, tuple[Update, ...]] = {}
+    for station, part in attached:  # From here on nothing fails: a refused adapter leaves no trace.
+        station.attach(part)
+        loaded[part.target] = (*loaded.get(part.target, ()), *part.updates)
+    stations = [*(station for station, _ in attached), *_tapped(part.outlet for _, part in attached)]
+    return Handle(adapter.replace(updates=loaded), switch, list(dict.fromkeys(stations)), model)
 
 
 def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
     held = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
     shapes = {name: tuple(tensor.shape) for tensors in held for name, tensor in tensors}
-    placed, _, _ = find_sites(adapter, shapes, partial=False)
+    shapes |= {f"{name}.weight": stored_shape(m) for name, m in model.named_modules() if Quantized.takes(m)}
+    try:
+        placed, _, _ = find_sites(adapter, shapes, partial=False, modules=[name for name, _ in model.named_modules()])
+    except TargetNotFound as error:
+        _refuse_packed(model, adapter)
+        raise error from None
+    for site in placed:
+        if is_parametrized(model.get_submodule((site.weight or site.bias or "").rpartition(".")[0])):
+            raise Unsupported("a parametrized layer", where=str(site.target), cure="Remove its parametrizations first")
     config = getattr(model, "config", None)
     words = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
     told = [_told(model, site, shapes) for site in placed]
@@ -96,6 +86,76 @@ def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
     for site in sites:
         check_site(site, shapes, biasless=True)
     return sites
+
+
+def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
+    modules = dict(model.named_modules())
+    for target in adapter.updates:
+        module = modules.get(target.path)
+        if module is not None and not list(module.parameters()) and list(module.buffers(recurse=False)):
+            why = f"a {type(module).__name__} keeps its weight in a form of its own"
+            raise Unsupported(why, where=str(target), cure=_UNPACKED)
+
+
+def _check_together(station: Station, parts: list[Part]) -> None:
+    """Parts whose law is not one of weights need formulas over the layer, parts that are not direct its own forward."""
+    together = [part for part in (*station.parts, *parts) if part.outlet is None]
+    outer = next((part for part in together if not part.foldable), None)
+    inner = next((part for part in together if not part.direct), None)
+    if outer and inner:
+        methods = [f"{update.method} at {part.target}" for part in (outer, inner) for update in part.updates]
+        why = f"{' and '.join(dict.fromkeys(methods))} cannot be attached together"
+        raise Unsupported(why, where=str(parts[0].target), cure="Merge the one that is a change of weights instead")
+
+
+def _pieces(site: Site) -> list[Site]:
+    """The site's updates of weights, and then those of its output."""
+    outer = [update.kind == "output" for update in site.updates]
+    if outer != sorted(outer):
+        why = "an update of weights behind one of the output"
+        raise Unsupported(why, where=str(site.target), cure="Order updates of weights before those of outputs")
+    return [
+        replace(site, updates=part)
+        for part in (site.updates[: outer.count(False)], site.updates[outer.count(False) :])
+        if part
+    ]
+
+
+def _outer(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
+    """The module whose output changes, and the part that does it."""
+    path = site.target.path
+    parent, holder = path.rpartition(".")[0], model.get_submodule(path)
+    if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and path:
+        raise Unsupported("its module never runs inside an attention", where=str(site.target), cure=f"Target {parent}")
+    _refuse_fast_path(model, f"{path}.", site)
+    made = outlet(
+        holder, site.updates, site.target, switch, lambda name: model.get_submodule(f"{parent}.{name}".lstrip("."))
+    )
+    return holder, Part(switch, site.target, site.updates, None, None, False, made)
+
+
+def _inner(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
+    """The module that reads the weight, and the part that changes it there."""
+    holder, prefix = _holder(model, site)
+    below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
+    return holder, Part(switch, site.target, site.updates, below, bias, _is_direct(site, holder, prefix))
+
+
+def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
+    """A tensor whose device and dtype the updates take."""
+    if site.weight or site.bias:
+        return tensor_at(model, site.weight or site.bias or "")
+    held = [p for module in (holder, model) for p in module.parameters() if p.is_floating_point()]
+    return held[0] if held else torch.empty(0)
+
+
+def _tapped(outlets: Iterable[Outlet | None]) -> Iterator[Station]:
+    """The stations of modules that read a residual, their taps opened."""
+    for each in outlets:
+        if each is not None and each.reader is not None and each.tap is not None:
+            station = station_at(each.reader)
+            station.tap(each.tap)
+            yield station
 
 
 def _told(model: nn.Module, site: Site, shapes: Any) -> tuple[Site, bool]:
@@ -110,31 +170,37 @@ def _told(model: nn.Module, site: Site, shapes: Any) -> tuple[Site, bool]:
     return turned, fits(turned.target, turned.updates, shapes[site.weight])
 
 
-def _plan(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
-    """The module whose forward reads the parameter, and its path with a dot."""
+def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
+    """The module whose forward reads the parameter, and its path with a dot.
+
+    Raises:
+        Unsupported: it cannot take one of the updates.
+    """
     path = (site.weight or site.bias or "").rpartition(".")[0]
     parent = path.rpartition(".")[0]
     if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and path:
         path = parent
     holder = model.get_submodule(path)
     prefix = f"{path}." if path else ""
-    parameter = tensor_at(model, site.weight or site.bias or "")
-    if not parameter.is_floating_point():
-        raise Unsupported(f"weights of {parameter.dtype}", where=str(site.target), cure="Load the base unquantized")
     direct = _is_direct(site, holder, prefix)
+    parameter = tensor_at(model, site.weight or site.bias or "")
+    packed = not parameter.is_floating_point() or parameter.dtype.itemsize < 2
+    if packed and not (direct and Quantized.takes(holder)):
+        raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
     for update in site.updates:
-        if update.kind == "context" or (update.kind == "output" and not direct):
-            why = f"{update.method} does not apply to a {type(holder).__name__}"
-            raise Unsupported(why, where=str(site.target), cure="Choose a linear, convolution or embedding layer")
-        if site.bias is None and update.changes_bias and update.needs_bias and not (
-            direct and update.kind == "additive"
-        ):  # fmt: skip
-            why = f"{update.method} changes a bias that the layer does not have"
-            raise Unsupported(why, where=str(site.target), cure="Give the layer a bias")
-    if torch.nn.utils.parametrize.is_parametrized(holder):
-        raise Unsupported("a parametrized weight", where=str(site.target), cure="Remove its parametrizations first")
+        _check_layer(update, site, type(holder).__name__, direct)
     _refuse_fast_path(model, path, site)
     return holder, prefix
+
+
+def _check_layer(update: Update, site: Site, kind: str, direct: bool) -> None:
+    if update.kind == "context":
+        why = f"{update.method} does not apply to a {kind}"
+        raise Unsupported(why, where=str(site.target), cure="Choose a linear, convolution or embedding layer")
+    lost = site.bias is None and update.changes_bias and update.needs_bias
+    if lost and not (direct and update.kind == "additive"):
+        why = f"{update.method} changes a bias that the layer does not have"
+        raise Unsupported(why, where=str(site.target), cure="Give the layer a bias")
 
 
 def _refuse_fast_path(model: nn.Module, path: str, site: Site) -> None:
@@ -157,28 +223,24 @@ def _natural(site: Site, layout: str) -> bool:
 
 
 def _owned(update: Update, W: Tensor, trainable: bool, leaves: dict[Any, Tensor]) -> Update:
-    return update.map(lambda leaf: _own(leaf, W, trainable, leaves))
+    trained = {name for name in update.tensors if trainable and name not in update.frozen}
+    return update.replace(**{n: _own(leaf, W, n in trained, leaves) for n, leaf in update.tensors.items()})
 
 
-def _own(leaf: Leaf, W: Tensor, trainable: bool, leaves: dict[Any, Tensor]) -> Tensor:
-    """A leaf on the layer's device: in its dtype, or as a parameter of at least float32; a shared leaf once."""
-    dtype = torch.promote_types(W.dtype, torch.float32) if trainable else W.dtype
-    key = id(leaf), W.device, dtype
+def _own(leaf: Leaf, W: Tensor, trained: bool, leaves: dict[Any, Tensor]) -> Tensor:
+    """A leaf on the layer's device, a shared one once: a parameter of at least float32, or as precise as it came."""
+    key = id(leaf), W.device, trained
     if key not in leaves:
-        value = as_torch(leaf, W.device, dtype).detach().clone()
-        leaves[key] = nn.Parameter(value) if trainable and value.is_floating_point() else value
+        value = as_torch(leaf, W.device).detach()
+        if value.is_floating_point():
+            value = value.to(_dtype(value.dtype, W.dtype, trained))
+        leaves[key] = nn.Parameter(value.clone()) if trained and value.is_floating_point() else value.clone()
     return leaves[key]
 
 
-def _station(module: nn.Module) -> Station:
-    standing = getattr(module.__dict__.get("forward"), "__self__", None)
-    return standing if isinstance(standing, Station) else Station(module)
+def _dtype(own: torch.dtype, layers: torch.dtype, trained: bool) -> torch.dtype:
+    wide = torch.float32 if trained or own.itemsize < 2 or not layers.is_floating_point else layers
+    return wide if own.itemsize < 2 else torch.promote_types(own, wide)
 
 
-def _stations(model: nn.Module) -> list[Station]:
-    standing = (getattr(m.__dict__.get("forward"), "__self__", None) for m in model.modules())
-    return [station for station in standing if isinstance(station, Station)]
-
-
-def _names(model: nn.Module) -> set[str]:
-    return {part.switch.name for station in _stations(model) for part in station.parts}
+_UNPACKED = "Load the base unquantized, or quantized by bitsandbytes"

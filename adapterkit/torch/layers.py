@@ -2,11 +2,12 @@
 
 `layer(x)` is the module as it is; `layer.op(x, w)` the same geometry with another weight and no bias; `layer.mix(h, w)`
 a 1x1 mix of channels after it; `layer.per_channel(v)` a vector in the shape that adds to its output. Weights are
-`[out, in, *k]` whatever the module stores.
+`[out, in, *k]` whatever the module stores. The words of updates of outputs are in `OutputUpdate`; see outputs.py too.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..updates import Additive, Update
+from ..updates import Additive, OutputUpdate, Update
 
 Forward = Callable[..., Any]
 
@@ -24,15 +25,21 @@ class Layer:
 
     Attributes:
         layout: the axis order in which such a module stores its weight, as in `Target`.
+        channel: the axis of the output's channels.
     """
 
     layout: ClassVar[str] = "out *in"
+    channel: ClassVar[int] = -1
 
     def __init__(self, module: nn.Module, forward: Forward) -> None:
         self.module, self.forward = module, forward
 
     def __call__(self, x: Tensor) -> Any:
         return self.forward(x)
+
+    def like(self, x: Tensor) -> Layer:
+        """The layer as `x` meets it: where its weight has no dtype to compute in, that of `x`."""
+        return self
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
@@ -103,6 +110,10 @@ class Conv(Layer):
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+    @property
+    def channel(self) -> int:  # type: ignore[override]
+        return 1 - len(self.shape)
+
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         plain = any(isinstance(module, kind) and _own_forward(module, kind) for kind in cls.kinds)
@@ -122,16 +133,56 @@ class Conv(Layer):
         return v.reshape(-1, *[1] * (len(self.shape) - 2))
 
 
+class Quantized(Linear):
+    """bitsandbytes' `Linear4bit` and `Linear8bitLt`: additive updates beside the packed weight, which stays as it is.
+
+    Laws that need W see it as the library's own dequantization gives it.
+    """
+
+    def __init__(self, module: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(module, forward)
+        self.dtype = dtype
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        kinds = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "bitsandbytes"]
+        packed = not isinstance(module.weight, Tensor) or not module.weight.is_floating_point() if kinds else False
+        return packed and kinds[-1].__name__ in ("Linear4bit", "Linear8bitLt")
+
+    def like(self, x: Tensor) -> Layer:
+        return Quantized(self.module, self.forward, x.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        return dequantized(self.module).to(self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return stored_shape(self.module)
+
+
 class Composed:
     """A layer after an update: what the next update of the same target sees."""
 
     def __init__(self, layer: Any, update: Update) -> None:
         self.layer, self.update = layer, update
         self.op, self.mix, self.per_channel = layer.op, layer.mix, layer.per_channel
-        self.shape = layer.shape
+        self.shape, self.channel = layer.shape, layer.channel
 
     def __call__(self, x: Tensor) -> Any:
         return self.update.forward(x, self.layer)
+
+    def hidden(self, x: Tensor) -> Any:
+        return self.update.inside(x, self.layer) if isinstance(self.update, OutputUpdate) else self(x)
+
+    def residual(self, x: Tensor) -> Any:
+        return self.layer.residual(x)
+
+    def norm(self, h: Tensor) -> Any:
+        return self.layer.norm(h)
+
+    def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Any:
+        return self.layer.close(h, x, whole)
 
     @property
     def weight(self) -> Tensor:
@@ -158,7 +209,7 @@ class Difference:
         return 0.0
 
 
-KINDS: tuple[type[Layer], ...] = (Linear, Conv1D, Embedding, Conv)
+KINDS: tuple[type[Layer], ...] = (Linear, Conv1D, Embedding, Conv, Quantized)
 
 
 def layer_of(module: nn.Module, forward: Forward) -> Layer | None:
@@ -167,11 +218,43 @@ def layer_of(module: nn.Module, forward: Forward) -> Layer | None:
     return kind(module, forward) if kind else None
 
 
+def moved(update: Update, device: torch.device, dtype: torch.dtype) -> Update:
+    """The update on a device, in the dtype to compute in: the same one where it is so already."""
+
+    def there(leaf: Any) -> Tensor:
+        out: Tensor = leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+        return out
+
+    return update if all(there(leaf) is leaf for leaf in update.tensors.values()) else update.map(there)
+
+
 def stored_layout(module: nn.Module) -> str | None:
     """The axis order in which a module stores its weight, where its class tells."""
     if isinstance(module, nn.Embedding) or Conv1D.takes(module):
         return "in out *k"
     return "out *in" if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
+
+
+def stored_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of a module's weight before any packing."""
+    if Quantized.takes(module):
+        sizes: Any = module.out_features, module.in_features
+        return (int(sizes[0]), int(sizes[1]))
+    W: Any = module.weight
+    return tuple(W.shape)
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The weight `[out, in]` of a module of bitsandbytes', by its own functions."""
+    library: Any = importlib.import_module("bitsandbytes.functional")
+    W: Any = module.weight
+    state: Any = getattr(W, "quant_state", None)
+    if state is not None:
+        out: Tensor = library.dequantize_4bit(W.data, state)
+        return out
+    held: Any = module.state if getattr(module.state, "CB", None) is not None else W
+    dense: Tensor = library.int8_vectorwise_dequant(held.CB, held.SCB)
+    return dense
 
 
 def _own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -11,24 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Target
-from ..errors import ShapeMismatch, Unsupported
+from ..errors import AdapterkitError
 from ..updates import Additive, Update
-from .layers import Composed, Difference, Layer, layer_of
+from .layers import Composed, Difference, Layer, Quantized, layer_of, moved
+from .outputs import Change, Outlet, Switch, Tap, through
+from .routing import Route, join, split
 from .weights import changed_bias, changed_weight, tensor_at
-
-
-@dataclass(eq=False)
-class Switch:
-    """What all attached parts of one adapter share."""
-
-    name: str
-    weight: float
-    active: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One target's updates at a station; `weight` and `bias` are parameters' paths below the station's module."""
+    """One target's updates at a station; `weight` and `bias` are parameters' paths below the station's module.
+
+    Updates of outputs are a part of their own, with an outlet.
+    """
 
     switch: Switch
     target: Target
@@ -36,6 +32,13 @@ class Part:
     weight: str | None
     bias: str | None
     direct: bool
+    outlet: Outlet | None = None
+
+    @property
+    def foldable(self) -> bool:
+        """Whether the module's parameters can carry all of it: its laws are of weights, its biases have a place."""
+        kinds = all(update.kind in ("additive", "weight") for update in self.updates)
+        return kinds and (self.bias is not None or not any(u.changes_bias and u.needs_bias for u in self.updates))
 
 
 class Station:
@@ -46,49 +49,76 @@ class Station:
         self.before = module.__dict__.get("forward")
         self.layer: Layer | None = layer_of(module, self.original)
         self.parts: list[Part] = []
-        self.route: Sequence[str | None] | None = None
+        self.taps: list[Tap] = []
+        self.route: Route | None = None
 
     def attach(self, part: Part) -> None:
         self.parts.append(part)
         self.module.__dict__["forward"] = self.forward
 
+    def tap(self, tap: Tap) -> None:
+        """Lets a tap keep what the module reads."""
+        self.taps.append(tap)
+        self.module.__dict__["forward"] = self.forward
+
     def detach(self, switch: Switch) -> None:
         self.parts = [part for part in self.parts if part.switch is not switch]
-        if self.parts:
+        self.taps = [tap for tap in self.taps if tap.switch is not switch]
+        if self.parts or self.taps:
             return
         del self.module.__dict__["forward"]
         if self.before is not None:
             self.module.__dict__["forward"] = self.before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for tap in self.taps:
+            if tap.switch.active and tap.switch.weight:
+                tap.value = args[0] if args else next(iter(kwargs.values()))
         active = [part for part in self.parts if part.switch.active and part.switch.weight]
+        residuals = {p.switch.name: p.outlet.tap.take() for p in active if p.outlet and p.outlet.tap}
         if self.route is not None and active:
-            return self._routed(self.route, active, args, kwargs)
-        return self._run(active, args, kwargs)
+            return self._routed(self.route, active, args, kwargs, residuals)
+        return self._run(active, args, kwargs, residuals)
 
-    def _run(self, parts: list[Part], args: Any, kwargs: Any) -> Any:
+    def _run(self, parts: list[Part], args: Any, kwargs: Any, residuals: dict[str, Tensor]) -> Any:
+        inner = [part for part in parts if part.outlet is None]
+        changes = [
+            Change(p.switch.weight, p.updates, p.outlet, residuals.get(p.switch.name)) for p in parts if p.outlet
+        ]
+        if not changes:
+            return self._weighed(inner, args, kwargs)
+        try:
+            return through(self.module, self.layer, lambda a, k: self._weighed(inner, a, k), args, kwargs, changes)
+        except AdapterkitError as error:
+            raise error.at(where=str(next(part.target for part in parts if part.outlet))) from None
+
+    def _weighed(self, parts: list[Part], args: Any, kwargs: Any) -> Any:
+        """The module's own output through updates of its weights."""
         if not parts:
             return self.original(*args, **kwargs)
-        if self.layer is not None and all(part.direct for part in parts) and len(args) + len(kwargs) == 1:
-            return _direct(self.layer, parts, *args, *kwargs.values())
+        if self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
+            x = [*args, *kwargs.values()][0]
+            return _direct(self.layer.like(x), parts, x)
         with self._shadowed(parts):
             return self.original(*args, **kwargs)
 
-    def _routed(self, route: Sequence[str | None], parts: list[Part], args: Any, kwargs: Any) -> Any:
-        if self.layer is None or len(args) + len(kwargs) != 1:
-            raise Unsupported("rows of a batch cannot be told apart here", where=str(parts[0].target), cure=_ALONE)
-        x = [*args, *kwargs.values()][0]
-        x = x.expand(len(route), *x.shape[1:]) if x.shape[0] == 1 else x
-        if x.shape[0] != len(route):
-            why = f"{x.shape[0]} rows where the route names {len(route)}"
-            raise ShapeMismatch(why, where=str(parts[0].target), cure="Name one adapter, or None, for each row")
-        groups = {name: [row for row, other in enumerate(route) if other == name] for name in dict.fromkeys(route)}
-        done = [
-            self._run([part for part in parts if part.switch.name == name], (x[rows],), {})
-            for name, rows in groups.items()
+    def _is_direct(self, parts: list[Part]) -> bool:
+        """Whether the parts run as formulas over the layer; else under its own forward, its parameters exchanged.
+
+        A new weight of 16 bits is better formed once in 32 than step by step.
+        """
+        if not all(part.direct for part in parts):
+            return False
+        laws = any(update.kind == "weight" for part in parts for update in part.updates)
+        return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
+
+    def _routed(self, route: Route, parts: list[Part], args: Any, kwargs: Any, residuals: dict[str, Tensor]) -> Any:
+        where = str(parts[0].target)
+        outputs = [
+            self._run([part for part in parts if part.switch.name == name], some, named, beside)
+            for name, (*some, beside), named in split(route, self.module, (*args, residuals), kwargs, where)
         ]
-        order = torch.tensor([row for rows in groups.values() for row in rows], device=x.device)
-        return torch.cat(done)[order.argsort()]
+        return join(route, outputs, where)
 
     @contextmanager
     def _shadowed(self, parts: list[Part]) -> Iterator[None]:
@@ -100,23 +130,59 @@ class Station:
                 module = self.module.get_submodule(owner)
                 module.__dict__[name] = value
                 placed.append((module, name))
-            yield
+            with _listed(self.module):
+                yield
         finally:
             for module, name in placed:
                 del module.__dict__[name]
 
     def changed(self, parts: list[Part], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The module's parameters after the parts, by path, computed in `dtype`."""
+        """The module's parameters after the parts, by path: in `dtype`, or computed in 32 bits and rounded once."""
         out = {}
-        for weight in dict.fromkeys(p.weight for p in parts if p.weight):
+        for weight in dict.fromkeys(p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)):
             at = [(p.switch.weight, p.target, p.updates) for p in parts if p.weight == weight]
-            W: Tensor = tensor_at(self.module, weight)
-            out[weight] = changed_weight(W.to(dtype), at)
+            out[weight] = self._after(weight, dtype, at, changed_weight)
         for bias in dict.fromkeys(p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)):
             at = [(p.switch.weight, p.target, p.updates) for p in parts if p.bias == bias]
-            b: Tensor = tensor_at(self.module, bias)
-            out[bias] = changed_bias(b.to(dtype), at)
+            out[bias] = self._after(bias, dtype, at, changed_bias)
         return out
+
+    def _after(self, path: str, dtype: torch.dtype | None, changes: Any, law: Any) -> Tensor:
+        before = tensor_at(self.module, path)
+        wide = dtype or torch.promote_types(before.dtype, torch.float32)
+        after: Tensor = law(before.to(wide), changes)
+        return after if dtype else after.to(before.dtype)
+
+
+@contextmanager
+def _listed(module: nn.Module) -> Iterator[None]:
+    """A recurrent module reads its parameters from a list that it keeps."""
+    if not isinstance(module, nn.RNNBase):
+        yield
+        return
+    kept = module._flat_weights
+    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    try:
+        yield
+    finally:
+        module._flat_weights = kept
+
+
+def stations_of(model: nn.Module) -> list[Station]:
+    """The stations in a model."""
+    standing = (getattr(m.__dict__.get("forward"), "__self__", None) for m in model.modules())
+    return [station for station in standing if isinstance(station, Station)]
+
+
+def station_at(module: nn.Module) -> Station:
+    """The station that stands at a module, or a new one."""
+    standing = getattr(module.__dict__.get("forward"), "__self__", None)
+    return standing if isinstance(standing, Station) else Station(module)
+
+
+def names_of(model: nn.Module) -> set[str]:
+    """The names of the adapters attached to a model."""
+    return {part.switch.name for station in stations_of(model) for part in station.parts}
 
 
 def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
@@ -142,14 +208,10 @@ def _chain(layer: Any, updates: Sequence[Update]) -> Any:
 
 def _live(update: Update, layer: Layer) -> Update:
     """The update in the dtype and on the device of the layer."""
-    W = layer.weight
-
-    def moved(leaf: Any) -> Tensor:
-        out: Tensor = leaf.to(W.device, W.dtype) if leaf.is_floating_point() else leaf.to(W.device)
-        return out
-
-    same = all(moved(leaf) is leaf for leaf in update.tensors.values())
-    return update if same else update.map(moved)
+    held: Any = layer.module.weight
+    return moved(update, held.device, layer.dtype if isinstance(layer, Quantized) else layer.weight.dtype)
 
 
-_ALONE = "Run the rows of each adapter by themselves"
+def _is_half(module: nn.Module) -> bool:
+    W: Any = module.weight
+    return W.dtype in (torch.float16, torch.bfloat16)

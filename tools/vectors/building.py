@@ -35,6 +35,7 @@ class Case:
         x: shape of the input; None for token numbers.
         layer: what the layer does with input and weight.
         dtype: element type of the adapter's tensors; integers are I64 unless given as int32.
+        beside: shapes of what else a law on outputs sees, by name: a residual, the norm after it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     x: tuple[int, ...] | None = (2, 5)
     layer: Layer = linear
     dtype: str = "F64"
+    beside: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def stacked(self) -> bool:

@@ -22,8 +22,8 @@ def apply(layer: Layer, x: Array, W: Array, b: Array | None) -> Array:
 
 
 def linear(x: Array, W: Array) -> Array:
-    """x is [n, in]."""
-    return np.einsum("ni,oi->no", x, W)
+    """x is [..., in]."""
+    return np.einsum("...i,oi->...o", x, W)
 
 
 def experts(x: Array, W: Array) -> Array:

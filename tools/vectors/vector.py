@@ -75,17 +75,22 @@ def _view(W: Array, stored_as: str) -> Array:
 def _outcome(case: Case, x: Array, W: Array, b: Array | None) -> dict[str, Array | None]:
     """What must come out: y alone where a law is not of weights."""
     if any(hasattr(methods.named(update.method), "output") for update in case.updates):
-        return {"y": _output(case, x, W, b)}
+        beside = {name: numbers(f"{case.name}.{name}", *shape) for name, shape in case.beside.items()}
+        return {**beside, "y": _output(case, x, W, b, beside)}
     new_W, new_b = _merge(case, W, b)
     y = apply(case.layer, x, new_W, new_b)
     return {"merged.weight": _view(new_W, case.layout), "merged.bias": new_b, "y": y}
 
 
-def _output(case: Case, x: Array, W: Array, b: Array | None) -> Array:
+def _output(case: Case, x: Array, W: Array, b: Array | None, beside: dict[str, Array]) -> Array:
     if len(case.updates) > 1 or case.rows or case.stacked:
         raise ValueError(f"{case.name}: a law that is not of weights stands alone, on a whole layer without experts")
     (update,) = case.updates
-    return methods.named(update.method).output(x, W, b, **update.tensors, **update.attributes)
+
+    def layer(x: Array) -> Array:
+        return apply(case.layer, x, W, b)
+
+    return methods.named(update.method).output(x, layer, **beside, **update.tensors, **update.attributes)
 
 
 def _merge(case: Case, W: Array, b: Array | None) -> Pair:

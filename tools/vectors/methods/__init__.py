@@ -4,8 +4,9 @@ A module holds, straight from the method's entry in `spec/methods/` and sharing 
 
 * `formula(W, b, <tensors>, <attributes>)`: the new (W, b), in float64 numpy. `W` is `[out, in, *k]`, `b` is `[out]` or
   None. Tensors and attributes come by the names of the entry; what a case leaves out has the signature's default.
-* or, where the law is not of weights, `output(x, W, b, <tensors>, <attributes>)`: the layer's new output for the case's
-  input. Such a vector expects `y` alone.
+* or, where the law is one of outputs, `output(x, layer, <beside>, <tensors>, <attributes>)`: the new output for the
+  case's input; `layer(x)` is the layer's own, before a residual that may stand beside it. Such a vector expects `y`
+  alone.
 * `cases()`: the cases of the method's vector: layers, layouts, experts, row slices, every field and attribute given
   and, if it may be, left out.
 """

@@ -1,0 +1,42 @@
+"""Bottleneck adapters: h' = h + scaling * up(act(down(h))).  Houlsby et al. 2019, https://arxiv.org/abs/1902.00751
+
+Also those of Pfeiffer et al. 2020, https://arxiv.org/abs/2005.00247, parallel ones (He et al. 2021,
+https://arxiv.org/abs/2110.04366), gated ones (Mao et al. 2021, https://arxiv.org/abs/2110.07577) and Adapter+ (Steitz
+and Roth 2024, https://arxiv.org/abs/2406.06820): they differ in the attributes alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..tensors.activations import ACTIVATIONS
+from ..updates import tensor
+from ._sublayer import Sublayer, biased
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class Bottleneck(Sublayer):
+    """change(h) = up @ act(down @ h + down_bias) + up_bias."""
+
+    paper = "https://arxiv.org/abs/1902.00751"
+
+    down: Tensor = tensor("d hidden")
+    down_bias: Tensor | None = tensor("d", optional=True)
+    up: Tensor = tensor("hidden d")
+    up_bias: Tensor | None = tensor("hidden", optional=True)
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        hidden = len(W)
+        down, zeros = random((rank, hidden)) / hidden**0.5, W.new_zeros(hidden)
+        return cls(
+            down=down, down_bias=zeros[:1].repeat(rank), up=W.new_zeros(hidden, rank), up_bias=zeros, **attributes
+        )
+
+    def change(self, h: Any, layer: Any) -> Any:
+        inner = ACTIVATIONS[self.non_linearity](biased(layer.mix(h, self.down), self.down_bias, layer))
+        return biased(layer.mix(inner, self.up), self.up_bias, layer)

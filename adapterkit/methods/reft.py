@@ -1,0 +1,79 @@
+"""ReFT: h' = h + R^T (act(S h + b) - R h) at chosen positions.  Wu et al. 2024, https://arxiv.org/abs/2404.03592
+
+LoReFT with orthonormal rows of R (`orthogonality`), NoReFT without, DiReFT without `subtract_projection`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import ShapeMismatch
+from ..tensors.activations import ACTIVATIONS
+from ..tensors.namespace import namespace
+from ..updates import OutputUpdate, attribute, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class ReFT(OutputUpdate):
+    """h' = h + (act(h @ source^T + source_bias) - h @ projection^T) @ projection, first and last positions only.
+
+    Positions lie on the axis before the channels. Where prefix and suffix overlap, the suffix's rule holds.
+    """
+
+    paper = "https://arxiv.org/abs/2404.03592"
+    forms: ClassVar[Any] = (
+        ((), ("suffix_source", "suffix_projection"), ("suffix_source", "suffix_source_bias", "suffix_projection")),
+    )
+
+    source: Tensor = tensor("r hidden")
+    source_bias: Tensor | None = tensor("r", optional=True)
+    projection: Tensor = tensor("r hidden")
+    suffix_source: Tensor | None = tensor("r hidden", optional=True)
+    suffix_source_bias: Tensor | None = tensor("r", optional=True)
+    suffix_projection: Tensor | None = tensor("r hidden", optional=True)
+    prefix_positions: int = attribute(3, least=0)
+    suffix_positions: int = attribute(0, least=0)
+    subtract_projection: bool = True
+    non_linearity: str = attribute("linear", among=ACTIVATIONS)
+    orthogonality: bool = False
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        projection, subtract = random((rank, len(W))), attributes.get("subtract_projection", True)
+        projection = _orthonormal(projection)
+        source = projection if subtract else W.new_zeros(rank, len(W))
+        attributes = {"orthogonality": bool(subtract)} | attributes
+        return cls(source=source.clone(), source_bias=W.new_zeros(rank), projection=projection, **attributes)
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
+        if len(shape) > 2:
+            raise ShapeMismatch("a kernel's layer has no axis of positions", cure="Target a module of sequences")
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        y = layer(x)
+        length = y.shape[-2]
+        stop = length - min(self.suffix_positions, length)
+        start = min(self.prefix_positions, stop)
+        first = self._changed(y[..., :start, :], self.source, self.source_bias, self.projection)
+        tied = self.source, self.source_bias, self.projection
+        own = self.suffix_source, self.suffix_source_bias, self.suffix_projection
+        last = self._changed(y[..., stop:, :], *(tied if self.suffix_source is None else own))
+        return namespace(y).concat([first, y[..., start:stop, :], last], axis=-2)
+
+    def _changed(self, h: Any, source: Any, bias: Any, projection: Any) -> Any:
+        R = _orthonormal(projection) if self.orthogonality else projection
+        told = h @ source.mT if bias is None else h @ source.mT + bias
+        wanted = ACTIVATIONS[self.non_linearity](told)
+        return h + (wanted - h @ R.mT if self.subtract_projection else wanted) @ R
+
+
+def _orthonormal(R: Any) -> Any:
+    """The rows after Gram and Schmidt: R itself where they are orthonormal already."""
+    xp = namespace(R)
+    wide = R if R.dtype.itemsize > 2 else xp.astype(R, xp.float32)  # No library factors 16 bits.
+    return xp.astype(xp.linalg.solve(xp.linalg.cholesky(wide @ wide.mT), wide), R.dtype)

@@ -1,0 +1,273 @@
+"""Outputs: one call of any module, in the words in which output updates speak of it, and where residual and norm are.
+
+A module ends a sub-layer itself where its forward takes the residual as its second input, as BERT's `BertOutput` does:
+then what it computes before is had by running it on a residual of 0 with its norm left out. Elsewhere the block around
+it adds the residual; an update names the module that reads it, and a tap there keeps it until it is asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..adapter import Target
+from ..errors import ShapeMismatch, TargetNotFound, Unsupported
+from ..updates import Update
+from .layers import Composed, Layer, moved
+
+Run = Callable[[Sequence[Any], dict[str, Any]], Any]
+"""A module's forward, by positional and named arguments."""
+
+RESIDUALS = ("input_tensor", "residual")
+"""What transformers' modules call their second input where they add it to their output."""
+
+
+@dataclass(eq=False)
+class Switch:
+    """What all attached parts of one adapter share."""
+
+    name: str
+    weight: float
+    active: bool = True
+
+
+class Tap:
+    """Keeps what a module reads, until the residual is asked for."""
+
+    def __init__(self, where: str, switch: Switch) -> None:
+        self.where, self.switch = where, switch
+        self.value: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The residual of this pass.
+
+        Raises:
+            Unsupported: the module was not called before.
+        """
+        value, self.value = self.value, None
+        if value is None:
+            why = "the module that reads the residual was not called before this one"
+            raise Unsupported(why, where=self.where, cure="Correct the update's `residual`")
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class Outlet:
+    """Where the output of a target ends.
+
+    Attributes:
+        channels: how many channels its updates expect; None where they do not say.
+        tap: keeps the residual that the module `reader` reads; None where the module adds it itself, or has none.
+        norm: what the block around it sends the sum through.
+        own: position and name of the residual among the module's own arguments, where it takes one.
+        own_norm: the name of its own norm.
+    """
+
+    channels: int | None
+    tap: Tap | None = None
+    reader: nn.Module | None = None
+    norm: nn.Module | None = None
+    own: tuple[int, str] | None = None
+    own_norm: str | None = None
+
+
+def outlet(
+    module: nn.Module, updates: Sequence[Any], target: Target, switch: Switch, find: Callable[[str], nn.Module]
+) -> Outlet:
+    """The outlet of a module for output updates; `find` gives a module by its path from the target's parent.
+
+    Raises:
+        Unsupported: the module cannot take them, or not together.
+        TargetNotFound: there is no module where an update says that the residual or the norm is.
+    """
+    _check(module, target)
+    channels = next((update.channels for update in updates if update.channels is not None), None)
+    placed = [update for update in updates if update.placed]
+    if not placed:
+        return Outlet(channels)
+    where, cure = str(target), "Give each its own adapter, or change the order"
+    named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
+    if len(named) > 1:
+        raise Unsupported("updates of one target with residuals at several places", where=where, cure=cure)
+    ((residual, norm),) = named
+    own = None if residual or norm else _own_residual(module)
+    if (residual or own) and any(b.placed and not a.placed for a, b in pairwise(updates)):
+        raise Unsupported("an update of the whole output before one inside it", where=where, cure=cure)
+    if norm and not all(update.whole for update in placed):
+        why = "the block around it normalises the output, so that the norm cannot be left out"
+        raise Unsupported(why, where=where, cure="Set original_ln_after, or target the block")
+    tap, reader = (Tap(where, switch), _found(find, residual, where)) if residual else (None, None)
+    return Outlet(channels, tap, reader, _found(find, norm, where), own, _own_norm(module, where) if own else None)
+
+
+def _found(find: Callable[[str], nn.Module], path: str, where: str) -> nn.Module | None:
+    try:
+        return find(path) if path else None
+    except AttributeError:
+        why = f"no module {path!r} beside it"
+        raise TargetNotFound(why, where=where, cure="Correct the update's `residual` and `norm`") from None
+
+
+def _check(module: nn.Module, target: Target) -> None:
+    if target.rows is not None or target.stacked:
+        cure = "Target the module as a whole"
+        raise Unsupported("an output update of a slice, or of experts", where=str(target), cure=cure)
+    if type(module).forward is nn.Module.forward:
+        why = f"a {type(module).__name__} has no forward of its own"
+        raise Unsupported(why, where=str(target), cure="Target one of the modules that it holds")
+
+
+def _own_residual(module: nn.Module) -> tuple[int, str] | None:
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return next(((names.index(name), name) for name in RESIDUALS if name in names[1:2]), None)
+
+
+def _own_norm(module: nn.Module, where: str) -> str | None:
+    norms = [name for name, child in module.named_children() if type(child).__name__.endswith("Norm")]
+    if len(norms) > 1:
+        why = f"which of {', '.join(norms)} follows the residual cannot be told"
+        raise Unsupported(why, where=where, cure="Name `residual` and `norm` in the update")
+    return norms[0] if norms else None
+
+
+class Call:
+    """One call of a module; see `adapterkit.updates.OutputUpdate` for the words. Runs the module when it must."""
+
+    def __init__(
+        self, module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, outlet: Outlet
+    ) -> None:
+        self.module, self.layer, self.run, self.args, self.kwargs = module, layer, run, args, kwargs
+        self.outlet = outlet
+        self.given: Tensor | None = None
+        self.x = args[0] if args else next(iter(kwargs.values()), None)
+        self.rest: tuple[Any, ...] | None = None
+        self.kept: Tensor | None = None
+        self.shape = layer.shape if layer else ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.close(self.hidden(x), x)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        if x is not self.x:
+            return self._hidden(x)
+        if self.kept is None:
+            self.kept = self._hidden(x)
+        return self.kept
+
+    def residual(self, x: Tensor) -> Tensor | None:
+        if self.outlet.own is None:
+            return self.given
+        position, name = self.outlet.own
+        found: Tensor = self.kwargs[name] if name in self.kwargs else self.args[position]
+        return found
+
+    def norm(self, h: Tensor) -> Tensor:
+        own = self.outlet.own_norm
+        through = self.outlet.norm if own is None else getattr(self.module, own)
+        return h if through is None else through(h)
+
+    def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Tensor:
+        if self.outlet.own is not None:
+            residual: Any = self.residual(x)
+            return self.norm(h + residual) if whole else h
+        return h if whole or self.given is None else h - self.given
+
+    def ended(self, y: Tensor) -> Any:
+        """What the module returns with another output, which is the first of several where it returns several."""
+        return y if self.rest is None else (y, *self.rest)
+
+    def op(self, x: Tensor, w: Tensor) -> Tensor:
+        raise Unsupported("no weight to exchange", cure="Order updates of weights before those of outputs")
+
+    def mix(self, h: Tensor, w: Tensor) -> Tensor:
+        return self.layer.mix(h, w) if self.layer else functional.linear(h, w)
+
+    def per_channel(self, v: Tensor) -> Tensor:
+        return self.layer.per_channel(v) if self.layer else v
+
+    @property
+    def channel(self) -> int:
+        return self.layer.channel if self.layer else -1
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device to compute with."""
+        x: Any = self.x
+        return x if isinstance(x, Tensor) and x.is_floating_point() else self.hidden(x)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        args = [x, *self.args[1:]] if self.args else []
+        kwargs = self.kwargs if self.args else self.kwargs | dict.fromkeys(list(self.kwargs)[:1], x)
+        out = self._before_the_end(args, kwargs) if self.outlet.own else self.run(args, kwargs)
+        self.rest = tuple(out[1:]) if isinstance(out, tuple | list) else None
+        h = out[0] if isinstance(out, tuple | list) else out
+        if not isinstance(h, Tensor):
+            raise Unsupported(f"returns a {type(h).__name__}, no tensor", cure="Target a module inside it")
+        if self.outlet.channels not in (None, h.shape[self.channel]):
+            why = f"made for {self.outlet.channels} channels; the module's output has {h.shape[self.channel]}"
+            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+        return h
+
+    def _before_the_end(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        assert self.outlet.own is not None
+        position, name = self.outlet.own
+        if name in kwargs:
+            kwargs = kwargs | {name: kwargs[name].new_zeros(())}
+        else:
+            args[position] = args[position].new_zeros(())
+        norm = self.outlet.own_norm
+        if norm is None:
+            return self.run(args, kwargs)
+        self.module.__dict__[norm] = _same  # An instance's own attribute is found before its child.
+        try:
+            return self.run(args, kwargs)
+        finally:
+            del self.module.__dict__[norm]
+
+
+def _same(h: Tensor) -> Tensor:
+    return h
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One adapter's updates of an output, for one call: its weight, and the residual that its tap kept."""
+
+    weight: float
+    updates: Sequence[Update]
+    outlet: Outlet
+    residual: Tensor | None
+
+
+def through(module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, changes: Sequence[Change]) -> Any:
+    """y + sum of weight * (f(x) - y); the module runs once for all updates that see it end alike."""
+    calls: dict[Any, Call] = {}
+    for change in changes:
+        ending = change.outlet.own, change.outlet.norm
+        if ending not in calls:
+            calls[ending] = Call(module, layer, run, args, kwargs, change.outlet)
+    call = next(iter(calls.values()))
+    if len(changes) == 1 and changes[0].weight == 1:
+        return call.ended(_changed(call, changes[0]))
+    x: Any = call.x
+    y = base = call(x)
+    for change in changes:
+        other = calls[change.outlet.own, change.outlet.norm]
+        y = y + change.weight * (_changed(other, change) - base)
+    return call.ended(y)
+
+
+def _changed(call: Call, change: Change) -> Tensor:
+    call.given = change.residual
+    layer: Any = call
+    for update in change.updates:
+        layer = Composed(layer, moved(update, call.like.device, call.like.dtype))
+    x: Any = call.x
+    y: Tensor = layer(x)
+    return y
