@@ -115,10 +115,12 @@ def _positions(shape, seed, below):
 @st.composite
 def _attributes(draw, cls):
     plain = {"float": st.floats(-4, 4), "int": st.integers(-9, 9), "str": st.text(max_size=5), "bool": st.booleans()}
-    sizes = {"outputs": st.just(SIZES["out"]), "inputs": st.just(SIZES["in"])}
+    sizes = {"outputs": SIZES["out"], "inputs": SIZES["in"]}
     fields = cls.attribute_fields().values()
     chosen = [f for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())]
-    return {f.name: draw(sizes.get(f.name) or _allowed_values(f.metadata, plain[f.type])) for f in chosen}
+    return {
+        f.name: draw(sizes[f.name] if f.name in sizes else _allowed_values(f.metadata, plain[f.type])) for f in chosen
+    }
 
 
 def _allowed_values(rules, plain):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import Malformed
 from ..updates import tensor
 from ._planar import Planar
 
@@ -21,6 +20,7 @@ class GraLoRA(Planar):
     """W' = W + scaling * (D + B_whole @ A_whole), D's block of outputs j and inputs n being A[n, :, j] @ B[j, n]."""
 
     paper = "https://arxiv.org/abs/2505.20355"
+    forms = (((), ("A_whole", "B_whole")),)
 
     A: Tensor = tensor("g in/g g*q")
     B: Tensor = tensor("g g*q out/g")
@@ -34,11 +34,6 @@ class GraLoRA(Planar):
         g = 1 if out % 2 or in_ % 2 or rank % 2 else 2
         A = random((g, in_ // g, rank)) / (in_ // g) ** 0.5
         return cls(**{"A": A, "B": W.new_zeros(g, rank, out // g), **attributes})
-
-    def check(self) -> None:
-        super().check()
-        if (self.A_whole is None) != (self.B_whole is None):
-            raise Malformed("needs both of A_whole and B_whole, or neither", cure="Write the adapter again")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         g, _, r = self.A.shape

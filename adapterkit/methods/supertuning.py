@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed, ShapeMismatch
+from ..errors import ShapeMismatch
 from ..tensors.positions import add_at, outside, scattered
 from ..tensors.products import product
 from ..updates import tensor
@@ -23,6 +23,7 @@ class SuperTuning(Sparse):
     """W'[index // in, index % in] = W[...] + values, and + scaling * B @ A where A and B are present."""
 
     paper = "https://arxiv.org/abs/2607.09287"
+    forms = (((), ("A", "B")),)
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
 
     index: Tensor = tensor("n", integer=True)
@@ -36,11 +37,6 @@ class SuperTuning(Sparse):
         count = min(rank * (W.shape[0] + W.shape[1]), W.numel())
         index = W.abs().reshape(-1).topk(count).indices
         return cls(**{"index": index, "values": W.new_zeros(count), **attributes})
-
-    def check(self) -> None:
-        super().check()
-        if (self.A is None) != (self.B is None):
-            raise Malformed("needs both of A and B, or neither", cure="Write the adapter again")
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)

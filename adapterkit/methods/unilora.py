@@ -28,6 +28,7 @@ class UniLoRA(LowRank):
 
     blocks = frozenset({"out", "in"})
     paper = "https://arxiv.org/abs/2506.00799"
+    starts_at_base = False
     frozen: ClassVar[frozenset[str]] = frozenset({"indices_A", "scales_A", "indices_B", "scales_B"})
 
     theta: Tensor = tensor("d")

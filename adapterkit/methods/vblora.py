@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import Malformed
 from ..tensors.namespace import namespace
 from ..updates import attribute, tensor
 from ._planar import LowRank
@@ -26,6 +25,8 @@ class VBLoRA(LowRank):
     """W' = W + B @ A, both of pieces that are mixtures of the bank's vectors."""
 
     paper = "https://arxiv.org/abs/2405.15179"
+    starts_at_base = False
+    forms = ((("logits_A", "logits_B"), ("indices_A", "weights_A", "indices_B", "weights_B")),)
 
     bank: Tensor = tensor("n b")
     logits_A: Tensor | None = tensor("r in/b n", optional=True)
@@ -48,13 +49,6 @@ class VBLoRA(LowRank):
         count, length = given["bank"].shape
         A, B = (rank, W.shape[1] // length, count), (W.shape[0] // length, rank, count)
         return cls(**{"logits_A": random(A) / 6, "logits_B": random(B) / 6, **given})
-
-    def check(self) -> None:
-        super().check()
-        present = {name for name in self.tensors if name != "bank"}
-        forms = {"logits_A", "logits_B"}, {"indices_A", "weights_A", "indices_B", "weights_B"}
-        if present not in forms:
-            raise Malformed("needs logits, or indices and weights, of A and of B", cure="Write the adapter again")
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A = self._mixed(self.logits_A, self.indices_A, self.weights_A)
