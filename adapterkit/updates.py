@@ -52,6 +52,7 @@ class Update:
         acts_on: what the update changes, for messages.
         forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
         frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
+        bias_sees_weight: the change to the bias needs the weight, so that `settled` comes before `new_bias`.
         starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
         paper: where the formula comes from.
     """
@@ -63,6 +64,7 @@ class Update:
     acts_on: ClassVar[str] = "the layer"
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
     frozen: ClassVar[frozenset[str]] = frozenset()
+    bias_sees_weight: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = True
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
@@ -213,6 +215,10 @@ class Update:
             f"{self.method} changes {self.acts_on}, not its weights", cure="Inject it into a live model instead"
         )
 
+    def settled(self, W: torch.Tensor) -> Self:
+        """The same update with what its change to the bias takes from the weight W `[out, in, *k]` worked out."""
+        return self
+
     def new_bias(self, b: torch.Tensor) -> torch.Tensor:
         """b' `[out]`."""
         return b
@@ -279,7 +285,8 @@ class WeightUpdate(Update):
 
     def forward(self, x: Any, layer: Any) -> Any:
         y = layer.op(x, self.new_weight(layer.weight))
-        return y if layer.bias is None else y + layer.per_channel(self.new_bias(layer.bias))
+        settled = self.settled(layer.weight) if self.bias_sees_weight else self
+        return y if layer.bias is None else y + layer.per_channel(settled.new_bias(layer.bias))
 
 
 class OutputUpdate(Update):

@@ -78,7 +78,8 @@ def _names(cls):
 @st.composite
 def _together(draw, cls):
     """Tensors of a method that may be present together: a form of each group, and some of the others."""
-    return draw(st.sampled_from(_groups(cls, tuple(draw(st.sampled_from(group)) for group in cls.forms))))
+    forms = st.tuples(*map(st.sampled_from, cls.forms)).filter(lambda forms: _groups(cls, forms))
+    return draw(st.sampled_from(_groups(cls, draw(forms))))
 
 
 @cache

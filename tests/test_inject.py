@@ -36,10 +36,11 @@ def merge(model, update, layout):
     """The plain model after the formulas alone."""
     target = Target("0", layout)
     layer = model[0]
+    loaded = update.map(lambda leaf: as_torch(leaf, dtype=layer.weight.dtype)).settled(view(layer.weight, target))
     with torch.no_grad():
         layer.weight.copy_(view(fold((update,), view(layer.weight, target), False), target))
         if getattr(layer, "bias", None) is not None:
-            layer.bias.copy_(update.map(lambda leaf: as_torch(leaf, dtype=layer.bias.dtype)).new_bias(layer.bias))
+            layer.bias.copy_(loaded.new_bias(layer.bias))
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -129,7 +129,7 @@ def _bias_fits(update: Update, target: Target, shape: tuple[int, ...]) -> bool:
     lead = (dims["e"],) if target.stacked else ()
     if target.rows is not None:
         return shape[:-1] == lead and len(shape) > 0 and target.rows[1] <= shape[-1]
-    return shape == (*lead, dims["out"])
+    return len(shape) > 0 and shape == (*lead, dims.get("out", shape[-1]))
 
 
 _WRONG_BASE = "Is this the base that the adapter was trained on?"

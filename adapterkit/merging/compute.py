@@ -71,7 +71,7 @@ class Folder:
 
     def __init__(self, output: Output, workspace: Workspace) -> None:
         self.output, self.workspace, self.arrays = output, workspace, workspace.arrays
-        self.folds = [(fold, [_load(update, fold, self.arrays) for update in fold.updates]) for fold in output.folds]
+        self.folds = [(fold, _load_all(fold, self.arrays)) for fold in output.folds]
 
     @cached_property
     def watched(self) -> bool:
@@ -195,6 +195,21 @@ def _through(updates: list[Update], W: Any, bias: bool) -> Any:
     for update in updates:
         W = update.new_bias(W) if bias else update.new_weight(W)
     return W
+
+
+def _load_all(fold: Fold, arrays: Arrays) -> list[Update]:
+    updates = [_load(update, fold, arrays) for update in fold.updates]
+    if fold.seen is None:
+        return updates
+    W = _whole_view(arrays.load(fold.seen), fold)
+    return [update.settled(W) for update in updates]
+
+
+def _whole_view(W: Any, fold: Fold) -> Any:
+    """A stored weight as the updates see it; of stacked experts, all of them."""
+    axis = int(fold.target.stacked)
+    W = W if fold.axis == "out" else W.swapaxes(axis, axis + 1)
+    return W if fold.target.rows is None else W[(slice(None),) * axis + (slice(*fold.target.rows),)]
 
 
 def _load(update: Update, fold: Fold, arrays: Arrays) -> Update:

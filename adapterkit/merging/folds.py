@@ -15,6 +15,8 @@ from ..updates import Additive, Update
 if TYPE_CHECKING:
     from ..adapter import Adapter, Target
     from ..tensors.checkpoint import Checkpoint
+    from ..tensors.lazy import Lazy
+
 TIED = ("merge", "untie")
 
 
@@ -46,6 +48,8 @@ class Fold:
         weight: how much of the change is taken.
         source: position of the adapter in the merge.
         bias: the stored tensor is the target's bias, not its weight.
+        shape: of the stored tensor.
+        seen: the base's weight, where the change to its bias needs it.
     """
 
     target: Target
@@ -54,6 +58,7 @@ class Fold:
     source: int
     bias: bool
     shape: tuple[int, ...]
+    seen: Lazy | None = None
 
     @property
     def additive(self) -> bool:
@@ -108,8 +113,22 @@ def _folds(
         updates = tuple(u for u in site.updates if (u.changes_bias if bias else u.changes_weight))
         if stored is not None and updates:
             shape = base.tensors[aliases.get(stored, stored)].shape
-            found.append((stored, Fold(site.target, updates, weight, position, bias, shape)))
+            seen = _seen(site, base, aliases) if bias else None
+            found.append((stored, Fold(site.target, updates, weight, position, bias, shape, seen)))
     return found
+
+
+def _seen(site: Site, base: Checkpoint, aliases: Mapping[str, str]) -> Lazy | None:
+    """The weight that a change to its bias needs; it must be the base's own."""
+    needy = [
+        position for position, update in enumerate(site.updates) if update.bias_sees_weight and update.changes_bias
+    ]
+    if not needy or site.weight is None:
+        return None
+    if any(update.changes_weight for update in site.updates[: needy[-1]]):
+        why = f"{site.updates[needy[-1]].method} changes the bias by a weight that another update changes before it"
+        raise NotMergeable(why, where=str(site.target), cure="Merge one adapter after the other")
+    return base.tensors[aliases.get(site.weight, site.weight)]
 
 
 def _settle_tie(

@@ -1,14 +1,14 @@
 """Replacement: W' = weight, b' = bias.  Whole parameters that were trained beside an adapter.
 
-What PEFT calls `modules_to_save` and `bias="all"`, and how trained norms travel,
-https://huggingface.co/docs/peft/developer_guides/checkpoint
+What PEFT calls `modules_to_save`, `bias="all"` and LN tuning, https://arxiv.org/abs/2312.11420, and how BitFit's biases
+travel, https://arxiv.org/abs/2106.10199
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import Malformed
+from ..errors import Malformed, UsageError
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
@@ -28,7 +28,12 @@ class Replacement(WeightUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        return cls(weight=W, bias=b, **attributes)
+        """A copy; `weight=False` or `bias=False` leaves one of the two out: BitFit trains biases alone."""
+        held = {"weight": W, "bias": b}
+        wanted = {name: leaf for name, leaf in held.items() if attributes.pop(name, True) is not False}
+        if not any(leaf is not None for leaf in wanted.values()):
+            raise UsageError("nothing is left to replace", where="bias", cure="Choose targets that have a bias")
+        return cls(**wanted, **attributes)
 
     def check(self) -> None:
         super().check()

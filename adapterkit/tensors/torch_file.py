@@ -28,7 +28,7 @@ _LIMIT = 32 << 20
 _EXPANDED = 256 << 20
 """Bytes that all tensors with overlapping elements may take together once they are written out."""
 _MAGIC = 0x1950A86A20F9469CFC6C
-_WRAPPERS = ("state_dict", "model")
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
 def is_torch_file(path: Path) -> bool:
@@ -52,9 +52,9 @@ def is_torch_file(path: Path) -> bool:
 def read_torch_file(path: Path) -> dict[str, Lazy]:
     """The tensors of a state dict that `torch.save` wrote, by name, in the file's order; no tensor data is read yet.
 
-    A lone `state_dict` or `model` entry around the state dict is taken off, and a module's `_metadata` is dropped: it
-    holds versions of code, not weights. Names that share a storage all come back. A tensor that is contiguous has a
-    `span`; any other view is gathered by its `fetch`. Files stay closed between fetches.
+    A lone `state_dict`, `model` or `model_state_dict` entry around the state dict is taken off, and a module's
+    `_metadata` is dropped: it holds versions of code, not weights. Names that share a storage all come back. A tensor
+    that is contiguous has a `span`; any other view is gathered by its `fetch`. Files stay closed between fetches.
 
     Raises:
         Malformed: the file breaks the rules of its container, a view leaves its storage, or an entry is not a tensor.

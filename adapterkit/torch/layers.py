@@ -193,7 +193,8 @@ class Composed:
     def bias(self) -> Tensor | None:
         b: Tensor | None = self.layer.bias
         if b is not None:
-            return self.update.new_bias(b)
+            settled = self.update.settled(self.layer.weight) if self.update.bias_sees_weight else self.update
+            return settled.new_bias(b)
         return self.update.bias_delta() if isinstance(self.update, Additive) else None
 
 

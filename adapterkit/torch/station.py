@@ -16,7 +16,7 @@ from ..updates import Additive, Update
 from .layers import Composed, Difference, Layer, Quantized, layer_of, moved
 from .outputs import Change, Outlet, Switch, Tap, through
 from .routing import Route, join, split
-from .weights import changed_bias, changed_weight, tensor_at
+from .weights import changed_bias, changed_weight, settled, tensor_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +143,16 @@ class Station:
             at = [(p.switch.weight, p.target, p.updates) for p in parts if p.weight == weight]
             out[weight] = self._after(weight, dtype, at, changed_weight)
         for bias in dict.fromkeys(p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)):
-            at = [(p.switch.weight, p.target, p.updates) for p in parts if p.bias == bias]
+            at = [(p.switch.weight, p.target, self._settled(p, dtype)) for p in parts if p.bias == bias]
             out[bias] = self._after(bias, dtype, at, changed_bias)
         return out
+
+    def _settled(self, part: Part, dtype: torch.dtype | None) -> tuple[Update, ...]:
+        """The part's updates, with what their changes to the bias take from the weight worked out."""
+        if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
+            return part.updates
+        W = tensor_at(self.module, part.weight)
+        return settled(part.updates, W.to(dtype or torch.promote_types(W.dtype, torch.float32)), part.target)
 
     def _after(self, path: str, dtype: torch.dtype | None, changes: Any, law: Any) -> Tensor:
         before = tensor_at(self.module, path)

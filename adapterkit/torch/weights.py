@@ -36,6 +36,16 @@ def changed_bias(b: Tensor, changes: Iterable[Change]) -> Tensor:
     return _mixed(b, changes, _bias)
 
 
+def settled(updates: Iterable[Update], W: Tensor, target: Target) -> tuple[Update, ...]:
+    """The updates with what their changes to the bias take from the weight, each after those before it, worked out."""
+    done, seen = [], view(W, target)
+    for update in updates:
+        loaded = update.map(lambda leaf: as_torch(leaf, W.device, W.dtype))
+        done.append(loaded.settled(seen))
+        seen = fold((loaded,), seen, target.stacked)
+    return tuple(done)
+
+
 def _mixed(
     before: Tensor, changes: Iterable[Change], law: Callable[[Tensor, Target, Sequence[Update]], Tensor]
 ) -> Tensor:

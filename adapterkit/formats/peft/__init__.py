@@ -13,6 +13,7 @@ from ...errors import AdapterkitError
 from .._format import Format
 from .container import load, save, sniff
 from .families import FAMILIES
+from .pairs import PAIRS
 from .reader import decode
 from .writer import encode
 
@@ -22,18 +23,16 @@ if TYPE_CHECKING:
 
 
 class Peft(Format):
-    """Hugging Face PEFT's folders: LoRA, DoRA, IA3, whole modules, token rows, and what `families` lists."""
+    """Hugging Face PEFT's folders: LoRA and its variants, IA3, whole modules, token rows, and what `families` lists."""
 
     url = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
     description = "Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors or .bin"
     methods = frozenset(
         {
-            "dora",
             "ia3",
-            "lora",
             "replacement",
             "rows",
-            *(f.method.__module__.rpartition(".")[2] for f in FAMILIES.values()),
+            *(method.__module__.rpartition(".")[2] for method in (*PAIRS, *(f.method for f in FAMILIES.values()))),
         }
     )
     compat = frozenset({"peft"})

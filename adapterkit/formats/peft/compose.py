@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...methods.dora import DoRA
 from ...methods.ia3 import IA3
-from ...methods.lora import LoRA
 from .families import family_of_type
 from .hints import Hints, fingerprint
-from .losses import Updates, acting_method
-from .modules import family_fields, ia3_fields, lora_fields, token_fields
+from .losses import Updates
+from .modules import copy_fields, family_fields, ia3_fields, lora_fields, token_fields
+from .pairs import PAIRS, law_fields
 from .spelling import is_embedding, lora_paths
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 FRESH: dict[str, dict[str, Any]] = {
     "LORA": {"bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0},
     "IA3": {"fan_in_fan_out": False, "init_ia3_weights": True},
+    "LN_TUNING": {},
     "TRAINABLE_TOKENS": {"init_weights": True},
 }
 """What a config says that never was PEFT's; fields that PEFT did not always have are left to their defaults."""
@@ -59,13 +59,14 @@ def configs(
     common = {name: hints.config.get(name, value) for name, value in COMMON.items()} | {"inference_mode": True}
     start = read or {**common, **(family.fresh if family else FRESH[peft_type]), "peft_type": peft_type}
     lists = _lists(updates, peft_type, base)
-    yield _over(start | named, {**_law_fields(updates, peft_type), **changed, **lists})
+    yield _over(start | named, {**_law_fields(updates, peft_type, start), **changed, **lists})
 
 
 def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[str, Any]:
     if family := family_of_type(peft_type):
         return family_fields(updates, family.method, base)
-    return {"LORA": lora_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}[peft_type](updates, base)
+    lists = {"LORA": lora_fields, "LN_TUNING": copy_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}
+    return lists[peft_type](updates, base)
 
 
 def _over(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,15 +82,11 @@ def _base_fields(adapter: Adapter, hints: Hints) -> dict[str, Any]:
     return {"base_model_name_or_path": ref.id, "revision": ref.revision}
 
 
-def _law_fields(updates: Updates, peft_type: str) -> dict[str, Any]:
+def _law_fields(updates: Updates, peft_type: str, before: Mapping[str, Any]) -> dict[str, Any]:
     if peft_type != "LORA":
         return {"fan_in_fan_out": _stored_in_out(updates)} if peft_type == "IA3" else {}
-    loras = [update for found in updates.values() for update in found if isinstance(update, LoRA)]
-    return {
-        "use_dora": acting_method(updates) is DoRA,
-        "lora_bias": any(update.bias is not None for update in loras),
-        "fan_in_fan_out": _stored_in_out(updates),
-    }
+    pairs = {t.path: update for t, found in updates.items() for update in found if isinstance(update, PAIRS)}
+    return {**law_fields(pairs, before), "fan_in_fan_out": _stored_in_out(updates)}
 
 
 def _stored_in_out(updates: Updates) -> bool:

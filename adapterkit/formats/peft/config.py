@@ -12,7 +12,7 @@ from ...errors import Malformed, Unsupported
 from .families import FAMILIES, family_of_type
 from .patterns import first_match, matches
 
-PEFT_TYPES = ("IA3", "LORA", "TRAINABLE_TOKENS")
+PEFT_TYPES = ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
 """The values of `peft_type` that are read beside those of `families`."""
 
 READ = {
@@ -20,7 +20,8 @@ READ = {
     "enable_lora": "before 0.3: which equal blocks of a fused weight are adapted",
     "fan_in_fan_out": "the base stores its weights [in, out]; a hint, shapes of the base decide",
     "feedforward_modules": "IA3: modules whose inputs are scaled",
-    "init_lora_weights": "whether the base was changed when the adapter was made",
+    "init_lora_weights": "whether the base was changed when the adapter was made; pissa and olora: laws of their own",
+    "kasa_config": "the law is KaSA's",
     "lora_alpha": "scaling = lora_alpha / r",
     "lora_bias": "the adapter carries a bias of its own",
     "peft_type": "which law",
@@ -29,6 +30,7 @@ READ = {
     "target_parameters": "names of the parameters of stacked experts, in no order",
     "token_indices": "TRAINABLE_TOKENS: numbers of the stored rows",
     "trainable_token_indices": "numbers of the stored rows",
+    "use_bdlora": "which modules have a block-diagonal factor, and of how many blocks",
     "use_dora": "the law is DoRA's",
     "use_rslora": "scaling = lora_alpha / sqrt(r)",
 }
@@ -67,10 +69,8 @@ HARMLESS = {
 REFUSED = {
     "alora_invocation_tokens": "aLoRA acts only behind its invocation tokens, so it has no merged weights",
     "arrow_config": "Arrow routes every token between adapters, so it has no merged weights",
-    "kasa_config": "KaSA truncates the base by a singular value decomposition first",
     "layer_replication": "it repeats layers of the base, and keys count the repeated ones",
     "megatron_config": "its tensors are split over Megatron's ranks",
-    "use_bdlora": "BD-LoRA stores the blocks of block-diagonal factors",
     "use_qalora": "QA-LoRA averages groups of inputs before A",
 }
 """Fields that must be off, with the reason."""
@@ -78,12 +78,48 @@ REFUSED = {
 PLAIN_INIT = ("eva", "gaussian", "mica", "orthogonal")
 """Initialisations that leave the base as it is."""
 
-CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+RESIDUAL = ("olora", "pissa")
+"""Initialisations that subtract from the base what follows from it to the last bit: methods of these names."""
+
+CHANGED_BASE = ("corda", "loftq", "lora_ga", "pissa_niter")
 """Initialisations that subtract from the base what they put into the adapter; the first words of the value."""
+
+WHY_CHANGED = {
+    "corda": "what samples of its training data gave",
+    "loftq": "the error of a quantization that the file does not hold",
+    "lora_ga": "what gradients of its training data gave",
+    "pissa_niter": "a randomised decomposition, whose random numbers are gone",
+}
+"""What was subtracted."""
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Tokens = list[Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]]
+
+
+class Kasa(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`kasa_config`: weights of what KaSA adds to the loss in training."""
+
+    beta: float = 1e-4
+    gamma: float = 1e-3
+
+
+class Blocks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`use_bdlora`: words in the names of the modules whose A, or whose B, is block-diagonal."""
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: Rank = 1
+    match_strict: bool = True
+
+    def factor(self, name: str) -> str:
+        """A or B, whichever is block-diagonal at the module `name`; empty for neither."""
+        named = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
+        found = [factor for factor, words in named.items() if any(word in name for word in words or ())]
+        if len(found) > 1:
+            why = "target_modules_bd_a and target_modules_bd_b both name it"
+            raise Malformed(why, where=name, cure="Write the adapter again with PEFT")
+        return found[0] if found else ""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +135,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lora_bias: bool | None = False
     fan_in_fan_out: bool | None = False
     init_lora_weights: bool | str | None = True
+    kasa_config: Kasa | None = None
+    use_bdlora: Blocks | None = None
     enable_lora: list[bool] | None = None
     target_modules: list[str] | str | None = None
     target_parameters: list[str] | None = None
@@ -109,6 +147,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     own: Any = None
+
+    @property
+    def residual(self) -> str:
+        """`olora` or `pissa`, where the base is without what the adapter began with; else empty."""
+        word = self.init_lora_weights
+        return next((name for name in RESIDUAL if isinstance(word, str) and word.lower() == name), "")
 
     def rank(self, name: str) -> int:
         """The rank at the module or parameter `name`."""
@@ -148,6 +192,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
         where = place.strip("`").removeprefix("$.") or "adapter_config.json"
         raise Malformed(why, where=where, cure=_REWRITE) from None
     _check_init(settings.init_lora_weights)
+    _check_laws(settings)
     return settings
 
 
@@ -176,12 +221,28 @@ def _check_field(name: str, value: Any) -> None:
     raise Unsupported(why, where=name, cure="Upgrade adapterkit, or take the field out if it is known to be harmless")
 
 
+def _check_laws(settings: Settings) -> None:
+    """One law a file; and PEFT has some of them for modules alone, without a bias of their own."""
+    laws = {
+        "use_bdlora": settings.use_bdlora is not None,
+        "kasa_config": settings.kasa_config is not None,
+        "init_lora_weights": bool(settings.residual),
+        "use_dora": bool(settings.use_dora),
+    }
+    named = [name for name, on in laws.items() if on]
+    others = ("lora_bias", "target_parameters") if named and named[0] != "use_dora" else ()
+    named += [name for name in others if getattr(settings, name)]
+    if len(named) > 1:
+        raise Unsupported(f"{named[0]} and {named[1]} together", where=named[0], cure=_WITH_PEFT)
+
+
 def _check_init(value: bool | str | None) -> None:
-    if not isinstance(value, str) or value.lower() in PLAIN_INIT:
+    if not isinstance(value, str) or value.lower() in (*PLAIN_INIT, *RESIDUAL):
         return
-    if value.lower().startswith(CHANGED_BASE):
+    known = next((name for name in CHANGED_BASE if value.lower().startswith(name)), None)
+    if known:
         raise Unsupported(
-            f"{value} changed the base when the adapter was made, so the file alone does not say what was trained",
+            f"{value} subtracted from the base, when the adapter was made, {WHY_CHANGED[known]}",
             where="init_lora_weights",
             cure="Save it from PEFT once more with path_initial_model_for_weight_conversion, as a plain LoRA",
         )

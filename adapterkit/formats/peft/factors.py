@@ -23,6 +23,7 @@ FIELDS = {
     ("lora_B", "bias"): "bias",
     ("lora_embedding_A", ""): "A",
     ("lora_embedding_B", ""): "B",
+    ("lora_diag", ""): "diag",
     ("lora_magnitude_vector", ""): "magnitude",
     ("lora_magnitude_vector", "weight"): "magnitude",
     (LATENT, "weight"): "R",
@@ -86,10 +87,24 @@ def check_rank(factors: Factors, rank: int, experts: int = 1) -> None:
             )  # fmt: skip
 
 
-def adapt(settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0) -> Update:
-    """The LoRA, DoRA or LoRA-XS whose scaling the config gives to the module or parameter `name`, `times` over."""
-    method = "dora" if "magnitude" in tensors else "lora_xs" if "R" in tensors else "lora"
-    return make(method, tensors, scaling=settings.scaling(name) * times)
+def adapt(
+    settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0, *, embedding: bool = False
+) -> Update:
+    """The update whose law and scaling the config gives to the module or parameter `name`, `times` over."""
+    return make(_method(settings, tensors, embedding), tensors, scaling=settings.scaling(name) * times)
+
+
+def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) -> str:
+    if "magnitude" in tensors:
+        return "dora"
+    if "R" in tensors:
+        return "lora_xs"
+    if "diag" in tensors:
+        return "kasa"
+    if tensors.keys() & {"A_blocks", "B_blocks"}:
+        return "bdlora"
+    # PEFT leaves an embedding's table as it is.
+    return "lora" if embedding else settings.residual or "lora"
 
 
 def _factors(file: File, stem: str, slots: Mapping[tuple[str, str], Key]) -> Factors:
@@ -106,16 +121,22 @@ def _factors(file: File, stem: str, slots: Mapping[tuple[str, str], Key]) -> Fac
 
 
 def _check_partners(settings: Settings, keys: Mapping[str, Key], where: str) -> None:
-    needs = {"A": True, "B": True, "magnitude": settings.use_dora, "bias": settings.lora_bias}
+    needs = {
+        "A": True, "B": True, "magnitude": settings.use_dora, "bias": settings.lora_bias,
+        "diag": settings.kasa_config is not None,
+    }  # fmt: skip
     for name, needed in needs.items():
         if needed and name not in keys:
             raise Malformed(f"its partner is not in the file: {_WORDS[name]}", where=where, cure=_AGAIN)
         if not needed and name in keys:
             why = f"{_WORDS[name]} where the config has none"
             raise Malformed(why, where=keys[name].text, cure="The config is not of this file")
-    if "R" in keys and keys.keys() & {"magnitude", "bias"}:
-        raise Unsupported("LoRA-XS with DoRA or a bias of its own", where=keys["R"].text, cure="Save it without them")
+    if "R" in keys and (keys.keys() & {"magnitude", "bias", "diag"} or settings.use_bdlora or settings.residual):
+        raise Unsupported("LoRA-XS with another law or a bias", where=keys["R"].text, cure="Save it without them")
 
 
-_WORDS = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector of DoRA", "bias": "the bias of lora_bias"}
+_WORDS = {
+    "A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector of DoRA", "bias": "the bias of lora_bias",
+    "diag": "lora_diag of KaSA",
+}  # fmt: skip
 _AGAIN = "Save the adapter again with PEFT"

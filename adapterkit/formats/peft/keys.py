@@ -103,7 +103,7 @@ def parse_key(text: str, prefix: str) -> Key:
 @cache
 def _part() -> re.Pattern[str]:
     own = _words(pattern for f in _families() for pattern in f.parts)
-    words = rf"(?:lora|ia3|trainable_tokens)_\w+|{own}"
+    words = rf"(?:lora|ia3|ln_tuning|trainable_tokens)_\w+|{own}"
     return re.compile(rf"(?P<stem>.+)\.(?P<part>{words})(?P<rest>(?:\.[^.]+)*)", re.DOTALL)
 
 

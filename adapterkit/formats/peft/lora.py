@@ -45,9 +45,13 @@ def decode(file: File) -> Findings:
 
 def _module(file: File, factors: Factors, attentions: Collection[str]) -> Findings:
     name, path = factors.key.module, factors.key.path
+    blocks = file.settings.use_bdlora
+    if blocks is not None and blocks.factor(name) and not factors.embedding:
+        yield _blocked(file, factors, blocks.factor(name), blocks.nblocks)
+        return
     _check_plain(factors, file.settings.rank(name))
     tensors = {"A": factors.A, "B": _flat_output(factors)}
-    for field in ("magnitude", "bias"):
+    for field in ("magnitude", "diag", "bias"):
         if field in factors.tensors:
             tensors[field] = _vector(factors, field)
     if "R" in factors.tensors:
@@ -60,7 +64,23 @@ def _module(file: File, factors: Factors, attentions: Collection[str]) -> Findin
         times = 1.0 if name == path else 2.0
     if path == name and path in attentions:
         path = f"{path}.in_proj_weight"
-    yield Found(path, adapt(file.settings, name, tensors, times), keys, _layout(file, factors, attentions))
+    update = adapt(file.settings, name, tensors, times, embedding=factors.embedding)
+    yield Found(path, update, keys, _layout(file, factors, attentions))
+
+
+def _blocked(file: File, factors: Factors, factor: str, n: int) -> Found:
+    """A BD-LoRA, of which `factor` holds the n blocks on its diagonal, one under another."""
+    name, A, B = factors.key.path, factors.A, factors.B
+    rank = file.settings.rank(name)
+    inner, rows = rank // n if factor == "B" else rank, factors.tensors[factor].shape[0]
+    flat = len(A.shape) == len(B.shape) == 2
+    if not flat or (A.shape[0], B.shape[1]) != (rank, inner) or rank % n or rows % n:
+        why = f"{list(A.shape)} and {list(B.shape)}, where the config says rank {rank} and {n} blocks of {factor}"
+        raise ShapeMismatch(why, where=factors.keys[factor].text, cure="The config is not of this file")
+    tensors, keys = dict(factors.tensors), dict(factors.keys)
+    tensors[f"{factor}_blocks"] = tensors.pop(factor).reshape(n, rows // n, factors.tensors[factor].shape[1])
+    keys[f"{factor}_blocks"] = keys.pop(factor)
+    return Found(name, adapt(file.settings, name, tensors), keys)
 
 
 def _check_plain(factors: Factors, rank: int) -> None:
@@ -93,8 +113,8 @@ def _flat_output(factors: Factors) -> Lazy:
 
 
 def _vector(factors: Factors, field: str) -> Lazy:
-    tensor, out = factors.tensors[field], factors.B.shape[0]
+    tensor, out = factors.tensors[field], factors.B.shape[1 if field == "diag" else 0]
     if sorted(tensor.shape)[-1:] != [out] or sorted(tensor.shape)[:-1] != [1] * (len(tensor.shape) - 1):
-        why = f"{list(tensor.shape)} are not the {out} values of lora_B's outputs"
+        why = f"{list(tensor.shape)} are not {out} values, as lora_B says"
         raise ShapeMismatch(why, where=factors.keys[field].text, cure="Save the adapter again with PEFT")
     return tensor if len(tensor.shape) == 1 else tensor.reshape(out)

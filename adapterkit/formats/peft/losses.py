@@ -12,6 +12,7 @@ from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from .families import FAMILIES, family_of
+from .pairs import LINEAR, PAIRS, RESIDUAL, may_stand, why_not_there
 from .spelling import config_name, is_embedding, is_parameter, lora_paths
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Updates = Mapping["Target", "tuple[Update, ...]"]
 Loss = tuple["Target", int, str]
 """Target, position among its updates, and why it cannot be said."""
 
-ACTING = (LoRA, DoRA, IA3, *(family.method for family in FAMILIES.values()))
+ACTING = (*PAIRS, IA3, *(family.method for family in FAMILIES.values()))
 """Methods of which a file holds one."""
 
 ORDER = {Replacement: 0, **dict.fromkeys(ACTING, 1), Rows: 2}
@@ -58,9 +59,9 @@ def _alone(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
 def _why_not(target: Target, update: Update, method: type[Update] | None) -> str:
     if type(update) not in ORDER:
         return f"{update.method} is not among the methods that are written to PEFT files"
-    if isinstance(update, ACTING) and type(update) is not method:
+    if isinstance(update, ACTING) and not may_stand(update, method):
         return f"{update.method} beside {_name(method)}: a PEFT file holds one of them"
-    if isinstance(update, Rows) and method not in (LoRA, DoRA, None):
+    if isinstance(update, Rows) and method not in (*PAIRS, None):
         return f"token rows beside {_name(method)}: its config has no field for them"
     if target.rows is not None:
         return f"{update.method} on some rows of a fused weight"
@@ -68,15 +69,20 @@ def _why_not(target: Target, update: Update, method: type[Update] | None) -> str
 
 
 def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkpoint | None) -> str:
-    adapts = isinstance(update, (LoRA, DoRA))
+    adapts = isinstance(update, PAIRS)
     if target.stacked and not (isinstance(update, LoRA) and update.bias is None and "." in target.path):
         return f"{update.method} on stacked experts, but for plain LoRA on a module's parameter"
-    if adapts and 0 in update.tensors["A"].shape:
+    if adapts and 0 in next(iter(update.tensors.values())).shape:
         return f"{update.method} of rank 0"
-    if adapts and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
+    if isinstance(update, (LoRA, DoRA)) and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
         return f"{update.method} on a transposed convolution"
-    if isinstance(update, DoRA) and (is_parameter(target, paths, base) or config_name(target, paths) != target.path):
-        return "dora on a parameter or an attention"
+    apart = isinstance(update, (DoRA, *LINEAR, *RESIDUAL))
+    if apart and (is_parameter(target, paths, base) or config_name(target, paths) != target.path):
+        return f"{update.method} on a parameter or an attention"
+    if isinstance(update, RESIDUAL) and is_embedding(target):
+        return f"{update.method} on an embedding"
+    if why := why_not_there(target, update):
+        return why
     if family := family_of(update):
         if not family.empty and _empty(update):
             return f"{update.method} of a tensor without elements"

@@ -63,6 +63,18 @@ def family_fields(updates: Updates, method: type, base: Checkpoint | None) -> di
     }
 
 
+def copy_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    """Which modules an LN_TUNING file has copies of: those that hold what is replaced."""
+    held = {
+        f"{target.path}." if base is None or f"{target.path}.weight" in base.tensors else target.path
+        for target in updates
+    }
+    return {
+        "target_modules": endings(sorted({name.rpartition(".")[0] for name in held}), base),
+        "exclude_modules": None,
+    }
+
+
 def token_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
     """Which tokens of which modules a TRAINABLE_TOKENS file has."""
     paths = {target.path: token_numbers(target, updates) for target in updates if _has(updates[target], Rows)}

@@ -12,7 +12,7 @@ from ...errors import Malformed
 from ...methods.replacement import Replacement
 from ...tensors.lazy import as_lazy
 from . import config as fields
-from . import ia3, lora, replacement, rows
+from . import ia3, ln_tuning, lora, replacement, rows
 from .families import family_of_type
 from .file import File, Findings, Found, Kept
 from .hints import FORMAT, Hints, fingerprint
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "IA3": (replacement.decode, ia3.decode),
+    "LN_TUNING": (replacement.decode, ln_tuning.decode),
     "LORA": (replacement.decode, lora.decode, rows.decode),
     "TRAINABLE_TOKENS": (replacement.decode, rows.decode),
 }

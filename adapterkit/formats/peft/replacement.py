@@ -27,13 +27,13 @@ def decode(file: File) -> Findings:
         if key in whole or (not key.part and key.text.startswith(packed)):
             yield Kept(key)
         elif not key.part:
-            path, field = _place(key.path, len(tensor.shape), attentions)
+            path, field = place(key.path, len(tensor.shape), attentions)
             modules.setdefault(path, {})[field] = key
     for path, keys in modules.items():
         yield Found(path, make("replacement", {field: file.tensors[key] for field, key in keys.items()}), keys)
 
 
-def _place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
+def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:
     """(target, field) of a parameter: that of its module, for a weight and a bias."""
     if not axes:
         raise Unsupported("a single number cannot be replaced", where=name, cure="Leave it out of modules_to_save")

@@ -6,16 +6,16 @@ looked for; where there is none, the scaling goes into B, if the caller allows i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import Unrepresentable
-from ...methods.dora import DoRA
-from ...methods.lora import LoRA
+from ...methods.olora import OLoRA
 from ...tensors.lazy import as_torch
 from .alphas import Scale
 from .alphas import number_fields as scale_fields
 from .families import FAMILIES
 from .losses import Updates, acting_method
+from .pairs import PAIRS, rank_of
 from .spelling import config_name, lora_paths
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def number_fields(updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates
     paths = lora_paths(updates)
     needy = [target for target in updates if target.path in paths and config_name(target, paths) in inexact]
     items = [f"{target}: no alpha gives its scaling exactly" for target in needy]
-    if on_loss not in ("fold", "promote"):
+    if on_loss not in ("fold", "promote") or any(isinstance(u, OLoRA) for target in needy for u in updates[target]):
         raise Unrepresentable("PEFT says a scaling as alpha / r", items=items, cure="Allow it with on_loss='fold'")
     changed = {t: tuple(map(_folded, found)) if t in needy else found for t, found in updates.items()}
     numbers, _ = scale_fields(_scales(changed), (first, not first))
@@ -68,18 +68,18 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
 def _scales(updates: Updates) -> dict[str, Scale]:
     paths = lora_paths(updates)
     return {
-        config_name(target, paths): (int(update.A.shape[int(target.stacked)]), float(update.scaling))
+        config_name(target, paths): (rank_of(update, target.stacked), float(cast(Any, update).scaling))
         for target, found in updates.items()
         for update in found
-        if isinstance(update, (LoRA, DoRA))
+        if isinstance(update, PAIRS)
     }
 
 
 def _folded(update: Update) -> Update:
     """The same law with a scaling of 1, rounded once to the factors' own type."""
-    if not isinstance(update, (LoRA, DoRA)):
+    if not isinstance(update, PAIRS) or isinstance(update, OLoRA):
         return update
-    scaled = {name: update.tensors[name] for name in ("B", "bias") if name in update.tensors}
+    scaled = {name: update.tensors[name] for name in ("B", "B_blocks", "bias") if name in update.tensors}
     return update.replace(scaling=1.0, **{name: _times(leaf, update.scaling) for name, leaf in scaled.items()})
 
 

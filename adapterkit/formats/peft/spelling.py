@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from ...methods.dora import DoRA
 from ...methods.ia3 import IA3
-from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...names.layouts import IN_OUT
 from ...tensors.lazy import Lazy, as_lazy
+from . import ln_tuning
 from .experts import depths, told_apart, unstack
 from .families import Family, Parts, family_of
 from .keys import PREFIX
+from .pairs import PAIRS, from_blocks
 
 if TYPE_CHECKING:
     from ...adapter import Target
@@ -49,7 +49,7 @@ class Names:
     """How PEFT names what one set of updates adapts.
 
     Attributes:
-        paths: of the targets of LoRA and DoRA.
+        paths: of the targets of pairs, see `pairs`.
         wrappers: module -> what its wrappers put between its path and that of what is inside it.
         depths: parameter -> how many of the wrappers of its module are inside its own.
         guessed: parameters of which the depth is a guess.
@@ -118,8 +118,8 @@ def is_embedding(target: Target) -> bool | None:
 
 
 def lora_paths(updates: Mapping[Target, tuple[Update, ...]]) -> set[str]:
-    """Paths of the targets that a LoRA or DoRA acts on."""
-    return {target.path for target, found in updates.items() if any(isinstance(u, (LoRA, DoRA)) for u in found)}
+    """Paths of the targets that a LoRA acts on, or another method of pairs."""
+    return {target.path for target, found in updates.items() if any(isinstance(u, PAIRS) for u in found)}
 
 
 def _names_parameter(path: str, base: Checkpoint | None) -> bool:
@@ -134,7 +134,7 @@ def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: C
         module, _, name = target.path.rpartition(".")
         if target.path in paths and module and is_parameter(target, paths, base):
             modules.setdefault(module, []).append(name)
-        elif any(isinstance(update, (LoRA, DoRA, IA3)) or family_of(update) for update in found):
+        elif any(isinstance(update, (*PAIRS, IA3)) or family_of(update) for update in found):
             wrappers |= dict.fromkeys((config_name(target, paths), target.path), ".base_layer")
         elif any(isinstance(update, Rows) for update in found):
             wrappers[target.path] = _ROWS[peft_type == "TRAINABLE_TOKENS"] + ".base_layer"
@@ -147,7 +147,7 @@ def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: C
 def _spell_update(
     target: Target, update: Update, names: Names, peft_type: str, parts: Parts
 ) -> Iterator[tuple[str, str, Lazy, bool]]:
-    if isinstance(update, (LoRA, DoRA)):
+    if isinstance(update, PAIRS):
         embedding, stem = is_embedding(target), _stem(target, names)
         guessed = embedding is None or target.path in names.guessed
         for field, leaf in update.tensors.items():
@@ -163,7 +163,8 @@ def _spell_update(
     elif isinstance(update, Replacement):
         for field, leaf in update.tensors.items():
             whole = stored(as_lazy(leaf), target.layout) if field == "weight" else as_lazy(leaf)
-            yield field, names.inside(_whole_name(target.path, field, names.base)), whole, False
+            name = names.inside(_whole_name(target.path, field, names.base))
+            yield field, ln_tuning.spelled(name) if peft_type == "LN_TUNING" else name, whole, False
     elif family := family_of(update):
         for field, (part, leaf) in parts.items():
             own = f"{names.inside(target.path)}.{part.removeprefix('.')}"
@@ -186,17 +187,20 @@ def _stem(target: Target, names: Names) -> str:
 
 
 def _part(field: str, embedding: bool) -> str:
-    if field == "magnitude":
-        return "lora_magnitude_vector"
+    if field in ("magnitude", "diag"):
+        return {"magnitude": "lora_magnitude_vector", "diag": "lora_diag"}[field]
     if field == "bias":
         return "lora_B.bias"
-    return f"lora_embedding_{field}" if embedding else f"lora_{field}.weight"
+    return f"lora_embedding_{field}" if embedding else f"lora_{field[0]}.weight"
 
 
-def _factor(field: str, leaf: Lazy, update: LoRA | DoRA, stacked: bool) -> Lazy:
+def _factor(field: str, leaf: Lazy, update: Update, stacked: bool) -> Lazy:
     if stacked:
         return unstack(leaf) if field == "B" else leaf.reshape(-1, leaf.shape[-1])
-    ones = [1] * (len(update.A.shape) - 2)
+    if field.endswith("_blocks"):
+        return from_blocks(leaf)
+    A = update.tensors.get("A")
+    ones = [] if A is None else [1] * (len(A.shape) - 2)
     if not ones or field in ("A", "bias"):
         return leaf
     return leaf.reshape(*leaf.shape, *ones) if field == "B" else leaf.reshape(1, *leaf.shape, *ones)

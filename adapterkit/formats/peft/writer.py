@@ -18,7 +18,7 @@ from ...methods.rows import Rows
 from ...tensors.lazy import as_lazy
 from .compose import configs
 from .families import FAMILIES, family_of_type
-from .hints import FORMAT, Hints, hints_of
+from .hints import FORMAT, Hints, fingerprint, hints_of
 from .keys import parse_key
 from .losses import Loss, Updates, acting_method, find_losses
 from .modules import token_numbers
@@ -105,6 +105,8 @@ def _peft_type(updates: Updates, hints: Hints) -> str:
         return own.get(method, "IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
     read = hints.config.get("peft_type")
+    if read == "LN_TUNING" and not numbers:
+        return "LN_TUNING"
     alone = read == "TRAINABLE_TOKENS" or (read != "LORA" and len(numbers) == len(updates))
     return "TRAINABLE_TOKENS" if numbers and alone and all(n == numbers[0] for n in numbers) else "LORA"
 
@@ -145,6 +147,7 @@ def _kept(adapter: Adapter, updates: Updates, hints: Hints) -> dict[str, Lazy]:
     """Tensors that only travel along, while what they belong to is still there."""
     if adapter.foreign is None or adapter.foreign.format != FORMAT:
         return {}
-    paths = {target.path for target in updates}
+    paths, same = {target.path for target in updates}, hints.targets == fingerprint(updates)
     keys = {text: parse_key(text, hints.prefix) for text in adapter.foreign.tensors}
-    return {t: as_lazy(adapter.foreign.tensors[t]) for t, key in keys.items() if not key.part or key.path in paths}
+    kept = [text for text, key in keys.items() if same or not key.part or key.path in paths]
+    return {text: as_lazy(adapter.foreign.tensors[text]) for text in kept}

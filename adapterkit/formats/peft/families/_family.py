@@ -88,6 +88,11 @@ class Family(ABC):
         """
 
     @classmethod
+    def encode_at(cls, update: Any, shape: tuple[int, ...] | None) -> dict[str, tuple[str, Lazy]]:
+        """The same at a module whose weight, as stored, is of `shape`, where the base is known."""
+        return cls.encode(update)
+
+    @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
         """Why a file cannot say an update at its target; empty where it can."""
         return "" if target.layout == "out *in" else f"{update.method} on a weight stored [in, out]"
@@ -105,7 +110,10 @@ class Family(ABC):
     @classmethod
     def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
         """Every update of this family encoded, in order; for families whose keys depend on the other updates too."""
-        return (cls.encode(update) for found in updates.values() for update in found if type(update) is cls.method)
+        for target, found in updates.items():
+            weight = None if base is None else base.tensors.get(f"{target.path}.weight")
+            shape = None if weight is None else weight.shape
+            yield from (cls.encode_at(update, shape) for update in found if type(update) is cls.method)
 
     @classmethod
     def apart(

@@ -1,0 +1,83 @@
+"""DEFT: `deft_P` [out, r] and, unless `para`, `deft_R` [r, in]; r is at most the number of outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ....methods.deft import DEFT
+from ....tensors.lazy import as_lazy
+from ..alphas import exact_alpha
+from ..file import File, Found, make
+from ._family import Family, Own, check_parts, check_rank
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.lazy import Lazy
+    from ....updates import Update
+    from ..keys import Key
+
+PARTS = {"deft_P": "P", "deft_R": "R"}
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Rank, scaling and law."""
+
+    r: int = 8
+    alpha: float | None = None
+    para: bool = False
+    decomposition_method: Literal["relu", "qr"] = "relu"
+
+
+class DeftFamily(Family):
+    """DEFT."""
+
+    peft_type = "DEFT"
+    method = DEFT
+    parts = tuple(PARTS)
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "alpha": "scaling = alpha / r, of the r that a module has; 1 without it",
+        "decomposition_method": "qr: Q is made orthonormal; relu: it is P itself",
+        "para": "there is no R",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {"deft_dropout": "training only", "init_scale": "initial values"}
+    fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "deft_dropout": 0.0, "init_scale": 1.0, "init_weights": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        own = file.settings.own
+        check_parts(keys, ("deft_P",) if own.para else tuple(PARTS))
+        key = keys["deft_P"]
+        P = file.tensors[key]
+        rank = min(own.r, P.shape[0]) if P.shape else own.r
+        check_rank(key, P, rank, axis=1)
+        fields = {PARTS[part]: found for part, found in keys.items()}
+        tensors = {field: file.tensors[found] for field, found in fields.items()}
+        made = make("deft", tensors, scaling=own.alpha / rank if own.alpha else 1.0)
+        update = made.replace(orthogonal=own.decomposition_method == "qr")
+        return Found(key.path, update, fields, "in out *k" if file.settings.fan_in_fan_out else "out *in")
+
+    @classmethod
+    def encode(cls, update: DEFT) -> dict[str, tuple[str, Lazy]]:
+        return {field: (f"deft_{field}", as_lazy(leaf)) for field, leaf in update.tensors.items()}
+
+    @classmethod
+    def why_not(cls, target: Target, update: DEFT) -> str:
+        from ..spelling import is_embedding
+
+        return "deft on an embedding" if is_embedding(target) else ""
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        found = cls.of_it(updates)
+        some = max(found.values(), key=lambda update: int(update.P.shape[1]))
+        scaled = next((u for u in found.values() if u.scaling != 1), None)
+        turned = any(target.layout == "in out *k" and target.path in found for target in updates)
+        return {
+            "r": int(some.P.shape[1]),
+            "alpha": None if scaled is None else exact_alpha((int(scaled.P.shape[1]), float(scaled.scaling)), False),
+            "para": some.R is None,
+            "decomposition_method": "qr" if some.orthogonal else "relu",
+            "fan_in_fan_out": turned,
+        }

@@ -1,0 +1,158 @@
+"""GLoRA: `glora_A.Xd` and `glora_A.Xu`, or `glora_A.X`, or `glora_A.zeros` for no support; the same of B to E."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ....errors import Malformed, ShapeMismatch
+from ....methods.glora import GLoRA
+from ....tensors.lazy import Lazy, as_array, as_lazy
+from ..file import File, Findings, Found, Kept, make
+from ._family import Family, Own, check_rank
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....updates import Update
+    from ..keys import Key
+
+FORMS = {"lora": ("_d", "_u"), "vector": ("",), "constant": ("_c",), "none": ()}
+"""Word in the config -> ends of the fields."""
+
+
+LEAVES = ("Xd", "Xu", "X", "zeros")
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Rank, and in which form each support is."""
+
+    r: int = 4
+    config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
+    config_C: Literal["lora", "vector", "none"] = "lora"
+    config_D_E: Literal["vector", "constant", "none"] = "constant"
+
+    def form(self, support: str) -> str:
+        return {"A": self.config_A_B, "B": self.config_A_B, "C": self.config_C}.get(support, self.config_D_E)
+
+
+class GloraFamily(Family):
+    """GLORA."""
+
+    peft_type = "GLORA"
+    method = GLoRA
+    parts = tuple(f"glora_{s}.{leaf}" for s in "ABCDE" for leaf in LEAVES if s in "ABC" or leaf in ("X", "zeros"))
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "config_A_B": "form of A and B",
+        "config_C": "form of C, where the module has a bias",
+        "config_D_E": "form of D and E, where the module has a bias",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True}
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        for found in super().decode(file):
+            if not isinstance(found, Found) or found.update.tensors:
+                yield found
+        yield from (Kept(key) for key in file.tensors if key.part.startswith("glora_") and key.part.endswith(".zeros"))
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        fields = {field: key for support in "ABCDE" for field, key in _fields(file, support, keys)}
+        tensors = {field: _flat(field, file.tensors[key]) for field, key in fields.items()}
+        return Found(next(iter(keys.values())).path, make("glora", tensors), fields)
+
+    @classmethod
+    def encode(cls, update: GLoRA) -> dict[str, tuple[str, Lazy]]:
+        return cls.encode_at(update, None)
+
+    @classmethod
+    def encode_at(cls, update: GLoRA, shape: tuple[int, ...] | None) -> dict[str, tuple[str, Lazy]]:
+        held = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
+        encoded = {name: (_part(name), _full(name, leaf)) for name, leaf in held.items()}
+        anchor, dims = next(iter(held)), dict(zip(("out", "in"), shape or (), strict=False)) | update.dims() | {"1": 1}
+        for support, axes in _SIZES.items():
+            sizes = [dims.get(axis) for axis in axes]
+            if all(isinstance(size, int) for size in sizes) and not any(name[0] == support for name in held):
+                encoded[f"{anchor}.{support}"] = f"glora_{support}.zeros", _zeros(sizes, held[anchor])
+        return encoded
+
+    @classmethod
+    def why_not(cls, target: Target, update: GLoRA) -> str:
+        forms = {s: {name[1:] for name in update.tensors if name[0] == s} for s in "ABCDE"}
+        if forms["A"] != forms["B"] or forms["D"] != forms["E"]:
+            return "glora with A and B, or D and E, in different forms"
+        return super().why_not(target, update)
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        found = list(cls.of_it(updates).values())
+        ranks = [int(str(update.dims()["r"])) for update in found if "r" in update.dims()]
+        fields = {"config_A_B": "A", "config_C": "C", "config_D_E": "D"}
+        return {"r": max(ranks, default=4), **{name: _form(support, found) for name, support in fields.items()}}
+
+
+def _fields(file: File, support: str, keys: Mapping[str, Key]) -> Iterator[tuple[str, Key]]:
+    """Field -> key of one support; nothing for one that is absent, be it saved as zeros or not at all."""
+    leaves = {leaf: keys[part] for leaf in LEAVES if (part := f"glora_{support}.{leaf}") in keys}
+    form = file.settings.own.form(support)
+    unbiased = not any(part[6] in "CDE" and not part.endswith(".zeros") for part in keys)
+    if not leaves and (form == "none" or (support in "CDE" and unbiased)):
+        return
+    if leaves.keys() == {"zeros"}:
+        if as_array(file.tensors[leaves["zeros"]]).any():
+            raise Malformed("values where there is no support", where=leaves["zeros"].text, cure=_AGAIN)
+    elif form == "none" or leaves.keys() != ({"Xd", "Xu"} if form == "lora" else {"X"}):
+        some = next(iter(leaves.values()), next(iter(keys.values())))
+        why = f"glora_{support} is not there in the form that the config says, {form}"
+        raise Malformed(why, where=some.text, cure="The config is not of this file")
+    elif form == "lora":
+        check_rank(leaves["Xd"], file.tensors[leaves["Xd"]], file.settings.own.r, axis=1)
+        yield from ((f"{support}_d", leaves["Xd"]), (f"{support}_u", leaves["Xu"]))
+    else:
+        field = support if form == "vector" else f"{support}_c"
+        _check_vector(field, leaves["X"], file.tensors[leaves["X"]])
+        yield field, leaves["X"]
+
+
+def _check_vector(field: str, key: Key, tensor: Lazy) -> None:
+    column = field in ("A", "B", "C")
+    if len(tensor.shape) != 1 + column or (column and tensor.shape[1] != 1):
+        why = f"{list(tensor.shape)} is no {'column' if column else 'vector'}"
+        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+
+
+def _flat(field: str, tensor: Lazy) -> Lazy:
+    return tensor.reshape(tensor.shape[0]) if field in ("A", "B", "C") else tensor
+
+
+def _full(field: str, tensor: Lazy) -> Lazy:
+    return tensor.reshape(*tensor.shape, 1) if field in ("A", "B", "C") else tensor
+
+
+def _part(field: str) -> str:
+    leaf = {"_d": "Xd", "_u": "Xu"}.get(field[1:], "X")
+    return f"glora_{field[0]}.{leaf}"
+
+
+def _zeros(shape: Sequence[Any], like: Lazy) -> Lazy:
+    return Lazy(tuple(shape), like.dtype, lambda: bytes(math.prod(shape) * like.dtype.itemsize))
+
+
+def _form(support: str, updates: list[GLoRA]) -> str:
+    ends = next(
+        (
+            tuple(n[1:] for n in u.tensors if n[0] == support)
+            for u in updates
+            if any(n[0] == support for n in u.tensors)
+        ),
+        (),
+    )
+    return next(word for word, form in FORMS.items() if form == ends)
+
+
+_SIZES = {"A": ("out", "in"), "B": ("out", "in"), "C": ("in", "1"), "D": ("out",), "E": ("out",)}
+"""Support -> axes of the zeros that PEFT saves in its place."""
+
+_AGAIN = "Save the adapter again with PEFT"

@@ -1,0 +1,43 @@
+"""LN tuning: a trained copy of each module, `<m>.ln_tuning_layers.<parameter>`, in the place of the module's own.
+
+PEFT swaps the module for its copy, so every parameter and buffer of real numbers in it is a replacement.
+"""
+
+from __future__ import annotations
+
+from .file import File, Findings, Found, Kept, make
+from .keys import Key
+from .replacement import place
+
+PART = "ln_tuning_layers"
+
+
+def decode(file: File) -> Findings:
+    """All copies of a file; what is not of real numbers was not trained, and is only kept.
+
+    Raises:
+        Unsupported: a parameter is a single number.
+    """
+    modules: dict[str, dict[str, Key]] = {}
+    for key, tensor in file.tensors.items():
+        if not key.part.startswith(PART):
+            continue
+        if not tensor.dtype.floating:
+            yield Kept(key)
+            continue
+        path, field = place(_name(key), len(tensor.shape), ())
+        modules.setdefault(path, {})[field] = key
+    for path, keys in modules.items():
+        yield Found(path, make("replacement", {field: file.tensors[key] for field, key in keys.items()}), keys)
+
+
+def spelled(name: str) -> str:
+    """The key of a parameter of the base, without the prefix."""
+    module, _, parameter = name.rpartition(".")
+    return f"{module}.{PART}.{parameter}"
+
+
+def _name(key: Key) -> str:
+    """The parameter of the base; a child of the module comes where other keys have an adapter's name."""
+    inside = [key.adapter or "", key.part.removeprefix(PART).removeprefix("."), key.leaf]
+    return ".".join([key.path, *(part for part in inside if part)])

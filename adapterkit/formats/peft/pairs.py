@@ -1,0 +1,84 @@
+"""Pairs: the methods whose files hold `lora_A` and `lora_B`, which all are of the one type LORA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...methods.bdlora import BDLoRA
+from ...methods.dora import DoRA
+from ...methods.kasa import KaSA
+from ...methods.lora import LoRA
+from ...methods.olora import OLoRA
+from ...methods.pissa import PiSSA
+from ...tensors.lazy import Lazy
+
+if TYPE_CHECKING:
+    from ...adapter import Target
+    from ...updates import Update
+
+PAIRS = (LoRA, DoRA, KaSA, BDLoRA, OLoRA, PiSSA)
+"""The methods."""
+
+LINEAR = (KaSA, BDLoRA)
+"""Those that PEFT has for linear layers alone."""
+
+RESIDUAL = (OLoRA, PiSSA)
+"""Those that stand for what PEFT takes out of the base of linear layers and Conv1D."""
+
+TOGETHER: tuple[tuple[type[Update], ...], ...] = ((LoRA, BDLoRA), (LoRA, OLoRA), (LoRA, PiSSA))
+"""Those that one file can hold beside each other."""
+
+_KASA = {"beta": 1e-4, "gamma": 1e-3}
+"""PEFT's own weights of what KaSA adds to the loss."""
+
+
+def rank_of(update: Any, stacked: bool = False) -> int:
+    """The inner size of a pair."""
+    if isinstance(update, BDLoRA):
+        blocks: Any = update.B_blocks if update.A_blocks is None else update.A_blocks
+        return int(blocks.shape[0]) * int(blocks.shape[1 if update.B_blocks is None else 2])
+    return int(update.A.shape[int(stacked)])
+
+
+def from_blocks(leaf: Lazy) -> Lazy:
+    """[n, rows, columns] as PEFT stores it, [n * rows, columns]."""
+    return leaf.reshape(-1, leaf.shape[-1])
+
+
+def may_stand(update: Update, method: type[Update] | None) -> bool:
+    """Whether an update may be in a file of which most are of `method`."""
+    return type(update) is method or any(type(update) in some and method in some for some in TOGETHER)
+
+
+def law_fields(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say which law the pairs at these paths follow, in the place of those of the config `before`."""
+    kinds = {type(update) for update in updates.values()}
+    residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
+    was = str(before.get("init_lora_weights")).lower() in (kind.__name__.lower() for kind in RESIDUAL)
+    return {
+        "use_dora": DoRA in kinds,
+        "lora_bias": any(isinstance(update, LoRA) and update.bias is not None for update in updates.values()),
+        "kasa_config": (before.get("kasa_config") or _KASA) if KaSA in kinds else None,
+        "use_bdlora": _blocks(updates) if BDLoRA in kinds else None,
+        **({"init_lora_weights": residual or True} if residual or was else {}),
+    }
+
+
+def _blocks(updates: dict[str, Any]) -> dict[str, Any]:
+    own = {path: update for path, update in updates.items() if isinstance(update, BDLoRA)}
+    A = sorted(path for path, update in own.items() if update.A_blocks is not None)
+    some: Any = next(iter(own.values()))
+    return {
+        "target_modules_bd_a": A or None,
+        "target_modules_bd_b": sorted(own.keys() - set(A)) or None,
+        "nblocks": int((some.B_blocks if some.A_blocks is None else some.A_blocks).shape[0]),
+        "match_strict": len(own) == len(updates),
+    }
+
+
+def why_not_there(target: Target, update: Update) -> str:
+    """Why a file cannot say a pair at this target, for what PEFT has for linear layers alone; empty where it can."""
+    if isinstance(update, LINEAR) and target.layout != "out *in":
+        return f"{update.method} on a weight stored [in, out]"
+    return ""

@@ -1,0 +1,79 @@
+"""BD-LoRA: LoRA with A or B block-diagonal, for serving on several devices.  Wang et al. 2025, https://arxiv.org/abs/2510.23346
+
+W' = W + scaling * B @ A. The blocked factor holds its n blocks alone: A's read the n-th part of the inputs each, B's
+write the n-th part of the outputs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import ShapeMismatch
+from ..tensors.namespace import namespace
+from ..tensors.products import product
+from ..updates import Additive, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class BDLoRA(Additive):
+    """W' = W + scaling * B @ A; either A or B is given as the blocks on its diagonal."""
+
+    blocks = frozenset({"out", "in"})
+    forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ((("A_blocks", "B"), ("A", "B_blocks")),)
+    paper = "https://arxiv.org/abs/2510.23346"
+
+    A_blocks: Tensor | None = tensor("n p in/n", optional=True)
+    B_blocks: Tensor | None = tensor("n out/n p", optional=True)
+    A: Tensor | None = tensor("n*p in", optional=True)
+    B: Tensor | None = tensor("out n*p", optional=True)
+    scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        """B is zero. `B_blocks=n` makes n blocks of B, `A_blocks=n` of A; two of B unless said."""
+        (out, in_), n = W.shape, int(attributes.pop("A_blocks", 0))
+        m = int(attributes.pop("B_blocks", 0 if n else 2))
+        if rank % (n or m) or (in_ % n if n else out % m):
+            raise ShapeMismatch(f"no {n or m} blocks of rank {rank} on {[out, in_]}", cure="Choose numbers that divide")
+        A = random((n, rank // n, in_ // n)) if n else random((rank, in_))
+        B = W.new_zeros(out, rank) if n else W.new_zeros(m, out // m, rank // m)
+        names = ("A_blocks", "B") if n else ("A", "B_blocks")
+        return cls(**dict(zip(names, (A / in_**0.5, B), strict=True)), **attributes)
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ShapeMismatch("BD-LoRA changes linear layers only", cure="Take this target out")
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A `[r, in]` and B `[out, r]`, zeros filled in."""
+        A, B = _whole(self.A, self.A_blocks), _whole(self.B, self.B_blocks)
+        return A, B
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        A, B = self.factors()
+        return (self.scaling * B) @ A
+
+    def delta_into(self, D: Tensor, weight: float) -> None:
+        A, B = self.factors()
+        product(D, (weight * self.scaling) * B, A)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        A, B = self.factors()
+        return layer(x) + layer.mix(layer.op(x, A), B) * self.scaling
+
+    def block(self, axis: str, start: int, stop: int) -> Self:
+        A, B = self.factors()
+        A, B = (A[:, start:stop], B) if axis == "in" else (A, B[start:stop])
+        return self.replace(A=A, B=B, A_blocks=None, B_blocks=None)
+
+
+def _whole(factor: Any, blocks: Any) -> Any:
+    if blocks is None:
+        return factor
+    n, rows, columns = blocks.shape
+    identity = namespace(blocks).eye(n, dtype=blocks.dtype, device=blocks.device)
+    return (blocks[:, :, None, :] * identity[:, None, :, None]).reshape(n * rows, n * columns)

@@ -1,0 +1,59 @@
+"""DEFT: W' = (I - Q right^T) W + scaling * Q R.  NeurIPS 2025, https://huggingface.co/docs/peft/package_reference/deft
+
+A subspace of the outputs is taken out of W, and other content put in its place. Q is orthonormal, from the QR of P, and
+right the same; or Q is P and right is relu(P). Without R only the removal is left, which is PaRa.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import ShapeMismatch
+from ..tensors.namespace import namespace
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class DEFT(WeightUpdate):
+    """W' = W + Q @ (scaling * R - right^T @ W); (Q, right) = (Q', Q') with P = Q' T, or (P, relu(P))."""
+
+    blocks = frozenset({"in"})
+    paper = "https://huggingface.co/docs/peft/package_reference/deft"
+
+    P: Tensor = tensor("out r")
+    R: Tensor | None = tensor("r in", optional=True)
+    orthogonal: bool = True
+    scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        """R is what P takes out of W, so that nothing changes before training."""
+        made = cls(P=random((len(W), min(rank, len(W)))) / 50, **attributes)
+        _, right = made._projection()
+        return made.replace(R=right.mT @ W / made.scaling)
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ShapeMismatch("DEFT changes linear layers only", cure="Take this target out")
+        if self.P.shape[-1] > shape[0]:
+            why = f"rank {self.P.shape[-1]} of {shape[0]} outputs"
+            raise ShapeMismatch(why, where="P", cure="A subspace has no more dimensions than there are outputs")
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        Q, right = self._projection()
+        removed = right.mT @ W
+        new: Tensor = W + Q @ ((0 if self.R is None else self.scaling * self.R) - removed)
+        return new
+
+    def _projection(self) -> tuple[Tensor, Tensor]:
+        xp = namespace(self.P)
+        if not self.orthogonal:
+            return self.P, self.P * (self.P > 0)
+        half = self.P.dtype not in (xp.float32, xp.float64)
+        Q = xp.linalg.qr(xp.astype(self.P, xp.float32) if half else self.P)[0]
+        Q = xp.astype(Q, self.P.dtype)
+        return Q, Q

@@ -1,0 +1,71 @@
+"""NOLA: A and B of LoRA as sums of random matrices.  Koohpayegani et al. 2023, https://arxiv.org/abs/2310.02556
+
+W' = W + scaling * B @ A, A = sum alpha_i A_i / sqrt(p) over p random matrices, B likewise. They follow from seeds by a
+generator that the spec defines to the bit, and are drawn a few at a time. Those of a generator that cannot be repeated
+are stored: `A_bases`, `B_bases`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..tensors.philox import combine
+from ..updates import Additive, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class NOLA(Additive):
+    """A = A0 + sum alpha_i A_i / sqrt(p), B = B0 + sum beta_i B_i / sqrt(q); bases from seeds, or stored."""
+
+    paper = "https://arxiv.org/abs/2310.02556"
+    forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ((("seeds",), ("A_bases", "B_bases")),)
+    frozen: ClassVar[frozenset[str]] = frozenset({"A0", "B0", "A_bases", "B_bases"})
+
+    alpha: Tensor = tensor("p")
+    beta: Tensor = tensor("q")
+    seeds: Tensor | None = tensor("r", integer=True, optional=True)
+    A_bases: Tensor | None = tensor("p r in *k", optional=True)
+    B_bases: Tensor | None = tensor("q out r", optional=True)
+    A0: Tensor | None = tensor("r in *k", optional=True)
+    B0: Tensor | None = tensor("out r", optional=True)
+    scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        """B is zero, A of the size of a fresh LoRA's; `beta` is the number of bases, 256 unless said."""
+        n = int(attributes.pop("beta", 256))
+        high, low = (int(part) for part in (random((2,)).abs() * (1 << 23)).tolist())
+        seeds = (high << 24) + low + W.new_ones(rank).long().cumsum(0)
+        alpha = random((n,)) * (3 / math.prod(W.shape[1:])) ** 0.5
+        return cls(alpha=alpha, beta=W.new_zeros(n), seeds=seeds, **attributes)
+
+    def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """A `[r, in * k]` and B `[out, r]`."""
+        if self.seeds is None:
+            A, B = _mixed(self.alpha, self.A_bases), _mixed(self.beta, self.B_bases)
+        else:
+            A = combine(self.alpha, self.seeds, 0, math.prod(shape[1:]))
+            B = combine(self.beta, self.seeds, 1, shape[0]).mT
+        A, B = A.reshape(len(A), -1) / max(len(self.alpha), 1) ** 0.5, B / max(len(self.beta), 1) ** 0.5
+        return A if self.A0 is None else A + self.A0.reshape(A.shape), B if self.B0 is None else B + self.B0
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        A, B = self.factors(shape)
+        return (self.scaling * B @ A).reshape(shape)
+
+    def delta_norm(self, shape: tuple[int, ...]) -> float:
+        A, B = self.factors(shape)
+        return abs(self.scaling) * math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        A, B = self.factors(layer.shape)
+        return layer(x) + layer.mix(layer.op(x, A.reshape(len(A), *layer.shape[1:])), B) * self.scaling
+
+
+def _mixed(coefficients: Any, bases: Any) -> Any:
+    return (coefficients @ bases.reshape(len(bases), -1)).reshape(bases.shape[1:])

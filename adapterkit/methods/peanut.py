@@ -1,0 +1,56 @@
+"""PEANuT: W' = W + scaling * B @ f(... f(A @ W)), a network of the weight.  Zhong et al. 2024, https://arxiv.org/abs/2410.01870
+
+The network maps each column of W, an input's weights, to its change: A and f narrow it to r numbers, encoders and
+decoders of the same width follow, each decoder with the input of its encoder added behind it, and B widens it again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import ShapeMismatch
+from ..tensors.activations import ACTIVATIONS
+from ..updates import WeightUpdate, attribute, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class PEANuT(WeightUpdate):
+    """W' = W + scaling * B @ h; h = f(A @ W), then h = f(encoder @ h), then h = f(decoder @ h) + an encoder's input."""
+
+    blocks = frozenset({"in"})
+    forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ((("encoders", "decoders"), ()),)
+    paper = "https://arxiv.org/abs/2410.01870"
+
+    A: Tensor = tensor("r out")
+    B: Tensor = tensor("out r")
+    encoders: Tensor | None = tensor("n r r", optional=True)
+    decoders: Tensor | None = tensor("n r r", optional=True)
+    activation: str = attribute("relu", among=ACTIVATIONS)
+    scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        """One encoder and one decoder; B is zero."""
+        A, inner = random((rank, len(W))) / len(W) ** 0.5, (1, rank, rank)
+        encoders, decoders = random(inner) / rank**0.5, random(inner) / rank**0.5
+        return cls(A=A, B=W.new_zeros(len(W), rank), encoders=encoders, decoders=decoders, **attributes)
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ShapeMismatch("PEANuT changes linear layers only", cure="Take this target out")
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        f = ACTIVATIONS[self.activation]
+        h = f(self.A @ W)
+        inputs: list[Any] = []
+        for encoder in () if self.encoders is None else self.encoders:
+            inputs.append(h)
+            h = f(encoder @ h)
+        for decoder in () if self.decoders is None else self.decoders:
+            h = f(decoder @ h) + inputs.pop()
+        new: Tensor = W + (self.scaling * self.B) @ h
+        return new

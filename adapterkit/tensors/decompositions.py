@@ -1,0 +1,54 @@
+"""Decompositions of weights, for laws that take a base apart: worked out once for each weight of a live model.
+
+No gradient runs through them: what a law takes from the base is fixed when its training begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from .namespace import namespace
+
+
+def svd(W: Any) -> tuple[Any, Any, Any]:
+    """(U, S, V) with W = (U * S) @ V, thin, values falling; in W's dtype, worked out in float32 at least."""
+    parts: tuple[Any, Any, Any] = _kept(W, "svd", lambda xp, wide: xp.linalg.svd(wide, full_matrices=False))
+    return parts
+
+
+def qr(W: Any) -> tuple[Any, Any]:
+    """(Q, R) with W = Q @ R, Q's columns orthonormal, thin; in W's dtype, worked out in float32 at least."""
+    parts: tuple[Any, Any] = _kept(W, "qr", lambda xp, wide: xp.linalg.qr(wide))
+    return parts
+
+
+def _kept(W: Any, name: str, decompose: Callable[[Any, Any], Any]) -> Any:
+    """The parts of a torch tensor are kept for as long as it lives and is not written to, moved or cast."""
+    if not hasattr(W, "_version") or _compiling():
+        return _parts(W, decompose)
+    state = W._version, W.data_ptr(), W.dtype, W.device
+    held = _memory().setdefault(W, {})
+    if name not in held or held[name][0] != state:
+        held[name] = state, _parts(W.detach(), decompose)
+    return held[name][1]
+
+
+def _parts(W: Any, decompose: Callable[[Any, Any], Any]) -> Any:
+    xp = namespace(W)
+    wide = W if W.dtype in (xp.float32, xp.float64) else xp.astype(W, xp.float32)
+    return tuple(xp.astype(part, W.dtype) for part in decompose(xp, wide))
+
+
+def _compiling() -> bool:
+    import torch
+
+    return torch.compiler.is_compiling()
+
+
+@cache
+def _memory() -> Any:
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    return WeakTensorKeyDictionary()

@@ -1,0 +1,81 @@
+"""Random numbers that any implementation can repeat bit for bit: Philox4x32-10, a function of a key and a counter.
+
+Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. There is no state: any number can be had without those
+before it, so sums over random matrices are formed a few matrices at a time, on numpy and torch alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .namespace import namespace
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+WORD = 0xFFFFFFFF
+
+CHUNK = 1 << 16
+"""Random numbers held at a time: what fits a core's cache is drawn twice as fast."""
+
+
+def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
+    """Four words for a counter of four and a key of two: int64 arrays of 32-bit words, of shapes that broadcast."""
+    a, b, c, d = counter
+    k, m = key
+    for _ in range(ROUNDS):
+        # A product of two words fills 64 bits, the sign bit too: what is masked off behind the shift are its copies.
+        one, two = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
+        a, b, c, d = (two >> 32 & WORD) ^ b ^ k, two & WORD, (one >> 32 & WORD) ^ d ^ m, one & WORD
+        k, m = (k + WEYL[0]) & WORD, (m + WEYL[1]) & WORD
+    return a, b, c, d
+
+
+def uniform(seeds: Any, stream: int, first: int, stop: int, count: int, dtype: Any) -> Any:
+    """Vectors of numbers in [-1, 1): `[stop - first, seeds, count]`, vector n of a seed being the same in any run.
+
+    Number i of vector n is word i mod 4 for the counter (i div 4, n, stream, 0) and the key (seed mod 2^32,
+    seed div 2^32), taken as w / 2^31 - 1 and rounded once to the dtype.
+    """
+    xp = namespace(seeds)
+    quarters = (count + 3) // 4
+    places = xp.arange(quarters, dtype=xp.int64, device=_device(seeds))
+    vectors = xp.arange(first, stop, dtype=xp.int64, device=_device(seeds))[:, None, None]
+    key = seeds[None, :, None] & WORD, seeds[None, :, None] >> 32 & WORD
+    words = philox((places[None, None], vectors, vectors * 0 + stream, vectors * 0), key)
+    drawn = xp.stack([word + 0 * words[0] for word in words], axis=-1)
+    flat = xp.reshape(drawn, (stop - first, len(seeds), 4 * quarters))[..., :count]
+    return xp.astype(flat - (1 << 31), dtype) * 2.0**-31
+
+
+def combine(coefficients: Any, seeds: Any, stream: int, count: int) -> Any:
+    """sum over n of coefficients[n] * (vector n of each seed): `[seeds, count]`, in the coefficients' dtype.
+
+    The vectors are drawn a few at a time, and in training drawn again for the gradient rather than kept.
+    """
+    n, step = len(coefficients), max(1, CHUNK // max(len(seeds) * count, 1))
+    total: Any = 0
+    for first in range(0, max(n, 1), step):
+        total = total + _term(coefficients[first : first + step], seeds, stream, first, count)
+    return total
+
+
+def _term(coefficients: Any, seeds: Any, stream: int, first: int, count: int) -> Any:
+    xp = namespace(coefficients)
+    wide = xp.float64 if coefficients.dtype == xp.float64 else xp.float32
+
+    def weighed(c: Any) -> Any:
+        vectors = xp.astype(uniform(seeds, stream, first, first + len(c), count, wide), c.dtype)
+        return (c @ vectors.reshape(len(c), len(seeds) * count)).reshape(len(seeds), count)
+
+    if not getattr(coefficients, "requires_grad", False):
+        return weighed(coefficients)
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(weighed, coefficients, use_reentrant=False)
+
+
+def _device(array: Any) -> Any:
+    from array_api_compat import device
+
+    return device(array)
