@@ -38,9 +38,10 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.miss.layer import MissLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
+from peft_families import virtual_tokens
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import adapterkit as ak
 from adapterkit.methods import METHODS
@@ -84,6 +85,12 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False)
     )
+
+
+def t5() -> nn.Module:
+    """A model with an encoder and a decoder, of three layers each."""
+    sizes = {"vocab_size": 9, "d_model": 4, "d_kv": 2, "d_ff": 6, "num_layers": 3, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ CASES = {
 
 
 FAMILIES = [import_module(f"peft_families.{m.name}") for m in pkgutil.iter_modules(peft_families.__path__)]
-MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama}
+MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama, "t5": t5}
 CASES |= {
     name: Case(MODELS[model], config, base=getattr(family, "NEEDS_BASE", False))
     for family in FAMILIES
@@ -151,7 +158,10 @@ CASES |= {
 def updates(model: Any, config: PeftConfig) -> Updates:
     """Every update of a PEFT model, from its modules."""
     bias = getattr(config, "bias", "none")
-    for path, module in model.base_model.model.named_modules():
+    learned = model.active_peft_config.is_prompt_learning
+    if learned:
+        yield ak.Target(""), virtual_tokens.update_of_model(model, config)
+    for path, module in (model.base_model if learned else model.base_model.model).named_modules():
         own = [update for family in FAMILIES if (update := family.update_of(path, module, config)) is not None]
         if own:
             yield ak.Target(path), own[0]

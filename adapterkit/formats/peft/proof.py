@@ -12,7 +12,7 @@ from ...tensors.lazy import Lazy, as_lazy
 from . import config as fields
 from .families import family_of, family_of_type
 from .file import File
-from .keys import parse_key, parse_keys
+from .keys import parse_key, parse_keys, prefix_of
 from .losses import Updates
 from .reader import Places, assemble
 from .spelling import Spelled, stored
@@ -36,7 +36,8 @@ def says(
     """
     written = json.loads(json.dumps(config, sort_keys=True))
     try:
-        prefix, keys = parse_keys({key: tensor for key, tensor in tensors.items() if key not in omitted})
+        held = {key: tensor for key, tensor in tensors.items() if key not in omitted}
+        prefix, keys = parse_keys(held, prefix_of(config["peft_type"]))
         stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
         known = {target.path: update for target, found in updates.items() for update in found if family_of(update)}
         out = {parse_key(key, prefix).word: tensors[key] for key in omitted}

@@ -169,7 +169,7 @@ def _spell_update(
         for field, (part, leaf) in parts.items():
             own = f"{names.inside(target.path)}.{part.removeprefix('.')}"
             key = part if is_shared(family, part) else own
-            yield field, key, leaf, False
+            yield field, key, leaf, family.guesses(target)
 
 
 def is_shared(family: type[Family], word: str) -> bool:
