@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, cycle, product
 from pathlib import Path
 
@@ -86,7 +86,8 @@ def _sizes(cls, kernel, present, forms):
     every = [tuple(zip(free, chosen, strict=True)) for chosen in product(some, repeat=len(free))]
     every = [sizes for sizes in every if all(min(_shape(cls, n, sizes, kernel), default=1) >= 0 for n in present)]
     trials = {sizes: _trial(cls, sizes, kernel, present, forms) for sizes in every}
-    for holds in (lambda update: takes(update, (SIZES["out"], SIZES["in"], *kernel)), _makes_sense):
+    fit = partial(takes, shape=(SIZES["out"], SIZES["in"], *kernel))
+    for holds in (lambda update: fit(update) and _makes_sense(update), fit, _makes_sense):
         if fitting := [sizes for sizes, update in trials.items() if holds(update)]:
             return fitting
     return every
