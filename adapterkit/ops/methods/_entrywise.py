@@ -46,7 +46,10 @@ class Entrywise(Method):
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
         import numpy as np
 
-        return whole(self.merged(np.stack([delta.dense() for delta in deltas]), weights, at))
+        changes = np.empty((len(deltas), *deltas[0].shape))
+        for D, delta in zip(changes, deltas, strict=True):
+            D[...] = delta.dense()
+        return whole(self.merged(changes, weights, at))
 
     def vector(self, changes: Array, weights: Array, at: At) -> Array:
         return self.merged(changes, weights, at)
