@@ -65,7 +65,7 @@ def close(one, other, tolerance=1e-6):
 def fits(update, kernel):
     """Whether an update is of a weight of OUT x IN x kernel: some methods are of planes alone."""
     try:
-        arrays(update).check_against((OUT, IN, *kernel))
+        update.check_against((OUT, IN, *kernel))
     except ShapeMismatch:
         return False
     return True
