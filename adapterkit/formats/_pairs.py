@@ -75,7 +75,7 @@ def check_factors(where: str, slots: Slots) -> int:
     A, B = slots["A"].shape, slots["B"].shape
     if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
         raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=where, cure=DAMAGED)
-    return A[0]
+    return int(A[0])
 
 
 def expressible(

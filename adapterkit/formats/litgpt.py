@@ -138,7 +138,9 @@ class _Writer:
     """Pairs of one rank and scaling as litgpt has them; what it turns on for all layers and a layer lacks is zero."""
 
     def __init__(self, pairs: Pairs, flags: Mapping[str, bool], rank: int, layers: int, heads: Heads | None) -> None:
-        self.own = {next(filter(_named, without_prefix(target.path))): update for target, update in pairs.items()}
+        self.own: dict[str, Any] = {
+            next(filter(_named, without_prefix(target.path))): update for target, update in pairs.items()
+        }
         self.flags, self.rank, self.layers, self.heads = flags, rank, layers, heads
         self.like = as_lazy(next(iter(pairs.values())).A)
 

@@ -1,7 +1,7 @@
-"""TensorRT-LLM's pair of arrays: `model.lora_weights.npy` and `model.lora_config.npy`; LoRA alone, the scaling inside B.
+"""TensorRT-LLM's pair of arrays: `model.lora_weights.npy` and `model.lora_config.npy`; LoRA, the scaling inside B.
 
-A row of the first holds A and B of one module, flat, with zeros up to the longest; a row of the second its number, layer
-and rank. How wide a module is follows from the base.
+A row of the first holds A and B of one module, flat, with zeros up to the longest; a row of the second its number,
+layer and rank. How wide a module is follows from the base.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Numbers that TensorRT-LLM gives to modules, `LoraManager.LORA_MODULE_IDS`, with transformers' names of Llama's kind."""
+"""Numbers that TensorRT-LLM gives to modules, and transformers' names for those of Llama's kind.
+
+Source: `LORA_MODULE_IDS` in tensorrt_llm/lora_manager.py.
+"""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def quantized(numbers: np.ndarray[Any, Any]) -> bytes:
     scaled = blocks * inverse
     # Halves go away from zero, as C's roundf has it.
     whole = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
-    return np.concatenate([scale.astype("<f2").view(np.uint8), whole.view(np.uint8)], axis=1).tobytes()
+    return bytes(np.concatenate([scale.astype("<f2").view(np.uint8), whole.view(np.uint8)], axis=1).tobytes())
 
 
 def _dequantized(data: Any) -> bytes:
@@ -153,7 +153,7 @@ def _dequantized(data: Any) -> bytes:
 
     blocks = np.frombuffer(data, np.uint8).reshape(-1, BLOCK + 2)
     scale = blocks[:, :2].copy().view("<f2").astype("<f4")
-    return (blocks[:, 2:].view(np.int8).astype("<f4") * scale).tobytes()
+    return bytes((blocks[:, 2:].view(np.int8).astype("<f4") * scale).tobytes())
 
 
 class _Reader:
