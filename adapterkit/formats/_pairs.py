@@ -17,7 +17,6 @@ from ..methods.lora import LoRA
 from ..names.ties import EMBEDDINGS
 from ..tensors.arrange import REAL, joined, padded, part, reordered, times
 from ..tensors.lazy import Lazy, as_lazy
-from .peft.alphas import exact_alpha
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Target
@@ -238,6 +237,8 @@ def one_alpha(
     pairs: Mapping[Target, Pair], *, dialect: str, on_loss: str, first: float | None = None
 ) -> tuple[float, Pairs, list[str]]:
     """The one alpha that a file has, by which a scaling is alpha / rank; see `one_number`."""
+    from .peft.alphas import exact_alpha
+
     return one_number(
         pairs, lambda u: exact_alpha((rank_of(u), u.scaling), False), lambda alpha, u: alpha / rank_of(u),
         dialect=dialect, on_loss=on_loss, default=float(rank_of(next(iter(pairs.values())))), first=first,

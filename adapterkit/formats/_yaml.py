@@ -29,8 +29,10 @@ def load_yaml(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def dump_yaml(value: dict[str, Any]) -> bytes:
-    """The same the other way, keys in their order."""
+def dump_yaml(value: dict[str, Any], read: str = "") -> bytes:
+    """The same the other way, keys in their order; the text that was read, where it says the same."""
     import yaml
 
+    if read and load_yaml(read.encode(), "what was read") == value:
+        return read.encode()
     return bytes(yaml.safe_dump(value, sort_keys=False).encode())

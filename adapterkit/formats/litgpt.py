@@ -34,7 +34,7 @@ from ._pairs import (
     unfit,
 )  # fmt: skip
 from ._state_dicts import keys_of, load, save
-from ._yaml import dump_yaml, load_yaml
+from ._yaml import LIMIT, dump_yaml, load_yaml
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -59,7 +59,8 @@ class Litgpt(Format):
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
-        settings, model = _yaml(folder / SETTINGS, needed=True), _yaml(folder / MODEL)
+        texts = {name: _text(folder / name, needed=name == SETTINGS) for name in (SETTINGS, MODEL)}
+        settings, model = (load_yaml(text.encode(), name) if text else {} for name, text in texts.items())
         try:
             tensors = load(file)
             updates = {t: (u,) for t, u in _decode(tensors, settings, model, base)}
@@ -67,7 +68,7 @@ class Litgpt(Format):
             raise error.at(path=path) from None
         heads = _heads(model, base) if any(QKV in key for key in tensors) else None
         data = {
-            "order": list(tensors), "settings": settings, "model": model,
+            "order": list(tensors), "settings": settings, "model": model, "texts": texts,
             "heads": None if heads is None else [heads.query, heads.kv, heads.dim],
         }  # fmt: skip
         name = settings.get("checkpoint_dir")
@@ -87,7 +88,7 @@ class Litgpt(Format):
         tensors = _Writer(pairs, flags, rank, _count(hints, base, pairs), _saved_heads(hints, base)).tensors()
         whole = int(alpha) if float(alpha).is_integer() else alpha
         settings = {**before, "lora_r": rank, "lora_alpha": whole, **flags}
-        _save(path, in_order(tensors, hints), {"lora_dropout": 0.0, **settings}, hints.get("model"))
+        _save(path, in_order(tensors, hints), {"lora_dropout": 0.0, **settings}, hints)
         return lines + folded
 
 
@@ -229,20 +230,23 @@ def _count(hints: Mapping[str, Any], base: Checkpoint | None, pairs: Pairs) -> i
     return max(told or 0, max(seen, default=-1) + 1)
 
 
-def _yaml(path: Path, *, needed: bool = False) -> dict[str, Any]:
+def _text(path: Path, *, needed: bool) -> str:
+    """A file of settings; nothing where there is none and it can be done without."""
     try:
-        return load_yaml(path.read_bytes(), path.name)
+        with open(path, "rb") as file:
+            return file.read(LIMIT + 1).decode("utf-8")
     except FileNotFoundError:
         if needed:
-            raise StorageError(
-                "not there", path=path, cure="Fetch it: it says rank, alpha and what is adapted"
-            ) from None
-        return {}
+            cure = "Fetch it: it says rank, alpha and what is adapted"
+            raise StorageError("not there", path=path, cure=cure) from None
+        return ""
     except OSError as error:
         raise storage_error(error, path) from error
+    except UnicodeDecodeError:
+        raise Malformed("not UTF-8", path=path, cure=DAMAGED) from None
 
 
-def _save(path: Path, tensors: Mapping[str, Lazy], settings: dict[str, Any], model: Mapping[str, Any] | None) -> None:
+def _save(path: Path, tensors: Mapping[str, Lazy], settings: dict[str, Any], hints: Mapping[str, Any]) -> None:
     """Writes the folder; without its settings, which come last, it is no adapter."""
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
     try:
@@ -251,6 +255,7 @@ def _save(path: Path, tensors: Mapping[str, Lazy], settings: dict[str, Any], mod
     except OSError as error:
         raise storage_error(error, folder) from error
     save(file, tensors, "model")
-    if model:
-        write_bytes(folder / MODEL, dump_yaml(dict(model)))
-    write_bytes(folder / SETTINGS, dump_yaml(settings))
+    texts = hints.get("texts", {})
+    if hints.get("model"):
+        write_bytes(folder / MODEL, dump_yaml(dict(hints["model"]), texts.get(MODEL, "")))
+    write_bytes(folder / SETTINGS, dump_yaml(settings, texts.get(SETTINGS, "")))

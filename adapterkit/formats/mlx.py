@@ -88,7 +88,8 @@ class Mlx(Format):
         if not tensors.exists():
             raise StorageError(f"no {TENSORS}", path=folder, cure="Fetch the file of tensors as well")
         try:
-            return _decode(read_json(folder / CONFIG, strict=True), tensors, _Modules(base))
+            config = read_json(folder / CONFIG, strict=True)
+            return _decode(config, (folder / CONFIG).read_text("utf-8"), tensors, _Modules(base))
         except AdapterkitError as error:
             raise error.at(path=path) from None
 
@@ -98,7 +99,9 @@ class Mlx(Format):
         hints = remembered(adapter, FORMAT)
         whole = all(isinstance(update, Replacement) for _, update in adapter)
         config, tensors, lines = _whole(adapter, hints) if whole else _encode(adapter, hints, on_loss)
-        _save(path, config, in_order(tensors, hints), hints.get("metadata", METADATA))
+        # Its order of keys does not outlive other formats, the text does.
+        text = hints["text"] if config == hints.get("config") else json.dumps(dict(sorted(config.items())), indent=4)
+        _save(path, text, in_order(tensors, hints), hints.get("metadata", METADATA))
         return lines
 
 
@@ -130,7 +133,7 @@ class _Modules:
         return exact[0]
 
 
-def _decode(config: Mapping[str, Any], file: Path, modules: _Modules) -> Adapter:
+def _decode(config: Mapping[str, Any], text: str, file: Path, modules: _Modules) -> Adapter:
     kind = config.get("fine_tune_type", "lora")
     if kind not in KINDS:
         raise Unsupported(f"fine_tune_type {kind!r}", where=CONFIG, cure=f"Known: {', '.join(KINDS)}")
@@ -144,7 +147,7 @@ def _decode(config: Mapping[str, Any], file: Path, modules: _Modules) -> Adapter
             raise TargetNotFound("two names lead here", where=str(target), cure=DAMAGED)
         updates[target] = (update,)
     data = {
-        "config": dict(config), "order": list(tensors), "metadata": dict(header.metadata),
+        "config": dict(config), "text": text, "order": list(tensors), "metadata": dict(header.metadata),
         "names": {own: name for own, name in names.items() if own != name},
     }  # fmt: skip
     return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
@@ -380,9 +383,8 @@ def _whole(adapter: Adapter, hints: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return {"num_layers": -1, **config}, tensors, []
 
 
-def _save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
+def _save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
     """Writes the folder. Its config goes away first and comes back last: without one it is no adapter."""
-    text = json.dumps(config, indent=4, sort_keys=True, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)

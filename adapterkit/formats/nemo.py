@@ -55,7 +55,8 @@ class Nemo(Format):
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         try:
-            config, tensors = _load(path)
+            text, tensors = _load(path)
+            config = load_yaml(text, CONFIG)
             alpha = _check(config)
             heads = _heads(config)
             updates, data = decode(tensors, NEMO, alpha, heads, base)
@@ -64,7 +65,7 @@ class Nemo(Format):
         if data["fused"]:
             found = heads()
             data["heads"] = [found.query, found.kv, found.dim]
-        data |= {"alpha": alpha, "config": config}
+        data |= {"alpha": alpha, "config": config, "text": text.decode()}
         return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
 
     def write(
@@ -76,7 +77,8 @@ class Nemo(Format):
         heads = heads_again(hints, base, "lora_kqv_adapter")
         tensors, fused = encode(pairs, NEMO, hints.get("prefix", PREFIX), heads, hints.get("fused"))
         rank = rank_of(next(iter(pairs.values())))
-        _save(path, _config(hints, base, alpha, rank, fused, [*tensors]), in_order(tensors, hints))
+        config = _config(hints, base, alpha, rank, fused, [*tensors])
+        _save(path, dump_yaml(config, hints.get("text", "")), in_order(tensors, hints))
         return lines + folded
 
 
@@ -84,7 +86,7 @@ def _name(member: tarfile.TarInfo | None) -> str:
     return "" if member is None else member.name.removeprefix("./")
 
 
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
+def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
     """The config and the tensors; these are in memory, as the archive has no place to leave them in."""
     parts: dict[str, bytes] = {}
     try:
@@ -111,7 +113,7 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
         raise storage_error(error, path) from error
     if CONFIG not in parts or "held" not in locals():
         raise Malformed(f"not both {CONFIG} and {TENSORS} in the archive", path=path, cure=DAMAGED)
-    return load_yaml(parts[CONFIG], CONFIG), held
+    return parts[CONFIG], held
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
@@ -185,12 +187,11 @@ def _target_modules(keys: list[str]) -> list[str]:
     return [name for name, word in words.items() if any(word in key for key in keys)]
 
 
-def _save(path: Path, config: dict[str, Any], tensors: Mapping[str, Lazy]) -> None:
+def _save(path: Path, text: bytes, tensors: Mapping[str, Lazy]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, TENSORS)
         save(file, tensors)
         with replacing(path) as out, tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
-            text = dump_yaml(config)
             _add(archive, f"./{CONFIG}", io.BytesIO(text), len(text))
             with open(file, "rb") as content:
                 _add(archive, f"./{TENSORS}", content, file.stat().st_size)

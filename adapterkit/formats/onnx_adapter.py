@@ -1,7 +1,7 @@
 """onnxruntime's adapters: `.onnx_adapter`, named values for a graph's inputs, with a record of ours beside it.
 
-The file knows names and numbers alone. What they mean, of which method and at which target, is in a file of its name and
-`.json`: the record that adapterkit's own files carry. Without one, Olive's names are read by the format `olive`.
+The file knows names and numbers alone. What they mean, of which method and at which target, is in a file of its name
+and `.json`: the record that adapterkit's own files carry. Without one, Olive's names are read by the format `olive`.
 """
 
 from __future__ import annotations
