@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, BaseRef, Foreign, Step, Target
-from ..errors import AdapterkitError, Malformed, ShapeMismatch, StorageError, Unsupported, storage_error
+from ..errors import AdapterkitError, Malformed, ShapeMismatch, StorageError, Unsupported, UsageError, storage_error
 from ..methods.lora import LoRA
 from ..names.heads import Heads, heads_of
 from ..names.litgpt import FLAGS, MLP, PARTS, QKV, TABLE, is_litgpt
@@ -85,7 +85,9 @@ class Litgpt(Format):
         pairs = {target: to_rank(update, rank) for target, update in pairs.items()}
         alpha, pairs, folded = one_alpha(pairs, dialect=FORMAT, on_loss=on_loss, first=before.get("lora_alpha"))
         flags = {f"lora_{name}": any(_flag(target) == name for target in pairs) for name in (*PARTS, *FLAGS.values())}
-        tensors = _Writer(pairs, flags, rank, _count(hints, base, pairs), _saved_heads(hints, base)).tensors()
+        tensors = _Writer(
+            pairs, flags, rank, _count(hints, base, pairs), _saved_heads(hints, base), _shapes(base)
+        ).tensors()
         whole = int(alpha) if float(alpha).is_integer() else alpha
         settings = {**before, "lora_r": rank, "lora_alpha": whole, **flags}
         _save(path, in_order(tensors, hints), {"lora_dropout": 0.0, **settings}, hints)
@@ -138,11 +140,19 @@ def _split(
 class _Writer:
     """Pairs of one rank and scaling as litgpt has them; what it turns on for all layers and a layer lacks is zero."""
 
-    def __init__(self, pairs: Pairs, flags: Mapping[str, bool], rank: int, layers: int, heads: Heads | None) -> None:
+    def __init__(
+        self,
+        pairs: Pairs,
+        flags: Mapping[str, bool],
+        rank: int,
+        layers: int,
+        heads: Heads | None,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
         self.own: dict[str, Any] = {
             next(filter(_named, without_prefix(target.path))): update for target, update in pairs.items()
         }
-        self.flags, self.rank, self.layers, self.heads = flags, rank, layers, heads
+        self.flags, self.rank, self.layers, self.heads, self.shapes = flags, rank, layers, heads, shapes
         self.like = as_lazy(next(iter(pairs.values())).A)
 
     def tensors(self) -> dict[str, Lazy]:
@@ -166,23 +176,35 @@ class _Writer:
         for name, update in zip(enabled, found, strict=True):
             if update is None and not sizes:
                 why = f"layer {layer} has no {name}, and how many rows of zeros stand for it follows from the heads"
-                raise Unsupported(why, where=QKV, cure="Give the base, with its config.json, by base= or --base")
+                raise UsageError(why, where=QKV, cure="Give the base, with its config.json, by base= or --base")
             pairs.append(self.zero(sizes[name], width) if update is None else (as_lazy(update.A), as_lazy(update.B)))
         return joined([A for A, _ in pairs]), joined([B for _, B in pairs])
 
     def plain(self, foreign: str) -> dict[str, Lazy]:
-        update = self.own.get(str(TABLE.back(foreign)))
-        if update is None:
-            end = "." + foreign.split(".", 3)[-1]
-            like = next((u for own, u in self.own.items() if str(TABLE.there(own)).endswith(end)), None)
-            if like is None:
-                why = "litgpt turns modules on in all layers, and this adapter has none of this name in any"
-                raise Unsupported(why, where=foreign, cure="Train it as well, or write another format")
-            return _named_pair(foreign, *self.zero(like.B.shape[0], like.A.shape[1]))
-        return _named_pair(foreign, as_lazy(update.A), as_lazy(update.B))
+        own = str(TABLE.back(foreign))
+        if own in self.own:
+            return _named_pair(foreign, as_lazy(self.own[own].A), as_lazy(self.own[own].B))
+        alike = (u for path, u in self.own.items() if _below(path) == _below(own))
+        like = next(((u.B.shape[0], u.A.shape[1]) for u in alike), self.shapes.get(own))
+        if like is None:
+            why = "litgpt turns modules on in all layers, and how wide this one is follows from the base"
+            raise UsageError(why, where=foreign, cure="Give the base by base= or --base")
+        return _named_pair(foreign, *self.zero(*like))
 
     def zero(self, out: int, in_: int) -> tuple[Lazy, Lazy]:
         return zeros((self.rank, in_), self.like.dtype), zeros((out, self.rank), self.like.dtype)
+
+
+def _below(own: str) -> str:
+    """A module's name below its layer."""
+    return own.partition("layers.")[2].partition(".")[2] or own
+
+
+def _shapes(base: Checkpoint | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the base's matrices, by names without what stands before a language model's."""
+    tensors = {} if base is None else base.tensors
+    own = {name.removesuffix(".weight"): leaf.shape for name, leaf in tensors.items() if len(leaf.shape) == 2}
+    return {bare: shape for name, shape in own.items() for bare in without_prefix(name)}
 
 
 def _named_pair(module: str, A: Lazy, B: Lazy) -> dict[str, Lazy]:

@@ -113,7 +113,7 @@ class _Modules:
         if base is not None:
             self.own = {}
             for name in dict.fromkeys(modules_of(base.tensors)):
-                for bare in without_prefix(name):
+                for bare in dict.fromkeys(without_prefix(name)):
                     self.own.setdefault(bare, []).append(name)
 
     def named(self, name: str) -> str:

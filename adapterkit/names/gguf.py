@@ -14,6 +14,7 @@ from .tables import Table
 _L, _B = "model.layers.{n}.", "blk.{n}."
 
 _ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_TIED = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
 _ATTENTION = {
     _L + "self_attn.q_proj": _B + "attn_q", _L + "self_attn.k_proj": _B + "attn_k",
     _L + "self_attn.v_proj": _B + "attn_v", _L + "self_attn.o_proj": _B + "attn_output",
@@ -83,8 +84,8 @@ ARCHITECTURES = {
     "qwen3": Architecture(_LLAMA | _HEAD_NORMS, _NONE, _NONE),
     "qwen2moe": Architecture(_ENDS | _ATTENTION | _NORMS | _QWEN_ROUTER | _SHARED, _QWEN, _NONE),
     "qwen3moe": Architecture(_ENDS | _ATTENTION | _NORMS | _HEAD_NORMS | _QWEN_ROUTER, _QWEN, _NONE),
-    "gemma": Architecture(_LLAMA, _NONE, _NONE),
-    "gemma2": Architecture(_ENDS | _ATTENTION | _MLP | _GEMMA_NORMS, _NONE, _NONE),
+    "gemma": Architecture(_TIED | _ATTENTION | _MLP | _NORMS, _NONE, _NONE),
+    "gemma2": Architecture(_TIED | _ATTENTION | _MLP | _GEMMA_NORMS, _NONE, _NONE),
     "gemma3": Architecture(_ENDS | _ATTENTION | _MLP | _GEMMA_NORMS | _HEAD_NORMS, _NONE, _NONE),
     "phi3": Architecture(_FUSED, _NONE, _NONE),
     "gpt2": Architecture(_GPT2, _NONE, _NONE),

@@ -247,8 +247,10 @@ class _Plan:
 
     def pieces(self) -> Iterator[tuple[int, Any]]:
         """What is written, front to back; a tensor is fetched when its turn comes."""
-        order: list[tuple[int, bytes | Lazy]] = sorted([*self.heads, *self.numbers], key=lambda piece: piece[0])
-        for at, piece in order:
+        order: list[tuple[int, int, Any]] = [(at, len(data), data) for at, data in self.heads]
+        order += [(at, tensor.nbytes, tensor) for at, tensor in self.numbers]
+        order.sort(key=lambda piece: piece[:2])
+        for at, _, piece in order:
             data = piece.fetch() if isinstance(piece, Lazy) else piece
             if isinstance(piece, Lazy) and len(data) != piece.nbytes:
                 why = f"{len(data)} bytes where {piece.nbytes} were promised"
