@@ -29,7 +29,8 @@ class Target:
     """One place in a base.
 
     Attributes:
-        path: dotted path of a module (its `weight` and `bias`) or of a parameter, in the base's own names.
+        path: dotted path of a module (its `weight` and `bias`) or of a parameter, in the base's own names. Empty for
+            the model as a whole, which takes context updates alone.
         layout: the axis order in which the base stores the weight, one of `LAYOUTS`. Updates see it as `[out, in, *k]`;
             with a leading `e` there is one such weight an expert, and each tensor of an update has a leading `e` too.
         rows: start and stop on the `out` axis, where the update applies to a slice of a fused weight.
@@ -44,7 +45,8 @@ class Target:
         return self.layout.startswith("e ")
 
     def __str__(self) -> str:
-        return self.path if self.rows is None else f"{self.path}[{self.rows[0]}:{self.rows[1]}]"
+        path = self.path or "(model)"
+        return path if self.rows is None else f"{path}[{self.rows[0]}:{self.rows[1]}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ class Adapter:
         if not self.updates:
             raise UsageError("the adapter holds no updates", cure="It was saved before training, or key by key renamed")
         for target, updates in self.updates.items():
-            _check_target(target)
+            _check_target(target, updates)
             together = {} if target.rows is None else {"out": target.rows[1] - target.rows[0]}
             for update in updates:
                 _check_update(target, update, together)
@@ -217,9 +219,12 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def _check_target(target: Target) -> None:
-    if not target.path:
+def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
+    context = [update.kind == "context" for update in updates]
+    if not target.path and not all(context):
         raise Malformed("a target without a path", where="path", cure=_REWRITE)
+    if any(context) and (target.layout, target.rows) != (LAYOUTS[0], None):
+        raise Malformed("context has no layout and no rows", where=f"{target}: layout", cure=_REWRITE)
     if target.layout not in LAYOUTS:
         known = f"Known: {', '.join(LAYOUTS)}"
         raise Malformed(f"unknown layout {target.layout!r}", where=f"{target}: layout", cure=known)

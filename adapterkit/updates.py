@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "attribute", "tensor"]
 
 
-def attribute(default: Any, *, among: Collection[str] = (), least: int | None = None) -> Any:
+def attribute(default: Any, *, among: Collection[Any] = (), least: int | None = None, most: int | None = None) -> Any:
     """A field that holds a plain value, where its type does not say all.
 
     Args:
         default: the value that is meant where none is given.
-        among: the words it may be.
+        among: the words or numbers it may be.
         least: the smallest number it may be.
+        most: the largest number it may be.
     """
-    return dataclasses.field(default=default, metadata={"among": tuple(among), "least": least})
+    return dataclasses.field(default=default, metadata={"among": tuple(among), "least": least, "most": most})
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))
@@ -131,7 +132,7 @@ class Update:
         """Checks the plain values, and which tensors are present; methods with rules of their own extend it.
 
         Raises:
-            Malformed: a value is not of its declared type, not finite or too small, or tensors do not go together.
+            Malformed: a value is not of its declared type, not finite or out of range, or tensors do not go together.
             Unsupported: a word is none of those that the method knows.
         """
         for name, field in self.attribute_fields().items():
@@ -160,6 +161,10 @@ class Update:
         Raises:
             ShapeMismatch: it does not fit.
         """
+
+    def cuts(self, axis: str) -> bool:
+        """Whether this update may be cut along an axis: one of `blocks`, unless a method says less of some updates."""
+        return axis in self.blocks
 
     def block(self, axis: str, start: int, stop: int) -> Self:
         """The update restricted to positions `start` to `stop` of a named axis of the weight."""
@@ -339,10 +344,51 @@ class OutputUpdate(Update):
 
 
 class ContextUpdate(Update):
-    """Extra tokens, or past keys and values."""
+    """More context than the model's input: tokens in front of it, keys and values before it, prompts to attend to.
+
+    Its target is the whole model, `Target("")`, or the part of it that the update speaks to: an attention, an
+    embedding. There is no weight to see, so the target has no layout, rows or experts. Updates of one place add up in
+    the order in which they are attached, the first in front.
+
+    Class attributes:
+        place: which of the four words below is the method's formula; the others add nothing.
+    """
 
     kind = "context"
     acts_on = "the context of the model"
+    place: ClassVar[str] = ""
+
+    def embeddings(self, task: Any = None) -> torch.Tensor | None:
+        """What stands in front of the embeddings of the input, an encoder's where there is one: `[n, dim]`.
+
+        Args:
+            task: for prompts of several tasks, the number of one, or numbers `[batch]`: then `[batch, n, dim]`.
+        """
+        return None
+
+    def decoder_embeddings(self, task: Any = None) -> torch.Tensor | None:
+        """The same for the input of a decoder that has an encoder beside it."""
+        return None
+
+    def past(self) -> torch.Tensor | None:
+        """Keys and values that come before those of the input, `[layers, 2, heads, n, d]`; a decoder's."""
+        return None
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What is added to the heads' outputs of an attention, before they are mixed: `[batch, heads, m, d]`.
+
+        Methods of this place hold the prompt as `P`, `[n, dim]`; without their `projected` it is added after mixing.
+
+        Args:
+            q: queries of the input, `[batch, heads, m, d]`, positions already in them.
+            k: keys of the prompt, `[heads, n, d]`, without positions.
+            v: values of the prompt, `[heads, n, d]`.
+        """
+        raise NotMergeable(f"{self.method} has no formula of attention")
+
+    def vocabulary(self) -> torch.Tensor | None:
+        """Embeddings of new tokens, numbered behind the last one of the base, `[n, dim]`."""
+        return None
 
 
 _TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
@@ -362,9 +408,11 @@ def _check_attribute(name: str, value: Any, annotation: str) -> None:
 
 def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
     if rules.get("among") and value not in rules["among"]:
-        raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(rules['among'])}")
+        raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(map(str, rules['among']))}")
     if rules.get("least") is not None and value < rules["least"]:
         raise Malformed(f"{value} is below {rules['least']}", where=name, cure=_DAMAGED)
+    if rules.get("most") is not None and value > rules["most"]:
+        raise Malformed(f"{value} is above {rules['most']}", where=name, cure=_DAMAGED)
 
 
 def _check_dtype(name: str, leaf: Leaf, integer: bool) -> None:

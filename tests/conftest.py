@@ -5,8 +5,8 @@ import json
 import math
 import os
 import re
-from functools import cache
-from itertools import combinations
+from functools import cache, partial
+from itertools import combinations, cycle, product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from adapterkit.adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target
-from adapterkit.errors import Malformed
+from adapterkit.binding import fits
+from adapterkit.binding.layouts import viewed
+from adapterkit.errors import AdapterkitError, Malformed
 from adapterkit.methods import METHODS
 from adapterkit.shapes import Axes
 from adapterkit.tensors.checkpoint import open_checkpoint
@@ -37,8 +39,14 @@ settings.load_profile("repository")
 SIZES = {"out": 8, "in": 16, "hidden": 8, "first": 4, "second": 4, "d": 4}
 """Sizes of the weight's axes in examples, and of the output's channels; what other names stand for divides them."""
 
+OF_AXES = {"outputs": SIZES["out"], "inputs": SIZES["in"]}
+"""Attributes that are sizes of the weight's axes."""
+
 WIDE = {"outs": 12, "ins": 20, "short": 8, "shorts": 12, "longs": 20, "bases": 5}
 """Sizes of axes along which weights of several sizes share a tensor, and of the shorter of the two above."""
+
+OF_WEIGHTS = sorted(name for name, cls in METHODS.items() if cls.kind in ("additive", "weight"))
+"""Methods whose law is one of weights."""
 
 
 def values(shape, seed=0):
@@ -51,15 +59,70 @@ def updates(draw, method=None, stacked=False, kernel=None):
     """An update of any method, or of one, its tensors made from its shape strings; `kernel` sizes the kernel's axes."""
     cls = METHODS[method or draw(st.sampled_from(sorted(METHODS)))]
     kernel = draw(st.sampled_from([(), (3,), (2, 1)])) if kernel is None else kernel
-    sizes = {name: draw(st.sampled_from([1, 2, 4])) for name in _names(cls)}
+    present = draw(_together(cls))
+    attributes, seed = draw(_attributes(cls)), draw(st.integers(0, 2**32 - 1))
+    forms = tuple((n, v) for n, v in attributes.items() if cls.attribute_fields()[n].metadata.get("among"))
+    sizes = draw(st.sampled_from(_sizes(cls, kernel, tuple(present), forms)))
+    made = {name: _numbers(cls, name, sizes, kernel, stacked, seed + at) for at, name in enumerate(present)}
+    update = cls(**made, **attributes)
+    return update if _makes_sense(update, stacked) else cls(**made, **(_required(cls) | dict(forms)))
+
+
+def _dims(sizes, kernel):
     columns = SIZES["in"] * math.prod(kernel)
-    dims = sizes | SIZES | WIDE | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
-    made, seed = {}, draw(st.integers(0, 2**32 - 1))
-    for position, name in enumerate(draw(_together(cls))):
-        field = cls.tensor_fields()[name].metadata
-        shape = (Axes.parse(f"e {field['axes'].text}") if stacked else field["axes"]).sizes(dims)
-        made[name] = from_numpy((_positions if field["integer"] else values)(shape, seed + position))
-    return cls(**made, **draw(_attributes(cls)))
+    return dict(sizes) | SIZES | WIDE | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
+
+
+def _shape(cls, name, sizes, kernel, stacked=False):
+    axes = cls.tensor_fields()[name].metadata["axes"]
+    return (Axes.parse(f"e {axes.text}") if stacked else axes).sizes(_dims(sizes, kernel))
+
+
+@cache
+def _sizes(cls, kernel, present, forms):
+    """Sizes of the method's own axes that a weight of this kernel takes; any at all where it takes none."""
+    free = [name for name in _names(cls) if name not in (*SIZES, *WIDE, "k", "rest", "columns", "e")]
+    some = [1, 2, 3, 4, 6, 8, 16] if len(free) < 4 else [1, 2, 4]
+    every = [tuple(zip(free, chosen, strict=True)) for chosen in product(some, repeat=len(free))]
+    every = [sizes for sizes in every if all(min(_shape(cls, n, sizes, kernel), default=1) >= 0 for n in present)]
+    trials = {sizes: _trial(cls, sizes, kernel, present, forms) for sizes in every}
+    fit = partial(takes, shape=(SIZES["out"], SIZES["in"], *kernel))
+    for holds in (lambda update: fit(update) and _makes_sense(update), fit, _makes_sense):
+        if fitting := [sizes for sizes, update in trials.items() if holds(update)]:
+            return fitting
+    return every
+
+
+def _trial(cls, sizes, kernel, present, forms):
+    made = {name: _numbers(cls, name, sizes, kernel) for name in present}
+    return cls(**made, **(_required(cls) | dict(forms)))
+
+
+def _numbers(cls, name, sizes, kernel, stacked=False, seed=0):
+    field, shape = cls.tensor_fields()[name].metadata, _shape(cls, name, sizes, kernel, stacked)
+    below = [_dims(sizes, kernel)[axis] for axis in field["below"]]
+    return from_numpy(_positions(shape, seed, below) if field["integer"] else values(shape, seed))
+
+
+def takes(update, shape, layout="out *in"):
+    """Whether an update fits a weight stored in this shape."""
+    try:
+        seen = viewed(shape, Target("", layout))
+        if not fits(Target("", layout), (update,), shape):
+            return False
+        update.check_against(seen)
+    except AdapterkitError:
+        return False
+    return True
+
+
+def _makes_sense(update, stacked=False):
+    try:
+        update.check()
+        dims = update.dims(stacked)
+    except AdapterkitError:
+        return False
+    return all(dims.get(axis, size) == size for axis, size in SIZES.items())
 
 
 def _names(cls):
@@ -87,16 +150,23 @@ def _groups(cls, forms):
 
 def _allowed(cls, group):
     try:
-        cls(**dict.fromkeys(group, from_numpy(np.ones(1)))).check()
+        cls(**dict.fromkeys(group, from_numpy(np.ones(2))), **_required(cls)).check()
     except Malformed:
         return False
     return True
 
 
-def _positions(shape, seed):
-    """Positions on the axis `in`, distinct along the last axis."""
-    rng = np.random.default_rng(seed)
-    lists = [rng.permutation(SIZES["in"])[: shape[-1]] for _ in range(math.prod(shape[:-1]))]
+def _required(cls):
+    """Values of the attributes that a method does not do without."""
+    fields = cls.attribute_fields().values()
+    needed = {f.name: {"int": 1, "float": 1.0}[f.type] for f in fields if f.default is dataclasses.MISSING}
+    return {name: OF_AXES.get(name, value) for name, value in needed.items()}
+
+
+def _positions(shape, seed, below):
+    """Positions on the axis `in`, or below other bounds in turn; distinct along the last axis where there is room."""
+    rng, bounds = np.random.default_rng(seed), cycle(below or [SIZES["in"]])
+    lists = [np.resize(rng.permutation(next(bounds)), shape[-1]) for _ in range(math.prod(shape[:-1]))]
     return np.array(lists, dtype=np.int64).reshape(shape)
 
 
@@ -105,7 +175,8 @@ def _attributes(draw, cls):
     plain = {"float": st.floats(-4, 4), "int": st.integers(-9, 9), "str": st.text(max_size=5), "bool": st.booleans()}
     fields = cls.attribute_fields().values()
     chosen = [f for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())]
-    return {f.name: draw(_allowed_values(f.metadata, plain[f.type])) for f in chosen}
+    drawn = {f.name: draw(_allowed_values(f.metadata, plain[f.type])) for f in chosen}
+    return drawn | {name: size for name, size in OF_AXES.items() if name in drawn}
 
 
 def _allowed_values(rules, plain):
@@ -134,8 +205,12 @@ def adapters(draw):
         layout = draw(st.sampled_from(LAYOUTS))
         start = draw(st.integers(0, 5))
         rows = (start, start + SIZES["out"]) if draw(st.booleans()) else None
-        made = updates(stacked=layout.startswith("e "), kernel=())
-        entries[Target(path, layout, rows)] = tuple(draw(st.lists(made, min_size=1, max_size=2)))
+        methods = draw(st.lists(st.sampled_from(OF_WEIGHTS), min_size=1, max_size=2))
+        made = [draw(updates(name, stacked=layout.startswith("e "), kernel=())) for name in methods]
+        entries[Target(path, layout, rows)] = tuple(made)
+    if draw(st.booleans()):
+        context = st.sampled_from(sorted(name for name, cls in METHODS.items() if cls.kind == "context"))
+        entries[Target("")] = (draw(context.flatmap(updates)),)
     base = draw(st.none() | st.builds(BaseRef, NAMES, NAMES, NAMES))
     recipe = tuple(draw(st.lists(st.builds(Step, st.text(max_size=5), OBJECTS), max_size=2)))
     extra = st.dictionaries(st.text(max_size=4), st.integers(0, 9).map(lambda n: from_numpy(values((n,)))), max_size=2)
@@ -145,8 +220,9 @@ def adapters(draw):
 
 @dataclasses.dataclass(frozen=True)
 class Strategies:
-    """The strategies above, for tests to draw from."""
+    """The strategies above, for tests to draw from, and whether what is drawn fits a weight."""
 
+    takes = staticmethod(takes)
     updates = staticmethod(updates)
     adapters = staticmethod(adapters)
 

@@ -170,7 +170,7 @@ def test_convert_replaces_only_when_told(peft: Path, tmp_path: Path) -> None:
 def test_convert_refuses_what_the_format_cannot_say(
     peft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ak_errors.Unrepresentable("cannot say", items=["layers.0.q: rows"], cure="Pass --on-loss drop")
 
     from adapterkit import errors as ak_errors

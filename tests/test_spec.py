@@ -96,9 +96,9 @@ def test_a_methods_attributes_are_its_fields_in_order(name):
     assert said == [(n, f.type, f.default) for n, f in METHODS[name].attribute_fields().items()]
     assert all(type(a["default"]).__name__ == a["type"] for a in attributes if "default" in a)
     assert all(attribute["meaning"] for attribute in attributes)
-    rules = [(a.get("among", []), a.get("least")) for a in attributes]
+    rules = [(a.get("among", []), a.get("least"), a.get("most")) for a in attributes]
     fields = [field.metadata for field in METHODS[name].attribute_fields().values()]
-    assert rules == [(list(f.get("among", ())), f.get("least")) for f in fields]
+    assert rules == [(list(f.get("among", ())), f.get("least"), f.get("most")) for f in fields]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -109,10 +109,12 @@ def test_vectors_use_every_field_and_every_default(name):
     for field, declared in fields.items():
         assert any(field in update["tensors"] for update in own)
         assert not declared.metadata["optional"] or any(field not in update["tensors"] for update in own)
-    for attribute in attributes:
+    for attribute, declared in attributes.items():
         assert any(attribute in update["attributes"] for update in own)
-        assert any(attribute not in update["attributes"] for update in own)
-    assert {update["target"]["layout"] for update in own} >= {"out *in", "in out *k"}
+        required = declared.default is dataclasses.MISSING
+        assert required or any(attribute not in update["attributes"] for update in own)
+    layouts = {"out *in"} if METHODS[name].kind == "context" else {"out *in", "in out *k"}
+    assert {update["target"]["layout"] for update in own} >= layouts
 
 
 @pytest.mark.parametrize("path", FORMAT_ENTRIES, ids=lambda path: path.stem)
@@ -165,8 +167,8 @@ def test_every_vectors_record_fits_the_schema(path, schema):
 def test_every_native_file_of_a_foreign_vector_fits_the_schema(schema):
     for path in (ROOT / "vectors" / "formats").rglob("*.safetensors"):
         data = path.read_bytes()
-        metadata = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__", {})
-        if KEY in metadata:
+        metadata = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__")
+        if KEY in (metadata or {}):
             schema.validate(json.loads(metadata[KEY]))
 
 

@@ -17,7 +17,7 @@ from ..tensors.checkpoint import opened
 from ..updates import Update
 from .deltas import delta, fold, view, view_shape
 from .layouts import fits, viewed, with_layouts
-from .sites import Shapes, Site, find_sites
+from .sites import Shapes, Site, apart, find_parts, find_sites
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Binding",
     "Site",
+    "apart",
     "bind",
     "check_site",
     "delta",
+    "find_parts",
     "find_sites",
     "fits",
     "fold",
@@ -43,7 +45,7 @@ class Binding:
 
     Attributes:
         adapter: with targets in the base's names and layouts.
-        sites: one an entry, in the adapter's order.
+        sites: one an entry, in the adapter's order; context updates have none.
         missing: targets without a place, when partial binding was allowed.
         renamed: the prefix that was (taken off, added), if any.
     """
@@ -72,13 +74,15 @@ def bind(
     base = opened(base)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     shapes |= {alias: shapes[name] for alias, name in aliases.items()}
-    placed, missing, renamed = find_sites(adapter, shapes, partial=partial)
+    weights, context = apart(adapter)
+    placed, missing, renamed = find_sites(weights, shapes, partial=partial)
     sites = with_layouts(placed, shapes, base.config)
     for site in sites:
         check_site(site, shapes)
     updates: dict[Target, tuple[Update, ...]] = {}
     for site in sites:
         updates[site.target] = (*updates.get(site.target, ()), *site.updates)
+    updates |= find_parts(context, shapes, renamed)
     return Binding(adapter.replace(updates=updates), tuple(sites), tuple(missing), renamed)
 
 

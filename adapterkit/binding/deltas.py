@@ -22,6 +22,7 @@ def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | 
     """W' - W at `path`, float32 in the view `[out, in, *k]`; see `Adapter.delta`."""
     import torch
 
+    _refuse_context(path, adapter.find(path))
     if base is None:
         found = adapter.find(path)
         _one_view(path, found)
@@ -37,6 +38,13 @@ def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | 
         raise NotMergeable("changes a bias only", where=path, cure="There is no weight difference to return")
     W = view(as_torch(checkpoint.tensors[weight], dtype=torch.float64), sites[0].target)
     return (fold([u for site in sites for u in site.updates], W, sites[0].target.stacked) - W).float()
+
+
+def _refuse_context(path: str, found: Mapping[Target, tuple[Update, ...]]) -> None:
+    other = next((u for updates in found.values() for u in updates if u.kind == "context"), None)
+    if other is not None:
+        why = f"{other.method} changes {other.acts_on}, not weights"
+        raise NotMergeable(why, where=path or "(model)", cure="Inject it into a live model instead")
 
 
 def view(W: torch.Tensor, target: Target) -> torch.Tensor:

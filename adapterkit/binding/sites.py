@@ -29,6 +29,41 @@ class Site:
     bias: str | None
 
 
+def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
+    """The updates of weights and outputs, which lie at stored tensors, and those of context, which do not."""
+    context = {t: us for t, us in adapter.updates.items() if any(u.kind == "context" for u in us)}
+    others = {t: us for t, us in adapter.updates.items() if t not in context}
+    return adapter.replace(updates=others), adapter.replace(updates=context)
+
+
+def find_parts(adapter: Adapter, shapes: Shapes, renamed: Prefix | None) -> dict[Target, tuple[Update, ...]]:
+    """Context updates under the base's own names for the parts that they speak to; the model itself has none.
+
+    Raises:
+        TargetNotFound: the base has no such part; names the nearest.
+    """
+    found = {}
+    modules = {name[:stop] for name in shapes for stop in range(len(name)) if name[stop] == "."}
+    for target, updates in adapter.updates.items():
+        path = target.path
+        if path and path not in modules:
+            path = _rename(path, *(renamed or _part_change(path, modules)))
+        if path and path not in modules:
+            cure = nearest(target.path, modules) or "Is this the base that the adapter was trained on?"
+            raise TargetNotFound("no such part in the base", where=str(target), cure=cure)
+        found[replace(target, path=path)] = updates
+    return found
+
+
+def _part_change(path: str, modules: set[str]) -> Prefix:
+    """The one prefix change that gives a part a place; none where there is none, or more than one."""
+    parts = path.split(".")
+    off = [".".join(parts[:cut]) + "." for cut in range(1, len(parts)) if ".".join(parts[cut:]) in modules]
+    on = [module.removesuffix(path) for module in modules if module.endswith(f".{path}")]
+    changes = [(prefix, "") for prefix in off] + [("", prefix) for prefix in on]
+    return changes[0] if len(changes) == 1 else ("", "")
+
+
 def find_sites(
     adapter: Adapter, shapes: Shapes, *, partial: bool, modules: Iterable[str] = ()
 ) -> tuple[list[Site], list[Target], Prefix | None]:
@@ -39,6 +74,8 @@ def find_sites(
     Raises:
         TargetNotFound: some have none and `partial` is off, or all have none; names the nearest.
     """
+    if not adapter.updates:
+        return [], [], None
     outer = {target.path for target, updates in adapter.updates.items() if all(u.kind == "output" for u in updates)}
     below = {name[:at] for name in shapes for at, letter in enumerate(name) if letter == "."} if outer else set()
     places = _Places(shapes, frozenset({*below, *modules}), frozenset(outer))

@@ -126,8 +126,8 @@ def _update_row(update: Mapping[str, Any]) -> list[Any]:
     dtypes = ", ".join(sorted({tensor["dtype"] for tensor in update["tensors"].values()}))
     scaling = update["attributes"].get("scaling")
     return [
-        update["target"] + rows, layout, update["method"], shapes, update["rank"], scaling, other, dtypes,
-        update["parameters"],
+        (update["target"] or "(model)") + rows, layout, update["method"], shapes, update["rank"], scaling, other,
+        dtypes, update["parameters"],
     ]  # fmt: skip
 
 

@@ -37,7 +37,7 @@ Row = Annotated[int, msgspec.Meta(ge=0)]
 class TargetRecord(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """One place in a base; see `adapterkit.Target`."""
 
-    path: Text
+    path: str
     layout: Layout = LAYOUTS[0]
     rows: tuple[Row, Row] | None = None
 
@@ -156,7 +156,7 @@ def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
 
 
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
-    tensors = {name: store(f"{target.path}.{name}", leaf) for name, leaf in update.tensors.items()}
+    tensors = {name: store(f"{target.path}.{name}".lstrip("."), leaf) for name, leaf in update.tensors.items()}
     # Defaults are left out by identity, so that an equal layout must be the very object.
     layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
     place = TargetRecord(target.path, layout, target.rows)

@@ -72,7 +72,7 @@ class Fold:
     @property
     def blockable(self) -> bool:
         """Whether a block of stored rows can be computed without the others."""
-        return not self.bias and all(self.axis in update.blocks for update in self.updates)
+        return not self.bias and all(update.cuts(self.axis) for update in self.updates)
 
 
 def folds_by_tensor(
@@ -89,6 +89,7 @@ def folds_by_tensor(
     aliases = {} if tie is None else {tie[0]: tie[1]}
     sources, folds = [], dict[str, list[Fold]]()
     for position, (name, adapter, weight) in enumerate(adapters):
+        _refuse_other_laws(adapter)
         bound = bind(adapter, base, partial=allow_partial, aliases=aliases)
         sources.append(Source(name, bound.adapter, weight, adapter.digest(), bound.missing, bound.renamed))
         for site in bound.sites:
@@ -99,16 +100,18 @@ def folds_by_tensor(
     return tuple(sources), {name: tuple(found) for name, found in folds.items()}, names, changes
 
 
+def _refuse_other_laws(adapter: Adapter) -> None:
+    """Before any name is looked up: what is not of weights has no place among them."""
+    for target, update in adapter:
+        if update.kind not in ("additive", "weight"):
+            why = f"{update.method} changes {update.acts_on}, not weights"
+            raise NotMergeable(why, where=str(target), cure="Inject it into a live model instead")
+
+
 def _folds(
     site: Site, weight: float, position: int, base: Checkpoint, aliases: Mapping[str, str]
 ) -> list[tuple[str, Fold]]:
     found = []
-    for update in site.updates:
-        if update.kind not in ("additive", "weight"):
-            raise NotMergeable(
-                f"{update.method} changes {update.acts_on}, not weights", where=str(site.target),
-                cure="Inject it into a live model instead",
-            )  # fmt: skip
     for stored, bias in ((site.weight, False), (site.bias, True)):
         updates = tuple(u for u in site.updates if (u.changes_bias if bias else u.changes_weight))
         if stored is not None and updates:

@@ -15,7 +15,8 @@ from ..binding import view
 from ..errors import AdapterkitError, TargetNotFound, Unsupported, UsageError, nearest
 from ..methods import METHODS
 from ..names.layouts import stored_in_out
-from ..updates import Update
+from ..updates import ContextUpdate, Update
+from .create_context import create_context
 from .layers import Conv1D, Quantized, dequantized, stored_layout, stored_shape
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def create(
             regular expressions match whole names.
             "all-linear" is every linear layer (and GPT-2's Conv1D) but the output head: what
             `get_output_embeddings()` of a transformers model returns or, for its classifiers, `score` or `classifier`.
-        rank: the inner size, for methods that have one.
+            Context has its own place, but for the attentions of adaption prompts: all, unless globs choose.
+        rank: the inner size, for methods that have one; the number of virtual tokens, for those of context.
         alpha: scaling times rank; without it the scaling is 1, or what `scaling=` says.
         seed: of the numbers drawn.
         layout: the axis order of targets that are parameters, where neither the model's family nor its number of
@@ -57,6 +59,8 @@ def create(
         raise UsageError("rank is below 1, or both alpha and scaling are given", cure="Correct the arguments")
     if alpha is not None:
         attributes["scaling"] = alpha / rank
+    if issubclass(cls, ContextUpdate):
+        return create_context(model, cls, targets, rank, seed, attributes)
     unknown = [name for name in attributes if name not in {*cls.attribute_fields(), *cls.tensor_fields()}]
     if unknown:
         raise UsageError(f"{method} has no {unknown[0]}", cure=f"It has {', '.join(cls.attribute_fields())}")

@@ -37,6 +37,8 @@ class Handle:
     @weight.setter
     def weight(self, value: float) -> None:
         self._check()
+        if value != 1 and any(update.kind == "context" for _, update in self._adapter):
+            raise UsageError("context has no half measures", where=self.name, cure="Use set_active")
         self._switch.weight = value
 
     def set_active(self, active: bool) -> None:
@@ -91,6 +93,9 @@ class Handle:
             NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
         """
         self._check()
+        for target, update in self._adapter:
+            if update.kind in ("output", "context"):
+                raise NotMergeable("is not a change of weights", where=str(target), cure=_KEEP)
         changed = [new for station in self._stations for new in self._folded(station)]
         with torch.no_grad():
             for parameter, value in changed:
@@ -103,8 +108,6 @@ class Handle:
         for part in parts:
             if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
                 raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
-            if any(u.kind in ("output", "context") for u in part.updates):
-                raise NotMergeable("is not a change of weights", where=str(part.target), cure=_KEEP)
             if isinstance(station.layer, Quantized):
                 raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=_KEEP)
         new = station.changed(parts, torch.float64)

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapter import Adapter, Target
-from ..binding import Site, check_site, find_sites, fits, with_layouts
+from ..binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
 from ..errors import TargetNotFound, Unsupported, UsageError
 from ..tensors.lazy import as_torch
 from ..updates import Update
+from .context import ContextPart, parts_of
 from .handle import Handle
 from .layers import Quantized, layer_of, stored_layout, stored_shape
 from .outputs import Outlet, Switch, outlet
+from .sizes import embedding_of
 from .station import Part, Station, names_of, station_at
 from .weights import tensor_at
 
@@ -49,9 +51,13 @@ def inject(
     adapter.validate()
     if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
+    weights, context = apart(adapter)
+    if weight != 1 and context.updates:
+        raise UsageError("context has no half measures", where=name, cure="Leave weight at 1")
     switch, leaves = Switch(name, weight), dict[Any, Tensor]()
+    around = _contexts(model, context, switch, trainable, leaves)
     attached: list[tuple[Station, Part]] = []
-    for site in [piece for whole in _sites(model, adapter) for piece in _pieces(whole)]:
+    for site in [piece for whole in _sites(model, weights) for piece in _pieces(whole)]:
         holder, part = _outer(model, site, switch) if site.updates[0].kind == "output" else _inner(model, site, switch)
         like = _like(model, site, holder)
         part = replace(part, updates=tuple(_owned(u, like, trainable, leaves) for u in site.updates))
@@ -63,7 +69,34 @@ def inject(
         station.attach(part)
         loaded[part.target] = (*loaded.get(part.target, ()), *part.updates)
     stations = [*(station for station, _ in attached), *_tapped(part.outlet for _, part in attached)]
+    for module, surrounding in around:
+        stations.append(station_at(module))
+        stations[-1].attach(surrounding)
+        loaded[surrounding.target] = surrounding.updates
     return Handle(adapter.replace(updates=loaded), switch, list(dict.fromkeys(stations)), model)
+
+
+def _contexts(
+    model: nn.Module, context: Adapter, switch: Switch, trainable: bool, leaves: dict[Any, Tensor]
+) -> list[tuple[nn.Module, ContextPart]]:
+    """Context updates by the modules that they are to be attached to."""
+    names = {f"{name}.": () for name, _ in model.named_modules() if name}
+    found: dict[Any, Any] = find_parts(context, names, None)
+    around = []
+    for target, updates in found.items():
+        parts_of(model, ContextPart(switch, target, updates))
+        owned: Any = tuple(_owned(u, _met(model, target), trainable, leaves) for u in updates)
+        around += parts_of(model, ContextPart(switch, target, owned))
+    return around
+
+
+def _met(model: nn.Module, target: Target) -> Tensor:
+    """A tensor of the dtype and on the device of what context meets."""
+    part = model.get_submodule(target.path)
+    first = next((p for p in part.parameters() if p.is_floating_point()), None)
+    like: Any = embedding_of(part).weight if first is None or hasattr(part, "get_input_embeddings") else first
+    met: Tensor = like
+    return met
 
 
 def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
@@ -188,15 +221,12 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     if packed and not (direct and Quantized.takes(holder)):
         raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
     for update in site.updates:
-        _check_layer(update, site, type(holder).__name__, direct)
+        _check_layer(update, site, direct)
     _refuse_fast_path(model, path, site)
     return holder, prefix
 
 
-def _check_layer(update: Update, site: Site, kind: str, direct: bool) -> None:
-    if update.kind == "context":
-        why = f"{update.method} does not apply to a {kind}"
-        raise Unsupported(why, where=str(site.target), cure="Choose a linear, convolution or embedding layer")
+def _check_layer(update: Update, site: Site, direct: bool) -> None:
     lost = site.bias is None and update.changes_bias and update.needs_bias
     if lost and not (direct and update.kind == "additive"):
         why = f"{update.method} changes a bias that the layer does not have"

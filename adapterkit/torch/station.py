@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Target
-from ..errors import AdapterkitError
+from ..errors import AdapterkitError, Unsupported
 from ..updates import Additive, Update
+from .context import ContextPart, surround
 from .layers import Composed, Difference, Layer, Quantized, layer_of, moved
 from .outputs import Change, Outlet, Switch, Tap, through
 from .routing import Route, join, split
@@ -49,28 +51,52 @@ class Station:
         self.before = module.__dict__.get("forward")
         self.layer: Layer | None = layer_of(module, self.original)
         self.parts: list[Part] = []
+        self.contexts: list[ContextPart] = []
         self.taps: list[Tap] = []
+        self.names = tuple(inspect.signature(self.original).parameters)
         self.route: Route | None = None
 
-    def attach(self, part: Part) -> None:
-        self.parts.append(part)
-        self.module.__dict__["forward"] = self.forward
+    @property
+    def switches(self) -> list[Switch]:
+        """Those of the adapters that have a part here."""
+        return [*(part.switch for part in self.parts), *(part.switch for part in self.contexts)]
+
+    def attach(self, part: Part | ContextPart) -> None:
+        if isinstance(part, ContextPart):
+            self.contexts.append(part)
+        else:
+            self.parts.append(part)
+        self._stand()
+
+    def _stand(self) -> None:
+        self.module.__dict__["forward"] = Entry(self) if self.contexts else self.forward
 
     def tap(self, tap: Tap) -> None:
         """Lets a tap keep what the module reads."""
         self.taps.append(tap)
-        self.module.__dict__["forward"] = self.forward
+        self._stand()
 
     def detach(self, switch: Switch) -> None:
         self.parts = [part for part in self.parts if part.switch is not switch]
+        self.contexts = [part for part in self.contexts if part.switch is not switch]
         self.taps = [tap for tap in self.taps if tap.switch is not switch]
-        if self.parts or self.taps:
+        if self.parts or self.contexts or self.taps:
+            self._stand()
             return
         del self.module.__dict__["forward"]
         if self.before is not None:
             self.module.__dict__["forward"] = self.before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        around = [part for part in self.contexts if part.switch.active]
+        if not around:
+            return self._inner(*args, **kwargs)
+        if self.route is not None:
+            cure = "Run the rows of each adapter by themselves"
+            raise Unsupported("context for some rows of a batch", where=str(around[0].target), cure=cure)
+        return surround(self.module, around, self.names, self._inner, args, kwargs)
+
+    def _inner(self, *args: Any, **kwargs: Any) -> Any:
         for tap in self.taps:
             if tap.switch.active and tap.switch.weight:
                 tap.value = args[0] if args else next(iter(kwargs.values()))
@@ -189,7 +215,25 @@ def station_at(module: nn.Module) -> Station:
 
 def names_of(model: nn.Module) -> set[str]:
     """The names of the adapters attached to a model."""
-    return {part.switch.name for station in stations_of(model) for part in station.parts}
+    return {switch.name for station in stations_of(model) for switch in station.switches}
+
+
+class Entry:
+    """A station's forward under the signature of its module's own: `generate` looks at that, `torch.export` at code."""
+
+    def __init__(self, station: Station) -> None:
+        self.__self__ = station
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__self__.original)
+
+    @property
+    def __code__(self) -> Any:
+        return self.__self__.forward.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__self__.forward(*args, **kwargs)
 
 
 def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:

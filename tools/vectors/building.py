@@ -26,8 +26,8 @@ class Case:
     """One target of a vector.
 
     Attributes:
-        name: the target's path.
-        weight: shape of the base's weight as it is stored.
+        name: the target's path; empty for the whole model.
+        weight: shape of the base's weight as it is stored; empty where there is none to see.
         updates: in order of application.
         bias: shape of the base's bias, if it has one.
         layout: how the weight is stored.
@@ -58,6 +58,17 @@ def update(method: str, seed: str, /, scaling: float | None = None, **shapes: tu
     """An update of tensors of the given shapes; without a scaling it has no attributes."""
     tensors = {name: numbers(f"{seed}.{name}", *shape) for name, shape in shapes.items()}
     return Update(method, tensors, {} if scaling is None else {"scaling": scaling})
+
+
+def contextual(
+    method: str, name: str, /, dtype: str = "F64", attributes: dict[str, Any] | None = None, **shapes: Any
+) -> Case:
+    """A case of one update of the model's context: no weight, no input; tensors of the given shapes, or given."""
+    tensors = {
+        field: numbers(f"{method}.{name}.{field}", *shape) if isinstance(shape, tuple) else shape
+        for field, shape in shapes.items()
+    }
+    return Case(name, (), (Update(method, tensors, attributes or {}),), dtype=dtype)
 
 
 def low_rank(

@@ -16,7 +16,7 @@ def vectors(method: str, cases: list[Case]) -> dict[str, bytes]:
     """File name -> content of one method's vector."""
     expected: dict[str, Stored] = {}
     for case in cases:
-        expected |= {f"{case.name}.{name}": value for name, value in _expected(case).items()}
+        expected |= {f"{case.name or '(model)'}.{name}": value for name, value in _expected(case).items()}
     return {
         f"{method}.adapter.safetensors": _adapter(cases),
         f"{method}.expected.safetensors": pack(*layout(expected)),
@@ -35,7 +35,7 @@ def _record(case: Case, position: int, tensors: dict[str, Stored], names: dict[i
     update = case.updates[position]
     for field, array in update.tensors.items():
         if id(array) not in names:
-            names[id(array)] = f"{case.name}.{position}.{field}"
+            names[id(array)] = f"{case.name or 'model'}.{position}.{field}"
             tensors[names[id(array)]] = stored(array, _dtype(array, case))
     target: dict[str, Any] = {"path": case.name, "layout": case.layout}
     if case.rows:
@@ -54,6 +54,10 @@ def _dtype(array: Array, case: Case) -> str:
 
 
 def _expected(case: Case) -> dict[str, Stored]:
+    if any(hasattr(methods.named(update.method), "context") for update in case.updates):
+        (update,) = case.updates
+        arrays = methods.named(update.method).context(**update.tensors, **update.attributes)
+        return {name: stored(np.ascontiguousarray(array), "F64") for name, array in arrays.items()}
     W = numbers(f"{case.name}.W", *case.weight)
     b = None if case.bias is None else numbers(f"{case.name}.b", *case.bias)
     x = np.array([1, 0, 3]) if case.x is None else numbers(f"{case.name}.x", *case.x)

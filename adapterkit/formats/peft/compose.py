@@ -64,7 +64,7 @@ def configs(
 
 def _lists(updates: Updates, peft_type: str, base: Checkpoint | None) -> dict[str, Any]:
     if family := family_of_type(peft_type):
-        return family_fields(updates, family.method, base)
+        return family_fields(updates, family, base)
     lists = {"LORA": lora_fields, "LN_TUNING": copy_fields, "IA3": ia3_fields, "TRAINABLE_TOKENS": token_fields}
     return lists[peft_type](updates, base)
 

@@ -14,7 +14,7 @@ from functools import cache
 
 from ...errors import Malformed
 from ...tensors.lazy import Lazy
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, family_of_type
 
 PREFIX = "base_model.model."
 LATENT = "lora_latent_mapping"
@@ -69,16 +69,26 @@ class Key:
         return _WRAPPERS.sub("", inside.partition(".base_layer.")[0])
 
 
-def parse_keys(tensors: Mapping[str, Lazy]) -> tuple[str, dict[Key, Lazy]]:
+def prefix_of(peft_type: str) -> str:
+    """What PEFT writes before the base's own names in a file of this type."""
+    family = family_of_type(peft_type)
+    return PREFIX if family is None else family.prefix
+
+
+def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, dict[Key, Lazy]]:
     """The prefix that all keys share, and the parsed keys in file order.
+
+    Args:
+        tensors: by key.
+        usual: the prefix that they have or lack.
 
     Raises:
         Malformed: only some keys have the prefix, or they belong to several adapters.
     """
-    prefix = PREFIX if any(text.startswith(PREFIX) for text in tensors) else ""
+    prefix = usual if any(text.startswith(usual) and not _shared().fullmatch(text) for text in tensors) else ""
     for text in tensors:
         if (not text.startswith(prefix) or text == prefix) and not _shared().fullmatch(text):
-            raise Malformed(f"does not begin with {PREFIX!r} as other keys do", where=text, cure=_REWRITE)
+            raise Malformed(f"does not begin with {usual!r} as other keys do", where=text, cure=_REWRITE)
     keys = {parse_key(text, prefix): tensor for text, tensor in tensors.items()}
     _check_names(keys)
     return prefix, keys
@@ -123,8 +133,11 @@ def _families() -> Iterable[type[Family]]:
 
 
 def _words(patterns: Iterable[str]) -> str:
-    """One expression for words of keys without their leaf; a star is one word. Matches nothing if there are none."""
-    bare = sorted({re.sub(r"\.(?:weight|bias)$", "", pattern) for pattern in patterns})
+    """One expression for words of keys without their leaf; a star is one word. Matches nothing if there are none.
+
+    Longer words come first: one may begin with another.
+    """
+    bare = sorted({re.sub(r"\.(?:weight|bias)$", "", pattern) for pattern in patterns}, key=len, reverse=True)
     return "|".join(re.escape(pattern).replace(r"\*", "[^.]+") for pattern in bare) or "(?!)"
 
 

@@ -11,6 +11,7 @@ from ...methods.ia3 import IA3
 from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
+from .encoders import has_encoder
 from .families import FAMILIES, family_of
 from .pairs import LINEAR, PAIRS, RESIDUAL, may_stand, why_not_there
 from .spelling import config_name, is_embedding, is_parameter, lora_paths
@@ -57,6 +58,8 @@ def _alone(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
 
 
 def _why_not(target: Target, update: Update, method: type[Update] | None) -> str:
+    if has_encoder(update):
+        return f"the network of {update.method}; on_loss='fold' writes what it computes"
     if type(update) not in ORDER:
         return f"{update.method} is not among the methods that are written to PEFT files"
     if isinstance(update, ACTING) and not may_stand(update, method):

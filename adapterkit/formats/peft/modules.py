@@ -16,6 +16,7 @@ from .spelling import config_name, is_parameter, lora_paths
 if TYPE_CHECKING:
     from ...adapter import Target
     from ...tensors.checkpoint import Checkpoint
+    from .families import Family
     from .losses import Updates
 
 NO_MODULE = "dummy-target-modules"
@@ -53,9 +54,13 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
     }
 
 
-def family_fields(updates: Updates, method: type, base: Checkpoint | None) -> dict[str, Any]:
+def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, Any]:
     """Which modules a file of one of the `families` has."""
-    paths = sorted(target.path for target, found in updates.items() if _has(found, method))
+    paths = sorted(target.path for target, found in updates.items() if _has(found, family.method))
+    if not family.names_modules:
+        saved = saved_modules(updates, (), base)
+        pair = base is not None and (base.config or {}).get("is_encoder_decoder")
+        return ({"modules_to_save": saved} if saved else {}) | ({"task_type": "SEQ_2_SEQ_LM"} if pair else {})
     return {
         "target_modules": endings(paths, base),
         "modules_to_save": saved_modules(updates, paths, base),

@@ -16,7 +16,7 @@ from . import ia3, ln_tuning, lora, replacement, rows
 from .families import family_of_type
 from .file import File, Findings, Found, Kept
 from .hints import FORMAT, Hints, fingerprint
-from .keys import parse_keys
+from .keys import parse_keys, prefix_of
 from .spelling import spell, stored
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def decode(
         UsageError: the file does not tell which parameters it adapts, and there is no base to tell.
     """
     settings = fields.parse(config)
-    prefix, parsed = parse_keys(tensors)
+    prefix, parsed = parse_keys(tensors, prefix_of(settings.peft_type))
     file = File(settings, parsed, base, compat)
     updates, places, kept = assemble(file)
     keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)

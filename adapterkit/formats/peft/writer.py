@@ -11,15 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ...errors import Unrepresentable
 from ...methods.ia3 import IA3
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...tensors.lazy import as_lazy
 from .compose import configs
+from .encoders import without_encoders
 from .families import FAMILIES, family_of_type
 from .hints import FORMAT, Hints, fingerprint, hints_of
-from .keys import parse_key
+from .keys import parse_key, prefix_of
 from .losses import Loss, Updates, acting_method, find_losses
 from .modules import token_numbers
 from .proof import says
@@ -42,8 +45,11 @@ def encode(
         Unrepresentable: a PEFT file cannot say it and `on_loss` does not allow otherwise.
     """
     hints = hints_of(adapter)
-    updates, lines = _expressible(_as_stored(adapter.updates), hints, on_loss, base)
+    plain, computed = without_encoders(adapter.updates) if on_loss == "fold" else (adapter.updates, [])
+    updates, lines = _expressible(_as_stored(plain), hints, on_loss, base)
     peft_type = _peft_type(updates, hints)
+    if not hints.config:
+        hints = msgspec.structs.replace(hints, prefix=prefix_of(peft_type))
     updates, numbers, folded = number_fields(updates, hints, on_loss)
     spelled = _spell(updates, hints, peft_type, base)
     tensors = _by_key(spelled, updates)
@@ -51,7 +57,7 @@ def encode(
         omitted = _omitted(config, spelled, updates, peft_type)
         if says(config, tensors, spelled, updates, base, omitted):
             written = {key: tensor for key, tensor in tensors.items() if key not in omitted}
-            return config, _kept(adapter, updates, hints) | written, lines + folded
+            return config, _kept(adapter, updates, hints) | written, computed + lines + folded
     raise Unrepresentable("PEFT's config has no words for this combination", cure="Write adapterkit's own format")
 
 
@@ -101,8 +107,11 @@ def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tu
 def _peft_type(updates: Updates, hints: Hints) -> str:
     method = acting_method(updates)
     if method is not None:
-        own = {family.method: family.peft_type for family in FAMILIES.values()}
-        return own.get(method, "IA3" if method is IA3 else "LORA")
+        own = {name: family.peft_type for name, family in FAMILIES.items() if family.method is method}
+        read = hints.config.get("peft_type")
+        # Several types have one law: the one that was read goes on, else the one that is called after it.
+        named = own.get(method.__module__.rpartition(".")[2]) or next(iter(own.values()), None)
+        return str(read) if read in own.values() else named or ("IA3" if method is IA3 else "LORA")
     numbers = [token_numbers(t, updates) for t, us in updates.items() if any(isinstance(u, Rows) for u in us)]
     read = hints.config.get("peft_type")
     if read == "LN_TUNING" and not numbers:

@@ -1,0 +1,158 @@
+"""What the families of virtual tokens share: tensors that stand alone, sizes in the config, no modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import Malformed, ShapeMismatch
+from ....tensors.lazy import as_lazy
+from ..file import File, Findings, Found, make
+from ._family import Family, Own, check_parts
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....methods.prefix import Prefix
+    from ....methods.prompt import Prompt
+    from ....tensors.lazy import Lazy
+    from ....updates import Update
+    from ..keys import Key
+
+EMBEDDINGS = "prompt_embeddings"
+
+SIZES = {
+    "num_attention_heads": "heads of keys and values, for prefixes",
+    "num_layers": "layers, for prefixes",
+    "num_transformer_submodules": "2: of a model with an encoder and a decoder",
+    "num_virtual_tokens": "number of virtual tokens",
+    "token_dim": "width of an embedding; of all keys of a layer, for prefixes",
+}
+
+
+class Sizes(Own, frozen=True, kw_only=True):
+    """Sizes of virtual tokens; PEFT fills in from the model what is not given."""
+
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    num_transformer_submodules: int | None = None
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+
+    @property
+    def parts(self) -> int:
+        """How many stacks of layers the model has."""
+        return 1 if self.num_transformer_submodules is None else self.num_transformer_submodules
+
+
+class ContextFamily(Family):
+    """A family of virtual tokens."""
+
+    shared: ClassVar[tuple[str, ...]] = (EMBEDDINGS,)
+    shared_prefix = ""
+    prefix = "base_model."
+    names_modules = False
+    own: ClassVar[type[Own]] = Sizes
+    read: ClassVar[Mapping[str, str]] = SIZES
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        keys = {word: key for word, key in file.shared.items() if word in cls.shared}
+        if not keys:
+            raise Malformed("no virtual tokens in the file", where=EMBEDDINGS, cure="Save the adapter again with PEFT")
+        check_parts(keys, cls.shared)
+        if file.settings.own.parts not in (1, 2):
+            why = f"{file.settings.own.parts} stacks of layers"
+            raise Malformed(why, where="num_transformer_submodules", cure="Save the adapter again with PEFT")
+        yield cls.found(file, keys)
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        return f"{update.method} for a part of a model" if target.path else ""
+
+
+class PromptLike(ContextFamily):
+    """`prompt_embeddings` [tokens, dim], as many again where there is a decoder, which PEFT never uses."""
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        key, own = keys[EMBEDDINGS], file.settings.own
+        tensor = file.tensors[key]
+        check_sizes(key, tensor, rows(own), own.token_dim)
+        update = make("prompt", {"P": tensor}, used=own.num_virtual_tokens if own.parts == 2 else 0)
+        return Found("", update, {"P": key})
+
+    @classmethod
+    def encode(cls, update: Prompt) -> dict[str, tuple[str, Lazy]]:
+        return {"P": (EMBEDDINGS, as_lazy(update.P))}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        (update,) = cls.of_it(updates).values()
+        count, dim = update.P.shape
+        parts = 2 if update.used else 1
+        tokens = {"num_virtual_tokens": int(count) // parts, "token_dim": int(dim)}
+        return {**tokens, **stacks(parts), "num_layers": None, "num_attention_heads": None}
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        if update.used and 2 * update.used != update.P.shape[0]:
+            return f"{update.used} of {update.P.shape[0]} rows, where PEFT uses all or the first half"
+        return super().why_not(target, update)
+
+
+class PrefixLike(ContextFamily):
+    """`prompt_embeddings` [tokens, layers * 2 * heads * d]."""
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        key, own = keys[EMBEDDINGS], file.settings.own
+        tensor = file.tensors[key]
+        layers, heads, width = own.num_layers, own.num_attention_heads, own.token_dim
+        if not (layers and heads and width) or min(layers, heads, width) < 1 or width % heads:
+            why = f"num_layers {layers}, num_attention_heads {heads} and token_dim {width} do not cut up the tensor"
+            raise Malformed(why, where="token_dim", cure="Save the adapter again with PEFT")
+        check_sizes(key, tensor, own.num_virtual_tokens, layers * 2 * width)
+        shape = (tensor.shape[0], layers, 2, heads, width // heads)
+        P = tensor.map(lambda values: values.reshape(shape).transpose(1, 2, 3, 0, 4), (*shape[1:4], shape[0], shape[4]))
+        return Found("", make("prefix", {"P": P}, step=own.parts), {"P": key})
+
+    @classmethod
+    def encode(cls, update: Prefix) -> dict[str, tuple[str, Lazy]]:
+        P = as_lazy(update.P)
+        count = P.shape[3]
+        flat = (count, P.shape[0] * 2 * P.shape[2] * P.shape[4])
+        return {"P": (EMBEDDINGS, P.map(lambda values: values.transpose(3, 0, 1, 2, 4).reshape(flat), flat))}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        (update,) = cls.of_it(updates).values()
+        layers, _, heads, count, d = map(int, update.P.shape)
+        tokens = {"num_virtual_tokens": count, "token_dim": heads * d}
+        return {**tokens, **stacks(update.step), "num_layers": layers, "num_attention_heads": heads}
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        return f"a step of {update.step}" if update.step > 2 else super().why_not(target, update)
+
+
+def stacks(parts: int) -> dict[str, Any]:
+    """What a config says of a model with so many stacks of layers: with two it is of one class."""
+    return {"num_transformer_submodules": parts} | ({"task_type": "SEQ_2_SEQ_LM"} if parts == 2 else {})
+
+
+def rows(own: Any) -> int | None:
+    """How many rows a tensor of embeddings has, as the config says it."""
+    return None if own.num_virtual_tokens is None else int(own.num_virtual_tokens * own.parts)
+
+
+def check_sizes(key: Key, tensor: Lazy, *wanted: int | None) -> None:
+    """Checks a tensor's shape against what the config says, where it says it.
+
+    Raises:
+        ShapeMismatch: they differ.
+    """
+    shape = tensor.shape
+    if len(shape) != len(wanted) or any(w is not None and w != size for w, size in zip(wanted, shape, strict=True)):
+        said = ", ".join("any" if size is None else str(size) for size in wanted)
+        why = f"{list(shape)}, where the config says [{said}]"
+        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")

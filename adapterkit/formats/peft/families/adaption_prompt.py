@@ -1,0 +1,83 @@
+"""LLaMA-Adapter: `adaption_prompt` [1, tokens, width] and `adaption_gate` [1] at the attentions of the last layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import ShapeMismatch
+from ....methods.adaption_prompt import AdaptionPrompt
+from ....tensors.lazy import as_lazy
+from ..file import File, Found, make
+from ._family import Family, Own, check_parts
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.lazy import Lazy
+    from ....updates import Update
+    from ..keys import Key
+
+GPT2 = "attn"
+"""The name of GPT-2's attentions: to their outputs PEFT adds what others get before the heads are mixed."""
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """How many tokens, in how many of the last layers."""
+
+    adapter_len: int | None = None
+    adapter_layers: int | None = None
+
+
+class AdaptionPromptFamily(Family):
+    """ADAPTION_PROMPT."""
+
+    peft_type = "ADAPTION_PROMPT"
+    method = AdaptionPrompt
+    parts = ("adaption_gate", "adaption_prompt")
+    names_modules = False
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "adapter_layers": "number of the last layers that have tensors",
+        "adapter_len": "number of virtual tokens",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"task_type": "CAUSAL_LM"}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, cls.parts)
+        prompt, gate = keys["adaption_prompt"], keys["adaption_gate"]
+        tensor, count = file.tensors[prompt], file.settings.own.adapter_len
+        if len(tensor.shape) != 3 or tensor.shape[0] != 1 or count not in (None, tensor.shape[1]):
+            why = f"{list(tensor.shape)}, where the config says [1, {count}, width]"
+            raise ShapeMismatch(why, where=prompt.text, cure="The config is not of this file")
+        tensors = {"P": tensor.reshape(*tensor.shape[1:]), "gate": file.tensors[gate]}
+        projected = prompt.path.rpartition(".")[2] != GPT2
+        update = make("adaption_prompt", tensors, projected=projected)
+        return Found(prompt.path, update, {"P": prompt, "gate": gate})
+
+    @classmethod
+    def encode(cls, update: AdaptionPrompt) -> dict[str, tuple[str, Lazy]]:
+        P = as_lazy(update.P)
+        return {"P": ("adaption_prompt", P.reshape(1, *P.shape)), "gate": ("adaption_gate", as_lazy(update.gate))}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        found = cls.of_it(updates)
+        name = next(iter(found)).rpartition(".")[2]
+        return {"adapter_len": _length(found), "adapter_layers": len(found), "target_modules": name}
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        if update.gate.shape[0] != 1:
+            return "a gate for each head"
+        name = target.path.rpartition(".")[2]
+        if update.projected == (name == GPT2):
+            return f"an attention {name!r} {'with' if update.projected else 'without'} the projection of what is added"
+        return "" if re.search(r"\.\d+\.\w+$", f".{target.path}") else "an attention outside of numbered layers"
+
+
+def _length(found: Mapping[str, Any]) -> int | None:
+    """The one number of virtual tokens; None where there are several, which no config can say."""
+    lengths = {int(update.P.shape[0]) for update in found.values()}
+    return lengths.pop() if len(lengths) == 1 else None

@@ -1,0 +1,42 @@
+"""LLaMA-Adapter: attention to a prompt, through a gate.  Zhang et al. 2023, https://arxiv.org/abs/2303.16199
+
+Its target is an attention. Keys and values are the attention's own projections of P, without positions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..tensors.namespace import namespace
+from ..updates import ContextUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class AdaptionPrompt(ContextUpdate):
+    """gate * softmax(q @ k^T / sqrt(d)) @ v is added to the heads' outputs, one gate or one a head.
+
+    Without `projected` it is added behind the projection that mixes the heads, not before it: PEFT's law for GPT-2.
+    """
+
+    place = "attention"
+    acts_on = "what the attention attends to"
+    paper = "https://arxiv.org/abs/2303.16199"
+
+    P: Tensor = tensor("n dim")
+    gate: Tensor = tensor("g")
+    projected: bool = True
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        return cls(P=random((rank, len(W))), gate=W.new_zeros(1), **attributes)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        xp = namespace(q)
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
+        out: Tensor = self.gate[:, None, None] * ((weights / weights.sum(-1)[..., None]) @ v)
+        return out

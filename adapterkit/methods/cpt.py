@@ -1,0 +1,44 @@
+"""Context-aware prompt tuning: bounded changes to examples.  Blau et al. 2024, https://arxiv.org/abs/2410.17222
+
+PEFT's files hold the sum: those are read as `prompt`, whose law they follow.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..tensors.namespace import namespace
+from ..updates import ContextUpdate, tensor
+from .prompt import tokens_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class CPT(ContextUpdate):
+    """E + D * min(1, epsilon / |D|), |D| being each token's, stands in front of the embeddings of the input."""
+
+    place = "embeddings"
+    frozen = frozenset({"E", "epsilon"})
+    paper = "https://arxiv.org/abs/2410.17222"
+
+    E: Tensor = tensor("n dim")
+    D: Tensor = tensor("n dim")
+    epsilon: Tensor = tensor("n")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        E = tokens_of(W, rank, random, attributes.pop("index", None))
+        bound = attributes.pop("bound", 0.1) * (len(W) / 2048) ** 0.5
+        return cls(E=E, D=E * 0, epsilon=W.new_full((rank,), bound), **attributes)
+
+    def embeddings(self, task: Any = None) -> Tensor:
+        xp = namespace(self.E)
+        square = (self.D * self.D).sum(1)
+        # Within the bound nothing is divided: at 0 a norm has no derivative.
+        inside = square <= self.epsilon * self.epsilon
+        norm = xp.where(inside, self.epsilon * 0 + 1, square) ** 0.5
+        kept: Tensor = xp.where(inside, norm * 0 + 1, self.epsilon / norm)
+        return self.E + self.D * kept[:, None]

@@ -1,0 +1,59 @@
+"""Multitask prompt tuning: one prompt, scaled for each task.  Wang et al. 2023, https://arxiv.org/abs/2303.02861"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import Malformed
+from ..updates import ContextUpdate, tensor
+from .prompt import tokens_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class MultitaskPrompt(ContextUpdate):
+    """P * (columns[t] @ rows[t]), element by element, stands in front of the embeddings of the input of task t.
+
+    With `decoder`, the second half of those rows stands in front of a decoder's input instead.
+    """
+
+    place = "embeddings"
+    paper = "https://arxiv.org/abs/2303.02861"
+
+    P: Tensor = tensor("n dim")
+    columns: Tensor = tensor("tasks n r")
+    rows: Tensor = tensor("tasks r dim")
+    task: int = 0
+    decoder: bool = False
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        tasks, r = attributes.pop("tasks", 1), attributes.pop("r", 1)
+        P = tokens_of(W, rank, random, attributes.pop("index", None))
+        ones = W.new_ones(tasks, rank, r) / r, W.new_ones(tasks, r, len(W))
+        return cls(P=P, columns=ones[0], rows=ones[1], **attributes)
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.task < self.columns.shape[0]:
+            known = f"{self.columns.shape[0]} tasks"
+            raise Malformed(f"task {self.task} of {known}", where="task", cure="Tasks are counted from 0")
+        if self.decoder and self.P.shape[0] % 2:
+            raise Malformed("an odd number of rows for two", where="decoder", cure="Write the adapter again")
+
+    def embeddings(self, task: Any = None) -> Tensor:
+        return self._prompt(task)[..., : self._first, :]
+
+    def decoder_embeddings(self, task: Any = None) -> Tensor | None:
+        return self._prompt(task)[..., self._first :, :] if self.decoder else None
+
+    @property
+    def _first(self) -> int:
+        return self.P.shape[0] // 2 if self.decoder else self.P.shape[0]
+
+    def _prompt(self, task: Any) -> Tensor:
+        at = self.task if task is None else task
+        return self.P * (self.columns[at] @ self.rows[at])

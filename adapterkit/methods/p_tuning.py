@@ -1,0 +1,53 @@
+"""P-tuning: a prompt that a small network computes.  Liu et al. 2021, https://arxiv.org/abs/2103.10385
+
+PEFT's files hold what the network computed and not the network: those are read as `prompt`, whose law they follow.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..tensors.namespace import namespace
+from ..updates import ContextUpdate, tensor
+from .prompt import tokens_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class PTuning(ContextUpdate):
+    """MLP(E) stands in front of the embeddings of the input: three linear layers with rectifiers between them."""
+
+    place = "embeddings"
+    paper = "https://arxiv.org/abs/2103.10385"
+
+    E: Tensor = tensor("n width")
+    W1: Tensor = tensor("hidden width")
+    b1: Tensor = tensor("hidden")
+    W2: Tensor = tensor("hidden hidden")
+    b2: Tensor = tensor("hidden")
+    W3: Tensor = tensor("dim hidden")
+    b3: Tensor = tensor("dim")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        dim, hidden = len(W), attributes.pop("hidden", len(W))
+        return cls(
+            E=tokens_of(W, rank, random, attributes.pop("index", None)),
+            W1=random((hidden, dim)) / dim**0.5,
+            b1=W.new_zeros(hidden),
+            W2=random((hidden, hidden)) / hidden**0.5,
+            b2=W.new_zeros(hidden),
+            W3=random((dim, hidden)) / hidden**0.5,
+            b3=W.new_zeros(dim),
+            **attributes,
+        )
+
+    def embeddings(self, task: Any = None) -> Tensor:
+        xp = namespace(self.E)
+        h = self.E @ self.W1.mT + self.b1
+        h = xp.where(h > 0, h, 0 * h) @ self.W2.mT + self.b2
+        out: Tensor = xp.where(h > 0, h, 0 * h) @ self.W3.mT + self.b3
+        return out

@@ -1,0 +1,42 @@
+"""Prefix tuning: keys and values before the input's.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
+
+The law of Cartridges (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266) too, and of prefixes that a network
+computed, once it has been left behind, as PEFT's files do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import Malformed
+from ..updates import ContextUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class Prefix(ContextUpdate):
+    """Layer i attends to the keys P[j, 0] and values P[j, 1] first, j = i * step mod layers."""
+
+    place = "past"
+    paper = "https://arxiv.org/abs/2101.00190"
+
+    P: Tensor = tensor("layers 2 heads n d")
+    step: int = 1
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        sizes = attributes.pop("sizes")
+        P = random((sizes["layers"], 2, sizes["heads"], rank, sizes["d"]))
+        return cls(P=P, **attributes)
+
+    def check(self) -> None:
+        super().check()
+        if self.step < 1:
+            raise Malformed(f"a step of {self.step}", where="step", cure="Write the adapter again")
+
+    def past(self) -> Tensor:
+        layers = self.P.shape[0]
+        return self.P if self.step == 1 else self.P[[layer * self.step % layers for layer in range(layers)]]

@@ -1,0 +1,52 @@
+"""Prefix tuning with the MLP that computes it.  Li and Liang 2021, https://arxiv.org/abs/2101.00190
+
+AdapterHub's files keep the network (`wte`, `control_trans`); PEFT's hold what it computed, and are read as `prefix`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..tensors.namespace import namespace
+from ..updates import ContextUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class PrefixMLP(ContextUpdate):
+    """Layer i attends to the keys P[i, 0] and values P[i, 1] first; for each token P = W2 @ tanh(W1 @ E + b1) + b2.
+
+    Row by row, W2 and b2 are as one linear layer of `layers * 2 * heads * d` outputs has them.
+    """
+
+    place = "past"
+    paper = "https://arxiv.org/abs/2101.00190"
+
+    E: Tensor = tensor("n width")
+    W1: Tensor = tensor("hidden width")
+    b1: Tensor = tensor("hidden")
+    W2: Tensor = tensor("layers 2 heads d hidden")
+    b2: Tensor = tensor("layers 2 heads d")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        sizes, width, hidden = attributes.pop("sizes"), len(W), attributes.pop("hidden", 512)
+        values = sizes["layers"], 2, sizes["heads"], sizes["d"]
+        return cls(
+            E=random((rank, width)),
+            W1=random((hidden, width)) / width**0.5,
+            b1=W.new_zeros(hidden),
+            W2=random((*values, hidden)) / hidden**0.5,
+            b2=W.new_zeros(values),
+            **attributes,
+        )
+
+    def past(self) -> Tensor:
+        xp = namespace(self.E)
+        h = xp.tanh(self.E @ self.W1.mT + self.b1)
+        P = h @ self.W2.reshape(-1, h.shape[-1]).mT + self.b2.reshape(-1)
+        out: Tensor = xp.permute_dims(P.reshape(-1, *self.b2.shape), (1, 2, 3, 0, 4))
+        return out

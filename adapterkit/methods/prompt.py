@@ -1,0 +1,53 @@
+"""Prompt tuning: trained embeddings in front of the input's.  Lester et al. 2021, https://arxiv.org/abs/2104.08691
+
+The law of P-tuning and CPT too, once what computes their embeddings has been left behind, as PEFT's files do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import Malformed
+from ..updates import ContextUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class Prompt(ContextUpdate):
+    """The first `used` rows of P, or all where it is 0, stand in front of the embeddings of the input."""
+
+    place = "embeddings"
+    paper = "https://arxiv.org/abs/2104.08691"
+
+    P: Tensor = tensor("n dim")
+    used: int = 0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        return cls(P=tokens_of(W, rank, random, attributes.pop("index", None)), **attributes)
+
+    def check(self) -> None:
+        super().check()
+        if not 0 <= self.used <= self.P.shape[0]:
+            raise Malformed(f"{self.used} of {self.P.shape[0]} tokens", where="used", cure="Write the adapter again")
+
+    def embeddings(self, task: Any = None) -> Tensor:
+        return self.P[: self.used] if self.used else self.P
+
+
+def tokens_of(W: Tensor, count: int, random: Random, index: Any) -> Tensor:
+    """Embeddings `[count, dim]` to begin with: those of given tokens, over and over, or of tokens drawn at random.
+
+    Args:
+        W: the embedding's weight, `[dim, vocabulary]`.
+        count: how many.
+        random: shape -> numbers from -1 to 1.
+        index: numbers of tokens, or None.
+    """
+    if index is None:
+        drawn = ((random((count,)) + 1) / 2 * W.shape[1]).tolist()
+        index = [min(int(token), W.shape[1] - 1) for token in drawn]
+    return W[:, [index[position % len(index)] for position in range(count)]].mT

@@ -1,0 +1,35 @@
+"""Textual inversion: embeddings of new tokens.  Gal et al. 2022, https://arxiv.org/abs/2208.01618
+
+Its target is an embedding. The base has no rows for the new tokens, so nothing can be folded into it: it would have to
+grow, and its tokenizer with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..updates import ContextUpdate, tensor
+from .prompt import tokens_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class TextualInversion(ContextUpdate):
+    """Row i of P is the embedding of the token numbered base + i, base being how many the base has."""
+
+    place = "vocabulary"
+    acts_on = "the vocabulary of the model"
+    paper = "https://arxiv.org/abs/2208.01618"
+
+    P: Tensor = tensor("n dim")
+    token: str = ""
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        return cls(P=tokens_of(W, rank, random, attributes.pop("index", None)), **attributes)
+
+    def vocabulary(self) -> Tensor:
+        return self.P

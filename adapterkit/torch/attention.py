@@ -1,0 +1,109 @@
+"""Attentions: the words in which an adaption prompt speaks of one. Those of Llama's kind and of GPT-2's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Unsupported
+
+LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj"}
+GPT2 = {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}
+"""Names of an attention's modules: one that has others computes something else."""
+
+
+class Heads(ABC):
+    """An attention's projections.
+
+    Attributes:
+        width: of its input.
+    """
+
+    width: int
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.d = module, int(module.head_dim)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape((*x.shape[:-1], -1, self.d))
+
+    @abstractmethod
+    def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
+        """Queries of the input `[batch, m, width]`: `[batch, heads, m, d]`, positions in them."""
+
+    @abstractmethod
+    def keys_values(self, P: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a prompt `[n, width]`, without positions, each `[heads, n, d]`."""
+
+    @abstractmethod
+    def mixed(self, h: Tensor) -> Tensor:
+        """What the projection that mixes the heads makes of `[batch, m, heads * d]`, without its bias."""
+
+
+class Separate(Heads):
+    """`q_proj`, `k_proj`, `v_proj`, `o_proj`, and rotary positions in halves where the model has them."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.width = module.q_proj.in_features
+
+    def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
+        q: Tensor = self._heads(self.module.q_proj(x)).transpose(1, 2)
+        if words.get("position_embeddings") is None:
+            return q
+        cos, sin = (each.unsqueeze(1) for each in words["position_embeddings"])
+        if cos.shape[-1] != self.d:
+            raise Unsupported("rotary positions in a part of each head", cure="Choose a model of Llama's kind")
+        first, second = q.chunk(2, -1)
+        turned: Tensor = q * cos + torch.cat((-second, first), -1) * sin
+        return turned
+
+    def keys_values(self, P: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (self._heads(p(P)).transpose(0, 1) for p in (self.module.k_proj, self.module.v_proj))
+        groups = self.module.q_proj.out_features // self.module.k_proj.out_features
+        return k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+
+    def mixed(self, h: Tensor) -> Tensor:
+        return _without_bias(self.module.o_proj, h)
+
+
+class Fused(Heads):
+    """GPT-2's: `c_attn` for queries, keys and values, and `c_proj`."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.width = module.embed_dim
+
+    def queries(self, x: Tensor, words: dict[str, Any]) -> Tensor:
+        q: Tensor = self.module.c_attn(x).chunk(3, -1)[0]
+        return self._heads(q).transpose(1, 2)
+
+    def keys_values(self, P: Tensor) -> tuple[Tensor, Tensor]:
+        _, k, v = (self._heads(each).transpose(0, 1) for each in self.module.c_attn(P).chunk(3, -1))
+        return k, v
+
+    def mixed(self, h: Tensor) -> Tensor:
+        return _without_bias(self.module.c_proj, h)
+
+
+def heads_of(module: nn.Module) -> Heads:
+    """An attention's projections.
+
+    Raises:
+        Unsupported: it is of neither kind.
+    """
+    children = {name for name, _ in module.named_children()}
+    if children == LLAMA and hasattr(module, "head_dim"):
+        return Separate(module)
+    if children == GPT2 and hasattr(module, "head_dim"):
+        return Fused(module)
+    why = f"a {type(module).__name__} is no attention of Llama's kind or GPT-2's"
+    raise Unsupported(why, cure="Choose the attentions of such a model")
+
+
+def _without_bias(layer: Any, h: Tensor) -> Tensor:
+    y: Tensor = layer(h)
+    return y if layer.bias is None else y - layer.bias

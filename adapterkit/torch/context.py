@@ -1,0 +1,154 @@
+"""Context in live models: tokens in front of the input, keys and values before it, prompts to attend to, new tokens.
+
+A model as a whole is any that takes `inputs_embeds` or, for prefixes, a cache of past keys and values: those of
+transformers. Its forward is called as ever, with token numbers or embeddings, also by `generate()`, and what it returns
+is of the longer input: logits of virtual tokens come first. Where a call begins (no cache, or an empty one) the virtual
+tokens go in; where it goes on, the cache has them already. Callers speak of their own tokens alone: masks get ones for
+virtual tokens, labels -100, token types 0, and positions are moved up behind them.
+
+Several adapters' virtual tokens follow each other in the order in which they were attached; prefixes come before all.
+`task_ids=` of a call picks tasks of multitask prompts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Target
+from ..errors import ShapeMismatch, Unsupported
+from ..updates import ContextUpdate
+from .attention import heads_of
+from .call import Call, Words, encoder_words, present
+from .outputs import Switch
+from .sizes import embedding_of, is_encoder_decoder, sizes_of
+
+CACHES = {"cache", "past_key_values"}
+"""What a model calls its past keys and values: one word since transformers 5.24, the other before."""
+
+
+@dataclass(frozen=True, eq=False)
+class ContextPart:
+    """Context updates at one module; `encoder` where it is the encoder of the model that they are meant for."""
+
+    switch: Switch
+    target: Target
+    updates: tuple[ContextUpdate, ...]
+    encoder: bool = False
+
+
+def surround(
+    module: nn.Module, parts: Sequence[ContextPart], names: Sequence[str], forward: Callable[..., Any], args: Any,
+    kwargs: Words,
+) -> Any:  # fmt: skip
+    """The module's forward with more context; `names` are its parameters' names."""
+    words = {**dict(zip(names, args, strict=False)), **kwargs}
+    updates = [update for part in parts for update in part.updates]
+    place = updates[0].place
+    if place == "vocabulary":
+        return _with_tokens(module, updates, forward, words.pop(names[0]), words)
+    if place == "attention":
+        return _with_prompts(module, updates, forward, words)
+    if any(part.encoder for part in parts):
+        return forward(**encoder_words(module, updates, words))
+    return Call(module, updates, words, names).run(forward)
+
+
+def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
+    """Where a part is to be attached: for tokens in front of an encoder's input at the encoder too.
+
+    Raises:
+        ShapeMismatch: it is made for other sizes than the model's.
+        Unsupported: the module does not take such context.
+    """
+    module = _reader(model.get_submodule(part.target.path), part.updates)
+    for update in part.updates:
+        _check(module, part.target, update)
+    found = [(module, part)]
+    if part.updates[0].place == "embeddings" and is_encoder_decoder(module):
+        found.append((_encoder(module), ContextPart(part.switch, part.target, part.updates, encoder=True)))
+    return found
+
+
+def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
+    """The module that reads past keys and values: a classifier leaves that to the model inside it."""
+    inside = getattr(module, "base_model", None)
+    takes = CACHES & set(inspect.signature(module.forward).parameters)
+    return inside if isinstance(inside, nn.Module) and updates[0].place == "past" and not takes else module
+
+
+def _with_tokens(
+    module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., Any], ids: Tensor, words: Words
+) -> Tensor:
+    """An embedding with more rows than it has."""
+    held: Any = module.weight
+    more = torch.cat(present([update.vocabulary() for update in updates])).to(held)
+    new = ids >= len(held)
+    y: Tensor = forward(torch.where(new, 0, ids), **words)
+    return torch.where(new[..., None], more[torch.where(new, ids - len(held), 0)].to(y.dtype), y)
+
+
+def _with_prompts(
+    module: nn.Module, updates: Sequence[ContextUpdate], forward: Callable[..., Any], words: Words
+) -> Any:
+    """An attention that attends to prompts beside its input."""
+    heads, x = heads_of(module), words["hidden_states"]
+    out = forward(**words)
+    y = out[0] if isinstance(out, tuple) else out
+    q = heads.queries(x, words)
+    for update in updates:
+        prompt: Any = update
+        k, v = heads.keys_values(prompt.P.to(x.dtype))
+        added = update.map(lambda leaf: leaf.to(x.dtype)).attention(q, k, v)  # type: ignore[union-attr]
+        added = added.transpose(1, 2).flatten(2)
+        y = y + (heads.mixed(added) if prompt.projected else added)
+    return (y, *out[1:]) if isinstance(out, tuple) else y
+
+
+def _encoder(module: nn.Module) -> nn.Module:
+    model: Any = module
+    encoder: nn.Module = model.get_encoder()
+    return encoder
+
+
+def _check(module: nn.Module, target: Target, update: ContextUpdate) -> None:
+    where = f"{target}: {update.method}"
+    if update.place == "vocabulary":
+        if not isinstance(module, nn.Embedding):
+            why = f"new tokens in a {type(module).__name__}"
+            raise Unsupported(why, where=where, cure="Their target is an nn.Embedding")
+        wanted = module.embedding_dim
+    elif update.place == "attention":
+        wanted = heads_of(module).width
+    else:
+        wanted = _width(module, update, where)
+    dims = update.dims()
+    if dims.get("dim", wanted) != wanted:
+        why = f"made for embeddings of {dims['dim']}; the model's have {wanted}"
+        raise ShapeMismatch(why, where=where, cure=_WRONG_BASE)
+
+
+def _width(module: nn.Module, update: ContextUpdate, where: str) -> int:
+    """The width of a model's embeddings, once it is sure that the model takes the update."""
+    names = inspect.signature(module.forward).parameters
+    needed = {"inputs_embeds"} if update.place == "embeddings" else CACHES
+    if not needed & set(names):
+        why = (
+            f"{update.method} does not apply to a {type(module).__name__}, which takes no {' or '.join(sorted(needed))}"
+        )
+        raise Unsupported(why, where=where, cure="Context belongs to models that do, as those of transformers")
+    dims, sizes = update.dims(), sizes_of(module)
+    for name, size in sizes.items():
+        if update.place == "past" and dims[name] != size:
+            why = f"made for {name}={dims[name]}; the model has {size}"
+            raise ShapeMismatch(why, where=where, cure=_WRONG_BASE)
+    weight: Any = embedding_of(module).weight
+    return int(weight.shape[1])
+
+
+_WRONG_BASE = "Is this the base that the adapter was trained on?"
