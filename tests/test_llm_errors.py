@@ -16,7 +16,14 @@ from safetensors.numpy import load_file, save_file
 import adapterkit as ak
 from adapterkit.adapter import Target
 from adapterkit.errors import (
-    AdapterkitError, Malformed, ShapeMismatch, StorageError, TargetNotFound, Unrepresentable, Unsupported, UsageError,
+    AdapterkitError,
+    Malformed,
+    ShapeMismatch,
+    StorageError,
+    TargetNotFound,
+    Unrepresentable,
+    Unsupported,
+    UsageError,
 )  # fmt: skip
 from adapterkit.formats import FORMATS
 from adapterkit.tensors.gguf import Value, quantized, read_gguf, write_gguf
@@ -66,10 +73,18 @@ def test_no_byte_of_a_header_can_do_harm(name, files, tmp_path):
     for at in rng.permutation(min(len(data), 1500))[:150]:
         for value in {0, 0xFF, data[at] ^ 1, int(rng.integers(256))} - {data[at]}:
             path.write_bytes(data[:at] + bytes([value]) + data[at + 1 :])
-            try:
-                ak.read(path, name, BASE)
-            except AdapterkitError as error:
-                assert str(path.parent) in str(error)
+            harmless(path, name)
+
+
+def harmless(path, name):
+    """Whatever a file says: it is read, or refused with its path."""
+    try:
+        ak.read(path, name, BASE)
+    except AdapterkitError as error:
+        refused = str(error)
+    else:
+        return
+    assert str(path.parent) in refused
 
 
 def gguf_header(tensors=0, values=0, version=3):
@@ -135,11 +150,13 @@ def gguf_tensors(name="blk.0.ffn_up", rank=2):
     return {f"{name}.weight.lora_a": from_numpy(A), f"{name}.weight.lora_b": from_numpy(B)}
 
 
+ALORA = VALUES | {"adapter.alora.invocation_tokens": Value("[u32]", [1])}
+
 GGUFS = {
     "another architecture": (VALUES | {"general.architecture": Value("string", "x")}, gguf_tensors(), Unsupported),
     "a control vector": (VALUES | {"adapter.type": Value("string", "control_vector")}, gguf_tensors(), Unsupported),
     "a model": (VALUES | {"general.type": Value("string", "model")}, gguf_tensors(), Unsupported),
-    "an activated LoRA": (VALUES | {"adapter.alora.invocation_tokens": Value("[u32]", [1])}, gguf_tensors(), Unsupported),
+    "an activated LoRA": (ALORA, gguf_tensors(), Unsupported),
     "alpha as text": (VALUES | {"adapter.lora.alpha": Value("string", "4")}, gguf_tensors(), Malformed),
     "alpha infinite": (VALUES | {"adapter.lora.alpha": Value("f32", float("inf"))}, gguf_tensors(), Malformed),
     "a factor alone": (VALUES, {k: v for k, v in gguf_tensors().items() if k.endswith("a")}, Malformed),
@@ -230,15 +247,12 @@ def test_bad_ggla_files_are_refused(tmp_path):
     for at in range(4, 60):
         for value in (0xFF, 0):
             (tmp_path / "b.bin").write_bytes(good[:at] + bytes([value]) + good[at + 1 :])
-            try:
-                ak.read(tmp_path / "b.bin", "gguf")
-            except AdapterkitError as error:
-                assert error.path
+            harmless(tmp_path / "b.bin", "gguf")
 
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [("loralib", "loralib.json"), ("minlora", "minlora.json"), ("megatron", "megatron.json"), ("torchtune", "torchtune.json")],
+    [(name, f"{name}.json") for name in ("loralib", "minlora", "megatron", "torchtune")],
 )  # fmt: skip
 def test_alpha_is_needed_and_not_zero(name, file, files, tmp_path):
     path = copied(files[name], tmp_path)
@@ -270,7 +284,8 @@ def test_bad_mlx_folders_are_refused(tmp_path):
         ak.read(mlx(tmp_path, {"fine_tune_type": "adalora", "lora_parameters": {"scale": 1}}))
     for wrong, error in (
         ({"m__lora_b": None}, Malformed), ({"m__m": np.ones(3, "f4")}, Malformed),
-        ({"n__lora_A__weight": np.ones((2, 2), "f4")}, Malformed), ({"m__lora_b": np.ones((3, 3), "f4")}, ShapeMismatch),
+        ({"n__lora_A__weight": np.ones((2, 2), "f4")}, Malformed),
+        ({"m__lora_b": np.ones((3, 3), "f4")}, ShapeMismatch),
         ({"m__lora_a": np.ones((2, 4, 2), "f4")}, ShapeMismatch), ({"m__lora_a": np.ones((4, 2), "i4")}, Unsupported),
     ):  # fmt: skip
         with pytest.raises(error):
@@ -396,7 +411,8 @@ def test_tensorrt_llms_arrays_must_fit_the_base(files, tmp_path):
     good, weights = np.load(path / "model.lora_config.npy"), np.load(path / "model.lora_weights.npy")
     wrong = (
         (good * [1, 1, 40], ShapeMismatch), (good * [1, 1, 0], Malformed), (good * [1, -1, 1] - [0, 1, 0], Malformed),
-        (good * [99, 1, 1] + [9, 0, 0], Unsupported), (good + [0, 7, 0], TargetNotFound), (good[:, :1], ShapeMismatch),
+        (good * [99, 1, 1] + [9, 0, 0], Unsupported), (np.add(good, [0, 7, 0]), TargetNotFound),
+        (good[:, :1], ShapeMismatch),
         (np.concatenate([good, good[..., :1] * 0 + 1], 2), Unsupported), (good[:, [0] * 7], Malformed),
     )  # fmt: skip
     for config, error in wrong:

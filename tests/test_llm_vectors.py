@@ -31,7 +31,7 @@ def test_is_detected_as_itself_and_nothing_else(folder):
 
 @cases
 def test_merges_as_the_tool_folds_it(folder, tmp_path):
-    name, path, base = source(folder)
+    _, path, base = source(folder)
     ours, theirs = merged(base, ak.read(path, base=base), tmp_path), load_file(folder / "expected.merged.safetensors")
     before = load_file(base / "model.safetensors")
     assert any(np.abs(value - before[key]).max() > 0.1 for key, value in theirs.items())
@@ -73,7 +73,7 @@ def same_torch(ours, theirs):
     same({key: leaf.numpy() for key, leaf in ours.items()}, {key: leaf.numpy() for key, leaf in theirs.items()})
 
 
-def test_alpha_comes_from_the_config_that_torchtune_writes(tmp_path):
+def test_alpha_comes_from_the_config_that_torchtune_writes():
     folder = VECTORS / "formats" / "torchtune" / "lora"
     config = json.loads((folder / "adapter_config.json").read_text())
     adapter = ak.read(folder / "adapter_model.pt", base=VECTORS / "bases" / "llama")

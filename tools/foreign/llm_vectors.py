@@ -1,7 +1,9 @@
 """Vectors of language models' formats: what real tools write, and the weights that they themselves fold it into.
 
-    python tools/foreign/llm_vectors.py make TOOL...     writes spec/vectors/formats/TOOL/CASE, with expected.merged.safetensors
-    python tools/foreign/llm_vectors.py check TOOL...    the tools load what adapterkit writes, and fold it as adapterkit does
+    python tools/foreign/llm_vectors.py make TOOL...     writes spec/vectors/formats/TOOL/CASE
+    python tools/foreign/llm_vectors.py check TOOL...    the tools load what adapterkit writes, and fold it as before
+
+`expected.merged.safetensors` beside a tool's files are the weights that it made of the base.
 
 Run it where the tools are installed: mlx-lm, torchtune, litgpt, loralib, gguf; each in an environment of its own if
 they do not go together. A tool that is not there is named and left out.
@@ -14,6 +16,7 @@ import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from llm_tools import base as small
@@ -27,6 +30,7 @@ MERGED = "expected.merged.safetensors"
 
 
 def main(verb: str, names: list[str]) -> int:
+    """How many cases failed."""
     small.write(BASES / "llama")
     failed = 0
     for name in names or TOOLS:
@@ -40,7 +44,7 @@ def main(verb: str, names: list[str]) -> int:
     return failed
 
 
-def base_of(name: str, tool) -> tuple[Path, dict[str, np.ndarray]]:
+def base_of(name: str, tool: Any) -> tuple[Path, dict[str, np.ndarray[Any, Any]]]:
     """The base's folder and weights: the small Llama, but for tools that have layers of their own."""
     if not hasattr(tool, "own_base"):
         return BASES / "llama", small.read(BASES / "llama")
@@ -51,7 +55,8 @@ def base_of(name: str, tool) -> tuple[Path, dict[str, np.ndarray]]:
     return folder, weights
 
 
-def make(name: str, tool, case: str) -> int:
+def make(name: str, tool: Any, case: str) -> int:
+    """Writes one vector."""
     folder = DEST / name / case
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -63,7 +68,7 @@ def make(name: str, tool, case: str) -> int:
     return 0
 
 
-def check(name: str, tool, case: str) -> int:
+def check(name: str, tool: Any, case: str) -> int:
     """A vector by way of the native format and back into the tool's own: it must fold it as before."""
     import adapterkit as ak
 

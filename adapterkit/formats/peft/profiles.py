@@ -51,8 +51,8 @@ PROFILES = {
     ),
     "vllm": Profile("vLLM"),
 }
-"""Sources: llama.cpp's convert_lora_to_gguf.py, TensorRT-LLM's hf_lora_convert.py, vLLM's lora/peft_helper.py and SGLang's
-lora/utils.py."""
+"""Sources: llama.cpp's convert_lora_to_gguf.py, TensorRT-LLM's hf_lora_convert.py, vLLM's lora/peft_helper.py and
+SGLang's lora/utils.py."""
 
 
 def fitted(adapter: Adapter, profile: str, on_loss: str) -> tuple[Adapter, list[str]]:

@@ -34,6 +34,7 @@ def write(folder: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
+    """Its weights by name."""
     return load_file(folder / "model.safetensors")
 
 

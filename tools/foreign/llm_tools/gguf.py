@@ -1,4 +1,4 @@
-"""gguf-py: writer and reader; the sums are those of llama.cpp's `build_lora_mm`, on weights in its converter's order."""
+"""gguf-py: writer and reader; the sums are llama.cpp's, `build_lora_mm`, on weights in its converter's order."""
 
 import gguf
 import numpy as np
@@ -7,30 +7,29 @@ CASES = {"f32": None, "f16": np.float16, "q8_0": "Q8_0"}
 FILE = "adapter.gguf"
 NAMES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 
 
+HEADS = {"attn_q": 4, "attn_k": 2}
+"""Names whose rows are in Meta's order -> how many heads share them."""
+
+
 def permuted(weights, heads):
-    return (
-        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weights.shape)
-    )
+    """transformers' rows in Meta's order."""
+    halves = weights.reshape(heads, 2, weights.shape[0] // heads // 2, -1)
+    return halves.swapaxes(1, 2).reshape(weights.shape)
 
 
 def restored(weights, heads):
-    return (
-        weights.reshape(heads, weights.shape[0] // heads // 2, 2, *weights.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weights.shape)
-    )
-
-
-HEADS = {"attn_q": 4, "attn_k": 2}
+    """Meta's rows in transformers' order."""
+    pairs = weights.reshape(heads, weights.shape[0] // heads // 2, 2, -1)
+    return pairs.swapaxes(1, 2).reshape(weights.shape)
 
 
 def write(folder, base, case):
+    """Lets the tool save an adapter."""
     writer = gguf.GGUFWriter(folder / FILE, "llama")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -41,11 +40,7 @@ def write(folder, base, case):
     for layer in range(2):
         for name, own in NAMES.items():
             out, in_ = base[f"model.layers.{layer}.{own}.weight"].shape
-            if case == "q8_0" and in_ % 32:
-                in_ = None
             for end, shape in (("lora_a", (rank, in_)), ("lora_b", (out, rank))):
-                if None in shape:
-                    shape = (rank, base[f"model.layers.{layer}.{own}.weight"].shape[1])
                 value = (rng.normal(size=shape) / 4).astype(np.float32)
                 key = f"blk.{layer}.{name}.weight.{end}"
                 if case == "q8_0" and shape[1] % 32 == 0:
@@ -60,6 +55,7 @@ def write(folder, base, case):
 
 
 def merged(folder, base):
+    """What the tool loads from a folder, folded into the base."""
     reader = gguf.GGUFReader(folder / FILE)
     alpha = float(reader.fields["adapter.lora.alpha"].parts[-1][0])
     tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors}

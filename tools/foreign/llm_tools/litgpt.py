@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import lightning as L
+import lightning
 import numpy as np
 import torch
 import yaml
@@ -10,7 +10,6 @@ from litgpt.config import Config as Plain
 from litgpt.lora import GPT, Config, lora_filter, merge_lora_weights
 from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
 from litgpt.scripts.convert_lit_checkpoint import copy_weights_llama
-from litgpt.scripts.merge_lora import load_lora_metadata
 
 from .base import randomize
 
@@ -35,23 +34,22 @@ def _state(base, config):
 
 
 def write(folder, base, case):
+    """Lets the tool save an adapter."""
     settings = {"lora_r": 2, "lora_alpha": 6, "lora_dropout": 0.0, **CASES[case]}
     model = GPT(Config(**MODEL, **settings))
     model.load_state_dict(_state(base, model.config), strict=False)
     randomize(p for name, p in model.named_parameters() if "lora_" in name)
-    L.Fabric(devices=1, accelerator="cpu").save(
-        folder / "lit_model.pth.lora", {"model": model}, filter={"model": lora_filter}
-    )
+    fabric = lightning.Fabric(devices=1, accelerator="cpu")
+    fabric.save(folder / "lit_model.pth.lora", {"model": model}, filter={"model": lora_filter})
     (folder / "hyperparameters.yaml").write_text(yaml.safe_dump({"checkpoint_dir": "checkpoints/tiny", **settings}))
     plain = Plain(**MODEL)
     (folder / "model_config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(plain)))
 
 
 def merged(folder, base):
-    parameters, _, _ = load_lora_metadata(folder) if "checkpoint_dir" in (folder / "hyperparameters.yaml").read_text() else (
-        {k: v for k, v in yaml.safe_load((folder / "hyperparameters.yaml").read_text()).items() if k.startswith("lora_")},
-        None, None,
-    )  # fmt: skip
+    """What the tool loads from a folder, folded into the base."""
+    settings = yaml.safe_load((folder / "hyperparameters.yaml").read_text())
+    parameters = {name: value for name, value in settings.items() if name.startswith("lora_")}
     model = GPT(Config(**MODEL, **parameters))
     loaded = torch.load(folder / "lit_model.pth.lora", weights_only=True)
     model.load_state_dict(_state(base, model.config) | loaded.get("model", loaded))

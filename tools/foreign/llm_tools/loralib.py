@@ -17,6 +17,8 @@ FILE = "lora.pt"
 
 
 class Layers(nn.Module):
+    """One layer of each kind."""
+
     def __init__(self):
         super().__init__()
         self.plain = loralib.Linear(12, 8, r=2, lora_alpha=4)
@@ -26,6 +28,7 @@ class Layers(nn.Module):
 
 
 def own_base():
+    """Their weights."""
     torch.manual_seed(0)
     return {n: p.detach().numpy().copy() for n, p in Layers().named_parameters() if n.endswith(".weight")} | {
         "conv.weight": torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(5)).numpy()
@@ -38,6 +41,7 @@ def _load(model, base):
 
 
 def write(folder, base, case):
+    """Lets the tool save an adapter."""
     model = Layers()
     _load(model, base)
     randomize(p for name, p in model.named_parameters() if "lora_" in name)
@@ -48,6 +52,7 @@ def write(folder, base, case):
 
 
 def merged(folder, base):
+    """What the tool loads from a folder, folded into the base."""
     model = Layers()
     _load(model, base)
     state = torch.load(folder / FILE, weights_only=True)

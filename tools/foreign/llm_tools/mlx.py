@@ -1,7 +1,5 @@
 """MLX-LM: its own llama, its own LoRA layers, its own files."""
 
-import json
-
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
@@ -11,6 +9,7 @@ from mlx_lm.utils import save_config
 
 from .base import CONFIG
 
+FILE = ""
 CASES = {"lora": {"rank": 2, "scale": 10.0}, "dora": {"rank": 2, "scale": 1.5}}
 
 
@@ -22,6 +21,7 @@ def _model(base):
 
 
 def write(folder, base, case):
+    """Lets the tool save an adapter."""
     model = _model(base)
     model.freeze()
     kind = "dora" if case == "dora" else "lora"
@@ -40,12 +40,8 @@ def write(folder, base, case):
 
 
 def merged(folder, base):
+    """What the tool loads from a folder, folded into the base."""
     model = _model(base)
     load_adapters(model, str(folder))
     fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
-    assert fused
     return {f"{name}.weight": np.array(module.weight) for name, module in fused}
-
-
-FILE = ""
-assert json

@@ -8,7 +8,7 @@ from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
 from torchtune.models.llama3 import lora_llama3
 from torchtune.modules.peft import get_adapter_state_dict, get_merged_lora_ckpt
 
-from .base import CONFIG, randomize
+from .base import randomize
 
 CASES = {"lora": False, "dora": True}
 FILE = "adapter_model.pt"
@@ -23,11 +23,14 @@ def _model(base, dora):
     )  # fmt: skip
     state = hf_to_tune({name: torch.from_numpy(value.copy()) for name, value in base.items()}, **SIZES)
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and all("lora" in name or "magnitude" in name for name in missing)
+    lacking = [name for name in missing if "lora" not in name and "magnitude" not in name]
+    if unexpected or lacking:
+        raise ValueError(f"not the base's names: {unexpected}, {lacking}")
     return model
 
 
 def write(folder, base, case):
+    """Lets the tool save an adapter."""
     model = _model(base, CASES[case])
     if CASES[case]:
         for module in model.modules():
@@ -43,6 +46,7 @@ def write(folder, base, case):
 
 
 def merged(folder, base):
+    """What the tool loads from a folder, folded into the base."""
     adapter = torch.load(folder / FILE, weights_only=True)
     rank = next(value.shape[0] for name, value in adapter.items() if "lora_a" in name)
     settings = folder / "torchtune.json"
@@ -52,6 +56,3 @@ def merged(folder, base):
     result = tune_to_hf(get_merged_lora_ckpt(held | adapter, rank, alpha), **SIZES)
     names = {name for name in base if "_proj" in name}
     return {name: np.asarray(result[name]) for name in names}
-
-
-assert CONFIG
