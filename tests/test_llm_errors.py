@@ -14,7 +14,7 @@ from llm_adapters import BASE, FILES, VECTORS, content, deltas, llama, lora, pla
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.adapter import Target
+from adapterkit.adapter import Foreign, Target
 from adapterkit.errors import (
     AdapterkitError,
     Malformed,
@@ -496,3 +496,18 @@ def test_sniffing_never_raises(tmp_path):
             path = tmp_path / f"a.{suffix}"
             path.write_bytes(start + rng.bytes(100))
             assert all(FORMATS[name]().sniff(path) in (True, False) for name in FORMATS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_leftovers_are_refused_or_do_no_harm(name, files, tmp_path):
+    adapter = ak.read(files[name], name if name != "tinker" else "tinker", BASE)
+    for key in adapter.foreign.data:
+        for value in (None, -1, "text", [1], {"a": []}, [["a", "b", {}]], {"lora_parameters": 5}):
+            data = {**adapter.foreign.data, key: value}
+            spoilt = adapter.replace(foreign=Foreign(name, data, adapter.foreign.tensors))
+            path = place(tmp_path, name)
+            try:
+                ak.write(spoilt, path, name, BASE, "fold")
+            except AdapterkitError:
+                continue
+            assert deltas(ak.read(path, name, BASE)).keys() == deltas(adapter).keys()

@@ -334,6 +334,7 @@ def test_a_consumer_with_one_rank_and_alpha_computes_the_same(profile, tmp_path)
     assert not config.get("rank_pattern")
     assert not config.get("alpha_pattern")
     assert not config.get("use_rslora")
+    assert config["target_modules"] == sorted(name.rpartition(".")[2] for name in SHAPES)
     tensors = ak.tensors.safetensors.read(tmp_path / "adapter_model.safetensors")
     for path, delta in deltas(ak.Adapter(found)).items():
         A, B = (tensors[f"base_model.model.{path}.lora_{f}.weight"].numpy().astype("f8") for f in "AB")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import msgspec
 
 from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported
 from ..methods.dora import DoRA
@@ -210,15 +212,29 @@ def over_rows(updates: Iterable[Pair]) -> Pair:
     return first.replace(**{n: joined([as_lazy(u.tensors[n]) for u in (first, *others)]) for n in held})
 
 
-def remembered(adapter: Adapter, name: str) -> Mapping[str, Any]:
-    """What reading a file of a format left behind; nothing for adapters of other formats."""
-    return adapter.foreign.data if adapter.foreign is not None and adapter.foreign.format == name else {}
+class Leftovers(TypedDict, total=False):
+    """What reading leaves behind for the same format: at least the order of keys."""
+
+    order: list[str]
+
+
+def remembered(adapter: Adapter, name: str, shape: type[Leftovers] = Leftovers) -> dict[str, Any]:
+    """What reading a file of a format left behind; nothing for adapters of other formats.
+
+    Raises:
+        Malformed: it is damaged.
+    """
+    if adapter.foreign is None or adapter.foreign.format != name:
+        return {}
+    try:
+        return dict(msgspec.convert(dict(adapter.foreign.data), shape))
+    except msgspec.ValidationError as error:
+        raise Malformed(f"leftovers of {name} are damaged ({error})", where="foreign", cure="Drop them") from None
 
 
 def in_order(tensors: Mapping[str, Lazy], remembered: Mapping[str, Any]) -> dict[str, Lazy]:
     """The tensors in the order in which they were read, where that is known; others behind them."""
-    known = remembered.get("order")
-    order = [key for key in known if key in tensors] if isinstance(known, list | tuple) else []
+    order = [key for key in remembered.get("order", ()) if key in tensors]
     return {key: tensors[key] for key in (*order, *(key for key in tensors if key not in {*order}))}
 
 

@@ -21,6 +21,7 @@ from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
 from ._pairs import (
     DAMAGED,
+    Leftovers,
     Pairs,
     check_factors,
     expressible,
@@ -45,6 +46,15 @@ TENSORS, SETTINGS, MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_
 _SLOTS = {".lora_A": "A", ".lora_B": "B"}
 _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection", "mlp", "head"))
 _QKV = Table({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in PARTS.items()})
+
+
+class Hints(Leftovers, total=False):
+    """The two files of settings and their texts, and the heads."""
+
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    texts: dict[str, str]
+    heads: tuple[int, int, int] | None
 
 
 class Litgpt(Format):
@@ -78,7 +88,7 @@ class Litgpt(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT)
+        hints = remembered(adapter, FORMAT, Hints)
         before = hints.get("settings", {})
         pairs, lines = expressible(adapter, FORMAT, on_loss, _why_not)
         rank = max(map(rank_of, pairs.values()))
@@ -249,7 +259,7 @@ def _count(hints: Mapping[str, Any], base: Checkpoint | None, pairs: Pairs) -> i
         "n_layer"
     )
     seen = [int(word) for target in pairs for word in target.path.split(".") if word.isdigit()]
-    return max(told or 0, max(seen, default=-1) + 1)
+    return max(told if type(told) is int else 0, max(seen, default=-1) + 1)
 
 
 def _text(path: Path, *, needed: bool) -> str:

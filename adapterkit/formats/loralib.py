@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, UsageError
@@ -20,6 +20,7 @@ from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
 from ._pairs import (
     DAMAGED,
+    Leftovers,
     Pairs,
     check_factors,
     expressible,
@@ -43,6 +44,19 @@ _EXAMPLE = '{"alpha": <lora_alpha>}, with "enable_lora": [true, false, true] whe
 _SLOTS = {".lora_A": "A", ".lora_B": "B"}
 _OTHERS = (".parametrizations.", ".loras.")
 """Words in the keys of other tools that end alike."""
+
+
+class Settings(TypedDict, total=False):
+    """Alpha, and which blocks of a `MergedLinear` are on."""
+
+    alpha: float
+    enable_lora: list[bool]
+
+
+class Hints(Leftovers, total=False):
+    """The settings."""
+
+    settings: Settings
 
 
 class LoraLib(Format):
@@ -70,7 +84,7 @@ class LoraLib(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT)
+        hints = remembered(adapter, FORMAT, Hints)
         read = hints.get("settings", {})
         pairs, lines = expressible(adapter, FORMAT, on_loss, _why_not)
         alpha, pairs, folded = one_alpha(pairs, dialect=FORMAT, on_loss=on_loss, first=read.get("alpha"))

@@ -14,7 +14,7 @@ from ..errors import AdapterkitError
 from ..names.megatron import BRIDGE
 from ._format import Format
 from ._megatron import decode, encode, heads_again, is_of, of_one_rank, why_not
-from ._pairs import expressible, in_order, one_alpha, remembered
+from ._pairs import Leftovers, expressible, in_order, one_alpha, remembered
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 FORMAT = "megatron"
 SETTINGS = "megatron.json"
 PREFIX = "decoder.layers."
+
+
+class Hints(Leftovers, total=False):
+    """What names begin with, whether weights are fused, heads and alpha."""
+
+    prefix: str
+    fused: bool
+    heads: tuple[int, int, int]
+    alpha: float
 
 
 class Megatron(Format):
@@ -51,7 +60,7 @@ class Megatron(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT)
+        hints = remembered(adapter, FORMAT, Hints)
         pairs, lines = expressible(adapter, "Megatron", on_loss, why_not(BRIDGE))
         alpha, pairs, folded = one_alpha(
             of_one_rank(pairs), dialect="Megatron", on_loss=on_loss, first=hints.get("alpha")

@@ -16,7 +16,18 @@ from ..names.ties import EMBEDDINGS
 from ..tensors.arrange import turned
 from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
-from ._pairs import DAMAGED, check_factors, expressible, grouped, in_order, one_alpha, remembered, stored_layout, unfit
+from ._pairs import (
+    DAMAGED,
+    Leftovers,
+    check_factors,
+    expressible,
+    grouped,
+    in_order,
+    one_alpha,
+    remembered,
+    stored_layout,
+    unfit,
+)
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:
@@ -28,6 +39,12 @@ SETTINGS = "minlora.json"
 _EXAMPLE = '{"alpha": <lora_alpha>}'
 _STEM = ".parametrizations.weight.0.lora_"
 _SLOTS = {f"{_STEM}A": "A", f"{_STEM}B": "B"}
+
+
+class Hints(Leftovers, total=False):
+    """The settings."""
+
+    settings: dict[str, float]
 
 
 class MinLora(Format):
@@ -54,7 +71,7 @@ class MinLora(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT)
+        hints = remembered(adapter, FORMAT, Hints)
         pairs, lines = expressible(adapter, "minLoRA", on_loss, _why_not)
         first = hints.get("settings", {}).get("alpha")
         alpha, pairs, folded = one_alpha(pairs, dialect="minLoRA", on_loss=on_loss, first=first)

@@ -6,9 +6,12 @@ The archive's config says alpha and heads. One that is split over ranks is to be
 from __future__ import annotations
 
 import io
+import lzma
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,7 @@ from ..tensors.lazy import Lazy
 from ..tensors.torch_file import read_torch_file
 from ._format import Format
 from ._megatron import decode, encode, heads_again, of_one_rank, why_not
-from ._pairs import DAMAGED, expressible, finite, in_order, one_alpha, rank_of, remembered
+from ._pairs import DAMAGED, Leftovers, expressible, finite, in_order, one_alpha, rank_of, remembered
 from ._state_dicts import save
 from ._yaml import LIMIT, dump_yaml, load_yaml
 
@@ -34,7 +37,21 @@ CONFIG, TENSORS = "model_config.yaml", "model_weights.ckpt"
 PREFIX = "model.decoder.layers."
 LARGEST = 8 << 30
 """Bytes that the tensors of an archive may take."""
+EXPANDED = 64
+"""How many times the archive's own size its tensors may take."""
 MEMBERS = 64
+_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
+
+
+class Hints(Leftovers, total=False):
+    """What names begin with, whether weights are fused, heads, alpha, the config and its text."""
+
+    prefix: str
+    fused: bool
+    heads: tuple[int, int, int]
+    alpha: float
+    config: dict[str, Any]
+    text: str
 
 
 class Nemo(Format):
@@ -49,8 +66,8 @@ class Nemo(Format):
             if not path.is_file() or not tarfile.is_tarfile(path):
                 return False
             with tarfile.open(path) as archive:
-                return any(_name(archive.next()) == CONFIG for _ in range(MEMBERS))
-        except (OSError, tarfile.TarError, EOFError, AttributeError):
+                return any(_name(member) == CONFIG for member in islice(archive, MEMBERS))
+        except (OSError, *_DAMAGE):
             return False
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
@@ -71,7 +88,7 @@ class Nemo(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT)
+        hints = remembered(adapter, FORMAT, Hints)
         pairs, lines = expressible(adapter, "NeMo", on_loss, why_not(NEMO))
         alpha, pairs, folded = one_alpha(of_one_rank(pairs), dialect="NeMo", on_loss=on_loss, first=hints.get("alpha"))
         heads = heads_again(hints, base, "lora_kqv_adapter")
@@ -82,8 +99,8 @@ class Nemo(Format):
         return lines + folded
 
 
-def _name(member: tarfile.TarInfo | None) -> str:
-    return "" if member is None else member.name.removeprefix("./")
+def _name(member: tarfile.TarInfo) -> str:
+    return member.name.removeprefix("./")
 
 
 def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
@@ -97,7 +114,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
                     raise Malformed("more than an adapter, or no plain file", where=name, cure=DAMAGED)
                 if name == CONFIG and member.size <= LIMIT:
                     parts[name] = _content(archive, member).read(LIMIT)
-                elif name == TENSORS and member.size <= LARGEST:
+                elif name == TENSORS and member.size <= min(LARGEST, EXPANDED * path.stat().st_size):
                     file = Path(folder, TENSORS)
                     with open(file, "wb") as copy:
                         _copy(_content(archive, member), copy, member.size)
@@ -105,10 +122,8 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
                 elif "rank_" in name:
                     why = "tensors that are split over ranks"
                     raise Unsupported(why, where=name, cure="Merge the ranks with NeMo first")
-    except tarfile.TarError as error:
-        raise Malformed(f"no archive ({error})", path=path, cure=DAMAGED) from None
-    except EOFError:
-        raise Malformed("the archive ends too early", path=path, cure=DAMAGED) from None
+    except _DAMAGE as error:
+        raise Malformed(f"no archive, or a damaged one ({error})", path=path, cure=DAMAGED) from None
     except OSError as error:
         raise storage_error(error, path) from error
     if CONFIG not in parts or "held" not in locals():

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
 
 from ..adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Unrepresentable, Unsupported
@@ -19,7 +21,7 @@ from ..tensors.lazy import Lazy, as_lazy
 from ..tensors.numpy_files import read_npz, write_npz
 from ..tensors.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ._format import Format
-from ._pairs import check_factors, expressible, folded, grouped, in_order, remembered, unfit
+from ._pairs import Leftovers, check_factors, expressible, folded, grouped, in_order, remembered, unfit
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -28,6 +30,13 @@ if TYPE_CHECKING:
 FORMAT = "olive"
 _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _KEY = re.compile(r"model\.(?:\w+\.)+lora_[AB]\.(?:weight|quant\.(?:weight|scale|zero_point))")
+
+
+class Hints(Leftovers, total=False):
+    """The two versions of an .onnx_adapter."""
+
+    adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+    model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 
 
 class Olive(Format):
@@ -65,7 +74,7 @@ class Olive(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT)
+        hints = remembered(adapter, FORMAT, Hints)
         pairs, lines = expressible(adapter, "Olive", on_loss, _why_not)
         needy = [target for target, update in pairs.items() if update.scaling != 1]
         if needy and on_loss not in ("fold", "promote"):

@@ -7,7 +7,7 @@ and `.json`: the record that adapterkit's own files carry. Without one, Olive's 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -18,7 +18,7 @@ from ..tensors.atomic import write_bytes
 from ..tensors.lazy import as_lazy
 from ..tensors.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ._format import Format
-from ._pairs import in_order, remembered
+from ._pairs import Leftovers, in_order, remembered
 from .adapterkit import MAX_RECORD, decode_record, encode_record
 from .olive import has_olives_names
 
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from ..tensors.lazy import Leaf
 
 FORMAT = "onnx_adapter"
+
+
+class Hints(Leftovers, total=False):
+    """The two versions."""
+
+    adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+    model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
 
 
 class OnnxAdapter(Format):
@@ -63,7 +70,7 @@ class OnnxAdapter(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT)
+        hints = remembered(adapter, FORMAT, Hints)
         told = adapter.replace(foreign=None) if hints else adapter
         tensors: dict[str, Leaf] = {}
         record = encode_record(told, tensors)

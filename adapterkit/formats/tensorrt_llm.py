@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 
 from ..adapter import Adapter, Foreign, Step, Target
 from ..errors import (
@@ -30,7 +32,7 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy, as_lazy
 from ..tensors.numpy_files import is_npy, read_npy, write_npy
 from ._format import Format
-from ._pairs import DAMAGED, Pairs, expressible, folded, rank_of, remembered, unfit
+from ._pairs import DAMAGED, Leftovers, Pairs, expressible, folded, rank_of, remembered, unfit
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -40,6 +42,14 @@ FORMAT = "tensorrt_llm"
 WEIGHTS, CONFIG = "model.lora_weights.npy", "model.lora_config.npy"
 _MODULES = {number: name for name, number in IDS.items()}
 _REAL = ("F16", "BF16", "F32")
+
+
+class Hints(Leftovers, total=False):
+    """Columns of the config, width of the weights, targets in the order of rows."""
+
+    columns: int
+    width: Annotated[int, msgspec.Meta(ge=0, le=1 << 28)]
+    paths: list[str]
 
 
 class TensorRtLlm(Format):
@@ -72,7 +82,7 @@ class TensorRtLlm(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT)
+        hints = remembered(adapter, FORMAT, Hints)
         pairs, lines = expressible(adapter, "TensorRT-LLM", on_loss, _why_not)
         needy = [target for target, update in pairs.items() if update.scaling != 1]
         if needy and on_loss not in ("fold", "promote"):

@@ -21,6 +21,7 @@ from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
 from ._pairs import (
     DAMAGED,
+    Leftovers,
     Pairs,
     check_factors,
     expressible,
@@ -45,6 +46,12 @@ _SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _STACKS = Experts(EXPERTS)
 _OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
 """Fields of PEFT's that would change what the tensors mean."""
+
+
+class Hints(Leftovers, total=False):
+    """The config."""
+
+    config: dict[str, Any]
 
 
 class Tinker(Format):
@@ -78,7 +85,7 @@ class Tinker(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT)
+        hints = remembered(adapter, FORMAT, Hints)
         before = hints.get("config", {})
         pairs, lines = expressible(adapter, "Tinker", on_loss, unfit)
         rank = max(map(rank_of, pairs.values()))

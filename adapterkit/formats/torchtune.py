@@ -20,6 +20,7 @@ from ..tensors.checkpoint import read_json
 from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
 from ._pairs import (
+    Leftovers,
     check_factors,
     expressible,
     finite,
@@ -40,6 +41,13 @@ if TYPE_CHECKING:
 FORMAT = "torchtune"
 SETTINGS, CONFIG = "torchtune.json", "adapter_config.json"
 _SLOTS = {".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "magnitude"}
+
+
+class Hints(Leftovers, total=False):
+    """Alpha, heads, and whether rows are turned."""
+
+    alpha: float
+    heads: dict[str, int | bool]
 
 
 class Torchtune(Format):
@@ -72,7 +80,7 @@ class Torchtune(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT)
+        hints = remembered(adapter, FORMAT, Hints)
         names, order = Names(TABLE), _Order(hints.get("heads", {}), base)
 
         def why(target: Target, update: Pair) -> str:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ..errors import Malformed, Unsupported, storage_error
+from ..errors import AdapterkitError, Malformed, Unsupported, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES
 from .lazy import Lazy, Span, as_array, read_span
@@ -100,6 +100,8 @@ def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
             return _read(_Reader(file, os.fspath(path), os.fstat(file.fileno()).st_size), tensors)
     except OSError as error:
         raise storage_error(error, path) from error
+    except AdapterkitError as error:
+        raise error.at(path=path) from None
 
 
 def write_gguf(
@@ -116,10 +118,13 @@ def write_gguf(
     Raises:
         Unsupported: GGUF has no such element type.
     """
-    alignment = int(values[ALIGNMENT].value) if ALIGNMENT in values else 32
+    alignment = _alignment(values)
     head = bytearray(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(values)))
     for key, value in values.items():
-        head += _string(key) + _encoded(value)
+        try:
+            head += _string(key) + _encoded(value)
+        except (KeyError, TypeError, AttributeError, struct.error):
+            raise Malformed(f"{value.value!r} is no {value.type}", where=key, cure="Correct the value") from None
     offset = 0
     for name, tensor in tensors.items():
         number = _type_number(name, tensor, types)
@@ -231,9 +236,7 @@ def _value(reader: _Reader, number: int, key: str, depth: int = 0) -> Value:
 
 
 def _with_tensors(reader: _Reader, values: dict[str, Value], count: int, version: int) -> Gguf:
-    alignment = values[ALIGNMENT].value if ALIGNMENT in values else 32
-    if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment % 8:
-        raise reader.damaged(f"an alignment of {alignment!r}")
+    alignment = _alignment(values)
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(count):
         name = reader.string("a name", MAX_NAME)
@@ -287,6 +290,13 @@ def _type_number(name: str, tensor: Lazy, types: Mapping[str, str]) -> int:
     if kind not in _TYPES:
         raise Unsupported(f"GGUF has no element type {kind}", where=name, cure="Convert the adapter to F32 first")
     return _TYPES[kind]
+
+
+def _alignment(values: Mapping[str, Value]) -> int:
+    alignment = values[ALIGNMENT].value if ALIGNMENT in values else 32
+    if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment % 8:
+        raise Malformed(f"{alignment!r} is no alignment", where=ALIGNMENT, cure="Fetch or write the file again")
+    return alignment
 
 
 def _up(size: int, alignment: int) -> int:

@@ -9,11 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from ...adapter import Foreign
 from .._pairs import expressible, one_alpha, rank_of, to_rank, unfit
+from .compose import COMMON, FRESH
+from .hints import FORMAT, Hints, fingerprint
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target
     from .._pairs import Pair
+    from .losses import Updates
 
 _LAYER = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 _FUSED = frozenset({"qkv_proj", "gate_up_proj"})
@@ -66,10 +72,24 @@ def fitted(adapter: Adapter, profile: str, on_loss: str) -> tuple[Adapter, list[
     rank = max(map(rank_of, pairs.values()))
     lines += [f"widened {target} to rank {rank} with zeros" for target, u in pairs.items() if rank_of(u) != rank]
     pairs = {target: to_rank(update, rank) for target, update in pairs.items()}
-    _, pairs, folded = one_alpha(pairs, dialect=own.title, on_loss="fold")
+    alpha, pairs, folded = one_alpha(pairs, dialect=own.title, on_loss="fold")
+    updates: Updates = {target: (update,) for target, update in pairs.items()}
     # What else was read of a config, its patterns first of all, is not for this consumer.
-    kept = adapter.replace(updates={target: (update,) for target, update in pairs.items()}, foreign=None)
-    return kept, lines + folded
+    return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha)), lines + folded
+
+
+def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
+    """The config that is to be written: some consumers know modules by the last word of their names alone."""
+    config = COMMON | FRESH["LORA"] | {
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted({target.path.rpartition(".")[2] for target in updates}),
+    }  # fmt: skip
+    return Foreign(
+        FORMAT, msgspec.to_builtins(Hints(config=config | {"inference_mode": True}, targets=fingerprint(updates)))
+    )
 
 
 def _why_not(profile: Profile, target: Target, update: Pair) -> str:
