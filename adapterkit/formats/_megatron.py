@@ -110,6 +110,8 @@ def encode(
     pairs: Pairs, modules: Modules, prefix: str, heads: Callable[[], Heads], fused: bool | None
 ) -> tuple[dict[str, Lazy], bool]:
     """The tensors by key, and whether weights are fused; canonical where their pairs have no A in common."""
+    if LAYER.fullmatch(f"{prefix}0.x") is None:
+        raise Malformed(f"leftovers of Megatron are damaged: names begin with {prefix!r}", cure="Drop them")
     layers = _by_layer(pairs)
     groups = [weights for weights in modules.values() if len(weights) > 1]
     possible = all(_fits(found, weights) for found in layers.values() for weights in groups)

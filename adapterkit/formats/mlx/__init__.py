@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...adapter import Adapter
-from ...errors import AdapterkitError, StorageError, storage_error
+from ...errors import AdapterkitError, Malformed, StorageError, storage_error
 from ...methods.replacement import Replacement
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
 from ...tensors.lazy import Lazy
+from ...tensors.strict_json import load_json
 from .._format import Format
 from .._pairs import Leftovers, in_order, remembered
 from .reader import CONFIG, FORMAT, Modules, decode
@@ -73,10 +74,18 @@ class Mlx(Format):
         hints = remembered(adapter, FORMAT, Hints)
         only = all(isinstance(update, Replacement) for _, update in adapter)
         config, tensors, lines = whole(adapter, hints) if only else encode(adapter, hints, on_loss)
-        # Its order of keys does not outlive other formats, the text does.
-        text = hints["text"] if config == hints.get("config") else json.dumps(dict(sorted(config.items())), indent=4)
-        _save(path, text, in_order(tensors, hints), hints.get("metadata", METADATA))
+        text = json.dumps(dict(sorted(config.items())), indent=4)
+        _save(path, _as_read(config, hints) or text, in_order(tensors, hints), hints.get("metadata", METADATA))
         return lines
+
+
+def _as_read(config: Mapping[str, Any], hints: Mapping[str, Any]) -> str:
+    """The text of the config that was read, where it says the same: its order of keys is in no other place."""
+    text = str(hints.get("text", ""))
+    try:
+        return text if text and load_json(text) == config else ""
+    except ValueError as error:
+        raise Malformed(f"leftovers of MLX-LM are damaged ({error})", where="foreign", cure="Drop them") from None
 
 
 def _save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
