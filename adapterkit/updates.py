@@ -257,6 +257,15 @@ class Additive(Update):
         """d `[out]`, or None where the bias stays as it is."""
         return None
 
+    def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """B `[out, r]` and A `[r, in * k]` with D = B @ A, where the law comes down to such a pair; else None."""
+        return None
+
+    def scaled(self, weight: float) -> Self | None:
+        """The same method with weight * D and weight * d, leaves unread; None where its fields cannot say that."""
+        scaling = self.attributes.get("scaling")
+        return None if scaling is None else self.replace(scaling=weight * scaling)
+
     def delta_norm(self, shape: tuple[int, ...]) -> float:
         """The Frobenius norm of D; a method overrides it where that can be had without forming D."""
         D = self.delta(shape)
@@ -287,6 +296,19 @@ class WeightUpdate(Update):
     @property
     def changes_weight(self) -> bool:
         return True
+
+    @classmethod
+    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
+        """The update whose change is sum_i weights[i] * (f_i(W) - W), of bias and weight, whatever these are.
+
+        Args:
+            updates: of this method, tensors loaded.
+            weights: one an update.
+
+        Returns:
+            None where the method cannot say it.
+        """
+        return None
 
     def forward(self, x: Any, layer: Any) -> Any:
         y = layer.op(x, self.new_weight(layer.weight))

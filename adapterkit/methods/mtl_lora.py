@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import Malformed, ShapeMismatch
 from ..tensors.namespace import namespace
-from ..updates import Additive, tensor
+from ..updates import tensor
+from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ SHARPEST = 1e-6
 """Below it shares are 0 or 1 but for ties, and quotients overflow."""
 
 
-class MTLLoRA(Additive):
+class MTLLoRA(LowRank):
     """D = scaling * (sum_i w_i B_i) @ (values * A); the weight has two axes."""
 
     blocks = frozenset({"out", "in"})
@@ -54,9 +55,8 @@ class MTLLoRA(Additive):
         if len(shape) != 2:
             raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
 
-    def delta(self, shape: tuple[int, ...]) -> Tensor:
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         xp = namespace(self.weights)
         shares = xp.exp((self.weights - xp.max(self.weights)) / self.sharpness)
         B = (shares[:, None, None] * self.B).sum(0) / shares.sum()
-        D: Tensor = self.scaling * B @ (self.values[:, None] * self.A)
-        return D.reshape(shape)
+        return self.scaling * B, self.values[:, None] * self.A
