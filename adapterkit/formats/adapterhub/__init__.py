@@ -1,0 +1,46 @@
+"""AdapterHub: a folder with `adapter_config.json` and `pytorch_adapter.bin` or `adapter.safetensors`.
+
+Keys hold the adapter's name and what the class that saved it calls its base; the maths is in the tensors and in the
+sub-dict `config`. One family an `architecture` turns keys into updates and back; see spec/formats/adapterhub.toml.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import AdapterkitError
+from .._format import Format
+from .container import load, save, sniff
+from .families import FAMILIES
+from .reader import decode
+from .writer import encode
+
+if TYPE_CHECKING:
+    from ...adapter import Adapter
+    from ...tensors.checkpoint import Checkpoint
+
+
+class AdapterHub(Format):
+    """Folders of the `adapters` library, and of adapter-transformers before it."""
+
+    url = "https://docs.adapterhub.ml/loading.html"
+    description = "AdapterHub's adapters: adapter_config.json beside pytorch_adapter.bin or adapter.safetensors"
+    methods = frozenset(method for family in FAMILIES.values() for method in family.methods)
+    compat = frozenset({"adapters"})
+
+    def sniff(self, path: Path) -> bool:
+        return sniff(path)
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        try:
+            return decode(load(path), compat=compat, base=base)
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        content, lines = encode(adapter, on_loss=on_loss, base=base)
+        save(path, content)
+        return lines

@@ -1,0 +1,120 @@
+"""The config: what is read of it, checked field by field, and the rules of old releases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from ...errors import Malformed, Unsupported
+from .families import FAMILIES, family_of_architecture
+from .families._family import Family
+
+LIBRARY = "adapters."
+"""What `version` begins with since the library has this name; it was adapter-transformers before."""
+
+RELEASE = "adapters.1.3.0"
+"""The release whose configs are written afresh."""
+
+UNSCALED_UNTIL = ((1, 1, 0), True)
+"""Before this release the library trained LoRA without its scaling."""
+
+Release = tuple[tuple[int, ...], bool]
+"""Numbers, and whether they are final: `1.1.0.dev0` comes before `1.1.0`."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the top of a config says.
+
+    Attributes:
+        name: the adapter's, which its keys hold.
+        model_type: the family of the base, as transformers calls it.
+        model_name: of the base.
+        version: who wrote the file.
+        interface: the plugin interface beside it.
+    """
+
+    name: str
+    model_type: str | None = None
+    model_name: str | None = None
+    version: str | None = None
+    interface: dict[str, Any] | None = None
+
+    @property
+    def unscaled(self) -> bool:
+        """Whether the library that trained it left alpha / r out, as `adapters` did before 1.1."""
+        release = _release(self.version)
+        return release is not None and release < UNSCALED_UNTIL
+
+
+def parse(config: Mapping[str, Any], interface: Mapping[str, Any] | None = None) -> Settings:
+    """The settings of a whole config.
+
+    Raises:
+        Malformed: a field is missing or not of its type, or the name is none.
+    """
+    known = {name: config[name] for name in Settings.__struct_fields__ if name in config}
+    try:
+        settings = msgspec.convert(known | {"interface": interface and dict(interface)}, Settings)
+    except msgspec.ValidationError as error:
+        why, _, place = str(error).partition(" - at ")
+        raise Malformed(why, where=place.strip("`").removeprefix("$.") or "name", cure=_REWRITE) from None
+    if not settings.name or re.search(r"[./\\\0]", settings.name):
+        why = f"{settings.name[:60]!r} is no name of an adapter: it is empty or holds a dot or a slash"
+        raise Malformed(why, where="name", cure="Load and save it under another name")
+    return settings
+
+
+def parts(config: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, type[Family], Any]]:
+    """Place, family and typed fields of each config: one, or those of a union.
+
+    Raises:
+        Malformed: a field is not of its type.
+        Unsupported: an architecture, or a field that is not off, is not known.
+    """
+    own = config.get("config")
+    if not isinstance(own, dict):
+        why = f"{str(own)[:60]!r} where the fields of the method belong"
+        raise Malformed(why, where="config", cure="Load and save it with a release since adapters 0.1")
+    if own.get("architecture") != "union":
+        yield _part(own, "config", settings)
+        return
+    members = own.get("configs")
+    if not isinstance(members, list) or not members or not all(isinstance(member, dict) for member in members):
+        raise Malformed("a union without a list of configs", where="config.configs", cure=_REWRITE)
+    for position, member in enumerate(members):
+        yield _part(member, f"config.configs[{position}]", settings)
+
+
+def _part(own: Mapping[str, Any], at: str, settings: Settings) -> tuple[str, type[Family], Any]:
+    architecture = own.get("architecture")
+    family = family_of_architecture(architecture)
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        why = f"{str(architecture)[:60]!r} is no architecture that this version knows"
+        raise Unsupported(why, where=f"{at}.architecture", cure=f"Known: {known}, union")
+    for name, value in own.items():
+        if value and name not in {**family.read, **family.harmless, "architecture": ""}:
+            why = f"a field that this version does not know, set to {str(value)[:60]}: it may change the maths"
+            raise Unsupported(why, where=f"{at}.{name}", cure=_UPGRADE)
+    try:
+        fields = msgspec.convert(dict(own), family.fields)
+    except msgspec.ValidationError as error:
+        why, _, place = str(error).partition(" - at ")
+        raise Malformed(why, where=at + place.strip("`").removeprefix("$"), cure=_REWRITE) from None
+    return at, family, family.settle(fields, settings)
+
+
+def _release(version: str | None) -> Release | None:
+    """A release of `adapters`; None for those of adapter-transformers, and where nothing tells."""
+    found = re.match(r"adapters\.(\d{1,6}(?:\.\d{1,6}){0,3})(.{0,40})$", version or "")
+    if found is None:
+        return None
+    numbers = tuple(int(number) for number in found[1].split("."))
+    return (*numbers, 0, 0, 0)[:3], not re.search(r"dev|a|b|rc", found[2])
+
+
+_REWRITE = "Save the adapter again with the adapters library"
+_UPGRADE = "Upgrade adapterkit, or take the field out if it is known to be harmless"

@@ -1,0 +1,27 @@
+"""Families, one module an `architecture`, found by listing; that of bottleneck adapters has none in a config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ....registry import Registry
+from ._family import Family
+
+if TYPE_CHECKING:
+    from ....updates import Update
+
+FAMILIES: Registry[type[Family]] = Registry("AdapterHub family", __name__, "adapterkit.adapterhub_families", Family)
+
+
+def family_of(update: Update) -> type[Family] | None:
+    """The family that writes an update; None where there is none."""
+    return next((family for family in FAMILIES.values() if update.method in family.methods), None)
+
+
+def family_of_architecture(architecture: Any) -> type[Family] | None:
+    """The family that an `architecture` names; None where there is none."""
+    if architecture is None:
+        architecture = "bottleneck"
+    elif architecture == "bottleneck":
+        return None
+    return FAMILIES[architecture] if isinstance(architecture, str) and architecture in FAMILIES else None

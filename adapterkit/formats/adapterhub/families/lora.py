@@ -1,0 +1,268 @@
+"""LoRA and what is stored like it: `lora_A` [r, in], `lora_B` [out, r]; DoRA's `m.weight` and IA3's `lora_B` [out, 1].
+
+A layer that holds queries, keys and values in one weight has one pair of factors a group, for those of the three that
+`attn_matrices` names: `lora_A` [r * n, in] and `lora_B` [out / 3 * n, r], group behind group. Each is an update of its
+own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....adapter import Target
+from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....tensors.lazy import Lazy, as_lazy
+from .. import layers
+from ..file import AGAIN, Found, Kept, joined, make, sliced, take
+from ..layers import QKV
+from ..places import FUSED
+from ._family import Family, Fields, Number, Size, Updates
+
+if TYPE_CHECKING:
+    from ....tensors.checkpoint import Checkpoint
+    from ....updates import Update
+    from ..file import Findings, Part
+    from ..keys import Key
+    from ..naming import Naming
+
+KIND, SHARED = "loras", "shared_parameters"
+
+
+class LoraFields(Fields, frozen=True, kw_only=True):
+    """What the tensors mean."""
+
+    r: Size = 8
+    alpha: Number = 8
+    composition_mode: str = "add"
+    use_gating: bool | None = False
+    use_dora: bool | None = False
+    vera_d: Number | None = None
+    vera_b: Number | None = None
+    attn_matrices: tuple[str, ...] = ("q", "v")
+
+
+class LoraFamily(Family):
+    """`lora`."""
+
+    methods = frozenset({"dora", "gated_lora", "ia3", "lora", "vera_matrices"})
+    fields = LoraFields
+    read: ClassVar[Mapping[str, str]] = {
+        "alpha": "scaling = alpha / r; 1 in files of adapters before 1.1, which were trained so",
+        "attn_matrices": "which of q, k, v a fused weight's groups are of",
+        "composition_mode": "add: LoRA; scale: IA3",
+        "r": "rank",
+        "use_dora": "the law is DoRA's",
+        "use_gating": "a gate on the input stands in the place of the scaling",
+        "vera_b": "a float: the law is VeRA's",
+        "vera_d": "a float: the law is VeRA's",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "dropout": "training only",
+        "dtype": "of the tensors, which say it themselves",
+        "init_weights": "initial values",
+        "init_weights_seed": "initial values",
+        "intermediate_lora": "which modules have tensors; the keys say so",
+        "leave_out": "which layers have tensors; the keys say so",
+        "output_lora": "which modules have tensors; the keys say so",
+        "selfattn_lora": "which modules have tensors; the keys say so",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "architecture": "lora",
+        "dropout": 0.0,
+        "dtype": None,
+        "init_weights_seed": None,
+        "leave_out": [],
+    }
+
+    @classmethod
+    def decode(cls, part: Part) -> Findings:
+        kind = _kind(part)
+        for path, slots in part.groups(KIND).items():
+            if kind == "ia3":
+                yield from _ia3(part, path, slots)
+            elif kind == "vera_matrices":
+                yield _vera(part, path, slots)
+            else:
+                yield from _lora(part, path, slots, kind)
+
+    @classmethod
+    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+        for path, group in _by_path(updates).items():
+            slots = [_slots(update) for _, update in group]
+            for slot in slots[0]:
+                yield naming.key(path, KIND, slot), joined([each[slot] for each in slots])
+        first: Any = next(iter(updates.values()))[0]
+        for field in ("A", "B") if first.method == "vera_matrices" else ():
+            yield naming.key(naming.root, SHARED, f"lora_{field}"), as_lazy(first.tensors[field])
+
+    @classmethod
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+        return layers.compose(updates, base)
+
+    @classmethod
+    def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+        return layers.losses(updates, base)
+
+
+def _kind(part: Part) -> str:
+    """The method that the fields call for.
+
+    Raises:
+        Unsupported: they call for a combination that no method here is.
+    """
+    own = part.own
+    if own.composition_mode not in ("add", "scale"):
+        why = f"an unknown composition_mode {own.composition_mode[:60]!r}"
+        raise Unsupported(why, where=f"{part.at}.composition_mode", cure="Known: add, scale")
+    on = {
+        "ia3": own.composition_mode == "scale",
+        "dora": bool(own.use_dora),
+        "gated_lora": bool(own.use_gating),
+        "vera_matrices": isinstance(own.vera_d, float) or isinstance(own.vera_b, float),
+    }
+    named = [method for method, is_on in on.items() if is_on]
+    if len(named) > 1:
+        why = f"{' and '.join(named)} in one adapter are not known to this version"
+        raise Unsupported(why, where=part.at, cure="Run it with the adapters library")
+    return named[0] if named else "lora"
+
+
+EXTRA = {
+    "lora": {},
+    "dora": {"m.weight": "magnitude"},
+    "gated_lora": {"gate.weight": "gate", "gate.bias": "gate_bias"},
+}
+"""Method -> slot -> field, beside A and B."""
+
+
+def _lora(part: Part, path: str, slots: Mapping[str, Key], method: str) -> Iterator[Found | Kept]:
+    fields = {"lora_A": "A", "lora_B": "B", **EXTRA[method]}
+    tensors = take(part, slots, fields)
+    A, B, layout = tensors["A"], tensors["B"], part.layout(path)
+    keys = tuple(slots[slot] for slot in fields)
+    if 0 in (*A.shape, *B.shape):
+        yield from (Kept(key) for key in slots.values())
+        return
+    blocks = _blocks(part, path, A.shape[0] // part.own.r if A.shape else 0)
+    _check_factors(part, slots, A, B, 1 if blocks is None else len(blocks))
+    _check_place(part, path, slots, method, fused=blocks is not None)
+    scaling = {} if method == "gated_lora" else {"scaling": _scaling(part)}
+    if "magnitude" in tensors:
+        tensors["magnitude"] = _column(tensors["magnitude"], B.shape[0], slots["m.weight"])
+    if blocks is None:
+        yield Found(Target(path, layout), make(method, tensors, **scaling), keys)
+        return
+    for group, rows in enumerate(_rows(B.shape[0], blocks)):
+        size = rows[1] - rows[0]
+        factors = {
+            "A": sliced(A, group * part.own.r, (group + 1) * part.own.r),
+            "B": sliced(B, group * size, (group + 1) * size),
+        }
+        yield Found(Target(path, layout, rows), make(method, factors, **scaling), keys)
+
+
+def _check_place(part: Part, path: str, slots: Mapping[str, Key], method: str, *, fused: bool) -> None:
+    where = slots["lora_A"].text
+    if method == "dora" and (fused or part.layout(path) != "out *in"):
+        why = "DoRA where the base stores [in, out]: the library takes its norms over the wrong axis there"
+        raise Unsupported(why, where=where, cure="Leave those layers out, or use LoRA there")
+    if method == "gated_lora" and fused:
+        why = "gates of their own for the thirds of a fused weight are not known to this version"
+        raise Unsupported(why, where=where, cure="Run it with the adapters library")
+
+
+def _vera(part: Part, path: str, slots: Mapping[str, Key]) -> Found:
+    fields = {"vera_D": "D", "vera_B": "E"}
+    tensors = take(part, slots, fields)
+    groups = [*part.groups(SHARED).values()]
+    shared = {"lora_A": "A", "lora_B": "B"}
+    if not groups or any(slot not in groups[0] for slot in shared):
+        why = "the shared lora_A and lora_B are not in the file: saving from a model without a head drops them"
+        raise Malformed(
+            why, where=slots["vera_D"].text, cure="Save it again from a model with a head, where it was trained"
+        )
+    tensors |= take(part, groups[0], shared)
+    keys = (*(slots[slot] for slot in fields), *(groups[0][slot] for slot in shared))
+    update = make("vera_matrices", tensors, scaling=_scaling(part))
+    return Found(Target(path, part.layout(path)), update, keys)
+
+
+def _ia3(part: Part, path: str, slots: Mapping[str, Key]) -> Iterator[Found]:
+    key = slots["lora_B"] if "lora_B" in slots else next(iter(slots.values()))
+    B = take(part, slots, {"lora_B": "B"})["B"]
+    if _scaling(part) * part.own.r != 1:
+        why = f"IA3 times alpha = {part.own.alpha}: the vectors alone are not the law"
+        raise Unsupported(why, where=f"{part.at}.alpha", cure="Multiply lora_B by it, and set it to 1")
+    vector = _column(B, B.shape[0] if B.shape else 0, key)
+    blocks = _blocks(part, path, 1)
+    if blocks is None:
+        yield Found(Target(path, part.layout(path)), make("ia3", {"l": vector}), (key,))
+        return
+    if vector.shape[0] % len(blocks):
+        raise ShapeMismatch(f"{list(B.shape)} are not {len(blocks)} thirds of a weight", where=key.text, cure=_OTHER)
+    for group, rows in enumerate(_rows(vector.shape[0], blocks)):
+        size = rows[1] - rows[0]
+        update = make("ia3", {"l": sliced(vector, group * size, (group + 1) * size)})
+        yield Found(Target(path, part.layout(path), rows), update, (key,))
+
+
+def _scaling(part: Part) -> float:
+    """alpha / r, or 1 where it was trained without; the library forgets that rule inside a union."""
+    forgets = part.compat == "adapters" and part.at != "config"
+    return 1.0 if part.settings.unscaled and not forgets else part.own.alpha / part.own.r
+
+
+def _blocks(part: Part, path: str, groups: int) -> list[int] | None:
+    """Which thirds of a fused weight the groups are of; None for a plain layer."""
+    enabled = [position for position, word in enumerate(QKV) if word in part.own.attn_matrices]
+    name = (part.settings.interface or {}).get("attn_qkv_proj") or FUSED.get(part.settings.model_type or "")
+    fused = path.rpartition(".")[2] == str(name).rpartition(".")[2] if name else False
+    if fused and not enabled:
+        why = "none of q, k and v, where the file has factors of a weight that holds them"
+        raise Malformed(why, where=f"{part.at}.attn_matrices", cure=_OTHER)
+    return enabled if fused or (groups == len(enabled) > 1) else None
+
+
+def _rows(outputs: int, blocks: list[int]) -> list[tuple[int, int]]:
+    size = outputs // len(blocks)
+    return [(block * size, (block + 1) * size) for block in blocks]
+
+
+def _check_factors(part: Part, slots: Mapping[str, Key], A: Lazy, B: Lazy, groups: int) -> None:
+    r = part.own.r
+    if len(A.shape) != 2 or A.shape[0] != r * groups:
+        why = f"{list(A.shape)}, where the config says rank {r}" + (f" and {groups} groups" if groups > 1 else "")
+        raise ShapeMismatch(why, where=slots["lora_A"].text, cure=_OTHER)
+    if len(B.shape) != 2 or B.shape[1] != r or B.shape[0] % groups:
+        raise ShapeMismatch(f"{list(B.shape)} is not [outputs, {r}]", where=slots["lora_B"].text, cure=_OTHER)
+
+
+def _column(tensor: Lazy, size: int, key: Key) -> Lazy:
+    if tensor.shape != (size, 1):
+        why = f"{list(tensor.shape)} is no column of {size} values"
+        raise ShapeMismatch(why, where=key.text, cure=AGAIN)
+    return tensor.reshape(size)
+
+
+def _by_path(updates: Updates) -> dict[str, list[tuple[Target, Update]]]:
+    """Path -> its updates, in the order of their rows."""
+    found: dict[str, list[tuple[Target, Update]]] = {}
+    for target in sorted(updates, key=lambda target: target.rows or (0, 0)):
+        found.setdefault(target.path, []).extend((target, update) for update in updates[target])
+    return {target.path: found[target.path] for target in updates}
+
+
+def _slots(update: Any) -> dict[str, Lazy]:
+    if update.method == "ia3":
+        return {"lora_B": as_lazy(update.l).reshape(-1, 1)}
+    if update.method == "vera_matrices":
+        return {"vera_D": as_lazy(update.D), "vera_B": as_lazy(update.E)}
+    slots = {"lora_A": as_lazy(update.A), "lora_B": as_lazy(update.B)}
+    for slot, field in EXTRA[update.method].items():
+        leaf = as_lazy(update.tensors[field])
+        slots[slot] = leaf.reshape(-1, 1) if field == "magnitude" else leaf
+    return slots
+
+
+_OTHER = "The config is not of this file"

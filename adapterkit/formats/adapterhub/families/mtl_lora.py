@@ -1,0 +1,133 @@
+"""MTL-LoRA: `lora_A` [r, in], `lora_B` [n, out, r], `weights` [n] and `task_specific.values` [r] of one task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....adapter import Target
+from ....errors import ShapeMismatch, Unsupported
+from ....tensors.lazy import Lazy, as_lazy
+from ...peft.alphas import exact_alpha
+from ..file import Found, make, take
+from ..layers import QKV, base_family
+from ..places import role
+from ._family import Family, Fields, Number, Size, Updates
+from .lora import LoraFamily
+
+if TYPE_CHECKING:
+    from ....tensors.checkpoint import Checkpoint
+    from ..file import Findings, Part
+    from ..naming import Naming
+
+KIND = "loras"
+FIELDS = {"lora_A": "A", "lora_B": "B", "task_specific.values": "values", "weights": "weights"}
+"""Slot -> field."""
+
+
+class MtlFields(Fields, frozen=True, kw_only=True):
+    """What the tensors mean."""
+
+    r: Size = 8
+    alpha: Number = 8
+    composition_mode: str = "add"
+    use_gating: bool | None = False
+    use_dora: bool | None = False
+    n_up_projection: Size = 1
+    task_specific_matrix_type: str = "singular_values"
+    weights_sharpness: Number = 0.05
+
+
+class MtlLoraFamily(Family):
+    """`mtl_lora`."""
+
+    methods = frozenset({"mtl_lora"})
+    fields = MtlFields
+    read: ClassVar[Mapping[str, str]] = {
+        "alpha": "scaling = alpha / r",
+        "composition_mode": "add",
+        "n_up_projection": "how many B there are",
+        "r": "rank",
+        "task_specific_matrix_type": "singular_values: a diagonal; linear: refused",
+        "use_dora": "refused",
+        "use_gating": "refused",
+        "weights_sharpness": "temperature of the shares",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        **LoraFamily.harmless,
+        "attn_matrices": "which modules have tensors; the keys say so",
+        "vera_b": "of no use to MTL-LoRA",
+        "vera_d": "of no use to MTL-LoRA",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        **LoraFamily.fresh,
+        "architecture": "mtl_lora",
+        "composition_mode": "add",
+        "init_weights": "lora",
+        "task_specific_matrix_type": "singular_values",
+        "use_dora": False,
+        "use_gating": False,
+        "vera_b": None,
+        "vera_d": None,
+    }
+
+    @classmethod
+    def decode(cls, part: Part) -> Findings:
+        own = part.own
+        words = {"composition_mode": "add", "use_gating": False, "use_dora": False}
+        words["task_specific_matrix_type"] = "singular_values"
+        for name, known in words.items():
+            if (getattr(own, name) or False) != known:
+                why = f"MTL-LoRA with {name} = {str(getattr(own, name))[:60]!r} is not known to this version"
+                raise Unsupported(why, where=f"{part.at}.{name}", cure=f"Known: {known}")
+        for path, slots in part.groups(KIND).items():
+            tensors = take(part, slots, FIELDS)
+            shape = tensors["B"].shape
+            if len(shape) != 3 or (shape[0], shape[2]) != (own.n_up_projection, own.r):
+                why = f"{list(shape)} is not [{own.n_up_projection}, outputs, {own.r}]"
+                raise ShapeMismatch(why, where=slots["lora_B"].text, cure="The config is not of this file")
+            update = make("mtl_lora", tensors, scaling=own.alpha / own.r, sharpness=float(own.weights_sharpness))
+            yield Found(Target(path, part.layout(path)), update, tuple(slots[slot] for slot in FIELDS))
+
+    @classmethod
+    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+        for target, found in updates.items():
+            for update in found:
+                for slot, field in FIELDS.items():
+                    yield naming.key(target.path, KIND, slot), as_lazy(update.tensors[field])
+
+    @classmethod
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+        some: Any = next(iter(updates.values()))[0]
+        roles = {role(target.path, base_family(updates, base) or "") or "" for target in updates}
+        return {
+            "alpha": exact_alpha((int(some.A.shape[0]), float(some.scaling)), rslora=False) or 0,
+            "attn_matrices": [word for word in QKV if word in roles],
+            "intermediate_lora": "intermediate" in roles,
+            "n_up_projection": int(some.B.shape[0]),
+            "output_lora": "output" in roles,
+            "r": int(some.A.shape[0]),
+            "selfattn_lora": not roles.isdisjoint(QKV),
+            "weights_sharpness": float(some.sharpness),
+        }
+
+    @classmethod
+    def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+        first = _law(next(iter(updates.values()))[0])
+        family = base_family(updates, base) or ""
+        for target, found in updates.items():
+            for position, update in enumerate(found):
+                if target.stacked or target.rows is not None:
+                    why = "on experts or some rows of a weight"
+                elif role(target.path, family) in (None, "qkv"):
+                    why = "not a layer that the library is known to adapt; the base tells"
+                elif exact_alpha((_law(update)[0], _law(update)[2]), rslora=False) is None:
+                    why = "no alpha gives its scaling exactly"
+                else:
+                    why = "" if _law(update) == first and not position else "another form than the others'"
+                if why:
+                    yield target, position, f"{update.method}: {why}"
+
+
+def _law(update: Any) -> tuple[int, int, float, float]:
+    return int(update.A.shape[0]), int(update.B.shape[0]), float(update.scaling), float(update.sharpness)

@@ -1,0 +1,267 @@
+"""Prefix tuning: one network, or one flat tensor, for all attentions of a kind; `encoder_`, `cross_` and `self_prefix`.
+
+The library keeps it once and lists it under every attention, so that a file holds it many times. Each attention is a
+target here: it attends to its own share of the keys and values first, and positions are counted as without them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....adapter import Target
+from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ....tensors.lazy import Lazy, as_lazy
+from ..file import AGAIN, Found, Kept, check_same, joined, make, sliced, take
+from ..places import model_type_of
+from ._family import Family, Fields, Size, Updates
+
+if TYPE_CHECKING:
+    from ....tensors.checkpoint import Checkpoint
+    from ..file import Findings, Part
+    from ..keys import Key
+    from ..naming import Naming
+
+KIND, LAYER, POOL = "prefix_tunings", "prefix_tuning", ".prefix_tuning.pool"
+GROUPS = ("encoder_prefix", "self_prefix", "cross_prefix")
+FLAT = "control_trans"
+NETWORK = {
+    "wte.weight": "E",
+    "control_trans.0.weight": "W1",
+    "control_trans.0.bias": "b1",
+    "control_trans.2.weight": "W2",
+    "control_trans.2.bias": "b2",
+}
+"""Slot of a group -> field; the last two hold all layers."""
+
+ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+ATTENTIONS = {
+    **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), ".attention.self"),
+    **dict.fromkeys(("llama", "mistral"), ".self_attn"),
+    "gpt2": ".attn",
+}
+"""model_type -> the attentions that new folders can be written for."""
+
+HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
+
+
+class PrefixFields(Fields, frozen=True, kw_only=True):
+    """What the tensors mean."""
+
+    flat: bool = False
+    prefix_length: Size = 30
+    non_linearity: str = "tanh"
+    leave_out: tuple[int, ...] = ()
+    use_gating: bool = False
+
+
+class PrefixFamily(Family):
+    """`prefix_tuning`."""
+
+    methods = frozenset({"prefix", "prefix_mlp"})
+    fields = PrefixFields
+    read: ClassVar[Mapping[str, str]] = {
+        "flat": "the keys and values themselves, without the network",
+        "leave_out": "layers that have none, though they list those of the others",
+        "non_linearity": "of the network: tanh",
+        "prefix_length": "how many",
+        "use_gating": "a gate on the input weights them; refused",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "bottleneck_size": "sizes; the tensors say them",
+        "cross_prefix": "which attentions have any; the keys say so",
+        "dropout": "training only",
+        "encoder_prefix": "which attentions have any; the keys say so",
+        "init_weights_seed": "initial values",
+        "shared_gating": "setting of use_gating",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "architecture": "prefix_tuning",
+        "cross_prefix": True,
+        "dropout": 0.0,
+        "encoder_prefix": True,
+        "init_weights_seed": None,
+        "non_linearity": "tanh",
+        "shared_gating": True,
+        "use_gating": False,
+    }
+
+    @classmethod
+    def decode(cls, part: Part) -> Findings:
+        _check(part)
+        groups = part.groups(KIND)
+        found = {path.removesuffix(POOL): slots for path, slots in groups.items() if path.endswith(POOL)}
+        whole = next((slots for path, slots in groups.items() if not path.endswith(POOL)), None)
+        if whole is None or not found:
+            return
+        names = list(dict.fromkeys(slot.partition(".")[0] for slot in whole))
+        for name in names:
+            if name not in GROUPS:
+                why = f"a group {name[:60]!r} of attentions is not known to this version"
+                raise Unsupported(why, where=next(iter(whole.values())).text, cure=f"Known: {', '.join(GROUPS)}")
+            own = [path for path in sorted(found, key=_in_order) if _group(path, part) == name]
+            yield from _group_updates(part, name, own, whole)
+        used = {
+            path
+            for name in names
+            for path in found
+            if _group(path, part) == name and _layer(path) not in part.own.leave_out
+        }
+        for path, slots in found.items():
+            for slot, key in slots.items():
+                if slot not in whole:
+                    raise Malformed("not in the whole model's own prefix", where=key.text, cure=AGAIN)
+                check_same(part, key, whole[slot])
+                if path not in used:
+                    yield Kept(key)
+
+    @classmethod
+    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+        groups: dict[str, list[tuple[Target, Any]]] = {}
+        for target, found in updates.items():
+            group = _group_of(target.path, naming.model_type)
+            groups.setdefault(group, []).extend((target, update) for update in found)
+        for name, own in groups.items():
+            own.sort(key=lambda pair: _in_order(pair[0].path))
+            for slot, leaf in _slots([update for _, update in own]).items():
+                for path in (naming.at_root(LAYER), *(target.path + POOL for target in updates)):
+                    yield naming.key(path, KIND, f"{name}.{slot}" if slot else name), leaf
+
+    @classmethod
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+        some: Any = next(iter(updates.values()))[0]
+        flat = some.method == "prefix"
+        layers = next((base.config[n] for n in LAYERS if base and base.config and n in base.config), 0)
+        return {
+            "bottleneck_size": 512 if flat else int(some.W1.shape[0]),
+            "flat": flat,
+            "leave_out": sorted({*range(layers)} - {_layer(target.path) for target in updates}),
+            "prefix_length": int(some.P.shape[3] if flat else some.E.shape[0]),
+        }
+
+    @classmethod
+    def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+        model_type = model_type_of(base)
+        first: Any = next(iter(updates.values()))[0]
+        for target, found in updates.items():
+            for position, update in enumerate(found):
+                why = _why_not(target, update, first, model_type) or ("a second one" if position else "")
+                if why:
+                    yield target, position, f"{update.method}: {why}"
+
+
+def _why_not(target: Target, update: Any, first: Any, model_type: str | None) -> str:
+    """Why a new config cannot say it: the library fills all attentions of the layers that are not left out."""
+    ending = ATTENTIONS.get(model_type or "")
+    if ending is None:
+        return "the library fills attentions that are left out, and which there are only the base tells"
+    if not target.path.endswith(ending):
+        return f"not an attention where the library puts prefixes in a {model_type}"
+    shapes = {name: tuple(leaf.shape) for name, leaf in update.tensors.items()}
+    if shapes != {name: tuple(leaf.shape) for name, leaf in first.tensors.items()} or update.method != first.method:
+        return "another form or size than the others': a config has one of each"
+    if update.method == "prefix":
+        return "" if update.P.shape[0] == 1 and update.step == 1 else "keys and values of several layers"
+    shared = all(update.tensors[name] is first.tensors[name] for name in ("E", "W1", "b1"))
+    return "" if shared and update.b2.shape[0] == 1 else "a network of its own, where the library has one for all"
+
+
+def _check(part: Part) -> None:
+    if part.own.use_gating:
+        why = "a gate on the input of each attention weights the prefix; not known to this version"
+        raise Unsupported(why, where=f"{part.at}.use_gating", cure="Run it with the adapters library")
+    if part.own.non_linearity.lower() != "tanh" and not part.own.flat:
+        why = f"a network with {part.own.non_linearity[:60]!r} is not known to this version"
+        raise Unsupported(why, where=f"{part.at}.non_linearity", cure="Known: tanh")
+    if part.own.leave_out and part.settings.model_type in ENCODER_DECODER:
+        why = "layers of an encoder and a decoder that are left out are not known to this version"
+        raise Unsupported(why, where=f"{part.at}.leave_out", cure="Known: []")
+
+
+def _group_updates(part: Part, name: str, paths: Sequence[str], whole: Mapping[str, Key]) -> Iterator[Found]:
+    """The updates of the attentions of one kind that are not left out."""
+    prefix = name if part.own.flat else f"{name}."
+    own = {slot.removeprefix(prefix).lstrip("."): key for slot, key in whole.items() if slot.startswith(prefix)}
+    tensors = take(part, own, {FLAT: "P"} if part.own.flat else NETWORK)
+    keys = tuple(own.values())
+    placed = [path for path in paths if _layer(path) not in part.own.leave_out]
+    heads, width = _sizes(part, tensors, len(placed), keys[0])
+    if "W2" in tensors and (len(tensors["W2"].shape) != 2 or tensors["W2"].shape[:1] != tensors["b2"].shape):
+        why = f"{list(tensors['W2'].shape)} does not go with a bias of {list(tensors['b2'].shape)}"
+        raise ShapeMismatch(why, where=keys[0].text, cure=AGAIN)
+    for position, path in enumerate(placed):
+        mine = tuple(key for key in part.tensors if key.kind == KIND and key.path == path + POOL)
+        if part.own.flat:
+            P = _share(tensors["P"], part.own.prefix_length, len(placed), position, heads)
+            update = make("prefix", {"P": P})
+        else:
+            start, stop = position * 2 * width, (position + 1) * 2 * width
+            W2, b2 = sliced(tensors["W2"], start, stop), sliced(tensors["b2"], start, stop)
+            shape = (1, 2, heads, width // heads)
+            share = {"W2": W2.reshape(*shape, W2.shape[1]), "b2": b2.reshape(*shape)}
+            update = make("prefix_mlp", {**tensors, **share})
+        yield Found(Target(path), update, (*keys, *mine))
+
+
+def _sizes(part: Part, tensors: Mapping[str, Lazy], layers: int, key: Key) -> tuple[int, int]:
+    """Heads, and how wide all keys of a layer are together.
+
+    Raises:
+        UsageError: there is no base to tell the heads.
+        ShapeMismatch: the tensors are not of so many layers and heads.
+    """
+    last = tensors["P"] if part.own.flat else tensors["b2"]
+    total = last.shape[0] if len(last.shape) == 1 else 0
+    rows = 2 * layers * (part.own.prefix_length if part.own.flat else 1)
+    config = {} if part.base is None else part.base.config or {}
+    heads = part.heads or next((config[name] for name in HEADS if isinstance(config.get(name), int)), 0)
+    if heads < 1:
+        why = "the file does not say how many heads the keys and values are of"
+        raise UsageError(why, where=key.text, cure="Pass base=, with its config.json")
+    if not rows or total % (rows * heads) or not total:
+        why = f"{list(last.shape)} are not the keys and values of {layers} layers with {heads} heads"
+        raise ShapeMismatch(why, where=key.text, cure="The config or the base is not of this file")
+    return heads, total // rows
+
+
+def _share(flat: Lazy, length: int, layers: int, layer: int, heads: int) -> Lazy:
+    """One layer's `[1, 2, heads, length, d]` out of the flat tensor `[length, layers, 2, heads, d]`."""
+    d = flat.shape[0] // (length * layers * 2 * heads)
+    shape = (1, 2, heads, length, d)
+    return flat.map(lambda v: v.reshape(length, layers, 2, heads, d)[:, layer].transpose(1, 2, 0, 3)[None], shape)
+
+
+def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
+    if updates[0].method == "prefix":
+        whole = joined([as_lazy(update.P) for update in updates])
+        size = whole.nbytes // whole.dtype.itemsize
+        return {FLAT: whole.map(lambda v: v.transpose(3, 0, 1, 2, 4).reshape(-1), (size,))}
+    slots = {slot: as_lazy(updates[0].tensors[field]) for slot, field in NETWORK.items() if field in ("E", "W1", "b1")}
+    rows = sum(as_lazy(update.b2).nbytes // as_lazy(update.b2).dtype.itemsize for update in updates)
+    W2 = joined([as_lazy(update.W2) for update in updates])
+    b2 = joined([as_lazy(update.b2) for update in updates])
+    return slots | {"control_trans.2.weight": W2.reshape(rows, W2.shape[-1]), "control_trans.2.bias": b2.reshape(rows)}
+
+
+def _group(path: str, part: Part) -> str:
+    return _group_of(path, part.settings.model_type)
+
+
+def _group_of(path: str, model_type: str | None) -> str:
+    """What the library calls the kind of an attention."""
+    if path.endswith(("EncDecAttention", ".encoder_attn")) or ".crossattention" in path:
+        return "cross_prefix"
+    inside = "encoder" in path.split(".") and model_type in ENCODER_DECODER
+    return "encoder_prefix" if inside else "self_prefix"
+
+
+def _layer(path: str) -> int:
+    found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", path)
+    return int(found[1]) if found else -1
+
+
+def _in_order(path: str) -> list[tuple[int, str]]:
+    """Layers by their numbers, not by their digits."""
+    return [(int(part), "") if part.isdigit() and len(part) < 7 else (-1, part) for part in path.split(".")]

@@ -1,0 +1,89 @@
+"""Prompt tuning: `prompt_embedding.weight` [n, dim], in front of what the embeddings give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....adapter import Target
+from ....errors import ShapeMismatch, Unsupported
+from ....tensors.lazy import Lazy, as_lazy
+from ..file import Found, make, take
+from ..sublayers import EMBEDDINGS
+from ._family import Family, Fields, Size, Updates
+
+if TYPE_CHECKING:
+    from ....tensors.checkpoint import Checkpoint
+    from ..file import Findings, Part
+    from ..naming import Naming
+
+KIND, LAYER, SLOT = "prompt_tunings", "prompt_tuning", "prompt_embedding.weight"
+
+
+class PromptFields(Fields, frozen=True, kw_only=True):
+    """What the tensor means."""
+
+    prompt_length: Size = 10
+    combine: str = "prefix"
+
+
+class PromptFamily(Family):
+    """`prompt_tuning`."""
+
+    methods = frozenset({"prompt"})
+    fields = PromptFields
+    read: ClassVar[Mapping[str, str]] = {
+        "combine": "prefix: in front; prefix_after_bos: behind the first token, refused",
+        "prompt_length": "how many rows",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "init_weights_seed": "initial values",
+        "prompt_init": "initial values",
+        "prompt_init_text": "initial values",
+        "random_uniform_scale": "initial values",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "architecture": "prompt_tuning",
+        "init_weights_seed": None,
+        "prompt_init": "random_uniform",
+        "prompt_init_text": None,
+    }
+
+    @classmethod
+    def decode(cls, part: Part) -> Findings:
+        if part.own.combine != "prefix":
+            why = f"a prompt that is combined as {part.own.combine[:60]!r} is not known to this version"
+            raise Unsupported(why, where=f"{part.at}.combine", cure="Known: prefix")
+        for path, slots in part.groups(KIND).items():
+            tensors = take(part, slots, {SLOT: "P"})
+            if tensors["P"].shape[:1] != (part.own.prompt_length,):
+                why = f"{list(tensors['P'].shape)}, where the config says {part.own.prompt_length} tokens"
+                raise ShapeMismatch(why, where=slots[SLOT].text, cure="The config is not of this file")
+            name = EMBEDDINGS.get(part.settings.model_type or "")
+            if name is None:
+                why = f"where the embeddings of a {part.settings.model_type} end is not known to this version"
+                raise Unsupported(why, where=slots[SLOT].text, cure=f"Known: {', '.join(sorted(EMBEDDINGS))}")
+            yield Found(Target(path.removesuffix(LAYER) + name), make("prompt", tensors), (slots[SLOT],))
+
+    @classmethod
+    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+        for found in updates.values():
+            for update in found:
+                yield naming.key(naming.at_root(LAYER), KIND, SLOT), as_lazy(update.tensors["P"])
+
+    @classmethod
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+        some: Any = next(iter(updates.values()))[0]
+        return {"combine": "prefix", "prompt_length": int(some.P.shape[0])}
+
+    @classmethod
+    def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+        for number, (target, position, update) in enumerate(
+            (target, position, update) for target, found in updates.items() for position, update in enumerate(found)
+        ):
+            if number:
+                yield target, position, "a second prompt"
+            elif not target.path.endswith(tuple(EMBEDDINGS.values())):
+                yield target, position, "a prompt in front of the model's input: the library's is behind the embeddings"
+            elif update.attributes["used"]:
+                yield target, position, "a prompt of which only some rows are used"

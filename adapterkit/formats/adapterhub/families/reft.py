@@ -1,0 +1,202 @@
+"""ReFT: `units.0` for the first positions, `units.1` for the last, or one unit for both with `tied_weights`.
+
+With `orthogonality` a file does not hold the projection but what torch's parametrization makes it from: Householder
+vectors in `original`, below the diagonal of its transpose, and a matrix `base` before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....adapter import Target
+from ....errors import ShapeMismatch, Unsupported
+from ....tensors.activations import ACTIVATIONS
+from ....tensors.lazy import Lazy, as_lazy
+from .. import householder
+from ..file import AGAIN, Found, Kept, make, take
+from ._family import Family, Fields, Size, Updates
+
+if TYPE_CHECKING:
+    from ....tensors.checkpoint import Checkpoint
+    from ..file import Findings, Part
+    from ..keys import Key
+    from ..naming import Naming
+
+KIND, LAYER = "refts", ".reft_layer"
+ORIGINAL, BASE = "projection.parametrizations.weight.original", "projection.parametrizations.weight.0.base"
+FIELDS = {"learned_source.weight": "source", "learned_source.bias": "source_bias", "projection.weight": "projection"}
+"""Slot of a unit -> field; those of the second begin with `suffix_`."""
+
+
+class ReftFields(Fields, frozen=True, kw_only=True):
+    """What the tensors mean."""
+
+    prefix_positions: int
+    suffix_positions: int
+    r: Size
+    orthogonality: bool
+    tied_weights: bool = False
+    subtract_projection: bool | None = None
+    non_linearity: str | None = None
+
+
+class ReftFamily(Family):
+    """`reft`."""
+
+    methods = frozenset({"reft"})
+    fields = ReftFields
+    read: ClassVar[Mapping[str, str]] = {
+        "non_linearity": "the activation; null: none",
+        "orthogonality": "the projection is parametrized by Householder vectors",
+        "prefix_positions": "how many positions are changed at the beginning",
+        "r": "rank",
+        "subtract_projection": "the projection of the input is subtracted; releases up to 1.3 never write it",
+        "suffix_positions": "how many positions are changed at the end",
+        "tied_weights": "one unit for both",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "dropout": "training only",
+        "dtype": "of the tensors, which say it themselves",
+        "init_weights_seed": "initial values",
+        "layers": "which layers have tensors; the keys say so",
+        "output_reft": "which modules have tensors; the keys say so",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "architecture": "reft",
+        "dropout": 0.05,
+        "dtype": None,
+        "init_weights_seed": None,
+        "output_reft": True,
+    }
+
+    @classmethod
+    def decode(cls, part: Part) -> Findings:
+        _check(part)
+        for path, slots in part.groups(KIND).items():
+            tensors: dict[str, Lazy] = {}
+            keys: list[Key] = []
+            for unit in range(1 if part.own.tied_weights else 2):
+                found, used = _unit(part, slots, unit)
+                tensors |= {f"suffix_{field}" if unit else field: leaf for field, leaf in found.items()}
+                keys += used
+            update = make("reft", tensors, **_attributes(part))
+            yield Found(Target(path.removesuffix(LAYER)), update, tuple(keys))
+            yield from (Kept(key) for slot, key in slots.items() if slot.endswith((ORIGINAL, BASE)))
+
+    @classmethod
+    def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+        for target, found in updates.items():
+            for update in found:
+                for unit, prefix in ((0, ""), (1, "suffix_")):
+                    for slot, leaf in _spelled(update, prefix):
+                        yield naming.key(target.path + LAYER, KIND, f"units.{unit}.{slot}"), leaf
+
+    @classmethod
+    def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+        some: Any = next(iter(updates.values()))[0]
+        return {
+            "layers": sorted({_layer(target.path) or 0 for target in updates}),
+            "non_linearity": None if some.non_linearity == "linear" else some.non_linearity,
+            "orthogonality": some.orthogonality,
+            "prefix_positions": some.prefix_positions,
+            "r": int(some.projection.shape[0]),
+            "subtract_projection": some.subtract_projection,
+            "suffix_positions": some.suffix_positions,
+            "tied_weights": some.suffix_projection is None,
+        }
+
+    @classmethod
+    def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+        first = _form(next(iter(updates.values()))[0])
+        for target, found in updates.items():
+            for position, update in enumerate(found):
+                if _form(update) != first:
+                    why = "another form or size than the others': a config has one of each"
+                elif any(f"{prefix}source" in update.tensors and f"{prefix}source_bias" not in update.tensors
+                         for prefix in ("", "suffix_")):  # fmt: skip
+                    why = "a source without a bias"
+                elif not update.attributes["subtract_projection"]:
+                    why = "without subtract_projection (DiReFT), which the library reads back as NoReFT"
+                elif _layer(target.path) is None:
+                    why = "not behind one of the base's layers"
+                else:
+                    why = "a second update of one module" if position else ""
+                if why:
+                    yield target, position, f"{update.method}: {why}"
+
+    @classmethod
+    def stale(cls, updates: Updates, naming: Naming, kept: Mapping[str, Lazy]) -> Iterator[str]:
+        for target, found in updates.items():
+            for update, unit in ((update, unit) for update in found for unit in (0, 1)):
+                pair = [naming.key(target.path + LAYER, KIND, f"units.{unit}.{end}") for end in (ORIGINAL, BASE)]
+                matrix = update.tensors.get("suffix_projection" if unit else "projection")
+                if all(key in kept for key in pair):
+                    same = matrix is not None and update.attributes["orthogonality"]
+                    if not same or not householder.says(kept[pair[0]], kept[pair[1]], as_lazy(matrix)):  # type: ignore[arg-type]
+                        yield from pair
+
+
+def _check(part: Part) -> None:
+    word = part.own.non_linearity
+    if word is not None and word.lower() not in ACTIVATIONS:
+        why = f"an unknown non_linearity {word[:60]!r}"
+        raise Unsupported(why, where=f"{part.at}.non_linearity", cure=f"Known: {', '.join(ACTIVATIONS)}")
+    if part.own.subtract_projection is None and not part.own.orthogonality and part.compat != "adapters":
+        why = "nothing tells NoReFT from DiReFT: the library does not write whether the projection is subtracted"
+        cure = (
+            "Write subtract_projection into `config`: true for NoReFT, which the library takes it for, false for DiReFT"
+        )
+        raise Unsupported(why, where=f"{part.at}.subtract_projection", cure=cure)
+
+
+def _attributes(part: Part) -> dict[str, Any]:
+    own = part.own
+    return {
+        "prefix_positions": own.prefix_positions,
+        "suffix_positions": own.suffix_positions,
+        "subtract_projection": True if own.subtract_projection is None else own.subtract_projection,
+        "non_linearity": "linear" if own.non_linearity is None else own.non_linearity.lower(),
+        "orthogonality": own.orthogonality,
+    }
+
+
+def _unit(part: Part, slots: Mapping[str, Key], unit: int) -> tuple[dict[str, Lazy], list[Key]]:
+    own = {slot.removeprefix(f"units.{unit}."): key for slot, key in slots.items() if slot.startswith(f"units.{unit}.")}
+    fields = {slot: field for slot, field in FIELDS.items() if field != "projection" or not part.own.orthogonality}
+    tensors = take(part, own or slots, fields)
+    keys = [own[slot] for slot in fields]
+    if part.own.orthogonality:
+        halves = take(part, own, {ORIGINAL: "original", BASE: "base"})
+        _check_halves(own[ORIGINAL], **halves)
+        tensors["projection"] = householder.composed(**halves)
+    for field in ("source", "projection"):
+        if tensors[field].shape[:1] != (part.own.r,):
+            why = f"{list(tensors[field].shape)}, where the config says rank {part.own.r}"
+            raise ShapeMismatch(why, where=keys[0].text, cure="The config is not of this file")
+    return tensors, keys
+
+
+def _check_halves(key: Key, original: Lazy, base: Lazy) -> None:
+    n = original.shape[-1] if original.shape else 0
+    if len(original.shape) != 2 or original.shape[0] >= n or base.shape != (n, n):
+        why = f"{list(original.shape)} and {list(base.shape)} are not [r, n] with r < n, and [n, n]"
+        raise ShapeMismatch(why, where=key.text, cure=AGAIN)
+
+
+def _spelled(update: Any, prefix: str) -> Iterator[tuple[str, Lazy]]:
+    for slot, field in FIELDS.items():
+        leaf = update.tensors.get(prefix + field)
+        if leaf is not None and field == "projection" and update.orthogonality:
+            yield from zip((ORIGINAL, BASE), householder.taken_apart(as_lazy(leaf)), strict=True)
+        elif leaf is not None:
+            yield slot, as_lazy(leaf)
+
+
+def _form(update: Any) -> tuple[Any, ...]:
+    return update.attributes, {name: tuple(leaf.shape) for name, leaf in update.tensors.items()}
+
+
+def _layer(path: str) -> int | None:
+    last = path.rpartition(".")[2]
+    return int(last) if last.isdigit() else None

@@ -1,0 +1,135 @@
+"""What the families share: the part of a file that is theirs, and what they find in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...errors import Malformed
+from ...methods import METHODS
+from ...names.layouts import stored_in_out
+from ...tensors.lazy import Lazy
+
+if TYPE_CHECKING:
+    from ...adapter import Target
+    from ...tensors.checkpoint import Checkpoint
+    from ...tensors.lazy import Leaf
+    from ...updates import Update
+    from .config import Settings
+    from .keys import Key
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A file as one of its configs sees it: all of it, but for a union.
+
+    Attributes:
+        settings: what the whole config says.
+        own: the fields of this config.
+        tensors: parsed key -> tensor, in file order.
+        base: the base, where one was given.
+        compat: the tool whose faults are wanted, if any.
+        at: where this config lies in the file's: `config`, or `config.configs[1]`.
+        heads: of the keys and values of a prefix, where that is known without the base.
+    """
+
+    settings: Settings
+    own: Any
+    tensors: Mapping[Key, Lazy]
+    base: Checkpoint | None = None
+    compat: str | None = None
+    at: str = "config"
+    heads: int | None = None
+
+    def groups(self, kind: str) -> dict[str, dict[str, Key]]:
+        """Module -> slot -> key, for the keys of a kind.
+
+        Raises:
+            Malformed: two keys say the same.
+        """
+        found: dict[str, dict[str, Key]] = {}
+        for key in self.tensors:
+            if key.kind != kind:
+                continue
+            slots = found.setdefault(key.path, {})
+            if key.slot in slots:
+                why = f"says the same as {slots[key.slot].text}"
+                raise Malformed(why, where=key.text, cure="Save the adapter again with one release of the library")
+            slots[key.slot] = key
+        return found
+
+    def layout(self, path: str) -> str:
+        """How the family of the base stores the weight of a linear layer."""
+        turned = stored_in_out(f".{path}", {"model_type": self.settings.model_type})
+        return "in out *k" if turned else "out *in"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """One update of a file, and the keys that it was made from."""
+
+    target: Target
+    update: Update
+    keys: tuple[Key, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """A key whose tensor changes nothing that the adapter computes, and is kept to be written back."""
+
+    key: Key
+
+
+Findings = Iterator[Found | Kept]
+
+
+def joined(leaves: list[Lazy]) -> Lazy:
+    """Tensors of one type as one, behind each other along the first axis."""
+    first = leaves[0]
+    if len(leaves) == 1:
+        return first
+    shape = (sum(leaf.shape[0] for leaf in leaves), *first.shape[1:])
+    return Lazy(shape, first.dtype, lambda: b"".join(bytes(leaf.fetch()) for leaf in leaves))
+
+
+def sliced(leaf: Lazy, start: int, stop: int) -> Lazy:
+    """Positions `start` to `stop` of the first axis; the leaf itself where that is all of it."""
+    if (start, stop) == (0, leaf.shape[0]):
+        return leaf
+    return leaf.map(lambda values: values[start:stop], (stop - start, *leaf.shape[1:]))
+
+
+def make(method: str, leaves: Mapping[str, Leaf], **attributes: Any) -> Update:
+    """An update of a method over leaves that are not read yet."""
+    return METHODS[method](**leaves, **attributes)
+
+
+def take(part: Part, slots: Mapping[str, Key], fields: Mapping[str, str]) -> dict[str, Lazy]:
+    """Field -> tensor, for a table of slot -> field.
+
+    Raises:
+        Malformed: a slot is missing.
+    """
+    missing = next((slot for slot in fields if slot not in slots), None)
+    if missing is not None:
+        where = next(iter(slots.values())).text
+        raise Malformed(f"its partner is not in the file: {missing}", where=where, cure=AGAIN)
+    return {field: part.tensors[slots[slot]] for slot, field in fields.items()}
+
+
+def check_same(part: Part, one: Key, other: Key) -> None:
+    """Checks that two keys hold the same values, as one tensor that the library stores twice does.
+
+    Raises:
+        Malformed: they differ.
+    """
+    a, b = part.tensors[one], part.tensors[other]
+    if a.span is not None and a.span == b.span:
+        return
+    if a.shape != b.shape or bytes(a.fetch()) != bytes(b.fetch()):
+        why = f"differs from {other.text}, which is the same tensor in the library"
+        raise Malformed(why, where=one.text, cure=AGAIN)
+
+
+AGAIN = "Save the adapter again with the adapters library"

@@ -1,0 +1,137 @@
+"""What a new config must say of LoRA and its like: one law for all, and kinds of layers by their words.
+
+A config names kinds of layers; the library adds a fresh adapter, which changes nothing, to whatever else it covers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..peft.alphas import exact_alpha
+from .places import family_of_base, model_type_of, role
+
+if TYPE_CHECKING:
+    from ...adapter import Target
+    from ...tensors.checkpoint import Checkpoint
+    from ...updates import Update
+
+    Updates = Mapping[Target, tuple[Update, ...]]
+
+QKV = ("q", "k", "v")
+
+
+def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
+    """The fields of a config that says these updates."""
+    some = next(iter(updates.values()))[0]
+    words = _words(updates, base)
+    rank, alpha = _numbers(some)
+    vera = some.method == "vera_matrices"
+    return {
+        "alpha": alpha,
+        "attn_matrices": [word for word in QKV if word in words],
+        "composition_mode": "scale" if some.method == "ia3" else "add",
+        "init_weights": {"ia3": "ia3", "vera_matrices": "vera"}.get(some.method, "lora"),
+        "intermediate_lora": "intermediate" in words,
+        "output_lora": "output" in words,
+        "r": rank,
+        "selfattn_lora": not words.isdisjoint(QKV),
+        "use_dora": some.method == "dora",
+        "use_gating": some.method == "gated_lora",
+        "vera_b": 0.0 if vera else None,
+        "vera_d": 0.1 if vera else None,
+    }
+
+
+def losses(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+    """What a new config cannot say."""
+    first = _law(next(iter(updates.values()))[0])
+    for target, found in updates.items():
+        for position, update in enumerate(found):
+            why = _why_not(target, update, base) or ("" if position == 0 else "a second update of one module")
+            if not why and _law(update) != first:
+                why = "another method, rank or scaling than the others': a config has one of each"
+            if why:
+                yield target, position, why
+    yield from _unplaced(updates, base)
+
+
+def _law(update: Any) -> tuple[Any, ...]:
+    if update.method == "ia3":
+        return (update.method,)
+    shared = (id(update.A), id(update.B)) if update.method == "vera_matrices" else ()
+    return update.method, int(update.A.shape[0]), update.attributes.get("scaling"), shared
+
+
+def _numbers(update: Any) -> tuple[int, int | float]:
+    """Rank and alpha; `losses` has made sure that there is an alpha. Where it is not used it is the rank."""
+    rank = 1 if update.method == "ia3" else int(update.A.shape[0])
+    return rank, exact_alpha((rank, float(update.attributes.get("scaling", 1.0))), rslora=False) or 0
+
+
+def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
+    if target.stacked:
+        return f"{update.method} on stacked experts"
+    if update.method == "ia3":
+        return "" if update.l is not None else "ia3 on inputs"
+    if len(update.A.shape) != 2:
+        return f"{update.method} on a convolution"
+    if 0 in update.A.shape:
+        return f"{update.method} of rank 0"
+    if update.method == "lora" and update.bias is not None:
+        return "lora with a bias"
+    scaling = float(update.attributes.get("scaling", 1.0))
+    if exact_alpha((int(update.A.shape[0]), scaling), rslora=False) is None:
+        return "no alpha gives its scaling exactly"
+    return _why_not_dora(target, update, base) if update.method == "dora" else ""
+
+
+def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
+    """The library divides by |W + B A| without the scaling, and multiplies the layer's bias too."""
+    if target.layout != "out *in":
+        return "dora on a weight stored [in, out]"
+    if update.scaling != 1:
+        return "dora with a scaling other than 1, which the library leaves out of the norm"
+    if base is None:
+        return "dora, whose bias the library would scale: whether there is one only the base tells"
+    names = [name for name in base.tensors if f".{name}".endswith(f".{target.path}.bias")]
+    return "dora on a layer with a bias, which the library would scale" if names else ""
+
+
+def _words(updates: Updates, base: Checkpoint | None) -> set[str]:
+    """The words of a config for all that is adapted."""
+    model_type = base_family(updates, base) or ""
+    words: set[str] = set()
+    for target in updates:
+        word = role(target.path, model_type) or ""
+        size = target.rows[1] - target.rows[0] if target.rows else 0
+        words.add(QKV[target.rows[0] // size] if word == "qkv" and target.rows else word)
+    return words
+
+
+def base_family(updates: Updates, base: Checkpoint | None) -> str | None:
+    """The family of the base, by its own word or by the targets' paths."""
+    return family_of_base((target.path for target in updates), model_type_of(base))
+
+
+def _unplaced(updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
+    """What has no word in a config, which names no modules but kinds of them."""
+    family = base_family(updates, base)
+    for target, found in updates.items():
+        word = role(target.path, family or "")
+        if family is None:
+            why = "nothing tells which layers of the base these are; pass the base"
+        elif word is None:
+            why = f"not a layer of {family} that the library adapts"
+        elif (word == "qkv") != (target.rows is not None):
+            why = "all of a fused weight" if target.rows is None else "some rows of a weight"
+        elif target.rows is not None and not _third(target.rows):
+            why = "rows that are no third of a fused weight"
+        else:
+            continue
+        yield from ((target, position, f"{found[position].method}: {why}") for position in range(len(found)))
+
+
+def _third(rows: tuple[int, int]) -> bool:
+    start, size = rows[0], rows[1] - rows[0]
+    return start % size == 0 and start // size < 3

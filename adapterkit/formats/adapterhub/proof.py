@@ -1,0 +1,42 @@
+"""Whether a folder's content reads back as the updates that it was made from; headers only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ...errors import AdapterkitError
+from ...tensors.lazy import as_lazy
+from .container import Content
+from .reader import Updates, assemble
+
+if TYPE_CHECKING:
+    from ...tensors.checkpoint import Checkpoint
+    from ...updates import Update
+
+PREFIXES = ("prefix", "prefix_mlp")
+
+
+def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:
+    """Whether the library's files would be read as these updates."""
+    written = json.loads(json.dumps(dict(content.config), sort_keys=True))
+    try:
+        read, _, _ = assemble(replace(content, config=written), compat=compat, base=base, heads=_heads(updates))
+    except AdapterkitError:
+        return False
+    return _content(read) == _content(updates)
+
+
+def _heads(updates: Updates) -> int | None:
+    found = [u.tensors.get("P", u.tensors.get("b2")) for us in updates.values() for u in us if u.method in PREFIXES]
+    return next((int(leaf.shape[2]) for leaf in found if leaf is not None), None)
+
+
+def _content(updates: Updates) -> dict[Any, Any]:
+    return {(target.path, target.rows): [_outline(update) for update in found] for target, found in updates.items()}
+
+
+def _outline(update: Update) -> tuple[Any, ...]:
+    leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
+    return update.method, update.attributes, {name: (leaf.shape, leaf.dtype.name) for name, leaf in leaves.items()}

@@ -1,0 +1,118 @@
+"""A config and tensors in, an `Adapter` out; every tensor is accounted for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ...adapter import Adapter, BaseRef, Foreign, Step, Target
+from ...errors import Malformed
+from .config import Settings, parse, parts
+from .container import Content
+from .families import family_of
+from .file import AGAIN, Found, Kept, Part
+from .hints import FORMAT, HEAD, Hints
+from .keys import Key, parse_keys
+from .naming import Naming
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ...tensors.checkpoint import Checkpoint
+    from ...tensors.lazy import Lazy
+    from ...updates import Update
+    from .families._family import Family
+
+Updates = Mapping[Target, tuple["Update", ...]]
+
+
+def decode(content: Content, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+    """The adapter that a folder's content makes up.
+
+    Raises:
+        Malformed: a tensor is not accounted for, or the config is not of this file.
+        Unsupported: the config asks for what this version does not know.
+        ShapeMismatch: shapes disagree with each other or with the config.
+    """
+    updates, kept, settings = assemble(content, compat=compat, base=base)
+    root = _root(parse_keys(content.tensors, settings.name))
+    hints = Hints(
+        config=dict(content.config),
+        file=content.file,
+        root=root,
+        keys=_departures(updates, content, Naming(settings.name, settings.model_type, root)),
+        compat=compat,
+        interface=None if content.interface is None else dict(content.interface),
+        head=None if content.head is None else dict(content.head),
+        head_file=content.head_file,
+    )
+    tensors = {key.text: content.tensors[key.text] for key in kept}
+    tensors |= {HEAD + name: tensor for name, tensor in content.head_tensors.items()}
+    base_ref = BaseRef(settings.model_name) if settings.model_name else None
+    foreign = Foreign(FORMAT, msgspec.to_builtins(hints), tensors)
+    return Adapter(updates, base_ref, (Step("read", {"format": FORMAT}),), foreign)
+
+
+def assemble(
+    content: Content, *, compat: str | None = None, base: Checkpoint | None = None, heads: int | None = None
+) -> tuple[Updates, list[Key], Settings]:
+    """The updates by target, the keys that are only kept, and what the config says; `heads` are those of a prefix."""
+    settings = parse(content.config, content.interface)
+    tensors = parse_keys(content.tensors, settings.name)
+    found: list[Found] = []
+    kept: list[Key] = []
+    for at, family, own in parts(content.config, settings):
+        for finding in family.decode(Part(settings, own, tensors, base, compat, at, heads)):
+            if isinstance(finding, Kept):
+                kept.append(finding.key)
+            else:
+                found.append(finding)
+    _check_all_used(tensors, {*kept, *(key for each in found for key in each.keys)})
+    order = {key: position for position, key in enumerate(tensors)}
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for each in sorted(found, key=lambda each: min(order[key] for key in each.keys)):
+        updates[each.target] = (*updates.get(each.target, ()), each.update)
+    return updates, kept, settings
+
+
+def spell(updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
+    """Key and tensor of everything that is written, by the families of the updates."""
+    for family, own in by_family(updates).items():
+        yield from family.spell(own, naming)
+
+
+def by_family(updates: Updates) -> dict[type[Family], Updates]:
+    """The updates of each family; those of none are left out."""
+    found: dict[type[Family], dict[Target, tuple[Update, ...]]] = {}
+    for target, each in updates.items():
+        for update in each:
+            if family := family_of(update):
+                own = found.setdefault(family, {})
+                own[target] = (*own.get(target, ()), update)
+    return dict(found)
+
+
+def _check_all_used(tensors: Mapping[Key, Lazy], used: set[Key]) -> None:
+    left = next((key for key in tensors if key not in used), None)
+    if left is not None:
+        why = "a tensor that nothing in the config has a place for"
+        raise Malformed(why, where=left.text, cure=f"The config is not of this file; {AGAIN[0].lower()}{AGAIN[1:]}")
+
+
+def _departures(updates: Updates, content: Content, naming: Naming) -> dict[str, str]:
+    """Where the file's keys are not those that the writer would have chosen."""
+    parsed = parse_keys(content.tensors, naming.name)
+    had = {naming.key(key.path, key.kind, key.slot): key.text for key in parsed}
+    return {key: had[key] for key, _ in spell(updates, naming) if had.get(key, key) != key}
+
+
+def _root(keys: Iterable[Key]) -> str:
+    """The path of the base model, by a key of what all of it shares; empty where there is none."""
+    shared = (key.path for key in keys if key.kind in ROOTED and not key.path.endswith(".pool"))
+    return next((re.sub(r"(^|\.)(prefix|prompt)_tuning$", "", path) for path in shared), "")
+
+
+ROOTED = ("invertible_adapters", "prefix_tunings", "prompt_tunings", "shared_parameters")

@@ -1,0 +1,102 @@
+"""Where the library's bottleneck adapters stand, by `model_type`, and where that is in the base.
+
+The library hangs an adapter into the block whose residual it takes over. A target is the module whose output is
+changed, and where that module does not add the residual itself, `residual` and `norm` name what does, from its parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One kind of place; both endings follow the same path.
+
+    Attributes:
+        models: values of `model_type`.
+        module: ending of the path of the library's module.
+        target: ending of the path of the target.
+        flag: the switch in a config: `mh_adapter`, `output_adapter` or `cross_adapter`.
+        residual: from the target's parent, the module whose input is added to its output; empty where it does so.
+        norm: likewise, the module that normalises the sum.
+        within: what the path before the endings must hold.
+    """
+
+    models: tuple[str, ...]
+    module: str
+    target: str
+    flag: str
+    residual: str = ""
+    norm: str = ""
+    within: str = ""
+
+
+BERT = ("bert", "bert-generation", "electra", "roberta", "xlm-roberta")
+LLAMA = ("llama", "mistral", "qwen2", "qwen3")
+T5 = ("mt5", "t5")
+PRE_NORM_BART = ("mbart", "whisper")
+
+RULES = (
+    Rule(BERT, ".crossattention.output", ".crossattention.output", "mh_adapter"),
+    Rule(BERT, ".attention.output", ".attention.output", "mh_adapter"),
+    Rule(BERT, ".output", ".output", "output_adapter"),
+    Rule(("vit",), ".output.output_adapters", ".output", "output_adapter"),
+    Rule(("vit",), ".attention_adapters", ".attention", "mh_adapter", "layernorm_before"),
+    Rule(("distilbert",), ".attention_adapters", ".attention", "mh_adapter", "attention", "sa_layer_norm"),
+    Rule(("distilbert",), ".output_adapters", ".ffn", "output_adapter", "ffn", "output_layer_norm"),
+    Rule(("gpt2",), ".attention_adapters", ".attn", "mh_adapter", "ln_1"),
+    Rule(("gpt2",), ".output_adapters", ".mlp", "output_adapter", "ln_2"),
+    Rule(LLAMA, ".attention_adapters", ".self_attn", "mh_adapter", "input_layernorm"),
+    Rule(LLAMA, ".output_adapters", ".mlp", "output_adapter", "post_attention_layernorm"),
+    Rule(T5, ".layer.0", ".layer.0.SelfAttention", "mh_adapter", "layer_norm"),
+    Rule(T5, ".layer.1", ".layer.1.EncDecAttention", "cross_adapter", "layer_norm", within="decoder"),
+    Rule(T5, ".layer.1", ".layer.1.DenseReluDense", "output_adapter", "layer_norm", within="encoder"),
+    Rule(T5, ".layer.2", ".layer.2.DenseReluDense", "output_adapter", "layer_norm", within="decoder"),
+    Rule(("bart", "plbart"), ".attention_adapters", ".self_attn", "mh_adapter", "self_attn", "self_attn_layer_norm"),
+    Rule(("bart", "plbart"), ".output_adapters", ".fc2", "output_adapter", "fc1", "final_layer_norm"),
+    Rule(
+        ("bart", "plbart"), ".cross_attention_adapters", ".encoder_attn", "cross_adapter", "encoder_attn",
+        "encoder_attn_layer_norm",
+    ),
+    Rule(PRE_NORM_BART, ".attention_adapters", ".self_attn", "mh_adapter", "self_attn_layer_norm"),
+    Rule(PRE_NORM_BART, ".output_adapters", ".fc2", "output_adapter", "final_layer_norm"),
+    Rule(
+        PRE_NORM_BART, ".cross_attention_adapters", ".encoder_attn", "cross_adapter", "encoder_attn_layer_norm"
+    ),
+)  # fmt: skip
+"""More special endings first."""
+
+MODELS = frozenset(chain.from_iterable(rule.models for rule in RULES))
+
+EMBEDDINGS = {
+    **dict.fromkeys((*BERT, "distilbert", "vit"), "embeddings"),
+    **dict.fromkeys(LLAMA, "embed_tokens"),
+    "gpt2": "drop",
+}
+"""model_type -> the module behind whose output invertible adapters stand, and prompts are put in front."""
+
+
+def standing(path: str, model_type: str | None) -> tuple[str, Rule] | None:
+    """The target's path and the rule for a module of the library's; None where the table has none."""
+    found = next((rule for rule in _rules(model_type) if _fits(path, rule.module, rule)), None)
+    return None if found is None else (path.removesuffix(found.module) + found.target, found)
+
+
+def hanging(path: str, residual: str, norm: str, model_type: str | None) -> tuple[str, Rule] | None:
+    """The path of the library's module and the rule for a target; None where the table has none."""
+    for rule in _rules(model_type):
+        if _fits(path, rule.target, rule) and (rule.residual, rule.norm) == (residual, norm):
+            return path.removesuffix(rule.target) + rule.module, rule
+    return None
+
+
+def _rules(model_type: str | None) -> Iterator[Rule]:
+    return (rule for rule in RULES if model_type is None or model_type in rule.models)
+
+
+def _fits(path: str, ending: str, rule: Rule) -> bool:
+    stem = path.removesuffix(ending)
+    return path.endswith(ending) and stem != path and (not rule.within or rule.within in stem.split("."))

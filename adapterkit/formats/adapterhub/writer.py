@@ -1,0 +1,131 @@
+"""An `Adapter` in, a folder's content out; nothing is written that does not read back as the same adapter.
+
+A config that was read is written again as it was wherever it still says what the adapter says; otherwise it is made
+anew, in the words of one release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...errors import Unrepresentable
+from ...tensors.lazy import as_lazy
+from .config import RELEASE
+from .container import SAFETENSORS, Content
+from .families import family_of
+from .hints import FORMAT, HEAD, Hints, hints_of
+from .naming import Naming, root_of
+from .places import family_of_base, model_type_of
+from .proof import says
+from .reader import Updates, by_family, spell
+
+if TYPE_CHECKING:
+    from ...adapter import Adapter, Target
+    from ...tensors.checkpoint import Checkpoint
+    from ...tensors.lazy import Lazy
+    from ...updates import Update
+
+NAME = "adapter"
+"""What an adapter is called that never was AdapterHub's."""
+
+Loss = tuple["Target", int, str]
+
+
+def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[Content, list[str]]:
+    """The content, and one line for each thing left out.
+
+    Raises:
+        Unrepresentable: such a folder cannot say it and `on_loss` does not allow otherwise.
+    """
+    hints = hints_of(adapter)
+    if hints.config and all(family_of(update) for _, update in adapter):
+        content = _content(adapter, adapter.updates, hints, hints.config)
+        if says(content, adapter.updates, compat=hints.compat, base=base):
+            return content, []
+    updates, lines = _expressible(adapter.updates, on_loss, base)
+    content = _content(adapter, updates, hints, _config(adapter, updates, hints, base))
+    if not says(content, updates, compat=None, base=base):
+        cure = "Write adapterkit's own format"
+        raise Unrepresentable("AdapterHub's config has no words for this combination", items=lines, cure=cure)
+    return content, lines
+
+
+def _content(adapter: Adapter, updates: Updates, hints: Hints, config: Mapping[str, Any]) -> Content:
+    root = hints.root or root_of(target.path for target in updates)
+    naming = Naming(str(config["name"]), config.get("model_type"), root)
+    spelled = {hints.keys.get(key, key): leaf for key, leaf in spell(updates, naming)}
+    kept, head = _kept(adapter)
+    stale = {key for family, own in by_family(updates).items() for key in family.stale(own, naming, kept)}
+    kept = {key: leaf for key, leaf in kept.items() if key not in stale}
+    return Content(
+        config=config,
+        tensors=spelled | kept,
+        file=hints.file or SAFETENSORS,
+        interface=hints.interface,
+        head=hints.head,
+        head_tensors=head,
+        head_file=hints.head_file,
+    )
+
+
+def _kept(adapter: Adapter) -> tuple[dict[str, Lazy], dict[str, Lazy]]:
+    """Tensors that only travel along: of the adapter's file, and of its prediction head's."""
+    foreign = adapter.foreign
+    tensors = {} if foreign is None or foreign.format != FORMAT else foreign.tensors
+    own = {key: as_lazy(leaf) for key, leaf in tensors.items() if not key.startswith(HEAD)}
+    return own, {key.removeprefix(HEAD): as_lazy(leaf) for key, leaf in tensors.items() if key.startswith(HEAD)}
+
+
+def _config(adapter: Adapter, updates: Updates, hints: Hints, base: Checkpoint | None) -> dict[str, Any]:
+    own = [{**family.fresh, **family.compose(each, base)} for family, each in by_family(updates).items()]
+    known = {} if base is None else base.config or {}
+    ref = adapter.base.id if adapter.base else None
+    model_type = family_of_base((target.path for target in updates), model_type_of(base))
+    return {
+        "hidden_size": known.get("hidden_size"),
+        "model_class": None,
+        "model_type": model_type,
+        "name": NAME,
+        **hints.config,
+        "config": own[0] if len(own) == 1 else {"architecture": "union", "configs": own},
+        "model_name": ref or hints.config.get("model_name"),
+        "version": RELEASE,
+    }
+
+
+def _expressible(updates: Updates, on_loss: str, base: Checkpoint | None) -> tuple[Updates, list[str]]:
+    """What a folder can say, and a line for each update that was dropped."""
+    lines: list[str] = []
+    while losses := [*_losses(updates, base)]:
+        items = [f"{target}: {why}" for target, _, why in losses]
+        if on_loss != "drop":
+            cure = "Drop them with on_loss='drop', or write adapterkit's own format"
+            raise Unrepresentable("AdapterHub has no words for these updates", items=items, cure=cure)
+        lines += [f"left out {item}" for item in items]
+        updates = _without(updates, {(target, position) for target, position, _ in losses})
+        if not updates:
+            cure = "Write adapterkit's own"
+            raise Unrepresentable("nothing of this adapter fits an AdapterHub folder", items=lines, cure=cure)
+    return updates, lines
+
+
+def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
+    found: dict[tuple[Target, int], str] = {}
+    for target, each in updates.items():
+        for position, update in enumerate(each):
+            if family_of(update) is None:
+                found[target, position] = f"{update.method} is not among the methods that the library has"
+    for family, own in by_family(updates).items():
+        for target, position, why in family.losses(own, base):
+            found.setdefault((target, _position(updates[target], own[target][position])), why)
+    return dict.fromkeys((target, position, why) for (target, position), why in found.items())
+
+
+def _position(updates: tuple[Update, ...], update: Update) -> int:
+    return next(position for position, other in enumerate(updates) if other is update)
+
+
+def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tuple[Update, ...]]:
+    kept = {t: tuple(u for i, u in enumerate(found) if (t, i) not in lost) for t, found in updates.items()}
+    return {target: found for target, found in kept.items() if found}

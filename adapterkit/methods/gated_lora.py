@@ -1,0 +1,39 @@
+"""LoRA behind a gate: y' = y + mean(sigmoid(gate x)) * B @ A x, the mean over all places of a row.
+
+Mao et al. 2021, https://arxiv.org/abs/2110.07577. The gate stands in the place of the scaling. It looks at the
+input, so that the law is none of weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..tensors.activations import sigmoid
+from ..updates import OutputUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class GatedLoRA(OutputUpdate):
+    """y' = y + share * B @ A x, one share for each row of a batch `[rows, ..., in]`."""
+
+    paper = "https://arxiv.org/abs/2110.07577"
+
+    A: Tensor = tensor("r in")
+    B: Tensor = tensor("out r")
+    gate: Tensor = tensor("1 in")
+    gate_bias: Tensor = tensor("1")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        A, gate = (random((count, W.shape[1])) / W.shape[1] ** 0.5 for count in (rank, 1))
+        return cls(A=A, B=W.new_zeros(len(W), rank), gate=gate, gate_bias=W.new_zeros(1), **attributes)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        share = sigmoid(x @ self.gate.mT + self.gate_bias)
+        places = tuple(range(1, share.ndim - 1))
+        share = share.mean(places, keepdims=True) if places else share
+        return layer(x) + x @ self.A.mT @ self.B.mT * share

@@ -1,0 +1,62 @@
+"""MTL-LoRA: W' = W + scaling * (sum_i w_i B_i) @ diag(values) @ A, w = softmax(weights / sharpness).
+
+Yang et al. 2024, https://arxiv.org/abs/2410.09437. What one task computes. Tasks share A and B, and have weights
+and values of their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import Malformed, ShapeMismatch
+from ..tensors.namespace import namespace
+from ..updates import Additive, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+SHARPEST = 1e-6
+"""Below it shares are 0 or 1 but for ties, and quotients overflow."""
+
+
+class MTLLoRA(Additive):
+    """D = scaling * (sum_i w_i B_i) @ (values * A); the weight has two axes."""
+
+    blocks = frozenset({"out", "in"})
+    paper = "https://arxiv.org/abs/2410.09437"
+
+    A: Tensor = tensor("r in")
+    B: Tensor = tensor("n out r")
+    values: Tensor = tensor("r")
+    weights: Tensor = tensor("n")
+    scaling: float = 1.0
+    sharpness: float = 0.05
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        count = attributes.pop("count", 2)
+        A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
+        # Opposite factors cancel out; were all of them zero they would stay equal, and the weights never learn.
+        Z = 0.1 * random((len(W), rank)) if count > 1 else W.new_zeros(len(W), rank)
+        signs = W.new_tensor([(-1.0) ** i if i < count - count % 2 else 0.0 for i in range(count)])
+        B = signs[:, None, None] * Z
+        return cls(A=A, B=B, values=W.new_ones(rank), weights=W.new_ones(count), **attributes)
+
+    def check(self) -> None:
+        super().check()
+        if not self.sharpness >= SHARPEST:
+            raise Malformed(f"a sharpness of {self.sharpness}", where="sharpness", cure="Write the adapter again")
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        xp = namespace(self.weights)
+        shares = xp.exp((self.weights - xp.max(self.weights)) / self.sharpness)
+        B = (shares[:, None, None] * self.B).sum(0) / shares.sum()
+        D: Tensor = self.scaling * B @ (self.values[:, None] * self.A)
+        return D.reshape(shape)

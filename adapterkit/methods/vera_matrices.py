@@ -1,0 +1,59 @@
+"""VeRA with matrices in the place of its vectors: W' = W + scaling * E @ B @ D @ A.
+
+Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454. AdapterHub trains whole matrices where the paper has
+diagonal ones. A and B are fixed, and the same for all weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import ShapeMismatch
+from ..updates import Additive, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class VeRAMatrices(Additive):
+    """W' = W + scaling * (E @ B) @ (D @ A); the weight has two axes."""
+
+    blocks = frozenset({"in"})
+    frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
+    paper = "https://arxiv.org/abs/2310.11454"
+
+    A: Tensor = tensor("r in")
+    B: Tensor = tensor("out r")
+    D: Tensor = tensor("r r")
+    E: Tensor = tensor("out out")
+    scaling: float = 1.0
+
+    @classmethod
+    def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, Tensor]:
+        if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+            return {}
+        return cls._fixed(shapes[0], rank, random)
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        fields = cls._fixed(tuple(W.shape), rank, random) | attributes
+        D = 0.1 * (W.new_zeros(rank, rank) + 1).tril().triu()
+        return cls(D=D, E=W.new_zeros(len(W), len(W)), **fields)
+
+    @staticmethod
+    def _fixed(shape: tuple[int, ...], rank: int, random: Random) -> dict[str, Tensor]:
+        out, in_ = shape[0], shape[1]
+        return {"A": random((rank, in_)) * (6 / in_) ** 0.5, "B": random((out, rank)) * (6 / rank) ** 0.5}
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        return ((self.scaling * (self.E @ self.B)) @ (self.D @ self.A)).reshape(shape)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        return layer(x) + layer.mix(layer.op(x, self.D @ self.A), self.E @ self.B) * self.scaling
