@@ -89,6 +89,17 @@ def built(update, held, turned):
     return module, path, (held["x"], held["added"])
 
 
+class Called(nn.Module):
+    """A model whose call brings more than its module reads."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.m = module
+
+    def forward(self, *inputs, input_ids=None):
+        return self.m(*inputs)
+
+
 @pytest.mark.parametrize(("method", "path"), CASES)
 @pytest.mark.parametrize("weight", [1.0, -0.75])
 def test_a_live_module_gives_the_vectors_output(method, path, weight):
@@ -96,15 +107,17 @@ def test_a_live_module_gives_the_vectors_output(method, path, weight):
     held = {name.removeprefix(f"{path}."): t.torch() for name, t in tensors.items() if name.startswith(f"{path}.")}
     ((target, (update,)),) = ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit").find(path).items()
     module, at, inputs = built(update, held, target.layout == "in out *k")
-    model = nn.ModuleDict({"m": module})
+    model = Called(module)
+    call = {name.removeprefix("call."): value for name, value in held.items() if name.startswith("call.")}
     keys, before, y = list(model.state_dict()), dict(module.__dict__), module(*inputs)
     handle = ak.torch.inject(model, Adapter({Target(at, target.layout): (update,)}), weight=weight)
-    got = module(*inputs)
+    got = model(*inputs, **call)
     assert list(model.state_dict()) == keys
     with handle.disable():
         assert torch.equal(module(*inputs), y)
     handle.remove()
     assert module.__dict__ == before
+    assert "forward" not in model.__dict__
     assert torch.equal(module(*inputs), y)
     if weight == 1 or at == "m":
         torch.testing.assert_close(got, y + weight * (held["y"] - y), rtol=1e-12, atol=1e-12)
