@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "attribute", "tensor"]
 
 
-def attribute(default: Any, *, among: Collection[str] = (), least: int | None = None) -> Any:
+def attribute(default: Any, *, among: Collection[Any] = (), least: int | None = None, most: int | None = None) -> Any:
     """A field that holds a plain value, where its type does not say all.
 
     Args:
         default: the value that is meant where none is given.
-        among: the words it may be.
+        among: the words or numbers it may be.
         least: the smallest number it may be.
+        most: the largest number it may be.
     """
-    return dataclasses.field(default=default, metadata={"among": tuple(among), "least": least})
+    return dataclasses.field(default=default, metadata={"among": tuple(among), "least": least, "most": most})
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))
@@ -133,7 +134,7 @@ class Update:
         """Checks the plain values, and which tensors are present; methods with rules of their own extend it.
 
         Raises:
-            Malformed: a value is not of its declared type, not finite or too small, or tensors do not go together.
+            Malformed: a value is not of its declared type, not finite or out of range, or tensors do not go together.
             Unsupported: a word is none of those that the method knows.
         """
         for name, field in self.attribute_fields().items():
@@ -162,6 +163,10 @@ class Update:
         Raises:
             ShapeMismatch: it does not fit.
         """
+
+    def cuts(self, axis: str) -> bool:
+        """Whether this update may be cut along an axis: one of `blocks`, unless a method says less of some updates."""
+        return axis in self.blocks
 
     def block(self, axis: str, start: int, stop: int) -> Self:
         """The update restricted to positions `start` to `stop` of a named axis of the weight."""
@@ -410,9 +415,11 @@ def _check_attribute(name: str, value: Any, annotation: str) -> None:
 
 def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
     if rules.get("among") and value not in rules["among"]:
-        raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(rules['among'])}")
+        raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(map(str, rules['among']))}")
     if rules.get("least") is not None and value < rules["least"]:
         raise Malformed(f"{value} is below {rules['least']}", where=name, cure=_DAMAGED)
+    if rules.get("most") is not None and value > rules["most"]:
+        raise Malformed(f"{value} is above {rules['most']}", where=name, cure=_DAMAGED)
 
 
 def _check_dtype(name: str, leaf: Leaf, integer: bool) -> None:

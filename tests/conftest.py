@@ -6,7 +6,7 @@ import math
 import os
 import re
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from adapterkit.adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target
-from adapterkit.errors import Malformed
+from adapterkit.binding import fits
+from adapterkit.binding.layouts import viewed
+from adapterkit.errors import AdapterkitError, Malformed
 from adapterkit.methods import METHODS
 from adapterkit.shapes import Axes
 from adapterkit.tensors.checkpoint import open_checkpoint
@@ -54,25 +56,68 @@ def updates(draw, method=None, stacked=False, kernel=None):
     """An update of any method, or of one, its tensors made from its shape strings; `kernel` sizes the kernel's axes."""
     cls = METHODS[method or draw(st.sampled_from(sorted(METHODS)))]
     kernel = draw(st.sampled_from([(), (3,), (2, 1)])) if kernel is None else kernel
-    sizes = {name: draw(st.sampled_from([1, 2, 4])) for name in _names(cls)}
+    present = draw(_together(cls))
+    attributes, seed = draw(_attributes(cls)), draw(st.integers(0, 2**32 - 1))
+    forms = tuple((n, v) for n, v in attributes.items() if cls.attribute_fields()[n].metadata.get("among"))
+    sizes = draw(st.sampled_from(_sizes(cls, kernel, tuple(present), forms)))
+    made = {
+        name: _numbers(cls, name, _shape(cls, name, sizes, kernel, stacked), seed + position)
+        for position, name in enumerate(present)
+    }
+    update = cls(**made, **attributes)
+    return update if _makes_sense(update, stacked) else cls(**made, **dict(forms))
+
+
+def _shape(cls, name, sizes, kernel, stacked=False):
+    axes = cls.tensor_fields()[name].metadata["axes"]
     columns = SIZES["in"] * math.prod(kernel)
-    dims = sizes | SIZES | WIDE | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
-    made, seed = {}, draw(st.integers(0, 2**32 - 1))
-    for position, name in enumerate(draw(_together(cls))):
-        field = cls.tensor_fields()[name].metadata
-        shape = (Axes.parse(f"e {field['axes'].text}") if stacked else field["axes"]).sizes(dims)
-        made[name] = from_numpy((_positions if field["integer"] else values)(shape, seed + position))
-    update = cls(**made, **draw(_attributes(cls)))
-    return update if _is_sound(update) else cls(**made)
+    dims = dict(sizes) | SIZES | WIDE | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
+    return (Axes.parse(f"e {axes.text}") if stacked else axes).sizes(dims)
 
 
-def _is_sound(update):
-    """Whether drawn attributes keep to the method's own rules."""
+@cache
+def _sizes(cls, kernel, present, forms):
+    """Sizes of the method's own axes that a weight of this kernel takes; any at all where it takes none."""
+    free = [name for name in _names(cls) if name not in (*SIZES, *WIDE, "k", "rest", "columns", "e")]
+    some = [1, 2, 3, 4, 6, 8, 16] if len(free) < 4 else [1, 2, 4]
+    every = [tuple(zip(free, chosen, strict=True)) for chosen in product(some, repeat=len(free))]
+    every = [sizes for sizes in every if all(min(_shape(cls, n, sizes, kernel), default=1) >= 0 for n in present)]
+    trials = {sizes: _trial(cls, sizes, kernel, present, forms) for sizes in every}
+    for holds in (lambda update: takes(update, (SIZES["out"], SIZES["in"], *kernel)), _makes_sense):
+        if fitting := [sizes for sizes, update in trials.items() if holds(update)]:
+            return fitting
+    return every
+
+
+def _trial(cls, sizes, kernel, present, forms):
+    made = {name: _numbers(cls, name, _shape(cls, name, sizes, kernel)) for name in present}
+    return cls(**made, **dict(forms))
+
+
+def _numbers(cls, name, shape, seed=0):
+    make = _positions if cls.tensor_fields()[name].metadata["integer"] else values
+    return from_numpy(make(shape, seed))
+
+
+def takes(update, shape, layout="out *in"):
+    """Whether an update fits a weight stored in this shape."""
     try:
-        update.check()
-    except Malformed:
+        seen = viewed(shape, Target("", layout))
+        if not fits(Target("", layout), (update,), shape):
+            return False
+        update.check_against(seen)
+    except AdapterkitError:
         return False
     return True
+
+
+def _makes_sense(update, stacked=False):
+    try:
+        update.check()
+        dims = update.dims(stacked)
+    except AdapterkitError:
+        return False
+    return all(dims.get(axis, size) == size for axis, size in SIZES.items())
 
 
 def _names(cls):
@@ -162,8 +207,9 @@ def adapters(draw):
 
 @dataclasses.dataclass(frozen=True)
 class Strategies:
-    """The strategies above, for tests to draw from."""
+    """The strategies above, for tests to draw from, and whether what is drawn fits a weight."""
 
+    takes = staticmethod(takes)
     updates = staticmethod(updates)
     adapters = staticmethod(adapters)
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
 from adapterkit.binding import bind, view
-from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch
+from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from adapterkit.methods import METHODS
 from adapterkit.tensors.checkpoint import open_checkpoint
 from adapterkit.tensors.dtypes import DTYPES
@@ -26,6 +26,14 @@ VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
 OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight")]
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
 OUT, IN = 8, 16
+
+WRONG = {
+    "float": [None, "1", True, [1.0], math.nan, math.inf, 10**400],
+    "int": [None, "1", True, 1.5],
+    "str": [None, 1, True],
+    "bool": [None, 0, 1, "true"],
+}
+"""Type of an attribute -> values that are not of it."""
 
 CASES = [
     pytest.param(method, target.path, id=f"{method}-{target.path}")
@@ -121,11 +129,11 @@ def test_cutting_along_any_declared_axis_changes_nothing(method, data, made):
     kernel = data.draw(st.sampled_from([(), (3,), (2, 1)]))
     update = loaded(data.draw(made.updates(method=method, kernel=kernel)))
     W, b = torch.randn(OUT, IN, *kernel, dtype=torch.float64), torch.randn(OUT, dtype=torch.float64)
-    if refuses(update, tuple(W.shape)):
+    if not made.takes(update, tuple(W.shape)):
         return
     update = update.settled(W)
     whole = update.new_weight(W) if update.changes_weight else W
-    for axis in METHODS[method].blocks:
+    for axis in filter(update.cuts, METHODS[method].blocks):
         dim, size = {"out": (0, OUT), "in": (1, IN)}[axis]
         cuts = [0, *sorted(data.draw(st.sets(st.integers(1, size - 1), max_size=3))), size]
         blocks = [(update.block(axis, i, j), i, j) for i, j in pairwise(cuts)]
@@ -135,15 +143,6 @@ def test_cutting_along_any_declared_axis_changes_nothing(method, data, made):
         if axis == "out" and update.changes_bias:
             parts = [block.new_bias(b[i:j]) for block, i, j in blocks]
             torch.testing.assert_close(torch.cat(parts), update.new_bias(b), rtol=1e-12, atol=1e-12)
-
-
-def refuses(update, shape):
-    """Whether the method's own rule keeps it from weights of this shape, a kernel for one."""
-    try:
-        update.check_against(shape)
-    except ShapeMismatch:
-        return True
-    return False
 
 
 def loaded(update):
@@ -157,7 +156,7 @@ def test_the_weighted_difference_is_written_where_it_is_wanted(method, turned, d
     kernel = data.draw(st.sampled_from([(), (3,), (2, 2)]))
     update = loaded(data.draw(made.updates(method=method, kernel=kernel).filter(lambda u: u.changes_weight)))
     W = torch.randn(OUT, IN, *kernel, dtype=torch.float64)
-    if refuses(update, tuple(W.shape)):
+    if not made.takes(update, tuple(W.shape)):
         return
     D = update.delta(tuple(W.shape))
     for library in (torch.asarray, np.asarray):
@@ -232,15 +231,14 @@ def test_products_and_quotients_are_checked_once_later_fields_tell_their_names()
 def test_attributes_are_of_their_type_and_finite(method, data, made):
     update = data.draw(made.updates(method=method))
     for name, field in METHODS[method].attribute_fields().items():
-        wrong = {
-            "float": [None, "1", True, [1.0], math.nan, math.inf, 10**400],
-            "int": [None, "1", True, 1.5],
-            "bool": [None, "1", 1],
-            "str": [None, 1, True],
-        }[field.type]
-        for value in wrong:
+        for value in WRONG[field.type]:
             with pytest.raises(Malformed) as raised:
                 update.replace(**{name: value}).check()
+            assert raised.value.where == name
+        if field.metadata.get("among"):
+            unknown = {"str": "colour", "int": 77}[field.type]
+            with pytest.raises(Unsupported, match=f"unknown word {unknown!r}") as raised:
+                update.replace(**{name: unknown}).check()
             assert raised.value.where == name
         if field.type == "float":
             whole = update.replace(**{name: 2})
@@ -252,6 +250,12 @@ def test_attributes_are_of_their_type_and_finite(method, data, made):
     ("method", "fields"),
     [
         ("loha", ("w1_a", "w2_a")),
+        ("oft", ()),
+        ("oft", ("pairs", "square")),
+        ("osf", ("U", "S", "V", "S_own")),
+        ("psoft", ("a",)),
+        ("psoft", ("pairs", "R")),
+        ("psoft", ("pairs", "A")),
         ("loha", ("w1_a", "w2_a", "w1_b", "w2_b", "t1")),
         ("miss", ()),
         ("miss", ("D", "mini")),

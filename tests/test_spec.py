@@ -96,9 +96,9 @@ def test_a_methods_attributes_are_its_fields_in_order(name):
     assert said == [(n, f.type, f.default) for n, f in METHODS[name].attribute_fields().items()]
     assert all(type(a["default"]).__name__ == a["type"] for a in attributes if "default" in a)
     assert all(attribute["meaning"] for attribute in attributes)
-    rules = [(a.get("among", []), a.get("least")) for a in attributes]
+    rules = [(a.get("among", []), a.get("least"), a.get("most")) for a in attributes]
     fields = [field.metadata for field in METHODS[name].attribute_fields().values()]
-    assert rules == [(list(f.get("among", ())), f.get("least")) for f in fields]
+    assert rules == [(list(f.get("among", ())), f.get("least"), f.get("most")) for f in fields]
 
 
 @pytest.mark.parametrize("name", METHODS)

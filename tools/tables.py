@@ -63,15 +63,13 @@ def _fill(block: re.Match[str]) -> str:
 
 
 def methods() -> str:
-    """One row a method, as its entry in the spec has it; of a long law the first paragraph."""
-    rows = [_method_row(name, _spec("methods", name)) for name in METHODS]
-    return _markdown(("Method", "What it is", "Kind", "Formula"), rows)
+    """One row a method, which leads to its entry in the spec: the law is there."""
+    return _markdown(("Method", "What it is", "Kind"), [_method_row(name, _spec("methods", name)) for name in METHODS])
 
 
 def _method_row(name: str, entry: dict[str, Any]) -> list[str]:
-    law = entry["formula"].strip().partition("\n\n")[0]
-    formula = "<br>".join(f"`{line}`" for line in law.splitlines())
-    return [f"`{name}`", f"[{entry['title']}]({entry['paper']})", entry["kind"], formula]
+    law = f"[`{name}`](spec/methods/{name}.toml)"
+    return [law, f"[{entry['title']}]({entry['paper']})", entry["kind"]]
 
 
 def formats() -> str:
@@ -81,7 +79,8 @@ def formats() -> str:
 
 def _format_row(name: str) -> list[str]:
     entry = _spec("formats", name)
-    expressed = " ".join(f"`{method}`" for method in sorted(FORMATS[name].methods))
+    held = FORMATS[name].methods
+    expressed = "all" if held == frozenset(METHODS) else " ".join(f"`{method}`" for method in sorted(held))
     return [f"`{name}`", f"[{entry['title']}]({entry['url']})", entry["container"], expressed]
 
 

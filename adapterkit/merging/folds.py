@@ -72,7 +72,7 @@ class Fold:
     @property
     def blockable(self) -> bool:
         """Whether a block of stored rows can be computed without the others."""
-        return not self.bias and all(self.axis in update.blocks for update in self.updates)
+        return not self.bias and all(update.cuts(self.axis) for update in self.updates)
 
 
 def folds_by_tensor(

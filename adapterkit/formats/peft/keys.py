@@ -133,8 +133,11 @@ def _families() -> Iterable[type[Family]]:
 
 
 def _words(patterns: Iterable[str]) -> str:
-    """One expression for words of keys without their leaf; a star is one word. Matches nothing if there are none."""
-    bare = sorted({re.sub(r"\.(?:weight|bias)$", "", pattern) for pattern in patterns})
+    """One expression for words of keys without their leaf; a star is one word. Matches nothing if there are none.
+
+    Longer words come first: one may begin with another.
+    """
+    bare = sorted({re.sub(r"\.(?:weight|bias)$", "", pattern) for pattern in patterns}, key=len, reverse=True)
     return "|".join(re.escape(pattern).replace(r"\*", "[^.]+") for pattern in bare) or "(?!)"
 
 

@@ -36,6 +36,16 @@ def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
     return bool(compiled.fullmatch(name) if whole else compiled.match(name))
 
 
+def finds(pattern: str, name: str) -> bool:
+    """Whether a regular expression out of a config fits anywhere in `name`.
+
+    Raises:
+        Malformed: it is not a regular expression.
+    """
+    literal = _literal(pattern)
+    return literal == name if literal else bool(_compiled(pattern).search(name))
+
+
 @lru_cache(maxsize=1 << 14)
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:

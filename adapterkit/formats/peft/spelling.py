@@ -14,7 +14,7 @@ from ...names.layouts import IN_OUT
 from ...tensors.lazy import Lazy, as_lazy
 from . import ln_tuning
 from .experts import depths, told_apart, unstack
-from .families import Family, family_of
+from .families import Family, Parts, family_of
 from .keys import PREFIX
 from .pairs import PAIRS, from_blocks
 
@@ -74,12 +74,14 @@ def spell(
 ) -> Iterator[Spelled]:
     """Every tensor of the updates with its key; slices of fused weights have none."""
     names = _names(updates, peft_type, base)
+    encoded: dict[type[Family], Iterator[Parts]] = {}
     for target, found in updates.items():
-        if target.rows is not None:
-            continue
         for position, update in enumerate(found):
             family = family_of(update)
-            for field, key, leaf, guessed in _spell_update(target, update, names, peft_type):
+            parts = next(encoded.setdefault(family, family.encode_all(updates, base))) if family else {}
+            if target.rows is not None:
+                continue
+            for field, key, leaf, guessed in _spell_update(target, update, names, peft_type, parts):
                 whole = family.shared_prefix + key if family and is_shared(family, key) else prefix + key
                 yield Spelled((target, position, field), whole, leaf, guessed)
 
@@ -143,7 +145,7 @@ def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: C
 
 
 def _spell_update(
-    target: Target, update: Update, names: Names, peft_type: str
+    target: Target, update: Update, names: Names, peft_type: str, parts: Parts
 ) -> Iterator[tuple[str, str, Lazy, bool]]:
     if isinstance(update, PAIRS):
         embedding, stem = is_embedding(target), _stem(target, names)
@@ -164,11 +166,10 @@ def _spell_update(
             name = names.inside(_whole_name(target.path, field, names.base))
             yield field, ln_tuning.spelled(name) if peft_type == "LN_TUNING" else name, whole, False
     elif family := family_of(update):
-        weight = None if names.base is None else names.base.tensors.get(f"{target.path}.weight")
-        for field, (part, leaf) in family.encode_at(update, None if weight is None else weight.shape).items():
+        for field, (part, leaf) in parts.items():
             own = f"{names.inside(target.path)}.{part.removeprefix('.')}"
             key = part if is_shared(family, part) else own
-            yield field, key, leaf, False
+            yield field, key, leaf, family.guesses(target)
 
 
 def is_shared(family: type[Family], word: str) -> bool:

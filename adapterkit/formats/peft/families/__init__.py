@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ....registry import Registry
-from ._family import Family
+from ._family import Family, Parts
 
 if TYPE_CHECKING:
     from ....updates import Update
 
-__all__ = ["FAMILIES", "Family", "family_of", "family_of_type"]
+__all__ = ["FAMILIES", "Family", "Parts", "family_of", "family_of_type"]
 
 FAMILIES: Registry[type[Family]] = Registry("PEFT family", __name__, "adapterkit.peft_families", Family)
 

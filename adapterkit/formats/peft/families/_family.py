@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..file import File, Findings, Found
     from ..keys import Key
 
+Parts = dict[str, "tuple[str, Lazy]"]
+"""Field -> part of the key, and tensor as PEFT stores it."""
+
 
 Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 
@@ -82,7 +85,7 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def encode(cls, update: Any) -> dict[str, tuple[str, Lazy]]:
+    def encode(cls, update: Any) -> Parts:
         """Field, or `field.0`, `field.1`, ... -> part or shared key, and tensor as PEFT stores it.
 
         A part with a dot before it is the module's own, also where a shared key is called the same.
@@ -102,6 +105,19 @@ class Family(ABC):
     @abstractmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
         """The fields that say what tensors do not: ranks, scalings, forms."""
+
+    @classmethod
+    def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
+        """Every update of this family encoded, in order; for families whose keys depend on the other updates too."""
+        for target, found in updates.items():
+            weight = None if base is None else base.tensors.get(f"{target.path}.weight")
+            for update in (update for update in found if type(update) is cls.method):
+                yield cls.encode_at(update, None if weight is None else weight.shape)
+
+    @classmethod
+    def guesses(cls, target: Target) -> bool:
+        """Whether nothing tells which of two keys is a target's: that of an embedding, or of a Conv1D."""
+        return False
 
     @classmethod
     def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:

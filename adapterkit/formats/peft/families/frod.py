@@ -1,0 +1,136 @@
+"""FRoD: `frod_lambda_l` [in], `frod_lambda_s_values` [n], and what all modules of a kind share.
+
+That is `frod_V.<kind>` [in, in], `frod_s_indices.<kind>` [2, n] and `frod_s_size.<kind>`, which is (in, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....methods.frod import FRoD
+from ....tensors.lazy import Lazy, as_lazy, from_numpy
+from ..file import File, Found, make
+from ._family import Family, Own, Parts, check_parts
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
+    from ....updates import Update
+    from ..keys import Key
+
+FIELDS = {"frod_lambda_l": "l", "frod_lambda_s_values": "values"}
+"""Part -> field of the update."""
+
+SHARED = {"V": "frod_V", "index": "frod_s_indices", "index.size": "frod_s_size"}
+"""Field, or what goes with one -> shared key without the kind of module."""
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """How many places, and whether the basis is in the file."""
+
+    save_projection: bool = True
+    sparse_rate: float = 0.01
+
+    def places(self, size: int) -> int:
+        """How many numbers PEFT trains off the diagonal of a matrix."""
+        count = min(int(size * size * self.sparse_rate), size * size - size)
+        return max(count, 1) if self.sparse_rate > 0 and size > 1 else max(count, 0)
+
+
+class FrodFamily(Family):
+    """FROD."""
+
+    peft_type = "FROD"
+    method = FRoD
+    parts = tuple(FIELDS)
+    shared = tuple(f"{word}.*" for word in SHARED.values())
+    own: ClassVar[type[Own]] = Fields
+    empty = True
+    read: ClassVar[Mapping[str, str]] = {
+        "save_projection": "whether the basis is in the file; refused without it",
+        "sparse_rate": "which share of the places off the diagonal is trained",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "frod_dropout": "training only",
+        "progressbar": "setting of one process",
+        "projection_prng_key": "seed of places that are in the file",
+        "regularization_alpha": "setting of a basis that is in the file",
+        "runtime_offload_base_weight": "setting of one process",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "bias": "none", "fan_in_fan_out": False, "frod_dropout": 0.0, "init_weights": True, "save_projection": True,
+        "sparse_rate": 0.0,
+    }  # fmt: skip
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, FIELDS)
+        some = keys["frod_lambda_l"]
+        own = {FIELDS[part]: key for part, key in keys.items()} | _shared(file, some)
+        update = make("frod", {field: file.tensors[key] for field, key in own.items() if field != "index.size"})
+        dims: Any = update.dims()
+        if dims["n"] != file.settings.own.places(dims["in"]):
+            why = f"{dims['n']} numbers off the diagonal of {dims['in']}, which is not what sparse_rate says"
+            raise ShapeMismatch(why, where=some.text, cure="The config is not of this file")
+        return Found(some.path, update, own, "in out *k" if file.settings.fan_in_fan_out else "out *in")
+
+    @classmethod
+    def encode(cls, update: FRoD) -> Parts:
+        return {field: (part, as_lazy(update.tensors[field])) for part, field in FIELDS.items()}
+
+    @classmethod
+    def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
+        for target, found in updates.items():
+            for update in (update for update in found if isinstance(update, FRoD)):
+                leaves = {"V": as_lazy(update.V), "index": as_lazy(update.index), "index.size": _size(update)}
+                shared = {field: (f"{SHARED[field]}.{kind(target.path)}", leaf) for field, leaf in leaves.items()}
+                yield cls.encode(update) | shared
+
+    @classmethod
+    def why_not(cls, target: Target, update: FRoD) -> str:
+        from ..spelling import is_embedding  # which imports the families
+
+        return "frod on an embedding" if is_embedding(target) else ""
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        found = [(int(u.values.shape[0]), int(u.V.shape[0]) ** 2) for u in cls.of_it(updates).values()]
+        least, most = max(n / all_ for n, all_ in found), min((n + 1) / all_ for n, all_ in found)
+        turned = any(target.layout == "in out *k" and target.path in cls.of_it(updates) for target in updates)
+        return {"sparse_rate": (least + most) / 2 if least else 0.0, "fan_in_fan_out": turned}
+
+
+def kind(path: str) -> str:
+    """The name under which modules of several layers share a basis: the last words of their paths, numbers aside."""
+    words = path.split(".")
+    if len(words) == 1 or words[-2].isdigit():
+        return words[-1]
+    if words[-3:] == ["attention", "output", "dense"]:
+        return "attention_output"
+    return f"{words[-2]}_{words[-1]}"
+
+
+def _shared(file: File, some: Key) -> dict[str, Key]:
+    words = {field: f"{word}.{kind(some.path)}" for field, word in SHARED.items()}
+    if not file.settings.own.save_projection:
+        why = "the basis is not in the file: PEFT computes it from all adapted weights of its base"
+        raise Unsupported(why, where="save_projection", cure="Save it again with save_projection=True")
+    missing = next((word for word in words.values() if word not in file.shared), None)
+    if missing:
+        raise Malformed(f"its partner is not in the file: {missing}", where=some.text, cure=_AGAIN)
+    found = {field: file.shared[word] for field, word in words.items()}
+    size, V = file.tensors[found["index.size"]], file.tensors[found["V"]]
+    if size.shape != (2,) or size.dtype.floating or size.numpy().tolist() != list(V.shape):
+        raise ShapeMismatch("is not the size of the basis", where=found["index.size"].text, cure=_AGAIN)
+    return found
+
+
+def _size(update: FRoD) -> Lazy:
+    import numpy as np
+
+    return from_numpy(np.array([update.V.shape[0]] * 2, np.int64))
+
+
+_AGAIN = "Save the adapter again with PEFT"

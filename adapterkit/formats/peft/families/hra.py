@@ -1,0 +1,51 @@
+"""HRA: `hra_u` [in * k, r]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....methods.hra import HRA
+from ....tensors.lazy import as_lazy
+from ..file import File, Found, make
+from ._family import Family, Own, Parts, check_rank
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....updates import Update
+    from ..keys import Key
+
+PART = "hra_u"
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Which form."""
+
+    r: int = 8
+    apply_GS: bool = False
+
+
+class HraFamily(Family):
+    """HRA."""
+
+    peft_type = "HRA"
+    method = HRA
+    parts = (PART,)
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {"apply_GS": "the directions are made orthogonal first"}
+    fresh: ClassVar[Mapping[str, Any]] = {"apply_GS": False, "bias": "none", "init_weights": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        key, own = keys[PART], file.settings.own
+        check_rank(key, file.tensors[key], own.r, axis=1)
+        return Found(key.path, make("hra", {"u": file.tensors[key]}, gram_schmidt=own.apply_GS), {"u": key})
+
+    @classmethod
+    def encode(cls, update: HRA) -> Parts:
+        return {"u": (PART, as_lazy(update.u))}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        some = next(iter(cls.of_it(updates).values()))
+        return {"r": int(some.u.shape[1]), "apply_GS": some.gram_schmidt}

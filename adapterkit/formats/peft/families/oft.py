@@ -1,0 +1,146 @@
+"""OFT: `oft_R.weight` [blocks, b * (b - 1) / 2], `oft_embedding_R.weight` of an embedding, whose outputs it turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....methods.oft import OFT
+from ....tensors.lazy import as_lazy
+from ....tensors.rotations import block_size
+from ..file import File, Found
+from ._family import Family, Own, Parts, check_parts
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.lazy import Lazy
+    from ....updates import Update
+    from ..keys import Key
+
+PLAIN, EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Blocks, which series, which limit."""
+
+    r: int = 0
+    oft_block_size: int = 32
+    block_share: bool = False
+    coft: bool = False
+    eps: float = 6e-5
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+    peft_version: str | None = None
+
+
+class OftFamily(Family):
+    """OFT."""
+
+    peft_type = "OFT"
+    method = OFT
+    parts = (PLAIN, EMBEDDING)
+    own: ClassVar[type[Own]] = Fields
+    empty = True
+    read: ClassVar[Mapping[str, str]] = {
+        "block_share": "one block serves for all",
+        "coft": "each block's Q is held within eps",
+        "eps": "what coft allows all blocks together",
+        "num_cayley_neumann_terms": "how many terms of the series",
+        "oft_block_size": "size of the blocks, or the nearest that divides the layer's width; 0 where r says it",
+        "use_cayley_neumann": "the first terms of a series, which before 0.18 ended otherwise",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {"module_dropout": "training only"}
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "bias": "none", "block_share": False, "coft": False, "init_weights": True, "module_dropout": 0.0,
+        "peft_version": "0.18.0", "use_cayley_neumann": False,
+    }  # fmt: skip
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        part = EMBEDDING if EMBEDDING in keys else PLAIN
+        check_parts(keys, (part,))
+        key, own = keys[part], file.settings.own
+        _check(own, key, file.tensors[key], file.compat)
+        terms = max(own.num_cayley_neumann_terms, 1) if own.use_cayley_neumann else 0
+        side = "out" if part == EMBEDDING else "in"
+        leaves: Any = {"pairs": file.tensors[key]}
+        update = OFT(**leaves, side=side, terms=terms, coft=own.coft, eps=own.eps)
+        return Found(key.path, update, {"pairs": key}, "in out *k" if part == EMBEDDING else "out *in")
+
+    @classmethod
+    def encode(cls, update: OFT) -> Parts:
+        part = EMBEDDING if update.side == "out" else PLAIN
+        return {field: (part, as_lazy(leaf)) for field, leaf in update.tensors.items()}
+
+    @classmethod
+    def why_not(cls, target: Target, update: OFT) -> str:
+        if update.pairs is None or update.rescale is not None or update.constraint:
+            return "oft in LyCORIS's form"
+        stored = "in out *k" if update.side == "out" else "out *in"
+        return "" if target.layout == stored else "oft but on the inputs of a layer or the outputs of an embedding"
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        found = list(cls.of_it(updates).values())
+        some, shapes = found[0], [tuple(map(int, update.pairs.shape)) for update in found]
+        return {
+            **_blocks([(n, block_size(pairs)) for n, pairs in shapes]),
+            "coft": some.coft,
+            "eps": float(some.eps),
+            "use_cayley_neumann": some.terms > 0,
+            "num_cayley_neumann_terms": some.terms or 5,
+        }
+
+
+def _check(own: Fields, key: Key, tensor: Lazy, compat: str | None) -> None:
+    if (own.r > 0) == (own.oft_block_size > 0):
+        raise Malformed("r and oft_block_size, of which one must be 0", where="oft_block_size", cure=_AGAIN)
+    if own.use_cayley_neumann and _before_018(own.peft_version) and compat != "peft":
+        why = "before 0.18 PEFT ended the series otherwise, and computes such files anew today"
+        raise Unsupported(why, where="use_cayley_neumann", cure='Read it with compat="peft" if that is what is wanted')
+    n, size = (tensor.shape[0], block_size(tensor.shape[1])) if len(tensor.shape) == 2 else (0, 0)
+    width = n * size
+    shared = n == 1 and own.block_share
+    if not width or (own.block_share and n > 1) or not (shared or (n, size) == _expected(own, width)):
+        why = f"{list(tensor.shape)} is not what r, oft_block_size and block_share say"
+        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+
+
+def _before_018(version: str | None) -> bool:
+    numbers = (version or "0").split("@")[0].split(".")[:2]
+    return [int(number) if number.isdigit() else 0 for number in numbers] < [0, 18]
+
+
+def _expected(own: Fields, width: int) -> tuple[int, int]:
+    """Number and size of the blocks that PEFT makes for a width."""
+    divisor = nearest_divisor(width, own.oft_block_size or own.r)
+    return (width // divisor, divisor) if own.oft_block_size else (divisor, width // divisor)
+
+
+def nearest_divisor(width: int, wanted: int) -> int:
+    """The divisor of a width nearest to a number, the smaller of two."""
+    if wanted >= width:
+        return width
+    steps = range(wanted)
+    return next(n for step in steps for n in (wanted - step, wanted + step) if width % n == 0)
+
+
+def _blocks(found: list[tuple[int, int]]) -> dict[str, Any]:
+    """The fields for these numbers and sizes of blocks."""
+    if all(n == 1 for n, _ in found) and len({size for _, size in found}) == 1:
+        return {"block_share": True, "r": 0, "oft_block_size": found[0][1]}
+    size, number = _fitting(found, 1), _fitting(found, 0)
+    if size is None and number is not None:
+        return {"block_share": False, "r": number, "oft_block_size": 0}
+    return {"block_share": False, "r": 0, "oft_block_size": size or max(size for _, size in found)}
+
+
+def _fitting(found: list[tuple[int, int]], which: int) -> int | None:
+    """A number or size of blocks that PEFT rounds to the one that every layer has."""
+    tried = sorted({each[which] for each in found}, reverse=True)
+    widths = [(n * size, (n, size)[which]) for n, size in found]
+    return next((c for c in tried if all(nearest_divisor(width, c) == wanted for width, wanted in widths)), None)
+
+
+_AGAIN = "Save the adapter again with PEFT"

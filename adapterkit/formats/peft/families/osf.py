@@ -1,0 +1,88 @@
+"""OSF: `osf_svd_params.U_low` [out, r], `osf_svd_params.S_low` [r], `osf_svd_params.V_low` [r, in]."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import ShapeMismatch
+from ....methods.osf import OSF
+from ....tensors.lazy import as_lazy
+from ..file import File, Found, make
+from ..patterns import exactly, finds
+from ._family import Family, Own, Parts, check_parts
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....updates import Update
+    from ..keys import Key
+
+FIELDS = {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "V"}
+"""Part -> field of the update."""
+
+Rank = int | float | None
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """How many singular values stay: a number, or a share of all."""
+
+    effective_rank: Rank = None
+    rank_pattern: dict[str, int | float] | None = None
+
+    def kept(self, name: str, all_: int) -> int:
+        """How many of a module's singular values stay."""
+        patterns = self.rank_pattern or {}
+        value = next((value for pattern, value in patterns.items() if finds(pattern, name)), self.effective_rank)
+        if value is None:
+            return all_ // 2
+        share = isinstance(value, float) and 0 < value <= 1
+        return max(min(int(all_ * value) if share else int(value), all_), 0)
+
+
+class OsfFamily(Family):
+    """OSF."""
+
+    peft_type = "OSF"
+    method = OSF
+    parts = tuple(FIELDS)
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "effective_rank": "how many singular values stay, or which share, else half; rank_pattern says it by module",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {"target_svd_config": "PEFT makes no use of it"}
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, FIELDS)
+        fields = {FIELDS[part]: key for part, key in keys.items()}
+        update = make("osf", {field: file.tensors[key] for field, key in fields.items()})
+        dims: Any = update.dims()
+        all_, key = min(dims["out"], dims["in"]), fields["S"]
+        kept = file.settings.own.kept(key.path, all_)
+        if kept + dims["r"] != all_ or not kept:
+            why = f"{dims['r']} of {all_} singular values, where the config says that {kept} stay"
+            raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+        return Found(key.path, update, fields)
+
+    @classmethod
+    def encode(cls, update: OSF) -> Parts:
+        return {field: (part, as_lazy(update.tensors[field])) for part, field in FIELDS.items()}
+
+    @classmethod
+    def why_not(cls, target: Target, update: OSF) -> str:
+        if update.S_own is not None:
+            return "osf with a part of its own to take off: PEFT computes it from its base"
+        return super().why_not(target, update) or ("" if _kept(update) else "osf of all singular values")
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        kept = {path: _kept(update) for path, update in cls.of_it(updates).items()}
+        common = Counter(kept.values()).most_common(1)[0][0]
+        others = {exactly(path): count for path, count in kept.items() if count != common}
+        return {"effective_rank": common, "rank_pattern": others or None}
+
+
+def _kept(update: OSF) -> int:
+    return int(min(update.U.shape[0], update.V.shape[1]) - update.S.shape[0])

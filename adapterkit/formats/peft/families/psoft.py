@@ -1,0 +1,123 @@
+"""PSOFT: `psoft_R.weight`, [r * (r - 1) / 2] of a rotation or [r, r]; `psoft_R.vector_a` and `vector_b` [r]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ....errors import ShapeMismatch, Unsupported
+from ....methods.psoft import PSOFT
+from ....tensors.lazy import as_lazy
+from ....tensors.rotations import block_size
+from ..file import File, Found
+from ._family import Family, Own, Parts, check_parts
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.lazy import Lazy
+    from ....updates import Update
+    from ..keys import Key
+
+WEIGHT, VECTOR_A, VECTOR_B = "psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Rank, what R is, and how A and B come from the base."""
+
+    r: int = 32
+    ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
+    psoft_svd: Literal["full", "lowrank"] = "full"
+    psoft_orth: bool = True
+    psoft_mag_a: bool = True
+    psoft_mag_b: bool = True
+    use_cayley_neumann: bool = False
+    num_cayley_neumann_terms: int = 5
+    cayley_neumann_eps: float | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of its keys."""
+        return (WEIGHT, *[VECTOR_A] * self.psoft_mag_a, *[VECTOR_B] * self.psoft_mag_b)
+
+
+class PsoftFamily(Family):
+    """PSOFT."""
+
+    peft_type = "PSOFT"
+    method = PSOFT
+    parts = (WEIGHT, VECTOR_A, VECTOR_B)
+    own: ClassVar[type[Own]] = Fields
+    empty = True
+    read: ClassVar[Mapping[str, str]] = {
+        "ab_svd_init": "psoft_init: the singular values go to B; pissa_init: to both factors by their roots",
+        "cayley_neumann_eps": "how long Q may be, beside use_cayley_neumann",
+        "num_cayley_neumann_terms": "how many terms of the series",
+        "psoft_mag_a": "there is a vector_a",
+        "psoft_mag_b": "there is a vector_b",
+        "psoft_orth": "R is a rotation; without it a free matrix",
+        "psoft_svd": "lowrank: A and B depend on torch's random numbers, refused",
+        "use_cayley_neumann": "the first terms of a series instead of the exact transform",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "psoft_alpha": "B is divided by the factor that it makes",
+        "psoft_dropout": "training only",
+        "psoft_svd_lowrank_niter": "setting of psoft_svd, see there",
+        "random_seed": "setting of psoft_svd, see there",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "ab_svd_init": "psoft_init", "fan_in_fan_out": False, "init_weights": True, "psoft_dropout": 0.0,
+        "psoft_mag_a": True, "psoft_mag_b": True, "psoft_orth": True, "psoft_svd": "full",
+        "use_cayley_neumann": False,
+    }  # fmt: skip
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        own = file.settings.own
+        if own.psoft_svd == "lowrank":
+            why = "a random decomposition of the base, which torch's generator of the day makes"
+            raise Unsupported(why, where="psoft_svd", cure="Merge it with PEFT itself")
+        check_parts(keys, own.parts)
+        fields = dict(zip((WEIGHT, VECTOR_A, VECTOR_B), ("pairs" if own.psoft_orth else "R", "a", "b"), strict=True))
+        _check(own, keys[WEIGHT], file.tensors[keys[WEIGHT]])
+        found = {fields[part]: key for part, key in keys.items()}
+        series = own.psoft_orth and own.use_cayley_neumann
+        leaves: Any = {field: file.tensors[key] for field, key in found.items()}
+        terms = max(own.num_cayley_neumann_terms, 1) if series else 0
+        eps = own.cayley_neumann_eps or 0.0 if series else 0.0
+        update = PSOFT(**leaves, symmetric=own.ab_svd_init == "pissa_init", terms=terms, eps=eps)
+        return Found(keys[WEIGHT].path, update, found)
+
+    @classmethod
+    def encode(cls, update: PSOFT) -> Parts:
+        parts = {"pairs": WEIGHT, "R": WEIGHT, "a": VECTOR_A, "b": VECTOR_B}
+        return {field: (parts[field], as_lazy(leaf)) for field, leaf in update.tensors.items() if field in parts}
+
+    @classmethod
+    def why_not(cls, target: Target, update: PSOFT) -> str:
+        if update.A is not None:
+            return "psoft with A and B of its own: PEFT takes them from its base, with the signs of that machine"
+        if update.eps and not update.terms:
+            return "psoft with a limit on Q beside the exact transform"
+        return super().why_not(target, update)
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        some = next(iter(cls.of_it(updates).values()))
+        rank = int(some.R.shape[0]) if some.pairs is None else block_size(int(some.pairs.shape[0]))
+        return {
+            "r": rank,
+            "ab_svd_init": "pissa_init" if some.symmetric else "psoft_init",
+            "psoft_orth": some.R is None,
+            "psoft_mag_a": some.a is not None,
+            "psoft_mag_b": some.b is not None,
+            "use_cayley_neumann": some.terms > 0,
+            "num_cayley_neumann_terms": some.terms or 5,
+            "cayley_neumann_eps": float(some.eps) or None,
+        }
+
+
+def _check(own: Fields, key: Key, weight: Lazy) -> None:
+    wanted = (own.r * (own.r - 1) // 2,) if own.psoft_orth else (own.r, own.r)
+    if weight.shape != wanted:
+        why = f"{list(weight.shape)}, where the config says rank {own.r}"
+        raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")

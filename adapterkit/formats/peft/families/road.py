@@ -1,0 +1,57 @@
+"""RoAd: `road_theta` and `road_alpha`, both [out / 2], [out] or [2 * out]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ....methods.road import RoAd
+from ....tensors.lazy import as_lazy
+from ..file import File, Found, make
+from ._family import Family, Own, Parts, check_parts
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....updates import Update
+    from ..keys import Key
+
+FIELDS = {"road_theta": "theta", "road_alpha": "alpha"}
+"""Part -> field of the update."""
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Which variant, which groups."""
+
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    group_size: int = 64
+
+
+class RoadFamily(Family):
+    """ROAD."""
+
+    peft_type = "ROAD"
+    method = RoAd
+    parts = tuple(FIELDS)
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "group_size": "how many outputs make a group",
+        "variant": "road_1, road_2 or road_4: which entries of a pair's matrix share angle and scale",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, FIELDS)
+        own, fields = file.settings.own, {FIELDS[part]: key for part, key in keys.items()}
+        tensors = {field: file.tensors[key] for field, key in fields.items()}
+        update = make("road", tensors, variant=int(own.variant[-1]), group=own.group_size)
+        return Found(fields["theta"].path, update, fields)
+
+    @classmethod
+    def encode(cls, update: RoAd) -> Parts:
+        return {field: (part, as_lazy(update.tensors[field])) for part, field in FIELDS.items()}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        some = next(iter(cls.of_it(updates).values()))
+        return {"variant": f"road_{some.variant}", "group_size": some.group}

@@ -1,0 +1,59 @@
+"""BOFT: a product of block rotations, butterfly-wise, on the inputs.  Liu et al. 2023, https://arxiv.org/abs/2311.06243
+
+Factor i of m turns blocks of b inputs that lie apart: within every run of b * 2^i inputs, even chunks of b / 2 come
+first. In a single factor all inputs lie where they are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import ShapeMismatch
+from ..shapes import Dims
+from ..tensors.rotations import cayley, turn_columns
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class BOFT(WeightUpdate):
+    """W' = s * W @ M_0^T ... M_(m-1)^T, M_i = P_i @ blockdiag(cayley((R_i - R_i^T) / 2)) @ P_i^T."""
+
+    blocks = frozenset({"out"})
+    paper = "https://arxiv.org/abs/2311.06243"
+
+    R: Tensor = tensor("m n b b")
+    s: Tensor = tensor("out")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        width = math.prod(W.shape[1:])
+        size = math.gcd(rank, width)
+        return cls(R=W.new_zeros(1, width // size, size, size), s=W.new_ones(len(W)), **attributes)
+
+    def dims(self, stack: bool = False) -> Dims:
+        dims: Any = super().dims(stack)
+        m, n, b = dims["m"], dims["n"], dims["b"]
+        if m > 1 and (m > n.bit_length() or n % 2 ** (m - 1) or b % 2):
+            why = f"{m} factors need blocks of even size, and a multiple of {2 ** min(m - 1, 64)} of them"
+            raise ShapeMismatch(why, where="R", cure="Write the adapter again")
+        return {**dims, "columns": n * b}
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        X, size = W.reshape(len(W), -1), self.R.shape[-1]
+        rotations = cayley((self.R - self.R.mT) / 2)
+        for i, rotation in enumerate(rotations):
+            there = _apart(X.shape[1], size * 2**i, size // 2) if len(rotations) > 1 else list(range(X.shape[1]))
+            back = sorted(range(len(there)), key=there.__getitem__)
+            X = turn_columns(X[:, back], rotation)[:, there]
+        return (X * self.s[:, None]).reshape(W.shape)
+
+
+def _apart(width: int, run: int, chunk: int) -> list[int]:
+    """Positions 0 to `width`: in every `run` of them the even chunks, then the odd ones."""
+    firsts = [first for odd in (0, chunk) for first in range(odd, run, 2 * chunk)]
+    return [start + first + i for start in range(0, width, run) for first in firsts for i in range(chunk)]

@@ -1,0 +1,87 @@
+"""FRoD: W' = U (S + diag(l)) V^T in a basis that layers share.  https://doi.org/10.1609/aaai.v40i31.39813
+
+V is one invertible matrix for all layers of a kind. U is what W is in it, W = U diag(|U|) V^T, with columns of length
+1; the lengths are trained as l, and so are the few numbers of the sparse S.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import Malformed, ShapeMismatch
+from ..tensors.lazy import as_lazy
+from ..tensors.namespace import namespace
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class FRoD(WeightUpdate):
+    """W' = U @ (S + diag(l)) @ V^T, S holding `values` at (row, column) = `index`; U @ diag(|U|) = W @ inverse(V^T)."""
+
+    frozen = frozenset({"V"})
+    paper = "https://doi.org/10.1609/aaai.v40i31.39813"
+
+    l: Tensor = tensor("in")  # noqa: E741 - the paper's name
+    values: Tensor = tensor("n")
+    V: Tensor = tensor("in in")
+    index: Tensor = tensor("2 n", integer=True)
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        size = W.shape[1]
+        if len(W.shape) != 2:
+            raise ShapeMismatch("FRoD changes linear layers only", cure="Take this target out")
+        V = namespace(W).linalg.svd(W, full_matrices=True)[2].mT
+        places = random((size * size,)).argsort()[: min(rank, size) * size]
+        index = namespace(W).stack([places // size, places % size])
+        return cls(l=_spanned(W, V)[1], values=W.new_zeros(len(places)), V=V, index=index, **attributes)
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2:
+            raise ShapeMismatch("FRoD changes linear layers only", cure="Take this target out")
+        self._check_index()
+
+    def check_values(self) -> None:
+        super().check_values()
+        self._check_index()
+
+    def _check_index(self) -> None:
+        places, size = as_lazy(self.index).numpy(), self.V.shape[-1]
+        flat = places[..., 0, :].astype("i8") * size + places[..., 1, :]
+        flat = flat.reshape(len(flat) if flat.ndim > 1 else 1, flat.shape[-1])
+        inside = not places.size or (places.min() >= 0 and places.max() < size)
+        if not inside or any(len(set(row)) < len(row) for row in flat.tolist()):
+            raise Malformed("a place outside the matrix, or one twice", where="index", cure="Write the adapter again")
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        xp, U = namespace(W), _spanned(W, self.V)[0]
+        S = xp.zeros_like(self.V)
+        S[self.index[0], self.index[1]] = self.values
+        changed: Tensor = (U @ S + U * self.l) @ self.V.mT
+        return changed
+
+
+def _spanned(W: Any, V: Any) -> tuple[Any, Any]:
+    """U and l with W = U diag(l) V^T; columns of U have length 1, or 0 where l is below 1e-12.
+
+    In float64 whatever the dtype: lengths that are 0 but for the rounding of V make directions too.
+    """
+    xp = namespace(W)
+    G = _solved(xp.astype(V, xp.float64), xp.astype(W, xp.float64))
+    square = (G * G).sum(0)
+    held = square > 1e-24
+    length = xp.where(held, square, square * 0 + 1) ** 0.5
+    return tuple(xp.astype(part * xp.astype(held, G.dtype), W.dtype) for part in (G / length, length))
+
+
+def _solved(V: Any, W: Any) -> Any:
+    """W @ inverse(V^T); of a singular V, with its pseudoinverse."""
+    linalg = namespace(V).linalg
+    try:
+        return linalg.solve(V, W.mT).mT
+    except (ValueError, RuntimeError):
+        return W @ linalg.pinv(V, rtol=1e-6).mT

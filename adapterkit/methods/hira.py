@@ -1,0 +1,34 @@
+"""HiRA: W' = W + W * (B @ A), element by element.  Huang et al. 2025, https://openreview.net/forum?id=TwJrTz9cRS
+
+The change of a low-rank factor has as many ranks as the base. A convolution's A is its full-size kernel, as in LoRA.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Self
+
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class HiRA(WeightUpdate):
+    """W' = W + W * (B @ A)."""
+
+    blocks = frozenset({"out", "in"})
+    paper = "https://openreview.net/forum?id=TwJrTz9cRS"
+
+    A: Tensor = tensor("r in *k")
+    B: Tensor = tensor("out r")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        A = random((rank, *W.shape[1:])) / math.prod(W.shape[1:]) ** 0.5
+        return cls(A=A, B=W.new_zeros(len(W), rank), **attributes)
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        return W + W * (self.B @ self.A.reshape(len(self.A), -1)).reshape(W.shape)

@@ -1,0 +1,48 @@
+"""HRA: a chain of reflections on the inputs.  Yuan et al. 2024, https://arxiv.org/abs/2405.17484
+
+W' = W (I - 2 u_1 u_1^T) ... (I - 2 u_r u_r^T) with u of length 1. The strictest form makes the u orthogonal first; the
+chain is then one reflection in the space that they span, whatever basis it is written in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import Unsupported
+from ..tensors.namespace import namespace
+from ..tensors.rotations import in_float32
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class HRA(WeightUpdate):
+    """W' = W reflected at each column of `u` in turn, or, with `gram_schmidt`, at all at once: W - 2 W @ U @ U^T."""
+
+    blocks = frozenset({"out"})
+    paper = "https://arxiv.org/abs/2405.17484"
+
+    u: Tensor = tensor("columns r")
+    gram_schmidt: bool = False
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        if rank % 2 or attributes.get("gram_schmidt"):
+            why = "an odd number of reflections, and orthogonal ones, change a weight from the start"
+            raise Unsupported(why, where="rank", cure="Pass an even rank, without gram_schmidt")
+        half = random((math.prod(W.shape[1:]), rank // 2))
+        return cls(u=half[:, [i // 2 for i in range(rank)]], **attributes)
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        X = W.reshape(len(W), -1)
+        if self.gram_schmidt:
+            U = in_float32(lambda u: namespace(u).linalg.qr(u)[0], self.u)
+            X = X - 2 * (X @ U) @ U.mT
+        for i in range(0 if self.gram_schmidt else self.u.shape[1]):
+            u = self.u[:, i : i + 1]
+            X = X - (2 / (u * u).sum()) * (X @ u) @ u.mT
+        return X.reshape(W.shape)

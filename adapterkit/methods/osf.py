@@ -1,0 +1,61 @@
+"""OSF: the part of W of its smallest singular values, trained.  Nayak et al. 2025, https://arxiv.org/abs/2504.07097
+
+W' = W - T + U diag(S) V, where T is W's own part of the singular values that U, S and V stand for. PEFT takes T from
+its base; where it is not stored it is computed as there, by torch's decomposition in float32. Adapters made here hold
+it. PEFT's training keeps off the directions of the part that stays; the law does not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import ShapeMismatch
+from ..tensors.rotations import singular
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class OSF(WeightUpdate):
+    """W' = W - T + U @ diag(S) @ V, T = U_own @ diag(S_own) @ V_own, or W's own."""
+
+    frozen = frozenset({"U_own", "S_own", "V_own"})
+    forms = (((), ("U_own", "S_own", "V_own")),)
+    paper = "https://arxiv.org/abs/2504.07097"
+
+    U: Tensor = tensor("out r")
+    S: Tensor = tensor("r")
+    V: Tensor = tensor("r in")
+    U_own: Tensor | None = tensor("out r", optional=True)
+    S_own: Tensor | None = tensor("r", optional=True)
+    V_own: Tensor | None = tensor("r in", optional=True)
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        U, S, V = _tail(W, min(rank, *W.shape))
+        return cls(U=U, S=S, V=V, U_own=U * 1, S_own=S * 1, V_own=V * 1, **attributes)
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        rank = self.S.shape[-1]
+        if len(shape) != 2 or rank > min(shape):
+            why = f"{rank} singular values of a weight of {list(shape)}"
+            raise ShapeMismatch(why, cure="OSF changes linear layers only, by at most their rank")
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        trained = (self.U * self.S) @ self.V
+        if self.S_own is None and len(self.S) == min(W.shape):
+            return trained
+        own: Any = (self.U_own, self.S_own, self.V_own)
+        U, S, V = _tail(W, len(self.S)) if self.S_own is None else own
+        changed: Tensor = W - (U * S) @ V + trained
+        return changed
+
+
+def _tail(W: Any, r: int) -> Any:
+    """U `[out, r]`, S `[r]` and V `[r, in]` of the r smallest singular values."""
+    U, S, V = singular(W)
+    kept = len(S) - r
+    return U[:, kept:], S[kept:], V[kept:]

@@ -1,0 +1,78 @@
+"""PSOFT: a rotation in the principal subspace of W.  Wu et al. 2025, https://openreview.net/forum?id=FSHrinMArK
+
+W' = W + B (R - I) A, where B @ A is W's part of its r largest singular values: A = V^T and B = U S, or both with the
+root of S. PEFT stores R alone and takes A and B from its base. Singular vectors have signs that only the library which
+computes them decides, and the law depends on them, so A and B that are not stored are computed as PEFT does it: by
+torch's decomposition in float32 on the CPU. Adapters made here hold A and B, and need none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import ShapeMismatch
+from ..shapes import Dims
+from ..tensors.rotations import block_size, cayley, identity, neumann, shortened, singular, skew
+from ..updates import WeightUpdate, attribute, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class PSOFT(WeightUpdate):
+    """W' = W + B @ (b * R * a - I) @ A; R is a rotation of `pairs`, or free."""
+
+    frozen = frozenset({"A", "B"})
+    paper = "https://openreview.net/forum?id=FSHrinMArK"
+    forms = ((("pairs",), ("R",)), ((), ("A", "B")))
+
+    pairs: Tensor | None = tensor("p", optional=True)
+    R: Tensor | None = tensor("r r", optional=True)
+    a: Tensor | None = tensor("r", optional=True)
+    b: Tensor | None = tensor("r", optional=True)
+    A: Tensor | None = tensor("r in", optional=True)
+    B: Tensor | None = tensor("out r", optional=True)
+    symmetric: bool = False
+    terms: int = attribute(0, least=0, most=100)
+    eps: float = 0.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        A, B = _principal(W, min(rank, *W.shape), attributes.get("symmetric", False))
+        r = len(A)
+        return cls(pairs=W.new_zeros(r * (r - 1) // 2), a=W.new_ones(r), b=W.new_ones(r), A=A, B=B, **attributes)
+
+    def dims(self, stack: bool = False) -> Dims:
+        dims: Any = super().dims(stack)
+        rank = block_size(dims["p"]) if self.R is None else dims["r"]
+        if not rank or dims.get("r", rank) != rank:
+            raise ShapeMismatch(f"no rotation of rank {dims.get('r', '')}", where="pairs", cure="Write it again")
+        return {**dims, "r": rank}
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        rank = block_size(self.pairs.shape[-1]) if self.R is None else self.R.shape[-1]  # type: ignore[union-attr]
+        if len(shape) != 2 or rank > min(shape):
+            why = f"a subspace of rank {rank} of a weight of {list(shape)}"
+            raise ShapeMismatch(why, cure="PSOFT changes linear layers only, by at most their rank")
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        R: Any = self._rotation() if self.R is None else self.R
+        turned = R if self.b is None else R * self.b[:, None]
+        turned = turned if self.a is None else turned * self.a
+        A, B = _principal(W, len(R), self.symmetric) if self.A is None else (self.A, self.B)
+        changed: Tensor = W + B @ (turned - identity(R)) @ A
+        return changed
+
+    def _rotation(self) -> Any:
+        Q = skew(self.pairs)
+        Q = shortened(Q, (Q * Q).sum(), self.eps, 0.0) if self.eps > 0 else Q
+        return neumann(Q, self.terms) if self.terms else cayley(-Q)
+
+
+def _principal(W: Any, r: int, symmetric: bool) -> tuple[Any, Any]:
+    """A `[r, in]` and B `[out, r]`."""
+    U, S, V = singular(W)
+    left, right = (S[:r] ** 0.5, S[:r, None] ** 0.5) if symmetric else (S[:r], 1)
+    return right * V[:r], U[:, :r] * left

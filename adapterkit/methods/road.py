@@ -1,0 +1,84 @@
+"""RoAd: the outputs turned and scaled in pairs.  Liao and Monz 2024, https://arxiv.org/abs/2409.00119
+
+Output i of the first half of a group goes with output i of its second half. Each of the two has its own angle and
+scale for itself (first) and for the other (second): shared by all four entries of a pair's matrix (variant 1), by the
+two in a row (2), or by none (4).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import Malformed, ShapeMismatch
+from ..shapes import Dims
+from ..tensors.namespace import namespace
+from ..updates import WeightUpdate, attribute, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class RoAd(WeightUpdate):
+    """W' = R @ W, b' = R @ b; R has alpha * cos(theta) on its diagonal, and +-alpha * sin(theta) beside it."""
+
+    blocks = frozenset({"in"})
+    needs_bias = False
+    paper = "https://arxiv.org/abs/2409.00119"
+
+    theta: Tensor = tensor("size")
+    alpha: Tensor = tensor("size")
+    variant: int = attribute(1, among=(1, 2, 4))
+    group: int = attribute(2, least=2)
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        if len(W) % 2:
+            raise ShapeMismatch(f"{len(W)} outputs do not go in pairs", cure="Take this target out")
+        size = len(W) * attributes.get("variant", 1) // 2
+        return cls(theta=W.new_zeros(size), alpha=W.new_ones(size), **attributes)
+
+    def check(self) -> None:
+        super().check()
+        if self.group % 2:
+            raise Malformed(f"{self.group} outputs do not go in pairs", where="group", cure="Write the adapter again")
+
+    def dims(self, stack: bool = False) -> Dims:
+        dims: Any = super().dims(stack)
+        if dims["size"] * 2 % self.variant:
+            why = f"{dims['size']} angles are not those of pairs with {self.variant} each"
+            raise ShapeMismatch(why, where="theta", cure="Write the adapter again")
+        return {**dims, "out": dims["size"] * 2 // self.variant}
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        if shape[0] % self.group:
+            why = f"{shape[0]} outputs in groups of {self.group}"
+            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+
+    @property
+    def changes_bias(self) -> bool:
+        return True
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        return self._turned(W.reshape(len(W), -1)).reshape(W.shape)
+
+    def new_bias(self, b: Tensor) -> Tensor:
+        return self._turned(b[:, None])[:, 0]
+
+    def _turned(self, Y: Tensor) -> Tensor:
+        """R @ Y, for Y `[out, columns]`."""
+        xp, half = namespace(Y), self.group // 2
+        first = _entries(self.alpha * xp.cos(self.theta), self.variant, half, 0)
+        second = _entries(self.alpha * xp.sin(self.theta), self.variant, half, 1)
+        pairs = Y.reshape(-1, 2, half, Y.shape[1])
+        other = xp.stack([-pairs[:, 1], pairs[:, 0]], axis=1)
+        turned: Tensor = first * pairs + second * other
+        return turned.reshape(Y.shape)
+
+
+def _entries(values: Any, variant: int, half: int, column: int) -> Any:
+    """Values as `[groups, 1 or 2, half, 1]`: one an output, or one a pair."""
+    if variant == 4:
+        return values.reshape(-1, 2, 2, half, 1)[:, column]
+    return values.reshape(-1, variant, half, 1)

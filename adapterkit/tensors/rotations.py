@@ -1,0 +1,110 @@
+"""Rotations from skew-symmetric matrices, and their products with the blocks of a weight, for numpy and torch.
+
+Linear algebra is done in float32 at least: libraries have none for 16-bit numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ShapeMismatch
+from .namespace import namespace
+
+
+def block_size(pairs: int) -> int:
+    """The b for which b * (b - 1) / 2 is `pairs`, or 0 where there is none."""
+    b = (1 + math.isqrt(1 + 8 * pairs)) // 2
+    return b if b * (b - 1) // 2 == pairs else 0
+
+
+def skew(pairs: Any) -> Any:
+    """Skew-symmetric matrices `[..., b, b]` from what stands above their diagonals, row by row, `[..., b*(b-1)/2]`."""
+    xp, b = namespace(pairs), block_size(pairs.shape[-1])
+    if b < 2:
+        return xp.zeros((*pairs.shape[:-1], b, b), **_kind(pairs))
+    i = xp.arange(b, device=_kind(pairs)["device"])
+    row, column = i[:, None], i[None, :]
+    place = row * (2 * b - row - 1) // 2 + column - row - 1
+    above = row < column
+    upper = pairs[..., xp.where(above, place, place * 0)] * xp.astype(above, pairs.dtype)
+    return upper - upper.mT
+
+
+def cayley(Q: Any) -> Any:
+    """(I - Q) @ inverse(I + Q): a rotation `[..., b, b]` for a skew-symmetric Q, and its transpose for -Q."""
+    return in_float32(lambda Q: namespace(Q).linalg.solve(identity(Q) + Q, identity(Q) - Q), Q)
+
+
+def neumann(Q: Any, terms: int) -> Any:
+    """The first terms of the series of (I + Q) @ inverse(I - Q), the last of them once.
+
+    I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3; for three as for four.
+    """
+    R = identity(Q) + (2 * Q if terms > 1 else 0 * Q)
+    power, count = Q, max(terms, 4) if terms > 2 else 2
+    for exponent in range(2, count):
+        power = power @ Q
+        R = R + (2 if exponent < count - 1 else 1) * power
+    return R
+
+
+def shortened(Q: Any, square: Any, most: float, more: float) -> Any:
+    """Q * most / (|Q| + more) where |Q| + more is above `most`, by the square of |Q|; where |Q| is 0, gradients too."""
+    where, long = namespace(Q).where, square > max(most - more, 0.0) ** 2
+    norm = where(long, square, square * 0 + 1) ** 0.5
+    return Q * where(long, most / (norm + more), norm * 0 + 1)
+
+
+def turn_columns(X: Any, R: Any) -> Any:
+    """X `[rows, n * b]`, each block of columns times the transpose of its R of `[n, b, b]`, or of the one there is."""
+    blocks = X.reshape(len(X), -1, R.shape[-1]).swapaxes(0, 1)
+    return (blocks @ R.mT).swapaxes(0, 1).reshape(X.shape)
+
+
+def turn_rows(X: Any, R: Any) -> Any:
+    """X `[n * b, ...]`, the transpose of each R of `[n, b, b]`, or of the one there is, times its block of rows."""
+    return (R.mT @ X.reshape(-1, R.shape[-1], math.prod(X.shape[1:]))).reshape(X.shape)
+
+
+def identity(like: Any) -> Any:
+    """I of the size, dtype and device of square matrices."""
+    return namespace(like).eye(like.shape[-1], **_kind(like))
+
+
+def in_float32(f: Callable[[Any], Any], X: Any) -> Any:
+    """f(X), an array or a tuple of them, computed in float32 and rounded back where X has 16 bits."""
+    xp = namespace(X)
+    if xp.finfo(X.dtype).bits > 16:
+        return f(X)
+    out = f(xp.astype(X, xp.float32))
+    return tuple(xp.astype(part, X.dtype) for part in out) if isinstance(out, tuple) else xp.astype(out, X.dtype)
+
+
+def singular(W: Any) -> tuple[Any, Any, Any]:
+    """U, S and V^T of a weight `[out, in]`, by torch in float32 on the CPU whatever library W is of: as PEFT has them.
+
+    Signs and last digits are up to the library that computes them, and adapters depend on both.
+
+    Raises:
+        ShapeMismatch: the weight has a kernel.
+    """
+    import torch
+
+    if len(W.shape) != 2:
+        raise ShapeMismatch(f"no singular values of a weight of {list(W.shape)}", cure="Choose linear layers only")
+
+    live = isinstance(W, torch.Tensor)
+    host = (W.detach() if live else torch.tensor(W)).to("cpu", torch.float32)
+    U, S, V = (
+        part.to(W.device, W.dtype) if live else part.numpy().astype(W.dtype)
+        for part in torch.linalg.svd(host, full_matrices=False)
+    )
+    return U, S, V
+
+
+def _kind(array: Any) -> dict[str, Any]:
+    from array_api_compat import device
+
+    return {"dtype": array.dtype, "device": device(array)}
