@@ -100,6 +100,16 @@ class Called(nn.Module):
         return self.m(*inputs)
 
 
+def call_for(method, rows, tokens):
+    """What a call brings for a method's updates."""
+    brought = {"input_ids": torch.arange(tokens).repeat(rows, 1), "task_ids": torch.zeros(rows, dtype=torch.long)}
+    return {name: brought[name] for name in METHODS[method].asks}
+
+
+NEEDS = {"alora": {"invocation": [1, 2]}}
+"""What a method must be told besides a rank."""
+
+
 @pytest.mark.parametrize(("method", "path"), CASES)
 @pytest.mark.parametrize("weight", [1.0, -0.75])
 def test_a_live_module_gives_the_vectors_output(method, path, weight):
@@ -260,41 +270,42 @@ def test_several_adapters_and_a_different_one_for_each_row(kind):
 @given(data=st.data())
 def test_any_update_runs_on_its_layer_or_is_refused_by_name(method, data, made):
     update = data.draw(made.updates(method=method, kernel=()))
-    model, x = nn.Sequential(nn.Linear(16, 8)).double(), torch.randn(2, 3, 16).double()
+    model, x = Called(nn.Linear(16, 8)).double(), torch.randn(2, 3, 16).double()
     live = update.replace(**{name: "" for name in ("residual", "norm") if hasattr(update, name)})
     if getattr(live, "parallel", False) or getattr(live, "reverse", False):
         with pytest.raises(ShapeMismatch) as raised:
-            ak.torch.inject(model, Adapter({Target("0"): (live,)}))
-        assert raised.value.where == f"0: {method}"
+            ak.torch.inject(model, Adapter({Target("m"): (live,)}))
+        assert raised.value.where == f"m: {method}"
         return
-    ak.torch.inject(model, Adapter({Target("0"): (live,)}))
-    assert model(x).shape == (2, 3, 8)
+    ak.torch.inject(model, Adapter({Target("m"): (live,)}))
+    assert model(x, **call_for(method, 2, 3)).shape == (2, 3, 8)
 
 
 @pytest.mark.parametrize("method", OUTPUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_update_changes_nothing_and_trains_all_of_itself(method, dtype):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(16, 8)).to(dtype).requires_grad_(False), torch.randn(8, 6, 16).to(dtype)
-    goal = torch.randn(8, 6, 8).to(dtype)
+    model, x = Called(nn.Linear(16, 8)).to(dtype).requires_grad_(False), torch.randn(8, 6, 16).to(dtype)
+    goal, call = torch.randn(8, 6, 8).to(dtype), call_for(method, 8, 6)
     y = model(x)
-    handle = ak.torch.inject(model, ak.torch.create(model, method, rank=4), trainable=True)
-    torch.testing.assert_close(model(x), y, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    fresh = ak.torch.create(model, method, targets="m", rank=4, **NEEDS.get(method, {}))
+    handle = ak.torch.inject(model, fresh, trainable=True)
+    torch.testing.assert_close(model(x, **call), y, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
     before = [parameter.detach().clone() for parameter in handle.parameters()]
     optimizer = torch.optim.Adam(handle.parameters(), lr=0.02)
     losses = []
     for _ in range(40):
-        loss = functional.mse_loss(model(x), goal)
+        loss = functional.mse_loss(model(x, **call), goal)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.97 * losses[0]
     assert all(not torch.equal(p, old) for p, old in zip(handle.parameters(), before, strict=True))
-    trained, now = handle.adapter(), model(x)
+    trained, now = handle.adapter(), model(x, **call)
     handle.remove()
     ak.torch.inject(model, trained)
-    torch.testing.assert_close(model(x), now)
+    torch.testing.assert_close(model(x, **call), now)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +427,7 @@ def test_tensors_that_do_not_go_together_are_named(method, fields):
 def test_an_output_update_is_not_merged(method, tmp_path):
     adapter = ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit")
     path = next(target.path for target in adapter.updates)
-    with pytest.raises(NotMergeable, match="changes the output of the layer"):
+    with pytest.raises(NotMergeable, match=f"{method} changes {METHODS[method].acts_on}, not"):
         ak.merge(
             VECTORS / f"{method}.expected.safetensors", adapter.replace(updates=adapter.find(path)), tmp_path / "out"
         )
@@ -425,5 +436,5 @@ def test_an_output_update_is_not_merged(method, tmp_path):
 def test_a_module_of_a_base_is_found_and_not_merged(tmp_path):
     adapter = Adapter({Target("encoder.layer.0.output"): (bottleneck(),)})
     assert adapter.bind(HUB / "models" / "bert") is not adapter
-    with pytest.raises(NotMergeable, match="changes the output of the layer"):
+    with pytest.raises(NotMergeable, match=f"{method} changes {METHODS[method].acts_on}, not"):
         ak.merge(HUB / "models" / "bert", adapter, tmp_path / "out")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import ShapeMismatch, UsageError
+from ..errors import Malformed, ShapeMismatch, UsageError
 from ..tensors.namespace import namespace
 from ..updates import tensor
 from ._routed import Routed
@@ -41,6 +41,11 @@ class ALoRA(Routed):
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         return cls(A=A, B=W.new_zeros(len(W), rank), invocation=invocation, **attributes)
 
+    def check(self) -> None:
+        super().check()
+        if not self.invocation.shape[0]:
+            raise Malformed("an empty invocation", where="invocation", cure="Write the adapter again")
+
     def forward(self, x: Any, layer: Any) -> Any:
         change = layer.mix(layer.mix(x, self.A), self.B)
         change = change if self.bias is None else change + layer.per_channel(self.bias)
@@ -54,12 +59,16 @@ class ALoRA(Routed):
             why = f"an input of {list(shape)}, where the model reads {list(ids.shape)} tokens"
             raise ShapeMismatch(why, cure="Target a layer whose input is [rows, tokens, in]")
         xp, length, count = namespace(ids), len(self.invocation), ids.shape[1]
-        starts = ids[:, : max(count - length + 1, 0)] == ids[:, : max(count - length + 1, 0)]
-        for place in range(length):
-            starts = starts & (ids[:, place : max(count - length + 1, 0) + place] == self.invocation[place])
+        ends = max(count - length + 1, 0)
+        starts = ids[:, :ends] == self.invocation[0]
+        for place in range(1, length if ends else 1):
+            starts = starts & (ids[:, place : ends + place] == self.invocation[place])
+        starts = xp.concat([starts, _none(ids, count - ends)], axis=-1)
         so_far = xp.cumulative_sum(xp.astype(starts, ids.dtype), axis=-1)
-        last = (so_far > 0) & (so_far == so_far[:, -1:])
-        behind = xp.broadcast_to(last[:, -1:], (len(ids), count - last.shape[1]))
-        active = xp.concat([last, behind], axis=-1)
-        before = xp.zeros((len(ids), max(shape[1] - count, 0)), dtype=active.dtype, device=active.device)
-        return xp.concat([before, active[:, max(count - shape[1], 0) :]], axis=-1)
+        active = (so_far > 0) & (so_far == so_far[:, -1:])
+        return xp.concat([_none(ids, shape[1] - count), active[:, max(count - shape[1], 0) :]], axis=-1)
+
+
+def _none(ids: Any, count: int) -> Any:
+    """No position of `count` more ones, or fewer than none."""
+    return namespace(ids).zeros((len(ids), max(count, 0)), dtype=namespace(ids).bool, device=ids.device)
