@@ -51,9 +51,9 @@ class ReFT(OutputUpdate):
 
     def check(self) -> None:
         super().check()
-        rows, hidden = self.projection.shape[-2:]
-        if self.orthogonality and rows > hidden:
-            why = f"{rows} directions of {hidden} channels cannot be orthonormal"
+        shape = tuple(self.projection.shape)[-2:]
+        if self.orthogonality and shape != tuple(sorted(shape)):
+            why = f"{shape[0]} directions of {shape[1]} channels cannot be orthonormal"
             raise Malformed(why, where="projection", cure="Write the adapter again")
 
     def check_against(self, shape: tuple[int, ...]) -> None:
