@@ -436,5 +436,5 @@ def test_an_output_update_is_not_merged(method, tmp_path):
 def test_a_module_of_a_base_is_found_and_not_merged(tmp_path):
     adapter = Adapter({Target("encoder.layer.0.output"): (bottleneck(),)})
     assert adapter.bind(HUB / "models" / "bert") is not adapter
-    with pytest.raises(NotMergeable, match=f"{method} changes {METHODS[method].acts_on}, not"):
+    with pytest.raises(NotMergeable, match="changes the output of the layer"):
         ak.merge(HUB / "models" / "bert", adapter, tmp_path / "out")

@@ -90,7 +90,12 @@ CONFIG_FAULTS = {
     "no type": (without(CONFIG, "peft_type"), Malformed, "peft_type"),
     "an unknown type": (CONFIG | {"peft_type": "FOO"}, Unsupported, "peft_type"),
     "an unknown field": (CONFIG | {"use_superlora": True}, Unsupported, "use_superlora"),
-    "aLoRA": (CONFIG | {"alora_invocation_tokens": [1, 2]}, Unsupported, "alora_invocation_tokens"),
+    "aLoRA of no tokens": (CONFIG | {"alora_invocation_tokens": []}, Malformed, None),
+    "aLoRA with another law": (
+        CONFIG | {"alora_invocation_tokens": [1], "use_dora": True},
+        Unsupported,
+        "alora_invocation_tokens",
+    ),
     "Arrow": (CONFIG | {"arrow_config": {"top_k": 1}}, Unsupported, "arrow_config"),
     "a field of KaSA's": (CONFIG | {"kasa_config": {"delta": 1}}, Malformed, "kasa_config"),
     "repeated layers": (CONFIG | {"layer_replication": [[0, 2]]}, Unsupported, "layer_replication"),

@@ -1,6 +1,6 @@
-"""Activated LoRA: y' = y + scaling * B @ A x, from a row's last invocation on.  Greenewald et al. 2025,
-https://arxiv.org/abs/2504.12397
+"""Activated LoRA: y' = y + scaling * B @ A x, from a row's last invocation on.
 
+Greenewald et al. 2025, https://arxiv.org/abs/2504.12397.
 An invocation is a sequence of token numbers. Positions before the last one in a row, and rows without one, are the
 base's, so that what a cache holds of them is the base's too.
 """

@@ -1,6 +1,6 @@
-"""Lily: y' = y + scaling * (sum over e of share_e * B_e)^T A x, shares by a router.  Zhong et al. 2024,
-https://arxiv.org/abs/2407.09946
+"""Lily: y' = y + scaling * (sum over e of share_e * B_e)^T A x, shares by a router.
 
+Zhong et al. 2024, https://arxiv.org/abs/2407.09946.
 Layers of one kind have the B's in common, neighbours A. One set of shares holds for the whole batch: the mean, over
 all rows and tokens, of what the router gives each. So a row's output depends on the rows beside it. Fresh updates have
 a B each, unless they are given one to share.

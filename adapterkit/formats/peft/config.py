@@ -16,6 +16,7 @@ PEFT_TYPES = ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
 """The values of `peft_type` that are read beside those of `families`."""
 
 READ = {
+    "alora_invocation_tokens": "the law is aLoRA's, and these activate it",
     "alpha_pattern": "alpha of the modules it matches",
     "enable_lora": "before 0.3: which equal blocks of a fused weight are adapted",
     "fan_in_fan_out": "the base stores its weights [in, out]; a hint, shapes of the base decide",
@@ -67,7 +68,6 @@ HARMLESS = {
 """Fields that change nothing that a merge or a forward pass computes."""
 
 REFUSED = {
-    "alora_invocation_tokens": "aLoRA acts only behind its invocation tokens, so it has no merged weights",
     "arrow_config": "Arrow routes every token between adapters, so it has no merged weights",
     "layer_replication": "it repeats layers of the base, and keys count the repeated ones",
     "megatron_config": "its tensors are split over Megatron's ranks",
@@ -137,6 +137,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     init_lora_weights: bool | str | None = True
     kasa_config: Kasa | None = None
     use_bdlora: Blocks | None = None
+    alora_invocation_tokens: Tokens | None = None
     enable_lora: list[bool] | None = None
     target_modules: list[str] | str | None = None
     target_parameters: list[str] | None = None
@@ -227,10 +228,12 @@ def _check_laws(settings: Settings) -> None:
         "use_bdlora": settings.use_bdlora is not None,
         "kasa_config": settings.kasa_config is not None,
         "init_lora_weights": bool(settings.residual),
+        "alora_invocation_tokens": settings.alora_invocation_tokens is not None,
         "use_dora": bool(settings.use_dora),
     }
     named = [name for name, on in laws.items() if on]
-    others = ("lora_bias", "target_parameters") if named and named[0] != "use_dora" else ()
+    biased = bool(named) and named[0] in ("alora_invocation_tokens", "use_dora")
+    others = () if not named or named[0] == "use_dora" else ("target_parameters",) if biased else _APART
     named += [name for name in others if getattr(settings, name)]
     if len(named) > 1:
         raise Unsupported(f"{named[0]} and {named[1]} together", where=named[0], cure=_WITH_PEFT)
@@ -249,5 +252,6 @@ def _check_init(value: bool | str | None) -> None:
     raise Unsupported(f"an unknown initialisation {value!r}", where="init_lora_weights", cure=_WITH_PEFT)
 
 
+_APART = ("lora_bias", "target_parameters")
 _REWRITE = "Write the adapter again with PEFT"
 _WITH_PEFT = "Merge it with PEFT itself"

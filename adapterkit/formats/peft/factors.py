@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ...errors import Malformed, ShapeMismatch, Unsupported
+from ...tensors.lazy import from_numpy
 from .file import make
 from .keys import LATENT
 
@@ -91,7 +93,10 @@ def adapt(
     settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0, *, embedding: bool = False
 ) -> Update:
     """The update whose law and scaling the config gives to the module or parameter `name`, `times` over."""
-    return make(_method(settings, tensors, embedding), tensors, scaling=settings.scaling(name) * times)
+    method = _method(settings, tensors, embedding)
+    if method == "alora":
+        tensors = {**tensors, "invocation": _numbers(tuple(settings.alora_invocation_tokens or ()))}
+    return make(method, tensors, scaling=settings.scaling(name) * times)
 
 
 def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) -> str:
@@ -103,8 +108,21 @@ def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) ->
         return "kasa"
     if tensors.keys() & {"A_blocks", "B_blocks"}:
         return "bdlora"
+    if settings.alora_invocation_tokens is not None:
+        if embedding or len(tensors["A"].shape) != 2:
+            why = "aLoRA on an embedding or a convolution"
+            raise Unsupported(why, where="alora_invocation_tokens", cure="Leave those modules out of target_modules")
+        return "alora"
     # PEFT leaves an embedding's table as it is.
     return "lora" if embedding else settings.residual or "lora"
+
+
+@lru_cache(16)
+def _numbers(tokens: tuple[int, ...]) -> Lazy:
+    """Numbers of tokens: the same leaf wherever they are the same."""
+    import numpy as np
+
+    return from_numpy(np.array(tokens, dtype=np.int64))
 
 
 def _factors(file: File, stem: str, slots: Mapping[tuple[str, str], Key]) -> Factors:

@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ...methods.alora import ALoRA
 from ...methods.bdlora import BDLoRA
 from ...methods.dora import DoRA
 from ...methods.kasa import KaSA
 from ...methods.lora import LoRA
 from ...methods.olora import OLoRA
 from ...methods.pissa import PiSSA
-from ...tensors.lazy import Lazy
+from ...tensors.lazy import Lazy, as_lazy
 
 if TYPE_CHECKING:
     from ...adapter import Target
     from ...updates import Update
 
-PAIRS = (LoRA, DoRA, KaSA, BDLoRA, OLoRA, PiSSA)
+PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, OLoRA, PiSSA)
 """The methods."""
 
 LINEAR = (KaSA, BDLoRA)
 """Those that PEFT has for linear layers alone."""
+
+BIASED = (LoRA, ALoRA)
+"""Those that may have a bias."""
 
 RESIDUAL = (OLoRA, PiSSA)
 """Those that stand for what PEFT takes out of the base of linear layers and Conv1D."""
@@ -58,11 +62,21 @@ def law_fields(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, 
     was = str(before.get("init_lora_weights")).lower() in (kind.__name__.lower() for kind in RESIDUAL)
     return {
         "use_dora": DoRA in kinds,
-        "lora_bias": any(isinstance(update, LoRA) and update.bias is not None for update in updates.values()),
+        "lora_bias": any(isinstance(update, BIASED) and update.bias is not None for update in updates.values()),
         "kasa_config": (before.get("kasa_config") or _KASA) if KaSA in kinds else None,
         "use_bdlora": _blocks(updates) if BDLoRA in kinds else None,
+        **_invocation(updates, before),
         **({"init_lora_weights": residual or True} if residual or was else {}),
     }
+
+
+def _invocation(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokens that activate; PEFT looks for them in causal models alone."""
+    some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
+    if some is None:
+        return {"alora_invocation_tokens": None}
+    tokens = as_lazy(some.invocation).numpy().tolist()
+    return {"alora_invocation_tokens": tokens, "task_type": before.get("task_type") or "CAUSAL_LM"}
 
 
 def _blocks(updates: dict[str, Any]) -> dict[str, Any]:

@@ -151,6 +151,8 @@ def _spell_update(
         embedding, stem = is_embedding(target), _stem(target, names)
         guessed = embedding is None or target.path in names.guessed
         for field, leaf in update.tensors.items():
+            if field == "invocation":
+                continue  # it is in the config
             key = f"{stem}.{_part(field, bool(embedding))}"
             yield field, key, _factor(field, as_lazy(leaf), update, target.stacked), guessed
     elif isinstance(update, IA3):

@@ -48,6 +48,8 @@ def _case(name: str, positions: int, /, update: Update, **more: Any) -> Case:
     return Case(name, updates=(update,), call={"input_ids": TOKENS}, **given)
 
 
-def _update(seed: str, invocation: tuple[int, ...] | list[int] = (3, 4), scaling: float | None = None, **more: Any) -> Update:
+def _update(
+    seed: str, invocation: tuple[int, ...] | list[int] = (3, 4), scaling: float | None = None, **more: Any
+) -> Update:
     made = update("alora", f"alora.{seed}", scaling, A=(2, 5), B=(3, 2), **more)
     return Update(made.method, made.tensors | {"invocation": np.array(invocation, dtype=np.int64)}, made.attributes)

@@ -12,9 +12,7 @@ from layers import Array
 LONG: dict[str, Any] = BIASED | {"x": (2, 3, 5)}
 
 
-def output(
-    x: Array, layer: Callable[[Array], Array], A: Array, B: Array, router: Array, scaling: float = 1.0
-) -> Array:
+def output(x: Array, layer: Callable[[Array], Array], A: Array, B: Array, router: Array, scaling: float = 1.0) -> Array:
     """Place by place, after the shares of all places were averaged."""
     y, places = layer(x), x.reshape(-1, x.shape[-1])
     told = []
