@@ -316,6 +316,7 @@ class OutputUpdate(Update):
     Class attributes:
         placed: the formula is `inside`, so that several such updates follow each other before the layer closes.
         asks: words of the model's call that the formula reads.
+        of_model: it stands at the whole model, `Target("")`, until it has its experts.
 
     Attributes that place an update, where a method has them:
         residual: path, from the target's parent, of the module whose input is added to the target's output.
@@ -326,6 +327,12 @@ class OutputUpdate(Update):
     acts_on = "the output of the layer"
     placed: ClassVar[bool] = False
     asks: ClassVar[tuple[str, ...]] = ()
+    of_model: ClassVar[bool] = False
+
+    @property
+    def lacks_experts(self) -> bool:
+        """Whether it is the router of experts that it does not hold, so that it computes nothing yet."""
+        return False
 
     @property
     def channels(self) -> int | None:

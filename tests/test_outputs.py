@@ -1,6 +1,7 @@
 """Output updates in live modules: against float64 formulas, against AdapterHub's own library, and what they refuse."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unsupported
+from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.tensors.activations import ACTIVATIONS
 from adapterkit.tensors.checkpoint import open_checkpoint
@@ -92,18 +93,27 @@ def built(update, held, turned):
 class Called(nn.Module):
     """A model whose call brings more than its module reads."""
 
-    def __init__(self, module):
+    def __init__(self, module, states=None):
         super().__init__()
-        self.m = module
+        self.m, self.states = module, states
 
-    def forward(self, *inputs, input_ids=None):
-        return self.m(*inputs)
+    def forward(self, *inputs, input_ids=None, output_hidden_states=False, **_):
+        y = self.m(*inputs)
+        return SimpleNamespace(hidden_states=(self.states,)) if output_hidden_states else y
 
 
 def call_for(method, rows, tokens):
     """What a call brings for a method's updates."""
     brought = {"input_ids": torch.arange(tokens).repeat(rows, 1), "task_ids": torch.zeros(rows, dtype=torch.long)}
-    return {name: brought[name] for name in METHODS[method].asks}
+    return {name: brought[name] for name in METHODS[method].asks if name in brought}
+
+
+def states_for(update, rows, tokens):
+    """What the last layer of a model gives, as wide as the update reads it."""
+    reads = (
+        getattr(update, "first", None) if getattr(update, "first", None) is not None else getattr(update, "last", None)
+    )
+    return None if reads is None else torch.randn(rows, tokens, reads.shape[1], dtype=torch.float64)
 
 
 NEEDS = {"alora": {"invocation": [1, 2]}}
@@ -114,11 +124,17 @@ NEEDS = {"alora": {"invocation": [1, 2]}}
 @pytest.mark.parametrize("weight", [1.0, -0.75])
 def test_a_live_module_gives_the_vectors_output(method, path, weight):
     tensors = open_checkpoint(VECTORS / f"{method}.expected.safetensors").tensors
-    held = {name.removeprefix(f"{path}."): t.torch() for name, t in tensors.items() if name.startswith(f"{path}.")}
+    start = f"{path or '(model)'}."
+    held = {name.removeprefix(start): t.torch() for name, t in tensors.items() if name.startswith(start)}
     ((target, (update,)),) = ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit").find(path).items()
     module, at, inputs = built(update, held, target.layout == "in out *k")
-    model = Called(module)
+    model = Called(module, held.get("call.hidden_states"))
+    if update.lacks_experts:
+        with pytest.raises(UsageError, match="experts that it routes to are adapters of their own"):
+            ak.torch.inject(model, Adapter({Target(target.path and at): (update,)}))
+        return
     call = {name.removeprefix("call."): value for name, value in held.items() if name.startswith("call.")}
+    call.pop("hidden_states", None)
     keys, before, y = list(model.state_dict()), dict(module.__dict__), module(*inputs)
     handle = ak.torch.inject(model, Adapter({Target(at, target.layout): (update,)}), weight=weight)
     got = model(*inputs, **call)
@@ -270,18 +286,22 @@ def test_several_adapters_and_a_different_one_for_each_row(kind):
 @given(data=st.data())
 def test_any_update_runs_on_its_layer_or_is_refused_by_name(method, data, made):
     update = data.draw(made.updates(method=method, kernel=()))
-    model, x = Called(nn.Linear(16, 8)).double(), torch.randn(2, 3, 16).double()
+    model, x = Called(nn.Linear(16, 8), states_for(update, 2, 3)).double(), torch.randn(2, 3, 16).double()
     live = update.replace(**{name: "" for name in ("residual", "norm") if hasattr(update, name)})
     if getattr(live, "parallel", False) or getattr(live, "reverse", False):
         with pytest.raises(ShapeMismatch) as raised:
             ak.torch.inject(model, Adapter({Target("m"): (live,)}))
         assert raised.value.where == f"m: {method}"
         return
+    if live.lacks_experts:
+        with pytest.raises(UsageError, match="Pass experts="):
+            ak.torch.inject(model, Adapter({Target("m"): (live,)}))
+        return
     ak.torch.inject(model, Adapter({Target("m"): (live,)}))
     assert model(x, **call_for(method, 2, 3)).shape == (2, 3, 8)
 
 
-@pytest.mark.parametrize("method", OUTPUTS)
+@pytest.mark.parametrize("method", [m for m in OUTPUTS if "initial" in vars(METHODS[m])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_update_changes_nothing_and_trains_all_of_itself(method, dtype):
     torch.manual_seed(0)

@@ -239,7 +239,9 @@ def test_rows_of_several_adapters_have_their_own_words(made):
 def test_what_a_call_lacks_is_named(made):
     model = fresh(llama)
     handle = ak.torch.inject(model, ak.read(made("poly")))
-    with pytest.raises(UsageError, match="needs task_ids, which no call of the model brought. Call .* with task_ids="):
+    with pytest.raises(
+        UsageError, match=r"needs task_ids, which no call of the model brought\. Call .* with task_ids="
+    ):
         model(IDS)
     with pytest.raises(ShapeMismatch, match="one number of a task for each row"):
         model(IDS, task_ids=torch.tensor([0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from ..tensors.lazy import as_torch
 from ..updates import Update
 from .context import ContextPart, parts_of
 from .ears import Ear
+from .experts import with_experts
 from .handle import Handle
 from .layers import Quantized, layer_of, stored_layout, stored_shape
 from .outputs import Outlet, Switch, outlet
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 
 def inject(
-    model: nn.Module, adapter: Adapter, *, name: str = "default", weight: float = 1.0, trainable: bool = False
-) -> Handle:
+    model: nn.Module, adapter: Adapter, *, name: str = "default", weight: float = 1.0, trainable: bool = False,
+    experts: Sequence[Adapter] = (),
+) -> Handle:  # fmt: skip
     """Attaches an adapter: the model computes y + weight * (f(x) - y) at each target.
 
     Args:
@@ -40,18 +42,22 @@ def inject(
         weight: how much of its change is added.
         trainable: its leaves, but for those its method calls `frozen`, become float32 (or wider) parameters of the
             handle, cast to the layer's dtype in forward.
+        experts: what a router routes to, where its own file does not hold it (X-LoRA, Arrow): plain LoRA adapters, in
+            the router's order.
 
     Raises:
         TargetNotFound: a target has no place in the model; names the nearest.
         ShapeMismatch: a shape does not fit.
         Unsupported: a layer cannot take the method, or not beside what is attached to it already.
-        UsageError: the name is taken.
+        UsageError: the name is taken, or a router lacks its experts.
 
     After an error nothing is attached.
     """
     adapter.validate()
     if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
+    adapter = with_experts(model, adapter, experts)
+    adapter.validate()
     weights, context = apart(adapter)
     if weight != 1 and context.updates:
         raise UsageError("context has no half measures", where=name, cure="Leave weight at 1")

@@ -18,6 +18,7 @@ PEFT_TYPES = ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
 READ = {
     "alora_invocation_tokens": "the law is aLoRA's, and these activate it",
     "alpha_pattern": "alpha of the modules it matches",
+    "arrow_config": "the law is Arrow's, of experts in files of their own",
     "enable_lora": "before 0.3: which equal blocks of a fused weight are adapted",
     "fan_in_fan_out": "the base stores its weights [in, out]; a hint, shapes of the base decide",
     "feedforward_modules": "IA3: modules whose inputs are scaled",
@@ -68,7 +69,6 @@ HARMLESS = {
 """Fields that change nothing that a merge or a forward pass computes."""
 
 REFUSED = {
-    "arrow_config": "Arrow routes every token between adapters, so it has no merged weights",
     "layer_replication": "it repeats layers of the base, and keys count the repeated ones",
     "megatron_config": "its tensors are split over Megatron's ranks",
     "use_qalora": "QA-LoRA averages groups of inputs before A",
@@ -122,6 +122,20 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return found[0] if found else ""
 
 
+class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`arrow_config`: how Arrow chooses; the names of its experts, which are not followed.
+
+    The seed is of a search for what the experts' factors give without one.
+    """
+
+    top_k: Rank = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: list[str] | None = None
+    gks_adapter_names: list[str] | None = None
+    rng_seed: int | None = None
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of a config that this format reads, with PEFT's defaults; `own` are those of a family."""
 
@@ -138,6 +152,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     kasa_config: Kasa | None = None
     use_bdlora: Blocks | None = None
     alora_invocation_tokens: Tokens | None = None
+    arrow_config: Router | None = None
     enable_lora: list[bool] | None = None
     target_modules: list[str] | str | None = None
     target_parameters: list[str] | None = None
@@ -228,6 +243,7 @@ def _check_laws(settings: Settings) -> None:
         "use_bdlora": settings.use_bdlora is not None,
         "kasa_config": settings.kasa_config is not None,
         "init_lora_weights": bool(settings.residual),
+        "arrow_config": settings.arrow_config is not None,
         "alora_invocation_tokens": settings.alora_invocation_tokens is not None,
         "use_dora": bool(settings.use_dora),
     }

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...methods.alora import ALoRA
 from ...methods.dora import DoRA
 from ...methods.ia3 import IA3
 from ...methods.lora import LoRA
@@ -14,7 +13,7 @@ from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from .encoders import has_encoder
 from .families import FAMILIES, family_of
-from .pairs import BIASED, LINEAR, PAIRS, RESIDUAL, may_stand, why_not_there
+from .pairs import BIASED, LINEAR, PAIRS, RESIDUAL, ROUTED, may_stand, why_not_there
 from .spelling import config_name, is_embedding, is_parameter, lora_paths
 
 if TYPE_CHECKING:
@@ -80,10 +79,10 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
         return f"{update.method} of rank 0"
     if isinstance(update, (LoRA, DoRA)) and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
         return f"{update.method} on a transposed convolution"
-    apart = isinstance(update, (DoRA, ALoRA, *LINEAR, *RESIDUAL))
+    apart = isinstance(update, (DoRA, *LINEAR, *RESIDUAL, *ROUTED))
     if apart and (is_parameter(target, paths, base) or config_name(target, paths) != target.path):
         return f"{update.method} on a parameter or an attention"
-    if isinstance(update, (ALoRA, *RESIDUAL)) and is_embedding(target):
+    if isinstance(update, (*RESIDUAL, *ROUTED)) and is_embedding(target):
         return f"{update.method} on an embedding"
     if why := why_not_there(target, update):
         return why

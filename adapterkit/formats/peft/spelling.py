@@ -193,6 +193,7 @@ def _part(field: str, embedding: bool) -> str:
         return {"magnitude": "lora_magnitude_vector", "diag": "lora_diag"}[field]
     if field == "bias":
         return "lora_B.bias"
+    field = field.removeprefix("idle_")
     return f"lora_embedding_{field}" if embedding else f"lora_{field[0]}.weight"
 
 
