@@ -30,7 +30,7 @@ class Fields(Own, frozen=True, kw_only=True):
     adapters: dict[str, str] | None = None
     enable_softmax: bool = True
     enable_softmax_topk: bool = False
-    global_scaling_scaling: float = 1.0
+    global_scaling_weight: float = 1.0
     layerwise_scalings: bool = False
     scaling_pass_value: float = 0.0
     softmax_temperature: float = 1.0
