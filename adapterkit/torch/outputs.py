@@ -202,7 +202,9 @@ class Call:
         return y if self.rest is None else (y, *self.rest)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
-        raise Unsupported("no weight to exchange", cure="Order updates of weights before those of outputs")
+        if self.layer is None:
+            raise Unsupported("no weight to exchange", cure="Order updates of weights before those of outputs")
+        return self.layer.op(x, w)
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
         return self.layer.mix(h, w) if self.layer else functional.linear(h, w)
