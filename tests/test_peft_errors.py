@@ -89,6 +89,7 @@ def test_faults_of_tensors(fault, tmp_path):
 CONFIG_FAULTS = {
     "no type": (without(CONFIG, "peft_type"), Malformed, "peft_type"),
     "an unknown type": (CONFIG | {"peft_type": "FOO"}, Unsupported, "peft_type"),
+    "a second network": (CONFIG | {"peft_type": "SHADOW"}, Unsupported, "peft_type"),
     "an unknown field": (CONFIG | {"use_superlora": True}, Unsupported, "use_superlora"),
     "aLoRA of no tokens": (CONFIG | {"alora_invocation_tokens": []}, Malformed, None),
     "aLoRA with another law": (

@@ -320,3 +320,14 @@ def test_a_config_that_is_not_of_the_file_is_refused(case, change, error, where,
     with pytest.raises(error) as raised:
         ak.read(tmp_path)
     assert where in raised.value.where
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["alora", "poly", "lily"])
+def test_is_compiled_and_exported_with_its_call(case, made):
+    model, call = fresh(llama), CASES[case][2]
+    ak.torch.inject(model, ak.read(made(case)))
+    given = {"use_cache": False, **call}
+    wanted = model(IDS, **given).logits
+    close(torch.compile(model, backend="eager")(IDS, **given).logits, wanted)
+    close(torch.export.export(model, (IDS,), given).module()(IDS, **given).logits, wanted)

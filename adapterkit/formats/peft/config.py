@@ -15,6 +15,11 @@ from .patterns import first_match, matches
 PEFT_TYPES = ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
 """The values of `peft_type` that are read beside those of `families`."""
 
+OTHER_TYPES = {
+    "SHADOW": "a second transformer runs beside the base, and its architecture is code, not in the file",
+}
+"""Types that are known and not read, with the reason."""
+
 READ = {
     "alora_invocation_tokens": "the law is aLoRA's, and these activate it",
     "alpha_pattern": "alpha of the modules it matches",
@@ -224,6 +229,10 @@ def _check_type(config: Mapping[str, Any]) -> None:
     if not isinstance(found, str):
         raise Malformed("no peft_type", where="peft_type", cure="This is not a config of PEFT's")
     if found not in peft_types():
+        if found in OTHER_TYPES:
+            raise Unsupported(
+                f"PEFT's {found}: {OTHER_TYPES[found]}", where="peft_type", cure="Run it with PEFT itself"
+            )
         known = f"Known: {', '.join(peft_types())}"
         raise Unsupported(f"PEFT's {found} is not known to this version", where="peft_type", cure=known)
 

@@ -145,7 +145,10 @@ def _check_sizes(own: Fields, tensors: Mapping[str, Lazy], pairs: list[list[Key]
     if len(reads.shape) != 2 or reads.shape[1] != own.hidden_size:
         why = f"{list(reads.shape)}, where the config says that {own.hidden_size} numbers are read"
         raise ShapeMismatch(why, where=pairs[0][0].text, cure="The config is not of this file")
-    experts, logits = len(own.adapters or ()), tensors["last"].shape[0]
+    last = tensors["last"]
+    if len(last.shape) != 2:
+        raise ShapeMismatch(f"{list(last.shape)} is no matrix", where=pairs[-1][0].text, cure="Save it again with PEFT")
+    experts, logits = len(own.adapters or ()), last.shape[0]
     if experts and (logits % experts or (logits != experts and not own.layerwise_scalings)):
         why = f"{logits} logits for {experts} experts"
         raise ShapeMismatch(why, where=pairs[-1][0].text, cure="The config is not of this file")
