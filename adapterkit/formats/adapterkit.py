@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from ..adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target, canonical
-from ..errors import AdapterkitError, Malformed, Unsupported
+from ..errors import AdapterkitError, Malformed, Unrepresentable, Unsupported
 from ..methods import METHODS
 from ..tensors import safetensors
 from ..tensors.lazy import as_lazy
@@ -115,6 +115,10 @@ class Native(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
+        unknown = [f"{t}: {u.method} is no method" for t, u in adapter if u.method not in METHODS]
+        if unknown:
+            cure = "Write what it is made of, each by itself"
+            raise Unrepresentable("a file holds updates of methods alone", items=unknown, cure=cure)
         tensors: dict[str, Leaf] = {}
         text = canonical(msgspec.to_builtins(encode_record(adapter, tensors)))
         safetensors.write(_file(path), {name: as_lazy(leaf) for name, leaf in tensors.items()}, {KEY: text})
