@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ..adapter import Target, canonical
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable
 from ..methods.dora import DoRA
-from ..methods.lora import LoRA
 from ..names.image import component_of, rooted
 from ..tensors.strict_json import load_json
 from ._image import container
@@ -101,8 +100,8 @@ class Diffusers(ImageFormat):
     def rescaled(self, found: Found, stem: str, metadata: Mapping[str, str]) -> Found:
         part, _, name = stem.partition(".")
         settings = _settings(metadata.get(CONFIG, "")).get(part)
-        update = found.update
-        if settings is None or not isinstance(update, LoRA | DoRA):
+        update: Any = found.update
+        if settings is None:
             return found
         if settings.rank(name) != update.A.shape[0]:
             why = f"rank {update.A.shape[0]}; {CONFIG} says {settings.rank(name)}"

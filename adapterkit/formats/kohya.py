@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING
 
 from ..adapter import Target
 from ..methods.oft import OFT
+from ..names.image import component_of, is_not_xl, is_xl, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat
 from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
+from ._image.translate import Changed, Losses, in_diffusers, in_native
 from ._image.underscores import resolve, stem_of
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
     from ..updates import Update
+
+    Updates = Mapping[Target, tuple[Update, ...]]
 
 SLOTS = {
     "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha",
@@ -39,7 +43,6 @@ class Kohya(ImageFormat):
     description = "kohya's sd-scripts: LoRA, LoCon, DoRA and OFT for image models, modules named with underscores"
     methods = frozenset({"dora", "lora", "oft"})
     rules = Rules(alpha_needed=True, oft_zero=False, slots=tuple(SLOTS))
-    naming = "native"
 
     def sniff(self, path: Path) -> bool:
         keys = container.names(path)
@@ -62,14 +65,24 @@ class Kohya(ImageFormat):
     ) -> dict[str, Target]:
         return {stem: Target(path) for stem, path in resolve(modules, metadata, base).items()}
 
+    def renamed(self, updates: Updates, kept: Iterable[str], *, fold: bool) -> tuple[Changed, Losses]:
+        """XL's U-Net in LDM's naming, that of SD 1 and 2 in diffusers', transformers in their authors'."""
+        inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
+        others = {target: each for target, each in updates.items() if target not in inside}
+        paths = [rooted(target.path)[1] for target in inside]
+        moved, losses = in_native(others, kept, fold=fold)
+        if is_xl(paths):
+            unets, more = in_native(inside, kept, fold=fold)
+        else:
+            unets, more = in_diffusers(inside, kept) if is_not_xl(paths) else (inside, [])
+        return {**unets, **moved}, [*losses, *more]
+
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
         turned = isinstance(update, OFT)
         stem = stem_of(target.path, paths, tag="oft_unet" if turned else "lora_unet")
         return None if target.rows or (turned and stem and not stem.startswith("oft_unet_")) else stem
 
-    def metadata(
-        self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
-    ) -> tuple[Metadata, bool]:
+    def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("ss_network_module", "networks.lora")]), False
 
 

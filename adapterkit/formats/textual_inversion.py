@@ -182,7 +182,7 @@ def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInver
 
 def _keys(found: Mapping[str, TextualInversion], data: Mapping[str, Any]) -> dict[str, Lazy]:
     words = {part: name for name, part in ENCODERS.items()}
-    old, flat = data.get("keys", {}), data.get("flat", [])
+    old, flat = ({}, []) if "wrapper" in data else (data.get("keys", {}), data.get("flat", []))
     several = len(found) > 1 or set(found) != {"text_encoder"}
     tensors = {}
     for part, update in found.items():

@@ -6,7 +6,7 @@ go by; `diffusers` what diffusers does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -99,7 +99,7 @@ ROOTS = {
 
 
 def rooted(path: str) -> tuple[str, str]:
-    """A path parted into what it begins with, dot included, and the name inside the part; nothing where none is named."""
+    """A path in two: the part of a pipeline that it begins with, dot included or nothing, and the name inside it."""
     root = next((root for root in ROOTS if path.startswith(f"{root}.")), "")
     return (f"{root}.", path[len(root) + 1 :]) if root else ("", path)
 
@@ -122,13 +122,13 @@ def denoiser_of(paths: Iterable[str]) -> str:
     return "unet" if any(path in unets.native or path in unets.diffusers for path in paths) else "transformer"
 
 
-def is_xl(paths: Iterable[str]) -> bool:
+def is_xl(paths: Collection[str]) -> bool:
     """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion XL."""
-    return any(path.startswith(unet.XL_ONLY) or _deep(path) for path in paths)
+    return any(path.startswith(unet.XL_ONLY) or _deep(path) for path in paths) and not is_not_xl(paths)
 
 
-def is_not_xl(paths: Iterable[str]) -> bool:
-    """Whether names of a U-Net's modules in diffusers' naming are of Stable Diffusion 1 or 2."""
+def is_not_xl(paths: Collection[str]) -> bool:
+    """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion 1 or 2."""
     return any(path.startswith(unet.NOT_XL) for path in paths)
 
 

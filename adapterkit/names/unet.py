@@ -91,5 +91,12 @@ XL_ONLY = (
 )
 """What names of XL alone begin with."""
 
-NOT_XL = ("down_blocks.0.attentions.", "down_blocks.3.", "up_blocks.2.attentions.", "up_blocks.3.")
-"""What names of SD 1 and 2 alone begin with, in diffusers' naming."""
+NOT_XL = (
+    "down_blocks.0.attentions.",
+    "down_blocks.3.",
+    "up_blocks.2.attentions.",
+    "up_blocks.3.",
+    *(f"input_blocks.{n}." for n in ("1.1", "2.1", "9", "10", "11")),
+    *(f"output_blocks.{n}." for n in ("6.1", "7.1", "8.1", "8.2", "9", "10", "11")),
+)
+"""What names of SD 1 and 2 alone begin with."""

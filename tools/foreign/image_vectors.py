@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import lora_conversion_utils as converters
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from lycoris import LycorisNetwork
@@ -50,6 +49,7 @@ Updates = dict[str, list[Any]]
 
 
 def unet() -> nn.Module:
+    """A small U-Net with attention in its outer level."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=4, block_out_channels=(8, 16), layers_per_block=2, cross_attention_dim=12, attention_head_dim=2,
@@ -60,18 +60,41 @@ def unet() -> nn.Module:
 
 LYCORIS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "locon": ({"algo": "lora", "linear_dim": 3, "linear_alpha": 2, "conv_dim": 2, "conv_alpha": 1.5}, [Q, FF, CONV]),
-    "locon_tucker": ({"algo": "lora", "linear_dim": 3, "linear_alpha": 2, "conv_dim": 2, "conv_alpha": 3, "use_tucker": True}, [Q, CONV]),
+    "locon_tucker": (
+        {"algo": "lora", "linear_dim": 3, "linear_alpha": 2, "conv_dim": 2, "conv_alpha": 3, "use_tucker": True},
+        [Q, CONV],
+    ),
     "locon_rs": ({"algo": "lora", "linear_dim": 3, "linear_alpha": 2, "rs_lora": True}, [Q, V]),
     "locon_half": ({"algo": "lora", "linear_dim": 3, "linear_alpha": 0.3}, [Q, V]),
     "dora": ({"algo": "lora", "linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "dora_wd": True}, [Q, V, CONV]),
     "loha": ({"algo": "loha", "linear_dim": 2, "linear_alpha": 1, "conv_dim": 2, "conv_alpha": 1}, [Q, FF, CONV]),
-    "loha_tucker": ({"algo": "loha", "linear_dim": 2, "linear_alpha": 1, "conv_dim": 2, "conv_alpha": 1, "use_tucker": True}, [Q, CONV]),
-    "lokr": ({"algo": "lokr", "linear_dim": 1, "linear_alpha": 2, "conv_dim": 1, "conv_alpha": 3, "factor": 2}, [Q, FF, CONV]),
+    "loha_tucker": (
+        {"algo": "loha", "linear_dim": 2, "linear_alpha": 1, "conv_dim": 2, "conv_alpha": 1, "use_tucker": True},
+        [Q, CONV],
+    ),
+    "lokr": (
+        {"algo": "lokr", "linear_dim": 1, "linear_alpha": 2, "conv_dim": 1, "conv_alpha": 3, "factor": 2},
+        [Q, FF, CONV],
+    ),
     "lokr_both": ({"algo": "lokr", "linear_dim": 1, "linear_alpha": 2, "factor": 4, "decompose_both": True}, [Q, FF]),
     "lokr_whole": ({"algo": "lokr", "linear_dim": 1000, "linear_alpha": 1, "factor": 2}, [Q, FF]),
-    "lokr_tucker": ({"algo": "lokr", "linear_dim": 1, "linear_alpha": 1, "conv_dim": 1, "conv_alpha": 2, "factor": 2, "use_tucker": True}, [CONV]),
+    "lokr_tucker": (
+        {
+            "algo": "lokr",
+            "linear_dim": 1,
+            "linear_alpha": 1,
+            "conv_dim": 1,
+            "conv_alpha": 2,
+            "factor": 2,
+            "use_tucker": True,
+        },
+        [CONV],
+    ),
     "diag_oft": ({"algo": "diag-oft", "linear_dim": 4, "conv_dim": 4}, [Q, FF, CONV]),
-    "diag_oft_constraint": ({"algo": "diag-oft", "linear_dim": 4, "conv_dim": 4, "constraint": 0.01, "rescaled": True}, [Q, CONV]),
+    "diag_oft_constraint": (
+        {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 4, "constraint": 0.01, "rescaled": True},
+        [Q, CONV],
+    ),
     "boft": ({"algo": "boft", "linear_dim": 4}, [Q]),
     "glora": ({"algo": "glora", "linear_dim": 2, "linear_alpha": 1, "conv_dim": 2, "conv_alpha": 1}, [Q, FF]),
     "ia3": ({"algo": "ia3"}, [Q, FF, CONV]),
@@ -90,6 +113,7 @@ HALF = {"locon_half"}
 
 
 def lycoris(dest: Path) -> None:
+    """Networks of lycoris-lora, saved by it."""
     for name, (settings, modules) in LYCORIS.items():
         model = unet()
         prefix = "lora_unet" if name != "locon_rs" else "lycoris"
@@ -109,17 +133,34 @@ def lycoris(dest: Path) -> None:
         kind = "kohya" if name.startswith(("locon", "dora")) and prefix == "lora_unet" else "lycoris"
         folder = _fresh(dest / kind / name)
         dtype = torch.float16 if name in HALF else None
-        network.save_weights(str(folder / "adapter.safetensors"), dtype, {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(settings)})
-        loras = {path: lora for path in modules for lora in network.loras if lora.lora_name == f"{prefix}_{path}".replace(".", "_")}
+        network.save_weights(
+            str(folder / "adapter.safetensors"),
+            dtype,
+            {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(settings)},
+        )
+        loras = {
+            path: lora
+            for path in modules
+            for lora in network.loras
+            if lora.lora_name == f"{prefix}_{path}".replace(".", "_")
+        }
         assert len(loras) == len(modules) == len(network.loras), (name, [x.lora_name for x in network.loras])
         _forward(folder, {f"unet.{path}": (base.get_submodule(path), lora) for path, lora in loras.items()})
         if name not in REFUSED:
-            _native(folder, {f"unet.{path}": _update(lora, base.get_submodule(path), dtype) for path, lora in loras.items()})
+            _native(
+                folder, {f"unet.{path}": _update(lora, base.get_submodule(path), dtype) for path, lora in loras.items()}
+            )
 
 
 def _network(settings: dict[str, Any]) -> dict[str, Any]:
     given = {"conv_dim": 1, "conv_alpha": 1, "linear_alpha": 1, "linear_dim": 1, **settings}
-    names = {"linear_dim": "lora_dim", "linear_alpha": "alpha", "conv_dim": "conv_lora_dim", "algo": "network_module", "dora_wd": "weight_decompose"}
+    names = {
+        "linear_dim": "lora_dim",
+        "linear_alpha": "alpha",
+        "conv_dim": "conv_lora_dim",
+        "algo": "network_module",
+        "dora_wd": "weight_decompose",
+    }
     return {names.get(k, k): v for k, v in given.items()}
 
 
@@ -141,10 +182,16 @@ def _update(lora: Any, layer: Any, dtype: Any) -> Any:
         fields = {}
         for n in (1, 2):
             a, b = at(f"hada_w{n}_a"), at(f"hada_w{n}_b")
-            fields |= {f"w{n}_a": a.T, f"w{n}_in": b, f"t{n}": at(f"hada_t{n}")} if lora.tucker else {f"w{n}_a": a, f"w{n}_b": b}
+            fields |= (
+                {f"w{n}_a": a.T, f"w{n}_in": b, f"t{n}": at(f"hada_t{n}")}
+                if lora.tucker
+                else {f"w{n}_a": a, f"w{n}_b": b}
+            )
         return METHODS["loha"](**fields, scaling=alpha / lora.lora_dim)
     if kind == "LokrModule":
-        fields = {n: at(f"lokr_{n}") for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2") if hasattr(lora, f"lokr_{n}")}
+        fields = {
+            n: at(f"lokr_{n}") for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2") if hasattr(lora, f"lokr_{n}")
+        }
         if "t2" in fields:
             fields |= {"w2_a": fields["w2_a"].T, "w2_in": fields.pop("w2_b")}
         whole = {"w1", "w2"} <= fields.keys()
@@ -172,9 +219,12 @@ def _as(value: Tensor, dtype: Any) -> Tensor:
 
 
 def diffusers(dest: Path) -> None:
+    """Adapters of diffusers' models, saved by its pipelines and converters."""
     folder = dest / "diffusers"
     plain = LoraConfig(r=3, lora_alpha=3, target_modules=[Q, V, CONV])
-    scaled = LoraConfig(r=3, lora_alpha=2, use_rslora=True, target_modules=[Q, V, FF], rank_pattern={FF: 2}, alpha_pattern={V: 5})
+    scaled = LoraConfig(
+        r=3, lora_alpha=2, use_rslora=True, target_modules=[Q, V, FF], rank_pattern={FF: 2}, alpha_pattern={V: 5}
+    )
     for name, config in {
         "plain": plain, "scaled": scaled,
         "dora": LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=[Q, CONV]),
@@ -198,7 +248,10 @@ def diffusers(dest: Path) -> None:
     _pipeline(there, model, base, {Q, V})
     there = _fresh(dest / "kohya" / "from_diffusers")
     kohya = convert_state_dict_to_kohya(state)
-    save_file({k.replace("unet_", "lora_unet_", 1) if k.startswith("unet_") else k: v for k, v in kohya.items()}, there / "adapter.safetensors")
+    save_file(
+        {k.replace("unet_", "lora_unet_", 1) if k.startswith("unet_") else k: v for k, v in kohya.items()},
+        there / "adapter.safetensors",
+    )
     _pipeline(there, model, base)
 
 
@@ -227,9 +280,15 @@ def _pipeline(folder: Path, model: Any, base: nn.Module, only: set[str] | None =
 def _lora(layer: Any) -> Any:
     """One layer of PEFT's in native form."""
     A, B = layer.lora_A["default"], layer.lora_B["default"]
-    fields = {"A": A.weight.detach().clone(), "B": B.weight.detach().flatten(1).clone(), "scaling": layer.scaling["default"]}
+    fields = {
+        "A": A.weight.detach().clone(),
+        "B": B.weight.detach().flatten(1).clone(),
+        "scaling": layer.scaling["default"],
+    }
     if layer.use_dora["default"]:
-        return METHODS["dora"](**fields, magnitude=layer.lora_magnitude_vector["default"].weight.detach().flatten().clone())
+        return METHODS["dora"](
+            **fields, magnitude=layer.lora_magnitude_vector["default"].weight.detach().flatten().clone()
+        )
     return METHODS["lora"](**fields, bias=None if B.bias is None else B.bias.detach().clone())
 
 
@@ -247,11 +306,19 @@ def converted(dest: Path) -> None:
     kohya: dict[str, Tensor] = {}
     for name, (i, o) in sizes.items():
         stem = "lora_unet_" + name.replace(".", "_")
-        kohya |= {f"{stem}.lora_down.weight": torch.randn(2, i), f"{stem}.lora_up.weight": torch.randn(o, 2), f"{stem}.alpha": torch.tensor(1.0)}
+        kohya |= {
+            f"{stem}.lora_down.weight": torch.randn(2, i),
+            f"{stem}.lora_up.weight": torch.randn(o, 2),
+            f"{stem}.alpha": torch.tensor(1.0),
+        }
     # split_qkv: one LoRA for each of q, k, v, saved as a block-diagonal one.
     stem = "lora_unet_double_blocks_1_img_attn_qkv"
     up = torch.block_diag(*(torch.randn(h, 2) for _ in range(3)))
-    kohya |= {f"{stem}.lora_down.weight": torch.randn(6, h), f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(3.0)}
+    kohya |= {
+        f"{stem}.lora_down.weight": torch.randn(6, h),
+        f"{stem}.lora_up.weight": up,
+        f"{stem}.alpha": torch.tensor(3.0),
+    }
     _converted(dest / "kohya" / "flux", kohya, _kohya_flux)
 
     xlabs: dict[str, Tensor] = {}
@@ -265,7 +332,11 @@ def converted(dest: Path) -> None:
 
     control: dict[str, Tensor] = {}
     for name, (i, o) in {**sizes, "img_in": (2 * 4, h)}.items():
-        control |= {f"{name}.lora_A.weight": torch.randn(2, i), f"{name}.lora_B.weight": torch.randn(o, 2), f"{name}.lora_B.bias": torch.randn(o)}
+        control |= {
+            f"{name}.lora_A.weight": torch.randn(2, i),
+            f"{name}.lora_B.weight": torch.randn(o, 2),
+            f"{name}.lora_B.bias": torch.randn(o),
+        }
     control["double_blocks.0.img_attn.norm.key_norm.scale"] = torch.randn(4)
     _save(dest / "bfl_control" / "flux", control)
 
@@ -278,7 +349,9 @@ def _kohya_flux(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return small["_convert_kohya_flux_lora_to_diffusers"](state)
 
 
-def _converted(folder: Path, state: dict[str, Tensor], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+def _converted(
+    folder: Path, state: dict[str, Tensor], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
     _save(folder, state)
     made = convert(copy.deepcopy(state))
     save_file({k: v.clone().contiguous() for k, v in made.items()}, folder / "converted.safetensors")
@@ -303,7 +376,10 @@ def _forward(folder: Path, layers: dict[str, tuple[Any, Callable[[Tensor], Tenso
 
 
 def _native(folder: Path, updates: dict[str, Any]) -> None:
-    ak.write(ak.Adapter({ak.Target(path): (update,) for path, update in updates.items()}), folder / "expected.native.safetensors")
+    ak.write(
+        ak.Adapter({ak.Target(path): (update,) for path, update in updates.items()}),
+        folder / "expected.native.safetensors",
+    )
 
 
 def _fresh(folder: Path) -> Path:

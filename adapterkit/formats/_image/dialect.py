@@ -6,21 +6,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import msgspec
-
 from ...adapter import Adapter, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, Unrepresentable, UsageError
 from ...tensors.lazy import Lazy, as_lazy
 from .._format import Format
 from . import container
 from .container import Metadata
-from .encode import encode, folded, why_not
+from .encode import encode, why_not
 from .file import AGAIN, Found, Key, Module, Rules, Stored
 from .hints import Hints, fingerprint, hints_of
 from .laws import decode
+from .leftovers import Leftovers, still
 from .placing import placed
-from .promote import promoted
-from .translate import in_diffusers, in_native
+from .promote import rewritten
+from .translate import Changed, Losses, in_diffusers, in_native
 
 if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
@@ -69,6 +68,12 @@ class ImageFormat(Format):
         """An update with a scaling that stands elsewhere than in the slots."""
         return found
 
+    def renamed(self, updates: Updates, kept: Iterable[str], *, fold: bool) -> tuple[Changed, Losses]:
+        """The updates in the naming of its files, and those that cannot be; targets that are kept stay as they are."""
+        if self.naming == "diffusers":
+            return in_diffusers(updates, kept)
+        return in_native(updates, kept, fold=fold) if self.naming else (dict(updates), [])
+
     def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
         """The metadata to write, and whether they say the scalings, so that alphas are left out."""
         return hints.metadata, False
@@ -107,11 +112,11 @@ class ImageFormat(Format):
         modules = self._modules(tensors)
         targets = self.targets(modules, dict(metadata), base)
         _check_distinct(targets)
-        rules, updates, hints = self._rules(compat), dict[Target, tuple["Update", ...]](), _Leftovers()
+        rules, updates, hints = self._rules(compat), dict[Target, tuple["Update", ...]](), Leftovers()
         for stem, module in modules.items():
             found = [self.rescaled(each, stem, dict(metadata)) for each in decode(module, rules)]
             updates[targets[stem]] = tuple(each.update for each in found)
-            hints.add(self, targets[stem], module, found, rules)
+            hints.add(self.spell, targets[stem], module, found, rules)
         placed_there = updates if base is None else placed(updates, base)
         hints.stems |= {str(t): hints.stems[str(t)] for t in placed_there if str(t) in hints.stems}
         data = hints.made(metadata, compat)
@@ -167,12 +172,12 @@ class ImageFormat(Format):
             return {key: leaf.reshape(*shape) if shape and _fits(leaf, shape) else leaf}
         if key in kept:
             old = as_lazy(kept[key])  # type: ignore[arg-type]
-            if stored.slot != "alpha" or self._still(stem, old, leaf, update):
+            if stored.slot != "alpha" or still(old, leaf, update):
                 return {key: old}
-        elif stored.slot == "alpha" and (said or stem in hints.without_alpha or not self.rules.alpha_needed):
-            if said or getattr(update, "scaling", 1.0) == 1.0:
-                return {}
-        return {key: leaf}
+        if stored.slot != "alpha" or key in kept:
+            return {key: leaf}
+        spared = stem in hints.without_alpha or not self.rules.alpha_needed
+        return {} if said or (spared and getattr(update, "scaling", 1.0) == 1.0) else {key: leaf}
 
     def _sources(self, stem: str, stored: Stored, hints: Hints, kept: Mapping[str, object]) -> dict[str, Lazy]:
         """The tensors from which a field was computed when it was read."""
@@ -180,17 +185,6 @@ class ImageFormat(Format):
             return {}
         keys = [hints.keys.get(k, k) for k in (self.spell(stem, "down"), self.spell(stem, "mid"))]
         return {k: as_lazy(kept[k]) for k in keys if k in kept and k in hints.derived}  # type: ignore[arg-type]
-
-    def _still(self, stem: str, old: Lazy, new: Lazy, update: Update) -> bool:
-        """Whether an alpha that was kept says what the update does."""
-        value, wanted = (Module(stem, {"alpha": a}, {"alpha": stem}).number("alpha") for a in (old, new))
-        whole = not hasattr(update, "scaling") or {"w1", "w2"} <= update.tensors.keys()
-        return (
-            whole
-            and not hasattr(update, "constraint")
-            or value == wanted
-            or (value == 0 and update.attributes.get("scaling") == 1)
-        )
 
     def _stems(self, updates: Updates, hints: Hints) -> dict[tuple[Target, int], str]:
         paths = [target.path for target in updates]
@@ -204,12 +198,8 @@ class ImageFormat(Format):
 
     def _expressible(self, updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates, list[str]]:
         """What a file can say, and a line for each thing that was left out or rewritten."""
-        updates, lines = _rewritten(updates, self.rules, on_loss)
-        losses: list[tuple[Target, str]] = []
-        if self.naming == "diffusers":
-            updates, losses = in_diffusers(updates, hints.stems)
-        elif self.naming:
-            updates, losses = in_native(updates, hints.stems, fold=on_loss in ("fold", "promote"))
+        updates, lines = rewritten(updates, self.rules, on_loss)
+        updates, losses = self.renamed(updates, hints.stems, fold=on_loss in ("fold", "promote"))
         losses += list(self._losses(updates, hints))
         items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
         if items and on_loss != "drop":
@@ -238,80 +228,6 @@ class ImageFormat(Format):
                     slots |= own
                 if why:
                     yield target, why
-
-
-class _Leftovers:
-    """Collects what the writer would not know."""
-
-    def __init__(self) -> None:
-        self.stems: dict[str, str] = {}
-        self.keys: dict[str, str] = {}
-        self.shapes: dict[str, list[int]] = {}
-        self.without: list[str] = []
-        self.derived: dict[str, str] = {}
-        self.kept: list[str] = []
-
-    def add(self, dialect: ImageFormat, target: Target, module: Module, found: list[Found], rules: Rules) -> None:
-        self.stems[str(target)] = module.stem
-        for each in found:
-            self.derived |= {module.keys[s]: fingerprint(each.update.tensors[f]) for s, f in each.derived.items()}
-            self.kept += [module.keys[slot] for slot in each.kept]
-            slots = {field: slot for field, slot in each.fields.items()}
-            for stored in encode(each.update, rules):
-                slot = slots.get(stored.field) if stored.field else stored.slot
-                self._compare(dialect, module, stored, slot)
-            for slot in each.kept:
-                self._spelled(dialect, module, slot, slot)
-        if "alpha" in module.tensors:
-            self.kept.append(module.keys["alpha"])
-            self._spelled(dialect, module, "alpha", "alpha")
-        else:
-            self.without.append(module.stem)
-
-    def _compare(self, dialect: ImageFormat, module: Module, stored: Stored, slot: str | None) -> None:
-        if slot is None or slot not in module.tensors or slot == "alpha":
-            return
-        self._spelled(dialect, module, stored.slot, slot)
-        if stored.field and module.tensors[slot].shape != stored.leaf.shape:
-            self.shapes[module.keys[slot]] = list(module.tensors[slot].shape)
-
-    def _spelled(self, dialect: ImageFormat, module: Module, default: str, slot: str) -> None:
-        key = dialect.spell(module.stem, default)
-        if key != module.keys[slot]:
-            self.keys[key] = module.keys[slot]
-
-    def made(self, metadata: Metadata, compat: str | None) -> dict[str, object]:
-        hints = Hints(
-            metadata=metadata, stems=self.stems, keys=self.keys, shapes=self.shapes, without_alpha=self.without,
-            derived=self.derived, compat=compat,
-        )  # fmt: skip
-        made: dict[str, object] = msgspec.to_builtins(hints)
-        return made
-
-
-def _rewritten(updates: Updates, rules: Rules, on_loss: str) -> tuple[Updates, list[str]]:
-    """Scalings folded and laws promoted, where that is allowed and needed."""
-    if on_loss not in ("fold", "promote"):
-        return updates, []
-    lines: list[str] = []
-    changed: dict[Target, tuple[Update, ...]] = {}
-    for target, found in updates.items():
-        changed[target] = tuple(_rewrite(target, update, rules, on_loss, lines) for update in found)
-    return changed, lines
-
-
-def _rewrite(target: Target, update: Update, rules: Rules, on_loss: str, lines: list[str]) -> Update:
-    if not why_not(update, rules):
-        return update
-    other = folded(update, rules)
-    if not why_not(other, rules):
-        lines.append(f"folded the scaling into a factor of {target}")
-        return other
-    exact = promoted(update) if on_loss == "promote" else None
-    if exact is None or why_not(exact, rules):
-        return update
-    lines.append(f"wrote {update.method} at {target} as a LoRA of rank {exact.A.shape[0]}")
-    return exact
 
 
 def _check_distinct(targets: Mapping[str, Target]) -> None:

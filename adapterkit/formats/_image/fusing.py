@@ -5,8 +5,10 @@ Nothing is computed but where scalings differ: rows are copied, and what no upda
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from ...methods.dense import Dense
@@ -63,7 +65,7 @@ def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int,
             return []
         edges.append(int(columns[-1]) + 1)
     edges[-1] = used.shape[1]
-    return list(zip(edges, edges[1:], strict=False)) if len(spans) > 1 else []
+    return list(pairwise(edges)) if len(spans) > 1 else []
 
 
 def narrow(leaf: Leaf, axis: int, start: int, stop: int) -> Lazy:
@@ -106,23 +108,19 @@ def joined(parts: Sequence[Part], *, fold: bool) -> tuple[Update | None, str]:
     if all(isinstance(update, DoRA) for update in updates):
         if not shared or sum(part.piece.parts for part in parts) != of:
             return None, "dora on parts of a fused weight that do not share A, or not on all of them"
-        whole = place(
-            [(row, (0, len_(u.B, 1)), u.B) for row, u in zip(rows, updates, strict=True)], _size(updates, unit * of)
-        )
         lengths = place([(row, None, u.magnitude) for row, u in zip(rows, updates, strict=True)], (unit * of,))
-        return updates[0].replace(B=whole, magnitude=lengths), ""
+        return updates[0].replace(B=_under(updates, rows, unit * of), magnitude=lengths), ""
     if not all(isinstance(update, LoRA) and update.bias is None for update in updates):
         return None, f"{updates[0].method} on parts of a fused weight"
     if shared:
-        whole = place(
-            [(row, (0, len_(u.B, 1)), u.B) for row, u in zip(rows, updates, strict=True)], _size(updates, unit * of)
-        )
-        return updates[0].replace(B=whole), ""
+        return updates[0].replace(B=_under(updates, rows, unit * of)), ""
     return _block_diagonal(updates, rows, unit * of, fold)
 
 
-def _size(updates: Sequence[Any], out: int) -> tuple[int, int]:
-    return out, len_(updates[0].B, 1)
+def _under(updates: Sequence[Any], rows: Sequence[tuple[int, int]], out: int) -> Lazy:
+    """The rows of every B, one under another."""
+    rank = int(updates[0].B.shape[1])
+    return place([(row, (0, rank), u.B) for row, u in zip(rows, updates, strict=True)], (out, rank))
 
 
 def _dense(updates: Sequence[Dense], rows: Sequence[tuple[int, int]], out: int) -> Dense:
@@ -146,8 +144,8 @@ def _block_diagonal(
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
     edges = [0]
     for update in updates:
-        edges.append(edges[-1] + len_(update.A, 0))
-    ranks = list(zip(edges, edges[1:], strict=False))
+        edges.append(edges[-1] + int(update.A.shape[0]))
+    ranks = list(pairwise(edges))
     tail = tuple(updates[0].A.shape[1:])
     A = place([(rank, None, u.A) for rank, u in zip(ranks, updates, strict=True)], (edges[-1], *tail))
     B = place([(row, rank, b) for row, rank, b in zip(rows, ranks, blocks, strict=True)], (out, edges[-1]))
@@ -155,8 +153,6 @@ def _block_diagonal(
 
 
 def _power_of_two(ratio: float) -> bool:
-    import math
-
     return ratio > 0 and math.frexp(ratio)[0] == 0.5 and 2.0**-8 <= ratio <= 2.0**8
 
 
@@ -170,16 +166,11 @@ def _shared(updates: Sequence[Any]) -> bool:
     return len({fingerprint(u.A) for u in updates}) == 1
 
 
-def len_(leaf: Leaf, axis: int) -> int:
-    """The size of an axis."""
-    return int(leaf.shape[axis])
-
-
 Place = tuple[tuple[int, int], tuple[int, int] | None, Any]
 
 
 def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
-    """Tensors at rows and columns of one that is zero elsewhere; of one type with them, or float32 where they differ."""
+    """Tensors at rows and columns of one that is zero elsewhere; of their type, or float32 where they have several."""
     kept = [(rows, columns, as_lazy(leaf)) for rows, columns, leaf in parts]
     kinds = {leaf.dtype.name for _, _, leaf in kept}
     dtype = kept[0][2].dtype if len(kinds) == 1 else DTYPES["F32"]

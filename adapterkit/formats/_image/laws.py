@@ -69,7 +69,7 @@ def scaling(module: Module, rank: int, rules: Rules) -> float:
 
 
 def _lora(module: Module, rules: Rules) -> Found:
-    down, up = module.need("down", "up")
+    down, _ = module.need("down", "up")
     rank = down.shape[0] if down.shape else 0
     fields = {"A": "down", "B": "up"}
     leaves: dict[str, Any] = {"A": down, "B": _flat(module, "up", 2), "scaling": scaling(module, rank, rules)}
@@ -204,7 +204,7 @@ def _glora(module: Module, rules: Rules) -> Found:
     return Found(update, dict(zip(leaves, slots, strict=True)))
 
 
-def _ia3(module: Module, rules: Rules) -> Found:
+def _ia3(module: Module, _: Rules) -> Found:
     _no_dora(module)
     module.need("weight", "on_input")
     on_input = module.number("on_input")
@@ -215,26 +215,26 @@ def _ia3(module: Module, rules: Rules) -> Found:
     return Found(IA3Weights(**leaves), {field: "weight"}, ("on_input",))
 
 
-def _dense(module: Module, rules: Rules) -> Found:
+def _dense(module: Module, _: Rules) -> Found:
     slots = {"D": "diff", "d": "diff_b"} if "diff" in module.tensors or "diff_b" in module.tensors else _NORM
     fields = {field: slot for field, slot in slots.items() if slot in module.tensors}
     leaves: dict[str, Any] = {field: module.tensors[slot] for field, slot in fields.items()}
     return Found(Dense(**leaves), fields)
 
 
-def _set(module: Module, rules: Rules) -> Found:
+def _set(module: Module, _: Rules) -> Found:
     fields = {field: slot for field, slot in (("weight", "set_weight"), ("bias", "set_bias")) if slot in module.tensors}
     leaves: dict[str, Any] = {field: module.tensors[slot] for field, slot in fields.items()}
     return Found(Replacement(**leaves), fields)
 
 
-def _t_lora(module: Module, rules: Rules) -> Found:
+def _t_lora(module: Module, _: Rules) -> Found:
     slot = next(slot for slot in module.tensors if slot.startswith(T_LORA))
     why = "T-LoRA changes a weight by the difference from its first factors, which the file does not hold"
     raise Unsupported(why, where=module.keys[slot], cure="Merge it where it was trained, and extract a LoRA")
 
 
-def _reshape(module: Module, rules: Rules) -> Found:
+def _reshape(module: Module, _: Rules) -> Found:
     why = "it enlarges the weight that it adapts, so that no base has it"
     raise Unsupported(why, where=module.keys["reshape_weight"], cure="Merge it with ComfyUI")
 

@@ -1,15 +1,24 @@
-"""Exact promotions: laws of low rank as the LoRA that they come down to, without a decomposition."""
+"""Rewriting for a dialect: scalings folded into factors, and laws of low rank as the LoRA that they come down to.
+
+Promotions are exact: no decomposition, but a larger rank.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from ...adapter import Target
 from ...methods._low_rank import LowRank
 from ...methods.loha import LoHa
 from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
 from ...tensors.lazy import as_array, from_numpy
 from ...updates import Update
+from .encode import folded, why_not
+from .file import Rules
+
+Updates = Mapping[Target, tuple[Update, ...]]
 
 
 def promoted(update: Update) -> LoRA | None:
@@ -59,3 +68,28 @@ def _low_rank(update: Any, arrays: dict[str, Any]) -> LoRA | None:
 def _pair(B: Any, A: Any, scaling: float) -> LoRA:
     leaves: dict[str, Any] = {"A": from_numpy(A.astype("<f4")), "B": from_numpy(B.astype("<f4"))}
     return LoRA(**leaves, scaling=scaling)
+
+
+def rewritten(updates: Updates, rules: Rules, on_loss: str) -> tuple[Updates, list[str]]:
+    """Scalings folded and laws promoted, where that is allowed and needed."""
+    if on_loss not in ("fold", "promote"):
+        return updates, []
+    lines: list[str] = []
+    changed: dict[Target, tuple[Update, ...]] = {}
+    for target, found in updates.items():
+        changed[target] = tuple(_rewrite(target, update, rules, on_loss, lines) for update in found)
+    return changed, lines
+
+
+def _rewrite(target: Target, update: Update, rules: Rules, on_loss: str, lines: list[str]) -> Update:
+    if not why_not(update, rules):
+        return update
+    other = folded(update, rules)
+    if not why_not(other, rules):
+        lines.append(f"folded the scaling into a factor of {target}")
+        return other
+    exact = promoted(update) if on_loss == "promote" else None
+    if exact is None or why_not(exact, rules):
+        return update
+    lines.append(f"wrote {update.method} at {target} as a LoRA of rank {exact.A.shape[0]}")
+    return exact

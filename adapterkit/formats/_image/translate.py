@@ -80,7 +80,7 @@ def _spans(target: Target, update: Update, pieces: list[Piece]) -> list[tuple[in
         return [None for _ in pieces]
     unit = full // of
     spans = [(piece.start * unit - start, piece.stop * unit - start) for piece in pieces]
-    kept = [span if 0 <= span[0] and span[1] <= out else None for span in spans]
+    kept = [span if span[0] >= 0 and span[1] <= out else None for span in spans]
     return kept if sum(span[1] - span[0] for span in kept if span) == out else [None for _ in pieces]
 
 
