@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..adapter import Target, canonical
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable
@@ -100,7 +100,7 @@ class Diffusers(ImageFormat):
     def rescaled(self, found: Found, stem: str, metadata: Mapping[str, str]) -> Found:
         part, _, name = stem.partition(".")
         settings = _settings(metadata.get(CONFIG, "")).get(part)
-        update: Any = found.update
+        update = cast(Any, found.update)
         if settings is None:
             return found
         if settings.rank(name) != update.A.shape[0]:
@@ -117,7 +117,8 @@ class Diffusers(ImageFormat):
         old = hints.metadata if hints.stems else [("format", "pt")]
         if hints.stems and len(hints.without_alpha) < len(hints.stems):
             return old, False
-        scales = {stems[str(t)]: (int(u.A.shape[0]), u.scaling, u) for t, found in updates.items() for u in found}
+        each: list[tuple[str, Any]] = [(stems[str(t)], u) for t, found in updates.items() for u in found]
+        scales = {stem: (int(u.A.shape[0]), float(u.scaling), u) for stem, u in each}
         if _say(_settings(dict(old).get(CONFIG, "")), scales):
             return old, True
         config = _composed(scales)

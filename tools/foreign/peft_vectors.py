@@ -4,7 +4,8 @@
 
 The native form is built by hand from the modules that PEFT holds in memory, never by reading the files back: what the
 reader makes of a folder can be held against it. Run it with the release of PEFT that a vector is to be of. What a
-family has is in its module in peft_families, found by listing: `CASES`, name -> (model, config), and `update_of`.
+family has is in its module in peft_families, found by listing: `CASES`, name -> (model, config), and `update_of`;
+`NEEDS_BASE` where files lack what the adapted weights tell, which are then saved beside them.
 
     python tools/foreign/peft_vectors.py DEST NAME...
 
@@ -38,6 +39,7 @@ from peft.tuners.miss.layer import MissLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from peft_families import virtual_tokens
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -93,11 +95,12 @@ def t5() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a config, and how the folder is saved."""
+    """A model, a config, how the folder is saved, and whether the adapted weights are saved beside it."""
 
     model: Callable[[], nn.Module]
     config: PeftConfig
     options: dict[str, Any] = field(default_factory=dict)
+    base: bool = False
 
 
 def lora_config(*modules: str, **options: Any) -> LoraConfig:
@@ -145,7 +148,11 @@ CASES = {
 
 FAMILIES = [import_module(f"peft_families.{m.name}") for m in pkgutil.iter_modules(peft_families.__path__)]
 MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama, "t5": t5}
-CASES |= {name: Case(MODELS[model], config) for f in FAMILIES for name, (model, config) in f.CASES.items()}
+CASES |= {
+    name: Case(MODELS[model], config, base=getattr(family, "NEEDS_BASE", False))
+    for family in FAMILIES
+    for name, (model, config) in family.CASES.items()
+}
 
 
 def updates(model: Any, config: PeftConfig) -> Updates:
@@ -243,6 +250,10 @@ def make(name: str, case: Case, dest: Path) -> None:
     adapter = ak.Adapter(found, recipe=(ak.Step("read", {"format": "peft"}),))
     adapter = adapter.map(lambda leaf: leaf.detach().clone())
     ak.write(adapter, dest / "expected.native.safetensors")
+    if case.base:
+        modules = dict(model.base_model.model.named_modules())
+        weights = {f"{target.path}.weight": modules[target.path].base_layer.weight.detach() for target in found}
+        save_file(weights, dest / "base.safetensors")
     print(f"{name}: {sum(file.stat().st_size for file in dest.iterdir())} bytes")
 
 

@@ -17,7 +17,7 @@ from .file import AGAIN, Found, Key, Module, Rules, Stored
 from .hints import Hints, fingerprint, hints_of
 from .laws import decode
 from .leftovers import Leftovers, still
-from .placing import placed
+from .placing import kernel_of, placed
 from .promote import rewritten
 from .translate import Changed, Losses, in_diffusers, in_native
 
@@ -94,7 +94,7 @@ class ImageFormat(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        tensors, metadata, lines = self._encode(adapter, on_loss)
+        tensors, metadata, lines = self._encode(adapter, on_loss, base)
         there = self.chosen(path, write=True)
         if not there.parent.is_dir():
             there.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ class ImageFormat(Format):
             for stem, slots in grouped.items()
         }
 
-    def _encode(self, adapter: Adapter, on_loss: str) -> tuple[dict[str, Lazy], Metadata, list[str]]:
+    def _encode(self, adapter: Adapter, on_loss: str, base: Checkpoint | None) -> tuple[dict[str, Lazy], Metadata, list[str]]:
         hints = hints_of(adapter, self.name())
         kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
         updates, lines = self._expressible(adapter.updates, hints, on_loss)
@@ -150,7 +150,7 @@ class ImageFormat(Format):
         tensors: dict[str, Lazy] = {}
         for target, found in updates.items():
             for position, update in enumerate(found):
-                for stored in encode(update, self.rules):
+                for stored in encode(update, self.rules, kernel_of(target, base)):
                     for key, leaf in self._stored(stems[target, position], stored, update, hints, kept, said).items():
                         if key in tensors:
                             why = f"two updates have the key {key}"

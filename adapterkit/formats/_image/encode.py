@@ -83,8 +83,14 @@ def times(leaf: Any, scaling: float) -> Lazy:
     return Lazy(tensor.shape, tensor.dtype, fetch)
 
 
-def encode(update: Update, rules: Rules) -> list[Stored]:
-    """The slots of an update that `why_not` has nothing against, its alpha last."""
+def encode(update: Update, rules: Rules, kernel: int = 0) -> list[Stored]:
+    """The slots of an update that `why_not` has nothing against, its alpha last.
+
+    Args:
+        update: the update.
+        rules: of the dialect.
+        kernel: how many axes the weight's kernel has, for laws whose own tensors do not tell.
+    """
     leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
     if isinstance(update, (LoRA, DoRA)):
         return _low_rank(update, leaves, rules)
@@ -95,7 +101,7 @@ def encode(update: Update, rules: Rules) -> list[Stored]:
     if isinstance(update, OFT):
         blocks = leaves["square"]
         alpha = update.constraint / (blocks.shape[0] * blocks.shape[1])
-        rescale = [Stored("rescale", _column(leaves["rescale"], 1), "rescale")] if "rescale" in leaves else []
+        rescale = [Stored("rescale", _column(leaves["rescale"], 1 + kernel), "rescale")] if "rescale" in leaves else []
         return [Stored("oft_blocks", blocks, "square"), *rescale, Stored("alpha", number(alpha))]
     if isinstance(update, GLoRAProducts):
         slots = [Stored(name.lower(), leaf, name) for name, leaf in leaves.items()]
@@ -104,7 +110,8 @@ def encode(update: Update, rules: Rules) -> list[Stored]:
         import numpy as np
 
         on_input = from_numpy(np.array(int(update.w_in is not None), dtype=np.int64))
-        return [*(Stored("weight", leaf, name) for name, leaf in leaves.items()), Stored("on_input", on_input)]
+        shaped = {n: leaf.reshape(1, -1, *[1] * kernel) if kernel else leaf for n, leaf in leaves.items()}
+        return [*(Stored("weight", leaf, name) for name, leaf in shaped.items()), Stored("on_input", on_input)]
     return _whole(update, leaves, rules)
 
 

@@ -50,3 +50,11 @@ def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[T
     tries = [target.path, rest, *(f"{word}.{rest}" for word in same)]
     path = next((path for path in tries if path in known), target.path)
     return {replace(target, path=path): each}
+
+
+def kernel_of(target: Target, base: Checkpoint | None) -> int:
+    """How many axes the kernel of a target's weight has in a base; 0 where there is none to tell."""
+    if base is None:
+        return 0
+    known = (base.tensors.get(f"{path}.weight") for path in (target.path, rooted(target.path)[1]))
+    return next((max(len(leaf.shape) - 2, 0) for leaf in known if leaf is not None), 0)
