@@ -54,6 +54,7 @@ class Update:
         forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
         frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
         bias_sees_weight: the change to the bias needs the weight, so that `settled` comes before `new_bias`.
+        sizes: of a fresh update's own axes, with what they are unless the caller says otherwise.
         starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
         paper: where the formula comes from.
     """
@@ -66,6 +67,7 @@ class Update:
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
     frozen: ClassVar[frozenset[str]] = frozenset()
     bias_sees_weight: ClassVar[bool] = False
+    sizes: ClassVar[Mapping[str, int]] = {}
     starts_at_base: ClassVar[bool] = True
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
@@ -329,9 +331,14 @@ class OutputUpdate(Update):
         the norm is part of.
     `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in the shape that adds
         to the output, and the axis of the channels.
+    `layer.call`: what the model's own call received, by name: the words that the method `asks` for. Asking for one that
+        the call lacks is an error. Two are more than the call said: `input_ids` begins with the tokens of a cache that
+        the call goes on with, and `hidden_states` is what the model's last layer gives without the adapter.
 
     Class attributes:
         placed: the formula is `inside`, so that several such updates follow each other before the layer closes.
+        asks: words of the model's call that the formula reads.
+        of_model: it stands at the whole model, `Target("")`, until it has its experts.
 
     Attributes that place an update, where a method has them:
         residual: path, from the target's parent, of the module whose input is added to the target's output.
@@ -341,6 +348,13 @@ class OutputUpdate(Update):
     kind = "output"
     acts_on = "the output of the layer"
     placed: ClassVar[bool] = False
+    asks: ClassVar[tuple[str, ...]] = ()
+    of_model: ClassVar[bool] = False
+
+    @property
+    def lacks_experts(self) -> bool:
+        """Whether it is the router of experts that it does not hold, so that it computes nothing yet."""
+        return False
 
     @property
     def channels(self) -> int | None:

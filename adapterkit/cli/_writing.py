@@ -52,11 +52,13 @@ def check_destination(sources: Iterable[str], dst: Path, overwrite: bool) -> Non
         raise StorageError("already there", path=dst, cure="Write to another path, or pass --overwrite")
 
 
-def written(adapter: Adapter, out: str, target_format: str, base: str | None, on_loss: str) -> dict[str, Any]:
+def written(
+    adapter: Adapter, out: str, target_format: str, base: str | None, on_loss: str, profile: str | None = None
+) -> dict[str, Any]:
     """Writes an adapter; what was written as plain data."""
     from .. import write
 
-    losses = write(adapter, out, target_format, base, on_loss)
+    losses = write(adapter, out, target_format, base, on_loss, profile=profile)
     return {
         "out": out, "to": target_format, "targets": len(adapter.updates), "updates": len(adapter), "losses": losses,
     }  # fmt: skip

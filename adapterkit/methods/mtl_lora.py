@@ -6,7 +6,8 @@ and values of their own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import Malformed, ShapeMismatch
 from ..tensors.namespace import namespace
@@ -28,6 +29,7 @@ class MTLLoRA(LowRank):
 
     blocks = frozenset({"out", "in"})
     paper = "https://arxiv.org/abs/2410.09437"
+    sizes: ClassVar[Mapping[str, int]] = {"count": 2}
 
     A: Tensor = tensor("r in")
     B: Tensor = tensor("n out r")
@@ -38,7 +40,7 @@ class MTLLoRA(LowRank):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        count = attributes.pop("count", 2)
+        count = attributes.pop("count", cls.sizes["count"])
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         # Opposite factors cancel out; were all of them zero they would stay equal, and the weights never learn.
         Z = 0.1 * random((len(W), rank)) if count > 1 else W.new_zeros(len(W), rank)
