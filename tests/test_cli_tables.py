@@ -13,7 +13,8 @@ import pytest
 import adapterkit as ak
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = "# Title\n\n" + "".join(f"<!-- table:{n} -->\n<!-- /table -->\n" for n in ("methods", "formats", "commands"))
+NAMES = ("methods", "formats", "combine", "commands")
+BLOCKS = "# Title\n\n" + "".join(f"<!-- table:{name} -->\n<!-- /table -->\n" for name in NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_blocks_are_filled_and_the_rest_is_kept(tables: ModuleType, tmp_path: Pa
     ("text", "why"),
     [
         (None, "is not there"),
-        ("nothing", "<!-- table:commands -->"),
+        ("nothing", "<!-- table:combine -->"),
         (BLOCKS + "<!-- table:colours -->\n<!-- /table -->\n", "unknown table 'colours'"),
     ],
 )
