@@ -141,7 +141,9 @@ class ImageFormat(Format):
             for stem, slots in grouped.items()
         }
 
-    def _encode(self, adapter: Adapter, on_loss: str, base: Checkpoint | None) -> tuple[dict[str, Lazy], Metadata, list[str]]:
+    def _encode(
+        self, adapter: Adapter, on_loss: str, base: Checkpoint | None
+    ) -> tuple[dict[str, Lazy], Metadata, list[str]]:
         hints = hints_of(adapter, self.name())
         kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
         updates, lines = self._expressible(adapter.updates, hints, on_loss)
