@@ -13,8 +13,9 @@ import pytest
 import adapterkit as ak
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("methods", "formats", "combine", "commands")
-BLOCKS = "# Title\n\n" + "".join(f"<!-- table:{name} -->\n<!-- /table -->\n" for name in NAMES)
+BLOCKS = "# Title\n\n" + "".join(
+    f"<!-- table:{n} -->\n<!-- /table -->\n" for n in ("methods", "formats", "combine", "commands")
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_blocks_are_filled_and_the_rest_is_kept(tables: ModuleType, tmp_path: Pa
     assert text.endswith("tail\n")
     assert tables.main(["--check", "--readme", str(readme)]) == 0
     rows = re.findall(r"^\| \[?`(?:adapterkit )?(\w+)", text, re.MULTILINE)
-    assert {*ak.METHODS, *ak.FORMATS, "merge", "doctor"} <= {*rows}
+    assert {*ak.METHODS, *ak.FORMATS, *ak.ops.COMBINERS, "merge", "doctor"} <= {*rows}
 
 
 @pytest.mark.parametrize(
