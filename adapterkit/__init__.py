@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import torch
+    from . import hub, torch
     from .adapter import Adapter, BaseRef, Foreign, Step, Target
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
@@ -45,6 +45,7 @@ __all__ = [
     "Step",
     "Target",
     "detect",
+    "hub",
     "merge",
     "read",
     "torch",
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("torch",)
+_MODULES = ("hub", "torch")
 """Parts of the package that are reached as such."""
 
 

@@ -20,6 +20,7 @@ from ..errors import Unsupported, UsageError
 from ..tensors.checkpoint import INDEX, SINGLE, Checkpoint
 from ..tensors.dtypes import BY_TORCH, DTYPES, DType
 from ..tensors.lazy import Lazy, Shape
+from ..tensors.locations import source_of
 from ..tensors.safetensors import encode_header
 from .folds import Fold, Source, folds_by_tensor
 
@@ -124,8 +125,9 @@ class Plan:
 
     def lineage(self) -> dict[str, Any]:
         """What the output's own record says: no paths, no times, so that equal merges write equal bytes."""
+        source = source_of(self.base.folder)
         return {
-            "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
+            **({} if source is None else {"base_uri": source.uri}), "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
             "dtype": self.dtype and self.dtype.name, "tied": self.tied,
         }  # fmt: skip
 
