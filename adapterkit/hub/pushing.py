@@ -321,7 +321,7 @@ def _uploading(endpoint: str) -> Iterator[None]:
 
     xet, level, silent = constants.HF_HUB_DISABLE_XET, logging.get_verbosity(), are_progress_bars_disabled()
     constants.HF_HUB_DISABLE_XET = xet or not endpoint.endswith(("huggingface.co", "hf.co"))
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.ERROR)
     disable_progress_bars()
     try:
         yield

@@ -125,9 +125,10 @@ class Plan:
 
     def lineage(self) -> dict[str, Any]:
         """What the output's own record says: no paths, no times, so that equal merges write equal bytes."""
-        source = source_of(self.base.folder)
+        origin = source_of(self.base.folder)
         return {
-            **({} if source is None else {"base_uri": source.uri}), "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
+            **({} if origin is None else {"base_uri": origin.uri}),
+            "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
             "dtype": self.dtype and self.dtype.name, "tied": self.tied,
         }  # fmt: skip
 
