@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from adapterkit import __version__
 from adapterkit.cli import _failures, _options, adapterkit
 
-COMMANDS = ["convert", "demo", "doctor", "inspect", "list", "merge", "validate", "verify"]
+COMMANDS = ["convert", "demo", "doctor", "inspect", "list", "merge", "pull", "push", "validate", "verify"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
