@@ -27,6 +27,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     monkeypatch.setattr(reading, "_seen", {})
     yield server
     close_session()

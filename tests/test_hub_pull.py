@@ -265,7 +265,7 @@ def test_adapters_and_bases_are_named_by_where_they_live(hub: HubServer, tmp_pat
     local = lay(tmp_path / "base", base_files()), lay(tmp_path / "lora", peft_files())
     ak.merge(*local, tmp_path / "local")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "local" / "model.safetensors").read_bytes()
-    assert f"hf://org/base@{base}" in (out / "adapterkit-merge.json").read_text()
+    assert f"hf://org/base@{base}" in (out / "adapterkit_merge.json").read_text()
     assert run("verify", out, "--base", "org/base", "--adapter", "hf://org/lora").exit_code == 0
     assert run("convert", "hf://org/lora", tmp_path / "native.safetensors", "--to", "adapterkit").exit_code == 0
     assert ak.read(tmp_path / "native.safetensors").digest() == adapter.digest()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterkitError, Corrupt, NetworkError, RemoteNotFound, StorageError, UnknownFormat, UsageError
+from ..merging.planning import REPORT
 from ..tensors.locations import source_of
 from .card import adapter_card, licence_of, model_card
 from .digests import digests
@@ -19,7 +20,6 @@ from .remote import Remote, RemoteFile
 from .uris import Uri, parse
 
 CARD = "README.md"
-REPORT = "adapterkit-merge.json"
 
 
 @dataclass(frozen=True, slots=True)
