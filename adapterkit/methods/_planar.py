@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, ShapeMismatch
 from ..shapes import Dims
 from ..tensors.lazy import as_lazy
 from ..tensors.positions import outside
-from ..tensors.products import product
 from ..updates import Additive
+from ._low_rank import LowRank as Thin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,25 +86,13 @@ class Sparse(Planar):
             raise Malformed("the same position twice", where="index", cure="Write the adapter again")
 
 
-class LowRank(Planar):
+class LowRank(Planar, Thin):
     """D = B @ A for factors that the method computes."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A `[r, in]` and B `[out, r]`."""
         raise AssertionError("each method has its own")
 
-    def delta(self, shape: tuple[int, ...]) -> Tensor:
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         A, B = self.factors()
-        return (B @ A).reshape(shape)
-
-    def delta_into(self, D: Tensor, weight: float) -> None:
-        A, B = self.factors()
-        product(D, weight * B, A)
-
-    def delta_norm(self, shape: tuple[int, ...]) -> float:
-        A, B = self.factors()
-        return math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
-
-    def forward(self, x: Any, layer: Any) -> Any:
-        A, B = self.factors()
-        return layer(x) + layer.mix(layer.op(x, A), B)
+        return B, A

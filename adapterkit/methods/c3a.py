@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
+from ..tensors.computed import times
 from ..tensors.positions import counting
 from ..updates import tensor
 from ._planar import Planar
@@ -30,6 +31,9 @@ class C3A(Planar):
         common = math.gcd(*W.shape)
         size = max(n for n in range(1, min(rank, common) + 1) if common % n == 0)
         return cls(**{"kernel": W.new_zeros(W.shape[0] // size, W.shape[1] // size, size), **attributes})
+
+    def scaled(self, weight: float) -> Self | None:
+        return self.replace(kernel=times(self.kernel, weight))
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         at = counting(self.kernel.shape[2], self.kernel)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..tensors.computed import times
 from ..tensors.namespace import namespace
 from ..updates import tensor
 from ._planar import LowRank
@@ -39,6 +40,9 @@ class DeLoRA(LowRank):
             "strength": W.new_tensor([15.0]), "w_norm": (W * W).sum(0) ** 0.5,
         }  # fmt: skip
         return cls(**{**made, **attributes})
+
+    def scaled(self, weight: float) -> Self | None:
+        return self.replace(strength=times(self.strength, weight))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A * self.w_norm, self.B * (self.strength / (len(self.A) * _norm(self.A, 1) * _norm(self.B, 0)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+from ..tensors.namespace import namespace
 from ..updates import tensor
 from ._planar import Planar
 
@@ -36,10 +37,28 @@ class GraLoRA(Planar):
         return cls(**{"A": A, "B": W.new_zeros(g, rank, out // g), **attributes})
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
-        g, _, r = self.A.shape
-        A = self.A.reshape(g, -1, g, r // g).swapaxes(0, 2).swapaxes(1, 2).mT
-        B = self.B.reshape(g, g, r // g, -1).mT
-        D = (B @ A).swapaxes(1, 2).reshape(shape)
+        A, B = self._blocks()
+        D: Any = (B @ A).swapaxes(1, 2).reshape(shape)
         if self.A_whole is not None and self.B_whole is not None:
             D = D + self.B_whole @ self.A_whole
-        return self.scaling * D
+        scaled: Tensor = self.scaling * D
+        return scaled
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Of rank g * r: those of each block, zero outside it."""
+        A, B = self._blocks()
+        xp = namespace(A)
+        identity = xp.eye(len(A), dtype=A.dtype, device=getattr(A, "device", None))
+        right = (A[:, :, :, None] * identity[None, :, None, :, None]).reshape(-1, shape[1])
+        left = B.swapaxes(1, 2).swapaxes(0, 1)[None] * identity[:, None, :, None, None]
+        left = self.scaling * left.reshape(shape[0], -1)
+        if self.A_whole is not None and self.B_whole is not None:
+            left = xp.concat([left, self.scaling * self.B_whole], axis=1)
+            right = xp.concat([right, self.A_whole])
+        return left, right
+
+    def _blocks(self) -> tuple[Any, Any]:
+        """A `[g, g, q, in / g]` and B `[g, g, out / g, q]`, of each slice of outputs and of inputs."""
+        g, _, r = self.A.shape
+        A = self.A.reshape(g, -1, g, r // g).swapaxes(0, 2).swapaxes(1, 2).mT
+        return A, self.B.reshape(g, g, r // g, -1).mT

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..tensors.computed import times
 from ..tensors.positions import add_at, random_positions, scattered
 from ..updates import tensor
 from ._planar import Sparse
@@ -34,6 +35,9 @@ class SHiRA(Sparse):
         flat = random_positions(0, out * in_, rank * (out + in_)).sort().values
         index = flat.new_tensor([(flat // in_).tolist(), (flat % in_).tolist()])
         return cls(**{"index": index, "values": W.new_zeros(len(flat)), **attributes})
+
+    def scaled(self, weight: float) -> Self | None:
+        return self.replace(values=times(self.values, weight))
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         dense: Tensor = scattered(self.values, self.index[0] * shape[1] + self.index[1], shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ShapeMismatch
+from ..tensors.computed import times
 from ..tensors.positions import add_at, outside, scattered
 from ..tensors.products import product
 from ..updates import tensor
@@ -43,6 +44,9 @@ class SuperTuning(Sparse):
         worst = outside(self.index, (shape[0] * shape[1],))
         if worst is not None:
             raise ShapeMismatch(f"index: position {worst} of {list(shape)}", cure="The adapter is not of this base")
+
+    def scaled(self, weight: float) -> Self | None:
+        return self.replace(values=times(self.values, weight), scaling=weight * self.scaling)
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         sparse: Tensor = scattered(self.values, self.index, shape)

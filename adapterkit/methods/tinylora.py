@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ..tensors.computed import times
 from ..tensors.namespace import namespace
 from ..updates import tensor
 from ._planar import LowRank
@@ -41,6 +42,9 @@ class TinyLoRA(LowRank):
         P = random((COUNT, len(root), len(root))) * (3 / len(root)) ** 0.5
         made = {"A": root[:, None] * Vh[:rank], "B": U[:, :rank] * root, "P": P, "v": W.new_zeros(COUNT)}
         return cls(**{**made, **attributes})
+
+    def scaled(self, weight: float) -> Self | None:
+        return self.replace(v=times(self.v, weight))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         u, r, _ = self.P.shape

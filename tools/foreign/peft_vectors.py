@@ -38,7 +38,7 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.miss.layer import MissLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
-from peft_families import virtual_tokens
+from peft_families import routed, virtual_tokens
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -87,6 +87,13 @@ def llama() -> nn.Module:
     )
 
 
+def uncached() -> nn.Module:
+    """The same, without a cache."""
+    model = llama()
+    model.config.use_cache = False  # type: ignore[union-attr]
+    return model
+
+
 def t5() -> nn.Module:
     """A model with an encoder and a decoder, of three layers each."""
     sizes = {"vocab_size": 9, "d_model": 4, "d_kv": 2, "d_ff": 6, "num_layers": 3, "num_heads": 2}
@@ -123,6 +130,7 @@ CASES = {
     ),
     "lora_conv": Case(Layers, lora_config("conv1", "conv2", "conv3", "point")),
     "lora_embedding": Case(llama, lora_config("embed_tokens", "lm_head")),
+    "lora_llama": Case(llama, lora_config("q_proj")),
     "lora_mha": Case(Layers, lora_config("attn", "q", rank_pattern={"attn": 1}, bias="lora_only")),
     "lora_experts": Case(
         Layers,
@@ -147,7 +155,7 @@ CASES = {
 
 
 FAMILIES = [import_module(f"peft_families.{m.name}") for m in pkgutil.iter_modules(peft_families.__path__)]
-MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama, "t5": t5}
+MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama, "t5": t5, "uncached": uncached}
 CASES |= {
     name: Case(MODELS[model], config, base=getattr(family, "NEEDS_BASE", False))
     for family in FAMILIES
@@ -158,6 +166,9 @@ CASES |= {
 def updates(model: Any, config: PeftConfig) -> Updates:
     """Every update of a PEFT model, from its modules."""
     bias = getattr(config, "bias", "none")
+    if config.peft_type == "XLORA":
+        yield ak.Target(""), routed.update_of_classifier(model, config)
+        return
     learned = model.active_peft_config.is_prompt_learning
     if learned:
         yield ak.Target(""), virtual_tokens.update_of_model(model, config)
@@ -243,6 +254,8 @@ def make(name: str, case: Case, dest: Path) -> None:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape))
     model.save_pretrained(str(dest), **case.options)
+    if case.config.peft_type == "XLORA":
+        routed.save_classifier(model, dest)
     (dest / "README.md").unlink()
     found: dict[ak.Target, tuple[Any, ...]] = {}
     for target, update in updates(model, case.config):
