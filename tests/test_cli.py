@@ -20,7 +20,7 @@ from adapterkit import __version__
 from adapterkit.cli import _failures, _options, adapterkit
 
 COMMANDS = [
-    "convert", "demo", "diff", "doctor", "extract", "inspect", "list", "merge", "pull", "push", "resize",
+    "combine", "convert", "demo", "diff", "doctor", "extract", "inspect", "list", "merge", "pull", "push", "resize",
     "validate", "verify",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
