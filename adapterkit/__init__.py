@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import torch
+    from . import onnx, torch
     from .adapter import Adapter, BaseRef, Foreign, Step, Target
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
@@ -46,6 +46,7 @@ __all__ = [
     "Target",
     "detect",
     "merge",
+    "onnx",
     "read",
     "torch",
     "verify",
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("torch",)
+_MODULES = ("onnx", "torch")
 """Parts of the package that are reached as such."""
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"tensors"},
     {"shapes"},
     {"updates"},
-    {"adapter"},
+    {"adapter", "chain"},
     {"registry", "names"},
     {"binding"},
     {"methods"},
@@ -45,7 +45,7 @@ ALLOWED = {
     "merging": {"torch"},
     "torch": {"torch"},
     "demo": {"torch"},
-    "onnx": {"onnx", "onnx_ir"},
+    "onnx": {"numpy", "onnx", "onnx_ir"},
     "hub": {"huggingface_hub"},
 }
 """What a part of the package is about it may import at once: its modules are imported when they are used."""

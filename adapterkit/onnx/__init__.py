@@ -1,0 +1,10 @@
+"""Adapters in ONNX graphs: `inject` attaches one, `eject` takes it off, `merge` folds adapters into the weights.
+
+This package is `adapterkit.onnx`; `import onnx` inside it is onnx itself.
+"""
+
+from __future__ import annotations
+
+from .injecting import Report, eject, inject
+
+__all__ = ["Report", "eject", "inject"]
