@@ -129,7 +129,8 @@ def _worked_out(update: Update, layer: Any) -> Update:
     W: Any = layer.weight.numbers().astype(np.float64)
     held = held.settled(W) if held.bias_sees_weight else held
     weight: Any = held.new_weight(W) if held.changes_weight else None
-    bias: Any = held.new_bias(layer.bias.numbers().astype(np.float64)) if held.changes_bias and layer.bias else None
+    b = layer.bias if held.changes_bias else None
+    bias: Any = None if b is None else held.new_bias(b.numbers().astype(np.float64))
     return METHODS["replacement"](weight=_constant(layer, weight), bias=_constant(layer, bias))
 
 
@@ -175,7 +176,7 @@ def _insert(layer: Layer, new: ir.Value, branch: Branch) -> None:
     if old.is_graph_output():
         _rename_output(graph, old, new, branch)
     new.shape = new.shape or old.shape
-    for node in (last, layer.node):
+    for node in dict.fromkeys((last, layer.node)):
         if not any(out.uses() or out.is_graph_output() for out in node.outputs):
             graph.remove(node, safe=True)
 

@@ -96,7 +96,7 @@ def _checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
         if real.stat().st_size < need:
             why = f"{real.stat().st_size} bytes where {need} are needed"
             raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
-        tensor._base_dir, tensor._location = str(real.parent), real.name  # noqa: SLF001 - a hub's cache has links
+        tensor._base_dir, tensor._location = str(real.parent), real.name  # a hub's cache has links
         tensor.meta["adapterkit.location"] = file.relative_to(path.parent).as_posix()
     return tuple(files)
 
@@ -166,15 +166,60 @@ def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) 
         written += _apart(fresh, out, bool(source.data) or _large(model))
         for tensor in _external(model):
             if "adapterkit.location" in tensor.meta:
-                tensor._location = tensor.meta["adapterkit.location"]  # noqa: SLF001
+                tensor._location = tensor.meta["adapterkit.location"]
         data = ir.to_proto(model).SerializeToString()
         write_bytes(out, data)
     except BaseException:
-        for file in written:
-            with contextlib.suppress(OSError):
-                file.unlink()
+        _unlink(written)
         raise
     return [*written, out]
+
+
+def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> list[Path]:
+    """Writes a model whose numbers changed: all of them anew, one tensor in memory at a time; see `save`.
+
+    A model that kept numbers in data files keeps them in one new file, and nothing in it that no node reads.
+    """
+    _check_out(source, out)
+    for graph in model.graphs():
+        for name, value in list(graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+                graph.initializers.pop(name)
+    stored = [v for g in model.graphs() for v in g.initializers.values() if v.const_value is not None]
+    written: list[Path] = []
+    try:
+        if source.data or _large(model):
+            written += _streamed([v for v in stored if v.const_value.nbytes > INLINE], out)  # type: ignore[union-attr]
+        else:
+            for value in fresh:
+                assert value.const_value is not None
+                value.const_value = ir.Tensor(
+                    value.const_value.numpy(), dtype=value.const_value.dtype, name=value.name
+                )
+        write_bytes(out, ir.to_proto(model).SerializeToString())
+    except BaseException:
+        _unlink(written)
+        raise
+    return [*written, out]
+
+
+def _streamed(values: Iterable[ir.Value], out: Path) -> list[Path]:
+    file = out.with_name(f"{out.name}.data")
+    if file.exists():
+        raise StorageError("already there", path=file, cure="Remove it, or write to another name")
+    places = []
+    with replacing(file) as target:
+        for value in values:
+            places.append((value, _placed(target, value.const_value, file)))
+    for value, place in places:
+        value.const_value = place
+    return [file]
+
+
+def _unlink(files: Iterable[Path]) -> None:
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def _check_out(source: Source, out: Path) -> None:
@@ -233,12 +278,28 @@ def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> list[Path]:
 
 
 def _placed(target: Any, tensor: Any, file: Path) -> ir.ExternalTensor:
-    target.write(b"\0" * (-target.tell() % 64))
+    target.write(b"\0" * (-target.tell() % (4096 if tensor.nbytes > 1 << 20 else 64)))
     offset = target.tell()
-    target.write(tensor.tobytes())
+    if isinstance(tensor, ir.ExternalTensor):
+        _copied(target, tensor)
+    else:
+        target.write(memoryview(tensor.numpy().reshape(-1).view("u1")) if tensor.dtype.itemsize >= 1 else tensor.tobytes())
     return ir.ExternalTensor(
         file.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=file.parent
     )
+
+
+def _copied(target: Any, tensor: ir.ExternalTensor) -> None:
+    """A run of bytes of a data file, a few at a time."""
+    with open(tensor.path, "rb") as held:
+        held.seek(tensor.offset or 0)
+        left = tensor.nbytes
+        while left:
+            piece = held.read(min(left, 1 << 22))
+            if not piece:
+                raise Malformed("shorter than when it was opened", path=tensor.path, cure="Fetch the data file again")
+            target.write(piece)
+            left -= len(piece)
 
 
 _AGAIN = "Export the model again"

@@ -39,6 +39,7 @@ class _Linalg:
 class Symbols:
     """The namespace; words that it lacks raise `Unsayable`."""
 
+    __name__ = __name__  # array_api_compat tells namespaces by their names.
     float32, float64, float16, int64 = np.float32, np.float64, np.float16, np.int64
     arange, eye, zeros, ones = (staticmethod(f) for f in (arrays.arange, arrays.eye, arrays.zeros, arrays.ones))
     linalg = _Linalg()

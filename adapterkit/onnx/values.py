@@ -86,13 +86,16 @@ class Value:
         return len(self.shape)
 
     def __len__(self) -> int:
-        size = self.shape[0]
+        size = self.shape[0] if self.shape else None
         if size is None:
             raise Unsayable("the graph leaves this size open")
         return int(size)
 
     def __iter__(self) -> Iterator[Value]:
         return (self[position] for position in range(len(self)))
+
+    def __array__(self, *_: Any, **__: Any) -> Array:
+        raise Unsayable("an array of another library")
 
     def tolist(self) -> Any:
         return self.numbers().tolist()
