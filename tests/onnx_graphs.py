@@ -57,7 +57,7 @@ def graph(kind, layer, opset=18):
     made = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info("x", kind_of_x, [f"x{n}" for n in range(axes)])],
+        [helper.make_tensor_value_info("x", kind_of_x, ["batch", *(LAYERS[kind][1] or (0, "length"))[1:]])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [f"y{n}" for n in range(out)])],
         [numpy_helper.from_array(array, name) for name, array in held.items()],
     )

@@ -12,7 +12,7 @@ from ..chain import Composed
 from ..errors import Unsupported
 from ..methods import METHODS
 from ..tensors.lazy import as_array
-from ..updates import Additive, OutputUpdate, Update
+from ..updates import Additive, OutputUpdate, Update, WeightUpdate
 from .building import Branch, Building
 from .layers import Layer, Slice, Turned
 from .resolving import Found, Spot
@@ -42,7 +42,7 @@ def _attach(place: Found, spot: Spot, building: Building, slots: Any) -> None:
     seen: Any = Slice(layer, place.target.rows) if place.target.rows else Turned(layer) if place.turned else layer
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
     try:
-        y = _output(seen, [_sayable(update, seen, branch, slots is None) for update in given])
+        y = _output(seen, [_sayable(update, seen, branch, slots is None) for update in given], added=slots is not None)
         y = seen.around(layer.y, y) if isinstance(seen, Slice) else y
     except Unsayable as error:
         cure = "Inject it as constants" if slots is not None else "Merge it instead"
@@ -146,18 +146,30 @@ def _constant(layer: Any, array: Any) -> Any:
     return Value(layer.branch, array.shape, kind, None, lambda: np.asarray(array))
 
 
-def _output(layer: Any, updates: Sequence[Update]) -> Value:
-    """y', by the formulas; in groups, by their weights and biases alone."""
+def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value:
+    """y', by the formulas; in groups, by their weights and biases alone.
+
+    Args:
+        layer: the layer.
+        updates: what applies to it, in order.
+        added: changes of weights are added to the layer's own output, so that no change leaves its very bits.
+    """
+    outer = [update for update in updates if isinstance(update, OutputUpdate)]
+    inner = updates[: len(updates) - len(outer)]
+    weights = all(isinstance(update, WeightUpdate) for update in inner)
     chain = layer
     for update in updates:
         chain = Composed(chain, update)
-    if layer.direct or all(isinstance(update, OutputUpdate) for update in updates):
+    if layer.direct and (not added or not weights or not inner) or not inner:
         y: Value = chain(layer.x)
         return y
-    if any(isinstance(update, OutputUpdate) for update in updates):
-        raise Unsayable("an output update behind one of weights, at a convolution in groups")
-    y = layer.op(layer.x, chain.weight)
-    return y if chain.bias is None else y + layer.per_channel(chain.bias)
+    if outer:
+        raise Unsayable("an output update behind one of weights")
+    if not added:
+        y = layer.op(layer.x, chain.weight)
+        return y if chain.bias is None else y + layer.per_channel(chain.bias)
+    y = layer(layer.x) + layer.op(layer.x, chain.weight - layer.weight)
+    return y if layer.bias is None else y + layer.per_channel(chain.bias - layer.bias)
 
 
 def _insert(layer: Layer, new: ir.Value, branch: Branch) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import CheckFailed
+from ..errors import CheckFailed, NotMergeable
 from .attaching import attach
 from .building import Building
 from .model_file import Source, opened
@@ -58,8 +58,9 @@ def checked_injection(
         from .merging import fold
 
         building = Building(source.model)
-        fold([(place, 1.0) for place in resolve(source.model, adapter, base)], building)
-        other = _inline(source.model)
+        with contextlib.suppress(NotMergeable):  # An additive change of a bias that is not there is an injection's own.
+            fold([(place, 1.0) for place in resolve(source.model, adapter, base)], building)
+            other = _inline(source.model)
     return _compared(other, out, {} if slots is None else slots.feeds, files, fallback=plain)
 
 
@@ -115,7 +116,7 @@ def _compared(
     """Both graphs on the same inputs; the first sizes that the first one runs with are taken."""
     first = wanted if wanted is not None else fallback
     assert first is not None
-    why = "no inputs"
+    ran, why = False, "no inputs"
     for sizes in ((2, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32)):
         try:
             session = _session(first)
@@ -124,10 +125,17 @@ def _compared(
         except Exception as error:  # onnxruntime raises RuntimeErrors of its own.
             why = str(error).splitlines()[0]
             continue
-        got = _session(str(out)).run(None, {**feeds, **more})
+        try:
+            got = _session(str(out)).run(None, {**feeds, **more})
+        except Exception as error:
+            ran, why = True, str(error).splitlines()[0]
+            continue
         difference = _difference(got, results) if wanted is not None else 0.0
         _judge(difference, got, files, exact)
         return difference, None
+    if ran:
+        _unlink(files)
+        raise CheckFailed(f"the graph does not run ({why})", path=out, cure=_REPORT)
     return None, f"the graph does not run on made-up inputs ({why})"
 
 
@@ -137,11 +145,15 @@ def _judge(difference: float, got: Sequence[Any], files: Sequence[Path], exact: 
     most = 0.0 if exact else TOLERANCE["V" if narrow else "f"]
     if difference <= most:
         return
+    _unlink(files)
+    why = f"the graph differs by {difference:.3g} of its largest output from the same change made another way"
+    raise CheckFailed(why, path=files[-1], cure=_REPORT)
+
+
+def _unlink(files: Sequence[Path]) -> None:
     for file in files:
         with contextlib.suppress(OSError):
             file.unlink()
-    why = f"the graph differs by {difference:.3g} of its largest output from the same change made another way"
-    raise CheckFailed(why, path=files[-1], cure="Report this; with check off the file is kept")
 
 
 def _difference(got: Sequence[Any], wanted: Sequence[Any]) -> float:
@@ -192,3 +204,6 @@ def _size(axis: Any, position: int, known: dict[str, int], sizes: Sequence[int])
     if isinstance(axis, int):
         return axis
     return known.setdefault(str(axis), sizes[min(position, len(sizes) - 1)])
+
+
+_REPORT = "Report this; with check off the file is kept"

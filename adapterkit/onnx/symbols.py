@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from array_api_compat import numpy as arrays
 
-from .values import Unsayable, Value, broadcast
+from .values import FREE, Unsayable, Value, broadcast
 
 
 class _Linalg:
@@ -41,8 +41,19 @@ class Symbols:
 
     __name__ = __name__  # array_api_compat tells namespaces by their names.
     float32, float64, float16, int64 = np.float32, np.float64, np.float16, np.int64
-    arange, eye, zeros, ones = (staticmethod(f) for f in (arrays.arange, arrays.eye, arrays.zeros, arrays.ones))
     linalg = _Linalg()
+
+    def arange(self, *limits: Any, **kind: Any) -> Any:
+        return arrays.arange(*_closed(limits), **kind)
+
+    def eye(self, *sizes: Any, **kind: Any) -> Any:
+        return arrays.eye(*_closed(sizes), **kind)
+
+    def zeros(self, shape: Any, **kind: Any) -> Any:
+        return arrays.zeros(_closed(shape), **kind)
+
+    def ones(self, shape: Any, **kind: Any) -> Any:
+        return arrays.ones(_closed(shape), **kind)
 
     def finfo(self, dtype: Any) -> Any:
         return ml_dtypes.finfo(dtype)
@@ -136,6 +147,13 @@ class Symbols:
 
     def zeros_like(self, x: Any) -> Any:
         return x * 0
+
+
+def _closed(sizes: Any) -> Any:
+    """Sizes, none of which is open."""
+    if any(size is None or size >= FREE for size in sizes):
+        raise Unsayable("a constant of an open size")
+    return sizes
 
 
 def _each(op: str, f: Callable[..., Any], x: Any) -> Any:

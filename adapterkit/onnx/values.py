@@ -130,6 +130,7 @@ class Value:
         a, b = (b.cast(a.dtype) if v is b and b.dtype == bool else v for v in (a, b))
         if a.dtype == bool and b.dtype != bool:
             a = a.cast(b.dtype)
+        _same_type(a, b)
         return a.apply(op, [a, b], f, broadcast(a.sizes, b.sizes), dtype)
 
     def __add__(self, other: Any) -> Value:
@@ -178,6 +179,7 @@ class Value:
 
     def __matmul__(self, other: Any) -> Value:
         a, b = self, self.like(other)
+        _same_type(a, b)
         return a.apply("MatMul", [a, b], operator.matmul, multiplied(a.sizes, b.sizes))
 
     def __rmatmul__(self, other: Any) -> Value:
@@ -252,6 +254,11 @@ class Value:
         raise Unsayable("no node says this")
 
     __rshift__ = __and__ = __xor__ = __mod__ = __floordiv__ = __rxor__ = __rand__ = __rfloordiv__ = _no_node
+
+
+def _same_type(one: Value, two: Value) -> None:
+    if one.dtype != two.dtype:
+        raise Unsayable(f"{one.dtype} beside {two.dtype}")
 
 
 def broadcast(one: Sizes | None, two: Sizes | None) -> Sizes | None:
