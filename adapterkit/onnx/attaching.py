@@ -85,7 +85,9 @@ def _valued(update: Update, layer: Layer, place: Found, position: int, slots: An
         opened: Update = slots.opened(update, layer, place, position)
         return opened
     building, dtype = layer.branch.building, layer.dtype
-    name = f"{place.target}.{update.method}" if len(place.updates) == 1 else f"{place.target}.{position}.{update.method}"
+    name = (
+        f"{place.target}.{update.method}" if len(place.updates) == 1 else f"{place.target}.{position}.{update.method}"
+    )
 
     def value(field: str, leaf: Any) -> Value:
         def make() -> Any:
@@ -160,7 +162,7 @@ def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value
     chain = layer
     for update in updates:
         chain = Composed(chain, update)
-    if layer.direct and (not added or not weights or not inner) or not inner:
+    if (layer.direct and (not added or not weights or not inner)) or not inner:
         y: Value = chain(layer.x)
         return y
     if outer:

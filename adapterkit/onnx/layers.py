@@ -77,9 +77,7 @@ class Layer:
 
     @property
     def weight(self) -> Value:
-        W = Value(
-            self.branch, shape_of(self.operand), self.dtype, self.operand, lambda: numbers(self.operand)
-        )
+        W = Value(self.branch, shape_of(self.operand), self.dtype, self.operand, lambda: numbers(self.operand))
         return self.seen(W)
 
     @property

@@ -74,7 +74,9 @@ def compare(found: Sequence[Found], base: Checkpoint) -> None:
         if distance is None or distance > NEAR:
             far = "another shape" if distance is None else f"a distance of {distance:.2f}"
             cure = "Is this the base that the graph was exported from?"
-            raise TargetNotFound(f"the layer of this name holds other numbers ({far})", where=str(place.asked), cure=cure)
+            raise TargetNotFound(
+                f"the layer of this name holds other numbers ({far})", where=str(place.asked), cure=cure
+            )
 
 
 def _nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:

@@ -154,7 +154,11 @@ def _bias(spot: Spot, at: list[Fold], held: ir.Value, bias: ir.Value) -> Array:
     """b' as the node takes it, in float64."""
     before = numbers(bias).astype(np.float64)
     flat, after = before.reshape(-1), before.reshape(-1).copy()
-    W = _seen(numbers(held).astype(np.float64), spot) if any(u.bias_sees_weight for p, _ in at for u in p.updates) else None
+    W = (
+        _seen(numbers(held).astype(np.float64), spot)
+        if any(u.bias_sees_weight for p, _ in at for u in p.updates)
+        else None
+    )
     for place, factor in at:
         rows = slice(*place.target.rows) if place.target.rows else slice(None)
         seen = None if W is None else _part(W, place)

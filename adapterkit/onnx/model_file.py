@@ -90,7 +90,7 @@ def _checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
         file = contained(path.parent, str(tensor.location))
         real = _inside(file, path, where)
         need = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
-        if tensor.offset is not None and tensor.offset < 0 or tensor.nbytes > (tensor.length or tensor.nbytes):
+        if (tensor.offset is not None and tensor.offset < 0) or tensor.nbytes > (tensor.length or tensor.nbytes):
             raise Malformed("its place in the data file makes no sense", path=path, where=where, cure=_AGAIN)
         files[file] = max(files.get(file, 0), need)
         if real.stat().st_size < need:
@@ -193,9 +193,7 @@ def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.V
         else:
             for value in fresh:
                 assert value.const_value is not None
-                value.const_value = ir.Tensor(
-                    value.const_value.numpy(), dtype=value.const_value.dtype, name=value.name
-                )
+                value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.const_value.dtype, name=value.name)
         write_bytes(out, ir.to_proto(model).SerializeToString())
     except BaseException:
         _unlink(written)
@@ -283,7 +281,9 @@ def _placed(target: Any, tensor: Any, file: Path) -> ir.ExternalTensor:
     if isinstance(tensor, ir.ExternalTensor):
         _copied(target, tensor)
     else:
-        target.write(memoryview(tensor.numpy().reshape(-1).view("u1")) if tensor.dtype.itemsize >= 1 else tensor.tobytes())
+        target.write(
+            memoryview(tensor.numpy().reshape(-1).view("u1")) if tensor.dtype.itemsize >= 1 else tensor.tobytes()
+        )
     return ir.ExternalTensor(
         file.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=file.parent
     )

@@ -281,7 +281,9 @@ def _wider(a: int | None, b: int | None) -> int | None:
 def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
     """The sizes of two matrices' product."""
     if one is None or two is None or len(one) < 2 or len(two) < 2:
-        return None if one is None or two is None or (len(one) > 1) == (len(two) > 1) else one[:-1] or two[:-2] + two[-1:]
+        return (
+            None if one is None or two is None or (len(one) > 1) == (len(two) > 1) else one[:-1] or two[:-2] + two[-1:]
+        )
     lead = broadcast(one[:-2], two[:-2])
     assert lead is not None
     return (*lead, one[-2], two[-1])
@@ -310,6 +312,8 @@ def _spelled(sizes: Sizes | None, wanted: Sizes) -> list[int]:
             raise Unsayable("more than one size is open")
         else:
             out.append(-1)
+    if -1 in out and 0 in out:
+        raise Unsayable("a size that is left over where another may be 0")
     return out
 
 
