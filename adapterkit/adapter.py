@@ -221,7 +221,8 @@ def canonical(value: Any) -> str:
 
 def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
     context = [update.kind == "context" for update in updates]
-    if not target.path and not all(context):
+    whole = [update.kind == "context" or getattr(update, "of_model", False) for update in updates]
+    if not target.path and not all(whole):
         raise Malformed("a target without a path", where="path", cure=_REWRITE)
     if any(context) and (target.layout, target.rows) != (LAYOUTS[0], None):
         raise Malformed("context has no layout and no rows", where=f"{target}: layout", cure=_REWRITE)

@@ -34,6 +34,10 @@ class Composed:
         return self.layer.close(h, x, whole)
 
     @property
+    def call(self) -> Any:
+        return self.layer.call
+
+    @property
     def weight(self) -> Any:
         W = self.layer.weight
         return self.update.new_weight(W) if self.update.changes_weight else W

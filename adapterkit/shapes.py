@@ -88,15 +88,16 @@ def _parse(text: str) -> Axes:
     return Axes(text, axes)
 
 
-def tensor(shape: str, *, optional: bool = False, integer: bool = False) -> Any:
+def tensor(shape: str, *, optional: bool = False, integer: bool = False, below: str = "") -> Any:
     """A dataclass field that holds a tensor of the given shape string.
 
     Args:
         shape: the shape string.
         optional: the tensor may be absent (None).
         integer: it holds indices instead of real numbers.
+        below: the axis that those are positions on; two axes for the two rows of a list of pairs.
     """
-    metadata = {"axes": Axes.parse(shape), "integer": integer, "optional": optional}
+    metadata = {"axes": Axes.parse(shape), "integer": integer, "optional": optional, "below": tuple(below.split())}
     return dataclasses.field(default=None, metadata=metadata) if optional else dataclasses.field(metadata=metadata)
 
 

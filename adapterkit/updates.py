@@ -54,6 +54,7 @@ class Update:
         forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
         frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
         bias_sees_weight: the change to the bias needs the weight, so that `settled` comes before `new_bias`.
+        sizes: of a fresh update's own axes, with what they are unless the caller says otherwise.
         starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
         paper: where the formula comes from.
     """
@@ -66,6 +67,7 @@ class Update:
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
     frozen: ClassVar[frozenset[str]] = frozenset()
     bias_sees_weight: ClassVar[bool] = False
+    sizes: ClassVar[Mapping[str, int]] = {}
     starts_at_base: ClassVar[bool] = True
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
@@ -257,6 +259,15 @@ class Additive(Update):
         """d `[out]`, or None where the bias stays as it is."""
         return None
 
+    def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """B `[out, r]` and A `[r, in * k]` with D = B @ A, where the law comes down to such a pair; else None."""
+        return None
+
+    def scaled(self, weight: float) -> Self | None:
+        """The same method with weight * D and weight * d, leaves unread; None where its fields cannot say that."""
+        scaling = self.attributes.get("scaling")
+        return None if scaling is None else self.replace(scaling=weight * scaling)
+
     def delta_norm(self, shape: tuple[int, ...]) -> float:
         """The Frobenius norm of D; a method overrides it where that can be had without forming D."""
         D = self.delta(shape)
@@ -288,6 +299,19 @@ class WeightUpdate(Update):
     def changes_weight(self) -> bool:
         return True
 
+    @classmethod
+    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
+        """The update whose change is sum_i weights[i] * (f_i(W) - W), of bias and weight, whatever these are.
+
+        Args:
+            updates: of this method, tensors loaded.
+            weights: one an update.
+
+        Returns:
+            None where the method cannot say it.
+        """
+        return None
+
     def forward(self, x: Any, layer: Any) -> Any:
         y = layer.op(x, self.new_weight(layer.weight))
         settled = self.settled(layer.weight) if self.bias_sees_weight else self
@@ -307,9 +331,14 @@ class OutputUpdate(Update):
         the norm is part of.
     `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in the shape that adds
         to the output, and the axis of the channels.
+    `layer.call`: what the model's own call received, by name: the words that the method `asks` for. Asking for one that
+        the call lacks is an error. Two are more than the call said: `input_ids` begins with the tokens of a cache that
+        the call goes on with, and `hidden_states` is what the model's last layer gives without the adapter.
 
     Class attributes:
         placed: the formula is `inside`, so that several such updates follow each other before the layer closes.
+        asks: words of the model's call that the formula reads.
+        of_model: it stands at the whole model, `Target("")`, until it has its experts.
 
     Attributes that place an update, where a method has them:
         residual: path, from the target's parent, of the module whose input is added to the target's output.
@@ -319,6 +348,13 @@ class OutputUpdate(Update):
     kind = "output"
     acts_on = "the output of the layer"
     placed: ClassVar[bool] = False
+    asks: ClassVar[tuple[str, ...]] = ()
+    of_model: ClassVar[bool] = False
+
+    @property
+    def lacks_experts(self) -> bool:
+        """Whether it is the router of experts that it does not hold, so that it computes nothing yet."""
+        return False
 
     @property
     def channels(self) -> int | None:

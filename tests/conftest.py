@@ -5,8 +5,8 @@ import json
 import math
 import os
 import re
-from functools import cache
-from itertools import combinations, product
+from functools import cache, partial
+from itertools import combinations, cycle, product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,6 +39,9 @@ settings.load_profile("repository")
 SIZES = {"out": 8, "in": 16, "hidden": 8, "first": 4, "second": 4, "d": 4}
 """Sizes of the weight's axes in examples, and of the output's channels; what other names stand for divides them."""
 
+OF_AXES = {"outputs": SIZES["out"], "inputs": SIZES["in"]}
+"""Attributes that are sizes of the weight's axes."""
+
 WIDE = {"outs": 12, "ins": 20, "short": 8, "shorts": 12, "longs": 20, "bases": 5}
 """Sizes of axes along which weights of several sizes share a tensor, and of the shorter of the two above."""
 
@@ -60,19 +63,19 @@ def updates(draw, method=None, stacked=False, kernel=None):
     attributes, seed = draw(_attributes(cls)), draw(st.integers(0, 2**32 - 1))
     forms = tuple((n, v) for n, v in attributes.items() if cls.attribute_fields()[n].metadata.get("among"))
     sizes = draw(st.sampled_from(_sizes(cls, kernel, tuple(present), forms)))
-    made = {
-        name: _numbers(cls, name, _shape(cls, name, sizes, kernel, stacked), seed + position)
-        for position, name in enumerate(present)
-    }
+    made = {name: _numbers(cls, name, sizes, kernel, stacked, seed + at) for at, name in enumerate(present)}
     update = cls(**made, **attributes)
-    return update if _makes_sense(update, stacked) else cls(**made, **dict(forms))
+    return update if _makes_sense(update, stacked) else cls(**made, **(_required(cls) | dict(forms)))
+
+
+def _dims(sizes, kernel):
+    columns = SIZES["in"] * math.prod(kernel)
+    return dict(sizes) | SIZES | WIDE | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
 
 
 def _shape(cls, name, sizes, kernel, stacked=False):
     axes = cls.tensor_fields()[name].metadata["axes"]
-    columns = SIZES["in"] * math.prod(kernel)
-    dims = dict(sizes) | SIZES | WIDE | {"k": kernel, "rest": (SIZES["in"], *kernel), "columns": columns, "e": 2}
-    return (Axes.parse(f"e {axes.text}") if stacked else axes).sizes(dims)
+    return (Axes.parse(f"e {axes.text}") if stacked else axes).sizes(_dims(sizes, kernel))
 
 
 @cache
@@ -83,20 +86,22 @@ def _sizes(cls, kernel, present, forms):
     every = [tuple(zip(free, chosen, strict=True)) for chosen in product(some, repeat=len(free))]
     every = [sizes for sizes in every if all(min(_shape(cls, n, sizes, kernel), default=1) >= 0 for n in present)]
     trials = {sizes: _trial(cls, sizes, kernel, present, forms) for sizes in every}
-    for holds in (lambda update: takes(update, (SIZES["out"], SIZES["in"], *kernel)), _makes_sense):
+    fit = partial(takes, shape=(SIZES["out"], SIZES["in"], *kernel))
+    for holds in (lambda update: fit(update) and _makes_sense(update), fit, _makes_sense):
         if fitting := [sizes for sizes, update in trials.items() if holds(update)]:
             return fitting
     return every
 
 
 def _trial(cls, sizes, kernel, present, forms):
-    made = {name: _numbers(cls, name, _shape(cls, name, sizes, kernel)) for name in present}
-    return cls(**made, **dict(forms))
+    made = {name: _numbers(cls, name, sizes, kernel) for name in present}
+    return cls(**made, **(_required(cls) | dict(forms)))
 
 
-def _numbers(cls, name, shape, seed=0):
-    make = _positions if cls.tensor_fields()[name].metadata["integer"] else values
-    return from_numpy(make(shape, seed))
+def _numbers(cls, name, sizes, kernel, stacked=False, seed=0):
+    field, shape = cls.tensor_fields()[name].metadata, _shape(cls, name, sizes, kernel, stacked)
+    below = [_dims(sizes, kernel)[axis] for axis in field["below"]]
+    return from_numpy(_positions(shape, seed, below) if field["integer"] else values(shape, seed))
 
 
 def takes(update, shape, layout="out *in"):
@@ -145,16 +150,23 @@ def _groups(cls, forms):
 
 def _allowed(cls, group):
     try:
-        cls(**dict.fromkeys(group, from_numpy(np.ones(1)))).check()
+        cls(**dict.fromkeys(group, from_numpy(np.ones(2))), **_required(cls)).check()
     except Malformed:
         return False
     return True
 
 
-def _positions(shape, seed):
-    """Positions on the axis `in`, distinct along the last axis."""
-    rng = np.random.default_rng(seed)
-    lists = [rng.permutation(SIZES["in"])[: shape[-1]] for _ in range(math.prod(shape[:-1]))]
+def _required(cls):
+    """Values of the attributes that a method does not do without."""
+    fields = cls.attribute_fields().values()
+    needed = {f.name: {"int": 1, "float": 1.0}[f.type] for f in fields if f.default is dataclasses.MISSING}
+    return {name: OF_AXES.get(name, value) for name, value in needed.items()}
+
+
+def _positions(shape, seed, below):
+    """Positions on the axis `in`, or below other bounds in turn; distinct along the last axis where there is room."""
+    rng, bounds = np.random.default_rng(seed), cycle(below or [SIZES["in"]])
+    lists = [np.resize(rng.permutation(next(bounds)), shape[-1]) for _ in range(math.prod(shape[:-1]))]
     return np.array(lists, dtype=np.int64).reshape(shape)
 
 
@@ -163,7 +175,8 @@ def _attributes(draw, cls):
     plain = {"float": st.floats(-4, 4), "int": st.integers(-9, 9), "str": st.text(max_size=5), "bool": st.booleans()}
     fields = cls.attribute_fields().values()
     chosen = [f for f in fields if f.default is dataclasses.MISSING or draw(st.booleans())]
-    return {f.name: draw(_allowed_values(f.metadata, plain[f.type])) for f in chosen}
+    drawn = {f.name: draw(_allowed_values(f.metadata, plain[f.type])) for f in chosen}
+    return drawn | {name: size for name, size in OF_AXES.items() if name in drawn}
 
 
 def _allowed_values(rules, plain):

@@ -19,7 +19,9 @@ from safetensors.numpy import save_file
 from adapterkit import __version__
 from adapterkit.cli import _failures, _options, adapterkit
 
-COMMANDS = ["convert", "demo", "doctor", "inspect", "list", "merge", "validate", "verify"]
+COMMANDS = [
+    "convert", "demo", "diff", "doctor", "extract", "inspect", "list", "merge", "resize", "validate", "verify",
+]  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
 

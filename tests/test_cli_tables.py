@@ -40,7 +40,7 @@ def test_blocks_are_filled_and_the_rest_is_kept(tables: ModuleType, tmp_path: Pa
     assert text.startswith("# Title\n")
     assert text.endswith("tail\n")
     assert tables.main(["--check", "--readme", str(readme)]) == 0
-    rows = re.findall(r"^\| `(?:adapterkit )?(\w+)", text, re.MULTILINE)
+    rows = re.findall(r"^\| \[?`(?:adapterkit )?(\w+)", text, re.MULTILINE)
     assert {*ak.METHODS, *ak.FORMATS, "merge", "doctor"} <= {*rows}
 
 

@@ -1,10 +1,12 @@
 """A different adapter for each row of a batch, against running each row by itself; and the compilers."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import adapterkit as ak
@@ -98,6 +100,21 @@ def test_whole_models(name, method, close):
     close(got, row_by_row(lambda row: model(IDS[row : row + 1]).logits, handles, NAMES), tolerance=1e-10)
     assert not torch.allclose(got[0], plain[0])
     assert torch.equal(model(IDS).logits, plain), "outside of the with, all adapters act on all rows"
+
+
+def test_routes_are_pefts(tmp_path, close):
+    """PEFT's own mixed batches: `adapter_names`, with `__base__` for rows without one."""
+    model, _ = build("llama")
+    model.float()
+    configs = [LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False) for _ in "ab"]
+    theirs = get_peft_model(copy.deepcopy(model), configs[0], adapter_name="a").eval()
+    theirs.add_adapter("b", configs[1])
+    theirs.save_pretrained(tmp_path)
+    for name in "ab":
+        ak.torch.inject(model, ak.read(tmp_path / name), name=name)
+    wanted = theirs.eval()(IDS, adapter_names=[name or "__base__" for name in NAMES]).logits
+    with ak.torch.route(model, NAMES):
+        close(model(IDS).logits, wanted)
 
 
 MODULES = {
@@ -248,3 +265,15 @@ def test_training_through_a_compiler(close):
             p.grad = None
     for got, wanted in zip(*gradients, strict=True):
         close(got, wanted, tolerance=1e-12)
+
+
+def test_a_whole_model_compiled_with_a_route(close):
+    config = transformers.LlamaConfig(**SMALL | {"num_hidden_layers": 1, "use_cache": False})
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    for seed, (name, method) in enumerate(zip("ab", ("lora", "dora"), strict=True), 1):
+        ak.torch.inject(model, random(model, "all-linear", seed, method), name=name)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    close(compiled(IDS).logits, model(IDS).logits, tolerance=1e-10)
+    with ak.torch.route(model, NAMES):
+        close(compiled(IDS).logits, model(IDS).logits, tolerance=1e-10)

@@ -55,20 +55,19 @@ def test_graphs_compute_what_torch_does(method, kind, data, made, close, tmp_pat
     if wanted is None:
         return
     path, out = graphs.saved(proto, tmp_path / "base.onnx"), tmp_path / "out.onnx"
-    try:
-        ak.onnx.inject(path, adapter, out, check=False)
-    except Unsupported as error:
-        assert "reads other modules" in str(error) or "behind a turned weight" in str(error)
+    if update.attributes.get("residual") or update.attributes.get("norm"):
+        with pytest.raises(Unsupported, match="reads other modules"):
+            ak.onnx.inject(path, adapter, out, check=False)
         return
+    ak.onnx.inject(path, adapter, out, check=False)
     onnx.checker.check_model(str(out))
     y, changed = wanted
     terms = (y, changed - y, torch.ones(1))
     close(torch.tensor(graphs.run(out, x)).double(), changed, *terms)
     ak.onnx.eject(out, tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
-    if METHODS[method].kind != "output" and not (
-        update.changes_bias and update.needs_bias and getattr(model[0], "bias", None) is None
-    ):
+    lost = update.changes_bias and update.needs_bias and getattr(model[0], "bias", None) is None
+    if METHODS[method].kind != "output" and not lost:
         ak.onnx.merge(path, adapter, out, check=False)
         close(torch.tensor(graphs.run(out, x)).double(), changed, *terms)
 

@@ -165,7 +165,7 @@ def test_another_checkpoint_is_not_the_base(exported, tmp_path):
     save_file(Model().state_dict(), tmp_path / "other.safetensors")
     adapter = Adapter({Target("layers.1.down"): (lora(8, 12),)})
     for name in ("session", "dynamo"):
-        with pytest.raises(TargetNotFound, match="right one|exported from"):
+        with pytest.raises(TargetNotFound, match=r"right one|exported from"):
             ak.onnx.inject(
                 folder / f"{name}.onnx", adapter, tmp_path / "o.onnx", base_weights=tmp_path / "other.safetensors"
             )

@@ -1,6 +1,7 @@
 """Output updates in live modules: against float64 formulas, against AdapterHub's own library, and what they refuse."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unsupported
+from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.tensors.activations import ACTIVATIONS
 from adapterkit.tensors.checkpoint import open_checkpoint
@@ -89,22 +90,60 @@ def built(update, held, turned):
     return module, path, (held["x"], held["added"])
 
 
+class Called(nn.Module):
+    """A model whose call brings more than its module reads."""
+
+    def __init__(self, module, states=None):
+        super().__init__()
+        self.m, self.states = module, states
+
+    def forward(self, *inputs, input_ids=None, output_hidden_states=False, **_):
+        y = self.m(*inputs)
+        return SimpleNamespace(hidden_states=(self.states,)) if output_hidden_states else y
+
+
+def call_for(method, rows, tokens):
+    """What a call brings for a method's updates."""
+    brought = {"input_ids": torch.arange(tokens).repeat(rows, 1), "task_ids": torch.zeros(rows, dtype=torch.long)}
+    return {name: brought[name] for name in METHODS[method].asks if name in brought}
+
+
+def states_for(update, rows, tokens):
+    """What the last layer of a model gives, as wide as the update reads it."""
+    reads = (
+        getattr(update, "first", None) if getattr(update, "first", None) is not None else getattr(update, "last", None)
+    )
+    return None if reads is None else torch.randn(rows, tokens, reads.shape[1], dtype=torch.float64)
+
+
+NEEDS = {"alora": {"invocation": [1, 2]}}
+"""What a method must be told besides a rank."""
+
+
 @pytest.mark.parametrize(("method", "path"), CASES)
 @pytest.mark.parametrize("weight", [1.0, -0.75])
 def test_a_live_module_gives_the_vectors_output(method, path, weight):
     tensors = open_checkpoint(VECTORS / f"{method}.expected.safetensors").tensors
-    held = {name.removeprefix(f"{path}."): t.torch() for name, t in tensors.items() if name.startswith(f"{path}.")}
+    start = f"{path or '(model)'}."
+    held = {name.removeprefix(start): t.torch() for name, t in tensors.items() if name.startswith(start)}
     ((target, (update,)),) = ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit").find(path).items()
     module, at, inputs = built(update, held, target.layout == "in out *k")
-    model = nn.ModuleDict({"m": module})
+    model = Called(module, held.get("call.hidden_states"))
+    if update.lacks_experts:
+        with pytest.raises(UsageError, match="experts that it routes to are adapters of their own"):
+            ak.torch.inject(model, Adapter({Target(target.path and at): (update,)}))
+        return
+    call = {name.removeprefix("call."): value for name, value in held.items() if name.startswith("call.")}
+    call.pop("hidden_states", None)
     keys, before, y = list(model.state_dict()), dict(module.__dict__), module(*inputs)
     handle = ak.torch.inject(model, Adapter({Target(at, target.layout): (update,)}), weight=weight)
-    got = module(*inputs)
+    got = model(*inputs, **call)
     assert list(model.state_dict()) == keys
     with handle.disable():
         assert torch.equal(module(*inputs), y)
     handle.remove()
     assert module.__dict__ == before
+    assert "forward" not in model.__dict__
     assert torch.equal(module(*inputs), y)
     if weight == 1 or at == "m":
         torch.testing.assert_close(got, y + weight * (held["y"] - y), rtol=1e-12, atol=1e-12)
@@ -247,41 +286,46 @@ def test_several_adapters_and_a_different_one_for_each_row(kind):
 @given(data=st.data())
 def test_any_update_runs_on_its_layer_or_is_refused_by_name(method, data, made):
     update = data.draw(made.updates(method=method, kernel=()))
-    model, x = nn.Sequential(nn.Linear(16, 8)).double(), torch.randn(2, 3, 16).double()
+    model, x = Called(nn.Linear(16, 8), states_for(update, 2, 3)).double(), torch.randn(2, 3, 16).double()
     live = update.replace(**{name: "" for name in ("residual", "norm") if hasattr(update, name)})
     if getattr(live, "parallel", False) or getattr(live, "reverse", False):
         with pytest.raises(ShapeMismatch) as raised:
-            ak.torch.inject(model, Adapter({Target("0"): (live,)}))
-        assert raised.value.where == f"0: {method}"
+            ak.torch.inject(model, Adapter({Target("m"): (live,)}))
+        assert raised.value.where == f"m: {method}"
         return
-    ak.torch.inject(model, Adapter({Target("0"): (live,)}))
-    assert model(x).shape == (2, 3, 8)
+    if live.lacks_experts:
+        with pytest.raises(UsageError, match="Pass experts="):
+            ak.torch.inject(model, Adapter({Target("m"): (live,)}))
+        return
+    ak.torch.inject(model, Adapter({Target("m"): (live,)}))
+    assert model(x, **call_for(method, 2, 3)).shape == (2, 3, 8)
 
 
-@pytest.mark.parametrize("method", OUTPUTS)
+@pytest.mark.parametrize("method", [m for m in OUTPUTS if "initial" in vars(METHODS[m])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_update_changes_nothing_and_trains_all_of_itself(method, dtype):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(16, 8)).to(dtype).requires_grad_(False), torch.randn(8, 6, 16).to(dtype)
-    goal = torch.randn(8, 6, 8).to(dtype)
+    model, x = Called(nn.Linear(16, 8)).to(dtype).requires_grad_(False), torch.randn(8, 6, 16).to(dtype)
+    goal, call = torch.randn(8, 6, 8).to(dtype), call_for(method, 8, 6)
     y = model(x)
-    handle = ak.torch.inject(model, ak.torch.create(model, method, rank=4), trainable=True)
-    torch.testing.assert_close(model(x), y, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    fresh = ak.torch.create(model, method, targets="m", rank=4, **NEEDS.get(method, {}))
+    handle = ak.torch.inject(model, fresh, trainable=True)
+    torch.testing.assert_close(model(x, **call), y, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
     before = [parameter.detach().clone() for parameter in handle.parameters()]
     optimizer = torch.optim.Adam(handle.parameters(), lr=0.02)
     losses = []
     for _ in range(40):
-        loss = functional.mse_loss(model(x), goal)
+        loss = functional.mse_loss(model(x, **call), goal)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.97 * losses[0]
     assert all(not torch.equal(p, old) for p, old in zip(handle.parameters(), before, strict=True))
-    trained, now = handle.adapter(), model(x)
+    trained, now = handle.adapter(), model(x, **call)
     handle.remove()
     ak.torch.inject(model, trained)
-    torch.testing.assert_close(model(x), now)
+    torch.testing.assert_close(model(x, **call), now)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +447,7 @@ def test_tensors_that_do_not_go_together_are_named(method, fields):
 def test_an_output_update_is_not_merged(method, tmp_path):
     adapter = ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit")
     path = next(target.path for target in adapter.updates)
-    with pytest.raises(NotMergeable, match="changes the output of the layer"):
+    with pytest.raises(NotMergeable, match=f"{method} changes {METHODS[method].acts_on}, not"):
         ak.merge(
             VECTORS / f"{method}.expected.safetensors", adapter.replace(updates=adapter.find(path)), tmp_path / "out"
         )

@@ -171,7 +171,7 @@ def test_the_specification_has_a_file_for_each_family():
         assert entry.get("read", {}) == family.read
         assert entry.get("harmless", {}) == family.harmless
         words = {word for tensors in entry["tensors"] for word in re.findall(r"[\w.*]+", tensors["key"])}
-        assert {*family.parts, *family.shared} <= {word.rpartition("<m>.")[2].removeprefix(".") for word in words}
+        assert {*family.parts, *family.shared} <= {word.removeprefix("base_model").removeprefix(".") for word in words}
 
 
 def test_every_field_of_peft_is_known():

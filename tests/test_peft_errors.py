@@ -89,9 +89,16 @@ def test_faults_of_tensors(fault, tmp_path):
 CONFIG_FAULTS = {
     "no type": (without(CONFIG, "peft_type"), Malformed, "peft_type"),
     "an unknown type": (CONFIG | {"peft_type": "FOO"}, Unsupported, "peft_type"),
+    "a second network": (CONFIG | {"peft_type": "SHADOW"}, Unsupported, "peft_type"),
     "an unknown field": (CONFIG | {"use_superlora": True}, Unsupported, "use_superlora"),
-    "aLoRA": (CONFIG | {"alora_invocation_tokens": [1, 2]}, Unsupported, "alora_invocation_tokens"),
-    "Arrow": (CONFIG | {"arrow_config": {"top_k": 1}}, Unsupported, "arrow_config"),
+    "aLoRA of no tokens": (CONFIG | {"alora_invocation_tokens": []}, Malformed, None),
+    "aLoRA with another law": (
+        CONFIG | {"alora_invocation_tokens": [1], "use_dora": True},
+        Unsupported,
+        "alora_invocation_tokens",
+    ),
+    "Arrow with a bias": (CONFIG | {"arrow_config": {"top_k": 1}, "lora_bias": True}, Unsupported, "arrow_config"),
+    "a field of Arrow's": (CONFIG | {"arrow_config": {"top": 1}}, Malformed, "arrow_config"),
     "a field of KaSA's": (CONFIG | {"kasa_config": {"delta": 1}}, Malformed, "kasa_config"),
     "repeated layers": (CONFIG | {"layer_replication": [[0, 2]]}, Unsupported, "layer_replication"),
     "Megatron": (CONFIG | {"megatron_config": {"a": 1}}, Unsupported, "megatron_config"),

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from adapterkit import FORMATS, METHODS  # noqa: E402 - the checkout's own, installed or not
 from adapterkit.cli import adapterkit  # noqa: E402
+from adapterkit.cli.list import combiners  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -84,6 +85,18 @@ def _format_row(name: str) -> list[str]:
     return [f"`{name}`", f"[{entry['title']}]({entry['url']})", entry["container"], expressed]
 
 
+def combine() -> str:
+    """One row a way to combine: what it is and its parameters, as `adapterkit list combine` has them."""
+    rows = [_combiner_row(entry) for entry in combiners()]
+    return _markdown(("Method", "What it is", "Parameters"), rows)
+
+
+def _combiner_row(entry: dict[str, Any]) -> list[str]:
+    title = f"[{entry['title']}]({entry['paper']})" + " (needs `data=`)" * (entry["data"] is not None)
+    names = ["then"] * (entry["then"] is not None) + list(entry["parameters"])
+    return [f"`{entry['name']}`", title, " ".join(f"`{name}`" for name in names)]
+
+
 def commands() -> str:
     """One row a command: its usage, its first line of help, its own options."""
     ctx = click.Context(adapterkit, info_name="adapterkit")
@@ -116,7 +129,7 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
-TABLES = {"methods": methods, "formats": formats, "commands": commands}
+TABLES = {"methods": methods, "formats": formats, "combine": combine, "commands": commands}
 
 if __name__ == "__main__":
     sys.exit(main())

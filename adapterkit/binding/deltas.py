@@ -22,7 +22,7 @@ def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | 
     """W' - W at `path`, float32 in the view `[out, in, *k]`; see `Adapter.delta`."""
     import torch
 
-    _refuse_context(path, adapter.find(path))
+    _refuse_other_laws(path, adapter.find(path))
     if base is None:
         found = adapter.find(path)
         _one_view(path, found)
@@ -40,8 +40,8 @@ def delta(adapter: Adapter, path: str, base: Checkpoint | str | PathLike[str] | 
     return (fold([u for site in sites for u in site.updates], W, sites[0].target.stacked) - W).float()
 
 
-def _refuse_context(path: str, found: Mapping[Target, tuple[Update, ...]]) -> None:
-    other = next((u for updates in found.values() for u in updates if u.kind == "context"), None)
+def _refuse_other_laws(path: str, found: Mapping[Target, tuple[Update, ...]]) -> None:
+    other = next((u for updates in found.values() for u in updates if u.kind not in ("additive", "weight")), None)
     if other is not None:
         why = f"{other.method} changes {other.acts_on}, not weights"
         raise NotMergeable(why, where=path or "(model)", cure="Inject it into a live model instead")

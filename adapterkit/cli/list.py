@@ -1,4 +1,4 @@
-"""List the known formats or methods."""
+"""List the known formats, methods, or ways to combine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from ._render import Table, View, show
 
 
 @click.command(help=__doc__)
-@click.argument("what", type=click.Choice(["formats", "methods"]))
+@click.argument("what", type=click.Choice(["formats", "methods", "combine"]))
 @_options.flags
 @click.pass_obj
 def command(settings: _options.Settings, what: str) -> None:
-    """Lists `adapterkit.FORMATS` or `adapterkit.METHODS`."""
+    """Lists `adapterkit.FORMATS`, `adapterkit.METHODS` or `adapterkit.ops.COMBINERS`."""
     if what == "formats":
         show(settings, {"formats": formats()}, _formats_view)
+    elif what == "combine":
+        show(settings, {"combine": combiners()}, _combiners_view)
     else:
         show(settings, {"methods": methods()}, _methods_view)
 
@@ -53,6 +55,22 @@ def methods() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def combiners() -> list[dict[str, Any]]:
+    """One record a way to combine, in the order of their names: parameters with defaults and meanings."""
+    from ..ops import COMBINERS
+
+    return [
+        {
+            "name": name, "title": entry.title, "data": entry.data, "then": entry.defaults().get("then"),
+            "parameters": {n: field.default for n, field in entry.parameters().items()},
+            "meanings": {n: field.metadata["meaning"] for n, field in entry.parameters().items()},
+            "among": {n: list(f.metadata["among"]) for n, f in entry.parameters().items() if f.metadata["among"]},
+            "compat": sorted(entry.compat), "paper": entry.paper,
+        }
+        for name, entry in COMBINERS.items()
+    ]  # fmt: skip
+
+
 def _default(field: Any) -> Any:
     import dataclasses
 
@@ -65,6 +83,22 @@ def _formats_view(record: Mapping[str, Any]) -> View:
         columns,
         [[f["name"], f["description"], " ".join(f["methods"]), " ".join(f["compat"])] for f in record["formats"]],
     )
+
+
+def _combiners_view(record: Mapping[str, Any]) -> View:
+    yield Table(("method", "what it is", "parameters"), [_combiner_row(c) for c in record["combine"]])
+
+
+def _combiner_row(entry: Mapping[str, Any]) -> list[str]:
+    before = {"then": entry["then"]} if entry["then"] else {}
+    values = (f"{name}={_shown(value)}" for name, value in {**before, **entry["parameters"]}.items())
+    return [entry["name"], entry["title"] + "; needs data" * (entry["data"] is not None), " ".join(values)]
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _methods_view(record: Mapping[str, Any]) -> View:

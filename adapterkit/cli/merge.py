@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from . import _options
+from ._combining import combination, method_and_settings
 from ._progress import progress
 from ._render import Table, View, counted, show, size
 from .verify import record_of, verdict
@@ -22,6 +23,7 @@ from .verify import record_of, verdict
 @click.argument("adapters", metavar="A...", nargs=-1, required=True)
 @click.option("-o", "--out", metavar="OUT", help="Folder or file to write; needed unless only the plan is shown.")
 @_options.weights
+@method_and_settings(default=None)
 @click.option(
     "--device", callback=_options.device_name, default="auto", show_default=True, metavar="DEVICE",
     help="Where to compute: auto, cpu or cuda:N.",
@@ -43,15 +45,19 @@ from .verify import record_of, verdict
 @_options.flags
 @click.pass_context
 def command(
-    ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...], device: str,
-    dtype: str | None, shard_size: int | None, engine: str, tied: str | None, allow_partial: bool, overwrite: bool,
-    only_plan: bool, verified: bool,
+    ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
+    method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
+    engine: str, tied: str | None, allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
     from ..merging import merge, plan
 
     settings: _options.Settings = ctx.obj
     chosen = list(weights) or None
+    if method is not None:
+        adapters, chosen = _combined(base, adapters, method, weights, parameters), None
+    elif parameters:
+        raise click.UsageError("--set is of a --method")
     if only_plan:
         planned = plan(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial
@@ -71,6 +77,16 @@ def command(
     show(settings, record, _report_view)
     if verified and not record["verification"]["ok"]:
         ctx.exit(1)
+
+
+def _combined(
+    base: str, adapters: Sequence[str], method: str, weights: Sequence[float], parameters: Sequence[str]
+) -> tuple[Any, ...]:
+    """The adapters as one, to merge in their place."""
+    from .. import ops
+
+    sources, options = combination(adapters, method, weights, parameters, {"base": base})
+    return (ops.combine(sources, **options),)
 
 
 def _plan_view(record: Mapping[str, Any]) -> View:

@@ -63,24 +63,28 @@ class Sublayer(OutputUpdate):
         hidden, residual = layer.hidden(x), layer.residual(x)
         if self.parallel:
             return hidden + self._after(self._scaled(x if residual is None else residual, layer), layer)
-        read, skip = self._read(hidden, residual, layer)
+        read, skip = self.read(hidden, residual, layer)
         change = self._scaled(read, layer)
         return (
             self._after(change + skip, layer) if self.adapter_residual_before_ln else self._after(change, layer) + skip
         )
 
-    def _read(self, hidden: Any, residual: Any, layer: Any) -> tuple[Any, Any]:
+    def read(self, hidden: Any, residual: Any, layer: Any) -> tuple[Any, Any]:
         """What the adapter reads, and what its own residual goes past it with."""
         added = hidden if residual is None or not self.original_ln_before else hidden + residual
         read = layer.norm(added) if self.original_ln_before else hidden
         return read, {"true": hidden, "post_add": added, "false": read}[self.residual_before_ln]
 
     def _scaled(self, h: Any, layer: Any) -> Any:
+        change = self.ungated(h, layer)
+        return change if self.gate is None else change * self._gate(h, layer)
+
+    def ungated(self, h: Any, layer: Any) -> Any:
+        """The change that it makes of what it reads, scaled."""
         read = h if self.norm_before is None else layer_norm(h, self.norm_before, self.norm_before_bias, layer.channel)
         change = self.change(read, layer) * self.scaling
         factor = self.channel_scaling if self.scaling_factor is None else self.scaling_factor
-        change = change if factor is None else change * layer.per_channel(factor)
-        return change if self.gate is None else change * self._gate(h, layer)
+        return change if factor is None else change * layer.per_channel(factor)
 
     def _gate(self, h: Any, layer: Any) -> Any:
         """A share for each row: the mean over all places of it."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ShapeMismatch
 from ..tensors.namespace import namespace
-from ..tensors.products import product
-from ..updates import Additive, tensor
+from ..updates import tensor
+from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class BDLoRA(Additive):
+class BDLoRA(LowRank):
     """W' = W + scaling * B @ A; either A or B is given as the blocks on its diagonal."""
 
     blocks = frozenset({"out", "in"})
@@ -48,25 +48,12 @@ class BDLoRA(Additive):
         if len(shape) != 2:
             raise ShapeMismatch("BD-LoRA changes linear layers only", cure="Take this target out")
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A `[r, in]` and B `[out, r]`, zeros filled in."""
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         A, B = _whole(self.A, self.A_blocks), _whole(self.B, self.B_blocks)
-        return A, B
-
-    def delta(self, shape: tuple[int, ...]) -> Tensor:
-        A, B = self.factors()
-        return (self.scaling * B) @ A
-
-    def delta_into(self, D: Tensor, weight: float) -> None:
-        A, B = self.factors()
-        product(D, (weight * self.scaling) * B, A)
-
-    def forward(self, x: Any, layer: Any) -> Any:
-        A, B = self.factors()
-        return layer(x) + layer.mix(layer.op(x, A), B) * self.scaling
+        return self.scaling * B, A
 
     def block(self, axis: str, start: int, stop: int) -> Self:
-        A, B = self.factors()
+        A, B = _whole(self.A, self.A_blocks), _whole(self.B, self.B_blocks)
         A, B = (A[:, start:stop], B) if axis == "in" else (A, B[start:stop])
         return self.replace(A=A, B=B, A_blocks=None, B_blocks=None)
 

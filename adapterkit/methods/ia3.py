@@ -5,6 +5,7 @@ The output form scales keys and values and takes the bias along; the input form 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import Malformed
@@ -34,6 +35,16 @@ class IA3(WeightUpdate):
         super().check()
         if (self.l is None) == (self.l_in is None):
             raise Malformed("needs exactly one of l and l_in", cure="Write the adapter again")
+
+    @classmethod
+    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
+        """Every l counts by what it is beyond 1."""
+        names = {name for update in updates for name in update.tensors}
+        if len(names) > 1:
+            return None
+        (name,) = names
+        terms = (w * (getattr(update, name) - 1) for w, update in zip(weights, updates, strict=True))
+        return cls(**{name: 1 + sum(terms)})
 
     @property
     def changes_bias(self) -> bool:

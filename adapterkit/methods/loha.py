@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import Malformed
-from ..tensors.products import tucker
+from ..tensors.products import contracted
 from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
@@ -49,16 +49,18 @@ class LoHa(Additive):
             raise Malformed("needs w1_b and w2_b, or t1, w1_in, t2 and w2_in", cure="Write the adapter again")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
-        one = _product(self.w1_a, self.w1_b, self.t1, self.w1_in)
-        two = _product(self.w2_a, self.w2_b, self.t2, self.w2_in)
-        return (self.scaling * one * two).reshape(shape)
+        one = self.w1_a @ _right(self.w1_b, self.t1, self.w1_in)
+        two = self.w2_a @ _right(self.w2_b, self.t2, self.w2_in)
+        D: Tensor = (self.scaling * one * two).reshape(shape)
+        return D
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Of rank r * r: column (i, j) of B is the product of columns i and j of w1_a and w2_a; rows of A likewise."""
+        one, two = _right(self.w1_b, self.t1, self.w1_in), _right(self.w2_b, self.t2, self.w2_in)
+        B = (self.scaling * self.w1_a)[:, :, None] * self.w2_a[:, None, :]
+        return B.reshape(len(B), -1), (one[:, None] * two[None]).reshape(-1, one.shape[-1])
 
 
-def _product(a: Tensor, b: Tensor | None, core: Tensor | None, inputs: Tensor | None) -> Tensor:
-    """One factor of the change, `[out, in * k]`."""
-    if b is not None:
-        return a @ b
-    assert core is not None
-    assert inputs is not None
-    product: Tensor = tucker(core, a, inputs)
-    return product
+def _right(b: Tensor | None, core: Tensor | None, inputs: Tensor | None) -> Any:
+    """The right side of a product, `[r, in * k]`; with a core that is the core times its inputs."""
+    return b if b is not None else contracted(core, inputs)

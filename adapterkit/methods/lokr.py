@@ -10,7 +10,8 @@ import math
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from ..errors import Malformed
-from ..tensors.products import even_split, kron, tucker
+from ..tensors.namespace import namespace
+from ..tensors.products import contracted, even_split, kron, tucker
 from ..updates import Additive, tensor
 from .dense import Dense
 
@@ -59,6 +60,13 @@ class LoKr(Additive):
         D: Tensor = kron(self.scaling * self._first, self._second).reshape(shape)
         return D
 
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The Kronecker products of the left and of the right sides of w1 and w2."""
+        left_1, right_1 = _sides(self.w1_a, self.w1_b, self.w1)
+        right = self.w2_b if self.t2 is None else contracted(self.t2, self.w2_in)
+        left_2, right_2 = _sides(self.w2_a, right, None if self.w2 is None else self._second)
+        return kron(self.scaling * left_1, left_2), kron(right_1, right_2)
+
     def delta_norm(self, shape: tuple[int, ...]) -> float:
         squares = [float((factor * factor).sum()) for factor in (self._first, self._second)]
         return abs(self.scaling) * math.sqrt(math.prod(squares))
@@ -80,3 +88,12 @@ class LoKr(Additive):
         if self.w2 is not None:
             return self.w2.reshape(len(self.w2), -1)
         return tucker(self.t2, self.w2_a, self.w2_in) if self.w2_b is None else cast(Any, self.w2_a) @ self.w2_b
+
+
+def _sides(left: Any, right: Any, whole: Any) -> tuple[Any, Any]:
+    """A product's two sides; a whole matrix beside an identity of its shorter side."""
+    if whole is None:
+        return left, right
+    xp, (rows, columns) = namespace(whole), whole.shape
+    identity = xp.eye(min(rows, columns), dtype=whole.dtype, device=getattr(whole, "device", None))
+    return (identity, whole) if rows < columns else (whole, identity)

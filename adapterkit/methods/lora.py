@@ -37,6 +37,9 @@ class LoRA(Additive):
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         return ((self.scaling * self.B) @ self.A.reshape(len(self.A), -1)).reshape(shape)
 
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return self.scaling * self.B, self.A.reshape(len(self.A), -1)
+
     @property
     def changes_bias(self) -> bool:
         return self.bias is not None

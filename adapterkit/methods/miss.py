@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from ..errors import Malformed, ShapeMismatch
+from ..tensors.computed import times
+from ..tensors.namespace import namespace
 from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
@@ -44,6 +46,16 @@ class MiSS(Additive):
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         plane: Tensor = _repeated(self._any, 0, shape[1], 0, shape[0])
         return plane.mT
+
+    def scaled(self, weight: float) -> Self | None:
+        return self.map(lambda leaf: times(leaf, weight))
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """B is one period of the inputs, A the identity over and over."""
+        some = self._any
+        B = _repeated(some, 0, len(some), 0, shape[0]).mT
+        identity = namespace(some).eye(len(some), dtype=some.dtype, device=getattr(some, "device", None))
+        return B, _repeated(identity, 0, len(some), 0, shape[1])
 
     def block(self, axis: str, start: int, stop: int) -> Self:
         some = self._any

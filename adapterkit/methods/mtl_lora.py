@@ -6,11 +6,13 @@ and values of their own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import Malformed, ShapeMismatch
 from ..tensors.namespace import namespace
-from ..updates import Additive, tensor
+from ..updates import tensor
+from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,11 +24,12 @@ SHARPEST = 1e-6
 """Below it shares are 0 or 1 but for ties, and quotients overflow."""
 
 
-class MTLLoRA(Additive):
+class MTLLoRA(LowRank):
     """D = scaling * (sum_i w_i B_i) @ (values * A); the weight has two axes."""
 
     blocks = frozenset({"out", "in"})
     paper = "https://arxiv.org/abs/2410.09437"
+    sizes: ClassVar[Mapping[str, int]] = {"count": 2}
 
     A: Tensor = tensor("r in")
     B: Tensor = tensor("n out r")
@@ -37,7 +40,7 @@ class MTLLoRA(Additive):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        count = attributes.pop("count", 2)
+        count = attributes.pop("count", cls.sizes["count"])
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         # Opposite factors cancel out; were all of them zero they would stay equal, and the weights never learn.
         Z = 0.1 * random((len(W), rank)) if count > 1 else W.new_zeros(len(W), rank)
@@ -54,9 +57,8 @@ class MTLLoRA(Additive):
         if len(shape) != 2:
             raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
 
-    def delta(self, shape: tuple[int, ...]) -> Tensor:
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         xp = namespace(self.weights)
         shares = xp.exp((self.weights - xp.max(self.weights)) / self.sharpness)
         B = (shares[:, None, None] * self.B).sum(0) / shares.sum()
-        D: Tensor = self.scaling * B @ (self.values[:, None] * self.A)
-        return D.reshape(shape)
+        return self.scaling * B, self.values[:, None] * self.A

@@ -11,7 +11,8 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..tensors.philox import combine
-from ..updates import Additive, tensor
+from ..updates import tensor
+from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class NOLA(Additive):
+class NOLA(LowRank):
     """A = A0 + sum alpha_i A_i / sqrt(p), B = B0 + sum beta_i B_i / sqrt(q); bases from seeds, or stored."""
 
     paper = "https://arxiv.org/abs/2310.02556"
@@ -44,27 +45,15 @@ class NOLA(Additive):
         alpha = random((n,)) * (3 / math.prod(W.shape[1:])) ** 0.5
         return cls(alpha=alpha, beta=W.new_zeros(n), seeds=seeds, **attributes)
 
-    def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """A `[r, in * k]` and B `[out, r]`."""
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         if self.seeds is None:
             A, B = _mixed(self.alpha, self.A_bases), _mixed(self.beta, self.B_bases)
         else:
             A = combine(self.alpha, self.seeds, 0, math.prod(shape[1:]))
             B = combine(self.beta, self.seeds, 1, shape[0]).mT
         A, B = A.reshape(len(A), -1) / max(len(self.alpha), 1) ** 0.5, B / max(len(self.beta), 1) ** 0.5
-        return A if self.A0 is None else A + self.A0.reshape(A.shape), B if self.B0 is None else B + self.B0
-
-    def delta(self, shape: tuple[int, ...]) -> Tensor:
-        A, B = self.factors(shape)
-        return (self.scaling * B @ A).reshape(shape)
-
-    def delta_norm(self, shape: tuple[int, ...]) -> float:
-        A, B = self.factors(shape)
-        return abs(self.scaling) * math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
-
-    def forward(self, x: Any, layer: Any) -> Any:
-        A, B = self.factors(layer.shape)
-        return layer(x) + layer.mix(layer.op(x, A.reshape(len(A), *layer.shape[1:])), B) * self.scaling
+        B = B if self.B0 is None else B + self.B0
+        return self.scaling * B, A if self.A0 is None else A + self.A0.reshape(A.shape)
 
 
 def _mixed(coefficients: Any, bases: Any) -> Any:

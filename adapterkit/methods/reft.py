@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ShapeMismatch
+from ..errors import Malformed, ShapeMismatch
 from ..tensors.activations import ACTIVATIONS
 from ..tensors.namespace import namespace
 from ..updates import OutputUpdate, attribute, tensor
@@ -48,6 +48,13 @@ class ReFT(OutputUpdate):
         source = projection if subtract else W.new_zeros(rank, len(W))
         attributes = {"orthogonality": bool(subtract)} | attributes
         return cls(source=source.clone(), source_bias=W.new_zeros(rank), projection=projection, **attributes)
+
+    def check(self) -> None:
+        super().check()
+        shape = tuple(self.projection.shape)[-2:]
+        if self.orthogonality and shape != tuple(sorted(shape)):
+            why = f"{shape[0]} directions of {shape[1]} channels cannot be orthonormal"
+            raise Malformed(why, where="projection", cure="Write the adapter again")
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)

@@ -6,7 +6,9 @@ travel, https://arxiv.org/abs/2106.10199
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from ..errors import Malformed, UsageError
 from ..updates import WeightUpdate, tensor
@@ -39,6 +41,15 @@ class Replacement(WeightUpdate):
         super().check()
         if self.weight is None and self.bias is None:
             raise Malformed("needs weight, bias or both", cure="Write the adapter again")
+
+    @classmethod
+    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
+        """Weights that sum to 1 leave nothing of W."""
+        held = [update.tensors for update in updates]
+        if not math.isclose(sum(weights), 1) or any(tensors.keys() != held[0].keys() for tensors in held):
+            return None
+        sums = {name: sum(w * cast(Any, t)[name] for w, t in zip(weights, held, strict=True)) for name in held[0]}
+        return cls(**sums)
 
     @property
     def changes_weight(self) -> bool:

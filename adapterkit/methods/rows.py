@@ -6,10 +6,13 @@ new row itself, not a difference. In the view `[out, in]` of an embedding, a tok
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import Malformed, ShapeMismatch, UsageError
 from ..tensors.lazy import as_lazy
+from ..tensors.namespace import namespace
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
@@ -50,6 +53,21 @@ class Rows(WeightUpdate):
         index = as_lazy(self.index).numpy()
         if index.size and (index.min() < 0 or _repeats(index)):
             raise Malformed("a position below 0, or one twice", where="index", cure="Write the adapter again")
+
+    @classmethod
+    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
+        """Of the same tokens with weights that sum to 1, or of different ones with weight 1 each."""
+        tokens = [update.index.tolist() for update in updates]
+        if any(len(update.index.shape) > 1 for update in updates):
+            return None
+        if all(weight == 1 for weight in weights) and len(set().union(*tokens)) == sum(map(len, tokens)):
+            xp = namespace(updates[0].values)
+            return cls(index=xp.concat([u.index for u in updates]), values=xp.concat([u.values for u in updates]))
+        if not math.isclose(sum(weights), 1) or any(set(each) != set(tokens[0]) for each in tokens):
+            return None
+        orders = [[each.index(token) for token in tokens[0]] for each in tokens]
+        terms: Any = (w * u.values[order] for w, u, order in zip(weights, updates, orders, strict=True))
+        return cls(index=updates[0].index, values=sum(terms))
 
     def new_weight(self, W: Tensor) -> Tensor:
         changed = W * 1

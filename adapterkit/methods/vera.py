@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ShapeMismatch
+from ..tensors.computed import times
 from ..updates import tensor
 from ._low_rank import LowRank
 
@@ -51,6 +52,9 @@ class VeRA(LowRank):
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return self.b[:, None] * self.B[: shape[0]], self.d[:, None] * self.A[:, : shape[1]]
+
+    def scaled(self, weight: float) -> Self | None:
+        return self.replace(b=times(self.b, weight))
 
     def block(self, axis: str, start: int, stop: int) -> Self:
         if axis == "in":

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ShapeMismatch
-from ..updates import Additive, tensor
+from ..updates import tensor
+from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class VeRAMatrices(Additive):
+class VeRAMatrices(LowRank):
     """W' = W + scaling * (E @ B) @ (D @ A); the weight has two axes."""
 
     blocks = frozenset({"in"})
@@ -52,8 +53,5 @@ class VeRAMatrices(Additive):
         if len(shape) != 2:
             raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
 
-    def delta(self, shape: tuple[int, ...]) -> Tensor:
-        return ((self.scaling * (self.E @ self.B)) @ (self.D @ self.A)).reshape(shape)
-
-    def forward(self, x: Any, layer: Any) -> Any:
-        return layer(x) + layer.mix(layer.op(x, self.D @ self.A), self.E @ self.B) * self.scaling
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return self.scaling * (self.E @ self.B), self.D @ self.A

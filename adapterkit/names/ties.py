@@ -20,6 +20,17 @@ def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> tupl
     return (f"{_head_of(config)}.weight", embeddings[0]) if len(embeddings) == 1 else None
 
 
+def aliases(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, str]:
+    """A tied head's name -> the name of the embedding that it shares; empty where nothing is tied."""
+    tie = find_tie(names, config)
+    return {} if tie is None else {tie[0]: tie[1]}
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a stored tensor is the table of a model's token embeddings."""
+    return _is(name, EMBEDDINGS)
+
+
 def _says_tied(config: Mapping[str, Any] | None) -> bool:
     """The config's word; where it has none, a model with a head and no head weight must share it."""
     if config is None:

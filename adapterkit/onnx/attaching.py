@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from ..chain import Composed
 from ..errors import Unsupported
-from ..methods import METHODS
+from ..methods.dense import Dense
+from ..methods.replacement import Replacement
 from ..tensors.lazy import as_array
 from ..updates import Additive, OutputUpdate, Update, WeightUpdate
 from .building import Branch, Building
@@ -57,6 +58,9 @@ def _check(place: Found, layer: Layer) -> None:
         raise Unsupported(why, where=str(place.asked), cure="Order updates of weights before those of outputs")
     for update in place.updates:
         words = update.attributes
+        if update.asks:
+            why = f"{update.method} asks each call for {', '.join(update.asks)}, which a graph's layers do not get"
+            raise Unsupported(why, where=str(place.asked), cure="Attach it to the torch model and export that")
         if isinstance(update, OutputUpdate) and (words.get("residual") or words.get("norm") or place.target.rows):
             why = f"{update.method} that reads other modules, or stands at rows of a layer"
             raise Unsupported(why, where=str(place.asked), cure="Attach it to the torch model and export that")
@@ -124,16 +128,16 @@ def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Upda
 
 def _worked_out(update: Update, layer: Any) -> Update:
     """What the law is at a known weight: a sum, or a replacement; in float64, rounded once."""
-    held = update.map(lambda leaf: _numbers(leaf))  # type: ignore[arg-type, return-value]
+    held = update.map(_numbers)
     if isinstance(held, Additive):
         D: Any = held.delta(layer.shape) if held.changes_weight else None
-        return METHODS["dense"](D=_constant(layer, D), d=_constant(layer, held.bias_delta()))
+        return Dense(D=_constant(layer, D), d=_constant(layer, held.bias_delta()))
     W: Any = layer.weight.numbers().astype(np.float64)
     held = held.settled(W) if held.bias_sees_weight else held
     weight: Any = held.new_weight(W) if held.changes_weight else None
     b = layer.bias if held.changes_bias else None
     bias: Any = None if b is None else held.new_bias(b.numbers().astype(np.float64))
-    return METHODS["replacement"](weight=_constant(layer, weight), bias=_constant(layer, bias))
+    return Replacement(weight=_constant(layer, weight), bias=_constant(layer, bias))
 
 
 def _numbers(value: Any) -> Any:

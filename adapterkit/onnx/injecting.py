@@ -1,4 +1,4 @@
-"""Injection into graphs: an adapter becomes nodes beside the layers it adapts; the model's own numbers stay as they are."""
+"""Injection into graphs: an adapter becomes nodes beside the layers it adapts; the model's own numbers stay."""
 
 from __future__ import annotations
 

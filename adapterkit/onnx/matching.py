@@ -1,4 +1,4 @@
-"""Layers by the numbers of their weights: for graphs whose names are lost, and to be sure that the base is the right one.
+"""Layers by the numbers of their weights: for graphs whose names are lost, and to be sure of the base.
 
 Equal numbers are proof. Where none are equal, as in quantized graphs, the nearest weight of the same shape counts if it
 is close and no other one is: a quantized copy lies within `NEAR`, another checkpoint of the same net does not.

@@ -131,7 +131,7 @@ def _lazy(building: Building, fresh: dict[Any, ir.Value], key: Any, held: ir.Val
         shape, kind = ir.Shape(shape_of(held)), held.dtype or ir.DataType.FLOAT
         name = building.name(f"{held.name}.merged")
 
-        def made() -> ir.Tensor:
+        def made() -> Any:
             return ir.Tensor(_rounded(make(), kind, name), dtype=kind, name=name)
 
         tensor = ir.LazyTensor(made, kind, shape, cache=False, name=name)
@@ -154,11 +154,8 @@ def _bias(spot: Spot, at: list[Fold], held: ir.Value, bias: ir.Value) -> Array:
     """b' as the node takes it, in float64."""
     before = numbers(bias).astype(np.float64)
     flat, after = before.reshape(-1), before.reshape(-1).copy()
-    W = (
-        _seen(numbers(held).astype(np.float64), spot)
-        if any(u.bias_sees_weight for p, _ in at for u in p.updates)
-        else None
-    )
+    needs = any(update.bias_sees_weight for place, _ in at for update in place.updates)
+    W = _seen(numbers(held).astype(np.float64), spot) if needs else None
     for place, factor in at:
         rows = slice(*place.target.rows) if place.target.rows else slice(None)
         seen = None if W is None else _part(W, place)

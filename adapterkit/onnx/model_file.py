@@ -205,10 +205,8 @@ def _streamed(values: Iterable[ir.Value], out: Path) -> list[Path]:
     file = out.with_name(f"{out.name}.data")
     if file.exists():
         raise StorageError("already there", path=file, cure="Remove it, or write to another name")
-    places = []
     with replacing(file) as target:
-        for value in values:
-            places.append((value, _placed(target, value.const_value, file)))
+        places = [(value, _placed(target, value.const_value, file)) for value in values]
     for value, place in places:
         value.const_value = place
     return [file]
@@ -281,9 +279,7 @@ def _placed(target: Any, tensor: Any, file: Path) -> ir.ExternalTensor:
     if isinstance(tensor, ir.ExternalTensor):
         _copied(target, tensor)
     else:
-        target.write(
-            memoryview(tensor.numpy().reshape(-1).view("u1")) if tensor.dtype.itemsize >= 1 else tensor.tobytes()
-        )
+        target.write(tensor.tobytes())
     return ir.ExternalTensor(
         file.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=file.parent
     )

@@ -63,7 +63,7 @@ def numbers(value: ir.Value) -> Array:
 def shape_of(value: ir.Value) -> tuple[int, ...]:
     """The sizes of a constant value; reads the numbers only where the graph does not say."""
     if value.const_value is not None:
-        return tuple(int(size) for size in value.const_value.shape)
+        return tuple(value.const_value.shape.numpy())
     if value.shape is not None and all(isinstance(size, int) for size in value.shape):
         return tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
     node = value.producer()
@@ -103,7 +103,7 @@ def _run(node: ir.Node, given: list[Array | None]) -> Array:
     ]
     graph = helper.make_graph([proto], "constant", inputs, [helper.make_empty_tensor_value_info("out")])
     opset = node.graph.opset_imports.get("", 21) if isinstance(node.graph, ir.Graph) else 21
-    version = max(opset, 13)
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
-    result: Array = np.asarray(ReferenceEvaluator(made).run(None, feeds)[0])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    results: Any = ReferenceEvaluator(made).run(None, feeds)
+    result: Array = np.asarray(results[0])
     return result

@@ -116,7 +116,7 @@ def spots_of(model: ir.Model) -> list[Spot]:
         kind = kind_of(node)
         if kind is not None:
             stored = tuple(sources(operand_of(node, kind)))
-            spots.append(Spot(node, kind, _names(node, kind, stored), _seen(node, kind), stored))
+            spots.append(Spot(node, kind, _names(node, stored), _seen(node, kind), stored))
     return spots
 
 
@@ -142,7 +142,7 @@ def operand_of(node: ir.Node, kind: type[Layer]) -> ir.Value:
     return value
 
 
-def _names(node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value]) -> dict[str, tuple[str, ...]]:
+def _names(node: ir.Node, stored: Sequence[ir.Value]) -> dict[str, tuple[str, ...]]:
     names = {
         "scopes": tuple(f"{module}.weight" for module in _listed(node.metadata_props.get(_SCOPES))[-2:-1] if module),
         "folded_from": tuple(n for value in stored for n in _listed(value.metadata_props.get(_FOLDED))),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from array_api_compat import numpy as arrays
 
 from .values import FREE, Unsayable, Value, broadcast
+
+arrays: Any = import_module("array_api_compat.numpy")
 
 
 class _Linalg:
@@ -56,7 +57,7 @@ class Symbols:
         return arrays.ones(_closed(shape), **kind)
 
     def finfo(self, dtype: Any) -> Any:
-        return ml_dtypes.finfo(dtype)
+        return import_module("ml_dtypes").finfo(dtype)
 
     def __getattr__(self, name: str) -> Any:
         raise Unsayable(f"no node says {name}")

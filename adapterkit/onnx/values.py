@@ -48,7 +48,8 @@ class Value:
     ) -> None:  # fmt: skip
         self.branch, self.dtype, self.known, self._value = branch, np.dtype(dtype), known, value
         self.sizes: Sizes | None = None if shape is None else tuple(shape)
-        self.device, self._numbers = "cpu", None
+        self.device = "cpu"
+        self._numbers: Array | None = None
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
         from .symbols import SYMBOLS
@@ -281,9 +282,7 @@ def _wider(a: int | None, b: int | None) -> int | None:
 def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
     """The sizes of two matrices' product."""
     if one is None or two is None or len(one) < 2 or len(two) < 2:
-        return (
-            None if one is None or two is None or (len(one) > 1) == (len(two) > 1) else one[:-1] or two[:-2] + two[-1:]
-        )
+        return None
     lead = broadcast(one[:-2], two[:-2])
     assert lead is not None
     return (*lead, one[-2], two[-1])
@@ -295,7 +294,7 @@ def _filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
         return tuple(wanted)
     if sizes is None or None in sizes:
         return tuple(None if size == -1 else size for size in wanted)
-    known = math.prod(size for size in wanted if size not in (-1, None))  # type: ignore[misc]
+    known = math.prod(size for size in wanted if size is not None and size != -1)
     total = math.prod(sizes)  # type: ignore[arg-type]
     return tuple((total // known if known else 0) if size == -1 else size for size in wanted)
 

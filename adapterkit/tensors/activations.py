@@ -29,6 +29,13 @@ def sigmoid(x: Any) -> Any:
     return 1 / (1 + namespace(x).exp(-x))
 
 
+def softmax(x: Any) -> Any:
+    """Shares along the last axis that add up to 1; of -inf none."""
+    xp = namespace(x)
+    powers = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
+    return powers / xp.sum(powers, axis=-1, keepdims=True)
+
+
 def tanh(x: Any) -> Any:
     """The hyperbolic tangent."""
     return namespace(x).tanh(x)

@@ -30,14 +30,17 @@ https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-fina
 def first_not_finite(leaf: Leaf) -> Shape | None:
     """The position of the first NaN or infinity in C order; None where all values are finite."""
     tensor = as_lazy(leaf)
-    if not tensor.dtype.floating:
-        return None
-    bad = _not_finite(tensor.numpy(), tensor.dtype)
+    return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating else None
+
+
+def first_in(values: np.ndarray[Any, Any], dtype: DType) -> Shape | None:
+    """The same for numbers that are read already, in the storage type of `dtype`."""
+    bad = _not_finite(values, dtype)
     if not bad.any():
         return None
     import numpy as np
 
-    return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), tensor.shape))
+    return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), values.shape))
 
 
 def _not_finite(values: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:

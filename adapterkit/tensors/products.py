@@ -21,9 +21,14 @@ def product(D: Any, B: Any, A: Any) -> None:
 
 def tucker(core: Any, a: Any, inputs: Any) -> Any:
     """sum_ij core[i, j, *k] a[o, i] inputs[j, n] as `[out, in * k]`."""
+    return a @ contracted(core, inputs)
+
+
+def contracted(core: Any, inputs: Any) -> Any:
+    """sum_j core[i, j, *k] inputs[j, n] as `[r, in * k]`."""
     r = len(core)
     inner = (core.reshape(r, r, -1).swapaxes(1, 2) @ inputs).swapaxes(1, 2)
-    return a @ inner.reshape(r, -1)
+    return inner.reshape(r, -1)
 
 
 def kron(w1: Any, w2: Any) -> Any:

@@ -14,15 +14,19 @@ import struct
 import zipfile
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import AdapterkitError, Malformed, Path, storage_error
 from .lazy import Lazy, Span, read_span
 from .torch_pickle import ALONE, Machine, Storage, View, damaged, kind_of, refused, short
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
+T = TypeVar("T")
+
+_DEEPEST = 8
+"""Dicts inside each other that are read."""
 _LIMIT = 32 << 20
 """Bytes that a pickle, or the directory of an archive, may take: some 100,000 tensors."""
 _EXPANDED = 256 << 20
@@ -62,14 +66,38 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
             big-endian.
         StorageError: the file cannot be read. A `fetch` raises it too, and `Corrupt` where the file has shrunk.
     """
+    return _opened(path, lambda value, places: _lazies(os.fspath(path), _state_dict(value), places))
+
+
+def read_torch_value(path: Path) -> Any:
+    """What `torch.save` wrote, where that is more than a state dict: dicts and plain values, with lazy tensors in them.
+
+    Raises:
+        Malformed: as `read_torch_file`; here entries need not be tensors.
+        Unsupported: likewise.
+        StorageError: likewise.
+    """
+    return _opened(path, lambda value, places: _nested(os.fspath(path), value, places, 0))
+
+
+def _nested(path: str, value: Any, places: dict[str, int], depth: int) -> Any:
+    if depth > _DEEPEST:
+        raise damaged(f"more than {_DEEPEST} dicts inside each other", "top level")
+    if type(value) is View:
+        return _lazies(path, {"tensor": value}, places)["tensor"]
+    if type(value) is dict:
+        return {name: _nested(path, inner, places, depth + 1) for name, inner in value.items()}
+    return value
+
+
+def _opened(path: Path, made: Callable[[object, dict[str, int]], T]) -> T:
     try:
         with _open(path) as file:
             head = file.read(64)
             container = _read_zip if head[:2] == b"PK" else _read_legacy if _is_legacy(head) else None
             if container is None:
                 raise damaged("not a file that torch.save writes", "first bytes")
-            value, places = container(file, os.fstat(file.fileno()).st_size)
-            return _lazies(os.fspath(path), _state_dict(value), places)
+            return made(*container(file, os.fstat(file.fileno()).st_size))
     except OSError as error:
         raise storage_error(error, path) from error
     except AdapterkitError as error:

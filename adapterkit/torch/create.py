@@ -46,7 +46,7 @@ def create(
         seed: of the numbers drawn.
         layout: the axis order of targets that are parameters, where neither the model's family nor its number of
             experts tells it; one of `LAYOUTS`.
-        attributes: the method's own plain values.
+        attributes: the method's own plain values, and `sizes`.
 
     Raises:
         TargetNotFound: no target matches.
@@ -61,9 +61,10 @@ def create(
         attributes["scaling"] = alpha / rank
     if issubclass(cls, ContextUpdate):
         return create_context(model, cls, targets, rank, seed, attributes)
-    unknown = [name for name in attributes if name not in {*cls.attribute_fields(), *cls.tensor_fields()}]
+    unknown = [name for name in attributes if name not in {*cls.attribute_fields(), *cls.tensor_fields(), *cls.sizes}]
     if unknown:
-        raise UsageError(f"{method} has no {unknown[0]}", cure=f"It has {', '.join(cls.attribute_fields())}")
+        known = ", ".join((*cls.attribute_fields(), *cls.sizes))
+        raise UsageError(f"{method} has no {unknown[0]}", cure=f"It has {known}")
     generator = torch.Generator().manual_seed(seed)
     places = {path: _target(model, path, layout) for path in _matching(model, targets, cls.kind == "output")}
     shapes = [_shape(model, path, target) for path, target in places.items()]

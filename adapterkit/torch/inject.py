@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from ..errors import TargetNotFound, Unsupported, UsageError
 from ..tensors.lazy import as_torch
 from ..updates import Update
 from .context import ContextPart, parts_of
+from .ears import Ear
+from .experts import with_experts
 from .handle import Handle
 from .layers import Quantized, layer_of, stored_layout, stored_shape
 from .outputs import Outlet, Switch, outlet
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
 
 
 def inject(
-    model: nn.Module, adapter: Adapter, *, name: str = "default", weight: float = 1.0, trainable: bool = False
-) -> Handle:
+    model: nn.Module, adapter: Adapter, *, name: str = "default", weight: float = 1.0, trainable: bool = False,
+    experts: Sequence[Adapter] = (),
+) -> Handle:  # fmt: skip
     """Attaches an adapter: the model computes y + weight * (f(x) - y) at each target.
 
     Args:
@@ -39,26 +42,31 @@ def inject(
         weight: how much of its change is added.
         trainable: its leaves, but for those its method calls `frozen`, become float32 (or wider) parameters of the
             handle, cast to the layer's dtype in forward.
+        experts: what a router routes to, where its own file does not hold it (X-LoRA, Arrow): plain LoRA adapters, in
+            the router's order.
 
     Raises:
         TargetNotFound: a target has no place in the model; names the nearest.
         ShapeMismatch: a shape does not fit.
         Unsupported: a layer cannot take the method, or not beside what is attached to it already.
-        UsageError: the name is taken.
+        UsageError: the name is taken, or a router lacks its experts.
 
     After an error nothing is attached.
     """
     adapter.validate()
     if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
+    adapter = with_experts(model, adapter, experts)
+    adapter.validate()
     weights, context = apart(adapter)
     if weight != 1 and context.updates:
         raise UsageError("context has no half measures", where=name, cure="Leave weight at 1")
     switch, leaves = Switch(name, weight), dict[Any, Tensor]()
     around = _contexts(model, context, switch, trainable, leaves)
+    ear = Ear(switch, {word for _, update in weights for word in getattr(update, "asks", ())})
     attached: list[tuple[Station, Part]] = []
     for site in [piece for whole in _sites(model, weights) for piece in _pieces(whole)]:
-        holder, part = _outer(model, site, switch) if site.updates[0].kind == "output" else _inner(model, site, switch)
+        holder, part = _part(model, site, switch, ear)
         like = _like(model, site, holder)
         part = replace(part, updates=tuple(_owned(u, like, trainable, leaves) for u in site.updates))
         station = next((s for s, _ in attached if s.module is holder), None) or station_at(holder)
@@ -69,6 +77,9 @@ def inject(
         station.attach(part)
         loaded[part.target] = (*loaded.get(part.target, ()), *part.updates)
     stations = [*(station for station, _ in attached), *_tapped(part.outlet for _, part in attached)]
+    if ear.asks:
+        stations.append(station_at(model))
+        stations[-1].hear(ear)
     for module, surrounding in around:
         stations.append(station_at(module))
         stations[-1].attach(surrounding)
@@ -154,7 +165,11 @@ def _pieces(site: Site) -> list[Site]:
     ]
 
 
-def _outer(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
+def _part(model: nn.Module, site: Site, switch: Switch, ear: Ear) -> tuple[nn.Module, Part]:
+    return _outer(model, site, switch, ear) if site.updates[0].kind == "output" else _inner(model, site, switch)
+
+
+def _outer(model: nn.Module, site: Site, switch: Switch, ear: Ear) -> tuple[nn.Module, Part]:
     """The module whose output changes, and the part that does it."""
     path = site.target.path
     parent, holder = path.rpartition(".")[0], model.get_submodule(path)
@@ -164,6 +179,8 @@ def _outer(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Par
     made = outlet(
         holder, site.updates, site.target, switch, lambda name: model.get_submodule(f"{parent}.{name}".lstrip("."))
     )
+    asks = any(getattr(update, "asks", ()) for update in site.updates)
+    made = replace(made, hear=ear.take) if asks else made
     return holder, Part(switch, site.target, site.updates, None, None, False, made)
 
 

@@ -8,7 +8,7 @@ it adds the residual; an update names the module that reads it, and a tap there 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,12 +18,15 @@ from torch.nn import functional
 
 from ..adapter import Target
 from ..chain import Composed
-from ..errors import ShapeMismatch, TargetNotFound, Unsupported
+from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..updates import Update
 from .layers import Layer, moved
 
 Run = Callable[[Sequence[Any], dict[str, Any]], Any]
 """A module's forward, by positional and named arguments."""
+
+Beside = tuple[Tensor | None, dict[str, Any]]
+"""A residual that a tap kept, and words of the model's call."""
 
 RESIDUALS = ("input_tensor", "residual")
 """What transformers' modules call their second input where they add it to their output."""
@@ -68,6 +71,7 @@ class Outlet:
         norm: what the block around it sends the sum through.
         own: position and name of the residual among the module's own arguments, where it takes one.
         own_norm: the name of its own norm.
+        hear: gives the words of the model's call, where an update asks for some.
     """
 
     channels: int | None
@@ -76,6 +80,11 @@ class Outlet:
     norm: nn.Module | None = None
     own: tuple[int, str] | None = None
     own_norm: str | None = None
+    hear: Callable[[], dict[str, Any]] = dict
+
+    def beside(self) -> Beside:
+        """The residual of this pass, and the words of the model's call."""
+        return (None if self.tap is None else self.tap.take()), self.hear()
 
 
 def outlet(
@@ -137,6 +146,15 @@ def _own_norm(module: nn.Module, where: str) -> str | None:
     return norms[0] if norms else None
 
 
+class Words(dict[str, Any]):
+    """What the model's call brought, by name; asking for more is an error."""
+
+    def __missing__(self, name: str) -> Any:
+        given = "input_ids" if name == "hidden_states" else name
+        cure = f"Call the model that it was injected into, with {given}="
+        raise UsageError(f"its law needs {name}, which no call of the model brought", cure=cure)
+
+
 class Call:
     """One call of a module; see `adapterkit.updates.OutputUpdate` for the words. Runs the module when it must."""
 
@@ -146,6 +164,7 @@ class Call:
         self.module, self.layer, self.run, self.args, self.kwargs = module, layer, run, args, kwargs
         self.outlet = outlet
         self.given: Tensor | None = None
+        self.call: Mapping[str, Any] = {}
         self.x = args[0] if args else next(iter(kwargs.values()), None)
         self.rest: tuple[Any, ...] | None = None
         self.kept: Tensor | None = None
@@ -184,7 +203,9 @@ class Call:
         return y if self.rest is None else (y, *self.rest)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
-        raise Unsupported("no weight to exchange", cure="Order updates of weights before those of outputs")
+        if self.layer is None:
+            raise Unsupported("no weight to exchange", cure="Order updates of weights before those of outputs")
+        return self.layer.op(x, w)
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
         return self.layer.mix(h, w) if self.layer else functional.linear(h, w)
@@ -244,6 +265,7 @@ class Change:
     updates: Sequence[Update]
     outlet: Outlet
     residual: Tensor | None
+    call: Mapping[str, Any]
 
 
 def through(module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, changes: Sequence[Change]) -> Any:
@@ -265,7 +287,7 @@ def through(module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs:
 
 
 def _changed(call: Call, change: Change) -> Tensor:
-    call.given = change.residual
+    call.given, call.call = change.residual, Words(change.call)
     layer: Any = call
     for update in change.updates:
         layer = Composed(layer, moved(update, call.like.device, call.like.dtype))

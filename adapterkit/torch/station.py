@@ -16,8 +16,9 @@ from ..chain import Composed
 from ..errors import AdapterkitError, Unsupported
 from ..updates import Additive, Update
 from .context import ContextPart, surround
+from .ears import Ear, overheard
 from .layers import Difference, Layer, Quantized, layer_of, moved
-from .outputs import Change, Outlet, Switch, Tap, through
+from .outputs import Beside, Change, Outlet, Switch, Tap, through
 from .routing import Route, join, split
 from .weights import changed_bias, changed_weight, settled, tensor_at
 
@@ -54,6 +55,7 @@ class Station:
         self.parts: list[Part] = []
         self.contexts: list[ContextPart] = []
         self.taps: list[Tap] = []
+        self.ears: list[Ear] = []
         self.names = tuple(inspect.signature(self.original).parameters)
         self.route: Route | None = None
 
@@ -70,18 +72,24 @@ class Station:
         self._stand()
 
     def _stand(self) -> None:
-        self.module.__dict__["forward"] = Entry(self) if self.contexts else self.forward
+        self.module.__dict__["forward"] = Entry(self) if self.contexts or self.ears else self.forward
 
     def tap(self, tap: Tap) -> None:
         """Lets a tap keep what the module reads."""
         self.taps.append(tap)
         self._stand()
 
+    def hear(self, ear: Ear) -> None:
+        """Lets an ear keep what the module is called with."""
+        self.ears.append(ear)
+        self._stand()
+
     def detach(self, switch: Switch) -> None:
         self.parts = [part for part in self.parts if part.switch is not switch]
         self.contexts = [part for part in self.contexts if part.switch is not switch]
         self.taps = [tap for tap in self.taps if tap.switch is not switch]
-        if self.parts or self.contexts or self.taps:
+        self.ears = [ear for ear in self.ears if ear.switch is not switch]
+        if self.parts or self.contexts or self.taps or self.ears:
             self._stand()
             return
         del self.module.__dict__["forward"]
@@ -89,6 +97,12 @@ class Station:
             self.module.__dict__["forward"] = self.before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.ears:
+            return self._surrounded(*args, **kwargs)
+        passes = any(part.switch.active for part in self.contexts)
+        return overheard(self.module, self.ears, self.names, self._surrounded, passes, args, kwargs)
+
+    def _surrounded(self, *args: Any, **kwargs: Any) -> Any:
         around = [part for part in self.contexts if part.switch.active]
         if not around:
             return self._inner(*args, **kwargs)
@@ -102,16 +116,14 @@ class Station:
             if tap.switch.active and tap.switch.weight:
                 tap.value = args[0] if args else next(iter(kwargs.values()))
         active = [part for part in self.parts if part.switch.active and part.switch.weight]
-        residuals = {p.switch.name: p.outlet.tap.take() for p in active if p.outlet and p.outlet.tap}
+        beside = {p.switch.name: p.outlet.beside() for p in active if p.outlet}
         if self.route is not None and active:
-            return self._routed(self.route, active, args, kwargs, residuals)
-        return self._run(active, args, kwargs, residuals)
+            return self._routed(self.route, active, args, kwargs, beside)
+        return self._run(active, args, kwargs, beside)
 
-    def _run(self, parts: list[Part], args: Any, kwargs: Any, residuals: dict[str, Tensor]) -> Any:
+    def _run(self, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
         inner = [part for part in parts if part.outlet is None]
-        changes = [
-            Change(p.switch.weight, p.updates, p.outlet, residuals.get(p.switch.name)) for p in parts if p.outlet
-        ]
+        changes = [Change(p.switch.weight, p.updates, p.outlet, *beside[p.switch.name]) for p in parts if p.outlet]
         if not changes:
             return self._weighed(inner, args, kwargs)
         try:
@@ -139,11 +151,11 @@ class Station:
         laws = any(update.kind == "weight" for part in parts for update in part.updates)
         return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
 
-    def _routed(self, route: Route, parts: list[Part], args: Any, kwargs: Any, residuals: dict[str, Tensor]) -> Any:
+    def _routed(self, route: Route, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
         where = str(parts[0].target)
         outputs = [
-            self._run([part for part in parts if part.switch.name == name], some, named, beside)
-            for name, (*some, beside), named in split(route, self.module, (*args, residuals), kwargs, where)
+            self._run([part for part in parts if part.switch.name == name], some, named, own)
+            for name, (*some, own), named in split(route, self.module, (*args, beside), kwargs, where)
         ]
         return join(route, outputs, where)
 
@@ -227,7 +239,14 @@ class Entry:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.__self__.original)
+        own = inspect.signature(self.__self__.original)
+        asked = sorted({name for ear in self.__self__.ears for name in ear.asks} - own.parameters.keys())
+        if not asked:
+            return own
+        *named, last = own.parameters.values()
+        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in asked]
+        rest = [last] if last.kind is inspect.Parameter.VAR_KEYWORD else []
+        return own.replace(parameters=[*named, *([] if rest else [last]), *more, *rest])
 
     @property
     def __code__(self) -> Any:

@@ -4,7 +4,8 @@
 
 The native form is built by hand from the modules that PEFT holds in memory, never by reading the files back: what the
 reader makes of a folder can be held against it. Run it with the release of PEFT that a vector is to be of. What a
-family has is in its module in peft_families, found by listing: `CASES`, name -> (model, config), and `update_of`.
+family has is in its module in peft_families, found by listing: `CASES`, name -> (model, config), and `update_of`;
+`NEEDS_BASE` where files lack what the adapted weights tell, which are then saved beside them.
 
     python tools/foreign/peft_vectors.py DEST NAME...
 
@@ -37,7 +38,8 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.miss.layer import MissLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
-from peft_families import virtual_tokens
+from peft_families import routed, virtual_tokens
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -85,6 +87,13 @@ def llama() -> nn.Module:
     )
 
 
+def uncached() -> nn.Module:
+    """The same, without a cache."""
+    model = llama()
+    model.config.use_cache = False  # type: ignore[union-attr]
+    return model
+
+
 def t5() -> nn.Module:
     """A model with an encoder and a decoder, of three layers each."""
     sizes = {"vocab_size": 9, "d_model": 4, "d_kv": 2, "d_ff": 6, "num_layers": 3, "num_heads": 2}
@@ -93,11 +102,12 @@ def t5() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a config, and how the folder is saved."""
+    """A model, a config, how the folder is saved, and whether the adapted weights are saved beside it."""
 
     model: Callable[[], nn.Module]
     config: PeftConfig
     options: dict[str, Any] = field(default_factory=dict)
+    base: bool = False
 
 
 def lora_config(*modules: str, **options: Any) -> LoraConfig:
@@ -120,6 +130,7 @@ CASES = {
     ),
     "lora_conv": Case(Layers, lora_config("conv1", "conv2", "conv3", "point")),
     "lora_embedding": Case(llama, lora_config("embed_tokens", "lm_head")),
+    "lora_llama": Case(llama, lora_config("q_proj")),
     "lora_mha": Case(Layers, lora_config("attn", "q", rank_pattern={"attn": 1}, bias="lora_only")),
     "lora_experts": Case(
         Layers,
@@ -144,13 +155,20 @@ CASES = {
 
 
 FAMILIES = [import_module(f"peft_families.{m.name}") for m in pkgutil.iter_modules(peft_families.__path__)]
-MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama, "t5": t5}
-CASES |= {name: Case(MODELS[model], config) for f in FAMILIES for name, (model, config) in f.CASES.items()}
+MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama, "t5": t5, "uncached": uncached}
+CASES |= {
+    name: Case(MODELS[model], config, base=getattr(family, "NEEDS_BASE", False))
+    for family in FAMILIES
+    for name, (model, config) in family.CASES.items()
+}
 
 
 def updates(model: Any, config: PeftConfig) -> Updates:
     """Every update of a PEFT model, from its modules."""
     bias = getattr(config, "bias", "none")
+    if config.peft_type == "XLORA":
+        yield ak.Target(""), routed.update_of_classifier(model, config)
+        return
     learned = model.active_peft_config.is_prompt_learning
     if learned:
         yield ak.Target(""), virtual_tokens.update_of_model(model, config)
@@ -236,6 +254,8 @@ def make(name: str, case: Case, dest: Path) -> None:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape))
     model.save_pretrained(str(dest), **case.options)
+    if case.config.peft_type == "XLORA":
+        routed.save_classifier(model, dest)
     (dest / "README.md").unlink()
     found: dict[ak.Target, tuple[Any, ...]] = {}
     for target, update in updates(model, case.config):
@@ -243,6 +263,10 @@ def make(name: str, case: Case, dest: Path) -> None:
     adapter = ak.Adapter(found, recipe=(ak.Step("read", {"format": "peft"}),))
     adapter = adapter.map(lambda leaf: leaf.detach().clone())
     ak.write(adapter, dest / "expected.native.safetensors")
+    if case.base:
+        modules = dict(model.base_model.model.named_modules())
+        weights = {f"{target.path}.weight": modules[target.path].base_layer.weight.detach() for target in found}
+        save_file(weights, dest / "base.safetensors")
     print(f"{name}: {sum(file.stat().st_size for file in dest.iterdir())} bytes")
 
 

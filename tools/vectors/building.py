@@ -36,6 +36,7 @@ class Case:
         layer: what the layer does with input and weight.
         dtype: element type of the adapter's tensors; integers are I64 unless given as int32.
         beside: shapes of what else a law on outputs sees, by name: a residual, the norm after it.
+        call: what the model's call brought, by name, where the law asks for it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Case:
     layer: Layer = linear
     dtype: str = "F64"
     beside: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    call: dict[str, Array] = field(default_factory=dict)
 
     @property
     def stacked(self) -> bool:

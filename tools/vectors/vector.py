@@ -80,7 +80,8 @@ def _outcome(case: Case, x: Array, W: Array, b: Array | None) -> dict[str, Array
     """What must come out: y alone where a law is not of weights."""
     if any(hasattr(methods.named(update.method), "output") for update in case.updates):
         beside = {name: numbers(f"{case.name}.{name}", *shape) for name, shape in case.beside.items()}
-        return {**beside, "y": _output(case, x, W, b, beside)}
+        call = {f"call.{name}": array for name, array in case.call.items()}
+        return {**beside, **call, "y": _output(case, x, W, b, beside | case.call)}
     new_W, new_b = _merge(case, W, b)
     y = apply(case.layer, x, new_W, new_b)
     return {"merged.weight": _view(new_W, case.layout), "merged.bias": new_b, "y": y}

@@ -96,11 +96,11 @@ def load(path: Path) -> Content:
     head, head_weights = folder / HEAD_CONFIG, _first(folder, HEADS)
     return Content(
         config=config,
-        tensors=_read(weights),
+        tensors=read_tensors(weights),
         file=weights.name if weights.name in (SAFETENSORS, TORCH) else SAFETENSORS,
         interface=read_json(folder / INTERFACE, strict=True) if (folder / INTERFACE).exists() else None,
         head=read_json(head, strict=True) if head.exists() else None,
-        head_tensors={} if head_weights is None else _read(head_weights),
+        head_tensors={} if head_weights is None else read_tensors(head_weights),
         head_file=None if head_weights is None else head_weights.name,
     )
 
@@ -157,7 +157,8 @@ def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
-def _read(path: Path) -> dict[str, Lazy]:
+def read_tensors(path: Path) -> dict[str, Lazy]:
+    """Key -> tensor of a safetensors file or a torch file."""
     from ...tensors.torch_file import is_torch_file, read_torch_file
 
     if path.is_dir():

@@ -15,8 +15,15 @@ from .patterns import first_match, matches
 PEFT_TYPES = ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
 """The values of `peft_type` that are read beside those of `families`."""
 
+OTHER_TYPES = {
+    "SHADOW": "a second transformer runs beside the base, and its architecture is code, not in the file",
+}
+"""Types that are known and not read, with the reason."""
+
 READ = {
+    "alora_invocation_tokens": "the law is aLoRA's, and these activate it",
     "alpha_pattern": "alpha of the modules it matches",
+    "arrow_config": "the law is Arrow's, of experts in files of their own",
     "enable_lora": "before 0.3: which equal blocks of a fused weight are adapted",
     "fan_in_fan_out": "the base stores its weights [in, out]; a hint, shapes of the base decide",
     "feedforward_modules": "IA3: modules whose inputs are scaled",
@@ -67,8 +74,6 @@ HARMLESS = {
 """Fields that change nothing that a merge or a forward pass computes."""
 
 REFUSED = {
-    "alora_invocation_tokens": "aLoRA acts only behind its invocation tokens, so it has no merged weights",
-    "arrow_config": "Arrow routes every token between adapters, so it has no merged weights",
     "layer_replication": "it repeats layers of the base, and keys count the repeated ones",
     "megatron_config": "its tensors are split over Megatron's ranks",
     "use_qalora": "QA-LoRA averages groups of inputs before A",
@@ -122,6 +127,20 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return found[0] if found else ""
 
 
+class Router(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`arrow_config`: how Arrow chooses; the names of its experts, which are not followed.
+
+    The seed is of a search for what the experts' factors give without one.
+    """
+
+    top_k: Rank = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: list[str] | None = None
+    gks_adapter_names: list[str] | None = None
+    rng_seed: int | None = None
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of a config that this format reads, with PEFT's defaults; `own` are those of a family."""
 
@@ -137,6 +156,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     init_lora_weights: bool | str | None = True
     kasa_config: Kasa | None = None
     use_bdlora: Blocks | None = None
+    alora_invocation_tokens: Tokens | None = None
+    arrow_config: Router | None = None
     enable_lora: list[bool] | None = None
     target_modules: list[str] | str | None = None
     target_parameters: list[str] | None = None
@@ -208,6 +229,10 @@ def _check_type(config: Mapping[str, Any]) -> None:
     if not isinstance(found, str):
         raise Malformed("no peft_type", where="peft_type", cure="This is not a config of PEFT's")
     if found not in peft_types():
+        if found in OTHER_TYPES:
+            raise Unsupported(
+                f"PEFT's {found}: {OTHER_TYPES[found]}", where="peft_type", cure="Run it with PEFT itself"
+            )
         known = f"Known: {', '.join(peft_types())}"
         raise Unsupported(f"PEFT's {found} is not known to this version", where="peft_type", cure=known)
 
@@ -227,10 +252,13 @@ def _check_laws(settings: Settings) -> None:
         "use_bdlora": settings.use_bdlora is not None,
         "kasa_config": settings.kasa_config is not None,
         "init_lora_weights": bool(settings.residual),
+        "arrow_config": settings.arrow_config is not None,
+        "alora_invocation_tokens": settings.alora_invocation_tokens is not None,
         "use_dora": bool(settings.use_dora),
     }
     named = [name for name, on in laws.items() if on]
-    others = ("lora_bias", "target_parameters") if named and named[0] != "use_dora" else ()
+    biased = bool(named) and named[0] in ("alora_invocation_tokens", "use_dora")
+    others = () if not named or named[0] == "use_dora" else ("target_parameters",) if biased else _APART
     named += [name for name in others if getattr(settings, name)]
     if len(named) > 1:
         raise Unsupported(f"{named[0]} and {named[1]} together", where=named[0], cure=_WITH_PEFT)
@@ -249,5 +277,6 @@ def _check_init(value: bool | str | None) -> None:
     raise Unsupported(f"an unknown initialisation {value!r}", where="init_lora_weights", cure=_WITH_PEFT)
 
 
+_APART = ("lora_bias", "target_parameters")
 _REWRITE = "Write the adapter again with PEFT"
 _WITH_PEFT = "Merge it with PEFT itself"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from ...errors import Malformed, ShapeMismatch, Unsupported
+from ...tensors.lazy import from_numpy
 from .file import make
 from .keys import LATENT
 
@@ -91,7 +93,12 @@ def adapt(
     settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0, *, embedding: bool = False
 ) -> Update:
     """The update whose law and scaling the config gives to the module or parameter `name`, `times` over."""
-    return make(_method(settings, tensors, embedding), tensors, scaling=settings.scaling(name) * times)
+    method = _method(settings, tensors, embedding)
+    if method == "alora":
+        tensors = {**tensors, "invocation": _numbers(tuple(settings.alora_invocation_tokens or ()))}
+    if method == "arrow":
+        return _router(settings.arrow_config, tensors, settings.scaling(name))
+    return make(method, tensors, scaling=settings.scaling(name) * times)
 
 
 def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) -> str:
@@ -103,8 +110,32 @@ def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) ->
         return "kasa"
     if tensors.keys() & {"A_blocks", "B_blocks"}:
         return "bdlora"
+    routed = {"alora": settings.alora_invocation_tokens, "arrow": settings.arrow_config}
+    law = next((law for law, said in routed.items() if said is not None), None)
+    if law and (embedding or len(tensors["A"].shape) != 2):
+        why = f"{law} on an embedding or a convolution"
+        raise Unsupported(why, where=law, cure="Leave those modules out of target_modules")
+    if law:
+        return law
     # PEFT leaves an embedding's table as it is.
     return "lora" if embedding else settings.residual or "lora"
+
+
+def _router(said: Any, tensors: Mapping[str, Lazy], scaling: float) -> Update:
+    """Arrow as its file has it: the router's own pair, and how many experts it knows by name."""
+    idle = {f"idle_{name}": tensor for name, tensor in tensors.items()}
+    tasks, general = len(said.task_adapter_names or ()), len(said.gks_adapter_names or ()) if said.use_gks else 0
+    return make("arrow", idle, scaling=scaling).replace(
+        top_k=said.top_k, temperature=float(said.router_temperature), tasks=tasks, general=general
+    )
+
+
+@lru_cache(16)
+def _numbers(tokens: tuple[int, ...]) -> Lazy:
+    """Numbers of tokens: the same leaf wherever they are the same."""
+    import numpy as np
+
+    return from_numpy(np.array(tokens, dtype=np.int64))
 
 
 def _factors(file: File, stem: str, slots: Mapping[tuple[str, str], Key]) -> Factors:

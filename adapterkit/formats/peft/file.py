@@ -28,6 +28,7 @@ class File:
         base: the base, if the caller gave one.
         compat: whose faults to reproduce.
         parameters: stem -> parameter of the base, where the caller knows what the file does not say.
+        known: path -> the update that the file is to say there, when it is read to prove what is written.
         omitted: word -> tensor that all modules share and the file leaves out, where the caller knows it.
     """
 
@@ -36,6 +37,7 @@ class File:
     base: Checkpoint | None = None
     compat: str | None = None
     parameters: Mapping[str, str] = field(default_factory=dict)
+    known: Mapping[str, Update] = field(default_factory=dict)
     omitted: Mapping[str, Lazy] = field(default_factory=dict)
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
@@ -66,11 +68,7 @@ class File:
 
     def base_shape(self, name: str) -> Shape | None:
         """The shape of a tensor of the base, found by its name or by the one name that ends with it."""
-        tensors = {} if self.base is None else self.base.tensors
-        if name in tensors:
-            return tensors[name].shape
-        longer = [tensor.shape for other, tensor in tensors.items() if other.endswith(f".{name}")]
-        return longer[0] if len(longer) == 1 else None
+        return None if self.base is None else base_shape(self.base, name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +95,14 @@ class Kept:
     """A key whose tensor changes nothing that the adapter computes, and is kept to be written back."""
 
     key: Key
+
+
+def base_shape(base: Checkpoint, name: str) -> Shape | None:
+    """The shape of a tensor of a base, found by its name or by the one name that ends with it."""
+    if name in base.tensors:
+        return base.tensors[name].shape
+    longer = [tensor.shape for other, tensor in base.tensors.items() if other.endswith(f".{name}")]
+    return longer[0] if len(longer) == 1 else None
 
 
 Findings = Iterator[Found | Kept]

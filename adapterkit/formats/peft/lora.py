@@ -65,6 +65,8 @@ def _module(file: File, factors: Factors, attentions: Collection[str]) -> Findin
     if path == name and path in attentions:
         path = f"{path}.in_proj_weight"
     update = adapt(file.settings, name, tensors, times, embedding=factors.embedding)
+    idle = {field: f"idle_{field}" for field in keys if f"idle_{field}" in update.tensors}
+    keys = {idle.get(field, field): key for field, key in keys.items()}
     yield Found(path, update, keys, _layout(file, factors, attentions))
 
 

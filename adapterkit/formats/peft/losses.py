@@ -13,7 +13,7 @@ from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from .encoders import has_encoder
 from .families import FAMILIES, family_of
-from .pairs import LINEAR, PAIRS, RESIDUAL, may_stand, why_not_there
+from .pairs import BIASED, LINEAR, PAIRS, RESIDUAL, ROUTED, may_stand, why_not_there
 from .spelling import config_name, is_embedding, is_parameter, lora_paths
 
 if TYPE_CHECKING:
@@ -79,10 +79,10 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
         return f"{update.method} of rank 0"
     if isinstance(update, (LoRA, DoRA)) and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
         return f"{update.method} on a transposed convolution"
-    apart = isinstance(update, (DoRA, *LINEAR, *RESIDUAL))
+    apart = isinstance(update, (DoRA, *LINEAR, *RESIDUAL, *ROUTED))
     if apart and (is_parameter(target, paths, base) or config_name(target, paths) != target.path):
         return f"{update.method} on a parameter or an attention"
-    if isinstance(update, RESIDUAL) and is_embedding(target):
+    if isinstance(update, (*RESIDUAL, *ROUTED)) and is_embedding(target):
         return f"{update.method} on an embedding"
     if why := why_not_there(target, update):
         return why
@@ -114,11 +114,12 @@ def _biases(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
     parties: dict[bool, list[Loss]] = {True: [], False: []}
     for target, found in updates.items():
         for position, update in enumerate(found):
-            if isinstance(update, LoRA):
+            if isinstance(update, BIASED):
                 has = update.bias is not None
                 where = is_parameter(target, paths, base) or is_embedding(target)
-                why = f"lora {'with' if has else 'without'} a bias beside others {'without' if has else 'with'}"
-                parties[has].append((target, position, "lora with a bias there" if has and where else why))
+                own, others = ("with", "without") if has else ("without", "with")
+                why = f"{update.method} {own} a bias beside others {others}"
+                parties[has].append((target, position, f"{update.method} with a bias there" if has and where else why))
     if parties[True] and parties[False]:
         yield from min(parties[True], parties[False], key=len)
     yield from (loss for loss in parties[True] if loss[2].endswith("there"))

@@ -5,23 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ...methods.alora import ALoRA
+from ...methods.arrow import Arrow
 from ...methods.bdlora import BDLoRA
 from ...methods.dora import DoRA
 from ...methods.kasa import KaSA
 from ...methods.lora import LoRA
 from ...methods.olora import OLoRA
 from ...methods.pissa import PiSSA
-from ...tensors.lazy import Lazy
+from ...tensors.lazy import Lazy, as_lazy
 
 if TYPE_CHECKING:
     from ...adapter import Target
     from ...updates import Update
 
-PAIRS = (LoRA, DoRA, KaSA, BDLoRA, OLoRA, PiSSA)
+PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA)
 """The methods."""
 
 LINEAR = (KaSA, BDLoRA)
 """Those that PEFT has for linear layers alone."""
+
+ROUTED = (ALoRA, Arrow)
+"""Those that PEFT has for linear layers and Conv1D alone."""
+
+BIASED = (LoRA, ALoRA)
+"""Those that may have a bias."""
 
 RESIDUAL = (OLoRA, PiSSA)
 """Those that stand for what PEFT takes out of the base of linear layers and Conv1D."""
@@ -38,7 +46,8 @@ def rank_of(update: Any, stacked: bool = False) -> int:
     if isinstance(update, BDLoRA):
         blocks: Any = update.B_blocks if update.A_blocks is None else update.A_blocks
         return int(blocks.shape[0]) * int(blocks.shape[1 if update.B_blocks is None else 2])
-    return int(update.A.shape[int(stacked)])
+    A: Any = update.tensors.get("A", update.tensors.get("idle_A"))
+    return int(A.shape[int(stacked)])
 
 
 def from_blocks(leaf: Lazy) -> Lazy:
@@ -58,11 +67,34 @@ def law_fields(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, 
     was = str(before.get("init_lora_weights")).lower() in (kind.__name__.lower() for kind in RESIDUAL)
     return {
         "use_dora": DoRA in kinds,
-        "lora_bias": any(isinstance(update, LoRA) and update.bias is not None for update in updates.values()),
+        "lora_bias": any(isinstance(update, BIASED) and update.bias is not None for update in updates.values()),
         "kasa_config": (before.get("kasa_config") or _KASA) if KaSA in kinds else None,
         "use_bdlora": _blocks(updates) if BDLoRA in kinds else None,
+        **_invocation(updates, before),
+        "arrow_config": _router(updates, before),
         **({"init_lora_weights": residual or True} if residual or was else {}),
     }
+
+
+def _invocation(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokens that activate; PEFT looks for them in causal models alone."""
+    some = next((update for update in updates.values() if isinstance(update, ALoRA)), None)
+    if some is None:
+        return {"alora_invocation_tokens": None}
+    tokens = as_lazy(some.invocation).numpy().tolist()
+    return {"alora_invocation_tokens": tokens, "task_type": before.get("task_type") or "CAUSAL_LM"}
+
+
+def _router(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How Arrow chooses, and PEFT's own names of as many experts as it has."""
+    some = next((update for update in updates.values() if isinstance(update, Arrow)), None)
+    if some is None:
+        return None
+    names = {"task": some.tasks, "gks": some.general}
+    listed = {f"{name}_adapter_names": [f"{name}_{i}" for i in range(count)] for name, count in names.items()}
+    seed = (before.get("arrow_config") or {}).get("rng_seed")
+    numbers = {"top_k": some.top_k, "router_temperature": some.temperature, "rng_seed": seed}
+    return {**numbers, "use_gks": some.general > 0, **listed}
 
 
 def _blocks(updates: dict[str, Any]) -> dict[str, Any]:
@@ -81,4 +113,6 @@ def why_not_there(target: Target, update: Update) -> str:
     """Why a file cannot say a pair at this target, for what PEFT has for linear layers alone; empty where it can."""
     if isinstance(update, LINEAR) and target.layout != "out *in":
         return f"{update.method} on a weight stored [in, out]"
+    if isinstance(update, Arrow) and not update.lacks_experts:
+        return "arrow with its experts: PEFT has them in folders of their own"
     return ""

@@ -151,6 +151,8 @@ def _spell_update(
         embedding, stem = is_embedding(target), _stem(target, names)
         guessed = embedding is None or target.path in names.guessed
         for field, leaf in update.tensors.items():
+            if field == "invocation":
+                continue  # it is in the config
             key = f"{stem}.{_part(field, bool(embedding))}"
             yield field, key, _factor(field, as_lazy(leaf), update, target.stacked), guessed
     elif isinstance(update, IA3):
@@ -191,6 +193,7 @@ def _part(field: str, embedding: bool) -> str:
         return {"magnitude": "lora_magnitude_vector", "diag": "lora_diag"}[field]
     if field == "bias":
         return "lora_B.bias"
+    field = field.removeprefix("idle_")
     return f"lora_embedding_{field}" if embedding else f"lora_{field[0]}.weight"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ....errors import ShapeMismatch
 from ....methods.hira import HiRA
 from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
@@ -38,6 +40,9 @@ class HiraFamily(Family):
         own = {field: keys[part] for field, part in fields.items()}
         A, B = (file.tensors[own[field]] for field in ("A", "B"))
         _check_rank(file, own["A"], A)
+        if math.prod(B.shape[:2]) != math.prod(B.shape):
+            why = f"{list(B.shape)} mixes more than channels"
+            raise ShapeMismatch(why, where=own["B"].text, cure="Save the adapter again with PEFT")
         update = make("hira", {"A": A, "B": B.reshape(*B.shape[:2])})
         turned = fields is EMBEDDING or (file.settings.fan_in_fan_out and len(A.shape) == 2)
         return Found(own["A"].path, update, own, "in out *k" if turned else "out *in")

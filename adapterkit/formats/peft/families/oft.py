@@ -94,7 +94,7 @@ class OftFamily(Family):
 
 
 def _check(own: Fields, key: Key, tensor: Lazy, compat: str | None) -> None:
-    if (own.r > 0) == (own.oft_block_size > 0):
+    if (own.r > 0) == (own.oft_block_size > 0) or min(own.r, own.oft_block_size) < 0:
         raise Malformed("r and oft_block_size, of which one must be 0", where="oft_block_size", cure=_AGAIN)
     if own.use_cayley_neumann and _before_018(own.peft_version) and compat != "peft":
         why = "before 0.18 PEFT ended the series otherwise, and computes such files anew today"

@@ -43,6 +43,10 @@ class PeanutFamily(Family):
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
         own = file.settings.own
+        if not 0 <= own.depth <= len(keys):
+            some = next(iter(keys.values()))
+            why = f"{len(keys)} tensors where the config's depth says {own.depth} encoders"
+            raise ShapeMismatch(why, where=some.text, cure="The config is not of this file")
         inner = {f"{side}s.{i}": f"peanut_{side}s.{i}.weight" for side in _SIDES for i in range(own.depth)}
         parts = {"A": "peanut_A.weight", "B": "peanut_B.weight", **inner}
         check_parts(keys, parts.values())

@@ -1,0 +1,80 @@
+"""What commands that write an adapter share: where to, in which format, over what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..formats._format import ON_LOSS
+from . import _options
+from ._render import Table, counted
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+on_loss = click.option(
+    "--on-loss", type=click.Choice(ON_LOSS), default="refuse", show_default=True,
+    help="What to do with what the format cannot say: fold scales into factors, promote to a wider method, or drop.",
+)  # fmt: skip
+dtype = click.option("--dtype", metavar="D", help="Type of computed factors, e.g. BF16; float32 or wider if absent.")
+
+
+def writing(command: F) -> F:
+    """Where the result goes and how."""
+    out = click.option("-o", "--out", metavar="DST", required=True, help="File or folder to write.")
+    target_format = click.option(
+        "--to", "target_format", callback=_options.format_name, metavar="FORMAT",
+        help="Format of DST; that of the source if absent, or adapterkit's own.",
+    )  # fmt: skip
+    for option in (_options.overwrite, on_loss, target_format, out):
+        command = option(command)
+    return command
+
+
+def check_destination(sources: Iterable[str], dst: Path, overwrite: bool) -> None:
+    """Refuses to write over a source, or over anything without leave; before any work.
+
+    Raises:
+        UsageError: the destination is a source.
+        StorageError: something is there.
+    """
+    from ..errors import StorageError, UsageError
+
+    if dst.exists() and any(Path(src).exists() and Path(src).samefile(dst) for src in sources):
+        raise UsageError("source and destination are the same", path=dst, cure="Write to another path")
+    taken = any(dst.iterdir()) if dst.is_dir() else dst.exists()
+    if taken and not overwrite:
+        raise StorageError("already there", path=dst, cure="Write to another path, or pass --overwrite")
+
+
+def written(
+    adapter: Adapter, out: str, target_format: str, base: str | None, on_loss: str, profile: str | None = None
+) -> dict[str, Any]:
+    """Writes an adapter; what was written as plain data."""
+    from .. import write
+
+    losses = write(adapter, out, target_format, base, on_loss, profile=profile)
+    return {
+        "out": out, "to": target_format, "targets": len(adapter.updates), "updates": len(adapter), "losses": losses,
+    }  # fmt: skip
+
+
+def outcome(record: Mapping[str, Any]) -> Iterable[str]:
+    """The lines for people: what was written, and what was lost by that."""
+    updates, targets = counted(record["updates"], "update"), counted(record["targets"], "target")
+    yield f"{record['out']}: {record['to']}, {updates} at {targets}"
+    yield from (f"  {loss}" for loss in record["losses"])
+
+
+def cuts_table(cuts: Sequence[Mapping[str, Any]]) -> Table:
+    """What became of each target."""
+    columns = ("target", "method", "rank before", "rank", "norm", "relative error")
+    return Table(
+        columns,
+        [[c["target"], c["method"], c["before"], c["rank"], c["norm"], c["relative_error"]] for c in cuts],
+    )

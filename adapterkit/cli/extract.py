@@ -1,0 +1,64 @@
+"""Write what fine-tuning changed in a base as an adapter.
+
+TUNED and BASE are folders of weights or weight files of one architecture. Changed matrices become LoRA; norms, biases
+and changed or new rows of token embeddings are kept as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import _options, _writing
+from ._progress import progress
+from ._render import View, show
+
+
+@click.command(help=__doc__)
+@click.argument("tuned")
+@click.option("--base", required=True, metavar="BASE", help="The weights that TUNED was made from.")
+@click.option("--rank", type=int, metavar="R", help="Rank of each changed matrix.")
+@click.option("--energy", type=float, metavar="E", help="Share of each squared norm to keep at least, up to 1.")
+@click.option("--error", type=float, metavar="E", help="Relative error to allow at most.")
+@click.option("--target", "targets", multiple=True, metavar="GLOB", help="Look at these targets only.")
+@click.option(
+    "--embeddings", type=click.Choice(["rows", "low-rank"]), default="rows", show_default=True,
+    help="Keep the changed rows of token embeddings, or treat these as any matrix.",
+)  # fmt: skip
+@_writing.dtype
+@_writing.writing
+@_options.flags
+@click.pass_obj
+def command(
+    settings: _options.Settings, tuned: str, base: str, rank: int | None, energy: float | None, error: float | None,
+    targets: tuple[str, ...], embeddings: str, dtype: str | None, out: str, target_format: str | None, on_loss: str,
+    overwrite: bool,
+) -> None:  # fmt: skip
+    """Runs `adapterkit.ops.extract`."""
+    from .. import ops
+
+    _writing.check_destination([tuned, base], Path(out), overwrite)
+    cuts: list[ops.Cut] = []
+    with progress(settings, "extract") as meter:
+        made = ops.extract(
+            tuned, base, rank, energy=energy, error=error, targets=targets, embeddings=embeddings, dtype=dtype,
+            report=cuts.append, progress=meter,
+        )  # fmt: skip
+    record = _writing.written(made, out, target_format or "adapterkit", base, on_loss)
+    record |= {"tuned": tuned, "base": base, "relative_error": _error(cuts), "cuts": [cut.record() for cut in cuts]}
+    show(settings, record, _view)
+
+
+def _error(cuts: Any) -> float:
+    whole = math.hypot(*(cut.norm for cut in cuts))
+    return math.hypot(*(cut.error for cut in cuts)) / whole if whole else 0.0
+
+
+def _view(record: Mapping[str, Any]) -> View:
+    yield _writing.cuts_table(record["cuts"])
+    yield from _writing.outcome(record)
+    yield f"relative error of all together: {record['relative_error']:.4g}"

@@ -1,0 +1,59 @@
+"""Write an adapter at another rank.
+
+A is read in any known format. Each change of thin factors becomes the best LoRA of the rank, or of the smallest rank
+that keeps so much of it; the error that this makes at each target is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import _options, _writing
+from ._render import View, show
+
+
+@click.command(help=__doc__)
+@click.argument("src", metavar="A")
+@click.option("--rank", type=int, metavar="R", help="Rank to keep.")
+@click.option("--energy", type=float, metavar="E", help="Share of the squared norm to keep at least, up to 1.")
+@click.option("--error", type=float, metavar="E", help="Relative error to allow at most.")
+@click.option("--frobenius", type=float, metavar="N", help="Norm of the error to allow at most.")
+@click.option(
+    "--scope", type=click.Choice(["target", "all"]), default="target", show_default=True,
+    help="Cut each target for itself, or let all compete for the rank on average.",
+)  # fmt: skip
+@click.option("--promote", "promoted", is_flag=True, help="Make a LoRA of every other additive method, too.")
+@_writing.dtype
+@_options.reading
+@_writing.writing
+@_options.flags
+@click.pass_obj
+def command(
+    settings: _options.Settings, src: str, rank: int | None, energy: float | None, error: float | None,
+    frobenius: float | None, scope: str, promoted: bool, dtype: str | None, source_format: str | None,
+    base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str, overwrite: bool,
+) -> None:  # fmt: skip
+    """Runs `adapterkit.ops.resize`, or `adapterkit.ops.promote`."""
+    from .. import detect, ops, read
+
+    name = source_format or detect(src)
+    _writing.check_destination([src], Path(out), overwrite)
+    cuts: list[ops.Cut] = []
+    made = (ops.promote if promoted else ops.resize)(
+        read(src, name, base, compat=compat), rank, energy=energy, error=error, frobenius=frobenius, scope=scope,
+        base=base, dtype=dtype, report=cuts.append,
+    )  # fmt: skip
+    record = _writing.written(made, out, target_format or name, base, on_loss)
+    error_of_all = made.recipe[-1].args["error_of_all"]
+    record |= {"source": src, "from": name, "relative_error": error_of_all, "cuts": [cut.record() for cut in cuts]}
+    show(settings, record, _view)
+
+
+def _view(record: Mapping[str, Any]) -> View:
+    yield _writing.cuts_table(record["cuts"])
+    yield from _writing.outcome(record)
+    yield f"relative error of all together: {record['relative_error']:.4g}"

@@ -1,0 +1,59 @@
+"""Files of tensors: safetensors with their metadata, or torch's; nothing beside them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...errors import AdapterkitError, Malformed, UsageError
+from ...tensors import safetensors
+from ...tensors.atomic import write_bytes
+from ...tensors.lazy import Lazy, as_torch
+from ...tensors.torch_file import is_torch_file, read_torch_file
+
+TORCH = {".bin", ".ckpt", ".pt", ".pth"}
+"""Endings of torch files."""
+
+NATIVE = "adapterkit"
+"""The metadata key of adapterkit's own files, which are none of these."""
+
+Metadata = list[tuple[str, str]]
+"""Keys and values in the order of the file: the libraries that write them do not sort them."""
+
+
+def load(path: Path) -> tuple[dict[str, Lazy], Metadata]:
+    """The tensors and the metadata of a file.
+
+    Raises:
+        Malformed: it is no file of tensors.
+        StorageError: it cannot be read.
+    """
+    if path.is_dir():
+        raise UsageError("a folder where a file of tensors should be", path=path, cure="Name the file itself")
+    if path.suffix in TORCH or is_torch_file(path):
+        return read_torch_file(path), []
+    header = safetensors.read_header(path)
+    if NATIVE in header.metadata:
+        raise Malformed("an adapter of adapterkit's own", path=path, where="__metadata__", cure="Read it as adapterkit")
+    tensors = {name: safetensors.lazy(header.path, entry) for name, entry in header.entries.items()}
+    return tensors, list(header.metadata.items())
+
+
+def names(path: Path) -> list[str]:
+    """The keys of a file, for sniffing; none where it is not such a file."""
+    try:
+        return list(load(path)[0]) if path.is_file() else []
+    except AdapterkitError:
+        return []
+
+
+def save(path: Path, tensors: Mapping[str, Lazy], metadata: Metadata) -> None:
+    """Writes a file, atomically: torch's by the ending of its name, else safetensors."""
+    if path.suffix not in TORCH:
+        return safetensors.write(path, tensors, dict(metadata))
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({key: as_torch(leaf) for key, leaf in tensors.items()}, buffer)
+    return write_bytes(path, buffer.getvalue())

@@ -1,0 +1,169 @@
+"""Updates to slots, and why an update has none in a dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...methods.dense import Dense
+from ...methods.dora import DoRA
+from ...methods.glora_products import GLoRAProducts
+from ...methods.ia3_weights import IA3Weights
+from ...methods.loha import LoHa
+from ...methods.lokr import LoKr
+from ...methods.lora import LoRA
+from ...methods.oft import OFT
+from ...methods.replacement import Replacement
+from ...tensors.lazy import Lazy, as_lazy, from_numpy
+from ...updates import Update
+from .file import Rules, Stored
+from .laws import number
+
+_SLOTS: dict[type[Update], str] = {
+    LoRA: "down", DoRA: "dora", LoHa: "hada_", LoKr: "lokr_", OFT: "oft_blocks", GLoRAProducts: "a1",
+    IA3Weights: "on_input", Dense: "diff", Replacement: "set_weight",
+}  # fmt: skip
+"""Method -> a slot that a dialect must have to say it."""
+
+
+def why_not(update: Update, rules: Rules) -> str:
+    """Why a dialect has no words for an update; empty where it has."""
+    slot = _SLOTS.get(type(update))
+    if slot is None or slot not in rules.slots:
+        return f"{update.method} is not among its methods"
+    if isinstance(update, LoRA) and update.bias is not None and "bias" not in rules.slots:
+        return "lora with a bias"
+    if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and "alpha" in rules.slots:
+        return "a scaling of 0, which it takes for the rank"
+    if isinstance(update, OFT):
+        return _why_not_oft(update, rules)
+    if _unscaled(update, rules) and update.attributes["scaling"] != 1:
+        return f"{update.method} with a scaling, for which it has no slot"
+    return ""
+
+
+def _why_not_oft(update: OFT, rules: Rules) -> str:
+    if update.square is None or update.side != "out" or update.terms or update.coft:
+        return "oft other than Cayley transforms of whole blocks on outputs"
+    if update.rescale is not None and "rescale" not in rules.slots:
+        return "oft with a factor on outputs"
+    return "oft without a constraint" if not rules.oft_zero and update.constraint == 0 else ""
+
+
+def folded(update: Update, rules: Rules) -> Update:
+    """The same law with its scaling in a factor, in that factor's own type; one that has none is returned as it is."""
+    field = _unscaled(update, rules)
+    scaling = update.attributes.get("scaling", 1.0)
+    if not field or scaling == 1:
+        return update
+    names = {"D": ("D", "d"), "B": ("B", "bias")}.get(field, (field,))
+    return update.replace(scaling=1.0, **{n: times(update.tensors[n], scaling) for n in names if n in update.tensors})
+
+
+def _unscaled(update: Update, rules: Rules) -> str:
+    """The field that takes a scaling for which there is no slot; empty where there is one."""
+    if isinstance(update, Dense):
+        return "D" if update.D is not None else "d"
+    if isinstance(update, LoKr) and update.w1 is not None and update.w2 is not None:
+        return "w1"
+    said = "alpha" in rules.slots
+    return "" if said or not isinstance(update, (LoRA, DoRA)) else "B"
+
+
+def times(leaf: Any, scaling: float) -> Lazy:
+    """A tensor times a number, rounded once to its own type."""
+    from ...tensors.lazy import as_array
+
+    tensor = as_lazy(leaf)
+
+    def fetch() -> bytes:
+        product = as_array(tensor).astype("<f8") * scaling
+        return product.astype(tensor.dtype.array).tobytes()
+
+    return Lazy(tensor.shape, tensor.dtype, fetch)
+
+
+def encode(update: Update, rules: Rules, kernel: int = 0) -> list[Stored]:
+    """The slots of an update that `why_not` has nothing against, its alpha last.
+
+    Args:
+        update: the update.
+        rules: of the dialect.
+        kernel: how many axes the weight's kernel has, for laws whose own tensors do not tell.
+    """
+    leaves = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
+    if isinstance(update, (LoRA, DoRA)):
+        return _low_rank(update, leaves, rules)
+    if isinstance(update, LoHa):
+        return _loha(update, leaves)
+    if isinstance(update, LoKr):
+        return _lokr(update, leaves)
+    if isinstance(update, OFT):
+        blocks = leaves["square"]
+        alpha = update.constraint / (blocks.shape[0] * blocks.shape[1])
+        rescale = [Stored("rescale", _column(leaves["rescale"], 1 + kernel), "rescale")] if "rescale" in leaves else []
+        return [Stored("oft_blocks", blocks, "square"), *rescale, Stored("alpha", number(alpha))]
+    if isinstance(update, GLoRAProducts):
+        slots = [Stored(name.lower(), leaf, name) for name, leaf in leaves.items()]
+        return [*slots, _alpha(update, leaves["A2"].shape[0])]
+    if isinstance(update, IA3Weights):
+        import numpy as np
+
+        on_input = from_numpy(np.array(int(update.w_in is not None), dtype=np.int64))
+        shaped = {n: leaf.reshape(1, -1, *[1] * kernel) if kernel else leaf for n, leaf in leaves.items()}
+        return [*(Stored("weight", leaf, name) for name, leaf in shaped.items()), Stored("on_input", on_input)]
+    return _whole(update, leaves, rules)
+
+
+def _low_rank(update: Any, leaves: Mapping[str, Lazy], rules: Rules) -> list[Stored]:
+    A, B = leaves["A"], leaves["B"]
+    kernel = len(A.shape) - 2
+    slots = [Stored("down", A, "A"), Stored("up", _column(B, kernel), "B")]
+    if "magnitude" in leaves:
+        lengths = leaves["magnitude"]
+        peft = lengths.reshape(1, -1, *[1] * kernel) if kernel else lengths
+        slots.append(Stored("dora", peft if rules.peft else _column(lengths, 1 + kernel), "magnitude"))
+    if "bias" in leaves:
+        slots.append(Stored("bias", leaves["bias"], "bias"))
+    return [*slots, _alpha(update, A.shape[0])]
+
+
+def _loha(update: LoHa, leaves: Mapping[str, Lazy]) -> list[Stored]:
+    cored, slots = update.t1 is not None, []
+    for n in (1, 2):
+        a = leaves[f"w{n}_a"]
+        slots.append(Stored(f"hada_w{n}_a", _turned(a) if cored else a, f"w{n}_a"))
+        inner = f"w{n}_in" if cored else f"w{n}_b"
+        slots.append(Stored(f"hada_w{n}_b", leaves[inner], inner))
+        slots += [Stored(f"hada_t{n}", leaves[f"t{n}"], f"t{n}")] if cored else []
+    return [*slots, _alpha(update, leaves["w1_a"].shape[1])]
+
+
+def _lokr(update: LoKr, leaves: Mapping[str, Lazy]) -> list[Stored]:
+    cored = update.t2 is not None
+    slots = []
+    for name, leaf in leaves.items():
+        slot = "lokr_" + ("w2_b" if name == "w2_in" else name)
+        slots.append(Stored(slot, _turned(leaf) if cored and name == "w2_a" else leaf, name))
+    rank = next((leaves[name].shape[1] for name in ("w1_a", "w2_a") if name in leaves), 1)
+    return [*slots, _alpha(update, rank)]
+
+
+def _whole(update: Update, leaves: Mapping[str, Lazy], rules: Rules) -> list[Stored]:
+    if isinstance(update, Replacement):
+        return [Stored(f"set_{name}", leaf, name) for name, leaf in leaves.items()]
+    norm = rules.norms and "D" in leaves and len(leaves["D"].shape) == 1
+    slots = {"D": "w_norm", "d": "b_norm"} if norm else {"D": "diff", "d": "diff_b"}
+    return [Stored(slots[name], leaf, name) for name, leaf in leaves.items()]
+
+
+def _alpha(update: Any, rank: int) -> Stored:
+    return Stored("alpha", number(update.scaling * rank))
+
+
+def _column(leaf: Lazy, ones: int) -> Lazy:
+    return leaf.reshape(*leaf.shape, *[1] * ones)
+
+
+def _turned(leaf: Lazy) -> Lazy:
+    return leaf.map(lambda array: array.T, (leaf.shape[1], leaf.shape[0]))

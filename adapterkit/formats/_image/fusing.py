@@ -1,0 +1,187 @@
+"""Fused weights and their pieces: an update of the whole parted into rows, and updates of pieces put together.
+
+Nothing is computed but where scalings differ: rows are copied, and what no update changes is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+from ...methods.dense import Dense
+from ...methods.dora import DoRA
+from ...methods.lokr import LoKr
+from ...methods.lora import LoRA
+from ...names.pieces import Piece
+from ...tensors.dtypes import DTYPES
+from ...tensors.lazy import Lazy, as_array, as_lazy
+from ...updates import Update
+from .encode import times
+from .hints import fingerprint
+
+if TYPE_CHECKING:
+    from ...tensors.lazy import Leaf
+
+
+def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
+    """The update of each span of rows; None where its law cannot be cut along outputs.
+
+    A LoRA that was put together of one for each span comes apart again; else all share A.
+    """
+    if isinstance(update, LoRA) and (ranks := _diagonal(update, spans)):
+        whole = [
+            update.replace(A=narrow(update.A, 0, *rank), B=narrow(narrow(update.B, 0, *span), 1, *rank))
+            for span, rank in zip(spans, ranks, strict=True)
+        ]
+        return [_bias_cut(part, span) for part, span in zip(whole, spans, strict=True)]
+    if isinstance(update, LoKr) or not update.cuts("out") or update.dims().get("out") is None:
+        return None
+    return [_rows(update, span) for span in spans]
+
+
+def _rows(update: Update, span: tuple[int, int]) -> Update:
+    changes = {}
+    for name, leaf in update.tensors.items():
+        axis = update.tensor_fields()[name].metadata["axes"].index("out")
+        if axis is not None:
+            changes[name] = narrow(leaf, axis, *span)
+    return update.replace(**changes)
+
+
+def _bias_cut(update: LoRA, span: tuple[int, int]) -> LoRA:
+    return update if update.bias is None else update.replace(bias=narrow(update.bias, 0, *span))
+
+
+def _diagonal(update: LoRA, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranks that each span of rows uses alone, where B is block-diagonal and no block is zero; else nothing."""
+    used = as_array(as_lazy(update.B)) != 0
+    edges = [0]
+    for start, stop in spans:
+        columns = used[start:stop].any(0).nonzero()[0]
+        if not len(columns) or columns[0] < edges[-1]:
+            return []
+        edges.append(int(columns[-1]) + 1)
+    edges[-1] = used.shape[1]
+    return list(pairwise(edges)) if len(spans) > 1 else []
+
+
+def narrow(leaf: Leaf, axis: int, start: int, stop: int) -> Lazy:
+    """Positions `start` to `stop` of an axis."""
+    tensor = as_lazy(leaf)
+    shape = (*tensor.shape[:axis], stop - start, *tensor.shape[axis + 1 :])
+    return tensor.map(lambda array: array[(*[slice(None)] * axis, slice(start, stop))], shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """An update of one piece of a fused weight."""
+
+    piece: Piece
+    update: Update
+
+    @property
+    def unit(self) -> int:
+        """Rows that one part of the fused weight has."""
+        out = cast(int, self.update.dims().get("out", 0))
+        return out // self.piece.parts if out % self.piece.parts == 0 else 0
+
+
+def joined(parts: Sequence[Part], *, fold: bool) -> tuple[Update | None, str]:
+    """One update of the fused weight, and why there is none.
+
+    Args:
+        parts: of distinct pieces.
+        fold: scalings that differ may go into B, rounded.
+    """
+    unit, of = parts[0].unit, parts[0].piece.of
+    if not unit or any(part.unit != unit for part in parts):
+        return None, "its parts are of sizes that do not make up the fused weight"
+    parts = sorted(parts, key=lambda part: part.piece.start)
+    rows = [(part.piece.start * unit, part.piece.stop * unit) for part in parts]
+    updates: list[Any] = [part.update for part in parts]
+    if all(isinstance(update, Dense) and update.scaling == 1 for update in updates):
+        return _dense(updates, rows, unit * of), ""
+    shared = _shared(updates)
+    if all(isinstance(update, DoRA) for update in updates):
+        if not shared or sum(part.piece.parts for part in parts) != of:
+            return None, "dora on parts of a fused weight that do not share A, or not on all of them"
+        lengths = place([(row, None, u.magnitude) for row, u in zip(rows, updates, strict=True)], (unit * of,))
+        return updates[0].replace(B=_under(updates, rows, unit * of), magnitude=lengths), ""
+    if not all(isinstance(update, LoRA) and update.bias is None for update in updates):
+        return None, f"{updates[0].method} on parts of a fused weight"
+    if shared:
+        return updates[0].replace(B=_under(updates, rows, unit * of)), ""
+    return _block_diagonal(updates, rows, unit * of, fold)
+
+
+def _under(updates: Sequence[Any], rows: Sequence[tuple[int, int]], out: int) -> Lazy:
+    """The rows of every B, one under another."""
+    rank = int(updates[0].B.shape[1])
+    return place([(row, (0, rank), u.B) for row, u in zip(rows, updates, strict=True)], (out, rank))
+
+
+def _dense(updates: Sequence[Dense], rows: Sequence[tuple[int, int]], out: int) -> Dense:
+    changes: dict[str, Lazy] = {}
+    for name in ("D", "d"):
+        leaves = [(row, u.tensors[name]) for row, u in zip(rows, updates, strict=True) if name in u.tensors]
+        if leaves:
+            rest = tuple(leaves[0][1].shape[1:])
+            changes[name] = place([(row, None, leaf) for row, leaf in leaves], (out, *rest))
+    return Dense(**cast(Any, changes))
+
+
+def _block_diagonal(
+    updates: Sequence[LoRA], rows: Sequence[tuple[int, int]], out: int, fold: bool
+) -> tuple[Update | None, str]:
+    scaling, blocks = updates[0].scaling, []
+    for update in updates:
+        ratio = update.scaling / scaling if scaling else 0.0
+        if not fold and not _power_of_two(ratio):
+            return None, "parts of a fused weight with scalings that differ"
+        blocks.append(update.B if ratio == 1 else times(update.B, ratio))
+    edges = [0]
+    for update in updates:
+        edges.append(edges[-1] + int(update.A.shape[0]))
+    ranks = list(pairwise(edges))
+    tail = tuple(updates[0].A.shape[1:])
+    A = place([(rank, None, u.A) for rank, u in zip(ranks, updates, strict=True)], (edges[-1], *tail))
+    B = place([(row, rank, b) for row, rank, b in zip(rows, ranks, blocks, strict=True)], (out, edges[-1]))
+    return LoRA(A=cast(Any, A), B=cast(Any, B), bias=None, scaling=scaling), ""
+
+
+def _power_of_two(ratio: float) -> bool:
+    return ratio > 0 and math.frexp(ratio)[0] == 0.5 and 2.0**-8 <= ratio <= 2.0**8
+
+
+def _shared(updates: Sequence[Any]) -> bool:
+    """Whether all have one A and one scaling."""
+    first, *others = updates
+    if not all(isinstance(u, (LoRA, DoRA)) and u.scaling == first.scaling for u in updates):
+        return False
+    if all(u.A is first.A for u in others):
+        return True
+    return len({fingerprint(u.A) for u in updates}) == 1
+
+
+Place = tuple[tuple[int, int], tuple[int, int] | None, Any]
+
+
+def place(parts: Iterable[Place], shape: tuple[int, ...]) -> Lazy:
+    """Tensors at rows and columns of one that is zero elsewhere; of their type, or float32 where they have several."""
+    kept = [(rows, columns, as_lazy(leaf)) for rows, columns, leaf in parts]
+    kinds = {leaf.dtype.name for _, _, leaf in kept}
+    dtype = kept[0][2].dtype if len(kinds) == 1 else DTYPES["F32"]
+
+    def fetch() -> bytes:
+        import numpy as np
+
+        whole = np.zeros(shape, dtype.numpy)
+        for rows, columns, leaf in kept:
+            there = (slice(*rows),) if columns is None else (slice(*rows), slice(*columns))
+            whole[there] = leaf.numpy() if len(kinds) == 1 else as_array(leaf).astype("<f4")
+        return whole.tobytes()
+
+    return Lazy(shape, dtype, fetch)

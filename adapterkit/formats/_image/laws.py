@@ -1,0 +1,295 @@
+"""Slots to updates, and updates to slots: the part that kohya, LyCORIS, ComfyUI and diffusers have in common.
+
+Facts about the slots are in spec/formats/lycoris.toml; shapes are read off the tensors, never off metadata.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ...errors import Malformed, ShapeMismatch, Unsupported
+from ...methods.dense import Dense
+from ...methods.dora import DoRA
+from ...methods.glora_products import GLoRAProducts
+from ...methods.ia3_weights import IA3Weights
+from ...methods.loha import LoHa
+from ...methods.lokr import LoKr
+from ...methods.lora import LoRA
+from ...methods.oft import OFT
+from ...methods.replacement import Replacement
+from ...tensors.dtypes import DTYPES
+from ...tensors.lazy import Lazy, as_array, from_numpy
+from .file import AGAIN, Found, Module, Rules
+
+LOW_RANK = ("down", "up", "mid", "dora", "bias")
+OTHERS = {"alpha"}
+
+
+def decode(module: Module, rules: Rules) -> list[Found]:
+    """The updates that the slots of a module make up, in order of application.
+
+    Raises:
+        Malformed: a slot lacks its partner, or laws that exclude each other meet.
+        ShapeMismatch: shapes are not those of the law.
+        Unsupported: the law is one that this version does not know.
+    """
+    laws = [law for starts, law in _LAWS if any(slot.startswith(starts) for slot in module.tensors)]
+    if not laws:
+        raise Malformed("an alpha of nothing", where=module.where, cure=AGAIN)
+    found = [law(module, rules) for law in laws]
+    used = {slot for each in found for slot in (*each.fields.values(), *each.kept)}
+    left = next((slot for slot in module.tensors if slot not in used and slot not in OTHERS), None)
+    if left is not None:
+        raise Malformed(
+            "a tensor that has no place beside the others of its module", where=module.keys[left], cure=AGAIN
+        )
+    return found
+
+
+def scaling(module: Module, rank: int, rules: Rules) -> float:
+    """alpha / rank.
+
+    Raises:
+        Malformed: the alpha is missing where the dialect always has one, or zero.
+    """
+    if "alpha" not in module.tensors:
+        if rules.alpha_needed and not rules.lenient:
+            raise Malformed("it has no alpha", where=module.where, cure=_LENIENT)
+        return 1.0
+    alpha = module.number("alpha")
+    if alpha == 0 and not rules.lenient:
+        raise Malformed(
+            "its alpha is 0, so that nothing would be left of it", where=module.keys["alpha"], cure=_LENIENT
+        )
+    if rank < 1:
+        raise ShapeMismatch("a rank of 0", where=module.where, cure=AGAIN)
+    return alpha / rank if alpha else 1.0
+
+
+def _lora(module: Module, rules: Rules) -> Found:
+    down, _ = module.need("down", "up")
+    rank = down.shape[0] if down.shape else 0
+    fields = {"A": "down", "B": "up"}
+    leaves: dict[str, Any] = {"A": down, "B": _flat(module, "up", 2), "scaling": scaling(module, rank, rules)}
+    derived = {}
+    if "mid" in module.tensors:
+        leaves["A"] = _through(module)
+        del fields["A"]
+        derived = {"down": "A", "mid": "A"}
+    if "bias" in module.tensors:
+        leaves["bias"], fields["bias"] = module.tensors["bias"], "bias"
+    if "dora" in module.tensors:
+        if "bias" in module.tensors:
+            raise Unsupported("DoRA with a bias of its own", where=module.keys["bias"], cure="Merge it with its tool")
+        leaves["magnitude"], fields["magnitude"] = _magnitude(module), "dora"
+        return Found(DoRA(**leaves), fields, tuple(derived), derived)
+    return Found(LoRA(**leaves), fields, tuple(derived), derived)
+
+
+def _through(module: Module) -> Lazy:
+    """down behind mid: the kernel that a Tucker form comes down to, in float32."""
+    down, mid = module.need("down", "mid")
+    rank, *kernel = mid.shape[1:] if len(mid.shape) > 2 else (0,)
+    ones = all(n == 1 for n in down.shape[2:])
+    if mid.shape[:2] != (rank, rank) or len(down.shape) < 2 or down.shape[0] != rank or not ones:
+        why = f"{list(mid.shape)} and {list(down.shape)} are no core and factor of one rank"
+        raise ShapeMismatch(why, where=module.keys["mid"], cure=AGAIN)
+    shape = (rank, down.shape[1], *kernel)
+    if math.prod(shape) > LARGEST:
+        raise Unsupported(f"a kernel of {list(shape)} behind its core", where=module.keys["mid"], cure=AGAIN)
+
+    def fetch() -> bytes:
+        import numpy as np
+
+        core = as_array(mid).astype(np.float64).reshape(rank, rank, -1)
+        inputs = as_array(down).astype(np.float64).reshape(rank, -1)
+        kernel: bytes = np.einsum("pqk,qi->pik", core, inputs).astype("<f4").tobytes()
+        return kernel
+
+    return Lazy(shape, DTYPES["F32"], fetch)
+
+
+LARGEST = 1 << 31
+"""Numbers that a kernel made of a core may have."""
+
+
+def _magnitude(module: Module) -> Lazy:
+    """One magnitude an output: [out, 1, ...], or [1, out, 1, ...] of PEFT's convolutions."""
+    leaf, out = module.tensors["dora"], module.tensors["up"].shape[0]
+    behind = leaf.shape[1:] if leaf.shape[:1] == (out,) else (0,)
+    if "lora_magnitude_vector" in module.keys["dora"] and leaf.shape[:2] == (1, out):
+        behind = leaf.shape[2:]
+    if any(n != 1 for n in behind):
+        why = f"magnitudes {list(leaf.shape)}, which are not one for each of {out} outputs"
+        raise Unsupported(why, where=module.keys["dora"], cure="Merge it with LyCORIS; here DoRA has one an output")
+    return leaf.reshape(out)
+
+
+def _loha(module: Module, rules: Rules) -> Found:
+    needed = [f"hada_w{n}_{x}" for n in (1, 2) for x in "ab"]
+    cored = any(slot.startswith("hada_t") for slot in module.tensors)
+    module.need(*needed, *(("hada_t1", "hada_t2") if cored else ()))
+    _no_dora(module)
+    fields, leaves = dict[str, str](), dict[str, Any]()
+    for n in (1, 2):
+        a, b = module.tensors[f"hada_w{n}_a"], module.tensors[f"hada_w{n}_b"]
+        fields |= {f"w{n}_a": f"hada_w{n}_a", (f"w{n}_in" if cored else f"w{n}_b"): f"hada_w{n}_b"}
+        leaves |= {f"w{n}_a": _turned(a) if cored else a, (f"w{n}_in" if cored else f"w{n}_b"): b}
+        if cored:
+            fields[f"t{n}"], leaves[f"t{n}"] = f"hada_t{n}", module.tensors[f"hada_t{n}"]
+    rank = module.tensors["hada_w1_b"].shape[0] if module.tensors["hada_w1_b"].shape else 0
+    return Found(LoHa(**leaves, scaling=scaling(module, rank, rules)), fields)
+
+
+def _lokr(module: Module, rules: Rules) -> Found:
+    _no_dora(module)
+    slots = [slot for slot in module.tensors if slot.startswith("lokr_")]
+    cored = "lokr_t2" in module.tensors
+    fields = {slot.removeprefix("lokr_"): slot for slot in slots}
+    if cored and "w2_b" in fields:
+        fields["w2_in"] = fields.pop("w2_b")
+    leaves: dict[str, Any] = {field: module.tensors[slot] for field, slot in fields.items()}
+    if cored and "w2_a" in leaves:
+        leaves["w2_a"] = _turned(leaves["w2_a"])
+    factors = [module.tensors[slot] for slot in ("lokr_w1_b", "lokr_w2_b") if slot in module.tensors]
+    whole = {"w1", "w2"} <= fields.keys()
+    # LyCORIS leaves the alpha of two whole factors out of account, and writes any.
+    rank = factors[0].shape[0] if factors and factors[0].shape else 0
+    update = LoKr(**leaves, scaling=1.0 if whole else scaling(module, rank, rules))
+    _checked(update, module)
+    return Found(update, fields)
+
+
+def _oft(module: Module, rules: Rules) -> Found:
+    _no_dora(module)
+    (blocks,) = module.need("oft_blocks")
+    if len(blocks.shape) == 4:
+        why = "LyCORIS' BOFT turns outputs in the order of its butterflies; here BOFT turns inputs"
+        raise Unsupported(why, where=module.keys["oft_blocks"], cure="Merge it with LyCORIS")
+    if len(blocks.shape) != 3 or blocks.shape[1] != blocks.shape[2]:
+        raise ShapeMismatch(f"{list(blocks.shape)} are no square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
+    fields = {"square": "oft_blocks"}
+    leaves: dict[str, Any] = {"square": blocks}
+    if "rescale" in module.tensors:
+        fields["rescale"], leaves["rescale"] = "rescale", _flat(module, "rescale", 1)
+    out = blocks.shape[0] * blocks.shape[1]
+    return Found(OFT(**leaves, side="out", constraint=_constraint(module, rules) * out), fields)
+
+
+def _constraint(module: Module, rules: Rules) -> float:
+    if "alpha" not in module.tensors:
+        if rules.lenient:
+            return 0.0
+        raise Malformed("it has no alpha, which is the constraint", where=module.where, cure=_LENIENT)
+    alpha = module.number("alpha")
+    if alpha < 0 or (alpha == 0 and not rules.oft_zero):
+        why = f"a constraint of {alpha}, under which nothing turns"
+        raise Malformed(why, where=module.keys["alpha"], cure=AGAIN)
+    return alpha
+
+
+def _glora(module: Module, rules: Rules) -> Found:
+    _no_dora(module)
+    slots = ("a1", "a2", "b1", "b2")
+    tensors = module.need(*slots)
+    if "bm" in module.tensors:
+        raise Unsupported("GLoRA with a Tucker core", where=module.keys["bm"], cure="Merge it with LyCORIS")
+    leaves: dict[str, Any] = dict(zip(("A1", "A2", "B1", "B2"), tensors, strict=True))
+    for field, slot in (("A1", "a1"), ("A2", "a2"), ("B1", "b1")):
+        leaves[field] = _flat(module, slot, 2)
+    rank = leaves["A2"].shape[0]
+    update = GLoRAProducts(**leaves, scaling=scaling(module, rank, rules))
+    return Found(update, dict(zip(leaves, slots, strict=True)))
+
+
+def _ia3(module: Module, _: Rules) -> Found:
+    _no_dora(module)
+    module.need("weight", "on_input")
+    on_input = module.number("on_input")
+    if on_input not in (0, 1):
+        raise Malformed(f"{on_input} is neither 0 nor 1", where=module.keys["on_input"], cure=AGAIN)
+    field = "w_in" if on_input else "w"
+    leaves: dict[str, Any] = {field: module.tensors["weight"].reshape(-1)}
+    return Found(IA3Weights(**leaves), {field: "weight"}, ("on_input",))
+
+
+def _dense(module: Module, _: Rules) -> Found:
+    slots = {"D": "diff", "d": "diff_b"} if "diff" in module.tensors or "diff_b" in module.tensors else _NORM
+    fields = {field: slot for field, slot in slots.items() if slot in module.tensors}
+    leaves: dict[str, Any] = {field: module.tensors[slot] for field, slot in fields.items()}
+    return Found(Dense(**leaves), fields)
+
+
+def _set(module: Module, _: Rules) -> Found:
+    fields = {field: slot for field, slot in (("weight", "set_weight"), ("bias", "set_bias")) if slot in module.tensors}
+    leaves: dict[str, Any] = {field: module.tensors[slot] for field, slot in fields.items()}
+    return Found(Replacement(**leaves), fields)
+
+
+def _t_lora(module: Module, _: Rules) -> Found:
+    slot = next(slot for slot in module.tensors if slot.startswith(T_LORA))
+    why = "T-LoRA changes a weight by the difference from its first factors, which the file does not hold"
+    raise Unsupported(why, where=module.keys[slot], cure="Merge it where it was trained, and extract a LoRA")
+
+
+def _reshape(module: Module, _: Rules) -> Found:
+    why = "it enlarges the weight that it adapts, so that no base has it"
+    raise Unsupported(why, where=module.keys["reshape_weight"], cure="Merge it with ComfyUI")
+
+
+_NORM = {"D": "w_norm", "d": "b_norm"}
+T_LORA = ("q_layer", "p_layer", "lambda_layer")
+
+_LAWS: tuple[tuple[tuple[str, ...], Callable[[Module, Rules], Found]], ...] = (
+    (T_LORA, _t_lora),
+    (("reshape_weight",), _reshape),
+    (("set_",), _set),
+    (("down", "up", "mid"), _lora),
+    (("hada_",), _loha),
+    (("lokr_",), _lokr),
+    (("oft_blocks",), _oft),
+    (("a1", "a2", "b1", "b2"), _glora),
+    (("weight", "on_input"), _ia3),
+    (("diff", "w_norm", "b_norm"), _dense),
+)
+"""What the slots of a law begin with, in order of application."""
+
+
+def _no_dora(module: Module) -> None:
+    if "dora" in module.tensors:
+        why = "a magnitude on another law than LoRA's"
+        raise Unsupported(why, where=module.keys["dora"], cure="Merge it with LyCORIS, and extract a LoRA")
+
+
+def _checked(update: LoKr, module: Module) -> None:
+    try:
+        update.check()
+    except Malformed as error:
+        raise Malformed(error.why, where=module.where, cure=AGAIN) from None
+
+
+def _flat(module: Module, slot: str, axes: int) -> Lazy:
+    """A tensor without the axes of size 1 behind its first."""
+    leaf = module.tensors[slot]
+    if len(leaf.shape) < axes or any(n != 1 for n in leaf.shape[axes:]):
+        raise ShapeMismatch(f"{list(leaf.shape)} is no factor", where=module.keys[slot], cure=AGAIN)
+    return leaf.reshape(*leaf.shape[:axes])
+
+
+def _turned(leaf: Lazy) -> Lazy:
+    if len(leaf.shape) != 2:
+        raise ShapeMismatch(f"{list(leaf.shape)} is no factor", cure=AGAIN)
+    return leaf.map(lambda array: array.T, (leaf.shape[1], leaf.shape[0]))
+
+
+def number(value: float) -> Lazy:
+    """One number: in float32 where that holds it, else in float64."""
+    import numpy as np
+
+    single = np.float32(value)
+    return from_numpy(np.array(single if float(single) == value else value))
+
+
+_LENIENT = "Its tools take the rank instead: allow that with compat='kohya', or write the file again"

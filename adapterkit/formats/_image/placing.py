@@ -1,0 +1,60 @@
+"""Targets in the names of a given base: what it begins its names with, and its naming."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ...adapter import Target
+from ...errors import TargetNotFound, nearest
+from ...names.image import ROOTS, rooted
+from ...updates import Update
+from .translate import in_diffusers, in_native
+from .underscores import modules_of
+
+if TYPE_CHECKING:
+    from ...tensors.checkpoint import Checkpoint
+
+Updates = Mapping[Target, tuple[Update, ...]]
+
+
+def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
+    """The updates at the modules of a base, in the naming that it has.
+
+    Raises:
+        TargetNotFound: a target has no place in it; names the nearest.
+    """
+    known = set(modules_of(base))
+    found: dict[Target, tuple[Update, ...]] = {}
+    for target, each in updates.items():
+        for place, update in _placed(target, each, known).items():
+            found[place] = (*found.get(place, ()), *update)
+    lost = next((t for t in found if t.path not in known), None)
+    if lost is None:
+        return found
+    for move in (in_native, in_diffusers):
+        moved, _ = move({t: u for t, u in found.items() if t.path not in known})
+        there = {place: u for t, each in moved.items() for place, u in _placed(t, each, known).items()}
+        if there and all(t.path in known for t in there):
+            return {**{t: u for t, u in found.items() if t.path in known}, **there}
+    cure = nearest(lost.path, known) or "Is this the base that the adapter was trained on?"
+    raise TargetNotFound("the base has no such module", where=str(lost), cure=cure)
+
+
+def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[Target, tuple[Update, ...]]:
+    """The target as the base begins its names; as it is where that does not help."""
+    root, rest = rooted(target.path)
+    component = ROOTS.get(root[:-1], "")
+    same = [word for word, part in ROOTS.items() if part == component or part == "denoiser"]
+    tries = [target.path, rest, *(f"{word}.{rest}" for word in same)]
+    path = next((path for path in tries if path in known), target.path)
+    return {replace(target, path=path): each}
+
+
+def kernel_of(target: Target, base: Checkpoint | None) -> int:
+    """How many axes the kernel of a target's weight has in a base; 0 where there is none to tell."""
+    if base is None:
+        return 0
+    known = (base.tensors.get(f"{path}.weight") for path in (target.path, rooted(target.path)[1]))
+    return next((max(len(leaf.shape) - 2, 0) for leaf in known if leaf is not None), 0)

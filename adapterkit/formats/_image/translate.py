@@ -1,0 +1,179 @@
+"""Targets of one naming in another: modules renamed, fused weights parted, pieces put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from ...adapter import Target
+from ...methods.lora import LoRA
+from ...names.image import Family, families_of, is_not_xl, is_xl, rooted, to_diffusers, to_native
+from ...names.pieces import Piece
+from ...updates import Update
+from .fusing import Part, joined, parted
+
+Updates = Mapping[Target, tuple[Update, ...]]
+Changed = dict[Target, tuple[Update, ...]]
+Losses = list[tuple[Target, str]]
+
+WIDTHS = {1536: "sd3", 2432: "sd3", 3072: "flux"}
+"""Width of a transformer's blocks -> which it is, where names are the same in both."""
+
+
+def in_diffusers(updates: Updates, kept: Iterable[str] = ()) -> tuple[Changed, Losses]:
+    """Updates at modules of the native namings moved to those of diffusers; and those that cannot be, with the reason.
+
+    Args:
+        updates: the updates.
+        kept: targets, as text, that stay as they are.
+    """
+    changed: Changed = {}
+    losses: Losses = []
+    stay = set(kept)
+    for target, found in updates.items():
+        _, rest = rooted(target.path)
+        families = families_of(rest, "native")
+        if str(target) in stay or not families or families_of(rest, "diffusers"):
+            _add(changed, target, found)
+            continue
+        moved, why = _parted(target, found, families[0])
+        if why:
+            losses.append((target, why))
+            _add(changed, target, found)
+        for place, update in moved:
+            _add(changed, place, (update,))
+    return changed, losses
+
+
+def _parted(target: Target, found: tuple[Update, ...], family: Family) -> tuple[list[tuple[Target, Update]], str]:
+    root, rest = rooted(target.path)
+    root = "" if not root else f"{family.component}."
+    pieces = to_diffusers(family, rest)
+    if not pieces:
+        return [], "diffusers has no such module"
+    if len(pieces) == 1 and pieces[0][0].there is None:
+        return [(replace(target, path=root + pieces[0][1]), update) for update in found], ""
+    if pieces[0][0].there is not None:
+        turned = [_reordered(update, [(p.start, p.there or 0) for p, _ in pieces], pieces[0][0].of) for update in found]
+        if None in turned or target.rows is not None:
+            return [], "the order of its parts is another in diffusers, and they cannot be told apart"
+        return [(replace(target, path=root + pieces[0][1]), u) for u in turned if u is not None], ""
+    moved = []
+    for update in found:
+        spans = _spans(target, update, [piece for piece, _ in pieces])
+        inside = [(span, each) for span, each in zip(spans, pieces, strict=True) if span is not None]
+        parts = parted(update, [span for span, _ in inside]) if inside else None
+        if parts is None:
+            return [], f"{update.method} on a fused weight, which cannot be parted"
+        places = [replace(target, path=root + name, rows=None) for _, (_, name) in inside]
+        moved += list(zip(places, parts, strict=True))
+    return moved, ""
+
+
+def _spans(target: Target, update: Update, pieces: list[Piece]) -> list[tuple[int, int] | None]:
+    """The rows of each piece in the update's own counting; None for pieces that it does not reach."""
+    dims = update.dims()
+    out, in_ = dims.get("out"), dims.get("in")
+    of = pieces[0].of
+    start, full = (0, out) if target.rows is None else (target.rows[0], of * in_ if isinstance(in_, int) else None)
+    if not isinstance(full, int) or not isinstance(out, int) or full % of:
+        return [None for _ in pieces]
+    unit = full // of
+    spans = [(piece.start * unit - start, piece.stop * unit - start) for piece in pieces]
+    kept = [span if span[0] >= 0 and span[1] <= out else None for span in spans]
+    return kept if sum(span[1] - span[0] for span in kept if span) == out else [None for _ in pieces]
+
+
+def _reordered(update: Update, moves: list[tuple[int, int]], of: int) -> Update | None:
+    """An update of a weight whose equal parts go from one place to another; None where its law cannot be cut."""
+    out = update.dims().get("out")
+    if not isinstance(out, int) or out % of:
+        return None
+    unit = out // of
+    parts = parted(update, [(here * unit, (here + 1) * unit) for here, _ in moves])
+    if parts is None:
+        return None
+    pieces = [Piece("", there, there + 1, of) for _, there in moves]
+    return joined([Part(piece, part) for piece, part in zip(pieces, parts, strict=True)], fold=False)[0]
+
+
+def in_native(updates: Updates, kept: Iterable[str] = (), *, fold: bool = False) -> tuple[Changed, Losses]:
+    """Updates at modules of diffusers' naming moved to the native ones; and those that cannot be, with the reason."""
+    changed: Changed = {}
+    losses: Losses = []
+    stay = set(kept)
+    denoiser = [rooted(t.path)[1] for t in updates]
+    groups: dict[tuple[str, str], list[tuple[Target, Piece, tuple[Update, ...]]]] = {}
+    for target, found in updates.items():
+        root, rest = rooted(target.path)
+        families = families_of(rest, "diffusers")
+        if str(target) in stay or not families or families_of(rest, "native"):
+            _add(changed, target, found)
+            continue
+        family = _family(families, updates, denoiser)
+        if family is not None and (there := _halves(to_native(family, rest))):
+            moves, name = there
+            turned = [_reordered(update, moves, len(moves)) for update in found]
+            if None not in turned and target.rows is None:
+                _add(changed, replace(target, path=root + name), tuple(u for u in turned if u is not None))
+                continue
+        places = [] if family is None else _one_place(to_native(family, rest), denoiser)
+        if len(places) != 1:
+            losses.append((target, "nothing tells which of several models it is of: its names are the same in each"))
+            _add(changed, target, found)
+            continue
+        ((piece, name),) = places
+        groups.setdefault((root, name), []).append((target, piece, found))
+    for (root, name), members in groups.items():
+        losses += _gather(changed, f"{root}{name}", members, fold)
+    return changed, losses
+
+
+def _gather(changed: Changed, path: str, members: list[tuple[Target, Piece, tuple[Update, ...]]], fold: bool) -> Losses:
+    """Adds the updates of the pieces of one native module."""
+    first, piece, found = members[0]
+    if piece.of == 1:
+        _add(changed, replace(first, path=path), found)
+        return []
+    if any(len(each) != 1 for _, _, each in members):
+        return [(first, "several updates on parts of a fused weight")]
+    update, why = joined([Part(piece, each[0]) for _, piece, each in members], fold=fold)
+    if update is None:
+        for target, _, each in members:
+            _add(changed, target, each)
+        return [(target, why) for target, _, _ in members]
+    _add(changed, Target(path), (update,))
+    return []
+
+
+def _halves(places: list[tuple[Piece, str]]) -> tuple[list[tuple[int, int]], str] | None:
+    """Where the parts of a module go that is the same in both namings but for their order."""
+    moves = [(piece.there, piece.start) for piece, _ in places if piece.there is not None]
+    return (sorted(moves), places[0][1]) if moves and len(moves) == len(places) else None
+
+
+def _one_place(places: list[tuple[Piece, str]], paths: list[str]) -> list[tuple[Piece, str]]:
+    """The place among two: the upsampler of the first level is the third of its block in XL, else the second."""
+    if len(places) < 2 or is_xl(paths) == is_not_xl(paths):
+        return places
+    return [each for each in places if each[1].endswith(".2.conv") == is_xl(paths)]
+
+
+def _family(families: list[Family], updates: Updates, paths: list[str]) -> Family | None:
+    """The one family of all transformer's names, or of the width of its blocks."""
+    if len(families) == 1:
+        return families[0]
+    sets = [{family.name for family in families_of(path, "diffusers")} for path in paths]
+    common = {family.name for family in families}
+    for names in sets:
+        if names & common:
+            common &= names
+    if len(common) > 1:
+        widths = {update.dims().get("in") for found in updates.values() for update in found if isinstance(update, LoRA)}
+        told = {WIDTHS[width] for width in widths if isinstance(width, int) and width in WIDTHS}
+        common = told if len(told) == 1 else common
+    return next((family for family in families if common == {family.name}), None)
+
+
+def _add(changed: Changed, target: Target, found: tuple[Update, ...]) -> None:
+    changed[target] = (*changed.get(target, ()), *found)

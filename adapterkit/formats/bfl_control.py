@@ -1,0 +1,71 @@
+"""Black Forest Labs' control LoRA for FLUX: their own names, `lora_B.bias`, and whole scales of norms; no alpha.
+
+Its LoRA of `img_in` reads more channels than the base's: it fits the base whose `img_in` was enlarged with zeros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..adapter import Target
+from ..names.image import component_of, families_of, rooted
+from ._image import container
+from ._image.container import Metadata
+from ._image.dialect import ImageFormat
+from ._image.file import Key, Module, Rules
+from ._image.hints import Hints
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ..updates import Update
+
+SLOTS = {"down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias"}
+
+_WORDS = {word: slot for slot, word in SLOTS.items()}
+_ROOT = r"(?:double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
+_KEY = re.compile(rf"({_ROOT}(?:\..+)?)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias)")
+_NORM = re.compile(r"(?:double_blocks\.\d+\.(?:img|txt)_attn|single_blocks\.\d+)\.norm\.(?:query|key)_norm\.scale")
+
+
+class BflControl(ImageFormat):
+    """FLUX.1 Depth and Canny as LoRA, and files of that kind."""
+
+    url = "https://github.com/black-forest-labs/flux/blob/main/src/flux/modules/lora.py"
+    description = "Black Forest Labs' control LoRA for FLUX: their names, biases, scales of norms"
+    methods = frozenset({"lora", "replacement"})
+    compat = frozenset()
+    rules = Rules(slots=(*SLOTS, "set_weight"))
+    naming = "native"
+
+    def sniff(self, path: Path) -> bool:
+        keys = container.names(path)
+        return any(key is not None and key.slot != "set_weight" for key in map(self.parse, keys))
+
+    def parse(self, key: str) -> Key | None:
+        if _NORM.fullmatch(key):
+            return Key(key, key, "set_weight")
+        found = _KEY.fullmatch(key)
+        return Key(key, found[1], _WORDS[found[2]]) if found else None
+
+    def spell(self, stem: str, slot: str) -> str:
+        return stem if slot == "set_weight" else f"{stem}.{SLOTS.get(slot, slot)}"
+
+    def targets(
+        self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
+    ) -> dict[str, Target]:
+        return {stem: Target(f"transformer.{stem}") for stem in modules}
+
+    def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
+        rest = rooted(target.path)[1]
+        if update.method == "replacement":
+            return rest if _NORM.fullmatch(rest) else None
+        known = any(family.name == "flux" for family in families_of(rest, "native"))
+        return rest if known and target.rows is None and component_of(target.path) == "transformer" else None
+
+    def metadata(
+        self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
+    ) -> tuple[Metadata, bool]:
+        return (hints.metadata if hints.stems else [("format", "pt")]), True

@@ -1,0 +1,198 @@
+"""diffusers: the LoRA of a pipeline in one file, its parts told by the first word of a key; three generations of keys.
+
+Since 0.35 the header may hold PEFT's config of each part, `lora_adapter_metadata`; without it every scaling is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..adapter import Target, canonical
+from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable
+from ..methods.dora import DoRA
+from ..names.image import component_of, rooted
+from ..tensors.strict_json import load_json
+from ._image import container
+from ._image.container import Metadata
+from ._image.dialect import ImageFormat, folder_file
+from ._image.file import Found, Key, Module, Rules
+from ._image.hints import Hints
+from .peft.alphas import number_fields
+from .peft.config import Settings
+from .peft.config import parse as parse_config
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ..updates import Update
+
+    Updates = Mapping[Target, tuple[Update, ...]]
+
+CONFIG = "lora_adapter_metadata"
+FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+
+_PART = r"(?:unet|transformer(?:_2)?|text_encoder(?:_[23])?)"
+_THIRD = re.compile(rf"({_PART}\..+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?)")
+_SECOND = re.compile(rf"({_PART}\..+?)\.(?:lora|lora_linear_layer)\.(down|up)\.weight")
+_ALPHA = re.compile(rf"({_PART}\..+?)(?:\.lora|\.lora_linear_layer)?\.alpha")
+_FIRST = re.compile(
+    rf"((?:{_PART}\.)?.+)\.processor\.(to_[qkv]|to_out|add_[kqv]_proj|to_add_out)_lora\.(down|up)\.weight"
+)
+
+SLOTS = {
+    "down": "lora_A.weight", "up": "lora_B.weight", "bias": "lora_B.bias", "dora": "lora_magnitude_vector",
+    "alpha": "alpha",
+}  # fmt: skip
+
+_WORDS = {word: slot for slot, word in SLOTS.items()} | {"lora_magnitude_vector.weight": "dora"}
+
+
+class Diffusers(ImageFormat):
+    """`pytorch_lora_weights.safetensors`, or a folder that holds it."""
+
+    url = "https://huggingface.co/docs/diffusers/main/en/api/loaders/lora"
+    description = "diffusers' pipelines: LoRA and DoRA by part, scalings in the header; all three generations of keys"
+    methods = frozenset({"dora", "lora"})
+    rules = Rules(peft=True, slots=tuple(SLOTS))
+    naming = "diffusers"
+
+    def chosen(self, path: Path, *, write: bool = False) -> Path:
+        if write:
+            return path / FILES[0] if path.is_dir() or not path.suffix else path
+        return folder_file(path, FILES)
+
+    def sniff(self, path: Path) -> bool:
+        try:
+            keys = container.names(self.chosen(path))
+        except AdapterkitError:
+            return False
+        return any(key for key in map(self.parse, keys) if key is not None and key.slot != "alpha")
+
+    def parse(self, key: str) -> Key | None:
+        if key.startswith(("double_blocks.", "single_blocks.")):
+            return None
+        if found := _FIRST.fullmatch(key):
+            part = "to_out.0" if found[2] == "to_out" else found[2]
+            return Key(key, f"{found[1]}.{part}", found[3])
+        if found := _SECOND.fullmatch(key):
+            return Key(key, found[1], found[2])
+        if found := _THIRD.fullmatch(key):
+            return Key(key, found[1], _WORDS[found[2]])
+        found = _ALPHA.fullmatch(key)
+        return Key(key, found[1], "alpha") if found else None
+
+    def spell(self, stem: str, slot: str) -> str:
+        return f"{stem}.{SLOTS.get(slot, slot)}"
+
+    def targets(
+        self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
+    ) -> dict[str, Target]:
+        return {stem: Target(stem if rooted(stem)[0] else f"unet.{stem}") for stem in modules}
+
+    def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
+        component, (_, rest) = component_of(target.path), rooted(target.path)
+        return None if component is None or target.rows else f"{component}.{rest}"
+
+    def rescaled(self, found: Found, stem: str, metadata: Mapping[str, str]) -> Found:
+        part, _, name = stem.partition(".")
+        settings = _settings(metadata.get(CONFIG, "")).get(part)
+        update = cast(Any, found.update)
+        if settings is None:
+            return found
+        if settings.rank(name) != update.A.shape[0]:
+            why = f"rank {update.A.shape[0]}; {CONFIG} says {settings.rank(name)}"
+            raise ShapeMismatch(why, where=stem, cure="The header is not of these tensors; write the file again")
+        if bool(settings.use_dora) != isinstance(update, DoRA):
+            why = f"{update.method}, where {CONFIG} says use_dora={settings.use_dora}"
+            raise Malformed(why, where=stem, cure="The header is not of these tensors; write the file again")
+        if update.scaling != 1:
+            raise Malformed(f"an alpha beside {CONFIG}", where=stem, cure="Take one of the two out")
+        return Found(update.replace(scaling=settings.scaling(name)), found.fields, found.kept, found.derived)
+
+    def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
+        old = hints.metadata if hints.stems else [("format", "pt")]
+        if hints.stems and len(hints.without_alpha) < len(hints.stems):
+            return old, False
+        each: list[tuple[str, Any]] = [(stems[str(t)], u) for t, found in updates.items() for u in found]
+        scales = {stem: (int(u.A.shape[0]), float(u.scaling), u) for stem, u in each}
+        if _say(_settings(dict(old).get(CONFIG, "")), scales):
+            return old, True
+        config = _composed(scales)
+        text = json.dumps(config, indent=2, sort_keys=True)
+        return [*((k, v) for k, v in old if k != CONFIG), (CONFIG, text)], True
+
+
+@lru_cache(maxsize=4)
+def _settings(text: str) -> dict[str, Settings]:
+    """PEFT's settings of each part, out of the header.
+
+    Raises:
+        Malformed: it is no JSON object of configs.
+        Unsupported: a config asks for what this version does not know.
+    """
+    if not text:
+        return {}
+    try:
+        fields = load_json(text)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"not valid JSON ({error})", where=CONFIG, cure="Write the file again") from None
+    if not isinstance(fields, dict) or not all("." in name for name in fields):
+        why = "no object of fields behind the names of parts"
+        raise Malformed(why, where=CONFIG, cure="Write the file again with diffusers")
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        part, _, field = name.partition(".")
+        parts.setdefault(part, {"peft_type": "LORA"})[field] = value
+    return {part: parse_config({**config, "peft_type": "LORA"}) for part, config in parts.items()}
+
+
+def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float, Any]]) -> bool:
+    """Whether configs, or none, say these ranks and scalings."""
+    if not settings:
+        parts: dict[str, set[int]] = {}
+        for stem, (rank, scaling, _) in scales.items():
+            parts.setdefault(stem.partition(".")[0], set()).add(rank if scaling == 1 else -1)
+        return all(len(ranks) == 1 and -1 not in ranks for ranks in parts.values())
+    for stem, (rank, scaling, update) in scales.items():
+        part, _, name = stem.partition(".")
+        known = settings.get(part)
+        if known is None or known.rank(name) != rank or known.scaling(name) != scaling:
+            return False
+        if bool(known.use_dora) != isinstance(update, DoRA):
+            return False
+    return True
+
+
+def _composed(scales: Mapping[str, tuple[int, float, Any]]) -> dict[str, Any]:
+    """The header's configs, every field behind the name of its part."""
+    parts: dict[str, dict[str, tuple[int, float, Any]]] = {}
+    for stem, scale in scales.items():
+        part, _, name = stem.partition(".")
+        parts.setdefault(part, {})[name] = scale
+    config: dict[str, Any] = {}
+    for part, found in parts.items():
+        config |= {f"{part}.{field}": value for field, value in _fields(part, found).items()}
+    canonical(config)
+    return config
+
+
+def _fields(part: str, found: Mapping[str, tuple[int, float, Any]]) -> dict[str, Any]:
+    fields, inexact = number_fields(
+        {name: (rank, scaling) for name, (rank, scaling, _) in found.items()}, (False, True)
+    )
+    if inexact:
+        items = [f"{part}.{name}: no alpha gives its scaling exactly" for name in inexact]
+        raise Unrepresentable("diffusers says a scaling as alpha / r", items=items, cure="Write kohya's format")
+    flags = {
+        "use_dora": [isinstance(update, DoRA) for _, _, update in found.values()],
+        "lora_bias": [getattr(update, "bias", None) is not None for _, _, update in found.values()],
+    }
+    for name, values in flags.items():
+        if len(set(values)) > 1:
+            why = f"{name} is one switch for all of {part}, and some modules differ"
+            raise Unrepresentable(why, cure="Write kohya's format, or adapterkit's own")
+    return {**fields, **{name: values[0] for name, values in flags.items()}, "target_modules": sorted(found)}

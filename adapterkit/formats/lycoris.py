@@ -1,0 +1,69 @@
+"""LyCORIS: LoHa, LoKr, OFT, GLoRA, IA3, whole differences, and LoCon beside them, in one file.
+
+Keys are built as kohya's; `lycoris_` stands before modules of any model at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..adapter import Target
+from ._image import container
+from ._image.container import Metadata
+from ._image.dialect import ImageFormat
+from ._image.file import Key, Module, Rules
+from ._image.hints import Hints
+from ._image.underscores import resolve, stem_of
+from .kohya import LYCORIS
+from .kohya import SLOTS as LOCON
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ..updates import Update
+
+SLOTS = {
+    **LOCON,
+    **{f"hada_{x}": f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{x}": f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{x: f"{x}.weight" for x in ("a1", "a2", "b1", "b2", "bm", "q_layer", "p_layer")},
+    **{x: x for x in ("rescale", "weight", "on_input", "diff", "diff_b", "w_norm", "b_norm", "lambda_layer")},
+}
+
+_WORDS = {word: slot for slot, word in SLOTS.items()}
+_KEY = re.compile(r"((?:lora_unet|lora_transformer|lora_te[123]?|lycoris)_[^.]+)\.(.+)")
+
+
+class Lycoris(ImageFormat):
+    """Files of LyCORIS, and of tools that write the same."""
+
+    url = "https://github.com/KohakuBlueleaf/LyCORIS"
+    description = "LyCORIS: LoHa, LoKr, OFT, GLoRA, IA3 and whole differences for image models"
+    methods = frozenset({"dense", "dora", "glora_products", "ia3_weights", "loha", "lokr", "lora", "oft"})
+    rules = Rules(alpha_needed=True, norms=True, slots=(*SLOTS, "hada_", "lokr_"))
+
+    def sniff(self, path: Path) -> bool:
+        keys = [key for key in container.names(path) if self.parse(key)]
+        return any(key.startswith("lycoris_") or key.partition(".")[2].startswith(LYCORIS) for key in keys)
+
+    def parse(self, key: str) -> Key | None:
+        found = _KEY.fullmatch(key)
+        return Key(key, found[1], _WORDS[found[2]]) if found and found[2] in _WORDS else None
+
+    def spell(self, stem: str, slot: str) -> str:
+        return f"{stem}.{SLOTS[slot]}"
+
+    def targets(
+        self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
+    ) -> dict[str, Target]:
+        return {stem: Target(path) for stem, path in resolve(modules, metadata, base).items()}
+
+    def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
+        return None if target.rows else stem_of(target.path, paths, lycoris=True)
+
+    def metadata(
+        self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
+    ) -> tuple[Metadata, bool]:
+        return (hints.metadata if hints.stems else [("ss_network_module", "lycoris.kohya")]), False

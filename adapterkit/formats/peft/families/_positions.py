@@ -1,0 +1,59 @@
+"""Positions that files leave out: drawn again from a seed, as PEFT draws them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ....errors import Malformed, ShapeMismatch
+from ....tensors.dtypes import DTYPES
+from ....tensors.lazy import Lazy
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....updates import Update
+    from ..keys import Key
+
+
+LARGEST = 1 << 34
+"""Elements of a weight that is believed."""
+
+
+def drawn(seed: int | None, out: int, in_: int, count: int, key: Key) -> Lazy:
+    """Rows and columns of the first `count` of all positions in random order, `[2, count]`; drawn when they are read.
+
+    Raises:
+        Malformed: there is no seed to draw from.
+        ShapeMismatch: the weight has fewer elements.
+    """
+    if seed is None or not -(1 << 63) <= seed < 1 << 64:
+        raise Malformed(f"no seed of torch's: {seed}", where="random_loc_seed", cure="Save the adapter again with PEFT")
+    if not count <= out * in_ <= LARGEST:
+        why = f"{count} coefficients of a weight with {out * in_} elements"
+        raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
+    return _drawn(seed, out, in_, count)
+
+
+@lru_cache(maxsize=64)
+def _drawn(seed: int, out: int, in_: int, count: int) -> Lazy:
+    """One tensor for all weights of a size: drawing shuffles as many numbers as a weight has elements."""
+
+    @cache
+    def fetch() -> bytes:
+        import numpy as np
+
+        from ....tensors.positions import random_positions
+
+        flat = random_positions(seed, out * in_, count).numpy()
+        return np.stack(np.divmod(flat, in_)).astype("<i8").tobytes()
+
+    return Lazy((2, count), DTYPES["I64"], fetch)
+
+
+def of_one(updates: Mapping[Target, tuple[Update, ...]], method: type[Update]) -> dict[str, Any]:
+    """`scaling` and `fan_in_fan_out`, of which a config has one each."""
+    own: list[Any] = [(target, u) for target, found in updates.items() for u in found if type(u) is method]
+    scaling = Counter(float(update.scaling) for _, update in own).most_common(1)[0][0]
+    return {"scaling": scaling, "fan_in_fan_out": any(target.layout == "in out *k" for target, _ in own)}

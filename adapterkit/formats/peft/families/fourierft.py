@@ -1,0 +1,75 @@
+"""FourierFT: `fourierft_spectrum` [n]; positions out of `random_loc_seed` and the size of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....methods.fourierft import SEED, FourierFT
+from ....tensors.lazy import as_lazy
+from ..file import File, Found, make
+from ._family import Family, Own, Parts
+from ._positions import drawn, of_one
+from ._weights import check_size, layout, not_linear, side, size_at, size_fields, unlike, weight_shape
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....updates import Update
+    from ..keys import Key
+
+PART = "fourierft_spectrum"
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """How many coefficients, where they are, and the factor on the change."""
+
+    n_frequency: int = 1000
+    n_frequency_pattern: dict[str, int] | None = None
+    random_loc_seed: int | None = SEED
+    scaling: float = 150.0
+
+
+class FourierFTFamily(Family):
+    """FOURIERFT."""
+
+    peft_type = "FOURIERFT"
+    method = FourierFT
+    parts = (PART,)
+    folds = ("spectrum",)
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "n_frequency": "how many coefficients there are",
+        "n_frequency_pattern": "the same of the modules it matches behind a dot, or names whole",
+        "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
+        "scaling": "factor on the change",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"bias": "none", "init_weights": True, "random_loc_seed": SEED}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        key, own = keys[PART], file.settings.own
+        spectrum = file.tensors[key]
+        count = size_at(own.n_frequency, own.n_frequency_pattern, key.path)
+        check_size(key, side(spectrum, 0, 1), count, "n_frequency")
+        out, in_ = weight_shape(file, key, "FourierFT's positions depend on the size of the weight")
+        tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
+        update = make("fourierft", tensors, scaling=own.scaling, outputs=out, inputs=in_)
+        return Found(key.path, update, {"spectrum": key}, layout(file, key.path))
+
+    @classmethod
+    def encode(cls, update: FourierFT) -> Parts:
+        return {"spectrum": (PART, as_lazy(update.spectrum))}
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        return not_linear(target, update.method)
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        found = cls.of_it(updates)
+        sizes = {path: int(update.spectrum.shape[0]) for path, update in found.items()}
+        return size_fields(sizes, "n_frequency") | of_one(updates, cls.method)

@@ -1,0 +1,130 @@
+"""Lily: `lily_A.weight` [r, in], `lily_B.weight` [num_B * r, out], `lily_router.weight` [num_B, r].
+
+Modules that one word of `target_modules` names, and that are of one shape, have B in common, and A every `stride_A` of
+them; a file repeats it for each. Here they are one tensor of several updates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import Malformed, ShapeMismatch
+from ....methods.lily import Lily
+from ....tensors.lazy import as_lazy
+from ..file import File, Found, make
+from ._family import Family, Own, Rank, check_parts, check_rank, check_stem, minority
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
+    from ....tensors.lazy import Lazy
+    from ....updates import Update
+    from ..config import Settings
+    from ..file import Findings
+    from ..keys import Key
+
+FIELDS = {"lily_A.weight": "A", "lily_B.weight": "B", "lily_router.weight": "router"}
+"""Part -> field of the update."""
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Sizes, and what modules share."""
+
+    r: Rank = 32
+    num_B: Rank = 2
+    stride_A: Rank = 1
+    scaling: float = 1.0
+
+
+class LilyFamily(Family):
+    """LILY."""
+
+    peft_type = "LILY"
+    method = Lily
+    parts = tuple(FIELDS)
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "num_B": "number of factors on the side of the outputs",
+        "scaling": "the factor on the change",
+        "stride_A": "how many neighbours have A in common",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "stride_A": 1}
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        found = []
+        for stem, keys in file.modules(cls.parts).items():
+            check_stem(stem, next(iter(keys.values())))
+            found.append(cls.found(file, keys))
+        yield from _shared(found, file.settings)
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, FIELDS)
+        own, tensors = file.settings.own, {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
+        check_rank(keys["lily_A.weight"], tensors["A"], own.r)
+        check_rank(keys["lily_B.weight"], tensors["B"], own.r * own.num_B)
+        tensors["B"] = tensors["B"].reshape(own.num_B, own.r, tensors["B"].shape[1])
+        if tensors["router"].shape != (own.num_B, own.r):
+            why = f"{list(tensors['router'].shape)} is not [{own.num_B}, {own.r}], as the config says"
+            raise ShapeMismatch(why, where=keys["lily_router.weight"].text, cure="The config is not of this file")
+        path = keys["lily_A.weight"].path
+        return Found(
+            path, make("lily", tensors, scaling=own.scaling), {FIELDS[part]: key for part, key in keys.items()}
+        )
+
+    @classmethod
+    def encode(cls, update: Lily) -> dict[str, tuple[str, Lazy]]:
+        held = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
+        held["B"] = held["B"].reshape(-1, held["B"].shape[-1])
+        return {field: (part, held[field]) for part, field in FIELDS.items()}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        some = next(iter(cls.of_it(updates).values()))
+        return {"num_B": some.B.shape[0], "r": some.A.shape[0], "scaling": some.scaling}
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        said = {t: (u.scaling, *u.router.shape) for t, found in updates.items() for u in found if isinstance(u, Lily)}
+        for target in minority(said):
+            yield target, "lily of another rank, scaling or number of experts than the others"
+
+
+def _shared(found: list[Found], settings: Settings) -> Iterator[Found]:
+    """The same updates, with one tensor where they have one in common.
+
+    Raises:
+        Malformed: modules that PEFT lets share a tensor have different ones, of which it would load the last.
+    """
+    groups: dict[Any, list[Found]] = defaultdict(list)
+    for each in found:
+        tensors = each.update.tensors
+        groups[_word(each.path, settings), tensors["A"].shape[1], tensors["B"].shape[2]].append(each)
+    first: dict[Any, Any] = {}
+    for group, members in groups.items():
+        for field, allowed in (("A", math.ceil(len(members) / settings.own.stride_A)), ("B", 1)):
+            several: dict[bytes, Any] = {}
+            for each in members:
+                leaf = as_lazy(each.update.tensors[field])
+                kind = sha256(leaf.fetch()).digest()
+                first[id(leaf)] = several.setdefault(kind, leaf)
+                if len(several) > allowed:
+                    why = f"another {field} than its neighbours', which the config lets it share ({group[0]})"
+                    raise Malformed(why, where=each.keys[field].text, cure="Save the adapter again with PEFT")
+    yield from (replace(each, update=each.update.map(lambda leaf: first.get(id(leaf), leaf))) for each in found)
+
+
+def _word(path: str, settings: Settings) -> str:
+    """The word of the config that names a module: the last one that fits, as PEFT has it."""
+    words = settings.target_modules
+    if isinstance(words, str):
+        return words
+    return next((word for word in reversed(words or ()) if path.endswith(word)), path)

@@ -1,0 +1,88 @@
+"""Poly: `poly_lora_A` [splits, skills, in / splits, r], `poly_lora_B` [splits, skills, r, out / splits], and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import ShapeMismatch, Unsupported
+from ....methods.poly import Poly
+from ....tensors.lazy import as_lazy
+from ..file import File, Found, make
+from ._family import Family, Own, Rank, check_parts, minority
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
+    from ....tensors.lazy import Lazy
+    from ....updates import Update
+    from ..keys import Key
+
+FIELDS = {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"}
+"""Part -> field of the update."""
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """All sizes but the module's own."""
+
+    r: Rank = 8
+    n_tasks: Rank = 1
+    n_skills: Rank = 4
+    n_splits: Rank = 1
+    poly_type: str = "poly"
+
+
+class PolyFamily(Family):
+    """POLY."""
+
+    peft_type = "POLY"
+    method = Poly
+    parts = tuple(FIELDS)
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "n_skills": "number of pairs of factors in a split",
+        "n_splits": "number of blocks of channels that are mixed apart",
+        "n_tasks": "number of tasks",
+        "poly_type": "poly; no other is known",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "poly_type": "poly", "task_type": "CAUSAL_LM"}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, FIELDS)
+        own, some = file.settings.own, keys["poly_lora_A"]
+        if own.poly_type != "poly":
+            why = f"a router {own.poly_type[:60]!r} is not known to this version"
+            raise Unsupported(why, where="poly_type", cure="Run it with PEFT itself")
+        update: Any = make("poly", {FIELDS[part]: file.tensors[key] for part, key in keys.items()})
+        if (told := _sizes(update)) != (own.r, own.n_tasks, own.n_skills, own.n_splits):
+            why = f"r, tasks, skills and splits are {told}, and others in the config"
+            raise ShapeMismatch(why, where=some.text, cure="The config is not of this file")
+        return Found(some.path, update, {FIELDS[part]: key for part, key in keys.items()})
+
+    @classmethod
+    def encode(cls, update: Poly) -> dict[str, tuple[str, Lazy]]:
+        return {field: (part, as_lazy(update.tensors[field])) for part, field in FIELDS.items()}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        sizes = _sizes(next(iter(cls.of_it(updates).values())))
+        return dict(zip(("r", "n_tasks", "n_skills", "n_splits"), sizes, strict=True))
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        said = {t: _sizes(u) for t, found in updates.items() for u in found if isinstance(u, Poly)}
+        for target in minority(said):
+            yield target, "poly of another rank, or another number of tasks, skills or splits than the others"
+
+
+def _sizes(update: Any) -> tuple[int, int, int, int]:
+    """r, tasks, skills, splits.
+
+    Raises:
+        ShapeMismatch: the tensors disagree about them.
+    """
+    dims = update.dims()
+    return dims["r"], dims["tasks"], dims["skills"], dims["splits"]

@@ -1,0 +1,66 @@
+"""SHiRA: `shira_indices` [2, n], rows and columns, and `shira_weight` [n]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....methods.shira import SHiRA
+from ....tensors.dtypes import DTYPES
+from ....tensors.lazy import Lazy, as_array, as_lazy
+from ..file import File, Found, make
+from ._family import Family, Parts, check_parts
+from ._weights import check_size, side, weight_in
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
+    from ....updates import Update
+    from ..keys import Key
+
+FIELDS = {"shira_indices": "index", "shira_weight": "values"}
+"""Part -> field of the update."""
+
+
+class SHiRAFamily(Family):
+    """SHIRA."""
+
+    peft_type = "SHIRA"
+    method = SHiRA
+    parts = tuple(FIELDS)
+    harmless: ClassVar[Mapping[str, str]] = {
+        "mask_type": "which positions were chosen; they are in the file",
+        "random_seed": "which positions were chosen; they are in the file",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        check_parts(keys, FIELDS)
+        key = keys["shira_weight"]
+        shape = file.base_shape(f"{key.path}.weight")
+        if shape is not None and len(shape) == 2:
+            check_size(key, side(file.tensors[key], 0, 1), file.settings.r * sum(shape), "r")
+        tensors = {"index": _whole_numbers(file.tensors[keys["shira_indices"]]), "values": file.tensors[key]}
+        return Found(key.path, make("shira", tensors), {FIELDS[part]: key for part, key in keys.items()})
+
+    @classmethod
+    def encode(cls, update: SHiRA) -> Parts:
+        return {field: (part, as_lazy(update.tensors[field])) for part, field in FIELDS.items()}
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        raise AssertionError("the base tells")
+
+    @classmethod
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
+        path, update = next(iter(cls.of_it(updates).items()))
+        return {"r": int(update.values.shape[0]) // sum(weight_in(base, path, "SHiRA's r counts a weight's sides"))}
+
+
+def _whole_numbers(indices: Lazy) -> Lazy:
+    """Positions as whole numbers; PEFT writes them as real ones on Windows."""
+    if not indices.dtype.floating:
+        return indices
+    whole = DTYPES["I32"]
+    return Lazy(indices.shape, whole, lambda: as_array(indices).astype(whole.numpy).tobytes())

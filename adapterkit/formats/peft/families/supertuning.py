@@ -1,0 +1,116 @@
+"""Super-Tuning: `supertuning_indices` and `supertuning_values` [n]; of a hybrid also the A and B of a LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import Unrepresentable, Unsupported
+from ....methods.supertuning import SuperTuning
+from ....tensors.lazy import as_lazy
+from ..alphas import exact_alpha
+from ..file import File, Found, make
+from ._family import Family, Own, Parts, check_parts
+from ._weights import check_size, side, unlike, weight_in
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
+    from ....updates import Update
+    from ..keys import Key
+
+SPARSE = {"supertuning_indices": "index", "supertuning_values": "values"}
+HYBRID = SPARSE | {"supertuning_lora_A.weight": "A", "supertuning_lora_B.weight": "B"}
+"""Part -> field of the update."""
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """How many elements, and the rank and alpha of a LoRA beside them."""
+
+    sparsity: float = 0.99
+    r: int | None = None
+    lora_alpha: float | None = None
+    save_precomputed_indices: bool | None = True
+
+
+class SuperTuningFamily(Family):
+    """SUPERTUNING."""
+
+    peft_type = "SUPERTUNING"
+    method = SuperTuning
+    parts = tuple(HYBRID)
+    folds = ("B",)
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "save_precomputed_indices": "false: the positions are left out, refused",
+        "sparsity": "int(out * in * (1 - sparsity)) elements",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {"select_top": "which positions were chosen; they are in the file"}
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "lora_dropout": 0.0, "save_precomputed_indices": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        own = file.settings.own
+        if own.save_precomputed_indices is False:
+            why = "the file leaves the positions out: the base's largest elements, of which some may be equally large"
+            raise Unsupported(why, where="save_precomputed_indices", cure="Save it from PEFT with that set to true")
+        fields = SPARSE if own.r is None else HYBRID
+        check_parts(keys, fields)
+        key = keys["supertuning_values"]
+        shape = file.base_shape(f"{key.path}.weight")
+        if shape is not None and len(shape) == 2:
+            check_size(key, side(file.tensors[key], 0, 1), _count(shape[0] * shape[1], own.sparsity), "sparsity")
+        if own.r is not None:
+            low = keys["supertuning_lora_A.weight"]
+            check_size(low, side(file.tensors[low], 0, 2), own.r, "r")
+        scaling = 1.0 if own.r is None else (2 * own.r if own.lora_alpha is None else own.lora_alpha) / own.r
+        tensors = {fields[part]: file.tensors[key] for part, key in keys.items()}
+        update = make("supertuning", tensors, scaling=float(scaling))
+        return Found(key.path, update, {fields[part]: key for part, key in keys.items()})
+
+    @classmethod
+    def encode(cls, update: SuperTuning) -> Parts:
+        fields = SPARSE if update.A is None else HYBRID
+        return {field: (part, as_lazy(update.tensors[field])) for part, field in fields.items()}
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        hybrid = {path: update for path, update in cls.of_it(updates).items() if update.A is not None}
+        if any(exact_alpha((int(u.A.shape[0]), float(u.scaling)), False) is None for u in hybrid.values()):
+            return list(hybrid)
+        return unlike({path: float(update.scaling) for path, update in hybrid.items()})
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        some = next((update for update in cls.of_it(updates).values() if update.A is not None), None)
+        if some is None:
+            return {"r": None, "lora_alpha": None}
+        r = int(some.A.shape[0])
+        return {"r": r, "lora_alpha": exact_alpha((r, float(some.scaling)), False)}
+
+    @classmethod
+    def numbers_at(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> dict[str, Any]:
+        counts = {}
+        for path, update in cls.of_it(updates).items():
+            rows, columns = weight_in(base, path, "Super-Tuning's sparsity counts a weight's elements")
+            counts[path] = int(update.values.shape[0]), rows * columns
+        return {**cls.numbers(updates), "sparsity": _sparsity(counts)}
+
+
+def _count(size: int, sparsity: float) -> int:
+    return int(size * (1 - sparsity))
+
+
+def _sparsity(counts: Mapping[str, tuple[int, int]]) -> float:
+    """The one that leaves every weight as many elements as it has.
+
+    Raises:
+        Unrepresentable: there is none.
+    """
+    lower = max(1 - (count + 1) / size for count, size in counts.values())
+    upper = min(1 - count / size for count, size in counts.values())
+    for sparsity in (round((lower + upper) / 2, 3), (lower + upper) / 2):
+        if sparsity >= 0 and all(_count(size, sparsity) == count for count, size in counts.values()):
+            return sparsity
+    items = [f"{path}: {count} of {size} elements" for path, (count, size) in counts.items()]
+    raise Unrepresentable("no one sparsity gives these numbers", items=items, cure="Write adapterkit's own format")

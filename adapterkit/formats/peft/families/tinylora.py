@@ -1,0 +1,197 @@
+"""TinyLoRA: `tinylora_A`, `tinylora_B`, `tinylora_P` of each module, and `tinylora_v.<group>`, of a group of them.
+
+A group is a run of modules in the order in which the model declares them. The keys do not tell a module's number; its
+random P does, which PEFT draws from `projection_seed` plus that number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import msgspec
+
+from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ....methods.tinylora import TinyLoRA
+from ....names.orders import in_order
+from ....tensors.dtypes import DTYPES
+from ....tensors.lazy import Lazy, as_lazy
+from ..file import File, Findings, Found, make
+from ._family import Family, Own, Parts, check_parts
+from ._weights import check_size, layout, side
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
+    from ....updates import Update
+    from ..keys import Key
+
+FIELDS = {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"}
+"""Part -> field of the update."""
+SEED = 42
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Sizes, how many groups share a v, and the seed of P."""
+
+    r: int = 2
+    u: int = 64
+    weight_tying: float = 0.0
+    projection_seed: Annotated[int, msgspec.Meta(ge=-(1 << 62), le=1 << 62)] = SEED
+    save_projection: bool | None = True
+
+
+class TinyLoRAFamily(Family):
+    """TINYLORA."""
+
+    peft_type = "TINYLORA"
+    method = TinyLoRA
+    parts = tuple(FIELDS)
+    shared = ("tinylora_v.*",)
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "projection_seed": "P of module i is drawn from this plus i, by torch's generator on the CPU",
+        "save_projection": "whether the file has P; else the base's model_type tells the order of the modules",
+        "u": "numbers of a v",
+        "weight_tying": "round(modules * (1 - weight_tying)) groups, at least one",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {"init_v_bound": "initial values", "tinylora_dropout": "training only"}
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "bias": "none",
+        "init_weights": True,
+        "projection_seed": SEED,
+        "save_projection": True,
+        "tinylora_dropout": 0.0,
+        "weight_tying": 0.0,
+    }
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        found = [each for each in super().decode(file) if isinstance(each, Found)]
+        numbers = _numbers({each.path: each.update for each in found}, file)
+        for each in found:
+            number = None if numbers is None else numbers[each.path]
+            yield _completed(file, each, number, len(found))
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        own = file.settings.own
+        check_parts(keys, FIELDS if own.save_projection else [part for part in FIELDS if part != "tinylora_P"])
+        A, B = (file.tensors[keys[part]] for part in ("tinylora_A", "tinylora_B"))
+        key, most = keys["tinylora_A"], min(own.r, side(A, 1, 2), side(B, 0, 2))
+        check_size(key, side(A, 0, 2), max(most, 0), "r")
+        # What is still None is completed once all modules are known.
+        tensors: dict[str, Any] = {"P": None, "v": None} | {FIELDS[part]: file.tensors[k] for part, k in keys.items()}
+        update = make("tinylora", tensors)
+        return Found(key.path, update, {FIELDS[part]: key for part, key in keys.items()}, layout(file, key.path))
+
+    @classmethod
+    def encode(cls, update: TinyLoRA) -> Parts:
+        return {field: (part, as_lazy(update.tensors[field])) for part, field in FIELDS.items()}
+
+    @classmethod
+    def encode_all(cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None) -> Iterator[Parts]:
+        own: dict[str, Any] = cls.of_it(updates)
+        by_P = _by_projection({path: as_lazy(update.P) for path, update in own.items()}, SEED)
+        ordered = sorted(own, key=by_P.__getitem__) if by_P else in_order(own, base.config if base else None)
+        groups: dict[int, int] = {}
+        for path in ordered or own:
+            groups.setdefault(id(own[path].v), len(groups))
+        for found in updates.values():
+            for update in found:
+                if isinstance(update, TinyLoRA):
+                    group = groups.get(id(update.v), 0)
+                    yield {**cls.encode(update), "v": (f"tinylora_v.{group}", as_lazy(update.v))}
+
+    @classmethod
+    def omitted(cls, config: Mapping[str, Any], updates: Mapping[Target, tuple[Update, ...]]) -> frozenset[str]:
+        return frozenset() if config.get("save_projection", True) else frozenset({"P"})
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        return "" if target.layout in ("out *in", "in out *k") else f"{update.method} on stacked experts"
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        own = cls.of_it(updates)
+        groups = len({id(update.v) for update in own.values()})
+        return {
+            "r": max(int(update.A.shape[0]) for update in own.values()),
+            "u": int(next(iter(own.values())).v.shape[0]),
+            "weight_tying": 1 - groups / len(own),
+            "save_projection": True,
+            "fan_in_fan_out": any(target.layout == "in out *k" for target in updates),
+        }
+
+
+def _numbers(updates: Mapping[str, Any], file: File) -> dict[str, int] | None:
+    """Every module's number in the model; None where nothing tells."""
+    known: Mapping[str, Any] = file.known or updates
+    held = {path: as_lazy(known[path].P) for path in updates if path in known and known[path].P is not None}
+    held = {path: P for path, P in held.items() if len(P.shape) == 3 and P.shape[2]}
+    by_P = _by_projection(held, file.settings.own.projection_seed) if len(held) == len(updates) else None
+    if by_P is not None:
+        return by_P
+    ordered = in_order(updates, None if file.base is None else file.base.config)
+    return None if ordered is None else {path: number for number, path in enumerate(ordered)}
+
+
+def _by_projection(held: Mapping[str, Lazy], seed: int) -> dict[str, int] | None:
+    """The number from which each P was drawn; None unless all are known and differ."""
+    drawn: dict[tuple[Any, ...], dict[bytes, int]] = {}
+    for tensor in held.values():
+        kind = tensor.shape, tensor.dtype.name
+        if kind not in drawn:
+            drawn[kind] = {bytes(_drawn(seed + i, *kind).fetch()): i for i in range(len(held))}
+    found = {path: drawn[P.shape, P.dtype.name].get(bytes(P.fetch())) for path, P in held.items()}
+    known = {path: number for path, number in found.items() if number is not None}
+    return known if len(set(known.values())) == len(held) else None
+
+
+def _drawn(seed: int, shape: tuple[int, ...], dtype: str) -> Lazy:
+    """P `[u, r, r]` as PEFT draws it, when it is read."""
+    kind = DTYPES[dtype]
+
+    def fetch() -> Any:
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        P = torch.normal(mean=0.0, std=1.0 / shape[-1] ** 0.5, size=shape, generator=generator)
+        return as_lazy(P.to(getattr(torch, kind.torch))).fetch()
+
+    return Lazy(shape, kind, fetch)
+
+
+def _completed(file: File, found: Found, number: int | None, count: int) -> Found:
+    """A module's update with its v, and with its P where the file leaves it out.
+
+    Raises:
+        UsageError: only a base tells which number the module has in the model, and there is none.
+        Unsupported: the base does not tell either.
+        Malformed: the v of its group is missing.
+    """
+    own, update = file.settings.own, found.update
+    groups = max(1, round(count * (1 - own.weight_tying)))
+    if number is None and (groups > 1 or update.tensors.get("P") is None):
+        why = "the file does not tell the module's number in the model, on which its v or P depends"
+        if file.base is None:
+            raise UsageError(why, where=found.path, cure="Pass base=")
+        cure = "Save it from PEFT with save_projection=True, or give the base's config its model_type"
+        raise Unsupported(f"{why}, nor does the base", where=found.path, cure=cure)
+    group = min((number or 0) // max(1, count // groups), groups - 1)
+    key = file.shared.get(f"tinylora_v.{group}")
+    if key is None:
+        raise Malformed(f"tinylora_v.{group} is not in the file", where=found.path, cure="Save it again with PEFT")
+    v = file.tensors[key]
+    check_size(key, side(v, 0, 1), own.u, "u")
+    changes: dict[str, Any] = {"v": v}
+    if update.tensors.get("P") is None:
+        rank = update.tensors["A"].shape[0]
+        if own.u * rank * rank > LARGEST:
+            raise ShapeMismatch(f"a projection of {own.u} times {rank} x {rank}", where=key.text, cure="Correct u")
+        changes["P"] = _drawn(own.projection_seed + (number or 0), (own.u, rank, rank), "F32")
+    return Found(found.path, update.replace(**changes), {**found.keys, "v": key}, found.layout)
+
+
+LARGEST = 1 << 33
+"""Elements of a projection that are believed."""

@@ -1,0 +1,115 @@
+"""WaveFT: `waveft_spectrum` [n]; positions out of `random_loc_seed` and the weight's size, a wavelet by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import Unsupported
+from ....methods.fourierft import SEED
+from ....methods.waveft import WaveFT
+from ....tensors.lazy import Lazy, as_lazy
+from ..file import File, Found, make
+from ..patterns import exactly, first_match
+from ._family import Family, Own, Parts
+from ._positions import drawn, of_one
+from ._wavelets import FAULTY, FILTERS, filter_of, name_of
+from ._weights import check_size, layout, not_linear, side, size_fields, unlike, weight_shape
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....updates import Update
+    from ..keys import Key
+
+PART = "waveft_spectrum"
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """How many coefficients, where they are, of which transform, and the factor on the change."""
+
+    n_frequency: int = 2592
+    n_frequency_pattern: dict[str, int] | None = None
+    proportional_parameters: bool | None = False
+    random_loc_seed: int | None = SEED
+    scaling: float = 25.0
+    use_idwt: bool | None = True
+    wavelet_family: str = "db1"
+
+
+class WaveFTFamily(Family):
+    """WAVEFT."""
+
+    peft_type = "WAVEFT"
+    method = WaveFT
+    parts = (PART,)
+    folds = ("spectrum",)
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "n_frequency": "how many coefficients there are",
+        "n_frequency_pattern": "the same of the modules it matches",
+        "proportional_parameters": "coefficients by the share of each weight; the tensors say how many",
+        "random_loc_seed": "positions: the first n of torch.randperm(out * in) on the CPU; needs the base",
+        "scaling": "factor on the change",
+        "use_idwt": "whether the coefficients are of a wavelet transform, or elements",
+        "wavelet_family": "whose filter",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {
+        "bias": "none",
+        "init_weights": True,
+        "random_loc_seed": SEED,
+        "use_idwt": True,
+    }
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        key, own = keys[PART], file.settings.own
+        spectrum = file.tensors[key]
+        count = side(spectrum, 0, 1)
+        said = first_match(own.n_frequency_pattern or {}, key.path, own.n_frequency)
+        check_size(key, count, max(count, 0) if own.proportional_parameters else said, "n_frequency")
+        out, in_ = weight_shape(file, key, "WaveFT's positions depend on the size of the weight")
+        tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
+        if own.use_idwt:
+            tensors["low_pass"] = _filter(own.wavelet_family, file.compat, _dtype(file, key.path))
+        update = make("waveft", tensors, scaling=own.scaling, outputs=out, inputs=in_)
+        return Found(key.path, update, {"spectrum": key}, layout(file, key.path))
+
+    @classmethod
+    def encode(cls, update: WaveFT) -> Parts:
+        return {"spectrum": (PART, as_lazy(update.spectrum))}
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        unknown = update.low_pass is not None and name_of(as_lazy(update.low_pass)) is None
+        return "waveft of a wavelet that PEFT has no name for" if unknown else not_linear(target, update.method)
+
+    @classmethod
+    def inexact(cls, updates: Mapping[Target, tuple[Update, ...]]) -> list[str]:
+        return unlike({path: float(update.scaling) for path, update in cls.of_it(updates).items()})
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        found = cls.of_it(updates)
+        sizes = {path: int(update.spectrum.shape[0]) for path, update in found.items()}
+        fields = size_fields(sizes, "n_frequency")
+        fields["n_frequency_pattern"] = {exactly(path): n for path, n in fields["n_frequency_pattern"].items()}
+        taps = next(iter(found.values())).low_pass
+        name = None if taps is None else name_of(as_lazy(taps))
+        wavelet = {"use_idwt": name is not None} | ({"wavelet_family": name} if name else {})
+        return fields | of_one(updates, cls.method) | wavelet | {"proportional_parameters": False}
+
+
+def _dtype(file: File, path: str) -> str:
+    """The element type of a filter: that of the update that is to be said, where there is one."""
+    known = file.known[path].tensors.get("low_pass") if path in file.known else None
+    return "F64" if known is None else as_lazy(known).dtype.name
+
+
+def _filter(name: str, compat: str | None, dtype: str) -> Lazy:
+    if name == FAULTY and compat != "peft":
+        why = f"PEFT's {name} is not the wavelet of that name, so that its adapters are not what they say"
+        raise Unsupported(why, where="wavelet_family", cure="Read it with compat='peft' for what PEFT computes")
+    if name not in FILTERS:
+        known = ", ".join(known for known in FILTERS if known != FAULTY)
+        raise Unsupported(f"the wavelet {name}", where="wavelet_family", cure=f"Known: {known}")
+    return filter_of(name, dtype)

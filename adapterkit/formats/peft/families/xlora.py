@@ -1,0 +1,167 @@
+"""X-LoRA: a classifier, `internal_xlora_classifier.layers.<i>` with a number for each activation and dropout as well.
+
+The experts are adapters of their own, which the config names by paths. These are kept as words; nothing follows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....methods.xlora import XLoRA
+from ....tensors.lazy import Lazy, as_lazy
+from ..file import File, Found, make
+from ._family import Family, Own, Rank, check_parts
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....updates import Update
+    from ..file import Findings
+    from ..keys import Key
+
+LAYERS = "internal_xlora_classifier.layers"
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """What the classifier's tensors mean."""
+
+    hidden_size: Rank = 4096
+    adapters: dict[str, str] | None = None
+    enable_softmax: bool = True
+    enable_softmax_topk: bool = False
+    global_scaling_weight: float = 1.0
+    layerwise_scalings: bool = False
+    scaling_pass_value: float = 0.0
+    softmax_temperature: float = 1.0
+    top_k_lora: int | None = None
+    xlora_depth: Rank = 1
+    xlora_dropout_p: float = 0.2
+
+
+class XloraFamily(Family):
+    """XLORA."""
+
+    peft_type = "XLORA"
+    method = XLoRA
+    shared = (f"{LAYERS}.*.weight", f"{LAYERS}.*.bias")
+    names_modules = False
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "adapters": "the experts' names, 0 and on, and paths, which are not followed",
+        "enable_softmax": "shares are a softmax of the logits",
+        "enable_softmax_topk": "a softmax over the shares that are not 0",
+        "global_scaling_weight": "a factor on the change",
+        "hidden_size": "what the classifier reads",
+        "layerwise_scalings": "logits for each layer",
+        "scaling_pass_value": "0; else the first pass has experts in it, which is refused",
+        "softmax_temperature": "divides the logits",
+        "top_k_lora": "how many shares are kept",
+        "xlora_depth": "number of the classifier's layers",
+        "xlora_dropout_p": "above 0 a layer's number counts one dropout more for each before it",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "use_trainable_adapters": "training only",
+        "xlora_size": "width of the classifier; the tensors say so",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"xlora_dropout_p": 0.0, "task_type": "CAUSAL_LM"}
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        own = file.settings.own
+        if own.scaling_pass_value:
+            why = "a first pass with the experts in it is not known to this version"
+            raise Unsupported(why, where="scaling_pass_value", cure="Run it with PEFT itself")
+        words = [f"{LAYERS}.{number}" for number in _numbers(own.xlora_depth, own.xlora_dropout_p > 0)]
+        lost = next((word for word in words if f"{word}.weight" not in file.shared), None)
+        if lost:
+            why = "a layer of the classifier is not in the file: some releases take its number for an expert's name"
+            raise Malformed(why, where=f"{lost}.weight", cure="Save the model's state dict where it was trained")
+        check_parts(file.shared, [f"{word}.{leaf}" for word in words for leaf in ("weight", "bias")])
+        yield cls.found(file, {word: file.shared[f"{word}.weight"] for word in words})
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        own, pairs = file.settings.own, [[file.shared[f"{w}.{leaf}"] for leaf in ("weight", "bias")] for w in keys]
+        fields = dict(zip(("last", "last_bias"), pairs[-1], strict=True))
+        tensors: dict[str, Lazy] = {field: file.tensors[key] for field, key in fields.items()}
+        if len(pairs) > 1:
+            fields |= dict(zip(("first", "first_bias"), pairs[0], strict=True))
+            tensors |= {field: file.tensors[fields[field]] for field in ("first", "first_bias")}
+        for field, column in (("inner", 0), ("inner_bias", 1)) if len(pairs) > 2 else ():
+            own_keys = [pair[column] for pair in pairs[1:-1]]
+            tensors[field] = _stacked([file.tensors[key] for key in own_keys], own_keys)
+            fields |= {f"{field}.{i}": key for i, key in enumerate(own_keys)}
+        _check_sizes(own, tensors, pairs)
+        update = make("xlora", tensors).replace(
+            enable_softmax=own.enable_softmax, enable_softmax_topk=own.enable_softmax_topk, top_k=own.top_k_lora or 0,
+            softmax_temperature=float(own.softmax_temperature), scaling=float(own.global_scaling_weight),
+        )  # fmt: skip
+        return Found("", update, fields)
+
+    @classmethod
+    def encode(cls, update: XLoRA) -> dict[str, tuple[str, Lazy]]:
+        held = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
+        depth = 1 if update.first is None else 2 if update.inner is None else 2 + update.inner.shape[0]
+        words = [f"{LAYERS}.{number}" for number in _numbers(depth, dropout=False)]
+        coded = {"last": (f"{words[-1]}.weight", held["last"]), "last_bias": (f"{words[-1]}.bias", held["last_bias"])}
+        if depth > 1:
+            coded["first"] = f"{words[0]}.weight", held["first"]
+            coded["first_bias"] = f"{words[0]}.bias", held["first_bias"]
+        for i, word in enumerate(words[1:-1]):
+            for field, leaf in (("inner", "weight"), ("inner_bias", "bias")):
+                coded[f"{field}.{i}"] = f"{word}.{leaf}", _slice(held[field], i)
+        return coded
+
+    @classmethod
+    def why_not(cls, target: Target, update: Any) -> str:
+        if update.A is not None:
+            return "xlora with its experts: PEFT has them in folders of their own"
+        return "" if not target.path else "xlora of a part of the model"
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        (update,) = cls.of_it(updates).values()
+        reads = update.last if update.first is None else update.first
+        return {
+            "enable_softmax": update.enable_softmax,
+            "enable_softmax_topk": update.enable_softmax_topk,
+            "global_scaling_weight": update.scaling,
+            "hidden_size": int(reads.shape[1]),
+            "softmax_temperature": update.softmax_temperature,
+            "top_k_lora": update.top_k or None,
+            "xlora_depth": 1 if update.first is None else 2 + (0 if update.inner is None else update.inner.shape[0]),
+            "xlora_size": int(update.last.shape[1]),
+        }
+
+
+def _numbers(depth: int, dropout: bool) -> list[int]:
+    """The classifier's layers among its modules: each but the last has an activation behind it, and a dropout."""
+    return [position * (3 if dropout else 2) for position in range(depth)]
+
+
+def _check_sizes(own: Fields, tensors: Mapping[str, Lazy], pairs: list[list[Key]]) -> None:
+    reads = tensors.get("first", tensors["last"])
+    if len(reads.shape) != 2 or reads.shape[1] != own.hidden_size:
+        why = f"{list(reads.shape)}, where the config says that {own.hidden_size} numbers are read"
+        raise ShapeMismatch(why, where=pairs[0][0].text, cure="The config is not of this file")
+    last = tensors["last"]
+    if len(last.shape) != 2:
+        raise ShapeMismatch(f"{list(last.shape)} is no matrix", where=pairs[-1][0].text, cure="Save it again with PEFT")
+    experts, logits = len(own.adapters or ()), last.shape[0]
+    if experts and (logits % experts or (logits != experts and not own.layerwise_scalings)):
+        why = f"{logits} logits for {experts} experts"
+        raise ShapeMismatch(why, where=pairs[-1][0].text, cure="The config is not of this file")
+
+
+def _stacked(tensors: list[Lazy], keys: list[Key]) -> Lazy:
+    first = tensors[0]
+    for tensor, key in zip(tensors, keys, strict=True):
+        if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
+            why = f"{list(tensor.shape)} beside {list(first.shape)}"
+            raise ShapeMismatch(why, where=key.text, cure="Save the adapter again with PEFT")
+    return Lazy((len(tensors), *first.shape), first.dtype, lambda: b"".join(bytes(t.fetch()) for t in tensors))
+
+
+def _slice(stack: Lazy, position: int) -> Lazy:
+    return stack.map(lambda values: values[position], stack.shape[1:])

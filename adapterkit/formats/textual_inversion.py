@@ -1,0 +1,206 @@
+"""Textual inversion: embeddings of new tokens, as AUTOMATIC1111, diffusers, kohya and SDXL's trainers write them.
+
+AUTOMATIC1111 has a torch file around `string_to_param`; diffusers one tensor under the token itself; kohya
+`emb_params`, without the token; for SDXL there is one tensor an encoder, `clip_l` and `clip_g`. SD 3's has `t5xxl` too.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..adapter import Adapter, Foreign, Step, Target
+from ..errors import AdapterkitError, Malformed, Unrepresentable, Unsupported
+from ..methods.textual_inversion import TextualInversion
+from ..names.image import rooted
+from ..tensors.atomic import write_bytes
+from ..tensors.lazy import Lazy, as_lazy, as_torch
+from ..tensors.torch_file import is_torch_file, read_torch_value
+from ._format import Format
+from ._image import container
+from ._image.container import TORCH, Metadata
+from ._image.dialect import folder_file
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+EMBEDDING = "text_model.embeddings.token_embedding"
+FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
+WRAPPED = "string_to_param"
+KOHYA = "emb_params"
+TOKEN = "*"
+
+ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+"""Key of an encoder's tensor -> the part of the pipeline."""
+
+_BESIDE = ("adapter_config.json", "config.json")
+"""Files beside which a tensor is something else."""
+
+
+class TextualInversionFiles(Format):
+    """The four dialects; what is written is the dialect that was read, else diffusers' or SDXL's."""
+
+    url = "https://huggingface.co/docs/diffusers/main/en/using-diffusers/textual_inversion_inference"
+    description = "Embeddings of new tokens: AUTOMATIC1111's .pt, diffusers' learned_embeds, kohya's, SDXL's"
+    methods = frozenset({"textual_inversion"})
+
+    def sniff(self, path: Path) -> bool:
+        try:
+            file = folder_file(path, FILES)
+            if any((file.parent / name).exists() for name in _BESIDE):
+                return False
+            tensors, _, _ = _load(file)
+            return _dialect(tensors) != ""
+        except AdapterkitError:
+            return False
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        try:
+            file = folder_file(path, FILES)
+            tensors, metadata, wrapper = _load(file)
+            return _decode(tensors, metadata, wrapper, file)
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        found, lines = _expressible(adapter, on_loss)
+        data = adapter.foreign.data if adapter.foreign and adapter.foreign.format == FORMAT else {}
+        file = path / FILES[0] if path.is_dir() or not path.suffix else path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        wrapper = data.get("wrapper")
+        if wrapper is None or file.suffix not in TORCH:
+            metadata = [(str(k), str(v)) for k, v in data.get("metadata", [("format", "pt")])]
+            container.save(file, _keys(found, data), metadata)
+        else:
+            _save_wrapped(file, found, wrapper)
+        return lines
+
+
+FORMAT = "textual_inversion"
+
+
+def _load(path: Path) -> tuple[dict[str, Lazy], Metadata, dict[str, Any] | None]:
+    """Tensors, metadata, and what stands around the tensors in AUTOMATIC1111's files."""
+    if path.suffix not in TORCH and not is_torch_file(path):
+        return *container.load(path), None
+    value = read_torch_value(path)
+    if not isinstance(value, dict):
+        raise Malformed("no dict of tensors", where="top level", cure=_AGAIN)
+    wrapped = value.get(WRAPPED)
+    if wrapped is None:
+        return _tensors(value), [], None
+    if not isinstance(wrapped, dict):
+        raise Malformed("no dict of tensors", where=WRAPPED, cure=_AGAIN)
+    around = {name: inner for name, inner in value.items() if name != WRAPPED}
+    bad = next((name for name, inner in around.items() if not _plain(inner)), None)
+    if bad is not None:
+        raise Malformed("neither a plain value nor a dict of those", where=str(bad), cure=_AGAIN)
+    return _tensors(wrapped), [], around
+
+
+def _tensors(value: Mapping[Any, Any]) -> dict[str, Lazy]:
+    bad = next((name for name, leaf in value.items() if not (isinstance(name, str) and isinstance(leaf, Lazy))), None)
+    if bad is not None:
+        raise Malformed("no tensor", where=str(bad), cure=_AGAIN)
+    return dict(value)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _plain(inner) for name, inner in value.items())
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _dialect(tensors: Mapping[str, Lazy]) -> str:
+    """Which of the dialects these tensors are; empty for none."""
+    if not tensors or any(len(leaf.shape) not in (1, 2) or not leaf.dtype.floating for leaf in tensors.values()):
+        return ""
+    if tensors.keys() <= ENCODERS.keys():
+        return "sdxl"
+    if tensors.keys() == {KOHYA}:
+        return "kohya"
+    # A token is one word of a prompt; names of parameters have dots, their parts are no tokens.
+    return "diffusers" if len(tensors) == 1 and "." not in next(iter(tensors)) else ""
+
+
+def _decode(tensors: Mapping[str, Lazy], metadata: Metadata, wrapper: dict[str, Any] | None, path: Path) -> Adapter:
+    if "t5xxl" in tensors:
+        raise Unsupported("embeddings of a T5", where="t5xxl", cure="Take them out: here are CLIP's alone")
+    dialect = _dialect(tensors)
+    if not dialect:
+        odd = next((name for name in tensors if name not in ENCODERS), next(iter(tensors), None))
+        raise Malformed("no embedding of a token", where=odd, cure=_AGAIN)
+    token = _token(tensors, wrapper, dialect, path)
+    updates = {}
+    for name, leaf in tensors.items():
+        if 0 in leaf.shape:
+            raise Malformed(f"an embedding of shape {list(leaf.shape)}", where=name, cure=_AGAIN)
+        part = ENCODERS.get(name, "text_encoder")
+        rows = leaf if len(leaf.shape) == 2 else leaf.reshape(1, *leaf.shape)
+        updates[Target(f"{part}.{EMBEDDING}")] = (TextualInversion(P=cast(Any, rows), token=token),)
+    data: dict[str, Any] = {
+        "metadata": [list(pair) for pair in metadata],
+        "keys": {ENCODERS.get(name, "text_encoder"): name for name in tensors},
+        "flat": [name for name, leaf in tensors.items() if len(leaf.shape) == 1],
+    }
+    if wrapper is not None:
+        data["wrapper"] = wrapper
+    return Adapter(updates, None, (Step("read", {"format": FORMAT}),), Foreign(FORMAT, data))
+
+
+def _token(tensors: Mapping[str, Lazy], wrapper: dict[str, Any] | None, dialect: str, path: Path) -> str:
+    """The token: the key itself, the name inside the file, or, as its tools take it, the name of the file."""
+    if wrapper is not None:
+        return str(wrapper.get("name") or path.stem)
+    return next(iter(tensors)) if dialect == "diffusers" else path.stem
+
+
+def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInversion], list[str]]:
+    """Part of the pipeline -> embeddings, and a line for each update that was left out."""
+    found: dict[str, TextualInversion] = {}
+    items = []
+    for target, update in adapter:
+        root, rest = rooted(target.path)
+        part = root[:-1] or "text_encoder"
+        fits = rest == EMBEDDING and part in ENCODERS.values() and part not in found
+        if isinstance(update, TextualInversion) and fits:
+            found[part] = update
+        else:
+            items.append(f"{target}: {update.method} there")
+    tokens = {update.token for update in found.values()}
+    if len(tokens) > 1:
+        items.append("several tokens: a file holds one")
+    if (items and on_loss != "drop") or not found or len(tokens) > 1:
+        cure = "Write adapterkit's own format"
+        raise Unrepresentable("a file holds the embeddings of one token of CLIP's", items=items, cure=cure)
+    return found, [f"left out {item}" for item in items]
+
+
+def _keys(found: Mapping[str, TextualInversion], data: Mapping[str, Any]) -> dict[str, Lazy]:
+    words = {part: name for name, part in ENCODERS.items()}
+    old, flat = ({}, []) if "wrapper" in data else (data.get("keys", {}), data.get("flat", []))
+    several = len(found) > 1 or set(found) != {"text_encoder"}
+    tensors = {}
+    for part, update in found.items():
+        own = old.get(part, words[part] if several else update.token or TOKEN)
+        leaf = as_lazy(update.P)
+        tensors[own] = leaf.reshape(leaf.shape[1]) if own in flat and leaf.shape[0] == 1 else leaf
+    return tensors
+
+
+def _save_wrapped(path: Path, found: Mapping[str, TextualInversion], wrapper: Mapping[str, Any]) -> None:
+    import torch
+
+    (update,) = found.values()
+    buffer = io.BytesIO()
+    names = wrapper.get("string_to_token")
+    key = next(iter(names)) if isinstance(names, Mapping) and names else TOKEN
+    torch.save({**wrapper, WRAPPED: {key: as_torch(update.P)}}, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+_AGAIN = "Write the file again with the tool that made it"

@@ -1,0 +1,85 @@
+"""XLabs' LoRA for FLUX: in the processors of attentions, without an alpha.  https://github.com/XLabs-AI/x-flux
+
+`qkv_lora1` and `proj_lora1` are of the image's stream, 2 of the text's; a single block's `qkv_lora` adapts the first
+three sevenths of linear1, its `proj_lora` linear2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..adapter import Target
+from ..errors import ShapeMismatch
+from ..names.image import rooted
+from ._image import container
+from ._image.container import Metadata
+from ._image.dialect import ImageFormat
+from ._image.file import AGAIN, Key, Module, Rules
+from ._image.hints import Hints
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ..updates import Update
+
+_PLACES = {
+    "qkv_lora1": "img_attn.qkv", "proj_lora1": "img_attn.proj", "qkv_lora2": "txt_attn.qkv",
+    "proj_lora2": "txt_attn.proj", "qkv_lora": "linear1", "proj_lora": "linear2",
+}  # fmt: skip
+
+_STEMS = {place: word for word, place in _PLACES.items()}
+_KEY = re.compile(r"((double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora([12]?))\.(down|up)\.weight")
+_PATH = re.compile(r"((?:double|single)_blocks\.\d+)\.(.+)")
+
+
+class Xlabs(ImageFormat):
+    """Files of x-flux."""
+
+    url = "https://github.com/XLabs-AI/x-flux"
+    description = "XLabs' LoRA for FLUX: in the processors of attentions, with no scaling"
+    methods = frozenset({"lora"})
+    compat = frozenset()
+    rules = Rules(slots=("down", "up"))
+    naming = "native"
+
+    def sniff(self, path: Path) -> bool:
+        return any(map(self.parse, container.names(path)))
+
+    def parse(self, key: str) -> Key | None:
+        found = _KEY.fullmatch(key)
+        fits = found is not None and (found[2] == "double") == bool(found[3])
+        return Key(key, found[1], found[4]) if found is not None and fits else None
+
+    def spell(self, stem: str, slot: str) -> str:
+        return f"{stem}.{slot}.weight"
+
+    def targets(
+        self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
+    ) -> dict[str, Target]:
+        return {stem: _target(module) for stem, module in modules.items()}
+
+    def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
+        found = _PATH.fullmatch(rooted(target.path)[1])
+        word = _STEMS.get(found[2]) if found else None
+        width = update.tensors["A"].shape[1] if "A" in update.tensors else 0
+        rows = (0, 3 * width) if word == "qkv_lora" else None
+        return f"{found[1]}.processor.{word}" if found and word and target.rows == rows else None
+
+    def metadata(
+        self, updates: Mapping[Target, tuple[Update, ...]], hints: Hints, stems: Mapping[str, str]
+    ) -> tuple[Metadata, bool]:
+        return (hints.metadata if hints.stems else [("format", "pt")]), True
+
+
+def _target(module: Module) -> Target:
+    block, _, word = module.stem.partition(".processor.")
+    path = f"transformer.{block}.{_PLACES[word]}"
+    if word != "qkv_lora":
+        return Target(path)
+    down, up = module.need("down", "up")
+    if len(down.shape) != 2 or up.shape[:1] != (3 * down.shape[1],):
+        why = f"{list(up.shape)} are not three times the {list(down.shape)[1:]} inputs"
+        raise ShapeMismatch(why, where=module.where, cure=AGAIN)
+    return Target(path, rows=(0, up.shape[0]))

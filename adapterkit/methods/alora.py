@@ -1,0 +1,74 @@
+"""Activated LoRA: y' = y + scaling * B @ A x, from a row's last invocation on.
+
+Greenewald et al. 2025, https://arxiv.org/abs/2504.12397.
+An invocation is a sequence of token numbers. Positions before the last one in a row, and rows without one, are the
+base's, so that what a cache holds of them is the base's too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import Malformed, ShapeMismatch, UsageError
+from ..tensors.namespace import namespace
+from ..updates import tensor
+from ._routed import Routed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class ALoRA(Routed):
+    """y' = y + scaling * (B @ A x + bias) where the row's last invocation has begun; x is `[rows, tokens, in]`."""
+
+    paper = "https://arxiv.org/abs/2504.12397"
+    acts_on = "the output behind its invocation tokens alone"
+    asks = ("input_ids",)
+
+    A: Tensor = tensor("r in")
+    B: Tensor = tensor("out r")
+    invocation: Tensor = tensor("length", integer=True)
+    bias: Tensor | None = tensor("out", optional=True)
+    scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        if "invocation" not in attributes:
+            raise UsageError("no invocation", where="invocation", cure="Pass invocation=, a list of token numbers")
+        invocation: Any = namespace(W).asarray(attributes.pop("invocation"))
+        A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
+        return cls(A=A, B=W.new_zeros(len(W), rank), invocation=invocation, **attributes)
+
+    def check(self) -> None:
+        super().check()
+        if not self.invocation.shape[0]:
+            raise Malformed("an empty invocation", where="invocation", cure="Write the adapter again")
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        change = layer.mix(layer.mix(x, self.A), self.B)
+        change = change if self.bias is None else change + layer.per_channel(self.bias)
+        active = self._active(layer.call["input_ids"], x.shape)
+        xp = namespace(x)
+        return layer(x) + xp.where(active[..., None], self.scaling * change, xp.zeros_like(change))
+
+    def _active(self, ids: Any, shape: tuple[int, ...]) -> Any:
+        """Which positions of x are behind an invocation: the last ones are those of the last tokens."""
+        if len(shape) != 3 or len(ids) != shape[0]:
+            why = f"an input of {list(shape)}, where the model reads {list(ids.shape)} tokens"
+            raise ShapeMismatch(why, cure="Target a layer whose input is [rows, tokens, in]")
+        xp, length, count = namespace(ids), len(self.invocation), ids.shape[1]
+        ends = max(count - length + 1, 0)
+        starts = ids[:, :ends] == self.invocation[0]
+        for place in range(1, length if ends else 1):
+            starts = starts & (ids[:, place : ends + place] == self.invocation[place])
+        starts = xp.concat([starts, _none(ids, count - ends)], axis=-1)
+        so_far = xp.cumulative_sum(xp.astype(starts, ids.dtype), axis=-1)
+        active = (so_far > 0) & (so_far == so_far[:, -1:])
+        return xp.concat([_none(ids, shape[1] - count), active[:, max(count - shape[1], 0) :]], axis=-1)
+
+
+def _none(ids: Any, count: int) -> Any:
+    """No position of `count` more ones, or fewer than none."""
+    return namespace(ids).zeros((len(ids), max(count, 0)), dtype=namespace(ids).bool, device=ids.device)

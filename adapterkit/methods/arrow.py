@@ -1,0 +1,75 @@
+"""Arrow: y' = y + sum over e of share_e * strength_e * B_e @ A_e x, shares by likeness to the experts' prototypes.
+
+Ostapenko et al. 2024, https://arxiv.org/abs/2405.11157. A prototype is the input that an expert's change stretches
+most: the first right singular vector of B_e @ A_e. With general knowledge subtraction (Vahidifar et al. 2025,
+https://aclanthology.org/2025.acl-short.54) the mean of general experts was taken off each before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import Malformed
+from ..tensors.activations import softmax
+from ..tensors.namespace import namespace
+from ..updates import attribute, tensor
+from ._routed import Routed, best, mixed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Arrow(Routed):
+    """share = softmax of |prototype_e x| / temperature over the `top_k` greatest, place by place.
+
+    A router's file alone holds an idle pair, which is part of no sum, and is without its experts: `tasks` of them, and
+    `general` ones whose mean is to be taken off those.
+    """
+
+    paper = "https://arxiv.org/abs/2405.11157"
+    acts_on = "each token by its likeness to the experts"
+    frozen = frozenset({"prototypes", "strengths", "idle_A", "idle_B"})
+    forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
+        (("A", "B", "prototypes", "strengths"), ("idle_A", "idle_B")),
+    )
+
+    A: Tensor | None = tensor("experts r in", optional=True)
+    B: Tensor | None = tensor("experts out r", optional=True)
+    prototypes: Tensor | None = tensor("experts in", optional=True)
+    strengths: Tensor | None = tensor("experts", optional=True)
+    idle_A: Tensor | None = tensor("r in", optional=True)
+    idle_B: Tensor | None = tensor("out r", optional=True)
+    top_k: int = attribute(1, least=1)
+    temperature: float = 1.0
+    scaling: float = 1.0
+    tasks: int = attribute(0, least=0)
+    general: int = attribute(0, least=0)
+
+    @property
+    def lacks_experts(self) -> bool:
+        return self.A is None
+
+    def check(self) -> None:
+        super().check()
+        if not self.temperature > 0:
+            raise Malformed(f"a temperature of {self.temperature}", where="temperature", cure="Write the adapter again")
+        self._check_choice()
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        experts = self.tasks if self.A is None else self.A.shape[0]
+        if experts and self.top_k > experts:
+            why = f"the {self.top_k} best of {experts} experts"
+            raise Malformed(why, where="top_k", cure="Write the adapter again")
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        assert self.A is not None
+        assert self.B is not None
+        xp = namespace(x)
+        likeness = abs(layer.mix(x, self.prototypes))
+        scores = xp.where(best(likeness, self.top_k), likeness / self.temperature, -xp.inf)
+        shares = softmax(scores) * self.strengths
+        return layer(x) + self.scaling * mixed(x, shares, self.A, self.B, layer)

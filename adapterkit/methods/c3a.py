@@ -1,0 +1,44 @@
+"""C3A: W' = W + D, D of circulant blocks.  Chen et al. 2024, https://arxiv.org/abs/2407.19342
+
+Element (i, j) of the block (m, n) is kernel[m, n, (j - i) mod b] / in: a layer of block-circular convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Self
+
+from ..tensors.computed import times
+from ..tensors.positions import counting
+from ..updates import tensor
+from ._planar import Planar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class C3A(Planar):
+    """W'[m * b + i, n * b + j] = W[m * b + i, n * b + j] + kernel[m, n, (j - i) mod b] / in."""
+
+    paper = "https://arxiv.org/abs/2407.19342"
+
+    kernel: Tensor = tensor("out/b in/b b")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        common = math.gcd(*W.shape)
+        size = max(n for n in range(1, min(rank, common) + 1) if common % n == 0)
+        return cls(**{"kernel": W.new_zeros(W.shape[0] // size, W.shape[1] // size, size), **attributes})
+
+    def scaled(self, weight: float) -> Self | None:
+        return self.replace(kernel=times(self.kernel, weight))
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        at = counting(self.kernel.shape[2], self.kernel)
+        blocks = self.kernel[:, :, (at[None, :] - at[:, None]) % len(at)]
+        return blocks.swapaxes(1, 2).reshape(shape) / shape[1]
+
+    def delta_norm(self, shape: tuple[int, ...]) -> float:
+        return math.sqrt(self.kernel.shape[2] * float((self.kernel * self.kernel).sum())) / shape[1]

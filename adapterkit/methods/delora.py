@@ -1,0 +1,53 @@
+"""DeLoRA: LoRA with its directions apart from its strength.  Bini et al. 2025, https://arxiv.org/abs/2503.18225
+
+Each of the r pairs of a row of A and a column of B is of unit length, the sum of them bounded by `strength`, and every
+input weighed by the norm of the weight's column, as it was when training began.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..tensors.computed import times
+from ..tensors.namespace import namespace
+from ..updates import tensor
+from ._planar import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+SMALLEST = 1e-4
+"""What a norm counts as at least."""
+
+
+class DeLoRA(LowRank):
+    """W' = W + strength / r * sum_i B[:, i] A[i] * w_norm / (|A[i]| |B[:, i]|), each norm at least 1e-4."""
+
+    paper = "https://arxiv.org/abs/2503.18225"
+    frozen: ClassVar[frozenset[str]] = frozenset({"w_norm"})
+
+    A: Tensor = tensor("r in")
+    B: Tensor = tensor("out r")
+    strength: Tensor = tensor("1")
+    w_norm: Tensor = tensor("in")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        made = {
+            "A": random((rank, W.shape[1])) / W.shape[1] ** 0.5, "B": W.new_zeros(len(W), rank),
+            "strength": W.new_tensor([15.0]), "w_norm": (W * W).sum(0) ** 0.5,
+        }  # fmt: skip
+        return cls(**{**made, **attributes})
+
+    def scaled(self, weight: float) -> Self | None:
+        return self.replace(strength=times(self.strength, weight))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A * self.w_norm, self.B * (self.strength / (len(self.A) * _norm(self.A, 1) * _norm(self.B, 0)))
+
+
+def _norm(factor: Any, axis: int) -> Any:
+    # The bound goes before the root, whose slope at 0 is infinite.
+    return namespace(factor).clip((factor * factor).sum(axis), SMALLEST**2, None) ** 0.5

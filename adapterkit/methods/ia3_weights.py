@@ -1,0 +1,37 @@
+"""IA3 as LyCORIS has it: W' = W * (1 + w), by outputs or inputs; the bias stays.  https://arxiv.org/abs/2309.14859
+
+IA3 proper (https://arxiv.org/abs/2205.05638) scales what comes out, the bias with it; this is a law of weights alone,
+and holds what is added to 1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class IA3Weights(WeightUpdate):
+    """W' = W * (1 + w) on rows or W * (1 + w_in) on columns; exactly one is present."""
+
+    blocks = frozenset({"out", "in"})
+    forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ((("w",), ("w_in",)),)
+    paper = "https://arxiv.org/abs/2309.14859"
+
+    w: Tensor | None = tensor("out", optional=True)
+    w_in: Tensor | None = tensor("in", optional=True)
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        return cls(w=W.new_zeros(len(W)), **attributes)
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        if self.w is not None:
+            return W * (1 + self.w).reshape(-1, *[1] * (W.ndim - 1))
+        assert self.w_in is not None
+        return W * (1 + self.w_in).reshape(1, -1, *[1] * (W.ndim - 2))

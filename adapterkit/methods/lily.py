@@ -1,0 +1,47 @@
+"""Lily: y' = y + scaling * (sum over e of share_e * B_e)^T A x, shares by a router.
+
+Zhong et al. 2024, https://arxiv.org/abs/2407.09946.
+Layers of one kind have the B's in common, neighbours A. One set of shares holds for the whole batch: the mean, over
+all rows and tokens, of what the router gives each. So a row's output depends on the rows beside it. Fresh updates have
+a B each, unless they are given one to share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..tensors.activations import softmax
+from ..updates import tensor
+from ._routed import Routed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class Lily(Routed):
+    """share = mean of softmax(router @ A x) over all rows and tokens."""
+
+    paper = "https://arxiv.org/abs/2407.09946"
+    acts_on = "the output, by shares that follow the input"
+    sizes: ClassVar[Mapping[str, int]] = {"experts": 2}
+
+    A: Tensor = tensor("r in")
+    B: Tensor = tensor("experts r out")
+    router: Tensor = tensor("experts r")
+    scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        experts = attributes.pop("experts", cls.sizes["experts"])
+        B = attributes.pop("B", W.new_zeros(experts, rank, len(W)))
+        A, router = random((rank, W.shape[1])) / W.shape[1] ** 0.5, random((len(B), rank)) / rank**0.5
+        return cls(A=A, B=B, router=router, **attributes)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        h = layer.mix(x, self.A)
+        shares = softmax(layer.mix(h, self.router)).reshape(-1, len(self.router)).mean(0)
+        B = (shares[:, None, None] * self.B).sum(0)
+        return layer(x) + layer.mix(h, B.mT) * self.scaling

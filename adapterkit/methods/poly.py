@@ -1,0 +1,60 @@
+"""Poly: y' = y + B @ A x / r, A and B mixed from skills in shares that a row's task has learned.
+
+Ponti et al. 2022, https://arxiv.org/abs/2202.13914; with several splits multi-head routing, Caccia et al. 2023,
+https://arxiv.org/abs/2211.03831. In training the papers draw shares at random around those of the law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import ShapeMismatch
+from ..tensors.activations import sigmoid
+from ..updates import tensor
+from ._routed import Routed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class Poly(Routed):
+    """Shares = sigmoid(logits[task]), divided by their sum over the skills; x is `[rows, ..., in]`."""
+
+    paper = "https://arxiv.org/abs/2202.13914"
+    acts_on = "each row by its task"
+    asks = ("task_ids",)
+    sizes: ClassVar[Mapping[str, int]] = {"tasks": 1, "skills": 4, "splits": 1}
+
+    A: Tensor = tensor("splits skills in/splits r")
+    B: Tensor = tensor("splits skills r out/splits")
+    logits: Tensor = tensor("tasks splits*skills")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        tasks, skills, splits = (attributes.pop(name, size) for name, size in cls.sizes.items())
+        out, inputs = (_part(size, splits) for size in W.shape)
+        A = random((splits, skills, inputs, rank)) / inputs**0.5
+        logits = 1e-3 * random((tasks, splits * skills))
+        return cls(A=A, B=W.new_zeros(splits, skills, rank, out), logits=logits, **attributes)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        tasks = layer.call["task_ids"]
+        if tasks.shape != x.shape[:1]:
+            why = f"tasks of {list(tasks.shape)} for an input of {list(x.shape)}"
+            raise ShapeMismatch(why, cure="Pass one number of a task for each row")
+        splits, skills, _, r = self.A.shape
+        shares = sigmoid(self.logits[tasks]).reshape(-1, splits, skills)
+        shares = (shares / (shares.sum(-1)[..., None] + 1e-12))[..., None, None]
+        A = (shares * self.A).sum(2).reshape(len(x), -1, r)
+        B = (shares * self.B).sum(2).swapaxes(1, 2).reshape(len(x), r, -1)
+        change = x.reshape(len(x), -1, x.shape[-1]) @ A @ B / r
+        return layer(x) + change.reshape(*x.shape[:-1], -1)
+
+
+def _part(size: int, splits: int) -> int:
+    if size % splits:
+        raise ShapeMismatch(f"{size} channels in {splits} splits", cure="Pass splits= that divides them")
+    return size // splits

@@ -1,0 +1,60 @@
+"""Super-Tuning: W' = W + S, S at the weight's largest elements.  https://arxiv.org/abs/2607.09287
+
+Positions count the elements of the weight row by row. The hybrid form, Supra, adds a LoRA: + scaling * B @ A.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import ShapeMismatch
+from ..tensors.computed import times
+from ..tensors.positions import add_at, outside, scattered
+from ..tensors.products import product
+from ..updates import tensor
+from ._planar import Sparse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class SuperTuning(Sparse):
+    """W'[index // in, index % in] = W[...] + values, and + scaling * B @ A where A and B are present."""
+
+    paper = "https://arxiv.org/abs/2607.09287"
+    forms = (((), ("A", "B")),)
+    frozen: ClassVar[frozenset[str]] = frozenset({"index"})
+
+    index: Tensor = tensor("n", integer=True)
+    values: Tensor = tensor("n")
+    A: Tensor | None = tensor("r in", optional=True)
+    B: Tensor | None = tensor("out r", optional=True)
+    scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        count = min(rank * (W.shape[0] + W.shape[1]), W.numel())
+        index = W.abs().reshape(-1).topk(count).indices
+        return cls(**{"index": index, "values": W.new_zeros(count), **attributes})
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
+        worst = outside(self.index, (shape[0] * shape[1],))
+        if worst is not None:
+            raise ShapeMismatch(f"index: position {worst} of {list(shape)}", cure="The adapter is not of this base")
+
+    def scaled(self, weight: float) -> Self | None:
+        return self.replace(values=times(self.values, weight), scaling=weight * self.scaling)
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        sparse: Tensor = scattered(self.values, self.index, shape)
+        return sparse if self.A is None or self.B is None else sparse + self.scaling * (self.B @ self.A)
+
+    def delta_into(self, D: Tensor, weight: float) -> None:
+        if self.A is None or self.B is None:
+            D[...] = 0
+        else:
+            product(D, (weight * self.scaling) * self.B, self.A)
+        add_at(D, self.index // D.shape[1], self.index % D.shape[1], weight * self.values)

@@ -1,0 +1,52 @@
+"""TinyLoRA: W' = W + B @ (sum_i v[i] * P[i]) @ A.  "Learning to Reason in 13 Parameters", arXiv:2602.04118
+
+A and B are the weight's largest singular vectors, each times the root of its singular value, and P is random; all are
+fixed. Only v is trained, a handful of numbers, which several layers may share.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..tensors.computed import times
+from ..tensors.namespace import namespace
+from ..updates import tensor
+from ._planar import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+COUNT = 64
+"""Of the numbers that a fresh update trains."""
+
+
+class TinyLoRA(LowRank):
+    """W' = W + B @ R @ A, R = sum_i v[i] * P[i]."""
+
+    blocks = frozenset({"out", "in"})
+    paper = "https://arxiv.org/abs/2602.04118"
+    frozen: ClassVar[frozenset[str]] = frozenset({"A", "B", "P"})
+
+    A: Tensor = tensor("r in")
+    B: Tensor = tensor("out r")
+    P: Tensor = tensor("u r r")
+    v: Tensor = tensor("u")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        U, S, Vh = namespace(W).linalg.svd(W, full_matrices=False)
+        root = S[:rank] ** 0.5
+        # Evenly from -1 to 1 has a variance of a third; that of P is 1 / r.
+        P = random((COUNT, len(root), len(root))) * (3 / len(root)) ** 0.5
+        made = {"A": root[:, None] * Vh[:rank], "B": U[:, :rank] * root, "P": P, "v": W.new_zeros(COUNT)}
+        return cls(**{**made, **attributes})
+
+    def scaled(self, weight: float) -> Self | None:
+        return self.replace(v=times(self.v, weight))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        u, r, _ = self.P.shape
+        R = (self.v @ self.P.reshape(u, r * r)).reshape(r, r)
+        return R @ self.A, self.B

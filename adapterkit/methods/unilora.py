@@ -1,0 +1,60 @@
+"""Uni-LoRA: LoRA whose factors repeat the numbers of one shared vector.  Li et al. 2025, arXiv:2506.00799
+
+Every element of A and B is an element of theta, times a fixed scale that makes the projection an isometry: one over the
+root of how often, over all modules, its element of theta is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..tensors.namespace import namespace
+from ..updates import tensor
+from ._planar import LowRank
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from ..updates import Random
+
+LENGTH = 256
+"""Of a fresh update's theta."""
+
+
+class UniLoRA(LowRank):
+    """W' = W + B @ A, A = theta[indices_A] * scales_A, B = theta[indices_B] * scales_B."""
+
+    blocks = frozenset({"out", "in"})
+    paper = "https://arxiv.org/abs/2506.00799"
+    starts_at_base = False
+    frozen: ClassVar[frozenset[str]] = frozenset({"indices_A", "scales_A", "indices_B", "scales_B"})
+
+    theta: Tensor = tensor("d")
+    indices_A: Tensor = tensor("r in", integer=True, below="d")
+    scales_A: Tensor = tensor("r in")
+    indices_B: Tensor = tensor("out r", integer=True, below="d")
+    scales_B: Tensor = tensor("out r")
+
+    @classmethod
+    def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, Tensor]:
+        theta = 0.02 * random((LENGTH,))
+        return {"theta": theta, "uses": theta.new_tensor(rank * sum(map(sum, shapes)) / LENGTH)}
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        given = {**cls.shared([tuple(W.shape)], rank, random), **attributes}
+        scale, (out, in_) = float(given.pop("uses")) ** -0.5, W.shape
+        used = random((rank * (in_ + out),)).argsort() % LENGTH
+        made = {
+            "indices_A": used[: rank * in_].reshape(rank, in_), "scales_A": W.new_full((rank, in_), scale),
+            "indices_B": used[rank * in_ :].reshape(out, rank), "scales_B": W.new_full((out, rank), scale),
+        }  # fmt: skip
+        return cls(**{**made, **given})
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        xp = namespace(self.theta)
+        # torch takes bytes for masks, and knows no other small integers as indices.
+        A, B = (xp.astype(indices, xp.int64) for indices in (self.indices_A, self.indices_B))
+        return self.theta[A] * self.scales_A, self.theta[B] * self.scales_B

@@ -1,0 +1,66 @@
+"""VB-LoRA: LoRA whose factors are put together from a shared bank of vectors.  Li et al. 2024, arXiv:2405.15179
+
+Every piece of `b` numbers of a factor is a mixture of the bank's vectors: of those with the `topk` largest logits, by
+softmax over these; or, once training is over, of the vectors that `indices` name, by `weights`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Self
+
+from ..tensors.namespace import namespace
+from ..updates import attribute, tensor
+from ._planar import LowRank
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class VBLoRA(LowRank):
+    """W' = W + B @ A, both of pieces that are mixtures of the bank's vectors."""
+
+    paper = "https://arxiv.org/abs/2405.15179"
+    starts_at_base = False
+    forms = ((("logits_A", "logits_B"), ("indices_A", "weights_A", "indices_B", "weights_B")),)
+
+    bank: Tensor = tensor("n b")
+    logits_A: Tensor | None = tensor("r in/b n", optional=True)
+    logits_B: Tensor | None = tensor("out/b r n", optional=True)
+    indices_A: Tensor | None = tensor("r in/b m", optional=True, integer=True, below="n")
+    weights_A: Tensor | None = tensor("r in/b m", optional=True)
+    indices_B: Tensor | None = tensor("out/b r m", optional=True, integer=True, below="n")
+    weights_B: Tensor | None = tensor("out/b r m", optional=True)
+    topk: int = attribute(2, least=1)
+
+    @classmethod
+    def shared(cls, shapes: Sequence[tuple[int, ...]], rank: int, random: Random) -> dict[str, Tensor]:
+        common = math.gcd(*(size for shape in shapes for size in shape))
+        length = max(n for n in range(1, min(256, common) + 1) if common % n == 0)
+        return {"bank": 0.02 * random((256, length))}
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        given = {**cls.shared([tuple(W.shape)], rank, random), **attributes}
+        count, length = given["bank"].shape
+        A, B = (rank, W.shape[1] // length, count), (W.shape[0] // length, rank, count)
+        return cls(**{"logits_A": random(A) / 6, "logits_B": random(B) / 6, **given})
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A = self._mixed(self.logits_A, self.indices_A, self.weights_A)
+        B = self._mixed(self.logits_B, self.indices_B, self.weights_B).swapaxes(1, 2)
+        return A.reshape(A.shape[0], -1), B.reshape(-1, B.shape[2])
+
+    def _mixed(self, logits: Any, indices: Any, weights: Any) -> Any:
+        """Mixtures of the bank's vectors, with an axis `b` in the place of the logits'."""
+        xp = namespace(self.bank)
+        if logits is not None:
+            indices = xp.argsort(logits, axis=-1, descending=True)[..., : self.topk]
+            kept = xp.take_along_axis(logits, indices, axis=-1)
+            weights = xp.exp(kept - kept[..., :1])
+            weights = weights / weights.sum(-1)[..., None]
+        return (weights[..., None] * self.bank[xp.astype(indices, xp.int64)]).sum(-2)

@@ -1,0 +1,78 @@
+"""WaveFT: W' = W + scaling * idwt2(F), F sparse.  Bilican et al. 2025, https://arxiv.org/abs/2505.12532
+
+Some coefficients of a one-level wavelet transform of the change; without a filter they are the change's own elements.
+The weight is padded at both ends to the size whose transform has its own size after the filter's borders are cut.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import Malformed
+from ..tensors.namespace import namespace
+from ..tensors.positions import counting, random_positions, scattered
+from ..updates import tensor
+from ._planar import Sized, Sparse
+from .fourierft import SEED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class WaveFT(Sized, Sparse):
+    """W' = W + scaling * the inverse transform of F, F[index[0], index[1]] = spectrum and 0 elsewhere."""
+
+    paper = "https://arxiv.org/abs/2505.12532"
+    frozen: ClassVar[frozenset[str]] = frozenset({"index", "low_pass"})
+
+    index: Tensor = tensor("2 n", integer=True, below="out in")
+    spectrum: Tensor = tensor("n")
+    low_pass: Tensor | None = tensor("taps", optional=True)
+    scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        out, in_ = W.shape
+        flat = random_positions(SEED, out * in_, rank)
+        index = flat.new_tensor([(flat // in_).tolist(), (flat % in_).tolist()])
+        given = {"index": index, "spectrum": W.new_zeros(len(flat)), "low_pass": W.new_tensor([0.5**0.5] * 2)}
+        return cls(outputs=out, inputs=in_, **{**given, **attributes})
+
+    def check(self) -> None:
+        super().check()
+        if self.low_pass is not None and (self.low_pass.shape[-1] < 2 or self.low_pass.shape[-1] % 2):
+            raise Malformed("a wavelet's filter has an even number of taps", where="low_pass", cure="Write it again")
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        rows, columns = self.index[0], self.index[1]
+        if self.low_pass is None:
+            return self.scaling * scattered(self.spectrum, rows * shape[1] + columns, shape)  # type: ignore[no-any-return]
+        taps = self.low_pass.shape[0]
+        lower, down = _band(rows, shape[0], taps)
+        right, across = _band(columns, shape[1], taps)
+        # The upper right quarter holds what is high along the rows' axis, the lower left what is high along the other.
+        patches = _taps(self.low_pass, right)[:, :, None] * _taps(self.low_pass, lower)[:, None, :]
+        inside = _on(down, shape[0])[:, :, None] & _on(across, shape[1])[:, None, :]
+        flat = (down[:, :, None] * shape[1] + across[:, None, :]) * inside
+        return self.scaling * scattered(self.spectrum[:, None, None] * patches * inside, flat, shape)  # type: ignore[no-any-return]
+
+
+def _band(positions: Any, size: int, taps: int) -> tuple[Any, Any]:
+    """Whether each coefficient is in the second half of its padded axis, and where its taps fall, `[n, taps]`."""
+    padded = size + taps - 2 + size % 2
+    at = positions + (padded - size) // 2
+    half = padded // 2
+    steps = counting(taps, positions)
+    return at >= half, (2 * (at % half) - (taps - 2))[:, None] + steps[None, :]
+
+
+def _taps(low: Any, high: Any) -> Any:
+    """The filter of each coefficient, `[n, taps]`: the low one, or its mirror image with alternating signs."""
+    mirrored = namespace(low).flip(low) * (1 - 2 * (counting(low.shape[0], low) % 2))
+    return high[:, None] * mirrored[None, :] + ~high[:, None] * low[None, :]
+
+
+def _on(positions: Any, size: int) -> Any:
+    return (positions >= 0) & (positions < size)

@@ -1,0 +1,152 @@
+"""Image models: their families in two namings each, and what the parts of a pipeline are called.
+
+`native` is what a model's authors call its modules (LDM, BFL, Stability), and what ComfyUI and most of kohya's scripts
+go by; `diffusers` what diffusers does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from . import flux, sd3, text_encoders, unet
+from .patterns import Names, fill, names_of, numbers
+from .pieces import Piece, Table
+
+NAMINGS = ("native", "diffusers")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        name: what it is called.
+        component: the part of a pipeline that it is, in diffusers' words.
+        pieces: pattern of the native naming -> its pieces in diffusers'; a pattern may come twice.
+        native: the names of the native naming.
+        diffusers: the names of diffusers'.
+    """
+
+    name: str
+    component: str
+    pieces: tuple[tuple[str, tuple[Piece, ...]], ...]
+    native: Names
+    diffusers: Names
+
+    def names(self, naming: str) -> Names:
+        return self.native if naming == "native" else self.diffusers
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """The families with two namings."""
+    unets = tuple((ldm, (Piece(theirs),)) for ldm, theirs in unet.pairs())
+    return (
+        _family("unet", "unet", unets),
+        _family("flux", "transformer", _items(flux.TABLE)),
+        _family("sd3", "transformer", _items(sd3.TABLE), sd3.ALONE),
+    )
+
+
+@cache
+def encoders() -> dict[str, Names]:
+    """The names of the text encoders, which are called the same everywhere."""
+    return {"clip": names_of(text_encoders.CLIP), "t5": names_of(text_encoders.T5)}
+
+
+def families_of(path: str, naming: str) -> list[Family]:
+    """The families in which a module of this naming is called `path`."""
+    return [family for family in families() if path in family.names(naming)]
+
+
+def to_diffusers(family: Family, path: str) -> tuple[tuple[Piece, str], ...]:
+    """(piece, its module in diffusers) for every piece of a module in the native naming."""
+    for pattern, pieces in family.pieces:
+        if pattern in family.native.patterns_of(path):
+            given = numbers(pattern, path)
+            return tuple((piece, fill(piece.pattern, given)) for piece in pieces)
+    return ()
+
+
+def to_native(family: Family, path: str) -> list[tuple[Piece, str]]:
+    """(piece, the native module that it is part of) for a module of diffusers; several where it is not told."""
+    fitting = set(family.diffusers.patterns_of(path))
+    return [
+        (piece, fill(pattern, numbers(piece.pattern, path)))
+        for pattern, pieces in family.pieces
+        for piece in pieces
+        if piece.pattern in fitting
+    ]
+
+
+ROOTS = {
+    "unet": "unet",
+    "transformer": "transformer",
+    "model.diffusion_model": "denoiser",
+    "diffusion_model": "denoiser",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "text_encoder_3": "text_encoder_3",
+    "cond_stage_model.transformer": "text_encoder",
+    "conditioner.embedders.0.transformer": "text_encoder",
+    "text_encoders.clip_l.transformer": "text_encoder",
+    "text_encoders.clip_g.transformer": "text_encoder_2",
+    "text_encoders.t5xxl.transformer": "t5",
+}
+"""What names of a part of a pipeline begin with -> the part; `denoiser` is the U-Net or the transformer."""
+
+
+def rooted(path: str) -> tuple[str, str]:
+    """A path in two: the part of a pipeline that it begins with, dot included or nothing, and the name inside it."""
+    root = next((root for root in ROOTS if path.startswith(f"{root}.")), "")
+    return (f"{root}.", path[len(root) + 1 :]) if root else ("", path)
+
+
+def component_of(path: str) -> str | None:
+    """The part of a pipeline that a dotted path is in: named in the path, or told by the tables."""
+    root, rest = rooted(path)
+    if root:
+        component = ROOTS[root[:-1]]
+        return denoiser_of([rest]) if component == "denoiser" else component
+    known = {family.component for naming in NAMINGS for family in families_of(path, naming)}
+    if len(known) == 1:
+        return next(iter(known))
+    return "text_encoder" if path in encoders()["clip"] else None
+
+
+def denoiser_of(paths: Iterable[str]) -> str:
+    """`unet` where one of the names is a U-Net's, else `transformer`."""
+    unets = families()[0]
+    return "unet" if any(path in unets.native or path in unets.diffusers for path in paths) else "transformer"
+
+
+def is_xl(paths: Collection[str]) -> bool:
+    """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion XL."""
+    return any(path.startswith(unet.XL_ONLY) or _deep(path) for path in paths) and not is_not_xl(paths)
+
+
+def is_not_xl(paths: Collection[str]) -> bool:
+    """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion 1 or 2."""
+    return any(path.startswith(unet.NOT_XL) for path in paths)
+
+
+def _deep(path: str) -> bool:
+    """XL alone has more than one transformer block an attention."""
+    _, found, tail = path.partition("transformer_blocks.")
+    return (
+        bool(found) and path.startswith(("down_", "up_", "mid_", "input_", "output_", "middle_")) and tail[:2] != "0."
+    )
+
+
+def _items(table: Table) -> tuple[tuple[str, tuple[Piece, ...]], ...]:
+    return tuple(table.items())
+
+
+def _family(
+    name: str, component: str, pieces: tuple[tuple[str, tuple[Piece, ...]], ...], alone: tuple[str, ...] = ()
+) -> Family:
+    native = names_of((*(pattern for pattern, _ in pieces), *alone))
+    diffusers = names_of(piece.pattern for _, found in pieces for piece in found)
+    return Family(name, component, pieces, native, diffusers)

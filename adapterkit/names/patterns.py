@@ -1,0 +1,67 @@
+"""Names of modules as data: dotted patterns, in which `#` stands for a number, and what a flattened name can mean.
+
+kohya and LyCORIS write every dot as an underscore, which cannot be undone but against a list of the names there are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+_NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
+"""A number that stands between separators; the 1 of `attn1` is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names of one family of models in one naming; made by `names_of`."""
+
+    patterns: frozenset[str]
+    by_dots: dict[str, tuple[str, ...]] = field(repr=False)
+    by_underscores: dict[str, tuple[str, ...]] = field(repr=False)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and bool(self.patterns_of(name))
+
+    def patterns_of(self, name: str) -> list[str]:
+        """The patterns that a dotted name fits."""
+        candidates = self.by_dots.get(_NUMBER.sub("#", name), ())
+        return [pattern for pattern in candidates if fill(pattern, numbers(pattern, name)) == name]
+
+    def unflattened(self, flat: str) -> list[str]:
+        """The dotted names that `flat`, with underscores for dots, can stand for; none, one or several."""
+        found: dict[str, None] = {}
+        for pattern in self.by_underscores.get(_NUMBER.sub("#", flat), ()):
+            name = fill(pattern, numbers(pattern.replace(".", "_"), flat))
+            if flatten(name) == flat:
+                found[name] = None
+        return list(found)
+
+
+def names_of(patterns: Iterable[str]) -> Names:
+    """The names that patterns describe."""
+    dots: dict[str, list[str]] = {}
+    underscores: dict[str, list[str]] = {}
+    kept = dict.fromkeys(patterns)
+    for pattern in kept:
+        dots.setdefault(_NUMBER.sub("#", pattern), []).append(pattern)
+        underscores.setdefault(_NUMBER.sub("#", flatten(pattern)), []).append(pattern)
+    return Names(frozenset(kept), {k: tuple(v) for k, v in dots.items()}, {k: tuple(v) for k, v in underscores.items()})
+
+
+def flatten(name: str) -> str:
+    """A dotted name with underscores for dots."""
+    return name.replace(".", "_")
+
+
+def numbers(pattern: str, name: str) -> list[str]:
+    """What stands in `name` where `pattern` has its `#`; the two are equal but for numbers."""
+    words, found = re.split(r"[._]", pattern), re.split(r"[._]", name)
+    return [found[i] for i, word in enumerate(words) if word == "#" and i < len(found)]
+
+
+def fill(pattern: str, given: Iterable[str]) -> str:
+    """A pattern with numbers for its `#`, in order."""
+    values = iter(given)
+    return re.sub("#", lambda _: next(values, "#"), pattern)

@@ -1,0 +1,31 @@
+"""Arithmetic on adapters: sums, other ranks, extraction from tuned models, comparison; of factors where there are any.
+
+Every operation takes adapters (or their paths) and gives an adapter; none changes what it was given, and none prints.
+"""
+
+from __future__ import annotations
+
+from .algebra import add, average, negate, scale, stack, subtract
+from .combining import combine
+from .comparison import Comparison, Likeness, compare
+from .extraction import extract
+from .methods import COMBINERS
+from .resizing import Cut, promote, resize
+
+__all__ = [
+    "COMBINERS",
+    "Comparison",
+    "Cut",
+    "Likeness",
+    "add",
+    "average",
+    "combine",
+    "compare",
+    "extract",
+    "negate",
+    "promote",
+    "resize",
+    "scale",
+    "stack",
+    "subtract",
+]

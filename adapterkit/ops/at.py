@@ -1,0 +1,69 @@
+"""Where a formula runs: which weight of which target, what is drawn at random there, what was counted over all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .census import Census
+
+if TYPE_CHECKING:
+    from ..adapter import Target
+    from ..tensors.computed import Array
+    from ..tensors.lazy import Shape
+    from .methods._method import Method
+
+CHUNK = 1 << 14
+"""Random numbers drawn at a time: what is worked on to make them fits a core's cache."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class At:
+    """One weight, or one bias, of one target.
+
+    Attributes:
+        target: where.
+        shape: of the weight, `[out, in, *k]`.
+        present: which of the adapters have a change there, as positions in the list that was given.
+        part: what of the target: `weight`, `bias`, or `weight 3` for an expert of a stack.
+        seed: of everything that is random.
+        overrides: parameters of single adapters, by position in the list that was given.
+        scalings: the factor apart from B and A of each present adapter, where it has a single pair of factors.
+        census: what was counted over all targets, or is being counted.
+        asks: `data=`, for methods that need it.
+    """
+
+    target: Target
+    shape: Shape
+    present: tuple[int, ...]
+    part: str = "weight"
+    seed: int = 0
+    overrides: Sequence[Mapping[str, Any]] = ()
+    scalings: tuple[float | None, ...] = ()
+    census: Census = field(default_factory=Census)
+    asks: Callable[..., Any] | None = None
+
+    def each(self, method: Method, name: str) -> list[Any]:
+        """A parameter, one value for each present adapter."""
+        own = [self.overrides[t] if self.overrides else {} for t in self.present]
+        return [values.get(name, getattr(method, name)) for values in own]
+
+    def uniform(self, t: int, shape: tuple[int, ...]) -> Array:
+        """Numbers in [0, 1) for present adapter t: a function of seed, target, part and its position alone."""
+        import math
+
+        import numpy as np
+
+        from ..tensors.philox import uniform
+
+        words = f"{self.seed}\n{self.target}\n{self.part}\n{self.present[t]}"
+        key = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little", signed=True)
+        count = math.prod(shape)
+        flat = np.empty(count)
+        for number, first in enumerate(range(0, count, CHUNK)):
+            size = min(CHUNK, count - first)
+            drawn = uniform(np.array([key], np.int64), 0, number, number + 1, size, np.float64)
+            flat[first : first + size] = (drawn[0, 0] + 1) / 2
+        return flat.reshape(shape)

@@ -1,0 +1,100 @@
+"""Results: computed factors and sums as updates, and the lineage of adapters made of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Adapter, Step
+from ..errors import Unsupported
+from ..methods.dense import Dense
+from ..methods.lora import LoRA
+from ..tensors.computed import held
+from ..tensors.dtypes import BY_TORCH, DTYPES
+
+if TYPE_CHECKING:
+    from ..adapter import Target
+    from ..tensors.computed import Array
+    from ..tensors.dtypes import DType
+    from ..tensors.lazy import Shape
+    from ..updates import Update
+
+
+def low_rank(
+    target: Target, shape: Shape, pairs: Sequence[tuple[Array, Array]], bias: Array | None, dtype: DType
+) -> LoRA:
+    """A LoRA of B `[out, r]` and A `[r, in * k]`, a pair for each expert of a stack; zeros even out their ranks.
+
+    Args:
+        target: where it goes.
+        shape: of one weight, `[out, in, *k]`.
+        pairs: (B, A) of each weight.
+        bias: what is added to the bias, `[out]` or `[e, out]`, if anything.
+        dtype: the type to store.
+    """
+    import numpy as np
+
+    rank = max(len(A) for _, A in pairs)
+    B = np.stack([_filled(B, rank, 1) for B, _ in pairs])
+    A = np.stack([_filled(A, rank, 0).reshape(rank, *shape[1:]) for _, A in pairs])
+    if not target.stacked:
+        A, B = A[0], B[0]
+    return LoRA(A=held(A, dtype), B=held(B, dtype), bias=None if bias is None else held(bias, dtype))  # type: ignore[arg-type]
+
+
+def dense(target: Target, shape: Shape, changes: Sequence[Array] | None, bias: Array | None, dtype: DType) -> Dense:
+    """A dense difference `[out, in * k]` of each weight, and of the bias; each may be absent."""
+    import numpy as np
+
+    D = None if changes is None else np.stack([change.reshape(shape) for change in changes])
+    if D is not None and not target.stacked:
+        D = D[0]
+    return Dense(**{name: held(v, dtype) for name, v in (("D", D), ("d", bias)) if v is not None})  # type: ignore[arg-type]
+
+
+def balanced(U: Array, S: Array, Vh: Array) -> tuple[Array, Array]:
+    """B and A of a decomposition, the singular values shared evenly between the two."""
+    root = S**0.5
+    return U * root, root[:, None] * Vh
+
+
+def result_type(adapters: Sequence[Adapter], dtype: str | None) -> DType:
+    """The type of computed results: the one asked for, else float64 where a leaf is of it, else float32.
+
+    Raises:
+        Unsupported: no floating type is called that.
+    """
+    from ..tensors.lazy import dtype_of
+
+    if dtype is None:
+        names = {dtype_of(leaf).name for a in adapters for _, update in a for leaf in update.tensors.values()}
+        return DTYPES["F64" if "F64" in names else "F32"]
+    kind = DTYPES.get(dtype.upper()) or BY_TORCH.get(dtype.lower())
+    if kind is None or not kind.floating or kind.name == "C64":
+        known = ", ".join(name for name, d in DTYPES.items() if d.floating and name != "C64")
+        raise Unsupported(f"no element type {dtype!r} for factors", cure=f"Known: {known}")
+    return kind
+
+
+def of_several(
+    adapters: Sequence[Adapter], updates: Mapping[Target, tuple[Update, ...]], op: str, **args: Any
+) -> Adapter:
+    """An adapter made of several: their base where they agree on it, and their lineages inside its first step."""
+    bases = [adapter.base for adapter in adapters]
+    base = bases[0] if all(other == bases[0] for other in bases) else None
+    lineages = [[_plain(step) for step in adapter.recipe] for adapter in adapters]
+    named = [None if each is None else each.id for each in bases]
+    step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})
+    return Adapter(updates, base, (step,))
+
+
+def _plain(step: Step) -> dict[str, Any]:
+    return {"op": step.op, "args": dict(step.args)}
+
+
+def _filled(array: Array, rank: int, axis: int) -> Array:
+    import numpy as np
+
+    widths = [(0, 0), (0, 0)]
+    widths[axis] = (0, rank - array.shape[axis])
+    return np.pad(array, widths)

@@ -1,0 +1,298 @@
+"""Comparison: are two adapters the same function of a base, and if not, how do their changes lie to one another.
+
+Norms, angles and subspaces come from QR of the factors and small cores; only the signs of single elements are looked at
+one by one, a few rows of the product at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AdapterkitError, UsageError
+from ..tensors.lazy import as_lazy
+from ..updates import Additive, Update
+from .at_base import additive
+from .lowering import Delta, loaded
+from .places import Place, places, side_by_side
+from .thin import whole_core
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..tensors.computed import Array
+    from .lowering import Base
+    from .places import Source
+
+PIECE = 1 << 22
+"""Elements of two changes that are looked at one by one at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How the changes of two adapters at one target compare. What cannot be told is None.
+
+    Attributes:
+        target: where.
+        bits: method, values and the bytes of all tensors are the same.
+        equal: the two change the weight and the bias alike, within the tolerance; None where only a base could tell.
+        relative_error: Frobenius norm of the difference, relative to the larger of the two changes.
+        norm_a: Frobenius norm of the first change, of weight and bias.
+        norm_b: of the second.
+        effective_rank_a: exponential of the entropy of the singular values: Roy and Vetterli 2007; of the weight alone,
+            as is what follows; of stacked experts the mean.
+        effective_rank_b: of the second.
+        cosine: of the angle between the two as vectors.
+        overlap_out: how much of the span of outputs of the one with fewer dimensions lies in the other's, 0 to 1.
+        overlap_in: the same for inputs.
+        sign_conflict: share of the elements that both change which they move in opposite directions.
+        interference: share of the sum of absolute changes that is lost when both are added.
+    """
+
+    target: str
+    bits: bool
+    equal: bool | None = None
+    relative_error: float | None = None
+    norm_a: float | None = None
+    norm_b: float | None = None
+    effective_rank_a: float | None = None
+    effective_rank_b: float | None = None
+    cosine: float | None = None
+    overlap_out: float | None = None
+    overlap_in: float | None = None
+    sign_conflict: float | None = None
+    interference: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two adapters compared.
+
+    Attributes:
+        targets: one entry a target of either.
+        relative_error: of all targets together: the difference's norm relative to the larger adapter's; None where a
+            target's is.
+        cosine: of all targets together.
+        tolerance: the relative error up to which changes count as the same.
+    """
+
+    targets: tuple[Likeness, ...]
+    relative_error: float | None
+    cosine: float | None
+    tolerance: float
+
+    @property
+    def equal(self) -> bool | None:
+        """Whether the two are the same function of a base; None where only a base could tell."""
+        said = [each.equal for each in self.targets]
+        return False if False in said else None if None in said else True
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "equal": self.equal, "relative_error": self.relative_error, "cosine": self.cosine,
+            "tolerance": self.tolerance, "targets": [each.record() for each in self.targets],
+        }  # fmt: skip
+
+
+def compare(
+    one: Source, other: Source, *, base: Base | None = None, tolerance: float = 1e-6, signs: bool = True
+) -> Comparison:
+    """Compares two adapters, of whatever formats and methods, target by target.
+
+    Args:
+        one: an adapter or its path.
+        other: the other.
+        base: settles names and layouts, and is what laws that need weights are compared at.
+        tolerance: relative error up to which changes count as the same.
+        signs: look at single elements too, which takes the time of forming both changes.
+
+    Raises:
+        UsageError: no target in common, or a shape that only the base knows.
+        ShapeMismatch: the two are of different weights.
+        Malformed: a factor holds a NaN or an infinity.
+    """
+    if not 0 <= tolerance < math.inf:
+        raise UsageError(f"tolerance {tolerance} is not a number from 0", cure="Choose another")
+    _, found = places([one, other], base=base)
+    sums = [0.0] * 4
+    likenesses = tuple(_likeness(place, tolerance, signs, sums) for place in found)
+    known = all(each.relative_error is not None for each in likenesses)
+    a, b, product, difference = sums
+    larger = math.sqrt(max(a, b))
+    return Comparison(
+        likenesses,
+        (math.sqrt(difference) / larger if larger else 0.0) if known else None,
+        _clipped(product / math.sqrt(a * b)) if known and a * b > 0 else None,
+        tolerance,
+    )
+
+
+def same_bits(one: Sequence[Update], other: Sequence[Update]) -> bool:
+    """Whether updates are the same to the last bit: methods, values, and bytes of tensors."""
+    if _outline(one) != _outline(other):
+        return False
+    pairs = [(u.tensors[name], v.tensors[name]) for u, v in zip(one, other, strict=True) for name in u.tensors]
+    return all(_same_leaf(as_lazy(left), as_lazy(right)) for left, right in pairs)
+
+
+def _outline(updates: Sequence[Update]) -> list[Any]:
+    return [(type(update), update.attributes, [*update.tensors]) for update in updates]
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    if one is other or (one.span is not None and one.span == other.span):
+        return True
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and bytes(one.fetch()) == bytes(other.fetch())
+
+
+def _likeness(place: Place, tolerance: float, signs: bool, sums: list[float]) -> Likeness:
+    bits = same_bits(*place.updates)
+    try:
+        lowered = _lowered(place)
+    except AdapterkitError as error:
+        # Laws without a difference of weights, or with one at a base only: the same fields are the same law.
+        lowered = None
+        if place.base is not None and all(update.kind in ("additive", "weight") for update in place.all_updates):
+            raise error.at(where=str(place.target)) from None
+    if lowered is None:
+        alone = not all(place.updates)
+        return Likeness(str(place.target), bits, False if alone else bits or _same_numbers(place) or None)
+    return _measured(lowered, bits, tolerance, signs, sums)
+
+
+def _lowered(place: Place) -> Place:
+    """The place with additive updates only."""
+    if all(isinstance(update, Additive) for update in place.all_updates):
+        return place
+    from ..adapter import Adapter
+
+    both = [Adapter({place.target: found}) if found else None for found in place.updates]
+    made = [None if a is None else additive(a, place.base, "compared without its weights") for a in both]
+    return Place(place.target, tuple(() if a is None else _only(a) for a in made), place.base)
+
+
+def _only(adapter: Adapter) -> tuple[Update, ...]:
+    (updates,) = adapter.updates.values()
+    return updates
+
+
+def _same_numbers(place: Place) -> bool:
+    """Whether updates are of the same methods and values, and their tensors hold the same numbers in whatever types."""
+    one, other = place.updates
+    if _outline(one) != _outline(other):
+        return False
+    ready = [[loaded(update, place.target).tensors for update in found] for found in (one, other)]
+    pairs = [(u[name], v[name]) for u, v in zip(*ready, strict=True) for name in u]
+    return all(left.shape == right.shape and bool((left == right).all()) for left, right in pairs)
+
+
+def _measured(place: Place, bits: bool, tolerance: float, signs: bool, sums: list[float]) -> Likeness:
+    changes = place.changes()
+    biases = [None if change is None else change.bias() for change in changes]
+    weights = [_weight(pair, signs) for pair in side_by_side(changes)]
+    totals = [math.fsum(each[i] for each in weights) + extra for i, extra in enumerate(_of_biases(biases))]
+    if bits:
+        totals[3] = 0.0
+    for i, value in enumerate(totals):
+        sums[i] += value
+    a, b, product, difference = totals
+    larger = math.sqrt(max(a, b))
+    error = math.sqrt(difference) / larger if larger else 0.0
+    more = [_mean(column) for column in zip(*(each[4:8] for each in weights), strict=True)] or [None] * 4
+    both, against, moved, left = (sum(each[8 + i] for each in weights) for i in range(4))
+    return Likeness(
+        str(place.target), bits, bits or error <= tolerance, error, math.sqrt(a), math.sqrt(b), more[0], more[1],
+        _clipped(product / math.sqrt(a * b)) if a * b > 0 else None, more[2], more[3],
+        against / both if both else None, 1 - left / moved if moved else None,
+    )  # fmt: skip
+
+
+def _weight(pair: Sequence[Delta | None], signs: bool) -> list[Any]:
+    """Squared norms, product and squared distance; effective ranks and overlaps; sums over elements."""
+    one, other = pair
+    if one is None or other is None:
+        alone = one or other
+        assert alone is not None
+        S = _spectrum(whole_core([alone]).cores[0])
+        square, rank = float((S * S).sum()), _effective_rank(S)
+        first = one is not None
+        return [
+            square if first else 0.0, 0.0 if first else square, 0.0, square,
+            rank if first else None, None if first else rank, None, None, 0, 0, 0.0, 0.0,
+        ]  # fmt: skip
+    M, N = whole_core([one, other]).cores
+    found = [_directions(M), _directions(N)]
+    products = [float((M * M).sum()), float((N * N).sum()), float((M * N).sum()), float(((M - N) ** 2).sum())]
+    ranks = [_effective_rank(S) for _, S, _ in found]
+    overlaps = [_overlap(found[0][side], found[1][side]) for side in (0, 2)]
+    return [*products, *ranks, *overlaps, *(_elements(one, other) if signs else (0, 0, 0.0, 0.0))]
+
+
+def _of_biases(biases: Sequence[Array | None]) -> list[float]:
+    import numpy as np
+
+    a, b = (np.zeros(1) if each is None else each for each in biases)
+    return [float((x * y).sum()) for x, y in ((a, a), (b, b), (a, b), (a - b, a - b))]
+
+
+def _elements(one: Delta, other: Delta) -> tuple[int, int, float, float]:
+    """Elements that both change; those against one another; the sum of absolute changes, apart and together."""
+    import numpy as np
+
+    both, against, moved, left = 0, 0, 0.0, 0.0
+    for a, b in zip(_rows(one), _rows(other), strict=True):
+        product = a * b
+        both += int(np.count_nonzero(product))
+        against += int(np.count_nonzero(product < 0))
+        moved += float(np.abs(a).sum() + np.abs(b).sum())
+        left += float(np.abs(a + b).sum())
+    return both, against, moved, left
+
+
+def _rows(delta: Delta) -> Iterator[Array]:
+    """The change a few rows at a time."""
+    step = max(1, PIECE // max(delta.shape[1], 1))
+    for start in range(0, delta.shape[0], step):
+        rows = slice(start, start + step)
+        yield Delta(delta.B[rows], delta.A, None if delta.rest is None else delta.rest[rows]).dense()
+
+
+def _spectrum(core: Array) -> Array:
+    import numpy as np
+
+    return np.linalg.svd(core, compute_uv=False)
+
+
+def _directions(core: Array) -> tuple[Array, Array, Array]:
+    """Orthonormal columns of the span of outputs, singular values, orthonormal columns of the span of inputs."""
+    import numpy as np
+
+    U, S, Vh = np.linalg.svd(core, full_matrices=False)
+    count = int((S[:1] * 1e-12 < S).sum())
+    return U[:, :count], S[:count], Vh[:count].T
+
+
+def _effective_rank(S: Array) -> float:
+    import numpy as np
+
+    shares = S[S > 0] / max(float(S.sum()), 5e-324)
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
+
+
+def _overlap(one: Array, other: Array) -> float | None:
+    """Mean squared cosine of the principal angles between two spans."""
+    smaller = min(one.shape[1], other.shape[1])
+    return float(((one.T @ other) ** 2).sum()) / smaller if smaller else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _clipped(cosine: float) -> float:
+    return max(-1.0, min(1.0, cosine))

@@ -1,0 +1,127 @@
+"""Differences of two models' tensors, in types wide enough that nothing of a small change is lost."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Malformed, ShapeMismatch
+from ..tensors.finite import first_in
+from ..tensors.lazy import Lazy, Span, read_span
+
+if TYPE_CHECKING:
+    from ..tensors.computed import Array
+
+PIECE = 64 << 20
+"""Bytes of a table that are compared at a time, and of a matrix whose error is measured."""
+
+
+def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
+    """tuned - base, in float32: of 16-bit weights that is almost always exact.
+
+    Args:
+        name: of the two, for messages.
+        tuned: the weight as it is now.
+        base: as it was, of the same shape.
+        exact: give float64 where float32 rounds any of it.
+
+    Raises:
+        Malformed: a NaN or an infinity in one of them.
+    """
+    import numpy as np
+
+    one, other = _floats(tuned), _floats(base)
+    D: Array = one - other
+    if not math.isfinite(frobenius(D)):
+        for tensor in (tuned, base):
+            _check_finite(name, tensor)
+    # The larger of the two less the rounded difference is exact (Dekker 1971), so it tells whether anything was lost.
+    if not exact or D.dtype == np.float64 or bool((one - D == other).all() and (other + D == one).all()):
+        return D
+    wide: Array = one.astype(np.float64) - other
+    return wide
+
+
+def left(D: Array, B: Array, A: Array) -> float:
+    """The Frobenius norm of D - B @ A, some rows at a time."""
+    step = max(1, PIECE // max(8 * D.shape[1], 1))
+    B, A = B.astype(D.dtype), A.astype(D.dtype)
+    return math.hypot(*(frobenius(D[i : i + step] - B[i : i + step] @ A) for i in range(0, len(D), step)))
+
+
+def frobenius(D: Array) -> float:
+    """The Frobenius norm, summed in float64."""
+    import numpy as np
+
+    return math.sqrt(float(np.einsum("i,i->", D.reshape(-1), D.reshape(-1), dtype=np.float64)))
+
+
+def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
+    """How many rows the base has; the tuned table may have more.
+
+    Raises:
+        ShapeMismatch: they differ in more than that.
+    """
+    grown = len(tuned.shape) == len(base.shape) == 2 and tuned.shape[1] == base.shape[1]
+    if tuned.shape != base.shape and (not grown or tuned.shape[0] < base.shape[0]):
+        why = f"{list(tuned.shape)} in the tuned model, {list(base.shape)} in the base"
+        raise ShapeMismatch(why, where=name, cure="Is this the base that it was tuned from?")
+    return base.shape[0]
+
+
+def changed_rows(name: str, tuned: Lazy, base: Lazy) -> tuple[list[int], float]:
+    """The rows of the base that are others now, and the square of the Frobenius norm of their change.
+
+    Raises:
+        Malformed: a NaN or an infinity in one of them.
+    """
+    import numpy as np
+
+    width = tuned.shape[1]
+    step = max(1, PIECE // max(8 * width, 1))
+    index: list[int] = []
+    square = 0.0
+    for start in range(0, tuned.shape[0], step):
+        now, was = (_piece(tensor, start, start + step) for tensor in (tuned, base))
+        change = now.copy()
+        change[: len(was)] -= was
+        square += frobenius(change[: len(was)]) ** 2
+        if not math.isfinite(frobenius(change)):
+            for tensor in (tuned, base):
+                _check_finite(name, tensor)
+        index += (start + np.flatnonzero((change[: len(was)] != 0).any(1))).tolist()
+    return index, square
+
+
+def _piece(tensor: Lazy, start: int, stop: int) -> Array:
+    """Some rows of a table, in float64, without reading the others where they lie in one run."""
+    import numpy as np
+
+    rows, width = tensor.shape
+    start, stop = min(start, rows), min(stop, rows)
+    size = width * tensor.dtype.itemsize
+    if tensor.span is None:
+        part: Any = tensor.numpy()[start:stop].view(tensor.dtype.array)
+    else:
+        span = Span(tensor.span.path, tensor.span.offset + start * size, (stop - start) * size)
+        part = np.frombuffer(read_span(span), tensor.dtype.array).reshape(stop - start, width)
+    wide: Array = part.astype(np.float64)
+    return wide
+
+
+def _floats(tensor: Lazy) -> Array:
+    """The numbers of a tensor in float32, or float64 if they are of it."""
+    import numpy as np
+
+    values = tensor.numpy()
+    if tensor.dtype.name == "BF16":
+        wide: Array = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
+        return wide
+    return values.view(tensor.dtype.array).astype(np.float64 if tensor.dtype.itemsize > 4 else np.float32)
+
+
+def _check_finite(name: str, tensor: Lazy) -> None:
+    position = first_in(tensor.numpy(), tensor.dtype)
+    if position is not None:
+        why = f"a NaN or an infinity at {list(position)}"
+        raise Malformed(why, where=name, cure="The training diverged, or the file is damaged; fetch it again")

@@ -1,0 +1,243 @@
+"""Extraction: what fine-tuning changed in a base, as an adapter; tensor by tensor, in memory for one of them.
+
+Matrices become LoRA of a given rank or error, from differences taken in float32 or wider, whatever the checkpoints
+hold: subtracting in 16 bits loses most of a small change. What is no matrix (norms, biases) is kept as it is, and of
+token embeddings the rows that changed, new tokens among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Adapter, BaseRef, Step, Target, canonical
+from ..errors import TargetNotFound, Unsupported, UsageError, nearest
+from ..methods.replacement import Replacement
+from ..methods.rows import Rows
+from ..names.layouts import stored_in_out
+from ..names.ties import aliases, is_embedding
+from ..tensors.checkpoint import opened
+from ..tensors.dtypes import DTYPES
+from ..tensors.lazy import Lazy, from_numpy
+from .at_base import view_of
+from .building import balanced, low_rank, result_type
+from .criteria import Criterion
+from .differences import changed_rows, check_rows, difference, frobenius, left
+from .lowering import Change
+from .resizing import Cut, seed_of
+from .sketching import dominant
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ..tensors.computed import Array
+    from ..tensors.dtypes import DType
+    from ..updates import Update
+    from .resizing import Report
+
+    Progress = Callable[[int, int], Any]
+    Weights = Checkpoint | str | PathLike[str]
+
+
+def extract(
+    tuned: Weights,
+    base: Weights,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    error: float | None = None,
+    targets: tuple[str, ...] = (),
+    embeddings: str = "rows",
+    dtype: str | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> Adapter:
+    """The adapter that makes a base what a tuned model is.
+
+    A matrix of a smaller side than the rank is kept at full rank: merging gives the tuned weights again, bit by bit
+    where they are of 32 bits or less. An energy of 1 and an error of 0 do so everywhere.
+
+    Args:
+        tuned: the tuned weights: a folder, a file, or an open checkpoint.
+        base: the weights that they were tuned from.
+        rank: of the factors of each changed matrix.
+        energy: the share of each change's squared Frobenius norm to keep at least.
+        error: the relative Frobenius error to allow at most.
+        targets: globs of dotted paths to look at, all of them where none is given; the rest is taken as unchanged.
+        embeddings: `rows`: changed and new rows as they are, or the whole table if most of them changed. `low-rank`: as
+            any matrix, where no token is new.
+        dtype: the type of the factors; float32 where not given, and what is exact for factors of full rank.
+        report: called with a `Cut` for each target that changed.
+        progress: called with (bytes of the tuned weights done, bytes in all).
+
+    Returns:
+        LoRA, whole parameters and token rows by target, in the order of the tuned files.
+
+    Raises:
+        UsageError: not exactly one of rank, energy and error is given, or it is out of range; nothing changed.
+        TargetNotFound: one model has a weight that the other lacks.
+        ShapeMismatch: a weight has another shape, beyond rows of new tokens.
+        Malformed: a NaN or an infinity in a weight that changed.
+    """
+    criterion = Criterion(rank, energy, error)
+    criterion.check()
+    if embeddings not in ("rows", "low-rank"):
+        raise UsageError(f"unknown way {embeddings!r} with embeddings", cure="Known: rows, low-rank")
+    job = _Extraction(opened(tuned), opened(base), criterion, embeddings, dtype)
+    names = job.names(targets)
+    updates: dict[Target, tuple[Update, ...]] = {}
+    done, whole = 0, sum(job.tuned.tensors[name].nbytes for name in names)
+    for name in names:
+        for target, update, cut in job.changes(name):
+            # Whole parameters first: that is the order in which PEFT has them.
+            both = (*updates.get(target, ()), update)
+            updates[target] = tuple(sorted(both, key=lambda u: not isinstance(u, Replacement)))
+            if report is not None:
+                report(cut)
+        done += job.tuned.tensors[name].nbytes
+        if progress is not None:
+            progress(done, whole)
+    if not updates:
+        raise UsageError("the tuned model is the base, bit by bit", path=job.tuned.root, cure="Check the two paths")
+    args = {**criterion.record(), "embeddings": embeddings, "targets": list(targets)}
+    return Adapter(updates, _reference(job.base), (Step("extract", args),))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Extraction:
+    """Two models, and what is wanted of their difference."""
+
+    tuned: Checkpoint
+    base: Checkpoint
+    criterion: Criterion
+    embeddings: str
+    dtype: str | None
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """A head that the base ties to its embedding, by the name that the tuned model may store it under."""
+        return aliases(self.base.tensors, self.base.config)
+
+    def names(self, globs: tuple[str, ...]) -> list[str]:
+        """The tuned tensors to look at, file by file.
+
+        Raises:
+            TargetNotFound: the two models do not hold the same weights; a glob matches nothing.
+            UsageError: the rank is above what any weight has.
+        """
+        known = {*self.base.tensors, *self.aliases}
+        for name, holder in [(n, "base") for n in self.tuned.tensors if n not in known] + [
+            (n, "tuned model") for n in self.base.tensors if n not in self.tuned.tensors
+        ]:
+            lost = known if holder == "base" else self.tuned.tensors
+            cure = nearest(name, lost) or "Are these two models of one architecture?"
+            raise TargetNotFound(f"the {holder} lacks this weight", where=name, cure=cure)
+        for glob in globs:
+            if not any(fnmatchcase(_path(name), glob) for name in self.tuned.tensors):
+                cure = nearest(glob, map(_path, self.tuned.tensors)) or "Targets are dotted paths of the base"
+                raise TargetNotFound("no weight is called that", where=glob, cure=cure)
+        names = [n for n in self.tuned.tensors if not globs or any(fnmatchcase(_path(n), glob) for glob in globs)]
+        shapes = [self.tuned.tensors[name].shape for name in names]
+        self.criterion.check_possible(max((min(s[0], math.prod(s[1:])) for s in shapes if len(s) > 1), default=1))
+        return names
+
+    def changes(self, name: str) -> Iterator[tuple[Target, Update, Cut]]:
+        """What fine-tuning did to one tensor: nothing, or one update."""
+        tuned, base = self.tuned.tensors[name], self.base.tensors[self.aliases.get(name, name)]
+        if (is_embedding(name) and self.embeddings == "rows") or tuned.shape != base.shape:
+            yield from self._rows(name, tuned, base)
+        elif not (tuned.dtype.floating and base.dtype.floating):
+            if (tuned.dtype, bytes(tuned.fetch())) != (base.dtype, bytes(base.fetch())):
+                raise Unsupported(f"{base.dtype} numbers that changed", where=name, cure="Leave them out with targets")
+        elif len(tuned.shape) < 2:
+            yield from self._whole(name, tuned, base)
+        else:
+            yield from self._matrix(name, tuned, base)
+
+    def _target(self, name: str, rank: int) -> Target:
+        """The target of a tensor, in the layout in which the base stores it."""
+        path = _path(name)
+        in_out = stored_in_out(path, self.base.config) or is_embedding(name)
+        # A parameter of three axes that is no module's weight holds one matrix an expert.
+        stack = "e " if rank == 3 and path == name else ""
+        return Target(path, f"{stack}in out *k" if in_out else f"{stack}out *in")
+
+    def _whole(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update, Cut]]:
+        """A parameter that is kept whole: its values are the tuned model's own bytes."""
+        field = "bias" if name.endswith(".bias") else "weight"
+        layout = self._target(name.removesuffix("bias") + "weight", 0).layout if field == "bias" else "out *in"
+        target = Target(_path(name), layout)
+        size = frobenius(difference(name, tuned, base, exact=False))
+        if size:
+            update = Replacement(**{field: tuned})  # type: ignore[arg-type]
+            yield target, update, Cut(str(target), update.method, None, None, size, 0.0)
+
+    def _matrix(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update, Cut]]:
+        """A LoRA of the difference, or of each expert's."""
+        target = self._target(name, len(tuned.shape))
+        exact = self.criterion.keeps_all(min(tuned.shape))
+        D = view_of(difference(name, tuned, base, exact=exact), target)
+        if not D.any():
+            return
+        shape = D.shape[1:] if target.stacked else D.shape
+        weights = [one.reshape(shape[0], -1) for one in (D if target.stacked else [D])]
+        pairs = [self._pair(one, f"{target}:{e}") for e, one in enumerate(weights)]
+        kind = result_type([], self.dtype) if self.dtype else _exact_type(pairs)
+        lora = low_rank(target, shape, pairs, None, kind)
+        made = Change(target, shape, (lora,)).deltas()
+        lost = math.hypot(*(left(one, delta.B, delta.A) for one, delta in zip(weights, made, strict=True)))
+        size = math.hypot(*(frobenius(one) for one in weights))
+        yield target, lora, Cut(str(target), lora.method, min(weights[0].shape), lora.A.shape[-len(shape)], size, lost)
+
+    def _pair(self, D: Array, name: str) -> tuple[Array, Array]:
+        """B and A of one difference; of full rank it is itself one of the two, and nothing is lost."""
+        import numpy as np
+
+        small = min(D.shape)
+        if self.criterion.keeps_all(small):
+            identity = np.eye(small, dtype=D.dtype)
+            return (D, identity) if D.shape[1] == small else (identity, D)
+        D = D.astype(np.float32, copy=False)
+        return balanced(*dominant(D, self.criterion, seed_of(name)))
+
+    def _rows(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update, Cut]]:
+        """The rows of a table that changed or are new, or the whole table where that is most of them."""
+        old = check_rows(name, tuned, base)
+        index, square = changed_rows(name, tuned, base)
+        new = range(old, tuned.shape[0])
+        if not index and not new:
+            return
+        path, size = _path(name), math.sqrt(square)
+        if 2 * len(index) > old:
+            whole = Replacement(weight=tuned)  # type: ignore[arg-type, call-arg]
+            yield Target(path), whole, Cut(path, whole.method, None, None, size, 0.0)
+            return
+        import numpy as np
+
+        rows = np.array([*index, *new], dtype=np.int64)
+        values = tuned.map(lambda table: table[rows], (len(rows), tuned.shape[1]))
+        update = Rows(index=from_numpy(rows), values=values)  # type: ignore[arg-type]
+        yield Target(path, "in out *k"), update, Cut(path, update.method, None, None, size, 0.0)
+
+
+def _path(name: str) -> str:
+    """The target's path of a stored tensor: the module's, or a parameter's own."""
+    return name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name
+
+
+def _exact_type(pairs: list[tuple[Array, Array]]) -> DType:
+    """float64 where a difference of full rank is of it, as it has to be; else float32."""
+    exact = any(B.dtype == A.dtype == "float64" and len(A) in (len(B), A.shape[1]) for B, A in pairs)
+    return DTYPES["F64" if exact else "F32"]
+
+
+def _reference(base: Checkpoint) -> BaseRef:
+    """What the adapter says of its base."""
+    import hashlib
+
+    config = base.config
+    digest = None if config is None else hashlib.sha256(canonical(config).encode()).hexdigest()
+    return BaseRef(id=str((config or {}).get("_name_or_path") or base.root.name), config_hash=digest)

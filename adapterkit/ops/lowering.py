@@ -1,0 +1,173 @@
+"""Lowering: what an adapter adds to each weight, as a pair of thin factors wherever there is one, else whole.
+
+All arithmetic on adapters runs on what this gives, in float64 numpy arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..binding import view_shape
+from ..binding.layouts import viewed
+from ..errors import AdapterkitError, UsageError
+from ..names.ties import aliases
+from ..tensors.checkpoint import opened
+from ..tensors.computed import load
+from ..updates import Additive, Update
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from ..adapter import Target
+    from ..tensors.checkpoint import Checkpoint
+    from ..tensors.computed import Array
+    from ..tensors.lazy import Shape
+
+    Base = Checkpoint | str | PathLike[str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delta:
+    """A change of one weight: D = B @ A + rest, all float64.
+
+    Attributes:
+        B: `[out, r]`; r is at most the smaller side, of each update, and 0 where there is no low-rank part.
+        A: `[r, in * k]`.
+        rest: `[out, in * k]`, or None where B @ A is all.
+    """
+
+    B: Array
+    A: Array
+    rest: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.B), self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The inner size of B @ A; nothing is said of the rest."""
+        return len(self.A)
+
+    def dense(self) -> Array:
+        """D `[out, in * k]`."""
+        product: Array = self.B @ self.A
+        return product if self.rest is None else product + self.rest
+
+    def scaled(self, weight: float) -> Delta:
+        return Delta(weight * self.B, self.A, None if self.rest is None else weight * self.rest)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What one adapter adds at one target: the sum of its additive updates, times a weight. Nothing is read yet.
+
+    Attributes:
+        target: where.
+        shape: of one weight, `[out, in, *k]`.
+        updates: the terms of the sum.
+        weight: how much of it is meant.
+    """
+
+    target: Target
+    shape: Shape
+    updates: tuple[Additive, ...]
+    weight: float = 1.0
+
+    @property
+    def changes_weight(self) -> bool:
+        return any(update.changes_weight for update in self.updates)
+
+    @property
+    def changes_bias(self) -> bool:
+        return any(update.changes_bias for update in self.updates)
+
+    @property
+    def experts(self) -> int | None:
+        """How many weights are stacked here; None for one alone."""
+        return int(self.updates[0].dims(True)["e"]) if self.target.stacked else None  # type: ignore[arg-type]
+
+    def deltas(self) -> Iterator[Delta]:
+        """The change of the weight, or of each expert's, in order, one at a time.
+
+        Raises:
+            Malformed: a NaN or an infinity.
+        """
+        changing = [loaded(update, self.target) for update in self.updates if update.changes_weight]
+        for expert in (None,) if self.experts is None else range(self.experts):
+            yield _sum([_delta(part(update, expert), self.shape, self.weight) for update in changing])
+
+    def bias(self) -> Array | None:
+        """The change of the bias, `[out]` or `[e, out]`; None where it stays as it is."""
+        changing = [loaded(update, self.target) for update in self.updates if update.changes_bias]
+        terms: list[Any] = [self.weight * update.bias_delta() for update in changing]
+        return sum(terms) if terms else None
+
+
+def loaded(update: Any, target: Target) -> Any:
+    """An update over numpy arrays, float64.
+
+    Raises:
+        Malformed: a NaN or an infinity; names target, method and field.
+    """
+    tensors = {}
+    for name, leaf in update.tensors.items():
+        try:
+            tensors[name] = load(leaf)
+        except AdapterkitError as error:
+            raise error.at(where=f"{target}: {update.method}.{name}") from None
+    return update.replace(**tensors)
+
+
+def part(update: Any, expert: int | None) -> Any:
+    """One expert's update, where experts are stacked."""
+    return update if expert is None else update.expert(expert)
+
+
+def shape_of(target: Target, updates: Sequence[Update], base: Base | None) -> Shape | None:
+    """The shape of one weight there, `[out, in, *k]`; `[out]` if only a bias is changed; None if nothing tells it."""
+    if base is not None:
+        checkpoint = opened(base)
+        names = aliases(checkpoint.tensors, checkpoint.config)
+        keys = (names.get(key, key) for key in (f"{target.path}.weight", target.path))
+        stored = next((checkpoint.tensors[key] for key in keys if key in checkpoint.tensors), None)
+        seen = None if stored is None else viewed(stored.shape, target)
+        if seen is not None:
+            rows = target.rows
+            shape = seen[int(target.stacked) :]
+            return shape if rows is None else (rows[1] - rows[0], *shape[1:])
+    if not any(update.changes_weight for update in updates):
+        return (int(updates[0].dims(target.stacked)["out"]),)  # type: ignore[arg-type]
+    try:
+        return view_shape(target, [update for update in updates if update.changes_weight])[int(target.stacked) :]
+    except UsageError:
+        return None
+
+
+def _delta(update: Additive, shape: Shape, weight: float) -> Delta:
+    import numpy as np
+
+    out, columns = shape[0], math.prod(shape[1:])
+    pair = update.pair(shape)
+    if pair is not None:
+        B, A = (np.asarray(factor) for factor in pair)
+        if len(A) > min(out, columns):
+            D, identity = B @ A, np.eye(min(out, columns))
+            B, A = (D, identity) if columns < out else (identity, D)
+        return Delta(weight * B, A)
+    dense = np.empty(shape)
+    update.delta_into(dense, weight)  # type: ignore[arg-type]
+    return Delta(np.zeros((out, 0)), np.zeros((0, columns)), dense.reshape(out, columns))
+
+
+def _sum(deltas: list[Delta]) -> Delta:
+    import numpy as np
+
+    if len(deltas) == 1:
+        return deltas[0]
+    rests = [delta.rest for delta in deltas if delta.rest is not None]
+    B, A = np.hstack([delta.B for delta in deltas]), np.vstack([delta.A for delta in deltas])
+    return Delta(B, A, sum(rests) if rests else None)  # type: ignore[arg-type]

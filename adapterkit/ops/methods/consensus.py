@@ -1,0 +1,37 @@
+"""Consensus task arithmetic: entries of the sum are kept where they matter to enough of the tasks (TALL masks).
+
+m_t = [|D_t| >= lambda_t |sum D - D_t|];  D = scale * (sum D) * [sum_t m_t >= agree].
+Wang et al. 2024, https://arxiv.org/abs/2405.07813
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ._entrywise import Entrywise
+from ._method import parameter
+
+if TYPE_CHECKING:
+    from ...tensors.computed import Array
+    from ..at import At
+
+
+class Consensus(Entrywise):
+    """The sum of the changes without entries of interest to one task alone, or to none."""
+
+    title = "Consensus task arithmetic (TALL masks)"
+    paper = "https://arxiv.org/abs/2405.07813"
+    single = frozenset({"threshold"})
+
+    threshold: float = parameter(0.4, "lambda_t: how large an entry is beside what the others add", least=0)
+    agree: int = parameter(2, "tasks that an entry must matter to", least=1)
+
+    def merged(self, changes: Array, weights: Array, at: At) -> Array:
+        import numpy as np
+
+        each = weights.reshape(-1, *[1] * (changes.ndim - 1)) * changes
+        total = each.sum(0)
+        levels = np.reshape(at.each(self, "threshold"), (-1, *[1] * (changes.ndim - 1)))
+        matter = (np.abs(each) >= levels * np.abs(total - each)).sum(0)
+        kept: Array = self.scale * total * (matter >= min(self.agree, len(changes)))
+        return kept

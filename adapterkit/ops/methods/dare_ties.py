@@ -1,0 +1,39 @@
+"""DARE and TIES: entries are dropped at random and the rest scaled up; then signs are elected and what agrees averaged.
+
+Yu et al. 2023, https://arxiv.org/abs/2311.03099
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._entrywise import DENOMINATOR, DENOMINATORS, RESCALE, RESCALES, SIGN, SIGNS, ZERO_SIGN, ZERO_SIGNS, Sparse
+from ._method import parameter
+from .dare_linear import dropped
+
+if TYPE_CHECKING:
+    from ...tensors.computed import Array
+    from ..at import At
+
+
+class DareTIES(Sparse):
+    """lambda * mean of the entries of m_t D_t / p that have the elected sign."""
+
+    title = "DARE, then TIES"
+    paper = "https://arxiv.org/abs/2311.03099"
+    single = frozenset({"density"})
+    compat: ClassVar = {
+        "mergekit": {
+            "density": 1.0, "rescale": "norm", "weighted_vote": True, "zero_sign": "+", "denominator": "none",
+        },
+        "peft": {"zero_sign": "+"},
+    }  # fmt: skip
+
+    density: float = parameter(0.1, "probability p that an entry is kept", least=0, most=1)
+    rescale: str = parameter("inverse", RESCALE, among=RESCALES)
+    sign: str = parameter("total", SIGN, among=SIGNS)
+    zero_sign: str = parameter("majority", ZERO_SIGN, among=ZERO_SIGNS)
+    denominator: str = parameter("count", DENOMINATOR, among=DENOMINATORS)
+
+    def sparse(self, D: Array, t: int, at: At) -> Array:
+        return dropped(D, at.each(self, "density")[t], self.rescale, t, at)

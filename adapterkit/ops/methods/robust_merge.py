@@ -1,0 +1,44 @@
+"""RobustMerge: small entries of A and B are dropped, rows of the rank scaled by what A lost, factors summed apart.
+
+A = sum_t A_t';  B = sum_t B_t' diag(s_t), s_t the part of task t in |A_t|_1 / |A_t'|_1, row by row.
+Zeng et al. 2025, https://arxiv.org/abs/2502.17159
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...errors import UsageError
+from ._entrywise import COUNTS, DENSITY, KEPT, count_of, largest
+from ._method import parameter
+from ._pairs import Pairwise
+
+if TYPE_CHECKING:
+    from ...tensors.computed import Array
+    from ..at import At
+
+
+class RobustMerge(Pairwise):
+    """Complementary parameter adaptation, with cross-task normalisation."""
+
+    title = "RobustMerge"
+    paper = "https://arxiv.org/abs/2502.17159"
+    single = frozenset({"density"})
+
+    density: float = parameter(0.2, DENSITY, least=0, most=1)
+    kept: str = parameter("reference", KEPT, among=COUNTS)
+
+    def factors(self, Bs: list[Array], As: list[Array], at: At) -> tuple[Array, Array]:
+        import numpy as np
+
+        if len({len(A) for A in As}) > 1:
+            raise UsageError("the ranks differ", where=str(at.target), cure="Resize the adapters to one rank")
+        A, B = (np.stack([self._pruned(X, t, at) for t, X in enumerate(each)]) for each in (As, Bs))
+        after = np.abs(A).sum(2)
+        scales = np.where(after > 0, np.abs(np.stack(As)).sum(2) / np.where(after > 0, after, 1.0), 0.0)
+        below = scales.sum(0)
+        parts = scales / np.where(below > 0, below, 1.0)
+        return (B * parts[:, None, :]).sum(0), A.sum(0)
+
+    def _pruned(self, X: Array, t: int, at: At) -> Array:
+        return X * largest(X, count_of(at.each(self, "density")[t], X.size, self.kept))

@@ -1,0 +1,44 @@
+"""Singular value calibration: directions of a merged change that several tasks counted double are scaled down.
+
+With D = U S V^T the merged change and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2, direction r is multiplied by
+T / sum_t max(alpha, s_r^t).  2026, https://arxiv.org/abs/2602.05536
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ._method import PlugIn, between, parameter
+
+if TYPE_CHECKING:
+    from ...tensors.computed import Array
+    from ..at import At
+    from ..lowering import Delta
+
+
+class SVC(PlugIn):
+    """A plug-in behind any method."""
+
+    title = "Singular value calibration (SVC) of another method's result"
+    paper = "https://arxiv.org/abs/2602.05536"
+
+    alpha: float = parameter(1.0, "the least that a task counts for in a direction", least=1e-6)
+
+    def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
+        import numpy as np
+
+        from ..thin import whole_core
+        from ._spectra import leading
+
+        merged = self.inner.matrix(deltas, weights, at)
+        if at.census.counting:
+            return merged
+        common = whole_core([merged, *deltas])
+        D, cores = common.cores[0], weights[:, None, None] * np.stack(common.cores[1:])
+        U, S, Vh = leading(D)
+        replies = U.T @ cores
+        squares = (replies * replies).sum(2)
+        along = ((U.T @ D) * replies).sum(2) / np.where(squares > 0, squares, 1.0)
+        factors = len(deltas) / np.maximum(self.alpha, along).sum(0)
+        return between(common.left, (U * (factors * S)) @ Vh, common.right)

@@ -1,0 +1,201 @@
+"""Recipes: what to combine and how, in a YAML file close to mergekit's.
+
+    merge_method: ties
+    models:
+      - model: adapters/one            # a path, or `adapter:`
+        parameters: {weight: 1.0, density: 0.5}
+      - model: adapters/two
+        parameters:
+          weight: [0.2, 0.8]           # first layer to last
+    parameters: {lambda: 0.7}
+    base_model: models/base            # where a law needs it
+    compat: mergekit                   # its defaults instead of the papers'
+
+A value may be a number, a list over the layers, a mapping of globs to either, or mergekit's list of `{filter, value}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..errors import Malformed, UsageError, nearest
+
+SPELLINGS = {
+    "lambda": "scale",
+    "select_topk": "select",
+    "max_iter": "iterations",
+    "tol": "tolerance",
+    "normalize_weights": "normalize",
+}
+"""mergekit's names of parameters -> ours, where these differ."""
+
+FLAGS: Mapping[str, tuple[str, str, str]] = {
+    "normalize": ("denominator", "weights", "none"),
+    "rescale": ("rescale", "norm", "none"),
+}
+"""mergekit's switches -> our parameter, its value for true and for false."""
+
+HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
+"""Parameters of mergekit's that change nothing here -> the values for which that is so."""
+
+TOP = (
+    "merge_method", "models", "adapters", "parameters", "base_model", "dtype", "out_dtype", "compat", "seed", "rank",
+    "disjoint",
+)  # fmt: skip
+MODEL = ("model", "adapter", "parameters")
+LARGEST = 1 << 20
+"""Bytes of a recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A combination in words.
+
+    Attributes:
+        adapters: paths.
+        options: keyword arguments of `combine`.
+    """
+
+    adapters: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_recipe(path: str | PathLike[str]) -> Recipe:
+    """A recipe from a file; relative paths in it are relative to where the process runs, as on the command line.
+
+    Raises:
+        Malformed: it is no YAML, or no recipe.
+        UsageError: an unknown key, method or parameter.
+    """
+    import yaml
+
+    try:
+        if Path(path).stat().st_size > LARGEST:
+            raise Malformed(f"a recipe of more than {LARGEST} bytes", path=Path(path), cure="Is it a recipe?")
+        found = yaml.load(Path(path).read_text("utf-8"), _loader())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        said = str(error).partition("\n")[0]
+        raise Malformed(f"no YAML: {said}", path=Path(path), cure="Correct the recipe") from None
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", path=Path(path), cure="Name a file") from None
+    return recipe(found, Path(path))
+
+
+def recipe(found: Any, path: Path | None = None) -> Recipe:
+    """A recipe from plain data; see `read_recipe`."""
+    top = _mapping(found, "recipe", TOP, path)
+    key = "adapters" if "adapters" in top else "models"
+    entries = top.get(key)
+    if "merge_method" not in top or not isinstance(entries, list) or not entries:
+        raise Malformed("needs merge_method and a list of models", path=path, cure="See adapterkit combine --help")
+    models = [_mapping(entry, f"{key}[{i}]", MODEL, path) for i, entry in enumerate(entries)]
+    names = [_name(model, f"{key}[{i}]", path) for i, model in enumerate(models)]
+    switches = _switches(top["merge_method"], top.get("compat"))
+    own = [
+        _translated(model.get("parameters"), f"{key}[{i}].parameters", switches, path) for i, model in enumerate(models)
+    ]
+    shared = _translated(top.get("parameters"), "parameters", switches, path)
+    everywhere = shared.pop("weight", 1.0)
+    options: dict[str, Any] = {"method": top["merge_method"], **shared}
+    options["weights"] = [each.pop("weight", everywhere) for each in own]
+    options |= {"each": own} if any(own) else {}
+    for name, said in (("base", "base_model"), ("dtype", "out_dtype")):
+        options |= {name: top[said]} if top.get(said) is not None else {}
+    if "out_dtype" not in top and top.get("dtype") is not None:
+        options["dtype"] = top["dtype"]
+    options |= {name: top[name] for name in ("compat", "seed", "rank", "disjoint") if top.get(name) is not None}
+    return Recipe(tuple(names), options)
+
+
+def _loader() -> Any:
+    """YAML without aliases, which grow without bound, and without keys said twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases are not part of recipes")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if len(keys) > len({repr(key) for key in keys}):
+                raise yaml.YAMLError("a key is there twice")
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def _mapping(found: Any, where: str, known: Sequence[str], path: Path | None) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise Malformed("a mapping was expected", where=where, path=path, cure="See adapterkit combine --help")
+    for key in found:
+        if key not in known:
+            cure = nearest(str(key), known) or f"Known: {', '.join(known)}"
+            raise UsageError(f"unknown key {key!r}", where=where, path=path, cure=cure)
+    return found
+
+
+def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
+    said = [model[key] for key in ("model", "adapter") if key in model]
+    if len(said) != 1 or not isinstance(said[0], str):
+        raise Malformed("one path was expected, as model or adapter", where=where, path=path, cure="Name the adapter")
+    return said[0]
+
+
+def _translated(found: Any, where: str, switches: frozenset[str], path: Path | None) -> dict[str, Any]:
+    """Parameters in our spelling."""
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise Malformed("a mapping was expected", where=where, path=path, cure="Such as {density: 0.5}")
+    made: dict[str, Any] = {}
+    for key, value in found.items():
+        if key in HARMLESS:
+            if value not in HARMLESS[key]:
+                raise UsageError(f"{key}={value!r} is not known here", where=where, path=path, cure="Leave it out")
+            continue
+        name, said = _spelled(str(key), _filtered(value, f"{where}.{key}", path), switches)
+        made[name] = said
+    return made
+
+
+def _switches(method: Any, compat: Any) -> frozenset[str]:
+    """The method's own parameters that are true or false."""
+    from .methods import COMBINERS
+    from .peers import resolved
+
+    name, values = resolved(str(method), compat)
+    classes = [COMBINERS[each] for each in (name, values.get("then")) if each is not None]
+    return frozenset(n for cls in classes for n, f in cls.parameters().items() if f.metadata["kind"] is bool)
+
+
+def _spelled(key: str, value: Any, switches: frozenset[str]) -> tuple[str, Any]:
+    if key in FLAGS and isinstance(value, bool) and key not in switches:
+        name, yes, no = FLAGS[key]
+        return name, yes if value else no
+    return SPELLINGS.get(key, key), value
+
+
+def _filtered(value: Any, where: str, path: Path | None) -> Any:
+    """mergekit's list of `{filter, value}` as a mapping of globs: its filters are parts of names."""
+    if not isinstance(value, list) or not any(isinstance(part, Mapping) for part in value):
+        return value
+    made: dict[str, Any] = {}
+    for part in value:
+        one = _mapping(part, where, ("filter", "value"), path) if isinstance(part, Mapping) else {"value": part}
+        if "value" not in one:
+            raise Malformed("a filter without a value", where=where, path=path, cure="Give both")
+        name = one.get("filter")
+        made["*" if name in (None, "*") else f"*{_literal(str(name))}*"] = one["value"]
+    return made
+
+
+def _literal(text: str) -> str:
+    import glob
+
+    return glob.escape(text)

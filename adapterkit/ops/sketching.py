@@ -1,0 +1,165 @@
+"""The first singular values of a large matrix, by a randomized sketch that says how good it is, else exactly.
+
+Subspace iteration from random vectors: Halko, Martinsson and Tropp 2011, https://doi.org/10.1137/090771806. That no
+other factors of the rank have a much smaller error is shown by bounds on what the best of them could keep. With Q the
+basis that was found and R = D - Q Q^T D, the k first squares of singular values of D sum to at most those of Q^T D, and
+
+- k times the largest square of R: Ky Fan 1949, on D^T D = (Q^T D)^T (Q^T D) + R^T R; or, if that is less,
+- what the largest square of R exceeds each of them by, and the k first singular values of R D^T Q: the same on D D^T.
+
+The largest square of R is bounded by powers of R^T R on random vectors: Dixon 1983, https://doi.org/10.1137/0720053,
+which is wrong with a probability of 1e-8 at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..tensors.computed import Array
+    from .criteria import Criterion
+
+    Decomposition = tuple[Array, Array, Array]
+
+SMALL = 384
+"""Below this size a matrix is decomposed exactly."""
+
+GUESS = 32
+"""Singular values to begin with where only an energy or an error is given."""
+
+EXCESS = 0.02
+"""How much larger than the smallest possible an error may be, relative to it."""
+
+EXACT = 1e-6
+"""A relative error that is as good as none: of changes that are of low rank but for rounding."""
+
+TESTS = 8
+POWERS = 24
+"""Random vectors of the bound, and how often the rest is applied to them at most."""
+
+
+def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
+    """The part of a matrix that a criterion keeps: U `[m, k]`, S `[k]`, Vh `[k, n]`.
+
+    Args:
+        D: `[m, n]`, float32 or float64.
+        criterion: what to keep; its scope is this matrix alone.
+        seed: of the random vectors.
+
+    Returns:
+        factors whose error in the Frobenius norm is at most 1 + EXCESS times that of the best ones of that rank, but
+        for a probability of 1e-8.
+    """
+    import numpy as np
+
+    small, norm = min(D.shape), _norm(D)
+    rank = min(criterion.rank or GUESS, small)
+    random = np.random.default_rng(seed)
+    while small > SMALL and 3 * rank <= small and norm > 0:
+        for width, rounds in ((2 * rank + 16, 2), (3 * rank + 32, 4)):
+            Q, found = _sketch(D, min(width, small), rounds, random)
+            kept = found[1][:rank]
+            if not criterion.reached(kept, norm):
+                break
+            count = criterion.counts([kept], [norm])[0]
+            if _good(D, Q, found, count, norm, random):
+                return first(found, count)
+        rank = small if criterion.rank is not None else 2 * rank
+    found = exact(D)
+    return first(found, criterion.counts([found[1]], [norm])[0])
+
+
+def exact(D: Array) -> Decomposition:
+    """The whole thin decomposition; of large matrices by the eigenvectors of the smaller Gram matrix, in float64."""
+    import numpy as np
+
+    D = D.astype(np.float64, copy=False)
+    if min(D.shape) <= SMALL:
+        U, S, Vh = np.linalg.svd(D, full_matrices=False)
+        return U, S, Vh
+    if D.shape[0] > D.shape[1]:
+        U, S, Vh = exact(D.T)
+        return Vh.T, S, U.T
+    U = np.linalg.eigh(D @ D.T)[1][:, ::-1]
+    # Projections on the vectors, not roots of small squares: the product of the three is D to rounding.
+    rows = U.T @ D
+    S = np.sqrt((rows * rows).sum(1))
+    order = np.argsort(-S, kind="stable")
+    return U[:, order], S[order], rows[order] / np.maximum(S[order], np.finfo(float).tiny)[:, None]
+
+
+def _sketch(D: Array, width: int, rounds: int, random: Any) -> tuple[Array, Decomposition]:
+    """An orthonormal basis `[m, width]` of most of the range, and the decomposition of D's projection on it."""
+    import numpy as np
+
+    Q = _basis(D @ random.standard_normal((D.shape[1], width), dtype=np.float32).astype(D.dtype))
+    for _ in range(rounds):
+        Q = _basis(D @ _basis(D.T @ Q))
+    V, R = np.linalg.qr((Q.T @ D).T.astype(np.float64))
+    U, S, Wh = np.linalg.svd(R.T)
+    return Q, (Q @ U, S, Wh @ V.T)
+
+
+def _basis(block: Array) -> Array:
+    import numpy as np
+
+    return np.linalg.qr(block)[0]
+
+
+def _good(D: Array, Q: Array, found: Decomposition, count: int, norm: float, random: Any) -> bool:
+    """Whether no factors of that rank can have an error much smaller than the first `count` of these."""
+    U, S, Vh = first(found, count)
+    square = max(norm**2 - float((S * S).sum()), 0.0)
+    if square < 1e-4 * norm**2:
+        square = _norm(D - (U * S).astype(D.dtype) @ Vh.astype(D.dtype)) ** 2
+    if square <= (EXACT * norm) ** 2:
+        return True
+    mixed = _mixed(D, Q, count)
+    return any(
+        square <= (1 + EXCESS) ** 2 * (square - min(count * rest, mixed + float((rest - S * S).clip(0).sum())))
+        for rest in _largest_squares(D, Q, random)
+    )
+
+
+def _mixed(D: Array, Q: Array, count: int) -> float:
+    """What of D D^T lies between the range of Q and the rest of the space: the sum of `count` singular values."""
+    import numpy as np
+
+    block = D @ (D.T @ Q)
+    block -= Q @ (Q.T @ block)
+    return float(np.linalg.svd(np.linalg.qr(block)[1], compute_uv=False)[:count].sum())
+
+
+def _largest_squares(D: Array, Q: Array, random: Any) -> Iterator[float]:
+    """Bounds on the square of the largest singular value of R = D - Q Q^T D, each tighter than the one before."""
+    import numpy as np
+
+    x = random.standard_normal((D.shape[1], TESTS), dtype=np.float32).astype(D.dtype)
+    x /= np.sqrt((x * x).sum(0))
+    log = 0.0
+    for power in range(1, POWERS + 1):
+        y = D @ x
+        y -= Q @ (Q.T @ y)
+        x = D.T @ y
+        size = float(np.sqrt((x.astype(np.float64) ** 2).sum(0)).max())
+        if size == 0:
+            yield 0.0
+            return
+        log += math.log(size)
+        x /= size
+        yield math.exp((log + math.log(8 * math.sqrt(D.shape[1]))) / power)
+
+
+def first(found: Decomposition, count: int) -> Decomposition:
+    """The first so many singular values and vectors."""
+    U, S, Vh = found
+    return U[:, :count], S[:count], Vh[:count]
+
+
+def _norm(D: Array) -> float:
+    """The Frobenius norm, summed in float64."""
+    import numpy as np
+
+    return math.sqrt(float(np.einsum("ij,ij->", D, D, dtype=np.float64)))

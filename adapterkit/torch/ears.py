@@ -1,0 +1,107 @@
+"""Ears: what a model's own call received, for laws that ask for it: token numbers, tasks of rows, a first pass.
+
+An ear is at the model that an adapter was injected into. It keeps the words of a call until the call is over; in
+training until the next one, since checkpointed blocks run again in the backward pass. A word that the model itself
+does not take is kept from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ShapeMismatch, Unsupported
+from .context import CACHES
+from .outputs import Switch
+
+TOKENS: Final = "input_ids"
+FIRST_PASS: Final = "hidden_states"
+"""The two words that are more than what the call said, see `OutputUpdate`."""
+
+
+class Ear:
+    """Keeps what one adapter's updates ask for, for the length of a call."""
+
+    def __init__(self, switch: Switch, asks: Iterable[str]) -> None:
+        self.switch, self.asks = switch, frozenset(asks)
+        self.words: Mapping[str, Any] = {}
+        self.seen: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+
+    def take(self) -> dict[str, Any]:
+        """The words of the call that is going on."""
+        return dict(self.words)
+
+    def listen(self, words: Mapping[str, Any], first_pass: Callable[[], Tensor]) -> None:
+        """Keeps what was asked for of a call's words."""
+        heard = {name: words[name] for name in self.asks if words.get(name) is not None}
+        if TOKENS in heard:
+            heard[TOKENS] = self._with_earlier(heard[TOKENS], cache_of(words))
+        if FIRST_PASS in self.asks:
+            before, self.switch.active = self.switch.active, False
+            try:
+                heard[FIRST_PASS] = first_pass()
+            finally:
+                self.switch.active = before
+        self.words = heard
+
+    def remember(self, cache: Any) -> None:
+        """Keeps the token numbers for calls that go on with a cache."""
+        if cache is not None and TOKENS in self.words:
+            self.seen[cache] = self.words[TOKENS]
+
+    def _with_earlier(self, ids: Tensor, cache: Any) -> Tensor:
+        earlier = None if cache is None else self.seen.get(cache)
+        if earlier is None:
+            return ids
+        earlier = earlier[:, : int(cache.get_seq_length())]
+        if len(earlier) != len(ids):
+            why = f"{len(ids)} rows, where the cache was filled with {len(earlier)}"
+            raise ShapeMismatch(why, where=TOKENS, cure="Go on with as many rows")
+        return torch.cat((earlier.to(ids.device), ids), 1)
+
+
+def overheard(
+    module: nn.Module, ears: Sequence[Ear], names: Sequence[str], forward: Callable[..., Any], passes: bool, args: Any,
+    kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
+    """The model's forward while its ears listen; `passes` leaves its words whole, for context that reads them too."""
+    words = {**dict(zip(names, args, strict=False)), **kwargs}
+    asked = {name for ear in ears for name in ear.asks} - set(names)
+    kept = kwargs if passes else {name: value for name, value in kwargs.items() if name not in asked}
+    active = [ear for ear in ears if ear.switch.active and ear.switch.weight]
+    try:
+        for ear in active:
+            ear.listen(words, lambda: _first_pass(forward, words, args, kept))
+        out = forward(*args, **kept)
+        for ear in active:
+            ear.remember(cache_of(words) or cache_of(out))
+        return out
+    finally:
+        for ear in active if not (module.training and torch.is_grad_enabled()) else ():
+            ear.words = {}
+
+
+def cache_of(words: Any) -> Any:
+    """The cache among a call's words or in what it returned; None where there is none."""
+    found = (words.get(name) if isinstance(words, Mapping) else getattr(words, name, None) for name in sorted(CACHES))
+    cache = next((each for each in found if each is not None), None)
+    return cache if hasattr(cache, "get_seq_length") else None
+
+
+@torch.no_grad()
+def _first_pass(forward: Callable[..., Any], words: Mapping[str, Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """What the last layer gives without the adapter."""
+    if cache_of(words) is not None:
+        cure = "Pass use_cache=False, to generate too"
+        raise Unsupported("a first pass over all tokens, where the call goes on with a cache", cure=cure)
+    out = forward(*args, **{**kwargs, "use_cache": False, "output_hidden_states": True, "return_dict": True})
+    hidden = getattr(out, "hidden_states", None)
+    if not hidden:
+        cure = "Such adapters belong to models that do, as those of transformers"
+        raise Unsupported("the model returns no hidden_states", cure=cure)
+    last: Tensor = hidden[-1]
+    return last

@@ -1,0 +1,218 @@
+"""combine, list combine and merge --method from the command line, and recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import record, run
+from safetensors.numpy import load_file, save_file
+
+import adapterkit as ak
+from adapterkit.errors import Malformed, UsageError
+from adapterkit.ops import COMBINERS
+from adapterkit.ops.recipes import read_recipe, recipe
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> list[Path]:
+    return [write_adapter(tmp_path / name, seed) for name, seed in (("one", 10), ("two", 20))]
+
+
+def write_adapter(folder: Path, seed: int) -> Path:
+    folder.mkdir()
+    random = np.random.default_rng(seed)
+    key = "base_model.model.layers.{}.q.lora_{}.weight"
+    tensors = {
+        key.format(i, side): random.normal(size=shape).astype(np.float32)
+        for i in (0, 1) for side, shape in (("A", (2, 6)), ("B", (8, 2)))
+    }  # fmt: skip
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    weights = {f"layers.{i}.q.weight": np.ones((8, 6), np.float32) for i in (0, 1)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "tiny"}')
+    return folder
+
+
+def delta(source: object, layer: int = 0) -> np.ndarray:
+    return ak.read(str(source)).delta(f"layers.{layer}.q").numpy()
+
+
+def test_combine_two_in_their_own_format(adapters: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = record("combine", *adapters, "--weight", 1, "--weight", -0.5, "-o", out)
+    assert (found["method"], found["to"], found["weights"]) == ("linear", "peft", [1.0, -0.5])
+    assert np.abs(delta(out) - (delta(adapters[0]) - 0.5 * delta(adapters[1]))).max() < 1e-5
+
+
+def test_combine_by_a_method_with_settings(adapters: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    words = ["--method", "ties", "--set", "density=0.5", "--set", "scope=tensor", "--to", "adapterkit", "-o", out]
+    found = record("combine", *adapters, *words)
+    assert (found["parameters"]["density"], found["parameters"]["scope"]) == (0.5, "tensor")
+    expected = ak.ops.combine(adapters, "ties", density=0.5, scope="tensor")
+    assert (delta(out) == expected.delta("layers.0.q").numpy()).all()
+    step = ak.read(out).recipe[-1]
+    assert (step.op, step.args["method"]) == ("combine", "ties")
+    assert len(step.args["of"]) == 2
+    shown = run("combine", *adapters, *words[:-1], tmp_path / "again.safetensors")
+    assert shown.exit_code == 0
+    assert "density" in shown.stdout
+    assert "adapterkit" in shown.stdout
+
+
+def test_combine_by_a_recipe(adapters: list[Path], tmp_path: Path) -> None:
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(f"""
+merge_method: knots_ties
+models:
+  - model: {adapters[0]}
+    parameters: {{weight: [1.0, 2.0], density: 0.4}}
+  - adapter: {adapters[1]}
+    parameters:
+      weight:
+        - {{filter: layers.0, value: 0.5}}
+        - value: 1.5
+parameters: {{density: 0.6, lambda: 0.7, normalize: true, scope: tensor}}
+""")
+    record("combine", "--recipe", file, "-o", out)
+    expected = ak.ops.combine(
+        adapters, "knots", [[1.0, 2.0], {"*layers.0*": 0.5, "*": 1.5}], then="ties", density=0.6, scale=0.7,
+        denominator="weights", scope="tensor", each=[{"density": 0.4}, {}],
+    )  # fmt: skip
+    for layer in (0, 1):
+        assert np.abs(delta(out, layer) - expected.delta(f"layers.{layer}.q").numpy()).max() < 1e-5
+
+
+def test_a_peers_recipe_by_its_own_names(adapters: list[Path], tmp_path: Path) -> None:
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out.safetensors"
+    models = [{"model": str(path), "parameters": {"weight": 1.0, "density": 0.5}} for path in adapters]
+    file.write_text(json.dumps({"merge_method": "ties", "models": models, "compat": "mergekit"}))
+    found = record("combine", "--recipe", file, "--to", "adapterkit", "-o", out)
+    assert found["parameters"]["denominator"] == "weights"
+    expected = ak.ops.combine(adapters, "ties", compat="mergekit", each=[{"density": 0.5}] * 2)
+    assert (delta(out) == expected.delta("layers.0.q").numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "tiess"], "ties"),
+        (["--method", "ties", "--set", "densty=1"], "density"),
+        (["--method", "ties", "--set", "density"], "NAME=VALUE"),
+        (["--method", "ties", "--set", "weights=1"], "NAME=VALUE"),
+        (["--weight", "1"], "1 weights for 2 adapters"),
+        (["--rank", "9"], "rank 9"),
+        (["--method", "regmean"], "needs data"),
+        (["--method", "ties", "--compat", "kohya"], "kohya"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(
+    adapters: list[Path], tmp_path: Path, words: list[str], said: str
+) -> None:
+    result = run("combine", *adapters, *words, "-o", tmp_path / "out")
+    assert result.exit_code in (2, 3)
+    assert said in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_are_none_leave_nothing_behind(adapters: list[Path], tmp_path: Path) -> None:
+    file = adapters[0] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: values * np.float32("nan") for name, values in tensors.items()}, file, {"format": "pt"})
+    for method in ("linear", "ties", "tsv"):
+        result = run("combine", *adapters, "--method", method, "--to", "adapterkit", "-o", tmp_path / "out.safetensors")
+        assert result.exit_code == 2
+        assert "NaN" in result.stderr
+        assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_recipe_or_words_but_not_both(adapters: list[Path], tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"merge_method: linear\nmodels: [{{model: {adapters[0]}}}]\n")
+    assert run("combine", adapters[0], "--recipe", file, "-o", tmp_path / "out").exit_code == 2
+    assert run("combine", "-o", tmp_path / "out").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ("merge_method: ties\nmodels: [{model: a}]\nmerge_metod: x", UsageError, "merge_method"),
+        ("merge_method: ties\nmodels: [{model: a, parameter: {}}]", UsageError, "parameters"),
+        ("merge_method: ties\nmodels: [{model: a}]\nslices: []", UsageError, "unknown key 'slices'"),
+        ("merge_method: ties", Malformed, "list of models"),
+        ("models: [{model: a}]", Malformed, "merge_method"),
+        ("merge_method: ties\nmodels: [{model: a, adapter: b}]", Malformed, "one path"),
+        ("merge_method: ties\nmodels: [a]", Malformed, "a mapping"),
+        ("a: &a [1]\nb: *a", Malformed, "aliases"),
+        ("merge_method: ties\nmerge_method: linear", Malformed, "twice"),
+        ("merge_method: [", Malformed, "no YAML"),
+        ("merge_method: !!python/object:os.system x", Malformed, "no YAML"),
+        ("- 1", Malformed, "a mapping"),
+        ("merge_method: model_stock\nmodels: [{model: a}]\nparameters: {filter_wise: true}", UsageError, "filter_wise"),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, text: str, error: type[Exception], said: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(error, match=said):
+        read_recipe(file)
+
+
+def test_switches_of_a_recipe_are_the_methods_own_where_it_has_them() -> None:
+    def options(method: str) -> dict[str, object]:
+        return dict(
+            recipe({"merge_method": method, "models": [{"model": "a"}], "parameters": {"normalize": False}}).options
+        )
+
+    assert options("linear")["normalize"] is False
+    assert options("ties")["denominator"] == "none"
+
+
+def test_list_combine_shows_every_method_and_its_parameters() -> None:
+    found = {entry["name"]: entry for entry in record("list", "combine")["combine"]}
+    assert set(found) == set(COMBINERS)
+    assert found["ties"]["parameters"]["density"] == 0.2
+    assert found["ties"]["among"]["scope"] == ["model", "tensor"]
+    assert found["knots"]["then"] == "ties"
+    assert found["cat"]["data"]
+    shown = run("list", "combine").stdout
+    assert "density=0.2" in shown
+    assert "TSV-M" in shown
+
+
+def test_merge_combines_on_the_fly(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    out, combined = tmp_path / "merged", tmp_path / "combined.safetensors"
+    words = ["--method", "ties", "--set", "density=0.5", "--weight", 1, "--weight", 2]
+    found = record("merge", base, *adapters, *words, "-o", out, "--verify")
+    assert found["verification"]["ok"]
+    record("combine", *adapters, *words, "--to", "adapterkit", "-o", combined)
+    merged = load_file(out / "model.safetensors")
+    for layer in (0, 1):
+        expected = 1 + delta(combined, layer).astype(np.float64)
+        assert np.abs(merged[f"layers.{layer}.q.weight"] - expected).max() < 1e-6
+
+
+def test_merge_of_a_sum_is_the_merge_of_all(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    weights = ["--weight", 0.5, "--weight", -1.5]
+    record("merge", base, *adapters, *weights, "-o", tmp_path / "all")
+    record("merge", base, *adapters, *weights, "--method", "linear", "-o", tmp_path / "sum")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("all", "sum"))
+    assert all(np.abs(one[name] - other[name]).max() < 1e-6 for name in one)
+
+
+def test_settings_without_a_method_are_no_merge(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    result = run("merge", base, *adapters, "--set", "density=0.5", "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()

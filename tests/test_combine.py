@@ -1,0 +1,573 @@
+"""Ways to combine: what must hold whatever the numbers, the papers' formulas on whole matrices, and what is refused."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import adapterkit as ak
+from adapterkit.adapter import Adapter, Target
+from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from adapterkit.methods import METHODS
+from adapterkit.ops import COMBINERS
+from adapterkit.ops.census import Census
+from adapterkit.ops.methods.lego import clusters
+from adapterkit.tensors.lazy import from_numpy
+
+OUT, IN, RANK = 20, 28, 3
+Q, V = Target("layers.0.q"), Target("layers.1.v")
+
+BY_FACTORS = {"factors", "lego", "robust_merge"}
+"""Methods that see B and A themselves."""
+BY_PLACE = {"dare_linear", "dare_ties", "della", "lego"}
+"""Methods that draw at random, by the adapters' positions."""
+WITH_DATA = {name for name in COMBINERS if COMBINERS[name].data}
+PLAIN = sorted(set(COMBINERS) - WITH_DATA)
+KEEPING = [
+    "linear", "task_arithmetic", "multislerp", "karcher", "model_stock", "tsv", "cart", "wudi", "pico", "svc",
+    "knots_task_arithmetic", "core_task_arithmetic", "core_tsv", "ctm_task_arithmetic", "pico_tsv",
+]  # fmt: skip
+"""Methods that give back an adapter that is alone."""
+
+
+def lora(rng, out=OUT, columns=(IN,), rank=RANK, bias=False, lead=(), **more):
+    fields = {"A": (*lead, rank, *columns), "B": (*lead, out, rank)} | ({"bias": (*lead, out)} if bias else {})
+    return METHODS["lora"](**{name: from_numpy(rng.normal(size=shape)) for name, shape in fields.items()}, **more)
+
+
+def adapters(count=3, targets=(Q, V), **more):
+    return [
+        Adapter({target: (lora(np.random.default_rng([t, i]), **more),) for i, target in enumerate(targets)})
+        for t in range(count)
+    ]
+
+
+def change(adapter, target=Q):
+    return adapter.delta(target.path).numpy().astype(np.float64)
+
+
+def exact(adapter, target=Q):
+    """The change in float64, from the factors."""
+    update = adapter.updates[target][0]
+    if update.method == "dense":
+        return update.D.numpy()
+    B, A = update.B.numpy(), update.A.numpy()
+    return update.scaling * (B @ A.reshape(len(A), -1))
+
+
+def close(one, other, tolerance=1e-9):
+    assert np.abs(one - other).max() <= tolerance * max(np.abs(other).max(), 1e-300)
+
+
+def few(name):
+    return 2 if name == "slerp" else 3
+
+
+def settings(name):
+    """Bases that do not depend on how a product was split."""
+    return {"basis": "products"} if "basis" in COMBINERS[name].parameters() else {}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_method_combines_and_its_result_can_be_written_and_read(name, tmp_path):
+    made = ak.ops.combine(adapters(few(name), bias=True), name)
+    made.validate()
+    made.check_values()
+    ak.write(made, tmp_path / "made.safetensors")
+    read = ak.read(tmp_path / "made.safetensors")
+    assert read.digest() == made.digest()
+    said = read.recipe[0]
+    assert (said.op, said.args["method"]) == ("combine", name)
+    assert set(said.args["parameters"]) == set(COMBINERS[name]().values())
+    assert len(said.args["of"]) == few(name)
+
+
+@pytest.mark.parametrize("name", sorted(set(PLAIN) - BY_FACTORS))
+def test_a_product_counts_and_not_how_it_was_split(name):
+    def turned(adapter, seed):
+        R = np.random.default_rng(seed).normal(size=(RANK, RANK)) + 2 * np.eye(RANK)
+        update = adapter.updates[Q][0]
+        A, B = np.linalg.solve(R, update.A.numpy()), update.B.numpy() @ R
+        return adapter.replace(updates={Q: (update.replace(A=from_numpy(A), B=from_numpy(B)),)})
+
+    given_ = adapters(few(name), targets=[Q])
+    others = [turned(adapter, seed) for seed, adapter in enumerate(given_)]
+    one, other = (ak.ops.combine(each, name, **settings(name)) for each in (given_, others))
+    close(exact(one), exact(other), 1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(PLAIN) - BY_PLACE - {"slerp"}))
+@pytest.mark.parametrize("order", [[1, 2, 0], [2, 1, 0]])
+def test_the_order_of_adapters_does_not_matter(name, order):
+    given_, weights = adapters(), [1.0, 0.5, 2.0]
+    one = ak.ops.combine(given_, name, weights)
+    other = ak.ops.combine([given_[i] for i in order], name, [weights[i] for i in order])
+    close(exact(one), exact(other), 1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(set(PLAIN) - {"lego"}))
+def test_twice_the_changes_make_twice_the_result(name):
+    given_ = adapters(few(name))
+    one = ak.ops.combine(given_, name)
+    other = ak.ops.combine([ak.ops.scale(adapter, 4.0) for adapter in given_], name)
+    close(exact(other), 4 * exact(one), 1e-6)
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_an_adapter_alone_is_what_it_was(name):
+    (one,) = adapters(1)
+    close(exact(ak.ops.combine([one], name)), exact(one), 1e-9)
+
+
+@pytest.mark.parametrize("plug", ["knots", "core"])
+@pytest.mark.parametrize("then", ["linear", "task_arithmetic", "model_stock", "karcher"])
+def test_linear_methods_are_the_same_in_any_coordinates(plug, then):
+    given_, weights = adapters(), [1.0, -0.5, 2.0]
+    close(exact(ak.ops.combine(given_, plug, weights, then=then)), exact(ak.ops.combine(given_, then, weights)))
+
+
+def test_ctm_has_the_rank_that_was_asked_for_and_a_pair_of_equal_spaces_is_kept():
+    made = ak.ops.combine(adapters(), "ctm", rank=2)
+    assert made.updates[Q][0].A.shape[0] == 2
+    one = adapters(1)[0]
+    several = [one, ak.ops.scale(one, 0.5)]
+    close(exact(ak.ops.combine(several, "ctm", then="linear")), 1.5 * exact(one))
+
+
+def test_disjoint_spaces_are_only_summed():
+    """Where no direction is shared, whitening and calibration have nothing to do."""
+    parts = []
+    for t in range(2):
+        B, A = np.zeros((OUT, RANK)), np.zeros((RANK, IN))
+        rng = np.random.default_rng(t)
+        B[t * 8 : t * 8 + 8], A[:, t * 10 : t * 10 + 10] = rng.normal(size=(8, RANK)), rng.normal(size=(RANK, 10))
+        parts.append(Adapter({Q: (METHODS["lora"](A=from_numpy(A), B=from_numpy(B)),)}))
+    total = exact(parts[0]) + exact(parts[1])
+    for name in ("tsv", "svc", "wudi"):
+        close(exact(ak.ops.combine(parts, name)), total)
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "della"])
+def test_random_drops_leave_the_mean(name):
+    (one,) = adapters(1, targets=[Q])
+    more = {"sign": "none", "denominator": "none"} if name == "della" else {}
+    found = np.stack([exact(ak.ops.combine([one], name, density=0.5, seed=s, **more)) for s in range(400)])
+    kept = (found != 0).mean()
+    assert abs(kept - 0.5) < 0.01
+    assert np.abs(found.mean(0) - exact(one)).max() < 6 * (found.std(0) / 20).max()
+
+
+def test_what_is_random_does_not_depend_on_other_targets_or_runs():
+    both = ak.ops.combine(adapters(), "dare_ties", density=0.5, seed=7)
+    alone = ak.ops.combine(adapters(targets=[Q]), "dare_ties", density=0.5, seed=7)
+    assert (exact(both) == exact(alone)).all()
+    assert (exact(both) != exact(ak.ops.combine(adapters(), "dare_ties", density=0.5, seed=8))).any()
+    updates = both.updates
+    assert list(updates) == [Q, V]
+    backwards = [Adapter(dict(reversed(a.updates.items()))) for a in adapters()]
+    again = ak.ops.combine(backwards, "dare_ties", density=0.5, seed=7)
+    assert (exact(again) == exact(both)).all()
+    assert (exact(again, V) == exact(both, V)).all()
+
+
+# The papers' formulas, on whole matrices.
+
+
+def trimmed(matrices, density):
+    """The largest entries over all matrices of one task, as the authors of TIES count them."""
+    flat = np.abs(np.concatenate([matrix.ravel() for matrix in matrices]))
+    least = np.sort(flat)[len(flat) - int(density * len(flat)) - 1]
+    return [np.where(np.abs(matrix) >= least, matrix, 0) for matrix in matrices]
+
+
+def elected_mean(kept):
+    elected = np.sign(kept.sum(0))
+    agree = np.sign(kept) == elected
+    return (kept * agree).sum(0) / np.maximum(agree.sum(0), 1)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_ties_trims_over_the_whole_adapter(density):
+    given_ = adapters(bias=True)
+    per_task = []
+    for adapter in given_:
+        tensors = [exact(adapter), exact(adapter, V), *(adapter.updates[t][0].bias.numpy() for t in (Q, V))]
+        per_task.append(trimmed(tensors, density))
+    made = ak.ops.combine(given_, "ties", density=density)
+    for i, target in enumerate((Q, V)):
+        close(exact(made, target), elected_mean(np.stack([task[i] for task in per_task])))
+        close(made.updates[target][0].d.numpy(), elected_mean(np.stack([task[i + 2] for task in per_task])))
+
+
+def test_knots_ties_is_ties_on_aligned_coordinates():
+    given_ = adapters()
+    U, aligned = {}, [[] for _ in given_]
+    for target in (Q, V):
+        U[target], S, Vh = np.linalg.svd(np.hstack([exact(a, target) for a in given_]), full_matrices=False)
+        rank = int((S > 1e-9).sum())
+        U[target] = U[target][:, :rank]
+        for t in range(len(given_)):
+            aligned[t].append((S[:, None] * Vh)[:rank, t * IN : (t + 1) * IN])
+    kept = [trimmed(task, 0.2) for task in aligned]
+    made = ak.ops.combine(given_, "knots_ties", density=0.2)
+    for i, target in enumerate((Q, V)):
+        close(exact(made, target), U[target] @ elected_mean(np.stack([task[i] for task in kept])))
+
+
+def test_core_ties_is_ties_between_bases_of_the_factors():
+    given_ = adapters(targets=[Q])
+    pairs = [(a.updates[Q][0].B.numpy(), a.updates[Q][0].A.numpy()) for a in given_]
+    U = np.linalg.svd(np.hstack([B for B, _ in pairs]), full_matrices=False)[0]
+    Vh = np.linalg.svd(np.vstack([A for _, A in pairs]), full_matrices=False)[2]
+    cores = [U.T @ B @ A @ Vh.T for B, A in pairs]
+    merged = elected_mean(np.stack([trimmed([core], 0.3)[0] for core in cores]))
+    made = ak.ops.combine(given_, "core_ties", density=0.3)
+    close(exact(made), U @ merged @ Vh)
+
+
+def polar(X):
+    U, _, Vh = np.linalg.svd(X, full_matrices=False)
+    return U @ Vh
+
+
+def leading(matrix, count):
+    U, S, Vh = np.linalg.svd(matrix, full_matrices=False)
+    return U[:, :count], S[:count], Vh[:count].T
+
+
+@pytest.mark.parametrize("kept", [None, 2])
+def test_tsv_whitens_the_tasks_singular_vectors(kept):
+    given_ = adapters()
+    parts = [leading(exact(adapter), kept or RANK) for adapter in given_]
+    U, V = (polar(np.hstack([part[i] for part in parts])) for i in (0, 2))
+    expected = U @ np.diag(np.concatenate([part[1] for part in parts])) @ V.T
+    close(exact(ak.ops.combine(given_, "tsv", directions=kept)), expected)
+
+
+def test_iso_c_makes_singular_values_equal():
+    given_ = adapters()
+    total = sum(exact(adapter) for adapter in given_)
+    U, S, V = leading(total, 3 * RANK)
+    close(exact(ak.ops.combine(given_, "iso_c")), S.mean() * U @ V.T)
+    close(exact(ak.ops.combine(given_, "iso_c", over="weight", scale=2.0)), 2 * S.sum() / min(OUT, IN) * U @ V.T)
+
+
+def test_iso_cts_adds_each_tasks_own_directions():
+    given_ = adapters()
+    tasks = [exact(adapter) for adapter in given_]
+    own, common = 1, 3 * RANK - 3
+    U, S, V = leading(sum(tasks), common)
+    parts = [leading(task - U @ U.T @ task, own) for task in tasks]
+    Us, Vs = (polar(np.hstack([first, *(part[i] for part in parts)])) for i, first in ((0, U), (2, V)))
+    mean = np.concatenate([S, *(part[1] for part in parts)]).mean()
+    close(exact(ak.ops.combine(given_, "iso_cts", common=common / (3 * RANK))), mean * Us @ Vs.T)
+
+
+def test_cart_adds_leading_differences_to_the_mean():
+    given_ = adapters()
+    tasks = [exact(adapter) for adapter in given_]
+    expected = centre = sum(tasks) / 3
+    for task in tasks:
+        U, S, V = leading(task - centre, 2)
+        expected = expected + 0.5 * U @ np.diag(S) @ V.T
+    close(exact(ak.ops.combine(given_, "cart", share=2 / (3 * RANK), scale=0.5)), expected)
+
+
+def test_pico_damps_shared_directions_and_keeps_the_mean_norm():
+    given_ = adapters()
+    factors = [a.updates[Q][0] for a in given_]
+    U, S, _ = np.linalg.svd(np.hstack([f.B.numpy() for f in factors]), full_matrices=False)
+    alpha = 1 / (1 + 2 * S**2 / (S**2).sum())
+    damped = np.eye(OUT) + U @ np.diag(alpha - 1) @ U.T
+    total = sum(damped @ exact(adapter) for adapter in given_)
+    norm = np.mean([np.linalg.norm(exact(adapter)) for adapter in given_])
+    made = exact(ak.ops.combine(given_, "pico"))
+    close(made, total * norm / np.linalg.norm(total))
+    assert abs(np.linalg.norm(made) - norm) < 1e-9 * norm
+
+
+def test_svc_scales_directions_that_were_counted_double():
+    given_ = adapters()
+    tasks = [exact(adapter) for adapter in given_]
+    total = sum(tasks)
+    U, S, Vh = np.linalg.svd(total, full_matrices=False)
+    expected = np.zeros_like(total)
+    for r in range(3 * RANK):
+        replies = [U[:, r] @ task for task in tasks]
+        counted = [max(1.0, (U[:, r] @ total) @ reply / (reply @ reply)) for reply in replies]
+        expected += 3 / sum(counted) * S[r] * np.outer(U[:, r], Vh[r])
+    close(exact(ak.ops.combine(given_, "svc")), expected)
+
+
+def test_wudi_is_where_the_descent_from_the_sum_ends():
+    given_ = adapters()
+    tasks = [exact(adapter) for adapter in given_]
+    grams = [task.T @ task / np.linalg.norm(task) ** 2 for task in tasks]
+    found = sum(tasks)
+    for _ in range(20000):
+        found = found - sum((found - task) @ G for task, G in zip(tasks, grams, strict=True))
+    close(exact(ak.ops.combine(given_, "wudi")), found, 1e-4)
+
+
+def test_consensus_keeps_what_matters_to_two_tasks():
+    given_, level = adapters(), 0.6
+    tasks = np.stack([exact(adapter) for adapter in given_])
+    total = tasks.sum(0)
+    matter = (np.abs(tasks) >= level * np.abs(total - tasks)).sum(0) >= 2
+    assert 0 < matter.sum() < matter.size
+    close(exact(ak.ops.combine(given_, "consensus", threshold=level)), total * matter)
+
+
+def test_robust_merge_sums_pruned_factors_scaled_by_what_was_lost():
+    given_ = adapters()
+    factors = [a.updates[Q][0] for a in given_]
+    As, Bs = ([getattr(f, name).numpy() for f in factors] for name in "AB")
+    A, B = ([trimmed([X], 0.4)[0] for X in each] for each in (As, Bs))
+    scales = np.stack([np.abs(one).sum(1) / np.abs(kept).sum(1) for one, kept in zip(As, A, strict=True)])
+    scales = scales / scales.sum(0)
+    expected = sum(b * s for b, s in zip(B, scales, strict=True)) @ sum(A)
+    close(exact(ak.ops.combine(given_, "robust_merge", density=0.4)), expected)
+
+
+def test_lego_puts_equal_pairs_together():
+    """Two copies of one adapter: each pair meets its copy, and r pairs are left, scaled by the root of two."""
+    one = adapters(1)[0]
+    close(exact(ak.ops.combine([one, one], "lego")), np.sqrt(2) * exact(one))
+
+
+def test_clusters_are_those_of_points_far_apart():
+    rng = np.random.default_rng(0)
+    centres, own = 50 * rng.normal(size=(4, 6)), np.repeat(np.arange(4), 5)
+    points = centres[own] + rng.normal(size=(20, 6))
+    found = clusters(points @ points.T, 4, rng.random((5, 4)))
+    assert all(len(set(found[own == c])) == 1 for c in range(4))
+    assert len(set(found)) == 4
+
+
+@given(
+    st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40),
+    st.lists(st.floats(-1, 1), min_size=1, max_size=40),
+    st.integers(0, 90),
+)
+def test_the_census_finds_the_threshold_of_numbers_in_parts(one, other, kept):
+    census = Census()
+    census.run(lambda: [census.feed(0, np.array(part), lambda _: kept) for part in (one, other)])
+    sizes = np.sort(np.abs([*one, *other]))[::-1]
+    expected = np.inf if kept == 0 else sizes[min(kept, len(sizes)) - 1]
+    assert census.threshold(0) == expected
+
+
+# Other shapes, other methods of adaptation, absent targets.
+
+
+@pytest.mark.parametrize("name", ["linear", "ties", "knots_ties", "tsv", "core_dare_linear", "model_stock", "ctm"])
+def test_each_expert_is_combined_for_itself(name):
+    stacked = Target("experts", "e out *in")
+    given_ = adapters(targets=[stacked], lead=(2,), bias=True)
+    more = {"scope": "tensor"} if name in ("ties", "knots_ties", "ctm") else {}
+    together = change(ak.ops.combine(given_, name, **more), stacked)
+    if "dare" in name:
+        assert together.shape == (2, OUT, IN)
+        return
+    for e in range(2):
+        parts = [Adapter({Q: (adapter.updates[stacked][0].map(lambda leaf, e=e: from_numpy(leaf.numpy()[e])),)})
+                 for adapter in given_]  # fmt: skip
+        close(together[e], change(ak.ops.combine(parts, name, **more)), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["ties", "knots_ties", "tsv", "core_tsv"])
+def test_kernels_are_flattened(name):
+    made = ak.ops.combine(adapters(columns=(7, 2, 2)), name)
+    flat = ak.ops.combine(adapters(columns=(28,)), name)
+    assert change(made).shape == (OUT, 7, 2, 2)
+    # The same random numbers in another shape.
+    close(change(made).reshape(OUT, IN), change(flat), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "ties", "tsv", "knots", "iso_c", "wudi", "ctm_linear"])
+def test_methods_without_thin_factors_are_combined_too(name):
+    rng = np.random.default_rng(9)
+    dense = Adapter({Q: (METHODS["dense"](D=from_numpy(rng.normal(size=(OUT, IN)))),)})
+    given_ = [adapters(1, targets=[Q])[0], dense]
+    made = ak.ops.combine(given_, name, **({"rank": 4} if name == "ctm_linear" else {}))
+    assert change(made).shape == (OUT, IN)
+    assert np.isfinite(change(made)).all()
+    if name == "tsv":
+        parts = [np.linalg.svd(exact(adapter), full_matrices=False) for adapter in given_]
+        kept = [RANK, OUT]
+        U = polar(np.hstack([part[0][:, :k] for part, k in zip(parts, kept, strict=True)]))
+        Vh = polar(np.vstack([part[2][:k] for part, k in zip(parts, kept, strict=True)]))
+        S = np.concatenate([part[1][:k] for part, k in zip(parts, kept, strict=True)])
+        close(exact(made), U @ np.diag(S) @ Vh)
+
+
+def test_an_adapter_without_a_target_takes_no_part_there():
+    both, alone = adapters(2), adapters(1, targets=[Q])
+    made = ak.ops.combine([*both, alone[0]], "model_stock")
+    close(exact(made, V), exact(ak.ops.combine(both, "model_stock"), V))
+
+
+def test_ranks_may_differ():
+    given_ = [adapters(1, rank=2)[0], adapters(2, rank=5)[1]]
+    for name in ("knots_ties", "tsv", "core_task_arithmetic", "lego", "ctm"):
+        assert np.isfinite(change(ak.ops.combine(given_, name))).all()
+
+
+def test_a_result_is_cut_to_its_best_approximation():
+    given_ = adapters()
+    for name in ("linear", "ties", "tsv"):
+        U, S, V = leading(exact(ak.ops.combine(given_, name)), 4)
+        made = ak.ops.combine(given_, name, rank=4)
+        assert made.updates[Q][0].A.shape == (4, IN)
+        close(exact(made), U @ np.diag(S) @ V.T, 1e-7)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear", "model_stock", "karcher", "tsv", "iso_c", "iso_cts", "cart", "wudi", "svc", "core_ties",
+        "core_dare_ties", "pico", "ctm", "lego", "robust_merge",
+    ],
+)  # fmt: skip
+def test_factors_are_never_multiplied_out(name):
+    size = 1500
+    given_ = adapters(targets=[Q], out=size, columns=(size,), rank=2)
+    tracemalloc.start()
+    try:
+        ak.ops.combine(given_, name)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < size * size * 8 / 2
+
+
+# Weights and parameters that differ from place to place.
+
+
+def test_weights_by_glob_and_by_depth():
+    given_ = adapters(2)
+    made = ak.ops.combine(given_, "linear", [{"*.q": 2.0}, [0.25, 0.75]])
+    close(exact(made), 2 * exact(given_[0]) + 0.25 * exact(given_[1]))
+    close(exact(made, V), exact(given_[0], V) + 0.75 * exact(given_[1], V))
+
+
+def test_parameters_by_glob_and_by_adapter():
+    given_ = adapters(2)
+    made = ak.ops.combine(given_, "magnitude_prune", density={"*.q": 0.5, "*": 1.0})
+    close(exact(made, V), exact(given_[0], V) + exact(given_[1], V))
+    close(exact(made), exact(ak.ops.combine(given_, "magnitude_prune", density=0.5)))
+    own = ak.ops.combine(given_, "magnitude_prune", each=[{"density": 0.0}, {"density": 1.0}])
+    close(exact(own), exact(given_[1]))
+
+
+# Methods that learn.
+
+
+def wanted(given_, coefficients):
+    return {
+        target: sum(c * exact(a, target) for c, a in zip(coefficients[target], given_, strict=True))
+        for target in (Q, V)
+    }
+
+
+@pytest.mark.parametrize("name", ["adamerging", "cat"])
+def test_coefficients_are_learned_from_gradients(name):
+    given_ = adapters(2)
+    goal = wanted(given_, {Q: [0.9, 0.1], V: [0.3, 0.7]})
+
+    def score(adapter):
+        rest = {target: exact(adapter, target) - goal[target] for target in (Q, V)}
+        return sum(float((r * r).sum()) for r in rest.values()), {str(t): 2 * r for t, r in rest.items()}
+
+    made = ak.ops.combine(given_, name, data=score, steps=400, rate=0.05)
+    for target in (Q, V):
+        close(exact(made, target), goal[target], 0.02)
+
+
+def test_coefficients_are_learned_from_scores_alone():
+    given_ = adapters(2)
+    goal = wanted(given_, {Q: [0.6, -0.4], V: [0.6, -0.4]})
+
+    def score(adapter):
+        return sum(float(((exact(adapter, target) - goal[target]) ** 2).sum()) for target in (Q, V))
+
+    made = ak.ops.combine(given_, "adamerging", data=score, per="task", steps=300, rate=0.02)
+    close(exact(made), goal[Q], 0.02)
+    found = ak.ops.combine(given_, "lorahub", data=score, apart=False, steps=300, penalty=0.0)
+    close(exact(found), goal[Q], 0.1)
+    apart = ak.ops.combine(given_, "lorahub", data=score, steps=30)
+    assert apart.updates[Q][0].A.shape == (RANK, IN)
+
+
+@pytest.mark.parametrize("name", ["regmean", "regmean_plus"])
+def test_regression_has_the_least_error_on_the_tasks_inputs(name):
+    given_ = adapters(2)
+    inputs = {(t, str(target)): np.random.default_rng([5, t, i]).normal(size=(40, IN)) * (1 + np.arange(IN))
+              for t in range(2) for i, target in enumerate((Q, V))}  # fmt: skip
+    seen = []
+
+    def data(t, path, *merged):
+        seen.append((path, [None if m is None else list(m.updates) for m in merged]))
+        return inputs[t, path]
+
+    made = ak.ops.combine(given_, name, data=data, alpha=1.0)
+    for target in (Q, V):
+        X = np.vstack([inputs[t, str(target)] for t in range(2)])
+        Y = np.vstack([inputs[t, str(target)] @ exact(a, target).T for t, a in enumerate(given_)])
+        close(exact(made, target), np.linalg.lstsq(X, Y, rcond=None)[0].T, 1e-6)
+    after = [merged for path, merged in seen if path == str(V)]
+    assert after == ([[[Q]]] * 2 if name == "regmean_plus" else [[]] * 2)
+
+
+# What is refused.
+
+
+def refused(error, words, *args, **more):
+    with pytest.raises(error, match=words):
+        ak.ops.combine(*args, **more)
+
+
+def test_bad_input_is_refused():
+    two = adapters(2)
+    refused(UsageError, "no adapter was given", [])
+    refused(UsageError, "one adapter where a list belongs", two[0])
+    refused(Unsupported, "unknown way to combine 'tiess'.*ties", two, "tiess")
+    refused(UsageError, "no parameter 'densty'.*density", two, "ties", densty=0.5)
+    refused(UsageError, "'half' is not a number", two, "ties", density="half")
+    refused(UsageError, "1.5 will not do", two, "ties", density=1.5)
+    refused(UsageError, "'most' will not do.*model, tensor", two, "ties", scope="most")
+    refused(UsageError, "1 weights for 2 adapters", two, "ties", [1.0])
+    refused(UsageError, "no finite number", two, "ties", [1.0, float("nan")])
+    refused(UsageError, "sum to 0", two, "slerp", [1.0, -1.0])
+    refused(UsageError, "slerp takes 2 adapters", adapters(3), "slerp")
+    refused(UsageError, "no target fits", two, "linear", [{"*.k": 1.0}, 1.0])
+    refused(UsageError, "rank 99 of weights of rank 20", two, "linear", rank=99)
+    refused(UsageError, "needs data", two, "regmean")
+    refused(UsageError, "looks at no data", two, "ties", data=print)
+    refused(UsageError, "not of single adapters", two, "ties", each=[{"scale": 1.0}, {}])
+    refused(UsageError, "cannot differ", two, "ties", density={"*.q": 0.5})
+    refused(UsageError, "cannot come after", two, "knots", then="core")
+    refused(UsageError, "cannot be summed apart", [*adapters(1), adapters(2, rank=5)[1]], "factors")
+    refused(UsageError, "no target in common", [adapters(1, targets=[Q])[0], adapters(1, targets=[V])[0]], "ties")
+    refused(ShapeMismatch, "made for weights", [*adapters(1), adapters(2, out=OUT + 1)[1]], "ties")
+    refused(UsageError, "gave no gradients", two, "cat", data=lambda _: 1.0)
+
+
+def test_numbers_that_are_none_are_refused_when_they_are_read():
+    good, bad = adapters(2, targets=[Q])
+    A = np.full((RANK, IN), np.nan)
+    bad = bad.replace(updates={Q: (bad.updates[Q][0].replace(A=from_numpy(A)),)})
+    for name in ("tsv", "ties", "model_stock"):
+        refused(Malformed, "NaN or an infinity", [good, bad], name)
+
+
+def test_third_parties_follow_the_same_rules():
+    for name, cls in COMBINERS.items():
+        assert cls.title, name
+        assert cls.paper.startswith("https://"), name
+        assert all(field.metadata["meaning"] for field in cls.parameters().values())
+        for peer, values in cls.compat.items():
+            assert peer in ("mergekit", "peft")
+            assert all(cls.checked(key, value) == value for key, value in values.items())

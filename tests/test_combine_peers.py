@@ -1,0 +1,144 @@
+"""Combinations against what mergekit made of the same changes, and against PEFT's own where it is right."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import adapterkit as ak
+from adapterkit.adapter import Adapter, Target
+from adapterkit.errors import Unsupported, UsageError
+from adapterkit.methods import METHODS
+from adapterkit.ops.recipes import recipe
+from adapterkit.tensors.lazy import from_numpy
+
+FILE = Path(__file__).parent / "data" / "mergekit.safetensors"
+VECTORS = load_file(FILE)
+with safe_open(FILE, "np") as opened:
+    CASES = json.loads(opened.metadata()["cases"])
+RANDOM = [name for name in CASES if name.endswith(" one")]
+
+
+def adapter(t):
+    A, B = (from_numpy(VECTORS[f"{name}.{t}"]) for name in "AB")
+    return Adapter({Target("q"): (METHODS["lora"](A=A, B=B),)})
+
+
+def combined(case, **more):
+    """What the case's recipe makes of the same changes, in mergekit's own words."""
+    models = [{"model": str(t), "parameters": {}} for t in case["of"]]
+    shared = {}
+    for key, value in case["parameters"].items():
+        if isinstance(value, list):
+            for model, one in zip(models, value, strict=True):
+                model["parameters"][key] = one
+        else:
+            shared[key] = value
+    found = recipe({"merge_method": case["method"], "models": models, "parameters": shared, "compat": "mergekit"})
+    return ak.ops.combine([adapter(t) for t in case["of"]], **found.options, **more)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in RANDOM])
+def test_mergekit_makes_the_same(name):
+    expected = VECTORS[f"case.{name}"]
+    made = combined(CASES[name]).delta("q").numpy()
+    assert np.abs(made - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_mergekit_scales_what_chance_left_to_the_norm_it_had(name):
+    """Which entries mergekit dropped is in its result; what the rest is scaled by must be ours for the same mask."""
+    from adapterkit.ops.methods._entrywise import rescaled
+
+    D, expected = VECTORS["delta.0"], VECTORS[f"case.{name}"]
+    mask = np.abs(expected) > 1e-9
+    assert 0 < mask.sum() < mask.size
+    assert np.abs(rescaled(D, mask, 1.0, "norm") - expected).max() <= 1e-6 * np.abs(expected).max()
+    ours = combined(CASES[name]).delta("q").numpy()
+    kept = np.abs(ours) > 1e-9
+    assert np.abs(np.abs(ours).sum() - np.abs(D).sum()) <= 1e-5 * np.abs(D).sum()
+    assert np.abs(ours - rescaled(D, kept, 1.0, "norm")).max() <= 1e-6 * np.abs(ours).max()
+
+
+IN, OUT, RANK = 24, 16, 4
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.v = torch.nn.Linear(IN, OUT), torch.nn.Linear(IN, OUT)
+
+    def forward(self, x):
+        return self.q(x) + self.v(x)
+
+
+@pytest.fixture(scope="module")
+def peft_model(tmp_path_factory):
+    """A PEFT model with two trained-looking adapters, and their folders."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=RANK, lora_alpha=6, target_modules=["q", "v"])
+    model = peft.get_peft_model(Model(), config, adapter_name="one")
+    model.add_adapter("two", peft.LoraConfig(r=RANK, lora_alpha=10, target_modules=["q", "v"]))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                tensor.copy_(torch.randn_like(tensor))
+    folder = tmp_path_factory.mktemp("peft")
+    model.save_pretrained(folder)
+    return model, [folder / "one", folder / "two"]
+
+
+def peft_delta(model, path):
+    return getattr(model.base_model.model, path).get_delta_weight("made").detach().numpy()
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, -0.4]])
+@pytest.mark.parametrize(
+    "kind", ["linear", "cat", "svd", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd", "ties frequency"]
+)
+def test_peft_makes_the_same(peft_model, kind, weights):
+    model, folders = peft_model
+    kind, _, vote = kind.partition(" ")
+    pruned = {} if kind in ("linear", "cat", "svd") else {"density": 0.4}
+    votes = {"majority_sign_method": vote} if vote else {}
+    model.add_weighted_adapter(["one", "two"], weights, "made", combination_type=kind, **pruned, **votes)
+    try:
+        more = {"sign": vote} if vote else {}
+        made = ak.ops.combine(folders, kind, weights, compat="peft", **pruned, **more)
+        for path in ("q", "v"):
+            expected = peft_delta(model, path)
+            assert np.abs(made.delta(path).numpy() - expected).max() <= 2e-5 * np.abs(expected).max()
+    finally:
+        model.delete_adapter("made")
+
+
+def test_peft_sums_products_that_are_nobodys(peft_model):
+    _, folders = peft_model
+    exact = sum(ak.read(folder).delta("q").numpy() for folder in folders)
+    ours = ak.ops.combine(folders, "linear").delta("q").numpy()
+    theirs = ak.ops.combine(folders, "linear", compat="peft").delta("q").numpy()
+    assert np.abs(ours - exact).max() <= 1e-5 * np.abs(exact).max()
+    assert np.linalg.norm(theirs - exact) > 0.3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("kind", ["dare_linear", "dare_ties"])
+def test_peft_drops_entries_of_a_and_b_and_scales_by_the_probability(peft_model, kind):
+    """With one adapter of weight 1, each entry of A is 0 or what it was over the density."""
+    _, folders = peft_model
+    own = ak.read(folders[0]).updates[Target("q")][0]
+    made = ak.ops.combine(folders[:1], kind, compat="peft", density=0.5).updates[Target("q")][0]
+    A = np.sqrt(own.scaling) * own.A.numpy()
+    for value, was in zip(np.ravel(made.A.numpy()), np.ravel(A), strict=True):
+        assert value == 0 or abs(value - 2 * was) <= 1e-5 * abs(was)
+
+
+def test_a_peer_and_its_names_are_checked():
+    with pytest.raises(Unsupported, match="no way of 'kohya'"):
+        ak.ops.combine([adapter(0), adapter(1)], "ties", compat="kohya")
+    with pytest.raises(UsageError, match="mergekit has no way to combine called 'knots'"):
+        ak.ops.combine([adapter(0), adapter(1)], "knots", compat="mergekit")

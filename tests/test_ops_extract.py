@@ -1,0 +1,221 @@
+"""Extraction from tuned models: merged again it gives them back, and a truncated change is the best of its rank."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import adapterkit as ak
+from adapterkit import ops
+from adapterkit.adapter import Target
+from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.ops.sketching import EXCESS, SMALL
+from adapterkit.tensors.lazy import as_array
+
+SHAPES = {
+    "model.embed_tokens.weight": (12, 6), "model.layers.0.q.weight": (8, 6), "model.layers.0.q.bias": (8,),
+    "model.layers.0.norm.weight": (6,), "model.layers.0.c_attn.weight": (6, 18), "model.conv.weight": (5, 3, 2, 2),
+    "model.experts.gate_up_proj": (3, 8, 6), "model.same.weight": (4, 4), "lm_head.weight": (12, 6),
+}  # fmt: skip
+CONFIG = {"model_type": "gpt2", "tie_word_embeddings": False}
+
+
+def write(folder, tensors, config=CONFIG, shards=2):
+    """A model in so many files."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    where = {}
+    for i in range(shards):
+        name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[i::shards]}
+        save_file(part, folder / name)
+        where |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def model(seed, dtype, shapes=SHAPES, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {name: (scale * rng.normal(size=shape)).astype(dtype) for name, shape in shapes.items()}
+
+
+def tuned_from(base, seed=1, scale=0.1):
+    """Every weight but one changed, of the embedding two rows."""
+    change = model(seed, np.float64, {name: value.shape for name, value in base.items()}, scale)
+    change["model.same.weight"] *= 0
+    change["model.embed_tokens.weight"][[i for i in range(12) if i not in (3, 7)]] = 0
+    return {name: (value.astype(np.float64) + change[name]).astype(value.dtype) for name, value in base.items()}
+
+
+def read(folder):
+    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+DTYPES = [ml_dtypes.bfloat16, np.float16, np.float32, np.float64]
+
+
+@pytest.mark.parametrize("everything", [{"rank": 6}, {"error": 0}, {"energy": 1}])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_at_full_rank_merging_gives_the_tuned_model_bit_by_bit(dtype, everything, tmp_path):
+    base = model(0, dtype)
+    # Numbers whose difference float32 cannot hold, in float32 and float16 both ways round.
+    base["model.layers.0.q.weight"][0, :3] = [3e4, 1e-5, 1.0]
+    tuned = tuned_from(base)
+    tuned["model.layers.0.q.weight"][0, :3] = [1e-5, 3e4, 1 + 2**-7]
+    folders = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned)
+    adapter = ops.extract(folders[1], folders[0], **everything)
+    ak.write(adapter, tmp_path / "a.safetensors")
+    ak.merge(folders[0], tmp_path / "a.safetensors", tmp_path / "merged")
+    merged = read(tmp_path / "merged")
+    assert merged.keys() == tuned.keys()
+    for name, wanted in tuned.items():
+        if dtype is np.float64:  # whose differences nothing holds
+            np.testing.assert_allclose(merged[name], wanted, rtol=0, atol=4e-12)
+        else:
+            assert merged[name].tobytes() == wanted.tobytes(), name
+
+
+def test_each_change_has_the_form_that_suits_it(tmp_path):
+    base = model(0, np.float32)
+    folders = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned_from(base))
+    cuts = []
+    adapter = ops.extract(folders[1], folders[0], 2, report=cuts.append)
+    found = {str(target): (target.layout, [u.method for u in us]) for target, us in adapter.updates.items()}
+    assert found == {
+        "model.embed_tokens": ("in out *k", ["rows"]), "model.layers.0.q": ("out *in", ["replacement", "lora"]),
+        "model.layers.0.norm": ("out *in", ["replacement"]), "model.layers.0.c_attn": ("in out *k", ["lora"]),
+        "model.conv": ("out *in", ["lora"]), "model.experts.gate_up_proj": ("e out *in", ["lora"]),
+        "lm_head": ("out *in", ["lora"]),
+    }  # fmt: skip
+    (rows,) = adapter.updates[Target("model.embed_tokens", "in out *k")]
+    assert rows.index.numpy().tolist() == [3, 7]
+    (attention,) = adapter.updates[Target("model.layers.0.c_attn", "in out *k")]
+    assert (attention.A.shape, attention.B.shape) == ((2, 6), (18, 2))
+    assert sorted(cut.target for cut in cuts) == sorted([*found, "model.layers.0.q"])
+    assert adapter.recipe[-1].args == {"rank": 2, "embeddings": "rows", "targets": []}
+    (low,) = ops.extract(folders[1], folders[0], 2, embeddings="low-rank", targets=("*embed*",)).updates.values()
+    assert [update.method for update in low] == ["lora"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("size", [(30, 20), (SMALL + 40, SMALL + 10)])
+def test_the_change_is_the_best_of_its_rank(dtype, size, tmp_path):
+    """Also where the change is so small against the weight that subtracting in the weight's own type would lose it."""
+    base = model(0, dtype, {"q.weight": size})
+    rng = np.random.default_rng(1)
+    change = 0.02 * rng.normal(size=(size[0], 5)) @ rng.normal(size=(5, size[1])) + 0.001 * rng.normal(size=size)
+    tuned = {"q.weight": (base["q.weight"].astype(float) + change).astype(dtype)}
+    folders = write(tmp_path / "base", base, shards=1), write(tmp_path / "tuned", tuned, shards=1)
+    D = tuned["q.weight"].astype(float) - base["q.weight"].astype(float)
+    S = np.linalg.svd(D, compute_uv=False)
+    for criterion in ({"rank": 5}, {"energy": 0.9}, {"error": 0.3}):
+        cuts = []
+        ((update,),) = ops.extract(folders[1], folders[0], **criterion, report=cuts.append).updates.values()
+        A, B = (np.asarray(as_array(leaf), float) for leaf in (update.A, update.B))
+        error, least = np.linalg.norm(D - B @ A), np.sqrt((S[len(A) :] ** 2).sum())
+        assert error <= (1 + EXCESS) * least + 1e-6 * np.linalg.norm(D)
+        assert cuts[0].error == pytest.approx(error, rel=1e-3, abs=1e-7 * np.linalg.norm(D))
+        assert cuts[0].norm == pytest.approx(np.linalg.norm(D), rel=1e-6)
+        allowed = {"energy": 0.1**0.5, "error": 0.3}
+        for name in criterion.keys() & allowed.keys():
+            limit = allowed[name] * np.linalg.norm(D)
+            assert least <= limit * (1 + 1e-6)
+            assert len(A) == 1 or np.sqrt((S[len(A) - 1 :] ** 2).sum()) > limit * (1 - 1e-6)
+
+
+def test_new_tokens_travel_as_rows_of_a_base_that_has_room_for_them(tmp_path):
+    shapes = {"embed_tokens.weight": (12, 6), "lm_head.weight": (12, 6), "q.weight": (8, 6)}
+    base = model(0, np.float32, shapes)
+    tuned = {name: value.copy() for name, value in base.items()}
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        tuned[name] = np.concatenate([tuned[name], model(5, np.float32, {"x": (3, 6)})["x"]])
+        tuned[name][4] += 1
+    tuned["q.weight"] += 1
+    folders = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned)
+    adapter = ops.extract(folders[1], folders[0], 6)
+    for path in ("embed_tokens", "lm_head"):
+        (rows,) = adapter.updates[Target(path, "in out *k")]
+        assert rows.index.numpy().tolist() == [4, 12, 13, 14]
+    padding = np.zeros((3, 6), np.float32)
+    room = {n: v if n.startswith("q") else np.concatenate([v, padding]) for n, v in base.items()}
+    ak.merge(write(tmp_path / "room", room), adapter, tmp_path / "merged")
+    merged = read(tmp_path / "merged")
+    assert all((merged[name] == tuned[name]).all() for name in tuned)
+
+
+def test_a_table_that_changed_all_over_is_kept_whole(tmp_path):
+    base = model(0, np.float32, {"wte.weight": (12, 6), "q.weight": (8, 6)})
+    tuned = {"wte.weight": base["wte.weight"] + 1, "q.weight": base["q.weight"]}
+    adapter = ops.extract(write(tmp_path / "tuned", tuned), write(tmp_path / "base", base), 2)
+    ((update,),) = adapter.updates.values()
+    assert update.method == "replacement"
+    assert (update.weight.numpy() == tuned["wte.weight"]).all()
+
+
+def test_a_head_that_the_base_ties_to_its_embedding(tmp_path):
+    tied = {"model_type": "llama", "tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
+    base = model(0, np.float32, {"model.embed_tokens.weight": (12, 6), "model.q.weight": (8, 6)})
+    head = base["model.embed_tokens.weight"] + model(3, np.float32, {"x": (12, 6)})["x"]
+    folders = write(tmp_path / "base", base, tied), write(tmp_path / "tuned", {**base, "lm_head.weight": head}, tied)
+    adapter = ops.extract(folders[1], folders[0], 6)
+    assert [str(target) for target in adapter.updates] == ["lm_head"]
+    ak.merge(folders[0], adapter, tmp_path / "merged", tied="untie")
+    assert (read(tmp_path / "merged")["lm_head.weight"] == head).all()
+
+
+def test_only_the_targets_that_are_asked_for_are_looked_at(tmp_path):
+    base = model(0, np.float32)
+    folders = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned_from(base))
+    seen = []
+    adapter = ops.extract(folders[1], folders[0], 2, targets=("*.q", "*.norm"), progress=lambda *p: seen.append(p))
+    assert {str(target) for target in adapter.updates} == {"model.layers.0.q", "model.layers.0.norm"}
+    assert seen[-1] == (4 * (48 + 8 + 6), 4 * (48 + 8 + 6))
+    with pytest.raises(TargetNotFound, match="no weight is called that"):
+        ops.extract(folders[1], folders[0], 2, targets=("*.k",))
+
+
+def changed(tensors, name, value):
+    return {**tensors, name: value} if value is not None else {n: v for n, v in tensors.items() if n != name}
+
+
+NOT_FINITE = np.where(np.arange(48) == 9, np.nan, 0).reshape(8, 6).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "why"),
+    [
+        ("model.layers.0.q.weight", np.zeros((8, 7), np.float32), ShapeMismatch, r"\[8, 7\] in the tuned model"),
+        ("lm_head.weight", np.zeros((11, 6), np.float32), ShapeMismatch, r"\[11, 6\] in the tuned model"),
+        ("model.layers.0.q.weight", NOT_FINITE, Malformed, r"NaN or an infinity at \[1, 3\]"),
+        ("model.layers.0.norm.weight", np.full(6, np.inf, np.float32), Malformed, "NaN or an infinity"),
+        ("model.embed_tokens.weight", np.full((12, 6), np.nan, np.float32), Malformed, "NaN or an infinity"),
+        ("model.layers.0.k.weight", np.zeros((8, 6), np.float32), TargetNotFound, "the base lacks"),
+        ("model.layers.0.q.bias", None, TargetNotFound, "the tuned model lacks"),
+        ("model.same.weight", np.zeros((4, 4), np.int32), Unsupported, "numbers that changed"),
+    ],
+)
+def test_models_that_do_not_fit_together_are_refused(name, value, error, why, tmp_path):
+    base = model(0, np.float32)
+    folders = write(tmp_path / "base", base), write(tmp_path / "tuned", changed(tuned_from(base), name, value))
+    if name == "model.same.weight":
+        (tmp_path / "base2").mkdir()
+        folders = write(tmp_path / "b", changed(base, name, np.ones((4, 4), np.int32))), folders[1]
+    with pytest.raises(error, match=why) as raised:
+        ops.extract(folders[1], folders[0], 2)
+    assert raised.value.where == name
+
+
+def test_bad_requests_are_refused_before_any_work(tmp_path):
+    base = model(0, np.float32)
+    folder, twin = write(tmp_path / "base", base), write(tmp_path / "twin", base)
+    for arguments, why in (
+        ({}, "none"), ({"rank": 0}, "rank 0"), ({"rank": 19}, "rank 19 of weights of rank"),
+        ({"rank": 2, "embeddings": "none"}, "unknown way"), ({"rank": 2}, "bit by bit"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=why):
+            ops.extract(twin, folder, **arguments)

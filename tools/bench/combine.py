@@ -1,0 +1,250 @@
+"""Times combinations of one target side by side: on factors, by the formula on whole matrices, PEFT and mergekit.
+
+    python tools/bench/combine.py [--size 4096] [--tasks 8] [--rank 16] [--targets 1] [--no-dense]
+
+Random float32 LoRA adapters of `size` x `size` targets. The dense formula is the paper's in float64 numpy on the same
+changes; the error is that of our result against it, relative in the Frobenius norm. Memory is the most that was
+allocated above what the adapters hold, by tracemalloc (numpy and Python), and for PEFT and mergekit, whose tensors that
+does not see, not shown. mergekit is timed where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import adapterkit as ak
+from adapterkit.adapter import Adapter, Target
+from adapterkit.methods import METHODS
+from adapterkit.tensors.lazy import from_numpy
+
+Array = np.ndarray[Any, Any]
+TARGET = Target("layers.0.q")
+
+
+def main() -> None:
+    """Parses, measures, prints one table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", type=int, default=1, help="targets for adapterkit; others are timed on one")
+    parser.add_argument("--no-dense", action="store_true", help="leave out the formulas on whole matrices")
+    chosen = parser.parse_args()
+    adapters = made(chosen.size, chosen.tasks, chosen.rank, chosen.targets)
+    print(f"{chosen.tasks} adapters of rank {chosen.rank}, {chosen.size} x {chosen.size}, per target")
+    print(f"{'method':<26}{'seconds':>10}{'MB':>8}{'dense s':>10}{'times':>8}{'error':>10}")
+    ak.ops.combine(made(64, 2, 4, 1), "tsv")  # imports are not what is timed
+    for name, (method, parameters, formula) in CASES.items():
+        row(name, adapters, chosen, lambda m=method, p=parameters: ak.ops.combine(adapters, m, **p), formula)
+    for name, contender in peers(adapters).items():
+        seconds = timed(contender)[0]
+        print(f"{name:<26}{seconds:>10.3f}")
+
+
+def row(name: str, adapters: list[Adapter], chosen: Any, run: Callable[[], Adapter], formula: Any) -> None:
+    """One method: ours, the dense formula, and how far the two are apart."""
+    seconds, peak, result = timed(lambda: written(run()))
+    line = f"{name:<26}{seconds / chosen.targets:>10.3f}{peak / 1e6:>8.0f}"
+    if formula is not None and not chosen.no_dense:
+        deltas = [exact(adapter) for adapter in adapters]
+        slow, _, expected = timed(lambda: formula(deltas, chosen.rank), traced=False)
+        error = np.linalg.norm(exact(result) - expected) / np.linalg.norm(expected)
+        line += f"{slow:>10.3f}{slow / (seconds / chosen.targets):>8.0f}{error:>10.1e}"
+    print(line, flush=True)
+
+
+def made(size: int, tasks: int, rank: int, targets: int) -> list[Adapter]:
+    """Random adapters whose factors have a third in common, so that there is something to agree on."""
+
+    def lora(task: int, target: int) -> Any:
+        shared, own = np.random.default_rng([target]), np.random.default_rng([target, task + 1])
+        draw = {"A": (rank, size), "B": (size, rank)}
+        fields = {n: 0.5 * shared.standard_normal(s) + own.standard_normal(s) for n, s in draw.items()}
+        return METHODS["lora"](**{n: from_numpy(values.astype(np.float32)) for n, values in fields.items()})
+
+    return [
+        Adapter({Target(f"layers.{i}.q"): (lora(task, i),) for i in range(targets)}) for task in range(tasks)
+    ]  # fmt: skip
+
+
+def exact(adapter: Adapter) -> Array:
+    """The change of the first target, float64 `[out, in]`."""
+    update: Any = adapter.updates[TARGET][0]
+    if update.method == "dense":
+        return np.asarray(update.D.numpy(), np.float64)
+    product: Array = update.B.numpy().astype(np.float64) @ update.A.numpy().astype(np.float64)
+    return product * update.scaling
+
+
+def written(adapter: Adapter) -> Adapter:
+    """The adapter with every tensor computed, as a file would have it."""
+    return adapter.map(lambda leaf: from_numpy(np.array(leaf.numpy())))  # type: ignore[union-attr]
+
+
+def timed(run: Callable[[], Any], traced: bool = True) -> tuple[float, int, Any]:
+    """Seconds of a run without tracing, bytes of another with it, the result."""
+    started = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - started
+    if not traced:
+        return seconds, 0, result
+    tracemalloc.start()
+    run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return seconds, peak, result
+
+
+def dense_sum(deltas: list[Array], _: int) -> Array:
+    """Task arithmetic."""
+    total: Array = sum(deltas)  # type: ignore[assignment]
+    return total
+
+
+def trimmed(D: Array, density: float) -> Array:
+    """The largest entries, one more than the density says, as the authors of TIES count."""
+    count = D.size - int(density * D.size) - 1
+    return np.where(np.abs(D) >= np.partition(np.abs(D).ravel(), count)[count], D, 0.0)
+
+
+def elected(kept: list[Array]) -> Array:
+    """The mean of entries that have the elected sign."""
+    signs = np.sign(sum(kept))
+    agree = [np.sign(D) == signs for D in kept]
+    total: Array = sum(D * a for D, a in zip(kept, agree, strict=True)) / np.maximum(
+        sum(a.astype(int) for a in agree), 1
+    )
+    return total
+
+
+def dense_ties(deltas: list[Array], _: int) -> Array:
+    """TIES on whole matrices."""
+    return elected([trimmed(D, 0.2) for D in deltas])
+
+
+def dense_knots(deltas: list[Array], rank: int) -> Array:
+    """KnOTS by a decomposition of all matrices side by side."""
+    U, S, Vh = np.linalg.svd(np.hstack(deltas), full_matrices=False)
+    kept, n = len(deltas) * rank, deltas[0].shape[1]
+    aligned = [S[:kept, None] * Vh[:kept, t * n : (t + 1) * n] for t in range(len(deltas))]
+    return np.asarray(U[:, :kept] @ elected([trimmed(D, 0.2) for D in aligned]))
+
+
+def leading(D: Array, rank: int) -> tuple[Array, Array, Array]:
+    """The first singular values and vectors."""
+    U, S, Vh = np.linalg.svd(D, full_matrices=False)
+    return U[:, :rank], S[:rank], Vh[:rank]
+
+
+def polar(X: Array) -> Array:
+    """The polar factor."""
+    U, _, Vh = np.linalg.svd(X, full_matrices=False)
+    return np.asarray(U @ Vh)
+
+
+def dense_tsv(deltas: list[Array], rank: int) -> Array:
+    """TSV-M on whole matrices."""
+    U, S, Vh = zip(*(leading(D, rank) for D in deltas), strict=True)
+    return np.asarray(polar(np.hstack(U)) * np.concatenate(S) @ polar(np.vstack(Vh)))
+
+
+def dense_iso(deltas: list[Array], rank: int) -> Array:
+    """Iso-C over the directions that the adapters span."""
+    U, S, Vh = leading(dense_sum(deltas, rank), rank * len(deltas))
+    return np.asarray(S.mean() * U @ Vh)
+
+
+def dense_model_stock(deltas: list[Array], _: int) -> Array:
+    """Model Stock on whole matrices."""
+    flat = np.stack([D.ravel() for D in deltas])
+    cosines = flat @ flat.T / np.outer(*[np.sqrt((flat * flat).sum(1))] * 2)
+    n = len(deltas)
+    c = max((cosines.sum() - n) / (n * (n - 1)), 0.0)
+    return np.asarray(n * c / (1 + (n - 1) * c) * dense_sum(deltas, 0) / n)
+
+
+CASES: dict[str, tuple[str, dict[str, Any], Callable[[list[Array], int], Array] | None]] = {
+    "linear": ("linear", {}, dense_sum),
+    "model_stock": ("model_stock", {}, dense_model_stock),
+    "knots_task_arithmetic": ("knots_task_arithmetic", {}, dense_sum),
+    "knots_ties, per tensor": ("knots_ties", {"scope": "tensor"}, dense_knots),
+    "core_ties": ("core_ties", {}, None),
+    "core_tsv": ("core_tsv", {}, dense_tsv),
+    "tsv": ("tsv", {}, dense_tsv),
+    "iso_c": ("iso_c", {}, dense_iso),
+    "cart": ("cart", {}, None),
+    "ctm": ("ctm", {}, None),
+    "pico": ("pico", {}, None),
+    "svc": ("svc", {}, None),
+    "wudi": ("wudi", {}, None),
+    "lego": ("lego", {}, None),
+    "robust_merge": ("robust_merge", {}, None),
+    "linear, rank 16": ("linear", {"rank": 16}, None),
+    "ties, per tensor": ("ties", {"scope": "tensor"}, dense_ties),
+    "dare_linear": ("dare_linear", {}, None),
+}
+"""What is timed: our method and parameters, and the paper's formula on whole matrices, if it is short enough to say."""
+
+
+def peers(adapters: list[Adapter]) -> dict[str, Callable[[], Any]]:
+    """PEFT's `add_weighted_adapter` and mergekit's `merge_tensors` on the same changes."""
+    return {**_peft(adapters), **_mergekit(adapters)}
+
+
+def _peft(adapters: list[Adapter]) -> dict[str, Callable[[], Any]]:
+    import peft
+    import torch
+
+    updates: list[Any] = [adapter.updates[TARGET][0] for adapter in adapters]
+    rank, size = updates[0].A.shape
+    model = torch.nn.Sequential()
+    model.q = torch.nn.Linear(size, size, bias=False)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q"])
+    adapted = peft.get_peft_model(model, config, "0")
+    for t in range(1, len(adapters)):
+        adapted.add_adapter(str(t), config)
+    layer = adapted.base_model.model.q
+    with torch.no_grad():
+        for t, update in enumerate(updates):
+            layer.lora_A[str(t)].weight.copy_(torch.tensor(update.A.numpy()))
+            layer.lora_B[str(t)].weight.copy_(torch.tensor(update.B.numpy()))
+    names, weights = [str(t) for t in range(len(adapters))], [1.0] * len(adapters)
+
+    def run(kind: str, **more: Any) -> Callable[[], None]:
+        def once() -> None:
+            adapted.add_weighted_adapter(names, weights, "made", combination_type=kind, **more)
+            adapted.delete_adapter("made")
+
+        return once
+
+    return {"PEFT cat": run("cat"), "PEFT svd, rank 16": run("svd"), "PEFT ties_svd": run("ties_svd", density=0.2)}
+
+
+def _mergekit(adapters: list[Adapter]) -> dict[str, Callable[[], Any]]:
+    try:
+        from mergekit.merge_methods import merge_tensors
+    except ImportError:
+        return {}
+    import torch
+
+    deltas = [torch.tensor(exact(adapter), dtype=torch.float32) for adapter in adapters]
+    base = torch.zeros_like(deltas[0])
+    ties = {"weight": [1.0] * len(deltas), "density": 0.2}
+    return {
+        "mergekit ties": lambda: merge_tensors([base, *deltas], "ties", parameters=ties, base_index=0),
+        "mergekit model_stock": lambda: merge_tensors([base, *deltas], "model_stock", base_index=0),
+    }
+
+
+if __name__ == "__main__":
+    main()

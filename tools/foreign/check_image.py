@@ -1,0 +1,94 @@
+"""Whether the tools for image models load what adapterkit writes, and compute what its formulas say.
+
+    python tools/foreign/check_image.py
+
+LyCORIS and diffusers (0.42.1) load files that were made anew, without the leftovers of those that were read; outputs of
+every adapted layer are held against the update's own law. It prints a line a case, and ends with 1 where one differs.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from image_vectors import DEST, unet
+from lycoris import create_lycoris_from_weights
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+import adapterkit as ak
+from adapterkit.tensors.lazy import as_torch
+
+TOLERANCE = 1e-5
+
+SKIPPED = {"boft", "tlora", "flux", "ia3", "ia3_inputs", "lokr_tucker"}
+"""Cases that adapterkit refuses, that are of no U-Net, or that LyCORIS' loader breaks on (IA3, LoKr with a core)."""
+
+
+def main() -> int:
+    """Runs every case; returns the exit code."""
+    worst = {}
+    for folder in sorted((DEST / "lycoris").iterdir()) + sorted((DEST / "kohya").iterdir()):
+        if folder.name not in SKIPPED:
+            worst[f"lycoris loads {folder.name}"] = lycoris(folder / "expected.native.safetensors")
+    for folder in [*sorted((DEST / "diffusers").iterdir()), DEST / "kohya" / "locon", DEST / "kohya" / "dora"]:
+        worst[f"diffusers loads {folder.parent.name}/{folder.name}"] = diffusers(folder / "expected.native.safetensors")
+    for case, error in worst.items():
+        print(f"{'ok' if error <= TOLERANCE else 'WRONG'} {case}: {error:.1e}")
+    return int(any(not error <= TOLERANCE for error in worst.values()))
+
+
+def lycoris(native: Path) -> float:
+    """The largest relative error of LyCORIS' outputs, from a file of the format that bears its name."""
+    adapter = ak.read(native)
+    model = unet()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.safetensors")
+        save_file(dict(model.state_dict()), Path(folder, "base.safetensors"))
+        ak.write(adapter, path, format="lycoris", base=Path(folder, "base.safetensors"))
+        state = {key.replace("lora_unet_", "lycoris_", 1): value for key, value in load_file(path).items()}
+    network, _ = create_lycoris_from_weights(1.0, "", model, weights_sd=state)
+    network.apply_to()
+    loras = {lora.lora_name: lora for lora in network.loras}
+    paths = {str(target): target.path.removeprefix("unet.") for target in adapter.updates}
+    names = {target: "lycoris_" + path.replace(".", "_") for target, path in paths.items()}
+    return max(_error(update, unet(), target.path, loras[names[str(target)]]) for target, update in adapter)
+
+
+def diffusers(native: Path) -> float:
+    """The largest relative error of the outputs of diffusers' layers, from a file of its own format."""
+    adapter, model = ak.read(native), unet()
+    with tempfile.TemporaryDirectory() as folder:
+        ak.write(adapter, Path(folder), format="diffusers")
+        state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(folder, return_lora_metadata=True)
+    StableDiffusionPipeline.load_lora_into_unet(state, alphas, model, metadata=metadata)
+    return max(_error(u, unet(), t.path, model.get_submodule(t.path.removeprefix("unet."))) for t, u in adapter)
+
+
+def _error(update: Any, base: nn.Module, path: str, tool: Any) -> float:
+    layer = base.get_submodule(path.removeprefix("unet."))
+    W = layer.weight.detach()
+    torch.manual_seed(5)
+    x = torch.randn(2, W.shape[1], 5, 5) if W.ndim == 4 else torch.randn(2, W.shape[-1])
+    with torch.no_grad():
+        got = tool(x).double()
+    wanted = _law(update.map(lambda leaf: as_torch(leaf).double()), layer, W.double(), x.double())
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def _law(law: Any, layer: Any, W: Tensor, x: Tensor) -> Tensor:
+    b = torch.zeros(len(W)).double() if layer.bias is None else layer.bias.detach().double()
+    new = law.new_weight(W) if law.changes_weight else W
+    bias = law.new_bias(b) if law.changes_bias else b
+    if W.ndim == 1:
+        return functional.layer_norm(x, W.shape, new, bias)
+    return functional.conv2d(x, new, bias, padding=1) if W.ndim == 4 else functional.linear(x, new, bias)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""IA3 as LyCORIS has it: W' = W * (1 + w); the bias stays."""
+
+from __future__ import annotations
+
+import numpy as np
+from building import BIASED, CONV1D, CONV2D, EMBEDDING, EXPERTS, FUSED, IN_OUT, LINEAR, Case, Pair, update
+from layers import Array
+
+
+def formula(W: Array, b: Array | None, w: Array | None = None, w_in: Array | None = None) -> Pair:
+    """W' = W + w * W along one axis."""
+    if w is not None:
+        return W + np.einsum("o,o...->o...", w, W), b
+    return W + np.einsum("i,oi...->oi...", w_in, W), b
+
+
+def cases() -> list[Case]:
+    """Both sides, at every layer and layout."""
+    return [
+        Case("linear", updates=(update("ia3_weights", "ia3w.linear", w=(3,)),), **BIASED),
+        Case("inputs", updates=(update("ia3_weights", "ia3w.inputs", w_in=(5,)),), **BIASED),
+        Case("conv1d", updates=(update("ia3_weights", "ia3w.conv1d", w=(3,)),), **CONV1D),
+        Case("conv2d", updates=(update("ia3_weights", "ia3w.conv2d", w_in=(2,)),), **CONV2D),
+        Case("in_out", updates=(update("ia3_weights", "ia3w.in_out", w=(3,)),), **IN_OUT),
+        Case("embedding", updates=(update("ia3_weights", "ia3w.embedding", w_in=(6,)),), **EMBEDDING),
+        Case("experts", updates=(update("ia3_weights", "ia3w.experts", w=(2, 3)),), **EXPERTS),
+        Case("fused", updates=(update("ia3_weights", "ia3w.fused", w=(3,)),), **FUSED),
+        Case("bf16", updates=(update("ia3_weights", "ia3w.bf16", w=(3,)),), dtype="BF16", **LINEAR),
+    ]
