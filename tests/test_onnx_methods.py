@@ -15,6 +15,9 @@ from adapterkit.methods import METHODS
 from adapterkit.tensors.lazy import as_lazy
 
 OF_LAYERS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight", "output")]
+ROUTED = ["alora", "arrow", "poly", "xlora"]
+"""Methods that choose by what the model was called with, or the best of several: no graph says how, yet."""
+
 OPEN = ["adalora", "bottleneck", "dense", "hira", "ia3", "lora", "lora_xs", "vera"]
 """Methods that must have slots."""
 
@@ -30,7 +33,7 @@ def in_torch(model, adapter, x):
     try:
         handle = ak.torch.inject(model, adapter)
         changed = model(x)
-    except (AdapterkitError, RuntimeError):
+    except (AdapterkitError, RuntimeError, TypeError):
         return None
     handle.remove()
     return y, changed
@@ -45,7 +48,7 @@ PAIRS = [(method, kind) for method in OF_LAYERS for kind in MAIN] + [
 
 
 @pytest.mark.parametrize(("method", "kind"), PAIRS)
-@settings(max_examples=2)
+@settings(max_examples=1)
 @given(data=st.data())
 def test_graphs_compute_what_torch_does(method, kind, data, made, close, tmp_path):
     model, x, proto = graphs.built(kind)
@@ -55,8 +58,8 @@ def test_graphs_compute_what_torch_does(method, kind, data, made, close, tmp_pat
     if wanted is None:
         return
     path, out = graphs.saved(proto, tmp_path / "base.onnx"), tmp_path / "out.onnx"
-    if update.attributes.get("residual") or update.attributes.get("norm"):
-        with pytest.raises(Unsupported, match="reads other modules"):
+    if update.attributes.get("residual") or update.attributes.get("norm") or method in ROUTED:
+        with pytest.raises(Unsupported, match=r"reads other modules|asks each call|no graph says"):
             ak.onnx.inject(path, adapter, out, check=False)
         return
     ak.onnx.inject(path, adapter, out, check=False)
@@ -74,7 +77,7 @@ def test_graphs_compute_what_torch_does(method, kind, data, made, close, tmp_pat
 
 @pytest.mark.parametrize("kind", ["matmul", "gemm", "conv2d", "embedding"])
 @pytest.mark.parametrize("method", OPEN)
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_slots_are_the_base_until_they_are_filled(method, kind, data, made, close, tmp_path):
     model, x, proto = graphs.built(kind)

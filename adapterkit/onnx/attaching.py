@@ -58,7 +58,7 @@ def _check(place: Found, layer: Layer) -> None:
         raise Unsupported(why, where=str(place.asked), cure="Order updates of weights before those of outputs")
     for update in place.updates:
         words = update.attributes
-        if update.asks:
+        if isinstance(update, OutputUpdate) and update.asks:
             why = f"{update.method} asks each call for {', '.join(update.asks)}, which a graph's layers do not get"
             raise Unsupported(why, where=str(place.asked), cure="Attach it to the torch model and export that")
         if isinstance(update, OutputUpdate) and (words.get("residual") or words.get("norm") or place.target.rows):
@@ -117,9 +117,9 @@ def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Upda
     before = len(branch.nodes)
     try:
         _output(layer, [update])
-    except Unsayable:
+    except (AttributeError, TypeError) as error:  # What arrays can do and values cannot, said so or not.
         if not constant or isinstance(update, OutputUpdate):
-            raise
+            raise Unsayable(str(error)) from error
         return _worked_out(update, layer)
     finally:
         branch.back_to(before)

@@ -166,6 +166,9 @@ class Value:
     def __neg__(self) -> Value:
         return self.apply("Neg", [self], operator.neg, self.sizes)
 
+    def __abs__(self) -> Value:
+        return self.apply("Abs", [self], np.abs, self.sizes)
+
     def __gt__(self, other: Any) -> Value:
         return self._binary("Greater", self, other, operator.gt, bool)
 
