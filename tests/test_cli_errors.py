@@ -39,7 +39,7 @@ WRONG = {
     "unknown source format": ("inspect {peft} --from nothing", 2, "Known: "),
     "unknown compat": ("inspect {peft} --compat nothing", 2, "nothing"),
     "unknown on-loss": ("convert {peft} {tmp}/x --to adapterkit --on-loss guess", 2, "promote"),
-    "unknown list": ("list combine", 2, "methods"),
+    "unknown list": ("list adapters", 2, "methods"),
     "unknown device": ("merge {base} {peft} -o {tmp}/x --device gpu", 2, "cuda:N"),
     "unknown size": ("merge {base} {peft} -o {tmp}/x --shard-size big", 2, "5GB"),
     "unknown dtype": ("merge {base} {peft} -o {tmp}/x --dtype F17", 2, "BF16"),

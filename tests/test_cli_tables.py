@@ -13,7 +13,9 @@ import pytest
 import adapterkit as ak
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = "# Title\n\n" + "".join(f"<!-- table:{n} -->\n<!-- /table -->\n" for n in ("methods", "formats", "commands"))
+BLOCKS = "# Title\n\n" + "".join(
+    f"<!-- table:{n} -->\n<!-- /table -->\n" for n in ("methods", "formats", "combine", "commands")
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +43,14 @@ def test_blocks_are_filled_and_the_rest_is_kept(tables: ModuleType, tmp_path: Pa
     assert text.endswith("tail\n")
     assert tables.main(["--check", "--readme", str(readme)]) == 0
     rows = re.findall(r"^\| \[?`(?:adapterkit )?(\w+)", text, re.MULTILINE)
-    assert {*ak.METHODS, *ak.FORMATS, "merge", "doctor"} <= {*rows}
+    assert {*ak.METHODS, *ak.FORMATS, *ak.ops.COMBINERS, "merge", "doctor"} <= {*rows}
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
         (None, "is not there"),
-        ("nothing", "<!-- table:commands -->"),
+        ("nothing", "<!-- table:combine -->"),
         (BLOCKS + "<!-- table:colours -->\n<!-- /table -->\n", "unknown table 'colours'"),
     ],
 )

@@ -40,8 +40,10 @@ class Lycoris(ImageFormat):
     """Files of LyCORIS, and of tools that write the same."""
 
     url = "https://github.com/KohakuBlueleaf/LyCORIS"
-    description = "LyCORIS: LoHa, LoKr, OFT, GLoRA, IA3 and whole differences for image models"
-    methods = frozenset({"dense", "dora", "glora_products", "ia3_weights", "loha", "lokr", "lora", "oft"})
+    description = "LyCORIS: LoHa, LoKr, OFT, BOFT, GLoRA, IA3 and whole differences for image models"
+    methods = frozenset(
+        {"boft_outputs", "dense", "dora", "glora_products", "ia3_weights", "loha", "lokr", "lora", "oft"}
+    )
     rules = Rules(alpha_needed=True, norms=True, slots=(*SLOTS, "hada_", "lokr_"))
 
     def sniff(self, path: Path) -> bool:

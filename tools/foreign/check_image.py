@@ -26,8 +26,8 @@ from adapterkit.tensors.lazy import as_torch
 
 TOLERANCE = 1e-5
 
-SKIPPED = {"boft", "tlora", "flux", "ia3", "ia3_inputs", "lokr_tucker"}
-"""Cases that adapterkit refuses, that are of no U-Net, or that LyCORIS' loader breaks on (IA3, LoKr with a core)."""
+SKIPPED = {"tlora", "flux", "ia3", "ia3_inputs", "lokr_tucker"}
+"""Cases that adapterkit refuses, of no U-Net, or that LyCORIS' own loader breaks on: IA3, LoKr with a core."""
 
 
 def main() -> int:
@@ -55,8 +55,9 @@ def lycoris(native: Path) -> float:
     network, _ = create_lycoris_from_weights(1.0, "", model, weights_sd=state)
     network.apply_to()
     loras = {lora.lora_name: lora for lora in network.loras}
-    paths = {str(target): target.path.removeprefix("unet.") for target in adapter.updates}
-    names = {target: "lycoris_" + path.replace(".", "_") for target, path in paths.items()}
+    names = {
+        str(target): "lycoris_" + target.path.removeprefix("unet.").replace(".", "_") for target in adapter.updates
+    }
     return max(_error(update, unet(), target.path, loras[names[str(target)]]) for target, update in adapter)
 
 

@@ -95,7 +95,8 @@ LYCORIS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"algo": "diag-oft", "linear_dim": 4, "conv_dim": 4, "constraint": 0.01, "rescaled": True},
         [Q, CONV],
     ),
-    "boft": ({"algo": "boft", "linear_dim": 4}, [Q]),
+    "boft": ({"algo": "boft", "linear_dim": 4, "conv_dim": 2}, [Q, FF, CONV]),
+    "boft_constraint": ({"algo": "boft", "linear_dim": 4, "constraint": 0.01, "rescaled": True}, [Q]),
     "glora": ({"algo": "glora", "linear_dim": 2, "linear_alpha": 1, "conv_dim": 2, "conv_alpha": 1}, [Q, FF]),
     "ia3": ({"algo": "ia3"}, [Q, FF, CONV]),
     "ia3_inputs": ({"algo": "ia3", "train_on_input": True}, [Q, FF]),
@@ -105,7 +106,7 @@ LYCORIS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 """Case -> settings of the network, and the modules that it is applied to."""
 
-REFUSED = {"boft", "tlora"}
+REFUSED = {"tlora"}
 """Cases that adapterkit refuses, so that they have no native form."""
 
 HALF = {"locon_half"}
@@ -199,6 +200,9 @@ def _update(lora: Any, layer: Any, dtype: Any) -> Any:
     if kind == "DiagOFTModule":
         rescale = {"rescale": at("rescale").flatten()} if lora.rescaled else {}
         return METHODS["oft"](square=at("oft_blocks"), side="out", constraint=alpha * lora.dim, **rescale)
+    if kind == "ButterflyOFTModule":
+        rescale = {"rescale": at("rescale").flatten()} if lora.rescaled else {}
+        return METHODS["boft_outputs"](square=at("oft_blocks"), constraint=alpha * lora.dim, **rescale)
     if kind == "GLoRAModule":
         fields = {n.upper(): getattr(lora, n).weight.detach().clone() for n in ("a1", "a2", "b1", "b2")}
         return METHODS["glora_products"](**fields, scaling=alpha / lora.lora_dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...methods.boft_outputs import BOFTOutputs
 from ...methods.dense import Dense
 from ...methods.dora import DoRA
 from ...methods.glora_products import GLoRAProducts
@@ -21,7 +22,7 @@ from .laws import number
 
 _SLOTS: dict[type[Update], str] = {
     LoRA: "down", DoRA: "dora", LoHa: "hada_", LoKr: "lokr_", OFT: "oft_blocks", GLoRAProducts: "a1",
-    IA3Weights: "on_input", Dense: "diff", Replacement: "set_weight",
+    BOFTOutputs: "rescale", IA3Weights: "on_input", Dense: "diff", Replacement: "set_weight",
 }  # fmt: skip
 """Method -> a slot that a dialect must have to say it."""
 
@@ -98,9 +99,9 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[Stored]:
         return _loha(update, leaves)
     if isinstance(update, LoKr):
         return _lokr(update, leaves)
-    if isinstance(update, OFT):
+    if isinstance(update, OFT | BOFTOutputs):
         blocks = leaves["square"]
-        alpha = update.constraint / (blocks.shape[0] * blocks.shape[1])
+        alpha = update.constraint / (blocks.shape[-3] * blocks.shape[-2])
         rescale = [Stored("rescale", _column(leaves["rescale"], 1 + kernel), "rescale")] if "rescale" in leaves else []
         return [Stored("oft_blocks", blocks, "square"), *rescale, Stored("alpha", number(alpha))]
     if isinstance(update, GLoRAProducts):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import Malformed, ShapeMismatch, Unsupported
+from ...methods.boft_outputs import BOFTOutputs
 from ...methods.dense import Dense
 from ...methods.dora import DoRA
 from ...methods.glora_products import GLoRAProducts
@@ -165,17 +166,16 @@ def _lokr(module: Module, rules: Rules) -> Found:
 def _oft(module: Module, rules: Rules) -> Found:
     _no_dora(module)
     (blocks,) = module.need("oft_blocks")
-    if len(blocks.shape) == 4:
-        why = "LyCORIS' BOFT turns outputs in the order of its butterflies; here BOFT turns inputs"
-        raise Unsupported(why, where=module.keys["oft_blocks"], cure="Merge it with LyCORIS")
-    if len(blocks.shape) != 3 or blocks.shape[1] != blocks.shape[2]:
+    if len(blocks.shape) not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
         raise ShapeMismatch(f"{list(blocks.shape)} are no square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
     fields = {"square": "oft_blocks"}
     leaves: dict[str, Any] = {"square": blocks}
     if "rescale" in module.tensors:
         fields["rescale"], leaves["rescale"] = "rescale", _flat(module, "rescale", 1)
-    out = blocks.shape[0] * blocks.shape[1]
-    return Found(OFT(**leaves, side="out", constraint=_constraint(module, rules) * out), fields)
+    leaves["constraint"] = _constraint(module, rules) * blocks.shape[-2] * blocks.shape[-3]
+    if len(blocks.shape) == 4:
+        return Found(BOFTOutputs(**leaves), fields)
+    return Found(OFT(**leaves, side="out"), fields)
 
 
 def _constraint(module: Module, rules: Rules) -> float:

@@ -1,0 +1,64 @@
+"""BOFT as LyCORIS has it: a product of block rotations, butterfly-wise, on the outputs.  https://arxiv.org/abs/2309.14859
+
+BOFT proper (https://arxiv.org/abs/2311.06243) turns inputs, and PEFT's takes other chunks together: here blocks of b
+outputs are made of pairs that lie b / 2 * 2^i apart in factor i, and Q is not halved.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import ShapeMismatch
+from ..shapes import Dims
+from ..tensors.rotations import cayley, shortened, turn_rows
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class BOFTOutputs(WeightUpdate):
+    """W' = rescale * M_(m-1) ... M_0 @ W, M_i = P_i^T @ blockdiag(cayley(square^T - square)) @ P_i."""
+
+    blocks = frozenset({"in"})
+    paper = "https://arxiv.org/abs/2309.14859"
+
+    square: Tensor = tensor("m n b b")
+    rescale: Tensor | None = tensor("out", optional=True)
+    constraint: float = 0.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        size = max(n for n in range(2, max(rank, 2) + 1, 2) if len(W) % n == 0 or n == 2)
+        return cls(square=W.new_zeros(1, len(W) // size, size, size), **attributes)
+
+    def dims(self, stack: bool = False) -> Dims:
+        dims: Any = super().dims(stack)
+        m, n, b = dims["m"], dims["n"], dims["b"]
+        if b % 2 or m > n.bit_length() or n % 2 ** (m - 1):
+            why = f"{m} factors need blocks of even size, and a multiple of {2 ** min(max(m - 1, 0), 64)} of them"
+            raise ShapeMismatch(why, where="square", cure="Write the adapter again")
+        if dims.setdefault("out", n * b) != n * b:
+            why = f"{n} blocks of {b} do not make up {dims['out']} outputs"
+            raise ShapeMismatch(why, where="square", cure="Write the adapter again")
+        return {**dims}
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        Q = self.square.mT - self.square
+        if self.constraint > 0:
+            Q = shortened(Q, (Q * Q).sum(), self.constraint, 1e-8)
+        X, half = W.reshape(len(W), -1), self.square.shape[-1] // 2
+        for i, rotation in enumerate(cayley(Q)):
+            there = _paired(len(W), half * 2**i)
+            back = sorted(range(len(there)), key=there.__getitem__)
+            X = turn_rows(X[there], rotation.mT)[back]
+        X = X if self.rescale is None else X * self.rescale[:, None]
+        return X.reshape(W.shape)
+
+
+def _paired(width: int, apart: int) -> list[int]:
+    """Positions 0 to `width`: in every run of 2 * `apart` each with the one that lies so far behind it."""
+    starts = range(0, width, 2 * apart)
+    return [start + i + other for start in starts for i in range(apart) for other in (0, apart)]
