@@ -70,9 +70,7 @@ class Diffusers(ImageFormat):
             keys = container.names(self.chosen(path))
         except AdapterkitError:
             return False
-        if any(
-            key.endswith(".coefficients") for key in keys
-        ):  # NOLA's own, of GPT-2's transformer
+        if any(key.endswith(".coefficients") for key in keys):  # NOLA's own, of GPT-2's transformer
             return False
         return any(key for key in map(self.parse, keys) if key is not None and key.slot != "alpha")
 

@@ -7,6 +7,7 @@ it is for those: the layer gets its own. Everything is computed in float64 and r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,12 @@ import onnx_ir as ir
 
 from ..adapter import Adapter
 from ..errors import Malformed, NotMergeable, Unsupported, UsageError
-from ..tensors.lazy import as_array
+from ..merging.arrays import NumpyArrays, Workspace
+from ..merging.compute import Folder, blocks
+from ..merging.folds import Fold as Folded
+from ..merging.planning import Output
+from ..tensors.dtypes import DTYPES
+from ..tensors.lazy import Lazy, as_array
 from ..updates import Update
 from .building import Array, Branch, Building
 from .injecting import Report, loaded
@@ -141,13 +147,31 @@ def _lazy(building: Building, fresh: dict[Any, ir.Value], key: Any, held: ir.Val
 
 
 def _weight(spot: Spot, at: list[Fold], held: ir.Value) -> Array:
-    """W' as the node takes it, in float64."""
-    before = _seen(numbers(held).astype(np.float64), spot)
-    after = before.copy()
-    for place, factor in at:
-        view, new = _part(before, place), _part(after, place)
-        new += factor * (_through(place, view)[0] - view)
-    return _seen(after, spot)
+    """W' as the node takes it, in its own type; computed block by block, as any merge is."""
+    raw = np.ascontiguousarray(numbers(held))
+    dtype = next(kind for kind in DTYPES.values() if kind.array == raw.dtype)
+    out = np.empty(raw.size, dtype=raw.dtype)
+    folds = tuple(_stored(place, factor, spot, raw.shape) for place, factor in at)
+    name = str(at[0][0].asked)
+    output = Output(name, dtype, raw.shape, 0, Lazy(raw.shape, dtype, raw.tobytes), folds)
+    arrays = NumpyArrays()
+    with arrays.quiet():
+        folder, flat = Folder(output, Workspace(arrays)), raw.reshape(-1)
+        for block in blocks(output):
+            here = slice(block.first, block.first + block.elements)
+            folder.compute(flat[here], out[here], block)
+    for source in spot.sources:
+        if isinstance(source.const_value, ir.ExternalTensor):
+            source.const_value.release()  # What is mapped counts as memory held.
+    return out.reshape(raw.shape)
+
+
+def _stored(place: Found, factor: float, spot: Spot, shape: tuple[int, ...]) -> Folded:
+    """A target's updates of a weight in the order in which the node takes its axes."""
+    turned = spot.kind.turns(spot.node) != place.turned
+    target = replace(place.target, layout="in out *k" if turned else "out *in")
+    updates = tuple(update for update in place.updates if update.changes_weight)
+    return Folded(target, updates, factor, 0, False, shape)
 
 
 def _bias(spot: Spot, at: list[Fold], held: ir.Value, bias: ir.Value) -> Array:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..errors import Malformed, StorageError, Unsupported, UsageError, storage_error
@@ -278,6 +279,8 @@ def _placed(target: Any, tensor: Any, file: Path) -> ir.ExternalTensor:
     offset = target.tell()
     if isinstance(tensor, ir.ExternalTensor):
         _copied(target, tensor)
+    elif isinstance(tensor, ir.LazyTensor):
+        target.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
     else:
         target.write(tensor.tobytes())
     return ir.ExternalTensor(
