@@ -6,6 +6,7 @@ it is for those: the layer gets its own. Everything is computed in float64 and r
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
@@ -118,7 +119,7 @@ def _fold_spot(spot: Spot, at: list[Fold], building: Building, fresh: dict[tuple
         raise NotMergeable("changes a bias that the layer does not have", where=str(at[0][0].asked), cure=cure)
     key = tuple((id(place), factor) for place, factor in at)
     if any(update.changes_weight for update in updates):
-        new = _lazy(building, fresh, ("weight", id(held), *key), held, lambda: _weight(spot, at, held))
+        new = _lazy(building, fresh, ("weight", id(held), *key), held, lambda: _released(_weight(spot, at, held), spot))
         spot.node.replace_input_with(spot.kind.position, new)
     if bias is not None and any(update.changes_bias for update in updates):
         new = _lazy(building, fresh, ("bias", id(bias), id(held), *key), bias, lambda: _bias(spot, at, held, bias))
@@ -160,10 +161,16 @@ def _weight(spot: Spot, at: list[Fold], held: ir.Value) -> Array:
         for block in blocks(output):
             here = slice(block.first, block.first + block.elements)
             folder.compute(flat[here], out[here], block)
+    return out.reshape(raw.shape)
+
+
+def _released(array: Array, spot: Spot) -> Array:
+    """The same array, the mapped files behind a layer let go of: what is mapped counts as memory held."""
     for source in spot.sources:
         if isinstance(source.const_value, ir.ExternalTensor):
-            source.const_value.release()  # What is mapped counts as memory held.
-    return out.reshape(raw.shape)
+            with contextlib.suppress(BufferError):
+                source.const_value.release()
+    return array
 
 
 def _stored(place: Found, factor: float, spot: Spot, shape: tuple[int, ...]) -> Folded:
