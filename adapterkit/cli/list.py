@@ -1,4 +1,4 @@
-"""List the known formats or methods."""
+"""List the known formats, methods or quantization schemes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from ._render import Table, View, show
 
 
 @click.command(help=__doc__)
-@click.argument("what", type=click.Choice(["formats", "methods"]))
+@click.argument("what", type=click.Choice(["formats", "methods", "quant"]))
 @_options.flags
 @click.pass_obj
 def command(settings: _options.Settings, what: str) -> None:
-    """Lists `adapterkit.FORMATS` or `adapterkit.METHODS`."""
+    """Lists `adapterkit.FORMATS`, `adapterkit.METHODS` or `adapterkit.quant.SCHEMES`."""
     if what == "formats":
         show(settings, {"formats": formats()}, _formats_view)
+    elif what == "quant":
+        show(settings, {"quant": schemes()}, _schemes_view)
     else:
         show(settings, {"methods": methods()}, _methods_view)
 
@@ -53,6 +55,16 @@ def methods() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def schemes() -> list[dict[str, Any]]:
+    """One record a quantization scheme, in the order of their names."""
+    from ..quant import SCHEMES
+
+    return [
+        {"name": name, "description": entry.description, "library": entry.library, "url": entry.url}
+        for name, entry in SCHEMES.items()
+    ]
+
+
 def _default(field: Any) -> Any:
     import dataclasses
 
@@ -65,6 +77,11 @@ def _formats_view(record: Mapping[str, Any]) -> View:
         columns,
         [[f["name"], f["description"], " ".join(f["methods"]), " ".join(f["compat"])] for f in record["formats"]],
     )
+
+
+def _schemes_view(record: Mapping[str, Any]) -> View:
+    columns = ("scheme", "description", "checked against")
+    yield Table(columns, [[s["name"], s["description"], s["library"]] for s in record["quant"]])
 
 
 def _methods_view(record: Mapping[str, Any]) -> View:

@@ -66,9 +66,7 @@ def scaled(
     return Scaled(name, stored.shape, sixteen_bits(base, scale), members, stored, scale, block, grid, experts)
 
 
-def _grid(
-    weight: Shape, scale: Shape, block: tuple[int, int] | None
-) -> tuple[tuple[int, int], tuple[int, int], int]:
+def _grid(weight: Shape, scale: Shape, block: tuple[int, int] | None) -> tuple[tuple[int, int], tuple[int, int], int]:
     """(rows and columns that share a scale, the grid's shape, how many of them there are)."""
     *lead, height, width = weight
     experts = math.prod(lead)
