@@ -92,7 +92,7 @@ def test_what_no_adapter_touches_is_dequantized_too(tmp_path):
     base, packed = tmp_path / "base", load_file(BNB / "model.safetensors")
     shutil.copytree(BNB, base)
     (base / "quantize_config.json").write_text("{}")
-    other = {key.replace("m.", "n."): value for key, value in packed.items()}
+    other = {key.replace("m.", "n."): value.clone() for key, value in packed.items()}
     save_torch(packed | other, base / "model.safetensors")
     W = load_file(BNB / "expected.safetensors")["m.weight"]
     report = ak.merge(base, ak.Adapter({ak.Target("m"): (low_rank(W.shape)[0],)}), tmp_path / "out", quantized="dequantize")
@@ -155,12 +155,14 @@ def test_without_a_choice_a_quantized_base_is_refused_with_the_choices(case, tmp
 
 
 def test_a_base_of_an_unknown_scheme_is_refused_by_its_name(tmp_path):
-    save_file({"m.weight": np.ones((4, 4), np.uint8)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "aqlm"}}')
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"m.weight": np.ones((4, 4), np.uint8)}, base / "model.safetensors")
+    (base / "config.json").write_text('{"quantization_config": {"quant_method": "aqlm"}}')
     adapter = ak.Adapter({ak.Target("m"): (low_rank((4, 4))[0],)})
     for choice in (None, "dequantize"):
         with pytest.raises(Unsupported, match="aqlm"):
-            ak.merge(tmp_path, adapter, tmp_path / "out", quantized=choice)
+            ak.merge(base, adapter, tmp_path / "out", quantized=choice)
 
 
 def test_the_plan_says_what_is_done_and_why():

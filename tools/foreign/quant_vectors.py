@@ -102,19 +102,19 @@ def compressed_tensors() -> Iterator[tuple[str, Case]]:
     float8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
     float4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
     for name, form, weights, scale in (
-        ("packed", "pack-quantized", whole, rand(8, 3).abs() + 0.01),
-        ("packed_uneven", "pack-quantized", uneven, rand(8, 3).abs() + 0.01),
-        ("packed_8", "pack-quantized", eight, rand(8, 1).abs() / 20 + 0.001),
-        ("int", "int-quantized", eight, rand(8, 1).abs() / 20 + 0.001),
-        ("float", "float-quantized", float8, rand(8, 1).abs() / 20 + 0.001),
-        ("nvfp4", "nvfp4-pack-quantized", float4, (rand(8, 3).abs() * 800 + 1).to(torch.float8_e4m3fn).float()),
+        ("packed", "pack-quantized", whole, rand(16, 3).abs() + 0.01),
+        ("packed_uneven", "pack-quantized", uneven, rand(16, 3).abs() + 0.01),
+        ("packed_8", "pack-quantized", eight, rand(16, 1).abs() / 20 + 0.001),
+        ("int", "int-quantized", eight, rand(16, 1).abs() / 20 + 0.001),
+        ("float", "float-quantized", float8, rand(16, 1).abs() / 20 + 0.001),
+        ("nvfp4", "nvfp4-pack-quantized", float4, (rand(16, 3).abs() * 800 + 1).to(torch.float8_e4m3fn).float()),
     ):
         yield name, _compressed(form, weights, scale)
 
 
 def _compressed(form: str, weights: dict[str, Any], scale: torch.Tensor) -> Case:
     tool, scheme = BaseCompressor.get_value_from_registry(form), QuantizationScheme(targets=["Linear"], weights=weights)
-    state = {"weight": rand(8, 48).to(torch.bfloat16), "weight_scale": scale.to(torch.bfloat16)}
+    state = {"weight": rand(16, 48).to(torch.bfloat16), "weight_scale": scale.to(torch.bfloat16)}
     if not weights["symmetric"]:
         state["weight_zero_point"] = ints(-8, 8, *scale.shape).to(torch.int8)
     if form.startswith("nvfp4"):
@@ -132,7 +132,7 @@ def gptq() -> Iterator[tuple[str, Case]]:
         scale = (rand(groups, outs).abs() + 0.01).half()
         index = torch.arange(ins) * groups // ins
         index = index.flip(0) if reordered else index
-        W = (q - zero[index] - (version == 1)).double() * scale.double()[index]
+        W = (q - zero[index] - int(version == 1)).double() * scale.double()[index]
         order = range(32 // bits)
         stored = {
             "m.qweight": _words(q.T, bits, order).T.contiguous(), "m.qzeros": _words(zero, bits, order),
