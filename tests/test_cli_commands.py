@@ -158,6 +158,15 @@ def test_convert_says_what_it_did(peft: Path, tmp_path: Path) -> None:
     )
 
 
+def test_convert_writes_for_a_consumer(peft: Path, tmp_path: Path) -> None:
+    assert run("convert", peft, tmp_path / "v", "--to", "peft", "--profile", "vllm").exit_code == 0
+    config = json.loads((tmp_path / "v" / "adapter_config.json").read_text())
+    assert "." not in "".join(config["target_modules"])
+    result = run("convert", peft, tmp_path / "w", "--to", "peft", "--profile", "nobody")
+    assert (result.exit_code, (tmp_path / "w").exists()) == (2, False)
+    assert "Known: llama_cpp, nim, sglang, tensorrt_llm, vllm" in result.stderr
+
+
 def test_convert_replaces_only_when_told(peft: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.safetensors"
     out.write_text("mine")
@@ -170,7 +179,7 @@ def test_convert_replaces_only_when_told(peft: Path, tmp_path: Path) -> None:
 def test_convert_refuses_what_the_format_cannot_say(
     peft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ak_errors.Unrepresentable("cannot say", items=["layers.0.q: rows"], cure="Pass --on-loss drop")
 
     from adapterkit import errors as ak_errors

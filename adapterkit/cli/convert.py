@@ -28,12 +28,13 @@ from ._render import View, counted, show
     "--on-loss", type=click.Choice(ON_LOSS), default="refuse", show_default=True,
     help="What to do with what the format cannot say: fold scales into factors, promote to a wider method, or drop.",
 )  # fmt: skip
+@click.option("--profile", metavar="NAME", help="Write for a consumer that takes only a part of the format: vllm, ...")
 @_options.overwrite
 @_options.flags
 @click.pass_obj
 def command(
     settings: _options.Settings, src: str, dst: str, target_format: str, source_format: str | None, base: str | None,
-    compat: str | None, on_loss: str, overwrite: bool,
+    compat: str | None, on_loss: str, profile: str | None, overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.read` and `adapterkit.write`."""
     from .. import detect, read, write
@@ -41,7 +42,7 @@ def command(
     name = source_format or detect(src)
     _check_destination(Path(src), Path(dst), overwrite)
     adapter = read(src, name, base, compat=compat)
-    losses = write(adapter, dst, target_format, base, on_loss)
+    losses = write(adapter, dst, target_format, base, on_loss, profile=profile)
     record = {
         "source": src, "out": dst, "from": name, "to": target_format,
         "targets": len(adapter.updates), "updates": len(adapter), "losses": losses,

@@ -78,8 +78,19 @@ def write(
     format: str = "adapterkit",  # noqa: A002 - the public contract's word
     base: Checkpoint | str | PathLike[str] | None = None,
     on_loss: str = "refuse",
+    *,
+    profile: str | None = None,
 ) -> list[str]:
     """Writes an adapter; see `Format.write`. Validates it first, and returns what was left out or rewritten.
+
+    Args:
+        adapter: what to write.
+        path: file or folder.
+        format: the format to write.
+        base: the base, for formats that need one to resolve names or order rows.
+        on_loss: what to do with what the format cannot say; see `Format.write`.
+        profile: a consumer that takes only a part of the format, e.g. `"vllm"`; scalings and ranks that it would not
+            heed are folded for it, what it cannot run is refused.
 
     Raises:
         AdapterkitError: see `Format.write`.
@@ -88,7 +99,13 @@ def write(
         raise UsageError(f"unknown on_loss {on_loss!r}", cure=f"Known: {', '.join(ON_LOSS)}")
     writer = FORMATS[format]()
     adapter.validate()
-    return writer.write(adapter, Path(path), on_loss=on_loss, base=None if base is None else opened(base))
+    lines: list[str] = []
+    if profile is not None:
+        if profile not in writer.profiles:
+            known = ", ".join(sorted(writer.profiles)) or "none"
+            raise UsageError(f"{format} has no profile {profile!r}", path=path, cure=f"Known: {known}")
+        adapter, lines = writer.fit(adapter, profile, on_loss=on_loss)
+    return lines + writer.write(adapter, Path(path), on_loss=on_loss, base=None if base is None else opened(base))
 
 
 def _existing(path: str | PathLike[str]) -> Path:

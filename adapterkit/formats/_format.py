@@ -22,12 +22,14 @@ class Format:
         description: one line for tables.
         methods: names of the methods it can express.
         compat: names of foreign tools whose known faults the reader can reproduce on request.
+        profiles: names of consumers that take only a part of the dialect, for which can be written.
     """
 
     url: ClassVar[str] = ""
     description: ClassVar[str] = ""
     methods: ClassVar[frozenset[str]] = frozenset()
     compat: ClassVar[frozenset[str]] = frozenset()
+    profiles: ClassVar[frozenset[str]] = frozenset()
 
     def sniff(self, path: Path) -> bool:
         """Whether the headers at `path` are this dialect's: no false negatives, no data read, no error raised."""
@@ -62,3 +64,16 @@ class Format:
             Unrepresentable: the dialect cannot say it and `on_loss` does not allow otherwise.
         """
         raise Unrepresentable(f"{type(self).__name__} cannot be written")
+
+    def fit(self, adapter: Adapter, profile: str, *, on_loss: str = "refuse") -> tuple[Adapter, list[str]]:
+        """The same function, said so that a consumer of a part of the dialect computes it; one line for each change.
+
+        Args:
+            adapter: what is to be written.
+            profile: the consumer, one of `profiles`.
+            on_loss: `drop` leaves out what the consumer cannot run.
+
+        Raises:
+            Unrepresentable: the consumer cannot run it.
+        """
+        raise Unrepresentable(f"{type(self).__name__} has no profile {profile!r}")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SPEC = "1.0"
 KEY = "adapterkit"
 FILE = "adapter.safetensors"
+MAX_RECORD = 256 << 20
+"""Bytes of a record that stands in a file of its own."""
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Layout = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(LAYOUTS)})]
@@ -105,8 +107,8 @@ class Native(Format):
             cure = "This is not an adapterkit file; name its format, or let it be detected"
             raise Malformed(f"no metadata key {KEY!r}", path=file, where="__metadata__", cure=cure)
         try:
-            record = _parse(header.metadata[KEY])
-            return _decode(record, {name: safetensors.lazy(header.path, e) for name, e in header.entries.items()})
+            tensors = {name: safetensors.lazy(header.path, entry) for name, entry in header.entries.items()}
+            return decode_record(header.metadata[KEY], tensors)
         except AdapterkitError as error:
             raise error.at(path=file) from None
 
@@ -114,7 +116,7 @@ class Native(Format):
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
         tensors: dict[str, Leaf] = {}
-        text = canonical(msgspec.to_builtins(_encode(adapter, tensors)))
+        text = canonical(msgspec.to_builtins(encode_record(adapter, tensors)))
         safetensors.write(_file(path), {name: as_lazy(leaf) for name, leaf in tensors.items()}, {KEY: text})
         return []
 
@@ -123,7 +125,16 @@ def _file(path: Path) -> Path:
     return path / FILE if path.is_dir() else path
 
 
-def _encode(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
+def decode_record(text: str, tensors: Mapping[str, Lazy]) -> Adapter:
+    """The adapter that a record says of tensors.
+
+    Raises:
+        Malformed, Unsupported: as for a file.
+    """
+    return _decode(_parse(text), tensors)
+
+
+def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
     """The record of an adapter; fills `tensors` with what it names. A shared leaf is stored once."""
     names: dict[int, str] = {}
 

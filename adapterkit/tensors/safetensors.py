@@ -147,6 +147,9 @@ def _parse(raw: bytes, path: str) -> dict[str, Any]:
 
 
 def _metadata(value: Any, path: str) -> dict[str, str]:
+    if value is None:
+        # MLX writes it so where it has none.
+        return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise Malformed("metadata must map text to text", path=path, where="__metadata__", cure=_REWRITE)
     return value

@@ -14,6 +14,7 @@ from .._format import Format
 from .container import load, save, sniff
 from .families import FAMILIES
 from .pairs import PAIRS
+from .profiles import PROFILES, fitted
 from .reader import decode
 from .writer import encode
 
@@ -36,6 +37,7 @@ class Peft(Format):
         }
     )
     compat = frozenset({"peft"})
+    profiles = frozenset(PROFILES)
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)
@@ -53,3 +55,6 @@ class Peft(Format):
         config, tensors, lines = encode(adapter, on_loss=on_loss, base=base)
         save(path, config, tensors)
         return lines
+
+    def fit(self, adapter: Adapter, profile: str, *, on_loss: str = "refuse") -> tuple[Adapter, list[str]]:
+        return fitted(adapter, profile, on_loss)

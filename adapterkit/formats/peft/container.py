@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import Malformed, StorageError, storage_error
+from ...errors import AdapterkitError, Malformed, StorageError, storage_error
+from ...names.tinker import is_tinker
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
@@ -30,9 +31,14 @@ def sniff(path: Path) -> bool:
     config = _folder(path) / CONFIG
     try:
         with open(config, "rb") as file:
-            return b'"peft_type"' in file.read(MAX_SNIFF)
+            if b'"peft_type"' not in file.read(MAX_SNIFF):
+                return False
+        # Tinker has PEFT's config beside tensors that PEFT does not know.
+        return not is_tinker(safetensors.read_header(_folder(path) / SAFETENSORS).entries)
     except OSError:
         return False
+    except AdapterkitError:
+        return True
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:

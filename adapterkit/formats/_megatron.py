@@ -1,0 +1,196 @@
+"""LoRA as Megatron has it: pairs of fused weights, or, in canonical LoRA, a pair for each weight in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Target
+from ..errors import Malformed, ShapeMismatch, TargetNotFound, UsageError
+from ..methods.lora import LoRA
+from ..names.heads import Heads, by_group, undone
+from ..names.megatron import LAYER, OWN, QKV
+from ..names.tables import modules_of
+from ..tensors.arrange import equal
+from ..tensors.lazy import Lazy, as_lazy
+from ._pairs import (
+    DAMAGED,
+    Pairs,
+    check_factors,
+    grouped,
+    in_row_order,
+    of_rows,
+    over_rows,
+    rank_of,
+    to_rank,
+    unfit,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..tensors.checkpoint import Checkpoint
+    from ._pairs import Pair
+
+SLOTS = {".linear_in.weight": "A", ".linear_out.weight": "B"}
+Modules = Mapping[str, tuple[str, ...]]
+
+
+def is_of(keys: list[str], modules: Modules) -> bool:
+    """Whether keys are of this family of modules."""
+    ends = tuple(module + end for module in modules for end in SLOTS)
+    return any(key.endswith(ends) for key in keys)
+
+
+def decode(
+    tensors: Mapping[str, Lazy], modules: Modules, alpha: float, heads: Callable[[], Heads], base: Checkpoint | None
+) -> tuple[dict[Target, tuple[LoRA, ...]], dict[str, Any]]:
+    """The updates, and what is to be remembered of the names.
+
+    Raises:
+        Malformed: a key is none of these modules'.
+        ShapeMismatch: shapes do not fit the heads.
+    """
+    own = _OwnNames(base)
+    updates: dict[Target, tuple[LoRA, ...]] = {}
+    prefix, fused = "", False
+    for name, slots in grouped(tensors, SLOTS, "Megatron").items():
+        found = LAYER.fullmatch(name)
+        if found is None or found["module"] not in modules:
+            raise Malformed("no module of a Megatron layer that has a place elsewhere", where=name, cure=DAMAGED)
+        prefix, weights = found["prefix"], modules[found["module"]]
+        fused = fused or len(weights) > 1
+        update = LoRA(**slots, scaling=alpha / check_factors(name, slots))
+        for weight, part in zip(weights, _split(name, update, weights, heads), strict=True):
+            target = Target(own.named(f"model.layers.{found['n']}.{weight}"))
+            if target in updates:
+                raise Malformed("a second pair for the same weight", where=name, cure=DAMAGED)
+            updates[target] = (part,)
+    return updates, {"prefix": prefix, "fused": fused, "order": list(tensors)}
+
+
+def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[], Heads]) -> Iterator[Any]:
+    out = update.B.shape[0]
+    if len(weights) == 1:
+        yield update
+        return
+    sizes = heads().sizes if weights == QKV else (out // 2, out - out // 2)
+    if sum(sizes) != out or (weights != QKV and out % 2):
+        why = f"{out} outputs are not those of {' and '.join(weights)}"
+        raise ShapeMismatch(why, where=name, cure="Is this the base that the adapter was trained on?")
+    whole: Pair = update
+    if weights == QKV:
+        whole = in_row_order(update, lambda: undone(by_group(heads())))
+    start = 0
+    for size in sizes:
+        yield of_rows(whole, start, start + size)
+        start += size
+
+
+def of_one_rank(pairs: Pairs) -> Pairs:
+    """The same functions of one rank, as Megatron has one `dim` for all: the others gain zeros."""
+    rank = max(map(rank_of, pairs.values()))
+    return {target: to_rank(update, rank) for target, update in pairs.items()}
+
+
+def why_not(modules: Modules) -> Callable[[Target, Pair], str]:
+    """Why these modules do not say an update."""
+    known = {weight for weights in modules.values() for weight in weights}
+
+    def why(target: Target, update: Pair) -> str:
+        found = OWN.fullmatch(target.path)
+        if found is None or found["module"] not in known:
+            return "no module of a Megatron layer"
+        return unfit(target, update)
+
+    return why
+
+
+def encode(
+    pairs: Pairs, modules: Modules, prefix: str, heads: Callable[[], Heads], fused: bool | None
+) -> tuple[dict[str, Lazy], bool]:
+    """The tensors by key, and whether weights are fused; canonical where their pairs have no A in common."""
+    if LAYER.fullmatch(f"{prefix}0.x") is None:
+        raise Malformed(f"leftovers of Megatron are damaged: names begin with {prefix!r}", cure="Drop them")
+    layers = _by_layer(pairs)
+    groups = [weights for weights in modules.values() if len(weights) > 1]
+    possible = all(_fits(found, weights) for found in layers.values() for weights in groups)
+    fuse = possible if fused is None else possible and fused
+    tensors: dict[str, Lazy] = {}
+    for layer, found in layers.items():
+        for module, weights in modules.items():
+            single = len(weights) == 1
+            in_group = single and any(weights[0] in group for group in groups)
+            if not all(weight in found for weight in weights) or (in_group if fuse else not single):
+                continue
+            update = found[weights[0]] if single else _joined([found[weight] for weight in weights], weights, heads)
+            for end, field in SLOTS.items():
+                tensors[f"{prefix}{layer}.{module}{end}"] = as_lazy(update.tensors[field])
+    return tensors, fuse
+
+
+def _joined(updates: list[Pair], weights: tuple[str, ...], heads: Callable[[], Heads]) -> Pair:
+    whole = over_rows(updates)
+    if weights != QKV:
+        return whole
+    if sum(heads().sizes) != whole.B.shape[0]:
+        why = f"{whole.B.shape[0]} outputs of q, k and v are not those of the base's heads"
+        raise ShapeMismatch(why, where="linear_qkv", cure="Is this the base that the adapter was trained on?")
+    return in_row_order(whole, lambda: by_group(heads()))
+
+
+def _by_layer(pairs: Pairs) -> dict[int, dict[str, Pair]]:
+    layers: dict[int, dict[str, Pair]] = {}
+    for target, update in pairs.items():
+        found = OWN.fullmatch(target.path)
+        assert found is not None
+        layers.setdefault(int(found["n"]), {})[found["module"]] = update
+    return layers
+
+
+def _fits(found: Mapping[str, Pair], weights: tuple[str, ...]) -> bool:
+    """Whether pairs of weights are one pair of the fused weight; also where there are none of them."""
+    own = [found[weight] for weight in weights if weight in found]
+    if not own:
+        return True
+    first = own[0]
+    return len(own) == len(weights) and all(
+        u.scaling == first.scaling and equal(as_lazy(u.A), as_lazy(first.A)) for u in own[1:]
+    )
+
+
+class _OwnNames:
+    """The base's own names, where it is given: a prefix may stand before them."""
+
+    def __init__(self, base: Checkpoint | None) -> None:
+        self.modules: dict[str, list[str]] | None = None
+        if base is not None:
+            self.modules = {}
+            for name in dict.fromkeys(modules_of(base.tensors)):
+                found = OWN.fullmatch(name)
+                if found is not None:
+                    self.modules.setdefault(f"model.layers.{found['n']}.{found['module']}", []).append(name)
+
+    def named(self, name: str) -> str:
+        if self.modules is None:
+            return name
+        found = self.modules.get(name, [])
+        if len(found) != 1:
+            why = f"{len(found)} modules of the base are called so"
+            raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
+        return found[0]
+
+
+def heads_again(hints: Mapping[str, Any], base: Checkpoint | None, where: str) -> Callable[[], Heads]:
+    """The base's heads, when they are needed: by its config, or as they were when the adapter was read."""
+    from ..names.heads import heads_of
+
+    def heads() -> Heads:
+        if base is None and hints.get("heads"):
+            return Heads(*hints["heads"])
+        if base is None:
+            why = "how many heads the base has decides on the order of rows here"
+            raise UsageError(why, where=where, cure="Give the base, with its config.json, by base= or --base")
+        return heads_of(base.config, where)
+
+    return heads

@@ -1,0 +1,270 @@
+"""Adapters of A and B: what dialects of language models have in common, one pair of factors a module.
+
+Most of them know LoRA alone, or DoRA beside it, keep few numbers, and differ in names, in the order of axes and rows,
+and in where the scaling is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import msgspec
+
+from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported
+from ..methods.dora import DoRA
+from ..methods.lora import LoRA
+from ..names.ties import EMBEDDINGS
+from ..tensors.arrange import REAL, joined, padded, part, reordered, times
+from ..tensors.lazy import Lazy, as_lazy
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter, Target
+    from ..tensors.arrange import Order
+    from ..tensors.checkpoint import Checkpoint
+
+Pair = LoRA | DoRA
+Pairs = dict["Target", Pair]
+Slots = dict[str, Any]
+"""Field -> tensor."""
+
+DAMAGED = "Write the file again with the tool that made it"
+
+
+def grouped(tensors: Mapping[str, Lazy], slots: Mapping[str, str], what: str) -> dict[str, Slots]:
+    """Module -> field -> tensor, by the ends of keys.
+
+    Args:
+        tensors: by key.
+        slots: end of a key -> field; fields A and B must both be there.
+        what: the dialect, for messages.
+
+    Raises:
+        Malformed: a key has another end, or a module lacks a factor.
+        Unsupported: numbers that factors are not made of.
+    """
+    groups: dict[str, Slots] = {}
+    for key, tensor in tensors.items():
+        end = next((end for end in slots if key.endswith(end)), None)
+        if end is None or key == end:
+            raise Malformed(f"no key of {what}", where=key, cure=f"Its keys end in {', '.join(slots)}")
+        if tensor.dtype.name not in REAL:
+            raise Unsupported(f"factors of {tensor.dtype}", where=key, cure=f"Convert them to {', '.join(REAL)}")
+        groups.setdefault(key.removesuffix(end), {})[slots[end]] = tensor
+    if not groups:
+        raise Malformed("no tensors", cure=DAMAGED)
+    for module, found in groups.items():
+        missing = next((end for end, field in slots.items() if field in ("A", "B") and field not in found), None)
+        if missing is not None:
+            raise Malformed(f"no {missing.lstrip('.')} beside its partner", where=module, cure=DAMAGED)
+    return groups
+
+
+def pair(slots: Slots, scaling: float) -> Pair:
+    """A DoRA where there is a magnitude, else a LoRA."""
+    return DoRA(**slots, scaling=scaling) if "magnitude" in slots else LoRA(**slots, scaling=scaling)
+
+
+def check_factors(where: str, slots: Slots) -> int:
+    """The rank of a pair of matrices in their own axis order.
+
+    Raises:
+        ShapeMismatch: they are no such pair.
+    """
+    A, B = slots["A"].shape, slots["B"].shape
+    if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
+        raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=where, cure=DAMAGED)
+    return int(A[0])
+
+
+def expressible(
+    adapter: Adapter,
+    dialect: str,
+    on_loss: str,
+    why: Callable[[Target, Pair], str],
+    methods: tuple[type[Pair], ...] = (LoRA,),
+) -> tuple[Pairs, list[str]]:
+    """The updates that a dialect can say, and a line for each that was left out.
+
+    Args:
+        adapter: what is to be written.
+        dialect: its name, for messages.
+        on_loss: what to do with what it cannot say.
+        why: the reason that speaks against an update of one of the methods; empty where none does.
+        methods: those it knows.
+
+    Raises:
+        Unrepresentable: some cannot be said and `on_loss` is not `drop`, or none can.
+    """
+    kept: Pairs = {}
+    items: list[str] = []
+    for target, update in adapter:
+        if not isinstance(update, methods):
+            reason = f"{update.method}; it knows {' and '.join(m.__name__ for m in methods)} alone"
+        else:
+            reason = why(target, update) or ("a second update of the same target" if target in kept else "")
+        if reason:
+            items.append(f"{target}: {reason}")
+        elif isinstance(update, LoRA | DoRA):
+            kept[target] = update
+    if items and on_loss != "drop":
+        cure = "Drop them with on_loss='drop', or write adapterkit's own format"
+        raise Unrepresentable(f"{dialect} has no words for these updates", items=items, cure=cure)
+    if not kept:
+        raise Unrepresentable(f"nothing of this adapter fits {dialect}", items=items, cure="Write adapterkit's own")
+    return kept, [f"left out {item}" for item in items]
+
+
+def unfit(target: Target, update: Pair, *, stacked: bool = False, bias: bool = False) -> str:
+    """Why a plain matrix's pair does not say an update: slices, kernels, experts, a bias of its own."""
+    if target.rows is not None:
+        return "a slice of a weight"
+    if target.stacked and not stacked:
+        return "stacked experts"
+    if len(update.A.shape) != 2 + target.stacked:
+        return "a convolution"
+    if isinstance(update, LoRA) and update.bias is not None and not bias:
+        return "a bias of its own"
+    return ""
+
+
+def rank_of(update: Pair, stacked: bool = False) -> int:
+    return int(update.A.shape[int(stacked)])
+
+
+def to_rank(update: Pair, rank: int) -> Pair:
+    """The same function with more rows of A and columns of B: zeros."""
+    if rank_of(update) == rank:
+        return update
+    return update.replace(A=padded(as_lazy(update.A), rank, 0), B=padded(as_lazy(update.B), rank, 1))
+
+
+def one_number(
+    pairs: Mapping[Target, Pair],
+    of: Callable[[Pair], float | None],
+    gives: Callable[[float, Pair], float],
+    *,
+    dialect: str,
+    on_loss: str,
+    default: float,
+    first: float | None = None,
+) -> tuple[float, Pairs, list[str]]:
+    """The one number that a file has for the scalings of all its modules; scalings that it does not give go into B.
+
+    Args:
+        pairs: the updates.
+        of: the number that gives exactly an update's scaling; None where none does.
+        gives: the scaling that a number gives.
+        dialect: its name, for messages.
+        on_loss: whether scalings may be folded.
+        default: where no update has one.
+        first: the number to take when it serves as many updates as any other: the one that was read.
+
+    Raises:
+        Unrepresentable: scalings differ and `on_loss` allows no folding.
+    """
+    count = Counter(number for number in map(of, pairs.values()) if number)
+    ranked = sorted(count, key=lambda number: (-count[number], number != first, -number))
+    number = ranked[0] if ranked else default
+    needy = {t: gives(number, u) for t, u in pairs.items() if gives(number, u) != u.scaling}
+    if needy and on_loss not in ("fold", "promote"):
+        items = [
+            f"{target}: its scaling is {pairs[target].scaling:g}, not {value:g}" for target, value in needy.items()
+        ]
+        raise Unrepresentable(f"{dialect} has one number for all", items=items, cure="Allow it with on_loss='fold'")
+    changed = {t: folded(u, needy[t]) if t in needy else u for t, u in pairs.items()}
+    return number, changed, [f"folded the scaling into B of {target}" for target in needy]
+
+
+def folded(update: Pair, scaling: float) -> Pair:
+    """The same function with another scaling; the quotient of the two goes into B, rounded once to its own type."""
+    if update.scaling == scaling:
+        return update
+    factor = update.scaling / scaling
+    scaled = {name: times(as_lazy(update.tensors[name]), factor) for name in ("B", "bias") if name in update.tensors}
+    return update.replace(scaling=scaling, **scaled)
+
+
+def in_row_order(update: Pair, order: Order) -> Pair:
+    """The same update of a weight whose rows stand in another order."""
+    changes = {}
+    for name, leaf in update.tensors.items():
+        axis = update.tensor_fields()[name].metadata["axes"].index("out")
+        if axis is not None:
+            changes[name] = reordered(as_lazy(leaf), order, axis)
+    return update.replace(**changes)
+
+
+def of_rows(update: Pair, start: int, stop: int) -> Pair:
+    """The update of some rows of a fused weight, with the same A."""
+    names = [name for name, field in update.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
+    tensors = update.tensors
+    return update.replace(**{name: part(as_lazy(tensors[name]), start, stop) for name in names if name in tensors})
+
+
+def over_rows(updates: Iterable[Pair]) -> Pair:
+    """The update of a fused weight out of updates with the same A and scaling, one below another."""
+    first, *others = updates
+    names = [name for name, field in first.tensor_fields().items() if field.metadata["axes"].index("out") == 0]
+    held = [name for name in names if name in first.tensors]
+    return first.replace(**{n: joined([as_lazy(u.tensors[n]) for u in (first, *others)]) for n in held})
+
+
+class Leftovers(TypedDict, total=False):
+    """What reading leaves behind for the same format: at least the order of keys."""
+
+    order: list[str]
+
+
+def remembered(adapter: Adapter, name: str, shape: type[Leftovers] = Leftovers) -> dict[str, Any]:
+    """What reading a file of a format left behind; nothing for adapters of other formats.
+
+    Raises:
+        Malformed: it is damaged.
+    """
+    if adapter.foreign is None or adapter.foreign.format != name:
+        return {}
+    try:
+        return dict(msgspec.convert(dict(adapter.foreign.data), shape))
+    except msgspec.ValidationError as error:
+        raise Malformed(f"leftovers of {name} are damaged ({error})", where="foreign", cure="Drop them") from None
+
+
+def in_order(tensors: Mapping[str, Lazy], remembered: Mapping[str, Any]) -> dict[str, Lazy]:
+    """The tensors in the order in which they were read, where that is known; others behind them."""
+    order = [key for key in remembered.get("order", ()) if key in tensors]
+    return {key: tensors[key] for key in (*order, *(key for key in tensors if key not in {*order}))}
+
+
+def finite(value: Any, where: str) -> float:
+    """A number out of a file's settings.
+
+    Raises:
+        Malformed: it is none, or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise Malformed(f"{value!r} is no number", where=where, cure="Correct it, or write the file again")
+    return float(value)
+
+
+def one_alpha(
+    pairs: Mapping[Target, Pair], *, dialect: str, on_loss: str, first: float | None = None
+) -> tuple[float, Pairs, list[str]]:
+    """The one alpha that a file has, by which a scaling is alpha / rank; see `one_number`."""
+    from .peft.alphas import exact_alpha
+
+    return one_number(
+        pairs, lambda u: exact_alpha((rank_of(u), u.scaling), False), lambda alpha, u: alpha / rank_of(u),
+        dialect=dialect, on_loss=on_loss, default=float(rank_of(next(iter(pairs.values())))), first=first,
+    )  # fmt: skip
+
+
+def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
+    """How the base stores a weight: its shape says so, else the name of an embedding does."""
+    weight = None if base is None else base.tensors.get(f"{path}.weight")
+    out, in_ = update.B.shape[0], update.A.shape[1]
+    if weight is not None and len(weight.shape) == 2 and out != in_:
+        return "in out *k" if weight.shape == (in_, out) else "out *in"
+    return "in out *k" if path.rpartition(".")[2] in EMBEDDINGS else "out *in"

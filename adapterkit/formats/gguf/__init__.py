@@ -1,0 +1,111 @@
+"""llama.cpp's LoRA adapters: GGUF files whose `general.type` is `adapter`; the older `ggla` files are read, too.
+
+Names are those of the base's GGUF file, so the architecture's table translates them, both ways. Where llama.cpp keeps
+the rows of q and k in Meta's order, the base's config tells the heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...adapter import Adapter
+from ...errors import AdapterkitError
+from ...tensors.ggla import is_ggla
+from ...tensors.gguf import Value, is_gguf, read_gguf, write_gguf
+from ...tensors.lazy import as_lazy
+from .._format import Format
+from .._pairs import Leftovers, Pairs, expressible, in_order, one_number, rank_of, remembered, to_rank
+from .legacy import read_legacy
+from .place import Place
+from .reader import ALPHA, ARCHITECTURE, FORMAT, KIND, TYPE, decode
+
+if TYPE_CHECKING:
+    from ...tensors.checkpoint import Checkpoint
+    from .._pairs import Pair
+
+
+class Hints(Leftovers, total=False):
+    """Architecture, alpha and heads, key-values as (key, type, value), types of tensors that differ from their own."""
+
+    architecture: str
+    alpha: float
+    heads: dict[str, int]
+    experts: int
+    values: list[tuple[str, str, Any]]
+    types: dict[str, str]
+
+
+class GgufAdapter(Format):
+    """LoRA adapters of llama.cpp."""
+
+    url = "https://github.com/ggml-org/llama.cpp/blob/master/convert_lora_to_gguf.py"
+    description = "llama.cpp: a GGUF file of type adapter; ggla files are read"
+    methods = frozenset({"lora"})
+    compat = frozenset({"convert-lora-to-ggml", "finetune"})
+
+    def sniff(self, path: Path) -> bool:
+        try:
+            if is_ggla(path):
+                return True
+            return is_gguf(path) and read_gguf(path, tensors=False).values.get(TYPE) == Value("string", "adapter")
+        except AdapterkitError:
+            return False
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        try:
+            if is_ggla(path):
+                return read_legacy(path, compat, base)
+            return decode(read_gguf(path), base)
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        hints = remembered(adapter, FORMAT, Hints)
+        place = Place.of(hints, base)
+        pairs, lines = expressible(adapter, "llama.cpp", on_loss, place.why_not)
+        pairs = _of_one_rank(pairs, place)
+        alpha, pairs, folded = one_number(
+            pairs, _exact_alpha, _scaling, dialect="a GGUF adapter", on_loss=on_loss,
+            default=float(rank_of(next(iter(pairs.values())))), first=hints.get("alpha"),
+        )  # fmt: skip
+        tensors = place.spelled(pairs)
+        kept = {} if adapter.foreign is None or not hints else adapter.foreign.tensors
+        tensors |= {name: as_lazy(leaf) for name, leaf in kept.items()}
+        types = {name: kind for name, kind in hints.get("types", {}).items() if name in tensors}
+        write_gguf(path, _values(hints, place.name, alpha), in_order(tensors, hints), types)
+        return lines + folded
+
+
+def _of_one_rank(pairs: Pairs, place: Place) -> Pairs:
+    """The same pairs, with zeros so that the experts of one stack have one rank."""
+    ranks: dict[str, int] = {}
+    for target, update in pairs.items():
+        foreign = place.foreign(target)
+        ranks[foreign] = max(ranks.get(foreign, 0), rank_of(update))
+    return {t: to_rank(u, ranks[place.foreign(t)]) if place.is_stack(place.foreign(t)) else u for t, u in pairs.items()}
+
+
+def _exact_alpha(update: Pair) -> float | None:
+    """The f32 that llama.cpp divides by the rank to exactly this scaling."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        alpha = float(np.float32(update.scaling * rank_of(update)))
+    return alpha if alpha and alpha / rank_of(update) == update.scaling else None
+
+
+def _scaling(alpha: float, update: Pair) -> float:
+    return alpha / rank_of(update)
+
+
+def _values(hints: Mapping[str, Any], architecture: str, alpha: float) -> dict[str, Value]:
+    read = {key: Value(kind, value) for key, kind, value in hints.get("values", ())}
+    start = read or {
+        ARCHITECTURE: Value("string", architecture), TYPE: Value("string", "adapter"), KIND: Value("string", "lora"),
+    }  # fmt: skip
+    told = ALPHA in start or alpha != hints.get("alpha")
+    return {**start, ARCHITECTURE: Value("string", architecture), **({ALPHA: Value("f32", alpha)} if told else {})}

@@ -1,0 +1,64 @@
+"""`ggla` files, of before GGUF: Llama alone; A is stored turned, r and alpha are one for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...adapter import Adapter, Step, Target
+from ...errors import ShapeMismatch, UsageError
+from ...methods.lora import LoRA
+from ...names.heads import undone
+from ...tensors.arrange import turned
+from ...tensors.ggla import read_ggla
+from .._pairs import DAMAGED, check_factors, grouped, in_row_order
+from .place import Place, template
+from .reader import FORMAT
+
+if TYPE_CHECKING:
+    from ...tensors.checkpoint import Checkpoint
+    from .._pairs import Pair
+
+
+def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adapter:
+    """The adapter in a file; for `compat` see the format."""
+    file = read_ggla(path)
+    place = Place("llama", base, {}, 0)
+    updates: dict[Target, tuple[Pair, ...]] = {}
+    for name, slots in grouped(file.tensors, {".weight.loraA": "A", ".weight.loraB": "B"}, "a ggla file").items():
+        foreign = _modern(name)
+        slots = {**slots, "A": turned(slots["A"])} if len(slots["A"].shape) == 2 else slots
+        if check_factors(name, slots) != file.rank:
+            raise ShapeMismatch(f"a rank other than the file's {file.rank}", where=name, cure=DAMAGED)
+        update = LoRA(**slots, scaling=file.alpha / file.rank)
+        order = _legacy_order(place, name, foreign, compat, update.B.shape[0])
+        updates[Target(place.names.back(foreign))] = (
+            update if order is None else in_row_order(update, lambda order=order: undone(order)),  # type: ignore[misc]
+        )  # fmt: skip
+    return Adapter(updates, recipe=(Step("read", {"format": FORMAT, "container": "ggla"}),))
+
+
+def _legacy_order(place: Place, name: str, foreign: str, compat: str | None, rows: int) -> Any:
+    """The converter left rows as PEFT had them; llama.cpp's own training has them as its base does."""
+    if template(foreign) not in place.architecture.turned or compat == "convert-lora-to-ggml":
+        return None
+    if name.startswith("layers.") and compat is None:
+        return None
+    if compat is None:
+        why = "who wrote the file decides on the order of these rows, and it does not say"
+        cure = "compat='convert-lora-to-ggml' if it was converted from PEFT, compat='finetune' if llama.cpp trained it"
+        raise UsageError(why, where=name, cure=cure)
+    return place.order(foreign, rows)
+
+
+_OLD = {
+    "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
+}  # fmt: skip
+
+
+def _modern(name: str) -> str:
+    """The name of today for one of before GGUF."""
+    first, _, rest = name.partition(".")
+    number, _, module = rest.partition(".")
+    return f"blk.{number}.{_OLD[module]}" if first == "layers" and module in _OLD else name

@@ -1,0 +1,293 @@
+"""litgpt's LoRA checkpoints: a folder with `lit_model.pth.lora`, `hyperparameters.yaml` and `model_config.yaml`.
+
+q, k and v are one weight there, q before k before v, and the pairs of those that are adapted stand in one A and one B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Adapter, BaseRef, Foreign, Step, Target
+from ..errors import AdapterkitError, Malformed, ShapeMismatch, StorageError, Unsupported, UsageError, storage_error
+from ..methods.lora import LoRA
+from ..names.heads import Heads, heads_of
+from ..names.litgpt import FLAGS, MLP, PARTS, QKV, TABLE, is_litgpt
+from ..names.tables import Table, without_prefix
+from ..tensors.arrange import joined, part, zeros
+from ..tensors.atomic import write_bytes
+from ..tensors.lazy import Lazy, as_lazy
+from ._format import Format
+from ._pairs import (
+    DAMAGED,
+    Leftovers,
+    Pairs,
+    check_factors,
+    expressible,
+    finite,
+    grouped,
+    in_order,
+    one_alpha,
+    rank_of,
+    remembered,
+    to_rank,
+    unfit,
+)  # fmt: skip
+from ._state_dicts import keys_of, load, save
+from ._yaml import LIMIT, dump_yaml, load_yaml
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ._pairs import Pair, Slots
+
+FORMAT = "litgpt"
+TENSORS, SETTINGS, MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"
+_SLOTS = {".lora_A": "A", ".lora_B": "B"}
+_FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection", "mlp", "head"))
+_QKV = Table({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in PARTS.items()})
+
+
+class Hints(Leftovers, total=False):
+    """The two files of settings and their texts, and the heads."""
+
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    texts: dict[str, str]
+    heads: tuple[int, int, int] | None
+
+
+class Litgpt(Format):
+    """litgpt's LoRA checkpoints."""
+
+    url = "https://github.com/Lightning-AI/litgpt"
+    description = "litgpt: lit_model.pth.lora beside hyperparameters.yaml and model_config.yaml"
+    methods = frozenset({"lora"})
+
+    def sniff(self, path: Path) -> bool:
+        return is_litgpt(keys_of(path / TENSORS if path.is_dir() else path))
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
+        texts = {name: _text(folder / name, needed=name == SETTINGS) for name in (SETTINGS, MODEL)}
+        settings, model = (load_yaml(text.encode(), name) if text else {} for name, text in texts.items())
+        try:
+            tensors = load(file)
+            updates = {t: (u,) for t, u in _decode(tensors, settings, model, base)}
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+        heads = _heads(model, base) if any(QKV in key for key in tensors) else None
+        data = {
+            "order": list(tensors), "settings": settings, "model": model, "texts": texts,
+            "heads": None if heads is None else [heads.query, heads.kv, heads.dim],
+        }  # fmt: skip
+        name = settings.get("checkpoint_dir")
+        ref = BaseRef(str(name)) if name else None
+        return Adapter(updates, ref, (Step("read", {"format": FORMAT}),), Foreign(FORMAT, data))
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        hints = remembered(adapter, FORMAT, Hints)
+        before = hints.get("settings", {})
+        pairs, lines = expressible(adapter, FORMAT, on_loss, _why_not)
+        rank = max(map(rank_of, pairs.values()))
+        pairs = {target: to_rank(update, rank) for target, update in pairs.items()}
+        alpha, pairs, folded = one_alpha(pairs, dialect=FORMAT, on_loss=on_loss, first=before.get("lora_alpha"))
+        flags = {f"lora_{name}": any(_flag(target) == name for target in pairs) for name in (*PARTS, *FLAGS.values())}
+        tensors = _Writer(
+            pairs, flags, rank, _count(hints, base, pairs), _saved_heads(hints, base), _shapes(base)
+        ).tensors()
+        whole = int(alpha) if float(alpha).is_integer() else alpha
+        settings = {**before, "lora_r": rank, "lora_alpha": whole, **flags}
+        _save(path, in_order(tensors, hints), {"lora_dropout": 0.0, **settings}, hints)
+        return lines + folded
+
+
+def _decode(
+    tensors: Mapping[str, Lazy], settings: Mapping[str, Any], model: Mapping[str, Any], base: Checkpoint | None
+) -> Iterator[tuple[Target, LoRA]]:
+    kind = model.get("mlp_class_name", MLP[0])
+    if kind not in MLP:
+        why = f"a model with {kind}, for whose names there is no table"
+        raise Unsupported(why, where=f"{MODEL}: mlp_class_name", cure=f"Known: {', '.join(MLP)}")
+    rank, alpha = settings.get("lora_r"), finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
+    if type(rank) is not int or rank < 1 or not alpha:
+        why = f"lora_r is {rank!r}, lora_alpha {alpha!r}: no rank, or no effect"
+        raise Malformed(why, where=SETTINGS, cure=DAMAGED)
+    enabled = [name for name in PARTS if settings.get(f"lora_{name}")]
+    for module, slots in grouped(tensors, _SLOTS, FORMAT).items():
+        if module.endswith(QKV):
+            yield from _split(module, slots, enabled, rank, alpha / rank, _heads(model, base))
+            continue
+        if module.endswith("attn.attn"):
+            why = "q, k and v by groups of heads, as litgpt had them before 0.5"
+            raise Unsupported(why, where=module, cure="Load and save the checkpoint with a newer litgpt")
+        own = TABLE.back(module)
+        if own is None or check_factors(module, slots) != rank:
+            raise Malformed(f"no module of the table, or not of rank {rank}", where=module, cure=DAMAGED)
+        yield Target(own), LoRA(**slots, scaling=alpha / rank)
+
+
+def _split(
+    module: str, slots: Slots, enabled: list[str], rank: int, scaling: float, heads: Heads
+) -> Iterator[tuple[Target, LoRA]]:
+    sizes = dict(zip(PARTS, heads.sizes, strict=True))
+    A, B = slots["A"], slots["B"]
+    rows = sum(sizes[name] for name in enabled)
+    if len(A.shape) != 2 or A.shape[0] != rank * len(enabled) or B.shape != (rows, rank):
+        why = f"A is {list(A.shape)}, B is {list(B.shape)}; {' and '.join(enabled) or 'nothing'} of rank {rank} adapted"
+        raise ShapeMismatch(why, where=module, cure=f"Is {SETTINGS} of this checkpoint?")
+    start = 0
+    for index, name in enumerate(enabled):
+        own = _QKV.back(f"{module}.{name}")
+        assert own is not None
+        one: Slots = {"A": part(A, index * rank, (index + 1) * rank), "B": part(B, start, start + sizes[name])}
+        start += sizes[name]
+        yield Target(own), LoRA(**one, scaling=scaling)
+
+
+class _Writer:
+    """Pairs of one rank and scaling as litgpt has them; what it turns on for all layers and a layer lacks is zero."""
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        flags: Mapping[str, bool],
+        rank: int,
+        layers: int,
+        heads: Heads | None,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.own: dict[str, Any] = {
+            next(filter(_named, without_prefix(target.path))): update for target, update in pairs.items()
+        }
+        self.flags, self.rank, self.layers, self.heads, self.shapes = flags, rank, layers, heads, shapes
+        self.like = as_lazy(next(iter(pairs.values())).A)
+
+    def tensors(self) -> dict[str, Lazy]:
+        made: dict[str, Lazy] = {}
+        for layer in range(self.layers):
+            enabled = [name for name in PARTS if self.flags[f"lora_{name}"]]
+            if enabled:
+                made |= _named_pair(f"transformer.h.{layer}.{QKV}", *self.fused(layer, enabled))
+            for end, flag in FLAGS.items():
+                if end != "lm_head" and self.flags[f"lora_{flag}"]:
+                    made |= self.plain(f"transformer.h.{layer}.{end}")
+        return made | (self.plain("lm_head") if self.flags["lora_head"] else {})
+
+    def fused(self, layer: int, enabled: list[str]) -> tuple[Lazy, Lazy]:
+        found = [self.own.get(PARTS[name].replace("{n}", str(layer))) for name in enabled]
+        width = (
+            next(u.A.shape[1] for u in self.own.values()) if not any(found) else next(filter(None, found)).A.shape[1]
+        )
+        sizes = dict(zip(PARTS, self.heads.sizes, strict=True)) if self.heads else {}
+        pairs = []
+        for name, update in zip(enabled, found, strict=True):
+            if update is None and not sizes:
+                why = f"layer {layer} has no {name}, and how many rows of zeros stand for it follows from the heads"
+                raise UsageError(why, where=QKV, cure="Give the base, with its config.json, by base= or --base")
+            pairs.append(self.zero(sizes[name], width) if update is None else (as_lazy(update.A), as_lazy(update.B)))
+        return joined([A for A, _ in pairs]), joined([B for _, B in pairs])
+
+    def plain(self, foreign: str) -> dict[str, Lazy]:
+        own = str(TABLE.back(foreign))
+        if own in self.own:
+            return _named_pair(foreign, as_lazy(self.own[own].A), as_lazy(self.own[own].B))
+        alike = (u for path, u in self.own.items() if _below(path) == _below(own))
+        like = next(((u.B.shape[0], u.A.shape[1]) for u in alike), self.shapes.get(own))
+        if like is None:
+            why = "litgpt turns modules on in all layers, and how wide this one is follows from the base"
+            raise UsageError(why, where=foreign, cure="Give the base by base= or --base")
+        return _named_pair(foreign, *self.zero(*like))
+
+    def zero(self, out: int, in_: int) -> tuple[Lazy, Lazy]:
+        return zeros((self.rank, in_), self.like.dtype), zeros((out, self.rank), self.like.dtype)
+
+
+def _below(own: str) -> str:
+    """A module's name below its layer."""
+    return own.partition("layers.")[2].partition(".")[2] or own
+
+
+def _shapes(base: Checkpoint | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the base's matrices, by names without what stands before a language model's."""
+    tensors = {} if base is None else base.tensors
+    own = {name.removesuffix(".weight"): leaf.shape for name, leaf in tensors.items() if len(leaf.shape) == 2}
+    return {bare: shape for name, shape in own.items() for bare in without_prefix(name)}
+
+
+def _named_pair(module: str, A: Lazy, B: Lazy) -> dict[str, Lazy]:
+    return {f"{module}.lora_A": A, f"{module}.lora_B": B}
+
+
+def _named(path: str) -> str | None:
+    return _QKV.there(path) or TABLE.there(path)
+
+
+def _flag(target: Target) -> str:
+    """Which setting turns a module on."""
+    foreign = next(filter(None, map(_named, without_prefix(target.path))))
+    if f".{QKV}." in foreign:
+        return foreign.rpartition(".")[2]
+    return next(flag for end, flag in FLAGS.items() if foreign == end or foreign.endswith(f".{end}"))
+
+
+def _why_not(target: Target, update: Pair) -> str:
+    if not any(map(_named, without_prefix(target.path))):
+        return "no name in litgpt's table"
+    return unfit(target, update)
+
+
+def _heads(model: Mapping[str, Any], base: Checkpoint | None) -> Heads:
+    if "n_head" not in model:
+        return heads_of(None if base is None else base.config, f"{MODEL}: n_head")
+    groups = model.get("n_query_groups") or model["n_head"]
+    config = {"num_attention_heads": model["n_head"], "num_key_value_heads": groups, "hidden_size": model.get("n_embd")}
+    return heads_of({**config, "head_dim": model.get("head_size")}, f"{MODEL}: n_head")
+
+
+def _saved_heads(hints: Mapping[str, Any], base: Checkpoint | None) -> Heads | None:
+    if base is not None and base.config is not None:
+        return heads_of(base.config, "config.json")
+    return Heads(*hints["heads"]) if hints.get("heads") else None
+
+
+def _count(hints: Mapping[str, Any], base: Checkpoint | None, pairs: Pairs) -> int:
+    """How many layers the base has, as far as known; at least those that are adapted."""
+    told = ((None if base is None else base.config) or {}).get("num_hidden_layers") or hints.get("model", {}).get(
+        "n_layer"
+    )
+    seen = [int(word) for target in pairs for word in target.path.split(".") if word.isdigit()]
+    return max(told if type(told) is int else 0, max(seen, default=-1) + 1)
+
+
+def _text(path: Path, *, needed: bool) -> str:
+    """A file of settings; nothing where there is none and it can be done without."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(LIMIT + 1).decode("utf-8")
+    except FileNotFoundError:
+        if needed:
+            cure = "Fetch it: it says rank, alpha and what is adapted"
+            raise StorageError("not there", path=path, cure=cure) from None
+        return ""
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except UnicodeDecodeError:
+        raise Malformed("not UTF-8", path=path, cure=DAMAGED) from None
+
+
+def _save(path: Path, tensors: Mapping[str, Lazy], settings: dict[str, Any], hints: Mapping[str, Any]) -> None:
+    """Writes the folder; without its settings, which come last, it is no adapter."""
+    folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTINGS).unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    save(file, tensors, "model")
+    texts = hints.get("texts", {})
+    if hints.get("model"):
+        write_bytes(folder / MODEL, dump_yaml(dict(hints["model"]), texts.get(MODEL, "")))
+    write_bytes(folder / SETTINGS, dump_yaml(settings, texts.get(SETTINGS, "")))

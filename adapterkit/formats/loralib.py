@@ -1,0 +1,200 @@
+"""loralib's checkpoints: a torch file of `lora_A` and `lora_B`, with `loralib.json` beside it for what it does not say.
+
+An embedding's B A is the transpose of what is added to its weight. A `MergedLinear` has the pairs of equal blocks of
+its outputs in one A and one B; the file says neither which blocks nor how many there are. A `Conv2d` multiplies A and B
+of its kernel's rows, which is a LoRA of a larger rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from ..adapter import Adapter, Foreign, Step, Target
+from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, UsageError
+from ..methods.lora import LoRA
+from ..names.litgpt import is_litgpt
+from ..tensors.arrange import joined, part
+from ..tensors.lazy import Lazy, as_lazy
+from ._format import Format
+from ._pairs import (
+    DAMAGED,
+    Leftovers,
+    Pairs,
+    check_factors,
+    expressible,
+    grouped,
+    in_order,
+    one_alpha,
+    rank_of,
+    remembered,
+    stored_layout,
+    unfit,
+)  # fmt: skip
+from ._state_dicts import keys_of, load, read_settings, save, write_settings
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ._pairs import Pair, Slots
+
+FORMAT = "loralib"
+SETTINGS = "loralib.json"
+_EXAMPLE = '{"alpha": <lora_alpha>}, with "enable_lora": [true, false, true] where there is a MergedLinear'
+_SLOTS = {".lora_A": "A", ".lora_B": "B"}
+_OTHERS = (".parametrizations.", ".loras.")
+"""Words in the keys of other tools that end alike."""
+
+
+class Settings(TypedDict, total=False):
+    """Alpha, and which blocks of a `MergedLinear` are on."""
+
+    alpha: float
+    enable_lora: list[bool]
+
+
+class Hints(Leftovers, total=False):
+    """The settings."""
+
+    settings: Settings
+
+
+class LoraLib(Format):
+    """State dicts of `loralib.lora_state_dict`."""
+
+    url = "https://github.com/microsoft/LoRA"
+    description = "loralib: a torch file of lora_state_dict, beside loralib.json"
+    methods = frozenset({"lora"})
+
+    def sniff(self, path: Path) -> bool:
+        keys = keys_of(path) if path.suffix != ".safetensors" else []
+        own = all(key.endswith(tuple(_SLOTS)) and not any(word in key for word in _OTHERS) for key in keys)
+        return bool(keys) and own and not is_litgpt(keys)
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        settings = read_settings(path.with_name(SETTINGS), ("alpha", "enable_lora"), _EXAMPLE)
+        try:
+            tensors = load(path)
+            updates = {t: (u,) for t, u in _decode(tensors, settings, base)}
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+        data = {"order": list(tensors), "settings": settings}
+        return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        hints = remembered(adapter, FORMAT, Hints)
+        read = hints.get("settings", {})
+        pairs, lines = expressible(adapter, FORMAT, on_loss, _why_not)
+        alpha, pairs, folded = one_alpha(pairs, dialect=FORMAT, on_loss=on_loss, first=read.get("alpha"))
+        tensors, enabled = _spelled(pairs, read.get("enable_lora"), base)
+        settings = {"alpha": alpha} | ({} if enabled is None else {"enable_lora": enabled})
+        save(path, in_order(tensors, hints))
+        write_settings(path.with_name(SETTINGS), settings)
+        return lines + folded
+
+
+def _decode(
+    tensors: Mapping[str, Lazy], settings: Mapping[str, Any], base: Checkpoint | None
+) -> Iterator[tuple[Target, LoRA]]:
+    enabled = settings.get("enable_lora")
+    if enabled is not None and not (isinstance(enabled, list) and all(type(flag) is bool for flag in enabled)):
+        raise Malformed(f"{enabled!r} is no list of true and false", where=SETTINGS, cure=f"It is {_EXAMPLE}")
+    for path, slots in grouped(tensors, _SLOTS, FORMAT).items():
+        weight = None if base is None else base.tensors.get(f"{path}.weight")
+        if weight is not None and len(weight.shape) == 4:
+            yield Target(path), _convolution(path, slots, settings["alpha"], weight.shape)
+        elif slots["A"].shape[:1] != slots["B"].shape[1:2]:
+            yield from _merged(path, slots, settings["alpha"], enabled, base)
+        else:
+            update = LoRA(**slots, scaling=settings["alpha"] / check_factors(path, slots))
+            yield Target(path, stored_layout(path, update, base)), update
+
+
+def _merged(
+    path: str, slots: Slots, alpha: float, enabled: list[bool] | None, base: Checkpoint | None
+) -> Iterator[tuple[Target, LoRA]]:
+    A, B = slots["A"], slots["B"]
+    if len(A.shape) != 2 or len(B.shape) != 2 or not B.shape[1] or A.shape[0] % B.shape[1]:
+        raise ShapeMismatch(f"A is {list(A.shape)}, B is {list(B.shape)}", where=path, cure=DAMAGED)
+    if enabled is None:
+        why = "a MergedLinear, of which the tensors do not say which blocks of outputs it adapts"
+        raise UsageError(why, where=path, cure=f"Write {SETTINGS}: {_EXAMPLE}")
+    rank, count = B.shape[1], A.shape[0] // B.shape[1]
+    if count != sum(enabled) or B.shape[0] % count:
+        why = f"{count} pairs, and enable_lora has {sum(enabled)}; or their {B.shape[0]} outputs are not even"
+        raise ShapeMismatch(why, where=path, cure=f"Correct {SETTINGS}")
+    size, positions = B.shape[0] // count, [index for index, flag in enumerate(enabled) if flag]
+    weight = None if base is None else base.tensors.get(f"{path}.weight")
+    in_out = weight is not None and weight.shape == (A.shape[1], size * len(enabled))
+    for index, position in enumerate(positions):
+        rows = (position * size, (position + 1) * size)
+        one: Slots = {"A": part(A, index * rank, (index + 1) * rank), "B": part(B, index * size, (index + 1) * size)}
+        yield Target(path, "in out *k" if in_out else "out *in", rows), LoRA(**one, scaling=alpha / rank)
+
+
+def _convolution(path: str, slots: Slots, alpha: float, shape: tuple[int, ...]) -> LoRA:
+    """W + B A, seen as the weight is: for each row a of the kernel its own rows of B, its own columns of A."""
+    out, in_, k, _ = shape
+    A, B = slots["A"], slots["B"]
+    rank = A.shape[0] // k
+    if A.shape != (rank * k, in_ * k) or B.shape != (out * k, rank * k) or not rank or shape[3] != k:
+        raise ShapeMismatch(f"A is {list(A.shape)}, B is {list(B.shape)}, W is {list(shape)}", where=path, cure=DAMAGED)
+    whole = A.map(lambda a: _kron(k, a), (k * rank * k, in_, k, k))
+    wide: Slots = {"A": whole, "B": B.reshape(out, k * rank * k)}
+    return LoRA(**wide, scaling=alpha / rank)
+
+
+def _kron(k: int, A: Any) -> Any:
+    import numpy as np
+
+    whole = np.zeros((k, A.shape[0], k, A.shape[1]), A.dtype)
+    for index in range(k):
+        whole[index, :, index] = A
+    return whole.reshape(k * A.shape[0], k * A.shape[1])
+
+
+def _why_not(target: Target, update: Pair) -> str:
+    return unfit(Target(target.path, target.layout), update)
+
+
+def _spelled(
+    pairs: Pairs, enabled: list[bool] | None, base: Checkpoint | None
+) -> tuple[dict[str, Lazy], list[bool] | None]:
+    tensors: dict[str, Lazy] = {}
+    slices: dict[str, list[tuple[tuple[int, int], Pair]]] = {}
+    for target, update in pairs.items():
+        if target.rows is None:
+            tensors |= {f"{target.path}.lora_{field}": as_lazy(update.tensors[field]) for field in "AB"}
+        else:
+            slices.setdefault(target.path, []).append((target.rows, update))
+    for path, found in slices.items():
+        found.sort(key=lambda item: item[0])
+        enabled = _enabled(path, found, enabled, base)
+        rank = {rank_of(update) for _, update in found}
+        if len(rank) > 1:
+            raise Unrepresentable("a MergedLinear has one rank", items=[path], cure="Write another format")
+        tensors |= {f"{path}.lora_{field}": joined([as_lazy(u.tensors[field]) for _, u in found]) for field in "AB"}
+    return tensors, enabled
+
+
+def _enabled(
+    path: str, found: list[tuple[tuple[int, int], Pair]], enabled: list[bool] | None, base: Checkpoint | None
+) -> list[bool]:
+    """Which equal blocks of a weight's outputs have a pair; the same ones in all weights of a file."""
+    size = found[0][0][1] - found[0][0][0]
+    weight = None if base is None else base.tensors.get(f"{path}.weight")
+    if enabled is None and weight is not None:
+        width = found[0][1].A.shape[1]
+        out = weight.shape[1] if weight.shape[0] == width else weight.shape[0]
+        enabled = [any(rows[0] == start for rows, _ in found) for start in range(0, out, size)]
+    if enabled is None:
+        why = "how many blocks of outputs this weight has decides on its MergedLinear"
+        raise UsageError(why, where=path, cure="Give the base by base= or --base")
+    if [rows for rows, _ in found] != [(i * size, (i + 1) * size) for i, flag in enumerate(enabled) if flag]:
+        items = [f"{path}: rows {', '.join(f'{a} to {b}' for (a, b), _ in found)}"]
+        raise Unrepresentable(
+            "loralib adapts equal blocks, the same in all weights", items=items, cure="Write another format"
+        )
+    return enabled

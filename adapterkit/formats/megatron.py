@@ -1,0 +1,72 @@
+"""Megatron-Bridge's and NeMo 2's LoRA: a state dict, torch's or safetensors, with `megatron.json` beside it for alpha.
+
+Plain LoRA adapts fused weights, canonical LoRA each weight in them. A checkpoint that is spread over ranks is to be
+gathered first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..adapter import Adapter, Foreign, Step
+from ..errors import AdapterkitError
+from ..names.megatron import BRIDGE
+from ._format import Format
+from ._megatron import decode, encode, heads_again, is_of, of_one_rank, why_not
+from ._pairs import Leftovers, expressible, in_order, one_alpha, remembered
+from ._state_dicts import keys_of, load, read_settings, save, write_settings
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+FORMAT = "megatron"
+SETTINGS = "megatron.json"
+PREFIX = "decoder.layers."
+
+
+class Hints(Leftovers, total=False):
+    """What names begin with, whether weights are fused, heads and alpha."""
+
+    prefix: str
+    fused: bool
+    heads: tuple[int, int, int]
+    alpha: float
+
+
+class Megatron(Format):
+    """Megatron-Bridge's LoRA and canonical LoRA."""
+
+    url = "https://github.com/NVIDIA-NeMo/Megatron-Bridge"
+    description = "Megatron-Bridge and NeMo 2: a state dict of adapter.linear_in and linear_out, beside megatron.json"
+    methods = frozenset({"lora"})
+
+    def sniff(self, path: Path) -> bool:
+        return is_of(keys_of(path), BRIDGE)
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        alpha = float(read_settings(path.with_name(SETTINGS), ("alpha",), '{"alpha": <alpha>}')["alpha"])
+        heads = heads_again({}, base, "linear_qkv")
+        try:
+            updates, data = decode(load(path), BRIDGE, alpha, heads, base)
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+        if data["fused"] and base is not None and base.config is not None:
+            found = heads()
+            data["heads"] = [found.query, found.kv, found.dim]
+        data["alpha"] = alpha
+        return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        hints = remembered(adapter, FORMAT, Hints)
+        pairs, lines = expressible(adapter, "Megatron", on_loss, why_not(BRIDGE))
+        alpha, pairs, folded = one_alpha(
+            of_one_rank(pairs), dialect="Megatron", on_loss=on_loss, first=hints.get("alpha")
+        )
+        heads = heads_again(hints, base, "linear_qkv")
+        tensors, _ = encode(pairs, BRIDGE, hints.get("prefix", PREFIX), heads, hints.get("fused"))
+        save(path, in_order(tensors, hints))
+        write_settings(path.with_name(SETTINGS), {"alpha": alpha})
+        return lines + folded

@@ -1,0 +1,116 @@
+"""minLoRA's checkpoints: a torch file of parametrizations, with `minlora.json` beside it for the alpha.
+
+An embedding's factors stand the other way round; a convolution's A has its kernel in one axis with its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Adapter, Foreign, Step, Target
+from ..errors import AdapterkitError, ShapeMismatch
+from ..methods.lora import LoRA
+from ..names.ties import EMBEDDINGS
+from ..tensors.arrange import turned
+from ..tensors.lazy import Lazy, as_lazy
+from ._format import Format
+from ._pairs import (
+    DAMAGED,
+    Leftovers,
+    check_factors,
+    expressible,
+    grouped,
+    in_order,
+    one_alpha,
+    remembered,
+    stored_layout,
+    unfit,
+)
+from ._state_dicts import keys_of, load, read_settings, save, write_settings
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ._pairs import Pair, Slots
+
+FORMAT = "minlora"
+SETTINGS = "minlora.json"
+_EXAMPLE = '{"alpha": <lora_alpha>}'
+_STEM = ".parametrizations.weight.0.lora_"
+_SLOTS = {f"{_STEM}A": "A", f"{_STEM}B": "B"}
+
+
+class Hints(Leftovers, total=False):
+    """The settings."""
+
+    settings: dict[str, float]
+
+
+class MinLora(Format):
+    """State dicts of `minlora.get_lora_state_dict`."""
+
+    url = "https://github.com/cccntu/minLoRA"
+    description = "minLoRA: a torch file of get_lora_state_dict, beside minlora.json"
+    methods = frozenset({"lora"})
+
+    def sniff(self, path: Path) -> bool:
+        keys = keys_of(path) if path.suffix != ".safetensors" else []
+        return any(".parametrizations.weight." in key and ".lora_" in key for key in keys)
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        settings = read_settings(path.with_name(SETTINGS), ("alpha",), _EXAMPLE)
+        try:
+            tensors = load(path)
+            updates = {t: (u,) for t, u in _decode(tensors, settings["alpha"], base)}
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+        data = {"order": list(tensors), "settings": settings}
+        return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        hints = remembered(adapter, FORMAT, Hints)
+        pairs, lines = expressible(adapter, "minLoRA", on_loss, _why_not)
+        first = hints.get("settings", {}).get("alpha")
+        alpha, pairs, folded = one_alpha(pairs, dialect="minLoRA", on_loss=on_loss, first=first)
+        tensors: dict[str, Lazy] = {}
+        for target, update in pairs.items():
+            A, B = as_lazy(update.A), as_lazy(update.B)
+            A = A.reshape(A.shape[0], -1)
+            factors = {"A": turned(A), "B": turned(B)} if _is_embedding(target.path) else {"A": A, "B": B}
+            tensors |= {f"{target.path}{_STEM}{field}": leaf for field, leaf in factors.items()}
+        save(path, in_order(tensors, hints))
+        write_settings(path.with_name(SETTINGS), {"alpha": alpha})
+        return lines + folded
+
+
+def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) -> Iterator[tuple[Target, LoRA]]:
+    for path, slots in grouped(tensors, _SLOTS, "minLoRA").items():
+        if _is_embedding(path) and all(len(leaf.shape) == 2 for leaf in slots.values()):
+            slots = {field: turned(leaf) for field, leaf in slots.items()}
+        rank = check_factors(path, slots)
+        own = _with_kernel(path, slots, base)
+        update = LoRA(**own, scaling=alpha / rank)
+        yield Target(path, stored_layout(path, update, base)), update
+
+
+def _with_kernel(path: str, slots: Slots, base: Checkpoint | None) -> dict[str, Any]:
+    """The pair with a convolution's kernel as axes of its own, as the base has it."""
+    weight = None if base is None else base.tensors.get(f"{path}.weight")
+    if weight is None or len(weight.shape) < 3:
+        return dict(slots)
+    if slots["A"].shape[1] != weight.nbytes // weight.dtype.itemsize // weight.shape[0]:
+        raise ShapeMismatch(f"A is {list(slots['A'].shape)}, W is {list(weight.shape)}", where=path, cure=DAMAGED)
+    return {**slots, "A": slots["A"].reshape(-1, *weight.shape[1:])}
+
+
+def _is_embedding(path: str) -> bool:
+    return path.rpartition(".")[2] in EMBEDDINGS
+
+
+def _why_not(target: Target, update: Pair) -> str:
+    if target.rows is None and not target.stacked and not (isinstance(update, LoRA) and update.bias is not None):
+        return "" if target.layout == "out *in" or _is_embedding(target.path) else "a weight stored [in, out]"
+    return unfit(target, update)

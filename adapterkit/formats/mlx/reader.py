@@ -1,0 +1,195 @@
+"""A config and tensors in, an `Adapter` out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...adapter import Adapter, Foreign, Step, Target
+from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported
+from ...methods.lora import LoRA
+from ...methods.replacement import Replacement
+from ...names.experts import Experts
+from ...names.mlx import EXPERTS
+from ...names.tables import modules_of, without_prefix
+from ...names.ties import EMBEDDINGS
+from ...tensors import safetensors
+from ...tensors.arrange import item, turned
+from ...tensors.lazy import Lazy
+from .._pairs import DAMAGED, check_factors, finite, grouped, pair
+
+if TYPE_CHECKING:
+    from ...tensors.checkpoint import Checkpoint
+    from ...updates import Update
+    from .._pairs import Pair, Slots
+
+FORMAT = "mlx"
+CONFIG = "adapter_config.json"
+KINDS = ("lora", "dora", "full")
+STACKS = Experts(EXPERTS)
+_SLOTS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
+
+
+class Modules:
+    """The base's modules, where it is given: what a name of MLX's is called there."""
+
+    def __init__(self, base: Checkpoint | None) -> None:
+        self.own: dict[str, list[str]] | None = None
+        if base is not None:
+            self.own = {}
+            for name in dict.fromkeys(modules_of(base.tensors)):
+                for bare in dict.fromkeys(without_prefix(name)):
+                    self.own.setdefault(bare, []).append(name)
+
+    def named(self, name: str) -> str:
+        """The base's own name.
+
+        Raises:
+            TargetNotFound: the base has none, or several.
+        """
+        if self.own is None:
+            return name
+        bare = list(without_prefix(name))
+        found = next((self.own[each] for each in bare if each in self.own), [])
+        exact = [own for own in found if own == name] or found
+        if len(exact) != 1:
+            why = f"{len(exact)} modules of the base are called so"
+            raise TargetNotFound(why, where=name, cure="Is this the base that the adapter was trained on?")
+        return exact[0]
+
+
+def decode(config: Mapping[str, Any], text: str, file: Path, modules: Modules) -> Adapter:
+    """The adapter in a folder.
+
+    Raises:
+        Malformed, Unsupported, ShapeMismatch: the tensors are not those of the config, or of no known kind.
+        TargetNotFound: a name has no place in the base.
+    """
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in KINDS:
+        raise Unsupported(f"fine_tune_type {kind!r}", where=CONFIG, cure=f"Known: {', '.join(KINDS)}")
+    header = safetensors.read_header(file)
+    tensors = {name: safetensors.lazy(header.path, entry) for name, entry in header.entries.items()}
+    names: dict[str, str] = {}
+    found = _read_whole(tensors, modules, names) if kind == "full" else _pairs(config, kind, tensors, modules, names)
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for target, update in found:
+        if target in updates:
+            raise TargetNotFound("two names lead here", where=str(target), cure=DAMAGED)
+        updates[target] = (update,)
+    data = {
+        "config": dict(config), "text": text, "order": list(tensors), "metadata": dict(header.metadata),
+        "names": {own: name for own, name in names.items() if own != name},
+    }  # fmt: skip
+    return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
+
+
+Found = Iterator[tuple[Target, "Update"]]
+
+
+def _pairs(
+    config: Mapping[str, Any], kind: str, tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, str]
+) -> Found:
+    scale = _scale(config)
+    for name, slots in grouped(_unlisted(tensors), _SLOTS, "MLX-LM").items():
+        if ("magnitude" in slots) != (kind == "dora"):
+            why = f"fine_tune_type is {kind}, and there is {'a' if 'magnitude' in slots else 'no'} magnitude"
+            raise Malformed(why, where=name, cure=DAMAGED)
+        name, part, count = _listed(name, tensors)
+        if count:
+            yield from _fused(name, part, count, slots, scale, tensors, modules, names)
+        elif len(slots["A"].shape) == 3:
+            yield from _stack(name, slots, scale, modules, names)
+        else:
+            own = modules.named(name)
+            names[own] = name
+            yield _target(own), _one(name, slots, scale)
+
+
+def _one(name: str, slots: Slots, scale: float) -> Pair:
+    if any(len(slots[field].shape) != 2 for field in "AB"):
+        raise ShapeMismatch(f"A is {list(slots['A'].shape)}, B is {list(slots['B'].shape)}", where=name, cure=DAMAGED)
+    own = {**slots, "A": turned(slots["A"]), "B": turned(slots["B"])}
+    check_factors(name, own)
+    if "magnitude" in own and (name.rpartition(".")[2] in EMBEDDINGS or own["magnitude"].shape != own["B"].shape[:1]):
+        why = "MLX takes the norm of an embedding's rows, one a token, where DoRA has one a dimension"
+        raise Unsupported(why, where=name, cure="Fuse the adapter with MLX-LM")
+    return pair(own, scale)
+
+
+def _target(own: str) -> Target:
+    return Target(own, "in out *k" if own.rpartition(".")[2] in EMBEDDINGS else "out *in")
+
+
+def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[str, str]) -> Found:
+    """Experts: A `[e, r, in]`, B `[e, out, r]`, not turned."""
+    A, B = slots["A"].shape, slots["B"].shape
+    if len(B) != 3 or A[0] != B[0] or A[1] != B[2] or "magnitude" in slots:
+        raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=name, cure=DAMAGED)
+    experts = STACKS.back(name, A[0])
+    if experts is None:
+        raise TargetNotFound("a stack of experts by a name that is not known", where=name, cure="Report the model")
+    for index, each in enumerate(experts):
+        own = modules.named(each)
+        names[own] = each
+        one: Slots = {field: item(leaf, index) for field, leaf in slots.items()}
+        yield _target(own), LoRA(**one, scaling=scale)
+
+
+def _unlisted(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Keys of a fused layer's lists, `lora_a.0`, as `#0.lora_a`: each part is a pair of its own."""
+    changed = {}
+    for key, tensor in tensors.items():
+        stem, _, last = key.rpartition(".")
+        listed = last.isdigit() and stem.endswith((".lora_a", ".lora_b"))
+        changed[f"{stem[:-7]}#{last}{stem[-7:]}" if listed else key] = tensor
+    return changed
+
+
+def _listed(name: str, tensors: Mapping[str, Lazy]) -> tuple[str, int, int]:
+    module, hash_, part = name.partition("#")
+    if not hash_:
+        return name, 0, 0
+    return module, int(part), sum(1 for key in tensors if key.startswith(f"{module}.lora_b."))
+
+
+def _fused(
+    name: str, part: int, count: int, slots: Slots, scale: float, tensors: Mapping[str, Lazy], modules: Modules,
+    names: dict[str, str],
+) -> Found:  # fmt: skip
+    """A part of a fused weight: the rows behind those of the parts before it."""
+    keys = [f"{name}.lora_b.{index}" for index in range(count)]
+    if part >= count or any(key not in tensors or len(tensors[key].shape) != 2 for key in keys):
+        raise Malformed("a list of factors with gaps", where=name, cure=DAMAGED)
+    start = sum(tensors[key].shape[1] for key in keys[:part])
+    own = modules.named(name)
+    names[own] = name
+    update = _one(name, slots, scale)
+    yield Target(own, rows=(start, start + update.B.shape[0])), update
+
+
+def _scale(config: Mapping[str, Any]) -> float:
+    parameters = config.get("lora_parameters")
+    if not isinstance(parameters, dict) or "scale" not in parameters:
+        cure = "Add lora_parameters.scale, which MLX-LM itself needs"
+        raise Malformed("no scale, so that the strength of the adapter is unknown", where="lora_parameters", cure=cure)
+    return finite(parameters["scale"], "lora_parameters.scale")
+
+
+def _read_whole(tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, str]) -> Found:
+    held: dict[str, Slots] = {}
+    for key, tensor in tensors.items():
+        module, _, field = key.rpartition(".")
+        if field not in ("weight", "bias") or not module:
+            raise Malformed("neither a weight nor a bias", where=key, cure=DAMAGED)
+        held.setdefault(module, {})[field] = tensor
+    for name, fields in held.items():
+        experts = STACKS.back(name, fields["weight"].shape[0] if "weight" in fields else 0)
+        for index, each in enumerate([name] if experts is None else experts):
+            own = modules.named(each)
+            names[own] = each
+            part: Slots = fields if experts is None else {
+                field: item(leaf, index) for field, leaf in fields.items()
+            }  # fmt: skip
+            yield Target(own), Replacement(**part)

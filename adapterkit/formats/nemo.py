@@ -1,0 +1,219 @@
+"""NeMo 1's LoRA: a `.nemo` archive, a tar of `model_config.yaml` and `model_weights.ckpt`; LoRA and canonical LoRA.
+
+The archive's config says alpha and heads. One that is split over ranks is to be gathered first.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Adapter, Foreign, Step
+from ..errors import AdapterkitError, Malformed, Unsupported, storage_error
+from ..names.heads import Heads, heads_of
+from ..names.megatron import NEMO
+from ..tensors.atomic import replacing
+from ..tensors.dtypes import DTYPES
+from ..tensors.lazy import Lazy
+from ..tensors.torch_file import read_torch_file
+from ._format import Format
+from ._megatron import decode, encode, heads_again, of_one_rank, why_not
+from ._pairs import DAMAGED, Leftovers, expressible, finite, in_order, one_alpha, rank_of, remembered
+from ._state_dicts import save
+from ._yaml import LIMIT, dump_yaml, load_yaml
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+FORMAT = "nemo"
+CONFIG, TENSORS = "model_config.yaml", "model_weights.ckpt"
+PREFIX = "model.decoder.layers."
+LARGEST = 8 << 30
+"""Bytes that the tensors of an archive may take."""
+EXPANDED = 64
+"""How many times the archive's own size its tensors may take."""
+MEMBERS = 64
+_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
+
+
+class Hints(Leftovers, total=False):
+    """What names begin with, whether weights are fused, heads, alpha, the config and its text."""
+
+    prefix: str
+    fused: bool
+    heads: tuple[int, int, int]
+    alpha: float
+    config: dict[str, Any]
+    text: str
+
+
+class Nemo(Format):
+    """NeMo 1's archives of LoRA."""
+
+    url = "https://github.com/NVIDIA/NeMo/blob/r1.23.0/scripts/nlp_language_modeling/merge_lora_weights/merge.py"
+    description = "NeMo 1: a .nemo archive of model_config.yaml and model_weights.ckpt"
+    methods = frozenset({"lora"})
+
+    def sniff(self, path: Path) -> bool:
+        try:
+            if not path.is_file() or not tarfile.is_tarfile(path):
+                return False
+            with tarfile.open(path) as archive:
+                return any(_name(member) == CONFIG for member in islice(archive, MEMBERS))
+        except (OSError, *_DAMAGE):
+            return False
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        try:
+            text, tensors = _load(path)
+            config = load_yaml(text, CONFIG)
+            alpha = _check(config)
+            heads = _heads(config)
+            updates, data = decode(tensors, NEMO, alpha, heads, base)
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+        if data["fused"]:
+            found = heads()
+            data["heads"] = [found.query, found.kv, found.dim]
+        data |= {"alpha": alpha, "config": config, "text": text.decode()}
+        return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        hints = remembered(adapter, FORMAT, Hints)
+        pairs, lines = expressible(adapter, "NeMo", on_loss, why_not(NEMO))
+        alpha, pairs, folded = one_alpha(of_one_rank(pairs), dialect="NeMo", on_loss=on_loss, first=hints.get("alpha"))
+        heads = heads_again(hints, base, "lora_kqv_adapter")
+        tensors, fused = encode(pairs, NEMO, hints.get("prefix", PREFIX), heads, hints.get("fused"))
+        rank = rank_of(next(iter(pairs.values())))
+        config = _config(hints, base, alpha, rank, fused, [*tensors])
+        _save(path, dump_yaml(config, hints.get("text", "")), in_order(tensors, hints))
+        return lines + folded
+
+
+def _name(member: tarfile.TarInfo) -> str:
+    return member.name.removeprefix("./")
+
+
+def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
+    """The config and the tensors; these are in memory, as the archive has no place to leave them in."""
+    parts: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path) as archive, tempfile.TemporaryDirectory() as folder:
+            for count, member in enumerate(archive):
+                name = _name(member)
+                if count >= MEMBERS or not (member.isfile() or member.isdir()):
+                    raise Malformed("more than an adapter, or no plain file", where=name, cure=DAMAGED)
+                if name == CONFIG and member.size <= LIMIT:
+                    parts[name] = _content(archive, member).read(LIMIT)
+                elif name == TENSORS and member.size <= min(LARGEST, EXPANDED * path.stat().st_size):
+                    file = Path(folder, TENSORS)
+                    with open(file, "wb") as copy:
+                        _copy(_content(archive, member), copy, member.size)
+                    held = {key: _held(tensor) for key, tensor in read_torch_file(file).items()}
+                elif "rank_" in name:
+                    why = "tensors that are split over ranks"
+                    raise Unsupported(why, where=name, cure="Merge the ranks with NeMo first")
+    except _DAMAGE as error:
+        raise Malformed(f"no archive, or a damaged one ({error})", path=path, cure=DAMAGED) from None
+    except OSError as error:
+        raise storage_error(error, path) from error
+    if CONFIG not in parts or "held" not in locals():
+        raise Malformed(f"not both {CONFIG} and {TENSORS} in the archive", path=path, cure=DAMAGED)
+    return parts[CONFIG], held
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
+    content = archive.extractfile(member)
+    assert content is not None
+    return content
+
+
+def _copy(source: Any, copy: Any, size: int) -> None:
+    while size > 0 and (block := source.read(min(size, 1 << 20))):
+        copy.write(block)
+        size -= len(block)
+
+
+def _held(tensor: Lazy) -> Lazy:
+    data = bytes(tensor.fetch())
+    return Lazy(tensor.shape, DTYPES[tensor.dtype.name], lambda: data)
+
+
+def _check(config: Mapping[str, Any]) -> float:
+    """Alpha, once nothing else is in the way."""
+    tuning = (config.get("peft") or {}).get("lora_tuning") if isinstance(config.get("peft"), dict) else None
+    if not isinstance(tuning, dict):
+        raise Malformed("no peft.lora_tuning", where=CONFIG, cure="Give an archive of a LoRA")
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if config.get(name, 1) != 1:
+            raise Unsupported(f"{name} is {config[name]!r}", where=CONFIG, cure="Merge the ranks with NeMo first")
+    alpha = finite(tuning.get("alpha", tuning.get("adapter_dim")), f"{CONFIG}: peft.lora_tuning.alpha")
+    if not alpha:
+        raise Malformed("alpha is zero", where=f"{CONFIG}: peft.lora_tuning.alpha", cure="Correct it")
+    return alpha
+
+
+def _heads(config: Mapping[str, Any]) -> Callable[[], Heads]:
+    def heads() -> Heads:
+        own = {
+            "num_attention_heads": config.get("num_attention_heads"), "hidden_size": config.get("hidden_size"),
+            "num_key_value_heads": config.get("num_query_groups"), "head_dim": config.get("kv_channels"),
+        }  # fmt: skip
+        return heads_of(own, CONFIG)
+
+    return heads
+
+
+def _config(
+    hints: Mapping[str, Any], base: Checkpoint | None, alpha: float, rank: int, fused: bool, keys: list[str]
+) -> dict[str, Any]:
+    """What was read, where alpha, rank and variant are still the same; else what NeMo looks for."""
+    read = dict(hints.get("config", {}))
+    if not read and base is not None and base.config is not None:
+        heads = heads_of(base.config, "config.json")
+        read = {
+            "hidden_size": base.config.get("hidden_size"), "num_layers": base.config.get("num_hidden_layers"),
+            "num_attention_heads": heads.query, "num_query_groups": heads.kv, "kv_channels": heads.dim,
+            "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+        }  # fmt: skip
+    peft = dict(read.get("peft") or {"peft_scheme": "lora"})
+    tuning = dict(peft.get("lora_tuning") or {"target_modules": _target_modules(keys), "adapter_dropout": 0.0})
+    number = int(alpha) if float(alpha).is_integer() else alpha
+    tuning |= {"adapter_dim": rank, "alpha": number}
+    if "variant" in tuning or not fused:
+        tuning["variant"] = "nemo" if fused else "canonical"
+    return {**read, "peft": {**peft, "lora_tuning": tuning}}
+
+
+def _target_modules(keys: list[str]) -> list[str]:
+    words = {
+        "attention_qkv": "kqv_adapter", "attention_dense": "lora_dense_attention_adapter", "mlp_fc1": "hto4h_adapter",
+        "mlp_fc2": "lora_4htoh_adapter",
+    }  # fmt: skip
+    return [name for name, word in words.items() if any(word in key for key in keys)]
+
+
+def _save(path: Path, text: bytes, tensors: Mapping[str, Lazy]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, TENSORS)
+        save(file, tensors)
+        with replacing(path) as out, tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
+            _add(archive, f"./{CONFIG}", io.BytesIO(text), len(text))
+            with open(file, "rb") as content:
+                _add(archive, f"./{TENSORS}", content, file.stat().st_size)
+
+
+def _add(archive: tarfile.TarFile, name: str, content: Any, size: int) -> None:
+    """A member that is the same whoever writes it, and when."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    archive.addfile(member, content)

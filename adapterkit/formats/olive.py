@@ -1,0 +1,123 @@
+"""Olive's adapters, by `olive convert-adapters`: values for a graph's inputs, LoRA alone, the scaling inside B.
+
+Both factors stand the other way round than PEFT has them. The container is `.onnx_adapter`, `.npz` or `.safetensors`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+
+from ..adapter import Adapter, Foreign, Step, Target
+from ..errors import AdapterkitError, Unrepresentable, Unsupported
+from ..methods.lora import LoRA
+from ..tensors import safetensors
+from ..tensors.arrange import turned
+from ..tensors.lazy import Lazy, as_lazy
+from ..tensors.numpy_files import read_npz, write_npz
+from ..tensors.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
+from ._format import Format
+from ._pairs import Leftovers, check_factors, expressible, folded, grouped, in_order, remembered, unfit
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ._pairs import Pair, Slots
+
+FORMAT = "olive"
+_SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+_KEY = re.compile(r"model\.(?:\w+\.)+lora_[AB]\.(?:weight|quant\.(?:weight|scale|zero_point))")
+
+
+class Hints(Leftovers, total=False):
+    """The two versions of an .onnx_adapter."""
+
+    adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+    model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+
+
+class Olive(Format):
+    """Files of `olive convert-adapters`."""
+
+    url = "https://microsoft.github.io/Olive/features/cli.html"
+    description = "Olive: convert-adapters' .onnx_adapter, .npz or .safetensors; factors turned, scaling in B"
+    methods = frozenset({"lora"})
+
+    def sniff(self, path: Path) -> bool:
+        if is_ort_adapter(path):
+            return not path.with_name(path.name + ".json").exists() and has_olives_names(path)
+        try:
+            return path.suffix == ".npz" and path.is_file() and _all_olives(read_npz(path))
+        except AdapterkitError:
+            return False
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        try:
+            tensors, versions = _load(path)
+            quantized = next((key for key in tensors if ".quant." in key), None)
+            if quantized is not None:
+                why = "factors of 4 bits, whose numbers were rounded when they were written"
+                raise Unsupported(why, where=quantized, cure="Convert the adapter again, in floating point")
+            updates: dict[Target, tuple[LoRA, ...]] = {}
+            for name, slots in grouped(tensors, _SLOTS, "Olive").items():
+                own: Slots = {f: turned(leaf) if len(leaf.shape) == 2 else leaf for f, leaf in slots.items()}
+                check_factors(name, own)
+                updates[Target(name)] = (LoRA(**own),)
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+        data = {"order": list(tensors), **versions}
+        return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        hints = remembered(adapter, FORMAT, Hints)
+        pairs, lines = expressible(adapter, "Olive", on_loss, _why_not)
+        needy = [target for target, update in pairs.items() if update.scaling != 1]
+        if needy and on_loss not in ("fold", "promote"):
+            items = [f"{target}: its scaling is {pairs[target].scaling:g}" for target in needy]
+            raise Unrepresentable("Olive has the scaling inside B", items=items, cure="Allow it with on_loss='fold'")
+        tensors: dict[str, Lazy] = {}
+        for target, update in pairs.items():
+            plain = folded(update, 1.0)
+            tensors |= {target.path + end: turned(as_lazy(plain.tensors[field])) for end, field in _SLOTS.items()}
+        _save(path, in_order(tensors, hints), hints)
+        return lines + [f"folded the scaling into B of {target}" for target in needy]
+
+
+def has_olives_names(path: Path) -> bool:
+    """Whether all values of an `.onnx_adapter` are called as Olive calls them."""
+    try:
+        return _all_olives(read_ort_adapter(path).tensors)
+    except AdapterkitError:
+        return False
+
+
+def _all_olives(tensors: Mapping[str, Lazy]) -> bool:
+    return bool(tensors) and all(_KEY.fullmatch(key) for key in tensors)
+
+
+def _load(path: Path) -> tuple[Mapping[str, Lazy], dict[str, int]]:
+    if is_ort_adapter(path):
+        file = read_ort_adapter(path)
+        return file.tensors, {"adapter_version": file.adapter_version, "model_version": file.model_version}
+    return (read_npz(path) if path.suffix == ".npz" else safetensors.read(path)), {}
+
+
+def _save(path: Path, tensors: Mapping[str, Lazy], hints: Mapping[str, int]) -> None:
+    if path.suffix == ".npz":
+        write_npz(path, tensors)
+    elif path.suffix == ".safetensors":
+        safetensors.write(path, tensors, {})
+    else:
+        versions = (int(hints.get("adapter_version", 1)), int(hints.get("model_version", 1)))
+        write_ort_adapter(path, OrtAdapter(tensors, *versions))
+
+
+def _why_not(target: Target, update: Pair) -> str:
+    if not _KEY.fullmatch(f"{target.path}.lora_A.weight"):
+        return "a name that does not begin with model."
+    return unfit(target, update)

@@ -1,0 +1,92 @@
+"""onnxruntime's adapters: `.onnx_adapter`, named values for a graph's inputs, with a record of ours beside it.
+
+The file knows names and numbers alone. What they mean, of which method and at which target, is in a file of its name
+and `.json`: the record that adapterkit's own files carry. Without one, Olive's names are read by the format `olive`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+
+from ..adapter import Adapter, Foreign, canonical
+from ..errors import AdapterkitError, UsageError, storage_error
+from ..methods import METHODS
+from ..tensors.atomic import write_bytes
+from ..tensors.lazy import as_lazy
+from ..tensors.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
+from ._format import Format
+from ._pairs import Leftovers, in_order, remembered
+from .adapterkit import MAX_RECORD, decode_record, encode_record
+from .olive import has_olives_names
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ..tensors.lazy import Leaf
+
+FORMAT = "onnx_adapter"
+
+
+class Hints(Leftovers, total=False):
+    """The two versions."""
+
+    adapter_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+    model_version: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+
+
+class OnnxAdapter(Format):
+    """Files of `onnxruntime.AdapterFormat`, with a record beside them."""
+
+    url = "https://onnxruntime.ai/docs/genai/tutorials/finetune.html"
+    description = "onnxruntime: an .onnx_adapter file beside a record of what its values mean"
+    methods = frozenset(METHODS)
+
+    def sniff(self, path: Path) -> bool:
+        if not is_ort_adapter(path):
+            return False
+        return sidecar(path).exists() or not has_olives_names(path)
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        file = read_ort_adapter(path)
+        record = sidecar(path)
+        if not record.exists():
+            why = f"the file holds names and numbers alone; {record.name} beside it must say what they mean"
+            raise UsageError(why, path=path, cure="Fetch it; or name the format 'olive', if Olive wrote the file")
+        try:
+            if record.stat().st_size > MAX_RECORD:
+                raise UsageError(f"more than {MAX_RECORD} bytes", path=record, cure="Fetch it again")
+            adapter = decode_record(record.read_text("utf-8"), file.tensors)
+        except (OSError, UnicodeDecodeError) as error:
+            raise storage_error(error, record) if isinstance(error, OSError) else _not_text(record) from error
+        except AdapterkitError as error:
+            raise error.at(path=record) from None
+        data = {
+            "adapter_version": file.adapter_version, "model_version": file.model_version, "order": list(file.tensors),
+        }  # fmt: skip
+        return adapter if adapter.foreign else adapter.replace(foreign=Foreign(FORMAT, data))
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        hints = remembered(adapter, FORMAT, Hints)
+        told = adapter.replace(foreign=None) if hints else adapter
+        tensors: dict[str, Leaf] = {}
+        record = encode_record(told, tensors)
+        values = in_order({name: as_lazy(leaf) for name, leaf in tensors.items()}, hints)
+        versions = (int(hints.get("adapter_version", 1)), int(hints.get("model_version", 1)))
+        write_ort_adapter(path, OrtAdapter(values, *versions))
+        write_bytes(sidecar(path), canonical(msgspec.to_builtins(record)).encode())
+        return []
+
+
+def sidecar(path: Path) -> Path:
+    """The record beside a file."""
+    return path.with_name(path.name + ".json")
+
+
+def _not_text(path: Path) -> Any:
+    from ..errors import Malformed
+
+    return Malformed("not UTF-8", path=path, cure="Fetch it again")

@@ -1,0 +1,217 @@
+"""TensorRT-LLM's pair of arrays: `model.lora_weights.npy` and `model.lora_config.npy`; LoRA, the scaling inside B.
+
+A row of the first holds A and B of one module, flat, with zeros up to the longest; a row of the second its number,
+layer and rank. How wide a module is follows from the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+
+from ..adapter import Adapter, Foreign, Step, Target
+from ..errors import (
+    AdapterkitError,
+    Malformed,
+    ShapeMismatch,
+    TargetNotFound,
+    Unrepresentable,
+    Unsupported,
+    UsageError,
+    storage_error,
+)  # fmt: skip
+from ..methods.lora import LoRA
+from ..names.megatron import OWN
+from ..names.tables import modules_of
+from ..names.tensorrt_llm import FUSED, IDS
+from ..tensors.arrange import joined, padded, part, same_type
+from ..tensors.dtypes import DTYPES
+from ..tensors.lazy import Lazy, as_lazy
+from ..tensors.numpy_files import is_npy, read_npy, write_npy
+from ._format import Format
+from ._pairs import DAMAGED, Leftovers, Pairs, expressible, folded, rank_of, remembered, unfit
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ._pairs import Pair, Slots
+
+FORMAT = "tensorrt_llm"
+WEIGHTS, CONFIG = "model.lora_weights.npy", "model.lora_config.npy"
+_MODULES = {number: name for name, number in IDS.items()}
+_REAL = ("F16", "BF16", "F32")
+
+
+class Hints(Leftovers, total=False):
+    """Columns of the config, width of the weights, targets in the order of rows."""
+
+    columns: int
+    width: Annotated[int, msgspec.Meta(ge=0, le=1 << 28)]
+    paths: list[str]
+
+
+class TensorRtLlm(Format):
+    """Folders of TensorRT-LLM's hf_lora_convert.py."""
+
+    url = "https://github.com/NVIDIA/TensorRT-LLM/blob/v0.12.0/examples/hf_lora_convert.py"
+    description = "TensorRT-LLM: model.lora_weights.npy beside model.lora_config.npy"
+    methods = frozenset({"lora"})
+
+    def sniff(self, path: Path) -> bool:
+        folder = _folder(path)
+        return (path.is_dir() or path.name in (WEIGHTS, CONFIG)) and all(is_npy(folder / n) for n in (WEIGHTS, CONFIG))
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        folder = _folder(path)
+        weights, config = read_npy(folder / WEIGHTS), read_npy(folder / CONFIG)
+        try:
+            rows = _rows(weights, config)
+            if base is None:
+                why = "the arrays do not say how wide a module is, so that A and B cannot be told apart"
+                raise UsageError(why, where=CONFIG, cure="Give the base by base= or --base")
+            updates = {t: (u,) for t, u in _decode(weights, rows, base)}
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+        if len(updates) != len(rows):
+            raise Malformed("two rows for one module", path=path, where=CONFIG, cure=DAMAGED)
+        data = {"columns": config.shape[2], "width": weights.shape[2], "paths": [target.path for target in updates]}
+        return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        hints = remembered(adapter, FORMAT, Hints)
+        pairs, lines = expressible(adapter, "TensorRT-LLM", on_loss, _why_not)
+        needy = [target for target, update in pairs.items() if update.scaling != 1]
+        if needy and on_loss not in ("fold", "promote"):
+            items = [f"{target}: its scaling is {pairs[target].scaling:g}" for target in needy]
+            cure = "Allow it with on_loss='fold'"
+            raise Unrepresentable("TensorRT-LLM has the scaling inside B", items=items, cure=cure)
+        order = {path: position for position, path in enumerate(hints.get("paths", ()))}
+        pairs = dict(sorted(pairs.items(), key=lambda item: order.get(item[0].path, len(order))))
+        _save(path, *_encode(pairs, hints))
+        return lines + [f"folded the scaling into B of {target}" for target in needy]
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
+    """(number of the module, layer, rank) of each row."""
+    if weights.dtype.name not in _REAL or config.dtype.name != "I32":
+        raise Unsupported(f"weights of {weights.dtype}, config of {config.dtype}", where=WEIGHTS, cure=DAMAGED)
+    if len(weights.shape) != 3 or len(config.shape) != 3 or weights.shape[:2] != config.shape[:2]:
+        why = f"weights {list(weights.shape)}, config {list(config.shape)}"
+        raise ShapeMismatch(why, where=CONFIG, cure=DAMAGED)
+    if config.shape[0] != 1 or config.shape[2] not in (3, 4) or not config.shape[1]:
+        raise ShapeMismatch(f"config is {list(config.shape)}, not [1, modules, 3 or 4]", where=CONFIG, cure=DAMAGED)
+    rows: list[tuple[int, int, int]] = []
+    for module, layer, rank, *dora in config.numpy()[0].tolist():
+        where = f"{CONFIG}: row {len(rows)}"
+        if any(dora):
+            raise Unsupported(
+                "DoRA, whose magnitude TensorRT-LLM divides by norms of the base", where=where, cure=_PEFT
+            )
+        if module not in _MODULES:
+            raise Unsupported(f"the module {module}", where=where, cure=f"Known: {', '.join(map(str, _MODULES))}")
+        if layer < 0 or rank < 1:
+            raise Malformed(f"layer {layer}, rank {rank}", where=where, cure=DAMAGED)
+        rows.append((module, layer, rank))
+    return rows
+
+
+def _decode(weights: Lazy, rows: list[tuple[int, int, int]], base: Checkpoint) -> Iterator[tuple[Target, LoRA]]:
+    places = _places(base)
+    for position, (module, layer, rank) in enumerate(rows):
+        where = f"row {position}: module {module}, layer {layer}"
+        path, fused = _place(places, module, layer, where)
+        weight = base.tensors.get(f"{path}.weight")
+        if weight is None or len(weight.shape) != 2:
+            raise ShapeMismatch("no matrix in the base", where=path, cure="Is this the right base?")
+        out, in_ = weight.shape
+        if rank * (in_ + out) > weights.shape[2]:
+            why = f"A and B of rank {rank} for {[out, in_]} are longer than a row of {weights.shape[2]}"
+            raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+        A, B = _factor(weights, position, 0, (rank, in_)), _factor(weights, position, rank * in_, (out, rank))
+        slots: Slots = {"A": A, "B": _swapped(B) if fused else B}
+        yield Target(path), LoRA(**slots)
+
+
+def _places(base: Checkpoint) -> dict[tuple[str, int], list[str]]:
+    """(module below a layer, layer) -> paths in the base."""
+    places: dict[tuple[str, int], list[str]] = {}
+    for name in dict.fromkeys(modules_of(base.tensors)):
+        found = OWN.fullmatch(name)
+        if found is not None:
+            places.setdefault((found["module"], int(found["n"])), []).append(name)
+    return places
+
+
+def _place(places: Mapping[tuple[str, int], list[str]], module: int, layer: int, where: str) -> tuple[str, bool]:
+    names = [_MODULES[module], *([FUSED] if _MODULES[module] == "mlp.gate_proj" else [])]
+    found = [(path, name == FUSED) for name in names for path in places.get((name, layer), [])]
+    if len(found) != 1:
+        why = f"{len(found)} modules of the base are called so"
+        raise TargetNotFound(why, where=where, cure="Is this the base that the adapter was trained on?")
+    return found[0]
+
+
+def _factor(weights: Lazy, row: int, start: int, shape: tuple[int, int]) -> Lazy:
+    return weights.map(lambda a: a[0, row, start : start + shape[0] * shape[1]].reshape(shape), shape)
+
+
+def _swapped(B: Lazy) -> Lazy:
+    """The two halves of the outputs the other way round."""
+    half = B.shape[0] // 2
+    return joined([part(B, half, B.shape[0]), part(B, 0, half)])
+
+
+def _encode(pairs: Pairs, hints: Mapping[str, Any]) -> tuple[Lazy, Lazy]:
+    flat = []
+    records: list[int] = []
+    for target, update in pairs.items():
+        module, layer = _number(target)
+        plain = folded(update, 1.0)
+        A, B = as_lazy(plain.A), as_lazy(plain.B)
+        B = _swapped(B) if target.path.endswith(FUSED) else B
+        A, B = same_type([A, B])
+        flat.append(joined([A.reshape(-1), B.reshape(-1)]))
+        records += [module, layer, rank_of(update), *([0] if hints.get("columns") == 4 else [])]
+    width = max(int(hints.get("width", 0)), *(row.shape[0] for row in flat))
+    rows = [padded(row, width, 0).reshape(1, 1, width) for row in same_type(flat)]
+    if rows[0].dtype.name not in _REAL:
+        items = [f"factors of {rows[0].dtype}"]
+        raise Unrepresentable("TensorRT-LLM has F16, BF16 and F32", items=items, cure="Convert them first")
+    weights = joined(rows, 1)
+    config = (1, len(flat), len(records) // len(flat))
+    return weights, Lazy(config, DTYPES["I32"], lambda: b"".join(n.to_bytes(4, "little") for n in records))
+
+
+def _number(target: Target) -> tuple[int, int]:
+    found = OWN.fullmatch(target.path)
+    assert found is not None
+    return IDS["mlp.gate_proj" if found["module"] == FUSED else found["module"]], int(found["n"])
+
+
+def _why_not(target: Target, update: Pair) -> str:
+    found = OWN.fullmatch(target.path)
+    if found is None or found["module"] not in (*IDS, FUSED):
+        return "a module that TensorRT-LLM has no number for here"
+    return unfit(target, update)
+
+
+def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
+    """Writes the folder; without its config, which comes last, it is no adapter."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    write_npy(folder / WEIGHTS, weights)
+    write_npy(folder / CONFIG, config)
+
+
+_PEFT = "Give TensorRT-LLM's source, a folder of PEFT's"

@@ -1,0 +1,190 @@
+"""Tinker's adapters: PEFT's folder, but for the names of the head and for experts, which share factors in one stack.
+
+A folder without either is PEFT's own, and read as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Adapter, BaseRef, Foreign, Step, Target
+from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported
+from ..methods.lora import LoRA
+from ..names.experts import Experts
+from ..names.tables import Names, Table, modules_of, without_prefix
+from ..names.tinker import EXPERTS, HEAD, is_tinker
+from ..tensors import safetensors
+from ..tensors.arrange import item, stacked
+from ..tensors.lazy import Lazy, as_lazy
+from ._format import Format
+from ._pairs import (
+    DAMAGED,
+    Leftovers,
+    Pairs,
+    check_factors,
+    expressible,
+    finite,
+    grouped,
+    in_order,
+    one_alpha,
+    rank_of,
+    remembered,
+    to_rank,
+    unfit,
+)  # fmt: skip
+from .peft.container import CONFIG, SAFETENSORS, load, save
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ._pairs import Pair, Slots
+
+FORMAT = "tinker"
+PREFIX = "base_model.model."
+_SLOTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+_STACKS = Experts(EXPERTS)
+_OFF = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
+"""Fields of PEFT's that would change what the tensors mean."""
+
+
+class Hints(Leftovers, total=False):
+    """The config."""
+
+    config: dict[str, Any]
+
+
+class Tinker(Format):
+    """Folders that Tinker exports."""
+
+    url = "https://tinker-docs.thinkingmachines.ai/download-weights"
+    description = "Tinker: PEFT's folder with experts in stacks and the head as unembed_tokens"
+    methods = frozenset({"lora"})
+
+    def sniff(self, path: Path) -> bool:
+        folder = path if path.is_dir() else path.parent
+        if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS):
+            return False
+        try:
+            return (folder / CONFIG).is_file() and is_tinker(safetensors.read_header(folder / SAFETENSORS).entries)
+        except AdapterkitError:
+            return False
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        try:
+            config, tensors = load(path)
+            rank, alpha = _numbers(config)
+            updates = dict(_decode(tensors, rank, alpha, base))
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+        data = {"config": dict(config), "order": list(tensors)}
+        name = config.get("base_model_name_or_path")
+        ref = BaseRef(str(name)) if name else None
+        return Adapter(updates, ref, (Step("read", {"format": FORMAT}),), Foreign(FORMAT, data))
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        hints = remembered(adapter, FORMAT, Hints)
+        before = hints.get("config", {})
+        pairs, lines = expressible(adapter, "Tinker", on_loss, unfit)
+        rank = max(map(rank_of, pairs.values()))
+        pairs = {target: to_rank(update, rank) for target, update in pairs.items()}
+        alpha, pairs, folded = one_alpha(pairs, dialect="Tinker", on_loss=on_loss, first=before.get("lora_alpha"))
+        number = int(alpha) if float(alpha).is_integer() else alpha
+        base_id = adapter.base.id if adapter.base else None
+        config = {
+            "base_model_name_or_path": base_id, "bias": "none", "peft_type": "LORA", "target_modules": "all-linear",
+            **before, "r": rank, "lora_alpha": number,
+        }  # fmt: skip
+        save(path, config, in_order(_spelled(pairs), hints))
+        return lines + folded
+
+
+def _numbers(config: Mapping[str, Any]) -> tuple[int, float]:
+    wrong = next((name for name in _OFF if config.get(name)), None)
+    if wrong is not None:
+        cure = "Tinker writes no such field"
+        raise Unsupported(f"{wrong} is {config[wrong]!r}", where=f"{CONFIG}: {wrong}", cure=cure)
+    rank, alpha = config.get("r"), finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
+    if type(rank) is not int or rank < 1 or not alpha:
+        raise Malformed(f"r is {rank!r}, lora_alpha {alpha!r}: no rank, or no effect", where=CONFIG, cure=DAMAGED)
+    return rank, alpha
+
+
+def _decode(tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoint | None) -> Any:
+    own = _OwnNames(base)
+    for key, slots in grouped(tensors, _SLOTS, "Tinker").items():
+        if not key.startswith(PREFIX):
+            raise Malformed(f"does not begin with {PREFIX}", where=key, cure=DAMAGED)
+        name = key.removeprefix(PREFIX)
+        if any(len(leaf.shape) == 3 for leaf in slots.values()):
+            yield from _experts(name, slots, rank, alpha, own)
+            continue
+        if check_factors(name, slots) != rank:
+            raise ShapeMismatch(f"a rank other than the config's {rank}", where=name, cure=DAMAGED)
+        path = next((mine for mine, theirs in HEAD.items() if theirs == name), name)
+        yield Target(own.named(path)), (LoRA(**slots, scaling=alpha / rank),)
+
+
+def _experts(name: str, slots: Slots, rank: int, alpha: float, own: _OwnNames) -> Any:
+    A, B = slots["A"], slots["B"]
+    shapes = f"A is {list(A.shape)}, B is {list(B.shape)}"
+    if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[1] != rank or B.shape[2] != rank:
+        raise ShapeMismatch(f"{shapes}; r is {rank}", where=name, cure=DAMAGED)
+    count = max(A.shape[0], B.shape[0])
+    if {A.shape[0], B.shape[0]} - {1, count}:
+        raise ShapeMismatch(f"{shapes}: of another number of experts", where=name, cure=DAMAGED)
+    paths = _STACKS.back(name, count)
+    if paths is None:
+        raise Malformed("a stack by a name that is not known", where=name, cure=DAMAGED)
+    # One factor of all experts is one leaf, so that it is stored once wherever it goes.
+    only = {field: item(leaf, 0) for field, leaf in slots.items() if leaf.shape[0] == 1}
+    for index, path in enumerate(paths):
+        one: Slots = {field: only.get(field) or item(leaf, index) for field, leaf in slots.items()}
+        yield Target(own.named(path)), (LoRA(**one, scaling=alpha / rank),)
+
+
+class _OwnNames:
+    """The base's own names: Tinker's lack the prefix of a language model inside a larger one."""
+
+    def __init__(self, base: Checkpoint | None) -> None:
+        own = None if base is None else dict.fromkeys(modules_of(base.tensors))
+        self.names = None if own is None else Names(_Same(), own)
+
+    def named(self, path: str) -> str:
+        return path if self.names is None else self.names.back(path)
+
+
+class _Same(Table):
+    """A table in which every name of a language model is its own."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    def there(self, own: str) -> str | None:
+        return own if own.startswith("model.layers.") or own in ("lm_head", "model.embed_tokens") else None
+
+
+def _spelled(pairs: Pairs) -> dict[str, Lazy]:
+    tensors: dict[str, Lazy] = {}
+    stacks: dict[str, dict[int, Pair]] = {}
+    for target, update in pairs.items():
+        bare = _Same()
+        path = next(filter(None, map(bare.there, without_prefix(target.path))), target.path)
+        stack = _STACKS.there(path)
+        if stack:
+            stacks.setdefault(stack[0], {})[stack[1]] = update
+        else:
+            name = PREFIX + HEAD.get(path, path)
+            tensors |= {name + end: as_lazy(update.tensors[field]) for end, field in _SLOTS.items()}
+    for name, found in stacks.items():
+        if sorted(found) != list(range(len(found))):
+            items = [f"{name}: has experts {sorted(found)}"]
+            raise Unrepresentable("Tinker holds all experts in one stack", items=items, cure="Write another format")
+        for end, field in _SLOTS.items():
+            key = f"{PREFIX}{name}{end}"
+            leaves = [as_lazy(found[index].tensors[field]) for index in range(len(found))]
+            alike = len({id(found[index].tensors[field]) for index in range(len(found))}) == 1
+            tensors[key] = stacked(leaves[:1] if alike else leaves)
+    return tensors

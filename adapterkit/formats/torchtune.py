@@ -1,0 +1,146 @@
+"""torchtune's own adapter checkpoints, `adapter_model.pt`: a torch file in torchtune's names and Meta's order of rows.
+
+The file says no alpha; `torchtune.json` beside it does, or the `adapter_config.json` that torchtune writes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Adapter, Foreign, Step, Target
+from ..errors import AdapterkitError, Unsupported, UsageError
+from ..methods.dora import DoRA
+from ..methods.lora import LoRA
+from ..names.heads import heads_of, rope_pairs, undone
+from ..names.tables import Names, modules_of
+from ..names.torchtune import META_ORDER, TABLE, TURNED
+from ..tensors.checkpoint import read_json
+from ..tensors.lazy import Lazy, as_lazy
+from ._format import Format
+from ._pairs import (
+    Leftovers,
+    check_factors,
+    expressible,
+    finite,
+    grouped,
+    in_order,
+    in_row_order,
+    one_alpha,
+    pair,
+    remembered,
+    unfit,
+)  # fmt: skip
+from ._state_dicts import keys_of, load, read_settings, save, write_settings
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ._pairs import Pair
+
+FORMAT = "torchtune"
+SETTINGS, CONFIG = "torchtune.json", "adapter_config.json"
+_SLOTS = {".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "magnitude"}
+
+
+class Hints(Leftovers, total=False):
+    """Alpha, heads, and whether rows are turned."""
+
+    alpha: float
+    heads: dict[str, int | bool]
+
+
+class Torchtune(Format):
+    """torchtune's adapter checkpoints."""
+
+    url = "https://github.com/pytorch/torchtune"
+    description = "torchtune: adapter_model.pt in its own names, beside torchtune.json or adapter_config.json"
+    methods = frozenset({"lora", "dora"})
+
+    def sniff(self, path: Path) -> bool:
+        return any(key.endswith((".lora_a.weight", ".lora_b.weight")) for key in keys_of(path))
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        alpha = _alpha(path)
+        try:
+            tensors = load(path)
+            order = _Order({}, base)
+            names = Names(TABLE, None if base is None else modules_of(base.tensors))
+            updates: dict[Target, tuple[Pair, ...]] = {}
+            for foreign, slots in grouped(tensors, _SLOTS, FORMAT).items():
+                update = pair(slots, alpha / check_factors(foreign, slots))
+                rows = order.of(foreign, update.B.shape[0])
+                own = Target(names.back(foreign), "in out *k" if foreign == "tok_embeddings" else "out *in")
+                updates[own] = (update if rows is None else in_row_order(update, _undone(rows)),)
+        except AdapterkitError as error:
+            raise error.at(path=path) from None
+        data = {"order": list(tensors), "alpha": alpha, "heads": order.known}
+        return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data))
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        hints = remembered(adapter, FORMAT, Hints)
+        names, order = Names(TABLE), _Order(hints.get("heads", {}), base)
+
+        def why(target: Target, update: Pair) -> str:
+            return unfit(target, update) if names.there(target.path) else "no name in torchtune's table"
+
+        pairs, lines = expressible(adapter, FORMAT, on_loss, why, (LoRA, DoRA))
+        alpha, pairs, folded = one_alpha(pairs, dialect=FORMAT, on_loss=on_loss, first=hints.get("alpha"))
+        tensors: dict[str, Lazy] = {}
+        for target, update in pairs.items():
+            foreign = str(names.there(target.path))
+            rows = order.of(foreign, update.B.shape[0])
+            held = update if rows is None else in_row_order(update, _as_is(rows))
+            ends = {field: end for end, field in _SLOTS.items()}
+            tensors |= {foreign + ends[field]: as_lazy(leaf) for field, leaf in held.tensors.items()}
+        save(path, in_order(tensors, hints))
+        write_settings(path.with_name(SETTINGS), {"alpha": alpha})
+        return lines + folded
+
+
+class _Order:
+    """The order of rows, by the base's family and heads."""
+
+    def __init__(self, known: Mapping[str, Any], base: Checkpoint | None) -> None:
+        self.known, self.base = dict(known), base
+
+    def of(self, foreign: str, rows: int) -> Any:
+        kind = next((kind for end, kind in TURNED.items() if foreign.endswith(end)), None)
+        if kind is None or not self._turned(foreign):
+            return None
+        if kind not in self.known:
+            heads = heads_of(None if self.base is None else self.base.config, foreign)
+            self.known |= {"query": heads.query, "kv": heads.kv}
+        return rope_pairs(rows, self.known[kind], foreign)
+
+    def _turned(self, where: str) -> bool:
+        if "turned" not in self.known:
+            config = (None if self.base is None else self.base.config) or {}
+            if not config:
+                why = "the base's family and heads decide on the order of rows here"
+                raise UsageError(why, where=where, cure="Give the base, with its config.json, by base= or --base")
+            model = config.get("model_type")
+            if model not in META_ORDER:
+                known = f"Known: {', '.join(META_ORDER)}"
+                raise Unsupported(f"bases of model_type {model!r}", where="config.json", cure=known)
+            self.known["turned"] = META_ORDER[model]
+        return bool(self.known["turned"])
+
+
+def _alpha(path: Path) -> float:
+    config = path.with_name(CONFIG)
+    if not path.with_name(SETTINGS).exists() and config.exists():
+        alpha = finite(read_json(config, strict=True).get("lora_alpha"), f"{CONFIG}: lora_alpha")
+        if alpha:
+            return alpha
+    return float(read_settings(path.with_name(SETTINGS), ("alpha",), '{"alpha": <lora_alpha>}')["alpha"])
+
+
+def _undone(rows: Any) -> Any:
+    return lambda: undone(rows)
+
+
+def _as_is(rows: Any) -> Any:
+    return lambda: rows

@@ -1,0 +1,41 @@
+"""Experts that a dialect holds in one stack and the base one by one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from .tables import PREFIXES
+
+
+class Experts:
+    """Own name of one expert's module <-> name of the stack and the expert's number.
+
+    Args:
+        pairs: own template with `{n}` and `{e}` -> template of the stack with `{n}`.
+    """
+
+    def __init__(self, pairs: Mapping[str, str]) -> None:
+        self._own = {_regex(own): stack for own, stack in pairs.items()}
+        self._stacks = {_regex(stack): own for own, stack in pairs.items()}
+
+    def there(self, own: str) -> tuple[str, int] | None:
+        """The stack's name and the expert's number; None for what is no expert's."""
+        for pattern, stack in self._own.items():
+            if found := pattern.fullmatch(own):
+                return found["prefix"] + stack.replace("{n}", found["n"]), int(found["e"])
+        return None
+
+    def back(self, stack: str, count: int) -> list[str] | None:
+        """The own names of a stack's experts, by number; None for what is no stack."""
+        for pattern, own in self._stacks.items():
+            if found := pattern.fullmatch(stack):
+                name = found["prefix"] + own.replace("{n}", found["n"])
+                return [name.replace("{e}", str(index)) for index in range(count)]
+        return None
+
+
+def _regex(template: str) -> re.Pattern[str]:
+    text = re.escape(template).replace(r"\{n\}", r"(?P<n>\d{1,9})").replace(r"\{e\}", r"(?P<e>\d{1,9})")
+    prefixes = "|".join(map(re.escape, sorted(PREFIXES, key=len, reverse=True)))
+    return re.compile(f"(?P<prefix>(?:{prefixes})?){text}")

@@ -1,0 +1,123 @@
+"""Tables of names: templates in pairs, translated both ways, never by guessing.
+
+A template is a dotted name in which `{n}` stands for a whole number: `model.layers.{n}.self_attn.q_proj`; `{e}` for the
+number of an expert, too. A table is one to one, so that each way undoes the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+from ..errors import TargetNotFound, nearest
+
+PREFIXES = ("base_model.model.", "language_model.model.", "model.language_model.", "language_model.")
+"""What bases with more than a language model in them put before its names."""
+
+
+class Table:
+    """Own name <-> foreign name.
+
+    Args:
+        pairs: own template -> foreign template; both have the same numbers in them.
+    """
+
+    def __init__(self, pairs: Mapping[str, str]) -> None:
+        self.pairs = dict(pairs)
+        assert len({*self.pairs.values()}) == len(self.pairs), "two names become one"
+
+    def there(self, own: str) -> str | None:
+        """The foreign name of an own one; None where the table has none."""
+        return _translate(own, self._there)
+
+    def back(self, foreign: str) -> str | None:
+        """The own name of a foreign one; None where the table has none."""
+        return _translate(foreign, self._back)
+
+    @cached_property
+    def _there(self) -> dict[str, str]:
+        return {_shape(own): foreign for own, foreign in self.pairs.items()}
+
+    @cached_property
+    def _back(self) -> dict[str, str]:
+        return {_shape(foreign): own for own, foreign in self.pairs.items()}
+
+
+class Names:
+    """The names of one base in one dialect.
+
+    Args:
+        table: of the base's family.
+        modules: the base's own names, where it is there to be walked: then only names that it has are given, and a
+            prefix that its family's table does not have, such as `language_model.`, is found.
+    """
+
+    def __init__(self, table: Table, modules: Iterable[str] | None = None) -> None:
+        self.table = table
+        self.walked: dict[str, list[str]] | None = None
+        if modules is not None:
+            self.walked = {}
+            for own in dict.fromkeys(modules):
+                foreign = self.there(own)
+                if foreign is not None:
+                    self.walked.setdefault(foreign, []).append(own)
+
+    def there(self, own: str) -> str | None:
+        """The foreign name of an own one, a prefix aside; None where there is none."""
+        return next(filter(None, (self.table.there(name) for name in without_prefix(own))), None)
+
+    def back(self, foreign: str) -> str:
+        """The own name of a foreign one.
+
+        Raises:
+            TargetNotFound: there is none, or more than one in the base.
+        """
+        if self.walked is None:
+            own = self.table.back(foreign)
+            if own is None:
+                cure = nearest(foreign, self.table.pairs.values()) or "Give the base with base="
+                raise TargetNotFound("a name that the table of this family does not have", where=foreign, cure=cure)
+            return own
+        found = self.walked.get(foreign, [])
+        if len(found) != 1:
+            why = f"{len(found)} places in the base are called so" + (f": {', '.join(found)}" if found else "")
+            cure = nearest(foreign, self.walked) or "Is this the base that the adapter was trained on?"
+            raise TargetNotFound(why, where=foreign, cure=cure)
+        return found[0]
+
+
+def without_prefix(name: str) -> Iterable[str]:
+    """The name, and what it is without what may stand before a language model's names."""
+    yield name
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            yield from without_prefix(rest)
+            if not rest.startswith("model."):
+                yield from without_prefix(f"model.{rest}")
+
+
+def modules_of(names: Iterable[str]) -> Iterable[str]:
+    """Stored tensors' names and those of their modules."""
+    for name in names:
+        yield name
+        module, _, leaf = name.rpartition(".")
+        if leaf in ("weight", "bias"):
+            yield module
+
+
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]{0,8})(?![^.])")
+_HOLE = re.compile(r"\{[a-z]\}")
+
+
+def _shape(template: str) -> str:
+    return _HOLE.sub("#", template)
+
+
+def _translate(name: str, table: Mapping[str, str]) -> str | None:
+    found = table.get(_NUMBER.sub("#", name))
+    if found is None:
+        return None
+    numbers = iter(_NUMBER.findall(name))
+    return _HOLE.sub(lambda _: next(numbers), found)

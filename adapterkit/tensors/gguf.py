@@ -1,0 +1,320 @@
+"""GGUF files: key-values and tensors, headers only until a tensor is fetched; every count and size is checked.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..errors import AdapterkitError, Malformed, Unsupported, storage_error
+from .atomic import replacing
+from .dtypes import DTYPES
+from .lazy import Lazy, Span, as_array, read_span
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAGIC = b"GGUF"
+ALIGNMENT = "general.alignment"
+BLOCK = 32
+"""Numbers that share one scale in Q8_0."""
+
+SCALARS = {
+    0: ("u8", "<B"), 1: ("i8", "<b"), 2: ("u16", "<H"), 3: ("i16", "<h"), 4: ("u32", "<I"), 5: ("i32", "<i"),
+    6: ("f32", "<f"), 7: ("bool", "<?"), 10: ("u64", "<Q"), 11: ("i64", "<q"), 12: ("f64", "<d"),
+}  # fmt: skip
+"""Number of a type of values -> its name here and its code in `struct`."""
+
+STRING, ARRAY = 8, 9
+_NUMBERS = {name: number for number, (name, _) in SCALARS.items()} | {"string": STRING}
+_NAMES = {number: name for name, number in _NUMBERS.items()}
+
+PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
+"""Number of a type of tensors -> element type."""
+
+Q8_0 = 8
+_TYPES = {name: number for number, name in PLAIN.items()} | {"Q8_0": Q8_0}
+
+MAX_HEADER = 256 << 20
+MAX_TENSORS = 1 << 20
+MAX_NAME = 1 << 16
+MAX_DEPTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value: `type` is a name such as `u32` or `string`; of an array `[type]`."""
+
+    type: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gguf:
+    """What a file holds.
+
+    Attributes:
+        values: key -> value, in the file's order.
+        tensors: name -> tensor in numpy's axis order, in the file's order; Q8_0 is given as F32.
+        types: name -> name of the type that the file has it in.
+        version: of the container.
+    """
+
+    values: Mapping[str, Value]
+    tensors: Mapping[str, Lazy]
+    types: Mapping[str, str]
+    version: int = 3
+
+
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins like one; no error is raised."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
+    """Reads a header.
+
+    Args:
+        path: the file.
+        tensors: whether to go on after the key-values.
+
+    Raises:
+        Malformed: something lies outside the file, or is larger than the file could hold.
+        Unsupported: another version or byte order, or tensors quantized in other ways than Q8_0.
+        StorageError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _read(_Reader(file, os.fspath(path), os.fstat(file.fileno()).st_size), tensors)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except AdapterkitError as error:
+        raise error.at(path=path) from None
+
+
+def write_gguf(
+    path: str | os.PathLike[str], values: Mapping[str, Value], tensors: Mapping[str, Lazy], types: Mapping[str, str]
+) -> None:
+    """Writes a file of version 3 atomically, one tensor in memory at a time; the bytes are those that gguf-py writes.
+
+    Args:
+        path: the file.
+        values: the key-values.
+        tensors: by name.
+        types: names of types that differ from the tensors' own: `Q8_0`.
+
+    Raises:
+        Unsupported: GGUF has no such element type.
+    """
+    alignment = _alignment(values)
+    head = bytearray(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(values)))
+    for key, value in values.items():
+        try:
+            head += _string(key) + _encoded(value)
+        except (KeyError, TypeError, AttributeError, struct.error):
+            raise Malformed(f"{value.value!r} is no {value.type}", where=key, cure="Correct the value") from None
+    offset = 0
+    for name, tensor in tensors.items():
+        number = _type_number(name, tensor, types)
+        shape = tensor.shape[::-1]
+        head += _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, offset)
+        offset += _up(_size(tensor.shape, number), alignment)
+    with replacing(Path(path)) as file:
+        file.write(bytes(head) + bytes(-len(head) % alignment))
+        for name, tensor in tensors.items():
+            data = tensor.fetch() if _type_number(name, tensor, types) != Q8_0 else quantized(as_array(tensor))
+            file.write(data)
+            file.write(bytes(-len(data) % alignment))
+
+
+def quantized(numbers: np.ndarray[Any, Any]) -> bytes:
+    """Q8_0: blocks of 32 numbers, each a float16 scale and 32 whole numbers."""
+    import numpy as np
+
+    blocks = np.ascontiguousarray(numbers, "<f4").reshape(-1, BLOCK)
+    scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    scaled = blocks * inverse
+    # Halves go away from zero, as C's roundf has it.
+    whole = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
+    return bytes(np.concatenate([scale.astype("<f2").view(np.uint8), whole.view(np.uint8)], axis=1).tobytes())
+
+
+def _dequantized(data: Any) -> bytes:
+    import numpy as np
+
+    blocks = np.frombuffer(data, np.uint8).reshape(-1, BLOCK + 2)
+    scale = blocks[:, :2].copy().view("<f2").astype("<f4")
+    return bytes((blocks[:, 2:].view(np.int8).astype("<f4") * scale).tobytes())
+
+
+class _Reader:
+    """A file that is read from the front, never beyond its end, never more than a header may take."""
+
+    def __init__(self, file: BinaryIO, path: str, size: int) -> None:
+        self.file, self.path, self.size, self.at = file, path, size, 0
+
+    def take(self, count: int, what: str) -> bytes:
+        if count > self.size - self.at:
+            why = f"{what} of {count} bytes, where {self.size - self.at} are left in the file"
+            raise self.damaged(why)
+        if self.at + count > MAX_HEADER:
+            raise self.damaged(f"a header of more than {MAX_HEADER} bytes")
+        data = self.file.read(count)
+        if len(data) != count:
+            raise self.damaged("the file ends too early")
+        self.at += count
+        return data
+
+    def number(self, code: str, what: str) -> Any:
+        return struct.unpack(code, self.take(struct.calcsize(code), what))[0]
+
+    def string(self, what: str, limit: int = MAX_HEADER) -> str:
+        length = self.number("<Q", what)
+        if length > limit:
+            raise self.damaged(f"{what} of {length} bytes")
+        try:
+            return self.take(length, what).decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.damaged(f"{what} that is not UTF-8") from None
+
+    def damaged(self, why: str) -> Malformed:
+        return Malformed(why, path=self.path, where=f"byte {self.at}", cure="Fetch or write the file again")
+
+
+def _read(reader: _Reader, tensors: bool) -> Gguf:
+    if reader.take(4, "a magic") != MAGIC:
+        raise reader.damaged("not a GGUF file")
+    version = reader.number("<I", "a version")
+    if version not in (2, 3):
+        swapped = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
+        raise Unsupported(f"GGUF, {swapped}", path=reader.path, cure="Write it little-endian, of version 3")
+    count, keys = reader.number("<Q", "a count"), reader.number("<Q", "a count")
+    if count > MAX_TENSORS or keys > MAX_TENSORS:
+        raise reader.damaged(f"{count} tensors and {keys} keys")
+    values: dict[str, Value] = {}
+    for _ in range(keys):
+        key = reader.string("a key", MAX_NAME)
+        if key in values:
+            raise reader.damaged(f"the key {key!r} twice")
+        values[key] = _value(reader, reader.number("<I", "a type"), key)
+    return _with_tensors(reader, values, count if tensors else 0, version)
+
+
+def _value(reader: _Reader, number: int, key: str, depth: int = 0) -> Value:
+    if number in SCALARS:
+        name, code = SCALARS[number]
+        return Value(name, reader.number(code, f"the value of {key!r}"))
+    if number == STRING:
+        return Value("string", reader.string(f"the value of {key!r}"))
+    if number != ARRAY or depth == MAX_DEPTH:
+        raise reader.damaged(f"{key!r} is of a type {number} that GGUF does not have")
+    inner, length = reader.number("<I", "a type"), reader.number("<Q", "a length")
+    if inner in SCALARS:
+        name, code = SCALARS[inner]
+        size = struct.calcsize(code)
+        data = reader.take(length * size, f"an array at {key!r}")
+        return Value(f"[{name}]", list(struct.unpack(f"<{length}{code[1]}", data)))
+    if length * 8 > reader.size - reader.at:
+        raise reader.damaged(f"an array of {length} at {key!r}, more than the file could hold")
+    return Value(
+        f"[{_NAMES.get(inner, 'array')}]", [_value(reader, inner, key, depth + 1).value for _ in range(length)]
+    )
+
+
+def _with_tensors(reader: _Reader, values: dict[str, Value], count: int, version: int) -> Gguf:
+    alignment = _alignment(values)
+    found: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    for _ in range(count):
+        name = reader.string("a name", MAX_NAME)
+        if name in found:
+            raise reader.damaged(f"the tensor {name!r} twice")
+        axes = reader.number("<I", "a count of axes")
+        if axes > 8:
+            raise reader.damaged(f"a tensor of {axes} axes")
+        sizes = struct.unpack(f"<{axes}Q", reader.take(8 * axes, "a shape"))
+        number, offset = reader.number("<I", "a type"), reader.number("<Q", "an offset")
+        found[name] = (sizes[::-1], number, offset)
+    start = _up(reader.at, alignment)
+    tensors = {name: _tensor(reader, name, start, alignment, *found[name]) for name in found}
+    _check_apart(reader, found)
+    types = {name: PLAIN.get(number, "Q8_0") for name, (_, number, _) in found.items()}
+    return Gguf(values, tensors, types, version)
+
+
+def _tensor(
+    reader: _Reader, name: str, start: int, alignment: int, shape: tuple[int, ...], number: int, offset: int
+) -> Lazy:
+    if number not in PLAIN and number != Q8_0:
+        why, cure = f"a tensor of GGUF's type {number}", "Write the adapter in F32, F16, BF16 or Q8_0"
+        raise Unsupported(why, path=reader.path, where=name, cure=cure)
+    if number == Q8_0 and (not shape or shape[-1] % BLOCK):
+        raise reader.damaged(f"rows of {name!r} are no whole blocks of {BLOCK}")
+    size = _size(shape, number)
+    if offset % alignment or start + offset + size > reader.size:
+        raise reader.damaged(f"{name!r} of {size} bytes at {offset} is not aligned, or lies beyond the end")
+    span = Span(reader.path, start + offset, size)
+    if number == Q8_0:
+        return Lazy(shape, DTYPES["F32"], lambda: _dequantized(read_span(span)))
+    return Lazy(shape, DTYPES[PLAIN[number]], partial(read_span, span), span)
+
+
+def _check_apart(reader: _Reader, found: Mapping[str, tuple[tuple[int, ...], int, int]]) -> None:
+    end = 0
+    for name, (shape, number, offset) in sorted(found.items(), key=lambda item: item[1][2]):
+        if offset < end:
+            raise reader.damaged(f"{name!r} lies over another tensor")
+        end = offset + _size(shape, number)
+
+
+def _size(shape: Sequence[int], number: int) -> int:
+    count = math.prod(shape)
+    return count // BLOCK * (BLOCK + 2) if number == Q8_0 else count * DTYPES[PLAIN[number]].itemsize
+
+
+def _type_number(name: str, tensor: Lazy, types: Mapping[str, str]) -> int:
+    kind = types.get(name, tensor.dtype.name)
+    if kind not in _TYPES:
+        raise Unsupported(f"GGUF has no element type {kind}", where=name, cure="Convert the adapter to F32 first")
+    return _TYPES[kind]
+
+
+def _alignment(values: Mapping[str, Value]) -> int:
+    alignment = values[ALIGNMENT].value if ALIGNMENT in values else 32
+    if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment % 8:
+        raise Malformed(f"{alignment!r} is no alignment", where=ALIGNMENT, cure="Fetch or write the file again")
+    return alignment
+
+
+def _up(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _encoded(value: Value) -> bytes:
+    if not value.type.startswith("["):
+        return struct.pack("<I", _NUMBERS[value.type]) + _plain(value.type, value.value)
+    inner = value.type[1:-1]
+    head = struct.pack("<IIQ", ARRAY, _NUMBERS[inner], len(value.value))
+    return head + b"".join(_plain(inner, item) for item in value.value)
+
+
+def _plain(kind: str, value: Any) -> bytes:
+    return _string(value) if kind == "string" else struct.pack(SCALARS[_NUMBERS[kind]][1], value)

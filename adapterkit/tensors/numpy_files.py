@@ -1,0 +1,157 @@
+"""`.npy` and `.npz` files, headers first; nothing is unpickled, every size is checked.
+
+Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from ..errors import Malformed, Unsupported, storage_error
+from .atomic import replacing
+from .dtypes import DTYPES, DType
+from .lazy import Lazy, Span, read_span
+
+MAGIC = b"\x93NUMPY"
+MAX_HEADER = 1 << 16
+MAX_MEMBERS = 1 << 17
+MAX_MEMBER = 8 << 30
+
+BY_NUMPY: dict[str, DType] = {}
+for _dtype in DTYPES.values():
+    if _dtype.numpy[1] != "u" or not _dtype.floating:
+        BY_NUMPY.setdefault(_dtype.numpy, _dtype)
+BY_NUMPY["|V2"] = DTYPES["BF16"]
+"""What numpy calls an element type; two bytes without a meaning are how TensorRT-LLM saves bfloat16."""
+
+_DESCR = {dtype.name: descr for descr, dtype in BY_NUMPY.items()}
+
+
+def is_npy(path: Path) -> bool:
+    """Whether a file begins like one; no error is raised."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(6) == MAGIC
+    except OSError:
+        return False
+
+
+def read_npy(path: Path) -> Lazy:
+    """The array in a file.
+
+    Raises:
+        Malformed: it is no such file, or is not as long as its header says.
+        Unsupported: objects, records, big-endian numbers or Fortran's order.
+        StorageError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            shape, dtype, start = _header(file, str(path))
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise storage_error(error, path) from error
+    span = Span(os.fspath(path), start, math.prod(shape) * dtype.itemsize)
+    if start + span.nbytes != size:
+        raise _damaged(str(path), f"{size - start} bytes for {list(shape)} of {dtype}")
+    return Lazy(shape, dtype, partial(read_span, span), span)
+
+
+def write_npy(path: Path, tensor: Lazy) -> None:
+    """Writes an array atomically, the bytes that numpy writes."""
+    with replacing(path) as file:
+        file.write(_head(tensor))
+        file.write(tensor.fetch())
+
+
+def read_npz(path: Path) -> dict[str, Lazy]:
+    """The arrays in an archive, by name; each is read when it is fetched.
+
+    Raises:
+        Malformed, Unsupported, StorageError: as for `read_npy`; entries of other kinds are refused.
+    """
+    tensors: dict[str, Lazy] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if name == info.filename or name in tensors or len(tensors) >= MAX_MEMBERS:
+                    raise _damaged(str(path), "no array, or one of that name before", info.filename)
+                tensors[name] = _member(archive, info, path)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error) as error:
+        raise _damaged(str(path), f"no archive of arrays ({str(error)[:80]})") from None
+    except OSError as error:
+        raise storage_error(error, path) from error
+    return tensors
+
+
+def write_npz(path: Path, tensors: Mapping[str, Lazy]) -> None:
+    """Writes an archive atomically, as `numpy.savez` does, one array in memory at a time."""
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, tensor in tensors.items():
+            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            with archive.open(entry, "w", force_zip64=True) as member:
+                member.write(_head(tensor))
+                member.write(tensor.fetch())
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy:
+    if info.file_size > MAX_MEMBER:
+        raise _damaged(str(path), f"an array of {info.file_size} bytes", info.filename)
+    with archive.open(info) as file:
+        shape, dtype, start = _header(file, str(path))
+    size = math.prod(shape) * dtype.itemsize
+    if start + size != info.file_size:
+        raise _damaged(str(path), f"{info.file_size - start} bytes for {list(shape)} of {dtype}", info.filename)
+
+    def fetch() -> bytes:
+        try:
+            with zipfile.ZipFile(path) as again, again.open(info.filename) as file:
+                file.read(start)
+                return file.read(size)
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise _damaged(str(path), str(error)[:80], info.filename) from None
+
+    return Lazy(shape, dtype, fetch)
+
+
+def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DType, int]:
+    head = file.read(8)
+    if len(head) < 8 or head[:6] != MAGIC or head[6] not in (1, 2, 3):
+        raise _damaged(path, "not an array of numpy's")
+    wide = head[6] > 1
+    length = file.read(4 if wide else 2)
+    count = struct.unpack("<I" if wide else "<H", length)[0] if len(length) == (4 if wide else 2) else MAX_HEADER + 1
+    if count > MAX_HEADER:
+        raise _damaged(path, f"a header of {count} bytes")
+    try:
+        fields = ast.literal_eval(file.read(count).decode("utf-8").strip())
+        shape, descr, fortran = fields["shape"], fields["descr"], fields["fortran_order"]
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
+        raise _damaged(path, "a header that is none") from None
+    if not isinstance(shape, tuple) or len(shape) > 32 or any(type(n) is not int or n < 0 for n in shape):
+        raise _damaged(path, f"the shape {str(shape)[:80]}")
+    if not isinstance(descr, str) or descr not in BY_NUMPY or fortran:
+        why, cure = f"an array of {str(descr)[:80]}{' in Fortran order' if fortran else ''}", "Save plain numbers"
+        raise Unsupported(why, path=path, where="header", cure=cure)
+    return shape, BY_NUMPY[descr], len(head) + len(length) + count
+
+
+def _head(tensor: Lazy) -> bytes:
+    descr = _DESCR.get(tensor.dtype.name)
+    if descr is None:
+        raise Unsupported(f"numpy has no element type {tensor.dtype}", cure="Convert the adapter to F32 first")
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tensor.shape!r}, }}"
+    room = -(len(text) + 11) % 64
+    return MAGIC + b"\1\0" + struct.pack("<H", len(text) + room + 1) + text.encode() + b" " * room + b"\n"
+
+
+def _damaged(path: str, why: str, where: str = "header") -> Malformed:
+    return Malformed(why, path=path, where=where, cure="Fetch or write the file again")

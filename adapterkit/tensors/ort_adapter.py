@@ -1,0 +1,258 @@
+"""`.onnx_adapter` files of onnxruntime: a flatbuffer of named tensors; every offset and size is checked.
+
+Format: onnxruntime/lora/adapter_format/adapter_schema.fbs, version 1.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import Malformed, Unsupported, storage_error
+from .atomic import replacing
+from .dtypes import DTYPES
+from .lazy import Lazy, Span, read_span
+
+MARK = b"TORT"
+VERSION = 1
+
+TYPES = {
+    1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32",
+    13: "U64", 16: "BF16", 17: "F8_E4M3", 18: "F8_E4M3FNUZ", 19: "F8_E5M2", 20: "F8_E5M2FNUZ",
+}  # fmt: skip
+"""Number of ONNX's element types -> ours."""
+
+_NUMBERS = {name: number for number, name in TYPES.items()}
+
+MAX_PARAMETERS = 1 << 20
+MAX_AXES = 32
+ALIGNMENT = 16
+LARGEST = (1 << 31) - 1
+"""Bytes of a flatbuffer, whose offsets are of 31 bits."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OrtAdapter:
+    """What a file holds: tensors by name in the file's order, and two versions that are the user's own."""
+
+    tensors: Mapping[str, Lazy]
+    adapter_version: int = 1
+    model_version: int = 1
+
+
+def is_ort_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a file has the mark; no error is raised."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(8)[4:] == MARK
+    except OSError:
+        return False
+
+
+def read_ort_adapter(path: str | os.PathLike[str]) -> OrtAdapter:
+    """Reads everything but the tensors' numbers.
+
+    Raises:
+        Malformed: an offset or a size leaves the file, or a tensor's bytes are not those of its shape.
+        Unsupported: another version, or text for numbers.
+        StorageError: the file cannot be read.
+    """
+    buffer = _Buffer(os.fspath(path))
+    try:
+        if buffer.bytes(4, 4) != MARK:
+            raise buffer.damaged("not an adapter of onnxruntime", 4)
+        root = buffer.table(buffer.forward(0))
+        version = buffer.integer(root, 0)
+        if version != VERSION:
+            why = f"format_version {version}"
+            raise Unsupported(why, path=path, where="format_version", cure="Write it with onnxruntime 1.20 or newer")
+        tensors: dict[str, Lazy] = {}
+        for table in buffer.tables(root, 3):
+            name = buffer.text(table, 0)
+            if not name or name in tensors:
+                raise buffer.damaged(f"the name {name!r} is empty, or there twice", table.at)
+            tensors[name] = _tensor(buffer, table, name)
+        return OrtAdapter(tensors, buffer.integer(root, 1), buffer.integer(root, 2))
+    finally:
+        buffer.close()
+
+
+def write_ort_adapter(path: str | os.PathLike[str], adapter: OrtAdapter) -> None:
+    """Writes a file atomically, one tensor in memory at a time.
+
+    Raises:
+        Unsupported: an element type that ONNX lacks, or more bytes than a flatbuffer can have.
+    """
+    plan = _Plan(adapter)
+    with replacing(Path(path)) as file:
+        at = 0
+        for start, data in plan.pieces():
+            file.write(bytes(start - at))
+            file.write(data)
+            at = start + len(data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table: where it starts, and where its fields are, relative to that; 0 for absent ones."""
+
+    at: int
+    fields: tuple[int, ...]
+
+
+class _Buffer:
+    """Bytes of a file by their offset, never beyond its end."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self.file = open(path, "rb")  # noqa: SIM115 - closed by `close`
+            self.size = os.fstat(self.file.fileno()).st_size
+        except OSError as error:
+            raise storage_error(error, path) from error
+
+    def close(self) -> None:
+        self.file.close()
+
+    def damaged(self, why: str, at: int) -> Malformed:
+        return Malformed(why, path=self.path, where=f"byte {at}", cure="Fetch or write the file again")
+
+    def bytes(self, at: int, count: int) -> bytes:
+        if at < 0 or count < 0 or at + count > self.size:
+            raise self.damaged(f"{count} bytes there leave the file of {self.size}", at)
+        self.file.seek(at)
+        return self.file.read(count)
+
+    def number(self, code: str, at: int) -> int:
+        return int(struct.unpack(code, self.bytes(at, struct.calcsize(code)))[0])
+
+    def forward(self, at: int) -> int:
+        offset = self.number("<I", at)
+        if offset < 4 or at + offset >= self.size:
+            raise self.damaged(f"an offset of {offset} leaves the file of {self.size}", at)
+        return at + offset
+
+    def table(self, at: int) -> _Table:
+        where = at - self.number("<i", at)
+        size = self.number("<H", where)
+        if size < 4 or size % 2 or size > 64:
+            raise self.damaged(f"a table of {size} bytes of fields", where)
+        inside = self.number("<H", where + 2)
+        fields = struct.unpack(f"<{size // 2 - 2}H", self.bytes(where + 4, size - 4))
+        if any(field and field + 4 > inside for field in fields):
+            raise self.damaged("a field outside its table", where)
+        return _Table(at, fields)
+
+    def field(self, table: _Table, index: int) -> int | None:
+        offset = table.fields[index] if index < len(table.fields) else 0
+        return table.at + offset if offset else None
+
+    def integer(self, table: _Table, index: int) -> int:
+        at = self.field(table, index)
+        return 0 if at is None else self.number("<i", at)
+
+    def vector(self, table: _Table, index: int, itemsize: int, limit: int) -> tuple[int, int]:
+        """Where a vector's items start, and how many there are."""
+        field = self.field(table, index)
+        if field is None:
+            return 0, 0
+        at = self.forward(field)
+        count = self.number("<I", at)
+        if count > limit or at + 4 + count * itemsize > self.size:
+            raise self.damaged(f"a vector of {count} leaves the file of {self.size}, or is too long", at)
+        return at + 4, count
+
+    def text(self, table: _Table, index: int) -> str:
+        at, count = self.vector(table, index, 1, 1 << 16)
+        try:
+            return self.bytes(at, count).decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.damaged("a name that is not UTF-8", at) from None
+
+    def tables(self, table: _Table, index: int) -> Iterator[_Table]:
+        at, count = self.vector(table, index, 4, MAX_PARAMETERS)
+        for item in range(count):
+            yield self.table(self.forward(at + 4 * item))
+
+
+def _tensor(buffer: _Buffer, table: _Table, name: str) -> Lazy:
+    at, axes = buffer.vector(table, 1, 8, MAX_AXES)
+    shape = struct.unpack(f"<{axes}q", buffer.bytes(at, 8 * axes)) if axes else ()
+    number = buffer.integer(table, 2)
+    if number not in TYPES:
+        cure = "Write it with numbers of another type"
+        raise Unsupported(f"ONNX's element type {number}", path=buffer.path, where=name, cure=cure)
+    dtype = DTYPES[TYPES[number]]
+    start, count = buffer.vector(table, 3, 1, LARGEST)
+    if any(size < 0 for size in shape) or count != math.prod(shape) * dtype.itemsize:
+        raise buffer.damaged(f"{name!r} has {count} bytes for {list(shape)} of {dtype}", table.at)
+    span = Span(buffer.path, start, count)
+    return Lazy(shape, dtype, partial(read_span, span), span)
+
+
+class _Plan:
+    """Where everything of a file goes: all offsets point forward, tables first, numbers last."""
+
+    def __init__(self, adapter: OrtAdapter) -> None:
+        self.adapter, self.at = adapter, 8
+        self.heads: list[tuple[int, bytes]] = []
+        self.numbers: list[tuple[int, Lazy]] = []
+        count = len(adapter.tensors)
+        vtable = self._place(12, 2)
+        root = self._place(20, 4)
+        vector = self._place(4 + 4 * count, 4)
+        fields = self._place(12, 2)
+        tables = [self._place(20, 4) for _ in range(count)]
+        self.heads += [
+            (0, struct.pack("<I4s", root, MARK)),
+            (vtable, struct.pack("<6H", 12, 20, 4, 8, 12, 16)),
+            (root, struct.pack("<4iI", root - vtable, VERSION, adapter.adapter_version, adapter.model_version,
+                               vector - root - 16)),
+            (fields, struct.pack("<6H", 12, 20, 4, 8, 12, 16)),
+            (vector, struct.pack(f"<I{count}I", count, *(t - vector - 4 - 4 * i for i, t in enumerate(tables)))),
+        ]  # fmt: skip
+        for table, (name, tensor) in zip(tables, adapter.tensors.items(), strict=True):
+            self._parameter(table, fields, name, tensor)
+
+    def _place(self, size: int, alignment: int, before: int = 0) -> int:
+        """Room for `size` bytes, the one behind the first `before` of them aligned."""
+        start = -(-(self.at + before) // alignment) * alignment - before
+        self.at = start + size
+        if self.at > LARGEST:
+            why = f"more than {LARGEST} bytes, which a flatbuffer cannot have"
+            raise Unsupported(why, cure="Write adapterkit's own format, or split the adapter")
+        return start
+
+    def _parameter(self, table: int, fields: int, name: str, tensor: Lazy) -> None:
+        if tensor.dtype.name not in _NUMBERS:
+            raise Unsupported(f"ONNX has no element type {tensor.dtype}", where=name, cure="Convert it to F32 first")
+        text, axes = name.encode(), len(tensor.shape)
+        at = self._place(4 + len(text) + 1, 4)
+        dims = self._place(4 + 8 * axes, 8, 4)
+        data = self._place(4 + tensor.nbytes, ALIGNMENT, 4)
+        number = _NUMBERS[tensor.dtype.name]
+        self.heads += [
+            (table, struct.pack("<iIIiI", table - fields, at - table - 4, dims - table - 8, number, data - table - 16)),
+            (at, struct.pack("<I", len(text)) + text + b"\0"),
+            (dims, struct.pack(f"<I{axes}q", axes, *tensor.shape)),
+            (data, struct.pack("<I", tensor.nbytes)),
+        ]
+        self.numbers.append((data + 4, tensor))
+
+    def pieces(self) -> Iterator[tuple[int, Any]]:
+        """What is written, front to back; a tensor is fetched when its turn comes."""
+        order: list[tuple[int, int, Any]] = [(at, len(data), data) for at, data in self.heads]
+        order += [(at, tensor.nbytes, tensor) for at, tensor in self.numbers]
+        order.sort(key=lambda piece: piece[:2])
+        for at, _, piece in order:
+            data = piece.fetch() if isinstance(piece, Lazy) else piece
+            if isinstance(piece, Lazy) and len(data) != piece.nbytes:
+                why = f"{len(data)} bytes where {piece.nbytes} were promised"
+                raise Malformed(why, where=f"byte {at}", cure="The source changed while being read; run again")
+            yield at, data

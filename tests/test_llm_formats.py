@@ -1,0 +1,382 @@
+"""Formats of language models: from each into each, what they cannot say, and what their own readers make of it."""
+
+import json
+import tarfile
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from llm_adapters import BASE, FILES, SHAPES, VECTORS, content, deltas, llama, lora, merged, place, write_base
+
+import adapterkit as ak
+from adapterkit.adapter import Target
+from adapterkit.errors import Unrepresentable, Unsupported, UsageError
+from adapterkit.formats import FORMATS
+from adapterkit.methods.dora import DoRA
+from adapterkit.methods.replacement import Replacement
+from adapterkit.tensors.lazy import as_lazy, from_numpy
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def same(one, other, tolerance=0.0):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert np.abs(value - other[key]).max() <= tolerance * np.abs(value).max()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_is_detected_as_itself_and_nothing_else(name, tmp_path):
+    adapter = with_head(llama()) if name == "tinker" else llama()
+    path = place(tmp_path, name)
+    ak.write(adapter, path, name, BASE, "fold")
+    assert [known for known in FORMATS if FORMATS[known]().sniff(path)] == [name]
+
+
+def with_head(adapter):
+    """Only Tinker calls the head as it does."""
+    return adapter.replace(updates={**adapter.updates, Target("lm_head"): (lora(12, 16, seed=50),)})
+
+
+@pytest.mark.parametrize(("first", "second"), [*permutations([*FILES, "peft", "adapterkit"], 2)])
+def test_from_each_into_each(first, second, tmp_path, request):
+    expected = deltas(llama())
+    path = request.getfixturevalue("written")[first]
+    out = tmp_path / FILES.get(second, "out")
+    ak.write(ak.read(path, first, BASE), out, second, BASE, "fold")
+    same(expected, deltas(ak.read(out, second, BASE)))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """One adapter in every format, its scaling a power of two."""
+    folder = tmp_path_factory.mktemp("written")
+    paths = {name: place(folder, name) for name in FILES} | {"peft": folder / "p", "adapterkit": folder / "n"}
+    for name, path in paths.items():
+        ak.write(llama(), path, name, BASE, "fold")
+    return paths
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_native_and_back_gives_the_same_bytes(name, tmp_path):
+    path, again = place(tmp_path / "one", name), place(tmp_path / "two", name)
+    ak.write(llama(dtype="f2"), path, name, BASE, "fold")
+    read = ak.read(path, name, BASE)
+    ak.write(read, tmp_path / "native")
+    ak.write(ak.read(tmp_path / "native"), again, name)
+    assert content(again) == content(path)
+    assert {as_lazy(leaf).dtype.name for _, u in read for leaf in u.tensors.values()} == {"F16"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_scalings_and_ranks_that_differ_are_folded_or_refused(name, tmp_path):
+    found = {
+        **llama(layers=(0,), names=QKV[1:]).updates,
+        Target("model.layers.0.mlp.down_proj"): (lora(16, 24, 4, 0.3),),
+    }
+    found |= llama(layers=(1,), names=QKV, scaling=0.3).updates
+    adapter, path = ak.Adapter(found), place(tmp_path, name)
+    if name != "onnx_adapter":
+        with pytest.raises(Unrepresentable, match="on_loss='fold'"):
+            ak.write(adapter, path, name, BASE)
+        assert not content(path)
+    lines = ak.write(adapter, path, name, BASE, "fold")
+    assert name == "onnx_adapter" or any("folded" in line for line in lines)
+    read = {key: value for key, value in deltas(ak.read(path, name, BASE)).items() if value.any()}
+    same(deltas(adapter), read, 3e-7)
+
+
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"onnx_adapter"}))
+def test_other_methods_are_refused_by_name_or_dropped(name, tmp_path):
+    other = {Target("model.norm"): (Replacement(weight=from_numpy(np.ones(16, "f4"))),)}
+    adapter, path = ak.Adapter({**llama().updates, **other}), place(tmp_path, name)
+    with pytest.raises(Unrepresentable, match=r"model\.norm: replacement"):
+        ak.write(adapter, path, name, BASE, "fold")
+    assert not content(path)
+    baked = ak.Adapter({t: tuple(u.replace(scaling=1.0) for u in us) for t, us in llama().updates.items()} | other)
+    lines = ak.write(baked, path, name, BASE, "drop")
+    assert any(line.startswith("left out model.norm") for line in lines)
+    assert len(deltas(ak.read(path, name, BASE))) == 14
+
+
+@pytest.mark.parametrize("name", ["gguf", "megatron", "torchtune"])
+def test_heads_are_needed_where_they_decide(name, tmp_path):
+    path = place(tmp_path, name)
+    ak.write(shared_a(), path, name, BASE)
+    with pytest.raises(UsageError, match="heads"):
+        ak.read(path, name)
+    with pytest.raises(UsageError, match="base"):
+        ak.write(shared_a(), place(tmp_path / "b", name), name)
+    assert not content(place(tmp_path / "b", name))
+
+
+def shared_a():
+    """q, k and v of both layers with one A each, as a fused weight has them."""
+    found = {}
+    for layer in (0, 1):
+        first = lora(16, 16, seed=layer)
+        for seed, name in enumerate(QKV):
+            found[Target(f"model.layers.{layer}.{name}")] = (lora(*SHAPES[name], seed=10 + seed).replace(A=first.A),)
+    return ak.Adapter(found)
+
+
+@pytest.mark.parametrize("name", ["megatron", "nemo"])
+def test_one_a_is_fused_by_groups_and_three_are_canonical(name, tmp_path):
+    fused, canonical = place(tmp_path / "f", name), place(tmp_path / "c", name)
+    ak.write(shared_a(), fused, name, BASE)
+    ak.write(llama(names=QKV), canonical, name, BASE)
+    one, other = ak.read(fused, name, BASE), ak.read(canonical, name, BASE)
+    same(deltas(shared_a()), deltas(one))
+    same(deltas(llama(names=QKV)), deltas(other))
+    assert one.foreign.data["fused"]
+    assert not other.foreign.data["fused"]
+    if name == "megatron":
+        rows = as_lazy(ak.tensors.safetensors.read(fused)[f"decoder.layers.0.{FUSED}"]).numpy()
+        assert np.array_equal(rows, by_hand(shared_a(), 0))
+
+
+FUSED = "self_attention.linear_qkv.adapter.linear_out.weight"
+
+
+def by_hand(adapter, layer):
+    """Rows of q, k and v: for each of two groups two heads that ask, one key, one value, of four rows each."""
+    q, k, v = (as_lazy(adapter.updates[Target(f"model.layers.{layer}.{n}")][0].B).numpy() for n in QKV)
+    return np.concatenate([q[0:8], k[0:4], v[0:4], q[8:16], k[4:8], v[4:8]])
+
+
+def test_nemos_archive_holds_its_config_and_tensors(tmp_path):
+    path = place(tmp_path, "nemo")
+    ak.write(shared_a(), path, "nemo", BASE)
+    with tarfile.open(path) as archive:
+        config = yaml.safe_load(archive.extractfile("./model_config.yaml"))
+        archive.extract("./model_weights.ckpt", tmp_path, filter="data")
+    assert config["peft"]["lora_tuning"] | {"adapter_dim": 2, "alpha": 4} == config["peft"]["lora_tuning"]
+    state = torch.load(tmp_path / "model_weights.ckpt", weights_only=True)
+    assert all(".adapter_layer.lora_kqv_adapter.linear_" in key for key in state)
+
+
+def test_onnxruntime_reads_what_is_written_and_the_other_way_round(tmp_path):
+    import onnxruntime
+
+    ak.write(llama(dtype="f2"), tmp_path / "a.onnx_adapter", "onnx_adapter")
+    read = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "a.onnx_adapter")).get_parameters()
+    ours = {f"{t.path}.{field}": as_lazy(leaf) for t, u in llama(dtype="f2") for field, leaf in u.tensors.items()}
+    assert read.keys() == ours.keys()
+    assert all(np.array_equal(value.numpy(), ours[name].numpy()) for name, value in read.items())
+    theirs = onnxruntime.AdapterFormat()
+    theirs.set_adapter_version(7)
+    theirs.set_model_version(3)
+    theirs.set_parameters(read)
+    theirs.export_adapter(str(tmp_path / "b.onnx_adapter"))
+    (tmp_path / "b.onnx_adapter.json").write_bytes((tmp_path / "a.onnx_adapter.json").read_bytes())
+    adapter = ak.read(tmp_path / "b.onnx_adapter")
+    assert adapter.digest() == llama(dtype="f2").digest()
+    ak.write(adapter, tmp_path / "c.onnx_adapter", "onnx_adapter")
+    again = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "c.onnx_adapter"))
+    assert (again.get_adapter_version(), again.get_model_version()) == (7, 3)
+
+
+def test_onnx_adapter_says_every_method(tmp_path):
+    seen = set()
+    for vector in sorted((VECTORS / "methods").glob("*.adapter.safetensors")):
+        adapter = ak.read(vector)
+        if any(as_lazy(leaf).dtype.name.startswith("C") for _, u in adapter for leaf in u.tensors.values()):
+            continue
+        ak.write(adapter, tmp_path / "a.onnx_adapter", "onnx_adapter")
+        assert ak.read(tmp_path / "a.onnx_adapter").digest() == adapter.digest()
+        seen |= {update.method for _, update in adapter}
+    assert len(seen) > 20
+
+
+@pytest.mark.parametrize("end", ["onnx_adapter", "npz", "safetensors"])
+def test_olives_factors_are_turned_and_hold_the_scaling(end, tmp_path):
+    path = tmp_path / f"a.{end}"
+    ak.write(llama(), path, "olive", on_loss="fold")
+    same(deltas(llama()), deltas(ak.read(path, "olive")))
+    if end == "npz":
+        stored, own = np.load(path), llama().updates[Target("model.layers.0.mlp.down_proj")][0]
+        assert np.array_equal(stored["model.layers.0.mlp.down_proj.lora_A.weight"], as_lazy(own.A).numpy().T)
+        assert np.array_equal(stored["model.layers.0.mlp.down_proj.lora_B.weight"], 2 * as_lazy(own.B).numpy().T)
+        assert ak.detect(path) == "olive"
+
+
+def test_tensorrt_llms_arrays_are_those_of_its_script(tmp_path):
+    found = llama(layers=(1,), names=("self_attn.q_proj", "mlp.up_proj", "mlp.gate_proj"))
+    ak.write(found, tmp_path, "tensorrt_llm", on_loss="fold")
+    weights, config = np.load(tmp_path / "model.lora_weights.npy"), np.load(tmp_path / "model.lora_config.npy")
+    assert config.tolist() == [[[1, 1, 2], [7, 1, 2], [5, 1, 2]]]
+    assert (weights.shape, config.dtype) == ((1, 3, 2 * 16 + 24 * 2), np.int32)
+    for row, (_, update) in zip(weights[0], found, strict=True):
+        flat = np.concatenate([as_lazy(update.A).numpy().ravel(), 2 * as_lazy(update.B).numpy().ravel()])
+        assert np.array_equal(row, np.pad(flat, (0, 80 - len(flat))))
+
+
+def test_tensorrt_llm_has_a_fused_gate_and_up_the_other_way_round(tmp_path):
+    base = write_base(tmp_path / "base", {}, {"model.layers.0.mlp.gate_up_proj.weight": (8, 6)})
+    adapter = ak.Adapter({Target("model.layers.0.mlp.gate_up_proj"): (lora(8, 6, scaling=1.0),)})
+    ak.write(adapter, tmp_path / "out", "tensorrt_llm")
+    B = as_lazy(adapter.updates[Target("model.layers.0.mlp.gate_up_proj")][0].B).numpy()
+    row = np.load(tmp_path / "out" / "model.lora_weights.npy")[0, 0]
+    assert np.array_equal(row[12:].reshape(8, 2), np.concatenate([B[4:], B[:4]]))
+    same(deltas(adapter), deltas(ak.read(tmp_path / "out", base=base)))
+
+
+MOE = {
+    "mixtral": ("block_sparse_moe", ("w1", "w2", "w3"), {"num_local_experts": 3}),
+    "qwen3_moe": ("mlp", ("gate_proj", "down_proj", "up_proj"), {"num_experts": 3}),
+}
+
+
+def experts(model, count=3, ranks=(2, 3, 2)):
+    block, names, _ = MOE[model]
+    found = {}
+    for number, name in enumerate(names):
+        for e in range(count):
+            path = f"model.layers.0.{block}.experts.{e}.{name}"
+            found[Target(path)] = (lora(6, 8, ranks[e], 2.0 / ranks[e], seed=10 * number + e),)
+    return ak.Adapter(found)
+
+
+def moe_base(folder, model, prefix=""):
+    config = {"model_type": model, "num_attention_heads": 2, "hidden_size": 8, **MOE[model][2]}
+    return write_base(folder, config, {f"{prefix}{t.path}.weight": (6, 8) for t, _ in experts(model)})
+
+
+@pytest.mark.parametrize("model", MOE)
+@pytest.mark.parametrize("name", ["gguf", "mlx"])
+def test_experts_are_stacked_and_taken_apart(name, model, tmp_path):
+    base, path = moe_base(tmp_path / "base", model), place(tmp_path, name)
+    ak.write(experts(model), path, name, base, "fold")
+    read = ak.read(path, base=base)
+    same(deltas(experts(model)), deltas(read), 3e-7)
+    if name == "mlx":
+        held = ak.tensors.safetensors.read(path / "adapters.safetensors")
+        assert {leaf.shape for leaf in held.values()} == {(3, 3, 8), (3, 6, 3)}
+        assert all(".switch_mlp." in key for key in held)
+    with pytest.raises(Unrepresentable, match="expert"):
+        ak.write(
+            ak.Adapter(dict(list(experts(model).updates.items())[1:])), place(tmp_path / "b", name), name, base, "fold"
+        )
+
+
+def test_tinkers_experts_share_a_factor(tmp_path):
+    adapter = experts("qwen3_moe", ranks=(2, 2, 2))
+    first = next(iter(adapter))[1].A
+    found = {t: tuple(u.replace(A=first) for u in us) if "gate" in t.path else us for t, us in adapter.updates.items()}
+    ak.write(with_head(ak.Adapter(found)), tmp_path / "t", "tinker", on_loss="fold")
+    held = ak.tensors.safetensors.read(tmp_path / "t" / "adapter_model.safetensors")
+    assert held["base_model.model.model.layers.0.mlp.experts.w1.lora_A.weight"].shape == (1, 2, 8)
+    assert held["base_model.model.model.layers.0.mlp.experts.w1.lora_B.weight"].shape == (3, 6, 2)
+    assert "base_model.model.model.unembed_tokens.lora_A.weight" in held
+    read = ak.read(tmp_path / "t")
+    same(deltas(with_head(ak.Adapter(found))), deltas(read))
+    assert len({id(u.A) for t, u in read if "gate" in t.path}) == 1
+
+
+@pytest.mark.parametrize("name", ["gguf", "megatron", "mlx", "tinker", "torchtune"])
+def test_a_prefix_of_the_base_is_found_by_walking_it(name, tmp_path):
+    shapes = {f"language_model.model.layers.{n}.{m}.weight": s for n in (0, 1) for m, s in SHAPES.items()}
+    config = json.loads((BASE / "config.json").read_text())
+    base, path = (
+        write_base(tmp_path / "base", {"text_config": config, "model_type": "llama"}, shapes),
+        place(tmp_path, name),
+    )
+    ak.write(llama(), path, name, BASE, "fold")
+    wanted = {f"language_model.{key}": value for key, value in deltas(llama()).items()}
+    same(wanted, deltas(ak.read(path, name, base)))
+
+
+@pytest.mark.parametrize("name", ["mlx", "torchtune"])
+def test_dora_goes_there_and_back_with_its_magnitude(name, tmp_path):
+    rng = np.random.default_rng(5)
+    found = {
+        t: (DoRA(A=u.A, B=u.B, scaling=2.0, magnitude=from_numpy(rng.random(u.B.shape[0], "f4") + 1)),)
+        for t, u in llama()
+    }
+    path = place(tmp_path, name)
+    ak.write(ak.Adapter(found), path, name, BASE)
+    assert ak.read(path, base=BASE).digest() == ak.Adapter(found).digest()
+
+
+def test_mlx_holds_whole_parameters_and_slices_of_fused_ones(tmp_path):
+    whole = ak.Adapter({Target("model.norm"): (Replacement(weight=from_numpy(np.arange(16, dtype="f4"))),)})
+    ak.write(whole, tmp_path / "whole", "mlx")
+    assert ak.detect(tmp_path / "whole") == "mlx"
+    assert ak.read(tmp_path / "whole").digest() == whole.digest()
+    path = "model.layers.0.self_attn.qkv_proj"
+    parts = {
+        Target(path, rows=rows): (lora(rows[1] - rows[0], 16, seed=rows[0]),) for rows in ((0, 16), (16, 24), (24, 32))
+    }
+    ak.write(ak.Adapter(parts), tmp_path / "parts", "mlx")
+    assert ak.read(tmp_path / "parts").digest() == ak.Adapter(parts).digest()
+    assert f"{path}.lora_a.2" in ak.tensors.safetensors.read(tmp_path / "parts" / "adapters.safetensors")
+
+
+def test_embeddings_are_what_each_has_them_as(tmp_path):
+    found = {Target("model.embed_tokens", "in out *k"): (lora(16, 12, scaling=1.0),), **llama(scaling=1.0).updates}
+    for name in ("gguf", "loralib", "minlora", "mlx", "torchtune"):
+        path = place(tmp_path, name)
+        ak.write(ak.Adapter(found), path, name, BASE)
+        out = merged(BASE, ak.read(path, base=BASE), tmp_path / f"{name}-merged")
+        expected = merged(BASE, ak.Adapter(found), tmp_path / f"{name}-expected")
+        same(expected, out)
+
+
+@pytest.mark.parametrize("profile", sorted(FORMATS["peft"].profiles))
+def test_a_consumer_with_one_rank_and_alpha_computes_the_same(profile, tmp_path):
+    found = {**llama(layers=(0,)).updates, **llama(layers=(1,), rank=4, scaling=4 / 4**0.5).updates}
+    found[Target("model.layers.1.mlp.down_proj")] = (lora(16, 24, 3, 0.7),)
+    lines = ak.write(ak.Adapter(found), tmp_path, "peft", profile=profile)
+    assert lines
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not config.get("rank_pattern")
+    assert not config.get("alpha_pattern")
+    assert not config.get("use_rslora")
+    assert config["target_modules"] == sorted(name.rpartition(".")[2] for name in SHAPES)
+    tensors = ak.tensors.safetensors.read(tmp_path / "adapter_model.safetensors")
+    for path, delta in deltas(ak.Adapter(found)).items():
+        A, B = (tensors[f"base_model.model.{path}.lora_{f}.weight"].numpy().astype("f8") for f in "AB")
+        assert len(A) == config["r"]
+        assert np.abs(config["lora_alpha"] / config["r"] * B @ A - delta).max() <= 1e-6 * np.abs(delta).max()
+
+
+@pytest.mark.parametrize("profile", sorted(FORMATS["peft"].profiles))
+def test_what_a_consumer_cannot_run_is_refused_by_name(profile, tmp_path):
+    q, k = (Target(f"model.layers.0.{name}") for name in QKV[:2])
+    magnitude = from_numpy(np.ones(16, "f4"))
+    plain = lora(16, 16)
+    cannot = {
+        "dora": {q: (DoRA(A=plain.A, B=plain.B, magnitude=magnitude),)},
+        "replacement": {Target("model.norm"): (Replacement(weight=magnitude),)},
+        "bias": {q: (lora(16, 16, bias=magnitude),)},
+    }
+    for word, updates in cannot.items():
+        with pytest.raises(Unrepresentable, match=word):
+            ak.write(ak.Adapter({**updates, k: (lora(8, 16),)}), tmp_path, "peft", profile=profile)
+        assert not list(tmp_path.iterdir())
+    head = ak.Adapter({Target("lm_head"): (lora(12, 16),)})
+    if profile in ("nim", "tensorrt_llm"):
+        with pytest.raises(Unrepresentable, match="no module that"):
+            ak.write(head, tmp_path, "peft", profile=profile)
+    else:
+        ak.write(head, tmp_path, "peft", profile=profile)
+
+
+def test_an_unknown_profile_names_those_there_are(tmp_path):
+    with pytest.raises(UsageError, match="Known: llama_cpp, nim"):
+        ak.write(llama(), tmp_path, "peft", profile="another")
+    with pytest.raises(UsageError, match="Known: none"):
+        ak.write(llama(), tmp_path, "mlx", profile="vllm")
+
+
+def test_a_family_without_a_table_is_refused_by_name(tmp_path):
+    base = write_base(
+        tmp_path / "base", {"model_type": "mystery"}, {"model.layers.0.self_attn.q_proj.weight": (16, 16)}
+    )
+    with pytest.raises(Unsupported, match="mystery"):
+        ak.write(llama(), tmp_path / "a.gguf", "gguf", base)
+    with pytest.raises(Unsupported, match="mystery"):
+        ak.write(llama(), tmp_path / "adapter_model.pt", "torchtune", base)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
