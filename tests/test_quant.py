@@ -24,6 +24,7 @@ from adapterkit.tensors.checkpoint import open_checkpoint
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "quant"
 CASES = sorted(path.parent for path in VECTORS.rglob("expected.safetensors"))
 BNB, FP8 = VECTORS / "bnb_4bit" / "nf4_nested_bfloat16", VECTORS / "fp8" / "block"
+NVFP4 = VECTORS / "compressed_tensors" / "nvfp4"
 
 
 def name(case):
@@ -40,6 +41,11 @@ def low_rank(shape, seed=0):
     out, ins = shape
     A, B = rng.normal(size=(2, ins)).astype(np.float32), rng.normal(size=(out, 2)).astype(np.float32)
     return LoRA(A=torch.tensor(A), B=torch.tensor(B), scaling=0.01), 0.01 * (B.astype(float) @ A.astype(float))
+
+
+def unpack(folder):
+    for weight in dequantized(open_checkpoint(folder)).packed.values():
+        weight.lazy().fetch()
 
 
 def test_every_scheme_has_vectors():
@@ -95,7 +101,9 @@ def test_what_no_adapter_touches_is_dequantized_too(tmp_path):
     other = {key.replace("m.", "n."): value.clone() for key, value in packed.items()}
     save_torch(packed | other, base / "model.safetensors")
     W = load_file(BNB / "expected.safetensors")["m.weight"]
-    report = ak.merge(base, ak.Adapter({ak.Target("m"): (low_rank(W.shape)[0],)}), tmp_path / "out", quantized="dequantize")
+    report = ak.merge(
+        base, ak.Adapter({ak.Target("m"): (low_rank(W.shape)[0],)}), tmp_path / "out", quantized="dequantize"
+    )
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert set(merged) == {"m.weight", "m.bias", "n.weight", "n.bias"}
     assert torch.equal(merged["n.weight"], W)
@@ -131,7 +139,10 @@ def test_blocks_of_a_weight_larger_than_one_block_join(tmp_path):
     q = rng.normal(size=(900, 640)).astype(ml_dtypes.float8_e4m3fn)
     scale = rng.uniform(0.5, 2, size=(8, 5)).astype(np.float32)
     save_torch(
-        {"m.weight": torch.tensor(q.view(np.uint8)).view(torch.float8_e4m3fn), "m.weight_scale_inv": torch.tensor(scale)},
+        {
+            "m.weight": torch.tensor(q.view(np.uint8)).view(torch.float8_e4m3fn),
+            "m.weight_scale_inv": torch.tensor(scale),
+        },
         tmp_path / "base.safetensors",
     )
     update, delta = low_rank(q.shape)
@@ -201,7 +212,12 @@ DAMAGE = {
     "int8 scale short": (VECTORS / "bnb_int8" / "rows", "m.SCB", lambda t: t[:3], ShapeMismatch),
     "mxfp4 scales short": (VECTORS / "mxfp4" / "experts", "m.experts.up_scales", lambda t: t[..., :1], ShapeMismatch),
     "mxfp4 no number": (VECTORS / "mxfp4" / "experts", "m.experts.up_scales", lambda t: t * 0 + 255, Malformed),
-    "nvfp4 second scale 0": (VECTORS / "compressed_tensors" / "nvfp4", "m.weight_global_scale", torch.zeros_like, Malformed),
+    "nvfp4 second scale 0": (
+        VECTORS / "compressed_tensors" / "nvfp4",
+        "m.weight_global_scale",
+        torch.zeros_like,
+        Malformed,
+    ),
     "gptq zeros short": (VECTORS / "gptq" / "four", "m.qzeros", lambda t: t[:, :1], ShapeMismatch),
     "gptq groups astray": (VECTORS / "gptq" / "four", "m.g_idx", lambda t: t + 1, ShapeMismatch),
     "awq scales not numbers": (VECTORS / "awq" / "gemm", "m.scales", lambda t: t / 0, Malformed),
@@ -219,7 +235,6 @@ def test_damaged_parts_are_refused_with_a_place(fault, tmp_path):
     shutil.copy(case / "config.json", tmp_path)
     save_torch(tensors, tmp_path / "model.safetensors")
     with pytest.raises(error) as caught:
-        for weight in dequantized(open_checkpoint(tmp_path)).packed.values():
-            weight.lazy().fetch()
+        unpack(tmp_path)
     assert caught.value.where
     assert caught.value.cure

@@ -35,14 +35,17 @@ E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Numbers about as large as weights are."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * 0.05
 
 
 def ints(low: int, high: int, *shape: int, seed: int = 0) -> torch.Tensor:
+    """Whole numbers from `low` up to, not including, `high`."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 def bnb_4bit() -> Iterator[tuple[str, Case]]:
+    """nf4 and fp4, plain and doubly quantized, of three dtypes; of float32 with blocks across rows."""
     for kind in ("nf4", "fp4"):
         for nested in (False, True):
             for dtype, shape in ((torch.bfloat16, (6, 128)), (torch.float16, (5, 192)), (torch.float32, (7, 96))):
@@ -66,6 +69,7 @@ def _bnb_4bit(W: torch.Tensor, kind: str, nested: bool) -> Case:
 
 
 def bnb_int8() -> Iterator[tuple[str, Case]]:
+    """Rows of whole numbers."""
     q, scale, _ = bnb.int8_vectorwise_quant(rand(20, 33).half())
     stored = {"m.weight": q, "m.SCB": scale, "m.weight_format": torch.tensor(0, dtype=torch.uint8)}
     expected = bnb.int8_vectorwise_dequant(q, scale).to(torch.bfloat16)
@@ -73,6 +77,7 @@ def bnb_int8() -> Iterator[tuple[str, Case]]:
 
 
 def fp8() -> Iterator[tuple[str, Case]]:
+    """A scale for all, each row, each block, and each block of stacked experts."""
     for name, shape, grid, word in (
         ("tensor", (6, 10), (1, 1), "weight_scale"),
         ("channel", (6, 10), (6, 1), "weight_scale"),
@@ -88,6 +93,7 @@ def fp8() -> Iterator[tuple[str, Case]]:
 
 
 def mxfp4() -> Iterator[tuple[str, Case]]:
+    """Stacked experts as gpt-oss has them."""
     blocks = ints(0, 256, 2, 6, 2, 16).to(torch.uint8)
     scales = ints(110, 132, 2, 6, 2).to(torch.uint8)
     expected = _convert_moe_packed_tensors(blocks, scales)
@@ -96,6 +102,7 @@ def mxfp4() -> Iterator[tuple[str, Case]]:
 
 
 def compressed_tensors() -> Iterator[tuple[str, Case]]:
+    """Each of its layouts, packed by its own compressors."""
     whole = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
     eight = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     uneven = {**whole, "symmetric": False}
@@ -126,6 +133,7 @@ def _compressed(form: str, weights: dict[str, Any], scale: torch.Tensor) -> Case
 
 
 def gptq() -> Iterator[tuple[str, Case]]:
+    """Both formats, and reordered columns."""
     for name, bits, version, reordered in (("four", 4, 1, False), ("eight_v2", 8, 2, False), ("reordered", 4, 1, True)):
         ins, outs, groups = 64, 16, 2
         q, zero = ints(0, 1 << bits, ins, outs), ints(0, (1 << bits) - 1, groups, outs, seed=1)
@@ -144,6 +152,7 @@ def gptq() -> Iterator[tuple[str, Case]]:
 
 
 def awq() -> Iterator[tuple[str, Case]]:
+    """The GEMM layout."""
     ins, outs, groups = 64, 24, 2
     q, zero = ints(0, 16, ins, outs), ints(0, 16, groups, outs, seed=1)
     scale = (rand(groups, outs).abs() + 0.01).half()
@@ -155,6 +164,7 @@ def awq() -> Iterator[tuple[str, Case]]:
 
 
 def nvfp4() -> Iterator[tuple[str, Case]]:
+    """ModelOpt's layout."""
     nibbles = ints(0, 16, 6, 48)
     scale = (rand(6, 3).abs() * 800 + 1).to(torch.float8_e4m3fn)
     second = torch.tensor(2.0**-10)
@@ -180,6 +190,7 @@ SCHEMES: tuple[Callable[[], Iterator[tuple[str, Case]]], ...] = (
 
 
 def main(dest: Path) -> None:
+    """Writes all cases."""
     for scheme in SCHEMES:
         shutil.rmtree(dest / scheme.__name__, ignore_errors=True)
         for name, (config, stored, expected) in scheme():
