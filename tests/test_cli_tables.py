@@ -13,9 +13,8 @@ import pytest
 import adapterkit as ak
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = "# Title\n\n" + "".join(
-    f"<!-- table:{n} -->\n<!-- /table -->\n" for n in ("methods", "formats", "combine", "commands")
-)
+TABLES = ("methods", "formats", "combine", "quant", "commands")
+BLOCKS = "# Title\n\n" + "".join(f"<!-- table:{n} -->\n<!-- /table -->\n" for n in TABLES)
 
 
 @pytest.fixture(scope="module")

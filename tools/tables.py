@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Writes the tables of README.md from the spec, the formats and the commands; `--check` only compares.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats or commands.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, quant or commands.
 Exit codes: 0 written or up to date, 1 not up to date (`--check`), 2 something to make them from is missing.
 """
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from adapterkit import FORMATS, METHODS  # noqa: E402 - the checkout's own, installed or not
 from adapterkit.cli import adapterkit  # noqa: E402
 from adapterkit.cli.list import combiners  # noqa: E402
+from adapterkit.quant import SCHEMES  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -97,6 +98,12 @@ def _combiner_row(entry: dict[str, Any]) -> list[str]:
     return [f"`{entry['name']}`", title, " ".join(f"`{name}`" for name in names)]
 
 
+def quant() -> str:
+    """One row a quantization scheme, and what its dequantization is held against."""
+    rows = [[f"`{name}`", f"[{entry.description}]({entry.url})", entry.library] for name, entry in SCHEMES.items()]
+    return _markdown(("Scheme", "What it is", "Checked against"), rows)
+
+
 def commands() -> str:
     """One row a command: its usage, its first line of help, its own options."""
     ctx = click.Context(adapterkit, info_name="adapterkit")
@@ -129,7 +136,7 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
-TABLES = {"methods": methods, "formats": formats, "combine": combine, "commands": commands}
+TABLES = {"methods": methods, "formats": formats, "combine": combine, "quant": quant, "commands": commands}
 
 if __name__ == "__main__":
     sys.exit(main())

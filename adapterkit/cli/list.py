@@ -1,4 +1,4 @@
-"""List the known formats, methods, or ways to combine."""
+"""List the known formats, methods, ways to combine or quantization schemes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from ._render import Table, View, show
 
 
 @click.command(help=__doc__)
-@click.argument("what", type=click.Choice(["formats", "methods", "combine"]))
+@click.argument("what", type=click.Choice(["formats", "methods", "combine", "quant"]))
 @_options.flags
 @click.pass_obj
 def command(settings: _options.Settings, what: str) -> None:
-    """Lists `adapterkit.FORMATS`, `adapterkit.METHODS` or `adapterkit.ops.COMBINERS`."""
+    """Lists `adapterkit.FORMATS`, `METHODS`, `adapterkit.ops.COMBINERS` or `adapterkit.quant.SCHEMES`."""
     if what == "formats":
         show(settings, {"formats": formats()}, _formats_view)
     elif what == "combine":
         show(settings, {"combine": combiners()}, _combiners_view)
+    elif what == "quant":
+        show(settings, {"quant": schemes()}, _schemes_view)
     else:
         show(settings, {"methods": methods()}, _methods_view)
 
@@ -71,6 +73,16 @@ def combiners() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def schemes() -> list[dict[str, Any]]:
+    """One record a quantization scheme, in the order of their names."""
+    from ..quant import SCHEMES
+
+    return [
+        {"name": name, "description": entry.description, "library": entry.library, "url": entry.url}
+        for name, entry in SCHEMES.items()
+    ]
+
+
 def _default(field: Any) -> Any:
     import dataclasses
 
@@ -99,6 +111,11 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "-", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _schemes_view(record: Mapping[str, Any]) -> View:
+    columns = ("scheme", "description", "checked against")
+    yield Table(columns, [[s["name"], s["description"], s["library"]] for s in record["quant"]])
 
 
 def _methods_view(record: Mapping[str, Any]) -> View:

@@ -38,6 +38,10 @@ from .verify import record_of, verdict
     "--tied", type=click.Choice(["merge", "untie"]),
     help="Where a touched head shares its weight with the embedding: merge into both, or untie them.",
 )  # fmt: skip
+@click.option(
+    "--quantized", type=click.Choice(["dequantize"]),
+    help="Where the base is quantized: fold into its dequantized weights and write 16 bits.",
+)  # fmt: skip
 @_options.allow_partial
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
@@ -47,7 +51,8 @@ from .verify import record_of, verdict
 def command(
     ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
-    engine: str, tied: str | None, allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool,
+    engine: str, tied: str | None, quantized: str | None, allow_partial: bool, overwrite: bool, only_plan: bool,
+    verified: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
     from ..merging import merge, plan
@@ -60,8 +65,9 @@ def command(
         raise click.UsageError("--set is of a --method")
     if only_plan:
         planned = plan(
-            base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, allow_partial=allow_partial
-        )
+            base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
+            allow_partial=allow_partial,
+        )  # fmt: skip
         show(settings, planned.record(), _plan_view)
         return
     if out is None:
@@ -69,7 +75,7 @@ def command(
     with progress(settings, "merge") as meter:
         report = merge(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
-            progress=meter, tied=tied, allow_partial=allow_partial, overwrite=overwrite,
+            progress=meter, tied=tied, quantized=quantized, allow_partial=allow_partial, overwrite=overwrite,
         )  # fmt: skip
     record = dict(report.record())
     if verified:
@@ -99,6 +105,7 @@ def _plan_view(record: Mapping[str, Any]) -> View:
     )  # fmt: skip
     held = size(record["peak_memory"])
     yield f"{counted(record['targets'], 'target')}, {size(record['bytes'])} to write, blocks of {held} at most"
+    yield from _quantized(record)
     yield from _warnings(record)
 
 
@@ -108,11 +115,19 @@ def _report_view(record: Mapping[str, Any]) -> View:
     yield f"{record['out']}: {targets} merged, {files} of {size(record['bytes'])} in {seconds}"
     yield _adapters_table(record)
     yield from _extremes(record["norms"])
+    yield from _quantized(record)
     if record["resumed"]:
         yield f"{counted(len(record['resumed']), 'file')} kept from the interrupted run"
     yield from _warnings(record)
     if "verification" in record:
         yield from verdict(record["verification"])
+
+
+def _quantized(record: Mapping[str, Any]) -> Iterator[str]:
+    chosen = record["quantized"]
+    if chosen is not None:
+        weights = counted(chosen["weights"], "weight")
+        yield f"{chosen['choice']}: {weights} of scheme {chosen['scheme']}: {chosen['why']}"
 
 
 def _adapters_table(record: Mapping[str, Any]) -> Table:

@@ -35,6 +35,7 @@ def plan(
     shard_size: int | None = None,
     tied: str | None = None,
     allow_partial: bool = False,
+    quantized: str | None = None,
 ) -> Plan:
     """What `merge` would do with the same arguments, made from headers; `plan(...).record()` is plain data.
 
@@ -42,8 +43,9 @@ def plan(
         AdapterkitError: as `merge`, before anything is written.
     """
     from .planning import make_plan
+    from .quantized import as_merged
 
-    checkpoint = opened(base)
+    checkpoint = as_merged(opened(base), quantized)
     named = _named(adapters, weights, checkpoint)
     options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
     return make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
@@ -63,6 +65,7 @@ def merge(
     tied: str | None = None,
     allow_partial: bool = False,
     overwrite: bool = False,
+    quantized: str | None = None,
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded once from float64.
 
@@ -82,10 +85,12 @@ def merge(
         tied: what to do where the base ties its head to its embedding and an adapter changes one: `merge` or `untie`.
         allow_partial: leave targets that the base does not have out instead of refusing.
         overwrite: replace what is at `out`.
+        quantized: of a quantized base, `dequantize`: fold into the dequantized weights and write 16 bits.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
         NotMergeable: an update's law is not one of weights.
+        Unsupported: the base is quantized and `quantized` does not say what to do.
         UsageError: arguments that make no sense together; a tied weight without a choice.
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
         StorageError: no space, no permission, or `out` is taken.
@@ -95,10 +100,13 @@ def merge(
     target = Path(out)
     checkpoint = opened(base)
     _check_target(target, checkpoint, adapters, overwrite)
+    from .planning import make_plan
+    from .quantized import as_merged
+    from .report import carry_out
+
+    checkpoint = as_merged(checkpoint, quantized)
     named = _named(adapters, weights, checkpoint)
     started = time.perf_counter()
-    from .planning import make_plan
-    from .report import carry_out
 
     options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
     planned = make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
@@ -118,7 +126,7 @@ def verify(
 
     Args:
         merged: the output of a merge, by whatever tool.
-        base: the base it was made from.
+        base: the base it was made from; a quantized one is dequantized.
         adapters: the adapters.
         weights: one factor an adapter; 1 for each when not given.
         allow_partial: as in `merge`.
@@ -130,11 +138,11 @@ def verify(
     Raises:
         AdapterkitError: the inputs cannot be read or do not fit together.
     """
+    from .quantized import as_merged
     from .verification import compare
 
-    checkpoint = opened(base)
-    named = _named(adapters, weights, checkpoint)
-    return compare(opened(merged), checkpoint, named, allow_partial, progress)
+    checkpoint = as_merged(opened(base), "dequantize")
+    return compare(opened(merged), checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress)
 
 
 def _named(

@@ -186,7 +186,7 @@ class _Hands:
         data = self._room("raw", block.elements * size)
         span = output.source.span
         if span is None:
-            data[:] = memoryview(output.source.fetch())[block.first * size :][: len(data)]
+            data[:] = output.source.read(block.first, block.elements)
         else:
             file = self._open(span.path, "rb")
             file.seek(span.offset + block.first * size)

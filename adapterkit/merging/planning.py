@@ -17,12 +17,14 @@ from typing import Any
 from .. import __version__
 from ..adapter import Adapter
 from ..errors import Unsupported, UsageError
+from ..quant import Dequantized
 from ..tensors.checkpoint import INDEX, SINGLE, Checkpoint
 from ..tensors.dtypes import BY_TORCH, DTYPES, DType
 from ..tensors.lazy import Lazy, Shape
 from ..tensors.locations import source_of
 from ..tensors.safetensors import encode_header
 from .folds import Fold, Source, folds_by_tensor
+from .quantized import config_changes, quantized_record
 
 BLOCK_ELEMENTS = 3 << 17
 """Elements computed at a time: small enough that the float64 block stays in a core's cache."""
@@ -86,7 +88,7 @@ class Plan:
         sources: the adapters.
         files: the weight files of the output.
         tied: `merge` or `untie` where the base ties its head to its embedding and that was chosen.
-        config_changes: keys of `config.json` that the output changes.
+        config_changes: keys of `config.json` that the output changes; None where it leaves one out.
         dtype: the dtype all floating tensors are cast to, if any.
     """
 
@@ -129,7 +131,7 @@ class Plan:
         return {
             **({} if origin is None else {"base_uri": origin.uri}),
             "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
-            "dtype": self.dtype and self.dtype.name, "tied": self.tied,
+            "dtype": self.dtype and self.dtype.name, "tied": self.tied, "quantized": quantized_record(self.base),
         }  # fmt: skip
 
     def record(self) -> dict[str, Any]:
@@ -161,10 +163,12 @@ def make_plan(
     tensors = {name: base.tensors[stored] for name, stored in names.items()}
     for name in folds:
         _check_floating(name, tensors[name], base)
+    changes |= config_changes(base)
     if cast is not None and base.config is not None:
         key = "dtype" if "dtype" in base.config else "torch_dtype"
         changes[key] = cast.torch
-    files = tuple(_files(base, tensors, folds, cast, shard_size))
+    kinds = {name: _output_dtype(tensor, cast, names[name], base) for name, tensor in tensors.items()}
+    files = tuple(_files(base, tensors, folds, kinds, shard_size))
     return Plan(base, sources, files, tied, changes, cast)
 
 
@@ -182,11 +186,10 @@ def index_of(plan: Plan) -> bytes | None:
 
 
 def _files(
-    base: Checkpoint, tensors: Mapping[str, Lazy], folds: Mapping[str, tuple[Fold, ...]], cast: DType | None,
+    base: Checkpoint, tensors: Mapping[str, Lazy], folds: Mapping[str, tuple[Fold, ...]], kinds: Mapping[str, DType],
     shard_size: int | None,
 ) -> Iterator[OutputFile]:  # fmt: skip
-    for name, members, metadata in _grouping(base, tensors, cast, shard_size):
-        kinds = {m: _output_dtype(tensors[m], cast) for m in members}
+    for name, members, metadata in _grouping(base, tensors, kinds, shard_size):
         header = encode_header(((m, kinds[m], tensors[m].shape) for m in members), metadata)
         offset, outputs = len(header), []
         for member in members:
@@ -197,7 +200,7 @@ def _files(
 
 
 def _grouping(
-    base: Checkpoint, tensors: Mapping[str, Lazy], cast: DType | None, shard_size: int | None
+    base: Checkpoint, tensors: Mapping[str, Lazy], kinds: Mapping[str, DType], shard_size: int | None
 ) -> Iterator[tuple[str, list[str], Mapping[str, str]]]:
     """(file name, tensor names in order, metadata) of each output file: sharded as the base, unless a size is given."""
     common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
@@ -207,19 +210,19 @@ def _grouping(
         for file in base.files:
             yield _safetensors_name(file), [n for n in tensors if homes[n] == file], base.metadata.get(file) or common
         return
-    shards = _split(tensors, cast, shard_size)
+    shards = _split(tensors, kinds, shard_size)
     for number, members in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         yield name, members, common
 
 
-def _split(tensors: Mapping[str, Lazy], cast: DType | None, shard_size: int) -> list[list[str]]:
+def _split(tensors: Mapping[str, Lazy], kinds: Mapping[str, DType], shard_size: int) -> list[list[str]]:
     if shard_size <= 0:
         raise UsageError(f"a shard size of {shard_size} bytes", cure="Give a positive size, e.g. 5GB")
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
-        nbytes = math.prod(tensor.shape) * _output_dtype(tensor, cast).itemsize
+        nbytes = math.prod(tensor.shape) * kinds[name].itemsize
         if shards[-1] and filled + nbytes > shard_size:
             shards.append([])
             filled = 0
@@ -244,19 +247,14 @@ def _dtype(name: str | None) -> DType | None:
     return found
 
 
-def _output_dtype(tensor: Lazy, cast: DType | None) -> DType:
+def _output_dtype(tensor: Lazy, cast: DType | None, stored: str, base: Checkpoint) -> DType:
+    if cast is None and isinstance(base, Dequantized) and stored in base.packed and tensor.dtype.name == "F32":
+        return DTYPES["BF16"]
     convertible = tensor.dtype.floating and not tensor.dtype.torch.startswith(("complex", "float8_e8"))
     return cast if cast is not None and convertible else tensor.dtype
 
 
 def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
-    method = (base.config or {}).get("quantization_config")
-    if method is not None:
-        kind = method.get("quant_method", "of some kind") if isinstance(method, dict) else "of some kind"
-        raise Unsupported(
-            f"the base is quantized ({kind})", path=base.root, where=name,
-            cure="Merge into the 16-bit weights that it was quantized from",
-        )  # fmt: skip
     if not tensor.dtype.floating:
         raise Unsupported(
             f"a weight of dtype {tensor.dtype} cannot take an update", path=base.root, where=name,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, StorageError, storage_error
+from ..quant import SIDE_FILES, Dequantized
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
 from ..tensors.locations import NOTE
@@ -106,7 +107,7 @@ def _carry(plan: Plan, out: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         name = file.relative_to(plan.base.root).as_posix()
         if file in plan.base.files or name in (INDEX, TORCH_INDEX, REPORT, NOTE):
             continue
-        if file.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json"):
+        if file.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json") or _stale(plan, name):
             left_out.append(name)
             continue
         carried.append(name)
@@ -116,6 +117,11 @@ def _carry(plan: Plan, out: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         except OSError as error:
             raise storage_error(error, file) from error
     return tuple(carried), tuple(left_out)
+
+
+def _stale(plan: Plan, name: str) -> bool:
+    """Whether a file describes packed weights that the output does not have."""
+    return isinstance(plan.base, Dequantized) and name in SIDE_FILES
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -129,7 +135,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _write_records(plan: Plan, out: Path, norms: Norms) -> None:
     if plan.config_changes and plan.base.config is not None:
-        config = {**plan.base.config, **plan.config_changes}
+        changed = {**plan.base.config, **plan.config_changes}
+        config = {key: value for key, value in changed.items() if value is not None or key not in plan.config_changes}
         write_bytes(out / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     record = json.dumps({**plan.lineage(), "norms": norms}, indent=2, sort_keys=True)
     write_bytes(out / REPORT, (record + "\n").encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from ..tensors.dtypes import DType
-from ..tensors.lazy import Lazy, Span, read_span
+from ..tensors.lazy import Lazy
 from .arrays import Arrays, NumpyArrays, Workspace
 from .execute import workers
 from .planning import Output, Plan, make_plan
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
     from .execute import Progress
 
-PIECE = 16 << 20
+PIECE = 4 << 20
+"""Elements compared at a time."""
 
 NEAREST = 0.5001
 """Units in the last place: what is closer to the exact result is taken for the number nearest to it."""
@@ -112,13 +114,10 @@ def _compare(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
 
 
 def _compare_bytes(output: Output, found: Lazy) -> Difference | None:
-    one, other = output.source.span, found.span
-    if one is None or other is None:
-        same = bytes(output.source.fetch()) == bytes(found.fetch())
-        return None if same else Difference(output.name, "not the base's bytes")
-    for at in range(0, one.nbytes, PIECE):
-        size = min(PIECE, one.nbytes - at)
-        if read_span(Span(one.path, one.offset + at, size)) != read_span(Span(other.path, other.offset + at, size)):
+    count = math.prod(found.shape)
+    for at in range(0, count, PIECE):
+        size = min(PIECE, count - at)
+        if memoryview(output.source.read(at, size)) != memoryview(found.read(at, size)):
             return Difference(output.name, "not the base's bytes, and no adapter touches it")
     return None
 
@@ -130,9 +129,9 @@ def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference |
     elements, largest = 0, 0.0
     for block in blocks(output):
         expected = bytearray(block.elements * output.dtype.itemsize)
-        raw = arrays.over(_bytes(output.source, block.first, block.elements), output.source.dtype)
+        raw = arrays.over(memoryview(output.source.read(block.first, block.elements)), output.source.dtype)
         folder.compute(raw, arrays.over(memoryview(expected), output.dtype), block)
-        there = _bytes(found, block.first, block.elements)
+        there = memoryview(found.read(block.first, block.elements))
         if bytes(there) != expected:
             errors = _errors(folder.exact(raw, block), there, expected, output.dtype)
             elements += len(errors)
@@ -156,10 +155,3 @@ def _errors(exact: Any, there: memoryview, expected: bytearray, dtype: DType) ->
     errors = np.abs(values - exact)
     wrong: np.ndarray[Any, Any] = errors[~(errors <= NEAREST * unit)]
     return np.asarray(np.nan_to_num(wrong, nan=np.inf))
-
-
-def _bytes(tensor: Lazy, first: int, count: int) -> memoryview:
-    size = tensor.dtype.itemsize
-    if tensor.span is None:
-        return memoryview(tensor.fetch())[first * size : (first + count) * size]
-    return memoryview(read_span(Span(tensor.span.path, tensor.span.offset + first * size, count * size)))

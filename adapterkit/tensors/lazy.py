@@ -68,16 +68,27 @@ class Lazy:
         dtype: its element type.
         fetch: reads the bytes: C order, little-endian, exactly `nbytes` of them.
         span: where those bytes lie, when they are one run of one file; lets a writer copy without looking.
+        part: reads the bytes of a run of elements (the first, how many), where that takes less than all of them.
     """
 
     shape: Shape
     dtype: DType
     fetch: Callable[[], Buffer]
     span: Span | None = None
+    part: Callable[[int, int], Buffer] | None = None
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, first: int, count: int) -> Buffer:
+        """The bytes of `count` elements from `first` on, counted in C order; reads no more than it has to."""
+        size = self.dtype.itemsize
+        if self.part is not None:
+            return self.part(first, count)
+        if self.span is not None:
+            return read_span(Span(self.span.path, self.span.offset + first * size, count * size))
+        return memoryview(self.fetch())[first * size : (first + count) * size]
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The values as a numpy array of the storage dtype (`uint16` bits for bfloat16)."""
@@ -113,7 +124,7 @@ class Lazy:
         full = tuple((size // known if known else 0) if n == -1 else n for n in shape)
         if math.prod(full) != size:
             raise ValueError(f"cannot reshape {list(self.shape)} to {list(shape)}")
-        return Lazy(full, self.dtype, self.fetch, self.span)
+        return Lazy(full, self.dtype, self.fetch, self.span, self.part)
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,101 @@
+"""Quantization schemes: one module each, found by its file name; and a base seen through the one that packed it.
+
+A packed weight becomes a lazy tensor of the numbers that its own library computes with, read in runs of rows: whatever
+merges into it afterwards needs to know nothing of how it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Malformed, Unsupported
+from ..registry import Registry
+from ..tensors.checkpoint import Checkpoint
+from ._scheme import Packed, Scheme
+
+if TYPE_CHECKING:
+    from ..tensors.lazy import Lazy
+
+__all__ = ["SCHEMES", "Dequantized", "Packed", "Scheme", "dequantized", "detect", "is_quantized", "said_method"]
+
+SCHEMES: Registry[type[Scheme]] = Registry("quantization scheme", __name__, "adapterkit.quant", Scheme)
+
+SIDE_FILES = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
+"""What tools write beside a config that is of the packed weights alone."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dequantized(Checkpoint):
+    """A quantized base as its own library computes with it; `tensors` and `home` hold weights, not their parts.
+
+    Attributes:
+        scheme: the name of the scheme that packed it.
+        packed: name -> packed weight.
+    """
+
+    scheme: str = ""
+    packed: Mapping[str, Packed] = None  # type: ignore[assignment]
+
+
+def said_method(base: Checkpoint) -> str | None:
+    """The word of the base's config for how it is quantized; None where it is silent."""
+    config = (base.config or {}).get("quantization_config")
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    return method if isinstance(method, str) else "of some kind"
+
+
+def is_quantized(base: Checkpoint) -> bool:
+    """Whether the config says so, or a scheme knows the names and dtypes of the tensors for its own."""
+    return said_method(base) is not None or any(SCHEMES[name]().detect(base) for name in SCHEMES)
+
+
+def detect(base: Checkpoint) -> str:
+    """The name of the one scheme that packed the base, from its headers and config.
+
+    Raises:
+        Unsupported: none of the known schemes did, or several might have.
+    """
+    found = [name for name in SCHEMES if SCHEMES[name]().detect(base)]
+    if len(found) == 1:
+        return found[0]
+    method = said_method(base)
+    why = f"could be {' or '.join(found)}" if found else f"quantized ({method}) in no way that is known here"
+    raise Unsupported(why, path=base.root, cure=f"Known: {', '.join(SCHEMES)}. {ORIGINAL}")
+
+
+ORIGINAL = "Or merge into the 16-bit weights that it was quantized from"
+
+
+def dequantized(base: Checkpoint) -> Dequantized:
+    """The base with every packed weight as the numbers that it stands for, read when they are asked for.
+
+    Raises:
+        Unsupported: no scheme, or more than one, knows it.
+        Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
+    """
+    name = detect(base)
+    packed = {weight.name: weight for weight in SCHEMES[name]().find(base)}
+    whole = {weight.members[0]: weight for weight in packed.values()}
+    parts = {member for weight in packed.values() for member in weight.members}
+    tensors: dict[str, Lazy] = {}
+    home = {}
+    for stored, tensor in base.tensors.items():
+        weight = whole.get(stored)
+        if weight is None and stored in parts:
+            continue
+        named = stored if weight is None else weight.name
+        if named in tensors:
+            raise Malformed("stored twice, packed and plain", path=base.root, where=named, cure="Remove one of them")
+        tensors[named] = tensor if weight is None else weight.lazy()
+        if stored in base.home:
+            home[named] = base.home[stored]
+    config = None if base.config is None else _without(base.config)
+    return Dequantized(base.root, tensors, base.files, home, base.metadata, config, base.index, name, packed)
+
+
+def _without(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}

@@ -1,0 +1,60 @@
+"""NVFP4: w = e2m1 * scale * second, a scale in 8-bit floats for each 16 numbers and one second scale for all.
+
+Two tools store it: one the second scale itself, the other what to divide by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import ShapeMismatch
+from ..tensors.lazy import Lazy
+from ._scheme import DAMAGED, E2M1, Packed, expect, finite, nibbles, numbers, part_of, rows_of, sixteen_bits
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..tensors.checkpoint import Checkpoint
+
+GROUP = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Float4(Packed):
+    """The first of two numbers is in the low half of its byte."""
+
+    stored: Lazy
+    scale: Lazy
+    second: Lazy
+    divide: bool
+
+    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        second = finite(numbers(self.second), self.members[2])
+        scale = finite(rows_of(self.scale, start, stop), self.members[1])
+        scale = finite(scale / second if self.divide else scale * second, self.members[2])
+        levels = np.array(E2M1, np.float32)[nibbles(rows_of(self.stored, start, stop))]
+        return cast("np.ndarray[Any, Any]", (levels * np.repeat(scale, GROUP, axis=1)).astype(self.dtype.array))
+
+
+def float4(base: Checkpoint, module: str, names: tuple[str, str, str], *, divide: bool) -> Float4:
+    """The packed weight of a module.
+
+    Args:
+        base: the quantized base.
+        module: its path.
+        names: last words of the names of the packed numbers, their scales and the second scale.
+        divide: the second scale is what to divide by.
+    """
+    name, members = f"{module}.weight", tuple(f"{module}.{word}" for word in names)
+    stored = part_of(base, name, members[0], ("U8",))
+    scale = part_of(base, name, members[1], ("F8_E4M3",))
+    second = part_of(base, name, members[2], ("F32",))
+    if len(stored.shape) != 2 or second.nbytes != 4:
+        raise ShapeMismatch(f"of shape {list(stored.shape)}, not two axes", where=members[0], cure=DAMAGED)
+    shape = (stored.shape[0], stored.shape[1] * 2)
+    expect(scale.shape, (shape[0], shape[1] // GROUP), members[1])
+    inputs = tuple(n for w in ("input_scale", "input_global_scale") if (n := f"{module}.{w}") in base.tensors)
+    return Float4(name, shape, sixteen_bits(base), (*members, *inputs), stored, scale, second, divide)

@@ -1,0 +1,167 @@
+"""What a scheme is: how to know its bases, and how to find their packed weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import Malformed, ShapeMismatch, Unsupported
+from ..tensors.dtypes import BY_TORCH, DTYPES, DType
+from ..tensors.lazy import Lazy, Shape
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..tensors.checkpoint import Checkpoint
+    from ..tensors.lazy import Buffer
+
+DAMAGED = "The file is damaged, or not of this scheme: fetch it again"
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The sixteen numbers of a float of four bits: a sign, two bits of exponent, one of mantissa."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One weight as a scheme stores it. A scheme's subclass says what its rows are.
+
+    Attributes:
+        name: of the weight in a base that is not quantized.
+        shape: likewise.
+        dtype: of the numbers that its library makes of it.
+        members: the stored tensors that it is made of; in place of the first the weight stands.
+    """
+
+    name: str
+    shape: Shape
+    dtype: DType
+    members: tuple[str, ...]
+
+    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows of the weight seen as `[rows, width]`, width being its last axis; of `dtype`'s numpy type.
+
+        Raises:
+            Malformed: a scale is a NaN or an infinity.
+        """
+        raise NotImplementedError
+
+    def lazy(self) -> Lazy:
+        """The weight as a lazy tensor, which reads no more than the rows it is asked for."""
+        return Lazy(self.shape, self.dtype, lambda: self._part(0, math.prod(self.shape)), part=self._part)
+
+    def _part(self, first: int, count: int) -> Buffer:
+        import numpy as np
+
+        width = self.shape[-1] if self.shape else 1
+        if not count or not width:
+            return b""
+        start, stop = first // width, -(-(first + count) // width)
+        with np.errstate(all="ignore"):
+            values = np.ascontiguousarray(self.rows(start, stop), dtype=self.dtype.array)
+        flat = values.reshape(-1)[first - start * width :][:count]
+        return flat.view("u1").tobytes()
+
+
+class Scheme:
+    """A way to pack weights. Subclass it in a module of its own; the module's name is the scheme's name.
+
+    Class attributes:
+        url: where the layout is described.
+        description: one line for tables.
+        library: what computes with it, and what its dequantization is compared with.
+    """
+
+    url: ClassVar[str] = ""
+    description: ClassVar[str] = ""
+    library: ClassVar[str] = ""
+
+    def detect(self, base: Checkpoint) -> bool:
+        """Whether the base is packed so, by its headers and config alone."""
+        raise Unsupported(f"{type(self).__name__} cannot be detected")
+
+    def find(self, base: Checkpoint) -> Iterator[Packed]:
+        """The packed weights.
+
+        Raises:
+            Malformed, ShapeMismatch: their parts are missing, damaged or do not fit together.
+        """
+        raise Unsupported(f"{type(self).__name__} cannot be read")
+
+
+def settings(base: Checkpoint) -> dict[str, Any]:
+    """What the base's config says about quantization; empty where it is silent."""
+    found = (base.config or {}).get("quantization_config")
+    return found if isinstance(found, dict) else {}
+
+
+def sixteen_bits(base: Checkpoint, scale: Lazy | None = None) -> DType:
+    """The dtype that a weight comes out in: of 16-bit scales, else of a 16-bit model, else bfloat16."""
+    if scale is not None and scale.dtype.name in ("F16", "BF16"):
+        return scale.dtype
+    config = base.config or {}
+    said = BY_TORCH.get(str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch."))
+    return said if said is not None and said.name == "F16" else DTYPES["BF16"]
+
+
+def part_of(base: Checkpoint, weight: str, name: str, dtypes: tuple[str, ...]) -> Lazy:
+    """A stored tensor that a packed weight needs.
+
+    Raises:
+        Malformed: it is not there.
+        ShapeMismatch: it is of another dtype.
+    """
+    found = base.tensors.get(name)
+    if found is None:
+        raise Malformed(f"is quantized, and {name} is not there", path=base.root, where=weight, cure=DAMAGED)
+    if found.dtype.name not in dtypes:
+        why = f"of dtype {found.dtype}, not {' or '.join(dtypes)}"
+        raise ShapeMismatch(why, path=base.root, where=name, cure=DAMAGED)
+    return found
+
+
+def expect(shape: Shape, wanted: Shape, name: str) -> None:
+    """Checks the shape of a part of a packed weight.
+
+    Raises:
+        ShapeMismatch: it is another one.
+    """
+    if shape != wanted:
+        raise ShapeMismatch(f"of shape {list(shape)}, not {list(wanted)}", where=name, cure=DAMAGED)
+
+
+def numbers(tensor: Lazy, first: int = 0, count: int | None = None) -> np.ndarray[Any, Any]:
+    """A run of a stored tensor's elements, flat, in a dtype that can be computed with."""
+    import numpy as np
+
+    size = math.prod(tensor.shape) - first if count is None else count
+    return np.frombuffer(tensor.read(first, size), dtype=tensor.dtype.array)
+
+
+def rows_of(tensor: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
+    """Rows `start` to `stop` of a stored tensor seen as `[rows, width]`."""
+    width = tensor.shape[-1]
+    return numbers(tensor, start * width, (stop - start) * width).reshape(stop - start, width)
+
+
+def finite(scales: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    """The scales in float32 where they are not wider.
+
+    Raises:
+        Malformed: one is a NaN or an infinity.
+    """
+    import numpy as np
+
+    wide = scales if scales.dtype == np.float64 else scales.astype(np.float32)
+    if not np.isfinite(wide).all():
+        raise Malformed("a scale is not a finite number", where=name, cure=DAMAGED)
+    return wide
+
+
+def nibbles(packed: np.ndarray[Any, Any], *, high_first: bool = False) -> np.ndarray[Any, Any]:
+    """The halves of bytes, along the last axis, which becomes twice as long."""
+    import numpy as np
+
+    halves = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
+    return np.stack(halves, axis=-1).reshape(*packed.shape[:-1], -1)

@@ -1,0 +1,79 @@
+"""AWQ: w[out, in] = (q - zero) * scale by groups of inputs, as AutoAWQ's GEMM layout stores it.
+
+Lin et al. 2023, arXiv:2306.00978. Words hold eight outputs in the order 0 2 4 6 1 3 5 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Unsupported
+from ..tensors.lazy import Lazy
+from ._grouped import Grouped, unpacked, whole
+from ._scheme import Packed, Scheme, expect, finite, part_of, settings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..tensors.checkpoint import Checkpoint
+
+PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
+"""Where in a word each of eight outputs is."""
+
+
+class Awq(Scheme):
+    """`qweight` `[in, out/8]`, `qzeros` `[groups, out/8]`, `scales` `[groups, out]`."""
+
+    url = "https://github.com/casper-hansen/AutoAWQ"
+    description = "AWQ of 4 bits in the GEMM layout"
+    library = "the published formula"
+
+    def detect(self, base: Checkpoint) -> bool:
+        return settings(base).get("quant_method") == "awq" and any(n.endswith(".qweight") for n in base.tensors)
+
+    def find(self, base: Checkpoint) -> Iterator[Packed]:
+        said = settings(base)
+        bits = said.get("bits", said.get("w_bit", 4))
+        layout = str(said.get("version", "gemm")).lower()
+        if bits != 4 or layout != "gemm":
+            raise Unsupported(f"{bits} bits in layout {layout}", path=base.root, cure="Known: 4 bits in layout gemm")
+        for name in base.tensors:
+            if name.endswith(".qweight"):
+                yield _weight(base, name.removesuffix(".qweight"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Words(Grouped):
+    stored: Lazy
+    zero: Lazy
+    scale: Lazy
+
+    def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        return _outputs(self.stored, start, stop)
+
+    def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        return _outputs(self.zero, start, stop)
+
+    def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        return finite(whole(self.scale)[:, start:stop].swapaxes(0, 1), self.members[2])
+
+
+def _outputs(stored: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
+    """Outputs `start` to `stop` out of words, `[outputs, rows of the stored tensor]`."""
+    first = start // 8
+    words = whole(stored)[:, first : -(-stop // 8)].copy()
+    ordered = unpacked(words, 4).reshape(*words.shape, 8)[..., PLACES].reshape(words.shape[0], -1)
+    return ordered[:, start - first * 8 : stop - first * 8].swapaxes(0, 1)
+
+
+def _weight(base: Checkpoint, module: str) -> Packed:
+    name = f"{module}.weight"
+    words, zero = (part_of(base, name, f"{module}.{part}", ("I32",)) for part in ("qweight", "qzeros"))
+    scale = part_of(base, name, f"{module}.scales", ("F16", "BF16", "F32"))
+    groups, out = scale.shape if len(scale.shape) == 2 else (0, 0)
+    expect(words.shape, (words.shape[0], out // 8), f"{module}.qweight")
+    expect(zero.shape, (groups, out // 8), f"{module}.qzeros")
+    members = tuple(f"{module}.{part}" for part in ("qweight", "qzeros", "scales"))
+    return _Words(name, (out, words.shape[0]), scale.dtype, members, groups, None, words, zero, scale)

@@ -1,0 +1,57 @@
+"""bitsandbytes' int8: w = q * SCB[row] / 127, SCB being the row's largest.  Dettmers et al. 2022, arXiv:2208.07339"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import Unsupported
+from ..tensors.lazy import Lazy
+from ._scheme import DAMAGED, Packed, Scheme, expect, finite, numbers, part_of, rows_of, sixteen_bits
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..tensors.checkpoint import Checkpoint
+
+ONE_127TH = 7.874015718698502e-3
+
+
+class BnbInt8(Scheme):
+    """`<module>.weight` in int8 as rows, `<module>.SCB` in float32; outliers are found in the inputs, not stored."""
+
+    url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear8bit"
+    description = "bitsandbytes LLM.int8(): rows of whole numbers, a scale each"
+    library = "bitsandbytes"
+
+    def detect(self, base: Checkpoint) -> bool:
+        return any(name.endswith(".SCB") for name in base.tensors)
+
+    def find(self, base: Checkpoint) -> Iterator[Packed]:
+        for name in base.tensors:
+            if name.endswith(".SCB"):
+                yield _weight(base, name.removesuffix(".SCB"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows(Packed):
+    stored: Lazy
+    scale: Lazy
+
+    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        scale = finite(numbers(self.scale, start, stop - start), self.members[1])
+        q = rows_of(self.stored, start, stop).astype(np.float32)
+        return cast("np.ndarray[Any, Any]", (q * scale[:, None] * np.float32(ONE_127TH)).astype(self.dtype.array))
+
+
+def _weight(base: Checkpoint, module: str) -> Packed:
+    name, scb, form = f"{module}.weight", f"{module}.SCB", f"{module}.weight_format"
+    stored, scale = part_of(base, name, name, ("I8",)), part_of(base, name, scb, ("F32",))
+    expect(stored.shape, (*scale.shape, stored.shape[-1]) if stored.shape else scale.shape, name)
+    if form in base.tensors and set(bytes(base.tensors[form].read(0, 1))) - {0}:
+        raise Unsupported("its weights are tiled, not in rows", path=base.root, where=form, cure=DAMAGED)
+    members = (name, scb, *((form,) if form in base.tensors else ()))
+    return _Rows(name, stored.shape, sixteen_bits(base), members, stored, scale)

@@ -1,0 +1,162 @@
+"""compressed-tensors: whole numbers, packed or not, 8-bit floats, and NVFP4, as llm-compressor writes them.
+
+w = (q - zero) * scale; packed whole numbers are stored with half their range added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Malformed, ShapeMismatch, Unsupported
+from ..tensors.lazy import Lazy, Shape
+from ._float4 import float4
+from ._float8 import DTYPES, SCALES, scaled
+from ._grouped import BITS, Grouped, unpacked, whole
+from ._scheme import DAMAGED, Packed, Scheme, expect, finite, numbers, part_of, rows_of, settings, sixteen_bits
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..tensors.checkpoint import Checkpoint
+
+FLOAT4 = ("weight_packed", "weight_scale", "weight_global_scale")
+
+
+class CompressedTensors(Scheme):
+    """`weight_packed` or `weight`, `weight_scale`, and `weight_zero_point`, `weight_shape`, `weight_g_idx`."""
+
+    url = "https://github.com/vllm-project/compressed-tensors"
+    description = "compressed-tensors: pack-quantized, int-quantized, float-quantized, nvfp4-pack-quantized"
+    library = "compressed-tensors"
+
+    def detect(self, base: Checkpoint) -> bool:
+        return settings(base).get("quant_method") == "compressed-tensors" and any(
+            name.endswith((".weight_packed", ".weight_scale")) for name in base.tensors
+        )
+
+    def find(self, base: Checkpoint) -> Iterator[Packed]:
+        for name in base.tensors:
+            if name.endswith(".weight_scale"):
+                yield _weight(base, name.removesuffix(".weight_scale"))
+
+
+def _weight(base: Checkpoint, module: str) -> Packed:
+    plain = base.tensors.get(f"{module}.weight")
+    if f"{module}.weight_global_scale" in base.tensors:
+        return float4(base, module, FLOAT4, divide=True)
+    if f"{module}.weight_packed" in base.tensors:
+        return _packed(base, module)
+    if plain is not None and plain.dtype.name in DTYPES:
+        extra = _others(base, module, ("input_scale", "weight_zero_point"))
+        return scaled(base, f"{module}.weight", f"{module}.weight_scale", _block(base), extra)
+    if plain is not None and plain.dtype.name == "I8":
+        return _unpacked(base, module)
+    why = "scales beside no packed weight" if plain is None else f"scales beside a weight of dtype {plain.dtype}"
+    raise Malformed(why, path=base.root, where=f"{module}.weight_scale", cure=DAMAGED)
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole(Grouped):
+    """Rows of bytes, or of words of numbers of `bits` bits with half their range added."""
+
+    stored: Lazy
+    scale: Lazy
+    zero: Lazy | None
+    bits: int
+    packed: bool
+
+    def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        found = rows_of(self.stored, start, stop)
+        if not self.packed:
+            return found.astype(np.int32)
+        return unpacked(found, self.bits, self.shape[-1]) - (1 << self.bits - 1)
+
+    def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any] | int:
+        import numpy as np
+
+        if self.zero is None:
+            return 0
+        if self.zero.dtype.name == "I8":
+            return self._of(self.zero, start, stop).astype(np.int32)
+        rows = unpacked(whole(self.zero).swapaxes(0, 1).copy(), self.bits, self.shape[0]) - (1 << self.bits - 1)
+        return rows.swapaxes(0, 1)[start:stop]
+
+    def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        return finite(self._of(self.scale, start, stop), self.members[1])
+
+    def _of(self, stored: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows of what there is one of a row and group, or one of for all."""
+        import numpy as np
+
+        if stored.nbytes == stored.dtype.itemsize:
+            return np.broadcast_to(numbers(stored), (stop - start, 1))
+        return rows_of(stored, start, stop)
+
+
+def _packed(base: Checkpoint, module: str) -> Packed:
+    name, bits = f"{module}.weight", _bits(base)
+    stored = part_of(base, name, f"{module}.weight_packed", ("I32",))
+    form = part_of(base, name, f"{module}.weight_shape", ("I64", "I32"))
+    expect(form.shape, (2,), f"{module}.weight_shape")
+    out, columns = (int(n) for n in numbers(form))
+    expect(stored.shape, (out, -(-columns * bits // 32)), f"{module}.weight_packed")
+    return _grouped(base, module, "weight_packed", (out, columns), bits)
+
+
+def _unpacked(base: Checkpoint, module: str) -> Packed:
+    return _grouped(base, module, "weight", base.tensors[f"{module}.weight"].shape, 8)
+
+
+def _grouped(base: Checkpoint, module: str, word: str, shape: Shape, bits: int) -> Packed:
+    name, key = f"{module}.weight", f"{module}.weight_scale"
+    scale = part_of(base, name, key, SCALES[:3])
+    rows = (shape[0], 1) if scale.nbytes == scale.dtype.itemsize else scale.shape
+    if len(shape) != 2 or len(rows) != 2 or rows[0] != shape[0] or not 0 < rows[1] <= shape[1]:
+        why = f"scales {list(scale.shape)} do not fit a weight {list(shape)}"
+        raise ShapeMismatch(why, path=base.root, where=key, cure=DAMAGED)
+    zero, index = (base.tensors.get(f"{module}.{part}") for part in ("weight_zero_point", "weight_g_idx"))
+    if zero is not None:
+        packed = (-(-shape[0] * bits // 32), rows[1])
+        expect(zero.shape, packed if zero.dtype.name == "I32" else scale.shape, f"{module}.weight_zero_point")
+        part_of(base, name, f"{module}.weight_zero_point", ("I8", "I32"))
+    if index is not None:
+        part_of(base, name, f"{module}.weight_g_idx", ("I32", "I64"))
+    others = _others(base, module, ("weight_zero_point", "weight_g_idx", "weight_shape", "input_scale"))
+    members = (f"{module}.{word}", key, *others)
+    stored, dtype = base.tensors[members[0]], sixteen_bits(base, scale)
+    return _Whole(name, shape, dtype, members, rows[1], index, stored, scale, zero, bits, word != "weight")
+
+
+def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for word in words if (name := f"{module}.{word}") in base.tensors)
+
+
+def _weights(base: Checkpoint, key: str) -> Any:
+    """The one value that all groups of the config give a property of their weights."""
+    groups = settings(base).get("config_groups")
+    found = []
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and weights.get(key) not in found:
+            found.append(weights.get(key))
+    if len(found) > 1:
+        cure = "Merge into the 16-bit weights that it was quantized from"
+        raise Unsupported(f"groups of layers differ in {key}", path=base.root, where="config_groups", cure=cure)
+    return found[0] if found else None
+
+
+def _bits(base: Checkpoint) -> int:
+    bits = _weights(base, "num_bits")
+    if bits not in BITS:
+        raise Unsupported(f"{bits} bits", path=base.root, where="num_bits", cure=f"Known: {', '.join(map(str, BITS))}")
+    return int(bits)
+
+
+def _block(base: Checkpoint) -> tuple[int, int] | None:
+    block = _weights(base, "block_structure")
+    fits = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    return (block[0], block[1]) if fits else None

@@ -1,0 +1,82 @@
+"""GPTQ: w[out, in] = (q - (zero + 1)) * scale by groups of inputs, as AutoGPTQ and GPTQModel store it.
+
+Frantar et al. 2022, arXiv:2210.17323. Format 2 stores the zeros themselves, not one less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Unsupported
+from ..tensors.lazy import Lazy
+from ._grouped import BITS, Grouped, unpacked, whole
+from ._scheme import Packed, Scheme, expect, finite, part_of, settings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..tensors.checkpoint import Checkpoint
+
+
+class Gptq(Scheme):
+    """`qweight` `[in/n, out]`, `qzeros` `[groups, out/n]` in words of n; `scales` `[groups, out]`, `g_idx` `[in]`."""
+
+    url = "https://github.com/ModelCloud/GPTQModel"
+    description = "GPTQ of 2, 4 or 8 bits, with or without reordered columns"
+    library = "the published formula"
+
+    def detect(self, base: Checkpoint) -> bool:
+        said = settings(base).get("quant_method")
+        return said in (None, "gptq") and any(name.endswith(".qweight") for name in base.tensors) and _bits(base) > 0
+
+    def find(self, base: Checkpoint) -> Iterator[Packed]:
+        for name in base.tensors:
+            if name.endswith(".qweight"):
+                yield _weight(base, name.removesuffix(".qweight"))
+
+
+def _bits(base: Checkpoint) -> int:
+    """The width that the config says, or 0; without one nothing tells it."""
+    said = settings(base).get("bits")
+    return said if type(said) is int else 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns(Grouped):
+    stored: Lazy
+    zero: Lazy
+    scale: Lazy
+    bits: int
+    less: int
+
+    def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        words = whole(self.stored)[:, start:stop]
+        return unpacked(words.swapaxes(0, 1).copy(), self.bits)
+
+    def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        return unpacked(whole(self.zero), self.bits)[:, start:stop].swapaxes(0, 1) + self.less
+
+    def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        return finite(whole(self.scale)[:, start:stop].swapaxes(0, 1), self.members[2])
+
+
+def _weight(base: Checkpoint, module: str) -> Packed:
+    name, bits = f"{module}.weight", _bits(base)
+    if bits not in BITS:
+        raise Unsupported(f"{bits} bits", path=base.root, where=name, cure=f"Known: {', '.join(map(str, BITS))}")
+    words, zero = (part_of(base, name, f"{module}.{part}", ("I32",)) for part in ("qweight", "qzeros"))
+    scale = part_of(base, name, f"{module}.scales", ("F16", "BF16", "F32"))
+    index = base.tensors.get(f"{module}.g_idx")
+    per = 32 // bits
+    groups, out = scale.shape if len(scale.shape) == 2 else (0, 0)
+    expect(words.shape, (words.shape[0], out), f"{module}.qweight")
+    expect(zero.shape, (groups, -(-out // per)), f"{module}.qzeros")
+    members = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
+    if index is not None:
+        members.append(f"{module}.g_idx")
+        part_of(base, name, members[-1], ("I32",))
+    less = 0 if settings(base).get("checkpoint_format") == "gptq_v2" else 1
+    shape = (out, words.shape[0] * per)
+    return _Columns(name, shape, scale.dtype, tuple(members), groups, index, words, zero, scale, bits, less)

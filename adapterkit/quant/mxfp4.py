@@ -1,0 +1,81 @@
+"""MXFP4 as gpt-oss stores its experts: w = e2m1 * 2^(scale - 127), a scale for each 32 numbers.
+
+OCP Microscaling Formats 1.0. Packed along the inputs; unpacked, the experts are `[e, in, out]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import Malformed
+from ..tensors.dtypes import DTYPES
+from ..tensors.lazy import Lazy
+from ._scheme import DAMAGED, E2M1, Packed, Scheme, expect, nibbles, numbers, part_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..tensors.checkpoint import Checkpoint
+
+GROUP = 32
+
+
+class Mxfp4(Scheme):
+    """`<weight>_blocks` `[e, out, in/32, 16]`, the first number in the low half of a byte, and `<weight>_scales`."""
+
+    url = "https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf"
+    description = "MXFP4: experts of 4-bit floats with powers of two as scales (gpt-oss)"
+    library = "transformers"
+
+    def detect(self, base: Checkpoint) -> bool:
+        return any(name.endswith("_blocks") and name[:-7] + "_scales" in base.tensors for name in base.tensors)
+
+    def find(self, base: Checkpoint) -> Iterator[Packed]:
+        for name in base.tensors:
+            if name.endswith("_blocks"):
+                yield _weight(base, name.removesuffix("_blocks"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Experts(Packed):
+    stored: Lazy
+    scale: Lazy
+
+    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        height = self.shape[1]
+        pieces = [
+            self._of(expert, max(start - expert * height, 0), min(stop - expert * height, height))
+            for expert in range(start // height, -(-stop // height))
+        ]
+        return np.concatenate(pieces)
+
+    def _of(self, expert: int, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Inputs `start` to `stop` of one expert, `[inputs, outputs]`."""
+        import numpy as np
+
+        _, outs, groups, size = self.stored.shape
+        first, end = start // GROUP, -(-stop // GROUP)
+        scale = numbers(self.scale, expert * outs * groups, outs * groups).reshape(outs, groups)[:, first:end]
+        if (scale == 255).any():
+            raise Malformed("a scale is not a finite number", where=self.members[1], cure=DAMAGED)
+        count = outs * groups * size
+        packed = numbers(self.stored, expert * count, count).reshape(outs, groups, size)[:, first:end]
+        levels = np.array(E2M1, np.float32)[nibbles(packed)]
+        values = np.ldexp(levels, scale.astype(np.int32)[..., None] - 127).reshape(outs, -1)
+        part = values[:, start - first * GROUP : stop - first * GROUP].swapaxes(0, 1)
+        return cast("np.ndarray[Any, Any]", part.astype(self.dtype.array))
+
+
+def _weight(base: Checkpoint, name: str) -> Packed:
+    stored, scale = (part_of(base, name, f"{name}_{part}", ("U8",)) for part in ("blocks", "scales"))
+    if len(stored.shape) != 4:
+        raise Malformed(f"{len(stored.shape)} axes, not 4", path=base.root, where=f"{name}_blocks", cure=DAMAGED)
+    experts, outs, groups, _ = stored.shape
+    expect(stored.shape, (experts, outs, groups, GROUP // 2), f"{name}_blocks")
+    expect(scale.shape, (experts, outs, groups), f"{name}_scales")
+    members = (f"{name}_blocks", f"{name}_scales")
+    return _Experts(name, (experts, groups * GROUP, outs), DTYPES["BF16"], members, stored, scale)

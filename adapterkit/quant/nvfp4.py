@@ -1,0 +1,33 @@
+"""NVFP4 as NVIDIA's ModelOpt stores it: w = e2m1 * scale * second scale.
+
+NVIDIA 2025, Pretraining Large Language Models with NVFP4, arXiv:2509.25149, section 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ._float4 import float4
+from ._scheme import Packed, Scheme
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+PARTS = ("weight", "weight_scale", "weight_scale_2")
+
+
+class Nvfp4(Scheme):
+    """`weight` in bytes `[out, in/2]`, `weight_scale` `[out, in/16]`, `weight_scale_2`, one number."""
+
+    url = "https://github.com/NVIDIA/Model-Optimizer"
+    description = "NVFP4 of ModelOpt: 4-bit floats, 8-bit scales for 16 numbers, one scale for all"
+    library = "the published formula"
+
+    def detect(self, base: Checkpoint) -> bool:
+        return any(name.endswith(".weight_scale_2") for name in base.tensors)
+
+    def find(self, base: Checkpoint) -> Iterator[Packed]:
+        for name in base.tensors:
+            if name.endswith(".weight_scale_2"):
+                yield float4(base, name.removesuffix(".weight_scale_2"), PARTS, divide=False)
