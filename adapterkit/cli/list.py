@@ -1,4 +1,4 @@
-"""List the known formats, methods, ways to combine or quantization schemes."""
+"""List the known formats, methods, ways to combine or packings."""
 
 from __future__ import annotations
 
