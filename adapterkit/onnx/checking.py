@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import CheckFailed, NotMergeable
+from ..errors import CheckFailed, NotMergeable, Unsupported
 from .attaching import attach
 from .building import Building
 from .model_file import Source, opened
@@ -59,7 +59,7 @@ def checked_injection(
         from .merging import fold
 
         building = Building(source.model)
-        with contextlib.suppress(NotMergeable):  # An additive change of a bias that is not there is an injection's own.
+        with contextlib.suppress(NotMergeable, Unsupported):  # Biases that are not there, packed weights.
             fold([(place, 1.0) for place in resolve(source.model, adapter, base)], building)
             other = _inline(source.model)
     return _compared(other, out, {} if slots is None else slots.feeds, files, fallback=plain)
