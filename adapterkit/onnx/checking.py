@@ -131,7 +131,9 @@ def _compared(
         except Exception as error:
             ran, why = True, str(error).splitlines()[0]
             continue
-        difference = _difference(got, results) if wanted is not None else 0.0
+        if wanted is None:
+            return None, "it runs; there is no second way to make this change that it could be held against"
+        difference = _difference(got, results)
         _judge(difference, got, files, exact)
         return difference, None
     if ran:
