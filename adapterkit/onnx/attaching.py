@@ -15,9 +15,11 @@ from ..methods.replacement import Replacement
 from ..tensors.lazy import as_array
 from ..updates import Additive, OutputUpdate, Update, WeightUpdate
 from .building import Branch, Building
-from .layers import Layer, Slice, Turned
+from .layers import Layer
+from .parts import Slice, Turned
 from .resolving import Found, Spot
-from .values import Unsayable, Value
+from .sizes import Unsayable
+from .values import Value
 
 
 def attach(found: Sequence[Found], building: Building, slots: Any = None) -> None:

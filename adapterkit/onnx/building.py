@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..tensors.dtypes import DTYPES
+from .sizes import FREE
 
 Array = np.ndarray[Any, Any]
 
@@ -102,7 +102,7 @@ class Branch:
         """One node, and its only output."""
         name = self.building.name(f"{self.name}/{op}")
         out = ir.Value(name=f"{name}_output", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
-        if shape is not None and all(size is not None and size < _FREE for size in shape):
+        if shape is not None and all(size is not None and size < FREE for size in shape):
             out.shape = ir.Shape(shape)
         self.nodes.append(ir.node(op, inputs, attributes or {}, outputs=[out], name=name))
         return out
@@ -129,11 +129,6 @@ def element_type(dtype: ir.DataType | None) -> np.dtype[Any]:
     return np.dtype(np.float32) if dtype is None else dtype.numpy()
 
 
-def array_type(name: str) -> np.dtype[Any]:
-    """The numpy type that computes with a stored one."""
-    return DTYPES[name].array
-
-
 def _disconnect(nodes: Sequence[ir.Node]) -> None:
     for node in reversed(nodes):
         for position in range(len(node.inputs)):
@@ -145,6 +140,3 @@ def _values(graph: ir.Graph) -> Iterable[ir.Value]:
     yield from graph.initializers.values()
     for node in graph:
         yield from node.outputs
-
-
-_FREE = 1_000_003

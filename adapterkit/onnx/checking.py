@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import CheckFailed, NotMergeable
+from ..errors import CheckFailed, NotMergeable, Unsupported
 from .attaching import attach
 from .building import Building
 from .model_file import Source, opened
@@ -59,7 +59,7 @@ def checked_injection(
         from .merging import fold
 
         building = Building(source.model)
-        with contextlib.suppress(NotMergeable):  # An additive change of a bias that is not there is an injection's own.
+        with contextlib.suppress(NotMergeable, Unsupported):  # Biases that are not there, packed weights.
             fold([(place, 1.0) for place in resolve(source.model, adapter, base)], building)
             other = _inline(source.model)
     return _compared(other, out, {} if slots is None else slots.feeds, files, fallback=plain)
@@ -131,7 +131,9 @@ def _compared(
         except Exception as error:
             ran, why = True, str(error).splitlines()[0]
             continue
-        difference = _difference(got, results) if wanted is not None else 0.0
+        if wanted is None:
+            return None, "it runs; there is no second way to make this change that it could be held against"
+        difference = _difference(got, results)
         _judge(difference, got, files, exact)
         return difference, None
     if ran:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .values import FREE, Sizes, Unsayable, Value
+from .sizes import FREE, Sizes, Unsayable
+from .values import Value
 
 _END = np.iinfo(np.int64).max
 

@@ -7,7 +7,6 @@ formula makes of them takes the output's place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +15,7 @@ import onnx_ir as ir
 from ..errors import Unsupported
 from .building import Branch, element_type
 from .operands import attribute, is_constant, numbers, shape_of
-from .values import Unsayable, Value
+from .values import Value
 
 
 class Layer:
@@ -272,74 +271,6 @@ def kind_of(node: ir.Node) -> type[Layer] | None:
     return next((kind for kind in KINDS if kind.takes(node)), None)
 
 
-class Slice:
-    """The outputs `start` to `stop` of a layer: what an update of a fused weight's rows sees."""
-
-    def __init__(self, layer: Layer, rows: tuple[int, int]) -> None:
-        self.layer, self.rows = layer, slice(*rows)
-        self.x, self.branch = layer.x, layer.branch
-        self.mix, self.per_channel, self.channel = layer.mix, layer.per_channel, layer.channel
-        self.op, self.direct, self.node = layer.op, layer.direct, layer.node
-
-    def __call__(self, x: Value) -> Value:
-        return self.cut(self.layer(x), self.rows)
-
-    def cut(self, y: Value, rows: slice) -> Value:
-        """Some channels of an output."""
-        return y[(..., rows, *[slice(None)] * (-self.channel - 1))]
-
-    @property
-    def weight(self) -> Value:
-        return self.layer.weight[self.rows]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.weight.shape)
-
-    @property
-    def bias(self) -> Value | None:
-        b = self.layer.bias
-        return None if b is None else b[self.rows]
-
-    def around(self, y: Value, part: Value) -> Value:
-        """The whole output, with these channels exchanged."""
-        from .symbols import SYMBOLS
-
-        out = self.layer.shape[0]
-        pieces = [part]
-        if self.rows.start:
-            pieces.insert(0, self.cut(y, slice(0, self.rows.start)))
-        if self.rows.stop < out:
-            pieces.append(self.cut(y, slice(self.rows.stop, out)))
-        joined: Value = SYMBOLS.concat(pieces, axis=self.channel)
-        return joined
-
-
-class Turned:
-    """A layer seen with its first two axes exchanged, as whole weights of embeddings are stored."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.layer, self.x, self.branch, self.node = layer, layer.x, layer.branch, layer.node
-        self.channel, self.direct, self.per_channel, self.bias = layer.channel, False, layer.per_channel, layer.bias
-
-    def __call__(self, x: Value) -> Value:
-        return self.layer(x)
-
-    @property
-    def weight(self) -> Value:
-        return self.layer.weight.swapaxes(0, 1)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.weight.shape)
-
-    def op(self, x: Value, w: Value) -> Value:
-        return self.layer.op(x, w.swapaxes(0, 1))
-
-    def mix(self, h: Value, w: Value) -> Value:
-        raise Unsayable("a mix of channels behind a turned weight")
-
-
 def _bias_after(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
     """The Add of a vector that follows a node and nothing else does, and the vector."""
     out = node.outputs[0]
@@ -355,9 +286,3 @@ def _bias_after(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
         return None
     shape = shape_of(other)
     return (add, other) if len(shape) == 1 and shape[0] == shape_of(weight)[-1] and node.op_type == "MatMul" else None
-
-
-Seen = Layer | Slice | Turned
-"""A layer, or a part of one."""
-
-Words = Callable[[Value], Value]

@@ -222,6 +222,8 @@ def _part(W: Array, place: Found) -> Array:
 
 
 def _rounded(array: Array, kind: ir.DataType, name: str) -> Array:
+    if array.dtype == kind.numpy():
+        return array
     with np.errstate(over="ignore"):
         out = np.ascontiguousarray(array).astype(kind.numpy())
     if not np.isfinite(out.astype(np.float64)).all() and np.isfinite(array).all():

@@ -20,7 +20,8 @@ from ..updates import OutputUpdate, Update
 from .building import Array, Building
 from .layers import Layer
 from .resolving import Found
-from .values import FREE, Value
+from .sizes import FREE
+from .values import Value
 
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
 """Axes whose size the base gives, or that all layers share."""

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .values import FREE, Unsayable, Value, broadcast
+from .sizes import FREE, Unsayable, broadcast
+from .values import Value
 
 arrays: Any = import_module("array_api_compat.numpy")
 

@@ -6,7 +6,6 @@ A value may also be known: then its numbers can be had, by the same operators in
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,16 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from .building import Array, Branch
-
-Sizes = tuple[int | None, ...]
-"""The sizes of a value's axes; None where the graph leaves one open."""
-
-FREE = 1_000_003
-"""Sizes from here on stand for axes whose size is open in an adapter to come; see slots.py."""
-
-
-class Unsayable(AttributeError, TypeError):
-    """A formula asks for what no node says; it may still be worked out where all numbers are known."""
+from .sizes import Sizes, Unsayable, broadcast, filled, multiplied, reduced, spelled
 
 
 class Value:
@@ -215,10 +205,10 @@ class Value:
 
     def reshape(self, *shape: Any) -> Value:
         wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-        wanted = _filled(self.sizes, wanted)
+        wanted = filled(self.sizes, wanted)
         if self.sizes == wanted and None not in wanted:
             return self
-        literal = self.branch.building.literal(np.array(_spelled(self.sizes, wanted), dtype=np.int64))
+        literal = self.branch.building.literal(np.array(spelled(self.sizes, wanted), dtype=np.int64))
         return self.apply("Reshape", [self], lambda a: a.reshape(wanted), wanted, more=[literal])
 
     def sum(self, axis: Any = None, keepdims: bool = False) -> Value:
@@ -238,7 +228,7 @@ class Value:
             more = [self.branch.building.literal(np.array(axes, dtype=np.int64))]
         elif axes is not None:
             attributes["axes"] = list(axes)
-        shape = _reduced_shape(self.sizes, axes, keepdims)
+        shape = reduced(self.sizes, axes, keepdims)
         return self.apply(
             op, [self], lambda a: f(a, axis=axes, keepdims=keepdims), shape, attributes=attributes, more=more
         )
@@ -263,65 +253,3 @@ class Value:
 def _same_type(one: Value, two: Value) -> None:
     if one.dtype != two.dtype:
         raise Unsayable(f"{one.dtype} beside {two.dtype}")
-
-
-def broadcast(one: Sizes | None, two: Sizes | None) -> Sizes | None:
-    """The sizes of two operands' sum."""
-    if one is None or two is None:
-        return None
-    pad = max(len(one), len(two))
-    pairs = zip((1,) * (pad - len(one)) + one, (1,) * (pad - len(two)) + two, strict=True)
-    return tuple(_wider(a, b) for a, b in pairs)
-
-
-def _wider(a: int | None, b: int | None) -> int | None:
-    if a == b or b == 1:
-        return a
-    if a == 1 or a is None:
-        return b
-    return a
-
-
-def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
-    """The sizes of two matrices' product."""
-    if one is None or two is None or len(one) < 2 or len(two) < 2:
-        return None
-    lead = broadcast(one[:-2], two[:-2])
-    assert lead is not None
-    return (*lead, one[-2], two[-1])
-
-
-def _filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
-    """A wanted shape with its -1 worked out, or None there where that cannot be."""
-    if -1 not in wanted:
-        return tuple(wanted)
-    if sizes is None or None in sizes:
-        return tuple(None if size == -1 else size for size in wanted)
-    known = math.prod(size for size in wanted if size is not None and size != -1)
-    total = math.prod(sizes)  # type: ignore[arg-type]
-    return tuple((total // known if known else 0) if size == -1 else size for size in wanted)
-
-
-def _spelled(sizes: Sizes | None, wanted: Sizes) -> list[int]:
-    """A shape as the node wants it: 0 for a size that is open and stays where it is, -1 for one that is left over."""
-    out: list[int] = []
-    for position, size in enumerate(wanted):
-        if size is not None and 0 < size < FREE:
-            out.append(size)
-        elif sizes is not None and position < len(sizes) and size is not None and sizes[position] == size:
-            out.append(0)
-        elif size == 0 or -1 in out:
-            raise Unsayable("more than one size is open")
-        else:
-            out.append(-1)
-    if -1 in out and 0 in out:
-        raise Unsayable("a size that is left over where another may be 0")
-    return out
-
-
-def _reduced_shape(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -> Sizes | None:
-    if sizes is None:
-        return None
-    gone = set(range(len(sizes))) if axes is None else {axis % len(sizes) for axis in axes}
-    kept = ((1 if n in gone else size) for n, size in enumerate(sizes) if keepdims or n not in gone)
-    return tuple(kept)

@@ -1,0 +1,79 @@
+"""Sizes of values: what operators make of them, and how a node that reshapes is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Sizes = tuple[int | None, ...]
+"""The sizes of a value's axes; None where the graph leaves one open."""
+
+FREE = 1 << 40
+"""Sizes from here on stand for axes whose size is open in an adapter to come; see slots.py."""
+
+
+class Unsayable(AttributeError, TypeError):
+    """A formula asks for what no node says; it may still be worked out where all numbers are known."""
+
+
+def broadcast(one: Sizes | None, two: Sizes | None) -> Sizes | None:
+    """The sizes of two operands' sum."""
+    if one is None or two is None:
+        return None
+    pad = max(len(one), len(two))
+    pairs = zip((1,) * (pad - len(one)) + one, (1,) * (pad - len(two)) + two, strict=True)
+    return tuple(_wider(a, b) for a, b in pairs)
+
+
+def _wider(a: int | None, b: int | None) -> int | None:
+    if a == b or b == 1:
+        return a
+    if a == 1 or a is None:
+        return b
+    return a
+
+
+def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
+    """The sizes of two matrices' product."""
+    if one is None or two is None or len(one) < 2 or len(two) < 2:
+        return None
+    lead = broadcast(one[:-2], two[:-2])
+    assert lead is not None
+    return (*lead, one[-2], two[-1])
+
+
+def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
+    """A wanted shape with its -1 worked out, or None there where that cannot be."""
+    if -1 not in wanted:
+        return tuple(wanted)
+    if sizes is None or None in sizes:
+        return tuple(None if size == -1 else size for size in wanted)
+    known = math.prod(size for size in wanted if size is not None and size != -1)
+    total = math.prod(sizes)  # type: ignore[arg-type]
+    return tuple((total // known if known else 0) if size == -1 else size for size in wanted)
+
+
+def spelled(sizes: Sizes | None, wanted: Sizes) -> list[int]:
+    """A shape as the node wants it: 0 for a size that is open and stays where it is, -1 for one that is left over."""
+    out: list[int] = []
+    for position, size in enumerate(wanted):
+        if size is not None and 0 < size < FREE:
+            out.append(size)
+        elif sizes is not None and position < len(sizes) and size is not None and sizes[position] == size:
+            out.append(0)
+        elif size == 0 or -1 in out:
+            raise Unsayable("more than one size is open")
+        else:
+            out.append(-1)
+    if -1 in out and 0 in out:
+        raise Unsayable("a size that is left over where another may be 0")
+    return out
+
+
+def reduced(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -> Sizes | None:
+    """The sizes of a value summed along some axes, or all."""
+    if sizes is None:
+        return None
+    gone = set(range(len(sizes))) if axes is None else {axis % len(sizes) for axis in axes}
+    kept = ((1 if n in gone else size) for n, size in enumerate(sizes) if keepdims or n not in gone)
+    return tuple(kept)
