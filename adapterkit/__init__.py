@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import ops, torch
+    from . import hub, onnx, ops, torch
     from .adapter import Adapter, BaseRef, Foreign, Step, Target
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
@@ -45,7 +45,9 @@ __all__ = [
     "Step",
     "Target",
     "detect",
+    "hub",
     "merge",
+    "onnx",
     "ops",
     "read",
     "torch",
@@ -54,7 +56,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("ops", "torch")
+_MODULES = ("hub", "onnx", "ops", "torch")
 """Parts of the package that are reached as such."""
 
 

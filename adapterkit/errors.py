@@ -134,6 +134,25 @@ class StorageError(AdapterkitError):
     exit_code = 6
 
 
+class NetworkError(AdapterkitError):
+    """A hub could not be reached, refused, or answered with what makes no sense."""
+
+    code = "network"
+    exit_code = 5
+
+
+class AccessDenied(NetworkError):
+    """A hub wants a token, another token, or a licence accepted first."""
+
+    code = "access"
+
+
+class RemoteNotFound(NetworkError):
+    """A hub has no such repository, revision or file."""
+
+    code = "remote-not-found"
+
+
 _CURES = {
     errno.ENOSPC: "Free some space on that file system or write elsewhere, then run the same command again",
     errno.EDQUOT: "Raise the quota or write elsewhere, then run the same command again",

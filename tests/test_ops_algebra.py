@@ -148,6 +148,14 @@ def test_equal_scalings_leave_every_bit_and_unequal_ones_round_once():
     assert (uneven.B.numpy()[:, 2:] == (other.B.numpy().astype(float) * 0.7).astype("f4")).all()
 
 
+@pytest.mark.parametrize("tiny", [5e-324, 2e-309, 0.0])
+def test_a_factor_next_to_nothing_does_not_make_the_other_infinite(tiny):
+    one, other = (Adapter({TARGET: (lora(seed, scaling=s),)}) for seed, s in ((1, tiny), (2, 1.5)))
+    for pair in ([one, other], [other, one], [one, one]):
+        (total,) = ops.stack(pair).updates[TARGET]
+        close(change([total], (OUT, IN))[0], sum(change(a.updates[TARGET], (OUT, IN))[0] for a in pair))
+
+
 @pytest.mark.parametrize(
     ("dtype", "factor", "kept"),
     [("BF16", 0.25, "BF16"), ("BF16", 0.3, "F32"), ("F16", 0.5, "F32"), ("F16", -1, "F16"), ("F64", 0.1, "F64")],

@@ -1,6 +1,7 @@
 """Show what an adapter or a base holds.
 
-SRC is an adapter in any known format, or a base: a folder of weights or one weight file. Only headers are read.
+SRC is an adapter in any known format, or a base: a folder of weights or one weight file, here or on a hub
+(hf://org/repo). Only headers are read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from . import _options
 from ._render import Table, View, counted, show, size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..adapter import Adapter, Target
     from ..tensors.checkpoint import Checkpoint
     from ..tensors.lazy import Leaf
@@ -30,21 +33,20 @@ def command(
 ) -> None:
     """Runs `adapterkit.read`, or opens a base."""
     from .. import detect, read
+    from ..tensors.locations import headers_of
 
-    if source_format is None and not _is_adapter(src):
-        show(settings, _base_record(src), _base_view)
-        return
-    name = source_format or detect(src)
-    show(settings, adapter_record(read(src, name, base, compat=compat), src, name), _adapter_view)
+    with headers_of(src) as path:
+        if source_format is None and not _is_adapter(path):
+            show(settings, _base_record(path, src), _base_view)
+            return
+        name = source_format or detect(path)
+        show(settings, adapter_record(read(path, name, base, compat=compat), src, name), _adapter_view)
 
 
-def _is_adapter(src: str) -> bool:
-    """Whether any format recognises `src`; a path that is not there counts as one, so that reading it says so."""
-    from pathlib import Path
-
+def _is_adapter(path: Path) -> bool:
+    """Whether any format recognises `path`; a path that is not there counts as one, so that reading it says so."""
     from ..formats import FORMATS
 
-    path = Path(src)
     return not path.exists() or any(FORMATS[name]().sniff(path) for name in FORMATS)
 
 
@@ -77,12 +79,12 @@ def _update_record(target: Target, update: Update) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _base_record(src: str) -> dict[str, Any]:
+def _base_record(path: Path, src: str) -> dict[str, Any]:
     from ..errors import UnknownFormat, UsageError
     from ..tensors.checkpoint import open_checkpoint
 
     try:
-        base = open_checkpoint(src)
+        base = open_checkpoint(path)
     except UsageError as error:
         cure = "See 'adapterkit list formats'; a base is a folder of weights or one weight file"
         raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=src, cure=cure) from error

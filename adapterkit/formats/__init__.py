@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import StorageError, UnknownFormat, UsageError, nearest
 from ..registry import Registry
 from ..tensors.checkpoint import opened
+from ..tensors.locations import located, source_of
 from ._format import ON_LOSS, Format
 
 if TYPE_CHECKING:
@@ -47,13 +48,13 @@ def read(
     """Reads an adapter in any format, lazily, and validates it.
 
     Args:
-        path: file or folder.
+        path: file or folder, or a place on a hub: `hf://org/repo[@revision][/path]`, `org/repo`.
         format: its format; found from its headers when not given.
         base: the base, for formats that need one to resolve names.
         compat: reproduce the known faults of the named tool, e.g. `"peft"`.
 
     Returns:
-        the adapter; its lineage begins with this read.
+        the adapter; what came from a hub says so in its lineage, with the commit.
 
     Raises:
         AdapterkitError: see `Format.read`.
@@ -64,7 +65,8 @@ def read(
     if compat is not None and compat not in reader.compat:
         known = ", ".join(sorted(reader.compat)) or "none"
         raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=f"Known: {known}")
-    adapter = reader.read(source, compat=compat, base=None if base is None else opened(base))
+    checkpoint = None if base is None else opened(base)
+    adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)
     try:
         adapter.validate()
     except Exception as error:
@@ -109,7 +111,7 @@ def write(
 
 
 def _existing(path: str | PathLike[str]) -> Path:
-    source = Path(path)
+    source = located(path)
     if source.exists():
         return source
     siblings: Mapping[str, None] = {}
@@ -117,6 +119,21 @@ def _existing(path: str | PathLike[str]) -> Path:
         siblings = dict.fromkeys(str(source.parent / entry.name) for entry in source.parent.iterdir())
     cure = nearest(str(source), siblings) or "Check the spelling of the path"
     raise StorageError("no such file or folder", path=path, cure=cure)
+
+
+def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
+    """Puts the commits of what was pulled from a hub into the lineage, and into the adapter's base."""
+    from ..adapter import BaseRef, Step
+
+    source, below = source_of(path), None if base is None else source_of(base.folder)
+    if source is not None and Step("pull", {"uri": source.uri}) not in adapter.recipe:
+        last = len(adapter.recipe) - (bool(adapter.recipe) and adapter.recipe[-1].op == "read")
+        step = Step("pull", {"uri": source.uri})
+        adapter = adapter.replace(recipe=(*adapter.recipe[:last], step, *adapter.recipe[last:]))
+    known = adapter.base or BaseRef()
+    if below is not None and known.id in (None, below.repo) and known.revision is None:
+        adapter = adapter.replace(base=BaseRef(below.repo, below.commit, known.config_hash))
+    return adapter
 
 
 def _placed(error: Exception, path: str | PathLike[str]) -> Exception:

@@ -43,9 +43,10 @@ def plan(
     """
     from .planning import make_plan
 
-    named = _named(adapters, weights, base)
+    checkpoint = opened(base)
+    named = _named(adapters, weights, checkpoint)
     options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
-    return make_plan(opened(base), named, **options)  # type: ignore[arg-type]
+    return make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
 
 
 def merge(
@@ -94,7 +95,7 @@ def merge(
     target = Path(out)
     checkpoint = opened(base)
     _check_target(target, checkpoint, adapters, overwrite)
-    named = _named(adapters, weights, base)
+    named = _named(adapters, weights, checkpoint)
     started = time.perf_counter()
     from .planning import make_plan
     from .report import carry_out
@@ -131,11 +132,13 @@ def verify(
     """
     from .verification import compare
 
-    return compare(opened(merged), opened(base), _named(adapters, weights, base), allow_partial, progress)
+    checkpoint = opened(base)
+    named = _named(adapters, weights, checkpoint)
+    return compare(opened(merged), checkpoint, named, allow_partial, progress)
 
 
 def _named(
-    adapters: Source | Sequence[Source], weights: Sequence[float] | None, base: Base
+    adapters: Source | Sequence[Source], weights: Sequence[float] | None, checkpoint: Checkpoint
 ) -> list[tuple[str, Adapter, float]]:
     from ..adapter import Adapter
     from ..formats import read
@@ -149,7 +152,6 @@ def _named(
         raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure="Give one weight an adapter")
     if not all(math.isfinite(factor) for factor in factors):
         raise UsageError(f"weights {factors} are not all finite", cure="Give each adapter a number")
-    checkpoint = opened(base)
     return [
         (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
         for a, w in zip(several, factors, strict=True)

@@ -20,6 +20,7 @@ from ..errors import Unsupported, UsageError
 from ..tensors.checkpoint import INDEX, SINGLE, Checkpoint
 from ..tensors.dtypes import BY_TORCH, DTYPES, DType
 from ..tensors.lazy import Lazy, Shape
+from ..tensors.locations import source_of
 from ..tensors.safetensors import encode_header
 from .folds import Fold, Source, folds_by_tensor
 
@@ -124,7 +125,9 @@ class Plan:
 
     def lineage(self) -> dict[str, Any]:
         """What the output's own record says: no paths, no times, so that equal merges write equal bytes."""
+        origin = source_of(self.base.folder)
         return {
+            **({} if origin is None else {"base_uri": origin.uri}),
             "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
             "dtype": self.dtype and self.dtype.name, "tied": self.tied,
         }  # fmt: skip

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AdapterkitError, StorageError, storage_error
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
+from ..tensors.locations import NOTE
 from .arrays import arrays_for
 from .planning import REPORT, Plan, index_of
 from .stage import Norms, Stage
@@ -103,7 +104,7 @@ def _carry(plan: Plan, out: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     carried, left_out = [], []
     for file in sorted(_files(plan.base.root)):
         name = file.relative_to(plan.base.root).as_posix()
-        if file in plan.base.files or name in (INDEX, TORCH_INDEX, REPORT):
+        if file in plan.base.files or name in (INDEX, TORCH_INDEX, REPORT, NOTE):
             continue
         if file.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json"):
             left_out.append(name)

@@ -63,14 +63,14 @@ class ReFT(OutputUpdate):
 
     def forward(self, x: Any, layer: Any) -> Any:
         y = layer(x)
-        length = y.shape[-2]
-        stop = length - min(self.suffix_positions, length)
-        start = min(self.prefix_positions, stop)
-        first = self._changed(y[..., :start, :], self.source, self.source_bias, self.projection)
+        # By slices that stop at an end: a graph's sequences have no length before they run.
+        before = y[..., : -self.suffix_positions, :] if self.suffix_positions else y
+        behind = y[..., -self.suffix_positions :, :] if self.suffix_positions else y[..., :0, :]
+        first = self._changed(before[..., : self.prefix_positions, :], self.source, self.source_bias, self.projection)
         tied = self.source, self.source_bias, self.projection
         own = self.suffix_source, self.suffix_source_bias, self.suffix_projection
-        last = self._changed(y[..., stop:, :], *(tied if self.suffix_source is None else own))
-        return namespace(y).concat([first, y[..., start:stop, :], last], axis=-2)
+        last = self._changed(behind, *(tied if self.suffix_source is None else own))
+        return namespace(y).concat([first, before[..., self.prefix_positions :, :], last], axis=-2)
 
     def _changed(self, h: Any, source: Any, bias: Any, projection: Any) -> Any:
         R = _orthonormal(projection) if self.orthogonality else projection

@@ -54,7 +54,8 @@ def _beside(place: Place, terms: Sequence[tuple[LoRA, float]]) -> LoRA:
     """Factors beside one another; leaves stay unread."""
     stacked, shape = int(place.target.stacked), place.shape
     factors = [weight * update.scaling for update, weight in terms]
-    scaling = factors[0] if factors[0] != 0 else 1.0
+    # The largest, so that no ratio to it overflows.
+    scaling = max(factors, key=abs) or 1.0
     ratios = [factor / scaling for factor in factors]
     lead = [u.A.shape[: 1 + stacked] for u, _ in terms]
     A = joined([u.A.reshape(*front, *shape[1:]) for (u, _), front in zip(terms, lead, strict=True)], stacked)

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import Malformed, StorageError, UsageError, storage_error
 from . import safetensors
 from .lazy import Lazy
+from .locations import located
 from .strict_json import load_json
 
 INDEX = "model.safetensors.index.json"
@@ -57,7 +58,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         Malformed: the files disagree with each other or with their index.
         UsageError: the folder holds no weights, or more than one set of them.
     """
-    root = Path(path)
+    root = located(path)
     if not root.exists():
         raise StorageError("no such file or folder", path=path, cure="Check the spelling of the path")
     files, index = _weight_files(root) if root.is_dir() else ((root,), None)

@@ -90,13 +90,14 @@ def singular(W: Any) -> tuple[Any, Any, Any]:
     Raises:
         ShapeMismatch: the weight has a kernel.
     """
+    import numpy as np
     import torch
 
     if len(W.shape) != 2:
         raise ShapeMismatch(f"no singular values of a weight of {list(W.shape)}", cure="Choose linear layers only")
 
     live = isinstance(W, torch.Tensor)
-    host = (W.detach() if live else torch.tensor(W)).to("cpu", torch.float32)
+    host = (W.detach() if live else torch.tensor(np.asarray(W))).to("cpu", torch.float32)
     U, S, V = (
         part.to(W.device, W.dtype) if live else part.numpy().astype(W.dtype)
         for part in torch.linalg.svd(host, full_matrices=False)

@@ -124,7 +124,7 @@ class Chain(Block):
     """One after the other: each sees the layer as those before it leave it."""
 
     def joined(self, x: Any, layer: Any) -> Any:
-        from .layers import Composed
+        from ..chain import Composed
 
         *before, last = self.present
         for child in before:

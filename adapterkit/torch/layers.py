@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..updates import Additive, OutputUpdate, Update
+from ..updates import Update
 
 Forward = Callable[..., Any]
 
@@ -159,47 +159,6 @@ class Quantized(Linear):
     @property
     def shape(self) -> tuple[int, ...]:
         return stored_shape(self.module)
-
-
-class Composed:
-    """A layer after an update: what the next update of the same target sees."""
-
-    def __init__(self, layer: Any, update: Update) -> None:
-        self.layer, self.update = layer, update
-        self.op, self.mix, self.per_channel = layer.op, layer.mix, layer.per_channel
-        self.shape, self.channel = layer.shape, layer.channel
-
-    def __call__(self, x: Tensor) -> Any:
-        return self.update.forward(x, self.layer)
-
-    def hidden(self, x: Tensor) -> Any:
-        return self.update.inside(x, self.layer) if isinstance(self.update, OutputUpdate) else self(x)
-
-    def residual(self, x: Tensor) -> Any:
-        return self.layer.residual(x)
-
-    def norm(self, h: Tensor) -> Any:
-        return self.layer.norm(h)
-
-    def close(self, h: Tensor, x: Tensor, whole: bool = True) -> Any:
-        return self.layer.close(h, x, whole)
-
-    @property
-    def call(self) -> Any:
-        return self.layer.call
-
-    @property
-    def weight(self) -> Tensor:
-        W: Tensor = self.layer.weight
-        return self.update.new_weight(W) if self.update.changes_weight else W
-
-    @property
-    def bias(self) -> Tensor | None:
-        b: Tensor | None = self.layer.bias
-        if b is not None:
-            settled = self.update.settled(self.layer.weight) if self.update.bias_sees_weight else self.update
-            return settled.new_bias(b)
-        return self.update.bias_delta() if isinstance(self.update, Additive) else None
 
 
 class Difference:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..adapter import Target
+from ..chain import Composed
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..updates import Update
-from .layers import Composed, Layer, moved
+from .layers import Layer, moved
 
 Run = Callable[[Sequence[Any], dict[str, Any]], Any]
 """A module's forward, by positional and named arguments."""

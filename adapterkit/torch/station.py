@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Target
+from ..chain import Composed
 from ..errors import AdapterkitError, Unsupported
 from ..updates import Additive, Update
 from .context import ContextPart, surround
 from .ears import Ear, overheard
-from .layers import Composed, Difference, Layer, Quantized, layer_of, moved
+from .layers import Difference, Layer, Quantized, layer_of, moved
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
 from .routing import Route, join, split
 from .weights import changed_bias, changed_weight, settled, tensor_at

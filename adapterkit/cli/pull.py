@@ -1,0 +1,46 @@
+"""Fetch an adapter or a model from a hub, verified.
+
+URI is hf://org/repo, hf://org/repo@revision or hf://org/repo@revision/path; DST is the folder to write. An interrupted
+pull goes on where it stopped when the same command is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from . import _options
+from ._progress import progress
+from ._render import Table, View, counted, show, size
+
+
+@click.command(help=__doc__)
+@click.argument("uri")
+@click.argument("dst")
+@click.option(
+    "--include", "include", multiple=True, metavar="PATTERN", help="Only files that match, e.g. '*.json'; repeatable."
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be fetched, and write nothing.")
+@_options.overwrite
+@_options.flags
+@click.pass_obj
+def command(
+    settings: _options.Settings, uri: str, dst: str, include: tuple[str, ...], dry_run: bool, overwrite: bool
+) -> None:
+    """Runs `adapterkit.hub.pull`."""
+    from ..hub import pull
+
+    with progress(settings, "pull") as meter:
+        pulled = pull(uri, dst, include=include, overwrite=overwrite, dry_run=dry_run, progress=meter)
+    show(settings, pulled.record(), _view)
+
+
+def _view(record: Mapping[str, Any]) -> View:
+    yield Table(("file", "bytes", "digest"), [[f["name"], f["bytes"], f["digest"][:23]] for f in record["files"]])
+    files = f"{counted(len(record['files']), 'file')} of {size(record['bytes'])}"
+    if record["dry_run"]:
+        yield f"{record['uri']}: {files} to fetch"
+        return
+    yield f"{record['out']}: {files} from {record['uri']}, {size(record['fetched'])} fetched, all verified"

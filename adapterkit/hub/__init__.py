@@ -1,0 +1,13 @@
+"""Hubs: adapters and models pulled from, pushed to and read from where they live.
+
+Nothing of huggingface_hub is imported before something is named that is on a hub.
+"""
+
+from __future__ import annotations
+
+from .pulling import Pulled, pull
+from .pushing import Pushed, push
+from .reading import fetched, headers
+from .uris import Uri, parse
+
+__all__ = ["Pulled", "Pushed", "Uri", "fetched", "headers", "parse", "pull", "push"]

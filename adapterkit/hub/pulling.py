@@ -1,0 +1,285 @@
+"""Pull: a repository, a folder or a file of it, verified and whole, or not at all; continued where it was interrupted.
+
+While it runs, files lie in `.NAME.pulling` beside the target: `parts/` by digest, `out/` by name. The target appears
+by rename when all of them are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterkitError, RemoteNotFound, StorageError, storage_error
+from ..tensors.atomic import sync_folder
+from ..tensors.locations import NOTE, Source, source_of
+from .remote import Remote, RemoteFile, largest_first
+from .transfer import fetch
+from .uris import Uri, parse
+
+Progress = Callable[[int, int], None]
+
+CONNECTIONS = 4
+HEADROOM = 1 << 20
+"""Bytes that must be free beyond the files themselves, for folders and the note."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What a pull did, or would do.
+
+    Attributes:
+        uri: what was asked for, at the commit that it was.
+        out: the folder.
+        files: name in the folder -> (bytes, digest).
+        fetched: bytes that had to be sent; what an interrupted run had left is not in it.
+        dry: nothing was written.
+    """
+
+    uri: str
+    out: Path
+    files: Mapping[str, tuple[int, str]]
+    fetched: int
+    dry: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """The same as plain data."""
+        files = [{"name": name, "bytes": size, "digest": digest} for name, (size, digest) in self.files.items()]
+        return {
+            "uri": self.uri, "out": str(self.out), "files": files, "bytes": sum(file["bytes"] for file in files),
+            "fetched": self.fetched, "dry_run": self.dry,
+        }  # fmt: skip
+
+
+class Stopped(Exception):
+    """Another connection failed, or the user wants to stop."""
+
+
+def pull(
+    uri: str | Uri,
+    dest: str | os.PathLike[str],
+    *,
+    include: Sequence[str] = (),
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    token: str | None = None,
+) -> Pulled:
+    """Fetches a repository, or a folder or file of it, into the folder `dest`.
+
+    Every file is verified against the digest that the hub lists, and fetched again if it is wrong. The folder appears
+    whole; an interrupted pull goes on where it stopped when it is called again. A note in it says which commit it is,
+    and `adapterkit.read` puts that into the adapter's lineage.
+
+    Args:
+        uri: `hf://org/repo[@revision][/path]`, or `org/repo`.
+        dest: the folder to write; it must not exist, be empty, or hold an earlier pull of the same.
+        include: patterns such as `*.safetensors`; only files whose name matches one are fetched.
+        overwrite: replace what is at `dest`.
+        dry_run: look, and write nothing.
+        progress: called with (bytes done, bytes in all) from the calling thread.
+        token: a token; the one that huggingface_hub finds if absent.
+
+    Raises:
+        NetworkError: no such repository, revision or file; no access; or the hub cannot be reached.
+        Malformed: the repository holds names of files that would leave the folder.
+        Corrupt: bytes do not have the promised digest, however often they are fetched.
+        StorageError: no space, no permission, or `dest` is taken.
+    """
+    remote = Remote(parse(uri) if isinstance(uri, str) else uri, token)
+    target = Path(dest)
+    source = Source(remote.uri.repo, remote.commit, remote.uri.path)
+    wanted = choose(remote, include)
+    told = {name: (file.size, file.digest) for name, file in wanted.items()}
+    if dry_run:
+        return Pulled(source.uri, target, told, sum(size for size, _ in told.values()), dry=True)
+    if not overwrite and _is_there(target, source, told):
+        return Pulled(source.uri, target, told, 0)
+    _check_free(target, overwrite)
+    fetched = bring(remote, source, wanted, target, progress)
+    return Pulled(source.uri, target, told, fetched)
+
+
+def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]:
+    """The files that a uri names, by their names inside the folder to write.
+
+    Raises:
+        RemoteNotFound: there are none.
+    """
+    path = remote.uri.path
+    files = remote.below(path)
+    single = len(files) == 1 and files[0].path == path
+    start = (path.rfind("/") + 1) if single else len(path) + 1 if path else 0
+    found = {file.path[start:]: file for file in files if file.path[start:] != NOTE}
+    if include:
+        found = {n: file for n, file in found.items() if any(fnmatch.fnmatchcase(n, pattern) for pattern in include)}
+    if not found:
+        cure = f"There are: {', '.join(file.path for file in files[:5])}"
+        raise RemoteNotFound("no file is left to fetch", path=str(remote.uri), cure=cure)
+    return found
+
+
+def bring(
+    remote: Remote, source: Source, wanted: Mapping[str, RemoteFile], target: Path, progress: Progress | None
+) -> int:
+    """Fetches files by way of a stage and renames it to `target`; returns the bytes that were sent."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = target.parent / f".{target.name}.pulling"
+        with _locked(stage):
+            _lay_out(stage, wanted)
+            _check_space(stage, wanted)
+            sent = _Transfer(remote, stage, wanted, progress).run()
+            source.save(stage / "out")
+            _publish(stage, target)
+            return sent
+    except OSError as error:
+        raise storage_error(error, error.filename or target) from error
+
+
+class _Transfer:
+    """Several connections at once; the calling thread reports and stops them all when one fails."""
+
+    def __init__(
+        self, remote: Remote, stage: Path, wanted: Mapping[str, RemoteFile], progress: Progress | None
+    ) -> None:
+        self.remote, self.stage, self.progress = remote, stage, progress
+        self.names: dict[str, list[str]] = {}
+        for name, file in wanted.items():
+            self.names.setdefault(file.digest, []).append(name)
+        self.files = largest_first(list({file.digest: file for file in wanted.values()}.values()))
+        self.total, self.done, self.found = sum(file.size for file in self.files), 0, 0
+        self.lock, self.stop = threading.Lock(), threading.Event()
+
+    def run(self) -> int:
+        """Fetches all; returns the bytes that were sent."""
+        missing = [file for file in self.files if not self._finished(file)]
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            try:
+                self._watch({pool.submit(self._one, file) for file in missing})
+            finally:
+                self.stop.set()
+                pool.shutdown(cancel_futures=True)
+        return self.done - self.found
+
+    def _watch(self, running: set[Future[None]]) -> None:
+        while running:
+            done, running = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+
+    def _finished(self, file: RemoteFile) -> bool:
+        names = self.names[file.digest]
+        if not all((self.stage / "out" / name).exists() for name in names):
+            return False
+        self.done += file.size
+        self.found += file.size
+        return True
+
+    def _one(self, file: RemoteFile) -> None:
+        part = self.stage / "parts" / file.digest.replace(":", "-")
+        left = part.stat().st_size if part.exists() else 0
+        with self.lock:
+            self.found += left if left <= file.size else 0
+        fetch(self.remote, file, part, self._count)
+        first, *others = [self.stage / "out" / name for name in self.names[file.digest]]
+        for copy in others:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(part, copy)
+        first.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part, first)
+
+    def _count(self, change: int) -> None:
+        with self.lock:
+            self.done += change
+        if self.stop.is_set():
+            raise Stopped
+
+
+def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
+    """Makes the stage ready; of what an earlier run left, only what is wanted now stays."""
+    names = {f"{file.digest.replace(':', '-')} {name}" for name, file in wanted.items()}
+    plan, told = stage / "plan", "\n".join(sorted(names))
+    if not plan.exists() or plan.read_text("utf-8") != told:
+        shutil.rmtree(stage / "out", ignore_errors=True)
+        plan.unlink(missing_ok=True)
+    for folder in ("out", "parts"):
+        (stage / folder).mkdir(exist_ok=True)
+    for part in (stage / "parts").iterdir():
+        if part.name not in {file.digest.replace(":", "-") for file in wanted.values()}:
+            part.unlink()
+    plan.write_text(told, "utf-8")
+
+
+def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
+    held = sum(entry.stat().st_size for entry in stage.rglob("*") if entry.is_file())
+    needed = sum(file.size for file in wanted.values()) - held + HEADROOM
+    free = shutil.disk_usage(stage).free
+    if needed > free:
+        cure = "Free some space, write elsewhere, or fetch less with --include"
+        raise StorageError(f"needs {needed:,} bytes more, {free:,} are free", path=stage.parent, cure=cure)
+
+
+def _publish(stage: Path, target: Path) -> None:
+    for folder, _, names in os.walk(stage / "out"):
+        for name in names:
+            _sync(Path(folder) / name)
+        sync_folder(Path(folder))
+    if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+        target.rmdir()
+    elif target.exists():
+        shutil.rmtree(stage / "replaced", ignore_errors=True)
+        os.replace(target, stage / "replaced")
+    os.replace(stage / "out", target)
+    sync_folder(target.parent)
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    with open(file, "r+b") as handle:
+        os.fsync(handle.fileno())
+
+
+@contextlib.contextmanager
+def _locked(stage: Path) -> Iterator[None]:
+    stage.mkdir(exist_ok=True)
+    with open(stage / "lock", "wb") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows: renaming a folder with open files fails there, which serves the same end
+            pass
+        except BlockingIOError:
+            raise StorageError("another pull is writing here", path=stage, cure="Wait for it") from None
+        yield
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    try:
+        taken = any(target.iterdir()) if target.is_dir() else target.exists() or target.is_symlink()
+    except OSError as error:
+        raise storage_error(error, target) from error
+    if taken and not overwrite:
+        raise StorageError("already there", path=target, cure="Choose another path, or allow overwriting")
+
+
+def _is_there(target: Path, source: Source, told: Mapping[str, tuple[int, str]]) -> bool:
+    """Whether an earlier pull of the same stands there, file by file right."""
+    from .digests import same
+
+    if not target.is_dir() or source_of(target) != source:
+        return False
+    try:
+        return all(same(target / name, size, digest) for name, (size, digest) in told.items())
+    except AdapterkitError:
+        return False

@@ -1,0 +1,168 @@
+"""Reading what is on a hub: whole, through a cache by commit, or headers alone, by ranges."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote
+
+from ..errors import Malformed, NetworkError, storage_error
+from ..tensors.lazy import ELSEWHERE, Span
+from ..tensors.locations import NOTE, Source
+from ..tensors.safetensors import MAX_HEADER
+from .pulling import bring, choose
+from .remote import Remote, RemoteFile
+from .transfer import fetch, read_range
+from .uris import Uri, parse
+
+OTHER_FORMS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz"}
+"""Weights in other forms: not fetched where there are safetensors files."""
+
+WEIGHTS = OTHER_FORMS | {".safetensors"}
+COMPANIONS = ("adapter_config.json", "config.json")
+"""What is fetched along with a single file: without it an adapter or a base is not one."""
+
+FIRST_READ = 1 << 16
+MAX_SMALL = 16 << 20
+FRESH = 60.0
+"""Seconds for which a name stays what it was: one command sees one commit."""
+
+_seen: dict[tuple[str, str], tuple[float, Remote]] = {}
+
+
+def fetched(name: str) -> Path:
+    """The local path of what is on a hub: in a cache, by commit, fetched and verified when it is not there yet.
+
+    The cache is `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder. Weights in other forms beside
+    safetensors files, and weights in subfolders beside those of the folder itself, are not fetched. Offline, a branch
+    is what it was when it was last looked up.
+
+    Raises:
+        AdapterkitError: as for `pull`.
+    """
+    uri = parse(name)
+    commit = _commit(uri)
+    folder = _cache(uri) / commit / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
+    inside = PurePosixPath(uri.path).name
+    if not (folder / NOTE).is_file():
+        remote = _remote(uri)
+        bring(remote, Source(uri.repo, commit, uri.path), needed(remote), folder, None)
+    return folder / inside if inside and (folder / inside).is_file() else folder
+
+
+def needed(remote: Remote) -> dict[str, RemoteFile]:
+    """The files without which what a uri names cannot be read."""
+    found = choose(remote)
+    path = remote.uri.path
+    if len(found) == 1 and path and next(iter(found.values())).path == path:
+        beside = {str(PurePosixPath(path).with_name(name)): name for name in COMPANIONS}
+        return found | {beside[file.path]: file for file in remote.files if file.path in beside}
+    suffixes = {name: PurePosixPath(name).suffix for name in found}
+    if ".safetensors" in suffixes.values():
+        found = {name: file for name, file in found.items() if suffixes[name] not in OTHER_FORMS}
+    if any("/" not in name and suffixes[name] in WEIGHTS for name in found):
+        found = {name: file for name, file in found.items() if "/" not in name or suffixes[name] not in WEIGHTS}
+    return found
+
+
+@contextmanager
+def headers(name: str) -> Iterator[Path]:
+    """A folder (or file) that looks like what is on a hub to whoever reads headers: the data are holes.
+
+    JSON files are fetched whole and verified; of safetensors files the header, and whatever else is read, by ranges,
+    which cannot be verified. What has no safetensors files is fetched whole.
+
+    Raises:
+        AdapterkitError: as for `pull`.
+    """
+    remote = _remote(parse(name))
+    wanted = needed(remote)
+    if not any(file.path.endswith(".safetensors") for file in wanted.values()):
+        yield fetched(name)
+        return
+    with tempfile.TemporaryDirectory(prefix="adapterkit-") as scratch:
+        folder = Path(scratch)
+        try:
+            _sketch(remote, wanted, folder)
+            inside = folder / PurePosixPath(remote.uri.path).name
+            yield inside if remote.uri.path and inside.is_file() else folder
+        finally:
+            for file in wanted:
+                ELSEWHERE.pop(str(folder / file), None)
+
+
+def _sketch(remote: Remote, wanted: Mapping[str, RemoteFile], folder: Path) -> None:
+    for name, file in wanted.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".safetensors"):
+            _outline(remote, file, target)
+        elif name.endswith(".json") and file.size <= MAX_SMALL:
+            fetch(remote, file, target, lambda _: None)
+    Source(remote.uri.repo, remote.commit, remote.uri.path).save(folder)
+
+
+def _outline(remote: Remote, file: RemoteFile, target: Path) -> None:
+    """A file of the right size with a header and a hole for the data, which are fetched when they are asked for."""
+    start = read_range(remote, file, 0, min(FIRST_READ, file.size))
+    length = 8 + (struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0)
+    if length > min(file.size, MAX_HEADER + 8):
+        why = f"the header claims {length - 8} bytes of a file of {file.size}"
+        raise Malformed(why, path=str(remote.uri), where=file.path, cure="Tell the repository's owner")
+    if length > len(start):
+        start += read_range(remote, file, len(start), length - len(start))
+    try:
+        with open(target, "xb") as sketch:
+            sketch.write(start[:length])
+            sketch.truncate(file.size)
+    except OSError as error:
+        raise storage_error(error, target) from error
+
+    def read(span: Span) -> bytearray:
+        return bytearray(read_range(remote, file, span.offset, span.nbytes))
+
+    ELSEWHERE[str(target)] = read
+
+
+def _remote(uri: Uri) -> Remote:
+    """The repository as it was when it was first looked up, within a minute."""
+    key, now = (os.environ.get("HF_ENDPOINT", ""), str(uri)), time.monotonic()
+    when, remote = _seen.get(key, (0.0, None))
+    if remote is None or now - when > FRESH:
+        remote = Remote(uri)
+        _ = remote.commit
+        _seen[key] = (now, remote)
+    return remote
+
+
+def _commit(uri: Uri) -> str:
+    """The commit of a uri; remembered, so that it is known offline."""
+    from huggingface_hub import constants
+
+    reference = _cache(uri) / "refs" / quote(uri.revision or "main", safe="")
+    if constants.is_offline_mode():
+        try:
+            return reference.read_text("utf-8").strip()
+        except OSError:
+            cure = "Unset HF_HUB_OFFLINE, or name a local path"
+            raise NetworkError("offline mode is on, and it is not in the cache", path=str(uri), cure=cure) from None
+    commit = _remote(uri).commit
+    try:
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(commit, "utf-8")
+    except OSError as error:
+        raise storage_error(error, reference) from error
+    return commit
+
+
+def _cache(uri: Uri) -> Path:
+    root = os.environ.get("ADAPTERKIT_CACHE")
+    if root is None:
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "adapterkit")
+    return Path(root) / "hub" / uri.repo.replace("/", "--")

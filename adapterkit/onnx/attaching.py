@@ -1,0 +1,208 @@
+"""Attaching: what an adapter's formulas make of a layer's output takes that output's place in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..chain import Composed
+from ..errors import Unsupported
+from ..methods.dense import Dense
+from ..methods.replacement import Replacement
+from ..tensors.lazy import as_array
+from ..updates import Additive, OutputUpdate, Update, WeightUpdate
+from .building import Branch, Building
+from .layers import Layer, Slice, Turned
+from .resolving import Found, Spot
+from .values import Unsayable, Value
+
+
+def attach(found: Sequence[Found], building: Building, slots: Any = None) -> None:
+    """Puts every target's branch into the graph; several targets of one node are rows of a fused weight.
+
+    Args:
+        found: the targets.
+        building: what the model gets.
+        slots: makes the values of an adapter to come, where one is; see slots.py.
+
+    Raises:
+        Unsupported: a layer cannot take a method.
+    """
+    for place in found:
+        for spot in place.spots:
+            _attach(place, spot, building, slots)
+
+
+def _attach(place: Found, spot: Spot, building: Building, slots: Any) -> None:
+    branch = Branch(building, f"adapterkit/{place.target}")
+    layer = spot.kind(spot.node, branch)
+    _check(place, layer)
+    seen: Any = Slice(layer, place.target.rows) if place.target.rows else Turned(layer) if place.turned else layer
+    given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
+    try:
+        y = _output(seen, [_sayable(update, seen, branch, slots is None) for update in given], added=slots is not None)
+        y = seen.around(layer.y, y) if isinstance(seen, Slice) else y
+    except Unsayable as error:
+        cure = "Inject it as constants" if slots is not None else "Merge it instead"
+        raise Unsupported(f"no graph says this: {error}", where=str(place.asked), cure=cure) from None
+    _insert(layer, y.value, branch)
+
+
+def _check(place: Found, layer: Layer) -> None:
+    outer = [isinstance(update, OutputUpdate) for update in place.updates]
+    if outer != sorted(outer):
+        why = "an update of weights behind one of the output"
+        raise Unsupported(why, where=str(place.asked), cure="Order updates of weights before those of outputs")
+    for update in place.updates:
+        words = update.attributes
+        if isinstance(update, OutputUpdate) and update.asks:
+            why = f"{update.method} asks each call for {', '.join(update.asks)}, which a graph's layers do not get"
+            raise Unsupported(why, where=str(place.asked), cure="Attach it to the torch model and export that")
+        if isinstance(update, OutputUpdate) and (words.get("residual") or words.get("norm") or place.target.rows):
+            why = f"{update.method} that reads other modules, or stands at rows of a layer"
+            raise Unsupported(why, where=str(place.asked), cure="Attach it to the torch model and export that")
+        if update.changes_bias and update.needs_bias and layer.bias is None and not isinstance(update, Additive):
+            why = f"{update.method} changes a bias that the layer does not have"
+            raise Unsupported(why, where=str(place.asked), cure="Give the layer a bias")
+        if (update.changes_bias or update.kind == "output") and (eaten := _eaten(layer)):
+            why = f"the bias of this layer is inside a {eaten}"
+            raise Unsupported(why, where=str(place.asked), cure="Inject into the graph before it is optimised")
+
+
+def _eaten(layer: Layer) -> str | None:
+    """The fused node that adds the layer's bias, and more behind it."""
+    uses = list(layer.node.outputs[0].uses())
+    fused = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
+    for use in uses:
+        place = fused.get(use.node.op_type)
+        if use.node.domain == "com.microsoft" and place is not None and len(use.node.inputs) > place:
+            return use.node.op_type
+    return None
+
+
+def _valued(update: Update, layer: Layer, place: Found, position: int, slots: Any) -> Update:
+    """The update over values of the graph, in the type that the layer computes in."""
+    if slots is not None:
+        opened: Update = slots.opened(update, layer, place, position)
+        return opened
+    building, dtype = layer.branch.building, layer.dtype
+    name = (
+        f"{place.target}.{update.method}" if len(place.updates) == 1 else f"{place.target}.{position}.{update.method}"
+    )
+
+    def value(field: str, leaf: Any) -> Value:
+        def make() -> Any:
+            array = as_array(leaf)
+            return array if array.dtype.kind in "iu" else array.astype(dtype)
+
+        key = building.keep(leaf), dtype.str
+        held = building.tensor(key, f"{name}.{field}", make)
+        assert held.const_value is not None
+        kind = held.const_value.dtype.numpy()
+        return Value(layer.branch, tuple(leaf.shape), kind, held, lambda: _wide(leaf))
+
+    return update.replace(**{field: value(field, leaf) for field, leaf in update.tensors.items()})
+
+
+def _wide(leaf: Any) -> Any:
+    array = as_array(leaf)
+    return array if array.dtype.kind in "iu" else array.astype(np.float64)
+
+
+def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Update:
+    """The update itself where nodes can say its formula, else the dense one that it is at this weight."""
+    before = len(branch.nodes)
+    try:
+        _output(layer, [update])
+    except (AttributeError, TypeError) as error:  # What arrays can do and values cannot, said so or not.
+        if not constant or isinstance(update, OutputUpdate):
+            raise Unsayable(str(error)) from error
+        return _worked_out(update, layer)
+    finally:
+        branch.back_to(before)
+    return update
+
+
+def _worked_out(update: Update, layer: Any) -> Update:
+    """What the law is at a known weight: a sum, or a replacement; in float64, rounded once."""
+    held = update.map(_numbers)
+    if isinstance(held, Additive):
+        D: Any = held.delta(layer.shape) if held.changes_weight else None
+        return Dense(D=_constant(layer, D), d=_constant(layer, held.bias_delta()))
+    W: Any = layer.weight.numbers().astype(np.float64)
+    held = held.settled(W) if held.bias_sees_weight else held
+    weight: Any = held.new_weight(W) if held.changes_weight else None
+    b = layer.bias if held.changes_bias else None
+    bias: Any = None if b is None else held.new_bias(b.numbers().astype(np.float64))
+    return Replacement(weight=_constant(layer, weight), bias=_constant(layer, bias))
+
+
+def _numbers(value: Any) -> Any:
+    known = value.known()
+    return np.array(known)
+
+
+def _constant(layer: Any, array: Any) -> Any:
+    if array is None:
+        return None
+    kind = layer.weight.dtype
+    return Value(layer.branch, array.shape, kind, None, lambda: np.asarray(array))
+
+
+def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value:
+    """y', by the formulas; in groups, by their weights and biases alone.
+
+    Args:
+        layer: the layer.
+        updates: what applies to it, in order.
+        added: changes of weights are added to the layer's own output, so that no change leaves its very bits.
+    """
+    outer = [update for update in updates if isinstance(update, OutputUpdate)]
+    inner = updates[: len(updates) - len(outer)]
+    weights = all(isinstance(update, WeightUpdate) for update in inner)
+    chain = layer
+    for update in updates:
+        chain = Composed(chain, update)
+    if (layer.direct and (not added or not weights or not inner)) or not inner:
+        y: Value = chain(layer.x)
+        return y
+    if outer:
+        raise Unsayable("an output update behind one of weights")
+    if not added:
+        y = layer.op(layer.x, chain.weight)
+        return y if chain.bias is None else y + layer.per_channel(chain.bias)
+    y = layer(layer.x) + layer.op(layer.x, chain.weight - layer.weight)
+    return y if layer.bias is None else y + layer.per_channel(chain.bias - layer.bias)
+
+
+def _insert(layer: Layer, new: ir.Value, branch: Branch) -> None:
+    """The branch's nodes go behind the layer's last one; whoever read its output reads what they compute."""
+    old, last = layer.end, layer.after[0] if layer.after else layer.node
+    nodes = branch.only_for([new])
+    if not nodes:
+        return
+    own = {id(node) for node in nodes}
+    for use in list(old.uses()):
+        if id(use.node) not in own:
+            use.node.replace_input_with(use.idx, new)
+    graph = last.graph
+    assert graph is not None
+    graph.insert_after(last, nodes)
+    if old.is_graph_output():
+        _rename_output(graph, old, new, branch)
+    new.shape = new.shape or old.shape
+    for node in dict.fromkeys((last, layer.node)):
+        if not any(out.uses() or out.is_graph_output() for out in node.outputs):
+            graph.remove(node, safe=True)
+
+
+def _rename_output(graph: Any, old: ir.Value, new: ir.Value, branch: Branch) -> None:
+    """A graph's output keeps its name."""
+    for position, value in enumerate(graph.outputs):
+        if value is old:
+            graph.outputs[position] = new
+    name, old.name = old.name, branch.building.name(f"{branch.name}/base")
+    new.name, new.shape, new.type = name, old.shape, old.type

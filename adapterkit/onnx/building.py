@@ -1,0 +1,150 @@
+"""What an injection adds to a graph: nodes in order, tensors once, names that nothing else has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..tensors.dtypes import DTYPES
+
+Array = np.ndarray[Any, Any]
+
+OPSET = 13
+"""The oldest operator set whose forms are written; older models are converted to it first."""
+
+
+class Building:
+    """Everything new in one model: tensors that places share are made once, by what they were made from.
+
+    Args:
+        model: the model that is being changed.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.opset = model.graph.opset_imports.get("", OPSET)
+        self.taken = {value.name for graph in model.graphs() for value in _values(graph)}
+        self.taken |= {node.name for graph in model.graphs() for node in graph}
+        self.tensors: dict[Any, ir.Value] = {}
+        self.kept: list[Any] = []
+        self.inputs: list[ir.Value] = []
+
+    def name(self, wanted: str) -> str:
+        """The name, or with a number behind it where it is taken."""
+        name, count = wanted, 0
+        while name in self.taken:
+            count += 1
+            name = f"{wanted}_{count}"
+        self.taken.add(name)
+        return name
+
+    def tensor(self, key: Any, wanted: str, make: Callable[[], Array]) -> ir.Value:
+        """The initializer made from `key`; registered with the graph only where a node that stays reads it."""
+        if key not in self.tensors:
+            array = np.ascontiguousarray(make())
+            name = self.name(wanted)
+            tensor = ir.Tensor(array, dtype=ir.DataType.from_numpy(array.dtype), name=name)
+            self.tensors[key] = ir.Value(
+                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return self.tensors[key]
+
+    def literal(self, array: Array) -> ir.Value:
+        """The initializer that holds a small array."""
+        return self.tensor(
+            ("literal", array.dtype.str, array.shape, array.tobytes()), "adapterkit.constant", lambda: array
+        )
+
+    def slot(self, key: Any, wanted: str, default: Array, shape: Sequence[int | str]) -> ir.Value:
+        """An overridable input: an initializer, its default, that is listed as an input of open sizes too."""
+        if key not in self.tensors:
+            value = self.tensor(key, wanted, lambda: default)
+            value.shape = ir.Shape(shape)
+            self.inputs.append(value)
+        return self.tensors[key]
+
+    def keep(self, thing: Any) -> int:
+        """The identity of a thing, which lives as long as this does."""
+        self.kept.append(thing)
+        return id(thing)
+
+    def settle(self) -> None:
+        """Registers the new tensors that nodes read with the graph, and the open inputs with its inputs."""
+        for value in self.tensors.values():
+            if value.uses() and not value.is_initializer():
+                self.model.graph.register_initializer(value)
+        self.model.graph.inputs.extend(value for value in self.inputs if value.uses())
+        self.model.ir_version = max(self.model.ir_version or 0, 4)  # Before 4 every initializer was an input too.
+
+
+class Branch:
+    """The nodes of one place, in order, before they are put into its graph.
+
+    Args:
+        building: what the model gets.
+        name: the first part of their names.
+    """
+
+    def __init__(self, building: Building, name: str) -> None:
+        self.building, self.name = building, name
+        self.nodes: list[ir.Node] = []
+
+    @property
+    def opset(self) -> int:
+        return self.building.opset
+
+    def node(
+        self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None, dtype: Any, shape: Any
+    ) -> ir.Value:
+        """One node, and its only output."""
+        name = self.building.name(f"{self.name}/{op}")
+        out = ir.Value(name=f"{name}_output", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
+        if shape is not None and all(size is not None and size < _FREE for size in shape):
+            out.shape = ir.Shape(shape)
+        self.nodes.append(ir.node(op, inputs, attributes or {}, outputs=[out], name=name))
+        return out
+
+    def back_to(self, count: int) -> None:
+        """Takes back the nodes from a number on."""
+        _disconnect(self.nodes[count:])
+        del self.nodes[count:]
+
+    def only_for(self, results: Iterable[ir.Value]) -> list[ir.Node]:
+        """The nodes that the results need; the others are let go of."""
+        wanted, needed = {id(value) for value in results}, []
+        for node in reversed(self.nodes):
+            if any(id(out) in wanted for out in node.outputs):
+                needed.append(node)
+                wanted |= {id(value) for value in node.inputs if value is not None}
+        kept = {id(node) for node in needed}
+        _disconnect([node for node in self.nodes if id(node) not in kept])
+        return needed[::-1]
+
+
+def element_type(dtype: ir.DataType | None) -> np.dtype[Any]:
+    """The numpy type of a graph's elements; float32 where the graph does not say."""
+    return np.dtype(np.float32) if dtype is None else dtype.numpy()
+
+
+def array_type(name: str) -> np.dtype[Any]:
+    """The numpy type that computes with a stored one."""
+    return DTYPES[name].array
+
+
+def _disconnect(nodes: Sequence[ir.Node]) -> None:
+    for node in reversed(nodes):
+        for position in range(len(node.inputs)):
+            node.replace_input_with(position, None)
+
+
+def _values(graph: ir.Graph) -> Iterable[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+_FREE = 1_000_003

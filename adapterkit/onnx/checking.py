@@ -1,0 +1,209 @@
+"""Checks: what was written, run by onnxruntime on made-up inputs, against the same change made another way.
+
+An injection is held against merged weights, a merge against an injection: the one goes through the formulas over a
+graph's values, the other through their numbers in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..adapter import Adapter
+from ..errors import CheckFailed, NotMergeable
+from .attaching import attach
+from .building import Building
+from .model_file import Source, opened
+from .resolving import resolve
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from .injecting import Base, Model
+
+    Feeds = Mapping[str, np.ndarray[Any, Any]]
+
+LARGE = 1 << 29
+"""Bytes of numbers from which a model is not loaded a second time only to be checked."""
+
+TOLERANCE = {"f": 1e-4, "V": 3e-2}
+"""The largest difference, as a share of the largest output, for float32 and float64; for narrower ones see below."""
+
+Outcome = tuple[float | None, str | None]
+"""(largest difference as a share of the largest output, or why there is none)."""
+
+
+def checked_injection(
+    model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, files: Sequence[Path], slots: Any
+) -> Outcome:
+    """The written graph against the first one with merged weights; with slots, empty ones against the first one.
+
+    Raises:
+        CheckFailed: they differ by more than rounding; what was written is removed.
+    """
+    source = opened(model)
+    if (why := _too_large(source)) is not None:
+        return None, why
+    plain = _inline(source.model)
+    if slots is not None:
+        outcome = _compared(plain, out, {}, files, exact=True)
+        if outcome[0] is None:
+            return outcome
+    other: bytes | None = None
+    if all(update.kind in ("additive", "weight") for _, update in adapter):
+        from .merging import fold
+
+        building = Building(source.model)
+        with contextlib.suppress(NotMergeable):  # An additive change of a bias that is not there is an injection's own.
+            fold([(place, 1.0) for place in resolve(source.model, adapter, base)], building)
+            other = _inline(source.model)
+    return _compared(other, out, {} if slots is None else slots.feeds, files, fallback=plain)
+
+
+def checked_merge(
+    model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
+    files: Sequence[Path],
+) -> Outcome:  # fmt: skip
+    """The merged graph against the first one with the adapter injected.
+
+    Raises:
+        CheckFailed: they differ by more than rounding; what was written is removed.
+    """
+    if len(adapters) > 1 or factors[0] != 1:
+        return None, "several adapters, or one by a part, are not injected"
+    from ..tensors.checkpoint import opened as opened_base
+
+    source = opened(model)
+    if (why := _too_large(source)) is not None:
+        return None, why
+    building = Building(source.model)
+    known = None if base is None else opened_base(base)
+    attach(resolve(source.model, adapters[0], known), building)
+    building.settle()
+    return _compared(_inline(source.model), out, {}, files)
+
+
+def _too_large(source: Source) -> str | None:
+    total = sum(
+        value.const_value.nbytes
+        for graph in source.model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+    return f"{total} bytes of numbers are too many to load twice" if total > LARGE else None
+
+
+def _inline(model: ir.Model) -> bytes:
+    """The model with all of its numbers in it."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
+                array = np.array(tensor.numpy())
+                value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=value.name)
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
+
+
+def _compared(
+    wanted: bytes | None, out: Path, more: Feeds, files: Sequence[Path], *, exact: bool = False,
+    fallback: bytes | None = None,
+) -> Outcome:  # fmt: skip
+    """Both graphs on the same inputs; the first sizes that the first one runs with are taken."""
+    first = wanted if wanted is not None else fallback
+    assert first is not None
+    ran, why = False, "no inputs"
+    for sizes in ((2, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32)):
+        try:
+            session = _session(first)
+            feeds = made_up(session, sizes)
+            results = session.run(None, feeds)
+        except Exception as error:  # onnxruntime raises RuntimeErrors of its own.
+            why = str(error).splitlines()[0]
+            continue
+        try:
+            got = _session(str(out)).run(None, {**feeds, **more})
+        except Exception as error:
+            ran, why = True, str(error).splitlines()[0]
+            continue
+        difference = _difference(got, results) if wanted is not None else 0.0
+        _judge(difference, got, files, exact)
+        return difference, None
+    if ran:
+        _unlink(files)
+        raise CheckFailed(f"the graph does not run ({why})", path=out, cure=_REPORT)
+    return None, f"the graph does not run on made-up inputs ({why})"
+
+
+def _judge(difference: float, got: Sequence[Any], files: Sequence[Path], exact: bool) -> None:
+    floats = [one for one in got if np.asarray(one).dtype.kind in "fV"]
+    narrow = any(np.asarray(one).dtype.itemsize < 4 for one in floats)
+    most = 0.0 if exact else TOLERANCE["V" if narrow else "f"]
+    if difference <= most:
+        return
+    _unlink(files)
+    why = f"the graph differs by {difference:.3g} of its largest output from the same change made another way"
+    raise CheckFailed(why, path=files[-1], cure=_REPORT)
+
+
+def _unlink(files: Sequence[Path]) -> None:
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _difference(got: Sequence[Any], wanted: Sequence[Any]) -> float:
+    """The largest difference as a share of the largest number of its output."""
+    worst = 0.0
+    for one, other in zip(got, wanted, strict=True):
+        a, b = (np.asarray(array) for array in (one, other))
+        if a.dtype.kind not in "fV":
+            continue
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        if a.shape != b.shape or (np.isfinite(a) != np.isfinite(b)).any():
+            return float("inf")
+        there = np.isfinite(b)
+        if there.any():
+            worst = max(worst, float(abs(a - b)[there].max() / max(abs(b[there]).max(), 1e-30)))
+    return worst
+
+
+def _session(model: bytes | str) -> Any:
+    onnxruntime: Any = import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+_TYPES = {"float": np.float32, "float16": np.float16, "double": np.float64, "int64": np.int64, "int32": np.int32}
+
+
+def made_up(session: Any, sizes: Sequence[int]) -> dict[str, Any]:
+    """Inputs for a graph: the same size for every open axis of one name, the first of them the batch's."""
+    rng, known = np.random.default_rng(0), dict[str, int]()
+    feeds = {}
+    for entry in session.get_inputs():
+        shape = [_size(axis, n, known, sizes) for n, axis in enumerate(entry.shape)]
+        name = entry.type.removeprefix("tensor(").removesuffix(")")
+        if name == "bool":
+            feeds[entry.name] = np.ones(shape, dtype=bool)
+        elif name in ("int64", "int32"):
+            low = 1 if "mask" in entry.name else 0
+            feeds[entry.name] = rng.integers(low, 2, shape).astype(_TYPES[name])
+        else:
+            feeds[entry.name] = rng.normal(size=shape).astype(_TYPES[name])
+    return feeds
+
+
+def _size(axis: Any, position: int, known: dict[str, int], sizes: Sequence[int]) -> int:
+    if isinstance(axis, int):
+        return axis
+    return known.setdefault(str(axis), sizes[min(position, len(sizes) - 1)])
+
+
+_REPORT = "Report this; with check off the file is kept"

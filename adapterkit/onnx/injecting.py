@@ -1,0 +1,222 @@
+"""Injection into graphs: an adapter becomes nodes beside the layers it adapts; the model's own numbers stay."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from ..adapter import Adapter
+from ..errors import Corrupt, Malformed, Unsupported, UsageError, storage_error
+from ..tensors.atomic import write_bytes
+from ..tensors.checkpoint import opened as opened_base
+from .attaching import attach
+from .building import Building
+from .model_file import Source, opened, save
+from .resolving import Found, resolve
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+    Model = ir.Model | str | PathLike[str]
+    Base = Checkpoint | str | PathLike[str]
+
+ORIGINAL = "adapterkit.original"
+"""The metadata key under which a rewritten model keeps what it takes to have the first one back."""
+
+MODES = ("constant", "slots")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Report:
+    """What was done to a graph.
+
+    Attributes:
+        out: the model that was written.
+        files: every file that was written.
+        found: where each target was.
+        difference: what the check found; None where it was not asked for or could not be made.
+        note: why the check could not be made.
+    """
+
+    out: Path
+    files: tuple[Path, ...]
+    found: tuple[Found, ...]
+    difference: float | None = None
+    note: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "out": str(self.out), "files": [file.name for file in self.files],
+            "targets": [place.record() for place in self.found], "difference": self.difference, "note": self.note,
+        }  # fmt: skip
+
+
+def inject(
+    model: Model,
+    adapter: Adapter | str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    mode: str = "constant",
+    base_weights: Base | None = None,
+    check: bool = True,
+) -> Report:
+    """Attaches an adapter to a graph: at each target it computes what the adapter's formulas say.
+
+    Args:
+        model: an ONNX file, or a model in memory, which stays as it is.
+        adapter: the adapter, or its path.
+        out: the file to write. Numbers that the model keeps in data files stay there, and are copied only where
+            `out` is in another folder.
+        mode: `constant` writes the adapter into the graph; `slots` makes its tensors inputs that may be left out.
+        base_weights: the weights that the graph was exported from: finds layers whose names are lost.
+        check: run the result with onnxruntime against the model with merged weights.
+
+    Raises:
+        TargetNotFound: a target has no place in the graph, or several.
+        ShapeMismatch: a shape does not fit.
+        Unsupported: a layer cannot take the method.
+        Malformed: the file is no model, or its data is missing, too short or outside its folder.
+        CheckFailed: the written graph computes something else; nothing is left at `out`.
+    """
+    if mode not in MODES:
+        raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
+    source = opened(model)
+    read, base = loaded(adapter, base_weights)
+    found = resolve(source.model, read, base)
+    building = Building(source.model)
+    slots = _slots(mode, read, building)
+    attach(found, building, slots)
+    building.settle()
+    keep_original(source)
+    target = Path(out)
+    files = save(source.model, source, target, building.tensors.values())
+    if not check:
+        return Report(target, tuple(files), tuple(found))
+    from .checking import checked_injection
+
+    difference, note = checked_injection(model, read, base, target, files, slots)
+    return Report(target, tuple(files), tuple(found), difference, note)
+
+
+def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) -> tuple[Adapter, Checkpoint | None]:
+    """The adapter, read and valid, and the base's weights, opened."""
+    base = None if base_weights is None else opened_base(base_weights)
+    if not isinstance(adapter, Adapter):
+        from ..formats import read
+
+        adapter = read(adapter, base=base)
+    adapter.validate()
+    for _, update in adapter:
+        update.check_values()
+    return adapter, base
+
+
+def _slots(mode: str, adapter: Adapter, building: Building) -> Any:
+    if mode == "constant":
+        return None
+    from .slots import Slots
+
+    return Slots(adapter, building)
+
+
+def keep_original(source: Source) -> None:
+    """Notes in the model's metadata the first model's bytes, but for runs that its stored tensors still hold.
+
+    Raises:
+        Unsupported: the model has been rewritten before.
+    """
+    model = source.model
+    if ORIGINAL in model.metadata_props:
+        raise Unsupported("an adapter is in this graph already", path=source.path, cure="Eject it first")
+    runs, rest, end = [], [], 0
+    for name, data in _inline(model):
+        at = source.original.find(data, end)
+        if at >= 0:
+            runs.append([at, len(data), name])
+            rest.append(source.original[end:at])
+            end = at + len(data)
+    rest.append(source.original[end:])
+    packed = base64.b85encode(zlib.compress(b"".join(rest), 9)).decode()
+    digest = hashlib.sha256(source.original).hexdigest()
+    model.metadata_props[ORIGINAL] = json.dumps(
+        {"sha256": digest, "size": len(source.original), "runs": runs, "rest": packed}
+    )
+
+
+def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
+    """Stored tensors of the main graph in the order of the file, as the file holds them, large ones only."""
+    held = ((name, value.const_value) for name, value in model.graph.initializers.items())
+    return [
+        (name, tensor.tobytes())
+        for name, tensor in held
+        if tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes >= 256
+    ]
+
+
+def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
+    """Writes the model as it was before `inject`, byte for byte.
+
+    Args:
+        model: a file that `inject` wrote.
+        out: the file to write; data files that the first model names must lie beside it, as they do here.
+
+    Raises:
+        UsageError: no adapter is in the model.
+        Corrupt: the bytes do not come out as they were.
+    """
+    path, target = Path(model), Path(out)
+    try:
+        loaded_model = ir.from_proto(_proto(path))
+    except OSError as error:
+        raise storage_error(error, path) from error
+    note = loaded_model.metadata_props.get(ORIGINAL)
+    if note is None:
+        raise UsageError("no adapter is in this graph", path=path, cure="Name a file that inject wrote")
+    data = _restored(loaded_model, note, path)
+    write_bytes(target, data)
+    return target
+
+
+def _proto(path: Path) -> Any:
+    import onnx
+
+    proto = onnx.ModelProto()
+    data = path.read_bytes()
+    try:
+        proto.ParseFromString(data)
+    except Exception:
+        raise Malformed("not an ONNX model", path=path, cure="Name a file that inject wrote") from None
+    return proto
+
+
+def _restored(model: ir.Model, note: str, path: Path) -> bytes:
+    try:
+        kept = json.loads(note)
+        size, digest = int(kept["size"]), str(kept["sha256"])
+        inflate = zlib.decompressobj()
+        rest = inflate.decompress(base64.b85decode(kept["rest"]), max(size, 1))
+        parts, end, taken = [], 0, 0
+        for at, length, name in kept["runs"]:
+            parts.append(rest[taken : taken + at - end])
+            tensor = model.graph.initializers[name].const_value
+            parts.append(b"" if tensor is None else tensor.tobytes())
+            taken, end = taken + at - end, at + length
+        data = b"".join([*parts, rest[taken:]])
+    except (KeyError, TypeError, ValueError, zlib.error) as error:
+        raise Corrupt(f"its note of the first model is damaged ({error})", path=path, cure=_FRESH) from None
+    if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
+        raise Corrupt("the first model does not come out as it was", path=path, cure=_FRESH)
+    return data
+
+
+_FRESH = "Take the model that was injected into instead"

@@ -1,0 +1,113 @@
+"""Layers by the numbers of their weights: for graphs whose names are lost, and to be sure of the base.
+
+Equal numbers are proof. Where none are equal, as in quantized graphs, the nearest weight of the same shape counts if it
+is close and no other one is: a quantized copy lies within `NEAR`, another checkpoint of the same net does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..adapter import Adapter
+from ..binding import find_sites
+from ..errors import TargetNotFound
+from ..tensors.lazy import as_array
+from .operands import numbers
+from .resolving import Found, Known, Spot, operand_of
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+NEAR = 0.15
+"""The largest relative distance, in the Frobenius norm, of a weight that counts as the same one, rounded."""
+
+APART = 3.0
+"""How many times farther the second nearest must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Near:
+    distance: float
+    spot: Spot
+
+
+def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: TargetNotFound) -> Known:
+    """Names of the adapter's targets in a graph, by the base's weights.
+
+    Args:
+        adapter: the adapter.
+        base: the weights.
+        spots: the layers of the graph.
+        error: what names alone came to.
+
+    Raises:
+        TargetNotFound: no layer has these numbers, or several different ones are as near.
+    """
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    sites, _, _ = find_sites(adapter, shapes, partial=False)
+    known: Known = {}
+    for site, asked in zip(sites, adapter.updates, strict=True):
+        if site.weight is None:
+            raise error
+        W = _array(base, site.weight)
+        name = f"{asked.path}.weight" if site.weight.endswith(".weight") else asked.path
+        method, found = _nearest(W, spots, str(asked))
+        known[name] = (method, found)
+    return known
+
+
+def compare(found: Sequence[Found], base: Checkpoint) -> None:
+    """Checks layers that names told against the base's weights.
+
+    Raises:
+        TargetNotFound: a layer holds other numbers.
+    """
+    for place in found:
+        W = base.tensors.get(f"{place.asked.path}.weight")
+        if W is None or place.method in ("values", "nearest") or not W.dtype.floating:
+            continue
+        distance = _distance(as_array(W).astype(np.float32), place.spots[0])
+        if distance is None or distance > NEAR:
+            far = "another shape" if distance is None else f"a distance of {distance:.2f}"
+            cure = "Is this the base that the graph was exported from?"
+            raise TargetNotFound(
+                f"the layer of this name holds other numbers ({far})", where=str(place.asked), cure=cure
+            )
+
+
+def _nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:
+    by_weight: dict[Any, list[Spot]] = {}
+    for spot in spots:
+        by_weight.setdefault(spot.sources, []).append(spot)
+    near = [_Near(d, same[0]) for same in by_weight.values() if (d := _distance(W, same[0])) is not None]
+    near.sort(key=lambda one: one.distance)
+    equal = [one for one in near if one.distance == 0]
+    if equal:
+        return "values", [spot for one in equal for spot in by_weight[one.spot.sources]]
+    second = near[1].distance if len(near) > 1 else float("inf")
+    if near and near[0].distance <= NEAR and second >= APART * near[0].distance:
+        return "nearest", by_weight[near[0].spot.sources]
+    best = f"the nearest is {near[0].distance:.2f} away" if near else "none has its shape"
+    if near and near[0].distance <= NEAR:
+        best = f"two are about as near, {near[0].distance:.3f} and {second:.3f} away"
+    cure = "Is this the base that the graph was exported from?"
+    raise TargetNotFound(f"no layer of the graph has this weight: {best}", where=where, cure=cure)
+
+
+def _distance(W: Any, spot: Spot) -> float | None:
+    """The relative distance of a stored weight from a layer's, whichever way round it is stored; None for no match."""
+    turned = (spot.shape[1], spot.shape[0], *spot.shape[2:])
+    if W.shape not in (spot.shape, turned):
+        return None
+    held = numbers(operand_of(spot.node, spot.kind)).astype(np.float32)
+    size = max(float(np.linalg.norm(W)), 1e-30)
+    ways = [V for V in (held, held.swapaxes(0, 1)) if V.shape == W.shape]
+    return min(float(np.linalg.norm(V - W)) / size for V in ways)
+
+
+def _array(base: Checkpoint, name: str) -> Any:
+    return as_array(base.tensors[name]).astype(np.float32)

@@ -1,0 +1,304 @@
+"""Models on disk: opened without their numbers, checked for what lies outside them, written whole or not at all.
+
+Numbers that a model keeps in files beside it stay there: a rewritten model names the same bytes, and what is new lies
+in a small file of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import Malformed, StorageError, Unsupported, UsageError, storage_error
+from ..tensors.atomic import replacing, write_bytes
+from ..tensors.checkpoint import contained
+from .building import OPSET
+
+INLINE = 1024
+"""Bytes of a new tensor up to which it stays in the model's own file."""
+
+LIMIT = 2**31 - 2**20
+"""Bytes of a model's own file at most: protobuf ends at 2 GB."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """A model and where it came from.
+
+    Attributes:
+        model: it.
+        path: its file; None for one that was handed over in memory.
+        data: the files beside it that hold its numbers.
+        original: the bytes of its file, or of what it would be written as.
+    """
+
+    model: ir.Model
+    path: Path | None
+    data: tuple[Path, ...]
+    original: bytes
+
+
+def opened(model: ir.Model | str | os.PathLike[str]) -> Source:
+    """Opens a model; no numbers of other files are read.
+
+    Raises:
+        StorageError: it cannot be read.
+        Malformed: it is no model, or its data is missing, too short, or outside its folder.
+        Unsupported: its operators are too old to be converted.
+    """
+    if isinstance(model, ir.Model):
+        copy = model.clone()
+        return Source(_modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
+    path = Path(model)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise storage_error(error, path) from error
+    loaded = _parsed(data, path)
+    files = _checked_data(loaded, path)
+    return Source(_modern(loaded, path), path, files, data)
+
+
+def _parsed(data: bytes, path: Path) -> ir.Model:
+    import onnx
+
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+        model = ir.from_proto(proto)
+    except Exception as error:  # protobuf and onnx-ir raise whatever the damage leads to.
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export it again") from None
+    if not proto.HasField("graph") or not proto.opset_import:
+        raise Malformed("not an ONNX model: no graph", path=path, cure="Export it again")
+    return model
+
+
+def _checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
+    """The files that hold the model's numbers, each inside its folder and long enough."""
+    files: dict[Path, int] = {}
+    for tensor in _external(model):
+        where = tensor.name or "a tensor"
+        file = contained(path.parent, str(tensor.location))
+        real = _inside(file, path, where)
+        need = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
+        if (tensor.offset is not None and tensor.offset < 0) or tensor.nbytes > (tensor.length or tensor.nbytes):
+            raise Malformed("its place in the data file makes no sense", path=path, where=where, cure=_AGAIN)
+        files[file] = max(files.get(file, 0), need)
+        if real.stat().st_size < need:
+            why = f"{real.stat().st_size} bytes where {need} are needed"
+            raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
+        tensor._base_dir, tensor._location = str(real.parent), real.name  # a hub's cache has links
+        tensor.meta["adapterkit.location"] = file.relative_to(path.parent).as_posix()
+    return tuple(files)
+
+
+def _inside(file: Path, model: Path, where: str) -> Path:
+    """The file itself behind links, which may lead to where the model's own link leads, and nowhere else."""
+    try:
+        real, home = file.resolve(strict=True), model.resolve(strict=True).parent
+    except OSError as error:
+        why = f"its data file {file.name} cannot be read ({(error.strerror or str(error)).lower()})"
+        raise Malformed(why, path=model, where=where, cure="Put the data file beside the model") from None
+    if not (real.is_relative_to(model.parent.resolve()) or real.is_relative_to(home)) or not real.is_file():
+        why = f"its data file {file.name} is a link out of the model's folder"
+        raise Malformed(why, path=model, where=where, cure="Do not use this file: repack the model")
+    return real
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+        for node in graph:
+            for held in node.attributes.values():
+                if isinstance(held.value, ir.ExternalTensor):
+                    yield held.value
+
+
+def _modern(model: ir.Model, path: Path | None) -> ir.Model:
+    """The model in operators new enough, by ONNX's own converter."""
+    version = model.graph.opset_imports.get("", OPSET)
+    if version >= OPSET:
+        return model
+    if any(True for _ in _external(model)):
+        why = f"operator set {version}, with its numbers in other files"
+        raise Unsupported(why, path=path, cure=f"Convert it to operator set {OPSET} or newer first")
+    from onnx import version_converter
+
+    try:
+        return ir.from_proto(version_converter.convert_version(ir.to_proto(model), OPSET))
+    except Exception as error:  # The converter raises RuntimeError and more.
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = f"operator set {version}, and no way to {OPSET} ({first})"
+        raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
+
+
+def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> list[Path]:
+    """Writes a model; the data files that it shares are copied only where `out` is in another folder.
+
+    Args:
+        model: the model.
+        source: what it was made from.
+        out: where to; replaced by rename.
+        fresh: values whose tensors are new.
+
+    Returns:
+        the files that were written, the model last.
+
+    Raises:
+        StorageError: it cannot be written.
+        UsageError: `out` is the model itself, or one of its data files.
+    """
+    _check_out(source, out)
+    written: list[Path] = []
+    try:
+        written += _carried(source, out)
+        written += _apart(fresh, out, bool(source.data) or _large(model))
+        for tensor in _external(model):
+            if "adapterkit.location" in tensor.meta:
+                tensor._location = tensor.meta["adapterkit.location"]
+        data = ir.to_proto(model).SerializeToString()
+        write_bytes(out, data)
+    except BaseException:
+        _unlink(written)
+        raise
+    return [*written, out]
+
+
+def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> list[Path]:
+    """Writes a model whose numbers changed: all of them anew, one tensor in memory at a time; see `save`.
+
+    A model that kept numbers in data files keeps them in one new file, and nothing in it that no node reads.
+    """
+    _check_out(source, out)
+    for graph in model.graphs():
+        for name, value in list(graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+                graph.initializers.pop(name)
+    stored = [v for g in model.graphs() for v in g.initializers.values() if v.const_value is not None]
+    written: list[Path] = []
+    try:
+        if source.data or _large(model):
+            written += _streamed([v for v in stored if v.const_value.nbytes > INLINE], out)  # type: ignore[union-attr]
+        else:
+            for value in fresh:
+                assert value.const_value is not None
+                value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.const_value.dtype, name=value.name)
+        write_bytes(out, ir.to_proto(model).SerializeToString())
+    except BaseException:
+        _unlink(written)
+        raise
+    return [*written, out]
+
+
+def _streamed(values: Iterable[ir.Value], out: Path) -> list[Path]:
+    file = out.with_name(f"{out.name}.data")
+    if file.exists():
+        raise StorageError("already there", path=file, cure="Remove it, or write to another name")
+    with replacing(file) as target:
+        places = [(value, _placed(target, value.const_value, file)) for value in values]
+    for value, place in places:
+        value.const_value = place
+    return [file]
+
+
+def _unlink(files: Iterable[Path]) -> None:
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _check_out(source: Source, out: Path) -> None:
+    if out.is_dir():
+        raise UsageError("a folder where a file is to be written", path=out, cure="Name a .onnx file")
+    for file in (source.path, *source.data):
+        if file is not None and out.exists() and file.exists() and out.samefile(file):
+            raise UsageError("the output is one of the model's own files", path=out, cure="Write another file")
+    if not out.parent.is_dir():
+        raise StorageError("no such folder", path=out.parent, cure="Make the folder first")
+
+
+def _carried(source: Source, out: Path) -> list[Path]:
+    """Data files copied to the output's folder, where that is another one."""
+    if source.path is None or source.path.parent.resolve() == out.parent.resolve():
+        return []
+    copied = []
+    for file in source.data:
+        there = out.parent / file.relative_to(source.path.parent)
+        if there.exists():
+            if there.stat().st_size == file.stat().st_size and _same(there, file):
+                continue
+            raise StorageError("already there, with other contents", path=there, cure="Write to another folder")
+        there.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(there) as target, open(file, "rb") as held:
+            shutil.copyfileobj(held, target, 1 << 22)
+        copied.append(there)
+    return copied
+
+
+def _same(one: Path, other: Path) -> bool:
+    with open(one, "rb") as a, open(other, "rb") as b:
+        return hashlib.file_digest(a, "sha256").digest() == hashlib.file_digest(b, "sha256").digest()
+
+
+def _large(model: ir.Model) -> bool:
+    held = (v.const_value for g in model.graphs() for v in g.initializers.values() if v.const_value is not None)
+    return sum(tensor.nbytes for tensor in held if not isinstance(tensor, ir.ExternalTensor)) > LIMIT
+
+
+def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> list[Path]:
+    """New tensors in a file of their own; its name tells its contents, so that it never takes another's place."""
+    held = [(v, v.const_value) for v in fresh if v.const_value is not None and v.const_value.nbytes > INLINE]
+    if not wanted or not held:
+        return []
+    digest = hashlib.sha256()
+    for value, tensor in held:
+        digest.update(f"{value.name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.tobytes())
+    file = out.with_name(f"{out.name}.{digest.hexdigest()[:12]}.data")
+    there = file.exists()
+    with replacing(file) as target:
+        for value, tensor in held:
+            value.const_value = _placed(target, tensor, file)
+    return [] if there else [file]
+
+
+def _placed(target: Any, tensor: Any, file: Path) -> ir.ExternalTensor:
+    target.write(b"\0" * (-target.tell() % (4096 if tensor.nbytes > 1 << 20 else 64)))
+    offset = target.tell()
+    if isinstance(tensor, ir.ExternalTensor):
+        _copied(target, tensor)
+    elif isinstance(tensor, ir.LazyTensor):
+        target.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
+    else:
+        target.write(tensor.tobytes())
+    return ir.ExternalTensor(
+        file.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=file.parent
+    )
+
+
+def _copied(target: Any, tensor: ir.ExternalTensor) -> None:
+    """A run of bytes of a data file, a few at a time."""
+    with open(tensor.path, "rb") as held:
+        held.seek(tensor.offset or 0)
+        left = tensor.nbytes
+        while left:
+            piece = held.read(min(left, 1 << 22))
+            if not piece:
+                raise Malformed("shorter than when it was opened", path=tensor.path, cure="Fetch the data file again")
+            target.write(piece)
+            left -= len(piece)
+
+
+_AGAIN = "Export the model again"

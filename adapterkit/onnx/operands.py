@@ -1,0 +1,109 @@
+"""Operands of nodes that do not depend on what a model is run on: where their numbers come from, and what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .building import Array
+
+THROUGH = frozenset(
+    {"Transpose", "Identity", "Cast", "DequantizeLinear", "Mul", "Sub", "Add", "Reshape", "Squeeze", "Unsqueeze",
+     "Constant", "ConstantOfShape", "QuantizeLinear", "Concat", "Slice", "Gather"}
+)  # fmt: skip
+"""Operators between a stored tensor and the operand that is made of it."""
+
+DEEP = 16
+"""Nodes on the way from a stored tensor at most; an untrusted graph may have any number."""
+
+
+def nodes_of(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node, of graphs inside nodes too; functions have none that one call alone runs."""
+    yield from model.graph.all_nodes()
+
+
+def is_constant(value: ir.Value | None, depth: int = DEEP) -> bool:
+    """Whether a value is the same whatever the model is run on."""
+    if value is None or depth == 0:
+        return False
+    if value.const_value is not None:
+        return True
+    node = value.producer()
+    if node is None or node.op_type not in THROUGH or node.domain not in ("", "ai.onnx"):
+        return False
+    return all(one is None or is_constant(one, depth - 1) for one in node.inputs)
+
+
+def sources(value: ir.Value) -> list[ir.Value]:
+    """The stored tensors that a constant value is made of."""
+    node = value.producer()
+    if value.const_value is not None or node is None or not any(node.inputs):
+        return [value]
+    return list(dict.fromkeys(s for one in node.inputs if one is not None for s in sources(one)))
+
+
+def numbers(value: ir.Value) -> Array:
+    """The numbers of a constant value, by ONNX's own reference implementation of what makes it."""
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    assert node is not None
+    given = [None if one is None else numbers(one) for one in node.inputs]
+    if node.op_type == "Identity":
+        return _some(given[0])
+    if node.op_type == "Transpose":
+        order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
+        return _some(given[0]).transpose(order)
+    return _run(node, given)
+
+
+def shape_of(value: ir.Value) -> tuple[int, ...]:
+    """The sizes of a constant value; reads the numbers only where the graph does not say."""
+    if value.const_value is not None:
+        return tuple(value.const_value.shape.numpy())
+    if value.shape is not None and all(isinstance(size, int) for size in value.shape):
+        return tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
+    node = value.producer()
+    if node is not None and node.op_type in ("Identity", "Cast", "DequantizeLinear") and node.inputs[0] is not None:
+        return shape_of(node.inputs[0])
+    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
+        inner = shape_of(node.inputs[0])
+        order = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(inner))[::-1]
+        return tuple(inner[axis] for axis in order)
+    return tuple(numbers(value).shape)
+
+
+def attribute(node: ir.Node, name: str, default: Any) -> Any:
+    """A node's attribute, or what it means where it is left out."""
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def _some(array: Array | None) -> Array:
+    assert array is not None
+    return array
+
+
+def _run(node: ir.Node, given: list[Array | None]) -> Array:
+    from onnx import helper
+    from onnx.reference import ReferenceEvaluator
+
+    proto = ir.to_proto(node)
+    names = [f"in_{n}" if array is not None else "" for n, array in enumerate(given)]
+    del proto.input[:], proto.output[:]
+    proto.input.extend(names)
+    proto.output.append("out")
+    feeds = {name: array for name, array in zip(names, given, strict=True) if array is not None}
+    inputs = [
+        helper.make_tensor_value_info(name, int(ir.DataType.from_numpy(array.dtype)), array.shape)
+        for name, array in feeds.items()
+    ]
+    graph = helper.make_graph([proto], "constant", inputs, [helper.make_empty_tensor_value_info("out")])
+    opset = node.graph.opset_imports.get("", 21) if isinstance(node.graph, ir.Graph) else 21
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    results: Any = ReferenceEvaluator(made).run(None, feeds)
+    result: Array = np.asarray(results[0])
+    return result

@@ -1,0 +1,265 @@
+"""The resolver: which nodes of a graph are the layers that an adapter's targets name.
+
+Exporters leave names behind in different places. They are looked at in the order of `METHODS`; what none of them
+tells is found by the numbers of the weights, where the base is at hand. Nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from ..adapter import Adapter, Target
+from ..binding import Site, check_site, find_sites, fits
+from ..errors import AdapterkitError, TargetNotFound, Unsupported
+from .layers import Layer, kind_of
+from .operands import nodes_of, shape_of, sources
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+METHODS = ("scopes", "folded_from", "initializer", "path", "values", "nearest")
+"""How a name was found: the exporter's scopes of modules, its note of a folded parameter, the stored tensor's name,
+the node's name, equal numbers, the nearest numbers."""
+
+_SCOPES, _FOLDED = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.optimizer.folded_from"
+_OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather)(?:_\d+)?(?:_quant|_Q4|_matmul_Q4)?$")
+_MARK = re.compile(r"(?:\.(?:MatMul|Gemm|Conv|Gather))?\.weight$")
+_CALL = re.compile(r"_\d+(?=\.weight$)")
+_LIST = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spot:
+    """A node that is a layer.
+
+    Attributes:
+        node: it.
+        kind: which kind of layer.
+        names: method -> names that it gives the node's weight, in the base's words, `weight` included.
+        shape: the weight as formulas see it, `[out, in, *k]`.
+        sources: the stored tensors that its weight is made of.
+    """
+
+    node: ir.Node
+    kind: type[Layer]
+    names: Mapping[str, tuple[str, ...]]
+    shape: tuple[int, ...]
+    sources: tuple[ir.Value, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """A target in a graph.
+
+    Attributes:
+        target: under the graph's own name, in the view `out *in`.
+        asked: as the adapter has it.
+        updates: what applies there.
+        spots: the nodes, one a call of the module.
+        method: how they were found, one of `METHODS`.
+        confidence: 1 where names or equal numbers say it; for the nearest numbers, 1 minus their relative distance.
+        turned: the updates see the weight with its first two axes exchanged.
+    """
+
+    target: Target
+    asked: Target
+    updates: tuple[Any, ...]
+    spots: tuple[Spot, ...]
+    method: str
+    confidence: float
+    turned: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "target": str(self.asked), "name": self.target.path, "nodes": [spot.node.name for spot in self.spots],
+            "weight": sorted({source.name or "" for spot in self.spots for source in spot.sources}),
+            "method": self.method, "confidence": round(self.confidence, 4),
+        }  # fmt: skip
+
+
+def resolve(model: ir.Model, adapter: Adapter, base: Checkpoint | None = None) -> list[Found]:
+    """Where an adapter's targets are in a graph.
+
+    Args:
+        model: the graph.
+        adapter: updates of weights and of outputs of layers.
+        base: the weights that the graph was exported from, for graphs without names and to be sure of the others.
+
+    Raises:
+        TargetNotFound: a target has no place, or several that cannot be told apart; names the nearest.
+        ShapeMismatch: a shape does not fit.
+        Unsupported: a target of a kind that graphs do not have.
+    """
+    _refuse(adapter)
+    spots = spots_of(model)
+    known = _by_name(spots)
+    sites = _sites(adapter, known, spots, base)
+    found = [_found(site, asked, known) for site, asked in zip(sites, adapter.updates, strict=True)]
+    if base is not None:
+        from .matching import compare
+
+        compare(found, base)
+    return found
+
+
+def spots_of(model: ir.Model) -> list[Spot]:
+    """Every layer of a graph, in graphs inside nodes too."""
+    spots = []
+    for node in nodes_of(model):
+        kind = kind_of(node)
+        if kind is not None:
+            stored = tuple(sources(operand_of(node, kind)))
+            spots.append(Spot(node, kind, _names(node, stored), _seen(node, kind), stored))
+    return spots
+
+
+def _refuse(adapter: Adapter) -> None:
+    for target, update in adapter:
+        if update.kind == "context":
+            why = f"{update.method} changes {update.acts_on}, which a graph's nodes do not show"
+            raise Unsupported(why, where=str(target), cure="Attach it to the torch model and export that")
+        if target.stacked:
+            raise Unsupported("stacked experts in a graph", where=str(target), cure="Merge them before the export")
+
+
+def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
+    """The shape of a layer's weight in the view of formulas."""
+    first, second, *rest = shape_of(operand_of(node, kind))
+    return (second, first, *rest) if kind.turns(node) else (first, second, *rest)
+
+
+def operand_of(node: ir.Node, kind: type[Layer]) -> ir.Value:
+    """The weight of a layer, as its node takes it."""
+    value = node.inputs[kind.position]
+    assert value is not None
+    return value
+
+
+def _names(node: ir.Node, stored: Sequence[ir.Value]) -> dict[str, tuple[str, ...]]:
+    names = {
+        "scopes": tuple(f"{module}.weight" for module in _listed(node.metadata_props.get(_SCOPES))[-2:-1] if module),
+        "folded_from": tuple(n for value in stored for n in _listed(value.metadata_props.get(_FOLDED))),
+        "initializer": tuple(_MARK.sub(".weight", value.name) for value in stored if value.name),
+        "path": _path_names(node.name or ""),
+    }
+    return {method: said for method, said in names.items() if said}
+
+
+def _path_names(name: str) -> tuple[str, ...]:
+    if not name.startswith("/") or not _OPERATION.search(name):
+        return ()
+    path = _OPERATION.sub("", name).strip("/").replace("/", ".")
+    return (f"{path}.weight",) if path else ()
+
+
+def _listed(text: str | None) -> list[str]:
+    """A list of words out of a graph's metadata; nothing where it is none."""
+    if not text or len(text) > _LIST:
+        return []
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    return [word for word in value if isinstance(word, str)] if isinstance(value, list | tuple) else []
+
+
+Known = dict[str, tuple[str, list[Spot]]]
+"""Name of a weight -> the method that tells it, and its nodes."""
+
+
+def _by_name(spots: Sequence[Spot]) -> Known:
+    known: Known = {}
+    for method in METHODS:
+        some: dict[str, list[Spot]] = {}
+        for spot in spots:
+            for name in spot.names.get(method, ()):
+                some.setdefault(name, []).append(spot)
+        if method == "path":
+            some |= _calls(some)
+        for name, at in some.items():
+            known.setdefault(name, (method, _told_apart(name, at) if method in ("folded_from", "initializer") else at))
+    return known
+
+
+def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
+    """A module that is called again has a number behind its name in the nodes of the later calls."""
+    calls = {name: list(at) for name, at in some.items()}
+    for name, at in some.items():
+        plain = _CALL.sub("", name)
+        if plain != name and plain in some and {*at[0].sources} == {*some[plain][0].sources}:
+            calls[plain] += at
+    return calls
+
+
+def _told_apart(name: str, spots: list[Spot]) -> list[Spot]:
+    """Equal weights of different modules are stored once: the nodes' own names, where they have any, tell which."""
+    said = [{*spot.names.get("scopes", ()), *(_CALL.sub("", p) for p in spot.names.get("path", ()))} for spot in spots]
+    own = [spot for spot, names in zip(spots, said, strict=True) if any(_same_end(name, other) for other in names)]
+    return own or spots
+
+
+def _same_end(one: str, other: str) -> bool:
+    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
+
+
+def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoint | None) -> list[Site]:
+    try:
+        return _placed(adapter, known)
+    except TargetNotFound as error:
+        for one, other in (("self_attn", "attn"), ("attn", "self_attn")):
+            also = {name.replace(f".{one}.", f".{other}."): at for name, at in known.items()} | known
+            try:
+                sites = _placed(adapter, also)
+            except TargetNotFound:
+                continue
+            known |= also
+            return sites
+        if base is None:
+            cure = f"{error.cure}; pass the base's weights to find layers by their numbers"
+            raise TargetNotFound(error.why, where=error.where, cure=cure) from None
+        from .matching import by_values
+
+        known |= by_values(adapter, base, spots, error)
+        return _placed(adapter, known)
+
+
+def _placed(adapter: Adapter, known: Known) -> list[Site]:
+    shapes = {name: at[0].shape for name, (_, at) in known.items() if len({spot.shape for spot in at}) == 1}
+    placed, _, _ = find_sites(adapter, shapes, partial=False, modules=[n.removesuffix(".weight") for n in shapes])
+    return placed
+
+
+def _found(site: Site, asked: Target, known: Known) -> Found:
+    name = site.weight
+    if name is None:
+        raise TargetNotFound("the graph has no weight there", where=str(asked), cure="Target a layer that has one")
+    method, spots = known[name]
+    shape = spots[0].shape
+    turned = _turned(site, shape, spots[0].kind)
+    seen = (shape[1], shape[0], *shape[2:]) if turned else shape
+    plain = replace(site, target=replace(site.target, layout="out *in"), bias=None)
+    try:
+        check_site(plain, {name: seen}, biasless=True)
+    except AdapterkitError as error:
+        raise error.at(where=str(asked)) from None
+    return Found(plain.target, asked, site.updates, tuple(spots), method, 1.0, turned)
+
+
+def _turned(site: Site, shape: tuple[int, ...], kind: type[Layer]) -> bool:
+    """Whether updates that hold whole weights hold them as the base stores them, `in` first."""
+    dims = [update.dims() for update in site.updates if update.kind != "output"]
+    whole = any("rest" in each for each in dims) and not any("in" in each for each in dims)
+    plain = replace(site.target, layout="out *in")
+    natural = fits(plain, site.updates, shape)
+    other = len(shape) > 1 and fits(plain, site.updates, (shape[1], shape[0], *shape[2:]))
+    if not whole:
+        return not natural and other and kind.op_type == "ConvTranspose"
+    declared = site.target.layout == "out *in" and kind.op_type in ("Gather", "ConvTranspose")
+    return other and (declared or not natural)

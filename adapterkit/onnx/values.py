@@ -1,0 +1,327 @@
+"""Values: tensors of a graph, in the words that formulas share with numpy and torch; each operator appends a node.
+
+A value may also be known: then its numbers can be had, by the same operators in numpy, for what no node can say.
+`namespace()` finds the words of `symbols.py` by way of `__array_namespace__`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .building import Array, Branch
+
+Sizes = tuple[int | None, ...]
+"""The sizes of a value's axes; None where the graph leaves one open."""
+
+FREE = 1_000_003
+"""Sizes from here on stand for axes whose size is open in an adapter to come; see slots.py."""
+
+
+class Unsayable(AttributeError, TypeError):
+    """A formula asks for what no node says; it may still be worked out where all numbers are known."""
+
+
+class Value:
+    """A tensor of the graph.
+
+    Args:
+        branch: where nodes are appended.
+        shape: its sizes; None where not even their number is known.
+        dtype: numpy's type of its elements.
+        value: it, in the graph; made from the numbers where it is asked for and not there.
+        known: its numbers; None where they depend on the graph's inputs.
+    """
+
+    __array_ufunc__ = None  # Operators with numpy arrays on the left are this class's too.
+    __slots__ = ("_numbers", "_value", "branch", "device", "dtype", "known", "sizes")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(
+        self, branch: Branch, shape: Sequence[int | None] | None, dtype: Any, value: ir.Value | None = None,
+        known: Callable[[], Array] | None = None,
+    ) -> None:  # fmt: skip
+        self.branch, self.dtype, self.known, self._value = branch, np.dtype(dtype), known, value
+        self.sizes: Sizes | None = None if shape is None else tuple(shape)
+        self.device = "cpu"
+        self._numbers: Array | None = None
+
+    def __array_namespace__(self, api_version: str | None = None) -> Any:
+        from .symbols import SYMBOLS
+
+        return SYMBOLS
+
+    @property
+    def value(self) -> ir.Value:
+        """It, in the graph."""
+        if self._value is None:
+            building = self.branch.building
+            self._value = building.tensor(building.keep(self), f"{self.branch.name}.constant", self.numbers)
+        return self._value
+
+    def numbers(self) -> Array:
+        """Its numbers.
+
+        Raises:
+            Unsayable: they depend on the graph's inputs.
+        """
+        if self.known is None:
+            raise Unsayable("its numbers are not known before the graph runs")
+        if self._numbers is None:
+            self._numbers = np.asarray(self.known()).astype(self.dtype, copy=False)
+        return self._numbers
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        if self.sizes is None:
+            raise Unsayable("the graph does not say how many axes it has")
+        return self.sizes
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        size = self.shape[0] if self.shape else None
+        if size is None:
+            raise Unsayable("the graph leaves this size open")
+        return int(size)
+
+    def __iter__(self) -> Iterator[Value]:
+        return (self[position] for position in range(len(self)))
+
+    def __array__(self, *_: Any, **__: Any) -> Array:
+        raise Unsayable("an array of another library")
+
+    def tolist(self) -> Any:
+        return self.numbers().tolist()
+
+    def __float__(self) -> float:
+        return float(self.numbers())
+
+    def __bool__(self) -> bool:
+        return bool(self.numbers())
+
+    def apply(
+        self, op: str, inputs: Sequence[Any], f: Callable[..., Any], shape: Sizes | None, dtype: Any = None,
+        attributes: dict[str, Any] | None = None, more: Sequence[ir.Value | None] = (),
+    ) -> Value:  # fmt: skip
+        """The value of one node; `more` are inputs that `f` knows of itself."""
+        values = [self.like(one) for one in inputs]
+        kind = self.dtype if dtype is None else dtype
+        out = self.branch.node(op, [*(v.value for v in values), *more], attributes, kind, shape)
+        known = (lambda: f(*(v.numbers() for v in values))) if all(v.known for v in values) else None
+        return Value(self.branch, shape, kind, out, known)
+
+    def like(self, other: Any) -> Value:
+        """Another operand as a value: numbers become a constant of this one's type."""
+        if isinstance(other, Value):
+            return other
+        array = np.asarray(other)
+        array = array if array.dtype == bool else array.astype(self.dtype)
+        return Value(self.branch, array.shape, array.dtype, self.branch.building.literal(array), lambda: array)
+
+    def _binary(self, op: str, one: Any, two: Any, f: Callable[..., Any], dtype: Any = None) -> Value:
+        a, b = self.like(one), self.like(two)
+        a, b = (b.cast(a.dtype) if v is b and b.dtype == bool else v for v in (a, b))
+        if a.dtype == bool and b.dtype != bool:
+            a = a.cast(b.dtype)
+        _same_type(a, b)
+        return a.apply(op, [a, b], f, broadcast(a.sizes, b.sizes), dtype)
+
+    def __add__(self, other: Any) -> Value:
+        return self._binary("Add", self, other, operator.add)
+
+    def __radd__(self, other: Any) -> Value:
+        return self._binary("Add", other, self, operator.add)
+
+    def __sub__(self, other: Any) -> Value:
+        return self._binary("Sub", self, other, operator.sub)
+
+    def __rsub__(self, other: Any) -> Value:
+        return self._binary("Sub", other, self, operator.sub)
+
+    def __mul__(self, other: Any) -> Value:
+        return self._binary("Mul", self, other, operator.mul)
+
+    def __rmul__(self, other: Any) -> Value:
+        return self._binary("Mul", other, self, operator.mul)
+
+    def __truediv__(self, other: Any) -> Value:
+        return self._binary("Div", self, other, operator.truediv)
+
+    def __rtruediv__(self, other: Any) -> Value:
+        return self._binary("Div", other, self, operator.truediv)
+
+    def __pow__(self, exponent: Any) -> Value:
+        if isinstance(exponent, float) and exponent == 0.5:
+            return self.apply("Sqrt", [self], np.sqrt, self.sizes)
+        return self._binary("Pow", self, exponent, operator.pow)
+
+    def __neg__(self) -> Value:
+        return self.apply("Neg", [self], operator.neg, self.sizes)
+
+    def __abs__(self) -> Value:
+        return self.apply("Abs", [self], np.abs, self.sizes)
+
+    def __gt__(self, other: Any) -> Value:
+        return self._binary("Greater", self, other, operator.gt, bool)
+
+    def __lt__(self, other: Any) -> Value:
+        return self._binary("Less", self, other, operator.lt, bool)
+
+    def __ge__(self, other: Any) -> Value:
+        return self._binary("GreaterOrEqual", self, other, operator.ge, bool)
+
+    def __le__(self, other: Any) -> Value:
+        return self._binary("LessOrEqual", self, other, operator.le, bool)
+
+    def __matmul__(self, other: Any) -> Value:
+        a, b = self, self.like(other)
+        _same_type(a, b)
+        return a.apply("MatMul", [a, b], operator.matmul, multiplied(a.sizes, b.sizes))
+
+    def __rmatmul__(self, other: Any) -> Value:
+        return self.like(other) @ self
+
+    def cast(self, dtype: Any) -> Value:
+        """The same numbers in another type."""
+        kind = np.dtype(dtype)
+        if kind == self.dtype:
+            return self
+        to = int(ir.DataType.from_numpy(kind))
+        return self.apply("Cast", [self], lambda array: array.astype(kind), self.sizes, kind, {"to": to})
+
+    def transposed(self, order: Sequence[int]) -> Value:
+        """The axes in another order."""
+        if list(order) == list(range(self.ndim)):
+            return self
+        shape = tuple(self.shape[axis] for axis in order)
+        return self.apply("Transpose", [self], lambda a: a.transpose(order), shape, None, {"perm": list(order)})
+
+    def swapaxes(self, one: int, two: int) -> Value:
+        order = list(range(self.ndim))
+        order[one], order[two] = order[two], order[one]
+        return self.transposed(order)
+
+    @property
+    def mT(self) -> Value:  # noqa: N802 - the array libraries' name
+        return self.swapaxes(-1, -2)
+
+    def reshape(self, *shape: Any) -> Value:
+        wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        wanted = _filled(self.sizes, wanted)
+        if self.sizes == wanted and None not in wanted:
+            return self
+        literal = self.branch.building.literal(np.array(_spelled(self.sizes, wanted), dtype=np.int64))
+        return self.apply("Reshape", [self], lambda a: a.reshape(wanted), wanted, more=[literal])
+
+    def sum(self, axis: Any = None, keepdims: bool = False) -> Value:
+        return self._reduced("ReduceSum", np.sum, axis, keepdims, in_input=True)
+
+    def mean(self, axis: Any = None, keepdims: bool = False) -> Value:
+        return self._reduced("ReduceMean", np.mean, axis, keepdims, in_input=self.branch.opset >= 18)
+
+    def max(self, axis: Any = None, keepdims: bool = False) -> Value:
+        return self._reduced("ReduceMax", np.max, axis, keepdims, in_input=self.branch.opset >= 18)
+
+    def _reduced(self, op: str, f: Callable[..., Any], axis: Any, keepdims: bool, in_input: bool) -> Value:
+        axes = None if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+        attributes: dict[str, Any] = {"keepdims": int(keepdims)}
+        more: list[ir.Value | None] = []
+        if axes is not None and in_input:
+            more = [self.branch.building.literal(np.array(axes, dtype=np.int64))]
+        elif axes is not None:
+            attributes["axes"] = list(axes)
+        shape = _reduced_shape(self.sizes, axes, keepdims)
+        return self.apply(
+            op, [self], lambda a: f(a, axis=axes, keepdims=keepdims), shape, attributes=attributes, more=more
+        )
+
+    def __getitem__(self, key: Any) -> Value:
+        from .indexing import taken
+
+        return taken(self, key)
+
+    def __setitem__(self, key: Any, values: Any) -> None:
+        from .indexing import written
+
+        new = written(self, key, self.like(values))
+        self._value, self.known, self._numbers = new._value, new.known, None
+
+    def _no_node(self, *_: Any) -> Any:
+        raise Unsayable("no node says this")
+
+    __rshift__ = __and__ = __xor__ = __mod__ = __floordiv__ = __rxor__ = __rand__ = __rfloordiv__ = _no_node
+
+
+def _same_type(one: Value, two: Value) -> None:
+    if one.dtype != two.dtype:
+        raise Unsayable(f"{one.dtype} beside {two.dtype}")
+
+
+def broadcast(one: Sizes | None, two: Sizes | None) -> Sizes | None:
+    """The sizes of two operands' sum."""
+    if one is None or two is None:
+        return None
+    pad = max(len(one), len(two))
+    pairs = zip((1,) * (pad - len(one)) + one, (1,) * (pad - len(two)) + two, strict=True)
+    return tuple(_wider(a, b) for a, b in pairs)
+
+
+def _wider(a: int | None, b: int | None) -> int | None:
+    if a == b or b == 1:
+        return a
+    if a == 1 or a is None:
+        return b
+    return a
+
+
+def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
+    """The sizes of two matrices' product."""
+    if one is None or two is None or len(one) < 2 or len(two) < 2:
+        return None
+    lead = broadcast(one[:-2], two[:-2])
+    assert lead is not None
+    return (*lead, one[-2], two[-1])
+
+
+def _filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
+    """A wanted shape with its -1 worked out, or None there where that cannot be."""
+    if -1 not in wanted:
+        return tuple(wanted)
+    if sizes is None or None in sizes:
+        return tuple(None if size == -1 else size for size in wanted)
+    known = math.prod(size for size in wanted if size is not None and size != -1)
+    total = math.prod(sizes)  # type: ignore[arg-type]
+    return tuple((total // known if known else 0) if size == -1 else size for size in wanted)
+
+
+def _spelled(sizes: Sizes | None, wanted: Sizes) -> list[int]:
+    """A shape as the node wants it: 0 for a size that is open and stays where it is, -1 for one that is left over."""
+    out: list[int] = []
+    for position, size in enumerate(wanted):
+        if size is not None and 0 < size < FREE:
+            out.append(size)
+        elif sizes is not None and position < len(sizes) and size is not None and sizes[position] == size:
+            out.append(0)
+        elif size == 0 or -1 in out:
+            raise Unsayable("more than one size is open")
+        else:
+            out.append(-1)
+    if -1 in out and 0 in out:
+        raise Unsayable("a size that is left over where another may be 0")
+    return out
+
+
+def _reduced_shape(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -> Sizes | None:
+    if sizes is None:
+        return None
+    gone = set(range(len(sizes))) if axes is None else {axis % len(sizes) for axis in axes}
+    kept = ((1 if n in gone else size) for n, size in enumerate(sizes) if keepdims or n not in gone)
+    return tuple(kept)

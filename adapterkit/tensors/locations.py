@@ -1,0 +1,111 @@
+"""Where things that are named lie: a local path, before all; else a place on a hub, fetched when it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from ..errors import AdapterkitError, UsageError
+from .atomic import write_bytes
+from .strict_json import load_json
+
+NOTE = ".adapterkit-source.json"
+MAX_NOTE = 1 << 16
+
+_PLAIN = re.compile(r"(?P<folder>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*?(?P<suffix>\.[a-z_]+)?(@[^/@\s]+)?", re.ASCII)
+_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".onnx", ".json", ".nemo"}
+"""Endings of local files: `runs/best.safetensors` that is not there is a slip of the pen, not a repository."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where files came from: the note that a pulled folder carries.
+
+    Attributes:
+        repo: `org/name` on the hub.
+        commit: its full name.
+        path: of the file or folder inside the repository; empty for all of it.
+    """
+
+    repo: str
+    commit: str
+    path: str = ""
+
+    @property
+    def uri(self) -> str:
+        """The place, for ever: at the commit."""
+        return f"hf://{self.repo}@{self.commit}" + (f"/{self.path}" if self.path else "")
+
+    def save(self, folder: Path) -> None:
+        """Leaves the note in a folder."""
+        text = json.dumps({"repo": self.repo, "commit": self.commit, "path": self.path}, indent=2)
+        write_bytes(folder / NOTE, f"{text}\n".encode())
+
+
+def source_of(path: Path) -> Source | None:
+    """What the note in a folder, or beside a file, says; None without one that makes sense."""
+    note = (path if path.is_dir() else path.parent) / NOTE
+    try:
+        with open(note, encoding="utf-8") as file:
+            told = load_json(file.read(MAX_NOTE))
+    except (OSError, ValueError, RecursionError):
+        return None
+    fits = isinstance(told, dict) and set(told) == {"repo", "commit", "path"}
+    return Source(**told) if fits and all(isinstance(value, str) for value in told.values()) else None
+
+
+def is_remote(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a place on a hub: `hf://...`, or `org/repo` where nothing local could be meant.
+
+    Raises:
+        UsageError: it has a scheme that is not known.
+    """
+    text = os.fspath(name)
+    if os.path.exists(text):
+        return False
+    if re.match(r"hf:/{1,2}", text):
+        return True
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", text)
+    if scheme:
+        raise UsageError(f"unknown scheme {scheme[1]!r}", path=text, cure="Known: hf://org/repo[@revision][/path]")
+    plain = _PLAIN.fullmatch(text) if isinstance(name, str) else None
+    return plain is not None and plain["suffix"] not in _FILES and not os.path.exists(plain["folder"])
+
+
+def located(name: str | os.PathLike[str]) -> Path:
+    """The local path of what is named; what is on a hub is fetched, verified, into a cache first.
+
+    Raises:
+        UsageError: an unknown scheme, or a name that makes no sense on a hub.
+        NetworkError: it is not on the hub, may not be read, or the hub cannot be reached.
+    """
+    if not is_remote(name):
+        return Path(name)
+    path: Path = import_module("adapterkit.hub").fetched(os.fspath(name))
+    return path
+
+
+@contextmanager
+def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path for the length of some reading of headers; of what is on a hub, only headers are fetched.
+
+    Raises:
+        AdapterkitError: as for `located`; an error met inside names the place on the hub instead of the path.
+    """
+    if not is_remote(name):
+        yield Path(name)
+        return
+    text = os.fspath(name)
+    with import_module("adapterkit.hub").headers(text) as path:
+        try:
+            yield path
+        except AdapterkitError as error:
+            if error.path:
+                error.path = error.path.replace(str(path), text)
+            raise

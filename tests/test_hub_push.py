@@ -1,0 +1,212 @@
+# ruff: noqa: F811, ARG001 - a fixture is imported and then named
+"""Pushing to a hub: one commit, nothing overwritten silently, and what was pushed is what others load."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from command_line import record, run
+from hub_repository import base_files, hub, laid, lay, peft_files  # noqa: F401 - a fixture
+from hub_server import TOKEN, Fault, HubServer
+
+import adapterkit as ak
+from adapterkit.errors import NetworkError, StorageError, UnknownFormat
+from adapterkit.hub import reading
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+"""huggingface_hub's own, where it uploads a file by its HTTP stack."""
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    return lay(tmp_path / "lora", peft_files())
+
+
+def test_what_was_pushed_is_pulled_again(hub: HubServer, lora: Path, tmp_path: Path) -> None:
+    pushed = ak.hub.push(lora, "hf://org/new", tag="v1")
+    assert pushed.created
+    assert pushed.commit == hub.repos["org/new"].tags["v1"]
+    ak.hub.pull("hf://org/new@v1", tmp_path / "back")
+    back = laid(tmp_path / "back")
+    assert {name: back[name] for name in peft_files()} == peft_files()
+    assert ak.read(tmp_path / "back").digest() == ak.read(lora).digest()
+    assert len(hub.asked("/commit/")) == 1
+    again = ak.hub.push(tmp_path / "back", "org/new")
+    assert (again.added, again.replaced, again.commit) == ((), (), pushed.commit)
+    assert len(hub.asked("/commit/")) == 1
+
+
+def test_the_native_form_and_a_merged_model(hub: HubServer, lora: Path, tmp_path: Path) -> None:
+    ak.hub.push(lora, "org/native", format="adapterkit")
+    assert ak.read("org/native").digest() == ak.read(lora).digest()
+    hub.add("org/base", base_files())
+    ak.merge("org/base", lora, tmp_path / "merged")
+    pushed = ak.hub.push(tmp_path / "merged", "org/merged")
+    assert "base_model: org/base" in (pushed.card or "")
+    assert run("verify", "org/merged", "--base", "org/base", "--adapter", lora).exit_code == 0
+
+
+def test_peft_loads_what_was_pushed_in_its_form(
+    hub: HubServer, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    from peft import PeftModel
+
+    native = tmp_path / "native.safetensors"
+    ak.write(ak.read(lora), native)
+    ak.hub.push(native, "org/peft", format="peft")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    base = torch.nn.Module()
+    base.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"q": torch.nn.Linear(4, 8, bias=False)})])
+    weight = base.layers[0]["q"].weight.detach().clone()
+    merged = PeftModel.from_pretrained(base, "org/peft", cache_dir=str(tmp_path / "hf")).merge_and_unload()
+    delta = ak.read(lora).delta("layers.0.q")
+    torch.testing.assert_close(merged.layers[0]["q"].weight, weight + delta)
+
+
+def test_the_card_is_one(hub: HubServer, lora: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    text = ak.hub.push(lora, "org/new", licence="apache-2.0").card
+    assert text is not None
+    card = ModelCard(text)
+    card.validate()
+    told = card.data.to_dict()
+    assert told["base_model"] == "org/base"
+    assert (told["library_name"], told["license"]) == ("peft", "apache-2.0")
+    hub.add("org/base", base_files())
+    snippet = text.split("```python\n")[1].split("```")[0].replace('"merged"', repr(str(tmp_path / "merged")))
+    exec(compile(snippet, "card", "exec"), {})
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_a_base_that_is_a_path_stays_out_of_the_card(hub: HubServer, tmp_path: Path) -> None:
+    lora = lay(tmp_path / "lora", peft_files("/home/somebody/secret/base"))
+    assert "somebody" not in (ak.hub.push(lora, "org/new").card or "")
+
+
+def test_a_card_of_ones_own_is_left_alone(hub: HubServer, lora: Path) -> None:
+    (lora / "README.md").write_text("---\nlicense: mit\n---\nmine")
+    assert ak.hub.push(lora, "org/new").card is None
+    assert hub.files("org/new")["README.md"].endswith(b"mine")
+    (lora / "README.md").unlink()
+    assert ak.hub.push(lora, "org/new").added == ()
+    assert hub.files("org/new")["README.md"].endswith(b"mine")
+
+
+def test_nothing_is_overwritten_silently(hub: HubServer, lora: Path) -> None:
+    hub.add("org/lora", peft_files("org/another"))
+    before = hub.files("org/lora")
+    with pytest.raises(StorageError, match=r"adapter_config\.json"):
+        ak.hub.push(lora, "org/lora")
+    assert hub.files("org/lora") == before
+    pushed = ak.hub.push(lora, "org/lora", overwrite=True)
+    assert pushed.replaced == ("adapter_config.json",)
+    assert hub.files("org/lora")["adapter_config.json"] == peft_files()["adapter_config.json"]
+
+
+def test_a_dry_run_writes_nothing(hub: HubServer, lora: Path) -> None:
+    told = record("push", lora, "org/new", "--dry-run")
+    assert told["added"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert told["created"]
+    assert hub.repos == {}
+    assert {method for method, _, _ in hub.requests} == {"GET"}
+
+
+def test_private_a_branch_and_a_folder(hub: HubServer, lora: Path) -> None:
+    assert run("push", lora, "org/new", "--private", "--revision", "trial").exit_code == 0
+    repo = hub.repos["org/new"]
+    assert repo.private
+    assert set(hub.files("org/new", "trial")) > set(peft_files())
+    assert set(hub.files("org/new", "main")) == {".gitattributes"}
+    ak.hub.push(lora, "hf://org/new/sub")
+    assert {name for name in hub.files("org/new") if name.startswith("sub/")} == {f"sub/{n}" for n in peft_files()}
+    assert ak.read("hf://org/new/sub").digest() == ak.read(lora).digest()
+
+
+def test_hidden_files_and_what_is_no_model_stay_here(hub: HubServer, lora: Path, tmp_path: Path) -> None:
+    lay(lora, {".env": b"SECRET=1", ".git/config": b"x"})
+    ak.hub.push(lora, "org/new")
+    assert not {name for name in hub.files("org/new") if "env" in name or name.startswith(".git/")}
+    with pytest.raises(UnknownFormat):
+        ak.hub.push(lay(tmp_path / "letters", {"a.txt": b"dear"}), "org/letters")
+    assert "org/letters" not in hub.repos
+
+
+@pytest.mark.parametrize(
+    ("match", "kind", "value"),
+    [
+        ("/commit/", "status", 503), ("/commit/", "status", 429), ("/commit/", "drop", None),
+        ("/commit/", "after", None), ("/preupload/", "drop", None), ("/api/repos/create", "status", 503),
+        ("/api/repos/create", "drop", None), ("/tag/", "status", 503), ("batch", "drop", None),
+    ],
+)  # fmt: skip
+def test_faults_of_the_moment_are_overcome(
+    hub: HubServer, lora: Path, match: str, kind: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.faults = [Fault(match, kind, 2 if kind == "status" else 1, value, {"Retry-After": "0"})]
+    pushed = ak.hub.push(lora, "org/new", tag="v1")
+    assert hub.faults[0].times == 0
+    assert hub.files("org/new", "v1")["adapter_model.safetensors"] == peft_files()["adapter_model.safetensors"]
+    assert len(hub.repos["org/new"].commits) == 2, "the first, and one of ours"
+    assert pushed.commit == hub.repos["org/new"].branches["main"]
+
+
+def test_somebody_who_pushed_meanwhile_is_not_overwritten(
+    hub: HubServer, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapterkit.hub import pushing
+
+    hub.add("org/lora", {"theirs": b"1"})
+    real = pushing._head
+
+    def head(remote: object) -> str:
+        found = real(remote)
+        hub.repos["org/lora"].commit({"theirs": b"2"})
+        return found
+
+    monkeypatch.setattr(pushing, "_head", head)
+    with pytest.raises(NetworkError, match="meanwhile"):
+        ak.hub.push(lora, "org/lora")
+    assert hub.files("org/lora") == {"theirs": b"2"}
+
+
+def test_an_observer_never_sees_half_of_it(hub: HubServer, lora: Path) -> None:
+    seen: set[frozenset[str]] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            if "org/new" in hub.repos and hub.repos["org/new"].branches:
+                seen.add(frozenset(hub.files("org/new")))
+
+    observer = threading.Thread(target=watch)
+    observer.start()
+    try:
+        ak.hub.push(lora, "org/new")
+    finally:
+        done.set()
+        observer.join()
+    seen.add(frozenset(hub.files("org/new")))
+    first = frozenset({".gitattributes"})
+    assert seen <= {first, first | frozenset(peft_files()) | {"README.md"}}
+
+
+def test_who_may_not_write_is_told_so(hub: HubServer, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("org/lora", {"theirs": b"1"})
+    monkeypatch.setenv("HF_TOKEN", "")
+    answer = record("push", lora, "org/lora", code=5)["error"]
+    assert answer["code"] == "access"
+    assert "HF_TOKEN" in answer["cure"]
+    assert hub.files("org/lora") == {"theirs": b"1"}
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 412, 422])
+def test_no_token_in_errors_or_reports(hub: HubServer, lora: Path, status: int) -> None:
+    assert TOKEN not in run("push", lora, "org/fine", "--json").output
+    hub.faults = [Fault("/commit/", "status", 99, status)]
+    result = run("push", lora, "org/new", "--debug", "--json")
+    assert result.exit_code == 5, result.output
+    assert TOKEN not in result.output
+    assert reading._seen == {}

@@ -1,0 +1,220 @@
+"""Adapters in graphs that torch exported: every target found, the graph computes what the injected model does."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphs as graphs
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.torch import save_file
+from torch import nn
+
+import adapterkit as ak
+from adapterkit.adapter import Adapter, Target
+from adapterkit.errors import TargetNotFound
+from adapterkit.methods import METHODS
+
+EXPORTS = {
+    "dynamo": {"dynamo": True},
+    "unoptimized": {"dynamo": True, "optimize": False},
+    "legacy": {"dynamo": False, "opset_version": 17},
+    "unfolded": {"dynamo": False, "opset_version": 17, "do_constant_folding": False},
+}
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        return torch.softmax(self.q_proj(x) @ x.transpose(1, 2), -1) @ self.v_proj(x)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn, self.up, self.down = Attention(), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        x = x + self.self_attn(x)
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Model(nn.Module):
+    """Blocks of which two projections hold equal numbers, a head that is called twice, a convolution, an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(16, 8), nn.Conv1d(8, 8, 3, padding=1)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(8, 5)
+        with torch.no_grad():
+            self.layers[1].up.weight.copy_(self.layers[0].up.weight)
+
+    def forward(self, ids):
+        x = self.conv(self.embed(ids).transpose(1, 2)).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x) + self.head(x[:, :1])
+
+
+def lora(out, into, *kernel, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(2, into, *kernel, generator=g), torch.randn(out, 2, generator=g)
+    return METHODS["lora"](A=A, B=B, scaling=0.25)
+
+
+def whole():
+    """An adapter of every layer, of several methods."""
+    plain = lora(8, 8, seed=3)
+    first = "layers.0.self_attn.q_proj", "layers.1.self_attn.v_proj"
+    return Adapter(
+        {
+            Target("embed", "in out *k"): (lora(8, 16),),
+            Target("conv"): (lora(8, 8, 3, seed=1),),
+            Target(first[0]): (METHODS["dora"](A=plain.A, B=plain.B, magnitude=torch.rand(8) + 0.5),),
+            Target(first[1]): (METHODS["ia3"](l=torch.rand(8) + 0.5),),
+            Target("layers.0.up"): (lora(12, 8, seed=4), METHODS["ia3"](l=torch.rand(12) + 0.5)),
+            Target("layers.1.down"): (lora(8, 12, seed=5),),
+            Target("head"): (lora(5, 8, seed=6),),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The model, an input, and its graph from every exporter."""
+    torch.manual_seed(0)
+    folder, model = tmp_path_factory.mktemp("exports"), Model().eval()
+    ids = torch.tensor([[0, 3, 15], [7, 7, 1]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, options in EXPORTS.items():
+            words = {"external_data": False, "verbose": False} if options["dynamo"] else {}
+            torch.onnx.export(model, (ids,), str(folder / f"{name}.onnx"), input_names=["ids"], **options, **words)
+    session = onnxruntime.SessionOptions()
+    session.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    session.optimized_model_filepath = str(folder / "session.onnx")
+    onnxruntime.InferenceSession(str(folder / "dynamo.onnx"), session, providers=["CPUExecutionProvider"])
+    save_file(model.state_dict(), folder / "base.safetensors")
+    return folder, model, ids
+
+
+def test_the_exports_are_those_that_names_get_lost_in(exported):
+    folder, _, _ = exported
+    names = {i.name for i in onnx.load(folder / "dynamo.onnx").graph.initializer}
+    assert "layers.0.up.weight" not in names
+    assert "layers.0.up.weight" in {i.name for i in onnx.load(folder / "unoptimized.onnx").graph.initializer}
+    assert any(i.name.startswith("onnx::MatMul") for i in onnx.load(folder / "legacy.onnx").graph.initializer)
+    assert not any(n.metadata_props for n in onnx.load(folder / "session.onnx").graph.node)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_every_target_is_found_and_computes_as_in_torch(name, exported, tmp_path, close):
+    folder, model, ids = exported
+    path, adapter, out = folder / f"{name}.onnx", whole(), tmp_path / "out.onnx"
+    before, y = path.read_bytes(), model(ids)
+    report = ak.onnx.inject(path, adapter, out)
+    assert report.difference is not None
+    assert len(report.found) == len(adapter.updates)
+    assert len(next(p for p in report.found if p.target.path == "head").spots) == 2
+    handle = ak.torch.inject(model, adapter)
+    wanted = model(ids)
+    handle.remove()
+    close(torch.tensor(graphs.run(out, ids)), wanted, y)
+    ak.onnx.merge(path, adapter, tmp_path / "merged.onnx")
+    close(torch.tensor(graphs.run(tmp_path / "merged.onnx", ids)), wanted, y)
+    ak.onnx.eject(out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == before == path.read_bytes()
+
+
+def test_equal_weights_that_are_stored_once_change_apart(exported, tmp_path, close):
+    folder, model, ids = exported
+    adapter = Adapter({Target("layers.1.up"): (lora(12, 8, seed=7),)})
+    handle = ak.torch.inject(model, adapter)
+    wanted = model(ids)
+    handle.remove()
+    for name in EXPORTS:
+        for change in (ak.onnx.inject, ak.onnx.merge):
+            report = change(folder / f"{name}.onnx", adapter, tmp_path / f"{name}{change.__name__}.onnx")
+            assert len(report.found[0].spots) == 1
+            close(torch.tensor(graphs.run(report.out, ids)), wanted)
+
+
+def test_names_that_are_lost_are_found_by_numbers(exported, tmp_path, close):
+    folder, model, ids = exported
+    adapter = Adapter({Target("layers.0.self_attn.q_proj"): (lora(8, 8),), Target("layers.1.down"): (lora(8, 12),)})
+    path = folder / "session.onnx"
+    with pytest.raises(TargetNotFound, match="base's weights"):
+        ak.onnx.inject(path, adapter, tmp_path / "out.onnx")
+    report = ak.onnx.inject(path, adapter, tmp_path / "out.onnx", base_weights=folder / "base.safetensors")
+    assert {place.method for place in report.found} == {"values"}
+    handle = ak.torch.inject(model, adapter)
+    close(torch.tensor(graphs.run(tmp_path / "out.onnx", ids)), model(ids))
+    handle.remove()
+
+
+def test_another_checkpoint_is_not_the_base(exported, tmp_path):
+    folder, _, _ = exported
+    torch.manual_seed(9)
+    save_file(Model().state_dict(), tmp_path / "other.safetensors")
+    adapter = Adapter({Target("layers.1.down"): (lora(8, 12),)})
+    for name in ("session", "dynamo"):
+        with pytest.raises(TargetNotFound, match=r"right one|exported from"):
+            ak.onnx.inject(
+                folder / f"{name}.onnx", adapter, tmp_path / "o.onnx", base_weights=tmp_path / "other.safetensors"
+            )
+    assert not (tmp_path / "o.onnx").exists()
+
+
+def test_names_of_wrappers_and_of_attention_differ(exported, tmp_path):
+    folder, _, _ = exported
+    adapter = Adapter({Target("model.layers.0.attn.q_proj"): (lora(8, 8),)})
+    with pytest.raises(TargetNotFound):
+        ak.onnx.inject(folder / "dynamo.onnx", Adapter({Target("layers.0.attn.k_proj"): (lora(8, 8),)}), tmp_path / "o")
+    report = ak.onnx.inject(folder / "dynamo.onnx", adapter, tmp_path / "out.onnx")
+    assert report.found[0].target.path == "layers.0.attn.q_proj"
+
+
+def converted():
+    root = Path(onnx.__file__).parent / "backend" / "test" / "data" / "pytorch-converted"
+    kinds = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"}
+    for folder in sorted(root.iterdir()):
+        model = onnx.load(folder / "model.onnx")
+        if model.graph.initializer and {node.op_type for node in model.graph.node} & kinds:
+            yield pytest.param(folder, id=folder.name.removeprefix("test_"))
+
+
+def test_there_are_as_many_converted_models_as_there_were():
+    assert len(list(converted())) == 32
+
+
+@pytest.mark.parametrize("folder", list(converted()))
+def test_converted_models(folder, tmp_path, close):
+    """A change of nothing gives the recorded outputs, a random one what onnx's converter and merged weights give."""
+    path, out = folder / "model.onnx", tmp_path / "out.onnx"
+    proto = onnx.load(path)
+    weight = next(i for i in proto.graph.initializer if len(i.dims) > 1)
+    x, y = (
+        numpy_helper.to_array(onnx.load_tensor(folder / "test_data_set_0" / f"{name}_0.pb"))
+        for name in ("input", "output")
+    )
+    W = numpy_helper.to_array(weight)
+    D = torch.tensor(np.random.default_rng(0).normal(size=W.shape).astype("f4"))
+    for change in (0 * D, D):
+        update = METHODS["dense"](D=change)
+        adapter = Adapter({Target(weight.name): (update,)})
+        ak.onnx.inject(path, adapter, out)
+        edited = onnx.ModelProto.FromString(path.read_bytes())
+        stored = next(i for i in edited.graph.initializer if i.name == weight.name)
+        stored.CopyFrom(numpy_helper.from_array(W + change.numpy(), weight.name))
+        modern = onnx.version_converter.convert_version(edited, 13).SerializeToString()
+        wanted = y if change.abs().max() == 0 else graphs.run(modern, x)
+        close(torch.tensor(graphs.run(out, x)), torch.tensor(wanted), tolerance=1e-5)
+    ak.onnx.eject(out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
