@@ -70,7 +70,8 @@ class Diffusers(ImageFormat):
             keys = container.names(self.chosen(path))
         except AdapterkitError:
             return False
-        if any(key.endswith(".coefficients") for key in keys):  # NOLA's own, of GPT-2's transformer
+        # GPT-2 is a `transformer` too: NOLA's checkpoints of it have these beside lora_A and lora_B.
+        if any(key.endswith(".coefficients") for key in keys):
             return False
         return any(key for key in map(self.parse, keys) if key is not None and key.slot != "alpha")
 

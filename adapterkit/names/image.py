@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from . import flux, sd3, text_encoders, unet
 from .patterns import Names, fill, names_of, numbers
@@ -24,7 +24,7 @@ class Family:
     Attributes:
         name: what it is called.
         component: the part of a pipeline that it is, in diffusers' words.
-        pieces: pattern of the native naming -> its pieces in diffusers'; a pattern may come twice.
+        pieces: pattern of the native naming -> its pieces in diffusers'; several may lead to one module there.
         native: the names of the native naming.
         diffusers: the names of diffusers'.
     """
@@ -63,22 +63,31 @@ def families_of(path: str, naming: str) -> list[Family]:
 
 def to_diffusers(family: Family, path: str) -> tuple[tuple[Piece, str], ...]:
     """(piece, its module in diffusers) for every piece of a module in the native naming."""
-    for pattern, pieces in family.pieces:
-        if pattern in family.native.patterns_of(path):
-            given = numbers(pattern, path)
-            return tuple((piece, fill(piece.pattern, given)) for piece in pieces)
+    for pattern in family.native.patterns_of(path):
+        pieces = _index(family.name)[0].get(pattern, ())
+        return tuple((piece, fill(piece.pattern, numbers(pattern, path))) for piece in pieces)
     return ()
 
 
 def to_native(family: Family, path: str) -> list[tuple[Piece, str]]:
     """(piece, the native module that it is part of) for a module of diffusers; several where it is not told."""
-    fitting = set(family.diffusers.patterns_of(path))
+    places = _index(family.name)[1]
     return [
         (piece, fill(pattern, numbers(piece.pattern, path)))
-        for pattern, pieces in family.pieces
-        for piece in pieces
-        if piece.pattern in fitting
+        for fitting in family.diffusers.patterns_of(path)
+        for pattern, piece in places.get(fitting, ())
     ]
+
+
+@cache
+def _index(name: str) -> tuple[dict[str, tuple[Piece, ...]], dict[str, list[tuple[str, Piece]]]]:
+    """Native pattern -> pieces, and diffusers' pattern -> (native pattern, piece), of the family of a name."""
+    family = next(family for family in families() if family.name == name)
+    back: dict[str, list[tuple[str, Piece]]] = {}
+    for pattern, pieces in family.pieces:
+        for piece in pieces:
+            back.setdefault(piece.pattern, []).append((pattern, piece))
+    return dict(family.pieces), back
 
 
 ROOTS = {
@@ -104,6 +113,7 @@ def rooted(path: str) -> tuple[str, str]:
     return (f"{root}.", path[len(root) + 1 :]) if root else ("", path)
 
 
+@lru_cache(maxsize=1 << 16)
 def component_of(path: str) -> str | None:
     """The part of a pipeline that a dotted path is in: named in the path, or told by the tables."""
     root, rest = rooted(path)

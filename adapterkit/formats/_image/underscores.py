@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ...errors import TargetNotFound, nearest
-from ...names.image import NAMINGS, ROOTS, Family, component_of, encoders, families, families_of, rooted
+from ...names.image import NAMINGS, ROOTS, Family, component_of, encoders, families, families_of, is_xl, rooted
 from ...names.patterns import flatten
 
 if TYPE_CHECKING:
@@ -147,9 +148,9 @@ def _encoder(component: str, rest: str, paths: Iterable[str]) -> str:
     return "lora_te1" if several else "lora_te"
 
 
+@lru_cache(maxsize=1 << 16)
 def _has_several(path: str) -> bool:
-    from ...names.image import is_xl
-
+    """Whether a path is of a model with more than one text encoder."""
     rest = rooted(path)[1]
     component = component_of(path)
     if component in ("text_encoder_2", "text_encoder_3", "transformer"):
