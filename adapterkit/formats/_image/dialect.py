@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Updates = Mapping[Target, tuple["Update", ...]]
 
 
-class ImageFormat(Format):
+class ImageFormat(Format, ABC):
     """One file of tensors; a subclass says what its keys look like, and how its modules are called.
 
     Class attributes:
@@ -46,19 +47,19 @@ class ImageFormat(Format):
 
     # What a dialect defines.
 
+    @abstractmethod
     def parse(self, key: str) -> Key | None:
         """A key taken apart; None where it is of another dialect."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spell(self, stem: str, slot: str) -> str:
         """The key of a slot, in the spelling that is written."""
-        raise NotImplementedError
 
+    @abstractmethod
     def targets(
         self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
         """Stem -> target."""
-        raise NotImplementedError
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
         """The name of a target in keys; None where it has none."""

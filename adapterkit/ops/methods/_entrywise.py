@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -39,9 +40,9 @@ class Entrywise(Method):
     def dense(self) -> bool:
         return True
 
+    @abstractmethod
     def merged(self, changes: Array, weights: Array, at: At) -> Array:
         """Changes `[T, ...]`, which may be written over, to one, `[...]`."""
-        raise NotImplementedError
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
         import numpy as np
@@ -66,9 +67,9 @@ class Sparse(Entrywise):
     zero_sign: str = parameter("+", ZERO_SIGN, among=ZERO_SIGNS)
     denominator: str = parameter("none", DENOMINATOR, among=DENOMINATORS)
 
+    @abstractmethod
     def sparse(self, D: Array, t: int, at: At) -> Array:
         """The change of present adapter t with most entries set to zero."""
-        raise NotImplementedError
 
     def merged(self, changes: Array, weights: Array, at: At) -> Array:
         import numpy as np

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -85,9 +86,9 @@ class Learned(Method):
 
     data: ClassVar[str | None] = SCORE
 
+    @abstractmethod
     def learn(self, trial: Trial) -> dict[Target, Array]:
         """The coefficients of each target, `[T]`."""
-        raise NotImplementedError
 
     def sums(self, weights: Sequence[float]) -> list[float] | None:
         return list(weights)

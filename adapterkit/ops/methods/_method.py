@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,7 +44,7 @@ def parameter(
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(parameter,), kw_only_default=True)
-class Method:
+class Method(ABC):
     """A way to make one change of several. Subclasses are frozen dataclasses of parameters.
 
     Attributes:
@@ -121,9 +122,10 @@ class Method:
         """The factor of each adapter, where the method is a sum whatever the changes are: that needs no computing."""
         return None
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 - nothing to check is a rule too
         """Checks parameters together; raises UsageError."""
 
+    @abstractmethod
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
         """The combined change of a weight.
 
@@ -132,7 +134,6 @@ class Method:
             weights: one an adapter.
             at: where this is, with what is drawn or counted there.
         """
-        raise NotImplementedError
 
     def vector(self, changes: Array, weights: Array, at: At) -> Array:
         """The combined change of a bias, `[T, out]` to `[out]`: a weighted mean, where a formula is one of matrices."""
@@ -142,9 +143,9 @@ class Method:
 class Mixture(Method):
     """Methods whose result is sum_t c_t * D_t, with c from inner products: exact on factors, whose ranks add up."""
 
+    @abstractmethod
     def coefficients(self, gram: Array, weights: Array) -> Array:
         """c `[T]` from the inner products of the changes, `[T, T]`, and the weights given, `[T]`."""
-        raise NotImplementedError
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
         return mixed(deltas, self.coefficients(gram(deltas), weights))
@@ -156,9 +157,9 @@ class Mixture(Method):
 class Spectral(Method):
     """Methods of singular values and spaces: the formula sees small cores, `[T, p, q]`, of one pair of bases."""
 
+    @abstractmethod
     def core(self, cores: Array, weights: Array, at: At) -> Array:
         """The combined core, `[p, q]`."""
-        raise NotImplementedError
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
         import numpy as np

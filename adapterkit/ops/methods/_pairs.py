@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 class Pairwise(Method):
     """The formula sees the factors of each change."""
 
+    @abstractmethod
     def factors(self, Bs: list[Array], As: list[Array], at: At) -> tuple[Array, Array]:
         """B `[out, r]` and A `[r, in * k]` of the result from those of all tasks, weights already in B."""
-        raise NotImplementedError
 
     def matrix(self, deltas: Sequence[Delta], weights: Array, at: At) -> Delta:
         from ..lowering import Delta
