@@ -100,7 +100,7 @@ def _combiner_row(entry: dict[str, Any]) -> list[str]:
 
 def quant() -> str:
     """One row a quantization scheme, and what its dequantization is held against."""
-    rows = [[f"`{name}`", f"[{entry.description}]({entry.url})", entry.library] for name, entry in SCHEMES.items()]
+    rows = [[f"`{name}`", f"[{entry.description}]({entry.url})", entry.oracle] for name, entry in SCHEMES.items()]
     return _markdown(("Scheme", "What it is", "Checked against"), rows)
 
 

@@ -78,7 +78,7 @@ def schemes() -> list[dict[str, Any]]:
     from ..quant import SCHEMES
 
     return [
-        {"name": name, "description": entry.description, "library": entry.library, "url": entry.url}
+        {"name": name, "description": entry.description, "oracle": entry.oracle, "url": entry.url}
         for name, entry in SCHEMES.items()
     ]
 
@@ -115,7 +115,7 @@ def _shown(value: Any) -> str:
 
 def _schemes_view(record: Mapping[str, Any]) -> View:
     columns = ("scheme", "description", "checked against")
-    yield Table(columns, [[s["name"], s["description"], s["library"]] for s in record["quant"]])
+    yield Table(columns, [[s["name"], s["description"], s["oracle"]] for s in record["quant"]])
 
 
 def _methods_view(record: Mapping[str, Any]) -> View:

@@ -70,12 +70,12 @@ class Scheme:
     Class attributes:
         url: where the layout is described.
         description: one line for tables.
-        library: what computes with it, and what its dequantization is compared with.
+        oracle: what computes with it, and what its dequantization is compared with.
     """
 
     url: ClassVar[str] = ""
     description: ClassVar[str] = ""
-    library: ClassVar[str] = ""
+    oracle: ClassVar[str] = ""
 
     def detect(self, base: Checkpoint) -> bool:
         """Whether the base is packed so, by its headers and config alone."""

@@ -28,7 +28,7 @@ class Awq(Scheme):
 
     url = "https://github.com/casper-hansen/AutoAWQ"
     description = "AWQ of 4 bits in the GEMM layout"
-    library = "the published formula"
+    oracle = "the published formula"
 
     def detect(self, base: Checkpoint) -> bool:
         return settings(base).get("quant_method") == "awq" and any(n.endswith(".qweight") for n in base.tensors)

@@ -34,7 +34,7 @@ class Bnb4bit(Scheme):
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear4bit"
     description = "bitsandbytes nf4 and fp4, with and without double quantization"
-    library = "bitsandbytes"
+    oracle = "bitsandbytes"
 
     def detect(self, base: Checkpoint) -> bool:
         return any(STATE in name for name in base.tensors)

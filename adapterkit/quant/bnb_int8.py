@@ -23,7 +23,7 @@ class BnbInt8(Scheme):
 
     url = "https://huggingface.co/docs/bitsandbytes/main/en/reference/nn/linear8bit"
     description = "bitsandbytes LLM.int8(): rows of whole numbers, a scale each"
-    library = "bitsandbytes"
+    oracle = "bitsandbytes"
 
     def detect(self, base: Checkpoint) -> bool:
         return any(name.endswith(".SCB") for name in base.tensors)

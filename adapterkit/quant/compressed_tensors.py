@@ -29,7 +29,7 @@ class CompressedTensors(Scheme):
 
     url = "https://github.com/vllm-project/compressed-tensors"
     description = "compressed-tensors: pack-quantized, int-quantized, float-quantized, nvfp4-pack-quantized"
-    library = "compressed-tensors"
+    oracle = "compressed-tensors"
 
     def detect(self, base: Checkpoint) -> bool:
         return settings(base).get("quant_method") == "compressed-tensors" and any(

@@ -24,7 +24,7 @@ class Fp8(Scheme):
 
     url = "https://huggingface.co/docs/transformers/main/en/quantization/finegrained_fp8"
     description = "8-bit floats with a scale for the tensor, a row, or a block (DeepSeek)"
-    library = "transformers"
+    oracle = "transformers"
 
     def detect(self, base: Checkpoint) -> bool:
         if settings(base).get("quant_method") == "compressed-tensors":

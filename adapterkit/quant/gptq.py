@@ -25,7 +25,7 @@ class Gptq(Scheme):
 
     url = "https://github.com/ModelCloud/GPTQModel"
     description = "GPTQ of 2, 4 or 8 bits, with or without reordered columns"
-    library = "the published formula"
+    oracle = "the published formula"
 
     def detect(self, base: Checkpoint) -> bool:
         said = settings(base).get("quant_method")

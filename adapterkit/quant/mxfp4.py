@@ -27,7 +27,7 @@ class Mxfp4(Scheme):
 
     url = "https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf"
     description = "MXFP4: experts of 4-bit floats with powers of two as scales (gpt-oss)"
-    library = "transformers"
+    oracle = "transformers"
 
     def detect(self, base: Checkpoint) -> bool:
         return any(name.endswith("_blocks") and name[:-7] + "_scales" in base.tensors for name in base.tensors)

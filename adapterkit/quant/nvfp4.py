@@ -22,7 +22,7 @@ class Nvfp4(Scheme):
 
     url = "https://github.com/NVIDIA/Model-Optimizer"
     description = "NVFP4 of ModelOpt: 4-bit floats, 8-bit scales for 16 numbers, one scale for all"
-    library = "the published formula"
+    oracle = "the published formula"
 
     def detect(self, base: Checkpoint) -> bool:
         return any(name.endswith(".weight_scale_2") for name in base.tensors)
