@@ -1,32 +1,23 @@
-"""Updates: what happens at one target. Four kinds; the kind decides what may be done with an update.
-
-A method is a subclass of one kind: fields with shape strings, and one formula. Everything else is derived from those
-here. Formulas see weights as `[out, in, *k]` whatever the base stores, and run in whatever floating dtype the caller
-hands in: the merger computes in float64, a live model in its own dtype. They are typed as over torch tensors, and keep
-to what numpy arrays have too: operators, indexing, `reshape`, `sum`, `.mT`; so a merge on the CPU needs no torch.
-"""
+"""What every update has: fields with shape strings, checks, blocks, and what its kind derives from its formula."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
-from .errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
-from .shapes import Axes, Dims, tensor
-from .tensors.finite import first_not_finite
-from .tensors.lazy import dtype_of
+from ..errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
+from ..shapes import Axes, Dims, tensor
+from ..tensors.finite import first_not_finite
+from ..tensors.lazy import dtype_of
 
 if TYPE_CHECKING:
     import torch
 
-    from .tensors.lazy import Leaf
+    from ..tensors.lazy import Leaf
 
     Random = Callable[[tuple[int, ...]], torch.Tensor]
-
-__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "attribute", "tensor"]
 
 
 def attribute(default: Any, *, among: Collection[Any] = (), least: int | None = None, most: int | None = None) -> Any:
@@ -242,194 +233,8 @@ def _narrow(leaf: Any, axis: int, start: int, stop: int) -> Any:
     return leaf[(*[whole] * axis, here)] if axis >= 0 else leaf[(..., here, *[whole] * (-axis - 1))]
 
 
-class Additive(Update):
-    """W' = W + D, b' = b + d, with D and d free of W."""
-
-    kind = "additive"
-
-    @property
-    def changes_weight(self) -> bool:
-        return True
-
-    def delta(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """D, for a weight of `shape` = `[out, in, *k]`."""
-        raise NotMergeable(f"{self.method} has no formula")
-
-    def bias_delta(self) -> torch.Tensor | None:
-        """d `[out]`, or None where the bias stays as it is."""
-        return None
-
-    def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """B `[out, r]` and A `[r, in * k]` with D = B @ A, where the law comes down to such a pair; else None."""
-        return None
-
-    def scaled(self, weight: float) -> Self | None:
-        """The same method with weight * D and weight * d, leaves unread; None where its fields cannot say that."""
-        scaling = self.attributes.get("scaling")
-        return None if scaling is None else self.replace(scaling=weight * scaling)
-
-    def delta_norm(self, shape: tuple[int, ...]) -> float:
-        """The Frobenius norm of D; a method overrides it where that can be had without forming D."""
-        D = self.delta(shape)
-        return math.sqrt(float((D * D).sum()))
-
-    def delta_into(self, D: torch.Tensor, weight: float) -> None:
-        """Writes weight * D over an array of the weight's shape; a method overrides it where that needs no copy."""
-        D[...] = weight * self.delta(tuple(D.shape))
-
-    def new_weight(self, W: torch.Tensor) -> torch.Tensor:
-        return W + self.delta(tuple(W.shape))
-
-    def new_bias(self, b: torch.Tensor) -> torch.Tensor:
-        d = self.bias_delta()
-        return b if d is None else b + d
-
-    def forward(self, x: Any, layer: Any) -> Any:
-        d = self.bias_delta()
-        y = layer(x) + layer.op(x, self.delta(layer.shape)) if self.changes_weight else layer(x)
-        return y if d is None else y + layer.per_channel(d)
-
-
-class WeightUpdate(Update):
-    """W' = f(W), b' = g(b)."""
-
-    kind = "weight"
-
-    @property
-    def changes_weight(self) -> bool:
-        return True
-
-    @classmethod
-    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
-        """The update whose change is sum_i weights[i] * (f_i(W) - W), of bias and weight, whatever these are.
-
-        Args:
-            updates: of this method, tensors loaded.
-            weights: one an update.
-
-        Returns:
-            None where the method cannot say it.
-        """
-        return None
-
-    def forward(self, x: Any, layer: Any) -> Any:
-        y = layer.op(x, self.new_weight(layer.weight))
-        settled = self.settled(layer.weight) if self.bias_sees_weight else self
-        return y if layer.bias is None else y + layer.per_channel(settled.new_bias(layer.bias))
-
-
-class OutputUpdate(Update):
-    """y' = f(x, layer): a method defines `forward`, or `inside` where it stands before the layer's residual and norm.
-
-    A layer is any module here, with a weight or without one, in these words:
-
-    `layer(x)`: its output, whole.
-    `layer.hidden(x)`: its output before a residual is added and the sum normalised.
-    `layer.residual(x)`: what is added, or None.
-    `layer.norm(h)`: the normalisation of the sum; h itself where there is none.
-    `layer.close(h, x, whole)`: the output for another hidden value; without `whole`, one that neither the residual nor
-        the norm is part of.
-    `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in the shape that adds
-        to the output, and the axis of the channels.
-    `layer.call`: what the model's own call received, by name: the words that the method `asks` for. Asking for one that
-        the call lacks is an error. Two are more than the call said: `input_ids` begins with the tokens of a cache that
-        the call goes on with, and `hidden_states` is what the model's last layer gives without the adapter.
-
-    Class attributes:
-        placed: the formula is `inside`, so that several such updates follow each other before the layer closes.
-        asks: words of the model's call that the formula reads.
-        of_model: it stands at the whole model, `Target("")`, until it has its experts.
-
-    Attributes that place an update, where a method has them:
-        residual: path, from the target's parent, of the module whose input is added to the target's output.
-        norm: path, likewise, of the module that the sum goes through.
-    """
-
-    kind = "output"
-    acts_on = "the output of the layer"
-    placed: ClassVar[bool] = False
-    asks: ClassVar[tuple[str, ...]] = ()
-    of_model: ClassVar[bool] = False
-
-    @property
-    def lacks_experts(self) -> bool:
-        """Whether it is the router of experts that it does not hold, so that it computes nothing yet."""
-        return False
-
-    @property
-    def channels(self) -> int | None:
-        """How many channels the layer's output must have; None where the update does not say."""
-        hidden: Any = self.dims().get("hidden")
-        return cast(int | None, hidden)
-
-    @property
-    def whole(self) -> bool:
-        """Whether the layer's residual and norm are part of what comes out."""
-        return True
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        if self.channels not in (None, shape[0]):
-            raise ShapeMismatch(f"made for {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
-
-    def inside(self, x: Any, layer: Any) -> Any:
-        """What the update makes of `layer.hidden(x)`."""
-        return self.forward(x, layer)
-
-    def forward(self, x: Any, layer: Any) -> Any:
-        return layer.close(self.inside(x, layer), x, self.whole)
-
-
-class ContextUpdate(Update):
-    """More context than the model's input: tokens in front of it, keys and values before it, prompts to attend to.
-
-    Its target is the whole model, `Target("")`, or the part of it that the update speaks to: an attention, an
-    embedding. There is no weight to see, so the target has no layout, rows or experts. Updates of one place add up in
-    the order in which they are attached, the first in front.
-
-    Class attributes:
-        place: which of the four words below is the method's formula; the others add nothing.
-    """
-
-    kind = "context"
-    acts_on = "the context of the model"
-    place: ClassVar[str] = ""
-
-    def embeddings(self, task: Any = None) -> torch.Tensor | None:
-        """What stands in front of the embeddings of the input, an encoder's where there is one: `[n, dim]`.
-
-        Args:
-            task: for prompts of several tasks, the number of one, or numbers `[batch]`: then `[batch, n, dim]`.
-        """
-        return None
-
-    def decoder_embeddings(self, task: Any = None) -> torch.Tensor | None:
-        """The same for the input of a decoder that has an encoder beside it."""
-        return None
-
-    def past(self) -> torch.Tensor | None:
-        """Keys and values that come before those of the input, `[layers, 2, heads, n, d]`; a decoder's."""
-        return None
-
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """What is added to the heads' outputs of an attention, before they are mixed: `[batch, heads, m, d]`.
-
-        Methods of this place hold the prompt as `P`, `[n, dim]`; without their `projected` it is added after mixing.
-
-        Args:
-            q: queries of the input, `[batch, heads, m, d]`, positions already in them.
-            k: keys of the prompt, `[heads, n, d]`, without positions.
-            v: values of the prompt, `[heads, n, d]`.
-        """
-        raise NotMergeable(f"{self.method} has no formula of attention")
-
-    def vocabulary(self) -> torch.Tensor | None:
-        """Embeddings of new tokens, numbered behind the last one of the base, `[n, dim]`."""
-        return None
-
-
 _TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 _DAMAGED = "The file is damaged, or the tool that wrote it is at fault; write it again"
-_WRONG_BASE = "Is this the base that the adapter was trained on?"
 _DIVERGED = "The training diverged, or the file is damaged; use an earlier checkpoint"
 
 

@@ -1,0 +1,92 @@
+"""Updates of weights and biases: additive ones, and those that see the weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from ..errors import NotMergeable
+
+if TYPE_CHECKING:
+    import torch
+
+    Random = Callable[[tuple[int, ...]], torch.Tensor]
+
+from .update import Update
+
+
+class Additive(Update):
+    """W' = W + D, b' = b + d, with D and d free of W."""
+
+    kind = "additive"
+
+    @property
+    def changes_weight(self) -> bool:
+        return True
+
+    def delta(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """D, for a weight of `shape` = `[out, in, *k]`."""
+        raise NotMergeable(f"{self.method} has no formula")
+
+    def bias_delta(self) -> torch.Tensor | None:
+        """d `[out]`, or None where the bias stays as it is."""
+        return None
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """B `[out, r]` and A `[r, in * k]` with D = B @ A, where the law comes down to such a pair; else None."""
+        return None
+
+    def scaled(self, weight: float) -> Self | None:
+        """The same method with weight * D and weight * d, leaves unread; None where its fields cannot say that."""
+        scaling = self.attributes.get("scaling")
+        return None if scaling is None else self.replace(scaling=weight * scaling)
+
+    def delta_norm(self, shape: tuple[int, ...]) -> float:
+        """The Frobenius norm of D; a method overrides it where that can be had without forming D."""
+        D = self.delta(shape)
+        return math.sqrt(float((D * D).sum()))
+
+    def delta_into(self, D: torch.Tensor, weight: float) -> None:
+        """Writes weight * D over an array of the weight's shape; a method overrides it where that needs no copy."""
+        D[...] = weight * self.delta(tuple(D.shape))
+
+    def new_weight(self, W: torch.Tensor) -> torch.Tensor:
+        return W + self.delta(tuple(W.shape))
+
+    def new_bias(self, b: torch.Tensor) -> torch.Tensor:
+        d = self.bias_delta()
+        return b if d is None else b + d
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        d = self.bias_delta()
+        y = layer(x) + layer.op(x, self.delta(layer.shape)) if self.changes_weight else layer(x)
+        return y if d is None else y + layer.per_channel(d)
+
+
+class WeightUpdate(Update):
+    """W' = f(W), b' = g(b)."""
+
+    kind = "weight"
+
+    @property
+    def changes_weight(self) -> bool:
+        return True
+
+    @classmethod
+    def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
+        """The update whose change is sum_i weights[i] * (f_i(W) - W), of bias and weight, whatever these are.
+
+        Args:
+            updates: of this method, tensors loaded.
+            weights: one an update.
+
+        Returns:
+            None where the method cannot say it.
+        """
+        return None
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        y = layer.op(x, self.new_weight(layer.weight))
+        settled = self.settled(layer.weight) if self.bias_sees_weight else self
+        return y if layer.bias is None else y + layer.per_channel(settled.new_bias(layer.bias))
