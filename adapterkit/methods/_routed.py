@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import ShapeMismatch
 from ..tensors.namespace import namespace
 from ..updates import OutputUpdate
 
@@ -15,14 +14,11 @@ if TYPE_CHECKING:
 class Routed(OutputUpdate):
     """A change of a linear layer's output; a subclass has the axes `out` and `in`."""
 
+    linear_only = True
+
     @property
     def channels(self) -> int | None:
         return cast(int, self.dims()["out"])
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        if len(shape) != 2:
-            raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
 
 
 def mixed(x: Any, shares: Any, A: Tensor, B: Tensor, layer: Any) -> Any:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class BDLoRA(LowRank):
     """W' = W + scaling * B @ A; either A or B is given as the blocks on its diagonal."""
 
+    linear_only = True
     blocks = frozenset({"out", "in"})
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ((("A_blocks", "B"), ("A", "B_blocks")),)
     paper = "https://arxiv.org/abs/2510.23346"
@@ -43,10 +44,6 @@ class BDLoRA(LowRank):
         B = W.new_zeros(out, rank) if n else W.new_zeros(m, out // m, rank // m)
         names = ("A_blocks", "B") if n else ("A", "B_blocks")
         return cls(**dict(zip(names, (A / in_**0.5, B), strict=True)), **attributes)
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch("BD-LoRA changes linear layers only", cure="Take this target out")
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         A, B = _whole(self.A, self.A_blocks), _whole(self.B, self.B_blocks)

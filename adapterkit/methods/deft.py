@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class DEFT(WeightUpdate):
     """W' = W + Q @ (scaling * R - right^T @ W); (Q, right) = (Q', Q') with P = Q' T, or (P, relu(P))."""
 
+    linear_only = True
     blocks = frozenset({"in"})
     paper = "https://huggingface.co/docs/peft/package_reference/deft"
 
@@ -37,8 +38,7 @@ class DEFT(WeightUpdate):
         return made.replace(R=right.mT @ W / made.scaling)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch("DEFT changes linear layers only", cure="Take this target out")
+        super().check_against(shape)
         if self.P.shape[-1] > shape[0]:
             why = f"rank {self.P.shape[-1]} of {shape[0]} outputs"
             raise ShapeMismatch(why, where="P", cure="A subspace has no more dimensions than there are outputs")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class FRoD(WeightUpdate):
     """W' = U @ (S + diag(l)) @ V^T, S holding `values` at (row, column) = `index`; U @ diag(|U|) = W @ inverse(V^T)."""
 
+    linear_only = True
     frozen = frozenset({"V"})
     paper = "https://doi.org/10.1609/aaai.v40i31.39813"
 
@@ -41,8 +42,7 @@ class FRoD(WeightUpdate):
         return cls(l=_spanned(W, V)[1], values=W.new_zeros(len(places)), V=V, index=index, **attributes)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch("FRoD changes linear layers only", cure="Take this target out")
+        super().check_against(shape)
         self._check_index()
 
     def check_values(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed, ShapeMismatch, UsageError
+from ..errors import Malformed, UsageError
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class GLoRA(WeightUpdate):
     """W' = W + W * A + B, b' = b + b * D + E + W @ C; each support in one form at most, and not all absent."""
 
+    linear_only = True
     blocks = frozenset({"out", "in"})
     bias_sees_weight: ClassVar[bool] = True
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
@@ -59,10 +60,6 @@ class GLoRA(WeightUpdate):
         super().check()
         if not self.tensors:
             raise Malformed("holds no support", cure="Write the adapter again")
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch("GLoRA changes linear layers only", cure="Take this target out")
 
     @property
     def changes_weight(self) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class KaSA(WeightUpdate):
     """W' = W - U' S' V' + scaling * (B * diag) @ A; U' S' V' are the r last components of the SVD of W."""
 
+    linear_only = True
     starts_at_base: ClassVar[bool] = False
     paper = "https://arxiv.org/abs/2412.06071"
 
@@ -35,8 +36,7 @@ class KaSA(WeightUpdate):
         return cls(A=A, B=W.new_zeros(len(W), rank), diag=random((rank,)), **attributes)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch("KaSA changes linear layers only", cure="Take this target out")
+        super().check_against(shape)
         if self.A.shape[-2] >= min(shape):
             why = f"rank {self.A.shape[-2]} leaves nothing of a weight of {list(shape)}"
             raise ShapeMismatch(why, where="A", cure="The rank must be below both sizes")

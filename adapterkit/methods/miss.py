@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class MiSS(Additive):
     """W'[o, i] = W[o, i] + block[i mod r, o], or + mini[i mod r, o mod m]; exactly one is present."""
 
+    linear_only = True
     blocks = frozenset({"out", "in"})
     paper = "https://arxiv.org/abs/2409.15371"
 
@@ -37,8 +38,7 @@ class MiSS(Additive):
             raise Malformed("needs exactly one of D and mini", cure="Write the adapter again")
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch("MiSS changes linear layers only", cure="Take this target out")
+        super().check_against(shape)
         if self.mini is not None and shape[0] % self.mini.shape[-1]:
             why = f"{shape[0]} outputs are no multiple of {self.mini.shape[-1]}"
             raise ShapeMismatch(why, where="mini", cure="The adapter is not of this base")

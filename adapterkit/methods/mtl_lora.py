@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed, ShapeMismatch
+from ..errors import Malformed
 from ..tensors.namespace import namespace
 from ..updates import tensor
 from ._low_rank import LowRank
@@ -27,6 +27,7 @@ SHARPEST = 1e-6
 class MTLLoRA(LowRank):
     """D = scaling * (sum_i w_i B_i) @ (values * A); the weight has two axes."""
 
+    linear_only = True
     blocks = frozenset({"out", "in"})
     paper = "https://arxiv.org/abs/2410.09437"
     sizes: ClassVar[Mapping[str, int]] = {"count": 2}
@@ -52,10 +53,6 @@ class MTLLoRA(LowRank):
         super().check()
         if not self.sharpness >= SHARPEST:
             raise Malformed(f"a sharpness of {self.sharpness}", where="sharpness", cure="Write the adapter again")
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         xp = namespace(self.weights)

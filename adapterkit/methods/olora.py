@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class OLoRA(WeightUpdate):
     """W' = W + scaling * (B @ A - Q' R'); Q' and R' are the first r columns of Q and rows of R in W = Q R."""
 
+    linear_only = True
     paper = "https://arxiv.org/abs/2406.01775"
 
     A: Tensor = tensor("r in")
@@ -34,8 +35,7 @@ class OLoRA(WeightUpdate):
         return cls(A=R[:rank] * 1, B=Q[:, :rank] * 1, **attributes)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch("OLoRA changes linear layers only", cure="Take this target out")
+        super().check_against(shape)
         if self.A.shape[-2] > min(shape):
             why = f"rank {self.A.shape[-2]} of a weight of {list(shape)}"
             raise ShapeMismatch(why, where="A", cure="The adapter is not of this base")

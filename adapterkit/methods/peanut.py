@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ShapeMismatch
 from ..tensors.activations import ACTIVATIONS
 from ..updates import WeightUpdate, attribute, tensor
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 class PEANuT(WeightUpdate):
     """W' = W + scaling * B @ h; h = f(A @ W), then h = f(encoder @ h), then h = f(decoder @ h) + an encoder's input."""
 
+    linear_only = True
     blocks = frozenset({"in"})
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ((("encoders", "decoders"), ()),)
     paper = "https://arxiv.org/abs/2410.01870"
@@ -38,10 +38,6 @@ class PEANuT(WeightUpdate):
         A, inner = random((rank, len(W))) / len(W) ** 0.5, (1, rank, rank)
         encoders, decoders = random(inner) / rank**0.5, random(inner) / rank**0.5
         return cls(A=A, B=W.new_zeros(len(W), rank), encoders=encoders, decoders=decoders, **attributes)
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch("PEANuT changes linear layers only", cure="Take this target out")
 
     def new_weight(self, W: Tensor) -> Tensor:
         f = ACTIVATIONS[self.activation]

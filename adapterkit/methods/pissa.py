@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class PiSSA(WeightUpdate):
     """W' = W - U' S' V' + scaling * B @ A; U' S' V' are the r first components of the SVD of W."""
 
+    linear_only = True
     paper = "https://arxiv.org/abs/2404.02948"
 
     A: Tensor = tensor("r in")
@@ -36,8 +37,7 @@ class PiSSA(WeightUpdate):
         return made.replace(A=root[:, None] * V[:rank], B=U[:, :rank] * root)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch("PiSSA changes linear layers only", cure="Take this target out")
+        super().check_against(shape)
         if self.A.shape[-2] > min(shape):
             why = f"rank {self.A.shape[-2]} of a weight of {list(shape)}"
             raise ShapeMismatch(why, where="A", cure="The adapter is not of this base")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class RandLoRA(LowRank):
     """W' = W + scaling * L @ S, or its transpose where `in` is the longer side; the weight has two axes."""
 
+    linear_only = True
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     paper = "https://arxiv.org/abs/2502.00987"
 
@@ -49,8 +50,7 @@ class RandLoRA(LowRank):
         return cls(lam=W.new_zeros(len(fields["A"]), n), gamma=gamma, **fields)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch("randlora changes linear layers only", cure="Take this target out")
+        super().check_against(shape)
         n, short = self.gamma.shape[-2:]
         longs, bases, _ = self.B.shape[-3:]
         if short != min(shape) or self.A.shape[-1] < short or longs < max(shape) or bases < n:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class VeRA(LowRank):
     """W' = W + (b * B[:out]) @ (d * A[:, :in]); the weight has two axes."""
 
+    linear_only = True
     blocks = frozenset({"out", "in"})
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     paper = "https://arxiv.org/abs/2310.11454"
@@ -43,8 +44,7 @@ class VeRA(LowRank):
         return cls(b=W.new_zeros(len(W)), d=W.new_full((len(fields["A"]),), 0.1), **fields)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
+        super().check_against(shape)
         for name, have, need in (("A", self.A.shape[-1], shape[1]), ("B", self.B.shape[-2], shape[0])):
             if have < need:
                 why = f"made for weights of at most {have}; this one has {need}"

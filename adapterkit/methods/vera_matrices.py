@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ShapeMismatch
 from ..updates import tensor
 from ._low_rank import LowRank
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 class VeRAMatrices(LowRank):
     """W' = W + scaling * (E @ B) @ (D @ A); the weight has two axes."""
 
+    linear_only = True
     blocks = frozenset({"in"})
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     paper = "https://arxiv.org/abs/2310.11454"
@@ -48,10 +48,6 @@ class VeRAMatrices(LowRank):
     def _fixed(shape: tuple[int, ...], rank: int, random: Random) -> dict[str, Tensor]:
         out, in_ = shape[0], shape[1]
         return {"A": random((rank, in_)) * (6 / in_) ** 0.5, "B": random((out, rank)) * (6 / rank) ** 0.5}
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return self.scaling * (self.E @ self.B), self.D @ self.A

@@ -65,6 +65,7 @@ class OutputUpdate(Update):
         return True
 
     def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
         if self.channels not in (None, shape[0]):
             raise ShapeMismatch(f"made for {self.channels} channels; the layer has {shape[0]}", cure=_WRONG_BASE)
 

@@ -41,6 +41,7 @@ class Update:
         version: of the method's entry in the spec.
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
+        linear_only: the law is one of weights of two axes; other layers are refused.
         acts_on: what the update changes, for messages.
         forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
         frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
@@ -54,6 +55,7 @@ class Update:
     version: ClassVar[int] = 1
     blocks: ClassVar[frozenset[str]] = frozenset()
     needs_bias: ClassVar[bool] = True
+    linear_only: ClassVar[bool] = False
     acts_on: ClassVar[str] = "the layer"
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ()
     frozen: ClassVar[frozenset[str]] = frozenset()
@@ -154,6 +156,8 @@ class Update:
         Raises:
             ShapeMismatch: it does not fit.
         """
+        if self.linear_only and len(shape) != 2:
+            raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
 
     def cuts(self, axis: str) -> bool:
         """Whether this update may be cut along an axis: one of `blocks`, unless a method says less of some updates."""
