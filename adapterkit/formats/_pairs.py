@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import msgspec
-
 from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..names.ties import EMBEDDINGS
 from ..tensors.arrange import REAL, joined, padded, part, reordered, times
 from ..tensors.lazy import Lazy, as_lazy
+from ._leftovers import leftovers
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Target
@@ -224,12 +223,7 @@ def remembered(adapter: Adapter, name: str, shape: type[Leftovers] = Leftovers) 
     Raises:
         Malformed: it is damaged.
     """
-    if adapter.foreign is None or adapter.foreign.format != name:
-        return {}
-    try:
-        return dict(msgspec.convert(dict(adapter.foreign.data), shape))
-    except msgspec.ValidationError as error:
-        raise Malformed(f"leftovers of {name} are damaged ({error})", where="foreign", cure="Drop them") from None
+    return dict(leftovers(adapter, name, shape))
 
 
 def in_order(tensors: Mapping[str, Lazy], remembered: Mapping[str, Any]) -> dict[str, Lazy]:

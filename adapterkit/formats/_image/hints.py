@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from ...adapter import Adapter
-from ...errors import Malformed
 from ...tensors.lazy import as_lazy
+from .._leftovers import leftovers
 
 if TYPE_CHECKING:
     from ...tensors.lazy import Leaf
@@ -45,13 +45,7 @@ def hints_of(adapter: Adapter, format: str) -> Hints:  # noqa: A002 - the public
     Raises:
         Malformed: they are damaged.
     """
-    if adapter.foreign is None or adapter.foreign.format != format:
-        return Hints()
-    try:
-        return msgspec.convert(dict(adapter.foreign.data), Hints)
-    except msgspec.ValidationError as error:
-        why = f"leftovers of {format} are damaged ({error})"
-        raise Malformed(why, where="foreign", cure="Drop them") from None
+    return leftovers(adapter, format, Hints)
 
 
 def fingerprint(leaf: Leaf) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from ...adapter import Adapter
-from ...errors import Malformed
+from .._leftovers import leftovers
 
 FORMAT = "adapterhub"
 HEAD = "head/"
@@ -44,9 +44,4 @@ def hints_of(adapter: Adapter) -> Hints:
     Raises:
         Malformed: they are damaged.
     """
-    if adapter.foreign is None or adapter.foreign.format != FORMAT:
-        return Hints()
-    try:
-        return msgspec.convert(dict(adapter.foreign.data), Hints)
-    except msgspec.ValidationError as error:
-        raise Malformed(f"leftovers of AdapterHub are damaged ({error})", where="foreign", cure="Drop them") from None
+    return leftovers(adapter, FORMAT, Hints)

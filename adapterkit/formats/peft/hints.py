@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 
 from ...adapter import Adapter, Target
-from ...errors import Malformed
+from .._leftovers import leftovers
 from .keys import PREFIX
 
 FORMAT = "peft"
@@ -41,12 +41,7 @@ def hints_of(adapter: Adapter) -> Hints:
     Raises:
         Malformed: they are damaged.
     """
-    if adapter.foreign is None or adapter.foreign.format != FORMAT:
-        return Hints()
-    try:
-        return msgspec.convert(dict(adapter.foreign.data), Hints)
-    except msgspec.ValidationError as error:
-        raise Malformed(f"leftovers of PEFT are damaged ({error})", where="foreign", cure="Drop them") from None
+    return leftovers(adapter, FORMAT, Hints)
 
 
 def fingerprint(targets: Iterable[Target]) -> str:
