@@ -184,3 +184,12 @@ def test_every_field_of_peft_is_known():
         own = {*family.read, *family.harmless}
         assert {field.name for field in dataclasses.fields(cls)} <= {*known, *own}, cls
         assert own & set(known) <= {"init_weights"}
+
+
+def test_every_type_of_peft_is_read_or_refused_with_the_reason():
+    others = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - set(config.peft_types())
+    assert others <= set(config.OTHER_TYPES)
+    for kind in (*others, "BONE"):
+        with pytest.raises(Unsupported, match=kind) as raised:
+            config.parse({"peft_type": kind})
+        assert config.OTHER_TYPES[kind] in raised.value.why
