@@ -51,7 +51,7 @@ def measure(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Run:
     with open(out, "wb") as stdout, open(err, "wb") as stderr:
         started = time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL, env={**os.environ, **env}
+            command, stdout=stdout, stderr=stderr, stdin=subprocess.DEVNULL, env=environment(env)
         )
         watch = Watch(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
@@ -63,6 +63,11 @@ def measure(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Run:
         raise ProcessFailed(f"{' '.join(command)}\nexited with {process.returncode}; the end of {err}:\n{last}")
     peaks = (usage.ru_maxrss * 1024, watch.peak("VmHWM"), watch.peak("RssAnon"))
     return Run(seconds, usage.ru_utime + usage.ru_stime, *peaks, out.read_text(errors="replace"))
+
+
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment and `env`; compiled modules are kept, as every installed package keeps them."""
+    return {key: value for key, value in {**os.environ, **env}.items() if key != "PYTHONDONTWRITEBYTECODE"}
 
 
 class Watch:
