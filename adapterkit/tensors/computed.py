@@ -126,7 +126,8 @@ def _concatenated(
 
 def _bytes_of(array: Array) -> memoryview:
     """An array's own bytes, not copied."""
-    return memoryview(array.reshape(-1).view("u1"))
+    flat: Any = array.reshape(-1).view("u1")
+    return memoryview(flat)
 
 
 def _checked(leaf: Lazy) -> Array:
