@@ -107,8 +107,9 @@ def _refuse(adapter: Adapter) -> None:
 
 def _fold_spot(spot: Spot, at: list[Fold], building: Building, fresh: dict[tuple[Any, ...], ir.Value]) -> None:
     layer = spot.kind(spot.node, Branch(building, "merge"))
-    held, updates = layer.operand, [update for place, _ in at for update in place.updates]
-    if np.dtype(layer.dtype).kind not in "fV" or any(_packed(source) for source in spot.sources):
+    held: ir.Value = layer.operand
+    updates = [update for place, _ in at for update in place.updates]
+    if any(_packed(source) for source in spot.sources):
         raise Unsupported("a quantized weight", where=str(at[0][0].asked), cure="Inject instead of merging")
     bias = layer.own_bias if layer.after is None else layer.after[1]
     lost = [update for update in updates if update.changes_bias and update.needs_bias]
@@ -133,7 +134,7 @@ def _fold_spot(spot: Spot, at: list[Fold], building: Building, fresh: dict[tuple
 
 def _packed(source: ir.Value) -> bool:
     kind = source.const_value.dtype if source.const_value is not None else source.dtype
-    return kind is not None and kind.numpy().kind in "iub" and len(shape_of(source)) > 1
+    return kind is not None and not kind.is_floating_point() and len(shape_of(source)) > 1
 
 
 def _stored(place: Found, factor: float, spot: Spot, stored: Stored) -> Folded:
