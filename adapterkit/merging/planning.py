@@ -63,7 +63,7 @@ class OutputFile:
 
     @property
     def size(self) -> int:
-        return len(self.header) + sum(output.nbytes for output in self.outputs)
+        return max((output.offset + output.nbytes for output in self.outputs), default=len(self.header))
 
     @property
     def computed(self) -> int:

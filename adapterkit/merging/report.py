@@ -89,7 +89,7 @@ def _write(
 ) -> Report:
     from .execute import execute
 
-    found = execute(plan, stage, arrays_for(device), progress)
+    found = execute(plan.files, stage, arrays_for(device), progress)
     norms = {name: values for file in plan.files for name, values in found[file.name].items()}
     carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
