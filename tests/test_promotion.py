@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from llm_adapters import BASE, FILES, VECTORS, content, deltas, llama, lora, place, write_base
-from safetensors.numpy import load_file, save_file
+from llm_adapters import BASE, FILES, content, deltas, llama, lora, place, write_base
+from method_matrices import IMAGE, LANGUAGE, cases, model
+from safetensors.numpy import load_file
 
 import adapterkit as ak
 from adapterkit.adapter import Target
@@ -16,56 +17,31 @@ from adapterkit.methods import METHODS
 from adapterkit.methods.dense import Dense
 from adapterkit.methods.ia3 import IA3
 from adapterkit.methods.lora import LoRA
-from adapterkit.tensors.computed import load
-from adapterkit.tensors.lazy import as_lazy, from_numpy
+from adapterkit.tensors.lazy import from_numpy
 from adapterkit.updates import Additive
 
-IMAGE = {"diffusers": "unet.mid_block.{n}", "kohya": "unet.mid_block.{n}"}
-WRITTEN = [*sorted(FILES.keys() - {"onnx_adapter"}), *IMAGE, "adapterhub", "peft"]
+OF_IMAGES = ("diffusers", "kohya")
+WRITTEN = [*sorted(FILES.keys() - {"onnx_adapter"}), *OF_IMAGES, "adapterhub", "peft"]
 THIN = [
     name for name in METHODS
     if issubclass(METHODS[name], Additive) and METHODS[name].pair is not Additive.pair and name != "lora"
 ]  # fmt: skip
-LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 4}
-
-
-def cases(method):
-    """The vector's plain matrices, and what the independent formula adds to each."""
-    held = load_file(VECTORS / "methods" / f"{method}.expected.safetensors")
-    for target, updates in ak.read(VECTORS / "methods" / f"{method}.adapter.safetensors").updates.items():
-        plain = target == Target(target.path) and len(updates) == 1 and not updates[0].changes_bias
-        W = held.get(f"{target}.weight")
-        if plain and W is not None and W.ndim == 2 and f"{target}.merged.weight" in held:
-            yield updates[0], W, held[f"{target}.merged.weight"] - W
-
-
-def _as(wide):
-    def cast(leaf):
-        return from_numpy(load(leaf).astype(wide)) if as_lazy(leaf).dtype.floating else leaf
-
-    return cast
 
 
 def placed(name, method, folder):
-    """An adapter of those matrices as layers of a model, the model's weights, and what is expected at each layer."""
-    pattern = IMAGE.get(name, "model.layers.{n}.mlp.down_proj")
+    """An adapter of the method's matrices as layers of a model, the model, and the change expected of each layer."""
+    found = list(cases(method, "f4" if name == "tensorrt_llm" else "f8"))
     # AdapterHub has one rank and one scaling for all.
-    own = [(pattern.format(n=n), *case) for n, case in enumerate(cases(method)) if name != "adapterhub" or n == 0]
-    wide = "f4" if name == "tensorrt_llm" else "f8"
-    adapter = ak.Adapter({Target(path): (update.map(_as(wide)),) for path, update, _, _ in own})
-    base = write_base(folder, LLAMA | {"num_hidden_layers": len(own)}, {})
-    weights = {f"{path}.weight": W.astype("f4") for path, _, W, _ in own}
-    others = [key.replace("down", word) for key in weights for word in ("gate", "up")] if name == "litgpt" else []
-    weights |= {key: weights[key.replace("gate", "down").replace("up", "down")].T.copy() for key in others}
-    save_file(weights, base / "model.safetensors")
-    return adapter, base, {path: D for path, _, _, D in own}
+    own = found[:1] if name == "adapterhub" else found
+    adapter, base, merged = model(own, IMAGE if name in OF_IMAGES else LANGUAGE, folder)
+    return adapter, base, {path: new - W for (path, new), (_, W, _) in zip(merged.items(), own, strict=True)}
 
 
 @pytest.mark.parametrize("method", THIN)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_thin_factors_become_a_lora_of_the_same_change(name, method, tmp_path):
     adapter, base, expected = placed(name, method, tmp_path / "base")
-    out = place(tmp_path, name) if name in FILES else tmp_path / ("out.safetensors" if name in IMAGE else "out")
+    out = place(tmp_path, name) if name in FILES else tmp_path / ("out.safetensors" if name in OF_IMAGES else "out")
     if method not in ak.FORMATS[name].methods:
         with pytest.raises(Unrepresentable, match=method):
             ak.write(adapter, out, name, base, "fold")

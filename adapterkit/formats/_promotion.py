@@ -50,7 +50,7 @@ class Promotion:
 
     @classmethod
     def into(cls, writer: Format, max_error: float | None, base: Checkpoint | None) -> Promotion:
-        return cls("dense" in writer.methods, max_error, base)
+        return cls(writer.differences, max_error, base)
 
     def ask(self, adapter: Adapter, write: Ask) -> Written:
         """Writes, and where that is refused writes what can be promoted in another way; one line for each change.
