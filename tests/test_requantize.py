@@ -17,7 +17,7 @@ from adapterkit.quant import dequantized
 from adapterkit.tensors.checkpoint import open_checkpoint
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "quant"
-CASES = sorted(path.parent for path in VECTORS.rglob("expected.safetensors"))
+CASES = sorted(path.parent for path in VECTORS.glob("*/*/config.json"))
 COARSE = {"bnb_4bit": 0.16, "gptq": 0.16, "awq": 0.16, "mxfp4": 0.3, "nvfp4": 0.3, "compressed_tensors": 0.3}
 """Relative error that a step of so few bits allows; of eight bits it is 4 %."""
 

@@ -45,7 +45,7 @@ def plan(
     from .planning import make_plan
     from .quantized import as_merged
 
-    checkpoint = as_merged(opened(base), quantized, onto)
+    checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
     options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
     return make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def merge(
     from .quantized import as_merged
     from .report import carry_out
 
-    checkpoint = as_merged(checkpoint, quantized, onto)
+    checkpoint = as_merged(checkpoint, quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
     started = time.perf_counter()
 

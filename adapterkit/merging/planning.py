@@ -165,7 +165,7 @@ def make_plan(
         UsageError: a tied weight is touched and `tied` does not say what to do; options that make no sense.
         Unsupported: a targeted weight is not of a floating dtype.
     """
-    cast = _dtype(dtype)
+    cast = None if is_gguf_output(base) else _dtype(dtype)
     sources, folds, names, changes = folds_by_tensor(base, adapters, tied, allow_partial)
     tensors = {name: base.tensors[stored] for name, stored in names.items()}
     for name in folds:
@@ -203,7 +203,7 @@ def _files(
     shard_size: int | None, parts: Mapping[str, Repacked],
 ) -> Iterator[OutputFile]:  # fmt: skip
     for name, members, metadata in _grouping(base, tensors, kinds, shard_size):
-        header = encode_header(((m, kinds[m], tensors[m].shape) for m in members), metadata)
+        header = _header(base, name, [(m, kinds[m], tensors[m].shape) for m in members], metadata)
         offset, outputs = len(header), []
         for member in members:
             source = tensors[member]
@@ -213,11 +213,30 @@ def _files(
         yield OutputFile(name, header, tuple(outputs))
 
 
+def _header(base: Checkpoint, name: str, members: list[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:
+    if is_gguf_output(base):
+        from ..quant.gguf import header
+
+        return header(base, next(file for file in base.files if file.name == name))  # type: ignore[arg-type]
+    return encode_header(members, metadata)
+
+
+def is_gguf_output(base: Checkpoint) -> bool:
+    """Whether a GGUF file is merged into one."""
+    return isinstance(base, Dequantized) and base.scheme == "gguf" and base.packs
+
+
 def _grouping(
     base: Checkpoint, tensors: Mapping[str, Lazy], kinds: Mapping[str, DType], shard_size: int | None
 ) -> Iterator[tuple[str, list[str], Mapping[str, str]]]:
     """(file name, tensor names in order, metadata) of each output file: sharded as the base, unless a size is given."""
     common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
+    if is_gguf_output(base):
+        if shard_size is not None:
+            raise UsageError("a GGUF model keeps its files", cure="Leave the shard size out")
+        for file in base.files:
+            yield file.name, [name for name in tensors if base.home.get(name) == file], {}
+        return
     if shard_size is None:
         first = base.files[0]
         homes = {name: base.home.get(name, first) for name in tensors}

@@ -50,13 +50,16 @@ class Original(Checkpoint):
     weights: int = 0
 
 
-def as_merged(base: Checkpoint, quantized: str | None, onto: Onto | None = None) -> Checkpoint:
+def as_merged(
+    base: Checkpoint, quantized: str | None, onto: Onto | None = None, dtype: str | None = None
+) -> Checkpoint:
     """The base as the merge reads it: itself, dequantized, or the weights that it was quantized from.
 
     Args:
         base: the base.
         quantized: what was chosen for a quantized one, one of `WHY`.
         onto: for `original`, where the 16-bit weights are.
+        dtype: for a GGUF file that is merged into one, the type of its matrices.
 
     Raises:
         TargetNotFound, ShapeMismatch: the weights of `onto` are not those of the base.
@@ -71,9 +74,15 @@ def as_merged(base: Checkpoint, quantized: str | None, onto: Onto | None = None)
         raise UsageError(why, cure="Choose --quantized original and give them by --onto DIR, or do neither")
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
+    if quantized is None and said_method(base) is None and detect(base) == "gguf":
+        quantized = "requantize"
     if quantized is None:
         raise Unsupported(f"the base is quantized ({_kind(base)})", path=base.root, cure=EXPLAINED)
     seen = dequantized(base, packs=quantized == "requantize")
+    if dtype is not None and seen.packs and seen.scheme == "gguf":
+        from ..quant.gguf import retyped
+
+        seen = retyped(seen, dtype)
     return seen if onto is None else _original(seen, opened(onto))
 
 
@@ -82,6 +91,10 @@ def as_read(base: Checkpoint, merged: Checkpoint) -> Checkpoint:
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
     seen = dequantized(base)
+    if seen.scheme == "gguf" and is_quantized(merged):
+        from ..quant.gguf import like
+
+        return like(dequantized(base, packs=True), merged)
     packed = {member for weight in seen.packed.values() for member in weight.members} - set(seen.tensors)
     return dequantized(base, packs=True) if packed & set(merged.tensors) or is_quantized(merged) else seen
 

@@ -66,7 +66,8 @@ class Report:
 def carry_out(plan: Plan, out: Path, device: str, progress: Progress | None, started: float) -> Report:
     """Executes a plan into `out`; see `adapterkit.merge`."""
     names = [file.name for file in plan.files]
-    stage = Stage(out, plan.digest, names, single=out.suffix == ".safetensors" and not plan.base.root.is_dir())
+    one = out.suffix in (".safetensors", ".gguf") and len(names) == 1 and not plan.base.root.is_dir()
+    stage = Stage(out, plan.digest, names, single=one)
     with stage.locked():
         try:
             if stage.was_completed:

@@ -65,20 +65,23 @@ class Repacked:
         squares = self._damage(merged, again)
         norms = merged.norms | {len(self.folds) + at: square for at, square in enumerate(squares)}
         stored = self.base.stored.tensors
-        return {name: parts.get(name) or bytes(stored[name].fetch()) for name in self.packed.members}, norms
+        kept = {name: bytes(stored[name].fetch()) for name in self.packed.members if name not in parts}
+        return parts | kept, norms
 
     def _bytes(self, name: str, array: Any) -> bytes:
         import numpy as np
 
-        data = np.ascontiguousarray(array).view(np.uint8).tobytes() if array.size else b""
-        if len(data) != self.base.stored.tensors[name].nbytes:
-            why = f"{len(data)} bytes quantized again, {self.base.stored.tensors[name].nbytes} before"
-            raise ShapeMismatch(why, where=name, cure=NO_PACKING)
+        data, wanted = np.ascontiguousarray(array).tobytes(), self._written(name).nbytes
+        if len(data) != wanted:
+            raise ShapeMismatch(f"{len(data)} bytes quantized again, not {wanted}", where=name, cure=NO_PACKING)
         return data
 
+    def _written(self, name: str) -> Lazy:
+        return self.packed.written if self.packed.changes else self.base.stored.tensors[name]
+
     def _lazy(self, name: str, data: bytes) -> Lazy:
-        stored = self.base.stored.tensors[name]
-        return Lazy(stored.shape, stored.dtype, lambda: data)
+        form = self._written(name)
+        return Lazy(form.shape, form.dtype, lambda: data)
 
     def _damage(self, merged: _Merged, again: Packed) -> list[float]:
         squares = [0.0] * NORMS
@@ -94,7 +97,7 @@ class _Merged:
 
     def __init__(self, packed: Packed, folds: tuple[Fold, ...], workspace: Workspace) -> None:
         source = packed.lazy()
-        self.output = Output(packed.name, DTYPES["F32"], packed.shape, 0, source, folds)
+        self.output = Output(packed.name, DTYPES[packed.merged], packed.shape, 0, source, folds)
         self.arrays: Arrays = workspace.arrays
         self.folder = Folder(self.output, workspace)
         self.norms = self.folder.norms()
@@ -109,7 +112,7 @@ class _Merged:
         if self._whole is not None:
             return self._whole[start * self._width : stop * self._width].reshape(-1, self._width)
         first, end = start * self._width, stop * self._width
-        found = np.empty(end - first, np.float32)
+        found = np.empty(end - first, self.output.dtype.array)
         for block in self._blocks:
             low, high = max(first, block.first), min(end, block.first + block.elements)
             if low < high:
@@ -132,13 +135,14 @@ class _Merged:
             return self._last[1]
         import numpy as np
 
-        source, data = self.output.source, bytearray(block.elements * 4)
+        source, data = self.output.source, bytearray(block.elements * self.output.dtype.itemsize)
         raw = self.arrays.over(memoryview(bytearray(source.read(block.first, block.elements))), source.dtype)
-        for fold, square in self.folder.compute(raw, self.arrays.over(memoryview(data), DTYPES["F32"]), block).items():
+        out = self.arrays.over(memoryview(data), self.output.dtype)
+        for fold, square in self.folder.compute(raw, out, block).items():
             if block.first not in self._seen:
                 self.norms[fold] = self.norms.get(fold, 0.0) + square
         self._seen.add(block.first)
-        self._last = (block, np.frombuffer(data, "<f4"))
+        self._last = (block, np.frombuffer(data, self.output.dtype.array))
         return self._last[1]
 
 
@@ -158,7 +162,8 @@ def repacked(
     if twice is not None:
         why = f"it is {names[twice]}, which is packed, under another name"
         raise Unsupported(why, where=twice, cure="Choose --tied merge, or --quantized dequantize")
-    tensors = dict(base.stored.tensors) | {n: base.stored.tensors[s] for n, s in names.items() if s not in base.packed}
+    stored = base.written
+    tensors = stored | {n: stored[s] for n, s in names.items() if s not in base.packed}
     moved: dict[str, tuple[Fold, ...]] = {}
     parts: dict[str, Repacked] = {}
     for name, found in folds.items():
@@ -168,6 +173,9 @@ def repacked(
         moved[name if weight is None else weight.members[0]] = found
         if weight is not None:
             parts |= dict.fromkeys(weight.members, Repacked(base, weight, found))
+    for weight in base.packed.values():
+        if weight.changes and weight.members[0] not in parts:
+            parts |= dict.fromkeys(weight.members, Repacked(base, weight, ()))
     members = frozenset(member for weight in base.packed.values() for member in weight.members)
     return tensors, moved, parts, members
 

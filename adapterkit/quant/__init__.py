@@ -42,8 +42,17 @@ class Dequantized(Checkpoint):
     stored: Checkpoint = None  # type: ignore[assignment]
     packs: bool = False
 
+    @property
+    def written(self) -> dict[str, Lazy]:
+        """The stored tensors as they will be written, where packed weights are packed again."""
+        changed = {w.members[0]: w.written for w in self.packed.values() if w.changes}
+        return {name: changed.get(name, tensor) for name, tensor in self.stored.tensors.items()}
+
     def unpacked_again(self, weight: Packed, parts: Mapping[str, Lazy]) -> Packed:
         """A packed weight with other parts, read as those of the base are."""
+        own = weight.with_parts(parts)
+        if own is not None:
+            return own
         held = {name: parts.get(name, self.stored.tensors[name]) for name in weight.members}
         found = SCHEMES[self.scheme]().find(replace(self.stored, tensors=held))
         return next(other for other in found if other.name == weight.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,6 +43,25 @@ class Packed:
     shape: Shape
     dtype: DType
     members: tuple[str, ...]
+
+    @property
+    def merged(self) -> str:
+        """The dtype in which `pack` takes its numbers."""
+        return "F32"
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is written in another form than it is stored in, merged into or not."""
+        return False
+
+    @property
+    def written(self) -> Lazy:
+        """Its one member as it will be written, if it `changes`: a size alone."""
+        raise NotImplementedError
+
+    def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
+        """The weight with other parts, where that takes no look at the base; None where the scheme has to find it."""
+        return None
 
     def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows of the weight seen as `[rows, width]`, width being its last axis; of `dtype`'s numpy type.
