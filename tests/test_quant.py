@@ -229,6 +229,9 @@ DAMAGE = {
     "gptq zeros short": (VECTORS / "gptq" / "four", "m.qzeros", lambda t: t[:, :1], ShapeMismatch),
     "gptq groups astray": (VECTORS / "gptq" / "four", "m.g_idx", lambda t: t + 1, ShapeMismatch),
     "awq scales not numbers": (VECTORS / "awq" / "gemm", "m.scales", lambda t: t / 0, Malformed),
+    "hqq zeros short": (VECTORS / "hqq" / "3_bits_axis_1_bfloat16", "m.zero", lambda t: t[:3], ShapeMismatch),
+    "hqq of no width": (VECTORS / "hqq" / "3_bits_axis_1_bfloat16", "m.nbits", lambda t: t * 3, Malformed),
+    "hqq of a huge shape": (VECTORS / "hqq" / "3_bits_axis_1_bfloat16", "m.shape", lambda t: t << 20, ShapeMismatch),
     "packed shape wrong": (VECTORS / "compressed_tensors" / "packed", "m.weight_shape", lambda t: t * 2, ShapeMismatch),
 }
 

@@ -17,8 +17,16 @@ from adapterkit.quant import dequantized
 from adapterkit.tensors.checkpoint import open_checkpoint
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "quant"
-CASES = sorted(path.parent for path in VECTORS.glob("*/*/config.json"))
-COARSE = {"bnb_4bit": 0.16, "gptq": 0.16, "awq": 0.16, "mxfp4": 0.3, "nvfp4": 0.3, "compressed_tensors": 0.3}
+CASES = sorted(path.parent for path in VECTORS.glob("*/*/config.json") if path.parts[-3] != "hqq")
+COARSE = {
+    "bnb_4bit": 0.16,
+    "gptq": 0.16,
+    "awq": 0.16,
+    "mxfp4": 0.3,
+    "nvfp4": 0.3,
+    "compressed_tensors": 0.3,
+    "torchao": 0.16,
+}
 """Relative error that a step of so few bits allows; of eight bits it is 4 %."""
 
 
@@ -120,6 +128,12 @@ def test_the_choices_are_explained_in_the_plan():
     }
     assert "16 bits" in said["dequantize"]["why"]
     assert "measured" in said["requantize"]["why"]
+
+
+def test_a_scheme_that_nothing_here_quantizes_to_is_refused_by_name(tmp_path):
+    case = VECTORS / "hqq" / "4_bits_axis_0_bfloat16"
+    with pytest.raises(Unsupported, match="quantizes to hqq"):
+        ak.merge(case, adapter_for(case)[0], tmp_path / "out", quantized="requantize")
 
 
 @pytest.fixture

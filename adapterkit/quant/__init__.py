@@ -116,10 +116,17 @@ def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
         tensors[named] = tensor if weight is None else weight.lazy()
         if stored in base.home:
             home[named] = base.home[stored]
+    metadata = base.metadata if packs else {file: _plain(said) for file, said in base.metadata.items()}
     config = base.config if packs or base.config is None else _without(base.config)
     return Dequantized(
-        base.root, tensors, base.files, home, base.metadata, config, base.index, name, packed, base, packs
+        base.root, tensors, base.files, home, metadata, config, base.index, name, packed, base, packs
     )  # fmt: skip
+
+
+def _plain(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A file's metadata without what torchao says there of each tensor."""
+    torchao = "tensor_names" in metadata
+    return {k: v for k, v in metadata.items() if not torchao or (k != "tensor_names" and '"_type"' not in v)}
 
 
 def _without(config: Mapping[str, Any]) -> dict[str, Any]:

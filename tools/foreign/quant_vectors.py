@@ -153,6 +153,54 @@ def gptq() -> Iterator[tuple[str, Case]]:
         yield name, (config, stored, {"m.weight": W.T.half().contiguous()})
 
 
+def hqq() -> Iterator[tuple[str, Case]]:
+    """Each width and axis."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    for bits, axis, dtype in (
+        (8, 1, "bfloat16"),
+        (4, 1, "float16"),
+        (4, 0, "bfloat16"),
+        (3, 1, "bfloat16"),
+        (2, 0, "float32"),
+        (1, 1, "float16"),
+    ):
+        layer = torch.nn.Linear(128, 16, bias=False)
+        layer.weight.data = rand(16, 128)
+        settings = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
+        made = HQQLinear(layer, settings, compute_dtype=getattr(torch, dtype), device="cpu")
+        stored = {f"m.{key}": value.clone() for key, value in made.state_dict().items()}
+        config = {"quant_method": "hqq", "quant_config": settings["weight_quant_params"]}
+        yield f"{bits}_bits_axis_{axis}_{dtype}", (config, stored, {"m.weight": made.dequantize()})
+
+
+def torchao() -> Iterator[tuple[str, Case]]:
+    """Whole numbers by rows and by groups, and 8-bit floats."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+        quantize_,
+    )
+
+    four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    eight, float8 = Int8WeightOnlyConfig(version=2), Float8WeightOnlyConfig()
+    for name, how, dtype in (
+        ("int4", four, "bfloat16"),
+        ("int8", eight, "bfloat16"),
+        ("int8_float16", eight, "float16"),
+        ("float8", float8, "bfloat16"),
+    ):
+        model = torch.nn.ModuleDict({"m": torch.nn.Linear(64, 16, bias=False, dtype=getattr(torch, dtype))})
+        model["m"].weight.data = rand(16, 64).to(getattr(torch, dtype))
+        quantize_(model, how)
+        stored, metadata = flatten_tensor_state_dict(model.state_dict())
+        expected = model["m"].weight.dequantize()
+        yield name, ({"quant_method": "torchao", "_metadata": metadata}, stored, {"m.weight": expected})
+
+
 def awq() -> Iterator[tuple[str, Case]]:
     """The GEMM layout."""
     ins, outs, groups = 64, 24, 2
@@ -220,7 +268,7 @@ def _any_blocks(kind: Any) -> Any:
 
 
 SCHEMES: tuple[Callable[[], Iterator[tuple[str, Case]]], ...] = (
-    bnb_4bit, bnb_int8, fp8, mxfp4, compressed_tensors, gptq, awq, nvfp4,
+    bnb_4bit, bnb_int8, fp8, mxfp4, compressed_tensors, gptq, awq, nvfp4, hqq, torchao,
 )  # fmt: skip
 
 
@@ -232,9 +280,12 @@ def main(dest: Path) -> None:
         for name, (config, stored, expected) in scheme():
             folder = dest / scheme.__name__ / name
             folder.mkdir(parents=True)
+            metadata = config.pop("_metadata", None)
             text = json.dumps({"dtype": "bfloat16", "quantization_config": config}, indent=2)
             (folder / "config.json").write_text(text + "\n")
-            save_file({key: value.contiguous() for key, value in stored.items()}, folder / "model.safetensors")
+            save_file(
+                {key: value.contiguous() for key, value in stored.items()}, folder / "model.safetensors", metadata
+            )
             save_file(expected, folder / "expected.safetensors")
 
 
