@@ -33,7 +33,8 @@ from .verify import record_of, verdict
     "--shard-size", callback=_options.byte_count, metavar="SIZE",
     help="Largest weight file to write, e.g. 5GB; the base's own files if absent.",
 )  # fmt: skip
-@click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True, help="What runs the plan.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="What runs it.")
+@click.option("--address", metavar="HOST:PORT", help="Of the Ray cluster; one on this machine if absent.")
 @click.option(
     "--tied", type=click.Choice(["merge", "untie"]),
     help="Where a touched head shares its weight with the embedding: merge into both, or untie them.",
@@ -51,8 +52,8 @@ from .verify import record_of, verdict
 def command(
     ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
-    engine: str, tied: str | None, quantized: str | None, allow_partial: bool, overwrite: bool, only_plan: bool,
-    verified: bool,
+    engine: str, address: str | None, tied: str | None, quantized: str | None, allow_partial: bool, overwrite: bool,
+    only_plan: bool, verified: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
     from ..merging import merge, plan
@@ -75,7 +76,8 @@ def command(
     with progress(settings, "merge") as meter:
         report = merge(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
-            progress=meter, tied=tied, quantized=quantized, allow_partial=allow_partial, overwrite=overwrite,
+            address=address, progress=meter, tied=tied, quantized=quantized, allow_partial=allow_partial,
+            overwrite=overwrite,
         )  # fmt: skip
     record = dict(report.record())
     if verified:

@@ -61,6 +61,7 @@ def merge(
     dtype: str | None = None,
     shard_size: int | None = None,
     engine: str = "local",
+    address: str | None = None,
     progress: Progress | None = None,
     tied: str | None = None,
     allow_partial: bool = False,
@@ -80,7 +81,9 @@ def merge(
         device: `auto` (CUDA where there is one), `cpu`, `cuda:N` or any torch device.
         dtype: cast all floating tensors to this; the base's own dtypes when not given.
         shard_size: bytes of an output file at most; the base's own sharding when not given.
-        engine: `local`.
+        engine: `local`: threads of this process; `ray`: one task an output file on the nodes of a Ray cluster, which
+            see the base, the adapters and the output under the same paths.
+        address: of the Ray cluster; the one that this process is connected to, or one of its own, when not given.
         progress: called with (bytes done, bytes in all) from the calling thread.
         tied: what to do where the base ties its head to its embedding and an adapter changes one: `merge` or `untie`.
         allow_partial: leave targets that the base does not have out instead of refusing.
@@ -95,14 +98,17 @@ def merge(
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
         StorageError: no space, no permission, or `out` is taken.
     """
-    if engine != "local":
-        raise Unsupported(f"unknown engine {engine!r}", cure="Known: local")
+    if engine not in ("local", "ray"):
+        raise Unsupported(f"unknown engine {engine!r}", cure="Known: local, ray")
+    if address is not None and engine != "ray":
+        raise UsageError("an address without a cluster", cure="Choose engine ray")
     target = Path(out)
     checkpoint = opened(base)
     _check_target(target, checkpoint, adapters, overwrite)
+    from ..adapter import Adapter
     from .planning import make_plan
     from .quantized import as_merged
-    from .report import carry_out
+    from .report import carry_out, local
 
     checkpoint = as_merged(checkpoint, quantized)
     named = _named(adapters, weights, checkpoint)
@@ -110,7 +116,15 @@ def merge(
 
     options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
     planned = make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
-    return carry_out(planned, target, device, progress, started)
+    chosen = local(device)
+    if engine == "ray":
+        from .cluster import Recipe, on_ray
+
+        paths = [None if isinstance(a, Adapter) else str(Path(a).resolve()) for a in _several(adapters)]
+        chosen = on_ray(
+            Recipe(str(checkpoint.root.resolve()), quantized, tuple(paths), options, device), named, address
+        )
+    return carry_out(planned, target, chosen, progress, started)
 
 
 def verify(
@@ -151,8 +165,7 @@ def _named(
     from ..adapter import Adapter
     from ..formats import read
 
-    single = isinstance(adapters, (str, PathLike, Adapter))
-    several: Sequence[Source] = [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
+    several = _several(adapters)
     if not several:
         raise UsageError("no adapter was given", cure="Name at least one")
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
@@ -164,6 +177,13 @@ def _named(
         (a.__class__.__name__, a, w) if isinstance(a, Adapter) else (Path(a).name, read(a, base=checkpoint), w)
         for a, w in zip(several, factors, strict=True)
     ]
+
+
+def _several(adapters: Source | Sequence[Source]) -> list[Source]:
+    from ..adapter import Adapter
+
+    single = isinstance(adapters, (str, PathLike, Adapter))
+    return [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
 
 
 def _check_target(out: Path, base: Checkpoint, adapters: object, overwrite: bool) -> None:

@@ -27,7 +27,9 @@ OPEN_FILES = 8
 """Files that a worker keeps open: a base of hundreds of shards must not run into the system's limit."""
 
 
-def execute(plan: Plan, stage: Stage, arrays: Arrays, progress: Progress | None) -> dict[str, Norms]:
+def execute(
+    plan: Plan, stage: Stage, arrays: Arrays, progress: Progress | None, threads: int | None = None
+) -> dict[str, Norms]:
     """Writes every weight file that is not finished yet into the stage; returns the norms by file.
 
     Raises:
@@ -35,7 +37,7 @@ def execute(plan: Plan, stage: Stage, arrays: Arrays, progress: Progress | None)
     """
     pending = [file for file in plan.files if not stage.finished(file.name)]
     left = sum(output.nbytes for file in pending for output in file.outputs)
-    crew = _Crew(stage, arrays, plan.bytes - left, plan.bytes)
+    crew = _Crew(stage, arrays, plan.bytes - left, plan.bytes, threads or workers())
     with threadpool_limits(1, "blas"):
         crew.run(pending, progress)
     return {file.name: stage.norms_of(file.name) for file in plan.files}
@@ -44,15 +46,15 @@ def execute(plan: Plan, stage: Stage, arrays: Arrays, progress: Progress | None)
 class _Crew:
     """Workers on a queue of jobs, and one finisher that makes whole files durable."""
 
-    def __init__(self, stage: Stage, arrays: Arrays, done: int, total: int) -> None:
-        self.stage, self.arrays, self.done, self.total = stage, arrays, done, total
+    def __init__(self, stage: Stage, arrays: Arrays, done: int, total: int, threads: int) -> None:
+        self.stage, self.arrays, self.done, self.total, self.threads = stage, arrays, done, total, threads
         self.jobs: queue.Queue[Job | None] = queue.Queue(64)
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
-        self.lock = threading.Lock()
+        self.lock, self.settled, self.unfinished = threading.Lock(), threading.Condition(), 0
         self.failure: BaseException | None = None
 
     def run(self, pending: list[OutputFile], progress: Progress | None) -> None:
-        crew = [threading.Thread(target=self._work, daemon=True) for _ in range(workers())]
+        crew = [threading.Thread(target=self._work, daemon=True) for _ in range(self.threads)]
         finisher = threading.Thread(target=self._finish, daemon=True)
         for thread in (*crew, finisher):
             thread.start()
@@ -76,14 +78,26 @@ class _Crew:
             create(file.path, planned)
             jobs = jobs_of(file)
             file.left = len(jobs)
+            with self.settled:
+                self.unfinished += 1
             if not jobs:
                 self.written.put(file)
-            for job in jobs:
+            for job in jobs[:-1]:
+                self._put(job, progress)
+            self._await_the_others(progress)
+            for job in jobs[-1:]:
                 self._put(job, progress)
         for _ in crew:
             self._put(None, progress)
         while any(worker.is_alive() for worker in crew):
             _join(crew, 0.1)
+            self._report(progress)
+
+    def _await_the_others(self, progress: Progress | None) -> None:
+        """Lets a file become whole only when those before it are finished: so no more than one is ever done again."""
+        while self.failure is None and self.unfinished > 1:
+            with self.settled:
+                self.settled.wait(0.1)
             self._report(progress)
 
     def _put(self, job: Job | None, progress: Progress | None) -> None:
@@ -134,6 +148,9 @@ class _Crew:
                     self.stage.finish(file.plan.name, norms_of(file))
             except BaseException as error:
                 self.failure = self.failure or error
+            with self.settled:
+                self.unfinished -= 1
+                self.settled.notify()
 
     def _moved(self, nbytes: int) -> None:
         with self.lock:
