@@ -43,6 +43,14 @@ from .verify import record_of, verdict
     "--quantized", type=click.Choice(["dequantize"]),
     help="Where the base is quantized: fold into its dequantized weights and write 16 bits.",
 )  # fmt: skip
+@click.option("--seed", type=int, help="Round stochastically, drawn from this seed, instead of to the nearest.")
+@click.option(
+    "--memory",
+    callback=_options.byte_count,
+    metavar="SIZE",
+    help="Most memory to hold; half of what is free if absent.",
+)
+@click.option("--link", is_flag=True, help="Hard links instead of copies of files that no adapter touches.")
 @_options.allow_partial
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
@@ -53,7 +61,7 @@ def command(
     ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
     engine: str, address: str | None, tied: str | None, quantized: str | None, allow_partial: bool, overwrite: bool,
-    only_plan: bool, verified: bool,
+    only_plan: bool, verified: bool, seed: int | None, memory: int | None, link: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
     from ..merging import merge, plan
@@ -67,7 +75,7 @@ def command(
     if only_plan:
         planned = plan(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
-            allow_partial=allow_partial,
+            allow_partial=allow_partial, seed=seed, memory=memory, link=link,
         )  # fmt: skip
         show(settings, planned.record(), _plan_view)
         return
@@ -77,11 +85,11 @@ def command(
         report = merge(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, allow_partial=allow_partial,
-            overwrite=overwrite,
+            overwrite=overwrite, seed=seed, memory=memory, link=link,
         )  # fmt: skip
     record = dict(report.record())
     if verified:
-        record["verification"] = record_of(settings, out, base, adapters, chosen, allow_partial)
+        record["verification"] = record_of(settings, out, base, adapters, chosen, allow_partial, seed)
     show(settings, record, _report_view)
     if verified and not record["verification"]["ok"]:
         ctx.exit(1)
@@ -106,7 +114,7 @@ def _plan_view(record: Mapping[str, Any]) -> View:
         columns, [[f["name"], f["bytes"], f["copied_bytes"], f["computed_bytes"], f["targets"]] for f in files]
     )  # fmt: skip
     held = size(record["peak_memory"])
-    yield f"{counted(record['targets'], 'target')}, {size(record['bytes'])} to write, blocks of {held} at most"
+    yield f"{counted(record['targets'], 'target')}, {size(record['bytes'])} to write, {held} of memory at most"
     yield from _quantized(record)
     yield from _warnings(record)
 

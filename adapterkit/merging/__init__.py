@@ -36,6 +36,9 @@ def plan(
     tied: str | None = None,
     allow_partial: bool = False,
     quantized: str | None = None,
+    seed: int | None = None,
+    memory: int | None = None,
+    link: bool = False,
 ) -> Plan:
     """What `merge` would do with the same arguments, made from headers; `plan(...).record()` is plain data.
 
@@ -47,7 +50,10 @@ def plan(
 
     checkpoint = as_merged(opened(base), quantized)
     named = _named(adapters, weights, checkpoint)
-    options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
+    options = {
+        "dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial, "seed": seed,
+        "memory": memory, "link": link,
+    }  # fmt: skip
     return make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
 
 
@@ -67,6 +73,9 @@ def merge(
     allow_partial: bool = False,
     overwrite: bool = False,
     quantized: str | None = None,
+    seed: int | None = None,
+    memory: int | None = None,
+    link: bool = False,
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded once from float64.
 
@@ -89,6 +98,9 @@ def merge(
         allow_partial: leave targets that the base does not have out instead of refusing.
         overwrite: replace what is at `out`.
         quantized: of a quantized base, `dequantize`: fold into the dequantized weights and write 16 bits.
+        seed: round stochastically, the draws being a function of this number, the tensor and the element.
+        memory: bytes to hold beyond the imports at most; half of what is free when not given.
+        link: make files of the base that nothing touches hard links instead of copies; never write into such an output.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
@@ -114,7 +126,10 @@ def merge(
     named = _named(adapters, weights, checkpoint)
     started = time.perf_counter()
 
-    options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
+    options = {
+        "dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial, "seed": seed,
+        "memory": memory, "link": link,
+    }  # fmt: skip
     planned = make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
     chosen = local(device)
     if engine == "ray":
@@ -124,7 +139,7 @@ def merge(
         chosen = on_ray(
             Recipe(str(checkpoint.root.resolve()), quantized, tuple(paths), options, device), named, address
         )
-    return carry_out(planned, target, chosen, progress, started)
+    return carry_out(planned, target, chosen, progress, started, overwrite)
 
 
 def verify(
@@ -135,6 +150,7 @@ def verify(
     weights: Sequence[float] | None = None,
     allow_partial: bool = False,
     progress: Progress | None = None,
+    seed: int | None = None,
 ) -> Verification:
     """Computes the merge again and compares every element with what is on disk; writes nothing.
 
@@ -145,6 +161,7 @@ def verify(
         weights: one factor an adapter; 1 for each when not given.
         allow_partial: as in `merge`.
         progress: called with (bytes done, bytes in all).
+        seed: as in `merge`.
 
     Returns:
         what was compared and every difference found; a difference is not an error.
@@ -156,7 +173,7 @@ def verify(
     from .verification import compare
 
     checkpoint = as_merged(opened(base), "dequantize")
-    return compare(opened(merged), checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress)
+    return compare(opened(merged), checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress, seed)
 
 
 def _named(
@@ -191,12 +208,10 @@ def _check_target(out: Path, base: Checkpoint, adapters: object, overwrite: bool
     for path in paths:
         if _within(out, path) or _within(path, out):
             raise UsageError(f"the output overlaps the input {path}", path=out, cure="Write to another folder")
-    try:
-        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    except OSError as error:
-        raise storage_error(error, out) from error
-    if taken and not overwrite and not (out.parent / f".{out.name}.merging").exists():
-        raise StorageError("already there", path=out, cure="Choose another path, or allow overwriting")
+    if not overwrite and not (out.parent / f".{out.name}.merging").exists():
+        from .report import check_free
+
+        check_free(out)
 
 
 def _listed(adapters: object) -> list[object]:

@@ -5,7 +5,6 @@ Nothing a worker holds grows with the model: a block in, its float64 image, a bl
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable
@@ -37,7 +36,7 @@ def execute(
     """
     pending = [file for file in plan.files if not stage.finished(file.name)]
     left = sum(output.nbytes for file in pending for output in file.outputs)
-    crew = _Crew(stage, arrays, plan.bytes - left, plan.bytes, threads or workers())
+    crew = _Crew(stage, arrays, plan.bytes - left, plan.bytes, threads or plan.workers, plan.link)
     with threadpool_limits(1, "blas"):
         crew.run(pending, progress)
     return {file.name: stage.norms_of(file.name) for file in plan.files}
@@ -46,8 +45,9 @@ def execute(
 class _Crew:
     """Workers on a queue of jobs, and one finisher that makes whole files durable."""
 
-    def __init__(self, stage: Stage, arrays: Arrays, done: int, total: int, threads: int) -> None:
+    def __init__(self, stage: Stage, arrays: Arrays, done: int, total: int, threads: int, link: bool) -> None:
         self.stage, self.arrays, self.done, self.total, self.threads = stage, arrays, done, total, threads
+        self.link = link
         self.jobs: queue.Queue[Job | None] = queue.Queue(64)
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
         self.lock, self.settled, self.unfinished = threading.Lock(), threading.Condition(), 0
@@ -74,6 +74,9 @@ class _Crew:
 
     def _feed(self, pending: list[OutputFile], crew: list[threading.Thread], progress: Progress | None) -> None:
         for planned in pending:
+            if self.link and planned.whole is not None and self.stage.link(planned.name, planned.whole):
+                self._moved(planned.size - len(planned.header))
+                continue
             file = OpenFile(planned, self.stage.parts / planned.name)
             create(file.path, planned)
             jobs = jobs_of(file)
@@ -229,11 +232,6 @@ class _Hands:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
-
-
-def workers() -> int:
-    """How many threads compute at a time."""
-    return max(2, min(os.cpu_count() or 2, 16))
 
 
 def _join(threads: list[threading.Thread], timeout: float | None = None) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from ..errors import Unsupported, UsageError
 from ..quant import Dequantized
 from ..tensors.checkpoint import INDEX, SINGLE, Checkpoint
 from ..tensors.dtypes import BY_TORCH, DTYPES, DType
-from ..tensors.lazy import Lazy, Shape
+from ..tensors.lazy import ELSEWHERE, Lazy, Shape, Span, read_span
 from ..tensors.locations import source_of
 from ..tensors.safetensors import encode_header
 from .folds import Fold, Source, folds_by_tensor
+from .memory import allowed, workers_within
 from .quantized import config_changes, quantized_record
 
 BLOCK_ELEMENTS = 3 << 17
@@ -34,7 +36,7 @@ REPORT = "adapterkit_merge.json"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
-    """One tensor of the output: `offset` is where its data begins in its file."""
+    """One tensor of the output: `offset` is where its data begins in its file; `seed` is of stochastic rounding."""
 
     name: str
     dtype: DType
@@ -42,6 +44,7 @@ class Output:
     offset: int
     source: Lazy
     folds: tuple[Fold, ...]
+    seed: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -55,11 +58,12 @@ class Output:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputFile:
-    """One weight file of the output."""
+    """One weight file of the output; `whole` is the file of the base whose bytes it has, if any."""
 
     name: str
     header: bytes
     outputs: tuple[Output, ...]
+    whole: Path | None = None
 
     @property
     def size(self) -> int:
@@ -90,6 +94,9 @@ class Plan:
         tied: `merge` or `untie` where the base ties its head to its embedding and that was chosen.
         config_changes: keys of `config.json` that the output changes; None where it leaves one out.
         dtype: the dtype all floating tensors are cast to, if any.
+        seed: of stochastic rounding; None rounds to the nearest.
+        memory: bytes that the merge may hold beyond the imports.
+        link: whether files of the base that nothing touches become hard links.
     """
 
     base: Checkpoint
@@ -98,6 +105,9 @@ class Plan:
     tied: str | None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     dtype: DType | None = None
+    seed: int | None = None
+    memory: int = 1 << 62
+    link: bool = False
 
     @property
     def bytes(self) -> int:
@@ -116,14 +126,36 @@ class Plan:
         """sha256 of what decides the output: inputs by size, time and content, options, and the version of the code."""
         stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.base.files]
         headers = [hashlib.sha256(file.header).hexdigest() for file in self.files]
-        head = [__version__, stamps, headers, [file.name for file in self.files], self.tied, dict(self.config_changes)]
+        head = [
+            __version__,
+            stamps,
+            headers,
+            [file.name for file in self.files],
+            self.tied,
+            dict(self.config_changes),
+            self.seed,
+        ]
         text = json.dumps([*head, [source.record() for source in self.sources]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of the largest block and its float64 image, a worker: what a merge holds beyond the imports."""
-        return max((_block_bytes(output) for output in self.outputs() if not output.copied), default=0)
+        """Bytes that a merge holds beyond the imports: for each worker a block, its float64 image, and factors."""
+        return self._largest[0] * self.workers
+
+    @property
+    def workers(self) -> int:
+        """How many threads compute at a time: as many as the machine has cores and the memory room for.
+
+        Raises:
+            StorageError: there is no room for one.
+        """
+        return workers_within(self.memory, *self._largest, max(2, min(os.cpu_count() or 2, 16)))
+
+    @property
+    def _largest(self) -> tuple[int, str]:
+        computed = ((_block_bytes(output), output.name) for output in self.outputs() if not output.copied)
+        return max(computed, default=(0, ""))
 
     def lineage(self) -> dict[str, Any]:
         """What the output's own record says: no paths, no times, so that equal merges write equal bytes."""
@@ -131,13 +163,15 @@ class Plan:
         return {
             **({} if origin is None else {"base_uri": origin.uri}),
             "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
-            "dtype": self.dtype and self.dtype.name, "tied": self.tied, "quantized": quantized_record(self.base),
+            "dtype": self.dtype and self.dtype.name, "seed": self.seed, "tied": self.tied,
+            "quantized": quantized_record(self.base),
         }  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         return {
             "base": str(self.base.root), "digest": self.digest, "bytes": self.bytes, "targets": self.targets,
-            "peak_memory": self.peak_memory, "files": [file.record() for file in self.files], **self.lineage(),
+            "peak_memory": self.peak_memory, "memory": self.memory, "workers": self.workers,
+            "files": [file.record() for file in self.files], **self.lineage(),
         }  # fmt: skip
 
 
@@ -149,6 +183,9 @@ def make_plan(
     shard_size: int | None = None,
     tied: str | None = None,
     allow_partial: bool = False,
+    seed: int | None = None,
+    memory: int | None = None,
+    link: bool = False,
 ) -> Plan:
     """Plans the merge of named, weighted adapters into a base; reads headers, and the adapters once for their digests.
 
@@ -168,8 +205,10 @@ def make_plan(
         key = "dtype" if "dtype" in base.config else "torch_dtype"
         changes[key] = cast.torch
     kinds = {name: _output_dtype(tensor, cast, names[name], base) for name, tensor in tensors.items()}
-    files = tuple(_files(base, tensors, folds, kinds, shard_size))
-    return Plan(base, sources, files, tied, changes, cast)
+    files = tuple(_files(base, tensors, folds, kinds, shard_size, seed))
+    planned = Plan(base, sources, files, tied, changes, cast, seed, allowed(memory), link)
+    planned.workers  # noqa: B018 - says before any work that the memory is too small
+    return planned
 
 
 def index_of(plan: Plan) -> bytes | None:
@@ -187,16 +226,30 @@ def index_of(plan: Plan) -> bytes | None:
 
 def _files(
     base: Checkpoint, tensors: Mapping[str, Lazy], folds: Mapping[str, tuple[Fold, ...]], kinds: Mapping[str, DType],
-    shard_size: int | None,
+    shard_size: int | None, seed: int | None,
 ) -> Iterator[OutputFile]:  # fmt: skip
     for name, members, metadata in _grouping(base, tensors, kinds, shard_size):
         header = encode_header(((m, kinds[m], tensors[m].shape) for m in members), metadata)
         offset, outputs = len(header), []
         for member in members:
             source = tensors[member]
-            outputs.append(Output(member, kinds[member], source.shape, offset, source, folds.get(member, ())))
+            outputs.append(Output(member, kinds[member], source.shape, offset, source, folds.get(member, ()), seed))
             offset += outputs[-1].nbytes
-        yield OutputFile(name, header, tuple(outputs))
+        yield _untouched(name, outputs) or OutputFile(name, header, tuple(outputs))
+
+
+def _untouched(name: str, outputs: list[Output]) -> OutputFile | None:
+    """The file as it is in the base, header too, where all of its tensors are all that is in it."""
+    spans = [output.source.span for output in outputs if output.copied]
+    paths = {span.path for span in spans if span is not None and span.path not in ELSEWHERE}
+    if len(spans) < len(outputs) or len(paths) != 1 or None in spans:
+        return None
+    path = Path(paths.pop())
+    start = min(span.offset for span in spans if span is not None)
+    if path.name != name or start + sum(output.nbytes for output in outputs) != path.stat().st_size:
+        return None
+    placed = (replace(output, offset=output.source.span.offset) for output in outputs if output.source.span)
+    return OutputFile(name, bytes(read_span(Span(str(path), 0, start))), tuple(placed), path)
 
 
 def _grouping(
@@ -266,4 +319,6 @@ def _block_bytes(output: Output) -> int:
     elements = math.prod(output.shape)
     if all(fold.blockable for fold in output.folds):
         elements = min(elements, max(BLOCK_ELEMENTS, elements // max(output.shape[0] if output.shape else 1, 1)))
-    return elements * (8 + output.dtype.itemsize + output.source.dtype.itemsize)
+    leaves = (leaf for fold in output.folds for update in fold.updates for leaf in update.tensors.values())
+    factors = sum(math.prod(leaf.shape) for leaf in leaves) * 8
+    return elements * (8 + output.dtype.itemsize + output.source.dtype.itemsize) + factors

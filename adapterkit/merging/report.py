@@ -76,7 +76,9 @@ def local(device: str) -> Engine:
     return run
 
 
-def carry_out(plan: Plan, out: Path, engine: Engine, progress: Progress | None, started: float) -> Report:
+def carry_out(
+    plan: Plan, out: Path, engine: Engine, progress: Progress | None, started: float, overwrite: bool
+) -> Report:
     """Executes a plan into `out`; see `adapterkit.merge`."""
     names = [file.name for file in plan.files]
     stage = Stage(out, plan.digest, names, single=out.suffix == ".safetensors" and not plan.base.root.is_dir())
@@ -84,12 +86,28 @@ def carry_out(plan: Plan, out: Path, engine: Engine, progress: Progress | None, 
         try:
             if stage.was_completed:
                 return _completed(plan, stage, started)
+            if not overwrite:
+                check_free(out)
             resumed = tuple(name for name in names if stage.finished(name))
             _check_space(plan, out, resumed)
             return _write(plan, stage, engine, progress, started, resumed)
         except (AdapterkitError, OSError, MemoryError):
             stage.discard()
             raise
+
+
+def check_free(out: Path) -> None:
+    """Asked before any work, and again when no other merge can be at work here any more.
+
+    Raises:
+        StorageError: something is at the output.
+    """
+    try:
+        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise storage_error(error, out) from error
+    if taken:
+        raise StorageError("already there", path=out, cure="Choose another path, or allow overwriting")
 
 
 def _completed(plan: Plan, stage: Stage, started: float) -> Report:

@@ -6,13 +6,14 @@ A finished file lies under `out/`, its norms under `norms/`; whatever else is th
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import AdapterkitError, StorageError, storage_error
 from ..tensors.atomic import sync_folder, write_bytes
@@ -51,7 +52,7 @@ class Stage:
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(exist_ok=True)
-            with open(self.folder / "lock", "wb") as lock:
+            with self._open_lock() as lock:
                 self._hold(lock.fileno())
                 self._lay_out_or_discard()
                 yield
@@ -85,10 +86,21 @@ class Stage:
     def finish(self, name: str, norms: Mapping[str, Any]) -> None:
         """Makes a file of `parts/` durable and moves it to `out/`."""
         part = self.parts / name
-        with open(part, "r+b") as file:
+        with open(part, "rb") as file:
             os.fsync(file.fileno())
         write_bytes(self._norms / f"{name}.json", json.dumps(norms).encode())
         os.replace(part, self.out / name)
+
+    def link(self, name: str, file: Path) -> bool:
+        """Finishes a file as a hard link to one of the base; False where the file system has none between the two."""
+        try:
+            os.link(file.resolve(), self.parts / name)
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                return False
+            raise
+        self.finish(name, {})
+        return True
 
     def publish(self) -> None:
         """Makes the whole output durable, renames it into place and removes the stage.
@@ -127,6 +139,12 @@ class Stage:
             with contextlib.suppress(OSError):
                 os.replace(self._old, self.target)
         return self.target.exists() or not self._old.exists()
+
+    def _open_lock(self) -> BinaryIO:
+        try:
+            return open(self.folder / "lock", "wb")
+        except FileNotFoundError:  # another merge has just ended and removed its stage
+            raise _taken(self.target) from None
 
     def _hold(self, handle: int) -> None:
         _lock(handle, self.target)
