@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterkitError, StorageError, Unsupported, UsageError, storage_error
+from ..errors import AdapterkitError, Unsupported, UsageError
 from ..tensors.checkpoint import opened
 
 if TYPE_CHECKING:
