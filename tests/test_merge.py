@@ -450,59 +450,6 @@ def test_two_merges_to_one_place(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
 
 
-VICTIMS = """
-import json, os, signal, sys
-import adapterkit as ak
-from adapterkit.merging import execute, report, stage, verification
-
-def victim(where, nth, base, adapter, out):
-    home, name = {"write": (execute, "write_all"), "copy": (execute, "copy_range"), "finish": (stage.Stage, "finish"),
-                  "json": (stage, "write_bytes"), "record": (report, "write_bytes"), "replace": (os, "replace"),
-                  "publish": (stage.Stage, "publish"), "sync": (stage, "sync_folder"),
-                  "discard": (stage.Stage, "discard"), "layout": (stage.Stage, "_lay_out")}[where]
-    real, calls = getattr(home, name), [0]
-    def wrapped(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    setattr(home, name, wrapped)
-    ak.merge(base, adapter, out)
-
-for job in json.load(sys.stdin):
-    child = os.fork()
-    if child == 0:
-        victim(*job)
-        os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), job
-"""
-
-KILLS = [
-    *(("write", n) for n in (1, 2, 4)), *(("copy", n) for n in (1, 2, 5)), *(("finish", n) for n in (1, 2, 3)),
-    *(("json", n) for n in (1, 2, 4)), *(("replace", n) for n in (1, 2, 3, 4, 5, 7, 9)), ("publish", 1), ("layout", 1),
-    ("record", 1), ("record", 2), ("sync", 1), ("discard", 1),
-]  # fmt: skip
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork and no kill -9")
-def test_killed_anywhere_and_run_again(tmp_path: Path) -> None:
-    base, adapter = big_base(tmp_path / "base")
-    source = tmp_path / "adapter.safetensors"
-    ak.write(adapter, source)
-    ak.merge(base, source, tmp_path / "whole")
-    expected = tree(tmp_path / "whole")
-    outs = {kill: tmp_path / f"{kill[0]}{kill[1]}" / "out" for kill in KILLS}
-    jobs = json.dumps([[*kill, str(base), str(source), str(out)] for kill, out in outs.items()])
-    subprocess.run([sys.executable, "-W", "ignore", "-c", VICTIMS], input=jobs, text=True, check=True)
-    for out in outs.values():
-        finished = {p.name: p.stat().st_ino for p in (out.parent / ".out.merging" / "out").glob("*.safetensors")}
-        report = ak.merge(base, source, out)
-        assert tree(out) == expected
-        assert set(report.resumed) >= set(finished)
-        assert all((out / name).stat().st_ino == inode for name, inode in finished.items())
-        assert [p.name for p in out.parent.iterdir()] == ["out"]
-
-
 def test_a_stage_of_another_merge_is_not_taken_over(tmp_path: Path) -> None:
     base, adapter = big_base(tmp_path / "base")
     ak.merge(base, adapter, tmp_path / "whole", weights=[2.0])

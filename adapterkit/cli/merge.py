@@ -36,7 +36,8 @@ MOST_SHOWN = 8
     "--shard-size", callback=_options.byte_count, metavar="SIZE",
     help="Largest weight file to write, e.g. 5GB; the base's own files if absent.",
 )  # fmt: skip
-@click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True, help="What runs the plan.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="What runs it.")
+@click.option("--address", metavar="HOST:PORT", help="Of the Ray cluster; one on this machine if absent.")
 @click.option(
     "--tied", type=click.Choice(["merge", "untie"]),
     help="Where a touched head shares its weight with the embedding: merge into both, or untie them.",
@@ -47,6 +48,14 @@ MOST_SHOWN = 8
     "fold into the weights of --onto.",
 )  # fmt: skip
 @click.option("--onto", metavar="DIR", help="The 16-bit weights that a quantized base was made from.")
+@click.option("--seed", type=int, help="Round stochastically, drawn from this seed, instead of to the nearest.")
+@click.option(
+    "--memory",
+    callback=_options.byte_count,
+    metavar="SIZE",
+    help="Most memory to hold; half of what is free if absent.",
+)
+@click.option("--link", is_flag=True, help="Hard links instead of copies of files that no adapter touches.")
 @_options.allow_partial
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
@@ -56,8 +65,8 @@ MOST_SHOWN = 8
 def command(
     ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
-    engine: str, tied: str | None, quantized: str | None, onto: str | None, allow_partial: bool, overwrite: bool,
-    only_plan: bool, verified: bool,
+    engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, allow_partial: bool,
+    overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None, link: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
     from ..merging import merge, plan
@@ -71,7 +80,7 @@ def command(
     if only_plan:
         planned = plan(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
-            onto=onto, allow_partial=allow_partial,
+            onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
         )  # fmt: skip
         show(settings, planned.record(), _plan_view)
         return
@@ -80,12 +89,12 @@ def command(
     with progress(settings, "merge") as meter:
         report = merge(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
-            progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
-            overwrite=overwrite,
+            address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
+            overwrite=overwrite, seed=seed, memory=memory, link=link,
         )  # fmt: skip
     record = dict(report.record())
     if verified:
-        record["verification"] = record_of(settings, out, onto or base, adapters, chosen, allow_partial)
+        record["verification"] = record_of(settings, out, onto or base, adapters, chosen, allow_partial, seed)
     show(settings, record, _report_view)
     if verified and not record["verification"]["ok"]:
         ctx.exit(1)
@@ -110,7 +119,7 @@ def _plan_view(record: Mapping[str, Any]) -> View:
         columns, [[f["name"], f["bytes"], f["copied_bytes"], f["computed_bytes"], f["targets"]] for f in files]
     )  # fmt: skip
     held = size(record["peak_memory"])
-    yield f"{counted(record['targets'], 'target')}, {size(record['bytes'])} to write, blocks of {held} at most"
+    yield f"{counted(record['targets'], 'target')}, {size(record['bytes'])} to write, {held} of memory at most"
     yield from _quantized(record)
     yield from _warnings(record)
 

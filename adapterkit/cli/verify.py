@@ -26,17 +26,18 @@ from ._render import Table, View, counted, show
 )  # fmt: skip
 @_options.weights
 @_options.allow_partial
+@click.option("--seed", type=int, help="The seed that the merge was rounded with.")
 @_options.flags
 @click.pass_context
 def command(
     ctx: click.Context, merged: str, more: tuple[str, ...], base: str, adapters: tuple[str, ...],
-    weights: tuple[float, ...], allow_partial: bool,
+    weights: tuple[float, ...], allow_partial: bool, seed: int | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.verify`."""
     if more and len(adapters) > 1:
         raise click.UsageError("give each adapter an --adapter of its own")
     settings: _options.Settings = ctx.obj
-    record = record_of(settings, merged, base, (*adapters, *more), list(weights) or None, allow_partial)
+    record = record_of(settings, merged, base, (*adapters, *more), list(weights) or None, allow_partial, seed)
     show(settings, record, verdict)
     if not record["ok"]:
         ctx.exit(1)
@@ -44,13 +45,14 @@ def command(
 
 def record_of(
     settings: _options.Settings, merged: str, base: str, adapters: Sequence[str], weights: list[float] | None,
-    allow_partial: bool,
+    allow_partial: bool, seed: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Verifies with a progress meter; the verification as plain data."""
     from ..merging import verify
 
     with progress(settings, "verify") as meter:
-        verification = verify(merged, base, adapters, weights=weights, allow_partial=allow_partial, progress=meter)
+        options = {"allow_partial": allow_partial, "seed": seed}
+        verification = verify(merged, base, adapters, weights=weights, progress=meter, **options)  # type: ignore[arg-type]
     return dict(verification.record())
 
 

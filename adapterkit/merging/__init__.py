@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterkitError, StorageError, Unsupported, UsageError, storage_error
+from ..errors import AdapterkitError, Unsupported, UsageError
 from ..tensors.checkpoint import Checkpoint, opened
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ def plan(
     allow_partial: bool = False,
     quantized: str | None = None,
     onto: Base | None = None,
+    seed: int | None = None,
+    memory: int | None = None,
+    link: bool = False,
 ) -> Plan:
     """What `merge` would do with the same arguments, made from headers; `plan(...).record()` is plain data.
 
@@ -47,7 +50,10 @@ def plan(
 
     checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
-    options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
+    options = {
+        "dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial, "seed": seed,
+        "memory": memory, "link": link,
+    }  # fmt: skip
     return make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
 
 
@@ -61,12 +67,16 @@ def merge(
     dtype: str | None = None,
     shard_size: int | None = None,
     engine: str = "local",
+    address: str | None = None,
     progress: Progress | None = None,
     tied: str | None = None,
     allow_partial: bool = False,
     overwrite: bool = False,
     quantized: str | None = None,
     onto: Base | None = None,
+    seed: int | None = None,
+    memory: int | None = None,
+    link: bool = False,
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded once from float64.
 
@@ -81,7 +91,9 @@ def merge(
         device: `auto` (CUDA where there is one), `cpu`, `cuda:N` or any torch device.
         dtype: cast all floating tensors to this; the base's own dtypes when not given.
         shard_size: bytes of an output file at most; the base's own sharding when not given.
-        engine: `local`.
+        engine: `local`: threads of this process; `ray`: one task an output file on the nodes of a Ray cluster, which
+            see the base, the adapters and the output under the same paths.
+        address: of the Ray cluster; the one that this process is connected to, or one of its own, when not given.
         progress: called with (bytes done, bytes in all) from the calling thread.
         tied: what to do where the base ties its head to its embedding and an adapter changes one: `merge` or `untie`.
         allow_partial: leave targets that the base does not have out instead of refusing.
@@ -89,6 +101,9 @@ def merge(
         quantized: of a quantized base, `dequantize`: fold into the dequantized weights and write 16 bits; `requantize`:
             quantize the result again, in the same scheme; `original`: fold into the weights that are `onto`.
         onto: the 16-bit weights that a quantized base was made from.
+        seed: round stochastically, the draws being a function of this number, the tensor and the element.
+        memory: bytes to hold beyond the imports at most; half of what is free when not given.
+        link: make files of the base that nothing touches hard links instead of copies; never write into such an output.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
@@ -98,22 +113,36 @@ def merge(
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
         StorageError: no space, no permission, or `out` is taken.
     """
-    if engine != "local":
-        raise Unsupported(f"unknown engine {engine!r}", cure="Known: local")
+    if engine not in ("local", "ray"):
+        raise Unsupported(f"unknown engine {engine!r}", cure="Known: local, ray")
+    if address is not None and engine != "ray":
+        raise UsageError("an address without a cluster", cure="Choose engine ray")
     target = Path(out)
     checkpoint = opened(base)
+    root = checkpoint.root.resolve()
     _check_target(target, checkpoint, adapters, onto, overwrite)
+    from ..adapter import Adapter
     from .planning import make_plan
     from .quantized import as_merged
-    from .report import carry_out
+    from .report import carry_out, local
 
     checkpoint = as_merged(checkpoint, quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
     started = time.perf_counter()
 
-    options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
+    options = {
+        "dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial, "seed": seed,
+        "memory": memory, "link": link,
+    }  # fmt: skip
     planned = make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
-    return carry_out(planned, target, device, progress, started)
+    chosen = local(device)
+    if engine == "ray":
+        from .cluster import Recipe, on_ray
+
+        paths = [None if isinstance(a, Adapter) else str(Path(a).resolve()) for a in _several(adapters)]
+        beside = None if onto is None else str(opened(onto).root.resolve())
+        chosen = on_ray(Recipe(str(root), quantized, beside, tuple(paths), options, device), named, address)
+    return carry_out(planned, target, chosen, progress, started, overwrite)
 
 
 def verify(
@@ -124,6 +153,7 @@ def verify(
     weights: Sequence[float] | None = None,
     allow_partial: bool = False,
     progress: Progress | None = None,
+    seed: int | None = None,
 ) -> Verification:
     """Computes the merge again and compares every element with what is on disk; writes nothing.
 
@@ -134,6 +164,7 @@ def verify(
         weights: one factor an adapter; 1 for each when not given.
         allow_partial: as in `merge`.
         progress: called with (bytes done, bytes in all).
+        seed: as in `merge`.
 
     Returns:
         what was compared and every difference found; a difference is not an error.
@@ -146,7 +177,7 @@ def verify(
 
     found = opened(merged)
     checkpoint = as_read(opened(base), found)
-    return compare(found, checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress)
+    return compare(found, checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress, seed)
 
 
 def _named(
@@ -155,8 +186,7 @@ def _named(
     from ..adapter import Adapter
     from ..formats import read
 
-    single = isinstance(adapters, (str, PathLike, Adapter))
-    several: Sequence[Source] = [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
+    several = _several(adapters)
     if not several:
         raise UsageError("no adapter was given", cure="Name at least one")
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
@@ -170,18 +200,23 @@ def _named(
     ]
 
 
+def _several(adapters: Source | Sequence[Source]) -> list[Source]:
+    from ..adapter import Adapter
+
+    single = isinstance(adapters, (str, PathLike, Adapter))
+    return [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
+
+
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
     others = [*_listed(adapters), onto.root if isinstance(onto, Checkpoint) else onto]
     paths = [base.root, *(Path(a) for a in others if isinstance(a, (str, PathLike)))]
     for path in paths:
         if _within(out, path) or _within(path, out):
             raise UsageError(f"the output overlaps the input {path}", path=out, cure="Write to another folder")
-    try:
-        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    except OSError as error:
-        raise storage_error(error, out) from error
-    if taken and not overwrite and not (out.parent / f".{out.name}.merging").exists():
-        raise StorageError("already there", path=out, cure="Choose another path, or allow overwriting")
+    if not overwrite and not (out.parent / f".{out.name}.merging").exists():
+        from .report import check_free
+
+        check_free(out)
 
 
 def _listed(adapters: object) -> list[object]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AdapterkitError, Malformed
 from ..updates import Additive, Update
 from .planning import BLOCK_ELEMENTS, Output
+from .rounding import key_of, stochastic
 
 if TYPE_CHECKING:
     from .arrays import Arrays, Workspace
@@ -94,11 +95,15 @@ class Folder:
         Raises:
             Malformed: the result does not fit the output's dtype, or is NaN.
         """
-        if not self.folds:
+        if not self.folds and self._key is None:
             self.arrays.assign(out, raw)
             return {}
-        if self._sums:
-            norms: dict[int, float] = {}
+        if self._key is not None:
+            work = self._image(raw, block)
+            norms = self._fold(work, block)
+            self.arrays.assign(out, stochastic(work.reshape(-1), block.first, self._key, self.output.dtype))
+        elif self._sums:
+            norms = {}
             self.arrays.add(raw, self._sum(block), out)
         else:
             work = self._image(raw, block)
@@ -116,6 +121,13 @@ class Folder:
         work = self._image(raw, block)
         self._fold(work, block)
         return work.reshape(-1)
+
+    @cached_property
+    def _key(self) -> tuple[int, int] | None:
+        """Of stochastic rounding, where that was chosen and the output is narrower than float64."""
+        seed, kind = self.output.seed, self.output.dtype
+        rounds = seed is not None and kind.floating and kind.name != "F64" and not kind.torch.startswith("complex")
+        return key_of(seed, self.output.name) if rounds and seed is not None else None
 
     @cached_property
     def _sums(self) -> bool:

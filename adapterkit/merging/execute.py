@@ -5,7 +5,6 @@ Nothing a worker holds grows with the model: a block in, its float64 image, a bl
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -27,7 +26,10 @@ OPEN_FILES = 8
 """Files that a worker keeps open: a base of hundreds of shards must not run into the system's limit."""
 
 
-def execute(files: Sequence[OutputFile], stage: Stage, arrays: Arrays, progress: Progress | None) -> dict[str, Norms]:
+def execute(
+    files: Sequence[OutputFile], stage: Stage, arrays: Arrays, progress: Progress | None, threads: int, *,
+    link: bool = False,
+) -> dict[str, Norms]:  # fmt: skip
     """Writes every weight file that is not finished yet into the stage; returns the norms by file.
 
     Raises:
@@ -36,7 +38,7 @@ def execute(files: Sequence[OutputFile], stage: Stage, arrays: Arrays, progress:
     pending = [file for file in files if not stage.finished(file.name)]
     left = sum(output.nbytes for file in pending for output in file.outputs)
     total = sum(file.size for file in files)
-    crew = _Crew(stage, arrays, total - left, total)
+    crew = _Crew(stage, arrays, total - left, total, threads, link)
     with threadpool_limits(1, "blas"):
         crew.run(pending, progress)
     return {file.name: stage.norms_of(file.name) for file in files}
@@ -45,15 +47,16 @@ def execute(files: Sequence[OutputFile], stage: Stage, arrays: Arrays, progress:
 class _Crew:
     """Workers on a queue of jobs, and one finisher that makes whole files durable."""
 
-    def __init__(self, stage: Stage, arrays: Arrays, done: int, total: int) -> None:
-        self.stage, self.arrays, self.done, self.total = stage, arrays, done, total
+    def __init__(self, stage: Stage, arrays: Arrays, done: int, total: int, threads: int, link: bool) -> None:
+        self.stage, self.arrays, self.done, self.total, self.threads = stage, arrays, done, total, threads
+        self.link = link
         self.jobs: queue.Queue[Job | None] = queue.Queue(64)
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
-        self.lock = threading.Lock()
+        self.lock, self.settled, self.unfinished = threading.Lock(), threading.Condition(), 0
         self.failure: BaseException | None = None
 
     def run(self, pending: list[OutputFile], progress: Progress | None) -> None:
-        crew = [threading.Thread(target=self._work, daemon=True) for _ in range(workers())]
+        crew = [threading.Thread(target=self._work, daemon=True) for _ in range(self.threads)]
         finisher = threading.Thread(target=self._finish, daemon=True)
         for thread in (*crew, finisher):
             thread.start()
@@ -73,18 +76,33 @@ class _Crew:
 
     def _feed(self, pending: list[OutputFile], crew: list[threading.Thread], progress: Progress | None) -> None:
         for planned in pending:
+            if self.link and planned.whole is not None and self.stage.link(planned.name, planned.whole):
+                self._moved(planned.size - len(planned.header))
+                continue
             file = OpenFile(planned, self.stage.parts / planned.name)
             create(file.path, planned)
             jobs = jobs_of(file)
             file.left = len(jobs)
+            with self.settled:
+                self.unfinished += 1
             if not jobs:
                 self.written.put(file)
-            for job in jobs:
+            for job in jobs[:-1]:
+                self._put(job, progress)
+            self._await_the_others(progress)
+            for job in jobs[-1:]:
                 self._put(job, progress)
         for _ in crew:
             self._put(None, progress)
         while any(worker.is_alive() for worker in crew):
             _join(crew, 0.1)
+            self._report(progress)
+
+    def _await_the_others(self, progress: Progress | None) -> None:
+        """Lets a file become whole only when those before it are finished: so no more than one is ever done again."""
+        while self.failure is None and self.unfinished > 1:
+            with self.settled:
+                self.settled.wait(0.1)
             self._report(progress)
 
     def _put(self, job: Job | None, progress: Progress | None) -> None:
@@ -135,6 +153,9 @@ class _Crew:
                     self.stage.finish(file.plan.name, norms_of(file))
             except BaseException as error:
                 self.failure = self.failure or error
+            with self.settled:
+                self.unfinished -= 1
+                self.settled.notify()
 
     def _moved(self, nbytes: int) -> None:
         with self.lock:
@@ -225,11 +246,6 @@ class _Hands:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
-
-
-def workers() -> int:
-    """How many threads compute at a time."""
-    return max(2, min(os.cpu_count() or 2, 16))
 
 
 def _join(threads: list[threading.Thread], timeout: float | None = None) -> None:

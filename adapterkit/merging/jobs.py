@@ -47,7 +47,6 @@ class OpenFile:
 
 def create(path: Path, planned: OutputFile) -> None:
     """Makes the file with its header, at its full size."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(planned.header)
         _reserve(file, planned.size)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ from ..errors import Unsupported, UsageError
 from ..quant import Dequantized
 from ..tensors.checkpoint import INDEX, SINGLE, Checkpoint
 from ..tensors.dtypes import BY_TORCH, DTYPES, DType
-from ..tensors.lazy import Lazy, Shape
+from ..tensors.lazy import ELSEWHERE, Lazy, Shape, Span, read_span
 from ..tensors.locations import source_of
 from ..tensors.safetensors import encode_header
 from .folds import Fold, Source, folds_by_tensor
+from .memory import allowed, workers_within
 from .quantized import config_changes, quantized_record
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ REPORT = "adapterkit_merge.json"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
-    """One tensor of the output: `offset` is where its data begins in its file.
+    """One tensor of the output: `offset` is where its data begins in its file; `seed` is of stochastic rounding.
 
     A `part` of a packed weight that is quantized again is computed with the other parts of it.
     """
@@ -49,6 +50,7 @@ class Output:
     source: Lazy
     folds: tuple[Fold, ...]
     part: Repacked | None = None
+    seed: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -62,11 +64,12 @@ class Output:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputFile:
-    """One weight file of the output."""
+    """One weight file of the output; `whole` is the file of the base whose bytes it has, if any."""
 
     name: str
     header: bytes
     outputs: tuple[Output, ...]
+    whole: Path | None = None
 
     @property
     def size(self) -> int:
@@ -97,6 +100,9 @@ class Plan:
         tied: `merge` or `untie` where the base ties its head to its embedding and that was chosen.
         config_changes: keys of `config.json` that the output changes; None where it leaves one out.
         dtype: the dtype all floating tensors are cast to, if any.
+        seed: of stochastic rounding; None rounds to the nearest.
+        memory: bytes that the merge may hold beyond the imports.
+        link: whether files of the base that nothing touches become hard links.
     """
 
     base: Checkpoint
@@ -105,6 +111,9 @@ class Plan:
     tied: str | None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     dtype: DType | None = None
+    seed: int | None = None
+    memory: int = 1 << 62
+    link: bool = False
 
     @property
     def bytes(self) -> int:
@@ -123,14 +132,36 @@ class Plan:
         """sha256 of what decides the output: inputs by size, time and content, options, and the version of the code."""
         stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.base.files]
         headers = [hashlib.sha256(file.header).hexdigest() for file in self.files]
-        head = [__version__, stamps, headers, [file.name for file in self.files], self.tied, dict(self.config_changes)]
+        head = [
+            __version__,
+            stamps,
+            headers,
+            [file.name for file in self.files],
+            self.tied,
+            dict(self.config_changes),
+            self.seed,
+        ]
         text = json.dumps([*head, [source.record() for source in self.sources]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of the largest block and its float64 image, a worker: what a merge holds beyond the imports."""
-        return max((_block_bytes(output) for output in self.outputs() if not output.copied), default=0)
+        """Bytes that a merge holds beyond the imports: for each worker a block, its float64 image, and factors."""
+        return self._largest[0] * self.workers
+
+    @property
+    def workers(self) -> int:
+        """How many threads compute at a time: as many as the machine has cores and the memory room for.
+
+        Raises:
+            StorageError: there is no room for one.
+        """
+        return workers_within(self.memory, *self._largest)
+
+    @property
+    def _largest(self) -> tuple[int, str]:
+        computed = ((_block_bytes(output), output.name) for output in self.outputs() if not output.copied)
+        return max(computed, default=(0, ""))
 
     def lineage(self) -> dict[str, Any]:
         """What the output's own record says: no paths, no times, so that equal merges write equal bytes."""
@@ -138,13 +169,15 @@ class Plan:
         return {
             **({} if origin is None else {"base_uri": origin.uri}),
             "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
-            "dtype": self.dtype and self.dtype.name, "tied": self.tied, "quantized": quantized_record(self.base),
+            "dtype": self.dtype and self.dtype.name, "seed": self.seed, "tied": self.tied,
+            "quantized": quantized_record(self.base),
         }  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         return {
             "base": str(self.base.root), "digest": self.digest, "bytes": self.bytes, "targets": self.targets,
-            "peak_memory": self.peak_memory, "files": [file.record() for file in self.files], **self.lineage(),
+            "peak_memory": self.peak_memory, "memory": self.memory, "workers": self.workers,
+            "files": [file.record() for file in self.files], **self.lineage(),
         }  # fmt: skip
 
 
@@ -156,6 +189,9 @@ def make_plan(
     shard_size: int | None = None,
     tied: str | None = None,
     allow_partial: bool = False,
+    seed: int | None = None,
+    memory: int | None = None,
+    link: bool = False,
 ) -> Plan:
     """Plans the merge of named, weighted adapters into a base; reads headers, and the adapters once for their digests.
 
@@ -179,10 +215,14 @@ def make_plan(
     if isinstance(base, Dequantized) and base.packs:
         from .requantize import repacked
 
+        if seed is not None:
+            raise UsageError("quantizing again rounds to the nearest", cure="Leave the seed out, or dequantize")
         tensors, folds, parts, kept = repacked(base, names, folds)
         kinds = {name: tensor.dtype if name in kept else kinds[name] for name, tensor in tensors.items()}
-    files = tuple(_files(base, tensors, folds, kinds, shard_size, parts))
-    return Plan(base, sources, files, tied, changes, cast)
+    files = tuple(_files(base, tensors, folds, kinds, shard_size, parts, seed))
+    planned = Plan(base, sources, files, tied, changes, cast, seed, allowed(memory), link)
+    planned.workers  # noqa: B018 - says before any work that the memory is too small
+    return planned
 
 
 def index_of(plan: Plan) -> bytes | None:
@@ -200,17 +240,31 @@ def index_of(plan: Plan) -> bytes | None:
 
 def _files(
     base: Checkpoint, tensors: Mapping[str, Lazy], folds: Mapping[str, tuple[Fold, ...]], kinds: Mapping[str, DType],
-    shard_size: int | None, parts: Mapping[str, Repacked],
+    shard_size: int | None, parts: Mapping[str, Repacked], seed: int | None,
 ) -> Iterator[OutputFile]:  # fmt: skip
     for name, members, metadata in _grouping(base, tensors, kinds, shard_size):
         header = _header(base, name, [(m, kinds[m], tensors[m].shape) for m in members], metadata)
         offset, outputs = len(header), []
         for member in members:
             source = tensors[member]
-            made = folds.get(member, ()), parts.get(member)
+            made = folds.get(member, ()), parts.get(member), seed
             outputs.append(Output(member, kinds[member], source.shape, offset, source, *made))
             offset += outputs[-1].nbytes
-        yield OutputFile(name, header, tuple(outputs))
+        yield _untouched(name, outputs) or OutputFile(name, header, tuple(outputs))
+
+
+def _untouched(name: str, outputs: list[Output]) -> OutputFile | None:
+    """The file as it is in the base, header too, where all of its tensors are all that is in it."""
+    spans = [output.source.span for output in outputs if output.copied]
+    paths = {span.path for span in spans if span is not None and span.path not in ELSEWHERE}
+    if len(spans) < len(outputs) or len(paths) != 1 or None in spans:
+        return None
+    path = Path(paths.pop())
+    start = min(span.offset for span in spans if span is not None)
+    if path.name != name or start + sum(output.nbytes for output in outputs) != path.stat().st_size:
+        return None
+    placed = (replace(output, offset=output.source.span.offset) for output in outputs if output.source.span)
+    return OutputFile(name, bytes(read_span(Span(str(path), 0, start))), tuple(placed), path)
 
 
 def _header(base: Checkpoint, name: str, members: list[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:
@@ -301,4 +355,6 @@ def _block_bytes(output: Output) -> int:
     elements = math.prod(output.shape)
     if all(fold.blockable for fold in output.folds):
         elements = min(elements, max(BLOCK_ELEMENTS, elements // max(output.shape[0] if output.shape else 1, 1)))
-    return elements * (8 + output.dtype.itemsize + output.source.dtype.itemsize)
+    leaves = (leaf for fold in output.folds for update in fold.updates for leaf in update.tensors.values())
+    factors = sum(math.prod(leaf.shape) for leaf in leaves) * 8
+    return elements * (8 + output.dtype.itemsize + output.source.dtype.itemsize) + factors

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,24 @@ class Report:
         }  # fmt: skip
 
 
-def carry_out(plan: Plan, out: Path, device: str, progress: Progress | None, started: float) -> Report:
+Engine = Callable[[Plan, Stage, "Progress | None"], dict[str, Norms]]
+"""Writes the weight files of a plan that are not finished yet into a stage; returns the norms by file."""
+
+
+def local(device: str) -> Engine:
+    """The engine of this process: threads of its own."""
+
+    def run(plan: Plan, stage: Stage, progress: Progress | None) -> dict[str, Norms]:
+        from .execute import execute
+
+        return execute(plan.files, stage, arrays_for(device), progress, plan.workers, link=plan.link)
+
+    return run
+
+
+def carry_out(
+    plan: Plan, out: Path, engine: Engine, progress: Progress | None, started: float, overwrite: bool
+) -> Report:
     """Executes a plan into `out`; see `adapterkit.merge`."""
     names = [file.name for file in plan.files]
     one = out.suffix in (".safetensors", ".gguf") and len(names) == 1 and not plan.base.root.is_dir()
@@ -72,12 +90,28 @@ def carry_out(plan: Plan, out: Path, device: str, progress: Progress | None, sta
         try:
             if stage.was_completed:
                 return _completed(plan, stage, started)
+            if not overwrite:
+                check_free(out)
             resumed = tuple(name for name in names if stage.finished(name))
             _check_space(plan, out, resumed)
-            return _write(plan, stage, device, progress, started, resumed)
+            return _write(plan, stage, engine, progress, started, resumed)
         except (AdapterkitError, OSError, MemoryError):
             stage.discard()
             raise
+
+
+def check_free(out: Path) -> None:
+    """Asked before any work, and again when no other merge can be at work here any more.
+
+    Raises:
+        StorageError: something is at the output.
+    """
+    try:
+        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise storage_error(error, out) from error
+    if taken:
+        raise StorageError("already there", path=out, cure="Choose another path, or allow overwriting")
 
 
 def _completed(plan: Plan, stage: Stage, started: float) -> Report:
@@ -98,11 +132,9 @@ def _completed(plan: Plan, stage: Stage, started: float) -> Report:
 
 
 def _write(
-    plan: Plan, stage: Stage, device: str, progress: Progress | None, started: float, resumed: tuple[str, ...]
+    plan: Plan, stage: Stage, engine: Engine, progress: Progress | None, started: float, resumed: tuple[str, ...]
 ) -> Report:
-    from .execute import execute
-
-    found = execute(plan.files, stage, arrays_for(device), progress)
+    found = engine(plan, stage, progress)
     norms, damage = _apart(plan, {name: values for file in plan.files for name, values in found[file.name].items()})
     carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -144,10 +176,17 @@ def _carry(plan: Plan, out: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         carried.append(name)
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         try:
-            shutil.copyfile(file, out / name)
+            _copy(file, out / name)
         except OSError as error:
             raise storage_error(error, file) from error
     return tuple(carried), tuple(left_out)
+
+
+def _copy(file: Path, to: Path) -> None:
+    """A copy that is on disk before the output is renamed into place."""
+    shutil.copyfile(file, to)
+    with open(to, "r+b") as copied:
+        os.fsync(copied.fileno())
 
 
 def _stale(plan: Plan, name: str) -> bool:

@@ -13,7 +13,6 @@ from threadpoolctl import threadpool_limits
 from ..tensors.dtypes import DType
 from ..tensors.lazy import Lazy
 from .arrays import Arrays, NumpyArrays, Workspace
-from .execute import workers
 from .planning import Output, Plan, make_plan
 
 if TYPE_CHECKING:
@@ -73,9 +72,10 @@ def compare(
     adapters: Sequence[tuple[str, Adapter, float]],
     allow_partial: bool,
     progress: Progress | None,
+    seed: int | None = None,
 ) -> Verification:
     """Compares a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
-    plan = make_plan(base, adapters, tied=_tied(merged, base), allow_partial=allow_partial)
+    plan = make_plan(base, adapters, tied=_tied(merged, base), allow_partial=allow_partial, seed=seed)
     differences = [Difference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
     arrays, done = NumpyArrays(), 0
     outputs = list(plan.outputs())
@@ -85,7 +85,7 @@ def compare(
         with arrays.quiet():
             return Difference(output.name, "missing") if found is None else _compare(output, found, arrays)
 
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers()) as pool:
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(plan.workers) as pool:
         for output, difference in zip(outputs, pool.map(check, outputs), strict=True):
             if difference is not None:
                 differences.append(difference)
@@ -146,13 +146,14 @@ def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference |
         folder.compute(raw, arrays.over(memoryview(expected), output.dtype), block)
         there = memoryview(found.read(block.first, block.elements))
         if bytes(there) != expected:
-            errors = _errors(folder.exact(raw, block), there, expected, output.dtype)
+            exact = folder.exact(raw, block)
+            errors = _errors(exact, there, expected, output.dtype, 0 if output.seed is not None else NEAREST)
             elements += len(errors)
             largest = max([largest, *errors.tolist()])
     return Difference(output.name, "not what the merge gives", elements, largest) if elements else None
 
 
-def _errors(exact: Any, there: memoryview, expected: bytearray, dtype: DType) -> np.ndarray[Any, Any]:
+def _errors(exact: Any, there: memoryview, expected: bytearray, dtype: DType, within: float) -> np.ndarray[Any, Any]:
     """How far elements are from the exact result, of those that are not the nearest number to it.
 
     Of two numbers equally near, but for the last bits of float64, another library may have come to the other one.
@@ -166,5 +167,5 @@ def _errors(exact: Any, there: memoryview, expected: bytearray, dtype: DType) ->
     info = ml_dtypes.finfo(dtype.array)  # type: ignore[no-untyped-call]
     unit = np.exp2(np.maximum(np.frexp(exact)[1] - 1, info.minexp) - info.nmant)
     errors = np.abs(values - exact)
-    wrong: np.ndarray[Any, Any] = errors[~(errors <= NEAREST * unit)]
+    wrong: np.ndarray[Any, Any] = errors[~(errors <= within * unit)]
     return np.asarray(np.nan_to_num(wrong, nan=np.inf))

@@ -13,7 +13,8 @@ from threadpoolctl import threadpool_limits
 
 from ..errors import StorageError
 from ..merging.arrays import NumpyArrays
-from ..merging.execute import execute, workers
+from ..merging.execute import execute
+from ..merging.memory import most_workers
 from ..merging.planning import Output, OutputFile
 from ..merging.stage import Stage
 from .changes import Changed, bytes_of
@@ -37,7 +38,7 @@ def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
     stage = Stage(file, secrets.token_hex(16), [file.name], single=True)
     with stage.locked():
         try:
-            execute([planned], stage, NumpyArrays(), None)
+            execute([planned], stage, NumpyArrays(), None, most_workers())
             stage.publish()
         except BaseException:
             stage.discard()
@@ -69,7 +70,7 @@ def worked_out(values: Iterable[ir.Value]) -> None:
         assert isinstance(tensor, Changed)
         value.const_value = ir.Tensor(tensor.change.array(), dtype=tensor.dtype, name=value.name)
 
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers()) as pool:
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(most_workers()) as pool:
         list(pool.map(compute, values))
 
 

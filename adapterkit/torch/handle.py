@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..adapter import Adapter, Target
 from ..errors import NotMergeable, UsageError
 from ..updates import Update
+from .in_place import fits, fold_in_place
 from .layers import Quantized
 from .outputs import Switch
-from .station import Station
+from .station import Part, Station
 from .weights import tensor_at
 
 
@@ -96,31 +97,43 @@ class Handle:
         for target, update in self._adapter:
             if update.kind in ("output", "context"):
                 raise NotMergeable("is not a change of weights", where=str(target), cure=_KEEP)
-        changed = [new for station in self._stations for new in self._folded(station)]
-        with torch.no_grad():
-            for parameter, value in changed:
-                parameter.copy_(value)
+        parts = [[part for part in station.parts if part.switch is self._switch] for station in self._stations]
+        for station, own in zip(self._stations, parts, strict=True):
+            self._check_foldable(station, own)
+        for station, own in zip(self._stations, parts, strict=True):
+            _fold(station, own)
         self.remove()
 
-    @torch.no_grad()
-    def _folded(self, station: Station) -> list[tuple[Tensor, Tensor]]:
-        parts = [part for part in station.parts if part.switch is self._switch]
+    def _check_foldable(self, station: Station, parts: list[Part]) -> None:
         for part in parts:
             if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
                 raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
             if isinstance(station.layer, Quantized):
                 raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=_KEEP)
-        new = station.changed(parts, torch.float64)
-        pairs: list[tuple[Tensor, Tensor]] = [(tensor_at(station.module, path), value) for path, value in new.items()]
-        for parameter, _ in pairs:
+        changed = {p.weight for p in parts if any(u.changes_weight for u in p.updates)}
+        changed |= {p.bias for p in parts if any(u.changes_bias for u in p.updates)}
+        for parameter in (tensor_at(station.module, path) for path in changed if path):
             names = [n for n, p in self._model.named_parameters(remove_duplicate=False) if p is parameter]
             if len(names) > 1:
                 raise NotMergeable(f"one tensor under the names {', '.join(names)}", cure=_KEEP)
-        return pairs
 
     def _check(self) -> None:
         if self._removed:
             raise UsageError("this handle was removed or merged", where=self.name, cure="Inject the adapter again")
+
+
+@torch.no_grad()
+def _fold(station: Station, parts: list[Part]) -> None:
+    """Sums are folded where the weights lie; what looks at the whole weight, one station at a time."""
+    weights = dict.fromkeys(part.weight for part in parts)
+    alone = {path: [part for part in parts if part.weight == path] for path in weights if path}
+    if len(alone) == len(weights) and all(fits(tensor_at(station.module, p), own) for p, own in alone.items()):
+        for path, own in alone.items():
+            fold_in_place(path, tensor_at(station.module, path), own)
+        return
+    changed = station.changed(parts, torch.float64)
+    for path, value in changed.items():
+        tensor_at(station.module, path).copy_(value)
 
 
 def _name(target: Target, updates: tuple[Update, ...], position: int, field: str) -> str:

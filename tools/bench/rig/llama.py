@@ -88,8 +88,8 @@ def values(name: str, shape: tuple[int, ...]) -> Iterator[bytes]:
         yield block.bfloat16().view(torch.uint8).numpy().tobytes()
 
 
-def write_base(dest: Path, layers: int, vocabulary: int, limit: int) -> None:
-    """Writes the base as transformers expects it: config, index and shards."""
+def write_base(dest: Path, layers: int, vocabulary: int, limit: int, *, sparse: bool = False) -> None:
+    """Writes the base as transformers expects it: config, index and shards; `sparse`: all zeros, as holes."""
     dest.mkdir()
     weights = shapes(layers, vocabulary)
     cut = shards(weights, limit)
@@ -99,6 +99,9 @@ def write_base(dest: Path, layers: int, vocabulary: int, limit: int) -> None:
         index |= dict.fromkeys(shard, file)
         with open(dest / file, "wb") as out:
             out.write(header(shard))
+            if sparse:
+                out.truncate(out.tell() + sum(map(nbytes, shard.values())))
+                continue
             out.writelines(block for name, shape in shard.items() for block in values(name, shape))
     write_json(
         dest / "model.safetensors.index.json",
@@ -129,28 +132,32 @@ def config(layers: int, vocabulary: int) -> dict[str, object]:
     }
 
 
-def write_adapter(dest: Path, base: Path, layers: int) -> None:
-    """Writes a LoRA of rank 16, float32, on every linear of every layer, as PEFT saves one."""
+def write_adapter(
+    dest: Path, base: Path, layers: int, *, rank: int = RANK, dora: bool = False, number: int = 0
+) -> None:
+    """Writes a LoRA or DoRA, float32, on every linear of every layer, as PEFT saves one."""
     dest.mkdir()
     tensors = {}
     for path, (out, width) in linears(layers).items():
-        generator = torch.Generator().manual_seed(crc32(path.encode()))
+        generator = torch.Generator().manual_seed(crc32(path.encode()) + number)
         key = f"base_model.model.{path}.lora_"
-        tensors[f"{key}A.weight"] = torch.randn(RANK, width, generator=generator) * SCALE_OF_A
-        tensors[f"{key}B.weight"] = torch.randn(out, RANK, generator=generator) * SCALE_OF_B
+        tensors[f"{key}A.weight"] = torch.randn(rank, width, generator=generator) * SCALE_OF_A
+        tensors[f"{key}B.weight"] = torch.randn(out, rank, generator=generator) * SCALE_OF_B
+        if dora:
+            tensors[f"{key}magnitude_vector"] = torch.rand(out, generator=generator) + 0.5
     save_file(tensors, dest / "adapter_model.safetensors", {"format": "pt"})
     targets = sorted({path.rpartition(".")[2] for path in linears(layers)})
     record = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
-        "r": RANK,
+        "r": rank,
         "lora_alpha": ALPHA,
         "target_modules": targets,
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": dora,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

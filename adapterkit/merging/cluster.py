@@ -1,0 +1,175 @@
+"""A merge on a Ray cluster: one task an output file, which may be done twice or elsewhere and gives the same bytes.
+
+A task gets paths and options, some hundred bytes; it plans the whole merge itself from headers, checks that this is the
+driver's plan, and works on the shared file system. No weight goes through Ray's object store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AdapterkitError, Corrupt, NetworkError, Unsupported
+from .planning import Plan, make_plan
+from .report import Engine
+from .stage import Norms, Stage
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from .execute import Progress
+
+RETRIES = 16
+"""How often a task is started again when its worker or node is gone."""
+
+THREADS = 2
+"""Threads of a task, which asks for one core: one computes while the other reads or writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a task needs to make the driver's plan: `adapters` are paths, None for what the driver has in memory."""
+
+    base: str
+    quantized: str | None
+    onto: str | None
+    adapters: tuple[str | None, ...]
+    options: Mapping[str, Any]
+    device: str
+    names: tuple[tuple[str, float], ...] = ()
+
+    def plan(self) -> Plan:
+        """The plan, made anew from what is on disk."""
+        from ..formats import read
+        from ..tensors.checkpoint import open_checkpoint
+        from .quantized import as_merged
+
+        checkpoint = as_merged(open_checkpoint(self.base), self.quantized, self.onto, self.options["dtype"])
+        paths = [path for path in self.adapters if path is not None]
+        named = [
+            (name, read(path, base=checkpoint), weight)
+            for path, (name, weight) in zip(paths, self.names, strict=True)
+        ]  # fmt: skip
+        return make_plan(checkpoint, named, **self.options)
+
+
+def on_ray(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], address: str | None) -> Engine:
+    """The engine that hands the files of a plan to a cluster.
+
+    Raises:
+        Unsupported: Ray is not installed.
+        NetworkError: there is no cluster at the address.
+    """
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        raise Unsupported("Ray is not installed", cure="pip install 'adapterkit[ray]'") from None
+
+    def run(plan: Plan, stage: Stage, progress: Progress | None) -> dict[str, Norms]:
+        told = replace(
+            recipe, adapters=_on_disk(recipe, named, stage), names=tuple((name, weight) for name, _, weight in named)
+        )
+        with _connected(address):
+            _run(plan, stage, told, progress)
+        return {file.name: stage.norms_of(file.name) for file in plan.files}
+
+    return run
+
+
+def write_file(recipe: Recipe, digest: str, target: str, name: str) -> str:
+    """The task: writes one file into the stage of `target`, unless that is done; returns its name.
+
+    Raises:
+        Corrupt: the inputs are not those that the driver saw.
+    """
+    from .arrays import arrays_for
+    from .execute import execute
+
+    plan = recipe.plan()
+    if plan.digest != digest:
+        why = "base or adapters are not what the driver planned with"
+        raise Corrupt(why, path=recipe.base, cure="Let all nodes see the same files, with the same adapterkit")
+    stage = Stage(Path(target), digest, [file.name for file in plan.files])
+    if not stage.finished(name):
+        alone = [file for file in plan.files if file.name == name]
+        execute(alone, stage.apart(), arrays_for(recipe.device), None, THREADS)
+    return name
+
+
+def _on_disk(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], stage: Stage) -> tuple[str, ...]:
+    """Paths of the adapters; one that is only in memory is written into the stage."""
+    from ..formats import write
+
+    paths = []
+    for position, (path, (_, adapter, _weight)) in enumerate(zip(recipe.adapters, named, strict=True)):
+        if path is None:
+            path = str((stage.folder / f"adapter{position}.safetensors").resolve())
+            write(adapter, path)
+        paths.append(path)
+    return tuple(paths)
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        why = f"no Ray cluster ({str(error).splitlines()[0]})"
+        raise NetworkError(why, path=address, cure="Check the address, and that the cluster is up") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _run(plan: Plan, stage: Stage, recipe: Recipe, progress: Progress | None) -> None:
+    """Starts a task for every file that is not finished, and waits for all."""
+    import ray
+
+    task = ray.remote(write_file).options(max_retries=RETRIES, scheduling_strategy="SPREAD")
+    sizes = {file.name: file.size for file in plan.files}
+    pending = [name for name in sizes if not stage.finished(name)]
+    done = plan.bytes - sum(sizes[name] for name in pending)
+    target = str(stage.target.resolve())
+    waiting = [task.remote(recipe, plan.digest, target, name) for name in pending]
+    try:
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=0.2)
+            done += sum(sizes[name] for name in _results(ready))
+            if progress is not None:
+                progress(done, plan.bytes)
+    except BaseException:
+        _end(waiting)
+        raise
+
+
+def _results(ready: Sequence[Any]) -> list[str]:
+    import ray
+
+    try:
+        names: list[str] = ray.get(list(ready))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, AdapterkitError):
+            raise error.cause from error
+        raise
+    except ray.exceptions.RayError as error:
+        why = f"a task was lost {RETRIES} times ({str(error).splitlines()[0]})"
+        raise NetworkError(why, cure="Look at the cluster's nodes, then run the same command again") from error
+    return names
+
+
+def _end(waiting: Sequence[Any]) -> None:
+    """Ends tasks before their stage is removed."""
+    import ray
+
+    for reference in waiting:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.cancel(reference, force=True)
+    ray.wait(list(waiting), num_returns=max(1, len(waiting)), timeout=10) if waiting else None
