@@ -156,17 +156,17 @@ def test_faults_of_the_moment_are_overcome(
 def test_somebody_who_pushed_meanwhile_is_not_overwritten(
     hub: HubServer, lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adapterkit.hub import pushing
+    from adapterkit.hub.hubs import _committing
 
     hub.add("org/lora", {"theirs": b"1"})
-    real = pushing._head
+    real = _committing.head_of
 
     def head(remote: object) -> str:
         found = real(remote)
         hub.repos["org/lora"].commit({"theirs": b"2"})
         return found
 
-    monkeypatch.setattr(pushing, "_head", head)
+    monkeypatch.setattr(_committing, "head_of", head)
     with pytest.raises(NetworkError, match="meanwhile"):
         ak.hub.push(lora, "org/lora")
     assert hub.files("org/lora") == {"theirs": b"2"}

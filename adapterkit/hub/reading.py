@@ -14,9 +14,10 @@ from urllib.parse import quote
 
 from ..errors import Malformed, NetworkError, storage_error
 from ..tensors.lazy import ELSEWHERE, Span
-from ..tensors.locations import NOTE, Source
+from ..tensors.locations import NOTE
 from ..tensors.safetensors import MAX_HEADER
-from .pulling import bring, choose
+from .hubs import remote_at
+from .pulling import bring, choose, source_at
 from .remote import Remote, RemoteFile
 from .transfer import fetch, read_range
 from .uris import Uri, parse
@@ -48,11 +49,11 @@ def fetched(name: str) -> Path:
     """
     uri = parse(name)
     commit = _commit(uri)
-    folder = _cache(uri) / commit / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
+    folder = _cache(uri) / commit.replace(":", "-") / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
     inside = PurePosixPath(uri.path).name
     if not (folder / NOTE).is_file():
         remote = _remote(uri)
-        bring(remote, Source(uri.repo, commit, uri.path), needed(remote), folder, None)
+        bring(remote, source_at(remote), needed(remote), folder, None)
     return folder / inside if inside and (folder / inside).is_file() else folder
 
 
@@ -105,7 +106,7 @@ def _sketch(remote: Remote, wanted: Mapping[str, RemoteFile], folder: Path) -> N
             _outline(remote, file, target)
         elif name.endswith(".json") and file.size <= MAX_SMALL:
             fetch(remote, file, target, lambda _: None)
-    Source(remote.uri.repo, remote.commit, remote.uri.path).save(folder)
+    source_at(remote).save(folder)
 
 
 def _outline(remote: Remote, file: RemoteFile, target: Path) -> None:
@@ -135,7 +136,7 @@ def _remote(uri: Uri) -> Remote:
     key, now = (os.environ.get("HF_ENDPOINT", ""), str(uri)), time.monotonic()
     when, remote = _seen.get(key, (0.0, None))
     if remote is None or now - when > FRESH:
-        remote = Remote(uri)
+        remote = remote_at(uri)
         _ = remote.commit
         _seen[key] = (now, remote)
     return remote
@@ -165,4 +166,4 @@ def _cache(uri: Uri) -> Path:
     root = os.environ.get("ADAPTERKIT_CACHE")
     if root is None:
         root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "adapterkit")
-    return Path(root) / "hub" / uri.repo.replace("/", "--")
+    return Path(root) / "hub" / uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
