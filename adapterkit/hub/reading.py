@@ -16,6 +16,7 @@ from ..errors import Malformed, NetworkError, storage_error
 from ..tensors.lazy import ELSEWHERE, Span
 from ..tensors.locations import NOTE
 from ..tensors.safetensors import MAX_HEADER
+from .folders import cache_folder
 from .hubs import remote_at
 from .pulling import bring, choose, source_at
 from .remote import Remote, RemoteFile
@@ -163,7 +164,4 @@ def _commit(uri: Uri) -> str:
 
 
 def _cache(uri: Uri) -> Path:
-    root = os.environ.get("ADAPTERKIT_CACHE")
-    if root is None:
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "adapterkit")
-    return Path(root) / "hub" / uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
+    return cache_folder() / "hub" / uri.name.replace("://", "--").replace(":", "-").replace("/", "--")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, StorageError, Unsupported, UsageError, storage_error
 from ..tensors.checkpoint import opened
+from ..tensors.locations import is_address, outgoing
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -75,7 +77,8 @@ def merge(
     Args:
         base: a folder of weights, one weight file, or an open checkpoint.
         adapters: one adapter or several: paths or `Adapter`s.
-        out: the folder to write; it must not exist, or be empty. With a single-file base, a `.safetensors` path.
+        out: the folder to write; it must not exist, or be empty. With a single-file base, a `.safetensors` path. Or a
+            place on a hub, such as `oci://registry/name:tag`: the output is pushed there when it is whole.
         weights: one factor an adapter; 1 for each when not given.
         device: `auto` (CUDA where there is one), `cpu`, `cuda:N` or any torch device.
         dtype: cast all floating tensors to this; the base's own dtypes when not given.
@@ -97,6 +100,13 @@ def merge(
     """
     if engine != "local":
         raise Unsupported(f"unknown engine {engine!r}", cure="Known: local")
+    if is_address(out):
+        with outgoing(out, overwrite=overwrite) as local:
+            report = merge(
+                base, adapters, local, weights=weights, device=device, dtype=dtype, shard_size=shard_size,
+                progress=progress, tied=tied, allow_partial=allow_partial, overwrite=True, quantized=quantized,
+            )  # fmt: skip
+        return replace(report, out=str(out))
     target = Path(out)
     checkpoint = opened(base)
     _check_target(target, checkpoint, adapters, overwrite)

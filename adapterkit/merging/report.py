@@ -33,7 +33,7 @@ class Report:
     """What a merge did.
 
     Attributes:
-        out: where the output is.
+        out: where the output is; a uri where it is on a hub.
         plan: what was carried out.
         norms: Frobenius norm of each change, by tensor: one number an adapter that touches it.
         resumed: names of files that an earlier, interrupted run had finished.
@@ -42,7 +42,7 @@ class Report:
         seconds: from the start of planning to the output being durable in place.
     """
 
-    out: Path
+    out: Path | str
     plan: Plan
     norms: Mapping[str, list[float]]
     resumed: tuple[str, ...]

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -112,3 +112,24 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
             if error.path:
                 error.path = error.path.replace(str(path), text)
             raise
+
+
+def is_address(name: str | os.PathLike[str]) -> bool:
+    """Whether a name says by its scheme that it is on a hub; what is written to a plain name is local.
+
+    Raises:
+        UsageError: it has a scheme that is not known.
+    """
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(name)) is not None and is_remote(name)
+
+
+def outgoing(name: str | os.PathLike[str], *, overwrite: bool = False) -> AbstractContextManager[Path]:
+    """A local path to write what shall be on a hub; it is pushed when the block ends without an error.
+
+    The path is the same for the same name, so that what an interrupted run left there is found again.
+
+    Raises:
+        AdapterkitError: as for `adapterkit.hub.push`; before anything is written, where it is known by then.
+    """
+    found: AbstractContextManager[Path] = import_module("adapterkit.hub").outgoing(os.fspath(name), overwrite)
+    return found
