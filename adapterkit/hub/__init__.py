@@ -9,6 +9,7 @@ from .outgoing import outgoing
 from .pulling import Pulled, pull
 from .pushing import Pushed, push
 from .reading import fetched, headers
+from .streaming import streamed
 from .uris import Uri, parse
 
-__all__ = ["Pulled", "Pushed", "Uri", "fetched", "headers", "outgoing", "parse", "pull", "push"]
+__all__ = ["Pulled", "Pushed", "Uri", "fetched", "headers", "outgoing", "parse", "pull", "push", "streamed"]

@@ -139,7 +139,7 @@ def bring(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = target.parent / f".{target.name}.pulling"
-        with _locked(stage):
+        with locked(stage):
             _lay_out(stage, wanted)
             _check_space(stage, wanted)
             sent = _Transfer(remote, stage, wanted, progress).run()
@@ -256,7 +256,8 @@ def _sync(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(stage: Path) -> Iterator[None]:
+def locked(stage: Path) -> Iterator[None]:
+    """Holds a folder for this process, which is made where it is not there."""
     stage.mkdir(exist_ok=True)
     with open(stage / "lock", "wb") as lock:
         try:
@@ -266,7 +267,7 @@ def _locked(stage: Path) -> Iterator[None]:
         except ImportError:  # Windows: renaming a folder with open files fails there, which serves the same end
             pass
         except BlockingIOError:
-            raise StorageError("another pull is writing here", path=stage, cure="Wait for it") from None
+            raise StorageError("another process is writing here", path=stage, cure="Wait for it") from None
         yield
 
 

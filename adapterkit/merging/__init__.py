@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, StorageError, Unsupported, UsageError, storage_error
-from ..tensors.checkpoint import opened
-from ..tensors.locations import is_address, outgoing
+from ..tensors.checkpoint import Checkpoint, opened
+from ..tensors.locations import is_address, outgoing, streamed
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
-    from ..tensors.checkpoint import Checkpoint
     from .execute import Progress
     from .planning import Plan
     from .report import Report
+    from .streaming import Supply
     from .verification import Verification
 
     Base = Checkpoint | str | PathLike[str]
@@ -68,6 +68,7 @@ def merge(
     allow_partial: bool = False,
     overwrite: bool = False,
     quantized: str | None = None,
+    stream: bool = False,
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded once from float64.
 
@@ -89,11 +90,12 @@ def merge(
         allow_partial: leave targets that the base does not have out instead of refusing.
         overwrite: replace what is at `out`.
         quantized: of a quantized base, `dequantize`: fold into the dequantized weights and write 16 bits.
+        stream: of a base on a hub, fetch one weight file at a time, verified, and give its space back after its use.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
         NotMergeable: an update's law is not one of weights.
-        Unsupported: the base is quantized and `quantized` does not say what to do.
+        Unsupported: the base cannot be streamed, or it is quantized and `quantized` does not say what to do.
         UsageError: arguments that make no sense together; a tied weight without a choice.
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
         StorageError: no space, no permission, or `out` is taken.
@@ -105,10 +107,25 @@ def merge(
             report = merge(
                 base, adapters, local, weights=weights, device=device, dtype=dtype, shard_size=shard_size,
                 progress=progress, tied=tied, allow_partial=allow_partial, overwrite=True, quantized=quantized,
+                stream=stream,
             )  # fmt: skip
         return replace(report, out=str(out))
     target = Path(out)
-    checkpoint = opened(base)
+    options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
+    if not stream:
+        return _merged(opened(base), adapters, target, weights, device, progress, overwrite, quantized, options)
+    if isinstance(base, Checkpoint):
+        raise UsageError("an open checkpoint is not streamed", cure="Name the base by its uri, or leave stream out")
+    with streamed(base, target) as shards:
+        checkpoint = opened(shards.path)
+        return _merged(checkpoint, adapters, target, weights, device, progress, overwrite, quantized, options, shards)
+
+
+def _merged(
+    checkpoint: Checkpoint, adapters: Source | Sequence[Source], target: Path, weights: Sequence[float] | None,
+    device: str, progress: Progress | None, overwrite: bool, quantized: str | None, options: dict[str, Any],
+    supply: Supply | None = None,
+) -> Report:  # fmt: skip
     _check_target(target, checkpoint, adapters, overwrite)
     from .planning import make_plan
     from .quantized import as_merged
@@ -117,10 +134,8 @@ def merge(
     checkpoint = as_merged(checkpoint, quantized)
     named = _named(adapters, weights, checkpoint)
     started = time.perf_counter()
-
-    options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
-    planned = make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
-    return carry_out(planned, target, device, progress, started)
+    planned = make_plan(checkpoint, named, **options)
+    return carry_out(planned, target, device, progress, started, supply)
 
 
 def verify(

@@ -90,6 +90,7 @@ class Plan:
         tied: `merge` or `untie` where the base ties its head to its embedding and that was chosen.
         config_changes: keys of `config.json` that the output changes; None where it leaves one out.
         dtype: the dtype all floating tensors are cast to, if any.
+        origin: the uri that the base came from, if it came from a hub; its folder may be gone by the time of a report.
     """
 
     base: Checkpoint
@@ -98,6 +99,7 @@ class Plan:
     tied: str | None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     dtype: DType | None = None
+    origin: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -127,9 +129,8 @@ class Plan:
 
     def lineage(self) -> dict[str, Any]:
         """What the output's own record says: no paths, no times, so that equal merges write equal bytes."""
-        origin = source_of(self.base.folder)
         return {
-            **({} if origin is None else {"base_uri": origin.uri}),
+            **({} if self.origin is None else {"base_uri": self.origin}),
             "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
             "dtype": self.dtype and self.dtype.name, "tied": self.tied, "quantized": quantized_record(self.base),
         }  # fmt: skip
@@ -169,7 +170,8 @@ def make_plan(
         changes[key] = cast.torch
     kinds = {name: _output_dtype(tensor, cast, names[name], base) for name, tensor in tensors.items()}
     files = tuple(_files(base, tensors, folds, kinds, shard_size))
-    return Plan(base, sources, files, tied, changes, cast)
+    origin = source_of(base.folder)
+    return Plan(base, sources, files, tied, changes, cast, None if origin is None else origin.uri)
 
 
 def index_of(plan: Plan) -> bytes | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterkitError, StorageError, storage_error
+from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
 from ..quant import SIDE_FILES, Dequantized
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
@@ -21,6 +21,7 @@ from .stage import Norms, Stage
 
 if TYPE_CHECKING:
     from .execute import Progress
+    from .streaming import Supply
 
 WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
@@ -60,8 +61,10 @@ class Report:
         }  # fmt: skip
 
 
-def carry_out(plan: Plan, out: Path, device: str, progress: Progress | None, started: float) -> Report:
-    """Executes a plan into `out`; see `adapterkit.merge`."""
+def carry_out(
+    plan: Plan, out: Path, device: str, progress: Progress | None, started: float, supply: Supply | None = None
+) -> Report:
+    """Executes a plan into `out`, its base brought by `supply` where it is not there; see `adapterkit.merge`."""
     names = [file.name for file in plan.files]
     stage = Stage(out, plan.digest, names, single=out.suffix == ".safetensors" and not plan.base.root.is_dir())
     with stage.locked():
@@ -70,7 +73,10 @@ def carry_out(plan: Plan, out: Path, device: str, progress: Progress | None, sta
                 return _completed(plan, stage, started)
             resumed = tuple(name for name in names if stage.finished(name))
             _check_space(plan, out, resumed)
-            return _write(plan, stage, device, progress, started, resumed)
+            return _write(plan, stage, device, progress, started, resumed, supply)
+        except NetworkError:
+            # What is finished stays: the same command goes on with it.
+            raise
         except (AdapterkitError, OSError, MemoryError):
             stage.discard()
             raise
@@ -85,11 +91,17 @@ def _completed(plan: Plan, stage: Stage, started: float) -> Report:
 
 
 def _write(
-    plan: Plan, stage: Stage, device: str, progress: Progress | None, started: float, resumed: tuple[str, ...]
-) -> Report:
+    plan: Plan, stage: Stage, device: str, progress: Progress | None, started: float, resumed: tuple[str, ...],
+    supply: Supply | None,
+) -> Report:  # fmt: skip
     from .execute import execute
+    from .streaming import execute_streamed
 
-    found = execute(plan, stage, arrays_for(device), progress)
+    arrays = arrays_for(device)
+    if supply is None:
+        found = execute(plan, stage, arrays, progress)
+    else:
+        found = execute_streamed(plan, stage, arrays, progress, supply)
     norms = {name: values for file in plan.files for name, values in found[file.name].items()}
     carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()

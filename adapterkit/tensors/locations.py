@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from ..errors import AdapterkitError, UsageError
 from .atomic import write_bytes
@@ -132,4 +133,14 @@ def outgoing(name: str | os.PathLike[str], *, overwrite: bool = False) -> Abstra
         AdapterkitError: as for `adapterkit.hub.push`; before anything is written, where it is known by then.
     """
     found: AbstractContextManager[Path] = import_module("adapterkit.hub").outgoing(os.fspath(name), overwrite)
+    return found
+
+
+def streamed(name: str | os.PathLike[str], out: Path) -> AbstractContextManager[Any]:
+    """A base on a hub whose weight files are brought one at a time; see `adapterkit.hub.streaming`.
+
+    Raises:
+        AdapterkitError: as for `located`, or it cannot be streamed.
+    """
+    found: AbstractContextManager[Any] = import_module("adapterkit.hub").streamed(name, out)
     return found
