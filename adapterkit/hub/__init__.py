@@ -9,7 +9,11 @@ from .outgoing import outgoing
 from .pulling import Pulled, pull
 from .pushing import Pushed, push
 from .reading import fetched, headers
+from .remote import Remote, RemoteFile
 from .streaming import streamed
 from .uris import Uri, parse
 
-__all__ = ["Pulled", "Pushed", "Uri", "fetched", "headers", "outgoing", "parse", "pull", "push", "streamed"]
+__all__ = [
+    "Pulled", "Pushed", "Remote", "RemoteFile", "Uri", "fetched", "headers", "outgoing", "parse", "pull", "push",
+    "streamed",
+]  # fmt: skip

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from ..errors import UsageError
+from .names import check_name
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
 """One slash is enough: paths of the operating system make two of them one."""
@@ -60,3 +61,26 @@ def scheme_of(text: str) -> tuple[str | None, str]:
     """The scheme of a name, if it has one, and the rest of it."""
     match = _SCHEME.fullmatch(text)
     return (match[1].lower(), match[2]) if match else (None, text)
+
+
+@dataclass(frozen=True, slots=True)
+class Address(Uri):
+    """A place whose states have no names of their own: the digest of its listing stands after a `#`."""
+
+    def __str__(self) -> str:
+        path = f"/{self.path}" if self.path else ""
+        return f"{self.scheme}://{self.repo}{path}" + (f"#{self.revision}" if self.revision else "")
+
+
+def address(rest: str, scheme: str) -> Address | None:
+    """An address of a container and a path in it, and the digest of a listing; None where it is none.
+
+    Raises:
+        UsageError: the path climbs out.
+    """
+    match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/([^#]*))?(?:#([0-9a-f]{64}))?", rest)
+    if match is None:
+        return None
+    if match[2]:
+        check_name(match[2], UsageError)
+    return Address(match[1], match[3], match[2] or "", scheme)
