@@ -30,28 +30,38 @@ def distribution(folder: Path, auth: str = "") -> Iterator[str]:
     """A registry that keeps its blobs in a folder; its host and port."""
     if BINARY is None:
         pytest.skip("docker-registry is not installed; .ci/run does that where it can")
-    port = free_port()
-    settings = (
-        f"version: 0.1\nstorage: {{filesystem: {{rootdirectory: {folder}}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n"
-    )
     folder.mkdir()
-    (folder / "settings.yml").write_text(f"{settings}log: {{level: error}}\n{auth}")
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([BINARY, "serve", str(folder / "settings.yml")], stdout=log, stderr=log)
+    process, host = _started(folder, auth)
     try:
-        _wait(f"http://127.0.0.1:{port}/")
-        yield f"127.0.0.1:{port}"
+        yield host
     finally:
         process.terminate()
         process.wait()
 
 
-def _wait(url: str) -> None:
-    for _ in range(200):
-        with contextlib.suppress(OSError), urlopen(url):
-            return
+def _started(folder: Path, auth: str) -> tuple[subprocess.Popen[bytes], str]:
+    """A registry that answers; a port that was free may be somebody else's by the time it is asked for."""
+    for _ in range(5):
+        host = f"127.0.0.1:{free_port()}"
+        told = f"version: 0.1\nstorage: {{filesystem: {{rootdirectory: {folder}}}}}\nhttp: {{addr: '{host}'}}\n"
+        (folder / "settings.yml").write_text(f"{told}log: {{level: error}}\n{auth}")
+        with (folder / "log").open("ab") as log:
+            process = subprocess.Popen([str(BINARY), "serve", str(folder / "settings.yml")], stdout=log, stderr=log)
+        if _answers(process, host):
+            return process, host
+        process.terminate()
+        process.wait()
+    pytest.fail(f"docker-registry does not answer: {(folder / 'log').read_text()[-500:]}")
+
+
+def _answers(process: subprocess.Popen[bytes], host: str) -> bool:
+    for _ in range(400):
+        if process.poll() is not None:
+            return False
+        with contextlib.suppress(OSError), urlopen(f"http://{host}/"):
+            return True
         time.sleep(0.05)
-    pytest.fail("docker-registry does not answer")
+    return False
 
 
 class Proxy:

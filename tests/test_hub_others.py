@@ -156,6 +156,12 @@ def test_without_obstore_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert "adapterkit[s3]" in answer["cure"]
 
 
+def test_modelscope_without_its_client_names_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    answer = record("pull", "modelscope://org/repo", tmp_path / "out", code=3)["error"]
+    assert "modelscope-hub" in answer["cure"]
+
+
 def test_what_fsspec_knows_is_read(hub: HubServer, lora: Path, tmp_path: Path) -> None:
     import fsspec
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from ...errors import RemoteNotFound
 from ..remote import Remote, RemoteFile
+from ..uris import Address
 
 
 class Listing(Remote):
@@ -21,7 +22,7 @@ class Listing(Remote):
         if not told:
             raise RemoteNotFound("nothing is there", path=str(self.uri), cure="Check the spelling, and who may read it")
         found = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-        if self.uri.revision not in (None, found):
+        if isinstance(self.uri, Address) and self.uri.revision not in (None, found):
             cure = "Leave out what stands after the #, to take what is there now"
             raise RemoteNotFound("it is no longer what it was", path=str(self.uri), cure=cure)
         return found
