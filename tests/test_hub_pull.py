@@ -17,8 +17,8 @@ from hub_server import TOKEN, Fault, HubServer
 import adapterkit as ak
 from adapterkit.errors import AdapterkitError, Corrupt, Malformed, NetworkError, StorageError, UsageError
 from adapterkit.hub import parse, retries
+from adapterkit.hub.hubs import remote_at
 from adapterkit.hub.names import check_names
-from adapterkit.hub.remote import Remote
 from adapterkit.hub.transfer import CHUNK, fetch
 from adapterkit.tensors.locations import is_remote
 
@@ -112,7 +112,7 @@ def test_a_hub_that_wants_to_be_left_alone_for_long_is_obeyed(hub: HubServer, tm
 def test_every_flipped_bit_is_found(hub: HubServer, tmp_path: Path) -> None:
     data = np.random.default_rng(3).bytes(2048)
     hub.add("org/lora", {"small.json": data, "lfs.bin": data})
-    remote = Remote(parse("org/lora"))
+    remote = remote_at(parse("org/lora"))
     draw, found = random.Random(4), 0
     for trial in range(60):
         hub.faults = [Fault("/resolve/", "flip", 3, draw.randrange(8 * len(data)))]
@@ -157,7 +157,7 @@ def test_a_killed_pull_goes_on_where_it_stopped(hub: HubServer, tmp_path: Path) 
 def test_what_an_earlier_run_left_is_not_trusted(hub: HubServer, tmp_path: Path) -> None:
     data = np.random.default_rng(6).bytes(3 * CHUNK)
     hub.add("org/lora", {"big.bin": data})
-    file = Remote(parse("org/lora")).files[0]
+    file = remote_at(parse("org/lora")).files[0]
     parts = tmp_path / ".out.pulling" / "parts"
     parts.mkdir(parents=True)
     (parts / file.digest.replace(":", "-")).write_bytes(b"x" + data[1:CHUNK])

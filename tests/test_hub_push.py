@@ -64,6 +64,27 @@ def test_peft_loads_what_was_pushed_in_its_form(
     torch.testing.assert_close(merged.layers[0]["q"].weight, weight + delta)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_transformers_loads_a_merged_model_that_was_pushed(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    ak.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    ak.hub.push(tmp_path / "merged", "org/merged")
+    loaded = AutoModelForCausalLM.from_pretrained("org/merged", cache_dir=str(tmp_path / "hf")).eval()
+    words = torch.arange(8)[None]
+    torch.testing.assert_close(loaded(words).logits, tuned(words).logits)
+
+
 def test_the_card_is_one(hub: HubServer, lora: Path, tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
@@ -156,17 +177,17 @@ def test_faults_of_the_moment_are_overcome(
 def test_somebody_who_pushed_meanwhile_is_not_overwritten(
     hub: HubServer, lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adapterkit.hub import pushing
+    from adapterkit.hub.hubs import _committing
 
     hub.add("org/lora", {"theirs": b"1"})
-    real = pushing._head
+    real = _committing.head_of
 
     def head(remote: object) -> str:
         found = real(remote)
         hub.repos["org/lora"].commit({"theirs": b"2"})
         return found
 
-    monkeypatch.setattr(pushing, "_head", head)
+    monkeypatch.setattr(_committing, "head_of", head)
     with pytest.raises(NetworkError, match="meanwhile"):
         ak.hub.push(lora, "org/lora")
     assert hub.files("org/lora") == {"theirs": b"2"}

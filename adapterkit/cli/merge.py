@@ -1,7 +1,7 @@
 """Fold adapters into a base and write the new base.
 
-BASE is a folder of weights or one weight file; each A an adapter in any known format. An interrupted merge goes on
-where it stopped when the same command is run again.
+BASE is a folder of weights or one weight file; each A an adapter in any known format; OUT a path, or a place on a hub
+such as oci://registry/name:tag. An interrupted merge goes on where it stopped when the same command is run again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_SHOWN = 8
 @click.command(help=__doc__)
 @click.argument("base")
 @click.argument("adapters", metavar="A...", nargs=-1, required=True)
-@click.option("-o", "--out", metavar="OUT", help="Folder or file to write; needed unless only the plan is shown.")
+@click.option("-o", "--out", metavar="OUT", help="Folder, file or uri to write; needed unless only the plan is shown.")
 @_options.weights
 @method_and_settings(default=None)
 @click.option(
@@ -56,6 +56,7 @@ MOST_SHOWN = 8
     help="Most memory to hold; half of what is free if absent.",
 )
 @click.option("--link", is_flag=True, help="Hard links instead of copies of files that no adapter touches.")
+@click.option("--stream", is_flag=True, help="Fetch a base from a hub one weight file at a time, never all of it.")
 @_options.allow_partial
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
@@ -65,8 +66,9 @@ MOST_SHOWN = 8
 def command(
     ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
-    engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, allow_partial: bool,
-    overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None, link: bool,
+    engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
+    allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None,
+    link: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
     from ..merging import merge, plan
@@ -90,7 +92,7 @@ def command(
         report = merge(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
-            overwrite=overwrite, seed=seed, memory=memory, link=link,
+            overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
         )  # fmt: skip
     record = dict(report.record())
     if verified:

@@ -1,7 +1,7 @@
 """Fetch an adapter or a model from a hub, verified.
 
-URI is hf://org/repo, hf://org/repo@revision or hf://org/repo@revision/path; DST is the folder to write. An interrupted
-pull goes on where it stopped when the same command is run again.
+URI is hf://org/repo[@revision][/path], oci://registry/name:tag, s3://bucket/path, or of another hub; DST is the folder
+to write. An interrupted pull goes on where it stopped when the same command is run again.
 """
 
 from __future__ import annotations
@@ -43,4 +43,6 @@ def _view(record: Mapping[str, Any]) -> View:
     if record["dry_run"]:
         yield f"{record['uri']}: {files} to fetch"
         return
-    yield f"{record['out']}: {files} from {record['uri']}, {size(record['fetched'])} fetched, all verified"
+    plain = sum(file["digest"].startswith("unknown:") for file in record["files"])
+    verified = f"{plain} by their sizes alone, no digests are told" if plain else "all verified"
+    yield f"{record['out']}: {files} from {record['uri']}, {size(record['fetched'])} fetched, {verified}"

@@ -1,7 +1,7 @@
 """Put an adapter or a model on a hub, in one commit.
 
-SRC is an adapter in any known format or a folder of weights; URI is hf://org/repo, hf://org/repo@branch or
-hf://org/repo/folder. Without a README.md a model card is generated.
+SRC is an adapter in any known format or a folder of weights; URI is hf://org/repo[@branch][/folder],
+oci://registry/name:tag or s3://bucket/path. Without a README.md a model card is generated.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def command(
 
 
 def _view(record: Mapping[str, Any]) -> View:
-    kinds = ("added", "replaced", "unchanged")
+    kinds = ("added", "replaced", "unchanged", "removed")
     yield Table(("file", "state"), [[name, kind] for kind in kinds for name in record[kind]])
     if record["dry_run"]:
         yield f"{record['uri']}: nothing was written" + ("; the repository would be made" if record["created"] else "")
-    elif not record["added"] and not record["replaced"]:
+    elif not any(record[kind] for kind in ("added", "replaced", "removed")):
         yield f"{record['uri']}: all there already"
     else:
         yield f"{record['uri']}: pushed" + (", in a new repository" if record["created"] else "")

@@ -1,11 +1,16 @@
-"""Digests of local files in the two ways in which a hub names content."""
+"""Digests of local files in the ways in which hubs name content, and whether a hub lists what is here."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import storage_error
+from ..errors import Corrupt, storage_error
+
+if TYPE_CHECKING:
+    from .remote import Content, Digests, Remote
 
 CHUNK = 1 << 20
 
@@ -28,8 +33,42 @@ def digests(file: Path) -> tuple[int, str, str]:
     return size, f"sha256:{whole.hexdigest()}", f"git:{git.hexdigest()}"
 
 
+def digests_of(content: Content) -> Digests:
+    """The digests of what is pushed as one file."""
+    if isinstance(content, Path):
+        return digests(content)
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return len(content), f"sha256:{hashlib.sha256(content).hexdigest()}", f"git:{git}"
+
+
+def hasher(digest: str, size: int) -> hashlib._Hash | None:
+    """What hashes a content in the way of a digest; None where the digest says nothing of the content."""
+    kind = digest.partition(":")[0]
+    if kind == "git":
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    return hashlib.new(kind, usedforsecurity=False) if kind in ("sha256", "md5") else None
+
+
 def same(file: Path, size: int, digest: str) -> bool:
-    """Whether a local file is the one that a hub lists."""
-    if not file.is_file() or file.stat().st_size != size:
+    """Whether a local file is the one that a hub lists; never, where the hub does not tell a digest."""
+    made = hasher(digest, size)
+    if made is None or not file.is_file() or file.stat().st_size != size:
         return False
-    return digest in digests(file)[1:]
+    with open(file, "rb") as handle:
+        while chunk := handle.read(CHUNK):
+            made.update(chunk)
+    return made.hexdigest() == digest.partition(":")[2]
+
+
+def check_listed(there: Remote, found: Mapping[str, Digests]) -> None:
+    """Checks that the hub lists every file with the digest that it has here.
+
+    Raises:
+        Corrupt: one is missing or another.
+    """
+    listed = {file.path: file for file in there.files}
+    for name, (size, *names) in found.items():
+        file = listed.get(name)
+        if file is None or file.size != size or file.digest not in names:
+            cure = "A file changed here while it was pushed, or the hub damaged it: push again with overwriting allowed"
+            raise Corrupt("the hub does not list what was pushed", path=str(there.uri), where=name, cure=cure)

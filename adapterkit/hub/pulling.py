@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import AdapterkitError, RemoteNotFound, StorageError, storage_error
 from ..tensors.atomic import sync_folder
 from ..tensors.locations import NOTE, Source, source_of
+from .hubs import remote_at
 from .remote import Remote, RemoteFile, largest_first
 from .transfer import fetch
 from .uris import Uri, parse
@@ -74,18 +75,18 @@ def pull(
 ) -> Pulled:
     """Fetches a repository, or a folder or file of it, into the folder `dest`.
 
-    Every file is verified against the digest that the hub lists, and fetched again if it is wrong. The folder appears
-    whole; an interrupted pull goes on where it stopped when it is called again. A note in it says which commit it is,
-    and `adapterkit.read` puts that into the adapter's lineage.
+    Every file is verified against the digest that the hub lists, if it lists any, and fetched again if it is wrong. The
+    folder appears whole; an interrupted pull goes on where it stopped when it is called again. A note in it says which
+    commit it is, and `adapterkit.read` puts that into the adapter's lineage.
 
     Args:
-        uri: `hf://org/repo[@revision][/path]`, or `org/repo`.
+        uri: `hf://org/repo[@revision][/path]`, `org/repo`, or of another hub.
         dest: the folder to write; it must not exist, be empty, or hold an earlier pull of the same.
         include: patterns such as `*.safetensors`; only files whose name matches one are fetched.
         overwrite: replace what is at `dest`.
         dry_run: look, and write nothing.
         progress: called with (bytes done, bytes in all) from the calling thread.
-        token: a token; the one that huggingface_hub finds if absent.
+        token: a token; what the hub's own tools use if absent.
 
     Raises:
         NetworkError: no such repository, revision or file; no access; or the hub cannot be reached.
@@ -93,9 +94,9 @@ def pull(
         Corrupt: bytes do not have the promised digest, however often they are fetched.
         StorageError: no space, no permission, or `dest` is taken.
     """
-    remote = Remote(parse(uri) if isinstance(uri, str) else uri, token)
+    remote = remote_at(parse(uri) if isinstance(uri, str) else uri, token)
     target = Path(dest)
-    source = Source(remote.uri.repo, remote.commit, remote.uri.path)
+    source = source_at(remote)
     wanted = choose(remote, include)
     told = {name: (file.size, file.digest) for name, file in wanted.items()}
     if dry_run:
@@ -105,6 +106,11 @@ def pull(
     _check_free(target, overwrite)
     fetched = bring(remote, source, wanted, target, progress)
     return Pulled(source.uri, target, told, fetched)
+
+
+def source_at(remote: Remote) -> Source:
+    """The note of where files came from, at the commit."""
+    return Source(str(remote.uri.at(remote.commit)), remote.uri.name, remote.commit)
 
 
 def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]:
@@ -133,7 +139,7 @@ def bring(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = target.parent / f".{target.name}.pulling"
-        with _locked(stage):
+        with locked(stage):
             _lay_out(stage, wanted)
             _check_space(stage, wanted)
             sent = _Transfer(remote, stage, wanted, progress).run()
@@ -250,7 +256,8 @@ def _sync(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(stage: Path) -> Iterator[None]:
+def locked(stage: Path) -> Iterator[None]:
+    """Holds a folder for this process, which is made where it is not there."""
     stage.mkdir(exist_ok=True)
     with open(stage / "lock", "wb") as lock:
         try:
@@ -260,7 +267,7 @@ def _locked(stage: Path) -> Iterator[None]:
         except ImportError:  # Windows: renaming a folder with open files fails there, which serves the same end
             pass
         except BlockingIOError:
-            raise StorageError("another pull is writing here", path=stage, cure="Wait for it") from None
+            raise StorageError("another process is writing here", path=stage, cure="Wait for it") from None
         yield
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterkitError, Corrupt, NetworkError, RemoteNotFound, StorageError, UnknownFormat, UsageError
+from ..errors import StorageError, UnknownFormat, UsageError
 from ..merging.planning import REPORT
 from ..tensors.locations import source_of
 from .card import adapter_card, licence_of, model_card
-from .digests import digests
+from .digests import check_listed, digests_of
+from .hubs import remote_at
 from .names import check_names
-from .remote import Remote, RemoteFile
+from .remote import Content, Digests, Remote, RemoteFile
 from .uris import Uri, parse
 
 CARD = "README.md"
@@ -30,7 +30,8 @@ class Pushed:
         uri: where it is now, at the commit; without one where nothing was written.
         commit: the commit; None where nothing was written.
         created: the repository was (or would be) made.
-        added, replaced, unchanged: names of files in the repository.
+        added, replaced, unchanged, removed: names of files in the repository; none is removed where what is pushed
+            stands beside what was there.
         card: the text of the generated card; None where there was one.
         tag: the tag that was set.
         dry: nothing was written.
@@ -42,6 +43,7 @@ class Pushed:
     added: tuple[str, ...]
     replaced: tuple[str, ...]
     unchanged: tuple[str, ...]
+    removed: tuple[str, ...] = ()
     card: str | None = None
     tag: str | None = None
     dry: bool = False
@@ -50,8 +52,8 @@ class Pushed:
         """The same as plain data."""
         return {
             "uri": self.uri, "commit": self.commit, "created": self.created, "added": list(self.added),
-            "replaced": list(self.replaced), "unchanged": list(self.unchanged), "card": self.card, "tag": self.tag,
-            "dry_run": self.dry,
+            "replaced": list(self.replaced), "unchanged": list(self.unchanged), "removed": list(self.removed),
+            "card": self.card, "tag": self.tag, "dry_run": self.dry,
         }  # fmt: skip
 
 
@@ -59,15 +61,15 @@ class Pushed:
 class _Payload:
     """Files to push, by their names in the repository: paths, or the text of a generated card."""
 
-    files: dict[str, Path | bytes]
+    files: dict[str, Content]
     card: str | None = None
-    found: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    found: dict[str, Digests] = field(default_factory=dict)
 
-    def digests(self) -> dict[str, tuple[int, str, str]]:
+    def digests(self) -> dict[str, Digests]:
         for name, content in self.files.items():
             if name not in self.found:
-                self.found[name] = _digests(content)
-        return self.found
+                self.found[name] = digests_of(content)
+        return {name: self.found[name] for name in self.files}
 
 
 def push(
@@ -87,12 +89,12 @@ def push(
 ) -> Pushed:
     """Pushes an adapter, or a folder of weights, in one commit.
 
-    The commit names its parent: when somebody else pushed meanwhile, it fails instead of mixing. A repository or branch
-    that is not there is made. Without a README.md, here and there, a model card is generated.
+    When somebody else pushed meanwhile, it fails instead of mixing. A repository or branch that is not there is made.
+    Without a README.md, here and there, a model card is generated.
 
     Args:
         path: an adapter in any format, or a base: file or folder. Hidden files stay here.
-        uri: `hf://org/repo[@branch][/folder]`.
+        uri: `hf://org/repo[@branch][/folder]`, `oci://registry/name:tag`, or of another hub.
         format: push the adapter in this format; as it lies there if absent.
         base: the base, where writing that format needs one.
         on_loss: as for `adapterkit.write`.
@@ -102,7 +104,7 @@ def push(
         licence: an identifier such as `apache-2.0` for the generated card.
         overwrite: replace files that are there with other content; without it they are an error.
         dry_run: look, and write nothing.
-        token: a token; the one that huggingface_hub finds if absent.
+        token: a token; what the hub's own tools use if absent.
 
     Raises:
         NetworkError: no access, somebody pushed meanwhile, or the hub cannot be reached.
@@ -113,19 +115,20 @@ def push(
     target = parse(uri) if isinstance(uri, str) else uri
     with tempfile.TemporaryDirectory(prefix="adapterkit-") as scratch:
         source = Path(path) if format is None else _converted(path, Path(scratch), format, base, on_loss)
-        payload = _payload(source, target, licence)
-        remote = Remote(target, token)
-        there = _there(remote)
-        state = _compare(payload, {} if there is None else {file.path: file for file in there.files})
+        remote = remote_at(target, token)
+        payload = _payload(source, remote, licence)
+        there = remote.there()
+        state = _compare(payload, there or {}, remote)
         _refuse(state, target, overwrite)
-        kinds = state["added"], state["replaced"], state["unchanged"]
-        if dry_run or not (state["added"] or state["replaced"]):
-            commit = None if dry_run else _head(remote)
+        kinds = state["added"], state["replaced"], state["unchanged"], state["removed"]
+        if dry_run or not any(state[kind] for kind in ("added", "replaced", "removed")):
+            commit = None if dry_run else remote.kept()
             tag = _tag(remote, tag, commit) if commit else None
             place = str(target if commit is None else target.at(commit))
             return Pushed(place, commit, there is None, *kinds, payload.card, tag, dry_run)
-        commit = _send(remote, payload, state, message or f"Push {source.name} with adapterkit", private)
-        _check(Remote(target.at(commit), token), payload)
+        changed, words = [*state["added"], *state["replaced"]], message or f"Push {source.name} with adapterkit"
+        commit = remote.send(payload.files, changed, payload.digests(), words, private)
+        check_listed(remote_at(target.at(commit), token), payload.digests())
         tag = _tag(remote, tag, commit)
         return Pushed(str(target.at(commit)), commit, there is None, *kinds, payload.card, tag)
 
@@ -140,16 +143,16 @@ def _converted(path: str | os.PathLike[str], scratch: Path, name: str, base: Any
     return out
 
 
-def _payload(source: Path, target: Uri, licence: str | None) -> _Payload:
+def _payload(source: Path, remote: Remote, licence: str | None) -> _Payload:
     """The files, and a card for the repository's root where there is none."""
-    files = _files(source)
+    files, target = _files(source), remote.uri
     check_names(files)
     card = files.get(CARD)
     text = _card(source, target, licence or (licence_of(card.read_text("utf-8")) if card else None))
     prefix = f"{target.path}/" if target.path else ""
     payload = _Payload({f"{prefix}{name}": path for name, path in files.items()})
-    if card is None and not prefix:
-        payload.card, payload.files[CARD] = text, text.encode()
+    if card is None and (not prefix or remote.cards_below):
+        payload.card, payload.files[prefix + CARD] = text, text.encode()
     return payload
 
 
@@ -173,7 +176,7 @@ def _card(source: Path, target: Uri, licence: str | None) -> str:
     """The card; reading for it also proves that an adapter or a base is pushed, and no folder of something else."""
     from ..formats import detect, read
 
-    name, place = target.repo.partition("/")[2], str(target)
+    name, place = (target.path or target.repo).rpartition("/")[2], str(target)
     try:
         source_format = detect(source)
     except UnknownFormat:
@@ -191,30 +194,20 @@ def _base_card(source: Path, name: str, place: str, licence: str | None) -> str:
         raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=source, cure=cure) from None
     report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
     origin, told = source_of(folder), report.get("base_uri")
-    base = parse(told).repo if isinstance(told, str) else origin.repo if origin else None
+    base = parse(told).name if isinstance(told, str) else origin.repo if origin else None
     adapters = report.get("adapters")
     listed = [a for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []
     return model_card(name, place, base, listed, licence)
 
 
-def _there(remote: Remote) -> Remote | None:
-    """The repository as it stands; None where there is none, or no such branch of it."""
-    try:
-        _ = remote.files
-    except RemoteNotFound:
-        if remote.uri.revision is None:
-            return None
-        main = Remote(Uri(remote.uri.repo), remote.token)
-        main.api = remote.api
-        return _there(main)
-    return remote
-
-
-def _compare(payload: _Payload, there: Mapping[str, RemoteFile]) -> dict[str, tuple[str, ...]]:
-    if payload.card is not None and CARD in there:
-        del payload.files[CARD]
+def _compare(payload: _Payload, there: Mapping[str, RemoteFile], remote: Remote) -> dict[str, tuple[str, ...]]:
+    name = f"{remote.uri.path}/{CARD}" if remote.cards_below and remote.uri.path else CARD
+    if payload.card is not None and name in there and not remote.whole:
+        del payload.files[name]
         payload.card = None
-    state: dict[str, list[str]] = {"added": [], "replaced": [], "unchanged": []}
+    state: dict[str, list[str]] = {"added": [], "replaced": [], "unchanged": [], "removed": []}
+    if remote.whole:
+        state["removed"] += [path for path in there if path not in payload.files]
     for name, (size, *names) in payload.digests().items():
         file = there.get(name)
         kind = "added" if file is None else "unchanged" if file.size == size and file.digest in names else "replaced"
@@ -223,110 +216,14 @@ def _compare(payload: _Payload, there: Mapping[str, RemoteFile]) -> dict[str, tu
 
 
 def _refuse(state: Mapping[str, tuple[str, ...]], target: Uri, overwrite: bool) -> None:
-    if state["replaced"] and not overwrite:
-        names = ", ".join(state["replaced"][:5]) + (", ..." if len(state["replaced"]) > 5 else "")
+    lost = [*state["replaced"], *state["removed"]]
+    if lost and not overwrite:
+        names = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
         cure = "Push to another repository, branch or folder, or allow overwriting"
         raise StorageError(f"there already, with other content: {names}", path=str(target), cure=cure)
 
 
-def _send(remote: Remote, payload: _Payload, state: Mapping[str, tuple[str, ...]], message: str, private: bool) -> str:
-    """Makes what has to be made, and one commit; returns its name."""
-    uri, api = remote.uri, remote.api
-    remote.call(lambda: api.create_repo(uri.repo, private=private or None, exist_ok=True))
-    head = _head(remote)
-    changed = [*state["added"], *state["replaced"]]
-
-    def act() -> str:
-        from huggingface_hub import CommitOperationAdd
-
-        # Operations remember that they were sent, so that each attempt needs new ones.
-        operations = [CommitOperationAdd(name, _content(payload.files[name])) for name in changed]
-        done = api.create_commit(
-            uri.repo, operations, commit_message=message, revision=uri.revision, parent_commit=head, num_threads=2
-        )
-        return str(done.oid)
-
-    with _uploading(remote.endpoint):
-        return _once(remote, head, payload, act)
-
-
-def _head(remote: Remote) -> str:
-    """The commit to build upon; a branch that is not there is begun at the main one."""
-    uri = remote.uri
-    try:
-        return Remote(uri, remote.token).commit
-    except RemoteNotFound:
-        if uri.revision is None:
-            raise
-    branch = uri.revision
-    remote.call(lambda: remote.api.create_branch(uri.repo, branch=branch, exist_ok=True))
-    return Remote(uri, remote.token).commit
-
-
-def _once(remote: Remote, head: str, payload: _Payload, act: Callable[[], str]) -> str:
-    """Commits; where the answer was lost, a later attempt finds that the state has moved, to what was to be pushed."""
-    try:
-        return remote.call(act)
-    except NetworkError as error:
-        try:
-            now = Remote(remote.uri, remote.token)
-            moved = now.commit != head
-            _check(now, payload)
-        except AdapterkitError:
-            moved = False
-        else:
-            if moved:
-                return now.commit
-        if "412" in error.why or "refresh" in error.why:
-            cure = "Look at what is there now, and run the same command again"
-            raise NetworkError("somebody else pushed meanwhile", path=str(remote.uri), cure=cure) from None
-        raise
-
-
-def _check(there: Remote, payload: _Payload) -> None:
-    """Checks that the hub lists every file with the digest that it has here."""
-    listed = {file.path: file for file in there.files}
-    for name, (size, *names) in payload.digests().items():
-        file = listed.get(name)
-        if file is None or file.size != size or file.digest not in names:
-            cure = "A file changed here while it was pushed, or the hub damaged it: push again with overwriting allowed"
-            raise Corrupt("the hub does not list what was pushed", path=str(there.uri), where=name, cure=cure)
-
-
 def _tag(remote: Remote, tag: str | None, commit: str) -> str | None:
     if tag is not None:
-        name = tag
-        remote.call(lambda: remote.api.create_tag(remote.uri.repo, tag=name, revision=commit))
+        remote.tagged(tag, commit)
     return tag
-
-
-def _content(content: Path | bytes) -> str | bytes:
-    return str(content) if isinstance(content, Path) else content
-
-
-def _digests(content: Path | bytes) -> tuple[int, str, str]:
-    if isinstance(content, Path):
-        return digests(content)
-    import hashlib
-
-    git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    return len(content), f"sha256:{hashlib.sha256(content).hexdigest()}", f"git:{git}"
-
-
-@contextmanager
-def _uploading(endpoint: str) -> Iterator[None]:
-    """Without xet where the hub is not Hugging Face's own: other servers do not speak it. Without words or bars."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
-
-    xet, level, silent = constants.HF_HUB_DISABLE_XET, logging.get_verbosity(), are_progress_bars_disabled()
-    constants.HF_HUB_DISABLE_XET = xet or not endpoint.endswith(("huggingface.co", "hf.co"))
-    logging.set_verbosity(logging.ERROR)
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_XET = xet
-        logging.set_verbosity(level)
-        if not silent:
-            enable_progress_bars()

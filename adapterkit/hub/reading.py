@@ -14,9 +14,11 @@ from urllib.parse import quote
 
 from ..errors import Malformed, NetworkError, storage_error
 from ..tensors.lazy import ELSEWHERE, Span
-from ..tensors.locations import NOTE, Source
+from ..tensors.locations import NOTE
 from ..tensors.safetensors import MAX_HEADER
-from .pulling import bring, choose
+from .folders import cache_folder
+from .hubs import remote_at
+from .pulling import bring, choose, source_at
 from .remote import Remote, RemoteFile
 from .transfer import fetch, read_range
 from .uris import Uri, parse
@@ -48,11 +50,11 @@ def fetched(name: str) -> Path:
     """
     uri = parse(name)
     commit = _commit(uri)
-    folder = _cache(uri) / commit / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
+    folder = _cache(uri) / commit.replace(":", "-") / hashlib.sha256(uri.path.encode()).hexdigest()[:16]
     inside = PurePosixPath(uri.path).name
     if not (folder / NOTE).is_file():
-        remote = _remote(uri)
-        bring(remote, Source(uri.repo, commit, uri.path), needed(remote), folder, None)
+        remote = remote_of(uri)
+        bring(remote, source_at(remote), needed(remote), folder, None)
     return folder / inside if inside and (folder / inside).is_file() else folder
 
 
@@ -81,7 +83,7 @@ def headers(name: str) -> Iterator[Path]:
     Raises:
         AdapterkitError: as for `pull`.
     """
-    remote = _remote(parse(name))
+    remote = remote_of(parse(name))
     wanted = needed(remote)
     if not any(file.path.endswith(".safetensors") for file in wanted.values()):
         yield fetched(name)
@@ -102,14 +104,20 @@ def _sketch(remote: Remote, wanted: Mapping[str, RemoteFile], folder: Path) -> N
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".safetensors"):
-            _outline(remote, file, target)
+            outline(remote, file, target)
         elif name.endswith(".json") and file.size <= MAX_SMALL:
             fetch(remote, file, target, lambda _: None)
-    Source(remote.uri.repo, remote.commit, remote.uri.path).save(folder)
+    source_at(remote).save(folder)
 
 
-def _outline(remote: Remote, file: RemoteFile, target: Path) -> None:
-    """A file of the right size with a header and a hole for the data, which are fetched when they are asked for."""
+def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
+    """A file of the right size with a header and a hole for the data, which are fetched when they are asked for.
+
+    Its time says which content it is, so that what is planned by size and time goes on with the same content alone.
+
+    Returns:
+        what came of the file: its header, and what came with that.
+    """
     start = read_range(remote, file, 0, min(FIRST_READ, file.size))
     length = 8 + (struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0)
     if length > min(file.size, MAX_HEADER + 8):
@@ -121,6 +129,8 @@ def _outline(remote: Remote, file: RemoteFile, target: Path) -> None:
         with open(target, "xb") as sketch:
             sketch.write(start[:length])
             sketch.truncate(file.size)
+        stamp = int.from_bytes(hashlib.sha256(file.digest.encode()).digest()[:4], "big")
+        os.utime(target, (stamp, stamp))
     except OSError as error:
         raise storage_error(error, target) from error
 
@@ -128,14 +138,15 @@ def _outline(remote: Remote, file: RemoteFile, target: Path) -> None:
         return bytearray(read_range(remote, file, span.offset, span.nbytes))
 
     ELSEWHERE[str(target)] = read
+    return start
 
 
-def _remote(uri: Uri) -> Remote:
+def remote_of(uri: Uri) -> Remote:
     """The repository as it was when it was first looked up, within a minute."""
     key, now = (os.environ.get("HF_ENDPOINT", ""), str(uri)), time.monotonic()
     when, remote = _seen.get(key, (0.0, None))
     if remote is None or now - when > FRESH:
-        remote = Remote(uri)
+        remote = remote_at(uri)
         _ = remote.commit
         _seen[key] = (now, remote)
     return remote
@@ -152,7 +163,7 @@ def _commit(uri: Uri) -> str:
         except OSError:
             cure = "Unset HF_HUB_OFFLINE, or name a local path"
             raise NetworkError("offline mode is on, and it is not in the cache", path=str(uri), cure=cure) from None
-    commit = _remote(uri).commit
+    commit = remote_of(uri).commit
     try:
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(commit, "utf-8")
@@ -162,7 +173,4 @@ def _commit(uri: Uri) -> str:
 
 
 def _cache(uri: Uri) -> Path:
-    root = os.environ.get("ADAPTERKIT_CACHE")
-    if root is None:
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "adapterkit")
-    return Path(root) / "hub" / uri.repo.replace("/", "--")
+    return cache_folder() / "hub" / uri.name.replace("://", "--").replace(":", "-").replace("/", "--")

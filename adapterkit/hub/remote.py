@@ -1,29 +1,29 @@
-"""A repository on a hub: what it holds, at which commit; every request retried, every fault in adapterkit's words.
-
-huggingface_hub's environment holds: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE. No text of a token, a header or a signed
-address reaches an error: what a server says is shown with such parts taken out.
-"""
+"""A place on a hub: what it holds, at which commit, and how its bytes come and go. Each hub is a class of this kind."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import ClassVar, TypeVar
 
-from ..errors import AccessDenied, AdapterkitError, Malformed, NetworkError, RemoteNotFound
+from ..errors import AdapterkitError, Malformed, NetworkError, RemoteNotFound, Unsupported, nearest
 from .names import check_names
-from .retries import PASSING, Passing, retry_after, retrying
+from .retries import Passing, retrying
 from .uris import Uri
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 T = TypeVar("T")
 
 MAX_FILES = 100_000
+
+Content = Path | bytes
+"""What is pushed as one file."""
+
+Digests = tuple[int, str, str]
+"""A file's bytes, `sha256:...` and `git:...`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,41 +33,75 @@ class RemoteFile:
     Attributes:
         path: inside the repository.
         size: bytes.
-        digest: `sha256:...` of the content, or `git:...`, the sha1 that git names a small file by.
+        digest: `sha256:...` or `md5:...` of the content, or `git:...`, the sha1 that git names a small file by; where a
+            hub tells none of them, `unknown:...` with whatever it tells contents apart by.
     """
 
     path: str
     size: int
     digest: str
 
+    @property
+    def verifiable(self) -> bool:
+        """Whether its bytes can be held against its digest."""
+        return not self.digest.startswith("unknown:")
 
-class Remote:
-    """A repository on a hub.
+
+class Remote(ABC):
+    """A place on a hub.
 
     Args:
         uri: the repository, and the revision that is meant.
-        token: a token; the one that huggingface_hub finds if absent.
+        token: a token; what the hub's own tools use if absent.
     """
 
+    form: ClassVar[str]
+    """How its names are written."""
+
+    whole: ClassVar[bool] = False
+    """A push leaves what was pushed alone, not beside what was there."""
+
+    cards_below: ClassVar[bool] = False
+    """A folder of the place is a place of its own, with a model card."""
+
     def __init__(self, uri: Uri, token: str | None = None) -> None:
-        from huggingface_hub import HfApi, constants, get_token
+        self.uri, self.token = uri, token
 
-        self.uri = uri
-        self.token = token or get_token()
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-        self.api: HfApi = HfApi(endpoint=self.endpoint, token=self.token or False)
+    @classmethod
+    @abstractmethod
+    def named(cls, rest: str) -> Uri | None:
+        """What stands after the scheme, read; None where it makes no sense here."""
 
-    @cached_property
+    @property
+    @abstractmethod
     def commit(self) -> str:
-        """The commit that the revision names.
+        """The name, for ever, of the state that the revision names now.
 
         Raises:
             NetworkError: there is no such repository or revision, access is denied, or the hub cannot be reached.
         """
-        found = self.call(lambda: self.api.model_info(self.uri.repo, revision=self.uri.revision)).sha
-        if not isinstance(found, str) or not re.fullmatch(r"[0-9a-f]{40,64}", found):
-            raise NetworkError("the hub did not say which commit that is", path=str(self.uri), cure=_NOT_A_HUB)
-        return found
+
+    @abstractmethod
+    def listed(self) -> Iterable[RemoteFile]:
+        """The files of the commit; requests are made by way of `call`."""
+
+    @abstractmethod
+    def opened(
+        self, file: RemoteFile, start: int, end: int | None
+    ) -> AbstractContextManager[tuple[int, Iterator[bytes]]]:
+        """The bytes of a file from `start`, to before `end` if it is given.
+
+        Returns:
+            where the bytes that come begin, which is before `start` where the hub heeds no ranges; and the bytes.
+        """
+
+    @abstractmethod
+    def passing(self, error: Exception) -> Passing | None:
+        """What an exception means: a fault of the moment, or None."""
+
+    @abstractmethod
+    def failure(self, error: Exception) -> AdapterkitError | None:
+        """A fault of the network or the hub in adapterkit's words, without secrets; None for any other exception."""
 
     @cached_property
     def files(self) -> tuple[RemoteFile, ...]:
@@ -77,14 +111,16 @@ class Remote:
             Malformed: a name would leave the folder, or they cannot stand beside each other.
             NetworkError: as for `commit`.
         """
-        files = self.call(
-            lambda: self._list(self.api.list_repo_tree(self.uri.repo, recursive=True, revision=self.commit))
-        )
+        found: list[RemoteFile] = []
+        for file in self.listed():
+            found.append(file)
+            if len(found) > MAX_FILES:
+                raise Malformed(f"more than {MAX_FILES:,} files", path=str(self.uri), cure="Name a folder of it")
         try:
-            check_names(file.path for file in files)
+            check_names(file.path for file in found)
         except AdapterkitError as error:
             raise error.at(path=str(self.uri)) from None
-        return files
+        return tuple(found)
 
     def below(self, path: str) -> tuple[RemoteFile, ...]:
         """The files of a folder of the repository, or the one file of that name.
@@ -94,29 +130,9 @@ class Remote:
         """
         found = tuple(f for f in self.files if not path or f.path == path or f.path.startswith(f"{path}/"))
         if not found:
-            from ..errors import nearest
-
             cure = nearest(path, (file.path for file in self.files)) or "See the files with 'adapterkit pull --dry-run'"
             raise RemoteNotFound("no such file or folder in the repository", path=str(self.uri), cure=cure)
         return found
-
-    def _list(self, entries: Iterable[Any]) -> tuple[RemoteFile, ...]:
-        found: list[RemoteFile] = []
-        for entry in entries:
-            if hasattr(entry, "blob_id"):
-                found.append(self._file(entry))
-            if len(found) > MAX_FILES:
-                raise Malformed(f"more than {MAX_FILES:,} files", path=str(self.uri), cure="Name a folder of it")
-        return tuple(found)
-
-    def _file(self, entry: Any) -> RemoteFile:
-        digest = f"git:{entry.blob_id}" if entry.lfs is None else f"sha256:{entry.lfs.sha256}"
-        size = entry.size if entry.lfs is None else entry.lfs.size
-        path = entry.path
-        told = isinstance(path, str) and isinstance(size, int) and size >= 0
-        if not told or not re.fullmatch(r"git:[0-9a-f]{40}|sha256:[0-9a-f]{64}", digest):
-            raise Malformed("the hub lists a file without its size or digest", path=str(self.uri), cure=_NOT_A_HUB)
-        return RemoteFile(path, size, digest)
 
     def call(self, act: Callable[[], T]) -> T:
         """Runs a request, again where that may help.
@@ -125,7 +141,7 @@ class Remote:
             NetworkError: it failed for good.
         """
         try:
-            return retrying(act, passing)
+            return retrying(act, self.passing)
         except AdapterkitError:
             raise
         except Exception as error:
@@ -135,83 +151,43 @@ class Remote:
         # Outside of the handler: the exception caught holds the request with its headers.
         raise failure
 
-    def failure(self, error: Exception) -> NetworkError | None:
-        """A fault of the network or the hub in adapterkit's words; None for any other exception."""
-        from huggingface_hub import errors
-        from huggingface_hub.utils import httpx
+    def there(self) -> Mapping[str, RemoteFile] | None:
+        """The files that a push would meet, by path; None where there is no such place yet.
 
-        place, error = str(self.uri), _cause(error)
-        if isinstance(error, errors.OfflineModeIsEnabled):
-            return NetworkError("offline mode is on", path=place, cure="Unset HF_HUB_OFFLINE, or name a local path")
-        if isinstance(error, errors.HfHubHTTPError):
-            return self._refusal(error, errors)
-        if isinstance(error, (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, Passing, TimeoutError)):
-            why = f"cannot reach {_origin(self.endpoint)} ({type(error).__name__.removesuffix('Error')})"
-            return NetworkError(str(error) if isinstance(error, Passing) else why, path=place, cure=_REACH)
-        if isinstance(error, (errors.HFValidationError, ValueError, KeyError, TypeError, AttributeError)):
-            why = f"the hub's answer makes no sense ({type(error).__name__})"
-            return NetworkError(why, path=place, cure=_NOT_A_HUB)
-        return None
+        Raises:
+            NetworkError: access is denied, or the hub cannot be reached.
+        """
+        try:
+            return {file.path: file for file in self.files}
+        except RemoteNotFound:
+            return None
 
-    def _refusal(self, error: Any, errors: Any) -> NetworkError:
-        place, status = str(self.uri), error.response.status_code
-        known = "with this token" if self.token else "without a token"
-        if isinstance(error, errors.GatedRepoError):
-            cure = f"Accept its terms at {_origin(self.endpoint)}/{self.uri.repo}, and set HF_TOKEN to a token of yours"
-            return AccessDenied("access to this repository is gated", path=place, cure=cure)
-        if isinstance(error, errors.RevisionNotFoundError):
-            cure = "Check the branch, tag or commit after the @"
-            return RemoteNotFound(f"no revision {self.uri.revision or 'main'!r}", path=place, cure=cure)
-        if isinstance(error, errors.EntryNotFoundError):
-            return RemoteNotFound("no such file in the repository", path=place, cure="Check the spelling of the path")
-        if status == 401 and self.token and not isinstance(error, errors.RepositoryNotFoundError):
-            cure = "It is mistyped, expired or revoked: set HF_TOKEN to a valid one, or unset it"
-            return AccessDenied("the hub does not know this token", path=place, cure=cure)
-        if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
-            return AccessDenied("the hub wants a token", path=place, cure=_LOGIN)
-        if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
-            cure = "Check the spelling" + ("" if self.token else f". If it is private: {_LOGIN}")
-            return RemoteNotFound(f"no such repository, or not visible {known}", path=place, cure=cure)
-        if status == 403:
-            cure = "Use a token that has the right to do this (to write, for a push)" if self.token else _LOGIN
-            return AccessDenied(f"not allowed {known}", path=place, cure=cure)
-        return NetworkError(f"the hub answered {status}{self._said(error)}", path=place, cure=_REACH)
+    def send(
+        self, files: Mapping[str, Content], changed: Sequence[str], found: Mapping[str, Digests], message: str,
+        private: bool,
+    ) -> str:  # fmt: skip
+        """Puts files there so that nobody sees half of them.
 
-    def _said(self, error: Any) -> str:
-        """What the server said, tokens and addresses taken out."""
-        text = " ".join(str(getattr(error, "server_message", None) or "").split())[:200]
-        return f": {redacted(text, self.token)}" if text else ""
+        Args:
+            files: all that is pushed, by path.
+            changed: names of those that are not there as they are.
+            found: their digests.
+            message: of the commit.
+            private: a place that has to be made is private.
 
+        Returns:
+            the commit.
+        """
+        why = f"nothing can be pushed to a place of the kind {self.uri.scheme}://"
+        raise Unsupported(why, path=str(self.uri), cure="Push to hf://, oci:// or s3://")
 
-def passing(error: Exception) -> Passing | None:
-    """What an exception of the HTTP stack means: a fault of the moment, or None."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.utils import httpx
+    def kept(self) -> str:
+        """The commit of what is there already; a branch that has to be made is."""
+        return self.commit
 
-    error = _cause(error)
-    if isinstance(error, Passing):
-        return error
-    if isinstance(error, OfflineModeIsEnabled):
-        return None
-    if isinstance(error, HfHubHTTPError):
-        response = error.response
-        told = response is not None and response.status_code in PASSING
-        return Passing("busy", retry_after(response.headers.get("Retry-After"))) if told else None
-    return Passing("lost") if isinstance(error, (httpx.TransportError, ConnectionError)) else None
-
-
-def redacted(text: str, token: str | None) -> str:
-    """Text without tokens and without the queries of addresses, which may be signatures."""
-    if token:
-        text = text.replace(token, "<token>")
-    text = re.sub(r"hf_[A-Za-z0-9]+|[Bb]earer\s+\S+", "<token>", text)
-    return re.sub(r"(https?://[^\s?]*)\?\S+", r"\1?...", text)
-
-
-def _cause(error: Exception) -> Exception:
-    """What huggingface_hub met while it uploaded a file: it wraps that into a `RuntimeError`."""
-    wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
-    return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
+    def tagged(self, tag: str, commit: str) -> None:
+        """Sets a tag on a commit."""
+        raise Unsupported(f"{self.uri.scheme}:// knows no tags", path=str(self.uri), cure="Leave the tag out")
 
 
 def largest_first(files: Sequence[RemoteFile]) -> list[RemoteFile]:
@@ -219,11 +195,10 @@ def largest_first(files: Sequence[RemoteFile]) -> list[RemoteFile]:
     return sorted(files, key=lambda file: (-file.size, file.path))
 
 
-def _origin(endpoint: str) -> str:
-    """An endpoint without a user's name and password."""
-    return re.sub(r"//[^/@]*@", "//", endpoint)
+NOT_REACHED = "Check the connection, then run the same command again: it goes on where it stopped"
 
 
-_LOGIN = "Set HF_TOKEN, or run 'hf auth login'"
-_REACH = "Check the connection and HF_ENDPOINT, then run the same command again: it goes on where it stopped"
-_NOT_A_HUB = "Is HF_ENDPOINT the address of a hub?"
+def unreachable(place: str, host: str, error: Exception) -> NetworkError:
+    """The words for a connection that fails, of the kind of failure and no more: an exception may hold secrets."""
+    why = f"cannot reach {host} ({type(error).__name__.removesuffix('Error')})"
+    return NetworkError(str(error) if isinstance(error, Passing) else why, path=place, cure=NOT_REACHED)

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin, urlsplit
+from typing import Any
 
-from ..errors import Corrupt, NetworkError, storage_error
-from .remote import Remote, RemoteFile, passing
-from .retries import ATTEMPTS, PASSING, Passing, pause, retry_after
-
-if TYPE_CHECKING:
-    import httpx2
+from ..errors import AdapterkitError, Corrupt, NetworkError, storage_error
+from .digests import hasher
+from .remote import Remote, RemoteFile
+from .retries import ATTEMPTS, Passing, pause
 
 CHUNK = 1 << 20
-READ_TIMEOUT = 30.0
-"""Seconds without a byte after which a connection counts as lost."""
-
-MAX_HOPS = 5
 ANEW = 3
 """How often a file whose bytes came wrong is fetched from its start."""
 
@@ -57,14 +48,15 @@ def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> byt
     """
 
     def act() -> bytes:
-        with stream(remote, file, {"Range": f"bytes={start}-{start + length - 1}"}) as response:
-            if response.status_code != 206 or _start(response) != start:
+        with remote.opened(file, start, start + length) as (begin, chunks):
+            if begin != start:
                 raise Passing("the hub did not send the range that was asked for")
             data = b""
-            for chunk in response.iter_raw(CHUNK):
+            for chunk in chunks:
                 data += chunk
                 if len(data) > length:
                     break
+        data = data[:length]
         if len(data) != length:
             raise Passing(f"the hub sent {len(data)} bytes where {length} were asked for")
         return data
@@ -74,7 +66,7 @@ def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> byt
 
 def _fetched(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], None]) -> bool:
     """Fetches what is missing; whether the whole then has its digest."""
-    digest = _hasher(file)
+    digest = hasher(file.digest, file.size)
     try:
         with open(part, "a+b") as target:
             _replay(target, file, digest, count)
@@ -83,13 +75,7 @@ def _fetched(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int]
             os.fsync(target.fileno())
     except OSError as error:
         raise storage_error(error, part) from error
-    return bool(digest.hexdigest() == file.digest.partition(":")[2])
-
-
-def _hasher(file: RemoteFile) -> Any:
-    if file.digest.startswith("sha256:"):
-        return hashlib.sha256()
-    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    return digest is None or bool(digest.hexdigest() == file.digest.partition(":")[2])
 
 
 def _replay(target: Any, file: RemoteFile, digest: Any, count: Callable[[int], None]) -> None:
@@ -98,7 +84,8 @@ def _replay(target: Any, file: RemoteFile, digest: Any, count: Callable[[int], N
         target.truncate(0)
     target.seek(0)
     while chunk := target.read(CHUNK):
-        digest.update(chunk)
+        if digest is not None:
+            digest.update(chunk)
         count(len(chunk))
 
 
@@ -110,12 +97,15 @@ def _rest(remote: Remote, file: RemoteFile, target: Any, digest: Any, count: Cal
         try:
             for chunk in _chunks(remote, file, done):
                 target.write(chunk)
-                digest.update(chunk)
+                if digest is not None:
+                    digest.update(chunk)
                 done += len(chunk)
                 count(len(chunk))
             met: Passing | None = Passing("the connection ended early")
+        except AdapterkitError:
+            raise
         except Exception as error:
-            met = passing(error)
+            met = remote.passing(error)
             if met is None:
                 raise _failed(remote, error) from None
         attempt = 0 if done - before >= CHUNK else attempt + 1
@@ -129,12 +119,11 @@ def _failed(remote: Remote, error: Exception) -> Exception:
 
 def _chunks(remote: Remote, file: RemoteFile, start: int) -> Iterator[bytes]:
     """The bytes of a file from `start`, never more than it has."""
-    with stream(remote, file, {"Range": f"bytes={start}-"} if start else {}) as response:
-        begin = _start(response)
+    with remote.opened(file, start, None) as (begin, coming):
         if not 0 <= begin <= start:
             raise Passing("the hub did not send the range that was asked for")
         skip, left = start - begin, file.size - start
-        for chunk in response.iter_raw(CHUNK):
+        for chunk in coming:
             wanted = chunk[skip : skip + left]
             skip = max(0, skip - len(chunk))
             left -= len(wanted)
@@ -144,62 +133,5 @@ def _chunks(remote: Remote, file: RemoteFile, start: int) -> Iterator[bytes]:
                 return
 
 
-def _start(response: httpx2.Response) -> int:
-    """Where the answer's bytes begin; a server that ignores ranges begins at 0."""
-    if response.status_code != 206:
-        return 0
-    first = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    return int(first) if first.isdigit() else -1
-
-
-@contextmanager
-def stream(remote: Remote, file: RemoteFile, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-    """An open answer with a file's bytes, redirects followed; the token goes to the hub's own origin alone.
-
-    Raises:
-        Passing: the hub is busy.
-        NetworkError: it refuses, or sends elsewhere than one may go.
-    """
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx
-
-    url = hf_hub_url(remote.uri.repo, file.path, revision=remote.commit, endpoint=remote.endpoint)
-    home = _origin(url)
-    with_token = build_hf_headers(token=remote.token or False)
-    bare = {key: value for key, value in with_token.items() if key.lower() != "authorization"}
-    timeout = httpx.Timeout(READ_TIMEOUT, connect=10.0)
-    for _ in range(MAX_HOPS):
-        sent = {**(with_token if _origin(url) == home else bare), **headers, "Accept-Encoding": "identity"}
-        with get_session().stream("GET", url, headers=sent, follow_redirects=False, timeout=timeout) as response:
-            if response.is_redirect:
-                url = _next(remote, url, response.headers.get("Location", ""))
-                continue
-            if response.status_code in PASSING:
-                raise Passing(
-                    f"the hub answered {response.status_code}", retry_after(response.headers.get("Retry-After"))
-                )
-            if response.status_code >= 400:
-                response.read()
-                hf_raise_for_status(response)
-            yield response
-            return
-    raise NetworkError("redirected too often", path=str(remote.uri), where=file.path, cure=_ELSEWHERE)
-
-
-def _next(remote: Remote, url: str, location: str) -> str:
-    target = urljoin(url, location)
-    old, new = urlsplit(url), urlsplit(target)
-    if new.scheme not in ("http", "https") or not new.hostname or (old.scheme == "https" and new.scheme != "https"):
-        why = f"redirected to {new.scheme or 'nowhere'}://{new.hostname or ''}, which is not safe to follow"
-        raise NetworkError(why, path=str(remote.uri), cure=_ELSEWHERE)
-    return target
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
 _AGAIN = "Run the same command again: it goes on where it stopped"
 _DAMAGED = "The hub or something on the way damages it: try another network, or tell the repository's owner"
-_ELSEWHERE = "Check HF_ENDPOINT, proxies and the network you are in"

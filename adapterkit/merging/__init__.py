@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, Unsupported, UsageError
 from ..tensors.checkpoint import Checkpoint, opened
+from ..tensors.locations import is_address, outgoing, streamed
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from .execute import Progress
     from .planning import Plan
     from .report import Report
+    from .streaming import Supply
     from .verification import Verification
 
     Base = Checkpoint | str | PathLike[str]
@@ -77,6 +81,7 @@ def merge(
     seed: int | None = None,
     memory: int | None = None,
     link: bool = False,
+    stream: bool = False,
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded once from float64.
 
@@ -86,7 +91,8 @@ def merge(
     Args:
         base: a folder of weights, one weight file, or an open checkpoint.
         adapters: one adapter or several: paths or `Adapter`s.
-        out: the folder to write; it must not exist, or be empty. With a single-file base, a `.safetensors` path.
+        out: the folder to write; it must not exist, or be empty. With a single-file base, a `.safetensors` path. Or a
+            place on a hub, such as `oci://registry/name:tag`: the output is pushed there when it is whole.
         weights: one factor an adapter; 1 for each when not given.
         device: `auto` (CUDA where there is one), `cpu`, `cuda:N` or any torch device.
         dtype: cast all floating tensors to this; the base's own dtypes when not given.
@@ -104,45 +110,51 @@ def merge(
         seed: round stochastically, the draws being a function of this number, the tensor and the element.
         memory: bytes to hold beyond the imports at most; half of what is free when not given.
         link: make files of the base that nothing touches hard links instead of copies; never write into such an output.
+        stream: of a base on a hub, fetch one weight file at a time, verified, and give its space back after its use.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
         NotMergeable: an update's law is not one of weights.
-        Unsupported: the base is quantized and `quantized` does not say what to do.
+        Unsupported: the base cannot be streamed, or it is quantized and `quantized` does not say what to do.
         UsageError: arguments that make no sense together; a tied weight without a choice.
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
         StorageError: no space, no permission, or `out` is taken.
     """
-    if engine not in ("local", "ray"):
-        raise Unsupported(f"unknown engine {engine!r}", cure="Known: local, ray")
-    if address is not None and engine != "ray":
-        raise UsageError("an address without a cluster", cure="Choose engine ray")
-    target = Path(out)
-    checkpoint = opened(base)
-    root = checkpoint.root.resolve()
-    _check_target(target, checkpoint, adapters, onto, overwrite)
-    from ..adapter import Adapter
-    from .planning import make_plan
-    from .quantized import as_merged
-    from .report import carry_out, local
-
-    checkpoint = as_merged(checkpoint, quantized, onto, dtype)
-    named = _named(adapters, weights, checkpoint)
-    started = time.perf_counter()
-
+    if is_address(out):
+        with outgoing(out, overwrite=overwrite) as there:
+            report = merge(
+                base, adapters, there, weights=weights, device=device, dtype=dtype, shard_size=shard_size,
+                engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
+                overwrite=True, quantized=quantized, onto=onto, seed=seed, memory=memory, link=link, stream=stream,
+            )  # fmt: skip
+        return replace(report, out=str(out))
     options = {
         "dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial, "seed": seed,
         "memory": memory, "link": link,
     }  # fmt: skip
-    planned = make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
-    chosen = local(device)
-    if engine == "ray":
-        from .cluster import Recipe, on_ray
+    _check_engine(engine, address, stream)
+    with _supplied(base, Path(out), stream) as (checkpoint, supply):
+        _check_target(Path(out), checkpoint, adapters, onto, overwrite)
+        from .planning import make_plan
+        from .quantized import as_merged
+        from .report import carry_out, local
 
-        paths = [None if isinstance(a, Adapter) else str(Path(a).resolve()) for a in _several(adapters)]
-        beside = None if onto is None else str(opened(onto).root.resolve())
-        chosen = on_ray(Recipe(str(root), quantized, beside, tuple(paths), options, device), named, address)
-    return carry_out(planned, target, chosen, progress, started, overwrite)
+        read = as_merged(checkpoint, quantized, onto, dtype)
+        named = _named(adapters, weights, read)
+        started = time.perf_counter()
+        planned = make_plan(read, named, **options)  # type: ignore[arg-type]
+        if engine == "ray":
+            from .cluster import on_ray, recipe_of
+
+            recipe = recipe_of(checkpoint, quantized, onto, _several(adapters), options, device)
+            chosen = on_ray(recipe, named, address)
+        elif supply is not None:
+            from .streaming import supplied
+
+            chosen = supplied(device, supply)
+        else:
+            chosen = local(device)
+        return carry_out(planned, Path(out), chosen, progress, started, overwrite)
 
 
 def verify(
@@ -178,6 +190,27 @@ def verify(
     found = opened(merged)
     checkpoint = as_read(opened(base), found)
     return compare(found, checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress, seed)
+
+
+def _check_engine(engine: str, address: str | None, stream: bool) -> None:
+    if engine not in ("local", "ray"):
+        raise Unsupported(f"unknown engine {engine!r}", cure="Known: local, ray")
+    if address is not None and engine != "ray":
+        raise UsageError("an address without a cluster", cure="Choose engine ray")
+    if stream and engine == "ray":
+        raise UsageError("the nodes of a cluster do not see a streamed base", cure="Leave stream out, or choose local")
+
+
+@contextmanager
+def _supplied(base: Base, out: Path, stream: bool) -> Iterator[tuple[Checkpoint, Supply | None]]:
+    """The base, and who brings its files where they are fetched one at a time."""
+    if not stream:
+        yield opened(base), None
+        return
+    if isinstance(base, Checkpoint):
+        raise UsageError("an open checkpoint is not streamed", cure="Name the base by its uri, or leave stream out")
+    with streamed(base, out) as shards:
+        yield opened(shards.path), shards
 
 
 def _named(

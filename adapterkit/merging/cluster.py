@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, Corrupt, NetworkError, Unsupported
+from ..tensors.checkpoint import Checkpoint, opened
 from .planning import Plan, make_plan
 from .report import Engine
 from .stage import Norms, Stage
@@ -53,6 +54,17 @@ class Recipe:
             for path, (name, weight) in zip(paths, self.names, strict=True)
         ]  # fmt: skip
         return make_plan(checkpoint, named, **self.options)
+
+
+def recipe_of(
+    base: Checkpoint, quantized: str | None, onto: Any, adapters: Sequence[Any], options: Mapping[str, Any], device: str
+) -> Recipe:
+    """What tells every node the same: absolute paths, which they all see."""
+    from ..adapter import Adapter
+
+    paths = tuple(None if isinstance(a, Adapter) else str(Path(a).resolve()) for a in adapters)
+    beside = None if onto is None else str(opened(onto).root.resolve())
+    return Recipe(str(base.root.resolve()), quantized, beside, paths, options, device)
 
 
 def on_ray(recipe: Recipe, named: Sequence[tuple[str, Adapter, float]], address: str | None) -> Engine:

@@ -103,6 +103,7 @@ class Plan:
         seed: of stochastic rounding; None rounds to the nearest.
         memory: bytes that the merge may hold beyond the imports.
         link: whether files of the base that nothing touches become hard links.
+        origin: the uri that the base came from, if it came from a hub; its folder may be gone by the time of a report.
     """
 
     base: Checkpoint
@@ -114,6 +115,7 @@ class Plan:
     seed: int | None = None
     memory: int = 1 << 62
     link: bool = False
+    origin: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -165,9 +167,8 @@ class Plan:
 
     def lineage(self) -> dict[str, Any]:
         """What the output's own record says: no paths, no times, so that equal merges write equal bytes."""
-        origin = source_of(self.base.folder)
         return {
-            **({} if origin is None else {"base_uri": origin.uri}),
+            **({} if self.origin is None else {"base_uri": self.origin}),
             "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
             "dtype": self.dtype and self.dtype.name, "seed": self.seed, "tied": self.tied,
             "quantized": quantized_record(self.base),
@@ -220,7 +221,9 @@ def make_plan(
         tensors, folds, parts, kept = repacked(base, names, folds)
         kinds = {name: tensor.dtype if name in kept else kinds[name] for name, tensor in tensors.items()}
     files = tuple(_files(base, tensors, folds, kinds, shard_size, parts, seed))
-    planned = Plan(base, sources, files, tied, changes, cast, seed, allowed(memory), link)
+    origin = source_of(base.folder)
+    uri = None if origin is None else origin.uri
+    planned = Plan(base, sources, files, tied, changes, cast, seed, allowed(memory), link, uri)
     planned.workers  # noqa: B018 - says before any work that the memory is too small
     return planned
 

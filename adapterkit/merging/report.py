@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterkitError, StorageError, storage_error
+from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
 from ..quant import SIDE_FILES, Dequantized
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
@@ -35,7 +35,7 @@ class Report:
     """What a merge did.
 
     Attributes:
-        out: where the output is.
+        out: where the output is; a uri where it is on a hub.
         plan: what was carried out.
         norms: Frobenius norm of each change, by tensor: one number an adapter that touches it.
         damage: of each weight that was quantized again, what that did to it: `error` and `kept`, see `damage_of`.
@@ -45,7 +45,7 @@ class Report:
         seconds: from the start of planning to the output being durable in place.
     """
 
-    out: Path
+    out: Path | str
     plan: Plan
     norms: Mapping[str, list[float]]
     damage: Mapping[str, Mapping[str, float]]
@@ -95,6 +95,9 @@ def carry_out(
             resumed = tuple(name for name in names if stage.finished(name))
             _check_space(plan, out, resumed)
             return _write(plan, stage, engine, progress, started, resumed)
+        except NetworkError:
+            # What is finished stays: the same command goes on with it.
+            raise
         except (AdapterkitError, OSError, MemoryError):
             stage.discard()
             raise

@@ -6,10 +6,11 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from ..errors import AdapterkitError, UsageError
 from .atomic import write_bytes
@@ -28,24 +29,18 @@ class Source:
     """Where files came from: the note that a pulled folder carries.
 
     Attributes:
-        repo: `org/name` on the hub.
+        uri: the place, for ever: at the commit.
+        repo: what the place is called: `org/name`, or with a scheme where it is not Hugging Face's.
         commit: its full name.
-        path: of the file or folder inside the repository; empty for all of it.
     """
 
+    uri: str
     repo: str
     commit: str
-    path: str = ""
-
-    @property
-    def uri(self) -> str:
-        """The place, for ever: at the commit."""
-        return f"hf://{self.repo}@{self.commit}" + (f"/{self.path}" if self.path else "")
 
     def save(self, folder: Path) -> None:
         """Leaves the note in a folder."""
-        text = json.dumps({"repo": self.repo, "commit": self.commit, "path": self.path}, indent=2)
-        write_bytes(folder / NOTE, f"{text}\n".encode())
+        write_bytes(folder / NOTE, f"{json.dumps(asdict(self), indent=2)}\n".encode())
 
 
 def source_of(path: Path) -> Source | None:
@@ -56,12 +51,12 @@ def source_of(path: Path) -> Source | None:
             told = load_json(file.read(MAX_NOTE))
     except (OSError, ValueError, RecursionError):
         return None
-    fits = isinstance(told, dict) and set(told) == {"repo", "commit", "path"}
+    fits = isinstance(told, dict) and set(told) == {"uri", "repo", "commit"}
     return Source(**told) if fits and all(isinstance(value, str) for value in told.values()) else None
 
 
 def is_remote(name: str | os.PathLike[str]) -> bool:
-    """Whether a name is that of a place on a hub: `hf://...`, or `org/repo` where nothing local could be meant.
+    """Whether a name is that of a place on a hub: `scheme://...`, or `org/repo` where nothing local could be meant.
 
     Raises:
         UsageError: it has a scheme that is not known.
@@ -69,13 +64,22 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
     text = os.fspath(name)
     if os.path.exists(text):
         return False
-    if re.match(r"hf:/{1,2}", text):
-        return True
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", text)
-    if scheme:
-        raise UsageError(f"unknown scheme {scheme[1]!r}", path=text, cure="Known: hf://org/repo[@revision][/path]")
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)", text)
+    if scheme and (scheme[2] == "//" or isinstance(name, os.PathLike)):
+        return _has_hub(scheme[1].lower(), text, strict=scheme[2] == "//")
     plain = _PLAIN.fullmatch(text) if isinstance(name, str) else None
     return plain is not None and plain["suffix"] not in _FILES and not os.path.exists(plain["folder"])
+
+
+def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
+    """Whether there is a hub of that scheme; a path with a colon in it may be just that, an address may not."""
+    try:
+        import_module("adapterkit.hub.hubs").hub_of(scheme)
+    except UsageError as error:
+        if strict:
+            raise error.at(path=text) from None
+        return False
+    return True
 
 
 def located(name: str | os.PathLike[str]) -> Path:
@@ -109,3 +113,34 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
             if error.path:
                 error.path = error.path.replace(str(path), text)
             raise
+
+
+def is_address(name: str | os.PathLike[str]) -> bool:
+    """Whether a name says by its scheme that it is on a hub; what is written to a plain name is local.
+
+    Raises:
+        UsageError: it has a scheme that is not known.
+    """
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(name)) is not None and is_remote(name)
+
+
+def outgoing(name: str | os.PathLike[str], *, overwrite: bool = False) -> AbstractContextManager[Path]:
+    """A local path to write what shall be on a hub; it is pushed when the block ends without an error.
+
+    The path is the same for the same name, so that what an interrupted run left there is found again.
+
+    Raises:
+        AdapterkitError: as for `adapterkit.hub.push`; before anything is written, where it is known by then.
+    """
+    found: AbstractContextManager[Path] = import_module("adapterkit.hub").outgoing(os.fspath(name), overwrite)
+    return found
+
+
+def streamed(name: str | os.PathLike[str], out: Path) -> AbstractContextManager[Any]:
+    """A base on a hub whose weight files are brought one at a time; see `adapterkit.hub.streaming`.
+
+    Raises:
+        AdapterkitError: as for `located`, or it cannot be streamed.
+    """
+    found: AbstractContextManager[Any] = import_module("adapterkit.hub").streamed(name, out)
+    return found

@@ -1,0 +1,89 @@
+"""Whatever fsspec knows: read, never written; such places tell no digests, so only sizes are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
+from typing import Any
+
+from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFound, Unsupported
+from ..remote import RemoteFile
+from ..retries import Passing
+from ..uris import Uri, address
+from ._listings import Listing, unknown
+
+CHUNK = 1 << 20
+LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", "blockcache", "cached"}
+"""What has a way of its own here, or is made of other places."""
+
+
+class Filesystem(Listing):
+    """A folder or a file of a file system."""
+
+    scheme = ""
+
+    @classmethod
+    def named(cls, rest: str) -> Uri | None:
+        return address(rest.lstrip("/"), cls.scheme)
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        """The file system, and what it calls the container."""
+        import fsspec
+
+        try:
+            return fsspec.core.url_to_fs(f"{self.scheme}://{self.uri.repo}")  # type: ignore[no-any-return]
+        except ImportError as error:
+            cure = f"Install the package that fsspec wants for it ({error.name or 'see its documentation'})"
+            raise Unsupported(f"{self.scheme}:// cannot be read", path=str(self.uri), cure=cure) from None
+
+    def listed(self) -> list[RemoteFile]:
+        system, root = self._opened
+        place = f"{root}/{self.uri.path}" if self.uri.path else root
+        found = self.call(lambda: system.find(place, detail=True))
+        if len(found) == 1 and place in {str(name).rstrip("/") for name in found}:
+            found = self.call(
+                lambda: {e["name"]: e for e in system.ls(place.rpartition("/")[0]) if e["type"] == "file"}
+            )
+        return [self._file(str(name), root, told) for name, told in found.items()]
+
+    def _file(self, name: str, root: str, told: Any) -> RemoteFile:
+        size, signs = told.get("size"), [told.get(key) for key in ("ETag", "etag", "mtime", "created", "LastModified")]
+        if type(size) is not int:
+            cure = "Fetch it with another tool first"
+            raise Unsupported("the place does not tell the size of a file", path=str(self.uri), where=name, cure=cure)
+        return unknown(name.removeprefix(root).lstrip("/"), size, *signs)
+
+    @contextmanager
+    def opened(self, file: RemoteFile, start: int, end: int | None) -> Iterator[tuple[int, Iterator[bytes]]]:
+        system, root = self._opened
+        with system.open(f"{root}/{file.path}", "rb") as source:
+            source.seek(start)
+            yield start, iter(lambda: source.read(CHUNK), b"")
+
+    def passing(self, error: Exception) -> Passing | None:
+        if isinstance(error, Passing):
+            return error
+        lost = isinstance(error, (ConnectionError, TimeoutError))
+        return Passing("the connection was lost") if lost else None
+
+    def failure(self, error: Exception) -> AdapterkitError | None:
+        place = str(self.uri)
+        if isinstance(error, FileNotFoundError):
+            return RemoteNotFound("nothing is there", path=place, cure="Check the spelling")
+        if isinstance(error, PermissionError):
+            return AccessDenied("access is denied", path=place, cure="Set the credentials that fsspec reads for it")
+        return NetworkError(f"cannot be read ({type(error).__name__})", path=place, cure="Check the address")
+
+
+@cache
+def filesystem(scheme: str) -> type[Filesystem] | None:
+    """The hub of a scheme that fsspec knows; None where it knows none."""
+    if scheme in LOCAL:
+        return None
+    import fsspec
+
+    if scheme not in fsspec.available_protocols():
+        return None
+    return type("Filesystem", (Filesystem,), {"scheme": scheme, "form": f"{scheme}://container/path"})

@@ -1,0 +1,192 @@
+"""Blobs to a registry: only those that it lacks, in chunks; a chunk that was lost is sent again, not the blob.
+
+Source: https://github.com/opencontainers/distribution-spec/blob/main/spec.md, "Pushing a blob in chunks". Where
+an upload stands is remembered, so that another process goes on with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin, urlsplit
+
+from ...errors import Corrupt, NetworkError, storage_error
+from ..folders import cache_folder
+from ..remote import Content
+from ..retries import ATTEMPTS, pause
+
+if TYPE_CHECKING:
+    import httpx2
+
+    from .oci import Distribution
+
+CHUNK = 16 << 20
+ANEW = 3
+"""How often a blob is begun again, where the registry has forgotten or damaged it."""
+
+
+def upload(remote: Distribution, content: Content, size: int, digest: str) -> None:
+    """Sends a blob, if the registry does not have it.
+
+    Raises:
+        Corrupt: the registry does not find the digest in what it got, however often it is sent.
+        NetworkError: it cannot be reached or refuses.
+    """
+    from .oci import Refused
+
+    if _has(remote, digest):
+        return
+    note = cache_folder() / "uploads" / hashlib.sha256(f"{remote.url} {digest}".encode()).hexdigest()
+    for attempt in range(ANEW):
+        location = _noted(note, remote) if attempt == 0 else None
+        try:
+            _send(remote, content, size, digest, location or _begun(remote), note, None if location else 0)
+        except Refused as error:
+            note.unlink(missing_ok=True)
+            if error.status not in (400, 404, 416) or attempt + 1 == ANEW:
+                raise _said(remote, error, digest) from None
+        else:
+            note.unlink(missing_ok=True)
+            return
+
+
+def _send(
+    remote: Distribution, content: Content, size: int, digest: str, location: str, note: Path, at: int | None
+) -> None:
+    """Sends what is missing of a blob to where its upload stands; `at` is None where the registry must say first."""
+    attempt = 0
+    while at is None or at < size:
+        try:
+            if at is None:
+                location, at = _asked(remote, location)
+            chunk = _read(content, at, min(CHUNK, size - at))
+            location, at, attempt = _patch(remote, location, at, chunk), at + len(chunk), 0
+            if size > CHUNK:
+                _keep(note, location)
+        except Exception as error:
+            met, attempt, at = remote.passing(error), attempt + 1, None
+            if met is None:
+                raise _failed(remote, error) from None
+            if attempt >= ATTEMPTS or not pause(attempt, met.wait):
+                raise remote.failure(met) or error from None
+    _finish(remote, location, digest)
+
+
+def _failed(remote: Distribution, error: Exception) -> Exception:
+    from .oci import Refused
+
+    return error if isinstance(error, Refused) else remote.failure(error) or error
+
+
+def _has(remote: Distribution, digest: str) -> bool:
+    from .oci import Refused
+
+    def act() -> bool:
+        try:
+            with remote.asked("HEAD", f"{remote.url}/blobs/{digest}"):
+                return True
+        except Refused as error:
+            if error.status == 404:
+                return False
+            raise
+
+    return remote.call(act)
+
+
+def _begun(remote: Distribution) -> str:
+    def act() -> str:
+        with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
+            return _location(remote, remote.url, response)
+
+    return remote.call(act)
+
+
+def _asked(remote: Distribution, location: str) -> tuple[str, int]:
+    """Where an upload stands: its address, and the bytes that the registry has."""
+    with remote.asked("GET", location) as response:
+        match = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
+        held = int(match[1]) + 1 if match and match[1] != "0" else 0
+        return _location(remote, location, response), held
+
+
+def _patch(remote: Distribution, location: str, at: int, chunk: bytes) -> str:
+    headers = {"Content-Type": "application/octet-stream", "Content-Range": f"{at}-{at + len(chunk) - 1}"}
+    with remote.asked("PATCH", location, headers, chunk) as response:
+        return _location(remote, location, response)
+
+
+def _finish(remote: Distribution, location: str, digest: str) -> None:
+    from .oci import Refused
+
+    url = f"{location}{'&' if urlsplit(location).query else '?'}digest={digest}"
+
+    def act() -> None:
+        try:
+            with remote.asked("PUT", url, {"Content-Length": "0"}, b""):
+                pass
+        except Refused as error:
+            # The answer to an attempt before this one may have been lost.
+            if error.status != 404 or not _has(remote, digest):
+                raise
+
+    for attempt in range(ATTEMPTS):
+        try:
+            return act()
+        except Refused:
+            raise
+        except Exception as error:
+            met = remote.passing(error)
+            if met is None or attempt + 1 == ATTEMPTS or not pause(attempt, met.wait):
+                raise remote.failure(error) or error from None
+    return None
+
+
+def _location(remote: Distribution, url: str, response: httpx2.Response) -> str:
+    """Where to go on: an address of the registry's choice, as secure as the registry itself."""
+    target = urljoin(url, response.headers.get("Location", "") or url)
+    if urlsplit(target).scheme != urlsplit(remote.url).scheme and urlsplit(target).scheme != "https":
+        why = f"sends the upload to {urlsplit(target).scheme}://, which is not safe"
+        raise NetworkError(why, path=str(remote.uri), cure="Check the registry's configuration")
+    return target
+
+
+def _read(content: Content, at: int, nbytes: int) -> bytes:
+    if isinstance(content, bytes):
+        return content[at : at + nbytes]
+    try:
+        with open(content, "rb") as file:
+            file.seek(at)
+            data = file.read(nbytes)
+    except OSError as error:
+        raise storage_error(error, content) from error
+    if len(data) != nbytes:
+        raise Corrupt("has become shorter while it was pushed", path=content, cure="Push again")
+    return data
+
+
+def _keep(note: Path, location: str) -> None:
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(location)
+    except OSError as error:
+        raise storage_error(error, note) from error
+
+
+def _noted(note: Path, remote: Distribution) -> str | None:
+    try:
+        location = note.read_text("utf-8")
+    except OSError:
+        return None
+    return location if urlsplit(location).netloc == urlsplit(remote.url).netloc else None
+
+
+def _said(remote: Distribution, error: Exception, digest: str) -> Exception:
+    if getattr(error, "code", "") == "DIGEST_INVALID":
+        cure = "A file changed here while it was pushed, or something on the way damages it: push again"
+        return Corrupt("the registry got other bytes than were sent", path=str(remote.uri), where=digest, cure=cure)
+    return remote.failure(error) or error

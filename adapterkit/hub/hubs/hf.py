@@ -1,0 +1,186 @@
+"""Hugging Face's hub, and others that speak its language: `hf://org/repo[@revision][/path]`.
+
+huggingface_hub's environment holds: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE. No text of a token, a header or a signed
+address reaches an error: what a server says is shown with such parts taken out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ...errors import AccessDenied, Malformed, NetworkError, RemoteNotFound, UsageError
+from ..names import check_name
+from ..remote import Content, Digests, Remote, RemoteFile
+from ..retries import PASSING, Passing, retry_after
+from ..uris import Uri
+from ..web import CHUNK, answered, begins_at, is_transport, range_header, redacted
+from . import _committing
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_SEGMENT = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"(?P<repo>{_SEGMENT}/{_SEGMENT})(?:@(?P<revision>[^/@\s]{{1,200}}))?(?:/(?P<path>.*))?")
+
+
+class HuggingFace(Remote):
+    """A repository of models."""
+
+    form = "hf://org/repo, hf://org/repo@revision or hf://org/repo@revision/path"
+
+    def __init__(self, uri: Uri, token: str | None = None) -> None:
+        from huggingface_hub import HfApi, constants, get_token
+
+        super().__init__(uri, token or get_token())
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self.api: HfApi = HfApi(endpoint=self.endpoint, token=self.token or False)
+
+    @classmethod
+    def named(cls, rest: str) -> Uri | None:
+        match = _NAME.fullmatch(rest)
+        if "://" in rest or match is None or ".." in match["repo"] or "--" in match["repo"]:
+            return None
+        path = match["path"] or ""
+        if path:
+            check_name(path, UsageError)
+        revision = match["revision"]
+        return Uri(match["repo"], None if revision is None else re.sub("(?i)%2F", "/", revision), path)
+
+    @cached_property
+    def commit(self) -> str:
+        found = self.call(lambda: self.api.model_info(self.uri.repo, revision=self.uri.revision)).sha
+        if not isinstance(found, str) or not re.fullmatch(r"[0-9a-f]{40,64}", found):
+            raise NetworkError("the hub did not say which commit that is", path=str(self.uri), cure=_NOT_A_HUB)
+        return found
+
+    def listed(self) -> list[RemoteFile]:
+        return self.call(
+            lambda: [
+                self._file(entry)
+                for entry in self.api.list_repo_tree(self.uri.repo, recursive=True, revision=self.commit)
+                if hasattr(entry, "blob_id")
+            ]
+        )
+
+    def _file(self, entry: Any) -> RemoteFile:
+        digest = f"git:{entry.blob_id}" if entry.lfs is None else f"sha256:{entry.lfs.sha256}"
+        size = entry.size if entry.lfs is None else entry.lfs.size
+        path = entry.path
+        told = isinstance(path, str) and isinstance(size, int) and size >= 0
+        if not told or not re.fullmatch(r"git:[0-9a-f]{40}|sha256:[0-9a-f]{64}", digest):
+            raise Malformed("the hub lists a file without its size or digest", path=str(self.uri), cure=_NOT_A_HUB)
+        return RemoteFile(path, size, digest)
+
+    @contextmanager
+    def opened(self, file: RemoteFile, start: int, end: int | None) -> Iterator[tuple[int, Iterator[bytes]]]:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        url = hf_hub_url(self.uri.repo, file.path, revision=self.commit, endpoint=self.endpoint)
+        headers = {key.lower(): value for key, value in build_hf_headers(token=self.token or False).items()}
+        secret = {key: headers.pop(key) for key in ("authorization",) if key in headers}
+        with answered("GET", url, {**headers, **range_header(start, end)}, secret, str(self.uri)) as response:
+            if response.status_code >= 400:
+                response.read()
+                hf_raise_for_status(response)
+            yield begins_at(response), response.iter_raw(CHUNK)
+
+    def passing(self, error: Exception) -> Passing | None:
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        error = _cause(error)
+        if isinstance(error, Passing):
+            return error
+        if isinstance(error, OfflineModeIsEnabled):
+            return None
+        if isinstance(error, HfHubHTTPError):
+            response = error.response
+            told = response is not None and response.status_code in PASSING
+            return Passing("busy", retry_after(response.headers.get("Retry-After"))) if told else None
+        return Passing("lost") if is_transport(error) else None
+
+    def failure(self, error: Exception) -> NetworkError | None:
+        from huggingface_hub import errors
+        from huggingface_hub.utils import httpx
+
+        place, error = str(self.uri), _cause(error)
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return NetworkError("offline mode is on", path=place, cure="Unset HF_HUB_OFFLINE, or name a local path")
+        if isinstance(error, errors.HfHubHTTPError):
+            return self._refusal(error, errors)
+        if isinstance(error, (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, Passing, TimeoutError)):
+            why = f"cannot reach {_bare(self.endpoint)} ({type(error).__name__.removesuffix('Error')})"
+            return NetworkError(str(error) if isinstance(error, Passing) else why, path=place, cure=_REACH)
+        if isinstance(error, (errors.HFValidationError, ValueError, KeyError, TypeError, AttributeError)):
+            why = f"the hub's answer makes no sense ({type(error).__name__})"
+            return NetworkError(why, path=place, cure=_NOT_A_HUB)
+        return None
+
+    def _refusal(self, error: Any, errors: Any) -> NetworkError:
+        place, status = str(self.uri), error.response.status_code
+        known = "with this token" if self.token else "without a token"
+        if isinstance(error, errors.GatedRepoError):
+            cure = f"Accept its terms at {_bare(self.endpoint)}/{self.uri.repo}, and set HF_TOKEN to a token of yours"
+            return AccessDenied("access to this repository is gated", path=place, cure=cure)
+        if isinstance(error, errors.RevisionNotFoundError):
+            cure = "Check the branch, tag or commit after the @"
+            return RemoteNotFound(f"no revision {self.uri.revision or 'main'!r}", path=place, cure=cure)
+        if isinstance(error, errors.EntryNotFoundError):
+            return RemoteNotFound("no such file in the repository", path=place, cure="Check the spelling of the path")
+        if status == 401 and self.token and not isinstance(error, errors.RepositoryNotFoundError):
+            cure = "It is mistyped, expired or revoked: set HF_TOKEN to a valid one, or unset it"
+            return AccessDenied("the hub does not know this token", path=place, cure=cure)
+        if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
+            return AccessDenied("the hub wants a token", path=place, cure=_LOGIN)
+        if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+            cure = "Check the spelling" + ("" if self.token else f". If it is private: {_LOGIN}")
+            return RemoteNotFound(f"no such repository, or not visible {known}", path=place, cure=cure)
+        if status == 403:
+            cure = "Use a token that has the right to do this (to write, for a push)" if self.token else _LOGIN
+            return AccessDenied(f"not allowed {known}", path=place, cure=cure)
+        return NetworkError(f"the hub answered {status}{self._said(error)}", path=place, cure=_REACH)
+
+    def _said(self, error: Any) -> str:
+        """What the server said, tokens and addresses taken out."""
+        text = " ".join(str(getattr(error, "server_message", None) or "").split())[:200]
+        return f": {redacted(text, self.token)}" if text else ""
+
+    def there(self) -> Mapping[str, RemoteFile] | None:
+        try:
+            return {file.path: file for file in self.files}
+        except RemoteNotFound:
+            # A branch that is not there is begun at the main one.
+            return None if self.uri.revision is None else HuggingFace(Uri(self.uri.repo), self.token).there()
+
+    def send(
+        self, files: Mapping[str, Content], changed: Sequence[str], found: Mapping[str, Digests], message: str,
+        private: bool,
+    ) -> str:  # fmt: skip
+        return _committing.send(self, {name: files[name] for name in changed}, found, message, private)
+
+    def kept(self) -> str:
+        return _committing.head_of(self)
+
+    def tagged(self, tag: str, commit: str) -> None:
+        self.call(lambda: self.api.create_tag(self.uri.repo, tag=tag, revision=commit))
+
+
+def _cause(error: Exception) -> Exception:
+    """What huggingface_hub met while it uploaded a file: it wraps that into a `RuntimeError`."""
+    wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
+    return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
+
+
+def _bare(endpoint: str) -> str:
+    """An endpoint without a user's name and password."""
+    return re.sub(r"//[^/@]*@", "//", endpoint)
+
+
+_LOGIN = "Set HF_TOKEN, or run 'hf auth login'"
+_REACH = "Check the connection and HF_ENDPOINT, then run the same command again: it goes on where it stopped"
+_NOT_A_HUB = "Is HF_ENDPOINT the address of a hub?"

@@ -1,0 +1,81 @@
+"""ModelScope: `modelscope://org/repo[@revision][/path]`, read by its own light client, the package modelscope-hub.
+
+Its environment holds (MODELSCOPE_API_TOKEN, MODELSCOPE_DOMAIN). Files are verified by the sha256 that the hub lists.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFound, Unsupported
+from ..remote import RemoteFile
+from ..retries import PASSING, Passing
+from ..uris import Uri
+from ..web import CHUNK, begins_at, range_header
+from ._listings import Listing, unknown
+from .hf import HuggingFace
+
+
+class ModelScope(Listing):
+    """A repository of models."""
+
+    form = "modelscope://org/repo, modelscope://org/repo@revision or modelscope://org/repo@revision/path"
+
+    @classmethod
+    def named(cls, rest: str) -> Uri | None:
+        uri = HuggingFace.named(rest)
+        return uri and replace(uri, scheme="modelscope")
+
+    @cached_property
+    def _api(self) -> Any:
+        try:
+            from modelscope_hub import HubApi
+        except ImportError:
+            cure = "pip install modelscope-hub"
+            raise Unsupported("modelscope:// needs its own client", path=str(self.uri), cure=cure) from None
+        return HubApi(token=self.token) if self.token else HubApi()
+
+    def listed(self) -> list[RemoteFile]:
+        revision = self.uri.revision or "master"
+        found = self.call(lambda: self._api.list_repo_files(self.uri.repo, "model", revision=revision))
+        return [self._file(entry) for entry in found if entry.type != "tree"]
+
+    def _file(self, entry: Any) -> RemoteFile:
+        if isinstance(entry.sha256, str) and re.fullmatch("[0-9a-f]{64}", entry.sha256):
+            return RemoteFile(entry.path, entry.size, f"sha256:{entry.sha256}")
+        return unknown(entry.path, entry.size, entry.blob_id)
+
+    @contextmanager
+    def opened(self, file: RemoteFile, start: int, end: int | None) -> Iterator[tuple[int, Iterator[bytes]]]:
+        revision, headers = self.uri.revision or "master", range_header(start, end)
+        response = self._api.legacy.download_stream(self.uri.repo, "model", file.path, revision, headers)
+        with response:
+            yield begins_at(response), response.iter_content(CHUNK)
+
+    def passing(self, error: Exception) -> Passing | None:
+        if isinstance(error, Passing):
+            return error
+        lost = isinstance(error, ConnectionError) or type(error).__name__ in _LOST
+        return Passing("the connection was lost") if lost or _status(error) in PASSING else None
+
+    def failure(self, error: Exception) -> AdapterkitError | None:
+        """By the kind of the client's error alone: its words may hold addresses with signatures."""
+        place, status = str(self.uri), _status(error)
+        if status in (401, 403):
+            return AccessDenied("access is denied", path=place, cure="Set MODELSCOPE_API_TOKEN")
+        if status == 404 or type(error).__name__ == "NotExistError":
+            return RemoteNotFound("no such repository, revision or file", path=place, cure="Check the spelling")
+        return NetworkError(f"the hub cannot be read ({type(error).__name__})", path=place, cure="Try again")
+
+
+_LOST = {"ConnectionError", "ConnectTimeout", "ReadTimeout", "ChunkedEncodingError", "NetworkError"}
+
+
+def _status(error: Exception) -> int | None:
+    found = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return found if isinstance(found, int) else None

@@ -1,0 +1,218 @@
+"""S3 and what speaks its language: `s3://bucket/path`, by obstore (the extra `s3`); AWS's environment holds.
+
+A push leaves a list of the files with their digests beside them. It says that a push is under way from before the first
+file to after the last, and is claimed by create-if-absent or by a condition on what was seen, so that two pushes do not
+mix and nobody takes half of one for the whole. Without a list, files are read as they lie and only sizes are checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ...errors import AccessDenied, AdapterkitError, Corrupt, NetworkError, RemoteNotFound, Unsupported, UsageError
+from ...tensors.strict_json import load_json
+from ..remote import Content, Digests, RemoteFile
+from ..retries import Passing
+from ..uris import Address, Uri, address
+from ._admission import is_near
+from ._listings import Listing, unknown
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+
+LIST = ".adapterkit-files.json"
+MAX_LIST = 64 << 20
+CHUNK = 8 << 20
+MULTIPART = 64 << 20
+"""Bytes above which a file is sent in parts."""
+
+
+class S3(Listing):
+    """A folder of a bucket."""
+
+    form = "s3://bucket/path"
+
+    def __init__(self, uri: Uri, token: str | None = None) -> None:
+        super().__init__(uri, token)
+        if token is not None:
+            raise UsageError("S3 takes no token", path=str(uri), cure="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        try:
+            from obstore.store import S3Store
+        except ImportError:
+            cure = "pip install 'adapterkit[s3]'"
+            raise Unsupported("s3:// needs the package obstore", path=str(uri), cure=cure) from None
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        plain = endpoint.startswith("http://") and is_near(endpoint.removeprefix("http://").partition("/")[0])
+        options: dict[str, Any] = {"client_options": {"allow_http": True}} if plain else {}
+        self.store: S3Store = S3Store(uri.repo, config={"checksum_algorithm": "SHA256"}, **options)
+
+    @classmethod
+    def named(cls, rest: str) -> Uri | None:
+        return address(rest, "s3")
+
+    def _key(self, name: str) -> str:
+        return f"{self.uri.path}/{name}" if self.uri.path else name
+
+    @cached_property
+    def _list(self) -> tuple[str, Mapping[str, Any], str | None] | None:
+        """Where the list lies, what it says, and its tag: of this folder, or of the one that a file lies in."""
+        for folder in dict.fromkeys((self.uri.path, self.uri.path.rpartition("/")[0])):
+            key = f"{folder}/{LIST}" if folder else LIST
+            try:
+                got = self._do(lambda key=key: self._got(key))
+            except RemoteNotFound:
+                continue
+            return key, _checked(got[0], str(self.uri)), got[1]
+        return None
+
+    def _got(self, key: str) -> tuple[bytes, str | None]:
+        import obstore
+
+        got = obstore.get(self.store, key)
+        if got.meta["size"] > MAX_LIST:
+            raise Corrupt("the list of files is unreasonably large", path=str(self.uri), where=key, cure=_PUSH_AGAIN)
+        return bytes(got.bytes()), got.meta["e_tag"]
+
+    def listed(self) -> list[RemoteFile]:
+        if self._list is None:
+            return self._found()
+        if self._list[1]["state"] != "whole":
+            cure = "Wait for it; if it was interrupted, run the push again"
+            raise NetworkError("a push to this place has not ended", path=str(self.uri), cure=cure)
+        return self._told()
+
+    def _told(self) -> list[RemoteFile]:
+        if self._list is None:
+            return []
+        folder = self._list[0].rpartition("/")[0]
+        files = self._list[1]["files"].items()
+        return [
+            RemoteFile(f"{folder}/{name}" if folder else name, f["size"], f"sha256:{f['sha256']}") for name, f in files
+        ]
+
+    def _found(self) -> list[RemoteFile]:
+        """The files as they lie: of the folder, or those beside the one that is named."""
+        import obstore
+
+        path, parent = self.uri.path, self.uri.path.rpartition("/")[0]
+        found = self._do(lambda: [m for chunk in obstore.list(self.store, prefix=path or None) for m in chunk])
+        if not found and path:
+            near = self._do(lambda: obstore.list_with_delimiter(self.store, prefix=parent or None)["objects"])
+            found = list(near) if any(meta["path"] == path for meta in near) else []
+        if not found:
+            cure = "Check the spelling of the bucket and the path"
+            raise RemoteNotFound("nothing is there", path=str(self.uri), cure=cure)
+        return [unknown(m["path"], m["size"], m["e_tag"], m["version"]) for m in found]
+
+    @contextmanager
+    def opened(self, file: RemoteFile, start: int, end: int | None) -> Iterator[tuple[int, Iterator[bytes]]]:
+        import obstore
+
+        options: Any = {"range": {"offset": start} if end is None else (start, end)} if start or end else {}
+        got = obstore.get(self.store, file.path, options=options)
+        yield start, (bytes(chunk) for chunk in got.stream(min_chunk_size=1 << 20))
+
+    def there(self) -> Mapping[str, RemoteFile] | None:
+        """What a push meets; of one that was interrupted, what was there before it."""
+        if self._list is not None and self._list[0] == self._key(LIST):
+            return {file.path: file for file in self._told()}
+        return super().there()
+
+    def send(
+        self, files: Mapping[str, Content], changed: Sequence[str], found: Mapping[str, Digests], message: str,
+        private: bool,
+    ) -> str:  # fmt: skip
+        import obstore
+
+        before = {file.path: file for file in (self.there() or {}).values() if file.verifiable}
+        claim = self._claim(_entries(before, self.uri.path))
+        for name in changed:
+            content = files[name]
+            self._do(lambda name=name, content=content: self._put(name, content))
+            size = self._do(lambda name=name: obstore.head(self.store, name)["size"])
+            if size != found[name][0]:
+                raise Corrupt("has another size there than here", path=str(self.uri), where=name, cure=_PUSH_AGAIN)
+        sent = {name: RemoteFile(name, size, sha) for name, (size, sha, _) in found.items()}
+        self._write({"state": "whole", "files": _entries(before | sent, self.uri.path)}, claim)
+        return S3(Address(self.uri.repo, None, self.uri.path, "s3")).commit
+
+    def _put(self, name: str, content: Content) -> None:
+        import obstore
+
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        obstore.put(self.store, name, content, use_multipart=size > MULTIPART, chunk_size=CHUNK)
+
+    def _claim(self, before: Mapping[str, Any]) -> str | None:
+        own = self._list is not None and self._list[0] == self._key(LIST)
+        tag = self._list[2] if own and self._list is not None else None
+        return self._write({"state": "pushing", "files": before}, tag)
+
+    def _write(self, told: Mapping[str, Any], tag: str | None) -> str | None:
+        """Writes the list where it is still what it was when it was seen, or still absent; its new tag."""
+        import obstore
+
+        mode: Any = "create" if tag is None else {"e_tag": tag}
+        data = json.dumps(told, sort_keys=True, indent=1).encode()
+        key = self._key(LIST)
+        tag_now: str | None = self._do(
+            lambda: obstore.put(self.store, key, data, mode=mode, use_multipart=False)["e_tag"]
+        )
+        return tag_now
+
+    def _do(self, act: Any) -> Any:
+        return self.call(act)
+
+    def passing(self, error: Exception) -> Passing | None:
+        # The store itself tries again; what ends in the middle of a file is gone on with from there.
+        if isinstance(error, Passing):
+            return error
+        lost = type(error).__name__ == "GenericError" and "body" in str(error)
+        return Passing("the connection was lost") if lost or isinstance(error, ConnectionError) else None
+
+    def failure(self, error: Exception) -> AdapterkitError | None:
+        """By the kind of the store's error alone: its words hold addresses, keys and signatures."""
+        place, kind = str(self.uri), type(error).__name__
+        if kind in ("NotFoundError", "FileNotFoundError"):
+            return RemoteNotFound("nothing is there", path=place, cure="Check the spelling of the bucket and the path")
+        if kind in ("PermissionDeniedError", "UnauthenticatedError"):
+            return AccessDenied("access is denied", path=place, cure=_CREDENTIALS)
+        if kind in ("AlreadyExistsError", "PreconditionError"):
+            cure = "Look at what is there now, and run the same command again"
+            return NetworkError("somebody else pushed meanwhile", path=place, cure=cure)
+        if isinstance(error, Passing) or type(error).__module__.startswith(("obstore", "builtins.pyo3")):
+            return NetworkError(f"the store cannot be reached or refuses ({kind})", path=place, cure=_CREDENTIALS)
+        return None
+
+
+def _entries(files: Mapping[str, RemoteFile], folder: str) -> dict[str, dict[str, Any]]:
+    start = len(folder) + 1 if folder else 0
+    return {path[start:]: {"size": file.size, "sha256": file.digest.partition(":")[2]} for path, file in files.items()}
+
+
+def _checked(body: bytes, place: str) -> Mapping[str, Any]:
+    """The content of a list.
+
+    Raises:
+        Corrupt: it is none.
+    """
+    try:
+        told = load_json(body.decode())
+        fits = told["state"] in ("pushing", "whole") and all(
+            type(f["size"]) is int and f["size"] >= 0 and re.fullmatch("[0-9a-f]{64}", f["sha256"])
+            for f in told["files"].values()
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        fits = False
+    if not fits:
+        raise Corrupt("the list of files makes no sense", path=place, where=LIST, cure=_PUSH_AGAIN)
+    return told  # type: ignore[no-any-return]
+
+
+_PUSH_AGAIN = "Push again, with overwriting allowed"
+_CREDENTIALS = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL"

@@ -1,0 +1,64 @@
+"""Carrying out a plan whose base comes a file at a time: brought before it is used, given back after its last use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import Unsupported
+from .arrays import arrays_for
+from .execute import execute
+from .planning import OutputFile, Plan
+from .report import Engine
+from .stage import Norms, Stage
+
+if TYPE_CHECKING:
+    from .execute import Progress
+
+
+class Supply(Protocol):
+    """Who brings the base's files: `adapterkit.hub.streaming.Shards`."""
+
+    def bring(self, paths: Iterable[str]) -> None: ...
+
+    def drop(self, paths: Iterable[str]) -> None: ...
+
+
+def supplied(device: str, supply: Supply) -> Engine:
+    """The engine of this process for a base that is not here: an output file at a time.
+
+    Raises:
+        Unsupported: a tensor of the base is not one run of one file, as of quantized weights.
+        AdapterkitError: as `execute`, and what bringing a file raises.
+    """
+
+    def run(plan: Plan, stage: Stage, progress: Progress | None) -> dict[str, Norms]:
+        arrays = arrays_for(device)
+        pending = [file for file in plan.files if not stage.finished(file.name)]
+        uses = [_sources(file) for file in pending]
+        done = plan.bytes - sum(file.size for file in pending)
+        for position, file in enumerate(pending):
+            supply.bring(sorted(uses[position]))
+            execute([file], stage, arrays, _from(done, plan.bytes, progress), plan.workers)
+            done += file.size
+            supply.drop(uses[position].difference(*uses[position + 1 :]))
+        return {file.name: stage.norms_of(file.name) for file in plan.files}
+
+    return run
+
+
+def _sources(file: OutputFile) -> set[str]:
+    """The base's files that an output file is made from."""
+    found = set()
+    for output in file.outputs:
+        tensors = [output.source, *(fold.seen for fold in output.folds if fold.seen is not None)]
+        for tensor in tensors:
+            if tensor.span is None:
+                cure = "Leave --stream out: it is fetched whole first"
+                raise Unsupported("a packed weight cannot be streamed", where=output.name, cure=cure)
+            found.add(tensor.span.path)
+    return found
+
+
+def _from(done: int, total: int, progress: Progress | None) -> Progress | None:
+    return None if progress is None else lambda more, _: progress(done + more, total)

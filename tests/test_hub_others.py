@@ -1,0 +1,225 @@
+# ruff: noqa: F811, ARG001 - fixtures are imported and then named
+"""Buckets, file systems that fsspec knows, and hubs of third parties."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import record, run
+from hub_repository import hub, laid, lay, peft_files  # noqa: F401 - a fixture
+from hub_server import HubServer
+
+import adapterkit as ak
+from adapterkit.errors import Corrupt, NetworkError, StorageError
+from adapterkit.hub import parse
+from adapterkit.hub.hubs import remote_at
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRET = "theSecretKeyOfTheBucket"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    pytest.importorskip("obstore")
+    moto = pytest.importorskip("moto.server")
+    made = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    made.start()
+    host, port = made.get_host_and_port()
+    yield f"http://{host}:{port}"
+    made.stop()
+
+
+@pytest.fixture
+def bucket(server: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A bucket of a test's own."""
+    import urllib.request
+
+    told = {"ENDPOINT_URL": server, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": SECRET, "REGION": "us-east-1"}
+    for name, value in told.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    name = f"bucket-{abs(hash(request.node.name)):x}"
+    urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT")).close()
+    return name
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    return lay(tmp_path / "lora", peft_files())
+
+
+def test_what_was_pushed_to_a_bucket_is_pulled_again(bucket: str, lora: Path, tmp_path: Path) -> None:
+    uri = f"s3://{bucket}/models/lora"
+    pushed = record("push", lora, uri)
+    assert pushed["added"] == [f"models/lora/{name}" for name in sorted({*peft_files(), "README.md"})]
+    assert SECRET not in json.dumps(pushed)
+    result = record("pull", uri, tmp_path / "out")
+    assert all(file["digest"].startswith("sha256:") for file in result["files"])
+    assert peft_files().items() <= laid(tmp_path / "out").items()
+    assert ak.read(uri).digest() == ak.read(lora).digest() == ak.read(pushed["uri"]).digest()
+    assert record("inspect", f"{uri}/adapter_model.safetensors")["format"] == "peft"
+    assert record("push", lora, uri)["added"] == []
+    other = lay(tmp_path / "other", peft_files("org/another"))
+    with pytest.raises(StorageError, match=r"adapter_config\.json"):
+        ak.hub.push(other, uri)
+    assert ak.hub.push(other, uri, overwrite=True).replaced == ("models/lora/adapter_config.json",)
+    with pytest.raises(NetworkError, match="no longer what it was"):
+        ak.hub.pull(pushed["uri"], tmp_path / "old")
+
+
+def test_files_in_parts(bucket: str, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapterkit.hub.hubs.s3.MULTIPART", 1 << 20)
+    lay(lora, {"more.txt": np.random.default_rng(1).bytes(20 << 20)})
+    ak.hub.push(lora, f"s3://{bucket}/x")
+    ak.hub.pull(f"s3://{bucket}/x", tmp_path / "out")
+    assert laid(lora).items() <= laid(tmp_path / "out").items()
+
+
+def test_nobody_takes_half_of_a_push_for_the_whole(
+    bucket: str, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapterkit.hub.hubs.s3 import S3
+
+    uri, seen, real = f"s3://{bucket}/x", [], S3._put
+
+    def put(remote: S3, name: str, content: object) -> None:
+        for _ in range(2):
+            with pytest.raises(NetworkError, match="has not ended"):
+                _ = remote_at(parse(uri)).files
+            seen.append(name)
+            real(remote, name, content)
+        if len(seen) == 4:
+            raise Corrupt("the line was cut")
+
+    monkeypatch.setattr(S3, "_put", put)
+    with pytest.raises(Corrupt):
+        ak.hub.push(lora, uri)
+    assert run("pull", uri, tmp_path / "out").exit_code == 5
+    ak.hub.push(lora, uri)
+    monkeypatch.setattr(S3, "_put", real)
+    assert ak.read(uri).digest() == ak.read(lora).digest()
+    assert len(seen) == 10
+
+
+def test_of_two_pushes_at_once_one_is_refused(bucket: str, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapterkit.hub.hubs.s3 import S3
+
+    uri, real = f"s3://{bucket}/x", S3._claim
+
+    def claim(remote: S3, before: object) -> object:
+        monkeypatch.setattr(S3, "_claim", real)
+        ak.hub.push(lora, uri)
+        return real(remote, before)
+
+    monkeypatch.setattr(S3, "_claim", claim)
+    with pytest.raises(NetworkError, match="meanwhile"):
+        ak.hub.push(lora, uri)
+    assert ak.read(uri).digest() == ak.read(lora).digest()
+
+
+def test_flipped_bits_in_a_bucket_are_found(bucket: str, server: str, lora: Path, tmp_path: Path) -> None:
+    import obstore
+
+    uri = f"s3://{bucket}/x"
+    ak.hub.push(lora, uri)
+    data = bytearray(peft_files()["adapter_model.safetensors"])
+    data[99] ^= 4
+    obstore.put(remote_at(parse(uri)).store, "x/adapter_model.safetensors", bytes(data))
+    assert run("pull", uri, tmp_path / "out").exit_code == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_another_tool_filled(bucket: str, lora: Path, tmp_path: Path) -> None:
+    import obstore
+
+    store = remote_at(parse(f"s3://{bucket}/x")).store
+    for name, data in peft_files().items():
+        obstore.put(store, f"theirs/{name}", data)
+    assert ak.read(f"s3://{bucket}/theirs").digest() == ak.read(lora).digest()
+    assert "by their sizes alone" in run("pull", f"s3://{bucket}/theirs", tmp_path / "out").output
+
+
+@pytest.mark.parametrize(("path", "exit_code"), [("none", 5), ("../x", 2), ("a//b", 2), ("x" * 300, 2)])
+def test_places_that_are_none(bucket: str, tmp_path: Path, path: str, exit_code: int) -> None:
+    result = run("pull", f"s3://{bucket}/{path}", tmp_path / "out", "--debug")
+    assert result.exit_code == exit_code, result.output
+    assert SECRET not in result.output
+
+
+def test_without_obstore_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    answer = record("pull", "s3://bucket/x", tmp_path / "out", code=3)["error"]
+    assert "adapterkit[s3]" in answer["cure"]
+
+
+def test_modelscope_without_its_client_names_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    answer = record("pull", "modelscope://org/repo", tmp_path / "out", code=3)["error"]
+    assert "modelscope-hub" in answer["cure"]
+
+
+def test_what_fsspec_knows_is_read(hub: HubServer, lora: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    for name, data in peft_files().items():
+        system.pipe(f"/things/lora/{name}", data)
+    assert ak.read("memory://things/lora").digest() == ak.read(lora).digest()
+    assert run("diff", "memory://things/lora", lora).exit_code == 0
+    assert run("push", lora, "memory://things/new").exit_code == 3
+    assert run("pull", "memory://things/none", tmp_path / "out").exit_code == 5
+    assert run("pull", "file:///etc/passwd", tmp_path / "out").exit_code == 2
+
+
+HUB = """
+from contextlib import contextmanager
+from adapterkit.hub import Remote, RemoteFile, Uri
+
+FILES = {FILES}
+
+class Acme(Remote):
+    form = "acme://name"
+    commit = "1"
+
+    @classmethod
+    def named(cls, rest):
+        return Uri(rest, None, "", "acme")
+
+    def listed(self):
+        import hashlib
+        return [RemoteFile(n, len(d), "sha256:" + hashlib.sha256(d).hexdigest()) for n, d in FILES.items()]
+
+    @contextmanager
+    def opened(self, file, start, end):
+        yield start, iter([FILES[file.path][start:end]])
+
+    def passing(self, error):
+        return None
+
+    def failure(self, error):
+        return None
+"""
+
+
+def test_a_third_partys_hub_is_one_of_them(lora: Path, tmp_path: Path) -> None:
+    info = {"METADATA": b"Metadata-Version: 2.1\nName: acme\nVersion: 1\n"}
+    info["entry_points.txt"] = b"[adapterkit.hubs]\nacme = acme:Acme\n"
+    lay(tmp_path / "site" / "acme-1.dist-info", info)
+    lay(tmp_path / "site", {"acme.py": HUB.replace("{FILES}", repr(peft_files())).encode()})
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path / 'site'}",
+        "ADAPTERKIT_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
+    }
+    command = [sys.executable, "-m", "adapterkit"]
+    subprocess.run([*command, "pull", "acme://thing", str(tmp_path / "out")], env=env, check=True)
+    assert laid(tmp_path / "out") == peft_files()
+    done = subprocess.run([*command, "diff", "acme://thing", str(lora)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pushed = subprocess.run([*command, "push", str(lora), "acme://thing2"], env=env, capture_output=True, text=True)
+    assert pushed.returncode in (3, 6), pushed.stderr
