@@ -153,6 +153,8 @@ class Folder:
     def _terms(self) -> list[tuple[Fold, list[Update], float]]:
         """What adds up, with weights; thin factors of several adapters side by side: one product is much faster."""
         terms = [(fold, updates, fold.weight) for fold, updates in self.folds]
+        if len(terms) < 2:
+            return terms
         thin = [term for term in terms if _is_thin(term[0], term[1]) and term[0].axis == terms[0][0].axis]
         if len(thin) < 2:
             return terms
@@ -200,20 +202,19 @@ def _is_thin(fold: Fold, updates: Sequence[Update]) -> bool:
     """Whether all is a product of factors of so few ranks that the product is how it is best computed."""
     if len(fold.shape) != 2 or fold.target.stacked:
         return False
-    return all(hasattr(update, "pair") and update.pair(_logical(fold))[1].shape[0] <= THIN for update in updates)
+    pairs = [update.pair(_logical(fold)) for update in updates if isinstance(update, Additive)]
+    return len(pairs) == len(updates) and all(pair is not None and pair[1].shape[0] <= THIN for pair in pairs)
 
 
 def _side_by_side(terms: Sequence[tuple[Fold, list[Update], float]]) -> Update:
     """sum of weight * B @ A over all updates as one LoRA of all their ranks."""
     from ..methods.lora import LoRA
 
-    factors = [(w, *u.pair(_logical(fold))) for fold, updates, w in terms for u in updates]  # type: ignore[attr-defined]
+    pairs = [(w, u.pair(_logical(fold))) for fold, us, w in terms for u in _additive(us)]
+    factors = [(w, *pair) for w, pair in pairs if pair is not None]
     xp = namespace(factors[0][1])
-    return LoRA(
-        A=xp.concat([A for _, _, A in factors], axis=0),
-        B=xp.concat([w * B for w, B, _ in factors], axis=1),
-        scaling=1.0,
-    )
+    A, B = xp.concat([A for _, _, A in factors], axis=0), xp.concat([w * B for w, B, _ in factors], axis=1)
+    return LoRA(A=A, B=B, bias=None, scaling=1.0)
 
 
 def _additive(updates: Iterable[Update]) -> list[Additive]:
