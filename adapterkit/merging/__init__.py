@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, Unsupported, UsageError
-from ..tensors.checkpoint import opened
+from ..tensors.checkpoint import Checkpoint, opened
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
-    from ..tensors.checkpoint import Checkpoint
     from .execute import Progress
     from .planning import Plan
     from .report import Report
@@ -36,6 +35,7 @@ def plan(
     tied: str | None = None,
     allow_partial: bool = False,
     quantized: str | None = None,
+    onto: Base | None = None,
     seed: int | None = None,
     memory: int | None = None,
     link: bool = False,
@@ -48,7 +48,7 @@ def plan(
     from .planning import make_plan
     from .quantized import as_merged
 
-    checkpoint = as_merged(opened(base), quantized)
+    checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
     options = {
         "dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial, "seed": seed,
@@ -73,6 +73,7 @@ def merge(
     allow_partial: bool = False,
     overwrite: bool = False,
     quantized: str | None = None,
+    onto: Base | None = None,
     seed: int | None = None,
     memory: int | None = None,
     link: bool = False,
@@ -97,7 +98,9 @@ def merge(
         tied: what to do where the base ties its head to its embedding and an adapter changes one: `merge` or `untie`.
         allow_partial: leave targets that the base does not have out instead of refusing.
         overwrite: replace what is at `out`.
-        quantized: of a quantized base, `dequantize`: fold into the dequantized weights and write 16 bits.
+        quantized: of a quantized base, `dequantize`: fold into the dequantized weights and write 16 bits; `requantize`:
+            quantize the result again, in the same scheme; `original`: fold into the weights that are `onto`.
+        onto: the 16-bit weights that a quantized base was made from.
         seed: round stochastically, the draws being a function of this number, the tensor and the element.
         memory: bytes to hold beyond the imports at most; half of what is free when not given.
         link: make files of the base that nothing touches hard links instead of copies; never write into such an output.
@@ -116,13 +119,14 @@ def merge(
         raise UsageError("an address without a cluster", cure="Choose engine ray")
     target = Path(out)
     checkpoint = opened(base)
-    _check_target(target, checkpoint, adapters, overwrite)
+    root = checkpoint.root.resolve()
+    _check_target(target, checkpoint, adapters, onto, overwrite)
     from ..adapter import Adapter
     from .planning import make_plan
     from .quantized import as_merged
     from .report import carry_out, local
 
-    checkpoint = as_merged(checkpoint, quantized)
+    checkpoint = as_merged(checkpoint, quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
     started = time.perf_counter()
 
@@ -136,9 +140,8 @@ def merge(
         from .cluster import Recipe, on_ray
 
         paths = [None if isinstance(a, Adapter) else str(Path(a).resolve()) for a in _several(adapters)]
-        chosen = on_ray(
-            Recipe(str(checkpoint.root.resolve()), quantized, tuple(paths), options, device), named, address
-        )
+        beside = None if onto is None else str(opened(onto).root.resolve())
+        chosen = on_ray(Recipe(str(root), quantized, beside, tuple(paths), options, device), named, address)
     return carry_out(planned, target, chosen, progress, started, overwrite)
 
 
@@ -156,7 +159,7 @@ def verify(
 
     Args:
         merged: the output of a merge, by whatever tool.
-        base: the base it was made from; a quantized one is dequantized.
+        base: the base it was made from; one that was merged onto other weights by `original`: those weights.
         adapters: the adapters.
         weights: one factor an adapter; 1 for each when not given.
         allow_partial: as in `merge`.
@@ -169,11 +172,12 @@ def verify(
     Raises:
         AdapterkitError: the inputs cannot be read or do not fit together.
     """
-    from .quantized import as_merged
+    from .quantized import as_read
     from .verification import compare
 
-    checkpoint = as_merged(opened(base), "dequantize")
-    return compare(opened(merged), checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress, seed)
+    found = opened(merged)
+    checkpoint = as_read(opened(base), found)
+    return compare(found, checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress, seed)
 
 
 def _named(
@@ -203,8 +207,9 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
     return [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
 
 
-def _check_target(out: Path, base: Checkpoint, adapters: object, overwrite: bool) -> None:
-    paths = [base.root, *(Path(a) for a in _listed(adapters) if isinstance(a, (str, PathLike)))]
+def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
+    others = [*_listed(adapters), onto.root if isinstance(onto, Checkpoint) else onto]
+    paths = [base.root, *(Path(a) for a in others if isinstance(a, (str, PathLike)))]
     for path in paths:
         if _within(out, path) or _within(path, out):
             raise UsageError(f"the output overlaps the input {path}", path=out, cure="Write to another folder")

@@ -34,6 +34,7 @@ class Recipe:
 
     base: str
     quantized: str | None
+    onto: str | None
     adapters: tuple[str | None, ...]
     options: Mapping[str, Any]
     device: str
@@ -45,7 +46,7 @@ class Recipe:
         from ..tensors.checkpoint import open_checkpoint
         from .quantized import as_merged
 
-        checkpoint = as_merged(open_checkpoint(self.base), self.quantized)
+        checkpoint = as_merged(open_checkpoint(self.base), self.quantized, self.onto, self.options["dtype"])
         paths = [path for path in self.adapters if path is not None]
         named = [
             (name, read(path, base=checkpoint), weight)
@@ -92,7 +93,7 @@ def write_file(recipe: Recipe, digest: str, target: str, name: str) -> str:
         raise Corrupt(why, path=recipe.base, cure="Let all nodes see the same files, with the same adapterkit")
     stage = Stage(Path(target), digest, [file.name for file in plan.files])
     if not stage.finished(name):
-        alone = replace(plan, files=tuple(file for file in plan.files if file.name == name))
+        alone = [file for file in plan.files if file.name == name]
         execute(alone, stage.apart(), arrays_for(recipe.device), None, THREADS)
     return name
 

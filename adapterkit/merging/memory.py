@@ -21,8 +21,13 @@ def allowed(memory: int | None) -> int:
     return memory
 
 
-def workers_within(memory: int, each: int, tensor: str, wanted: int) -> int:
-    """How many workers of `each` bytes fit, `wanted` at most.
+def most_workers() -> int:
+    """How many threads compute at a time, memory aside."""
+    return max(2, min(os.cpu_count() or 2, 16))
+
+
+def workers_within(memory: int, each: int, tensor: str) -> int:
+    """How many workers of `each` bytes fit, `most_workers()` at most.
 
     Raises:
         StorageError: not even one does.
@@ -32,7 +37,7 @@ def workers_within(memory: int, each: int, tensor: str, wanted: int) -> int:
             f"needs {each:,} bytes at a time, {memory:,} are allowed", path=None, where=tensor,
             cure="Allow more with memory=/--memory, or merge on a machine with more",
         )  # fmt: skip
-    return max(1, min(wanted, memory // max(each, 1)))
+    return max(1, min(most_workers(), memory // max(each, 1)))
 
 
 def _available() -> int:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..adapter import Adapter
@@ -28,6 +27,9 @@ from .folds import Fold, Source, folds_by_tensor
 from .memory import allowed, workers_within
 from .quantized import config_changes, quantized_record
 
+if TYPE_CHECKING:
+    from .requantize import Repacked
+
 BLOCK_ELEMENTS = 3 << 17
 """Elements computed at a time: small enough that the float64 block stays in a core's cache."""
 
@@ -36,7 +38,10 @@ REPORT = "adapterkit_merge.json"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
-    """One tensor of the output: `offset` is where its data begins in its file; `seed` is of stochastic rounding."""
+    """One tensor of the output: `offset` is where its data begins in its file; `seed` is of stochastic rounding.
+
+    A `part` of a packed weight that is quantized again is computed with the other parts of it.
+    """
 
     name: str
     dtype: DType
@@ -44,6 +49,7 @@ class Output:
     offset: int
     source: Lazy
     folds: tuple[Fold, ...]
+    part: Repacked | None = None
     seed: int | None = None
 
     @property
@@ -53,7 +59,7 @@ class Output:
     @property
     def copied(self) -> bool:
         """Whether its bytes are the base's."""
-        return not self.folds and self.dtype == self.source.dtype
+        return not self.folds and self.part is None and self.dtype == self.source.dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +73,7 @@ class OutputFile:
 
     @property
     def size(self) -> int:
-        return len(self.header) + sum(output.nbytes for output in self.outputs)
+        return max((output.offset + output.nbytes for output in self.outputs), default=len(self.header))
 
     @property
     def computed(self) -> int:
@@ -150,7 +156,7 @@ class Plan:
         Raises:
             StorageError: there is no room for one.
         """
-        return workers_within(self.memory, *self._largest, max(2, min(os.cpu_count() or 2, 16)))
+        return workers_within(self.memory, *self._largest)
 
     @property
     def _largest(self) -> tuple[int, str]:
@@ -195,7 +201,7 @@ def make_plan(
         UsageError: a tied weight is touched and `tied` does not say what to do; options that make no sense.
         Unsupported: a targeted weight is not of a floating dtype.
     """
-    cast = _dtype(dtype)
+    cast = None if is_gguf_output(base) else _dtype(dtype)
     sources, folds, names, changes = folds_by_tensor(base, adapters, tied, allow_partial)
     tensors = {name: base.tensors[stored] for name, stored in names.items()}
     for name in folds:
@@ -204,8 +210,16 @@ def make_plan(
     if cast is not None and base.config is not None:
         key = "dtype" if "dtype" in base.config else "torch_dtype"
         changes[key] = cast.torch
+    parts: dict[str, Repacked] = {}
     kinds = {name: _output_dtype(tensor, cast, names[name], base) for name, tensor in tensors.items()}
-    files = tuple(_files(base, tensors, folds, kinds, shard_size, seed))
+    if isinstance(base, Dequantized) and base.packs:
+        from .requantize import repacked
+
+        if seed is not None:
+            raise UsageError("quantizing again rounds to the nearest", cure="Leave the seed out, or dequantize")
+        tensors, folds, parts, kept = repacked(base, names, folds)
+        kinds = {name: tensor.dtype if name in kept else kinds[name] for name, tensor in tensors.items()}
+    files = tuple(_files(base, tensors, folds, kinds, shard_size, parts, seed))
     planned = Plan(base, sources, files, tied, changes, cast, seed, allowed(memory), link)
     planned.workers  # noqa: B018 - says before any work that the memory is too small
     return planned
@@ -226,14 +240,15 @@ def index_of(plan: Plan) -> bytes | None:
 
 def _files(
     base: Checkpoint, tensors: Mapping[str, Lazy], folds: Mapping[str, tuple[Fold, ...]], kinds: Mapping[str, DType],
-    shard_size: int | None, seed: int | None,
+    shard_size: int | None, parts: Mapping[str, Repacked], seed: int | None,
 ) -> Iterator[OutputFile]:  # fmt: skip
     for name, members, metadata in _grouping(base, tensors, kinds, shard_size):
-        header = encode_header(((m, kinds[m], tensors[m].shape) for m in members), metadata)
+        header = _header(base, name, [(m, kinds[m], tensors[m].shape) for m in members], metadata)
         offset, outputs = len(header), []
         for member in members:
             source = tensors[member]
-            outputs.append(Output(member, kinds[member], source.shape, offset, source, folds.get(member, ()), seed))
+            made = folds.get(member, ()), parts.get(member), seed
+            outputs.append(Output(member, kinds[member], source.shape, offset, source, *made))
             offset += outputs[-1].nbytes
         yield _untouched(name, outputs) or OutputFile(name, header, tuple(outputs))
 
@@ -252,11 +267,30 @@ def _untouched(name: str, outputs: list[Output]) -> OutputFile | None:
     return OutputFile(name, bytes(read_span(Span(str(path), 0, start))), tuple(placed), path)
 
 
+def _header(base: Checkpoint, name: str, members: list[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:
+    if is_gguf_output(base):
+        from ..quant.gguf import header
+
+        return header(base, next(file for file in base.files if file.name == name))  # type: ignore[arg-type]
+    return encode_header(members, metadata)
+
+
+def is_gguf_output(base: Checkpoint) -> bool:
+    """Whether a GGUF file is merged into one."""
+    return isinstance(base, Dequantized) and base.scheme == "gguf" and base.packs
+
+
 def _grouping(
     base: Checkpoint, tensors: Mapping[str, Lazy], kinds: Mapping[str, DType], shard_size: int | None
 ) -> Iterator[tuple[str, list[str], Mapping[str, str]]]:
     """(file name, tensor names in order, metadata) of each output file: sharded as the base, unless a size is given."""
     common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
+    if is_gguf_output(base):
+        if shard_size is not None:
+            raise UsageError("a GGUF model keeps its files", cure="Leave the shard size out")
+        for file in base.files:
+            yield file.name, [name for name in tensors if base.home.get(name) == file], {}
+        return
     if shard_size is None:
         first = base.files[0]
         homes = {name: base.home.get(name, first) for name in tensors}
@@ -316,6 +350,8 @@ def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
 
 
 def _block_bytes(output: Output) -> int:
+    if output.part is not None:
+        return output.part.held
     elements = math.prod(output.shape)
     if all(fold.blockable for fold in output.folds):
         elements = min(elements, max(BLOCK_ELEMENTS, elements // max(output.shape[0] if output.shape else 1, 1)))
