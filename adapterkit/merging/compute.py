@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, Malformed
+from ..tensors.namespace import namespace
 from ..updates import Additive, Update
 from .planning import BLOCK_ELEMENTS, Output
 from .rounding import key_of, stochastic
@@ -21,6 +22,9 @@ from .rounding import key_of, stochastic
 if TYPE_CHECKING:
     from .arrays import Arrays, Workspace
     from .folds import Fold
+
+THIN = 256
+"""Ranks up to which factors are put side by side with those of other adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +141,24 @@ class Folder:
     def _sum(self, block: Block) -> Any:
         """What all folds add to the block, in float64; flat."""
         total = self._shaped(self.workspace.take(block.elements), block)
-        for position, (fold, updates) in enumerate(self.folds):
+        for position, (fold, updates, weight) in enumerate(self._terms):
             view = _view(total, fold, (block.start, block.stop), block)
             cut = _additive(_cut(update, fold, block, (block.start, block.stop)) for update in updates)
             if position == 0:
-                cut.pop(0).delta_into(view, fold.weight)
-            _add(cut, view, fold.weight)
+                cut.pop(0).delta_into(view, weight)
+            _add(cut, view, weight)
         return total.reshape(-1)
+
+    @cached_property
+    def _terms(self) -> list[tuple[Fold, list[Update], float]]:
+        """What adds up, with weights; thin factors of several adapters side by side: one product is much faster."""
+        terms = [(fold, updates, fold.weight) for fold, updates in self.folds]
+        if len(terms) < 2:
+            return terms
+        thin = [term for term in terms if _is_thin(term[0], term[1]) and term[0].axis == terms[0][0].axis]
+        if len(thin) < 2:
+            return terms
+        return [(thin[0][0], [_side_by_side(thin)], 1.0), *(term for term in terms if term not in thin)]
 
     def _image(self, raw: Any, block: Block) -> Any:
         """The block in float64, as `[rows, *rest]`, in memory that is used again for the next one."""
@@ -181,6 +196,25 @@ class Folder:
     @cached_property
     def _needs_original(self) -> bool:
         return sum(not fold.additive or fold.bias for fold, _ in self.folds) > 1
+
+
+def _is_thin(fold: Fold, updates: Sequence[Update]) -> bool:
+    """Whether all is a product of factors of so few ranks that the product is how it is best computed."""
+    if len(fold.shape) != 2 or fold.target.stacked:
+        return False
+    pairs = [update.pair(_logical(fold)) for update in updates if isinstance(update, Additive)]
+    return len(pairs) == len(updates) and all(pair is not None and pair[1].shape[0] <= THIN for pair in pairs)
+
+
+def _side_by_side(terms: Sequence[tuple[Fold, list[Update], float]]) -> Update:
+    """sum of weight * B @ A over all updates as one LoRA of all their ranks."""
+    from ..methods.lora import LoRA
+
+    pairs = [(w, u.pair(_logical(fold))) for fold, us, w in terms for u in _additive(us)]
+    factors = [(w, *pair) for w, pair in pairs if pair is not None]
+    xp = namespace(factors[0][1])
+    A, B = xp.concat([A for _, _, A in factors], axis=0), xp.concat([w * B for w, B, _ in factors], axis=1)
+    return LoRA(A=A, B=B, bias=None, scaling=1.0)
 
 
 def _additive(updates: Iterable[Update]) -> list[Additive]:
