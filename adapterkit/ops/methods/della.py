@@ -23,7 +23,10 @@ class Della(Sparse):
     paper = "https://arxiv.org/abs/2406.11617"
     single = frozenset({"density", "epsilon"})
     compat: ClassVar = {
-        "mergekit": {"rescale": "norm", "weighted_vote": True, "zero_sign": "+", "denominator": "weights"},
+        "mergekit": {
+            "density": 1.0, "epsilon": 0.15, "rescale": "norm", "weighted_vote": True, "zero_sign": "+",
+            "denominator": "weights",
+        },
     }  # fmt: skip
 
     density: float = parameter(0.3, "mean probability that an entry is kept", least=0, most=1)
