@@ -31,7 +31,7 @@ VECTORS = Path(__file__).parents[2] / "spec" / "vectors" / "quant"
 Tensors = dict[str, torch.Tensor]
 
 
-def bnb_4bit(stored: Tensors, folder: Path) -> torch.Tensor:
+def bnb_4bit(stored: Tensors, _: Path) -> torch.Tensor:
     """By the library's own state."""
     state = bnb.QuantState.from_dict({k: v for k, v in stored.items() if k.startswith("m.weight.")}, "cpu")
     if state.shape[-1] % state.blocksize:  # its CPU kernel takes wrong scales there
@@ -40,18 +40,18 @@ def bnb_4bit(stored: Tensors, folder: Path) -> torch.Tensor:
     return bnb.dequantize_4bit(stored["m.weight"], state)
 
 
-def bnb_int8(stored: Tensors, folder: Path) -> torch.Tensor:
+def bnb_int8(stored: Tensors, _: Path) -> torch.Tensor:
     """By rows."""
     return bnb.int8_vectorwise_dequant(stored["m.weight"], stored["m.SCB"]).to(torch.bfloat16)
 
 
-def fp8(stored: Tensors, folder: Path) -> torch.Tensor:
+def fp8(stored: Tensors, _: Path) -> torch.Tensor:
     """By transformers."""
     scale = next(value for key, value in stored.items() if "scale" in key)
     return Fp8Dequantize(None)._dequantize_one(stored["m.weight"], scale, torch.bfloat16)
 
 
-def mxfp4(stored: Tensors, folder: Path) -> torch.Tensor:
+def mxfp4(stored: Tensors, _: Path) -> torch.Tensor:
     """By transformers."""
     return _convert_moe_packed_tensors(stored["m.experts.up_blocks"], stored["m.experts.up_scales"])
 
