@@ -120,10 +120,13 @@ def _compare_packed(output: Output, found: Lazy, arrays: Arrays) -> Difference |
     assert output.part is not None
     if (found.shape, found.dtype) != (output.shape, output.dtype):
         return Difference(output.name, f"{found.dtype} {list(found.shape)}, not {output.dtype} {list(output.shape)}")
+    import numpy as np
+
     made, _ = output.part.compute(Workspace(arrays))
-    wanted, there, size = made[output.name], bytes(found.fetch()), output.dtype.itemsize
-    elements = sum(wanted[at : at + size] != there[at : at + size] for at in range(0, len(wanted), size))
-    return Difference(output.name, "not what quantizing the merge again gives", elements) if wanted != there else None
+    wanted, there = (np.frombuffer(data, output.dtype.numpy) for data in (made[output.name], found.fetch()))
+    bits = f"<u{output.dtype.itemsize}"
+    elements = int((wanted.view(bits) != there.view(bits)).sum())
+    return Difference(output.name, "not what quantizing the merge again gives", elements) if elements else None
 
 
 def _compare_bytes(output: Output, found: Lazy) -> Difference | None:

@@ -205,8 +205,8 @@ def nibbles(packed: np.ndarray[Any, Any], *, high_first: bool = False) -> np.nda
     return np.stack(halves, axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-STEP = 1 << 20
-"""Numbers quantized at a time."""
+STEP = 1 << 17
+"""Numbers quantized at a time: few enough that they stay in a core's cache."""
 
 
 def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:
