@@ -158,6 +158,8 @@ class _Hands:
                 source = self._open(job.source[0], "rb")
                 copy_range(source, target, job.source[1], job.offset, job.nbytes, self.moved)
                 norms = {}
+            elif job.parts:
+                norms = self._pack(job, target)
             else:
                 norms = self._compute(job.output, job, target)
             self.behind(target, job.offset, job.nbytes)
@@ -181,6 +183,16 @@ class _Hands:
             write_all(target, data)
             self.moved(len(data))
         return norms
+
+    def _pack(self, job: Job, target: BinaryIO) -> dict[int, float]:
+        assert job.output is not None
+        assert job.output.part is not None
+        made, norms = job.output.part.compute(self.workspace)
+        for output in job.parts:
+            target.seek(output.offset)
+            write_all(target, memoryview(made[output.name]))
+            self.moved(output.nbytes)
+        return norms if job.output.folds else {}
 
     def _read(self, output: Output, block: Block) -> Any:
         size = output.source.dtype.itemsize
