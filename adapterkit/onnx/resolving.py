@@ -29,7 +29,7 @@ the node's name, equal numbers, the nearest numbers."""
 
 _SCOPES, _FOLDED = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.optimizer.folded_from"
 _OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
-_MARK = re.compile(r"(?:\.(?:MatMul|Gemm|Conv|Gather))?\.weight(?:_quantized|(?:_DQ)?_Q\d)?$")
+_MARK = re.compile(r"(?:\.(?:MatMul|Gemm|Conv|Gather))?\.weight(?:_quantized|_q|(?:_DQ)?_Q\d)?$")
 _CALL = re.compile(r"_\d+(?=\.weight$)")
 _LIST = 1 << 16
 
