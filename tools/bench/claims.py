@@ -7,10 +7,11 @@ A small transformer of Llama's make (1.3 M parameters) learns to read scikit-lea
 too. The tasks are the demo's: relabelled, it sees what it knows and must answer with the next digit; rotated or as a
 negative, it must learn to see. All tasks are run unless one is named.
 
-The images are in three parts: 1000 to train on, 257 for choices, 540 held out. A contender has the learning rate
-of `RATES` that is best on the 257 after one run with a seed that is not used again; nothing is chosen on the 540, of
-which the accuracies are. What LoRA adapts was fixed before there were three parts, by trials on the 540. Recovered is (accuracy - before) / (accuracy of full - before). Each seed draws other initial
-values, another order of the images and other shifts of them; the tables have medians.
+The images are in three parts: 1000 to train on, 257 for choices, 540 held out. A contender has the learning rate of
+`RATES` that is best on the 257 after one run with a seed that is not used again; nothing is chosen on the 540, of which
+the accuracies are. What LoRA adapts was fixed before there were three parts, by trials on the 540. Recovered is
+(accuracy - before) / (accuracy of full - before). Each seed draws other initial values, another order of the images and
+other shifts of them; the tables have medians.
 """
 
 from __future__ import annotations
