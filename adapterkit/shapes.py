@@ -88,16 +88,20 @@ def _parse(text: str) -> Axes:
     return Axes(text, axes)
 
 
-def tensor(shape: str, *, optional: bool = False, integer: bool = False, below: str = "") -> Any:
+def tensor(
+    shape: str, *, optional: bool = False, integer: bool = False, below: str = "", distinct: bool = False
+) -> Any:
     """A dataclass field that holds a tensor of the given shape string.
 
     Args:
         shape: the shape string.
         optional: the tensor may be absent (None).
         integer: it holds indices instead of real numbers.
-        below: the axis that those are positions on; two axes for the two rows of a list of pairs.
+        below: the axis that those are positions on, or a product; two axes for the two rows of a list of pairs.
+        distinct: no position comes twice.
     """
-    metadata = {"axes": Axes.parse(shape), "integer": integer, "optional": optional, "below": tuple(below.split())}
+    indices = {"integer": integer, "below": tuple(below.split()), "distinct": distinct}
+    metadata = {"axes": Axes.parse(shape), "optional": optional, **indices}
     return dataclasses.field(default=None, metadata=metadata) if optional else dataclasses.field(metadata=metadata)
 
 

@@ -100,7 +100,7 @@ def _trial(cls, sizes, kernel, present, forms):
 
 def _numbers(cls, name, sizes, kernel, stacked=False, seed=0):
     field, shape = cls.tensor_fields()[name].metadata, _shape(cls, name, sizes, kernel, stacked)
-    below = [_dims(sizes, kernel)[axis] for axis in field["below"]]
+    below = [Axes.parse(axis).sizes(_dims(sizes, kernel))[0] for axis in field["below"]]
     return from_numpy(_positions(shape, seed, below) if field["integer"] else values(shape, seed))
 
 

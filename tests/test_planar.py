@@ -10,10 +10,10 @@ import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, Malformed, ShapeMismatch
 from adapterkit.methods import METHODS
-from adapterkit.methods._planar import Planar
 from adapterkit.tensors.lazy import from_numpy
+from adapterkit.updates import Additive
 
-PLANAR = [name for name, cls in METHODS.items() if issubclass(cls, Planar)]
+PLANAR = [name for name, cls in METHODS.items() if issubclass(cls, Additive) and cls.linear_only]
 ONES = {"values": np.ones(2), "spectrum": np.ones(2)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from ..tensors.activations import softmax
 from ..tensors.namespace import namespace
 from ..updates import OutputUpdate
 
@@ -33,3 +34,9 @@ def best(scores: Any, count: int) -> Any:
     """Which entries are among the `count` largest of the last axis; of equal ones the first."""
     xp = namespace(scores)
     return xp.argsort(xp.argsort(-scores, axis=-1), axis=-1) < count
+
+
+def softmax_among(scores: Any, chosen: Any) -> Any:
+    """Shares along the last axis for the chosen entries, which add up to 1; 0 for the others."""
+    xp = namespace(scores)
+    return xp.where(chosen, softmax(xp.where(chosen, scores, -xp.inf)), 0.0)

@@ -10,10 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import Malformed
-from ..tensors.activations import softmax
-from ..tensors.namespace import namespace
 from ..updates import attribute, tensor
-from ._routed import Routed, best, mixed
+from ._routed import Routed, best, mixed, softmax_among
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +38,7 @@ class Arrow(Routed):
     idle_A: Tensor | None = tensor("r in", optional=True)
     idle_B: Tensor | None = tensor("out r", optional=True)
     top_k: int = attribute(1, least=1)
-    temperature: float = 1.0
+    temperature: float = attribute(1.0, positive=True)
     scaling: float = 1.0
     tasks: int = attribute(0, least=0)
     general: int = attribute(0, least=0)
@@ -51,8 +49,6 @@ class Arrow(Routed):
 
     def check(self) -> None:
         super().check()
-        if not self.temperature > 0:
-            raise Malformed(f"a temperature of {self.temperature}", where="temperature", cure="Write the adapter again")
         self._check_choice()
 
     def check_against(self, shape: tuple[int, ...]) -> None:
@@ -68,8 +64,6 @@ class Arrow(Routed):
     def forward(self, x: Any, layer: Any) -> Any:
         assert self.A is not None
         assert self.B is not None
-        xp = namespace(x)
         likeness = abs(layer.mix(x, self.prototypes))
-        scores = xp.where(best(likeness, self.top_k), likeness / self.temperature, -xp.inf)
-        shares = softmax(scores) * self.strengths
+        shares = softmax_among(likeness / self.temperature, best(likeness, self.top_k)) * self.strengths
         return layer(x) + self.scaling * mixed(x, shares, self.A, self.B, layer)

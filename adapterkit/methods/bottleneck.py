@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..tensors.activations import ACTIVATIONS
 from ..updates import tensor
-from ._sublayer import Sublayer, biased
+from ._bottleneck import Narrow, biased
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class Bottleneck(Sublayer):
+class Bottleneck(Narrow):
     """change(h) = up @ act(down @ h + down_bias) + up_bias."""
 
     paper = "https://arxiv.org/abs/1902.00751"

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..tensors.computed import times
 from ..tensors.positions import counting
-from ..updates import tensor
-from ._planar import Planar
+from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,9 +18,10 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class C3A(Planar):
+class C3A(Additive):
     """W'[m * b + i, n * b + j] = W[m * b + i, n * b + j] + kernel[m, n, (j - i) mod b] / in."""
 
+    linear_only = True
     paper = "https://arxiv.org/abs/2407.19342"
 
     kernel: Tensor = tensor("out/b in/b b")

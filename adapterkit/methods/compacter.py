@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..tensors.activations import ACTIVATIONS
 from ..updates import tensor
-from ._sublayer import Sublayer, biased
+from ._bottleneck import Narrow, biased
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class Compacter(Sublayer):
+class Compacter(Narrow):
     """change(h) = act(h @ D + down_bias) @ U + up_bias, D = sum_i kron(rule_i, W_i), U likewise."""
 
     paper = "https://arxiv.org/abs/2106.04647"
     forms = (
-        *Sublayer.forms,
+        *Narrow.forms,
         (("down_rule",), ("down_rule_left", "down_rule_right")),
         (("down_W",), ("down_left", "down_right")),
         (("up_rule",), ("up_rule_left", "up_rule_right")),

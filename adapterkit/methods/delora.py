@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..tensors.computed import times
 from ..tensors.namespace import namespace
 from ..updates import tensor
-from ._planar import LowRank
+from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ SMALLEST = 1e-4
 class DeLoRA(LowRank):
     """W' = W + strength / r * sum_i B[:, i] A[i] * w_norm / (|A[i]| |B[:, i]|), each norm at least 1e-4."""
 
+    linear_only = True
     paper = "https://arxiv.org/abs/2503.18225"
     frozen: ClassVar[frozenset[str]] = frozenset({"w_norm"})
 
@@ -44,8 +45,8 @@ class DeLoRA(LowRank):
     def scaled(self, weight: float) -> Self | None:
         return self.replace(strength=times(self.strength, weight))
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.A * self.w_norm, self.B * (self.strength / (len(self.A) * _norm(self.A, 1) * _norm(self.B, 0)))
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return self.B * (self.strength / (len(self.A) * _norm(self.A, 1) * _norm(self.B, 0))), self.A * self.w_norm
 
 
 def _norm(factor: Any, axis: int) -> Any:

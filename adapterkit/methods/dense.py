@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import Malformed
 from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
@@ -29,11 +28,6 @@ class Dense(Additive):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         return cls(D=0 * W, **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if self.D is None and self.d is None:
-            raise Malformed("needs D, d or both", cure="Write the adapter again")
 
     @property
     def changes_weight(self) -> bool:

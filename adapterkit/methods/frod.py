@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import Malformed, ShapeMismatch
-from ..tensors.lazy import as_lazy
 from ..tensors.namespace import namespace
 from ..updates import WeightUpdate, tensor
 
@@ -29,33 +27,15 @@ class FRoD(WeightUpdate):
     l: Tensor = tensor("in")  # noqa: E741 - the paper's name
     values: Tensor = tensor("n")
     V: Tensor = tensor("in in")
-    index: Tensor = tensor("2 n", integer=True)
+    index: Tensor = tensor("2 n", integer=True, below="in in", distinct=True)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         size = W.shape[1]
-        if len(W.shape) != 2:
-            raise ShapeMismatch("FRoD changes linear layers only", cure="Take this target out")
         V = namespace(W).linalg.svd(W, full_matrices=True)[2].mT
         places = random((size * size,)).argsort()[: min(rank, size) * size]
         index = namespace(W).stack([places // size, places % size])
         return cls(l=_spanned(W, V)[1], values=W.new_zeros(len(places)), V=V, index=index, **attributes)
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        self._check_index()
-
-    def check_values(self) -> None:
-        super().check_values()
-        self._check_index()
-
-    def _check_index(self) -> None:
-        places, size = as_lazy(self.index).numpy(), self.V.shape[-1]
-        flat = places[..., 0, :].astype("i8") * size + places[..., 1, :]
-        flat = flat.reshape(len(flat) if flat.ndim > 1 else 1, flat.shape[-1])
-        inside = not places.size or (places.min() >= 0 and places.max() < size)
-        if not inside or any(len(set(row)) < len(row) for row in flat.tolist()):
-            raise Malformed("a place outside the matrix, or one twice", where="index", cure="Write the adapter again")
 
     def new_weight(self, W: Tensor) -> Tensor:
         xp, U = namespace(W), _spanned(W, self.V)[0]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..tensors.activations import sigmoid
 from ..updates import OutputUpdate, tensor
+from ._gates import row_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,4 @@ class GatedLoRA(OutputUpdate):
         return cls(A=A, B=W.new_zeros(len(W), rank), gate=gate, gate_bias=W.new_zeros(1), **attributes)
 
     def forward(self, x: Any, layer: Any) -> Any:
-        share = sigmoid(x @ self.gate.mT + self.gate_bias)
-        places = tuple(range(1, share.ndim - 1))
-        share = share.mean(places, keepdims=True) if places else share
-        return layer(x) + x @ self.A.mT @ self.B.mT * share
+        return layer(x) + x @ self.A.mT @ self.B.mT * row_shares(x @ self.gate.mT + self.gate_bias)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed, UsageError
+from ..errors import UsageError
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
@@ -23,11 +23,9 @@ class GLoRA(WeightUpdate):
     blocks = frozenset({"out", "in"})
     bias_sees_weight: ClassVar[bool] = True
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
-        (("A_d", "A_u"), ("A",), ("A_c",), ()),
-        (("B_d", "B_u"), ("B",), ("B_c",), ()),
+        *(((f"{name}_d", f"{name}_u"), (name,), (f"{name}_c",), ()) for name in "AB"),
         (("C_d", "C_u"), ("C",), ()),
-        (("D",), ("D_c",), ()),
-        (("E",), ("E_c",), ()),
+        *(((name,), (f"{name}_c",), ()) for name in "DE"),
     )
     paper = "https://arxiv.org/abs/2306.07967"
 
@@ -56,40 +54,33 @@ class GLoRA(WeightUpdate):
             fields |= {"C_d": W.new_zeros(in_, rank), "C_u": random((rank, 1)), "D": 0 * b, "E": 0 * b}
         return cls(**fields, **attributes)
 
-    def check(self) -> None:
-        super().check()
-        if not self.tensors:
-            raise Malformed("holds no support", cure="Write the adapter again")
-
     @property
     def changes_weight(self) -> bool:
-        return any(name[0] in "AB" for name in self.tensors)
+        return self._holds("AB")
 
     @property
     def changes_bias(self) -> bool:
-        return any(name[0] in "CDE" for name in self.tensors)
+        return self._holds("CDE")
 
-    def new_weight(self, W: Tensor) -> Tensor:
-        A, B = self._support("A", column=True), self._support("B", column=True)
-        new: Tensor = W + W * A + B
-        return new
+    def new_weight(self, W: Tensor) -> Any:
+        return W + W * self._support("A") + self._support("B")
 
     def settled(self, W: Tensor) -> Self:
-        C = self.C if self.C_d is None or self.C_u is None else (self.C_d @ self.C_u)[..., 0]
-        if C is None:
+        if not self._holds("C"):
             return self
-        return self.replace(C_d=None, C_u=None, C=None, E=(W @ C[..., None])[..., 0] + self._support("E"), E_c=None)
+        E = (W @ self._support("C"))[..., 0] + self._support("E")
+        return self.replace(C_d=None, C_u=None, C=None, E=E, E_c=None)
 
-    def new_bias(self, b: Tensor) -> Tensor:
-        if self.C is not None or self.C_d is not None:
+    def new_bias(self, b: Tensor) -> Any:
+        if self._holds("C"):
             raise UsageError("GLoRA's C needs the weight", cure="Call settled(W) first")
-        new: Tensor = b + b * self._support("D") + self._support("E")
-        return new
+        return b + b * self._support("D") + self._support("E")
 
-    def _support(self, name: str, column: bool = False) -> Any:
-        d, u, vector, constant = (getattr(self, name + form, None) for form in ("_d", "_u", "", "_c"))
-        if d is not None:
-            return d @ u
-        if vector is not None:
-            return vector[:, None] if column else vector
-        return 0.0 if constant is None else constant
+    def _holds(self, supports: str) -> bool:
+        return any(name[0] in supports for name in self.tensors)
+
+    def _support(self, name: str) -> Any:
+        """One of the five; those that meet a weight as a matrix or a column."""
+        held: Any = [leaf for field, leaf in self.tensors.items() if field[0] == name]
+        vectors = held if name in "DE" else [leaf[..., None] for leaf in held]
+        return held[0] @ held[1] if len(held) == 2 else sum(vectors)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self
 
 from ..tensors.namespace import namespace
-from ..updates import tensor
-from ._planar import Planar
+from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,9 +16,10 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class GraLoRA(Planar):
+class GraLoRA(Additive):
     """W' = W + scaling * (D + B_whole @ A_whole), D's block of outputs j and inputs n being A[n, :, j] @ B[j, n]."""
 
+    linear_only = True
     paper = "https://arxiv.org/abs/2505.20355"
     forms = (((), ("A_whole", "B_whole")),)
 

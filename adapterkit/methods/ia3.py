@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import Malformed
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ class IA3(WeightUpdate):
 
     blocks = frozenset({"out", "in"})
     needs_bias = False
+    forms = ((("l",), ("l_in",)),)
     paper = "https://arxiv.org/abs/2205.05638"
 
     l: Tensor | None = tensor("out", optional=True)  # noqa: E741 - the paper's name
@@ -30,11 +30,6 @@ class IA3(WeightUpdate):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         return cls(l=W.new_ones(len(W)), **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if (self.l is None) == (self.l_in is None):
-            raise Malformed("needs exactly one of l and l_in", cure="Write the adapter again")
 
     @classmethod
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:

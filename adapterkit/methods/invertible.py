@@ -39,11 +39,11 @@ class Invertible(OutputUpdate):
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         size = W.shape[1] if attributes.get("reverse") else len(W)
         first, second = size // 2, size - size // 2
-        return cls(
-            F_down=random((rank, second)) / second**0.5, F_down_bias=W.new_zeros(rank), F_up=W.new_zeros(first, rank),
-            F_up_bias=W.new_zeros(first), G_down=random((rank, first)) / max(first, 1) ** 0.5,
-            G_down_bias=W.new_zeros(rank), G_up=W.new_zeros(second, rank), G_up_bias=W.new_zeros(second), **attributes,
-        )  # fmt: skip
+        shapes: dict[str, Any] = {"F_down_bias": rank, "F_up": (first, rank), "F_up_bias": first, "G_down_bias": rank}
+        shapes |= {"G_up": (second, rank), "G_up_bias": second}
+        zeros: dict[str, Any] = {name: W.new_zeros(shape) for name, shape in shapes.items()}
+        F, G = random((rank, second)) / second**0.5, random((rank, first)) / max(first, 1) ** 0.5
+        return cls(F_down=F, G_down=G, **zeros, **attributes)
 
     @property
     def channels(self) -> int | None:
@@ -64,22 +64,18 @@ class Invertible(OutputUpdate):
 
     def _forward(self, y: Any) -> Any:
         y1, y2 = self._halves(y)
-        y1 = y1 + self._first(y2)
-        return namespace(y).concat([y1, y2 + self._second(y1)], axis=-1)
+        y1 = y1 + self._net("F", y2)
+        return namespace(y).concat([y1, y2 + self._net("G", y1)], axis=-1)
 
     def _backward(self, y: Any) -> Any:
         y1, y2 = self._halves(y)
-        y2 = y2 - self._second(y1)
-        return namespace(y).concat([y1 - self._first(y2), y2], axis=-1)
+        y2 = y2 - self._net("G", y1)
+        return namespace(y).concat([y1 - self._net("F", y2), y2], axis=-1)
 
     def _halves(self, y: Any) -> tuple[Any, Any]:
-        first = self.F_up_bias.shape[0]
-        return y[..., :first], y[..., first:]
+        return y[..., : len(self.F_up_bias)], y[..., len(self.F_up_bias) :]
 
-    def _first(self, h: Any) -> Any:
-        inner = ACTIVATIONS[self.non_linearity](h @ self.F_down.mT + self.F_down_bias)
-        return inner @ self.F_up.mT + self.F_up_bias
-
-    def _second(self, h: Any) -> Any:
-        inner = ACTIVATIONS[self.non_linearity](h @ self.G_down.mT + self.G_down_bias)
-        return inner @ self.G_up.mT + self.G_up_bias
+    def _net(self, half: str, h: Any) -> Any:
+        own: dict[str, Any] = {**self.tensors}
+        inner = ACTIVATIONS[self.non_linearity](h @ own[f"{half}_down"].mT + own[f"{half}_down_bias"])
+        return inner @ own[f"{half}_up"].mT + own[f"{half}_up_bias"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import Malformed
 from ..tensors.products import contracted
 from ..updates import Additive, tensor
 
@@ -23,6 +22,7 @@ class LoHa(Additive):
     """W' = W + scaling * P1 * P2; P1 and P2 are both plain products, or both have a core."""
 
     blocks = frozenset({"out"})
+    forms = ((("w1_b", "w2_b"), ("t1", "w1_in", "t2", "w2_in")),)
     paper = "https://arxiv.org/abs/2108.06098"
 
     w1_a: Tensor = tensor("out r")
@@ -41,12 +41,6 @@ class LoHa(Additive):
         w1_a, w2_a = (random((len(W), rank)) / rank**0.5 for _ in range(2))
         w1_b = random((rank, columns)) / columns**0.5
         return cls(w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=W.new_zeros(rank, columns), **attributes)
-
-    def check(self) -> None:
-        super().check()
-        present = {name for name in ("w1_b", "w2_b", "t1", "w1_in", "t2", "w2_in") if getattr(self, name) is not None}
-        if present not in ({"w1_b", "w2_b"}, {"t1", "w1_in", "t2", "w2_in"}):
-            raise Malformed("needs w1_b and w2_b, or t1, w1_in, t2 and w2_in", cure="Write the adapter again")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         one = self.w1_a @ _right(self.w1_b, self.t1, self.w1_in)

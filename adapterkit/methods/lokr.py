@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from ..errors import Malformed
-from ..tensors.namespace import namespace
-from ..tensors.products import contracted, even_split, kron, tucker
+from ..tensors.products import contracted, even_split, kron, sides, tucker
 from ..updates import Additive, tensor
 from .dense import Dense
 
@@ -25,6 +23,7 @@ class LoKr(Additive):
     """W' = W + scaling * kron(w1, w2); w1 is whole or w1_a @ w1_b, w2 whole, w2_a @ w2_b, or a core between two."""
 
     blocks = frozenset({"out"})
+    forms = ((("w1",), ("w1_a", "w1_b")), (("w2",), ("w2_a", "w2_b"), ("w2_a", "t2", "w2_in")))
     paper = "https://arxiv.org/abs/2309.14859"
 
     w1: Tensor | None = tensor("a c", optional=True)
@@ -47,24 +46,15 @@ class LoKr(Additive):
         w2_a, w2_b = random((rows, rank)) / rank**0.5, random((rank, columns)) / columns**0.5
         return cls(w1=w1, w2_a=w2_a, w2_b=w2_b, **attributes)
 
-    def check(self) -> None:
-        super().check()
-        first = self.tensors.keys() & {"w1", "w1_a", "w1_b"}
-        second = self.tensors.keys() - first
-        whole = ({"w2"}, {"w2_a", "w2_b"}, {"w2_a", "t2", "w2_in"})
-        if first not in ({"w1"}, {"w1_a", "w1_b"}) or second not in whole:
-            why = "needs w1, or w1_a and w1_b; and w2, or w2_a and w2_b, or w2_a, t2 and w2_in"
-            raise Malformed(why, cure="Write the adapter again")
-
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         D: Tensor = kron(self.scaling * self._first, self._second).reshape(shape)
         return D
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The Kronecker products of the left and of the right sides of w1 and w2."""
-        left_1, right_1 = _sides(self.w1_a, self.w1_b, self.w1)
+        left_1, right_1 = sides(self.w1_a, self.w1_b, self.w1)
         right = self.w2_b if self.t2 is None else contracted(self.t2, self.w2_in)
-        left_2, right_2 = _sides(self.w2_a, right, None if self.w2 is None else self._second)
+        left_2, right_2 = sides(self.w2_a, right, None if self.w2 is None else self._second)
         return kron(self.scaling * left_1, left_2), kron(right_1, right_2)
 
     def delta_norm(self, shape: tuple[int, ...]) -> float:
@@ -88,12 +78,3 @@ class LoKr(Additive):
         if self.w2 is not None:
             return self.w2.reshape(len(self.w2), -1)
         return tucker(self.t2, self.w2_a, self.w2_in) if self.w2_b is None else cast(Any, self.w2_a) @ self.w2_b
-
-
-def _sides(left: Any, right: Any, whole: Any) -> tuple[Any, Any]:
-    """A product's two sides; a whole matrix beside an identity of its shorter side."""
-    if whole is None:
-        return left, right
-    xp, (rows, columns) = namespace(whole), whole.shape
-    identity = xp.eye(min(rows, columns), dtype=whole.dtype, device=getattr(whole, "device", None))
-    return (identity, whole) if rows < columns else (whole, identity)

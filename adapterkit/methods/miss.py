@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from ..errors import Malformed, ShapeMismatch
+from ..errors import ShapeMismatch
 from ..tensors.computed import times
 from ..tensors.namespace import namespace
 from ..updates import Additive, tensor
@@ -23,6 +23,7 @@ class MiSS(Additive):
 
     linear_only = True
     blocks = frozenset({"out", "in"})
+    forms = ((("D",), ("mini",)),)
     paper = "https://arxiv.org/abs/2409.15371"
 
     D: Tensor | None = tensor("r out", optional=True)
@@ -31,11 +32,6 @@ class MiSS(Additive):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         return cls(D=W.new_zeros(rank, len(W)), **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if (self.D is None) == (self.mini is None):
-            raise Malformed("needs exactly one of D and mini", cure="Write the adapter again")
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)

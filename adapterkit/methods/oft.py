@@ -62,17 +62,15 @@ class OFT(WeightUpdate):
         size = block_size(self.pairs.shape[-1]) if self.square is None else self.square.shape[-1]  # type: ignore[union-attr]
         width = shape[0] if self.side == "out" else math.prod(shape[1:])
         if width % size:
-            why = f"blocks of {size} do not make up {width}"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+            raise ShapeMismatch(f"blocks of {size} do not make up {width}", cure="The adapter is not of this base")
 
     def cuts(self, axis: str) -> bool:
         return axis != self.side
 
-    def new_weight(self, W: Tensor) -> Tensor:
+    def new_weight(self, W: Tensor) -> Any:
         Q = self._constrained(skew(self.pairs) if self.square is None else self.square.mT - self.square)
         R = neumann(Q, self.terms) if self.terms else cayley(Q)
-        turned: Tensor = turn_rows(W, R) if self.side == "out" else turn_columns(W.reshape(len(W), -1), R)
-        turned = turned.reshape(W.shape)
+        turned = turn_rows(W, R) if self.side == "out" else turn_columns(W.reshape(len(W), -1), R).reshape(W.shape)
         return turned if self.rescale is None else turned * self.rescale.reshape(-1, *[1] * (W.ndim - 1))
 
     def _constrained(self, Q: Any) -> Any:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import ShapeMismatch
 from ..tensors.decompositions import qr
-from ..updates import WeightUpdate, tensor
+from ._in_place import InPlace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,15 +17,10 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class OLoRA(WeightUpdate):
+class OLoRA(InPlace):
     """W' = W + scaling * (B @ A - Q' R'); Q' and R' are the first r columns of Q and rows of R in W = Q R."""
 
-    linear_only = True
     paper = "https://arxiv.org/abs/2406.01775"
-
-    A: Tensor = tensor("r in")
-    B: Tensor = tensor("out r")
-    scaling: float = 1.0
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
@@ -34,13 +28,7 @@ class OLoRA(WeightUpdate):
         Q, R = qr(W)
         return cls(A=R[:rank] * 1, B=Q[:, :rank] * 1, **attributes)
 
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        if self.A.shape[-2] > min(shape):
-            why = f"rank {self.A.shape[-2]} of a weight of {list(shape)}"
-            raise ShapeMismatch(why, where="A", cure="The adapter is not of this base")
-
-    def new_weight(self, W: Tensor) -> Tensor:
+    def taken(self, W: Tensor) -> Tensor:
         r, (Q, R) = len(self.A), qr(W)
-        new: Tensor = W + self.scaling * (self.B @ self.A - Q[:, :r] @ R[:r])
-        return new
+        part: Tensor = self.scaling * Q[:, :r] @ R[:r]
+        return part

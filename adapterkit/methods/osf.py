@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import ShapeMismatch
 from ..tensors.rotations import singular
 from ..updates import WeightUpdate, tensor
+from ._in_place import check_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class OSF(WeightUpdate):
     """W' = W - T + U @ diag(S) @ V, T = U_own @ diag(S_own) @ V_own, or W's own."""
 
+    linear_only = True
     frozen = frozenset({"U_own", "S_own", "V_own"})
     forms = (((), ("U_own", "S_own", "V_own")),)
     paper = "https://arxiv.org/abs/2504.07097"
@@ -39,10 +40,8 @@ class OSF(WeightUpdate):
         return cls(U=U, S=S, V=V, U_own=U * 1, S_own=S * 1, V_own=V * 1, **attributes)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        rank = self.S.shape[-1]
-        if len(shape) != 2 or rank > min(shape):
-            why = f"{rank} singular values of a weight of {list(shape)}"
-            raise ShapeMismatch(why, cure="OSF changes linear layers only, by at most their rank")
+        super().check_against(shape)
+        check_rank(int(self.S.shape[-1]), shape)
 
     def new_weight(self, W: Tensor) -> Tensor:
         trained = (self.U * self.S) @ self.V

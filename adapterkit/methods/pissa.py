@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import ShapeMismatch
 from ..tensors.decompositions import svd
-from ..updates import WeightUpdate, tensor
+from ._in_place import InPlace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,15 +17,10 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class PiSSA(WeightUpdate):
+class PiSSA(InPlace):
     """W' = W - U' S' V' + scaling * B @ A; U' S' V' are the r first components of the SVD of W."""
 
-    linear_only = True
     paper = "https://arxiv.org/abs/2404.02948"
-
-    A: Tensor = tensor("r in")
-    B: Tensor = tensor("out r")
-    scaling: float = 1.0
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
@@ -36,13 +30,7 @@ class PiSSA(WeightUpdate):
         root = (S[:rank] / made.scaling) ** 0.5
         return made.replace(A=root[:, None] * V[:rank], B=U[:, :rank] * root)
 
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        if self.A.shape[-2] > min(shape):
-            why = f"rank {self.A.shape[-2]} of a weight of {list(shape)}"
-            raise ShapeMismatch(why, where="A", cure="The adapter is not of this base")
-
-    def new_weight(self, W: Tensor) -> Tensor:
+    def taken(self, W: Tensor) -> Tensor:
         r, (U, S, V) = len(self.A), svd(W)
-        new: Tensor = W - (U[:, :r] * S[:r]) @ V[:r] + (self.scaling * self.B) @ self.A
-        return new
+        part: Tensor = (U[:, :r] * S[:r]) @ V[:r]
+        return part

@@ -14,6 +14,7 @@ from ..errors import ShapeMismatch
 from ..shapes import Dims
 from ..tensors.rotations import block_size, cayley, identity, neumann, shortened, singular, skew
 from ..updates import WeightUpdate, attribute, tensor
+from ._in_place import check_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 class PSOFT(WeightUpdate):
     """W' = W + B @ (b * R * a - I) @ A; R is a rotation of `pairs`, or free."""
 
+    linear_only = True
     frozen = frozenset({"A", "B"})
     paper = "https://openreview.net/forum?id=FSHrinMArK"
     forms = ((("pairs",), ("R",)), ((), ("A", "B")))
@@ -52,10 +54,9 @@ class PSOFT(WeightUpdate):
         return {**dims, "r": rank}
 
     def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
         rank = block_size(self.pairs.shape[-1]) if self.R is None else self.R.shape[-1]  # type: ignore[union-attr]
-        if len(shape) != 2 or rank > min(shape):
-            why = f"a subspace of rank {rank} of a weight of {list(shape)}"
-            raise ShapeMismatch(why, cure="PSOFT changes linear layers only, by at most their rank")
+        check_rank(rank, shape)
 
     def new_weight(self, W: Tensor) -> Tensor:
         R: Any = self._rotation() if self.R is None else self.R

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from ..errors import Malformed, UsageError
+from ..errors import UsageError
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
@@ -36,11 +36,6 @@ class Replacement(WeightUpdate):
         if not any(leaf is not None for leaf in wanted.values()):
             raise UsageError("nothing is left to replace", where="bias", cure="Choose targets that have a bias")
         return cls(**wanted, **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if self.weight is None and self.bias is None:
-            raise Malformed("needs weight, bias or both", cure="Write the adapter again")
 
     @classmethod
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:

@@ -69,16 +69,11 @@ class RoAd(WeightUpdate):
     def _turned(self, Y: Tensor) -> Tensor:
         """R @ Y, for Y `[out, columns]`."""
         xp, half = namespace(Y), self.group // 2
-        first = _entries(self.alpha * xp.cos(self.theta), self.variant, half, 0)
-        second = _entries(self.alpha * xp.sin(self.theta), self.variant, half, 1)
+        # One value for each output, or for each pair of them; the last variant has two for each output.
+        shape = (-1, 2, 2, half, 1) if self.variant == 4 else (-1, 1, self.variant, half, 1)
+        first = (self.alpha * xp.cos(self.theta)).reshape(shape)[:, 0]
+        second = (self.alpha * xp.sin(self.theta)).reshape(shape)[:, -1]
         pairs = Y.reshape(-1, 2, half, Y.shape[1])
         other = xp.stack([-pairs[:, 1], pairs[:, 0]], axis=1)
         turned: Tensor = first * pairs + second * other
         return turned.reshape(Y.shape)
-
-
-def _entries(values: Any, variant: int, half: int, column: int) -> Any:
-    """Values as `[groups, 1 or 2, half, 1]`: one an output, or one a pair."""
-    if variant == 4:
-        return values.reshape(-1, 2, 2, half, 1)[:, column]
-    return values.reshape(-1, variant, half, 1)

@@ -10,13 +10,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import Malformed, ShapeMismatch, UsageError
-from ..tensors.lazy import as_lazy
+from ..errors import ShapeMismatch, UsageError
 from ..tensors.namespace import namespace
+from ..tensors.positions import outside
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from ..updates import Random
@@ -25,10 +24,11 @@ if TYPE_CHECKING:
 class Rows(WeightUpdate):
     """W'[:, index[i]] = values[i] for every i; indices are distinct."""
 
+    linear_only = True
     blocks = frozenset({"out", "in"})
     paper = "https://huggingface.co/docs/peft/package_reference/trainable_tokens"
 
-    index: Tensor = tensor("n", integer=True)
+    index: Tensor = tensor("n", integer=True, below="in", distinct=True)
     values: Tensor = tensor("n out")
 
     @classmethod
@@ -39,20 +39,10 @@ class Rows(WeightUpdate):
         return cls(index=W.new_tensor(index).long(), values=W[:, list(index)].mT, **attributes)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
-        if len(shape) != 2:
-            raise ShapeMismatch(f"a weight seen as {list(shape)} has no token rows", cure="They belong to embeddings")
-        index = as_lazy(self.index).numpy()
-        if index.size and (index.min() < 0 or index.max() >= shape[1]):
-            worst = index.max() if index.max() >= shape[1] else index.min()
+        worst = outside(self.index, shape[1:2])
+        if worst is not None:
             raise ShapeMismatch(f"token {worst} of a base with {shape[1]}", cure="Resize the base's embeddings first")
-        if _repeats(index):
-            raise ShapeMismatch("the same token twice", where="index", cure="Write the adapter again")
-
-    def check_values(self) -> None:
-        super().check_values()
-        index = as_lazy(self.index).numpy()
-        if index.size and (index.min() < 0 or _repeats(index)):
-            raise Malformed("a position below 0, or one twice", where="index", cure="Write the adapter again")
+        super().check_against(shape)
 
     @classmethod
     def mixed(cls, updates: Sequence[Self], weights: Sequence[float]) -> Self | None:
@@ -79,8 +69,3 @@ class Rows(WeightUpdate):
             return super().block(axis, start, stop)
         inside = (self.index >= start) & (self.index < stop)
         return self.replace(index=self.index[inside] - start, values=self.values[inside])
-
-
-def _repeats(index: np.ndarray[Any, Any]) -> bool:
-    """Whether a position comes twice, in one list of them or in any expert's."""
-    return any(len(set(row)) < len(row) for row in index.reshape(-1, index.shape[-1]).tolist()) if index.size else False

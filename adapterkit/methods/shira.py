@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..tensors.computed import times
 from ..tensors.positions import add_at, random_positions, scattered
-from ..updates import tensor
-from ._planar import Sparse
+from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,14 +18,15 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class SHiRA(Sparse):
+class SHiRA(Additive):
     """W'[index[0], index[1]] = W[index[0], index[1]] + values."""
 
+    linear_only = True
     blocks = frozenset({"out", "in"})
     paper = "https://arxiv.org/abs/2406.13175"
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
 
-    index: Tensor = tensor("2 n", integer=True, below="out in")
+    index: Tensor = tensor("2 n", integer=True, below="out in", distinct=True)
     values: Tensor = tensor("n")
 
     @classmethod

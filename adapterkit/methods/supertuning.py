@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ShapeMismatch
 from ..tensors.computed import times
-from ..tensors.positions import add_at, outside, scattered
+from ..tensors.positions import add_at, scattered
 from ..tensors.products import product
-from ..updates import tensor
-from ._planar import Sparse
+from ..updates import Additive, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,14 +18,15 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class SuperTuning(Sparse):
+class SuperTuning(Additive):
     """W'[index // in, index % in] = W[...] + values, and + scaling * B @ A where A and B are present."""
 
+    linear_only = True
     paper = "https://arxiv.org/abs/2607.09287"
     forms = (((), ("A", "B")),)
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
 
-    index: Tensor = tensor("n", integer=True)
+    index: Tensor = tensor("n", integer=True, below="out*in", distinct=True)
     values: Tensor = tensor("n")
     A: Tensor | None = tensor("r in", optional=True)
     B: Tensor | None = tensor("out r", optional=True)
@@ -38,12 +37,6 @@ class SuperTuning(Sparse):
         count = min(rank * (W.shape[0] + W.shape[1]), W.numel())
         index = W.abs().reshape(-1).topk(count).indices
         return cls(**{"index": index, "values": W.new_zeros(count), **attributes})
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        worst = outside(self.index, (shape[0] * shape[1],))
-        if worst is not None:
-            raise ShapeMismatch(f"index: position {worst} of {list(shape)}", cure="The adapter is not of this base")
 
     def scaled(self, weight: float) -> Self | None:
         return self.replace(values=times(self.values, weight), scaling=weight * self.scaling)

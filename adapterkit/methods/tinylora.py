@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..tensors.computed import times
 from ..tensors.namespace import namespace
 from ..updates import tensor
-from ._planar import LowRank
+from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,7 @@ class TinyLoRA(LowRank):
     """W' = W + B @ R @ A, R = sum_i v[i] * P[i]."""
 
     blocks = frozenset({"out", "in"})
+    linear_only = True
     paper = "https://arxiv.org/abs/2602.04118"
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B", "P"})
 
@@ -46,7 +47,7 @@ class TinyLoRA(LowRank):
     def scaled(self, weight: float) -> Self | None:
         return self.replace(v=times(self.v, weight))
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         u, r, _ = self.P.shape
         R = (self.v @ self.P.reshape(u, r * r)).reshape(r, r)
-        return R @ self.A, self.B
+        return self.B, R @ self.A

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..tensors.namespace import namespace
 from ..updates import tensor
-from ._planar import LowRank
+from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +27,7 @@ class UniLoRA(LowRank):
     """W' = W + B @ A, A = theta[indices_A] * scales_A, B = theta[indices_B] * scales_B."""
 
     blocks = frozenset({"out", "in"})
+    linear_only = True
     paper = "https://arxiv.org/abs/2506.00799"
     starts_at_base = False
     frozen: ClassVar[frozenset[str]] = frozenset({"indices_A", "scales_A", "indices_B", "scales_B"})
@@ -53,8 +54,8 @@ class UniLoRA(LowRank):
         }  # fmt: skip
         return cls(**{**made, **given})
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         xp = namespace(self.theta)
         # torch takes bytes for masks, and knows no other small integers as indices.
         A, B = (xp.astype(indices, xp.int64) for indices in (self.indices_A, self.indices_B))
-        return self.theta[A] * self.scales_A, self.theta[B] * self.scales_B
+        return self.theta[B] * self.scales_B, self.theta[A] * self.scales_A

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..tensors.namespace import namespace
 from ..updates import attribute, tensor
-from ._planar import LowRank
+from ._low_rank import LowRank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class VBLoRA(LowRank):
     """W' = W + B @ A, both of pieces that are mixtures of the bank's vectors."""
 
+    linear_only = True
     paper = "https://arxiv.org/abs/2405.15179"
     starts_at_base = False
     forms = ((("logits_A", "logits_B"), ("indices_A", "weights_A", "indices_B", "weights_B")),)
@@ -50,10 +51,10 @@ class VBLoRA(LowRank):
         A, B = (rank, W.shape[1] // length, count), (W.shape[0] // length, rank, count)
         return cls(**{"logits_A": random(A) / 6, "logits_B": random(B) / 6, **given})
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         A = self._mixed(self.logits_A, self.indices_A, self.weights_A)
         B = self._mixed(self.logits_B, self.indices_B, self.weights_B).swapaxes(1, 2)
-        return A.reshape(A.shape[0], -1), B.reshape(-1, B.shape[2])
+        return B.reshape(-1, B.shape[2]), A.reshape(A.shape[0], -1)
 
     def _mixed(self, logits: Any, indices: Any, weights: Any) -> Any:
         """Mixtures of the bank's vectors, with an axis `b` in the place of the logits'."""

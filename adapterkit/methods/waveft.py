@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import Malformed
 from ..tensors.namespace import namespace
-from ..tensors.positions import counting, random_positions, scattered
+from ..tensors.positions import counting, scattered
 from ..updates import tensor
-from ._planar import Sized, Sparse
-from .fourierft import SEED
+from ._coefficients import Coefficients
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,24 +20,17 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class WaveFT(Sized, Sparse):
+class WaveFT(Coefficients):
     """W' = W + scaling * the inverse transform of F, F[index[0], index[1]] = spectrum and 0 elsewhere."""
 
     paper = "https://arxiv.org/abs/2505.12532"
     frozen: ClassVar[frozenset[str]] = frozenset({"index", "low_pass"})
 
-    index: Tensor = tensor("2 n", integer=True, below="out in")
-    spectrum: Tensor = tensor("n")
     low_pass: Tensor | None = tensor("taps", optional=True)
-    scaling: float = 1.0
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        out, in_ = W.shape
-        flat = random_positions(SEED, out * in_, rank)
-        index = flat.new_tensor([(flat // in_).tolist(), (flat % in_).tolist()])
-        given = {"index": index, "spectrum": W.new_zeros(len(flat)), "low_pass": W.new_tensor([0.5**0.5] * 2)}
-        return cls(outputs=out, inputs=in_, **{**given, **attributes})
+        return super().initial(W, b, rank, random, **{"low_pass": W.new_tensor([0.5**0.5] * 2), **attributes})
 
     def check(self) -> None:
         super().check()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import Malformed, ShapeMismatch
+from ..errors import ShapeMismatch
+from ..shapes import Dims
 from ..tensors.activations import relu, softmax
-from ..tensors.namespace import namespace
 from ..updates import attribute, tensor
-from ._routed import Routed, best, mixed
+from ._routed import Routed, best, mixed, softmax_among
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,12 +38,12 @@ class XLoRA(Routed):
     first_bias: Tensor | None = tensor("size", optional=True)
     inner: Tensor | None = tensor("depth size size", optional=True)
     inner_bias: Tensor | None = tensor("depth size", optional=True)
-    last: Tensor = tensor("logits width")
+    last: Tensor = tensor("logits size")
     last_bias: Tensor = tensor("logits")
     place: int = attribute(0, least=0)
     enable_softmax: bool = True
     enable_softmax_topk: bool = False
-    softmax_temperature: float = 1.0
+    softmax_temperature: float = attribute(1.0, positive=True)
     top_k: int = attribute(0, least=0)
     scaling: float = 1.0
 
@@ -55,23 +55,12 @@ class XLoRA(Routed):
     def lacks_experts(self) -> bool:
         return self.A is None
 
-    def check(self) -> None:
-        super().check()
-        if not self.softmax_temperature > 0:
-            why = f"a temperature of {self.softmax_temperature}"
-            raise Malformed(why, where="softmax_temperature", cure=_AGAIN)
-        self._check_sizes()
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        self._check_sizes()
-
-    def _check_sizes(self) -> None:
-        if self.first is not None and self.first.shape[:1] != self.last.shape[-1:]:
-            raise ShapeMismatch("reads another width than the layer before it gives", where="last", cure=_AGAIN)
-        if self.A is not None and (self.place + 1) * self.A.shape[0] > self.last.shape[0]:
-            why = f"{self.last.shape[0]} logits for place {self.place} of {self.A.shape[0]} experts"
-            raise ShapeMismatch(why, where="last", cure=_AGAIN)
+    def dims(self, stack: bool = False) -> Dims:
+        dims: Any = super().dims(stack)
+        if (self.place + 1) * dims.get("experts", 0) > dims["logits"]:
+            why = f"{dims['logits']} logits for place {self.place} of {dims['experts']} experts"
+            raise ShapeMismatch(why, where="last", cure="Write the adapter again")
+        return {**dims}
 
     def forward(self, x: Any, layer: Any) -> Any:
         assert self.A is not None
@@ -89,11 +78,4 @@ class XLoRA(Routed):
         logits = h @ self.last[own].mT + self.last_bias[own]
         shares = softmax(logits / self.softmax_temperature) if self.enable_softmax else logits
         shares = shares * best(shares, self.top_k) if self.top_k else shares
-        if not self.enable_softmax_topk:
-            return shares
-        xp = namespace(shares)
-        chosen = shares != 0
-        return xp.where(chosen, softmax(xp.where(chosen, shares, -xp.inf)), 0.0)
-
-
-_AGAIN = "Write the adapter again"
+        return softmax_among(shares, shares != 0) if self.enable_softmax_topk else shares

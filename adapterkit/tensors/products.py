@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .namespace import namespace
+
 ROWS = 16
 """Rows computed at a time: OpenBLAS takes less time a number where the product stays in a core's cache."""
 
@@ -34,6 +36,15 @@ def contracted(core: Any, inputs: Any) -> Any:
 def kron(w1: Any, w2: Any) -> Any:
     """The Kronecker product of `[a, c]` and `[b, d]`, `[a * b, c * d]`."""
     return (w1[:, None, :, None] * w2[None, :, None, :]).reshape(len(w1) * len(w2), -1)
+
+
+def sides(left: Any, right: Any, whole: Any) -> tuple[Any, Any]:
+    """Two factors whose product is a matrix: the given ones, or `whole` beside an identity of its shorter side."""
+    if whole is None:
+        return left, right
+    xp, (rows, columns) = namespace(whole), whole.shape
+    identity = xp.eye(min(rows, columns), dtype=whole.dtype, device=getattr(whole, "device", None))
+    return (identity, whole) if rows < columns else (whole, identity)
 
 
 def even_split(size: int, factor: int = -1) -> tuple[int, int]:

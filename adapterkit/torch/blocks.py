@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, cast
 
 from ..errors import ShapeMismatch, Unsupported
-from ..methods._sublayer import Sublayer
+from ..methods._bottleneck import Narrow
 from ..tensors.activations import softmax
 from ..tensors.namespace import namespace
 from ..updates import OutputUpdate, Update, tensor
@@ -183,12 +183,12 @@ class Fuse(Block):
     def check(self) -> None:
         super().check()
         for child in self.children:
-            if not isinstance(child, Sublayer) or child.parallel:
+            if not isinstance(child, Narrow) or child.parallel:
                 why = "fusion is of bottlenecks that are not parallel, with one of each adapter"
                 raise Unsupported(why, cure="Average the adapters instead")
 
     def joined(self, x: Any, layer: Any) -> Any:
-        bottlenecks = cast(list[Sublayer], self.children)
+        bottlenecks = cast(list[Narrow], self.children)
         hidden, residual = layer.hidden(x), layer.residual(x)
         read, skip = bottlenecks[-1].read(hidden, residual, layer)
         changes = namespace(hidden).stack([child.ungated(read, layer) for child in bottlenecks], axis=-2)

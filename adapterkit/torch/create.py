@@ -91,6 +91,7 @@ def _fresh(
     W, b = _weight(model, path, target), _bias(model, path)
     random = _random(generator, W.dtype)
     try:
+        cls.check_axes(tuple(W.shape[target.stacked :]))
         if not target.stacked:
             return cls.initial(W, b, rank, random, **attributes)
         each = [cls.initial(w, None if b is None else b[e], rank, random, **attributes) for e, w in enumerate(W)]

@@ -11,6 +11,7 @@ from ..errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from ..shapes import Axes, Dims, tensor
 from ..tensors.finite import first_not_finite
 from ..tensors.lazy import dtype_of
+from .positions import misplaced, repeated
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     Random = Callable[[tuple[int, ...]], torch.Tensor]
 
 
-def attribute(default: Any, *, among: Collection[Any] = (), least: int | None = None, most: int | None = None) -> Any:
+def attribute(
+    default: Any, *, among: Collection[Any] = (), least: int | None = None, most: int | None = None,
+    positive: bool = False,
+) -> Any:  # fmt: skip
     """A field that holds a plain value, where its type does not say all.
 
     Args:
@@ -28,8 +32,10 @@ def attribute(default: Any, *, among: Collection[Any] = (), least: int | None = 
         among: the words or numbers it may be.
         least: the smallest number it may be.
         most: the largest number it may be.
+        positive: it must be above 0.
     """
-    return dataclasses.field(default=default, metadata={"among": tuple(among), "least": least, "most": most})
+    rules = {"among": tuple(among), "least": least, "most": most, "positive": positive}
+    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))
@@ -41,7 +47,7 @@ class Update:
         version: of the method's entry in the spec.
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
-        linear_only: the law is one of weights of two axes; other layers are refused.
+        linear_only: the law is one of weights `[out, in]`, those of linear layers and embeddings; others are refused.
         acts_on: what the update changes, for messages.
         forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
         frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
@@ -139,26 +145,47 @@ class Update:
             if present not in [set(names) for names in group]:
                 choices = " or ".join(" and ".join(names) or "none" for names in group)
                 raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=_DAMAGED)
+        if not self.tensors:
+            raise Malformed(f"needs at least one of: {', '.join(self._names)}", cure=_DAMAGED)
 
     def check_values(self) -> None:
         """Reads every tensor and checks its values; methods with rules of their own extend it.
 
         Raises:
-            Malformed: a NaN or an infinity; names the field and the first position.
+            Malformed: a NaN or an infinity, with the field and the first position; a position of the weight that is
+                outside of it, or that comes twice.
         """
         for name, leaf in self.tensors.items():
             position = first_not_finite(leaf)
             if position is not None:
                 raise Malformed(f"a NaN or an infinity at {list(position)}", where=name, cure=_DIVERGED)
+        for name, why in misplaced(self, {}):
+            raise Malformed(why, where=name, cure=_DAMAGED)
+        if name := repeated(self):
+            raise Malformed("the same position twice", where=name, cure=_DAMAGED)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         """Checks the update against the weight's shape `[out, in, *k]` beyond its axes, e.g. that indices are inside.
 
         Raises:
-            ShapeMismatch: it does not fit.
+            ShapeMismatch: it does not fit, or a position comes twice.
         """
-        if self.linear_only and len(shape) != 2:
-            raise ShapeMismatch(f"{self.method} changes linear layers only", cure="Take this target out")
+        self.check_axes(shape)
+        for name, why in misplaced(self, dict(zip(("out", "in"), shape, strict=False))):
+            raise ShapeMismatch(f"{name}: {why}", cure="The adapter is not of this base")
+        if name := repeated(self):
+            raise ShapeMismatch(f"{name}: the same position twice", cure=_DAMAGED)
+
+    @classmethod
+    def check_axes(cls, shape: tuple[int, ...]) -> None:
+        """Checks whether the law is one for weights of so many axes.
+
+        Raises:
+            ShapeMismatch: it is not.
+        """
+        if cls.linear_only and len(shape) != 2:
+            why = f"{cls.__name__} changes weights [out, in] only; this one is seen as {list(shape)}"
+            raise ShapeMismatch(why, cure="Take this target out")
 
     def cuts(self, axis: str) -> bool:
         """Whether this update may be cut along an axis: one of `blocks`, unless a method says less of some updates."""
@@ -257,6 +284,8 @@ def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
         raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(map(str, rules['among']))}")
     if rules.get("least") is not None and value < rules["least"]:
         raise Malformed(f"{value} is below {rules['least']}", where=name, cure=_DAMAGED)
+    if rules.get("positive") and not value > 0:
+        raise Malformed(f"{value} is not above 0", where=name, cure=_DAMAGED)
     if rules.get("most") is not None and value > rules["most"]:
         raise Malformed(f"{value} is above {rules['most']}", where=name, cure=_DAMAGED)
 

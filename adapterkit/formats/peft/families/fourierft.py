@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....methods.fourierft import SEED, FourierFT
+from ....methods._coefficients import SEED
+from ....methods.fourierft import FourierFT
 from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts

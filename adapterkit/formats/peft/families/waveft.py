@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Unsupported
-from ....methods.fourierft import SEED
+from ....methods._coefficients import SEED
 from ....methods.waveft import WaveFT
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Found, make

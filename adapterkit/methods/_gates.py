@@ -1,0 +1,18 @@
+"""Gates of AdapterHub's kind: one share for each row of a batch, by what stands in it.  No method itself.
+
+Mao et al. 2021, https://arxiv.org/abs/2110.07577
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..tensors.activations import sigmoid
+
+
+def row_shares(logits: Any, channel: int = -1) -> Any:
+    """The mean of sigmoid(logits) over all axes but the rows' and that of the channels, which stay."""
+    channel %= logits.ndim
+    places = tuple(axis for axis in range(1, logits.ndim) if axis != channel)
+    shares = sigmoid(logits)
+    return shares.mean(places, keepdims=True) if places else shares

@@ -1,0 +1,53 @@
+"""Laws that put a low-rank product in the place of a part that W has itself. No methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import ShapeMismatch
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class InPlace(WeightUpdate):
+    """W' = W - taken(W) + scaling * B @ A; a subclass says what is taken.
+
+    Class attributes:
+        least: singular values of W that must be left.
+    """
+
+    linear_only = True
+    least: ClassVar[int] = 0
+
+    A: Tensor = tensor("r in")
+    B: Tensor = tensor("out r")
+    scaling: float = 1.0
+
+    def taken(self, W: Tensor) -> Tensor:
+        """The part of W, of rank r at most."""
+        raise AssertionError("each method has its own")
+
+    def left(self) -> Any:
+        """B, as it stands before A."""
+        return self.B
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
+        check_rank(int(self.A.shape[-2]), shape, self.least)
+
+    def new_weight(self, W: Tensor) -> Tensor:
+        new: Tensor = W - self.taken(W) + (self.scaling * self.left()) @ self.A
+        return new
+
+
+def check_rank(rank: int, shape: tuple[int, ...], least: int = 0) -> None:
+    """Checks that a weight of `shape` has a part of a rank, and so many singular values beside it.
+
+    Raises:
+        ShapeMismatch: it has not.
+    """
+    if rank > min(shape) - least:
+        why = f"rank {rank} of a weight of {list(shape)}, where {min(shape) - least} is the most"
+        raise ShapeMismatch(why, cure="The adapter is not of this base")

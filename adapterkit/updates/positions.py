@@ -1,0 +1,56 @@
+"""Whole numbers that are positions: on the axes that their fields name, and none of them twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..shapes import Axes
+from ..tensors.lazy import as_lazy
+from ..tensors.positions import outside
+
+if TYPE_CHECKING:
+    from .update import Update
+
+
+def misplaced(update: Update, sizes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The fields that hold a position which is not on its axis, and what is wrong with it.
+
+    Args:
+        update: whose fields say `below` which axes, or products of axes, their positions lie.
+        sizes: of axes, as far as they are known beside those that its tensors tell.
+    """
+    fields = update.tensor_fields()
+    placed = {name: leaf for name, leaf in update.tensors.items() if fields[name].metadata["below"]}
+    stack = any(len(leaf.shape) > len(fields[name].metadata["axes"].axes) for name, leaf in placed.items())
+    known = {**update.dims(stack), **sizes} if placed else {}
+    for name, leaf in placed.items():
+        axes = fields[name].metadata["below"]
+        bounds = tuple(_size(axis, known) for axis in axes)
+        worst = outside(leaf, bounds)
+        if worst is not None:
+            said = (axis if size is None else f"{axis}={size}" for axis, size in zip(axes, bounds, strict=True))
+            yield name, f"position {worst} is not on {' and '.join(said)}"
+
+
+def repeated(update: Update) -> str:
+    """The first field with a position, or pair of positions, that comes twice where its field says none does."""
+    fields = update.tensor_fields()
+    for name in (name for name in update.tensors if fields[name].metadata["distinct"]):
+        index = as_lazy(update.tensors[name]).numpy().astype("int64")
+        if len(fields[name].metadata["below"]) == 2:
+            columns = index[..., 1, :]
+            index = index[..., 0, :] * (int(columns.max(initial=0)) + 1) + columns
+        ordered = index.copy()
+        ordered.sort(-1)
+        if (ordered[..., 1:] == ordered[..., :-1]).any():
+            return name
+    return ""
+
+
+def _size(axis: str, sizes: Mapping[str, Any]) -> int | None:
+    """The size of an axis or product; None where it is not known."""
+    try:
+        return Axes.parse(axis).sizes(sizes)[0]
+    except KeyError:
+        return None
