@@ -1,11 +1,18 @@
 """Adapters in ONNX graphs: `inject` attaches one, `eject` takes it off, `merge` folds adapters into the weights.
 
+`export` makes a graph of a torch model, `export_pretrained` of a transformers folder; a `Session` runs a graph with
+slots and exchanges its adapters, which `write_adapter` writes for onnxruntime.
+
 This package is `adapterkit.onnx`; `import onnx` inside it is onnx itself.
 """
 
 from __future__ import annotations
 
+from .exporting import export
+from .fitting import fit, write_adapter
 from .injecting import Report, eject, inject
 from .merging import merge
+from .pretrained import export_pretrained
+from .session import Session
 
-__all__ = ["Report", "eject", "inject", "merge"]
+__all__ = ["Report", "Session", "eject", "export", "export_pretrained", "fit", "inject", "merge", "write_adapter"]

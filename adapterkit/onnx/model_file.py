@@ -176,10 +176,13 @@ def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) 
     return [*written, out]
 
 
-def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> list[Path]:
+def save_merged(
+    model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value], apart: bool = False
+) -> list[Path]:
     """Writes a model whose numbers changed: all of them anew, one tensor in memory at a time; see `save`.
 
-    A model that kept numbers in data files keeps them in one new file, and nothing in it that no node reads.
+    A model that kept numbers in data files, or is to keep them `apart`, keeps them in one new file, and nothing in it
+    that no node reads.
     """
     _check_out(source, out)
     for graph in model.graphs():
@@ -189,7 +192,7 @@ def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.V
     stored = [v for g in model.graphs() for v in g.initializers.values() if v.const_value is not None]
     written: list[Path] = []
     try:
-        if source.data or _large(model):
+        if apart or source.data or _large(model):
             written += _streamed([v for v in stored if v.const_value.nbytes > INLINE], out)  # type: ignore[union-attr]
         else:
             for value in fresh:

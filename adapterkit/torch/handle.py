@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -92,19 +92,14 @@ class Handle:
         Raises:
             NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
         """
-        self._check()
-        for target, update in self._adapter:
-            if update.kind in ("output", "context"):
-                raise NotMergeable("is not a change of weights", where=str(target), cure=_KEEP)
-        changed = [new for station in self._stations for new in self._folded(station)]
+        changed = changes([self])
         with torch.no_grad():
             for parameter, value in changed:
                 parameter.copy_(value)
         self.remove()
 
-    @torch.no_grad()
-    def _folded(self, station: Station) -> list[tuple[Tensor, Tensor]]:
-        parts = [part for part in station.parts if part.switch is self._switch]
+    def _folded(self, station: Station, switches: Sequence[Switch]) -> list[tuple[Tensor, Tensor]]:
+        parts = [part for part in station.parts if part.switch in switches]
         for part in parts:
             if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
                 raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
@@ -121,6 +116,23 @@ class Handle:
     def _check(self) -> None:
         if self._removed:
             raise UsageError("this handle was removed or merged", where=self.name, cure="Inject the adapter again")
+
+
+@torch.no_grad()
+def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters of one model, and what they are with the adapters of the handles folded in together, in float64.
+
+    Raises:
+        NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
+    """
+    for handle in handles:
+        handle._check()
+        for target, update in handle._adapter:
+            if update.kind in ("output", "context"):
+                raise NotMergeable("is not a change of weights", where=str(target), cure=_KEEP)
+    switches = [handle._switch for handle in handles]
+    stations = dict.fromkeys(station for handle in handles for station in handle._stations)
+    return [new for station in stations for new in handles[0]._folded(station, switches)]
 
 
 def _name(target: Target, updates: tuple[Update, ...], position: int, field: str) -> str:
