@@ -358,7 +358,7 @@ def test_what_the_command_refuses(tmp_path, folders, monkeypatch):
         (2, (broken, "-o", out), "cannot load it"),
         (6, (base, "-o", taken), "already there"),
         (6, (base, "-o", taken, "--overwrite"), "not a folder that an export wrote"),
-        (2, (base, "-o", out, "--adapter", tmp_path / "none"), "none"),
+        (6, (base, "-o", out, "--adapter", tmp_path / "none"), "no such file"),
     ):
         done = run("export", *words)
         assert (done.exit_code, match in done.stderr) == (code, True), done.stderr
