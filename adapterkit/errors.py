@@ -9,7 +9,7 @@ import difflib
 import errno
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import ClassVar
+from typing import Any, ClassVar
 
 Path = str | PathLike[str]
 
@@ -103,14 +103,20 @@ class Unrepresentable(AdapterkitError):
 
     Attributes:
         items: one line for each thing the format has no words for.
+        places: the updates that are meant, as (target, position among its updates), where a writer knows them: those
+            that it would take in the words of another method.
     """
 
     code = "unrepresentable"
     exit_code = 3
 
-    def __init__(self, why: str, *, items: Sequence[str] = (), path: Path | None = None, cure: str | None = None):
+    def __init__(
+        self, why: str, *, items: Sequence[str] = (), path: Path | None = None, cure: str | None = None,
+        places: Iterable[tuple[Any, int]] = (),
+    ):  # fmt: skip
         super().__init__(why + "".join(f"\n  - {item}" for item in items), path=path, cure=cure)
         self.items = tuple(items)
+        self.places = tuple(places)
 
 
 class CheckFailed(AdapterkitError):

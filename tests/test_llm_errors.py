@@ -26,7 +26,8 @@ from adapterkit.errors import (
     UsageError,
 )  # fmt: skip
 from adapterkit.formats import FORMATS
-from adapterkit.tensors.gguf import Value, quantized, read_gguf, write_gguf
+from adapterkit.tensors.ggml_blocks import encoded
+from adapterkit.tensors.gguf import Value, read_gguf, write_gguf
 from adapterkit.tensors.lazy import from_numpy
 from adapterkit.tensors.numpy_files import read_npy, read_npz
 from adapterkit.tensors.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
@@ -192,7 +193,7 @@ def test_q8_0_is_what_gguf_py_has(tmp_path):
     gguf = pytest.importorskip("gguf")
     numbers = np.random.default_rng(0).normal(size=(7, 64)).astype("f4")
     numbers[2, :32] = 0
-    assert quantized(numbers) == gguf.quants.quantize(numbers, gguf.GGMLQuantizationType.Q8_0).tobytes()
+    assert encoded("Q8_0", numbers) == gguf.quants.quantize(numbers, gguf.GGMLQuantizationType.Q8_0).tobytes()
     write_gguf(tmp_path / "q.gguf", {}, {"a": from_numpy(numbers)}, {"a": "Q8_0"})
     (tensor,) = gguf.GGUFReader(tmp_path / "q.gguf").tensors
     theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type)

@@ -1,6 +1,7 @@
 """Layers in odd places: in the branches of an If, behind dequantized weights, in graphs in memory."""
 
 import numpy as np
+import onnx
 import onnx_graphs as graphs
 import onnx_ir as ir
 import torch
@@ -69,3 +70,27 @@ def test_a_model_in_memory_stays_as_it_is(tmp_path):
     ak.onnx.inject(held, ADAPTER, tmp_path / "out.onnx")
     assert ir.to_proto(held).SerializeToString() == before
     np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X), X @ W + DELTA, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_weight_keeps_its_name_and_what_others_read_stays(tmp_path):
+    """Two layers read one transposed tensor; then one alone."""
+    nodes = [
+        helper.make_node("Transpose", ["q.weight"], ["t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "t"], ["h"], "/q/MatMul"),
+        helper.make_node("MatMul", ["x", "t"], ["g"], "/k/MatMul"),
+        helper.make_node("Sub", ["h", "g"], ["y"]),
+    ]
+    path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
+    held = {"q.weight": np.ascontiguousarray(W.T)}
+    path.write_bytes(model(nodes, held).SerializeToString())
+    key = Adapter({Target("k"): ADAPTER.updates[Target("q")]})
+    ak.onnx.merge(path, key, out)
+    np.testing.assert_allclose(graphs.run(out, X), -DELTA, rtol=1e-4, atol=1e-4)
+    stored = {i.name: numpy_helper.to_array(i) for i in onnx.load(out).graph.initializer}
+    assert (stored["q.weight"] == held["q.weight"]).all()
+    path.write_bytes(model([*nodes[:2], helper.make_node("Identity", ["h"], ["y"])], held).SerializeToString())
+    once = ak.onnx.merge(path, ADAPTER, out)
+    again = ak.onnx.merge(out, ADAPTER, tmp_path / "twice.onnx")
+    assert [place.method for place in (*once.found, *again.found)] == ["initializer", "initializer"]
+    assert [i.name for i in onnx.load(tmp_path / "twice.onnx").graph.initializer] == ["q.weight"]
+    np.testing.assert_allclose(graphs.run(again.out, X), X @ W + 2 * DELTA, rtol=1e-4, atol=1e-4)

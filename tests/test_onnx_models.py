@@ -9,6 +9,7 @@ import onnx_graphs as graphs
 import onnxruntime
 import pytest
 import torch
+from command_line import record, run
 from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import nn
@@ -148,15 +149,22 @@ def test_equal_weights_that_are_stored_once_change_apart(exported, tmp_path, clo
 
 def test_names_that_are_lost_are_found_by_numbers(exported, tmp_path, close):
     folder, model, ids = exported
-    adapter = Adapter({Target("layers.0.self_attn.q_proj"): (lora(8, 8),), Target("layers.1.down"): (lora(8, 12),)})
+    names = {"layers.0.self_attn.q_proj": (8, 8), "layers.0.self_attn.v_proj": (8, 8), "layers.1.down": (8, 12)}
+    adapter = Adapter({Target(name): (lora(*sizes),) for name, sizes in names.items()})
     path = folder / "session.onnx"
+    assert {"FusedMatMul", "Gemm"} <= {node.op_type for node in onnx.load(path).graph.node}
     with pytest.raises(TargetNotFound, match="base's weights"):
         ak.onnx.inject(path, adapter, tmp_path / "out.onnx")
     report = ak.onnx.inject(path, adapter, tmp_path / "out.onnx", base_weights=folder / "base.safetensors")
     assert {place.method for place in report.found} == {"values"}
     handle = ak.torch.inject(model, adapter)
     close(torch.tensor(graphs.run(tmp_path / "out.onnx", ids)), model(ids))
+    ak.onnx.merge(path, adapter, tmp_path / "merged.onnx", base_weights=folder / "base.safetensors")
+    close(torch.tensor(graphs.run(tmp_path / "merged.onnx", ids)), model(ids))
     handle.remove()
+    twin = Adapter({Target("layers.1.up"): (lora(12, 8),)})
+    with pytest.raises(TargetNotFound, match=r"2 nodes have this weight, and layers\.0\.up\.weight"):
+        ak.onnx.inject(path, twin, tmp_path / "twin.onnx", base_weights=folder / "base.safetensors")
 
 
 def test_another_checkpoint_is_not_the_base(exported, tmp_path):
@@ -170,6 +178,27 @@ def test_another_checkpoint_is_not_the_base(exported, tmp_path):
                 folder / f"{name}.onnx", adapter, tmp_path / "o.onnx", base_weights=tmp_path / "other.safetensors"
             )
     assert not (tmp_path / "o.onnx").exists()
+
+
+def test_the_map_of_a_graph(exported, tmp_path):
+    folder, model, _ = exported
+    wanted = [name.removesuffix(".weight") for name, tensor in model.state_dict().items() if tensor.dim() > 1]
+    for name in (*EXPORTS, "session"):
+        found = record("inspect", folder / f"{name}.onnx", "--base-weights", folder / "base.safetensors")
+        told = {place["target"]: place for place in found["layers"]}
+        assert sorted(place["target"] for place in found["layers"]) == sorted(wanted)
+        assert {name: place["note"] for name, place in told.items() if place["confidence"] != 1} == {}
+        assert len(told["head"]["nodes"]) == 2
+        assert told["layers.0.up"]["shape"] == [12, 8]
+    for name in EXPORTS:
+        named = record("inspect", folder / f"{name}.onnx")["layers"]
+        assert {"head", "conv", "embed", "layers.1.down"} <= {place["target"] for place in named}
+    torch.manual_seed(9)
+    save_file(Model().state_dict(), tmp_path / "other.safetensors")
+    lost = record("inspect", folder / "session.onnx", "--base-weights", tmp_path / "other.safetensors")["layers"]
+    assert {place["method"] for place in lost if place["target"] == "layers.1.down"} == {None}
+    assert run("inspect", folder / "dynamo.onnx").exit_code == 0
+    assert run("inspect", tmp_path / "other.safetensors", "--base-weights", folder).exit_code == 2
 
 
 def test_names_of_wrappers_and_of_attention_differ(exported, tmp_path):

@@ -97,7 +97,7 @@ def test_each_change_has_the_form_that_suits_it(tmp_path):
     (attention,) = adapter.updates[Target("model.layers.0.c_attn", "in out *k")]
     assert (attention.A.shape, attention.B.shape) == ((2, 6), (18, 2))
     assert sorted(cut.target for cut in cuts) == sorted([*found, "model.layers.0.q"])
-    assert adapter.recipe[-1].args == {"rank": 2, "embeddings": "rows", "targets": []}
+    assert adapter.recipe[-1].args == {"rank": 2, "method": "lora", "embeddings": "rows", "targets": []}
     (low,) = ops.extract(folders[1], folders[0], 2, embeddings="low-rank", targets=("*embed*",)).updates.values()
     assert [update.method for update in low] == ["lora"]
 
@@ -219,3 +219,43 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
     ):  # fmt: skip
         with pytest.raises(UsageError, match=why):
             ops.extract(twin, folder, **arguments)
+
+
+def test_another_form_is_the_nearest_of_its_kind(tmp_path):
+    """Of a Kronecker product and of few entries nothing is lost; of any change SHiRA keeps the largest entries."""
+    rng = np.random.default_rng(5)
+    W, few = rng.normal(size=(24, 36)), np.zeros((24, 36))
+    few.flat[rng.choice(24 * 36, 20, replace=False)] = rng.normal(size=20)
+    product, noise = np.kron(rng.normal(size=(4, 6)), rng.normal(size=(6, 6))), rng.normal(size=(24, 36))
+    base = write(tmp_path / "base", {"q.weight": W}, shards=1)
+    for name, change, rank in (("lokr", product, 6), ("shira", few, 1), ("shira", noise, 2)):
+        tuned = write(tmp_path / f"{name}{rank}", {"q.weight": W + change}, shards=1)
+        cuts = []
+        made = ak.ops.extract(tuned, base, rank, method=name, dtype="F64", report=cuts.append)
+        assert [update.method for _, update in made] == [name]
+        kept = np.sort(np.abs(change), None)[: 24 * 36 - rank * (24 + 36)]
+        lost = np.sqrt((kept**2).sum()) if change is noise else 0.0
+        assert np.linalg.norm(made.delta("q", base=base).numpy() - change) == pytest.approx(lost, rel=1e-6, abs=1e-5)
+        assert cuts[0].error == pytest.approx(lost, rel=1e-6, abs=1e-5)
+
+
+def test_no_kronecker_product_of_small_blocks_is_nearer(tmp_path):
+    """Against the rearrangement's singular values, all of them, by a formula of its own."""
+    rng = np.random.default_rng(6)
+    W, change = rng.normal(size=(24, 36)), rng.normal(size=(24, 36))
+    base = write(tmp_path / "base", {"q.weight": W}, shards=1)
+    tuned = write(tmp_path / "tuned", {"q.weight": W + change}, shards=1)
+    D = ak.ops.extract(tuned, base, 6, method="lokr", dtype="F64").delta("q").numpy()
+    rows = [change[6 * i : 6 * i + 6, 6 * j : 6 * j + 6].ravel() for i in range(4) for j in range(6)]
+    S = np.linalg.svd(np.stack(rows), compute_uv=False)
+    assert np.linalg.norm(D - change) == pytest.approx(np.sqrt((S[1:] ** 2).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [({"rank": 1, "method": "ia3"}, Unsupported), ({"energy": 0.5, "method": "lokr"}, UsageError)],
+)
+def test_forms_that_cannot_be_are_refused(arguments, error, tmp_path):
+    base, tuned = (write(tmp_path / n, {"q.weight": np.eye(4) * v}, shards=1) for n, v in (("b", 1), ("t", 2)))
+    with pytest.raises(error):
+        ak.ops.extract(tuned, base, **arguments)

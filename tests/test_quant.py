@@ -31,6 +31,11 @@ def name(case):
     return case.relative_to(VECTORS).as_posix()
 
 
+def stored(case):
+    """What is opened: a folder, or a file of a scheme that is a kind of file."""
+    return case / "model.gguf" if (case / "model.gguf").exists() else case
+
+
 def bits(tensor):
     """The bits of a tensor, zero without its sign: libraries do not agree about it among their own kernels."""
     return (tensor + 0.0).contiguous().view(torch.uint8)
@@ -54,7 +59,7 @@ def test_every_scheme_has_vectors():
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_weights_are_what_the_schemes_own_library_makes_of_them(case):
-    base = open_checkpoint(case)
+    base = open_checkpoint(stored(case))
     seen, expected = dequantized(base), load_file(case / "expected.safetensors")
     assert detect(base) == seen.scheme == case.parent.name
     assert set(seen.packed) == set(expected)
@@ -62,6 +67,9 @@ def test_weights_are_what_the_schemes_own_library_makes_of_them(case):
         got = seen.tensors[key].torch()
         assert got.dtype == wanted.dtype
         assert torch.equal(bits(got), bits(wanted))
+    if stored(case) != case:
+        assert set(seen.tensors) == set(expected)
+        return
     with safe_open(case / "model.safetensors", "np") as file:
         kept = {key for key in file.keys() if key.rpartition("_")[2] == "bias" or key.endswith(".bias")}  # noqa: SIM118
     assert set(seen.tensors) == set(expected) | kept
@@ -69,7 +77,7 @@ def test_weights_are_what_the_schemes_own_library_makes_of_them(case):
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_a_run_of_elements_is_that_part_of_the_whole(case):
-    for tensor in (weight.lazy() for weight in dequantized(open_checkpoint(case)).packed.values()):
+    for tensor in (weight.lazy() for weight in dequantized(open_checkpoint(stored(case))).packed.values()):
         whole, size = bytes(tensor.fetch()), tensor.dtype.itemsize
         width, count = tensor.shape[-1], tensor.nbytes // tensor.dtype.itemsize
         for first, some in ((0, width), (3 * width, 2 * width), (width + 5, 7), (count - 3, 3), (2, 0)):
@@ -221,6 +229,9 @@ DAMAGE = {
     "gptq zeros short": (VECTORS / "gptq" / "four", "m.qzeros", lambda t: t[:, :1], ShapeMismatch),
     "gptq groups astray": (VECTORS / "gptq" / "four", "m.g_idx", lambda t: t + 1, ShapeMismatch),
     "awq scales not numbers": (VECTORS / "awq" / "gemm", "m.scales", lambda t: t / 0, Malformed),
+    "hqq zeros short": (VECTORS / "hqq" / "3_bits_axis_1_bfloat16", "m.zero", lambda t: t[:3], ShapeMismatch),
+    "hqq of no width": (VECTORS / "hqq" / "3_bits_axis_1_bfloat16", "m.nbits", lambda t: t * 3, Malformed),
+    "hqq of a huge shape": (VECTORS / "hqq" / "3_bits_axis_1_bfloat16", "m.shape", lambda t: t << 20, ShapeMismatch),
     "packed shape wrong": (VECTORS / "compressed_tensors" / "packed", "m.weight_shape", lambda t: t * 2, ShapeMismatch),
 }
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Writes the tables of README.md from the spec, the formats and the commands; `--check` only compares.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, quant or commands.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, matrix, combine, quant
+or commands.
 Exit codes: 0 written or up to date, 1 not up to date (`--check`), 2 something to make them from is missing.
 """
 
@@ -24,6 +25,7 @@ from adapterkit import FORMATS, METHODS  # noqa: E402 - the checkout's own, inst
 from adapterkit.cli import adapterkit  # noqa: E402
 from adapterkit.cli.list import combiners  # noqa: E402
 from adapterkit.quant import SCHEMES  # noqa: E402
+from adapterkit.updates import Additive  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -86,6 +88,29 @@ def _format_row(name: str) -> list[str]:
     return [f"`{name}`", f"[{entry['title']}]({entry['url']})", entry["container"], expressed]
 
 
+def matrix() -> str:
+    """What becomes of each method in each format: a row a method, a column for the formats that have the same ones."""
+    groups: dict[frozenset[str], list[str]] = {}
+    for name in FORMATS:
+        groups.setdefault(FORMATS[name].methods, []).append(name)
+    every = frozenset(METHODS)
+    own = [(held, names) for held, names in groups.items() if held != every]
+    columns = ("Method", *(" ".join(f"`{name}`" for name in names) for _, names in own))
+    return _markdown(columns, [[f"`{name}`", *(_word(name, names[0]) for _, names in own)] for name in METHODS])
+
+
+def _word(name: str, format_name: str) -> str:
+    """`=` in its own words, `L` exactly as a LoRA, `D` as a difference of weights, `~` as the nearest LoRA."""
+    method, known = METHODS[name], FORMATS[format_name]
+    if name in known.methods:
+        return "="
+    if method.kind not in ("additive", "weight") or "lora" not in known.methods:
+        return ""
+    if issubclass(method, Additive) and method.pair is not Additive.pair:
+        return "L"
+    return "D" if known.differences else "~"
+
+
 def combine() -> str:
     """One row a way to combine: what it is and its parameters, as `adapterkit list combine` has them."""
     rows = [_combiner_row(entry) for entry in combiners()]
@@ -136,7 +161,14 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
-TABLES = {"methods": methods, "formats": formats, "combine": combine, "quant": quant, "commands": commands}
+TABLES = {
+    "methods": methods,
+    "formats": formats,
+    "matrix": matrix,
+    "combine": combine,
+    "quant": quant,
+    "commands": commands,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,6 +21,10 @@ on_loss = click.option(
     "--on-loss", type=click.Choice(ON_LOSS), default="refuse", show_default=True,
     help="What to do with what the format cannot say: fold scales into factors, promote to a wider method, or drop.",
 )  # fmt: skip
+max_error = click.option(
+    "--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="E",
+    help="With --on-loss promote: the relative error of a change that its nearest LoRA may have.",
+)  # fmt: skip
 dtype = click.option("--dtype", metavar="D", help="Type of computed factors, e.g. BF16; float32 or wider if absent.")
 
 
@@ -53,12 +57,18 @@ def check_destination(sources: Iterable[str], dst: Path, overwrite: bool) -> Non
 
 
 def written(
-    adapter: Adapter, out: str, target_format: str, base: str | None, on_loss: str, profile: str | None = None
+    adapter: Adapter,
+    out: str,
+    target_format: str,
+    base: str | None,
+    on_loss: str,
+    profile: str | None = None,
+    max_error: float | None = None,
 ) -> dict[str, Any]:
     """Writes an adapter; what was written as plain data."""
     from .. import write
 
-    losses = write(adapter, out, target_format, base, on_loss, profile=profile)
+    losses = write(adapter, out, target_format, base, on_loss, profile=profile, max_error=max_error)
     return {
         "out": out, "to": target_format, "targets": len(adapter.updates), "updates": len(adapter), "losses": losses,
     }  # fmt: skip

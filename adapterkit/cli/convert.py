@@ -24,13 +24,14 @@ from ._render import View, counted, show
 )
 @_options.reading
 @_writing.on_loss
+@_writing.max_error
 @click.option("--profile", metavar="NAME", help="Write for a consumer that takes only a part of the format: vllm, ...")
 @_options.overwrite
 @_options.flags
 @click.pass_obj
 def command(
     settings: _options.Settings, src: str, dst: str, target_format: str, source_format: str | None, base: str | None,
-    compat: str | None, on_loss: str, profile: str | None, overwrite: bool,
+    compat: str | None, on_loss: str, max_error: float | None, profile: str | None, overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.read` and `adapterkit.write`."""
     from .. import detect, read
@@ -38,7 +39,7 @@ def command(
     name = source_format or detect(src)
     _writing.check_destination([src], Path(dst), overwrite)
     adapter = read(src, name, base, compat=compat)
-    written = _writing.written(adapter, dst, target_format, base, on_loss, profile)
+    written = _writing.written(adapter, dst, target_format, base, on_loss, profile, max_error)
     record = {"source": src, "from": name, **written}
     show(settings, record, _view)
 

@@ -1,6 +1,7 @@
 """Write what fine-tuning changed in a base as an adapter.
 
-TUNED and BASE are folders of weights or weight files of one architecture. Changed matrices become LoRA; norms, biases
+TUNED and BASE are folders of weights or weight files of one architecture. Changed matrices become LoRA, if no other
+method is asked for; norms, biases
 and changed or new rows of token embeddings are kept as they are.
 """
 
@@ -29,14 +30,18 @@ from ._render import View, show
     "--embeddings", type=click.Choice(["rows", "low-rank"]), default="rows", show_default=True,
     help="Keep the changed rows of token embeddings, or treat these as any matrix.",
 )  # fmt: skip
+@click.option(
+    "--method", default="lora", show_default=True, metavar="METHOD",
+    help="Form of changed matrices: lora, lokr (a Kronecker product) or shira (the largest entries).",
+)  # fmt: skip
 @_writing.dtype
 @_writing.writing
 @_options.flags
 @click.pass_obj
 def command(
     settings: _options.Settings, tuned: str, base: str, rank: int | None, energy: float | None, error: float | None,
-    targets: tuple[str, ...], embeddings: str, dtype: str | None, out: str, target_format: str | None, on_loss: str,
-    overwrite: bool,
+    targets: tuple[str, ...], embeddings: str, method: str, dtype: str | None, out: str, target_format: str | None,
+    on_loss: str, overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.extract`."""
     from .. import ops
@@ -45,8 +50,8 @@ def command(
     cuts: list[ops.Cut] = []
     with progress(settings, "extract") as meter:
         made = ops.extract(
-            tuned, base, rank, energy=energy, error=error, targets=targets, embeddings=embeddings, dtype=dtype,
-            report=cuts.append, progress=meter,
+            tuned, base, rank, energy=energy, error=error, targets=targets, embeddings=embeddings, method=method,
+            dtype=dtype, report=cuts.append, progress=meter,
         )  # fmt: skip
     record = _writing.written(made, out, target_format or "adapterkit", base, on_loss)
     record |= {"tuned": tuned, "base": base, "relative_error": _error(cuts), "cuts": [cut.record() for cut in cuts]}

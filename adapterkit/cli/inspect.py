@@ -1,7 +1,7 @@
-"""Show what an adapter or a base holds.
+"""Show what an adapter, a base or a graph holds.
 
 SRC is an adapter in any known format, or a base: a folder of weights or one weight file, here or on a hub
-(hf://org/repo). Only headers are read.
+(hf://org/repo). Only headers are read. Of an ONNX model, the layers are shown that an adapter can name.
 """
 
 from __future__ import annotations
@@ -25,13 +25,20 @@ if TYPE_CHECKING:
 
 @click.command(help=__doc__)
 @click.argument("src")
+@click.option("--base-weights", metavar="DIR", help="Of a graph: weights of the base, to find layers by their numbers.")
 @_options.reading
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, src: str, source_format: str | None, base: str | None, compat: str | None
-) -> None:
-    """Runs `adapterkit.read`, or opens a base."""
+    settings: _options.Settings, src: str, source_format: str | None, base: str | None, compat: str | None,
+    base_weights: str | None,
+) -> None:  # fmt: skip
+    """Runs `adapterkit.read` or `adapterkit.onnx.layers`, or opens a base."""
+    if src.lower().endswith(".onnx"):
+        show(settings, _graph_record(src, base_weights), _graph_view)
+        return
+    if base_weights is not None:
+        raise click.UsageError("--base-weights is of an ONNX model; name the base of an adapter by --base")
     from .. import detect, read
     from ..tensors.locations import headers_of
 
@@ -144,6 +151,32 @@ def _base_view(record: Mapping[str, Any]) -> View:
     yield Table(("dtype", "tensors", "parameters", "bytes"), counts)
     files = counted(len(record["files"]), "file")
     yield f"{counted(totals['tensors'], 'tensor')} in {files}, {_amounts(totals)}"
+
+
+def _graph_record(src: str, base_weights: str | None) -> dict[str, Any]:
+    from ..onnx import layers
+
+    found = [place.record() for place in layers(src, base_weights=base_weights)]
+    methods = _counts(place["method"] or "nothing" for place in found)
+    return {"kind": "graph", "path": src, "layers": found, "totals": {"layers": len(found), "methods": methods}}
+
+
+def _graph_view(record: Mapping[str, Any]) -> View:
+    yield f"{record['path']}: graph"
+    yield Table(
+        ("target", "shape", "node", "value", "found by", "confidence"),
+        [_layer_row(place) for place in record["layers"]],
+    )
+    methods = ", ".join(f"{count} by {method}" for method, count in record["totals"]["methods"].items())
+    yield f"{counted(record['totals']['layers'], 'layer')} ({methods})"
+
+
+def _layer_row(place: Mapping[str, Any]) -> list[Any]:
+    nodes, found = place["nodes"], place["method"]
+    shown = nodes[0] + (f" and {len(nodes) - 1} more" if len(nodes) > 1 else "") if nodes else place["note"]
+    shape = "" if place["shape"] is None else _shape(place)
+    values = ", ".join(place["values"])
+    return [place["target"] or "?", shape, shown, values, found or "", f"{place['confidence']:.4f}" if found else ""]
 
 
 def _amounts(totals: Mapping[str, Any]) -> str:

@@ -17,6 +17,9 @@ from ._progress import progress
 from ._render import Table, View, counted, show, size
 from .verify import record_of, verdict
 
+MOST_SHOWN = 8
+"""Targets whose damage is printed; all are in the record."""
+
 
 @click.command(help=__doc__)
 @click.argument("base")
@@ -39,9 +42,11 @@ from .verify import record_of, verdict
     help="Where a touched head shares its weight with the embedding: merge into both, or untie them.",
 )  # fmt: skip
 @click.option(
-    "--quantized", type=click.Choice(["dequantize"]),
-    help="Where the base is quantized: fold into its dequantized weights and write 16 bits.",
+    "--quantized", type=click.Choice(["dequantize", "requantize", "original"]),
+    help="Where the base is quantized: fold into its dequantized weights and write 16 bits; quantize them again; or "
+    "fold into the weights of --onto.",
 )  # fmt: skip
+@click.option("--onto", metavar="DIR", help="The 16-bit weights that a quantized base was made from.")
 @_options.allow_partial
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
@@ -51,8 +56,8 @@ from .verify import record_of, verdict
 def command(
     ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
-    engine: str, tied: str | None, quantized: str | None, allow_partial: bool, overwrite: bool, only_plan: bool,
-    verified: bool,
+    engine: str, tied: str | None, quantized: str | None, onto: str | None, allow_partial: bool, overwrite: bool,
+    only_plan: bool, verified: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
     from ..merging import merge, plan
@@ -66,7 +71,7 @@ def command(
     if only_plan:
         planned = plan(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
-            allow_partial=allow_partial,
+            onto=onto, allow_partial=allow_partial,
         )  # fmt: skip
         show(settings, planned.record(), _plan_view)
         return
@@ -75,11 +80,12 @@ def command(
     with progress(settings, "merge") as meter:
         report = merge(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
-            progress=meter, tied=tied, quantized=quantized, allow_partial=allow_partial, overwrite=overwrite,
+            progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
+            overwrite=overwrite,
         )  # fmt: skip
     record = dict(report.record())
     if verified:
-        record["verification"] = record_of(settings, out, base, adapters, chosen, allow_partial)
+        record["verification"] = record_of(settings, out, onto or base, adapters, chosen, allow_partial)
     show(settings, record, _report_view)
     if verified and not record["verification"]["ok"]:
         ctx.exit(1)
@@ -128,6 +134,17 @@ def _quantized(record: Mapping[str, Any]) -> Iterator[str]:
     if chosen is not None:
         weights = counted(chosen["weights"], "weight")
         yield f"{chosen['choice']}: {weights} of scheme {chosen['scheme']}: {chosen['why']}"
+    yield from _damage(record.get("damage", {}))
+
+
+def _damage(damage: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """What quantizing again did, target by target, the worst first."""
+    worst = sorted(damage, key=lambda name: damage[name]["kept"])
+    for name in worst[:MOST_SHOWN]:
+        yield f"{name}: error {damage[name]['error']:.3%}, {damage[name]['kept']:.1%} of the change left"
+    if worst[MOST_SHOWN:]:
+        kept = damage[worst[len(worst) // 2]]["kept"]
+        yield f"and {counted(len(worst) - MOST_SHOWN, 'target')} more; in the middle {kept:.1%} of the change is left"
 
 
 def _adapters_table(record: Mapping[str, Any]) -> Table:

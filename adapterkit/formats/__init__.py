@@ -82,6 +82,7 @@ def write(
     on_loss: str = "refuse",
     *,
     profile: str | None = None,
+    max_error: float | None = None,
 ) -> list[str]:
     """Writes an adapter; see `Format.write`. Validates it first, and returns what was left out or rewritten.
 
@@ -93,21 +94,32 @@ def write(
         on_loss: what to do with what the format cannot say; see `Format.write`.
         profile: a consumer that takes only a part of the format, e.g. `"vllm"`; scalings and ranks that it would not
             heed are folded for it, what it cannot run is refused.
+        max_error: with `on_loss="promote"`, the relative Frobenius error that a change may suffer where the format has
+            nothing but low ranks for it; None accepts none.
 
     Raises:
         AdapterkitError: see `Format.write`.
     """
     if on_loss not in ON_LOSS:
         raise UsageError(f"unknown on_loss {on_loss!r}", cure=f"Known: {', '.join(ON_LOSS)}")
+    if max_error is not None and (on_loss != "promote" or not 0 < max_error < 1):
+        raise UsageError(f"max_error {max_error}", cure="It is a number between 0 and 1, beside on_loss='promote'")
     writer = FORMATS[format]()
     adapter.validate()
-    lines: list[str] = []
-    if profile is not None:
-        if profile not in writer.profiles:
-            known = ", ".join(sorted(writer.profiles)) or "none"
-            raise UsageError(f"{format} has no profile {profile!r}", path=path, cure=f"Known: {known}")
-        adapter, lines = writer.fit(adapter, profile, on_loss=on_loss)
-    return lines + writer.write(adapter, Path(path), on_loss=on_loss, base=None if base is None else opened(base))
+    if profile is not None and profile not in writer.profiles:
+        known = ", ".join(sorted(writer.profiles)) or "none"
+        raise UsageError(f"{format} has no profile {profile!r}", path=path, cure=f"Known: {known}")
+    below = None if base is None else opened(base)
+
+    def once(adapter: Adapter) -> list[str]:
+        fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
+        return lines + writer.write(fitted, Path(path), on_loss=on_loss, base=below)
+
+    if on_loss != "promote":
+        return once(adapter)
+    from ._promotion import Promotion
+
+    return Promotion.into(writer, max_error, below).ask(adapter, once)
 
 
 def _existing(path: str | PathLike[str]) -> Path:

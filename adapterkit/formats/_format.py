@@ -22,6 +22,7 @@ class Format:
         description: one line for tables.
         methods: names of the methods it can express.
         compat: names of foreign tools whose known faults the reader can reproduce on request.
+        differences: whether it holds a difference of any weight, so that laws may be written as that.
         profiles: names of consumers that take only a part of the dialect, for which can be written.
     """
 
@@ -29,6 +30,7 @@ class Format:
     description: ClassVar[str] = ""
     methods: ClassVar[frozenset[str]] = frozenset()
     compat: ClassVar[frozenset[str]] = frozenset()
+    differences: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()
 
     def sniff(self, path: Path) -> bool:

@@ -99,18 +99,20 @@ def expressible(
     """
     kept: Pairs = {}
     items: list[str] = []
-    for target, update in adapter:
+    places: list[tuple[Target, int]] = []
+    for target, position, update in ((t, i, u) for t, us in adapter.updates.items() for i, u in enumerate(us)):
         if not isinstance(update, methods):
             reason = f"{update.method}; it knows {' and '.join(m.__name__ for m in methods)} alone"
         else:
             reason = why(target, update) or ("a second update of the same target" if target in kept else "")
         if reason:
             items.append(f"{target}: {reason}")
+            places.append((target, position))
         elif isinstance(update, LoRA | DoRA):
             kept[target] = update
     if items and on_loss != "drop":
         cure = "Drop them with on_loss='drop', or write adapterkit's own format"
-        raise Unrepresentable(f"{dialect} has no words for these updates", items=items, cure=cure)
+        raise Unrepresentable(f"{dialect} has no words for these updates", items=items, cure=cure, places=places)
     if not kept:
         raise Unrepresentable(f"nothing of this adapter fits {dialect}", items=items, cure="Write adapterkit's own")
     return kept, [f"left out {item}" for item in items]

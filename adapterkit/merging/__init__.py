@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterkitError, StorageError, Unsupported, UsageError, storage_error
-from ..tensors.checkpoint import opened
+from ..tensors.checkpoint import Checkpoint, opened
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
-    from ..tensors.checkpoint import Checkpoint
     from .execute import Progress
     from .planning import Plan
     from .report import Report
@@ -36,6 +35,7 @@ def plan(
     tied: str | None = None,
     allow_partial: bool = False,
     quantized: str | None = None,
+    onto: Base | None = None,
 ) -> Plan:
     """What `merge` would do with the same arguments, made from headers; `plan(...).record()` is plain data.
 
@@ -45,7 +45,7 @@ def plan(
     from .planning import make_plan
     from .quantized import as_merged
 
-    checkpoint = as_merged(opened(base), quantized)
+    checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
     options = {"dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial}
     return make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
@@ -66,6 +66,7 @@ def merge(
     allow_partial: bool = False,
     overwrite: bool = False,
     quantized: str | None = None,
+    onto: Base | None = None,
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded once from float64.
 
@@ -85,7 +86,9 @@ def merge(
         tied: what to do where the base ties its head to its embedding and an adapter changes one: `merge` or `untie`.
         allow_partial: leave targets that the base does not have out instead of refusing.
         overwrite: replace what is at `out`.
-        quantized: of a quantized base, `dequantize`: fold into the dequantized weights and write 16 bits.
+        quantized: of a quantized base, `dequantize`: fold into the dequantized weights and write 16 bits; `requantize`:
+            quantize the result again, in the same scheme; `original`: fold into the weights that are `onto`.
+        onto: the 16-bit weights that a quantized base was made from.
 
     Raises:
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
@@ -99,12 +102,12 @@ def merge(
         raise Unsupported(f"unknown engine {engine!r}", cure="Known: local")
     target = Path(out)
     checkpoint = opened(base)
-    _check_target(target, checkpoint, adapters, overwrite)
+    _check_target(target, checkpoint, adapters, onto, overwrite)
     from .planning import make_plan
     from .quantized import as_merged
     from .report import carry_out
 
-    checkpoint = as_merged(checkpoint, quantized)
+    checkpoint = as_merged(checkpoint, quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
     started = time.perf_counter()
 
@@ -126,7 +129,7 @@ def verify(
 
     Args:
         merged: the output of a merge, by whatever tool.
-        base: the base it was made from; a quantized one is dequantized.
+        base: the base it was made from; one that was merged onto other weights by `original`: those weights.
         adapters: the adapters.
         weights: one factor an adapter; 1 for each when not given.
         allow_partial: as in `merge`.
@@ -138,11 +141,12 @@ def verify(
     Raises:
         AdapterkitError: the inputs cannot be read or do not fit together.
     """
-    from .quantized import as_merged
+    from .quantized import as_read
     from .verification import compare
 
-    checkpoint = as_merged(opened(base), "dequantize")
-    return compare(opened(merged), checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress)
+    found = opened(merged)
+    checkpoint = as_read(opened(base), found)
+    return compare(found, checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress)
 
 
 def _named(
@@ -166,8 +170,9 @@ def _named(
     ]
 
 
-def _check_target(out: Path, base: Checkpoint, adapters: object, overwrite: bool) -> None:
-    paths = [base.root, *(Path(a) for a in _listed(adapters) if isinstance(a, (str, PathLike)))]
+def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
+    others = [*_listed(adapters), onto.root if isinstance(onto, Checkpoint) else onto]
+    paths = [base.root, *(Path(a) for a in others if isinstance(a, (str, PathLike)))]
     for path in paths:
         if _within(out, path) or _within(path, out):
             raise UsageError(f"the output overlaps the input {path}", path=out, cure="Write to another folder")

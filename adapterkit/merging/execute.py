@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, cast
 
 from threadpoolctl import threadpool_limits
@@ -18,7 +18,7 @@ from .arrays import Arrays, Workspace
 from .compute import Block, Folder
 from .copying import WriteBehind, copy_range, read_all, write_all
 from .jobs import Job, OpenFile, create, jobs_of, norms_of
-from .planning import Output, OutputFile, Plan
+from .planning import Output, OutputFile
 from .stage import Norms, Stage
 
 Progress = Callable[[int, int], None]
@@ -27,18 +27,19 @@ OPEN_FILES = 8
 """Files that a worker keeps open: a base of hundreds of shards must not run into the system's limit."""
 
 
-def execute(plan: Plan, stage: Stage, arrays: Arrays, progress: Progress | None) -> dict[str, Norms]:
+def execute(files: Sequence[OutputFile], stage: Stage, arrays: Arrays, progress: Progress | None) -> dict[str, Norms]:
     """Writes every weight file that is not finished yet into the stage; returns the norms by file.
 
     Raises:
         AdapterkitError: the first fault of any worker; the others stop.
     """
-    pending = [file for file in plan.files if not stage.finished(file.name)]
+    pending = [file for file in files if not stage.finished(file.name)]
     left = sum(output.nbytes for file in pending for output in file.outputs)
-    crew = _Crew(stage, arrays, plan.bytes - left, plan.bytes)
+    total = sum(file.size for file in files)
+    crew = _Crew(stage, arrays, total - left, total)
     with threadpool_limits(1, "blas"):
         crew.run(pending, progress)
-    return {file.name: stage.norms_of(file.name) for file in plan.files}
+    return {file.name: stage.norms_of(file.name) for file in files}
 
 
 class _Crew:
@@ -157,6 +158,8 @@ class _Hands:
                 source = self._open(job.source[0], "rb")
                 copy_range(source, target, job.source[1], job.offset, job.nbytes, self.moved)
                 norms = {}
+            elif job.parts:
+                norms = self._pack(job, target)
             else:
                 norms = self._compute(job.output, job, target)
             self.behind(target, job.offset, job.nbytes)
@@ -180,6 +183,16 @@ class _Hands:
             write_all(target, data)
             self.moved(len(data))
         return norms
+
+    def _pack(self, job: Job, target: BinaryIO) -> dict[int, float]:
+        assert job.output is not None
+        assert job.output.part is not None
+        made, norms = job.output.part.compute(self.workspace)
+        for output in job.parts:
+            target.seek(output.offset)
+            write_all(target, memoryview(made[output.name]))
+            self.moved(output.nbytes)
+        return norms if job.output.folds else {}
 
     def _read(self, output: Output, block: Block) -> Any:
         size = output.source.dtype.itemsize

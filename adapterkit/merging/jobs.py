@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from .compute import Block, blocks, runs
 from .planning import Output, OutputFile
+from .requantize import NORMS
 from .stage import Norms
 
 RUN = 32 << 20
@@ -19,7 +20,10 @@ RUN = 32 << 20
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A run of bytes of one output file: blocks to compute of `output`, or `nbytes` to copy from `source`."""
+    """A run of bytes of one output file: blocks to compute of `output`, or `nbytes` to copy from `source`.
+
+    Or the `parts` of one packed weight, wherever in the file they are.
+    """
 
     file: OpenFile
     offset: int
@@ -28,6 +32,7 @@ class Job:
     output: Output | None = None
     blocks: tuple[Block, ...] = ()
     order: int = 0
+    parts: tuple[Output, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +66,11 @@ def _reserve(file: BinaryIO, size: int) -> None:
 def jobs_of(file: OpenFile) -> list[Job]:
     """The jobs of a file, in the order of its bytes."""
     jobs: list[Job] = []
+    together: dict[str, list[Output]] = {}
     for output in file.plan.outputs:
+        if output.part is not None:
+            together.setdefault(output.part.packed.name, []).append(output)
+            continue
         if output.copied and output.source.span is not None:
             _extend(jobs, file, output)
             continue
@@ -70,7 +79,14 @@ def jobs_of(file: OpenFile) -> list[Job]:
         for order, run in enumerate(runs(blocks(output), RUN, size)):
             start, nbytes = output.offset + run[0].first * size, sum(block.elements for block in run) * size
             jobs.append(Job(file, start, nbytes, (where, 0), output, tuple(run), order))
+    jobs += [_of_parts(file, parts) for parts in together.values()]
     return [piece for job in jobs for piece in _pieces(job)]
+
+
+def _of_parts(file: OpenFile, parts: list[Output]) -> Job:
+    """The job of one packed weight; its norms go by the part that names the folds."""
+    named = next((part for part in parts if part.folds), parts[0])
+    return Job(file, parts[0].offset, sum(part.nbytes for part in parts), ("", 0), named, parts=tuple(parts))
 
 
 def _extend(jobs: list[Job], file: OpenFile, output: Output) -> None:
@@ -100,7 +116,7 @@ def norms_of(file: OpenFile) -> Norms:
     """Norm by output and fold, summed in the order of the jobs so that it does not depend on which ended first."""
     found: Norms = {}
     for output in file.plan.outputs:
-        squares = [0.0] * len(output.folds)
+        squares = [0.0] * (len(output.folds) + (0 if output.part is None else NORMS))
         for _, norms in sorted(file.norms.get(output.name, ()), key=lambda pair: pair[0]):
             for fold, square in norms.items():
                 squares[fold] += square

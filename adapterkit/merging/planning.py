@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..adapter import Adapter
@@ -26,6 +26,9 @@ from ..tensors.safetensors import encode_header
 from .folds import Fold, Source, folds_by_tensor
 from .quantized import config_changes, quantized_record
 
+if TYPE_CHECKING:
+    from .requantize import Repacked
+
 BLOCK_ELEMENTS = 3 << 17
 """Elements computed at a time: small enough that the float64 block stays in a core's cache."""
 
@@ -34,7 +37,10 @@ REPORT = "adapterkit_merge.json"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Output:
-    """One tensor of the output: `offset` is where its data begins in its file."""
+    """One tensor of the output: `offset` is where its data begins in its file.
+
+    A `part` of a packed weight that is quantized again is computed with the other parts of it.
+    """
 
     name: str
     dtype: DType
@@ -42,6 +48,7 @@ class Output:
     offset: int
     source: Lazy
     folds: tuple[Fold, ...]
+    part: Repacked | None = None
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +57,7 @@ class Output:
     @property
     def copied(self) -> bool:
         """Whether its bytes are the base's."""
-        return not self.folds and self.dtype == self.source.dtype
+        return not self.folds and self.part is None and self.dtype == self.source.dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +70,7 @@ class OutputFile:
 
     @property
     def size(self) -> int:
-        return len(self.header) + sum(output.nbytes for output in self.outputs)
+        return max((output.offset + output.nbytes for output in self.outputs), default=len(self.header))
 
     @property
     def computed(self) -> int:
@@ -158,7 +165,7 @@ def make_plan(
         UsageError: a tied weight is touched and `tied` does not say what to do; options that make no sense.
         Unsupported: a targeted weight is not of a floating dtype.
     """
-    cast = _dtype(dtype)
+    cast = None if is_gguf_output(base) else _dtype(dtype)
     sources, folds, names, changes = folds_by_tensor(base, adapters, tied, allow_partial)
     tensors = {name: base.tensors[stored] for name, stored in names.items()}
     for name in folds:
@@ -167,8 +174,14 @@ def make_plan(
     if cast is not None and base.config is not None:
         key = "dtype" if "dtype" in base.config else "torch_dtype"
         changes[key] = cast.torch
+    parts: dict[str, Repacked] = {}
     kinds = {name: _output_dtype(tensor, cast, names[name], base) for name, tensor in tensors.items()}
-    files = tuple(_files(base, tensors, folds, kinds, shard_size))
+    if isinstance(base, Dequantized) and base.packs:
+        from .requantize import repacked
+
+        tensors, folds, parts, kept = repacked(base, names, folds)
+        kinds = {name: tensor.dtype if name in kept else kinds[name] for name, tensor in tensors.items()}
+    files = tuple(_files(base, tensors, folds, kinds, shard_size, parts))
     return Plan(base, sources, files, tied, changes, cast)
 
 
@@ -187,16 +200,30 @@ def index_of(plan: Plan) -> bytes | None:
 
 def _files(
     base: Checkpoint, tensors: Mapping[str, Lazy], folds: Mapping[str, tuple[Fold, ...]], kinds: Mapping[str, DType],
-    shard_size: int | None,
+    shard_size: int | None, parts: Mapping[str, Repacked],
 ) -> Iterator[OutputFile]:  # fmt: skip
     for name, members, metadata in _grouping(base, tensors, kinds, shard_size):
-        header = encode_header(((m, kinds[m], tensors[m].shape) for m in members), metadata)
+        header = _header(base, name, [(m, kinds[m], tensors[m].shape) for m in members], metadata)
         offset, outputs = len(header), []
         for member in members:
             source = tensors[member]
-            outputs.append(Output(member, kinds[member], source.shape, offset, source, folds.get(member, ())))
+            made = folds.get(member, ()), parts.get(member)
+            outputs.append(Output(member, kinds[member], source.shape, offset, source, *made))
             offset += outputs[-1].nbytes
         yield OutputFile(name, header, tuple(outputs))
+
+
+def _header(base: Checkpoint, name: str, members: list[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:
+    if is_gguf_output(base):
+        from ..quant.gguf import header
+
+        return header(base, next(file for file in base.files if file.name == name))  # type: ignore[arg-type]
+    return encode_header(members, metadata)
+
+
+def is_gguf_output(base: Checkpoint) -> bool:
+    """Whether a GGUF file is merged into one."""
+    return isinstance(base, Dequantized) and base.scheme == "gguf" and base.packs
 
 
 def _grouping(
@@ -204,6 +231,12 @@ def _grouping(
 ) -> Iterator[tuple[str, list[str], Mapping[str, str]]]:
     """(file name, tensor names in order, metadata) of each output file: sharded as the base, unless a size is given."""
     common = next(iter(base.metadata.values()), {}) or {"format": "pt"}
+    if is_gguf_output(base):
+        if shard_size is not None:
+            raise UsageError("a GGUF model keeps its files", cure="Leave the shard size out")
+        for file in base.files:
+            yield file.name, [name for name in tensors if base.home.get(name) == file], {}
+        return
     if shard_size is None:
         first = base.files[0]
         homes = {name: base.home.get(name, first) for name in tensors}
@@ -263,6 +296,8 @@ def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
 
 
 def _block_bytes(output: Output) -> int:
+    if output.part is not None:
+        return output.part.held
     elements = math.prod(output.shape)
     if all(fold.blockable for fold in output.folds):
         elements = min(elements, max(BLOCK_ELEMENTS, elements // max(output.shape[0] if output.shape else 1, 1)))

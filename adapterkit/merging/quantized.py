@@ -2,56 +2,138 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Unsupported, UsageError
+from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..quant import Dequantized, dequantized, detect, is_quantized, said_method
+from ..tensors.checkpoint import Checkpoint, opened
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
+    from ..tensors.lazy import Lazy
 
-CHOICES = ("dequantize",)
+    Onto = Checkpoint | str | PathLike[str]
 
-WHY = (
-    "the change is folded into the dequantized weights, which the adapter was trained on, and written in 16 bits; "
-    "the output is no longer quantized"
-)
+WHY = {
+    "dequantize": "the change is folded into the dequantized weights, which the adapter was trained on, and written in "
+    "16 bits; the output is no longer quantized",
+    "requantize": "the change is folded into the dequantized weights, which the adapter was trained on, and the result "
+    "is quantized again in the same scheme, which rounds it as coarsely as the weights: a change smaller than a step "
+    "may be lost, and how much of it is left is measured for each target; untouched weights keep their bytes",
+    "original": "the change is folded into the 16-bit weights that the base was quantized from, which are closer to "
+    "the first model, but not what the adapter was trained on: what it learnt to make up for the "
+    "quantization comes along",
+}
+"""Choice -> what it does, and why one would."""
 
 EXPLAINED = (
     "Choose: (1) dequantize, by --quantized dequantize: fold into the dequantized weights, which the adapter was "
-    "trained on, and write 16 bits; (2) requantize: merge so, and quantize the result again with the scheme's own "
-    "tool, which rounds the change as coarsely as the weights; (3) original: give the 16-bit weights that the base was "
-    "made from as BASE, which are closer to the first model but not what the adapter was trained on"
+    "trained on, and write 16 bits; (2) requantize, by --quantized requantize: merge so, and quantize the result again "
+    "in the same scheme, which rounds the change as coarsely as the weights and says how much of it is left; (3) "
+    "original, by --quantized original --onto DIR: fold into the 16-bit weights that the base was made from, which are "
+    "closer to the first model but not what the adapter was trained on"
 )
 
 
-def as_merged(base: Checkpoint, quantized: str | None) -> Checkpoint:
-    """The base as the merge reads it: itself, or dequantized where that was chosen.
+@dataclass(frozen=True, slots=True, eq=False)
+class Original(Checkpoint):
+    """The 16-bit weights that are merged into instead of a quantized base.
+
+    Attributes:
+        scheme: of the base.
+        weights: how many packed weights it has.
+    """
+
+    scheme: str = ""
+    weights: int = 0
+
+
+def as_merged(
+    base: Checkpoint, quantized: str | None, onto: Onto | None = None, dtype: str | None = None
+) -> Checkpoint:
+    """The base as the merge reads it: itself, dequantized, or the weights that it was quantized from.
+
+    Args:
+        base: the base.
+        quantized: what was chosen for a quantized one, one of `WHY`.
+        onto: for `original`, where the 16-bit weights are.
+        dtype: for a GGUF file that is merged into one, the type of its matrices.
 
     Raises:
+        TargetNotFound, ShapeMismatch: the weights of `onto` are not those of the base.
         Unsupported: it is quantized and nothing was chosen, or in a way that is not known.
         UsageError: a choice that there is not.
         Malformed, ShapeMismatch: parts of a packed weight are missing, damaged or do not fit together.
     """
-    if quantized is not None and quantized not in CHOICES:
-        raise UsageError(f"unknown choice {quantized!r} for quantized bases", cure=f"Known: {', '.join(CHOICES)}")
+    if quantized is not None and quantized not in WHY:
+        raise UsageError(f"unknown choice {quantized!r} for quantized bases", cure=f"Known: {', '.join(WHY)}")
+    if (onto is None) == (quantized == "original"):
+        why = "the 16-bit weights that are merged into are not said" if onto is None else f"onto is of no {quantized}"
+        raise UsageError(why, cure="Choose --quantized original and give them by --onto DIR, or do neither")
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
+    if quantized is None and said_method(base) is None and detect(base) == "gguf":
+        quantized = "requantize"
     if quantized is None:
         raise Unsupported(f"the base is quantized ({_kind(base)})", path=base.root, cure=EXPLAINED)
-    return dequantized(base)
+    seen = dequantized(base, packs=quantized == "requantize")
+    if dtype is not None and seen.packs and seen.scheme == "gguf":
+        from ..quant.gguf import retyped
+
+        seen = retyped(seen, dtype)
+    return seen if onto is None else _original(seen, opened(onto))
+
+
+def as_read(base: Checkpoint, merged: Checkpoint) -> Checkpoint:
+    """The base as the merge that gave `merged` must have read it: if quantized, whether it was quantized again."""
+    if isinstance(base, Dequantized) or not is_quantized(base):
+        return base
+    seen = dequantized(base)
+    if seen.scheme == "gguf" and is_quantized(merged):
+        from ..quant.gguf import like
+
+        return like(dequantized(base, packs=True), merged)
+    packed = {member for weight in seen.packed.values() for member in weight.members} - set(seen.tensors)
+    return dequantized(base, packs=True) if packed & set(merged.tensors) or is_quantized(merged) else seen
+
+
+def _original(base: Dequantized, onto: Checkpoint) -> Original:
+    if is_quantized(onto):
+        raise Unsupported(f"it is quantized itself ({_kind(onto)})", path=onto.root, cure="Give the 16-bit weights")
+    _check_same(base.tensors, onto)
+    held = {field.name: getattr(onto, field.name) for field in fields(Checkpoint)}
+    return Original(**held, scheme=base.scheme, weights=len(base.packed))
+
+
+def _check_same(tensors: Mapping[str, Lazy], onto: Checkpoint) -> None:
+    """Whether the weights are called alike and have the same shapes."""
+    cure = "Give the weights that the base was quantized from"
+    for one, other, where in ((tensors, onto.tensors, "onto"), (onto.tensors, tensors, "the quantized base")):
+        lost = sorted(set(one) - set(other))
+        if lost:
+            raise TargetNotFound(f"not in {where}: {', '.join(lost[:3])}", path=onto.root, where=lost[0], cure=cure)
+    for name, tensor in tensors.items():
+        if onto.tensors[name].shape != tensor.shape:
+            why = f"of shape {list(onto.tensors[name].shape)}, not {list(tensor.shape)} as in the quantized base"
+            raise ShapeMismatch(why, path=onto.root, where=name, cure=cure)
 
 
 def config_changes(base: Checkpoint) -> dict[str, Any]:
-    """What the output's config says otherwise: nothing of a quantization."""
-    return {"quantization_config": None} if isinstance(base, Dequantized) else {}
+    """What the output's config says otherwise: nothing of a quantization, unless it is quantized again."""
+    return {"quantization_config": None} if isinstance(base, Dequantized) and not base.packs else {}
 
 
 def quantized_record(base: Checkpoint) -> dict[str, Any] | None:
     """What was chosen, why, and for how many weights; None of a base that is not quantized."""
-    if not isinstance(base, Dequantized):
+    if isinstance(base, Original):
+        choice, weights = "original", base.weights
+    elif isinstance(base, Dequantized):
+        choice, weights = "requantize" if base.packs else "dequantize", len(base.packed)
+    else:
         return None
-    return {"choice": "dequantize", "scheme": base.scheme, "weights": len(base.packed), "why": WHY}
+    return {"choice": choice, "scheme": base.scheme, "weights": weights, "why": WHY[choice]}
 
 
 def _kind(base: Checkpoint) -> str:

@@ -17,6 +17,7 @@ from ..tensors.checkpoint import INDEX, TORCH_INDEX
 from ..tensors.locations import NOTE
 from .arrays import arrays_for
 from .planning import REPORT, Plan, index_of
+from .requantize import damage_of
 from .stage import Norms, Stage
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Report:
         out: where the output is.
         plan: what was carried out.
         norms: Frobenius norm of each change, by tensor: one number an adapter that touches it.
+        damage: of each weight that was quantized again, what that did to it: `error` and `kept`, see `damage_of`.
         resumed: names of files that an earlier, interrupted run had finished.
         carried: the base's other files in the output.
         left_out: files of the base that are not in the output, because they hold its weights in another form.
@@ -45,6 +47,7 @@ class Report:
     out: Path
     plan: Plan
     norms: Mapping[str, list[float]]
+    damage: Mapping[str, Mapping[str, float]]
     resumed: tuple[str, ...]
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -56,14 +59,15 @@ class Report:
             "out": str(self.out), "seconds": round(self.seconds, 3), "bytes": self.plan.bytes,
             "targets": self.plan.targets, "files": [file.name for file in self.plan.files],
             "resumed": list(self.resumed), "carried": list(self.carried), "left_out": list(self.left_out),
-            **self.plan.lineage(), "norms": dict(self.norms),
+            **self.plan.lineage(), "norms": dict(self.norms), **_damaged(self.damage),
         }  # fmt: skip
 
 
 def carry_out(plan: Plan, out: Path, device: str, progress: Progress | None, started: float) -> Report:
     """Executes a plan into `out`; see `adapterkit.merge`."""
     names = [file.name for file in plan.files]
-    stage = Stage(out, plan.digest, names, single=out.suffix == ".safetensors" and not plan.base.root.is_dir())
+    one = out.suffix in (".safetensors", ".gguf") and len(names) == 1 and not plan.base.root.is_dir()
+    stage = Stage(out, plan.digest, names, single=one)
     with stage.locked():
         try:
             if stage.was_completed:
@@ -79,9 +83,18 @@ def carry_out(plan: Plan, out: Path, device: str, progress: Progress | None, sta
 def _completed(plan: Plan, stage: Stage, started: float) -> Report:
     """The report of an earlier run that was killed after its output was in place."""
     record = stage.target / REPORT
-    norms = json.loads(record.read_text())["norms"] if record.exists() else {}
+    said = json.loads(record.read_text()) if record.exists() else {"norms": {}}
     stage.discard()
-    return Report(stage.target, plan, norms, tuple(stage.files), (), (), time.perf_counter() - started)
+    return Report(
+        stage.target,
+        plan,
+        said["norms"],
+        said.get("damage", {}),
+        tuple(stage.files),
+        (),
+        (),
+        time.perf_counter() - started,
+    )
 
 
 def _write(
@@ -89,15 +102,33 @@ def _write(
 ) -> Report:
     from .execute import execute
 
-    found = execute(plan, stage, arrays_for(device), progress)
-    norms = {name: values for file in plan.files for name, values in found[file.name].items()}
+    found = execute(plan.files, stage, arrays_for(device), progress)
+    norms, damage = _apart(plan, {name: values for file in plan.files for name, values in found[file.name].items()})
     carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     if plan.base.root.is_dir():
         carried, left_out = _carry(plan, stage.out)
-        _write_records(plan, stage.out, norms)
+        _write_records(plan, stage.out, norms, damage)
     stage.publish()
-    return Report(stage.target, plan, norms, resumed, carried, left_out, time.perf_counter() - started)
+    return Report(stage.target, plan, norms, damage, resumed, carried, left_out, time.perf_counter() - started)
+
+
+def _apart(plan: Plan, found: Norms) -> tuple[Norms, dict[str, dict[str, float]]]:
+    """The norms of the changes, by weight, and what quantizing again did."""
+    norms: Norms = {}
+    damage = {}
+    for output in plan.outputs():
+        if output.name in found:
+            values, count = found[output.name], len(output.folds)
+            name = output.name if output.part is None else output.part.packed.name
+            norms[name] = values[:count]
+            if output.part is not None:
+                damage[name] = damage_of(values[count:])
+    return norms, damage
+
+
+def _damaged(damage: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    return {"damage": dict(damage)} if damage else {}
 
 
 def _carry(plan: Plan, out: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -121,7 +152,7 @@ def _carry(plan: Plan, out: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _stale(plan: Plan, name: str) -> bool:
     """Whether a file describes packed weights that the output does not have."""
-    return isinstance(plan.base, Dequantized) and name in SIDE_FILES
+    return isinstance(plan.base, Dequantized) and not plan.base.packs and name in SIDE_FILES
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -133,12 +164,12 @@ def _files(folder: Path) -> Iterator[Path]:
             yield entry
 
 
-def _write_records(plan: Plan, out: Path, norms: Norms) -> None:
+def _write_records(plan: Plan, out: Path, norms: Norms, damage: Mapping[str, Mapping[str, float]]) -> None:
     if plan.config_changes and plan.base.config is not None:
         changed = {**plan.base.config, **plan.config_changes}
         config = {key: value for key, value in changed.items() if value is not None or key not in plan.config_changes}
         write_bytes(out / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    record = json.dumps({**plan.lineage(), "norms": norms}, indent=2, sort_keys=True)
+    record = json.dumps({**plan.lineage(), "norms": norms, **_damaged(damage)}, indent=2, sort_keys=True)
     write_bytes(out / REPORT, (record + "\n").encode())
     index = index_of(plan)
     if index is not None:

@@ -105,12 +105,25 @@ def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
 
 
 def _compare(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
+    if output.part is not None:
+        return _compare_packed(output, found, arrays)
     if found.shape != output.shape:
         return Difference(output.name, f"shape {list(found.shape)}, not {list(output.shape)}")
     if found.dtype.floating != output.dtype.floating:
         return Difference(output.name, f"dtype {found.dtype}, not {output.dtype}")
     expected = replace(output, dtype=found.dtype)
     return _compare_bytes(expected, found) if expected.copied else _compare_blocks(expected, found, arrays)
+
+
+def _compare_packed(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
+    """One part of a packed weight, bit by bit."""
+    assert output.part is not None
+    if (found.shape, found.dtype) != (output.shape, output.dtype):
+        return Difference(output.name, f"{found.dtype} {list(found.shape)}, not {output.dtype} {list(output.shape)}")
+    made, _ = output.part.compute(Workspace(arrays))
+    wanted, there, size = made[output.name], bytes(found.fetch()), output.dtype.itemsize
+    elements = sum(wanted[at : at + size] != there[at : at + size] for at in range(0, len(wanted), size))
+    return Difference(output.name, "not what quantizing the merge again gives", elements) if wanted != there else None
 
 
 def _compare_bytes(output: Output, found: Lazy) -> Difference | None:

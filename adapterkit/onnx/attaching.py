@@ -76,7 +76,7 @@ def _check(place: Found, layer: Layer) -> None:
 
 def _eaten(layer: Layer) -> str | None:
     """The fused node that adds the layer's bias, and more behind it."""
-    uses = list(layer.node.outputs[0].uses())
+    uses = list(layer.result.uses())
     fused = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
     for use in uses:
         place = fused.get(use.node.op_type)
@@ -182,7 +182,8 @@ def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value
 
 def _insert(layer: Layer, new: ir.Value, branch: Branch) -> None:
     """The branch's nodes go behind the layer's last one; whoever read its output reads what they compute."""
-    old, last = layer.end, layer.after[0] if layer.after else layer.node
+    old, last = layer.end, layer.end.producer()
+    assert last is not None
     nodes = branch.only_for([new])
     if not nodes:
         return

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Unsupported
-from .building import Branch, element_type
+from .building import Array, Branch, element_type
 from .operands import attribute, is_constant, numbers, shape_of
 from .values import Value
 
@@ -35,8 +35,9 @@ class Layer:
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
         self.node, self.branch = node, branch
-        self.after = _bias_after(node) if self.own_bias is None else None
-        self.end = node.outputs[0] if self.after is None else self.after[0].outputs[0]
+        plain = dequantized(self.result)
+        self.after = _bias_after(node, plain, self.shape[0]) if self.own_bias is None else None
+        self.end = plain if self.after is None else dequantized(self.after[0].outputs[0])
         self.x = self._value(self.given)
         self.y = self._value(self.end, like=self.dtype)
 
@@ -48,10 +49,31 @@ class Layer:
 
     @property
     def given(self) -> ir.Value:
-        """The value that the layer reads."""
+        """The value that the layer reads, before it is rounded to integers and back."""
         found = self.node.inputs[0]
         assert found is not None
-        return found
+        back = found.producer()
+        there = back.inputs[0].producer() if _is(back, "DequantizeLinear") and back.inputs[0] is not None else None  # type: ignore[union-attr]
+        return there.inputs[0] if _is(there, "QuantizeLinear") else found  # type: ignore[union-attr, return-value]
+
+    @property
+    def result(self) -> ir.Value:
+        """What comes out before a bias that another node adds."""
+        return self.node.outputs[0]
+
+    @classmethod
+    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
+        """The sizes of the weight, its axes in the node's order."""
+        operand = node.inputs[cls.position]
+        assert operand is not None
+        return shape_of(operand)
+
+    @classmethod
+    def held(cls, node: ir.Node) -> Array:
+        """The weight's numbers, its axes in the node's order."""
+        operand = node.inputs[cls.position]
+        assert operand is not None
+        return numbers(operand)
 
     @property
     def operand(self) -> ir.Value:
@@ -72,12 +94,16 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.weight.shape)
+        """The sizes of the weight, `[out, in, *k]`."""
+        first, second, *rest = self.held_shape(self.node)
+        return (second, first, *rest) if self.turns(self.node) else (first, second, *rest)
 
     @property
     def weight(self) -> Value:
-        W = Value(self.branch, shape_of(self.operand), self.dtype, self.operand, lambda: numbers(self.operand))
-        return self.seen(W)
+        shape = self.held_shape(self.node)
+        # A packed weight is no value of the graph: where a formula needs it, it is stored once more, unpacked.
+        value = self.operand if element_type(self.operand.dtype) == self.dtype else None
+        return self.seen(Value(self.branch, shape, self.dtype, value, lambda: self.held(self.node)))
 
     @property
     def own_bias(self) -> ir.Value | None:
@@ -268,21 +294,37 @@ KINDS: tuple[type[Layer], ...] = (MatMul, Gemm, Conv, ConvTranspose, Gather)
 
 def kind_of(node: ir.Node) -> type[Layer] | None:
     """The kind of layer that a node is, or None."""
-    return next((kind for kind in KINDS if kind.takes(node)), None)
+    from .packed import FusedMatMul, MatMulInteger, MatMulNBits
+
+    kinds: tuple[type[Layer], ...] = (*KINDS, FusedMatMul, MatMulNBits, MatMulInteger)
+    return next((kind for kind in kinds if kind.takes(node)), None)
 
 
-def _bias_after(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """The Add of a vector that follows a node and nothing else does, and the vector."""
-    out = node.outputs[0]
-    uses = list(out.uses())
-    if len(uses) != 1 or out.is_graph_output() or node.op_type == "Gather":
+def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The one node that reads a value, if it is of this type and beside the value's own."""
+    uses, made_by = list(value.uses()), value.producer()
+    if len(uses) != 1 or value.is_graph_output() or made_by is None or uses[0].node.graph is not made_by.graph:
         return None
-    add = uses[0].node
-    if add.op_type != "Add" or add.domain not in ("", "ai.onnx") or add.graph is not node.graph:
+    return uses[0].node if _is(uses[0].node, op_type) else None
+
+
+def dequantized(value: ir.Value) -> ir.Value:
+    """A value behind being rounded to integers and back: a change joins there, where nothing clips it."""
+    there = only_reader(value, "QuantizeLinear")
+    back = None if there is None else only_reader(there.outputs[0], "DequantizeLinear")
+    return value if back is None else back.outputs[0]
+
+
+def _is(node: ir.Node | None, op_type: str) -> bool:
+    return node is not None and node.op_type == op_type and node.domain in ("", "ai.onnx")
+
+
+def _bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.Value] | None:
+    """The Add of a vector that follows a linear layer and nothing else does, and the vector."""
+    add = only_reader(out, "Add") if "MatMul" in node.op_type else None
+    if add is None:
         return None
-    other = add.inputs[1 - uses[0].idx]
-    weight = node.inputs[1]
-    if other is None or weight is None or not is_constant(other):
+    other = add.inputs[1 - list(add.inputs).index(out)]
+    if other is None or not is_constant(other):
         return None
-    shape = shape_of(other)
-    return (add, other) if len(shape) == 1 and shape[0] == shape_of(weight)[-1] and node.op_type == "MatMul" else None
+    return (add, other) if shape_of(other) == (outputs,) else None

@@ -16,8 +16,7 @@ from ..adapter import Adapter
 from ..binding import find_sites
 from ..errors import TargetNotFound
 from ..tensors.lazy import as_array
-from .operands import numbers
-from .resolving import Found, Known, Spot, operand_of
+from .resolving import Found, Known, Spot
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -55,7 +54,11 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
             raise error
         W = _array(base, site.weight)
         name = f"{asked.path}.weight" if site.weight.endswith(".weight") else asked.path
-        method, found = _nearest(W, spots, str(asked))
+        method, found = nearest(W, spots, str(asked))
+        twin = _twin(base, site.weight, W) if len(found) > 1 else None
+        if twin is not None:
+            why = f"{len(found)} nodes have this weight, and {twin} of the base holds the same numbers"
+            raise TargetNotFound(why, where=str(asked), cure="Use a graph that keeps the modules' names")
         known[name] = (method, found)
     return known
 
@@ -70,20 +73,33 @@ def compare(found: Sequence[Found], base: Checkpoint) -> None:
         W = base.tensors.get(f"{place.asked.path}.weight")
         if W is None or place.method in ("values", "nearest") or not W.dtype.floating:
             continue
-        distance = _distance(as_array(W).astype(np.float32), place.spots[0])
-        if distance is None or distance > NEAR:
-            far = "another shape" if distance is None else f"a distance of {distance:.2f}"
+        far = distance(as_array(W).astype(np.float32), place.spots[0])
+        if far is None or far > NEAR:
+            how = "another shape" if far is None else f"a distance of {far:.2f}"
             cure = "Is this the base that the graph was exported from?"
             raise TargetNotFound(
-                f"the layer of this name holds other numbers ({far})", where=str(place.asked), cure=cure
+                f"the layer of this name holds other numbers ({how})", where=str(place.asked), cure=cure
             )
 
 
-def _nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:
+def _twin(base: Checkpoint, name: str, W: Any) -> str | None:
+    """Another weight of the base with equal numbers: nodes that hold them may be either's."""
+    same = (
+        n for n, t in base.tensors.items() if n != name and t.shape == base.tensors[name].shape and t.dtype.floating
+    )
+    return next((other for other in same if np.array_equal(_array(base, other), W)), None)
+
+
+def nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]:
+    """How, and which layers have a stored weight.
+
+    Raises:
+        TargetNotFound: none has, or several may.
+    """
     by_weight: dict[Any, list[Spot]] = {}
     for spot in spots:
         by_weight.setdefault(spot.sources, []).append(spot)
-    near = [_Near(d, same[0]) for same in by_weight.values() if (d := _distance(W, same[0])) is not None]
+    near = [_Near(d, same[0]) for same in by_weight.values() if (d := distance(W, same[0])) is not None]
     near.sort(key=lambda one: one.distance)
     equal = [one for one in near if one.distance == 0]
     if equal:
@@ -98,12 +114,12 @@ def _nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]
     raise TargetNotFound(f"no layer of the graph has this weight: {best}", where=where, cure=cure)
 
 
-def _distance(W: Any, spot: Spot) -> float | None:
+def distance(W: Any, spot: Spot) -> float | None:
     """The relative distance of a stored weight from a layer's, whichever way round it is stored; None for no match."""
     turned = (spot.shape[1], spot.shape[0], *spot.shape[2:])
     if W.shape not in (spot.shape, turned):
         return None
-    held = numbers(operand_of(spot.node, spot.kind)).astype(np.float32)
+    held = spot.kind.held(spot.node).astype(np.float32)
     size = max(float(np.linalg.norm(W)), 1e-30)
     ways = [V for V in (held, held.swapaxes(0, 1)) if V.shape == W.shape]
     return min(float(np.linalg.norm(V - W)) / size for V in ways)

@@ -6,9 +6,9 @@ it is for those: the layer gets its own. Everything is computed in float64 and r
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,11 @@ import onnx_ir as ir
 
 from ..adapter import Adapter
 from ..errors import Malformed, NotMergeable, Unsupported, UsageError
-from ..merging.arrays import NumpyArrays, Workspace
-from ..merging.compute import Folder, blocks
 from ..merging.folds import Fold as Folded
-from ..merging.planning import Output
-from ..tensors.dtypes import DTYPES
-from ..tensors.lazy import Lazy, as_array
+from ..tensors.lazy import as_array
 from ..updates import Update
 from .building import Array, Branch, Building
+from .changes import Change, Stored, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .injecting import Report, loaded
 from .model_file import opened, save_merged
 from .operands import numbers, shape_of
@@ -97,6 +94,7 @@ def fold(folds: Sequence[Fold], building: Building) -> list[ir.Value]:
     for spot in dict.fromkeys(spot for place, _ in folds for spot in place.spots):
         at = [(place, factor) for place, factor in folds if spot in place.spots]
         _fold_spot(spot, at, building, fresh)
+    settle(fresh.values())
     return list(fresh.values())
 
 
@@ -109,8 +107,9 @@ def _refuse(adapter: Adapter) -> None:
 
 def _fold_spot(spot: Spot, at: list[Fold], building: Building, fresh: dict[tuple[Any, ...], ir.Value]) -> None:
     layer = spot.kind(spot.node, Branch(building, "merge"))
-    held, updates = layer.operand, [update for place, _ in at for update in place.updates]
-    if np.dtype(layer.dtype).kind not in "fV" or any(_packed(source) for source in spot.sources):
+    held: ir.Value = layer.operand
+    updates = [update for place, _ in at for update in place.updates]
+    if any(_packed(source) for source in spot.sources):
         raise Unsupported("a quantized weight", where=str(at[0][0].asked), cure="Inject instead of merging")
     bias = layer.own_bias if layer.after is None else layer.after[1]
     lost = [update for update in updates if update.changes_bias and update.needs_bias]
@@ -118,67 +117,32 @@ def _fold_spot(spot: Spot, at: list[Fold], building: Building, fresh: dict[tuple
         cure = "Inject it instead of merging"
         raise NotMergeable("changes a bias that the layer does not have", where=str(at[0][0].asked), cure=cure)
     key = tuple((id(place), factor) for place, factor in at)
-    if any(update.changes_weight for update in updates):
-        new = _lazy(building, fresh, ("weight", id(held), *key), held, lambda: _released(_weight(spot, at, held), spot))
-        spot.node.replace_input_with(spot.kind.position, new)
     if bias is not None and any(update.changes_bias for update in updates):
-        new = _lazy(building, fresh, ("bias", id(bias), id(held), *key), bias, lambda: _bias(spot, at, held, bias))
+        name, kind = str(at[0][0].asked), bias.dtype or ir.DataType.FLOAT
+        numbers_of = partial(_bias, spot, at, held, bias)
+        change = Change(name, from_array(lambda: _rounded(numbers_of(), kind, name), shape_of(bias), kind), ())
+        new = fresh_value(building, fresh, ("bias", id(bias), id(held), *key), bias, change)
         holder = spot.node if layer.after is None else layer.after[0]
         holder.replace_input_with(list(holder.inputs).index(bias), new)
+    if any(update.changes_weight for update in updates):
+        stored = stored_behind(held)
+        folds = tuple(_stored(place, factor, spot, stored) for place, factor in at)
+        change = Change(str(at[0][0].asked), lazy_of(stored.value), folds)
+        new = fresh_value(building, fresh, ("weight", id(stored.value), *key), stored.value, change)
+        exchange(spot.node, spot.kind.position, stored, new, building)
 
 
 def _packed(source: ir.Value) -> bool:
     kind = source.const_value.dtype if source.const_value is not None else source.dtype
-    return kind is not None and kind.numpy().kind in "iub" and len(shape_of(source)) > 1
+    return kind is not None and not kind.is_floating_point() and len(shape_of(source)) > 1
 
 
-def _lazy(building: Building, fresh: dict[Any, ir.Value], key: Any, held: ir.Value, make: Any) -> ir.Value:
-    """A new stored tensor whose numbers are made when they are written; one for all nodes with the same changes."""
-    if key not in fresh:
-        shape, kind = ir.Shape(shape_of(held)), held.dtype or ir.DataType.FLOAT
-        name = building.name(f"{held.name}.merged")
-
-        def made() -> Any:
-            return ir.Tensor(_rounded(make(), kind, name), dtype=kind, name=name)
-
-        tensor = ir.LazyTensor(made, kind, shape, cache=False, name=name)
-        fresh[key] = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=tensor)
-        building.model.graph.register_initializer(fresh[key])
-    return fresh[key]
-
-
-def _weight(spot: Spot, at: list[Fold], held: ir.Value) -> Array:
-    """W' as the node takes it, in its own type; computed block by block, as any merge is."""
-    raw = np.ascontiguousarray(numbers(held))
-    dtype = next(kind for kind in DTYPES.values() if kind.array == raw.dtype)
-    out = np.empty(raw.size, dtype=raw.dtype)
-    folds = tuple(_stored(place, factor, spot, raw.shape) for place, factor in at)
-    name = str(at[0][0].asked)
-    output = Output(name, dtype, raw.shape, 0, Lazy(raw.shape, dtype, raw.tobytes), folds)
-    arrays = NumpyArrays()
-    with arrays.quiet():
-        folder, flat = Folder(output, Workspace(arrays)), raw.reshape(-1)
-        for block in blocks(output):
-            here = slice(block.first, block.first + block.elements)
-            folder.compute(flat[here], out[here], block)
-    return out.reshape(raw.shape)
-
-
-def _released(array: Array, spot: Spot) -> Array:
-    """The same array, the mapped files behind a layer let go of: what is mapped counts as memory held."""
-    for source in spot.sources:
-        if isinstance(source.const_value, ir.ExternalTensor):
-            with contextlib.suppress(BufferError):
-                source.const_value.release()
-    return array
-
-
-def _stored(place: Found, factor: float, spot: Spot, shape: tuple[int, ...]) -> Folded:
-    """A target's updates of a weight in the order in which the node takes its axes."""
-    turned = spot.kind.turns(spot.node) != place.turned
+def _stored(place: Found, factor: float, spot: Spot, stored: Stored) -> Folded:
+    """A target's updates of a weight in the order in which its numbers are stored."""
+    turned = (spot.kind.turns(spot.node) != place.turned) != stored.turned
     target = replace(place.target, layout="in out *k" if turned else "out *in")
     updates = tuple(update for update in place.updates if update.changes_weight)
-    return Folded(target, updates, factor, 0, False, shape)
+    return Folded(target, updates, factor, 0, False, shape_of(stored.value))
 
 
 def _bias(spot: Spot, at: list[Fold], held: ir.Value, bias: ir.Value) -> Array:

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from ..errors import Malformed, StorageError, Unsupported, UsageError, storage_error
 from ..tensors.atomic import replacing, write_bytes
 from ..tensors.checkpoint import contained
 from .building import OPSET
+from .changes import Changed
+from .streaming import alignment, placed, streamed, worked_out
 
 INLINE = 1024
 """Bytes of a new tensor up to which it stays in the model's own file."""
@@ -179,7 +180,7 @@ def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) 
 def save_merged(
     model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value], apart: bool = False
 ) -> list[Path]:
-    """Writes a model whose numbers changed: all of them anew, one tensor in memory at a time; see `save`.
+    """Writes a model whose numbers changed: all of them anew, some blocks in memory at a time; see `save`.
 
     A model that kept numbers in data files, or is to keep them `apart`, keeps them in one new file, and nothing in it
     that no node reads.
@@ -193,27 +194,13 @@ def save_merged(
     written: list[Path] = []
     try:
         if apart or source.data or _large(model):
-            written += _streamed([v for v in stored if v.const_value.nbytes > INLINE], out)  # type: ignore[union-attr]
-        else:
-            for value in fresh:
-                assert value.const_value is not None
-                value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.const_value.dtype, name=value.name)
+            written += streamed([v for v in stored if v.const_value.nbytes > INLINE], out)  # type: ignore[union-attr]
+        worked_out(value for value in fresh if isinstance(value.const_value, Changed))
         write_bytes(out, ir.to_proto(model).SerializeToString())
     except BaseException:
         _unlink(written)
         raise
     return [*written, out]
-
-
-def _streamed(values: Iterable[ir.Value], out: Path) -> list[Path]:
-    file = out.with_name(f"{out.name}.data")
-    if file.exists():
-        raise StorageError("already there", path=file, cure="Remove it, or write to another name")
-    with replacing(file) as target:
-        places = [(value, _placed(target, value.const_value, file)) for value in values]
-    for value, place in places:
-        value.const_value = place
-    return [file]
 
 
 def _unlink(files: Iterable[Path]) -> None:
@@ -278,30 +265,10 @@ def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> list[Path]:
 
 
 def _placed(target: Any, tensor: Any, file: Path) -> ir.ExternalTensor:
-    target.write(b"\0" * (-target.tell() % (4096 if tensor.nbytes > 1 << 20 else 64)))
+    target.write(b"\0" * (-target.tell() % alignment(tensor.nbytes)))
     offset = target.tell()
-    if isinstance(tensor, ir.ExternalTensor):
-        _copied(target, tensor)
-    elif isinstance(tensor, ir.LazyTensor):
-        target.write(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data)
-    else:
-        target.write(tensor.tobytes())
-    return ir.ExternalTensor(
-        file.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=file.parent
-    )
-
-
-def _copied(target: Any, tensor: ir.ExternalTensor) -> None:
-    """A run of bytes of a data file, a few at a time."""
-    with open(tensor.path, "rb") as held:
-        held.seek(tensor.offset or 0)
-        left = tensor.nbytes
-        while left:
-            piece = held.read(min(left, 1 << 22))
-            if not piece:
-                raise Malformed("shorter than when it was opened", path=tensor.path, cure="Fetch the data file again")
-            target.write(piece)
-            left -= len(piece)
+    target.write(tensor.tobytes())
+    return placed(tensor, file, offset)
 
 
 _AGAIN = "Export the model again"

@@ -18,7 +18,7 @@ from ..adapter import Adapter, Target
 from ..binding import Site, check_site, find_sites, fits
 from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from .layers import Layer, kind_of
-from .operands import nodes_of, shape_of, sources
+from .operands import nodes_of, sources
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -28,8 +28,8 @@ METHODS = ("scopes", "folded_from", "initializer", "path", "values", "nearest")
 the node's name, equal numbers, the nearest numbers."""
 
 _SCOPES, _FOLDED = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.optimizer.folded_from"
-_OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather)(?:_\d+)?(?:_quant|_Q4|_matmul_Q4)?$")
-_MARK = re.compile(r"(?:\.(?:MatMul|Gemm|Conv|Gather))?\.weight$")
+_OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
+_MARK = re.compile(r"(?:\.(?:MatMul|Gemm|Conv|Gather))?\.weight(?:_quantized|(?:_DQ)?_Q\d)?$")
 _CALL = re.compile(r"_\d+(?=\.weight$)")
 _LIST = 1 << 16
 
@@ -99,7 +99,7 @@ def resolve(model: ir.Model, adapter: Adapter, base: Checkpoint | None = None) -
     """
     _refuse(adapter)
     spots = spots_of(model)
-    known = _by_name(spots)
+    known = by_name(spots)
     sites = _sites(adapter, known, spots, base)
     found = [_found(site, asked, known) for site, asked in zip(sites, adapter.updates, strict=True)]
     if base is not None:
@@ -131,7 +131,7 @@ def _refuse(adapter: Adapter) -> None:
 
 def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
     """The shape of a layer's weight in the view of formulas."""
-    first, second, *rest = shape_of(operand_of(node, kind))
+    first, second, *rest = kind.held_shape(node)
     return (second, first, *rest) if kind.turns(node) else (first, second, *rest)
 
 
@@ -174,7 +174,8 @@ Known = dict[str, tuple[str, list[Spot]]]
 """Name of a weight -> the method that tells it, and its nodes."""
 
 
-def _by_name(spots: Sequence[Spot]) -> Known:
+def by_name(spots: Sequence[Spot]) -> Known:
+    """What names there are, each by the first method that tells it."""
     known: Known = {}
     for method in METHODS:
         some: dict[str, list[Spot]] = {}
@@ -201,11 +202,12 @@ def _calls(some: Mapping[str, list[Spot]]) -> dict[str, list[Spot]]:
 def _told_apart(name: str, spots: list[Spot]) -> list[Spot]:
     """Equal weights of different modules are stored once: the nodes' own names, where they have any, tell which."""
     said = [{*spot.names.get("scopes", ()), *(_CALL.sub("", p) for p in spot.names.get("path", ()))} for spot in spots]
-    own = [spot for spot, names in zip(spots, said, strict=True) if any(_same_end(name, other) for other in names)]
+    own = [spot for spot, names in zip(spots, said, strict=True) if any(same_end(name, other) for other in names)]
     return own or spots
 
 
-def _same_end(one: str, other: str) -> bool:
+def same_end(one: str, other: str) -> bool:
+    """Whether two dotted paths are equal but for what a wrapper puts in front."""
     return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 

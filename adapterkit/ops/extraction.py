@@ -27,6 +27,7 @@ from .at_base import view_of
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
 from .differences import changed_rows, check_rows, difference, frobenius, left
+from .forms import FORMS
 from .lowering import Change
 from .resizing import Cut, seed_of
 from .sketching import dominant
@@ -51,6 +52,7 @@ def extract(
     error: float | None = None,
     targets: tuple[str, ...] = (),
     embeddings: str = "rows",
+    method: str = "lora",
     dtype: str | None = None,
     report: Report | None = None,
     progress: Progress | None = None,
@@ -69,6 +71,8 @@ def extract(
         targets: globs of dotted paths to look at, all of them where none is given; the rest is taken as unchanged.
         embeddings: `rows`: changed and new rows as they are, or the whole table if most of them changed. `low-rank`: as
             any matrix, where no token is new.
+        method: of changed matrices: `lora`; `lokr`, the nearest Kronecker product, of which `rank` is w2's; or `shira`,
+            the largest entries, as many as a LoRA of the rank has numbers. The last two are of linear layers only.
         dtype: the type of the factors; float32 where not given, and what is exact for factors of full rank.
         report: called with a `Cut` for each target that changed.
         progress: called with (bytes of the tuned weights done, bytes in all).
@@ -78,6 +82,7 @@ def extract(
 
     Raises:
         UsageError: not exactly one of rank, energy and error is given, or it is out of range; nothing changed.
+        Unsupported: an unknown method, or a kernel or stack of experts for one that has no form for it.
         TargetNotFound: one model has a weight that the other lacks.
         ShapeMismatch: a weight has another shape, beyond rows of new tokens.
         Malformed: a NaN or an infinity in a weight that changed.
@@ -86,7 +91,11 @@ def extract(
     criterion.check()
     if embeddings not in ("rows", "low-rank"):
         raise UsageError(f"unknown way {embeddings!r} with embeddings", cure="Known: rows, low-rank")
-    job = _Extraction(opened(tuned), opened(base), criterion, embeddings, dtype)
+    if method not in ("lora", *FORMS):
+        raise Unsupported(
+            f"nothing is extracted as {method!r}", where="method", cure=f"Known: lora, {', '.join(FORMS)}"
+        )
+    job = _Extraction(opened(tuned), opened(base), criterion, embeddings, method, dtype)
     names = job.names(targets)
     updates: dict[Target, tuple[Update, ...]] = {}
     done, whole = 0, sum(job.tuned.tensors[name].nbytes for name in names)
@@ -102,7 +111,7 @@ def extract(
             progress(done, whole)
     if not updates:
         raise UsageError("the tuned model is the base, bit by bit", path=job.tuned.root, cure="Check the two paths")
-    args = {**criterion.record(), "embeddings": embeddings, "targets": list(targets)}
+    args = {**criterion.record(), "method": method, "embeddings": embeddings, "targets": list(targets)}
     return Adapter(updates, _reference(job.base), (Step("extract", args),))
 
 
@@ -114,6 +123,7 @@ class _Extraction:
     base: Checkpoint
     criterion: Criterion
     embeddings: str
+    method: str
     dtype: str | None
 
     @property
@@ -176,11 +186,14 @@ class _Extraction:
             yield target, update, Cut(str(target), update.method, None, None, size, 0.0)
 
     def _matrix(self, name: str, tuned: Lazy, base: Lazy) -> Iterator[tuple[Target, Update, Cut]]:
-        """A LoRA of the difference, or of each expert's."""
+        """The difference in the form that is wanted; a LoRA, or one of each expert's."""
         target = self._target(name, len(tuned.shape))
         exact = self.criterion.keeps_all(min(tuned.shape))
         D = view_of(difference(name, tuned, base, exact=exact), target)
         if not D.any():
+            return
+        if self.method != "lora":
+            yield self._formed(target, D)
             return
         shape = D.shape[1:] if target.stacked else D.shape
         weights = [one.reshape(shape[0], -1) for one in (D if target.stacked else [D])]
@@ -191,6 +204,17 @@ class _Extraction:
         lost = math.hypot(*(left(one, delta.B, delta.A) for one, delta in zip(weights, made, strict=True)))
         size = math.hypot(*(frobenius(one) for one in weights))
         yield target, lora, Cut(str(target), lora.method, min(weights[0].shape), lora.A.shape[-len(shape)], size, lost)
+
+    def _formed(self, target: Target, D: Array) -> tuple[Target, Update, Cut]:
+        """Another method's update of the difference `[out, in]`."""
+        if D.ndim > 2:
+            why = f"{self.method} of a weight of {D.ndim} axes"
+            raise Unsupported(why, where=str(target), cure="Extract a LoRA, or leave it out with targets")
+        kind = result_type([], self.dtype)
+        update = FORMS[self.method](D, self.criterion, seed_of(str(target)), kind)
+        (made,) = Change(target, D.shape, (update,)).deltas()
+        cut = Cut(str(target), self.method, min(D.shape), None, frobenius(D), frobenius(D - made.dense()))
+        return target, update, cut
 
     def _pair(self, D: Array, name: str) -> tuple[Array, Array]:
         """B and A of one difference; of full rank it is itself one of the two, and nothing is lost."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Place:
     """One target of several adapters.
 
@@ -41,7 +42,7 @@ class Place:
     def all_updates(self) -> list[Update]:
         return [update for found in self.updates for update in found]
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """Of one weight, `[out, in, *k]`, as far as base and updates tell it; `[out]` where only a bias is changed.
 
@@ -49,13 +50,12 @@ class Place:
             ShapeMismatch: the adapters are of different weights.
             UsageError: nothing tells it.
         """
-        known = [shape_of(self.target, found, self.base) for found in self.updates if found]
+        known = [shape_of(self.target, found, self.base) if found else None for found in self.updates]
         longest = max((shape for shape in known if shape is not None), key=len, default=None)
         if longest is None:
             raise UsageError("the shape of its weight is known to the base only", where=str(self.target), cure=_BASE)
-        changing = [found for found in self.updates if any(update.changes_weight for update in found)]
-        for found in changing:
-            shape = shape_of(self.target, found, self.base) or longest
+        changing = [any(update.changes_weight for update in found) for found in self.updates]
+        for shape in (shape for shape, changes in zip(known, changing, strict=True) if changes and shape is not None):
             if shape[0] != longest[0] or math.prod(shape) != math.prod(longest):
                 why = f"made for weights of {list(longest)} and of {list(shape)}"
                 raise ShapeMismatch(why, where=str(self.target), cure="These adapters are not of one base")

@@ -7,7 +7,7 @@ merges into it afterwards needs to know nothing of how it is stored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, Unsupported
@@ -33,10 +33,29 @@ class Dequantized(Checkpoint):
     Attributes:
         scheme: the name of the scheme that packed it.
         packed: name -> packed weight.
+        stored: the base as it is stored.
+        packs: whether what is merged into a packed weight is to be quantized again.
     """
 
     scheme: str = ""
     packed: Mapping[str, Packed] = None  # type: ignore[assignment]
+    stored: Checkpoint = None  # type: ignore[assignment]
+    packs: bool = False
+
+    @property
+    def written(self) -> dict[str, Lazy]:
+        """The stored tensors as they will be written, where packed weights are packed again."""
+        changed = {w.members[0]: w.written for w in self.packed.values() if w.changes}
+        return {name: changed.get(name, tensor) for name, tensor in self.stored.tensors.items()}
+
+    def unpacked_again(self, weight: Packed, parts: Mapping[str, Lazy]) -> Packed:
+        """A packed weight with other parts, read as those of the base are."""
+        own = weight.with_parts(parts)
+        if own is not None:
+            return own
+        held = {name: parts.get(name, self.stored.tensors[name]) for name in weight.members}
+        found = SCHEMES[self.scheme]().find(replace(self.stored, tensors=held))
+        return next(other for other in found if other.name == weight.name)
 
 
 def said_method(base: Checkpoint) -> str | None:
@@ -70,8 +89,12 @@ def detect(base: Checkpoint) -> str:
 ORIGINAL = "Or merge into the 16-bit weights that it was quantized from"
 
 
-def dequantized(base: Checkpoint) -> Dequantized:
+def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
     """The base with every packed weight as the numbers that it stands for, read when they are asked for.
+
+    Args:
+        base: a quantized base.
+        packs: whether what is merged into a packed weight is to be quantized again.
 
     Raises:
         Unsupported: no scheme, or more than one, knows it.
@@ -82,7 +105,7 @@ def dequantized(base: Checkpoint) -> Dequantized:
     whole = {weight.members[0]: weight for weight in packed.values()}
     parts = {member for weight in packed.values() for member in weight.members}
     tensors: dict[str, Lazy] = {}
-    home = {}
+    home = dict(base.home)
     for stored, tensor in base.tensors.items():
         weight = whole.get(stored)
         if weight is None and stored in parts:
@@ -93,8 +116,17 @@ def dequantized(base: Checkpoint) -> Dequantized:
         tensors[named] = tensor if weight is None else weight.lazy()
         if stored in base.home:
             home[named] = base.home[stored]
-    config = None if base.config is None else _without(base.config)
-    return Dequantized(base.root, tensors, base.files, home, base.metadata, config, base.index, name, packed)
+    metadata = base.metadata if packs else {file: _plain(said) for file, said in base.metadata.items()}
+    config = base.config if packs or base.config is None else _without(base.config)
+    return Dequantized(
+        base.root, tensors, base.files, home, metadata, config, base.index, name, packed, base, packs
+    )  # fmt: skip
+
+
+def _plain(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A file's metadata without what torchao says there of each tensor."""
+    torchao = "tensor_names" in metadata
+    return {k: v for k, v in metadata.items() if not torchao or (k != "tensor_names" and '"_type"' not in v)}
 
 
 def _without(config: Mapping[str, Any]) -> dict[str, Any]:

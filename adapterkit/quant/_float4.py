@@ -10,14 +10,33 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ShapeMismatch
 from ..tensors.lazy import Lazy
-from ._scheme import DAMAGED, E2M1, Packed, expect, finite, nibbles, numbers, part_of, rows_of, sixteen_bits
+from ._scheme import (
+    DAMAGED,
+    E2M1,
+    Packed,
+    divided,
+    expect,
+    finite,
+    halves,
+    joined,
+    nearest_e2m1,
+    nibbles,
+    numbers,
+    part_of,
+    rows_of,
+    sixteen_bits,
+    steps,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..tensors.checkpoint import Checkpoint
+    from ._scheme import Array, Merged
 
 GROUP = 16
+TOP, MOST = 6.0, 448.0
+"""The largest float of four bits, and the largest scale."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +56,29 @@ class Float4(Packed):
         scale = finite(scale / second if self.divide else scale * second, self.members[2])
         levels = np.array(E2M1, np.float32)[nibbles(rows_of(self.stored, start, stop))]
         return cast("np.ndarray[Any, Any]", (levels * np.repeat(scale, GROUP, axis=1)).astype(self.dtype.array))
+
+    def pack(self, merged: Merged) -> dict[str, Array]:
+        """The second scale stays, since layers that run as one share it, unless a number is too large for it."""
+        import numpy as np
+
+        second = finite(numbers(self.second), self.members[2])
+        largest = np.float32(max(float(np.abs(merged(*run)).max()) for run in steps(self.shape)))
+        if not largest <= TOP * MOST * (1 / second[0] if self.divide else second[0]):
+            second = np.full_like(second, TOP * MOST / largest if self.divide else largest / (TOP * MOST))
+        factor = 1 / second if self.divide else second
+        pieces = [_quantized(merged(start, stop), factor, self.scale) for start, stop in steps(self.shape)]
+        stored, scale = joined(pieces, (0, 0))
+        return dict(zip(self.members, (stored, scale, second.reshape(self.second.shape)), strict=False))
+
+
+def _quantized(values: Array, second: Array, stored: Lazy) -> tuple[Array, Array]:
+    import numpy as np
+
+    groups = values.reshape(len(values), -1, GROUP)
+    wanted = np.clip(np.abs(groups).max(2) / np.float32(TOP) / second, 0, MOST)
+    scale = wanted.astype(stored.dtype.array)
+    q = nearest_e2m1(divided(groups, (scale.astype(np.float32) * second)[..., None]))
+    return halves(q.reshape(values.shape)), scale
 
 
 def float4(base: Checkpoint, module: str, names: tuple[str, str, str], *, divide: bool) -> Float4:

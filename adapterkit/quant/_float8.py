@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import ShapeMismatch
 from ..tensors.lazy import Lazy, Shape
-from ._scheme import DAMAGED, Packed, finite, numbers, rows_of, sixteen_bits
+from ._scheme import DAMAGED, STEP, Packed, divided, finite, joined, numbers, rows_of, sixteen_bits
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..tensors.checkpoint import Checkpoint
+    from ._scheme import Array, Merged
 
 DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
@@ -43,6 +45,67 @@ class Scaled(Packed):
         scales = _values(self.scale, int(at[0]), int(at[-1]) + 1, self.grid[1], self.members[1])
         across = np.repeat(scales, self.block[1], axis=1)[:, :width]
         return cast("np.ndarray[Any, Any]", (q * across[at - at[0]]).astype(self.dtype.array))
+
+    def pack(self, merged: Merged) -> dict[str, Array]:
+        stored, scale = joined([self._band(merged, start, stop) for start, stop in self._bands()], (0, 0))
+        return dict(zip(self.members[:2], (stored, scale), strict=True))
+
+    def _bands(self) -> Iterator[tuple[int, int]]:
+        """Runs of rows with scales of their own, none of them across two experts."""
+        rows = math.prod(self.shape[:-1])
+        height = self.shape[-2] if self.experts > 1 else rows
+        block = self.block[0] if self.grid[0] > 1 else height
+        step = block * max(1, STEP // (max(self.shape[-1], 1) * block))
+        for first in range(0, rows, height):
+            for start in range(first, first + height, step):
+                yield start, min(start + step, first + height)
+
+    def _band(self, merged: Merged, start: int, stop: int) -> tuple[Array, Array]:
+        """q and scales of a run: the scale is the largest of its cell over the largest 8-bit float."""
+        import ml_dtypes
+        import numpy as np
+
+        runs = list(_runs(start, stop, self.block[0], self.shape[-1]))
+        cells = [_largest(merged(*run), self.block) for run in runs]
+        largest = np.concatenate(cells) if self.block[0] < stop - start else np.max(cells, axis=0)
+        top = float(ml_dtypes.finfo(self.stored.dtype.array).max)  # type: ignore[no-untyped-call]
+        scale, value = _rounded(largest / np.float32(top), self.scale)
+        pieces = [self._quantized(merged(*run), value, run[0] - start, top) for run in runs]
+        return np.concatenate(pieces), scale
+
+    def _quantized(self, values: Array, scale: Array, offset: int, top: float) -> Array:
+        import numpy as np
+
+        at = (np.arange(len(values)) + offset) // self.block[0]
+        across = np.repeat(scale, self.block[1], axis=1)[np.minimum(at, len(scale) - 1), : values.shape[1]]
+        return np.clip(divided(values, across), -top, top).astype(self.stored.dtype.array)
+
+
+def _runs(start: int, stop: int, block: int, width: int) -> Iterator[tuple[int, int]]:
+    """What to read at a time: whole blocks of rows, or parts of one that is large."""
+    most = max(1, STEP // max(width, 1))
+    step = most // block * block or most
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
+
+
+def _largest(values: Array, block: tuple[int, int]) -> Array:
+    """The largest size in each cell of a grid."""
+    import numpy as np
+
+    rows = np.maximum.reduceat(np.abs(values), np.arange(0, values.shape[0], block[0]), axis=0)
+    return np.asarray(np.maximum.reduceat(rows, np.arange(0, values.shape[1], block[1]), axis=1))
+
+
+def _rounded(scale: Array, stored: Lazy) -> tuple[Array, Array]:
+    """Scales as they are stored, and the float32 that they then stand for; powers of two are rounded up."""
+    import numpy as np
+
+    if stored.dtype.name in ("U8", "F8_E8M0"):
+        exponents = np.clip(np.ceil(np.log2(np.maximum(scale, np.float32(2.0**-126)))), -127, 127)
+        return (exponents + 127).astype(np.uint8), np.exp2(exponents).astype(np.float32)
+    kept = scale.astype(stored.dtype.array)
+    return kept, kept.astype(np.float32)
 
 
 def scaled(

@@ -1,17 +1,23 @@
-"""Whole numbers in groups of columns: w = (q - zero) * scale, one zero and one scale a row and group."""
+"""Whole numbers in groups of columns: w = (q - zero) * scale, one zero and one scale a row and group.
+
+Quantized again, q = round(w / scale) + zero, by the group's own scale, which was searched for when the base was made,
+or by a fresh one from its smallest and largest number: whichever has the smaller square error.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ..errors import ShapeMismatch
 from ..tensors.lazy import Lazy
-from ._scheme import DAMAGED, Packed, numbers
+from ._scheme import DAMAGED, Packed, divided, numbers, steps
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from ._scheme import Array, Merged
 
 BITS = (2, 4, 8)
 """Widths that never straddle two words."""
@@ -22,12 +28,16 @@ class Grouped(Packed):
     """A subclass says how whole numbers, zeros and scales of rows are read.
 
     Attributes:
+        bits: of each number.
         groups: how many groups of columns there are.
         index: the group of each column, where columns were reordered; else groups are runs of columns.
     """
 
     groups: int
     index: Lazy | None
+    bits: int
+    granule: ClassVar[int] = 1
+    """Rows that share a word."""
 
     def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """q of rows, `[rows, columns]`, int32."""
@@ -49,6 +59,69 @@ class Grouped(Packed):
         values = q.astype(np.float32) * self.scales(start, stop)[:, at]
         return cast("np.ndarray[Any, Any]", values.astype(self.dtype.array))
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The smallest and the largest q."""
+        return 0, (1 << self.bits) - 1
+
+    @property
+    def zero_span(self) -> tuple[int, int]:
+        """The smallest and the largest zero that can be stored."""
+        return self.span
+
+    def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
+        """The stored parts of some rows: of q, of the zeros if there are any, of the scales."""
+        raise NotImplementedError
+
+    def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
+        """The members out of the parts of all runs of rows."""
+        raise NotImplementedError
+
+    def pack(self, merged: Merged) -> dict[str, Array]:
+        at = self._group_of()
+        fixed = self._fixed_zero()
+        pieces = []
+        for start, stop in steps(self.shape, self.granule):
+            values, zeros, scales = merged(start, stop), self.zeros(start, stop), self.scales(start, stop)
+            own = self._on(values, scales, scales.astype(int) * 0 + zeros, at)
+            fresh = self._on(values, *self._fresh(values, at, fixed), at)
+            pieces.append(self.parts(*_better(own, fresh, at)))
+        return self.named(pieces)
+
+    def _fixed_zero(self) -> int | None:
+        """The zero of all groups where the weight is quantized symmetrically."""
+        zeros = self.zeros(0, self.shape[0])
+        if isinstance(zeros, int):
+            return zeros
+        return int(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else None
+
+    def _fresh(self, values: Array, at: Array, fixed: int | None) -> tuple[Array, Array]:
+        """Scales and zeros by the smallest and the largest number of each group."""
+        import numpy as np
+
+        low, high = self.span
+        least, most = (np.zeros((self.groups, len(values)), np.float32) for _ in range(2))
+        np.minimum.at(least, at, values.T)
+        np.maximum.at(most, at, values.T)
+        least, most = least.T, most.T
+        if fixed is not None:
+            scale = self.kept(np.maximum(-least, most) * np.float32(2 / (high - low)))
+            return scale, np.full(scale.shape, fixed)
+        scale = self.kept((most - least) / np.float32(high - low))
+        return scale, np.clip(low + np.rint(divided(-least, scale)), *self.zero_span).astype(int)
+
+    def kept(self, scales: Array) -> Array:
+        """Scales rounded to how they are stored, in float32."""
+        raise NotImplementedError
+
+    def _on(self, values: Array, scales: Array, zeros: Array, at: Array) -> _Grid:
+        import numpy as np
+
+        q = np.clip(np.rint(divided(values, scales[:, at])) + zeros[:, at], *self.span).astype(np.int32)
+        errors = np.zeros((self.groups, len(values)))
+        np.add.at(errors, at, ((q - zeros[:, at]) * scales[:, at] - values).T.astype(float) ** 2)
+        return _Grid(q, zeros, scales, errors.T)
+
     def _group_of(self) -> np.ndarray[Any, Any]:
         import numpy as np
 
@@ -60,6 +133,37 @@ class Grouped(Packed):
             why = f"groups of columns are not all among the {self.groups} there are"
             raise ShapeMismatch(why, where=self.name, cure=DAMAGED)
         return at
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Grid:
+    """Rows on one choice of scales and zeros, and the square error of each row and group."""
+
+    q: Array
+    zeros: Array
+    scales: Array
+    errors: Array
+
+
+def _better(one: _Grid, other: _Grid, at: Array) -> tuple[Array, Array, Array]:
+    """q, zeros and scales, group by group those with the smaller error."""
+    import numpy as np
+
+    other_wins = other.errors < one.errors
+    pairs = ((one.zeros, other.zeros), (one.scales, other.scales))
+    zeros, scales = (np.where(other_wins, b, a) for a, b in pairs)
+    return np.asarray(np.where(other_wins[:, at], other.q, one.q)), zeros, scales
+
+
+def words(q: Array, bits: int) -> Array:
+    """Numbers of `bits` bits in 32-bit words, the lowest first, along the last axis, filled up with zeros; int32."""
+    import numpy as np
+
+    per = 32 // bits
+    full = np.pad(q, [(0, 0)] * (q.ndim - 1) + [(0, -q.shape[-1] % per)]).astype(np.uint32)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    split = (full & np.uint32((1 << bits) - 1)).reshape(*q.shape[:-1], -1, per) << shifts
+    return np.asarray(np.bitwise_or.reduce(split, axis=-1).view(np.int32))
 
 
 def unpacked(words: np.ndarray[Any, Any], bits: int, count: int | None = None) -> np.ndarray[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
     from ..tensors.lazy import Buffer
 
+    Array = np.ndarray[Any, Any]
+    Merged = Callable[[int, int], Array]
+
 DAMAGED = "The file is damaged, or not of this scheme: fetch it again"
+
+NO_PACKING = "Merge with --quantized dequantize, and quantize the result with the scheme's own tool"
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The sixteen numbers of a float of four bits: a sign, two bits of exponent, one of mantissa."""
@@ -39,6 +44,25 @@ class Packed:
     dtype: DType
     members: tuple[str, ...]
 
+    @property
+    def merged(self) -> str:
+        """The dtype in which `pack` takes its numbers."""
+        return "F32"
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is written in another form than it is stored in, merged into or not."""
+        return False
+
+    @property
+    def written(self) -> Lazy:
+        """Its one member as it will be written, if it `changes`: a size alone."""
+        raise NotImplementedError
+
+    def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
+        """The weight with other parts, where that takes no look at the base; None where the scheme has to find it."""
+        return None
+
     def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows of the weight seen as `[rows, width]`, width being its last axis; of `dtype`'s numpy type.
 
@@ -46,6 +70,20 @@ class Packed:
             Malformed: a scale is a NaN or an infinity.
         """
         raise NotImplementedError
+
+    def pack(self, merged: Merged) -> dict[str, Array]:
+        """Quantizes other numbers in this weight's place, by the scheme's own formula.
+
+        Args:
+            merged: gives rows `start` to `stop` of them, float32 `[rows, width]`; it may be asked again.
+
+        Returns:
+            the members that change, in their stored dtypes; their shapes are as before.
+
+        Raises:
+            Unsupported: the scheme's quantization is not known here.
+        """
+        raise Unsupported("nothing here quantizes to this scheme", where=self.name, cure=NO_PACKING)
 
     def lazy(self) -> Lazy:
         """The weight as a lazy tensor, which reads no more than the rows it is asked for."""
@@ -165,3 +203,47 @@ def nibbles(packed: np.ndarray[Any, Any], *, high_first: bool = False) -> np.nda
 
     halves = (packed >> 4, packed & 15) if high_first else (packed & 15, packed >> 4)
     return np.stack(halves, axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+STEP = 1 << 20
+"""Numbers quantized at a time."""
+
+
+def steps(shape: Shape, granule: int = 1) -> Iterator[tuple[int, int]]:
+    """Runs of rows to quantize at a time: a multiple of `granule` each, but for the last."""
+    rows = math.prod(shape[:-1])
+    step = max(1, STEP // (max(shape[-1], 1) * granule)) * granule
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def divided(values: Array, scale: Array | float) -> Array:
+    """values / scale, and 0 where the scale is 0."""
+    import numpy as np
+
+    wide = np.broadcast_to(np.asarray(scale, np.float32), values.shape)
+    return np.divide(values, wide, out=np.zeros_like(values), where=wide != 0)
+
+
+def nearest_e2m1(values: Array) -> Array:
+    """The numbers of four bits whose E2M1 is nearest, of two the one with the even mantissa; uint8."""
+    import numpy as np
+
+    levels = np.array(E2M1[:8], np.float32)
+    middles, sizes = (levels[1:] + levels[:-1]) / 2, np.abs(values)
+    low, high = (np.searchsorted(middles, sizes, side) for side in ("left", "right"))
+    q = np.where(low % 2 == 0, low, high).astype(np.uint8)
+    return np.asarray(q | np.signbit(values).astype(np.uint8) << 3)
+
+
+def halves(q: Array, *, high_first: bool = False) -> Array:
+    """Numbers of four bits in bytes, in pairs along the last axis, of even length: what `nibbles` undoes."""
+    first, second = q[..., 0::2], q[..., 1::2]
+    return (first << 4 | second) if high_first else (first | second << 4)
+
+
+def joined(pieces: Sequence[Sequence[Array]], axes: Sequence[int]) -> list[Array]:
+    """Pieces of several parts, run by run, joined each along its axis."""
+    import numpy as np
+
+    return [np.concatenate(parts, axis) for parts, axis in zip(zip(*pieces, strict=True), axes, strict=True)]

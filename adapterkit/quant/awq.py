@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
 from ..tensors.lazy import Lazy
-from ._grouped import Grouped, unpacked, whole
-from ._scheme import Packed, Scheme, expect, finite, part_of, settings
+from ._grouped import Grouped, unpacked, whole, words
+from ._scheme import Packed, Scheme, expect, finite, joined, part_of, settings
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..tensors.checkpoint import Checkpoint
+    from ._scheme import Array
 
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 """Where in a word each of eight outputs is."""
+ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+"""Which output is at each place of a word."""
 
 
 class Awq(Scheme):
@@ -49,6 +52,7 @@ class _Words(Grouped):
     stored: Lazy
     zero: Lazy
     scale: Lazy
+    granule = 8
 
     def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         return _outputs(self.stored, start, stop)
@@ -59,21 +63,36 @@ class _Words(Grouped):
     def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         return finite(whole(self.scale)[:, start:stop].swapaxes(0, 1), self.members[2])
 
+    def kept(self, scales: Array) -> Array:
+        return scales.astype(self.scale.dtype.array).astype("f4")
+
+    def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
+        return _in_words(q), _in_words(zeros), scales.T.astype(self.scale.dtype.array)
+
+    def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
+        return dict(zip(self.members, joined(pieces, (1, 1, 1)), strict=True))
+
 
 def _outputs(stored: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
     """Outputs `start` to `stop` out of words, `[outputs, rows of the stored tensor]`."""
     first = start // 8
-    words = whole(stored)[:, first : -(-stop // 8)].copy()
-    ordered = unpacked(words, 4).reshape(*words.shape, 8)[..., PLACES].reshape(words.shape[0], -1)
+    held = whole(stored)[:, first : -(-stop // 8)].copy()
+    ordered = unpacked(held, 4).reshape(*held.shape, 8)[..., PLACES].reshape(held.shape[0], -1)
     return ordered[:, start - first * 8 : stop - first * 8].swapaxes(0, 1)
+
+
+def _in_words(numbers: Array) -> Array:
+    """Numbers `[outputs, columns]` in words `[columns, outputs/8]`."""
+    eights = numbers.T.reshape(numbers.shape[1], -1, 8)
+    return words(eights[..., ORDER].reshape(numbers.shape[1], -1), 4)
 
 
 def _weight(base: Checkpoint, module: str) -> Packed:
     name = f"{module}.weight"
-    words, zero = (part_of(base, name, f"{module}.{part}", ("I32",)) for part in ("qweight", "qzeros"))
+    stored, zero = (part_of(base, name, f"{module}.{part}", ("I32",)) for part in ("qweight", "qzeros"))
     scale = part_of(base, name, f"{module}.scales", ("F16", "BF16", "F32"))
     groups, out = scale.shape if len(scale.shape) == 2 else (0, 0)
-    expect(words.shape, (words.shape[0], out // 8), f"{module}.qweight")
+    expect(stored.shape, (stored.shape[0], out // 8), f"{module}.qweight")
     expect(zero.shape, (groups, out // 8), f"{module}.qzeros")
     members = tuple(f"{module}.{part}" for part in ("qweight", "qzeros", "scales"))
-    return _Words(name, (out, words.shape[0]), scale.dtype, members, groups, None, words, zero, scale)
+    return _Words(name, (out, stored.shape[0]), scale.dtype, members, groups, None, 4, stored, zero, scale)

@@ -3,6 +3,8 @@
 w = code[q] * absmax[block], the blocks running over the flat weight; the first of two weights is in the high half of
 its byte. Doubly quantized, absmax = nested_code[q'] * nested_absmax[block'] + offset. Dettmers et al. 2023, QLoRA,
 arXiv:2305.14314
+
+Quantized again, q is the level nearest to w / absmax; the second quantization keeps its offset.
 """
 
 from __future__ import annotations
@@ -18,12 +20,26 @@ from ..errors import Malformed, ShapeMismatch
 from ..tensors.dtypes import BY_TORCH
 from ..tensors.lazy import Lazy
 from ..tensors.strict_json import load_json
-from ._scheme import DAMAGED, Packed, Scheme, expect, finite, nibbles, numbers, part_of
+from ._scheme import (
+    DAMAGED,
+    Packed,
+    Scheme,
+    divided,
+    expect,
+    finite,
+    halves,
+    joined,
+    nibbles,
+    numbers,
+    part_of,
+    steps,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..tensors.checkpoint import Checkpoint
+    from ._scheme import Array, Merged
 
 STATE = ".quant_state.bitsandbytes__"
 LARGEST_STATE = 1 << 16
@@ -73,6 +89,17 @@ class _Blocks:
         start, end = first // self.size, -(-stop // self.size)
         return np.repeat(self.of(start, end), self.size)[first - start * self.size :][: stop - first]
 
+    def pack(self, scales: Array) -> dict[str, Array]:
+        """The stored parts for other scales."""
+        import numpy as np
+
+        if self.table is None or self.above is None:
+            return {self.name: scales}
+        q, largest = quantized(
+            scales - np.float32(self.offset), finite(numbers(self.table), self.name), self.above.size
+        )
+        return {self.name: q, self.above.name: largest}
+
 
 @dataclass(frozen=True, eq=False)
 class _Levels(Packed):
@@ -91,6 +118,33 @@ class _Levels(Packed):
         q = nibbles(pairs, high_first=True)[first % 2 :][: end - first]
         values = self.levels[q] * self.absmax.each(first, end)
         return cast("np.ndarray[Any, Any]", values.astype(self.dtype.array).reshape(stop - start, width))
+
+    def pack(self, merged: Merged) -> dict[str, Array]:
+        import numpy as np
+
+        size = math.lcm(self.absmax.size, 2)
+        granule = size // math.gcd(size, self.shape[-1])
+        pieces = [self._packed(merged(start, stop)) for start, stop in steps(self.shape, granule)]
+        stored, scales = joined(pieces, (0, 0))
+        return {self.members[0]: np.asarray(stored), **self.absmax.pack(scales)}
+
+    def _packed(self, values: Array) -> tuple[Array, Array]:
+        import numpy as np
+
+        q, scales = quantized(values.reshape(-1), self.levels, self.absmax.size)
+        return halves(np.append(q, q[:0] if len(q) % 2 == 0 else q[:1] * 0), high_first=True), scales
+
+
+def quantized(values: Array, levels: Array, size: int) -> tuple[Array, Array]:
+    """The levels nearest to flat numbers, each block of `size` divided by its largest; (their places, the largest)."""
+    import numpy as np
+
+    blocks = np.pad(values, (0, -len(values) % size)).reshape(-1, size)
+    largest = np.abs(blocks).max(1)
+    scaled = np.clip(blocks * divided(np.ones_like(largest), largest)[:, None], -1, 1).reshape(-1)[: len(values)]
+    order = np.argsort(levels, kind="stable")
+    middles = (levels[order][1:] + levels[order][:-1]) / 2
+    return order[np.searchsorted(middles, scaled)].astype(np.uint8), largest
 
 
 def _weight(base: Checkpoint, name: str, kind: str) -> Packed:

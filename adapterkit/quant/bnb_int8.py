@@ -8,12 +8,26 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Unsupported
 from ..tensors.lazy import Lazy
-from ._scheme import DAMAGED, Packed, Scheme, expect, finite, numbers, part_of, rows_of, sixteen_bits
+from ._scheme import (
+    DAMAGED,
+    Packed,
+    Scheme,
+    divided,
+    expect,
+    finite,
+    joined,
+    numbers,
+    part_of,
+    rows_of,
+    sixteen_bits,
+    steps,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..tensors.checkpoint import Checkpoint
+    from ._scheme import Array, Merged
 
 ONE_127TH = 7.874015718698502e-3
 
@@ -45,6 +59,19 @@ class _Rows(Packed):
         scale = finite(numbers(self.scale, start, stop - start), self.members[1])
         q = rows_of(self.stored, start, stop).astype(np.float32)
         return cast("np.ndarray[Any, Any]", (q * scale[:, None] * np.float32(ONE_127TH)).astype(self.dtype.array))
+
+    def pack(self, merged: Merged) -> dict[str, Array]:
+        pieces = [_quantized(merged(start, stop)) for start, stop in steps(self.shape)]
+        return dict(zip(self.members[:2], joined(pieces, (0, 0)), strict=True))
+
+
+def _quantized(values: Array) -> tuple[Array, Array]:
+    """q = round(127 w / SCB) of rows, halves to even."""
+    import numpy as np
+
+    largest = np.abs(values).max(1)
+    inverse = divided(np.full_like(largest, 127), largest)
+    return np.rint(values * inverse[:, None]).astype(np.int8), largest
 
 
 def _weight(base: Checkpoint, module: str) -> Packed:

@@ -13,13 +13,27 @@ from ..errors import Malformed, ShapeMismatch, Unsupported
 from ..tensors.lazy import Lazy, Shape
 from ._float4 import float4
 from ._float8 import DTYPES, SCALES, scaled
-from ._grouped import BITS, Grouped, unpacked, whole
-from ._scheme import DAMAGED, Packed, Scheme, expect, finite, numbers, part_of, rows_of, settings, sixteen_bits
+from ._grouped import BITS, Grouped, unpacked, whole, words
+from ._scheme import (
+    DAMAGED,
+    NO_PACKING,
+    Packed,
+    Scheme,
+    expect,
+    finite,
+    joined,
+    numbers,
+    part_of,
+    rows_of,
+    settings,
+    sixteen_bits,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..tensors.checkpoint import Checkpoint
+    from ._scheme import Array, Merged
 
 FLOAT4 = ("weight_packed", "weight_scale", "weight_global_scale")
 
@@ -64,8 +78,8 @@ class _Whole(Grouped):
     stored: Lazy
     scale: Lazy
     zero: Lazy | None
-    bits: int
     packed: bool
+    granule = 32
 
     def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         import numpy as np
@@ -87,6 +101,33 @@ class _Whole(Grouped):
 
     def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         return finite(self._of(self.scale, start, stop), self.members[1])
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
+
+    def kept(self, scales: Array) -> Array:
+        return scales.astype(self.scale.dtype.array).astype("f4")
+
+    def pack(self, merged: Merged) -> dict[str, Array]:
+        if self.scale.nbytes == self.scale.dtype.itemsize and self.shape[0] > 1:
+            raise Unsupported("one scale for all whole numbers", where=self.name, cure=NO_PACKING)
+        return super().pack(merged)
+
+    def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
+        import numpy as np
+
+        half = 1 << self.bits - 1
+        stored = words(q + half, self.bits) if self.packed else q.astype(np.int8)
+        kept = scales.astype(self.scale.dtype.array)
+        if self.zero is None:
+            return stored, kept
+        narrow = self.zero.dtype.name == "I8"
+        return stored, kept, zeros.astype(np.int8) if narrow else words(zeros.T + half, self.bits).T
+
+    def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
+        axes = (0, 0, 0)[: len(pieces[0])]
+        return dict(zip(self.members, joined(pieces, axes), strict=False))
 
     def _of(self, stored: Lazy, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows of what there is one of a row and group, or one of for all."""
@@ -128,7 +169,7 @@ def _grouped(base: Checkpoint, module: str, word: str, shape: Shape, bits: int) 
     others = _others(base, module, ("weight_zero_point", "weight_g_idx", "weight_shape", "input_scale"))
     members = (f"{module}.{word}", key, *others)
     stored, dtype = base.tensors[members[0]], sixteen_bits(base, scale)
-    return _Whole(name, shape, dtype, members, rows[1], index, stored, scale, zero, bits, word != "weight")
+    return _Whole(name, shape, dtype, members, rows[1], index, bits, stored, scale, zero, word != "weight")
 
 
 def _others(base: Checkpoint, module: str, words: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
 from ..tensors.lazy import Lazy
-from ._grouped import BITS, Grouped, unpacked, whole
-from ._scheme import Packed, Scheme, expect, finite, part_of, settings
+from ._grouped import BITS, Grouped, unpacked, whole, words
+from ._scheme import Packed, Scheme, expect, finite, joined, part_of, settings
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..tensors.checkpoint import Checkpoint
+    from ._scheme import Array
 
 
 class Gptq(Scheme):
@@ -48,12 +49,11 @@ class _Columns(Grouped):
     stored: Lazy
     zero: Lazy
     scale: Lazy
-    bits: int
     less: int
+    granule = 32
 
     def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        words = whole(self.stored)[:, start:stop]
-        return unpacked(words.swapaxes(0, 1).copy(), self.bits)
+        return unpacked(whole(self.stored)[:, start:stop].swapaxes(0, 1).copy(), self.bits)
 
     def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         return unpacked(whole(self.zero), self.bits)[:, start:stop].swapaxes(0, 1) + self.less
@@ -61,22 +61,36 @@ class _Columns(Grouped):
     def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         return finite(whole(self.scale)[:, start:stop].swapaxes(0, 1), self.members[2])
 
+    @property
+    def zero_span(self) -> tuple[int, int]:
+        return self.less, self.span[1] + self.less
+
+    def kept(self, scales: Array) -> Array:
+        return scales.astype(self.scale.dtype.array).astype("f4")
+
+    def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
+        stored = words(zeros.T - self.less, self.bits)
+        return words(q, self.bits).T, stored, scales.T.astype(self.scale.dtype.array)
+
+    def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
+        return dict(zip(self.members, joined(pieces, (1, 1, 1)), strict=False))
+
 
 def _weight(base: Checkpoint, module: str) -> Packed:
     name, bits = f"{module}.weight", _bits(base)
     if bits not in BITS:
         raise Unsupported(f"{bits} bits", path=base.root, where=name, cure=f"Known: {', '.join(map(str, BITS))}")
-    words, zero = (part_of(base, name, f"{module}.{part}", ("I32",)) for part in ("qweight", "qzeros"))
+    stored, zero = (part_of(base, name, f"{module}.{part}", ("I32",)) for part in ("qweight", "qzeros"))
     scale = part_of(base, name, f"{module}.scales", ("F16", "BF16", "F32"))
     index = base.tensors.get(f"{module}.g_idx")
     per = 32 // bits
     groups, out = scale.shape if len(scale.shape) == 2 else (0, 0)
-    expect(words.shape, (words.shape[0], out), f"{module}.qweight")
+    expect(stored.shape, (stored.shape[0], out), f"{module}.qweight")
     expect(zero.shape, (groups, -(-out // per)), f"{module}.qzeros")
     members = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
     if index is not None:
         members.append(f"{module}.g_idx")
         part_of(base, name, members[-1], ("I32",))
     less = 0 if settings(base).get("checkpoint_format") == "gptq_v2" else 1
-    shape = (out, words.shape[0] * per)
-    return _Columns(name, shape, scale.dtype, tuple(members), groups, index, words, zero, scale, bits, less)
+    shape = (out, stored.shape[0] * per)
+    return _Columns(name, shape, scale.dtype, tuple(members), groups, index, bits, stored, zero, scale, less)

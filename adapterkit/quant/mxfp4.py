@@ -1,6 +1,7 @@
 """MXFP4 as gpt-oss stores its experts: w = e2m1 * 2^(scale - 127), a scale for each 32 numbers.
 
-OCP Microscaling Formats 1.0. Packed along the inputs; unpacked, the experts are `[e, in, out]`.
+OCP Microscaling Formats 1.0: the scale is the largest power of two within the largest number, over 4. Packed along
+the inputs; unpacked, the experts are `[e, in, out]`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,26 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import Malformed
 from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy
-from ._scheme import DAMAGED, E2M1, Packed, Scheme, expect, nibbles, numbers, part_of
+from ._scheme import (
+    DAMAGED,
+    E2M1,
+    Packed,
+    Scheme,
+    expect,
+    halves,
+    joined,
+    nearest_e2m1,
+    nibbles,
+    numbers,
+    part_of,
+    steps,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..tensors.checkpoint import Checkpoint
+    from ._scheme import Array, Merged
 
 GROUP = 32
 
@@ -53,6 +68,16 @@ class _Experts(Packed):
         ]
         return np.concatenate(pieces)
 
+    def pack(self, merged: Merged) -> dict[str, Array]:
+        import numpy as np
+
+        experts, height, _ = self.shape
+        found = []
+        for first in range(0, experts * height, height):
+            pieces = [quantized(merged(first + a, first + b)) for a, b in steps(self.shape[1:], GROUP)]
+            found.append(joined(pieces, (1, 1)))
+        return {name: np.stack(parts) for name, parts in zip(self.members, zip(*found, strict=True), strict=True)}
+
     def _of(self, expert: int, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Inputs `start` to `stop` of one expert, `[inputs, outputs]`."""
         import numpy as np
@@ -68,6 +93,17 @@ class _Experts(Packed):
         values = np.ldexp(levels, scale.astype(np.int32)[..., None] - 127).reshape(outs, -1)
         part = values[:, start - first * GROUP : stop - first * GROUP].swapaxes(0, 1)
         return cast("np.ndarray[Any, Any]", part.astype(self.dtype.array))
+
+
+def quantized(values: Array) -> tuple[Array, Array]:
+    """Numbers `[inputs, outputs]` as blocks `[outputs, groups, 16]` and exponents `[outputs, groups]`."""
+    import numpy as np
+
+    groups = values.swapaxes(0, 1).reshape(values.shape[1], -1, GROUP)
+    largest = np.abs(groups).max(2)
+    exponents = np.where(largest == 0, -127, np.clip(np.frexp(largest)[1] - 3, -127, 127))
+    q = nearest_e2m1(np.ldexp(groups, -exponents[..., None]))
+    return halves(q), (exponents + 127).astype(np.uint8)
 
 
 def _weight(base: Checkpoint, name: str) -> Packed:

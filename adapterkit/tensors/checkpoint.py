@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -11,7 +12,8 @@ from typing import Any
 
 from ..errors import Malformed, StorageError, UsageError, storage_error
 from . import safetensors
-from .lazy import Lazy
+from .dtypes import DTYPES
+from .lazy import Lazy, Span, read_span
 from .locations import located
 from .strict_json import load_json
 
@@ -61,7 +63,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     root = located(path)
     if not root.exists():
         raise StorageError("no such file or folder", path=path, cure="Check the spelling of the path")
-    files, index = _weight_files(root) if root.is_dir() else ((root,), None)
+    files, index = _weight_files(root) if root.is_dir() else (_splits(root), None)
     tensors: dict[str, Lazy] = {}
     home: dict[str, Path] = {}
     metadata: dict[Path, Mapping[str, str]] = {}
@@ -149,6 +151,18 @@ def _weight_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str,
     return (found[0],), None
 
 
+def _splits(file: Path) -> tuple[Path, ...]:
+    """The file, or all files of a split GGUF model of which it is one."""
+    found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", file.name)
+    if found is None:
+        return (file,)
+    files = tuple(file.with_name(f"{found[1]}-{n:05d}-of-{found[3]}.gguf") for n in range(1, int(found[3]) + 1))
+    lost = next((other for other in files if not other.exists()), None)
+    if lost is not None:
+        raise StorageError(f"{lost.name} of the same model is not there", path=file, cure="Fetch all of its files")
+    return files
+
+
 def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]]]:
     index = read_json(path)
     weight_map = index.get("weight_map")
@@ -165,14 +179,22 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, 
 
 
 def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
+    from .gguf import is_gguf, read_model
     from .torch_file import is_torch_file, read_torch_file
 
     if file.is_dir():
         raise Malformed("a folder where a weight file should be", path=file, cure="Fetch the weights again")
     if file.suffix in {".bin", ".pt", ".pth"} or is_torch_file(file):
         return read_torch_file(file), {}
+    if is_gguf(file):
+        return {name: raw(span) for name, span in read_model(file).spans.items()}, {}
     header = safetensors.read_header(file)
     return {name: safetensors.lazy(header.path, e) for name, e in header.entries.items()}, header.metadata
+
+
+def raw(span: Span) -> Lazy:
+    """Bytes as they lie in a file."""
+    return Lazy((span.nbytes,), DTYPES["U8"], lambda: read_span(span), span)
 
 
 def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:

@@ -37,7 +37,7 @@ def computed(shape: Sequence[int], dtype: DType, make: Callable[[], Array]) -> L
     """A leaf whose numbers `make` computes each time that they are read."""
 
     def fetch() -> Buffer:
-        return rounded(make(), dtype).tobytes()
+        return _bytes_of(rounded(make(), dtype))
 
     return Lazy(tuple(shape), dtype, fetch)
 
@@ -94,12 +94,9 @@ def joined(leaves: Sequence[Leaf], axis: int, factors: Sequence[float] | None = 
     shape[axis] = sum(part.shape[axis] for part in parts)
     kinds = {part.dtype for part in parts}
     if len(kinds) > 1:
-        return computed(shape, wide(parts), lambda: _concatenated([load(part) for part in parts], axis))
-
-    def fetch() -> Buffer:
-        return _concatenated([_checked(part) for part in parts], axis).tobytes()
-
-    return Lazy(tuple(shape), kinds.pop(), fetch)
+        return computed(shape, wide(parts), lambda: _concatenated(parts, load, shape, "<f8", axis))
+    kind = kinds.pop()
+    return Lazy(tuple(shape), kind, lambda: _bytes_of(_concatenated(parts, _checked, shape, kind.numpy, axis)))
 
 
 def wide(leaves: Sequence[Leaf]) -> DType:
@@ -114,10 +111,23 @@ def _exact_type(dtype: DType, factor: float) -> DType:
     return dtype if same else DTYPES["F32"]
 
 
-def _concatenated(arrays: list[Array], axis: int) -> Array:
+def _concatenated(
+    parts: Sequence[Lazy], read: Callable[[Lazy], Array], shape: Sequence[int], dtype: Any, axis: int
+) -> Array:
+    """Parts behind one another; each goes to its place when it is read, while it is still in the cache."""
     import numpy as np
 
-    return np.concatenate(arrays, axis)
+    made, end = np.empty(shape, dtype), 0
+    for part in parts:
+        start, end = end, end + part.shape[axis]
+        made[(slice(None),) * axis + (slice(start, end),)] = read(part)
+    return made
+
+
+def _bytes_of(array: Array) -> memoryview:
+    """An array's own bytes, not copied."""
+    flat: Any = array.reshape(-1).view("u1")
+    return memoryview(flat)
 
 
 def _checked(leaf: Lazy) -> Array:

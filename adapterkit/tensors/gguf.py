@@ -12,20 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import AdapterkitError, Malformed, Unsupported, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES
+from .ggml_blocks import BLOCKS, NUMBERS, decoded, encoded
 from .lazy import Lazy, Span, as_array, read_span
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MAGIC = b"GGUF"
 ALIGNMENT = "general.alignment"
-BLOCK = 32
-"""Numbers that share one scale in Q8_0."""
 
 SCALARS = {
     0: ("u8", "<B"), 1: ("i8", "<b"), 2: ("u16", "<H"), 3: ("i16", "<h"), 4: ("u32", "<I"), 5: ("i32", "<i"),
@@ -41,7 +37,7 @@ PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64
 """Number of a type of tensors -> element type."""
 
 Q8_0 = 8
-_TYPES = {name: number for number, name in PLAIN.items()} | {"Q8_0": Q8_0}
+_TYPES = {name: number for number, name in PLAIN.items()} | {name: number for name, (number, _, _) in BLOCKS.items()}
 
 MAX_HEADER = 256 << 20
 MAX_TENSORS = 1 << 20
@@ -74,6 +70,40 @@ class Gguf:
     version: int = 3
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """The header of a model file, and where its tensors lie.
+
+    Attributes:
+        values: key -> value.
+        types: name -> name of its type, in the file's order.
+        shapes: name -> shape in numpy's axis order.
+        spans: name -> its bytes, with what fills them up to the next tensor.
+        alignment: of the data.
+        raw: the bytes of the header.
+        entries: name -> where in the header its type stands; its offset stands behind it.
+    """
+
+    values: Mapping[str, Value]
+    types: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    spans: Mapping[str, Span]
+    alignment: int
+    raw: bytes
+    entries: Mapping[str, int]
+
+    def header(self, kinds: Mapping[str, str]) -> bytes:
+        """The header with tensors in other types, one behind the other in the order of their data."""
+        if all(kinds.get(name, kind) == kind for name, kind in self.types.items()):
+            return self.raw
+        head, offset = bytearray(self.raw), 0
+        for name in self.spans:
+            kind = kinds.get(name, self.types[name])
+            struct.pack_into("<IQ", head, self.entries[name], _TYPES[kind], offset)
+            offset += _up(raw_size(kind, self.shapes[name]), self.alignment)
+        return bytes(head)
+
+
 def is_gguf(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins like one; no error is raised."""
     try:
@@ -102,6 +132,57 @@ def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
         raise storage_error(error, path) from error
     except AdapterkitError as error:
         raise error.at(path=path) from None
+
+
+def read_model(path: str | os.PathLike[str]) -> Model:
+    """Reads the header of a model, whose tensors may be of any type that `BLOCKS` or `PLAIN` has.
+
+    Raises:
+        Malformed: something lies outside the file, or tensors do not lie one behind the other.
+        Unsupported: another version, byte order or type.
+        StorageError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            reader = _Reader(file, os.fspath(path), os.fstat(file.fileno()).st_size)
+            values, count, _ = _keys(reader)
+            found, entries, start, alignment = _entries(reader, values, count)
+            _check_apart(reader, found)
+            file.seek(0)
+            raw = file.read(start)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except AdapterkitError as error:
+        raise error.at(path=path) from None
+    types = {name: _type_name(reader, name, number) for name, (_, number, _) in found.items()}
+    spans = _spans(reader, found, start, alignment)
+    return Model(values, types, {n: shape for n, (shape, _, _) in found.items()}, spans, alignment, raw, entries)
+
+
+def raw_size(kind: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of a type."""
+    return _size(shape, _TYPES[kind])
+
+
+def _spans(
+    reader: _Reader, found: Mapping[str, tuple[tuple[int, ...], int, int]], start: int, alignment: int
+) -> dict[str, Span]:
+    spans, end = {}, start
+    for name, (shape, number, offset) in sorted(found.items(), key=lambda item: item[1][2]):
+        _check_place(reader, name, start, alignment, shape, number, offset)
+        if start + offset != end:
+            raise reader.damaged(f"{name!r} does not begin where the tensor before it ends")
+        end = min(start + offset + _up(_size(shape, number), alignment), reader.size)
+        spans[name] = Span(reader.path, start + offset, end - start - offset)
+    return spans
+
+
+def _type_name(reader: _Reader, name: str, number: int) -> str:
+    kind = PLAIN.get(number) or NUMBERS.get(number)
+    if kind is None:
+        cure = f"Known: {', '.join([*PLAIN.values(), *BLOCKS])}; let llama.cpp quantize the model to one of them"
+        raise Unsupported(f"a tensor of GGUF's type {number}", path=reader.path, where=name, cure=cure)
+    return kind
 
 
 def write_gguf(
@@ -134,31 +215,9 @@ def write_gguf(
     with replacing(Path(path)) as file:
         file.write(bytes(head) + bytes(-len(head) % alignment))
         for name, tensor in tensors.items():
-            data = tensor.fetch() if _type_number(name, tensor, types) != Q8_0 else quantized(as_array(tensor))
+            data = tensor.fetch() if _type_number(name, tensor, types) != Q8_0 else encoded("Q8_0", as_array(tensor))
             file.write(data)
             file.write(bytes(-len(data) % alignment))
-
-
-def quantized(numbers: np.ndarray[Any, Any]) -> bytes:
-    """Q8_0: blocks of 32 numbers, each a float16 scale and 32 whole numbers."""
-    import numpy as np
-
-    blocks = np.ascontiguousarray(numbers, "<f4").reshape(-1, BLOCK)
-    scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
-    scaled = blocks * inverse
-    # Halves go away from zero, as C's roundf has it.
-    whole = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
-    return bytes(np.concatenate([scale.astype("<f2").view(np.uint8), whole.view(np.uint8)], axis=1).tobytes())
-
-
-def _dequantized(data: Any) -> bytes:
-    import numpy as np
-
-    blocks = np.frombuffer(data, np.uint8).reshape(-1, BLOCK + 2)
-    scale = blocks[:, :2].copy().view("<f2").astype("<f4")
-    return bytes((blocks[:, 2:].view(np.int8).astype("<f4") * scale).tobytes())
 
 
 class _Reader:
@@ -196,6 +255,12 @@ class _Reader:
 
 
 def _read(reader: _Reader, tensors: bool) -> Gguf:
+    values, count, version = _keys(reader)
+    return _with_tensors(reader, values, count if tensors else 0, version)
+
+
+def _keys(reader: _Reader) -> tuple[dict[str, Value], int, int]:
+    """The key-values, how many tensors follow, and the version."""
     if reader.take(4, "a magic") != MAGIC:
         raise reader.damaged("not a GGUF file")
     version = reader.number("<I", "a version")
@@ -211,7 +276,7 @@ def _read(reader: _Reader, tensors: bool) -> Gguf:
         if key in values:
             raise reader.damaged(f"the key {key!r} twice")
         values[key] = _value(reader, reader.number("<I", "a type"), key)
-    return _with_tensors(reader, values, count if tensors else 0, version)
+    return values, count, version
 
 
 def _value(reader: _Reader, number: int, key: str, depth: int = 0) -> Value:
@@ -236,8 +301,20 @@ def _value(reader: _Reader, number: int, key: str, depth: int = 0) -> Value:
 
 
 def _with_tensors(reader: _Reader, values: dict[str, Value], count: int, version: int) -> Gguf:
+    found, _, start, alignment = _entries(reader, values, count)
+    tensors = {name: _tensor(reader, name, start, alignment, *found[name]) for name in found}
+    _check_apart(reader, found)
+    types = {name: PLAIN.get(number, "Q8_0") for name, (_, number, _) in found.items()}
+    return Gguf(values, tensors, types, version)
+
+
+def _entries(
+    reader: _Reader, values: dict[str, Value], count: int
+) -> tuple[dict[str, tuple[tuple[int, ...], int, int]], dict[str, int], int, int]:
+    """(name -> shape, type, offset; name -> where in the header its type stands; where data begins; the alignment)."""
     alignment = _alignment(values)
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    places: dict[str, int] = {}
     for _ in range(count):
         name = reader.string("a name", MAX_NAME)
         if name in found:
@@ -246,13 +323,10 @@ def _with_tensors(reader: _Reader, values: dict[str, Value], count: int, version
         if axes > 8:
             raise reader.damaged(f"a tensor of {axes} axes")
         sizes = struct.unpack(f"<{axes}Q", reader.take(8 * axes, "a shape"))
+        places[name] = reader.at
         number, offset = reader.number("<I", "a type"), reader.number("<Q", "an offset")
         found[name] = (sizes[::-1], number, offset)
-    start = _up(reader.at, alignment)
-    tensors = {name: _tensor(reader, name, start, alignment, *found[name]) for name in found}
-    _check_apart(reader, found)
-    types = {name: PLAIN.get(number, "Q8_0") for name, (_, number, _) in found.items()}
-    return Gguf(values, tensors, types, version)
+    return found, places, _up(reader.at, alignment), alignment
 
 
 def _tensor(
@@ -261,15 +335,22 @@ def _tensor(
     if number not in PLAIN and number != Q8_0:
         why, cure = f"a tensor of GGUF's type {number}", "Write the adapter in F32, F16, BF16 or Q8_0"
         raise Unsupported(why, path=reader.path, where=name, cure=cure)
-    if number == Q8_0 and (not shape or shape[-1] % BLOCK):
-        raise reader.damaged(f"rows of {name!r} are no whole blocks of {BLOCK}")
+    _check_place(reader, name, start, alignment, shape, number, offset)
+    span = Span(reader.path, start + offset, _size(shape, number))
+    if number == Q8_0:
+        return Lazy(shape, DTYPES["F32"], lambda: decoded("Q8_0", read_span(span)).tobytes())
+    return Lazy(shape, DTYPES[PLAIN[number]], partial(read_span, span), span)
+
+
+def _check_place(
+    reader: _Reader, name: str, start: int, alignment: int, shape: tuple[int, ...], number: int, offset: int
+) -> None:
+    kind = NUMBERS.get(number)
+    if kind is not None and (not shape or shape[-1] % BLOCKS[kind][1]):
+        raise reader.damaged(f"rows of {name!r} are no whole blocks of {BLOCKS[kind][1]}")
     size = _size(shape, number)
     if offset % alignment or start + offset + size > reader.size:
         raise reader.damaged(f"{name!r} of {size} bytes at {offset} is not aligned, or lies beyond the end")
-    span = Span(reader.path, start + offset, size)
-    if number == Q8_0:
-        return Lazy(shape, DTYPES["F32"], lambda: _dequantized(read_span(span)))
-    return Lazy(shape, DTYPES[PLAIN[number]], partial(read_span, span), span)
 
 
 def _check_apart(reader: _Reader, found: Mapping[str, tuple[tuple[int, ...], int, int]]) -> None:
@@ -282,7 +363,10 @@ def _check_apart(reader: _Reader, found: Mapping[str, tuple[tuple[int, ...], int
 
 def _size(shape: Sequence[int], number: int) -> int:
     count = math.prod(shape)
-    return count // BLOCK * (BLOCK + 2) if number == Q8_0 else count * DTYPES[PLAIN[number]].itemsize
+    if number in NUMBERS:
+        _, numbers, size = BLOCKS[NUMBERS[number]]
+        return count // numbers * size
+    return count * DTYPES[PLAIN[number]].itemsize if number in PLAIN else 0
 
 
 def _type_number(name: str, tensor: Lazy, types: Mapping[str, str]) -> int:

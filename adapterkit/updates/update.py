@@ -115,9 +115,10 @@ class Update:
             ShapeMismatch: the tensors disagree with their shape strings or with each other, or hold the wrong type.
         """
         dims: Dims = {}
+        fields = self.tensor_fields()
         # The second round checks products and quotients whose names a later tensor had yet to tell.
         for name, leaf in [*self.tensors.items()] * 2:
-            declared = self.tensor_fields()[name].metadata
+            declared = fields[name].metadata
             axes = Axes.parse(f"e {declared['axes'].text}") if stack else declared["axes"]
             axes.bind(tuple(leaf.shape), dims, name)
             _check_dtype(name, leaf, declared["integer"])

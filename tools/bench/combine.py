@@ -1,8 +1,10 @@
 """Times combinations of one target side by side: on factors, by the formula on whole matrices, PEFT and mergekit.
 
-    python tools/bench/combine.py [--size 4096] [--tasks 8] [--rank 16] [--targets 1] [--no-dense]
+    python tools/bench/combine.py [--size 4096] [--tasks 8] [--rank 16] [--targets 1] [--rounds 3]
+        [--only tsv] [--no-dense]
 
-Random float32 LoRA adapters of `size` x `size` targets. The dense formula is the paper's in float64 numpy on the same
+Random float32 LoRA adapters of `size` x `size` targets. Seconds are processor time of all threads, medians of rounds:
+set OMP_NUM_THREADS=1 where other work runs. The dense formula is the paper's in float64 numpy on the same
 changes; the error is that of our result against it, relative in the Frobenius norm. Memory is the most that was
 allocated above what the adapters hold, by tracemalloc (numpy and Python), and for PEFT and mergekit, whose tensors that
 does not see, not shown. mergekit is timed where it is installed.
@@ -11,6 +13,7 @@ does not see, not shown. mergekit is timed where it is installed.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 import tracemalloc
@@ -38,26 +41,29 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", type=int, default=1, help="targets for adapterkit; others are timed on one")
+    parser.add_argument("--rounds", type=int, default=3, help="of each contender, the dense formula included")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), help="these methods, and no peers")
     parser.add_argument("--no-dense", action="store_true", help="leave out the formulas on whole matrices")
     chosen = parser.parse_args()
     adapters = made(chosen.size, chosen.tasks, chosen.rank, chosen.targets)
     print(f"{chosen.tasks} adapters of rank {chosen.rank}, {chosen.size} x {chosen.size}, per target")
     print(f"{'method':<26}{'seconds':>10}{'MB':>8}{'dense s':>10}{'times':>8}{'error':>10}")
     ak.ops.combine(made(64, 2, 4, 1), "tsv")  # imports are not what is timed
-    for name, (method, parameters, formula) in CASES.items():
+    for name in chosen.only or CASES:
+        method, parameters, formula = CASES[name]
         row(name, adapters, chosen, lambda m=method, p=parameters: ak.ops.combine(adapters, m, **p), formula)
-    for name, contender in peers(adapters).items():
-        seconds = timed(contender)[0]
+    for name, contender in ({} if chosen.only else peers(adapters)).items():
+        seconds = timed(contender, chosen.rounds, traced=False)[0]
         print(f"{name:<26}{seconds:>10.3f}")
 
 
 def row(name: str, adapters: list[Adapter], chosen: Any, run: Callable[[], Adapter], formula: Any) -> None:
     """One method: ours, the dense formula, and how far the two are apart."""
-    seconds, peak, result = timed(lambda: written(run()))
+    seconds, peak, result = timed(lambda: written(run()), chosen.rounds)
     line = f"{name:<26}{seconds / chosen.targets:>10.3f}{peak / 1e6:>8.0f}"
     if formula is not None and not chosen.no_dense:
         deltas = [exact(adapter) for adapter in adapters]
-        slow, _, expected = timed(lambda: formula(deltas, chosen.rank), traced=False)
+        slow, _, expected = timed(lambda: formula(deltas, chosen.rank), chosen.rounds, traced=False)
         error = np.linalg.norm(exact(result) - expected) / np.linalg.norm(expected)
         line += f"{slow:>10.3f}{slow / (seconds / chosen.targets):>8.0f}{error:>10.1e}"
     print(line, flush=True)
@@ -91,18 +97,20 @@ def written(adapter: Adapter) -> Adapter:
     return adapter.map(lambda leaf: from_numpy(np.array(leaf.numpy())))  # type: ignore[union-attr]
 
 
-def timed(run: Callable[[], Any], traced: bool = True) -> tuple[float, int, Any]:
-    """Seconds of a run without tracing, bytes of another with it, the result."""
-    started = time.perf_counter()
-    result = run()
-    seconds = time.perf_counter() - started
+def timed(run: Callable[[], Any], rounds: int, traced: bool = True) -> tuple[float, int, Any]:
+    """The median of processor seconds of runs without tracing, bytes of another with it, the result."""
+    seconds: list[float] = []
+    for _ in range(rounds):
+        started = time.process_time()
+        result = run()
+        seconds.append(time.process_time() - started)
     if not traced:
-        return seconds, 0, result
+        return statistics.median(seconds), 0, result
     tracemalloc.start()
     run()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return seconds, peak, result
+    return statistics.median(seconds), peak, result
 
 
 def dense_sum(deltas: list[Array], _: int) -> Array:

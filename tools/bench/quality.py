@@ -1,11 +1,12 @@
-"""Accuracy of each digit task under every way to combine the demo's adapters, against each adapter and joint training.
+"""How well each task goes under every way to combine two adapters, against each adapter and joint training.
 
-    python tools/bench/quality.py [--tasks rotated negative] [--scales 0.3 0.5 0.7 1] [--epochs 60]
+    python tools/bench/quality.py [--tasks rotated negative] [--scales 0.3 0.5 0.7 1 1.5]
+    python tools/bench/quality.py --model DIR [--steps 24]
 
-A LoRA of rank 8 is trained for each task, by the recipe of `tools/train_demo.py`, and one for all tasks together; the
-adapters are combined by each method with each weight, and the best weight by the mean accuracy over the tasks on 257
-images of the training set, which the adapters do not see, is the one whose accuracy on the held-out images is shown.
-About two minutes a core for each task; the trained adapters are kept in --work.
+Without --model: accuracy of the demo's digit tasks, a LoRA of rank 8 each by the recipe of `tools/train_demo.py`, two
+minutes a core. With one, the folder that `tools/real_model.py` writes: loss on source code and on prose. One adapter is
+trained for each task and one for all together; they are combined by each method with each weight. The best weight on
+data that no adapter saw is chosen, and what is shown is measured on other data still. Adapters are kept in --work.
 """
 
 from __future__ import annotations
@@ -13,26 +14,18 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tools" / "bench")]
 
-import train_demo  # noqa: E402 - the checkout's own
-from peft import LoraConfig  # noqa: E402
+from rig.digits import TASKS, Digits  # noqa: E402 - the checkout's own
 
 import adapterkit as ak  # noqa: E402
-from adapterkit.demo.model import DATA, TASKS, accuracy, build, held_out  # noqa: E402
 from adapterkit.ops import COMBINERS  # noqa: E402
-
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-TRAINED, CHOSEN = 1000, 1257
-"""Images 0 to TRAINED train; those up to CHOSEN choose weights."""
 
 METHODS = [name for name in COMBINERS if COMBINERS[name].data is None and COMBINERS[name].plug is None] + [
     "knots_ties", "knots_dare_ties", "core_ties", "core_dare_ties", "core_cart", "ctm_ties", "pico_task_arithmetic",
@@ -47,39 +40,43 @@ def main() -> None:
     parser.add_argument("--scales", nargs="+", type=float, default=[0.3, 0.5, 0.7, 1.0, 1.5])
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--model", type=Path, help="folder of a language model: two kinds of text instead of digits")
+    parser.add_argument("--steps", type=int, default=24, help="of training for each kind of text")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "adapterkit-quality")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    images, labels = train_demo.digits()
-    choosing = {name: TASKS[name](images[TRAINED:CHOSEN], labels[TRAINED:CHOSEN]) for name in chosen.tasks}
-    testing = {name: TASKS[name](*held_out()) for name in chosen.tasks}
-    adapters = {name: trained(chosen, name, images[:TRAINED], labels[:TRAINED]) for name in [*chosen.tasks, "joint"]}
-    print(f"{'':<24}{'weight':>8}" + "".join(f"{name:>12}" for name in chosen.tasks) + f"{'mean':>10}")
-    line("base", None, scores(None, testing))
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    table(_suite(chosen), chosen.scales)
+
+
+def _suite(chosen: Any) -> Any:
+    if chosen.model is None:
+        return Digits(chosen.tasks, chosen.work, chosen.epochs, chosen.rank)
+    from rig.texts import Texts
+
+    return Texts(chosen.model, chosen.work, chosen.steps, chosen.rank)
+
+
+def table(suite: Any, scales: list[float]) -> None:
+    """One row for the base, each adapter, the joint one, and each way to combine."""
+    print(f"{'':<24}{'weight':>8}" + "".join(f"{name:>12}" for name in suite.names) + f"{'mean':>10}")
+    line(suite, "base", None, suite.scores(None, True))
+    adapters = {name: suite.adapter(name) for name in [*suite.names, "joint"]}
     for name, adapter in adapters.items():
-        line(f"{name} alone", None, scores(adapter, testing))
-    several = [adapters[name] for name in chosen.tasks]
+        line(suite, f"{name} alone" if name in suite.names else name, None, suite.scores(adapter, True))
+    several = [adapters[name] for name in suite.names]
     for method in METHODS:
-        if method == "slerp" and len(several) != 2:
-            continue
-        best = max(chosen.scales, key=lambda s, m=method: mean(scores(combined(several, m, s), choosing)))
-        line(method, best, scores(combined(several, method, best), testing))
+        if method != "slerp" or len(several) == 2:
+            scale, made = best(suite, ak.ops.combine(several, method), scales)
+            line(suite, method, scale, suite.scores(made, True))
 
 
-def combined(adapters: list[ak.Adapter], method: str, scale: float) -> ak.Adapter:
-    """The combination, all of it times a factor: the paper's lambda, for methods with and without one."""
-    return ak.ops.scale(ak.ops.combine(adapters, method), scale)
-
-
-def scores(adapter: ak.Adapter | None, tasks: dict[str, tuple[Tensor, Tensor]]) -> list[float]:
-    """Accuracy at each task of the base, with an adapter folded in."""
-    from safetensors.torch import load_file
-
-    weights = {name: W.double() for name, W in load_file(DATA / "base" / "model.safetensors").items()}
-    for target, _ in adapter or ():
-        weights[f"{target}.weight"] += adapter.delta(str(target)).double()  # type: ignore[union-attr]
-    model = build(weights)
-    return [accuracy(model, *task) for task in tasks.values()]
+def best(suite: Any, made: ak.Adapter, scales: list[float]) -> tuple[float, ak.Adapter]:
+    """The best of the combination times a factor: the paper's lambda, for methods with and without one."""
+    tried = {scale: ak.ops.scale(made, scale) for scale in scales}
+    found = {scale: mean(suite.scores(adapter, False)) for scale, adapter in tried.items()}
+    scale = (min if suite.lower else max)(found, key=lambda s: found[s])
+    return scale, tried[scale]
 
 
 def mean(values: list[float]) -> float:
@@ -87,33 +84,11 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def line(name: str, weight: float | None, found: list[float]) -> None:
+def line(suite: Any, name: str, weight: float | None, found: list[float]) -> None:
     """One row of the table."""
-    said = "" if weight is None else f"{weight:g}"
-    print(f"{name:<24}{said:>8}" + "".join(f"{value:>12.2%}" for value in found) + f"{mean(found):>10.2%}", flush=True)
-
-
-def trained(chosen: Any, name: str, images: Tensor, labels: Tensor) -> ak.Adapter:
-    """The LoRA for a task, or for all of them together, trained once."""
-    folder = chosen.work / f"{'-'.join(chosen.tasks) if name == 'joint' else name}-r{chosen.rank}-e{chosen.epochs}"
-    if not (folder / "adapter_config.json").is_file():
-        task: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = (
-            together(chosen.tasks) if name == "joint" else TASKS[name]
-        )
-        config = LoraConfig(r=chosen.rank, lora_alpha=2 * chosen.rank, target_modules=MODULES)
-        recipe = train_demo.Recipe(config, chosen.epochs, seed=1)
-        train_demo.write_adapter(train_demo.train_adapter(recipe, task, images, labels, DATA), folder)
-    return ak.read(folder)
-
-
-def together(names: list[str]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Every image as each task has it."""
-
-    def task(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [TASKS[name](images, labels) for name in names]
-        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
-
-    return task
+    said, form = "" if weight is None else f"{weight:g}", ".3f" if suite.lower else ".2%"
+    shown = "".join(f"{value:>12{form}}" for value in found)
+    print(f"{name:<24}{said:>8}{shown}{mean(found):>10{form}}", flush=True)
 
 
 if __name__ == "__main__":

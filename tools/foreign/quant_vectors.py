@@ -2,7 +2,7 @@
 
     python tools/foreign/quant_vectors.py [DEST]
 
-`DEST/<scheme>/<case>/` holds `model.safetensors` and `config.json` as the library stores them, and
+`DEST/<scheme>/<case>/` holds `model.safetensors` and `config.json`, or `model.gguf`, as the library stores them, and
 `expected.safetensors`. bitsandbytes, compressed-tensors and transformers compute what is expected of their schemes; for
 GPTQ, AWQ and ModelOpt's NVFP4, whose libraries want a GPU, the published formula does, in float64, element by element.
 
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import gguf as ggml
+import numpy as np
 import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.backends.utils import _get_4bit_code
@@ -151,6 +153,54 @@ def gptq() -> Iterator[tuple[str, Case]]:
         yield name, (config, stored, {"m.weight": W.T.half().contiguous()})
 
 
+def hqq() -> Iterator[tuple[str, Case]]:
+    """Each width and axis."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    for bits, axis, dtype in (
+        (8, 1, "bfloat16"),
+        (4, 1, "float16"),
+        (4, 0, "bfloat16"),
+        (3, 1, "bfloat16"),
+        (2, 0, "float32"),
+        (1, 1, "float16"),
+    ):
+        layer = torch.nn.Linear(128, 16, bias=False)
+        layer.weight.data = rand(16, 128)
+        settings = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
+        made = HQQLinear(layer, settings, compute_dtype=getattr(torch, dtype), device="cpu")
+        stored = {f"m.{key}": value.clone() for key, value in made.state_dict().items()}
+        config = {"quant_method": "hqq", "quant_config": settings["weight_quant_params"]}
+        yield f"{bits}_bits_axis_{axis}_{dtype}", (config, stored, {"m.weight": made.dequantize()})
+
+
+def torchao() -> Iterator[tuple[str, Case]]:
+    """Whole numbers by rows and by groups, and 8-bit floats."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+        quantize_,
+    )
+
+    four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    eight, float8 = Int8WeightOnlyConfig(version=2), Float8WeightOnlyConfig()
+    for name, how, dtype in (
+        ("int4", four, "bfloat16"),
+        ("int8", eight, "bfloat16"),
+        ("int8_float16", eight, "float16"),
+        ("float8", float8, "bfloat16"),
+    ):
+        model = torch.nn.ModuleDict({"m": torch.nn.Linear(64, 16, bias=False, dtype=getattr(torch, dtype))})
+        model["m"].weight.data = rand(16, 64).to(getattr(torch, dtype))
+        quantize_(model, how)
+        stored, metadata = flatten_tensor_state_dict(model.state_dict())
+        expected = model["m"].weight.dequantize()
+        yield name, ({"quant_method": "torchao", "_metadata": metadata}, stored, {"m.weight": expected})
+
+
 def awq() -> Iterator[tuple[str, Case]]:
     """The GEMM layout."""
     ins, outs, groups = 64, 24, 2
@@ -184,21 +234,58 @@ def _words(q: torch.Tensor, bits: int, order: Any) -> torch.Tensor:
     return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)  # type: ignore[operator,arg-type]
 
 
+def gguf(dest: Path) -> None:
+    """A llama of one layer, every type of blocks once; k-quants, which gguf-py cannot make, of any bits."""
+    folder = dest / "gguf" / "types"
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
+    names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    kinds = ["Q8_0", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K"]
+    places = [*(("blk.0", n) for n in names), ("blk.1", "ffn_gate"), ("blk.1", "ffn_up"), ("blk.1", "ffn_down")]
+    writer, expected = ggml.GGUFWriter(folder / "model.gguf", "llama"), {}
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    for (block, name), kind in zip(places, [*kinds, "Q3_K", "Q4_K", "Q5_K"], strict=True):
+        how = ggml.GGMLQuantizationType[kind]
+        data = _any_blocks(how) if kind.endswith("K") else ggml.quants.quantize(rand(8, 256).numpy(), how)
+        W = ggml.quants.dequantize(data, how)
+        if name in ("attn_q", "attn_k"):  # pairs of rows of a head go back to its halves
+            W = W.reshape(2, 2, 2, 256).swapaxes(1, 2).reshape(8, 256)
+        writer.add_tensor(f"{block}.{name}.weight", data, raw_dtype=how)
+        own = f"self_attn.{name[5:].replace('output', 'o')}" if name[0] == "a" else f"mlp.{name[4:]}"
+        expected[f"model.layers.{block[-1]}.{own}_proj.weight"] = torch.tensor(W)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    save_file(expected, folder / "expected.safetensors")
+
+
+def _any_blocks(kind: Any) -> Any:
+    size = ggml.GGML_QUANT_SIZES[kind][1]
+    blocks = ints(0, 256, 8, size).to(torch.uint8).numpy()
+    for at in {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind.name, (0, 2)):
+        blocks[:, at : at + 2] = rand(8, seed=at).half().numpy().reshape(8, 1).view(np.uint8)
+    return blocks
+
+
 SCHEMES: tuple[Callable[[], Iterator[tuple[str, Case]]], ...] = (
-    bnb_4bit, bnb_int8, fp8, mxfp4, compressed_tensors, gptq, awq, nvfp4,
+    bnb_4bit, bnb_int8, fp8, mxfp4, compressed_tensors, gptq, awq, nvfp4, hqq, torchao,
 )  # fmt: skip
 
 
 def main(dest: Path) -> None:
     """Writes all cases."""
+    gguf(dest)
     for scheme in SCHEMES:
         shutil.rmtree(dest / scheme.__name__, ignore_errors=True)
         for name, (config, stored, expected) in scheme():
             folder = dest / scheme.__name__ / name
             folder.mkdir(parents=True)
+            metadata = config.pop("_metadata", None)
             text = json.dumps({"dtype": "bfloat16", "quantization_config": config}, indent=2)
             (folder / "config.json").write_text(text + "\n")
-            save_file({key: value.contiguous() for key, value in stored.items()}, folder / "model.safetensors")
+            save_file(
+                {key: value.contiguous() for key, value in stored.items()}, folder / "model.safetensors", metadata
+            )
             save_file(expected, folder / "expected.safetensors")
 
 

@@ -15,11 +15,11 @@ from . import container
 from .container import Metadata
 from .encode import encode, why_not
 from .file import AGAIN, Found, Key, Module, Rules, Stored
+from .folding import rewritten
 from .hints import Hints, fingerprint, hints_of
 from .laws import decode
 from .leftovers import Leftovers, still
 from .placing import kernel_of, placed
-from .promote import rewritten
 from .translate import Changed, Losses, in_diffusers, in_native
 
 if TYPE_CHECKING:
@@ -202,12 +202,14 @@ class ImageFormat(Format, ABC):
     def _expressible(self, updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates, list[str]]:
         """What a file can say, and a line for each thing that was left out or rewritten."""
         updates, lines = rewritten(updates, self.rules, on_loss)
+        places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, self.rules)]
         updates, losses = self.renamed(updates, hints.stems, fold=on_loss in ("fold", "promote"))
         losses += list(self._losses(updates, hints))
         items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
         if items and on_loss != "drop":
             cure = "Drop them with on_loss='drop', or write adapterkit's own format"
-            raise Unrepresentable(f"{self.name()} has no words for these updates", items=items, cure=cure)
+            why = f"{self.name()} has no words for these updates"
+            raise Unrepresentable(why, items=items, cure=cure, places=places)
         lost = {target for target, _ in losses}
         kept = {target: found for target, found in updates.items() if target not in lost}
         if not kept:

@@ -101,7 +101,8 @@ def _expressible(updates: Updates, on_loss: str, base: Checkpoint | None) -> tup
         items = [f"{target}: {why}" for target, _, why in losses]
         if on_loss != "drop":
             cure = "Drop them with on_loss='drop', or write adapterkit's own format"
-            raise Unrepresentable("AdapterHub has no words for these updates", items=items, cure=cure)
+            places = [(target, position) for target, position, _ in losses]
+            raise Unrepresentable("AdapterHub has no words for these updates", items=items, cure=cure, places=places)
         lines += [f"left out {item}" for item in items]
         updates = _without(updates, {(target, position) for target, position, _ in losses})
         if not updates:

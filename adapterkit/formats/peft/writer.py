@@ -58,7 +58,9 @@ def encode(
         if says(config, tensors, spelled, updates, base, omitted):
             written = {key: tensor for key, tensor in tensors.items() if key not in omitted}
             return config, _kept(adapter, updates, hints) | written, computed + lines + folded
-    raise Unrepresentable("PEFT's config has no words for this combination", cure="Write adapterkit's own format")
+    places = [(target, position) for target, found in updates.items() for position in range(len(found))]
+    cure = "Write adapterkit's own format"
+    raise Unrepresentable("PEFT's config has no words for this combination", cure=cure, places=places)
 
 
 def _as_stored(updates: Updates) -> dict[Target, tuple[Update, ...]]:
@@ -84,7 +86,8 @@ def _expressible(updates: Updates, hints: Hints, on_loss: str, base: Checkpoint 
         items = [f"{target}: {why}" for target, _, why in losses]
         if on_loss != "drop":
             cure = "Drop them with on_loss='drop', or write adapterkit's own format"
-            raise Unrepresentable("PEFT has no words for these updates", items=items, cure=cure)
+            places = [(target, position) for target, position, _ in losses]
+            raise Unrepresentable("PEFT has no words for these updates", items=items, cure=cure, places=places)
         lines += [f"left out {item}" for item in items]
         updates = _without(updates, {(target, position) for target, position, _ in losses})
     if not updates:
@@ -140,7 +143,8 @@ def _by_key(spelled: list[Spelled], updates: Updates) -> dict[str, Lazy]:
         leaf = updates[target][position].tensors[field.partition(".")[0]]
         if first.setdefault(each.key, leaf) is not leaf and tensors[each.key].fetch() != each.leaf.fetch():
             cure = "Write adapterkit's own format, which has one tensor for each"
-            raise Unrepresentable("a PEFT file shares one tensor over its modules", items=[each.key], cure=cure)
+            why = "a PEFT file shares one tensor over its modules"
+            raise Unrepresentable(why, items=[each.key], cure=cure, places=[(target, position)])
         tensors.setdefault(each.key, each.leaf)
     return tensors
 

@@ -1,0 +1,176 @@
+"""Promotion: what a format has no words for is said by a wider method that it knows, and asked for again.
+
+A writer refuses before it writes anything, and says which updates it cannot say (`Unrepresentable.places`). Changes of
+thin factors become the LoRA of exactly their factors, of a larger rank: no decomposition. Others become the difference
+of weights where the format has that, and the nearest LoRA only where the caller accepts an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import NotMergeable, Unrepresentable, UsageError
+from ..methods.dense import Dense
+from ..methods.lora import LoRA
+from ..tensors.computed import computed, load
+from ..updates import Additive
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter, Target
+    from ..ops.lowering import Delta
+    from ..tensors.checkpoint import Checkpoint
+    from ..tensors.computed import Array
+    from ..tensors.dtypes import DType
+    from ..updates import Update
+    from ._format import Format
+
+ACCEPT = "Accept an error by max_error=/--max-error, give the base to laws that see the weight, or write another format"
+
+Written = list[str]
+Ask = Callable[["Adapter"], Written]
+Made = tuple["Target", "Update", str]
+"""Where, what stands for all updates there, and a line about it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Promotion:
+    """What may be done.
+
+    Attributes:
+        dense: whether the format has differences of weights.
+        max_error: the relative Frobenius error of each change that is accepted; None accepts none.
+        base: what laws that see the weight are taken at.
+    """
+
+    dense: bool
+    max_error: float | None
+    base: Checkpoint | None
+
+    @classmethod
+    def into(cls, writer: Format, max_error: float | None, base: Checkpoint | None) -> Promotion:
+        return cls(writer.differences, max_error, base)
+
+    def ask(self, adapter: Adapter, write: Ask) -> Written:
+        """Writes, and where that is refused writes what can be promoted in another way; one line for each change.
+
+        Raises:
+            Unrepresentable: nothing that is refused can be promoted any more.
+        """
+        lines: list[str] = []
+        while True:
+            try:
+                return lines + write(adapter)
+            except Unrepresentable as refusal:
+                refused = {target for target, _ in refusal.places}
+                changed, said = self._promoted(adapter, refused)
+                if not said:
+                    # What is refused may be a LoRA that has no place beside the others.
+                    changed, said = self._promoted(adapter, {*adapter.updates} if refused else set())
+                if not said:
+                    refusal.cure = ACCEPT if refused else refusal.cure
+                    raise
+                adapter, lines = changed, lines + said
+
+    def _promoted(self, adapter: Adapter, targets: set[Target]) -> tuple[Adapter, list[str]]:
+        updates: dict[Target, tuple[Update, ...]] = {}
+        lines: list[str] = []
+        for target, found in adapter.updates.items():
+            made = self._one(adapter, target) if target in targets else None
+            updates |= {target: found} if made is None else {made[0]: (made[1],)}
+            lines += [] if made is None else [made[2]]
+        return (adapter.replace(updates=updates) if lines else adapter), lines
+
+    def _one(self, adapter: Adapter, target: Target) -> Made | None:
+        """What stands for all updates of a target; None where nothing does, or they are as wide as can be."""
+        found = adapter.updates[target]
+        widest = (LoRA,) if self.max_error is not None else (LoRA, Dense)
+        if len(found) == 1 and isinstance(found[0], widest):
+            return None
+        said = f"wrote {' and '.join(dict.fromkeys(update.method for update in found))} at {target} as"
+        exact = _in_factors(target, found, self.base)
+        if exact is not None:
+            return target, exact, f"{said} a LoRA of rank {_rank(exact, target)}"
+        alone = adapter.replace(updates={target: found}, foreign=None)
+        try:
+            if self.dense and not isinstance(found[0], Dense):
+                return _difference(alone, self.base, said)
+            return None if self.max_error is None else self._nearest(alone, self.max_error, said)
+        except (NotMergeable, UsageError):
+            return None
+
+    def _nearest(self, alone: Adapter, error: float, said: str) -> Made | None:
+        """The LoRA of the smallest rank within the error that is accepted."""
+        from ..ops import promote
+
+        cuts: list[Any] = []
+        made = promote(alone, error=error, base=self.base, report=cuts.append)
+        target, found = next(iter(made.updates.items()))
+        if len(found) != 1 or not isinstance(found[0], LoRA):
+            return None
+        lost = cuts[0].error / cuts[0].norm if cuts[0].norm else 0.0
+        return target, found[0], f"{said} a LoRA of rank {_rank(found[0], target)}, relative error {lost:.1e}"
+
+
+def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None) -> Any:
+    """The LoRA of the factors of all updates together; None where one of them has no factors, or no known shape."""
+    from ..ops.building import low_rank
+    from ..ops.lowering import Change, shape_of
+
+    additive = [u for u in found if isinstance(u, Additive) and type(u).pair is not Additive.pair]
+    shape = shape_of(target, additive, base) if len(additive) == len(found) else None
+    if shape is None or len(shape) < 2:
+        return None
+    change, kind = Change(target, shape, tuple(additive)), _type(target, found)
+
+    def made() -> LoRA:
+        return low_rank(target, shape, [_of_rank_one(each) for each in change.deltas()], change.bias(), kind)
+
+    return _when_read(made)
+
+
+def _of_rank_one(delta: Delta) -> tuple[Array, Array]:
+    """B and A, of rank 1 at least: dialects have no pair of rank 0."""
+    import numpy as np
+
+    out, columns = delta.shape
+    return (delta.B, delta.A) if delta.rank else (np.zeros((out, 1)), np.zeros((1, columns)))
+
+
+def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | None:
+    """What all updates add to the weight, whole."""
+    from ..ops.building import dense
+    from ..ops.places import places
+
+    _, (place,) = places([alone], base=base, lower="promoted")
+    change, kind = place.changes()[0], _type(place.target, place.all_updates)
+    if change is None:
+        return None
+
+    def made() -> Dense:
+        whole = [delta.dense() for delta in change.deltas()] if change.changes_weight else None
+        return dense(place.target, place.shape, whole, change.bias(), kind)
+
+    return place.target, _when_read(made), f"{said} a difference of weights"
+
+
+def _type(target: Target, found: Sequence[Update]) -> DType:
+    from ..adapter import Adapter
+    from ..ops.building import result_type
+
+    return result_type([Adapter({target: tuple(found)})], None)
+
+
+def _when_read(make: Callable[[], Any]) -> Any:
+    """An update whose shapes are known and whose numbers are made again each time: no adapter is held whole."""
+    first = make()
+
+    def leaf(name: str, like: Any) -> Any:
+        return computed(like.shape, like.dtype, lambda: load(make().tensors[name]))
+
+    return first.replace(**{name: leaf(name, like) for name, like in first.tensors.items()})
+
+
+def _rank(update: LoRA, target: Target) -> int:
+    return int(update.A.shape[int(target.stacked)])

@@ -1,0 +1,190 @@
+"""Quantizing a merged weight again: the scheme's own formula on the merged numbers, and what of the change survives it.
+
+A packed weight is several stored tensors. They are computed together, by one worker, in the file where they lie; the
+packed weights that no adapter touches are copied as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ShapeMismatch, Unsupported
+from ..quant import Dequantized, Packed
+from ..quant._scheme import NO_PACKING, STEP, steps
+from ..tensors.dtypes import DTYPES
+from ..tensors.lazy import Lazy
+from .compute import Block, Folder, blocks
+from .planning import Output
+
+if TYPE_CHECKING:
+    from .arrays import Arrays, Workspace
+    from .folds import Fold
+
+HELD = 1 << 24
+"""Numbers of one merged weight that are kept; of larger weights blocks are merged each time that they are needed."""
+
+NORMS = 4
+"""Norms that say what quantizing did: of the error, the merged weight, the change, and the change that is left."""
+
+
+@dataclass(frozen=True, eq=False)
+class Repacked:
+    """One packed weight that is merged into and quantized again.
+
+    Attributes:
+        base: the dequantized base.
+        packed: the weight as it is stored.
+        folds: what the adapters do to it.
+    """
+
+    base: Dequantized
+    packed: Packed
+    folds: tuple[Fold, ...]
+
+    @property
+    def held(self) -> int:
+        """Bytes that computing it holds: its parts twice, and merged numbers."""
+        stored = sum(self.base.stored.tensors[name].nbytes for name in self.packed.members)
+        return 2 * stored + 4 * min(math.prod(self.packed.shape), HELD) + 32 * STEP
+
+    def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
+        """The bytes of every member, and the squared norms: one a fold, then `NORMS` of them.
+
+        Raises:
+            Malformed: a factor or a merged number is not finite.
+            Unsupported: the scheme has no formula for it.
+        """
+        merged = _Merged(self.packed, self.folds, workspace)
+        made = self.packed.pack(merged.rows)
+        parts = {name: self._bytes(name, array) for name, array in made.items()}
+        again = self.base.unpacked_again(self.packed, {name: self._lazy(name, data) for name, data in parts.items()})
+        squares = self._damage(merged, again)
+        norms = merged.norms | {len(self.folds) + at: square for at, square in enumerate(squares)}
+        stored = self.base.stored.tensors
+        kept = {name: bytes(stored[name].fetch()) for name in self.packed.members if name not in parts}
+        return parts | kept, norms
+
+    def _bytes(self, name: str, array: Any) -> bytes:
+        import numpy as np
+
+        data, wanted = np.ascontiguousarray(array).tobytes(), self._written(name).nbytes
+        if len(data) != wanted:
+            raise ShapeMismatch(f"{len(data)} bytes quantized again, not {wanted}", where=name, cure=NO_PACKING)
+        return data
+
+    def _written(self, name: str) -> Lazy:
+        return self.packed.written if self.packed.changes else self.base.stored.tensors[name]
+
+    def _lazy(self, name: str, data: bytes) -> Lazy:
+        form = self._written(name)
+        return Lazy(form.shape, form.dtype, lambda: data)
+
+    def _damage(self, merged: _Merged, again: Packed) -> list[float]:
+        squares = [0.0] * NORMS
+        for start, stop in steps(self.packed.shape):
+            M, W, R = (rows(start, stop).astype(float) for rows in (merged.rows, self.packed.rows, again.rows))
+            for at, difference in enumerate((R - M, M, M - W, R - W)):
+                squares[at] += float((difference * difference).sum())
+        return squares
+
+
+class _Merged:
+    """Rows of a merged weight in float32, in whatever runs they are asked for."""
+
+    def __init__(self, packed: Packed, folds: tuple[Fold, ...], workspace: Workspace) -> None:
+        source = packed.lazy()
+        self.output = Output(packed.name, DTYPES[packed.merged], packed.shape, 0, source, folds)
+        self.arrays: Arrays = workspace.arrays
+        self.folder = Folder(self.output, workspace)
+        self.norms = self.folder.norms()
+        self._seen: set[int] = set()
+        self._last: tuple[Block, Any] | None = None
+        self._width = packed.shape[-1]
+
+    def rows(self, start: int, stop: int) -> Any:
+        """Rows `start` to `stop` of the weight seen as `[rows, width]`."""
+        import numpy as np
+
+        if self._whole is not None:
+            return self._whole[start * self._width : stop * self._width].reshape(-1, self._width)
+        first, end = start * self._width, stop * self._width
+        found = np.empty(end - first, self.output.dtype.array)
+        for block in self._blocks:
+            low, high = max(first, block.first), min(end, block.first + block.elements)
+            if low < high:
+                found[low - first : high - first] = self._block(block)[low - block.first : high - block.first]
+        return found.reshape(-1, self._width)
+
+    @cached_property
+    def _blocks(self) -> list[Block]:
+        return blocks(self.output)
+
+    @cached_property
+    def _whole(self) -> Any:
+        import numpy as np
+
+        small = math.prod(self.output.shape) <= HELD
+        return np.concatenate([self._block(block) for block in self._blocks]) if small else None
+
+    def _block(self, block: Block) -> Any:
+        if self._last is not None and self._last[0] is block:
+            return self._last[1]
+        import numpy as np
+
+        source, data = self.output.source, bytearray(block.elements * self.output.dtype.itemsize)
+        raw = self.arrays.over(memoryview(bytearray(source.read(block.first, block.elements))), source.dtype)
+        out = self.arrays.over(memoryview(data), self.output.dtype)
+        for fold, square in self.folder.compute(raw, out, block).items():
+            if block.first not in self._seen:
+                self.norms[fold] = self.norms.get(fold, 0.0) + square
+        self._seen.add(block.first)
+        self._last = (block, np.frombuffer(data, self.output.dtype.array))
+        return self._last[1]
+
+
+def repacked(
+    base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[Fold, ...]]
+) -> tuple[dict[str, Lazy], dict[str, tuple[Fold, ...]], dict[str, Repacked], frozenset[str]]:
+    """What a plan holds, with the stored tensors in place of packed weights.
+
+    Returns:
+        output name -> where it is from; -> what is folded into it, at the first member of a packed weight; -> what
+        packs it again; the names of all members, whose dtypes stay.
+
+    Raises:
+        Unsupported: a packed weight would have to be written twice, or its scheme cannot quantize.
+    """
+    twice = next((name for name, source in names.items() if name != source and source in base.packed), None)
+    if twice is not None:
+        why = f"it is {names[twice]}, which is packed, under another name"
+        raise Unsupported(why, where=twice, cure="Choose --tied merge, or --quantized dequantize")
+    stored = base.written
+    tensors = stored | {n: stored[s] for n, s in names.items() if s not in base.packed}
+    moved: dict[str, tuple[Fold, ...]] = {}
+    parts: dict[str, Repacked] = {}
+    for name, found in folds.items():
+        weight = base.packed.get(name)
+        if weight is not None and type(weight).pack is Packed.pack:
+            raise Unsupported(f"nothing here quantizes to {base.scheme}", where=name, cure=NO_PACKING)
+        moved[name if weight is None else weight.members[0]] = found
+        if weight is not None:
+            parts |= dict.fromkeys(weight.members, Repacked(base, weight, found))
+    for weight in base.packed.values():
+        if weight.changes and weight.members[0] not in parts:
+            parts |= dict.fromkeys(weight.members, Repacked(base, weight, ()))
+    members = frozenset(member for weight in base.packed.values() for member in weight.members)
+    return tensors, moved, parts, members
+
+
+def damage_of(norms: list[float]) -> dict[str, float]:
+    """What the norms say: the error relative to the merged weight, and how much of the change is left in it.
+
+    `kept` is the part of the change that survived along its own direction: 1 is all of it, 0 none.
+    """
+    error, merged, change, left = norms
+    kept = (left**2 + change**2 - error**2) / (2 * change**2) if change else 1.0
+    return {"error": error / merged if merged else 0.0, "kept": kept}

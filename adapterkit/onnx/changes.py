@@ -1,0 +1,203 @@
+"""Changes of stored tensors: what a merge makes of one, computed in blocks by the engine that merges any base.
+
+A weight that a node takes by way of transpositions is changed as it is stored: the nodes between stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..merging.arrays import NumpyArrays, Workspace
+from ..merging.compute import Folder, blocks
+from ..merging.folds import Fold
+from ..merging.planning import Output
+from ..tensors.dtypes import DTYPES, DType
+from ..tensors.lazy import Lazy, Span, read_span
+from .building import Array, Building
+from .operands import attribute, numbers, shape_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """Where the numbers of a constant operand can be exchanged.
+
+    Attributes:
+        value: the stored tensor, or the operand itself where more than transpositions is between them.
+        turned: the operand has the first two axes of `value` exchanged.
+        chain: the nodes from the stored tensor to the operand.
+    """
+
+    value: ir.Value
+    turned: bool
+    chain: tuple[ir.Node, ...]
+
+
+def stored_behind(operand: ir.Value) -> Stored:
+    """The tensor that transpositions lead to from an operand."""
+    value, turned, chain = operand, False, list[ir.Node]()
+    while value.const_value is None:
+        node = value.producer()
+        turns = None if node is None else _turns(node)
+        if node is None or turns is None or node.inputs[0] is None:
+            return Stored(operand, False, ())
+        chain.insert(0, node)
+        value, turned = node.inputs[0], turned != turns
+    return Stored(value, turned, tuple(chain))
+
+
+def _turns(node: ir.Node) -> bool | None:
+    """Whether a node exchanges the first two axes; None for one that does something else."""
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    if node.op_type == "Identity":
+        return False
+    if node.op_type != "Transpose" or node.inputs[0] is None:
+        return None
+    axes = len(shape_of(node.inputs[0]))
+    order = list(attribute(node, "perm", range(axes)[::-1]))
+    if order == list(range(axes)):
+        return False
+    return True if order == [1, 0, *range(2, axes)] else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """A stored tensor to come.
+
+    Attributes:
+        where: the target, for errors.
+        source: the numbers as they are.
+        folds: what becomes of them, in the order in which the tensor is stored.
+    """
+
+    where: str
+    source: Lazy
+    folds: tuple[Fold, ...]
+
+    def output(self, offset: int) -> Output:
+        """It at a place of a file that is to be written."""
+        return Output(self.where, self.source.dtype, self.source.shape, offset, self.source, self.folds)
+
+    def array(self) -> Array:
+        """Its numbers, computed in memory."""
+        output = self.output(0)
+        out = np.empty(self.source.shape, dtype=self.source.dtype.array)
+        flat, arrays = out.reshape(-1), NumpyArrays()
+        with arrays.quiet():
+            folder = Folder(output, Workspace(arrays))
+            for block in blocks(output):
+                raw = np.frombuffer(self.source.read(block.first, block.elements), dtype=out.dtype)
+                folder.compute(raw, flat[block.first : block.first + block.elements], block)
+        return out
+
+
+def lazy_of(value: ir.Value) -> Lazy:
+    """The numbers of a constant value, read where they lie if they lie in a file."""
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor):
+        return _outside(tensor, _dtype(tensor.dtype.numpy()), tuple(tensor.shape.numpy()))
+    held = _Once(value)
+    kind = _dtype((value.dtype or ir.DataType.FLOAT).numpy())
+    return Lazy(shape_of(value), kind, held.whole, part=held.part)
+
+
+def bytes_of(tensor: Any) -> Lazy:
+    """A stored tensor as bytes, whatever its type, to be copied."""
+    kind, shape = DTYPES["U8"], (tensor.nbytes,)
+    if isinstance(tensor, ir.ExternalTensor):
+        return _outside(tensor, kind, shape)
+    return Lazy(shape, kind, tensor.tobytes)
+
+
+def _outside(tensor: ir.ExternalTensor, kind: DType, shape: tuple[int, ...]) -> Lazy:
+    span = Span(str(tensor.path), tensor.offset or 0, tensor.nbytes)
+    return Lazy(shape, kind, lambda: read_span(span), span)
+
+
+class _Once:
+    """The numbers of a value that has to be worked out whole: held while workers ask for its blocks, in order."""
+
+    def __init__(self, value: ir.Value) -> None:
+        self.value, self.lock, self.given = value, Lock(), 0
+        self.held: Array | None = None
+
+    def whole(self) -> bytes:
+        return np.ascontiguousarray(numbers(self.value)).tobytes()
+
+    def part(self, first: int, count: int) -> memoryview:
+        with self.lock:
+            if self.held is None:
+                self.held, self.given = np.ascontiguousarray(numbers(self.value)).reshape(-1), 0
+            held = self.held
+            self.given += count
+            if self.given >= held.size:
+                self.held = None
+        return held[first : first + count].view(np.uint8).data
+
+
+def _dtype(kind: np.dtype[Any]) -> DType:
+    return next(known for known in DTYPES.values() if known.array == kind)
+
+
+def from_array(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType) -> Lazy:
+    """Numbers that are worked out when they are written."""
+    return Lazy(shape, _dtype(kind.numpy()), lambda: np.ascontiguousarray(make()).tobytes())
+
+
+class Changed(ir.LazyTensor):
+    """A tensor whose numbers are made when they are written; `change` says how."""
+
+    def __init__(self, change: Change, kind: ir.DataType, shape: ir.Shape, name: str) -> None:
+        super().__init__(lambda: ir.Tensor(change.array(), dtype=kind, name=name), kind, shape, cache=False, name=name)
+        self.change = change
+
+
+def fresh_value(building: Building, fresh: dict[Any, ir.Value], key: Any, old: ir.Value, change: Change) -> ir.Value:
+    """The changed tensor, stored beside `old`; one for all nodes with the same changes."""
+    if key not in fresh:
+        shape, kind = ir.Shape(change.source.shape), old.dtype or ir.DataType.FLOAT
+        name = building.name(f"{old.name}.merged")
+        tensor = Changed(change, kind, shape, name)
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=tensor)
+        value.metadata_props.update(old.metadata_props)
+        value.meta["adapterkit.old"] = old
+        building.model.graph.register_initializer(value)
+        fresh[key] = value
+    return fresh[key]
+
+
+def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, building: Building) -> None:
+    """Has a node take the new tensor, by way of copies of what stands between."""
+    value = new
+    for link in stored.chain:
+        out = ir.Value(name=building.name(f"{new.name}/{link.op_type}_output"), type=link.outputs[0].type)
+        out.shape = link.outputs[0].shape
+        copy = ir.node(
+            link.op_type, [value], {name: held.value for name, held in link.attributes.items()}, outputs=[out],
+            name=building.name(f"{new.name}/{link.op_type}"),
+        )  # fmt: skip
+        copy.metadata_props.update(link.metadata_props)
+        assert node.graph is not None
+        node.graph.insert_before(node, copy)
+        value = out
+    node.replace_input_with(position, value)
+    for link in reversed(stored.chain):
+        if link.graph is not None and not link.outputs[0].uses() and not link.outputs[0].is_graph_output():
+            link.graph.remove(link, safe=True)
+
+
+def settle(fresh: Iterable[ir.Value]) -> None:
+    """Tensors that nothing reads any more go, and what took their place has their names: tools find it by them."""
+    for value in fresh:
+        old, graph = value.meta.pop("adapterkit.old"), value.graph
+        lost = old.name in (graph.initializers if graph is not None else ()) and not old.uses()
+        if lost and graph is not None and not old.is_graph_input() and not old.is_graph_output():
+            name = old.name
+            graph.initializers.pop(name)
+            value.name = name

@@ -1,0 +1,113 @@
+"""The map of a graph: which names lead to which layers, and by what they are known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TargetNotFound
+from ..tensors.checkpoint import opened as opened_base
+from ..tensors.lazy import as_array
+from .matching import NEAR, distance, nearest
+from .model_file import opened
+from .resolving import METHODS, Known, Spot, by_name, same_end, spots_of
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from .injecting import Base, Model
+
+
+_NUMBERED = re.compile(r"onnx::|val_\d|_v_\d|\d")
+"""Names that exporters make up."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """A layer, or all nodes that are calls of one.
+
+    Attributes:
+        target: the name that an adapter would call it by; None where nothing tells it.
+        spots: its nodes.
+        method: what tells the name, one of `METHODS`; None where nothing does.
+        confidence: 1 for a name that nothing was held against and for equal numbers, else 1 minus the relative
+            distance from the base's weight.
+        note: why nothing was found.
+    """
+
+    target: str | None
+    spots: tuple[Spot, ...]
+    method: str | None
+    confidence: float
+    note: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As plain data."""
+        first = self.spots[0] if self.spots else None
+        return {
+            "target": self.target, "method": self.method, "confidence": round(self.confidence, 4), "note": self.note,
+            "nodes": [spot.node.name for spot in self.spots],
+            "operators": sorted({spot.node.op_type for spot in self.spots}),
+            "values": sorted({source.name or "" for spot in self.spots for source in spot.sources}),
+            "shape": None if first is None else list(first.shape),
+        }  # fmt: skip
+
+
+def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
+    """Every layer of a graph that an adapter can name.
+
+    Args:
+        model: an ONNX file, or a model in memory.
+        base_weights: the weights that the graph was exported from. Each of its matrices is then looked for, by name and
+            by numbers, and what a name leads to is held against it.
+
+    Returns:
+        the layers in the graph's order; with `base_weights`, those of the base in its order, then the others.
+
+    Raises:
+        Malformed, StorageError: as `inject`.
+    """
+    spots = spots_of(opened(model).model)
+    if base_weights is None:
+        return _named(spots)
+    known, found = by_name(spots), []
+    base = opened_base(base_weights)
+    for name, tensor in base.tensors.items():
+        if len(tensor.shape) > 1 and tensor.dtype.floating:
+            found.append(_looked_for(name, base, known, spots))
+    seen = {id(spot.node) for place in found for spot in place.spots}
+    return [*found, *_named([spot for spot in spots if id(spot.node) not in seen])]
+
+
+def _named(spots: Sequence[Spot]) -> list[Place]:
+    """Layers by their own names alone."""
+    groups: dict[tuple[str | None, str | None, Any], list[Spot]] = {}
+    for spot in spots:
+        method, name = _best(spot)
+        groups.setdefault((name, method, spot.sources), []).append(spot)
+    return [
+        Place(name, tuple(same), method, float(name is not None)) for (name, method, _), same in groups.items()
+    ]  # fmt: skip
+
+
+def _best(spot: Spot) -> tuple[str | None, str | None]:
+    """The first method that tells a name of a module's weight, and the module; else the name of a tensor."""
+    said = [(method, name) for method in METHODS for name in spot.names.get(method, ())]
+    weights = [(method, name.removesuffix(".weight")) for method, name in said if name.endswith(".weight")]
+    own = [(method, name) for method, name in said if not _NUMBERED.match(name)]
+    return next(iter([*weights, *own]), (None, None))
+
+
+def _looked_for(name: str, base: Checkpoint, known: Known, spots: Sequence[Spot]) -> Place:
+    target, W = name.removesuffix(".weight"), as_array(base.tensors[name]).astype("f4")
+    said = next((at for other, at in known.items() if same_end(other, name)), None)
+    if said is not None:
+        far = distance(W, said[1][0])
+        if far is not None and far <= NEAR:
+            return Place(target, tuple(said[1]), said[0], 1 - far)
+    try:
+        method, same = nearest(W, spots, target)
+    except TargetNotFound as error:
+        return Place(target, (), None, 0.0, error.why)
+    return Place(target, tuple(same), method, 1 - (distance(W, same[0]) or 0.0))

@@ -1,0 +1,67 @@
+"""Forms other than a LoRA that the difference of a matrix may be extracted into: the nearest of each, by method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from ..methods.lokr import LoKr
+from ..methods.shira import SHiRA
+from ..tensors.computed import held
+from ..tensors.dtypes import DTYPES
+from ..tensors.lazy import from_numpy
+from ..tensors.products import even_split
+from .building import balanced
+from .criteria import Criterion
+from .sketching import dominant
+
+if TYPE_CHECKING:
+    from ..tensors.computed import Array
+    from ..tensors.dtypes import DType
+    from ..updates import Additive
+
+    Form = Callable[[Array, Criterion, int, DType], Additive]
+
+
+def lokr(D: Array, criterion: Criterion, seed: int, dtype: DType) -> Additive:
+    """The Kronecker product nearest to `D [out, in]`, of sides as LyCORIS splits them; `rank` is that of w2.
+
+    With D's blocks as rows of a matrix it is that matrix's first singular pair: Van Loan and Pitsianis 1993,
+    https://doi.org/10.1007/978-94-015-8196-7_17. Cutting w2 to a rank comes after it.
+
+    Raises:
+        UsageError: an energy or an error was asked for, which no choice of a rank can promise.
+    """
+    if criterion.rank is None:
+        raise UsageError("a Kronecker product has a rank to choose, no energy or error", where="rank", cure="Give one")
+    (a, m), (c, n) = (even_split(side) for side in D.shape)
+    blocks = D.reshape(a, m, c, n).swapaxes(1, 2).reshape(a * c, m * n)
+    left, right = balanced(*dominant(blocks, Criterion(rank=1), seed))
+    w2: Array = right.reshape(m, n)
+    factors: dict[str, Array] = {"w1": left.reshape(a, c), "w2": w2}
+    if criterion.rank < min(m, n):
+        factors["w2_a"], factors["w2_b"] = balanced(*dominant(w2, Criterion(rank=criterion.rank), seed))
+        del factors["w2"]
+    fields: dict[str, Any] = {name: held(values, dtype) for name, values in factors.items()}
+    return LoKr(**fields)
+
+
+def shira(D: Array, criterion: Criterion, _seed: int, dtype: DType) -> Additive:
+    """The largest entries of `D [out, in]`: as many as a LoRA of the rank has, or as an energy or an error needs."""
+    import numpy as np
+
+    flat = D.reshape(-1)
+    order = np.argsort(-np.abs(flat), kind="stable")
+    if criterion.rank is None:
+        sizes = np.abs(flat[order]).astype(np.float64)
+        count = criterion.counts([sizes], [float(np.sqrt((sizes * sizes).sum()))])[0]
+    else:
+        count = criterion.rank * sum(D.shape)
+    kept = np.sort(order[:count])
+    index: Any = from_numpy(np.stack(np.divmod(kept, D.shape[1])))
+    values: Any = held(flat[kept], DTYPES["F64"] if D.dtype == "float64" else dtype)
+    return SHiRA(index=index, values=values)
+
+
+FORMS: Mapping[str, Form] = {"lokr": lokr, "shira": shira}

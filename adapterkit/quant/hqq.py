@@ -1,0 +1,116 @@
+"""HQQ: w = (q - zero) * scale by groups, each operation rounded to the compute dtype, as hqq computes it.
+
+Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models. The scales come out of an
+optimization, so that nothing here quantizes to it again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Malformed, Unsupported
+from ..tensors.dtypes import BY_TORCH
+from ..tensors.lazy import Lazy
+from ._grouped import whole
+from ._scheme import DAMAGED, NO_PACKING, Packed, Scheme, expect, finite, numbers, part_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..tensors.checkpoint import Checkpoint
+
+WORD = ".W_q"
+PER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
+"""Width -> how many numbers share a byte, or of 3 bits a word."""
+LARGEST_TEXT = 64
+STATE = (
+    "nbits", "group_size", "shape", "scale", "zero", "axis", "packing", "unpack_view_dtype", "view_as_float",
+    "quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config",
+    "channel_wise", "optimize", "round_zero",
+)  # fmt: skip
+
+
+class Hqq(Scheme):
+    """`<module>.W_q`, `scale`, `zero`, and its settings as small tensors beside them."""
+
+    url = "https://github.com/mobiusml/hqq"
+    description = "HQQ of 8, 4, 3, 2 or 1 bits, groups along either axis; dequantized only"
+    oracle = "hqq"
+
+    def detect(self, base: Checkpoint) -> bool:
+        return any(name.endswith(WORD) for name in base.tensors)
+
+    def find(self, base: Checkpoint) -> Iterator[Packed]:
+        for name in base.tensors:
+            if name.endswith(WORD):
+                yield _weight(base, name.removesuffix(WORD))
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups(Packed):
+    stored: Lazy
+    scale: Lazy
+    zero: Lazy
+    bits: int
+    form: tuple[int, int]
+
+    def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        zero, scale = (whole(part).astype(self.dtype.array) for part in (self.zero, self.scale))
+        for part, place in ((zero, 2), (scale, 1)):
+            finite(part, self.members[place])
+        values: np.ndarray[Any, Any] = ((self._unpacked().astype(self.dtype.array) - zero) * scale).reshape(self.shape)
+        return np.asarray(values.reshape(-1, self.shape[-1])[start:stop])
+
+    def _unpacked(self) -> np.ndarray[Any, Any]:
+        """q as `[groups, size]`, or `[size, groups]`: the first rows in the highest bits."""
+        import numpy as np
+
+        words, per = whole(self.stored), PER[self.bits]
+        shifts = [self.bits * place for place in reversed(range(per))]
+        mask = (1 << self.bits) - 1
+        return np.concatenate([(words >> shift) & mask for shift in shifts])[: self.form[0]]
+
+
+def _weight(base: Checkpoint, module: str) -> Packed:
+    name, word = f"{module}.weight", f"{module}{WORD}"
+    bits, size, axis = (_number(base, name, f"{module}.{key}") for key in ("nbits", "group_size", "axis"))
+    said = part_of(base, name, f"{module}.shape", ("I64", "I32"))
+    expect(said.shape, (2,), f"{module}.shape")
+    out, columns = shape = tuple(int(n) for n in numbers(said))
+    if bits not in PER or axis not in (0, 1) or size <= 0 or out <= 0 or columns <= 0 or out * columns % size:
+        why = f"{bits} bits in groups of {size} along axis {axis} of a weight {list(shape)}"
+        raise Malformed(why, path=base.root, where=word, cure=DAMAGED)
+    for key in ("view_as_float", "quant_scale", "quant_zero"):
+        if f"{module}.{key}" in base.tensors and bytes(base.tensors[f"{module}.{key}"].read(0, 1)) != b"\0":
+            raise Unsupported(f"stored with {key}", path=base.root, where=word, cure=NO_PACKING)
+    groups = math.prod(shape) // size
+    form, beside = ((groups, size), (groups, 1)) if axis == 1 else ((size, groups), (1, groups))
+    stored = part_of(base, name, word, ("I32",) if bits == 3 else ("U8",))
+    expect(stored.shape, (-(-form[0] // PER[bits]), form[1]), word)
+    scale, zero = (part_of(base, name, f"{module}.{key}", ("F16", "BF16", "F32")) for key in ("scale", "zero"))
+    for key, part in (("scale", scale), ("zero", zero)):
+        expect(part.shape, beside, f"{module}.{key}")
+    first = (word, f"{module}.scale", f"{module}.zero")
+    others = (n for key in STATE if (n := f"{module}.{key}") in base.tensors and n not in first)
+    return _Groups(name, shape, _dtype(base, name, module), (*first, *others), stored, scale, zero, bits, form)
+
+
+def _number(base: Checkpoint, name: str, key: str) -> int:
+    stored = part_of(base, name, key, ("I32", "I64"))
+    expect(stored.shape, (), key)
+    return int(numbers(stored)[0])
+
+
+def _dtype(base: Checkpoint, name: str, module: str) -> Any:
+    key = f"{module}.compute_dtype"
+    stored = part_of(base, name, key, ("U8",))
+    text = bytes(stored.fetch()).decode("latin-1") if stored.nbytes <= LARGEST_TEXT else ""
+    found = BY_TORCH.get(text.removeprefix("torch."))
+    if found is None or found.name not in ("F16", "BF16", "F32"):
+        raise Malformed(f"{text!r} is no dtype to compute in", path=base.root, where=key, cure=DAMAGED)
+    return found

@@ -1,0 +1,145 @@
+"""torchao: w = (q - zero) * scale by groups of whole numbers, or 8-bit floats, as its safetensors layout has them.
+
+The metadata of a file says each tensor's class in JSON; parts are `<module>._weight_qdata`, `_scale`, `_zero_point`.
+Layouts of one kernel (Int4Tensor and its tiled forms) are refused by name; so are `.bin` files of its classes, since
+to read them is to run its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Malformed, ShapeMismatch, Unsupported
+from ..tensors.dtypes import BY_TORCH
+from ..tensors.lazy import Lazy
+from ..tensors.strict_json import load_json
+from ._float8 import DTYPES, scaled
+from ._grouped import Grouped
+from ._scheme import DAMAGED, Packed, Scheme, finite, joined, part_of, rows_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..tensors.checkpoint import Checkpoint
+    from ._scheme import Array
+
+KNOWN = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+ORIGINAL = f"Known: {', '.join(KNOWN)}. Or merge into the 16-bit weights that it was quantized from"
+
+
+class Torchao(Scheme):
+    """Metadata `tensor_names`, and for each tensor `{"_type": class, "_data": {"block_size": ..., "dtype": ...}}`."""
+
+    url = "https://github.com/pytorch/ao"
+    description = f"torchao in safetensors: {', '.join(KNOWN)} (weights alone, by rows or groups)"
+    oracle = "torchao"
+
+    def detect(self, base: Checkpoint) -> bool:
+        return any(True for _ in _said(base))
+
+    def find(self, base: Checkpoint) -> Iterator[Packed]:
+        for name, said in _said(base):
+            if f"{_prefix(name)}qdata" in base.tensors:
+                yield _weight(base, name, said)
+
+
+def _said(base: Checkpoint) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, what the metadata says) of every tensor of a class of torchao's."""
+    for path, metadata in base.metadata.items():
+        if "tensor_names" not in metadata:
+            continue
+        for name, text in metadata.items():
+            if name == "tensor_names" or '"_type"' not in text:
+                continue
+            try:
+                said = load_json(text)
+            except (ValueError, RecursionError) as error:
+                raise Malformed(f"not valid JSON ({error})", path=path, where=name, cure=DAMAGED) from None
+            if isinstance(said, dict) and said.get("_type") != "Tensor":
+                yield name, said
+
+
+def _prefix(name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{module}._{leaf}_"
+
+
+@dataclass(frozen=True, eq=False)
+class _Bytes(Grouped):
+    stored: Lazy
+    scale: Lazy
+    zero: Lazy | None
+
+    def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        return rows_of(self.stored, start, stop).astype("i4")
+
+    def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any] | int:
+        return 0 if self.zero is None else rows_of(self.zero, start, stop).astype("i4")
+
+    def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        return finite(rows_of(self.scale, start, stop), self.members[1])
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
+
+    def kept(self, scales: Array) -> Array:
+        return scales.astype(self.scale.dtype.array).astype("f4")
+
+    def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
+        made = (q.astype("i1"), scales.astype(self.scale.dtype.array))
+        return made if self.zero is None else (*made, zeros.astype("i1"))
+
+    def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
+        return dict(zip(self.members, joined(pieces, (0, 0, 0)[: len(pieces[0])]), strict=False))
+
+
+def _weight(base: Checkpoint, name: str, said: dict[str, Any]) -> Packed:
+    kind, data = str(said.get("_type")), said.get("_data")
+    if kind not in KNOWN or not isinstance(data, dict):
+        raise Unsupported(f"a weight of torchao's class {kind}", path=base.root, where=name, cure=ORIGINAL)
+    prefix = _prefix(name)
+    if f"{prefix}act_pre_scale" in base.tensors or f"{prefix}act_quant_scale" in base.tensors:
+        raise Unsupported("scales of activations", path=base.root, where=name, cure=ORIGINAL)
+    members = tuple(n for part in ("qdata", "scale", "zero_point") if (n := prefix + part) in base.tensors)
+    stored = part_of(base, name, f"{prefix}qdata", DTYPES if kind == "Float8Tensor" else ("I8",))
+    part_of(base, name, f"{prefix}scale", ("F32", "BF16", "F16"))
+    if kind == "Float8Tensor":
+        return _float8(base, name, members, _dtype(base, name, data))
+    return _whole(base, name, stored, members, data)
+
+
+def _float8(base: Checkpoint, name: str, members: tuple[str, ...], dtype: Any) -> Packed:
+    from dataclasses import replace
+
+    return replace(scaled(base, members[0], members[1], None), name=name, dtype=dtype)
+
+
+def _whole(base: Checkpoint, name: str, stored: Lazy, members: tuple[str, ...], data: dict[str, Any]) -> Packed:
+    scale = base.tensors[members[1]]
+    zero = base.tensors[members[2]] if len(members) > 2 else None
+    block, target = data.get("block_size"), data.get("target_dtype") or {}
+    if len(stored.shape) != 2 or len(scale.shape) != 2 or scale.shape[0] != stored.shape[0] or 0 in scale.shape:
+        why = f"scales {list(scale.shape)} are not by rows and groups of a weight {list(stored.shape)}"
+        raise ShapeMismatch(why, path=base.root, where=members[1], cure=DAMAGED)
+    if block != [1, stored.shape[1] // scale.shape[1]] or stored.shape[1] % scale.shape[1]:
+        why = f"blocks of {block!r} with scales {list(scale.shape)} for a weight {list(stored.shape)}"
+        raise ShapeMismatch(why, path=base.root, where=members[1], cure=DAMAGED)
+    if zero is not None and (zero.shape != scale.shape or zero.dtype.name != "I8"):
+        raise ShapeMismatch(f"of {zero.dtype} {list(zero.shape)}", path=base.root, where=members[2], cure=DAMAGED)
+    word = str(target.get("_data", "int8")) if isinstance(target, dict) else ""
+    bits = int(word[3:]) if word in {f"int{n}" for n in range(1, 9)} else 0
+    if not bits:
+        raise Unsupported(f"whole numbers of {target!r}", path=base.root, where=name, cure=ORIGINAL)
+    dtype = _dtype(base, name, data)
+    return _Bytes(name, stored.shape, dtype, members, scale.shape[1], None, bits, stored, scale, zero)
+
+
+def _dtype(base: Checkpoint, name: str, data: dict[str, Any]) -> Any:
+    said = data.get("dtype")
+    found = BY_TORCH.get(str(said.get("_data"))) if isinstance(said, dict) else None
+    if found is None or found.name not in ("F16", "BF16", "F32"):
+        raise Malformed(f"dtype {said!r}", path=base.root, where=name, cure=DAMAGED)
+    return found

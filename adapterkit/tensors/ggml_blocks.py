@@ -1,0 +1,174 @@
+"""ggml's types of blocks: the formula of each, from bytes to numbers, and back for those of a plain scale.
+
+Bits and orders of operations are those of ggml-quants.c, which gguf-py follows: the same bytes give the same float32.
+Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Unsupported
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+BLOCKS = {
+    "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34),
+    "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176),
+    "Q6_K": (14, 256, 210),
+}  # fmt: skip
+"""Name -> number of the type, numbers in a block, bytes of a block."""
+
+NUMBERS = {number: name for name, (number, _, _) in BLOCKS.items()}
+WRITTEN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""Types that can be written: those whose quantization gguf-py defines; the k-quants are searched for by llama.cpp."""
+
+
+def decoded(kind: str, data: Any) -> Array:
+    """The float32 numbers of whole blocks, flat."""
+    import numpy as np
+
+    blocks = np.frombuffer(data, np.uint8).reshape(-1, BLOCKS[kind][2])
+    with np.errstate(all="ignore"):
+        values = _K[kind](blocks) if kind.endswith("K") else _plain(kind, blocks)
+    return np.ascontiguousarray(values, "<f4").reshape(-1)
+
+
+def encoded(kind: str, values: Array) -> bytes:
+    """Whole blocks of numbers in bytes.
+
+    Raises:
+        Unsupported: a type that is read only.
+    """
+    import numpy as np
+
+    if kind not in WRITTEN:
+        cure = f"Choose one of {', '.join(WRITTEN)}, F16, BF16 or F32, and quantize that with llama.cpp"
+        raise Unsupported(f"{kind} has no formula but the search inside llama.cpp", cure=cure)
+    blocks = np.ascontiguousarray(values, "<f4").reshape(-1, BLOCKS[kind][1])
+    with np.errstate(all="ignore"):
+        return bytes(np.concatenate(_pieces(kind, blocks), axis=1).tobytes())
+
+
+def _pieces(kind: str, blocks: Array) -> list[Array]:
+    """The bytes of scale, smallest number, fifth bits and the numbers themselves."""
+    import numpy as np
+
+    bits, offset = int(kind[1]), kind.endswith("_1")
+    if bits == 8:
+        scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
+        scaled = blocks * _inverse(scale)
+        # Halves go away from zero, as C's roundf has it.
+        q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8).view(np.uint8)
+        return [_half(scale), q]
+    if offset:
+        least = blocks.min(1, keepdims=True)
+        scale = (blocks.max(1, keepdims=True) - least) / np.float32((1 << bits) - 1)
+        q = np.trunc((blocks - least) * _inverse(scale) + np.float32(0.5))
+    else:
+        largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
+        scale = largest / np.float32(-(1 << bits - 1))
+        q = np.trunc(blocks * _inverse(scale) + np.float32((1 << bits - 1) + 0.5))
+    whole = np.clip(q, 0, (1 << bits) - 1).astype(np.uint8)
+    low = (whole[:, :16] & 15) | (whole[:, 16:] << 4)
+    fifth = [np.packbits(whole >> 4, axis=1, bitorder="little")] if bits == 5 else []
+    return [_half(scale), *([_half(least)] if offset else []), *fifth, low]
+
+
+def _inverse(scale: Array) -> Array:
+    import numpy as np
+
+    return np.asarray(np.where(scale == 0, np.float32(0), np.float32(1) / scale))
+
+
+def _half(values: Array) -> Array:
+    import numpy as np
+
+    return np.asarray(values.astype("<f2").view(np.uint8))
+
+
+def _float(data: Array) -> Array:
+    import numpy as np
+
+    return np.asarray(data.copy().view("<f2").astype("f4"))
+
+
+def _plain(kind: str, blocks: Array) -> Array:
+    import numpy as np
+
+    scale, rest = _float(blocks[:, :2]), blocks[:, 2:]
+    if kind == "Q8_0":
+        return np.asarray(rest.view(np.int8).astype("f4") * scale)
+    bits, offset = int(kind[1]), kind.endswith("_1")
+    least = _float(rest[:, :2]) if offset else None
+    rest = rest[:, 2:] if offset else rest
+    low = rest[:, 4:] if bits == 5 else rest
+    q = np.concatenate([low & 15, low >> 4], axis=1).astype(np.int32)
+    if bits == 5:
+        q |= np.unpackbits(rest[:, :4], axis=1, bitorder="little").astype(np.int32) << 4
+    if least is not None:
+        return np.asarray(scale * q.astype("f4") + least)
+    return np.asarray(scale * (q - (1 << bits - 1)).astype("f4"))
+
+
+def _pairs(data: Array, shifts: tuple[int, ...], run: int, mask: int) -> Array:
+    """Numbers out of bytes: of each run of bytes, first those at the first shift, then those at the next."""
+    import numpy as np
+
+    split = data.reshape(len(data), -1, 1, run) >> np.array(shifts, np.uint8).reshape(1, 1, -1, 1)
+    return np.asarray((split & np.uint8(mask)).reshape(len(data), -1))
+
+
+def _q2(blocks: Array) -> Array:
+    import numpy as np
+
+    scales, q = blocks[:, :16], _pairs(blocks[:, 16:80], (0, 2, 4, 6), 32, 3).reshape(len(blocks), 16, 16)
+    d, least = _float(blocks[:, 80:82]), _float(blocks[:, 82:84])
+    step, lower = d * (scales & 15).astype("f4"), least * (scales >> 4).astype("f4")
+    return np.asarray(step[..., None] * q.astype("f4") - lower[..., None])
+
+
+def _q3(blocks: Array) -> Array:
+    import numpy as np
+
+    missing = 1 - _pairs(blocks[:, :32], tuple(range(8)), 32, 1).astype(np.int32)
+    q = _pairs(blocks[:, 32:96], (0, 2, 4, 6), 32, 3).astype(np.int32) - 4 * missing
+    low, high = _pairs(blocks[:, 96:104], (0, 4), 8, 15), _pairs(blocks[:, 104:108], (0, 2, 4, 6), 4, 3)
+    scales = (low | high << 4).astype(np.int32) - 32
+    step = _float(blocks[:, 108:110]) * scales.astype("f4")
+    return np.asarray(step[..., None] * q.reshape(len(blocks), 16, 16).astype("f4"))
+
+
+def _q4(blocks: Array) -> Array:
+    return _with_least(blocks, _pairs(blocks[:, 16:], (0, 4), 32, 15))
+
+
+def _q5(blocks: Array) -> Array:
+    high = _pairs(blocks[:, 16:48], tuple(range(8)), 32, 1)
+    return _with_least(blocks, _pairs(blocks[:, 48:], (0, 4), 32, 15) | high << 4)
+
+
+def _with_least(blocks: Array, q: Array) -> Array:
+    """Q4_K and Q5_K: eight scales and least numbers of six bits, the upper four's high bits with the lower four."""
+    import numpy as np
+
+    a, b, c = (blocks[:, at : at + 4] for at in (4, 8, 12))
+    scales = np.concatenate([a & 63, (c & 15) | ((a >> 2) & 48)], axis=1)
+    least = np.concatenate([b & 63, (c >> 4) | ((b >> 2) & 48)], axis=1)
+    step, lower = _float(blocks[:, :2]) * scales.astype("f4"), _float(blocks[:, 2:4]) * least.astype("f4")
+    return np.asarray(step[..., None] * q.reshape(len(q), 8, 32).astype("f4") - lower[..., None])
+
+
+def _q6(blocks: Array) -> Array:
+    import numpy as np
+
+    low, high = _pairs(blocks[:, :128], (0, 4), 64, 15), _pairs(blocks[:, 128:192], (0, 2, 4, 6), 32, 3)
+    q = (low | high << 4).astype(np.int32) - 32
+    step = _float(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8).astype("f4")
+    return np.asarray(step[..., None] * q.reshape(len(q), 16, 16).astype("f4"))
+
+
+_K = {"Q2_K": _q2, "Q3_K": _q3, "Q4_K": _q4, "Q5_K": _q5, "Q6_K": _q6}

@@ -1,0 +1,226 @@
+"""GGUF models against gguf-py: its blocks bit by bit, merged files read by its reader, the merge in float64 numpy."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+import adapterkit as ak
+from adapterkit.errors import Malformed, StorageError, TargetNotFound, Unsupported, UsageError
+from adapterkit.methods.lora import LoRA
+from adapterkit.tensors.ggml_blocks import BLOCKS, WRITTEN, decoded, encoded
+
+gguf = pytest.importorskip("gguf")
+Kind, dequantize, quantize = gguf.GGMLQuantizationType, gguf.quants.dequantize, gguf.quants.quantize
+HEADS, KV, WIDTH = 4, 2, 256
+
+
+def numbers(*shape, seed=0):
+    return (np.random.default_rng(seed + sum(shape)).normal(size=shape) * 0.05).astype(np.float32)
+
+
+def random_blocks(kind, count, seed=0):
+    """Any bits, but for scales that are finite."""
+    _, _, size = BLOCKS[kind]
+    blocks = np.random.default_rng(seed).integers(0, 256, (count, size), dtype=np.uint8)
+    halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+    for at in halves.get(kind, (0, 2) if kind.endswith("_1") else (0,)):
+        blocks[:, at : at + 2] = numbers(count, seed=at).astype("<f2").reshape(-1, 1).view(np.uint8)
+    return blocks
+
+
+def bits(values):
+    return (values + np.float32(0)).view(np.uint32)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_are_the_numbers_that_gguf_py_makes_of_them(kind):
+    blocks = random_blocks(kind, 400)
+    number, count, size = BLOCKS[kind]
+    assert (Kind[kind].value, gguf.GGML_QUANT_SIZES[Kind[kind]]) == (number, (count, size))
+    assert np.array_equal(bits(decoded(kind, blocks.tobytes())), bits(dequantize(blocks, Kind[kind]).reshape(-1)))
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_numbers_become_the_blocks_that_gguf_py_makes_of_them(kind):
+    values = numbers(64, 256)
+    values[0] = 0
+    values[1, :32] = np.linspace(-1, 1, 32)
+    assert encoded(kind, values) == quantize(values, Kind[kind]).tobytes()
+
+
+@pytest.mark.parametrize("kind", sorted(set(BLOCKS) - set(WRITTEN)))
+def test_what_gguf_py_cannot_quantize_is_refused_by_name(kind):
+    with pytest.raises(NotImplementedError):
+        quantize(numbers(1, 256), Kind[kind])
+    with pytest.raises(Unsupported, match=kind):
+        encoded(kind, numbers(1, 256))
+
+
+def tensor_list(kind):
+    """Name -> (numbers in the file's order, type)."""
+    matrix = Kind[kind]
+    q, k, gate = numbers(HEADS * 64, WIDTH), numbers(KV * 64, WIDTH), numbers(512, WIDTH)
+    return {
+        "token_embd.weight": (numbers(40, WIDTH, seed=1), Kind.F16), "output_norm.weight": (numbers(WIDTH), Kind.F32),
+        "blk.0.attn_q.weight": (q, matrix), "blk.0.attn_k.weight": (k, matrix), "blk.0.ffn_gate.weight": (gate, matrix),
+        "blk.0.attn_norm.weight": (numbers(WIDTH, seed=2), Kind.F32), "rope_freqs.weight": (numbers(7), Kind.F32),
+    }  # fmt: skip
+
+
+def packed(values, kind):
+    """Bytes as gguf-py has them; of k-quants any bits."""
+    if kind.name in BLOCKS and kind.name not in WRITTEN:
+        count = values.size // 256
+        return random_blocks(kind.name, count, seed=count).reshape(values.shape[0], -1)
+    if kind is Kind.BF16:
+        return values.astype(ml_dtypes.bfloat16).view(np.uint8)
+    return quantize(values, kind)
+
+
+def write(path, kind, arch="llama", **options):
+    writer = gguf.GGUFWriter(path, arch, **options)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "é", "c"])
+    writer.add_float32("some.number", 0.1)
+    for name, (values, how) in tensor_list(kind).items():
+        data = packed(values, how)
+        writer.add_tensor(name, data, raw_dtype=how if data.dtype == np.uint8 else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def adapter():
+    updates, deltas = {}, {}
+    for own, name, out in (("self_attn.q_proj", "attn_q", HEADS * 64), ("self_attn.k_proj", "attn_k", KV * 64),
+                           ("mlp.gate_proj", "ffn_gate", 512)):  # fmt: skip
+        A, B = numbers(2, WIDTH, seed=out), numbers(out, 2, seed=5)
+        updates[ak.Target(f"model.layers.0.{own}")] = (LoRA(A=torch.tensor(A), B=torch.tensor(B), scaling=2.0),)
+        deltas[f"blk.0.{name}.weight"] = 2.0 * (B.astype(float) @ A.astype(float))
+    for name, heads in (("blk.0.attn_q.weight", HEADS), ("blk.0.attn_k.weight", KV)):
+        rows = deltas[name].shape[0]  # llama.cpp's converter: the two halves of a head become pairs
+        deltas[name] = deltas[name].reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(rows, -1)
+    return ak.Adapter(updates), deltas
+
+
+def read(path):
+    reader = gguf.GGUFReader(path)
+    return reader, {t.name: (t.tensor_type, np.array(t.data)) for t in reader.tensors}
+
+
+def floats(kind, data):
+    if kind is Kind.BF16:
+        return data.view(ml_dtypes.bfloat16).astype(np.float32)
+    return dequantize(data, kind)
+
+
+KINDS = ["F32", "F16", "BF16", *WRITTEN]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_model_is_what_gguf_py_quantizes_of_the_exact_merge(kind, tmp_path):
+    base, out = write(tmp_path / "base.gguf", kind), tmp_path / "out.gguf"
+    lora, deltas = adapter()
+    report = ak.merge(base, lora, out)
+    (before, old), (after, new) = read(base), read(out)
+    assert list(after.fields) == list(before.fields)
+    for key, field in before.fields.items():
+        assert all(np.array_equal(a, b) for a, b in zip(field.parts, after.fields[key].parts, strict=True))
+    for name, (how, data) in old.items():
+        assert new[name][0] is how
+        if name in deltas:
+            exact = floats(how, data).astype(float) + deltas[name]
+            step = exact if kind in ("F16", "BF16") else exact.astype(np.float32)
+            wanted = step.astype({"F16": "<f2", "BF16": ml_dtypes.bfloat16}.get(kind, "<f4"))
+            wanted = quantize(wanted, how) if kind in WRITTEN else wanted
+            assert np.array_equal(new[name][1].reshape(-1).view(np.uint8), wanted.reshape(-1).view(np.uint8))
+        else:
+            assert np.array_equal(new[name][1], data)
+    assert set(report.damage) == {str(target) + ".weight" for target in lora.updates}
+    assert ak.verify(out, base, lora).ok
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("Q4_K", "Q8_0"), ("Q6_K", "F16"), ("F16", "Q5_1"), ("Q8_0", "F32")])
+def test_the_type_changes_where_it_is_asked_for(kind, dtype, tmp_path):
+    base, out = write(tmp_path / "base.gguf", kind), tmp_path / "out.gguf"
+    lora, deltas = adapter()
+    ak.merge(base, lora, out, dtype=dtype)
+    (_, old), (_, new) = read(base), read(out)
+    for name, (how, data) in old.items():
+        if data.ndim < 2:
+            assert np.array_equal(new[name][1], data)
+            continue
+        exact = floats(how, data).astype(float) + deltas.get(name, 0.0)
+        wanted = exact.astype("<f2") if dtype == "F16" else quantize(exact.astype(np.float32), Kind[dtype])
+        assert new[name][0] is Kind[dtype]
+        assert np.array_equal(new[name][1].reshape(-1).view(np.uint8), wanted.reshape(-1).view(np.uint8))
+    assert ak.verify(out, base, lora).ok
+
+
+def test_a_k_quant_is_not_written_back(tmp_path):
+    base = write(tmp_path / "base.gguf", "Q4_K")
+    for options in ({}, {"dtype": "Q4_K"}):
+        with pytest.raises(Unsupported, match=r"Q4_K"):
+            ak.merge(base, adapter()[0], tmp_path / "out.gguf", **options)
+    with pytest.raises(UsageError, match="Q9"):
+        ak.merge(base, adapter()[0], tmp_path / "out.gguf", dtype="Q9")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_dequantized_it_becomes_a_base_in_its_own_names_and_order(tmp_path):
+    base, out = write(tmp_path / "base.gguf", "Q4_K"), tmp_path / "out.safetensors"
+    lora, deltas = adapter()
+    ak.merge(base, lora, out, quantized="dequantize", dtype="F32")
+    q = load_file(out)["model.layers.0.self_attn.q_proj.weight"]
+    how, data = read(base)[1]["blk.0.attn_q.weight"]
+    exact = floats(how, data).astype(float) + deltas["blk.0.attn_q.weight"]
+    back = exact.reshape(HEADS, 32, 2, WIDTH).swapaxes(1, 2).reshape(HEADS * 64, WIDTH)
+    assert np.array_equal(q, back.astype(np.float32))
+
+
+def test_all_files_of_a_split_model_are_merged(tmp_path):
+    write(tmp_path / "m.gguf", "Q8_0", split_max_tensors=3)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(parts) == 3
+    lora, deltas = adapter()
+    out = tmp_path / "out"
+    ak.merge(parts[0], lora, out)
+    assert sorted(path.name for path in out.iterdir()) == [path.name for path in parts]
+    for part in parts:
+        (_, old), (_, new) = read(part), read(out / part.name)
+        for name, (how, data) in old.items():
+            exact = (floats(how, data).astype(float) + deltas.get(name, 0.0)).astype(np.float32)
+            assert np.array_equal(new[name][1], quantize(exact, how) if name in deltas else data)
+    assert ak.verify(out / parts[0].name, parts[0], lora).ok
+    parts[1].unlink()
+    with pytest.raises(StorageError, match=parts[1].name):
+        ak.merge(parts[0], lora, tmp_path / "again")
+
+
+def test_one_wrong_bit_is_found(tmp_path):
+    base, out = write(tmp_path / "base.gguf", "Q4_0"), tmp_path / "out.gguf"
+    lora, _ = adapter()
+    ak.merge(base, lora, out)
+    for tensor in gguf.GGUFReader(out).tensors:
+        data = bytearray(out.read_bytes())
+        data[tensor.data_offset + 3] ^= 4
+        (tmp_path / "bad.gguf").write_bytes(data)
+        found = ak.verify(tmp_path / "bad.gguf", base, lora).differences
+        assert [difference.tensor for difference in found] == [tensor.name]
+
+
+def test_what_has_no_place_is_refused(tmp_path):
+    base = write(tmp_path / "base.gguf", "F16")
+    lost = ak.Adapter({ak.Target("model.layers.9.mlp.gate_proj"): next(iter(adapter()[0].updates.values()))})
+    with pytest.raises(TargetNotFound):
+        ak.merge(base, lost, tmp_path / "out.gguf")
+    with pytest.raises(Unsupported, match="'mamba'"):
+        ak.merge(write(tmp_path / "mamba.gguf", "F16", arch="mamba"), lost, tmp_path / "out.gguf")
+    (tmp_path / "short.gguf").write_bytes(base.read_bytes()[:-4000])
+    with pytest.raises(Malformed):
+        ak.merge(tmp_path / "short.gguf", adapter()[0], tmp_path / "out.gguf")

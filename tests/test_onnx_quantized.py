@@ -1,0 +1,155 @@
+"""Adapters on graphs that onnxruntime's own quantizers made: the quantized model's output, and the branch in float."""
+
+import warnings
+
+import numpy as np
+import onnx
+import onnx_graphs as graphs
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import quantization
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer, QuantFormat
+from safetensors.torch import save_file
+from torch import nn
+
+import adapterkit as ak
+from adapterkit.adapter import Adapter, Target
+from adapterkit.errors import TargetNotFound, Unsupported
+from adapterkit.methods import METHODS
+
+OUT, IN = 24, 64
+X = np.random.default_rng(3).normal(size=(2, 3, IN)).astype("f4")
+
+
+class Two(nn.Module):
+    """Two layers, so that one whose branch is missing or misplaced shows in the other's input."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(IN, OUT), nn.Linear(OUT, IN, bias=False)
+
+    def forward(self, x):
+        return self.up(x)
+
+
+class Inputs(quantization.CalibrationDataReader):
+    def __init__(self):
+        self.left = [{"x": X}]
+
+    def get_next(self):
+        return self.left.pop() if self.left else None
+
+
+def nbits(path, out, **options):
+    quantizer = MatMulNBitsQuantizer(onnx.load(path), block_size=16, **options)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(out))
+
+
+def static(path, out):
+    kind = quantization.QuantFormat.QDQ
+    quantization.quantize_static(path, out, Inputs(), quant_format=kind, per_channel=True)
+
+
+QUANTIZERS = {
+    "dynamic": lambda path, out: quantization.quantize_dynamic(path, out, per_channel=True),
+    "dynamic-tensor": lambda path, out: quantization.quantize_dynamic(path, out),
+    "dynamic-unsigned": lambda path, out: quantization.quantize_dynamic(
+        path, out, weight_type=quantization.QuantType.QUInt8
+    ),
+    "nbits": lambda path, out: nbits(path, out, is_symmetric=True),
+    "nbits-zeros": lambda path, out: nbits(path, out, is_symmetric=False),
+    "nbits-8": lambda path, out: nbits(path, out, is_symmetric=False, bits=8),
+    "nbits-qdq": lambda path, out: nbits(path, out, is_symmetric=True, quant_format=QuantFormat.QDQ),
+    "qdq": static,
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The layer as the legacy and the dynamo exporter write it, quantized in every way, and the base's weights."""
+    torch.manual_seed(0)
+    folder, model = tmp_path_factory.mktemp("quantized"), Two().eval()
+    words = {"input_names": ["x"], "output_names": ["y"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (torch.tensor(X),), str(folder / "legacy.onnx"), dynamo=False, opset_version=21 - 4, **words
+        )
+        torch.onnx.export(
+            model, (torch.tensor(X),), str(folder / "dynamo.onnx"), external_data=False, verbose=False, **words
+        )
+        model21 = onnx.version_converter.convert_version(onnx.load(folder / "legacy.onnx"), 21)
+        onnx.save(model21, folder / "legacy.onnx")
+        for exporter in ("legacy", "dynamo"):
+            for name, quantize in QUANTIZERS.items():
+                quantize(folder / f"{exporter}.onnx", folder / f"{exporter}-{name}.onnx")
+    save_file(model.state_dict(), folder / "base.safetensors")
+    return folder
+
+
+def lora():
+    g = torch.Generator().manual_seed(1)
+    A, B = torch.randn(2, IN, generator=g), torch.randn(OUT, 2, generator=g)
+    return METHODS["lora"](A=A, B=B, scaling=0.5)
+
+
+@pytest.mark.parametrize("exporter", ["legacy", "dynamo"])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_branch_beside_what_a_quantizer_made(exporter, name, exported, tmp_path):
+    path, out, update = exported / f"{exporter}-{name}.onnx", tmp_path / "out.onnx", lora()
+    adapter = Adapter({Target("up"): (update,)})
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    assert kinds & {"MatMulInteger", "MatMulNBits", "DequantizeLinear"}
+    report = ak.onnx.inject(path, adapter, out, base_weights=exported / "base.safetensors")
+    assert len(report.found) == 1
+    wanted = graphs.run(path, X) + X @ (0.5 * (update.B @ update.A)).numpy().T
+    np.testing.assert_allclose(graphs.run(out, X), wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max())
+    ak.onnx.eject(out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
+    with pytest.raises(Unsupported, match="quantized"):
+        ak.onnx.merge(path, adapter, tmp_path / "merged.onnx", base_weights=exported / "base.safetensors")
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_another_checkpoint_is_no_neighbour(name, exported, tmp_path):
+    torch.manual_seed(5)
+    save_file(Two().state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(TargetNotFound, match=r"nearest is|exported from"):
+        ak.onnx.inject(
+            exported / f"dynamo-{name}.onnx", Adapter({Target("up"): (lora(),)}), tmp_path / "o.onnx",
+            base_weights=tmp_path / "other.safetensors",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "bottleneck"])
+def test_other_methods_on_four_bits(method, exported, tmp_path):
+    """The law at the numbers that the packed weight stands for, which the reference implementation tells."""
+    path, out = exported / "legacy-nbits-qdq.onnx", tmp_path / "out.onnx"
+    proto = onnx.load(path)
+    held = next(node for node in proto.graph.node if node.op_type == "DequantizeLinear")
+    proto.graph.output.append(helper.make_tensor_value_info(held.output[0], TensorProto.FLOAT, None))
+    W = onnx.reference.ReferenceEvaluator(proto).run([held.output[0]], {"x": X})[0].T.astype("f8")
+    bias = next(numpy_helper.to_array(i) for i in proto.graph.initializer if i.name == "up.bias").astype("f8")
+    g = torch.Generator().manual_seed(2)
+    plain, x = lora(), X.astype("f8")
+    if method == "dora":
+        m = torch.rand(OUT, generator=g) + 0.5
+        update = METHODS["dora"](A=plain.A, B=plain.B, magnitude=m)
+        V = W + (plain.B.double() @ plain.A.double()).numpy()
+        wanted = x @ (m.double().numpy()[:, None] * V / np.linalg.norm(V, axis=1, keepdims=True)).T + bias
+    elif method == "ia3":
+        scale = torch.rand(OUT, generator=g) + 0.5
+        update, wanted = METHODS["ia3"](l=scale), (x @ W.T + bias) * scale.double().numpy()
+    else:
+        down, up = torch.randn(3, OUT, generator=g), torch.randn(OUT, 3, generator=g)
+        update = METHODS["bottleneck"](down=down, up=up, non_linearity="relu")
+        wanted = None
+    for name in ("legacy-nbits-qdq", "legacy-nbits"):
+        ak.onnx.inject(exported / f"{name}.onnx", Adapter({Target("up"): (update,)}), out, check=False)
+        got = graphs.run(out, X)
+        if method == "bottleneck":  # It reads what the runtime's own kernel gives, which computes in fewer bits.
+            y = graphs.run(exported / f"{name}.onnx", X).astype("f8")
+            wanted = y + np.maximum(y @ down.double().numpy().T, 0) @ up.double().numpy().T
+        assert abs(got - wanted).max() <= 1e-5 * abs(wanted).max(), name

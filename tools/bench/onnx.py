@@ -1,0 +1,104 @@
+"""Times changes of a 2.7 GB graph side by side: adapterkit's inject and merge, and copying its data file. Linux.
+
+    python tools/bench onnx [--rounds 3] [--work FOLDER]
+
+The graph is a chain of ten float32 linears of 8192 x 8192 with its numbers in a data file, the adapter a PEFT LoRA of
+rank 16 on each. Both are made once and kept in the work folder. Every contender runs as a process of its own, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rig.process import ProcessFailed, Run, measure
+
+RIG = Path(__file__).resolve().parent / "rig"
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "HF_HUB_OFFLINE": "1"}
+COPY = 'cp "$0" "$1" && sync -f "$1"'
+CHANGE = "import sys, adapterkit as ak; getattr(ak.onnx, sys.argv[1])(*sys.argv[2:5])"
+
+Command = Callable[[Path, Path], list[str]]
+
+
+def contenders() -> dict[str, Command]:
+    """Name -> the command for the inputs' folder and an output folder."""
+    return {
+        "cp + sync": lambda folder, out: ["sh", "-c", COPY, str(folder / "model.onnx.data"), str(out / "copy.data")],
+        "merge": lambda folder, out: change("merge", folder, out / "out.onnx"),
+        "inject": lambda folder, _: change("inject", folder, folder / "injected.onnx"),
+    }
+
+
+def change(verb: str, folder: Path, out: Path) -> list[str]:
+    """adapterkit, as a whole process."""
+    return [sys.executable, "-c", CHANGE, verb, *map(str, (folder / "model.onnx", folder / "adapter", out))]
+
+
+def once(command: Command, folder: Path, work: Path) -> tuple[Run, float]:
+    """One run from clean to clean, and the seconds of a sync after it."""
+    out = work / "out"
+    out.mkdir()
+    os.sync()
+    with open(folder / "model.onnx.data", "rb", buffering=0) as data:
+        while data.read(1 << 22):
+            pass
+    try:
+        run = measure(command(folder, out), work / "last", ENV)
+        started = time.perf_counter()
+        os.sync()
+        return run, time.perf_counter() - started
+    finally:
+        shutil.rmtree(out)
+        for file in folder.glob("injected.onnx*"):
+            file.unlink()
+
+
+def main() -> int:
+    """Runs the command line; 1 when a contender fails."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, default=cache / "adapterkit" / "bench", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    work = options.work.absolute()
+    folder = work / "graph"
+    if not folder.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, str(RIG / "graph.py"), str(folder)], check=True)
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
+    seen: dict[str, list[tuple[Run, float]]] = {name: [] for name in contenders()}
+    try:
+        for _ in range(options.rounds):
+            for name, command in contenders().items():
+                seen[name].append(once(command, folder, work))
+    except ProcessFailed as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    show(seen)
+    return 0
+
+
+def show(seen: dict[str, list[tuple[Run, float]]]) -> None:
+    """Prints a line a contender, and the ratio that the budget is about."""
+    for name, runs in seen.items():
+        seconds, flushes = [run.seconds for run, _ in runs], [flush for _, flush in runs]
+        peak, own = (max(getattr(run, figure) for run, _ in runs) / 1e6 for figure in ("peak", "anonymous"))
+        print(
+            f"{name:>10}: median {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), "
+            f"flush {statistics.median(flushes):.2f} s, peak {peak:.0f} MB, anonymous {own:.0f} MB"
+        )
+    ratios = [m.seconds / c.seconds for (m, _), (c, _) in zip(seen["merge"], seen["cp + sync"], strict=True)]
+    print(f"merge / (cp + sync): {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
