@@ -133,7 +133,7 @@ def _compared(
             continue
         if wanted is None:
             return None, "it runs; there is no second way to make this change that it could be held against"
-        difference = _difference(got, results)
+        difference = difference_of(got, results)
         _judge(difference, got, files, exact)
         return difference, None
     if ran:
@@ -159,7 +159,7 @@ def _unlink(files: Sequence[Path]) -> None:
             file.unlink()
 
 
-def _difference(got: Sequence[Any], wanted: Sequence[Any]) -> float:
+def difference_of(got: Sequence[Any], wanted: Sequence[Any]) -> float:
     """The largest difference as a share of the largest number of its output."""
     worst = 0.0
     for one, other in zip(got, wanted, strict=True):

@@ -177,10 +177,13 @@ def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) 
     return [*written, out]
 
 
-def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> list[Path]:
+def save_merged(
+    model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value], apart: bool = False
+) -> list[Path]:
     """Writes a model whose numbers changed: all of them anew, some blocks in memory at a time; see `save`.
 
-    A model that kept numbers in data files keeps them in one new file, and nothing in it that no node reads.
+    A model that kept numbers in data files, or is to keep them `apart`, keeps them in one new file, and nothing in it
+    that no node reads.
     """
     _check_out(source, out)
     for graph in model.graphs():
@@ -190,7 +193,7 @@ def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.V
     stored = [v for g in model.graphs() for v in g.initializers.values() if v.const_value is not None]
     written: list[Path] = []
     try:
-        if source.data or _large(model):
+        if apart or source.data or _large(model):
             written += streamed([v for v in stored if v.const_value.nbytes > INLINE], out)  # type: ignore[union-attr]
         worked_out(value for value in fresh if isinstance(value.const_value, Changed))
         write_bytes(out, ir.to_proto(model).SerializeToString())

@@ -51,8 +51,7 @@ class Slots:
         """
         shapes = {name: self._shape(update, name, leaf) for name, leaf in update.tensors.items()}
         defaults = _neutral(update, shapes, place)
-        one = "" if len(place.updates) == 1 else f".{position}"
-        stem = f"{place.target}{one}.{update.method}"
+        stem = stem_of(place, position)
         made: dict[str, Any] = {
             name: self._slot(f"{stem}.{name}", update.tensors[name], shapes[name], default, layer)
             for name, default in defaults.items()
@@ -88,6 +87,12 @@ class Slots:
         held = self.building.slot(key, name, default.astype(kind), declared)
         self.feeds[held.name or name] = array.astype(kind)
         return Value(layer.branch, shape, kind, held)
+
+
+def stem_of(place: Found, position: int) -> str:
+    """The first part of the names of an update's slots; a dot and a tensor's name, or `scaling`, go behind it."""
+    one = "" if len(place.updates) == 1 else f".{position}"
+    return f"{place.target}{one}.{place.updates[position].method}"
 
 
 def _neutral(update: Update, shapes: dict[str, tuple[int, ...]], place: Found) -> dict[str, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -93,18 +93,12 @@ class Handle:
         Raises:
             NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
         """
-        self._check()
-        for target, update in self._adapter:
-            if update.kind in ("output", "context"):
-                raise NotMergeable("is not a change of weights", where=str(target), cure=_KEEP)
-        parts = [[part for part in station.parts if part.switch is self._switch] for station in self._stations]
-        for station, own in zip(self._stations, parts, strict=True):
-            self._check_foldable(station, own)
-        for station, own in zip(self._stations, parts, strict=True):
-            _fold(station, own)
+        foldable = _foldable([self])
+        for station, parts in foldable:
+            _fold(station, parts)
         self.remove()
 
-    def _check_foldable(self, station: Station, parts: list[Part]) -> None:
+    def _check_parts(self, station: Station, parts: list[Part]) -> None:
         for part in parts:
             if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
                 raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
@@ -134,6 +128,34 @@ def _fold(station: Station, parts: list[Part]) -> None:
     changed = station.changed(parts, torch.float64)
     for path, value in changed.items():
         tensor_at(station.module, path).copy_(value)
+
+
+def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters of one model, and what they are with the adapters of the handles folded in together, in float64.
+
+    Raises:
+        NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
+    """
+    return [
+        (tensor_at(station.module, path), value)
+        for station, parts in _foldable(handles)
+        for path, value in station.changed(parts, torch.float64).items()
+    ]
+
+
+def _foldable(handles: Sequence[Handle]) -> list[tuple[Station, list[Part]]]:
+    """The stations of the handles with their parts of it, all of which can be folded into weights."""
+    for handle in handles:
+        handle._check()
+        for target, update in handle._adapter:
+            if update.kind in ("output", "context"):
+                raise NotMergeable("is not a change of weights", where=str(target), cure=_KEEP)
+    switches = [handle._switch for handle in handles]
+    stations = dict.fromkeys(station for handle in handles for station in handle._stations)
+    found = [(station, [part for part in station.parts if part.switch in switches]) for station in stations]
+    for station, parts in found:
+        handles[0]._check_parts(station, parts)
+    return found
 
 
 def _name(target: Target, updates: tuple[Update, ...], position: int, field: str) -> str:

@@ -1,0 +1,266 @@
+"""Sessions: a model with slots, loaded once, whose adapters are exchanged from one run to the next.
+
+Slots are fed by name, as values on the session's device. onnxruntime's own `LoraAdapter` is not used: a run that
+outlives it reads freed memory, bindings ignore it, of two that share a name the first one wins without a word, and
+from Python it stays in the host's memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..adapter import Adapter
+from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError, nearest
+from ..tensors.lazy import as_array
+from ..tensors.ort_adapter import is_ort_adapter, read_ort_adapter
+from .building import Array
+from .fitting import fit
+from .model_file import opened
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+_KINDS = {
+    "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "bool": "bool",
+    **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
+}  # fmt: skip
+"""onnxruntime's names of element types -> numpy's."""
+
+Choice = str | Mapping[str, float] | None
+"""Which adapters a run is with: one by name, several with a weight each, or none."""
+
+
+class Session:
+    """A model under onnxruntime.
+
+    Args:
+        model: the file; with slots, where adapters are to be loaded.
+        adapters: adapters to load, by name; see `load`.
+        providers: what to run on, in order; CUDA where there is a device for it, else the CPU, when not given.
+
+    Attributes:
+        inputs: names of the inputs that a run must be given.
+        outputs: names of the outputs.
+        slots: names of the slots.
+
+    Raises:
+        StorageError, Malformed: the model cannot be read, or onnxruntime refuses it.
+        UsageError: a provider that was asked for does not run here.
+    """
+
+    def __init__(
+        self, model: str | PathLike[str], adapters: Mapping[str, Adapter | str | PathLike[str]] | None = None, *,
+        providers: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
+        self._path = Path(model)
+        opened(self._path)  # Data files outside the model's folder, or too short, are refused before any is read.
+        self._session = _started(self._path, providers)
+        self._entries = {entry.name: entry for entry in self._session.get_inputs()}
+        self._slots = {entry.name: entry for entry in self._session.get_overridable_initializers()}
+        self.inputs, self.slots = tuple(self._entries), tuple(self._slots)
+        self.outputs = tuple(entry.name for entry in self._session.get_outputs())
+        self._loaded: dict[str, dict[str, tuple[Array, Any]]] = {}
+        for name, adapter in (adapters or {}).items():
+            self.load(name, adapter)
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """What the session really runs on."""
+        return tuple(self._session.get_providers())
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return tuple(self._loaded)
+
+    def load(self, name: str, adapter: Adapter | str | PathLike[str]) -> None:
+        """Loads an adapter under a name, in place of one that has it; it lies on the session's device from then on.
+
+        Args:
+            name: what `run` calls it.
+            adapter: an `.onnx_adapter` file for this model's slots, or an adapter in any known format, or its path.
+
+        Raises:
+            TargetNotFound: a tensor has no slot in this model; names the nearest.
+            ShapeMismatch: a tensor does not fit its slot, or not the others beside it.
+            Malformed: the file is damaged.
+        """
+        ready_made = not isinstance(adapter, Adapter) and is_ort_adapter(adapter)
+        path = None if isinstance(adapter, Adapter) else adapter
+        if ready_made:
+            assert path is not None
+            feeds = {key: as_array(leaf) for key, leaf in read_ort_adapter(path).tensors.items()}
+        else:
+            feeds = fit(self._path, adapter)
+        for key, array in feeds.items():
+            _check_slot(key, array, self._slots, path)
+        _check_together(feeds, self._slots, path)
+        self._loaded[name] = {key: (array, self._placed(array)) for key, array in feeds.items()}
+
+    def unload(self, name: str) -> None:
+        """Lets go of an adapter.
+
+        Raises:
+            UsageError: none of this name is loaded.
+        """
+        self._named(name)
+        del self._loaded[name]
+
+    def run(
+        self, inputs: Mapping[str, Any], adapter: Choice = None, outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Runs the model.
+
+        Args:
+            inputs: an array for each of `inputs`.
+            adapter: the adapter by name; or several and their weights, at targets that they do not share; none when
+                not given, which is the model itself, bit for bit.
+            outputs: which outputs to return; all when not given.
+
+        Raises:
+            UsageError: an input is missing, unknown or of another type; no adapter of a name is loaded.
+            ShapeMismatch: an input does not fit.
+            Unsupported: two adapters want one slot, or one whose method has no scaling is weighted.
+        """
+        feeds = {name: _value(self._checked(name, array)) for name, array in inputs.items()}
+        if missing := [name for name in self.inputs if name not in feeds]:
+            raise UsageError(f"no input {', '.join(missing)}", path=self._path, cure="Pass an array for each input")
+        names = list(self.outputs if outputs is None else outputs)
+        for name in names:
+            if name not in self.outputs:
+                raise UsageError(f"no output {name!r}", path=self._path, cure=nearest(name, self.outputs) or _OUTPUTS)
+        feeds |= self._chosen(adapter)
+        try:
+            results = self._session.run_with_ort_values(names, feeds)
+        except Exception as error:  # onnxruntime's errors have no common class but this.
+            why = f"onnxruntime cannot run it ({_first(error)})"
+            cure = "Pass inputs whose sizes go together"
+            raise ShapeMismatch(why, path=self._path, cure=cure) from None
+        return {name: result.numpy() for name, result in zip(names, results, strict=True)}
+
+    def _checked(self, name: str, given: Any) -> Array:
+        if name not in self._entries:
+            cure = nearest(name, self.inputs) or f"The inputs are {', '.join(self.inputs)}"
+            raise UsageError(f"no input {name!r}", path=self._path, cure=cure)
+        array, kind = np.asarray(given), _kind(self._entries[name])
+        if array.dtype != kind:
+            raise UsageError(f"{array.dtype} for an input of {kind}", path=self._path, where=name, cure="Cast it")
+        return array
+
+    def _named(self, name: str) -> dict[str, tuple[Array, Any]]:
+        if name not in self._loaded:
+            cure = nearest(name, self._loaded) or f"Loaded: {', '.join(self._loaded) or 'none'}"
+            raise UsageError(f"no adapter {name!r} is loaded", path=self._path, cure=cure)
+        return self._loaded[name]
+
+    def _chosen(self, adapter: Choice) -> dict[str, Any]:
+        weights = {} if adapter is None else {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
+        feeds: dict[str, Any] = {}
+        for name, weight in weights.items():
+            held = self._named(name)
+            if both := sorted(feeds.keys() & held.keys()):
+                cure = "Make one adapter of them by adapterkit.ops.add and load that"
+                raise Unsupported(f"{name!r} and another adapter want one slot", where=both[0], cure=cure)
+            feeds |= {key: value for key, (_, value) in held.items()}
+            if weight != 1:
+                feeds |= self._weighed(name, held, weight)
+        return feeds
+
+    def _weighed(self, name: str, held: Mapping[str, tuple[Array, Any]], weight: float) -> dict[str, Any]:
+        """The scalings of an adapter, times a weight."""
+        stems = {key.rpartition(".")[0] for key in held}
+        if bare := sorted(stem for stem in stems if f"{stem}.scaling" not in held):
+            cure = "Run it at weight 1, or scale it by adapterkit.ops.scale and load that"
+            raise Unsupported(f"{name!r} has nothing to weigh it by", where=bare[0], cure=cure)
+        keys = [f"{stem}.scaling" for stem in sorted(stems)]
+        return {key: self._placed((held[key][0] * weight).astype(held[key][0].dtype)) for key in keys}
+
+    def _placed(self, array: Array) -> Any:
+        return _value(array, "cuda" if self.providers[0] == CUDA else "cpu")
+
+
+def _value(array: Array, device: str = "cpu") -> Any:
+    onnxruntime: Any = import_module("onnxruntime")
+    whole = np.ascontiguousarray(array)
+    if whole.dtype.kind == "V" or whole.dtype.name == "bfloat16":
+        from onnx import TensorProto
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(whole, TensorProto.BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(whole.reshape(array.shape), device, 0)
+
+
+def _started(path: Path, providers: Sequence[str] | None) -> Any:
+    onnxruntime: Any = import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # It remarks on every slot that it is no constant, which is what slots are for.
+    wanted = list(providers) if providers is not None else _best(onnxruntime)
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+    except Exception as error:
+        raise Malformed(f"onnxruntime refuses it ({_first(error)})", path=path, cure="Export it again") from None
+    lacking = [name for name in providers or () if name not in session.get_providers()]
+    if lacking:
+        cure = f"It runs on {', '.join(session.get_providers())}; adapterkit doctor tells more"
+        raise UsageError(f"{', '.join(lacking)} does not run here", where="providers", cure=cure)
+    return session
+
+
+def _best(onnxruntime: Any) -> list[str]:
+    """CUDA where a driver is there: onnxruntime lists it, and grumbles when asked for it, on machines without."""
+    driver = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
+    if not driver or CUDA not in onnxruntime.get_available_providers():
+        return [CPU]
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()
+    return [CUDA, CPU]
+
+
+def _check_slot(name: str, array: Array, slots: Mapping[str, Any], path: Any) -> None:
+    if name not in slots:
+        cure = nearest(name, slots) or ("Is it made for this model?" if slots else "Export the model with slots")
+        raise TargetNotFound(f"the model has no slot {name}", path=path, cure=cure)
+    declared, kind = slots[name].shape, _kind(slots[name])
+    if array.dtype != kind:
+        raise ShapeMismatch(f"{array.dtype} for a slot of {kind}", path=path, where=name, cure=_MADE)
+    sizes = zip(declared, array.shape, strict=False)
+    if len(declared) != array.ndim or any(isinstance(size, int) and size != own for size, own in sizes):
+        raise ShapeMismatch(f"{list(array.shape)} for a slot of {declared}", path=path, where=name, cure=_MADE)
+
+
+def _check_together(feeds: Mapping[str, Array], slots: Mapping[str, Any], path: Any) -> None:
+    """Sizes that slots of one update leave open are the same in each; a slot that is not given has none."""
+    stems = {name.rpartition(".")[0] for name in feeds}
+    open_sizes: dict[tuple[str, str], int] = {}
+    for name, entry in slots.items():
+        stem = name.rpartition(".")[0]
+        for axis, size in enumerate(entry.shape):
+            if stem not in stems or not isinstance(size, str) or not size.startswith(f"{name}."):
+                continue
+            own = feeds[name].shape[axis] if name in feeds else 0
+            word = size.removeprefix(f"{name}.")
+            if open_sizes.setdefault((stem, word), own) != own:
+                why = f"{word} is {own} here and {open_sizes[stem, word]} in the tensor beside it"
+                raise ShapeMismatch(why, path=path, where=name, cure=_MADE)
+
+
+def _kind(entry: Any) -> np.dtype[Any]:
+    name = _KINDS.get(entry.type.removeprefix("tensor(").removesuffix(")"), "float32")
+    if name == "bfloat16":
+        kind: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
+        return kind
+    return np.dtype(name)
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_MADE = "Write the adapter for this model by adapterkit.onnx.write_adapter"
+_OUTPUTS = "Leave outputs out to have all"
