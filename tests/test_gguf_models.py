@@ -14,6 +14,8 @@ from adapterkit.tensors.ggml_blocks import BLOCKS, WRITTEN, decoded, encoded
 gguf = pytest.importorskip("gguf")
 Kind, dequantize, quantize = gguf.GGMLQuantizationType, gguf.quants.dequantize, gguf.quants.quantize
 HEADS, KV, WIDTH = 4, 2, 256
+FILE_TYPES = {"F32": "ALL_F32", "Q2_K": "MOSTLY_Q2_K", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M",
+              "Q5_K": "MOSTLY_Q5_K_M"}  # fmt: skip
 
 
 def numbers(*shape, seed=0):
@@ -85,6 +87,7 @@ def write(path, kind, arch="llama", **options):
     writer.add_head_count_kv(KV)
     writer.add_array("tokenizer.ggml.tokens", ["a", "é", "c"])
     writer.add_float32("some.number", 0.1)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(kind, f"MOSTLY_{kind}")])
     for name, (values, how) in tensor_list(kind).items():
         data = packed(values, how)
         writer.add_tensor(name, data, raw_dtype=how if data.dtype == np.uint8 else None)
@@ -150,7 +153,9 @@ def test_the_type_changes_where_it_is_asked_for(kind, dtype, tmp_path):
     base, out = write(tmp_path / "base.gguf", kind), tmp_path / "out.gguf"
     lora, deltas = adapter()
     ak.merge(base, lora, out, dtype=dtype)
-    (_, old), (_, new) = read(base), read(out)
+    (_, old), (after, new) = read(base), read(out)
+    named = gguf.LlamaFileType[FILE_TYPES.get(dtype, f"MOSTLY_{dtype}")]
+    assert after.fields["general.file_type"].contents() == named
     for name, (how, data) in old.items():
         if data.ndim < 2:
             assert np.array_equal(new[name][1], data)

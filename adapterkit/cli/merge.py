@@ -29,7 +29,7 @@ MOST_SHOWN = 8
 @method_and_settings(default=None)
 @click.option(
     "--device", callback=_options.device_name, default="auto", show_default=True, metavar="DEVICE",
-    help="Where to compute: auto, cpu or cuda:N.",
+    help="Where to compute: auto, cpu, cuda:N, or several: cuda:0,cuda:1.",
 )  # fmt: skip
 @click.option("--dtype", metavar="D", help="Cast all floating weights, e.g. to BF16; as in the base if absent.")
 @click.option(

@@ -94,7 +94,8 @@ def merge(
         out: the folder to write; it must not exist, or be empty. With a single-file base, a `.safetensors` path. Or a
             place on a hub, such as `oci://registry/name:tag`: the output is pushed there when it is whole.
         weights: one factor an adapter; 1 for each when not given.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda:N` or any torch device.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda:N` or any torch device; or several, `cuda:0,cuda:1`,
+            which take the files in turn. Tested as torch's CPU device, not run on a card.
         dtype: cast all floating tensors to this; the base's own dtypes when not given.
         shard_size: bytes of an output file at most; the base's own sharding when not given.
         engine: `local`: threads of this process; `ray`: one task an output file on the nodes of a Ray cluster, which

@@ -16,7 +16,7 @@ from ..quant import SIDE_FILES, Dequantized
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
 from ..tensors.locations import NOTE
-from .arrays import arrays_for
+from .arrays import devices_for
 from .planning import REPORT, Plan, index_of
 from .requantize import damage_of
 from .stage import Norms, Stage
@@ -74,7 +74,7 @@ def local(device: str) -> Engine:
     def run(plan: Plan, stage: Stage, progress: Progress | None) -> dict[str, Norms]:
         from .execute import execute
 
-        return execute(plan.files, stage, arrays_for(device), progress, plan.workers, link=plan.link)
+        return execute(plan.files, stage, devices_for(device), progress, plan.workers, link=plan.link)
 
     return run
 
