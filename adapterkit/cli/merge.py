@@ -56,6 +56,7 @@ MOST_SHOWN = 8
     help="Most memory to hold; half of what is free if absent.",
 )
 @click.option("--link", is_flag=True, help="Hard links instead of copies of files that no adapter touches.")
+@click.option("--checksums/--no-checksums", default=True, help="Sums of what is written, for verify without the base.")
 @click.option("--stream", is_flag=True, help="Fetch a base from a hub one weight file at a time, never all of it.")
 @_options.allow_partial
 @_options.overwrite
@@ -68,7 +69,7 @@ def command(
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
     engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None,
-    link: bool,
+    link: bool, checksums: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
     from ..merging import merge, plan
@@ -93,6 +94,7 @@ def command(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
+            checksums=checksums,
         )  # fmt: skip
     record = dict(report.record())
     if verified:

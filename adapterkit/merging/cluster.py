@@ -108,7 +108,7 @@ def write_file(recipe: Recipe, digest: str, target: str, name: str) -> str:
         position = next(at for at, file in enumerate(plan.files) if file.name == name)
         devices = recipe.device.split(",")
         arrays = arrays_for(devices[position % len(devices)])
-        execute([plan.files[position]], stage.apart(), [arrays], None, THREADS)
+        execute([plan.files[position]], stage.apart(), [arrays], None, THREADS, checksums=plan.checksums)
     return name
 
 

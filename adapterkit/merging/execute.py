@@ -10,12 +10,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from hashlib import sha256
 from typing import Any, BinaryIO, cast
 
 from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError, Corrupt, storage_error
 from .arrays import Arrays, Workspace
+from .checksums import Run, digest_of
 from .compute import Block, Folder
 from .copying import WriteBehind, copy_range, read_all, write_all
 from .jobs import Job, OpenFile, create, jobs_of, norms_of
@@ -31,7 +33,7 @@ OPEN_FILES = 8
 
 def execute(
     files: Sequence[OutputFile], stage: Stage, devices: Sequence[Arrays], progress: Progress | None, threads: int, *,
-    link: bool = False,
+    link: bool = False, checksums: bool = True,
 ) -> dict[str, Norms]:  # fmt: skip
     """Writes every weight file that is not finished yet into the stage; returns the norms by file.
 
@@ -42,6 +44,7 @@ def execute(
         progress: called with (bytes done, bytes in all).
         threads: workers, one a device at least.
         link: make files that nothing touches hard links.
+        checksums: take sums of what is written.
 
     Raises:
         AdapterkitError: the first fault of any worker; the others stop.
@@ -49,7 +52,7 @@ def execute(
     pending = [file for file in files if not stage.finished(file.name)]
     left = sum(output.nbytes for file in pending for output in file.outputs)
     total = sum(file.size for file in files)
-    crew = _Crew(stage, devices, total - left, total, max(threads, len(devices)), link)
+    crew = _Crew(stage, devices, total - left, total, max(threads, len(devices)), link, checksums)
     with threadpool_limits(1, "blas"):
         crew.run(pending, progress)
     return {file.name: stage.norms_of(file.name) for file in files}
@@ -59,10 +62,11 @@ class _Crew:
     """Workers on a queue of jobs for each device, and one finisher that makes whole files durable."""
 
     def __init__(
-        self, stage: Stage, devices: Sequence[Arrays], done: int, total: int, threads: int, link: bool
-    ) -> None:
+        self, stage: Stage, devices: Sequence[Arrays], done: int, total: int, threads: int, link: bool,
+        checksums: bool,
+    ) -> None:  # fmt: skip
         self.stage, self.devices, self.done, self.total, self.threads = stage, devices, done, total, threads
-        self.link = link
+        self.link, self.checksums = link, checksums
         self.jobs: list[queue.Queue[Job | None]] = [queue.Queue(64) for _ in devices]
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
         self.lock, self.settled, self.unfinished = threading.Lock(), threading.Condition(), 0
@@ -109,6 +113,9 @@ class _Crew:
         file = OpenFile(planned, self.stage.parts / planned.name)
         create(file.path, planned)
         jobs = jobs_of(file)
+        if planned.whole is None and self.checksums:
+            file.summed = True
+            file.runs.append((0, len(planned.header), sha256(planned.header).hexdigest()))
         file.left = len(jobs)
         for job in jobs[:-1]:
             self._put(job, device, progress)
@@ -159,10 +166,11 @@ class _Crew:
                 continue
             if job is None:
                 return
-            self._done(job, hands.do(job))
+            self._done(job, *hands.do(job))
 
-    def _done(self, job: Job, norms: dict[int, float]) -> None:
+    def _done(self, job: Job, norms: dict[int, float], runs: list[Run]) -> None:
         with self.lock:
+            job.file.runs += runs
             if job.output is not None and norms:
                 job.file.norms[job.output.name].append((job.order, norms))
             job.file.left -= 1
@@ -174,7 +182,7 @@ class _Crew:
         while (file := self.written.get()) is not None:
             try:
                 if self.failure is None:
-                    self.stage.finish(file.plan.name, norms_of(file))
+                    self.stage.finish(file.plan.name, norms_of(file), sorted(file.runs))
             except BaseException as error:
                 self.failure = self.failure or error
             with self.settled:
@@ -195,20 +203,21 @@ class _Hands:
         self._lane: Lane | None = None
         self.behind = WriteBehind()
 
-    def do(self, job: Job) -> dict[int, float]:
-        """Does one job; returns the squared norms it found, by fold."""
+    def do(self, job: Job) -> tuple[dict[int, float], list[Run]]:
+        """Does one job; returns the squared norms it found, by fold, and the checksums of what it wrote."""
         target = self._open(str(job.file.path), "r+b")
+        done: tuple[dict[int, float], list[Run]]
         try:
             if job.output is None:
                 source = self._open(job.source[0], "rb")
                 copy_range(source, target, job.source[1], job.offset, job.nbytes, self.moved)
-                norms = {}
+                done = {}, self._copied(job, source)
             elif job.parts:
-                norms = self._pack(job, target)
+                done = self._pack(job, target)
             else:
-                norms = self._compute(job.output, job, target)
+                done = self._compute(job.output, job, target)
             self.behind(target, job.offset, job.nbytes)
-            return norms
+            return done
         except EOFError:
             raise Corrupt("the file ends before its last tensor", path=job.source[0], cure=_CHANGED) from None
         except OSError as error:
@@ -216,11 +225,19 @@ class _Hands:
         except AdapterkitError as error:
             raise error.at(where=job.output.name if job.output else None) from error.__cause__
 
-    def _compute(self, output: Output, job: Job, target: BinaryIO) -> dict[int, float]:
+    def _copied(self, job: Job, source: BinaryIO) -> list[Run]:
+        """The kernel copies without a look; what it copied is in memory now, and read again for its checksum."""
+        if not job.file.summed:
+            return []
+        return [(job.offset, job.nbytes, digest_of(source, job.source[1], job.nbytes))]
+
+    def _compute(self, output: Output, job: Job, target: BinaryIO) -> tuple[dict[int, float], list[Run]]:
         self._lane = lane = self._lane or lane_for(self.arrays)
         with lane.computing():
             folder = Folder(output, self.workspace)
             norms = folder.norms() if job.order == 0 else {}
+
+        digest = sha256()
 
         def compute(block: Block, raw: Any, out: Any) -> None:
             for fold, square in folder.compute(raw, out, block).items():
@@ -229,13 +246,15 @@ class _Hands:
         def write(block: Block, data: memoryview) -> None:
             target.seek(output.offset + block.first * output.dtype.itemsize)
             write_all(target, data)
+            if job.file.summed:
+                digest.update(data)
             self.moved(len(data))
 
         read = partial(self._read, output)
         lane.through(job.blocks, output.source.dtype, output.dtype, read, compute, write)
-        return norms
+        return norms, [(job.offset, job.nbytes, digest.hexdigest())] if job.file.summed else []
 
-    def _pack(self, job: Job, target: BinaryIO) -> dict[int, float]:
+    def _pack(self, job: Job, target: BinaryIO) -> tuple[dict[int, float], list[Run]]:
         assert job.output is not None
         assert job.output.part is not None
         made, norms = job.output.part.compute(self.workspace)
@@ -243,7 +262,9 @@ class _Hands:
             target.seek(output.offset)
             write_all(target, memoryview(made[output.name]))
             self.moved(output.nbytes)
-        return norms if job.output.folds else {}
+        parts = job.parts if job.file.summed else ()
+        runs = [(part.offset, part.nbytes, sha256(made[part.name]).hexdigest()) for part in parts]
+        return norms if job.output.folds else {}, runs
 
     def _read(self, output: Output, block: Block, data: memoryview) -> None:
         span = output.source.span

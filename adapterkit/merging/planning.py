@@ -104,6 +104,7 @@ class Plan:
         memory: bytes that the merge may hold beyond the imports.
         link: whether files of the base that nothing touches become hard links.
         origin: the uri that the base came from, if it came from a hub; its folder may be gone by the time of a report.
+        checksums: whether sums are taken of what is written.
     """
 
     base: Checkpoint
@@ -116,6 +117,7 @@ class Plan:
     memory: int = 1 << 62
     link: bool = False
     origin: str | None = None
+    checksums: bool = True
 
     @property
     def bytes(self) -> int:
@@ -193,6 +195,7 @@ def make_plan(
     seed: int | None = None,
     memory: int | None = None,
     link: bool = False,
+    checksums: bool = True,
 ) -> Plan:
     """Plans the merge of named, weighted adapters into a base; reads headers, and the adapters once for their digests.
 
@@ -223,7 +226,7 @@ def make_plan(
     files = tuple(_files(base, tensors, folds, kinds, shard_size, parts, seed))
     origin = source_of(base.folder)
     uri = None if origin is None else origin.uri
-    planned = Plan(base, sources, files, tied, changes, cast, seed, allowed(memory), link, uri)
+    planned = Plan(base, sources, files, tied, changes, cast, seed, allowed(memory), link, uri, checksums)
     planned.workers  # noqa: B018 - says before any work that the memory is too small
     return planned
 

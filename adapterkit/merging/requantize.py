@@ -88,7 +88,8 @@ class Repacked:
         for start, stop in steps(self.packed.shape):
             M, W, R = (rows(start, stop).astype(float) for rows in (merged.rows, self.packed.rows, again.rows))
             for at, difference in enumerate((R - M, M, M - W, R - W)):
-                squares[at] += float((difference * difference).sum())
+                flat = difference.reshape(-1)
+                squares[at] += float(flat @ flat)
         return squares
 
 

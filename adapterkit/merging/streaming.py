@@ -40,7 +40,14 @@ def supplied(device: str, supply: Supply) -> Engine:
         done = plan.bytes - sum(file.size for file in pending)
         for position, file in enumerate(pending):
             supply.bring(sorted(uses[position]))
-            execute([file], stage, _nth(devices, position), _from(done, plan.bytes, progress), plan.workers)
+            execute(
+                [file],
+                stage,
+                _nth(devices, position),
+                _from(done, plan.bytes, progress),
+                plan.workers,
+                checksums=plan.checksums,
+            )
             done += file.size
             supply.drop(uses[position].difference(*uses[position + 1 :]))
         return {file.name: stage.norms_of(file.name) for file in plan.files}
