@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnx_graphs as graphs
 import onnx_ir as ir
+import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
@@ -61,6 +62,32 @@ def test_a_dequantized_weight_stays_as_it_is(tmp_path):
     ak.onnx.inject(path, ADAPTER, tmp_path / "out.onnx")
     wanted = graphs.run(path, X) + DELTA
     np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X), wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max())
+
+
+@pytest.mark.parametrize("scale", [np.abs(W).max(0, keepdims=True) / 127, np.abs(W).max() / 127])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_merge_into_a_weight_that_is_cast_and_scaled(scale, turned, tmp_path):
+    """As weight-only quantization in 8 bits stores it; another layer reads the same numbers."""
+    packed, scale = np.round(W / scale).astype(np.int8), np.asarray(scale, "f4")
+    held = {"q8": packed.T.copy() if turned else packed, "scale": scale.T.copy() if turned else scale}
+    nodes = [
+        helper.make_node("Cast", ["q8"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["f", "scale"], ["m"]),
+        helper.make_node("Transpose", ["m"], ["w"], perm=[1, 0] if turned else [0, 1]),
+        helper.make_node("MatMul", ["x", "w"], ["h"], "/q/MatMul"),
+        helper.make_node("MatMul", ["x", "w"], ["g"], "/k/MatMul"),
+        helper.make_node("Sub", ["h", "g"], ["y"]),
+    ]  # fmt: skip
+    path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
+    path.write_bytes(model(nodes, held).SerializeToString())
+    report = ak.onnx.merge(path, ADAPTER, out, quantized="dequantize")
+    assert report.difference < 1e-5
+    np.testing.assert_allclose(graphs.run(out, X), DELTA, rtol=1e-4, atol=1e-4)
+    report = ak.onnx.merge(path, ADAPTER, out, quantized="requantize")
+    assert 0 < report.damage["q"]["error"] < 0.02
+    assert [i.data_type for i in onnx.load(out).graph.initializer].count(TensorProto.INT8) == 2
+    assert abs(graphs.run(out, X) - DELTA).max() < 0.1 * abs(DELTA).max()
+    np.testing.assert_array_equal(numpy_helper.to_array(onnx.load(out).graph.initializer[0]), held["q8"])
 
 
 def test_a_model_in_memory_stays_as_it_is(tmp_path):

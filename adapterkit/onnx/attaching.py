@@ -195,14 +195,14 @@ def _insert(layer: Layer, new: ir.Value, branch: Branch) -> None:
     assert graph is not None
     graph.insert_after(last, nodes)
     if old.is_graph_output():
-        _rename_output(graph, old, new, branch)
+        rename_output(graph, old, new, branch)
     new.shape = new.shape or old.shape
     for node in dict.fromkeys((last, layer.node)):
         if not any(out.uses() or out.is_graph_output() for out in node.outputs):
             graph.remove(node, safe=True)
 
 
-def _rename_output(graph: Any, old: ir.Value, new: ir.Value, branch: Branch) -> None:
+def rename_output(graph: Any, old: ir.Value, new: ir.Value, branch: Branch) -> None:
     """A graph's output keeps its name."""
     for position, value in enumerate(graph.outputs):
         if value is old:

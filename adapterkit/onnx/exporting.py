@@ -21,7 +21,7 @@ from ..adapter import Adapter
 from ..errors import CheckFailed, StorageError, Unsupported, UsageError
 from .attaching import attach
 from .building import Building
-from .checking import TOLERANCE, difference_of
+from .checking import MOST_NOISE, TOLERANCE, difference_of
 from .fitting import write_adapter
 from .injecting import Report, loaded
 from .model_file import Source, save_merged
@@ -265,7 +265,7 @@ def _checked(
 
 def _judge(worst: float, got: Sequence[Any], out: Path, name: str | None) -> None:
     narrow = any(array.dtype.kind in "fV" and array.dtype.itemsize < 4 for array in got)
-    if worst <= TOLERANCE["V" if narrow else "f"]:
+    if worst <= (TOLERANCE["V"] if narrow else MOST_NOISE):
         return
     why = f"the graph differs by {worst:.3g} of its largest output from the torch model"
     cure = "Report this; with check off the file is kept"

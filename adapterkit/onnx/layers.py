@@ -7,6 +7,7 @@ formula makes of them takes the output's place.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ import onnx_ir as ir
 
 from ..errors import Unsupported
 from .building import Array, Branch, element_type
-from .operands import attribute, is_constant, numbers, shape_of
+from .operands import attribute, is_constant, numbers, shadow, shape_of
 from .values import Value
 
 
@@ -74,6 +75,14 @@ class Layer:
         operand = node.inputs[cls.position]
         assert operand is not None
         return numbers(operand)
+
+    @classmethod
+    def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        """`held`, for when the node is no longer what it was."""
+        operand = node.inputs[cls.position]
+        assert operand is not None
+        copy = shadow(operand)
+        return lambda: numbers(copy)
 
     @property
     def operand(self) -> ir.Value:
