@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from ..adapter import Adapter
 from ..errors import CheckFailed, StorageError, Unsupported, UsageError
+from ..formats.onnx_adapter import sidecar
 from .attaching import attach
 from .building import Building
 from .checking import MOST_NOISE, TOLERANCE, difference_of
@@ -228,6 +229,7 @@ def _adapter_files(out: Path, adapters: Mapping[str, Adapter]) -> list[Path]:
     try:
         for name, adapter in adapters.items():
             written.append(write_adapter(out, adapter, _file(out, name)))
+            written.append(sidecar(written[-1]))
     except BaseException:
         _unlink(written)
         raise
