@@ -25,6 +25,7 @@ class Layer:
     Class attributes:
         op_type: what the node is called.
         position: which of its inputs is the weight.
+        merge_only: its output is no function of `x @ W` alone, so that no branch beside it says a change.
 
     Args:
         node: the node.
@@ -33,6 +34,7 @@ class Layer:
 
     op_type: ClassVar[str] = ""
     position: ClassVar[int] = 1
+    merge_only: ClassVar[bool] = False
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
         self.node, self.branch = node, branch
@@ -301,11 +303,20 @@ class Gather(Layer):
 KINDS: tuple[type[Layer], ...] = (MatMul, Gemm, Conv, ConvTranspose, Gather)
 
 
+def kinds_of(node: ir.Node) -> list[type[Layer]]:
+    """The kinds of layers that a node is: of most one, of a recurrent one a kind for each weight."""
+    from .recurrent import RECURRENT
+
+    kind = kind_of(node)
+    return [kind for kind in RECURRENT if kind.takes(node)] if kind is None else [kind]
+
+
 def kind_of(node: ir.Node) -> type[Layer] | None:
     """The kind of layer that a node is, or None."""
+    from .fused import Attention
     from .packed import FusedMatMul, MatMulInteger, MatMulNBits
 
-    kinds: tuple[type[Layer], ...] = (*KINDS, FusedMatMul, MatMulNBits, MatMulInteger)
+    kinds: tuple[type[Layer], ...] = (*KINDS, FusedMatMul, MatMulNBits, MatMulInteger, Attention)
     return next((kind for kind in kinds if kind.takes(node)), None)
 
 

@@ -27,6 +27,7 @@ from .injecting import Report, loaded
 from .model_file import opened, save_merged
 from .operands import numbers, shadow, shape_of
 from .packing import packing_of
+from .recurrent import Recurrent
 from .resolving import Found, Spot, resolve
 from .unpacking import CHOICES, EXPLAINED, as_float, is_packed
 
@@ -187,7 +188,12 @@ def _fold_spot(
         new = fresh_value(building, fresh, ("bias", id(bias), id(held), *key), bias, change)
         holder = spot.node if layer.after is None else layer.after[0]
         holder.replace_input_with(list(holder.inputs).index(bias), new)
-    if packed and any(update.changes_weight for update in updates):
+    if issubclass(spot.kind, Recurrent):
+        made, kind = spot.kind.changed(spot.node, partial(_added, at)), held.dtype or ir.DataType.FLOAT
+        change = Change(name, from_array(lambda: _rounded(made(), kind, name), shape_of(held), kind), ())
+        new = fresh_value(building, fresh, ("weight", id(held), spot.kind, *key), held, change)
+        spot.node.replace_input_with(spot.kind.position, new)
+    elif packed and any(update.changes_weight for update in updates):
         packing = packing_of(spot, building, fresh)
         folds = tuple(_stored(place, factor, spot, packing.stored, packing.shape) for place, factor in at)
         done = packing.again(Change(name, packing.source(spot), folds))
@@ -220,6 +226,15 @@ def _bias(spot: Spot, at: list[Fold], held: Callable[[], Array], bias: ir.Value)
         seen = None if W is None else _part(W, place)
         after[rows] += factor * (_through(place, seen, flat[rows])[1] - flat[rows])
     return after.reshape(before.shape)
+
+
+def _added(at: list[Fold], W: Array) -> Array:
+    """W' of a weight that is held whole, in float64."""
+    after = W.copy()
+    for place, factor in at:
+        rows = slice(*place.target.rows) if place.target.rows else slice(None)
+        after[rows] += factor * (_through(place, W[rows])[0] - W[rows])
+    return after
 
 
 def _through(place: Found, W: Any, b: Any = None) -> tuple[Any, Any]:
