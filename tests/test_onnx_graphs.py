@@ -92,6 +92,12 @@ def test_a_merge_into_a_weight_that_is_cast_and_scaled(scale, turned, tmp_path):
     assert [i.data_type for i in onnx.load(out).graph.initializer].count(TensorProto.INT8) == 2
     assert abs(graphs.run(out, X) - DELTA).max() < 0.1 * abs(DELTA).max()
     np.testing.assert_array_equal(numpy_helper.to_array(onnx.load(out).graph.initializer[0]), held["q8"])
+    both = Adapter({Target(name): ADAPTER.updates[Target("q")] for name in "qk"})
+    for choice in ("dequantize", "requantize"):
+        ak.onnx.merge(path, both, out, quantized=choice)
+        np.testing.assert_array_equal(graphs.run(out, X), 0 * DELTA)
+    assert [i.name for i in onnx.load(out).graph.initializer].count("q8") == 1
+    assert [i.data_type for i in onnx.load(out).graph.initializer].count(TensorProto.INT8) == 1
 
 
 @pytest.mark.parametrize("kind", ["transpose", "transpose-groups", "depthwise", "groups"])

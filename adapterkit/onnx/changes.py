@@ -179,14 +179,12 @@ def fresh_value(building: Building, fresh: dict[Any, ir.Value], key: Any, old: i
     return fresh[key]
 
 
-def settled_from(
-    building: Building, fresh: dict[Any, ir.Value], value: ir.Value, old: ir.Value, key: Any = None
-) -> ir.Value:
+def settled_from(building: Building, fresh: dict[Any, ir.Value], value: ir.Value, old: ir.Value, key: Any) -> ir.Value:
     """Registers a new tensor, which gets the old one's name where nothing reads that any more; see `settle`."""
     value.metadata_props.update(old.metadata_props)
     value.meta["adapterkit.old"] = old
     building.model.graph.register_initializer(value)
-    fresh[("value", id(value)) if key is None else key] = value
+    fresh[key] = value
     return value
 
 
