@@ -31,7 +31,7 @@ MOST_SHOWN = 8
 @method_and_settings(default=None)
 @click.option(
     "--device", callback=_options.device_name, default="auto", show_default=True, metavar="DEVICE",
-    help="Where to compute: auto, cpu or cuda:N.",
+    help="Where to compute: auto, cpu, cuda:N, or several: cuda:0,cuda:1.",
 )  # fmt: skip
 @click.option("--dtype", metavar="D", help="Cast all floating weights, e.g. to BF16; as in the base if absent.")
 @click.option(
@@ -58,6 +58,7 @@ MOST_SHOWN = 8
     help="Most memory to hold; half of what is free if absent.",
 )
 @click.option("--link", is_flag=True, help="Hard links instead of copies of files that no adapter touches.")
+@click.option("--checksums/--no-checksums", default=True, help="Sums of what is written, for verify without the base.")
 @click.option("--stream", is_flag=True, help="Fetch a base from a hub one weight file at a time, never all of it.")
 @_options.allow_partial
 @_options.overwrite
@@ -74,7 +75,11 @@ def command(
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
     engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None,
+<<<<<<< HEAD
     link: bool, base_weights: str | None, check: bool,
+=======
+    link: bool, checksums: bool,
+>>>>>>> w2-engine
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     if is_graph(base):
@@ -103,6 +108,7 @@ def command(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
+            checksums=checksums,
         )  # fmt: skip
     record = dict(report.record())
     if verified:
