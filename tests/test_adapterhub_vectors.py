@@ -96,7 +96,7 @@ def test_writes_as_the_library_wrote_it(folder, by_way_of, tmp_path):
             assert (tmp_path / "a" / name).read_bytes() == (folder / name).read_bytes()
 
 
-CONTEXT = {"mam_bert", "prefix_bert", "prefix_flat_llama", "prefix_t5", "prompt_bert"}
+CONTEXT = {"prompt_bert"}
 """Vectors that are not only of changed layers."""
 
 FAULTY = {"dora_bert"}

@@ -4,7 +4,8 @@ A model as a whole is any that takes `inputs_embeds` or, for prefixes, a cache o
 transformers. Its forward is called as ever, with token numbers or embeddings, also by `generate()`, and what it returns
 is of the longer input: logits of virtual tokens come first. Where a call begins (no cache, or an empty one) the virtual
 tokens go in; where it goes on, the cache has them already. Callers speak of their own tokens alone: masks get ones for
-virtual tokens, labels -100, token types 0, and positions are moved up behind them.
+virtual tokens, labels -100, token types 0, and positions are moved up behind them. Prefixes of single attentions are in
+prefixes.py: those are no tokens of the model's, and nothing moves.
 
 Several adapters' virtual tokens follow each other in the order in which they were attached; prefixes come before all.
 `task_ids=` of a call picks tasks of multitask prompts.
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from ..updates import ContextUpdate
 from .attention import heads_of
 from .call import Call, Words, encoder_words, present
 from .outputs import Switch
+from .prefixes import is_attention, key_sizes, positions_of, with_prefixes
 from .sizes import embedding_of, is_encoder_decoder, sizes_of
 
 CACHES = {"cache", "past_key_values"}
@@ -34,12 +37,18 @@ CACHES = {"cache", "past_key_values"}
 
 @dataclass(frozen=True, eq=False)
 class ContextPart:
-    """Context updates at one module; `encoder` where it is the encoder of the model that they are meant for."""
+    """Context updates at one module.
+
+    Attributes:
+        encoder: it is the encoder of the model that they are meant for.
+        biased: the attention whose table of relative positions this one uses too, if any.
+    """
 
     switch: Switch
     target: Target
     updates: tuple[ContextUpdate, ...]
     encoder: bool = False
+    biased: nn.Module | None = None
 
 
 def surround(
@@ -52,8 +61,8 @@ def surround(
     place = updates[0].place
     if place == "vocabulary":
         return _with_tokens(module, updates, forward, words.pop(names[0]), words)
-    if place == "attention":
-        return _with_prompts(module, updates, forward, words)
+    if is_attention(module):
+        return _at_attention(module, updates, parts[0].biased, forward, words)
     if any(part.encoder for part in parts):
         return forward(**encoder_words(module, updates, words))
     return Call(module, updates, words, names).run(forward)
@@ -69,6 +78,8 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
     module = _reader(model.get_submodule(part.target.path), part.updates)
     for update in part.updates:
         _check(module, part.target, update)
+    if is_attention(module):
+        return [(module, replace(part, biased=positions_of(model, part.target.path)))]
     found = [(module, part)]
     if part.updates[0].place == "embeddings" and is_encoder_decoder(module):
         found.append((_encoder(module), ContextPart(part.switch, part.target, part.updates, encoder=True)))
@@ -91,6 +102,20 @@ def _with_tokens(
     new = ids >= len(held)
     y: Tensor = forward(torch.where(new, 0, ids), **words)
     return torch.where(new[..., None], more[torch.where(new, ids - len(held), 0)].to(y.dtype), y)
+
+
+def _at_attention(
+    module: nn.Module, updates: Sequence[ContextUpdate], biased: Any, forward: Callable[..., Any], words: Words
+) -> Any:
+    """An attention with prefixes of its own, and prompts beside what it gives."""
+    prompts = [update for update in updates if update.place == "attention"]
+    prefixes = [update for update in updates if update.place != "attention"]
+    inner = partial(_prefixed, module, prefixes, biased, forward) if prefixes else forward
+    return _with_prompts(module, prompts, inner, words) if prompts else inner(**words)
+
+
+def _prefixed(module: nn.Module, updates: Any, biased: Any, forward: Callable[..., Any], **words: Any) -> Any:
+    return with_prefixes(module, updates, biased, forward, words)
 
 
 def _with_prompts(
@@ -125,12 +150,29 @@ def _check(module: nn.Module, target: Target, update: ContextUpdate) -> None:
         wanted = module.embedding_dim
     elif update.place == "attention":
         wanted = heads_of(module).width
+    elif is_attention(module) or update.place == "prefix":
+        _check_prefix(module, update, where)
+        return
     else:
         wanted = _width(module, update, where)
     dims = update.dims()
     if dims.get("dim", wanted) != wanted:
         why = f"made for embeddings of {dims['dim']}; the model's have {wanted}"
         raise ShapeMismatch(why, where=where, cure=_WRONG_BASE)
+
+
+def _check_prefix(module: nn.Module, update: ContextUpdate, where: str) -> None:
+    """Checks that an attention takes a prefix of its own, and that it is made for its keys."""
+    if not is_attention(module) or update.place not in ("past", "prefix"):
+        why = f"{update.method} at a {type(module).__name__}"
+        raise Unsupported(why, where=where, cure="Prefixes are of attentions of transformers', other context of models")
+    dims = {"layers": 1, **update.dims()}
+    gated = {"width": dims["width"]} if "gate" in update.tensors else {}
+    for name, size in {"layers": 1, **key_sizes(module)}.items():
+        has = {**dims, **gated}.get(name, size) if name != "width" else gated.get(name, size)
+        if has != size:
+            why = f"made for {name}={has}; the attention has {size}"
+            raise ShapeMismatch(why, where=where, cure=_WRONG_BASE)
 
 
 def _width(module: nn.Module, update: ContextUpdate, where: str) -> int:

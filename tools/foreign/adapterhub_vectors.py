@@ -39,6 +39,7 @@ from adapters import (
     PromptTuningConfig,
     SeqBnConfig,
     SeqBnInvConfig,
+    UniPELTConfig,
     VeraConfig,
 )
 from adapters.configuration import AdapterConfig
@@ -147,6 +148,21 @@ CASES = {
         lambda: MAMConfig(PrefixTuningConfig(prefix_length=2, bottleneck_size=3), ParBnConfig(reduction_factor=4)),
         safetensors=False,
     ),
+    "unipelt_bert": Case(
+        "bert",
+        lambda: UniPELTConfig(
+            PrefixTuningConfig(prefix_length=2, bottleneck_size=3), SeqBnConfig(reduction_factor=4), LoRAConfig(r=2)
+        ),
+        safetensors=False,
+    ),
+    "prefix_gated_llama": Case(
+        "llama",
+        lambda: PrefixTuningConfig(prefix_length=2, flat=True, use_gating=True, shared_gating=False, leave_out=[0]),
+        safetensors=False,
+    ),
+    "prefix_cross_t5": Case(
+        "t5", lambda: PrefixTuningConfig(prefix_length=2, flat=True, use_gating=True), safetensors=False
+    ),
     "prompt_bert": Case("bert", lambda: PromptTuningConfig(prompt_length=3)),
     "two_kinds_bert": Case(
         "bert",
@@ -173,7 +189,7 @@ def updates(model: Any) -> Updates:
             yield ak.Target(path.removesuffix(".reft_layer")), of_reft(module.refts[NAME])
         elif isinstance(module, PrefixTuningLayer) and NAME in module.prefixes:
             prefix = module.pool.prefix_tunings[NAME][module.location_key]
-            yield ak.Target(path.removesuffix(".prefix_tuning")), of_prefix(prefix, module.prefixes[NAME])
+            yield ak.Target(path.removesuffix(".prefix_tuning")), of_prefix(prefix, module)
         elif isinstance(module, PromptTuningLayer) and NAME in module.prompt_tunings:
             weight = module.prompt_tunings[NAME].prompt_embedding.weight
             yield ak.Target("embeddings"), METHODS["prompt"](P=weight)
@@ -259,16 +275,19 @@ def of_reft(reft: Any) -> Any:
     )  # fmt: skip
 
 
-def of_prefix(prefix: Any, layer: int) -> Any:
-    """One layer's share of a prefix."""
+def of_prefix(prefix: Any, module: Any) -> Any:
+    """One layer's share of a prefix, with its gate."""
+    layer, held = module.prefixes[NAME], module.prefix_gates
+    gate = {"gate": held[NAME].weight, "gate_bias": held[NAME].bias} if NAME in held else {}
+    word = "gated_" if gate else ""
     layers, heads, d = prefix.n_layers, prefix.n_heads, prefix.n_embd_per_head
     if isinstance(prefix, FlatPrefixTuning):
         whole = prefix.control_trans.reshape(-1, layers, 2, heads, d)
-        return METHODS["prefix"](P=whole[:, layer].permute(1, 2, 0, 3)[None])
+        return METHODS[f"{word}prefix"](P=whole[:, layer].permute(1, 2, 0, 3)[None], **gate)
     first, last = prefix.control_trans[0], prefix.control_trans[2]
     shares = {"W2": last.weight.reshape(layers, 2, heads, d, -1), "b2": last.bias.reshape(layers, 2, heads, d)}
     shares = {field: share[layer : layer + 1] for field, share in shares.items()}
-    return METHODS["prefix_mlp"](E=prefix.wte.weight, W1=first.weight, b1=first.bias, **shares)
+    return METHODS[f"{word}prefix_mlp"](E=prefix.wte.weight, W1=first.weight, b1=first.bias, **shares, **gate)
 
 
 def of_coupling(block: Any) -> Any:

@@ -24,8 +24,17 @@ if TYPE_CHECKING:
     from ..naming import Naming
 
 KIND, LAYER, POOL = "prefix_tunings", "prefix_tuning", ".prefix_tuning.pool"
+GATES = "prefix_gates"
+GATE = {"weight": "gate", "bias": "gate_bias"}
 GROUPS = ("encoder_prefix", "self_prefix", "cross_prefix")
 FLAT = "control_trans"
+METHODS = {
+    (True, False): "prefix",
+    (False, False): "prefix_mlp",
+    (True, True): "gated_prefix",
+    (False, True): "gated_prefix_mlp",
+}
+"""(flat, use_gating) -> method."""
 NETWORK = {
     "wte.weight": "E",
     "control_trans.0.weight": "W1",
@@ -55,19 +64,21 @@ class PrefixFields(Fields, frozen=True, kw_only=True):
     non_linearity: str = "tanh"
     leave_out: tuple[int, ...] = ()
     use_gating: bool = False
+    shared_gating: bool = True
 
 
 class PrefixFamily(Family):
     """`prefix_tuning`."""
 
-    methods = frozenset({"prefix", "prefix_mlp"})
+    methods = frozenset(METHODS.values())
     fields = PrefixFields
     read: ClassVar[Mapping[str, str]] = {
         "flat": "the keys and values themselves, without the network",
         "leave_out": "layers that have none, though they list those of the others",
         "non_linearity": "of the network: tanh",
         "prefix_length": "how many",
-        "use_gating": "a gate on the input weights them; refused",
+        "shared_gating": "one gate for keys and values, not one each",
+        "use_gating": "gates on what enters an attention weight its keys and values",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "bottleneck_size": "sizes; the tensors say them",
@@ -75,7 +86,6 @@ class PrefixFamily(Family):
         "dropout": "training only",
         "encoder_prefix": "which attentions have any; the keys say so",
         "init_weights_seed": "initial values",
-        "shared_gating": "setting of use_gating",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "architecture": "prefix_tuning",
@@ -84,8 +94,6 @@ class PrefixFamily(Family):
         "encoder_prefix": True,
         "init_weights_seed": None,
         "non_linearity": "tanh",
-        "shared_gating": True,
-        "use_gating": False,
     }
 
     @classmethod
@@ -128,17 +136,23 @@ class PrefixFamily(Family):
             for slot, leaf in _slots([update for _, update in own]).items():
                 for path in (naming.at_root(LAYER), *(target.path + POOL for target in updates)):
                     yield naming.key(path, KIND, f"{name}.{slot}" if slot else name), leaf
+        for target, found in updates.items():
+            for slot, field in GATE.items():
+                for update in (update for update in found if field in update.tensors):
+                    yield naming.key(f"{target.path}.{LAYER}", GATES, slot), as_lazy(update.tensors[field])
 
     @classmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
         some: Any = next(iter(updates.values()))[0]
-        flat = some.method == "prefix"
+        flat, gates = "P" in some.tensors, _gates(some)
         layers = next((base.config[n] for n in LAYERS if base and base.config and n in base.config), 0)
         return {
             "bottleneck_size": 512 if flat else int(some.W1.shape[0]),
             "flat": flat,
             "leave_out": sorted({*range(layers)} - {_layer(target.path) for target in updates}),
             "prefix_length": int(some.P.shape[3] if flat else some.E.shape[0]),
+            "shared_gating": gates < 2,
+            "use_gating": gates > 0,
         }
 
     @classmethod
@@ -162,16 +176,17 @@ def _why_not(target: Target, update: Any, first: Any, model_type: str | None) ->
     shapes = {name: tuple(leaf.shape) for name, leaf in update.tensors.items()}
     if shapes != {name: tuple(leaf.shape) for name, leaf in first.tensors.items()} or update.method != first.method:
         return "another form or size than the others': a config has one of each"
-    if update.method == "prefix":
-        return "" if update.P.shape[0] == 1 and update.step == 1 else "keys and values of several layers"
+    if "P" in update.tensors:
+        return (
+            ""
+            if update.P.shape[0] == 1 and update.attributes.get("step", 1) == 1
+            else "keys and values of several layers"
+        )
     shared = all(update.tensors[name] is first.tensors[name] for name in ("E", "W1", "b1"))
     return "" if shared and update.b2.shape[0] == 1 else "a network of its own, where the library has one for all"
 
 
 def _check(part: Part) -> None:
-    if part.own.use_gating:
-        why = "a gate on the input of each attention weights the prefix; not known to this version"
-        raise Unsupported(why, where=f"{part.at}.use_gating", cure="Run it with the adapters library")
     if part.own.non_linearity.lower() != "tanh" and not part.own.flat:
         why = f"a network with {part.own.non_linearity[:60]!r} is not known to this version"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure="Known: tanh")
@@ -191,18 +206,41 @@ def _group_updates(part: Part, name: str, paths: Sequence[str], whole: Mapping[s
     if "W2" in tensors and (len(tensors["W2"].shape) != 2 or tensors["W2"].shape[:1] != tensors["b2"].shape):
         why = f"{list(tensors['W2'].shape)} does not go with a bias of {list(tensors['b2'].shape)}"
         raise ShapeMismatch(why, where=keys[0].text, cure=AGAIN)
+    method = METHODS[part.own.flat, part.own.use_gating]
     for position, path in enumerate(placed):
         mine = tuple(key for key in part.tensors if key.kind == KIND and key.path == path + POOL)
+        gate = _gate(part, path, keys[0])
+        own_gate = {GATE[slot]: part.tensors[key] for slot, key in gate.items()}
         if part.own.flat:
             P = _share(tensors["P"], part.own.prefix_length, len(placed), position, heads)
-            update = make("prefix", {"P": P})
+            update = make(method, {"P": P, **own_gate})
         else:
             start, stop = position * 2 * width, (position + 1) * 2 * width
             W2, b2 = sliced(tensors["W2"], start, stop), sliced(tensors["b2"], start, stop)
             shape = (1, 2, heads, width // heads)
             share = {"W2": W2.reshape(*shape, W2.shape[1]), "b2": b2.reshape(*shape)}
-            update = make("prefix_mlp", {**tensors, **share})
-        yield Found(Target(path), update, (*keys, *mine))
+            update = make(method, {**tensors, **share, **own_gate})
+        yield Found(Target(path), update, (*keys, *mine, *gate.values()))
+
+
+def _gate(part: Part, path: str, where: Key) -> dict[str, Key]:
+    """Slot -> key of an attention's gate; nothing where the config has none.
+
+    Raises:
+        Malformed: it is not in the file.
+        ShapeMismatch: there are more or fewer than the config says.
+    """
+    if not part.own.use_gating:
+        return {}
+    slots = part.groups(GATES).get(f"{path}.{LAYER}", {})
+    if slots.keys() != GATE.keys():
+        raise Malformed(f"the gate of {path} is not in the file", where=where.text, cure=AGAIN)
+    shape = part.tensors[slots["weight"]].shape
+    if shape[:1] != ((1,) if part.own.shared_gating else (2,)):
+        said = "one gate" if part.own.shared_gating else "one each"
+        why = f"{list(shape)}, where the config says {said} for keys and values"
+        raise ShapeMismatch(why, where=slots["weight"].text, cure="The config is not of this file")
+    return slots
 
 
 def _sizes(part: Part, tensors: Mapping[str, Lazy], layers: int, key: Key) -> tuple[int, int]:
@@ -234,7 +272,7 @@ def _share(flat: Lazy, length: int, layers: int, layer: int, heads: int) -> Lazy
 
 
 def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
-    if updates[0].method == "prefix":
+    if "P" in updates[0].tensors:
         whole = joined([as_lazy(update.P) for update in updates])
         size = whole.nbytes // whole.dtype.itemsize
         return {FLAT: whole.map(lambda v: v.transpose(3, 0, 1, 2, 4).reshape(-1), (size,))}
@@ -243,6 +281,11 @@ def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
     W2 = joined([as_lazy(update.W2) for update in updates])
     b2 = joined([as_lazy(update.b2) for update in updates])
     return slots | {"control_trans.2.weight": W2.reshape(rows, W2.shape[-1]), "control_trans.2.bias": b2.reshape(rows)}
+
+
+def _gates(update: Any) -> int:
+    """How many gates weight an attention's keys and values."""
+    return int(update.gate.shape[0]) if "gate" in update.tensors else 0
 
 
 def _group(path: str, part: Part) -> str:
