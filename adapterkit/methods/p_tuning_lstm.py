@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ShapeMismatch
-from ..tensors.activations import sigmoid
 from ..tensors.namespace import namespace
 from ..updates import ContextUpdate, tensor
+from ._lstm import both_ways
 from .prompt import tokens_of
 
 if TYPE_CHECKING:
@@ -69,33 +69,12 @@ class PTuningLSTM(ContextUpdate):
 
     def embeddings(self, task: Any = None) -> Tensor:
         xp = namespace(self.E)
-        h = _both_ways(self.E, *self._layer("first"))
+        h = both_ways(self.E, *self._layer("first"))
         for layer in range(0 if self.deeper_input is None else len(self.deeper_input)):
-            h = _both_ways(h, *(each[layer] for each in self._layer("deeper")))
+            h = both_ways(h, *(each[layer] for each in self._layer("deeper")))
         h = h @ self.W1.mT + self.b1
         out: Tensor = xp.where(h > 0, h, 0 * h) @ self.W2.mT + self.b2
         return out
 
     def _layer(self, which: str) -> tuple[Any, ...]:
         return tuple(getattr(self, f"{which}_{name}") for name in ("input", "hidden", "input_bias", "hidden_bias"))
-
-
-def _both_ways(x: Any, weights: Any, hidden: Any, bias: Any, hidden_bias: Any) -> Any:
-    """One layer's outputs `[n, 2 * hidden]` for its inputs `[n, width]`: forward and backward side by side."""
-    forward = _one_way(x, range(len(x)), weights[0], hidden[0], bias[0] + hidden_bias[0])
-    backward = _one_way(x, range(len(x) - 1, -1, -1), weights[1], hidden[1], bias[1] + hidden_bias[1])
-    return namespace(x).concat([forward, backward], axis=-1)
-
-
-def _one_way(x: Any, order: Any, weights: Any, hidden: Any, bias: Any) -> Any:
-    xp, size = namespace(x), hidden.shape[-1]
-    read = x @ weights.mT + bias
-    h = c = 0 * bias[:size]
-    found = {}
-    for token in order:
-        gates = read[token] + hidden @ h
-        i, f, g, o = (gates[start : start + size] for start in range(0, 4 * size, size))
-        c = sigmoid(f) * c + sigmoid(i) * xp.tanh(g)
-        h = sigmoid(o) * xp.tanh(c)
-        found[token] = h
-    return xp.stack([found[token] for token in range(len(x))])

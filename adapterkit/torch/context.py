@@ -26,7 +26,7 @@ from ..adapter import Target
 from ..errors import ShapeMismatch, Unsupported
 from ..updates import ContextUpdate
 from .attention import heads_of
-from .call import Call, Words, encoder_words, present
+from .call import Call, Words, encoder_words, extended, present
 from .outputs import Switch
 from .prefixes import is_attention, key_sizes, positions_of, with_prefixes
 from .sizes import embedding_of, is_encoder_decoder, sizes_of
@@ -41,6 +41,7 @@ class ContextPart:
 
     Attributes:
         encoder: it is the encoder of the model that they are meant for.
+        masks: it is the model around the embeddings behind which tokens stand: its mask gets places for them.
         biased: the attention whose table of relative positions this one uses too, if any.
     """
 
@@ -48,6 +49,7 @@ class ContextPart:
     target: Target
     updates: tuple[ContextUpdate, ...]
     encoder: bool = False
+    masks: bool = False
     biased: nn.Module | None = None
 
 
@@ -63,6 +65,13 @@ def surround(
         return _with_tokens(module, updates, forward, words.pop(names[0]), words)
     if is_attention(module):
         return _at_attention(module, updates, parts[0].biased, forward, words)
+    if place == "embeddings" and not hasattr(module, "get_input_embeddings"):
+        return _behind(updates, forward(**words))
+    if any(part.masks for part in parts):
+        forward = partial(_with_masks, [u for part in parts if part.masks for u in part.updates], forward)
+        updates = [update for part in parts if not part.masks for update in part.updates]
+        if not updates:
+            return forward(**words)
     if any(part.encoder for part in parts):
         return forward(**encoder_words(module, updates, words))
     return Call(module, updates, words, names).run(forward)
@@ -75,6 +84,9 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
         ShapeMismatch: it is made for other sizes than the model's.
         Unsupported: the module does not take such context.
     """
+    owner = _owner(model, part)
+    if owner is not None:
+        return _around(owner, model.get_submodule(part.target.path), part)
     module = _reader(model.get_submodule(part.target.path), part.updates)
     for update in part.updates:
         _check(module, part.target, update)
@@ -91,6 +103,48 @@ def _reader(module: nn.Module, updates: Sequence[ContextUpdate]) -> nn.Module:
     inside = getattr(module, "base_model", None)
     takes = CACHES & set(inspect.signature(module.forward).parameters)
     return inside if isinstance(inside, nn.Module) and updates[0].place == "past" and not takes else module
+
+
+def _owner(model: nn.Module, part: ContextPart) -> nn.Module | None:
+    """The model around the embeddings behind which tokens are to stand; None where the target is a model itself."""
+    path, _, name = part.target.path.rpartition(".")
+    module: Any = model.get_submodule(part.target.path)
+    if part.updates[0].place != "embeddings" or hasattr(module, "get_input_embeddings"):
+        return None
+    owner = model.get_submodule(path)
+    takes = "inputs_embeds" in inspect.signature(owner.forward).parameters and hasattr(owner, "get_input_embeddings")
+    if not takes or not name or isinstance(module, nn.Dropout):
+        why = f"tokens behind a {type(module).__name__} inside a {type(owner).__name__}"
+        raise Unsupported(why, where=str(part.target), cure="Target the model itself, or its embeddings")
+    return owner
+
+
+def _around(owner: nn.Module, module: nn.Module, part: ContextPart) -> list[tuple[nn.Module, ContextPart]]:
+    """Tokens behind a model's embeddings: in front of its input where these are all that embeds it."""
+    config: Any = getattr(owner, "config", None)
+    for update in part.updates:
+        dim, wanted = update.dims()["dim"], getattr(config, "hidden_size", None)
+        if wanted not in (None, dim):
+            why = f"made for embeddings of {dim}; the model's have {wanted}"
+            raise ShapeMismatch(why, where=f"{part.target}: {update.method}", cure=_WRONG_BASE)
+    if embedding_of(owner) is module:
+        return [(owner, part)]
+    if getattr(config, "is_decoder", False):
+        why = "tokens behind the embeddings of a decoder, whose cache goes on without them"
+        raise Unsupported(why, where=str(part.target), cure="Target the model itself")
+    return [(module, part), (owner, replace(part, masks=True))]
+
+
+def _behind(updates: Sequence[ContextUpdate], y: Tensor) -> Tensor:
+    fronts = present([update.embeddings() for update in updates])
+    return torch.cat((*(front.to(y).expand(len(y), *front.shape[-2:]) for front in fronts), y), 1)
+
+
+def _with_masks(updates: Sequence[ContextUpdate], forward: Callable[..., Any], **words: Any) -> Any:
+    mask, extra = words.get("attention_mask"), sum(u.shape[-2] for u in present([u.embeddings() for u in updates]))
+    if isinstance(mask, Tensor):
+        words["attention_mask"] = extended(mask, extra, mask.shape[1] + extra)
+    return forward(**words)
 
 
 def _with_tokens(

@@ -66,6 +66,7 @@ from adapterkit.methods import METHODS
 DEST = Path(__file__).resolve().parents[2] / "spec" / "vectors" / "formats" / "adapterhub"
 NAME = "ad"
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+MASK = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
 COMMON = {"vocab_size": 11}
 
 MODELS: dict[str, PretrainedConfig] = {
@@ -86,12 +87,13 @@ Updates = Iterator[tuple[ak.Target, Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a config, and how the folder is saved."""
+    """A model, a config, how the folder is saved, and whether rows are padded, one at either end."""
 
     model: str
     config: Callable[[], AdapterConfig]
     safetensors: bool = True
     headed: bool = False
+    masked: bool = False
 
 
 CASES = {
@@ -136,6 +138,8 @@ CASES = {
     ),
     "loreft_bert": Case("bert", lambda: LoReftConfig(r=2, suffix_positions=2)),
     "loreft_tied_llama": Case("llama", lambda: LoReftConfig(prefix_positions=1, suffix_positions=2, tied_weights=True)),
+    "loreft_padded_bert": Case("bert", lambda: LoReftConfig(r=2, prefix_positions=1, suffix_positions=2), masked=True),
+    "loreft_padded_llama": Case("llama", lambda: LoReftConfig(r=2, prefix_positions=2), masked=True),
     "noreft_gpt2": Case("gpt2", lambda: NoReftConfig(r=2, non_linearity="relu", layers=[1])),
     "direft_gpt2": Case("gpt2", lambda: DiReftConfig(r=2)),
     "prefix_bert": Case("bert", lambda: PrefixTuningConfig(prefix_length=3, bottleneck_size=5), safetensors=False),
@@ -163,6 +167,7 @@ CASES = {
     "prefix_cross_t5": Case(
         "t5", lambda: PrefixTuningConfig(prefix_length=2, flat=True, use_gating=True), safetensors=False
     ),
+    "prompt_padded_bert": Case("bert", lambda: PromptTuningConfig(prompt_length=2), masked=True),
     "prompt_bert": Case("bert", lambda: PromptTuningConfig(prompt_length=3)),
     "two_kinds_bert": Case(
         "bert",
@@ -352,10 +357,9 @@ def own(model: nn.Module) -> nn.Module:
     return found
 
 
-def run(model: Any, name: str) -> Tensor:
+def run(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The last hidden states of the model without its head."""
     base = getattr(model, model.base_model_prefix, model)
-    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS.flip(1)} if name == "t5" else {})
     with torch.no_grad():
         out: Tensor = base(**inputs).last_hidden_state
     return out
@@ -391,7 +395,8 @@ def make(name: str, case: Case, dest: Path) -> None:
     adapter = adapter.map(lambda leaf: leaf.detach().clone().contiguous())
     ak.write(adapter, dest / "expected.native.safetensors")
     inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS.flip(1).contiguous()} if case.model == "t5" else {})
-    save_file(inputs | {"y": run(model, case.model)}, dest / "forward.safetensors")
+    inputs |= {"attention_mask": MASK} if case.masked else {}
+    save_file(inputs | {"y": run(model, inputs)}, dest / "forward.safetensors")
     print(f"{name}: {sum(file.stat().st_size for file in dest.iterdir())} bytes")
 
 

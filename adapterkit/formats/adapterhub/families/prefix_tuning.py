@@ -6,7 +6,7 @@ target here: it attends to its own share of the keys and values first, and posit
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import AGAIN, Found, Kept, check_same, joined, make, sliced, take
 from ..places import model_type_of
+from ._attentions import ENCODER_DECODER, LAYERS, group_of, lacking, layer_of, unlike, why_not
 from ._family import Family, Fields, Size, Updates
 
 if TYPE_CHECKING:
@@ -43,15 +44,6 @@ NETWORK = {
     "control_trans.2.bias": "b2",
 }
 """Slot of a group -> field; the last two hold all layers."""
-
-ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
-ATTENTIONS = {
-    **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), ".attention.self"),
-    **dict.fromkeys(("llama", "mistral"), ".self_attn"),
-    "gpt2": ".attn",
-}
-"""model_type -> the attentions that new folders can be written for."""
 
 HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
 
@@ -89,9 +81,7 @@ class PrefixFamily(Family):
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "architecture": "prefix_tuning",
-        "cross_prefix": True,
         "dropout": 0.0,
-        "encoder_prefix": True,
         "init_weights_seed": None,
         "non_linearity": "tanh",
     }
@@ -115,7 +105,7 @@ class PrefixFamily(Family):
             path
             for name in names
             for path in found
-            if _group(path, part) == name and _layer(path) not in part.own.leave_out
+            if _group(path, part) == name and layer_of(path) not in part.own.leave_out
         }
         for path, slots in found.items():
             for slot, key in slots.items():
@@ -129,7 +119,7 @@ class PrefixFamily(Family):
     def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
         groups: dict[str, list[tuple[Target, Any]]] = {}
         for target, found in updates.items():
-            group = _group_of(target.path, naming.model_type)
+            group = group_of(target.path, naming.model_type)
             groups.setdefault(group, []).extend((target, update) for update in found)
         for name, own in groups.items():
             own.sort(key=lambda pair: _in_order(pair[0].path))
@@ -145,11 +135,15 @@ class PrefixFamily(Family):
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
         some: Any = next(iter(updates.values()))[0]
         flat, gates = "P" in some.tensors, _gates(some)
-        layers = next((base.config[n] for n in LAYERS if base and base.config and n in base.config), 0)
+        config, model_type = {} if base is None else base.config or {}, model_type_of(base)
+        pair, groups = model_type in ENCODER_DECODER, {group_of(target.path, model_type) for target in updates}
+        layers = 0 if pair else next((config[name] for name in LAYERS if name in config), 0)
         return {
+            "cross_prefix": not pair or "cross_prefix" in groups,
+            "encoder_prefix": not pair or "encoder_prefix" in groups,
             "bottleneck_size": 512 if flat else int(some.W1.shape[0]),
             "flat": flat,
-            "leave_out": sorted({*range(layers)} - {_layer(target.path) for target in updates}),
+            "leave_out": sorted({*range(layers)} - {layer_of(target.path) for target in updates}),
             "prefix_length": int(some.P.shape[3] if flat else some.E.shape[0]),
             "shared_gating": gates < 2,
             "use_gating": gates > 0,
@@ -158,32 +152,16 @@ class PrefixFamily(Family):
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
         model_type = model_type_of(base)
-        first: Any = next(iter(updates.values()))[0]
+        first: dict[str, Any] = {}
+        counts = Counter(group_of(target.path, model_type) for target in updates)
         for target, found in updates.items():
+            group = group_of(target.path, model_type)
             for position, update in enumerate(found):
-                why = _why_not(target, update, first, model_type) or ("a second one" if position else "")
+                some = first.setdefault(group, update)
+                why = lacking(counts, group, base) or why_not(target, update, some, model_type)
+                why = why or unlike(update, next(iter(first.values()))) or ("a second one" if position else "")
                 if why:
                     yield target, position, f"{update.method}: {why}"
-
-
-def _why_not(target: Target, update: Any, first: Any, model_type: str | None) -> str:
-    """Why a new config cannot say it: the library fills all attentions of the layers that are not left out."""
-    ending = ATTENTIONS.get(model_type or "")
-    if ending is None:
-        return "the library fills attentions that are left out, and which there are only the base tells"
-    if not target.path.endswith(ending):
-        return f"not an attention where the library puts prefixes in a {model_type}"
-    shapes = {name: tuple(leaf.shape) for name, leaf in update.tensors.items()}
-    if shapes != {name: tuple(leaf.shape) for name, leaf in first.tensors.items()} or update.method != first.method:
-        return "another form or size than the others': a config has one of each"
-    if "P" in update.tensors:
-        return (
-            ""
-            if update.P.shape[0] == 1 and update.attributes.get("step", 1) == 1
-            else "keys and values of several layers"
-        )
-    shared = all(update.tensors[name] is first.tensors[name] for name in ("E", "W1", "b1"))
-    return "" if shared and update.b2.shape[0] == 1 else "a network of its own, where the library has one for all"
 
 
 def _check(part: Part) -> None:
@@ -201,7 +179,7 @@ def _group_updates(part: Part, name: str, paths: Sequence[str], whole: Mapping[s
     own = {slot.removeprefix(prefix).lstrip("."): key for slot, key in whole.items() if slot.startswith(prefix)}
     tensors = take(part, own, {FLAT: "P"} if part.own.flat else NETWORK)
     keys = tuple(own.values())
-    placed = [path for path in paths if _layer(path) not in part.own.leave_out]
+    placed = [path for path in paths if layer_of(path) not in part.own.leave_out]
     heads, width = _sizes(part, tensors, len(placed), keys[0])
     if "W2" in tensors and (len(tensors["W2"].shape) != 2 or tensors["W2"].shape[:1] != tensors["b2"].shape):
         why = f"{list(tensors['W2'].shape)} does not go with a bias of {list(tensors['b2'].shape)}"
@@ -289,20 +267,7 @@ def _gates(update: Any) -> int:
 
 
 def _group(path: str, part: Part) -> str:
-    return _group_of(path, part.settings.model_type)
-
-
-def _group_of(path: str, model_type: str | None) -> str:
-    """What the library calls the kind of an attention."""
-    if path.endswith(("EncDecAttention", ".encoder_attn")) or ".crossattention" in path:
-        return "cross_prefix"
-    inside = "encoder" in path.split(".") and model_type in ENCODER_DECODER
-    return "encoder_prefix" if inside else "self_prefix"
-
-
-def _layer(path: str) -> int:
-    found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", path)
-    return int(found[1]) if found else -1
+    return group_of(path, part.settings.model_type)
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:
