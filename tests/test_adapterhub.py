@@ -266,7 +266,11 @@ FAULTS = {
     "prompt_combine": ("prompt_bert", own(combine="prefix_after_bos"), nothing, Unsupported, "config.combine"),
     "mtl_count": ("mtl_bert", own(n_up_projection=2), nothing, ShapeMismatch, "lora_B"),
     "mtl_linear": ("mtl_bert", own(task_specific_matrix_type="linear"), nothing, Unsupported, "matrix_type"),
-    "prefix_gate": ("prefix_bert", own(use_gating=True), nothing, Unsupported, "config.use_gating"),
+    "prefix_gate": ("prefix_bert", own(use_gating=True), nothing, Malformed, "prefix_tunings"),
+    "prefix_gates": ("unipelt_bert", lambda c: c["config"]["configs"][0].update(shared_gating=False), nothing,
+                     ShapeMismatch, "prefix_gates.ad.weight"),
+    "prefix_gate_off": ("unipelt_bert", lambda c: c["config"]["configs"][0].update(use_gating=False), nothing,
+                        Malformed, "prefix_gates.ad"),
     "prefix_network": ("prefix_bert", own(non_linearity="relu"), nothing, Unsupported, "config.non_linearity"),
 }  # fmt: skip
 
@@ -488,8 +492,12 @@ NEW = [
     "pfeiffer_bert",
     "prefix_bert",
     "prefix_flat_llama",
+    "prefix_cross_t5",
+    "prefix_gated_llama",
+    "prefix_t5",
     "prompt_bert",
     "union_bert",
+    "unipelt_bert",
     "vera_bert",
 ]
 """Vectors that tools/foreign/check_adapterhub.py wrote anew, and the library computed the same with."""

@@ -96,16 +96,11 @@ def test_writes_as_the_library_wrote_it(folder, by_way_of, tmp_path):
             assert (tmp_path / "a" / name).read_bytes() == (folder / name).read_bytes()
 
 
-CONTEXT = {"mam_bert", "prefix_bert", "prefix_flat_llama", "prefix_t5", "prompt_bert"}
-"""Vectors that are not only of changed layers."""
-
 FAULTY = {"dora_bert"}
 """Vectors whose forward is not their method's."""
 
 
-@pytest.mark.parametrize(
-    "folder", [f for f in FOLDERS if f.name not in CONTEXT | FAULTY], ids=lambda folder: folder.name
-)
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if f.name not in FAULTY], ids=lambda folder: folder.name)
 def test_computes_what_the_library_computed(folder):
     model, forward = built(model_of(folder)), load_file(folder / "forward.safetensors")
     y = forward.pop("y")
@@ -113,7 +108,7 @@ def test_computes_what_the_library_computed(folder):
         before = model(**forward).last_hidden_state
         ak.torch.inject(model, read_folder(folder))
         after = model(**forward).last_hidden_state
-    assert (y - before).abs().max() > 1e-2
+    assert y.shape != before.shape or (y - before).abs().max() > 1e-2
     torch.testing.assert_close(after, y, rtol=0, atol=1e-5)
 
 

@@ -21,7 +21,9 @@ from adapterkit.errors import (
     Unsupported,
     UsageError,
 )
+from adapterkit.formats.adapterhub.setup import Setup, read_setup, write_setup
 from adapterkit.methods import METHODS
+from adapterkit.tensors.checkpoint import open_checkpoint
 
 DATA = Path(__file__).parent / "data"
 HUB = DATA / "adapterhub_blocks"
@@ -150,6 +152,120 @@ def test_a_composition_is_weighed_and_trained_like_any_adapter(model, expected):
     handle.remove()
     ak.torch.inject(model, trained)
     close(run(model, ids), now)
+
+
+SETUPS = json.loads((HUB / "setups.json").read_text("utf-8"))
+"""What the library writes into adapter_setup.json, for compositions of its own."""
+
+
+def written(name, folder):
+    """A composition as the library would have written it: its file, and copies of the folders that it names."""
+    folder.mkdir()
+    for each in (*"abcd", *FUSIONS):
+        shutil.copytree(HUB / each, folder / (FUSIONS_IN_SETUPS.get(each, each)))
+    (folder / "adapter_setup.json").write_text(json.dumps(SETUPS[name], indent=2))
+    return folder
+
+
+FUSIONS_IN_SETUPS = {"dynamic": "a,b"}
+
+
+@pytest.mark.parametrize("name", ["stack", "split", "dynamic"])
+def test_a_setup_computes_what_the_library_computes(name, model, expected, tmp_path):
+    ak.torch.inject(model, compose.load(written(name, tmp_path / "s")))
+    close(run(model, expected["input_ids"]), expected[name])
+
+
+def test_a_setups_weights_are_used_as_they_are_and_blocks_nest(model, expected, tmp_path):
+    """The library divides by the number of adapters once more."""
+    a, b, c, d = adapters("abcd")
+    for name, same in (
+        ("average", compose.average(a, b, weights=[0.25, 0.75])),
+        ("nested", compose.stack(compose.average(a, compose.split(b, c, sizes=[1, 4])), d)),
+    ):
+        handle = ak.torch.inject(model, same)
+        wanted = run(model, expected["input_ids"])
+        handle.remove()
+        handle = ak.torch.inject(model, compose.load(written(name, tmp_path / name)))
+        close(run(model, expected["input_ids"]), wanted)
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_setup_is_written_as_the_library_writes_it(name, tmp_path):
+    setup, base = (
+        read_setup(written(name, tmp_path / "s")),
+        open_checkpoint(DATA / "adapterhub_outputs" / "models" / "bert"),
+    )
+    given = {each: ak.Adapter(ak.read(HUB / each).updates) for each in "abcd"}
+    write_setup(tmp_path / "again", setup, given, fusions={"a,b": HUB / "dynamic"}, base=base)
+    assert (tmp_path / "again" / "adapter_setup.json").read_text() == (
+        tmp_path / "s" / "adapter_setup.json"
+    ).read_text()
+    assert read_setup(tmp_path / "again") == setup
+    for each in set(setup.names()):
+        assert ak.read(tmp_path / "again" / each).digest() == given[each].digest()
+        assert json.loads((tmp_path / "again" / each / "adapter_config.json").read_text())["name"] == each
+
+
+def block(kind="Stack", children=("a",), **kwargs):
+    return {"type": kind, "children": [{"type": "single", "children": [c]} for c in children], "kwargs": kwargs}
+
+
+def deep():
+    tree = block()
+    for _ in range(40):
+        tree = {"type": "Stack", "children": [tree]}
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("tree", "where"),
+    [
+        (None, "adapter_setup"),
+        (block("Merge"), "adapter_setup"),
+        (block(["Stack"]), "adapter_setup"),
+        (block(children=()), "adapter_setup"),
+        (block(children=("../../x",)), "adapter_setup.children[0]"),
+        (block(children=(3,)), "adapter_setup.children[0]"),
+        (block("Split", "ab", splits=[2]), "adapter_setup.kwargs"),
+        (block("Average", "ab"), "adapter_setup.kwargs"),
+        (block("Average", "a", weights=[True]), "adapter_setup.kwargs"),
+        (deep(), "children[0].children[0]"),
+    ],
+)
+def test_a_setup_that_the_library_would_not_write_is_refused(tree, where, tmp_path):
+    (tmp_path / "adapter_setup.json").write_text(json.dumps({"adapter_setup": tree}))
+    with pytest.raises(Malformed) as raised:
+        compose.load(tmp_path)
+    assert where in raised.value.where
+    assert raised.value.path.endswith("adapter_setup.json")
+    assert raised.value.cure
+
+
+def test_a_setup_that_is_no_adapter_says_what_to_do(tmp_path):
+    with pytest.raises(StorageError, match=r"no adapter_setup\.json"):
+        compose.load(tmp_path)
+    for name in ("parallel", "batch_split"):
+        with pytest.raises(Unsupported, match=r"sends rows through several adapters\. Inject them by names"):
+            compose.load(written(name, tmp_path / name))
+    with pytest.raises(Unsupported, match=r"not one adapter.*compose.load"):
+        ak.read(tmp_path / "parallel")
+
+
+def test_a_setup_lacks_nothing_when_it_is_written(tmp_path):
+    a = ak.read(HUB / "a")
+    for setup, given, error, words in (
+        (Setup("Stack", ("a", "b")), {"a": a}, UsageError, "'b' is in the setup"),
+        (Setup("Fuse", ("a", "a")), {"a": a}, UsageError, "'a,a' is in the setup"),
+        (Setup("Split", ("a",)), {"a": a}, UsageError, "not one of splits"),
+        (Setup("Stack", ("a.b",)), {"a.b": a}, UsageError, "no name of an adapter"),
+        (Setup("Stack", ("a",)), {"a": dora()}, Unrepresentable, "dora"),
+    ):
+        with pytest.raises(error, match=words) as raised:
+            write_setup(tmp_path / "s", setup, given)
+        assert raised.value.cure
+        assert not (tmp_path / "s").exists()
 
 
 def test_a_composition_has_a_target_for_each_adapter_of_a_stack():

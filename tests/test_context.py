@@ -38,6 +38,8 @@ def said(update, inputs):
     found = {word: getattr(update, word)() for word in WORDS}
     if update.place == "attention":
         found["attention"] = update.attention(*(inputs[name] for name in "qkv"))
+    if update.place == "prefix":
+        found["prefix"] = update.prefix(inputs["x"])
     return {word: value for word, value in found.items() if value is not None}
 
 
@@ -50,7 +52,7 @@ def test_a_formula_agrees_with_its_vector(method, target, dtype, tolerance, load
     adapter = ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit")
     (update,) = adapter.updates[target]
     got = said(update.map(lambda leaf: load(leaf, dtype)), {n: load(leaf, dtype) for n, leaf in expected.items()})
-    assert got.keys() == expected.keys() - {"q", "k", "v"}
+    assert got.keys() == expected.keys() - {"q", "k", "v", "x"}
     assert update.place in got
     for word, value in got.items():
         wanted = expected[word].torch()

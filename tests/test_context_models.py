@@ -352,7 +352,13 @@ def test_training_from_scratch_reaches_every_trained_tensor_and_nothing_else(met
         with pytest.raises(TargetNotFound, match="no attention"):
             ak.torch.create(model, method, rank=3)
         return
-    more = {"multitask_prompt": {"r": 2, "tasks": 2}, "prefix_mlp": {"hidden": 5}}.get(method, {})
+    more = {
+        "multitask_prompt": {"r": 2, "tasks": 2},
+        "prefix_mlp": {"hidden": 5},
+        "gated_prefix_mlp": {"hidden": 5},
+        "p_tuning_lstm": {"hidden": 3},
+    }
+    more = more.get(method, {})
     adapter = ak.torch.create(model, method, rank=3, **more)
     handle = ak.torch.inject(model, adapter, trainable=True)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -387,7 +393,7 @@ def test_training_from_scratch_reaches_every_trained_tensor_and_nothing_else(met
     assert resumed.adapter().digest() == result.digest()
 
 
-@pytest.mark.parametrize("method", ["p_tuning", "cpt", "prefix_mlp"])
+@pytest.mark.parametrize("method", ["p_tuning", "p_tuning_lstm", "cpt", "prefix_mlp"])
 def test_peft_gets_what_a_network_computes_where_that_is_asked_for(method, tmp_path):
     model = fresh(grouped)
     adapter = ak.torch.create(model, method, rank=3)
@@ -399,6 +405,43 @@ def test_peft_gets_what_a_network_computes_where_that_is_asked_for(method, tmp_p
     ak.torch.inject(model, adapter)
     theirs = PeftModel.from_pretrained(fresh(grouped), str(tmp_path / "out")).eval()
     torch.testing.assert_close(model(IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_an_lstm_computes_what_pefts_encoder_computes_and_peft_reads_what_is_written(layers, tmp_path):
+    """PEFT's files are without the network: the tensors come from its module, and it loads what they compute."""
+    config = PromptEncoderConfig(
+        **CAUSAL, encoder_hidden_size=6, encoder_reparameterization_type="LSTM", encoder_num_layers=layers
+    )
+    torch.manual_seed(3)
+    theirs = get_peft_model(fresh(gpt2), config).eval()
+    encoder = theirs.prompt_encoder["default"]
+    lstm, (first, _, second) = encoder.lstm_head, encoder.mlp_head
+
+    def layer(number, kind):
+        return torch.stack([getattr(lstm, f"{kind}_l{number}{way}") for way in ("", "_reverse")])
+
+    kinds = {"input": "weight_ih", "hidden": "weight_hh", "input_bias": "bias_ih", "hidden_bias": "bias_hh"}
+    tensors = {f"first_{name}": layer(0, kind) for name, kind in kinds.items()}
+    if layers > 1:
+        above = range(1, layers)
+        tensors |= {f"deeper_{n}": torch.stack([layer(i, kind) for i in above]) for n, kind in kinds.items()}
+    head = {"W1": first.weight, "b1": first.bias, "W2": second.weight, "b2": second.bias}
+    update = METHODS["p_tuning_lstm"](E=encoder.embedding.weight, **tensors, **head)
+    adapter = Adapter({Target(""): (update.map(lambda leaf: leaf.detach().clone()),)})
+    with torch.no_grad():
+        ((_, mine),) = adapter
+        computed = encoder(torch.arange(4)[None])[0]
+        torch.testing.assert_close(mine.embeddings(), computed, rtol=1e-6, atol=1e-6)
+        model = fresh(gpt2)
+        ak.torch.inject(model, adapter)
+        torch.testing.assert_close(model(IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+    ak.write(adapter, tmp_path / "native.safetensors")
+    assert ak.read(tmp_path / "native.safetensors").digest() == adapter.digest()
+    ak.write(adapter, tmp_path / "out", "peft", on_loss="fold")
+    again = PeftModel.from_pretrained(fresh(gpt2), str(tmp_path / "out")).eval()
+    held = again.prompt_encoder["default"].embedding.weight
+    torch.testing.assert_close(held.detach(), computed, rtol=1e-6, atol=1e-6)
 
 
 def test_tokens_to_begin_with_are_the_ones_that_are_asked_for():

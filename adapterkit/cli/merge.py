@@ -2,6 +2,7 @@
 
 BASE is a folder of weights or one weight file; each A an adapter in any known format; OUT a path, or a place on a hub
 such as oci://registry/name:tag. An interrupted merge goes on where it stopped when the same command is run again.
+BASE may be an ONNX file: OUT.onnx is then run against the graph with the adapter attached.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import click
 
 from . import _options
 from ._combining import combination, method_and_settings
+from ._graphs import is_graph, merge_graph, refuse_graph_options
 from ._progress import progress
 from ._render import Table, View, counted, show, size
 from .verify import record_of, verdict
@@ -62,6 +64,10 @@ MOST_SHOWN = 8
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
 @click.option("--verify", "verified", is_flag=True, help="Compute every merged tensor again and compare it to OUT.")
+@click.option(
+    "--base-weights", metavar="DIR", help="Of a graph: weights of its base, to find layers whose names are lost."
+)
+@click.option("--check/--no-check", default=True, show_default=True, help="Of a graph: run the result and compare it.")
 @_options.flags
 @click.pass_context
 def command(
@@ -69,9 +75,17 @@ def command(
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
     engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None,
+<<<<<<< HEAD
+    link: bool, base_weights: str | None, check: bool,
+=======
     link: bool, checksums: bool,
+>>>>>>> w2-engine
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
+    """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
+    if is_graph(base):
+        merge_graph(ctx, base, adapters, out, weights, base_weights, quantized, check, overwrite, only_plan)
+        return
+    refuse_graph_options(ctx, base)
     from ..merging import merge, plan
 
     settings: _options.Settings = ctx.obj
@@ -147,10 +161,10 @@ def _quantized(record: Mapping[str, Any]) -> Iterator[str]:
     if chosen is not None:
         weights = counted(chosen["weights"], "weight")
         yield f"{chosen['choice']}: {weights} of scheme {chosen['scheme']}: {chosen['why']}"
-    yield from _damage(record.get("damage", {}))
+    yield from damage_lines(record.get("damage", {}))
 
 
-def _damage(damage: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+def damage_lines(damage: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     """What quantizing again did, target by target, the worst first."""
     worst = sorted(damage, key=lambda name: damage[name]["kept"])
     for name in worst[:MOST_SHOWN]:

@@ -5,8 +5,10 @@ Mao et al. 2021, https://arxiv.org/abs/2110.07577
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from ..errors import Malformed
 from ..tensors.activations import sigmoid
 
 
@@ -16,3 +18,22 @@ def row_shares(logits: Any, channel: int = -1) -> Any:
     places = tuple(axis for axis in range(1, logits.ndim) if axis != channel)
     shares = sigmoid(logits)
     return shares.mean(places, keepdims=True) if places else shares
+
+
+def gated(P: Any, x: Any, gate: Any, bias: Any) -> Any:
+    """Keys and values `[1, 2, heads, n, d]` times the shares of the rows of x, `[batch, m, width]`.
+
+    One share is for both, two are for keys and for values: `[batch, 2, heads, n, d]`.
+    """
+    return P * row_shares(x @ gate.mT + bias).reshape(len(x), -1, 1, 1, 1)
+
+
+def check_gates(dims: Mapping[str, Any]) -> None:
+    """Checks that a prefix has one gate, or one for keys and one for values.
+
+    Raises:
+        Malformed: it has more.
+    """
+    if dims["shares"] not in (1, 2):
+        why = f"{dims['shares']} gates for keys and values"
+        raise Malformed(why, where="gate", cure="One is for both, or each has its own")

@@ -45,6 +45,10 @@ class PrefixMLP(ContextUpdate):
         )
 
     def past(self) -> Tensor:
+        return self.computed()
+
+    def computed(self) -> Tensor:
+        """What the network gives: keys and values `[layers, 2, heads, n, d]`."""
         xp = namespace(self.E)
         h = xp.tanh(self.E @ self.W1.mT + self.b1)
         P = h @ self.W2.reshape(-1, h.shape[-1]).mT + self.b2.reshape(-1)

@@ -11,6 +11,7 @@ from ..errors import Malformed, ShapeMismatch
 from ..tensors.activations import ACTIVATIONS
 from ..tensors.namespace import namespace
 from ..updates import OutputUpdate, attribute, tensor
+from ._ends import changed_at_ends
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
 class ReFT(OutputUpdate):
     """h' = h + (act(h @ source^T + source_bias) - h @ projection^T) @ projection, first and last positions only.
 
-    Positions lie on the axis before the channels. Where prefix and suffix overlap, the suffix's rule holds.
+    Positions lie on the axis before the channels. Where prefix and suffix overlap, the suffix's rule holds. Under a
+    mask `[rows, positions]` each row's first and last positions are those of what it does not mask.
     """
+
+    hears = ("attention_mask",)
 
     paper = "https://arxiv.org/abs/2404.03592"
     forms: ClassVar[Any] = (
@@ -62,15 +66,13 @@ class ReFT(OutputUpdate):
             raise ShapeMismatch("a kernel's layer has no axis of positions", cure="Target a module of sequences")
 
     def forward(self, x: Any, layer: Any) -> Any:
-        y = layer(x)
-        # By slices that stop at an end: a graph's sequences have no length before they run.
-        before = y[..., : -self.suffix_positions, :] if self.suffix_positions else y
-        behind = y[..., -self.suffix_positions :, :] if self.suffix_positions else y[..., :0, :]
-        first = self._changed(before[..., : self.prefix_positions, :], self.source, self.source_bias, self.projection)
         tied = self.source, self.source_bias, self.projection
         own = self.suffix_source, self.suffix_source_bias, self.suffix_projection
-        last = self._changed(behind, *(tied if self.suffix_source is None else own))
-        return namespace(y).concat([first, before[..., self.prefix_positions :, :], last], axis=-2)
+        last = tied if self.suffix_source is None else own
+        counts = self.prefix_positions, self.suffix_positions
+        return changed_at_ends(
+            layer(x), layer, counts, lambda h: self._changed(h, *tied), lambda h: self._changed(h, *last)
+        )
 
     def _changed(self, h: Any, source: Any, bias: Any, projection: Any) -> Any:
         R = _orthonormal(projection) if self.orthogonality else projection

@@ -57,6 +57,10 @@ class Block(OutputUpdate):
         return tuple({word for child in self.present for word in getattr(child, "asks", ())})
 
     @property
+    def hears(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple({word for child in self.present for word in getattr(child, "hears", ())})
+
+    @property
     def placed(self) -> bool:  # type: ignore[override]
         return all(isinstance(child, OutputUpdate) and child.placed for child in self.present)
 

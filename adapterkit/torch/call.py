@@ -75,7 +75,7 @@ class Call:
             self._fill()
         extra = self.past + self.front
         mask = f"{self.own}attention_mask"
-        self.words[mask] = _extended(self.words.get(mask), extra, seen + new + (0 if seen else extra))
+        self.words[mask] = extended(self.words.get(mask), extra, seen + new + (0 if seen else extra))
         self._move_positions(seen, extra)
         self.words = {name: value for name, value in self.words.items() if value is not None}
 
@@ -140,7 +140,7 @@ class Call:
             total = given.shape[1] + extra
         else:
             return
-        self.words["attention_mask"] = _extended(self.words.get("attention_mask"), extra, total)
+        self.words["attention_mask"] = extended(self.words.get("attention_mask"), extra, total)
 
 
 def encoder_words(module: nn.Module, updates: Sequence[ContextUpdate], words: Words) -> Words:
@@ -151,7 +151,7 @@ def encoder_words(module: nn.Module, updates: Sequence[ContextUpdate], words: Wo
         raise Unsupported("a call without tokens", cure="Pass input_ids or inputs_embeds")
     extra = sum(front.shape[-2] for front in fronts)
     embeds = _joined(module, fronts, words, "")
-    mask = _extended(words.get("attention_mask"), extra, embeds.shape[1])
+    mask = extended(words.get("attention_mask"), extra, embeds.shape[1])
     rest = {name: value for name, value in words.items() if name != "input_ids"}
     return {**rest, "inputs_embeds": embeds, "attention_mask": mask}
 
@@ -170,7 +170,7 @@ def _joined(module: nn.Module, fronts: Sequence[Tensor], words: Words, own: str)
     return torch.cat((*rows, embeds), 1)
 
 
-def _extended(mask: Any, extra: int, total: int) -> Any:
+def extended(mask: Any, extra: int, total: int) -> Any:
     """A mask with ones for `extra` virtual tokens, unless it has all `total` already."""
     if mask is None or not extra:
         return mask

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from torch.utils import _pytree as pytree
 
 from ..adapter import Adapter, Target
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from ..formats import FORMATS
 from ..formats.adapterhub.fusion import read_fusion
+from ..formats.adapterhub.setup import Setup, read_setup
+from ..tensors.checkpoint import Checkpoint, open_checkpoint
 from ..updates import Update
 from .blocks import Average, Block, Chain, Fuse, Split
 from .routing import route
 
-__all__ = ["average", "batch_split", "fuse", "parallel", "split", "stack"]
+__all__ = ["average", "batch_split", "fuse", "load", "parallel", "split", "stack"]
 
 
 def stack(*adapters: Adapter) -> Adapter:
@@ -91,6 +95,37 @@ def fuse(*adapters: Adapter, fusion: str | PathLike[str]) -> Adapter:
         return Fuse(children=children, **own, **settings)
 
     return _blocks("fuse", adapters, made)
+
+
+def load(folder: str | PathLike[str], *, base: Any = None) -> Adapter:
+    """One adapter of the composition that AdapterHub's `save_adapter_setup` wrote: its blocks are those of this module.
+
+    Args:
+        folder: with `adapter_setup.json`, and a folder for each adapter and fusion.
+        base: for adapters that need it to be read, see `ak.read`.
+
+    Raises:
+        Unsupported: a block is one of rows, which is a matter of calls and not of an adapter.
+    """
+    return _loaded(read_setup(folder), Path(folder), base)
+
+
+def _loaded(setup: Setup | str, folder: Path, base: Any) -> Adapter:
+    if isinstance(setup, str):
+        checkpoint = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(base)
+        return FORMATS["adapterhub"]().read(folder / setup, base=checkpoint)
+    if setup.kind not in ("Average", "Fuse", "Split", "Stack"):
+        why, cure = (
+            f"{setup.kind} sends rows through several adapters",
+            "Inject them by names; see batch_split, parallel",
+        )
+        raise Unsupported(why, path=folder, cure=cure)
+    children = [_loaded(child, folder, base) for child in setup.children]
+    if setup.kind == "Average":
+        return average(*children, weights=setup.numbers)
+    if setup.kind == "Split":
+        return split(*children, sizes=[int(size) for size in setup.numbers])
+    return stack(*children) if setup.kind == "Stack" else fuse(*children, fusion=folder / setup.fusion)
 
 
 def batch_split(model: nn.Module, names: Sequence[str | None], sizes: Sequence[int]) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from ..adapter import Adapter, Target
 from ..errors import TargetNotFound, Unsupported, UsageError
 from ..updates import ContextUpdate
 from .attention import heads_of
+from .prefixes import is_attention
 from .sizes import embedding_of, sizes_of
 
 
@@ -41,7 +42,7 @@ def create_context(
         return torch.rand(shape, generator=generator, dtype=W.dtype) * 2 - 1
 
     given = dict(attributes)
-    if cls.place == "past":
+    if cls.place in ("past", "prefix"):
         given.setdefault("sizes", sizes_of(model))
         if given["sizes"].keys() != {"layers", "heads", "d"}:
             raise Unsupported("the config does not tell layers and heads", cure="Pass sizes=dict(layers=, heads=, d=)")
@@ -69,13 +70,15 @@ def _paths(model: nn.Module, cls: type[ContextUpdate], targets: Any, embedding: 
     if cls.place == "vocabulary":
         alike = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
         return [name for name, module in alike if module.weight is embedding.weight]
-    if cls.place != "attention":
+    if cls.place not in ("attention", "prefix"):
         return [""]
     globs = ["*"] if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets)
-    found = [name for name, module in model.named_modules() if _is_attention(module) and _matches(name, globs)]
+    takes = is_attention if cls.place == "prefix" else _has_heads
+    found = [name for name, module in model.named_modules() if takes(module) and _matches(name, globs)]
     if not found:
         cure = "Globs are matched against the names of model.named_modules()"
-        raise TargetNotFound("no attention of Llama's kind or GPT-2's matches", where=str(targets), cure=cure)
+        kind = "transformers'" if cls.place == "prefix" else "Llama's kind or GPT-2's"
+        raise TargetNotFound(f"no attention of {kind} matches", where=str(targets), cure=cure)
     return found
 
 
@@ -83,7 +86,7 @@ def _matches(name: str, globs: list[str]) -> bool:
     return any(fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}") for glob in globs)
 
 
-def _is_attention(module: nn.Module) -> bool:
+def _has_heads(module: nn.Module) -> bool:
     try:
         heads_of(module)
     except Unsupported:

@@ -7,6 +7,7 @@ does not take is kept from it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ShapeMismatch, Unsupported
+from ..updates import Update
 from .context import CACHES
 from .outputs import Switch
 
@@ -62,6 +64,13 @@ class Ear:
             why = f"{len(ids)} rows, where the cache was filled with {len(earlier)}"
             raise ShapeMismatch(why, where=TOKENS, cure="Go on with as many rows")
         return torch.cat((earlier.to(ids.device), ids), 1)
+
+
+def words_of(model: nn.Module, update: Update) -> set[str]:
+    """The words of a call of the model that an update asks for, or hears where the model takes them."""
+    heard = set(getattr(update, "hears", ()))
+    known = set(inspect.signature(model.forward).parameters) if heard else set()
+    return {*getattr(update, "asks", ()), *(heard & known)}
 
 
 def overheard(

@@ -16,7 +16,7 @@ from ..errors import TargetNotFound, Unsupported, UsageError
 from ..tensors.lazy import as_torch
 from ..updates import Update
 from .context import ContextPart, parts_of
-from .ears import Ear
+from .ears import Ear, words_of
 from .experts import with_experts
 from .handle import Handle
 from .layers import Quantized, layer_of, stored_layout, stored_shape
@@ -63,7 +63,7 @@ def inject(
         raise UsageError("context has no half measures", where=name, cure="Leave weight at 1")
     switch, leaves = Switch(name, weight), dict[Any, Tensor]()
     around = _contexts(model, context, switch, trainable, leaves)
-    ear = Ear(switch, {word for _, update in weights for word in getattr(update, "asks", ())})
+    ear = Ear(switch, {word for _, update in weights for word in words_of(model, update)})
     attached: list[tuple[Station, Part]] = []
     for site in [piece for whole in _sites(model, weights) for piece in _pieces(whole)]:
         holder, part = _part(model, site, switch, ear)
@@ -179,7 +179,7 @@ def _outer(model: nn.Module, site: Site, switch: Switch, ear: Ear) -> tuple[nn.M
     made = outlet(
         holder, site.updates, site.target, switch, lambda name: model.get_submodule(f"{parent}.{name}".lstrip("."))
     )
-    asks = any(getattr(update, "asks", ()) for update in site.updates)
+    asks = any(words_of(model, update) for update in site.updates)
     made = replace(made, hear=ear.take) if asks else made
     return holder, Part(switch, site.target, site.updates, None, None, False, made)
 

@@ -23,7 +23,7 @@ class ContextUpdate(Update):
     the order in which they are attached, the first in front.
 
     Class attributes:
-        place: which of the four words below is the method's formula; the others add nothing.
+        place: which of the words below is the method's formula; the others add nothing.
     """
 
     kind = "context"
@@ -45,6 +45,14 @@ class ContextUpdate(Update):
     def past(self) -> torch.Tensor | None:
         """Keys and values that come before those of the input, `[layers, 2, heads, n, d]`; a decoder's."""
         return None
+
+    def prefix(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Keys and values that come before those of one attention, the update's target: `[batch or 1, 2, heads, n, d]`.
+
+        Args:
+            x: what enters the attention, `[batch, m, width]`.
+        """
+        return self.past()
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What is added to the heads' outputs of an attention, before they are mixed: `[batch, heads, m, d]`.

@@ -35,6 +35,7 @@ class OutputUpdate(Update):
     Class attributes:
         placed: the formula is `inside`, so that several such updates follow each other before the layer closes.
         asks: words of the model's call that the formula reads.
+        hears: words of the model's call that the formula reads where a call brings them.
         of_model: it stands at the whole model, `Target("")`, until it has its experts.
 
     Attributes that place an update, where a method has them:
@@ -46,6 +47,7 @@ class OutputUpdate(Update):
     acts_on = "the output of the layer"
     placed: ClassVar[bool] = False
     asks: ClassVar[tuple[str, ...]] = ()
+    hears: ClassVar[tuple[str, ...]] = ()
     of_model: ClassVar[bool] = False
 
     @property

@@ -8,6 +8,7 @@ its outputs are in `expected.safetensors`, in float64. Run it where `adapters` 1
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -45,6 +46,15 @@ SETUPS = {
     "batch_split": BatchSplit("b", "a", batch_sizes=[1, 2]),
     "parallel": Parallel("a", "b"),
 }
+TREES = {
+    **SETUPS,
+    "average": Average("a", "b", weights=[1, 3]),
+    "nested": Stack(Average("a", Split("b", "c", splits=[1, 4]), weights=[1, 1]), "d"),
+    "parallel": Parallel("a", Stack("b", "c")),
+    "dynamic": Fuse("a", "b"),
+}
+"""Compositions whose description is kept, as the library writes it."""
+
 IDS = torch.tensor([[1, 5, 9, 2, 4], [2, 2, 7, 1, 0], [8, 3, 3, 10, 6]])
 
 
@@ -90,6 +100,9 @@ def main() -> int:
         model.set_active_adapters(Fuse(*names.split(",")))
         model.save_adapter_fusion(str(dest / name), names)
         expected[name] = model(IDS).last_hidden_state.detach().clone()
+    version = "adapters." + adapters.__version__
+    trees = {n: {"adapter_setup": t.to_dict(), "head_setup": None, "version": version} for n, t in TREES.items()}
+    (dest / "setups.json").write_text(json.dumps(trees, indent=2), "utf-8")
     save_file(expected, dest / "expected.safetensors")
     return 0
 

@@ -39,6 +39,7 @@ from adapters import (
     PromptTuningConfig,
     SeqBnConfig,
     SeqBnInvConfig,
+    UniPELTConfig,
     VeraConfig,
 )
 from adapters.configuration import AdapterConfig
@@ -65,6 +66,7 @@ from adapterkit.methods import METHODS
 DEST = Path(__file__).resolve().parents[2] / "spec" / "vectors" / "formats" / "adapterhub"
 NAME = "ad"
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+MASK = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
 COMMON = {"vocab_size": 11}
 
 MODELS: dict[str, PretrainedConfig] = {
@@ -85,12 +87,13 @@ Updates = Iterator[tuple[ak.Target, Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a config, and how the folder is saved."""
+    """A model, a config, how the folder is saved, and whether rows are padded, one at either end."""
 
     model: str
     config: Callable[[], AdapterConfig]
     safetensors: bool = True
     headed: bool = False
+    masked: bool = False
 
 
 CASES = {
@@ -135,6 +138,8 @@ CASES = {
     ),
     "loreft_bert": Case("bert", lambda: LoReftConfig(r=2, suffix_positions=2)),
     "loreft_tied_llama": Case("llama", lambda: LoReftConfig(prefix_positions=1, suffix_positions=2, tied_weights=True)),
+    "loreft_padded_bert": Case("bert", lambda: LoReftConfig(r=2, prefix_positions=1, suffix_positions=2), masked=True),
+    "loreft_padded_llama": Case("llama", lambda: LoReftConfig(r=2, prefix_positions=2), masked=True),
     "noreft_gpt2": Case("gpt2", lambda: NoReftConfig(r=2, non_linearity="relu", layers=[1])),
     "direft_gpt2": Case("gpt2", lambda: DiReftConfig(r=2)),
     "prefix_bert": Case("bert", lambda: PrefixTuningConfig(prefix_length=3, bottleneck_size=5), safetensors=False),
@@ -147,6 +152,22 @@ CASES = {
         lambda: MAMConfig(PrefixTuningConfig(prefix_length=2, bottleneck_size=3), ParBnConfig(reduction_factor=4)),
         safetensors=False,
     ),
+    "unipelt_bert": Case(
+        "bert",
+        lambda: UniPELTConfig(
+            PrefixTuningConfig(prefix_length=2, bottleneck_size=3), SeqBnConfig(reduction_factor=4), LoRAConfig(r=2)
+        ),
+        safetensors=False,
+    ),
+    "prefix_gated_llama": Case(
+        "llama",
+        lambda: PrefixTuningConfig(prefix_length=2, flat=True, use_gating=True, shared_gating=False, leave_out=[0]),
+        safetensors=False,
+    ),
+    "prefix_cross_t5": Case(
+        "t5", lambda: PrefixTuningConfig(prefix_length=2, flat=True, use_gating=True), safetensors=False
+    ),
+    "prompt_padded_bert": Case("bert", lambda: PromptTuningConfig(prompt_length=2), masked=True),
     "prompt_bert": Case("bert", lambda: PromptTuningConfig(prompt_length=3)),
     "two_kinds_bert": Case(
         "bert",
@@ -173,7 +194,7 @@ def updates(model: Any) -> Updates:
             yield ak.Target(path.removesuffix(".reft_layer")), of_reft(module.refts[NAME])
         elif isinstance(module, PrefixTuningLayer) and NAME in module.prefixes:
             prefix = module.pool.prefix_tunings[NAME][module.location_key]
-            yield ak.Target(path.removesuffix(".prefix_tuning")), of_prefix(prefix, module.prefixes[NAME])
+            yield ak.Target(path.removesuffix(".prefix_tuning")), of_prefix(prefix, module)
         elif isinstance(module, PromptTuningLayer) and NAME in module.prompt_tunings:
             weight = module.prompt_tunings[NAME].prompt_embedding.weight
             yield ak.Target("embeddings"), METHODS["prompt"](P=weight)
@@ -259,16 +280,19 @@ def of_reft(reft: Any) -> Any:
     )  # fmt: skip
 
 
-def of_prefix(prefix: Any, layer: int) -> Any:
-    """One layer's share of a prefix."""
+def of_prefix(prefix: Any, module: Any) -> Any:
+    """One layer's share of a prefix, with its gate."""
+    layer, held = module.prefixes[NAME], module.prefix_gates
+    gate = {"gate": held[NAME].weight, "gate_bias": held[NAME].bias} if NAME in held else {}
+    word = "gated_" if gate else ""
     layers, heads, d = prefix.n_layers, prefix.n_heads, prefix.n_embd_per_head
     if isinstance(prefix, FlatPrefixTuning):
         whole = prefix.control_trans.reshape(-1, layers, 2, heads, d)
-        return METHODS["prefix"](P=whole[:, layer].permute(1, 2, 0, 3)[None])
+        return METHODS[f"{word}prefix"](P=whole[:, layer].permute(1, 2, 0, 3)[None], **gate)
     first, last = prefix.control_trans[0], prefix.control_trans[2]
     shares = {"W2": last.weight.reshape(layers, 2, heads, d, -1), "b2": last.bias.reshape(layers, 2, heads, d)}
     shares = {field: share[layer : layer + 1] for field, share in shares.items()}
-    return METHODS["prefix_mlp"](E=prefix.wte.weight, W1=first.weight, b1=first.bias, **shares)
+    return METHODS[f"{word}prefix_mlp"](E=prefix.wte.weight, W1=first.weight, b1=first.bias, **shares, **gate)
 
 
 def of_coupling(block: Any) -> Any:
@@ -333,10 +357,9 @@ def own(model: nn.Module) -> nn.Module:
     return found
 
 
-def run(model: Any, name: str) -> Tensor:
+def run(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The last hidden states of the model without its head."""
     base = getattr(model, model.base_model_prefix, model)
-    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS.flip(1)} if name == "t5" else {})
     with torch.no_grad():
         out: Tensor = base(**inputs).last_hidden_state
     return out
@@ -372,7 +395,8 @@ def make(name: str, case: Case, dest: Path) -> None:
     adapter = adapter.map(lambda leaf: leaf.detach().clone().contiguous())
     ak.write(adapter, dest / "expected.native.safetensors")
     inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS.flip(1).contiguous()} if case.model == "t5" else {})
-    save_file(inputs | {"y": run(model, case.model)}, dest / "forward.safetensors")
+    inputs |= {"attention_mask": MASK} if case.masked else {}
+    save_file(inputs | {"y": run(model, inputs)}, dest / "forward.safetensors")
     print(f"{name}: {sum(file.stat().st_size for file in dest.iterdir())} bytes")
 
 

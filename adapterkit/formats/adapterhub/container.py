@@ -136,8 +136,9 @@ def _check_single(folder: Path) -> None:
         return
     for name, what in COMPOSITIONS.items():
         if (folder / name).exists():
-            why = f"{what}, not one adapter; not known to this version"
-            raise Unsupported(why, path=folder / name, cure="Read the sub-folders of its adapters one by one")
+            why = f"{what}, not one adapter"
+            cure = "Read the sub-folders of its adapters one by one, or load it by ak.torch.compose.load"
+            raise Unsupported(why, path=folder / name, cure=cure)
     raise StorageError(f"no {CONFIG} beside the tensors", path=folder, cure="Fetch it: it says what the tensors are")
 
 

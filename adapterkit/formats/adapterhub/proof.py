@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ...errors import AdapterkitError
 from ...tensors.lazy import as_lazy
 from .container import Content
+from .families import FAMILIES
 from .reader import Updates, assemble
 
 if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
     from ...updates import Update
-
-PREFIXES = ("prefix", "prefix_mlp")
 
 
 def says(content: Content, updates: Updates, *, compat: str | None, base: Checkpoint | None) -> bool:
@@ -29,7 +28,8 @@ def says(content: Content, updates: Updates, *, compat: str | None, base: Checkp
 
 
 def _heads(updates: Updates) -> int | None:
-    found = [u.tensors.get("P", u.tensors.get("b2")) for us in updates.values() for u in us if u.method in PREFIXES]
+    prefixes = FAMILIES["prefix_tuning"].methods
+    found = [u.tensors.get("P", u.tensors.get("b2")) for us in updates.values() for u in us if u.method in prefixes]
     return next((int(leaf.shape[2]) for leaf in found if leaf is not None), None)
 
 

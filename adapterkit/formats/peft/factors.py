@@ -78,9 +78,15 @@ def check_rank(factors: Factors, rank: int, experts: int = 1) -> None:
 
     Raises:
         ShapeMismatch: they differ.
+        Unsupported: B is of a convolution in groups, whose A reads all channels in PEFT.
     """
     for field, axis in (("A", 0), ("B", 1)):
         size = factors.tensors[field].shape[axis]
+        if field == "B" and len(factors.A.shape) > 2 and size and size < rank and rank % size == 0 and experts == 1:
+            raise Unsupported(
+                f"a LoRA over all channels of a convolution in {rank // size} groups: no change of its weight says it",
+                where=factors.keys[field].text, cure="Leave convolutions in groups out of target_modules",
+            )  # fmt: skip
         if size != rank * experts:
             each = f" for each of {experts} experts" if experts > 1 else ""
             raise ShapeMismatch(

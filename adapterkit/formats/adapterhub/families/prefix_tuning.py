@@ -6,7 +6,7 @@ target here: it attends to its own share of the keys and values first, and posit
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import AGAIN, Found, Kept, check_same, joined, make, sliced, take
 from ..places import model_type_of
+from ._attentions import ENCODER_DECODER, LAYERS, group_of, lacking, layer_of, unlike, why_not
 from ._family import Family, Fields, Size, Updates
 
 if TYPE_CHECKING:
@@ -24,8 +25,17 @@ if TYPE_CHECKING:
     from ..naming import Naming
 
 KIND, LAYER, POOL = "prefix_tunings", "prefix_tuning", ".prefix_tuning.pool"
+GATES = "prefix_gates"
+GATE = {"weight": "gate", "bias": "gate_bias"}
 GROUPS = ("encoder_prefix", "self_prefix", "cross_prefix")
 FLAT = "control_trans"
+METHODS = {
+    (True, False): "prefix",
+    (False, False): "prefix_mlp",
+    (True, True): "gated_prefix",
+    (False, True): "gated_prefix_mlp",
+}
+"""(flat, use_gating) -> method."""
 NETWORK = {
     "wte.weight": "E",
     "control_trans.0.weight": "W1",
@@ -34,15 +44,6 @@ NETWORK = {
     "control_trans.2.bias": "b2",
 }
 """Slot of a group -> field; the last two hold all layers."""
-
-ENCODER_DECODER = ("bart", "mbart", "mt5", "plbart", "t5", "whisper")
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
-ATTENTIONS = {
-    **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta"), ".attention.self"),
-    **dict.fromkeys(("llama", "mistral"), ".self_attn"),
-    "gpt2": ".attn",
-}
-"""model_type -> the attentions that new folders can be written for."""
 
 HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
 
@@ -55,19 +56,21 @@ class PrefixFields(Fields, frozen=True, kw_only=True):
     non_linearity: str = "tanh"
     leave_out: tuple[int, ...] = ()
     use_gating: bool = False
+    shared_gating: bool = True
 
 
 class PrefixFamily(Family):
     """`prefix_tuning`."""
 
-    methods = frozenset({"prefix", "prefix_mlp"})
+    methods = frozenset(METHODS.values())
     fields = PrefixFields
     read: ClassVar[Mapping[str, str]] = {
         "flat": "the keys and values themselves, without the network",
         "leave_out": "layers that have none, though they list those of the others",
         "non_linearity": "of the network: tanh",
         "prefix_length": "how many",
-        "use_gating": "a gate on the input weights them; refused",
+        "shared_gating": "one gate for keys and values, not one each",
+        "use_gating": "gates on what enters an attention weight its keys and values",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "bottleneck_size": "sizes; the tensors say them",
@@ -75,17 +78,12 @@ class PrefixFamily(Family):
         "dropout": "training only",
         "encoder_prefix": "which attentions have any; the keys say so",
         "init_weights_seed": "initial values",
-        "shared_gating": "setting of use_gating",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "architecture": "prefix_tuning",
-        "cross_prefix": True,
         "dropout": 0.0,
-        "encoder_prefix": True,
         "init_weights_seed": None,
         "non_linearity": "tanh",
-        "shared_gating": True,
-        "use_gating": False,
     }
 
     @classmethod
@@ -107,7 +105,7 @@ class PrefixFamily(Family):
             path
             for name in names
             for path in found
-            if _group(path, part) == name and _layer(path) not in part.own.leave_out
+            if _group(path, part) == name and layer_of(path) not in part.own.leave_out
         }
         for path, slots in found.items():
             for slot, key in slots.items():
@@ -121,57 +119,52 @@ class PrefixFamily(Family):
     def spell(cls, updates: Updates, naming: Naming) -> Iterator[tuple[str, Lazy]]:
         groups: dict[str, list[tuple[Target, Any]]] = {}
         for target, found in updates.items():
-            group = _group_of(target.path, naming.model_type)
+            group = group_of(target.path, naming.model_type)
             groups.setdefault(group, []).extend((target, update) for update in found)
         for name, own in groups.items():
             own.sort(key=lambda pair: _in_order(pair[0].path))
             for slot, leaf in _slots([update for _, update in own]).items():
                 for path in (naming.at_root(LAYER), *(target.path + POOL for target in updates)):
                     yield naming.key(path, KIND, f"{name}.{slot}" if slot else name), leaf
+        for target, found in updates.items():
+            for slot, field in GATE.items():
+                for update in (update for update in found if field in update.tensors):
+                    yield naming.key(f"{target.path}.{LAYER}", GATES, slot), as_lazy(update.tensors[field])
 
     @classmethod
     def compose(cls, updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
         some: Any = next(iter(updates.values()))[0]
-        flat = some.method == "prefix"
-        layers = next((base.config[n] for n in LAYERS if base and base.config and n in base.config), 0)
+        flat, gates = "P" in some.tensors, _gates(some)
+        config, model_type = {} if base is None else base.config or {}, model_type_of(base)
+        pair, groups = model_type in ENCODER_DECODER, {group_of(target.path, model_type) for target in updates}
+        layers = 0 if pair else next((config[name] for name in LAYERS if name in config), 0)
         return {
+            "cross_prefix": not pair or "cross_prefix" in groups,
+            "encoder_prefix": not pair or "encoder_prefix" in groups,
             "bottleneck_size": 512 if flat else int(some.W1.shape[0]),
             "flat": flat,
-            "leave_out": sorted({*range(layers)} - {_layer(target.path) for target in updates}),
+            "leave_out": sorted({*range(layers)} - {layer_of(target.path) for target in updates}),
             "prefix_length": int(some.P.shape[3] if flat else some.E.shape[0]),
+            "shared_gating": gates < 2,
+            "use_gating": gates > 0,
         }
 
     @classmethod
     def losses(cls, updates: Updates, base: Checkpoint | None) -> Iterator[tuple[Target, int, str]]:
         model_type = model_type_of(base)
-        first: Any = next(iter(updates.values()))[0]
+        first: dict[str, Any] = {}
+        counts = Counter(group_of(target.path, model_type) for target in updates)
         for target, found in updates.items():
+            group = group_of(target.path, model_type)
             for position, update in enumerate(found):
-                why = _why_not(target, update, first, model_type) or ("a second one" if position else "")
+                some = first.setdefault(group, update)
+                why = lacking(counts, group, base) or why_not(target, update, some, model_type)
+                why = why or unlike(update, next(iter(first.values()))) or ("a second one" if position else "")
                 if why:
                     yield target, position, f"{update.method}: {why}"
 
 
-def _why_not(target: Target, update: Any, first: Any, model_type: str | None) -> str:
-    """Why a new config cannot say it: the library fills all attentions of the layers that are not left out."""
-    ending = ATTENTIONS.get(model_type or "")
-    if ending is None:
-        return "the library fills attentions that are left out, and which there are only the base tells"
-    if not target.path.endswith(ending):
-        return f"not an attention where the library puts prefixes in a {model_type}"
-    shapes = {name: tuple(leaf.shape) for name, leaf in update.tensors.items()}
-    if shapes != {name: tuple(leaf.shape) for name, leaf in first.tensors.items()} or update.method != first.method:
-        return "another form or size than the others': a config has one of each"
-    if update.method == "prefix":
-        return "" if update.P.shape[0] == 1 and update.step == 1 else "keys and values of several layers"
-    shared = all(update.tensors[name] is first.tensors[name] for name in ("E", "W1", "b1"))
-    return "" if shared and update.b2.shape[0] == 1 else "a network of its own, where the library has one for all"
-
-
 def _check(part: Part) -> None:
-    if part.own.use_gating:
-        why = "a gate on the input of each attention weights the prefix; not known to this version"
-        raise Unsupported(why, where=f"{part.at}.use_gating", cure="Run it with the adapters library")
     if part.own.non_linearity.lower() != "tanh" and not part.own.flat:
         why = f"a network with {part.own.non_linearity[:60]!r} is not known to this version"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure="Known: tanh")
@@ -186,23 +179,46 @@ def _group_updates(part: Part, name: str, paths: Sequence[str], whole: Mapping[s
     own = {slot.removeprefix(prefix).lstrip("."): key for slot, key in whole.items() if slot.startswith(prefix)}
     tensors = take(part, own, {FLAT: "P"} if part.own.flat else NETWORK)
     keys = tuple(own.values())
-    placed = [path for path in paths if _layer(path) not in part.own.leave_out]
+    placed = [path for path in paths if layer_of(path) not in part.own.leave_out]
     heads, width = _sizes(part, tensors, len(placed), keys[0])
     if "W2" in tensors and (len(tensors["W2"].shape) != 2 or tensors["W2"].shape[:1] != tensors["b2"].shape):
         why = f"{list(tensors['W2'].shape)} does not go with a bias of {list(tensors['b2'].shape)}"
         raise ShapeMismatch(why, where=keys[0].text, cure=AGAIN)
+    method = METHODS[part.own.flat, part.own.use_gating]
     for position, path in enumerate(placed):
         mine = tuple(key for key in part.tensors if key.kind == KIND and key.path == path + POOL)
+        gate = _gate(part, path, keys[0])
+        own_gate = {GATE[slot]: part.tensors[key] for slot, key in gate.items()}
         if part.own.flat:
             P = _share(tensors["P"], part.own.prefix_length, len(placed), position, heads)
-            update = make("prefix", {"P": P})
+            update = make(method, {"P": P, **own_gate})
         else:
             start, stop = position * 2 * width, (position + 1) * 2 * width
             W2, b2 = sliced(tensors["W2"], start, stop), sliced(tensors["b2"], start, stop)
             shape = (1, 2, heads, width // heads)
             share = {"W2": W2.reshape(*shape, W2.shape[1]), "b2": b2.reshape(*shape)}
-            update = make("prefix_mlp", {**tensors, **share})
-        yield Found(Target(path), update, (*keys, *mine))
+            update = make(method, {**tensors, **share, **own_gate})
+        yield Found(Target(path), update, (*keys, *mine, *gate.values()))
+
+
+def _gate(part: Part, path: str, where: Key) -> dict[str, Key]:
+    """Slot -> key of an attention's gate; nothing where the config has none.
+
+    Raises:
+        Malformed: it is not in the file.
+        ShapeMismatch: there are more or fewer than the config says.
+    """
+    if not part.own.use_gating:
+        return {}
+    slots = part.groups(GATES).get(f"{path}.{LAYER}", {})
+    if slots.keys() != GATE.keys():
+        raise Malformed(f"the gate of {path} is not in the file", where=where.text, cure=AGAIN)
+    shape = part.tensors[slots["weight"]].shape
+    if shape[:1] != ((1,) if part.own.shared_gating else (2,)):
+        said = "one gate" if part.own.shared_gating else "one each"
+        why = f"{list(shape)}, where the config says {said} for keys and values"
+        raise ShapeMismatch(why, where=slots["weight"].text, cure="The config is not of this file")
+    return slots
 
 
 def _sizes(part: Part, tensors: Mapping[str, Lazy], layers: int, key: Key) -> tuple[int, int]:
@@ -234,7 +250,7 @@ def _share(flat: Lazy, length: int, layers: int, layer: int, heads: int) -> Lazy
 
 
 def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
-    if updates[0].method == "prefix":
+    if "P" in updates[0].tensors:
         whole = joined([as_lazy(update.P) for update in updates])
         size = whole.nbytes // whole.dtype.itemsize
         return {FLAT: whole.map(lambda v: v.transpose(3, 0, 1, 2, 4).reshape(-1), (size,))}
@@ -245,21 +261,13 @@ def _slots(updates: Sequence[Any]) -> dict[str, Lazy]:
     return slots | {"control_trans.2.weight": W2.reshape(rows, W2.shape[-1]), "control_trans.2.bias": b2.reshape(rows)}
 
 
+def _gates(update: Any) -> int:
+    """How many gates weight an attention's keys and values."""
+    return int(update.gate.shape[0]) if "gate" in update.tensors else 0
+
+
 def _group(path: str, part: Part) -> str:
-    return _group_of(path, part.settings.model_type)
-
-
-def _group_of(path: str, model_type: str | None) -> str:
-    """What the library calls the kind of an attention."""
-    if path.endswith(("EncDecAttention", ".encoder_attn")) or ".crossattention" in path:
-        return "cross_prefix"
-    inside = "encoder" in path.split(".") and model_type in ENCODER_DECODER
-    return "encoder_prefix" if inside else "self_prefix"
-
-
-def _layer(path: str) -> int:
-    found = re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", path)
-    return int(found[1]) if found else -1
+    return group_of(path, part.settings.model_type)
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:

@@ -1,0 +1,177 @@
+"""Compositions: `adapter_setup.json`, a tree of blocks over adapters, and a folder for each adapter and each fusion."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ...adapter import Foreign
+from ...errors import Malformed, StorageError, UsageError, storage_error
+from ...tensors.atomic import write_bytes
+from ...tensors.checkpoint import read_json
+from .config import RELEASE
+from .container import save
+from .hints import FORMAT, Hints, hints_of
+from .writer import encode
+
+if TYPE_CHECKING:
+    from ...adapter import Adapter
+    from ...tensors.checkpoint import Checkpoint
+
+CONFIG = "adapter_setup.json"
+
+WORDS: Mapping[str, str] = {
+    "Average": "weights", "BatchSplit": "batch_sizes", "Fuse": "", "MultiTask": "", "Parallel": "", "Split": "splits",
+    "Stack": "",
+}  # fmt: skip
+"""Block of the library's -> the list of one number a child that it has beside its children, if any."""
+
+MAX_DEPTH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One block of a composition.
+
+    Attributes:
+        kind: one of `WORDS`.
+        children: names of adapters, and blocks.
+        numbers: one a child, for the kinds that have some: weights, or sizes.
+    """
+
+    kind: str
+    children: tuple[Setup | str, ...]
+    numbers: tuple[float, ...] = field(default=())
+
+    def names(self) -> Iterator[str]:
+        """The adapters, in order, each once for every place where it stands."""
+        for child in self.children:
+            yield from [child] if isinstance(child, str) else child.names()
+
+    def fusions(self) -> Iterator[str]:
+        """The folders of the fusions in it."""
+        if self.kind == "Fuse":
+            yield self.fusion
+        for child in self.children:
+            yield from [] if isinstance(child, str) else child.fusions()
+
+    @property
+    def fusion(self) -> str:
+        """What the library calls a fusion: the last adapter of each child."""
+        return ",".join(child if isinstance(child, str) else list(child.names())[-1] for child in self.children)
+
+
+def read_setup(folder: str | PathLike[str]) -> Setup:
+    """The composition that a folder describes.
+
+    Raises:
+        StorageError: there is no `adapter_setup.json`.
+        Malformed: it is not one that the library writes.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise StorageError(f"no {CONFIG}", path=folder, cure="Pass the folder that save_adapter_setup wrote")
+    try:
+        return _block(read_json(path, strict=True).get("adapter_setup"), "adapter_setup", 0)
+    except Malformed as error:
+        raise error.at(path=path) from None
+
+
+def write_setup(
+    folder: str | PathLike[str], setup: Setup, adapters: Mapping[str, Adapter], *,
+    fusions: Mapping[str, str | PathLike[str]] | None = None, base: Checkpoint | None = None,
+) -> None:  # fmt: skip
+    """Writes a composition as `load_adapter_setup` reads it, its own file last.
+
+    Args:
+        folder: where to.
+        setup: the tree.
+        adapters: by the names in it.
+        fusions: folders of the fusions in it, by their names; they are copied.
+        base: for adapters whose config only the base tells.
+
+    Raises:
+        UsageError: an adapter or a fusion is missing, or the tree is none that the library has.
+        Unrepresentable: an adapter is none of AdapterHub's.
+        StorageError: the folder cannot be written.
+    """
+    copied = fusions or {}
+    for word, names, given in (("adapters", setup.names(), adapters), ("fusions", setup.fusions(), copied)):
+        missing = next((name for name in names if name not in given), None)
+        if missing is not None:
+            raise UsageError(f"{missing!r} is in the setup and not among them", where=word, cure="Pass all of them")
+    written = {"adapter_setup": _written(setup), "head_setup": None, "version": RELEASE}
+    try:
+        _block(written["adapter_setup"], "setup", 0)
+    except Malformed as error:
+        raise UsageError(error.why, where=error.where or "setup", cure=error.cure or _BLOCKS) from None
+    contents = {name: encode(_named(adapters[name], name), on_loss="refuse", base=base)[0] for name in setup.names()}
+    for name, content in contents.items():
+        save(Path(folder) / name, content)
+    try:
+        for name in setup.fusions():
+            shutil.copytree(copied[name], Path(folder) / name, dirs_exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, Path(folder)) from error
+    write_bytes(Path(folder) / CONFIG, json.dumps(written, indent=2).encode())
+
+
+def _block(said: Any, at: str, depth: int) -> Setup:
+    said = said if isinstance(said, dict) else {}
+    kind, children = said.get("type"), said.get("children")
+    if (
+        not isinstance(kind, str)
+        or kind not in WORDS
+        or not isinstance(children, list)
+        or not children
+        or depth > MAX_DEPTH
+    ):
+        raise Malformed(f"{str(kind)[:60]!r} with children is no block of the library's", where=at, cure=_BLOCKS)
+    found = tuple(_child(child, f"{at}.children[{i}]", depth) for i, child in enumerate(children))
+    return Setup(kind, found, _numbers(said.get("kwargs"), WORDS[kind], len(found), at))
+
+
+def _numbers(said: Any, word: str, count: int, at: str) -> tuple[float, ...]:
+    """The numbers that a block has beside its children."""
+    if not word:
+        return ()
+    numbers = said.get(word) if isinstance(said, dict) else None
+    if not isinstance(numbers, list) or len(numbers) != count or not all(type(n) in (int, float) for n in numbers):
+        raise Malformed(f"not one of {word} for each of {count} children", where=f"{at}.kwargs", cure=_BLOCKS)
+    return tuple(numbers)
+
+
+def _child(said: Any, at: str, depth: int) -> Setup | str:
+    if not isinstance(said, dict) or said.get("type") != "single":
+        return _block(said, at, depth + 1)
+    names = said.get("children")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    if not isinstance(name, str) or not name or re.search(r"[./\\,\0]", name):
+        raise Malformed(f"{str(name)[:60]!r} is no name of an adapter", where=at, cure="Save it under another name")
+    return name
+
+
+def _written(setup: Setup) -> dict[str, Any]:
+    single = [{"type": "single", "children": [c]} if isinstance(c, str) else _written(c) for c in setup.children]
+    word = WORDS.get(setup.kind, "")
+    return {"type": setup.kind, "children": single} | ({"kwargs": {word: list(setup.numbers)}} if word else {})
+
+
+def _named(adapter: Adapter, name: str) -> Adapter:
+    """The adapter as one of that name."""
+    hints = hints_of(adapter)
+    if hints.config.get("name") == name:
+        return adapter
+    own = Hints(config={"name": name}, root=hints.root, interface=hints.interface)
+    return replace(adapter, foreign=Foreign(FORMAT, msgspec.to_builtins(own), {}))
+
+
+_BLOCKS = f"Blocks: {', '.join(WORDS)}; nested at most {MAX_DEPTH} deep"

@@ -1,0 +1,42 @@
+"""A prefix of one attention behind gates on what enters it.  Mao et al. 2021, https://arxiv.org/abs/2110.07577
+
+AdapterHub's prefix in UniPELT: the flat one, and what a network computed once that has been left behind.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..updates import ContextUpdate, tensor
+from ._gates import check_gates, gated
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class GatedPrefix(ContextUpdate):
+    """An attention attends first to the keys P[0, 0] and values P[0, 1], each times a share of its row's own."""
+
+    place = "prefix"
+    acts_on = "what the attention attends to"
+    paper = "https://arxiv.org/abs/2110.07577"
+
+    P: Tensor = tensor("1 2 heads n d")
+    gate: Tensor = tensor("shares width")
+    gate_bias: Tensor = tensor("shares")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        sizes, width = attributes.pop("sizes"), len(W)
+        P, gate = random((1, 2, sizes["heads"], rank, sizes["d"])), random((1, width)) / width**0.5
+        return cls(P=P, gate=gate, gate_bias=W.new_zeros(1), **attributes)
+
+    def check(self) -> None:
+        super().check()
+        check_gates(self.dims())
+
+    def prefix(self, x: Tensor) -> Tensor:
+        out: Tensor = gated(self.P, x, self.gate, self.gate_bias)
+        return out

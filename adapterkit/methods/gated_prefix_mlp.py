@@ -1,0 +1,47 @@
+"""A prefix of one attention with the MLP that computes it, behind gates on what enters the attention.
+
+AdapterHub's prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2110.07577.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..updates import tensor
+from ._gates import check_gates, gated
+from .prefix_mlp import PrefixMLP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class GatedPrefixMLP(PrefixMLP):
+    """The law of `gated_prefix` for the keys and values that the network of `prefix_mlp` computes."""
+
+    place = "prefix"
+    acts_on = "what the attention attends to"
+    paper = "https://arxiv.org/abs/2110.07577"
+
+    W2: Tensor = tensor("1 2 heads d hidden")
+    b2: Tensor = tensor("1 2 heads d")
+    gate: Tensor = tensor("shares width")
+    gate_bias: Tensor = tensor("shares")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        gate = {"gate": random((1, len(W))) / len(W) ** 0.5, "gate_bias": W.new_zeros(1)}
+        sizes = {**attributes.pop("sizes"), "layers": 1}
+        return super().initial(W, b, rank, random, sizes=sizes, **gate, **attributes)
+
+    def check(self) -> None:
+        super().check()
+        check_gates(self.dims())
+
+    def past(self) -> None:  # type: ignore[override]
+        """Nothing of the whole model's: without what enters the attention there is no share."""
+
+    def prefix(self, x: Tensor) -> Tensor:
+        out: Tensor = gated(self.computed(), x, self.gate, self.gate_bias)
+        return out

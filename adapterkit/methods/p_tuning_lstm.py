@@ -1,0 +1,80 @@
+"""P-tuning with its LSTM: a prompt that a recurrent network computes.  Liu et al. 2021, https://arxiv.org/abs/2103.10385
+
+PEFT's `encoder_reparameterization_type="LSTM"`. Its files hold what the network computed: those are read as `prompt`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import ShapeMismatch
+from ..tensors.namespace import namespace
+from ..updates import ContextUpdate, tensor
+from ._lstm import both_ways
+from .prompt import tokens_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class PTuningLSTM(ContextUpdate):
+    """MLP(LSTM(E)) stands in front of the embeddings of the input.
+
+    The LSTM reads the tokens in both directions, layer over layer; the MLP is two linear layers with a rectifier. In
+    each layer's tensors the first axis is the direction, forward and backward; gates are rows, in the order of input,
+    forget, cell and output, as torch.nn.LSTM has them.
+    """
+
+    place = "embeddings"
+    paper = "https://arxiv.org/abs/2103.10385"
+    forms: ClassVar[Any] = (((), ("deeper_input", "deeper_hidden", "deeper_input_bias", "deeper_hidden_bias")),)
+
+    E: Tensor = tensor("n width")
+    first_input: Tensor = tensor("2 gates width")
+    first_hidden: Tensor = tensor("2 gates hidden")
+    first_input_bias: Tensor = tensor("2 gates")
+    first_hidden_bias: Tensor = tensor("2 gates")
+    deeper_input: Tensor | None = tensor("layers 2 gates both", optional=True)
+    deeper_hidden: Tensor | None = tensor("layers 2 gates hidden", optional=True)
+    deeper_input_bias: Tensor | None = tensor("layers 2 gates", optional=True)
+    deeper_hidden_bias: Tensor | None = tensor("layers 2 gates", optional=True)
+    W1: Tensor = tensor("both both")
+    b1: Tensor = tensor("both")
+    W2: Tensor = tensor("dim both")
+    b2: Tensor = tensor("dim")
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        dim, hidden, layers = len(W), attributes.pop("hidden", len(W)), attributes.pop("layers", 2)
+        both, gates, scale = 2 * hidden, 4 * hidden, hidden**-0.5
+        shapes = {"input": (2, gates, dim), "hidden": (2, gates, hidden), "input_bias": (2, gates)}
+        shapes["hidden_bias"] = shapes["input_bias"]
+        drawn = {f"first_{name}": random(shape) * scale for name, shape in shapes.items()}
+        if layers > 1:
+            deeper = {**shapes, "input": (2, gates, both)}
+            drawn |= {f"deeper_{name}": random((layers - 1, *shape)) * scale for name, shape in deeper.items()}
+        head = {"W1": random((both, both)) / both**0.5, "b1": W.new_zeros(both), "b2": W.new_zeros(dim)}
+        E = tokens_of(W, rank, random, attributes.pop("index", None))
+        return cls(E=E, **drawn, **head, W2=random((dim, both)) / both**0.5, **attributes)
+
+    def check(self) -> None:
+        super().check()
+        dims: dict[str, Any] = self.dims()
+        for name, times in (("gates", 4), ("both", 2)):
+            if dims[name] != times * dims["hidden"]:
+                why = f"{name}={dims[name]}, where a hidden size of {dims['hidden']} has {times} times as many"
+                raise ShapeMismatch(why, where="first_hidden", cure="Write the adapter again")
+
+    def embeddings(self, task: Any = None) -> Tensor:
+        xp = namespace(self.E)
+        h = both_ways(self.E, *self._layer("first"))
+        for layer in range(0 if self.deeper_input is None else len(self.deeper_input)):
+            h = both_ways(h, *(each[layer] for each in self._layer("deeper")))
+        h = h @ self.W1.mT + self.b1
+        out: Tensor = xp.where(h > 0, h, 0 * h) @ self.W2.mT + self.b2
+        return out
+
+    def _layer(self, which: str) -> tuple[Any, ...]:
+        return tuple(getattr(self, f"{which}_{name}") for name in ("input", "hidden", "input_bias", "hidden_bias"))

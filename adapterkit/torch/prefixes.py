@@ -1,0 +1,165 @@
+"""Prefixes of single attentions: keys and values before those that an attention computes, in any family of models.
+
+transformers' attentions give queries, keys and values to a function that their config names. While an attention with a
+prefix runs, its config names one that puts the prefix first and goes on with the function named before. The cache
+never holds the prefix, and positions are counted as without it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ShapeMismatch, Unsupported
+from ..updates import ContextUpdate
+from .layers import moved
+
+NAME = "adapterkit_prefix"
+"""What a config calls the function that puts prefixes first."""
+
+KNOWN = ("eager", "sdpa")
+"""The functions that it can go on with."""
+
+HEADS = ("num_key_value_heads", "num_heads", "num_attention_heads", "n_heads")
+WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
+"""What attentions call how many heads their keys have, and how wide those are."""
+
+
+class Prefixed:
+    """An attention's config while it runs with a prefix `[batch, 2, heads, n, d]`; `biased` has T5's table."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, config: Any, past: Tensor, biased: Any) -> None:
+        self.config, self.past, self.biased = config, past, biased
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module gives keys and values to the function that its config names."""
+    own = all(hasattr(module, name) for name in ("config", "is_causal", "scaling"))
+    return own and hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def key_sizes(module: Any) -> dict[str, int]:
+    """`heads` and `d` of an attention's own keys, and the `width` of what enters it, as far as it tells."""
+    grouped = getattr(module.config, HEADS[0], None)
+    heads = grouped or next((value for name in HEADS if (value := getattr(module, name, None))), None)
+    d = next((value for name in WIDTHS if (value := getattr(module, name, None))), None)
+    found = {"heads": heads, "d": d, "width": getattr(module.config, "hidden_size", None)}
+    return {name: int(size) for name, size in found.items() if size}
+
+
+def positions_of(model: nn.Module, path: str) -> nn.Module | None:
+    """The attention whose table of relative positions that at `path` uses too: in T5 the first of a stack has it."""
+    if not hasattr(model.get_submodule(path), "has_relative_attention_bias"):
+        return None
+    tables = {name: m for name, m in model.named_modules() if getattr(m, "has_relative_attention_bias", False)}
+    return max(tables.items(), key=lambda item: _shared(item[0], path), default=("", None))[1]
+
+
+def with_prefixes(
+    module: nn.Module, updates: Sequence[ContextUpdate], biased: Any, forward: Callable[..., Any], words: dict[str, Any]
+) -> Any:
+    """An attention's forward with prefixes, the first update's in front.
+
+    Raises:
+        Unsupported: it computes attention in a way that takes none.
+        ShapeMismatch: a prefix has other heads than its keys.
+    """
+    x = words["hidden_states"]
+    live: list[Any] = [moved(update, x.device, x.dtype) for update in updates]
+    pasts: list[Tensor] = [update.prefix(x) for update in live]
+    past = torch.cat([each.expand(len(x), *each.shape[1:]) for each in pasts], 3)
+    cross = any(words.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
+    with _named(module, past, None if cross else biased):
+        return forward(**words)
+
+
+@contextmanager
+def _named(module: Any, past: Tensor, biased: Any) -> Iterator[None]:
+    from transformers import AttentionInterface
+
+    config = module.config
+    if config._attn_implementation not in KNOWN or getattr(module, "reorder_and_upcast_attn", False):
+        why = f"a prefix in an attention computed as {config._attn_implementation!r}"
+        raise Unsupported(why, cure=f"Load the model with attn_implementation= one of {', '.join(KNOWN)}")
+    AttentionInterface.register(NAME, _attend)
+    module.__dict__["config"] = Prefixed(config, past, biased)
+    try:
+        yield
+    finally:
+        module.__dict__["config"] = config
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **words: Any
+) -> tuple[Tensor, Any]:
+    """The function that the config named before, with more keys, values and places in the mask."""
+    own: Prefixed = module.config
+    made, found = ((each.shape[-3], each.shape[-1]) for each in (own.past, key))
+    if made != found:
+        why = f"made for {made[0]} heads of {made[1]}; the keys have {found[0]} of {found[1]}"
+        raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+    mask = _mask(module, query, key, attention_mask, words)
+    n = own.past.shape[3]
+    if words.get("position_bias") is not None:
+        words["position_bias"] = _bias(own.biased, words["position_bias"], n)
+    keys, values = (torch.cat((own.past[:, i], each), 2) for i, each in enumerate((key, value)))
+    before = _function(module, own.config._attn_implementation)
+    out: tuple[Tensor, Any] = before(module, query, keys, values, _padded(mask, n), **words)
+    return out
+
+
+def _function(module: Any, name: str) -> Any:
+    found = sys.modules[type(module).__module__]
+    return found.ALL_ATTENTION_FUNCTIONS.get_interface(name, getattr(found, "eager_attention_forward", None))
+
+
+def _mask(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, words: dict[str, Any]) -> Tensor | None:
+    """The mask without the prefix: a causal one in so many words, where sdpa would have made it from the shapes."""
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            raise Unsupported(
+                "a prefix under a mask that is not [batch, 1, queries, keys]", cure="Pass none, or [batch, tokens]"
+            )
+        return mask
+    causal, count, total = words.get("is_causal"), query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if not causal or count == 1 or module.config.config._attn_implementation == "eager":
+        return None
+    return torch.ones(1, 1, count, total, dtype=torch.bool, device=query.device).tril(total - count)
+
+
+def _padded(mask: Tensor | None, n: int) -> Tensor | None:
+    """A mask with n places in front that all queries see."""
+    if mask is None:
+        return None
+    shape = (*mask.shape[:-1], n)
+    seen = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
+    return torch.cat((seen, mask), -1)
+
+
+def _bias(biased: Any, bias: Tensor, n: int) -> Tensor:
+    """T5's bias of relative positions: AdapterHub's library counts keys from the first of the prefix, queries do not.
+
+    Where there is no table, as in attention to an encoder, the prefix has none.
+    """
+    count, total = bias.shape[2:]
+    if biased is None:
+        return torch.cat((bias.new_zeros(*bias.shape[:3], n), bias), -1)
+    out: Tensor = biased.compute_bias(count, n + total, device=bias.device, past_seen_tokens=total - count)
+    return out.to(bias.dtype)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many parts of two paths agree from the first on."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(one.count("."), other.count(".")) + 1)
