@@ -13,12 +13,13 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import Malformed, storage_error
+from .appending import append
 from .atomic import replacing
 from .dtypes import DTYPES, DType
-from .lazy import Buffer, Lazy, Shape, Span, read_span
+from .lazy import Lazy, Shape, Span, read_span
 from .strict_json import load_json
 
 MAX_HEADER = 100_000_000
@@ -102,7 +103,7 @@ def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Writes a file atomically: header first, then one tensor at a time, so memory holds one tensor.
+    """Writes a file atomically: header first, then the tensors; see `append` for memory.
 
     The order is the safetensors library's own (dtype, widest first, then name): the same tensors always give the same
     bytes, and the bytes that library would have written.
@@ -112,16 +113,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: M
     header = encode_header(((n, tensors[n].dtype, tensors[n].shape) for n in order), metadata)
     with replacing(Path(path)) as file:
         file.write(header)
-        for name in order:
-            file.write(_exact(tensors[name], name, path))
-
-
-def _exact(tensor: Lazy, name: str, path: str | os.PathLike[str]) -> Buffer:
-    data = tensor.fetch()
-    if len(data) != tensor.nbytes:
-        why = f"{len(data)} bytes where {tensor.nbytes} were promised"
-        raise Malformed(why, path=path, where=name, cure="The source changed while being read; run again")
-    return data
+        file.flush()
+        raw: BinaryIO = file.raw  # type: ignore[attr-defined]
+        append(raw, len(header), ((name, tensors[name]) for name in order), path)
 
 
 def _header_length(prefix: bytes, size: int, path: str) -> int:
