@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported
+from ..methods.alora import ALoRA
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..names.ties import EMBEDDINGS
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..tensors.arrange import Order
     from ..tensors.checkpoint import Checkpoint
 
-Pair = LoRA | DoRA
+Pair = LoRA | DoRA | ALoRA
 Pairs = dict["Target", Pair]
 Slots = dict[str, Any]
 """Field -> tensor."""
@@ -108,7 +109,7 @@ def expressible(
         if reason:
             items.append(f"{target}: {reason}")
             places.append((target, position))
-        elif isinstance(update, LoRA | DoRA):
+        elif isinstance(update, Pair):
             kept[target] = update
     if items and on_loss != "drop":
         cure = "Drop them with on_loss='drop', or write adapterkit's own format"
@@ -126,7 +127,7 @@ def unfit(target: Target, update: Pair, *, stacked: bool = False, bias: bool = F
         return "stacked experts"
     if len(update.A.shape) != 2 + target.stacked:
         return "a convolution"
-    if isinstance(update, LoRA) and update.bias is not None and not bias:
+    if isinstance(update, LoRA | ALoRA) and update.bias is not None and not bias:
         return "a bias of its own"
     return ""
 
