@@ -13,7 +13,7 @@ from adapterkit.tensors.lazy import as_lazy
 ROOT = Path(__file__).parent.parent / "spec" / "vectors"
 OF_LLAMA = {"megatron", "minlora", "nemo", "olive", "tensorrt_llm"}
 """Formats whose samples are of this base."""
-BESIDE = ("expected.", "forward.", "base.")
+BESIDE = ("converted.", "expected.", "forward.")
 """What names of files begin with that no tool of the format writes."""
 MADE = (
     "comfyui", "megatron", "minlora", "nemo", "nola", "olive", "onnx_adapter", "tensorrt_llm", "textual_inversion",
@@ -24,7 +24,9 @@ CASES = [folder for name in MADE for folder in sorted((ROOT / "formats" / name).
 cases = pytest.mark.parametrize("folder", CASES, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 
 
-EVERY = sorted({path.parent for path in (ROOT / "formats").glob("*/*/expected.*")})
+SHARED = set((ROOT / "formats").glob("*/models"))
+"""Folders of bases, beside those of adapters."""
+EVERY = sorted({path.parent for path in (ROOT / "formats").glob("*/*/*") if path.is_file()} - SHARED)
 
 
 def source(folder):
