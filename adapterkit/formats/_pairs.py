@@ -258,6 +258,45 @@ def one_alpha(
     )  # fmt: skip
 
 
+def of_one_alpha(
+    adapter: Adapter,
+    why: Callable[[Target, Pair], str],
+    *,
+    dialect: str,
+    on_loss: str,
+    first: float | None = None,
+    one_rank: bool = False,
+) -> tuple[float, Pairs, list[str]]:
+    """What a dialect of one alpha can say of an adapter: the alpha, the updates, and a line for each change.
+
+    Args:
+        adapter: what is to be written.
+        why: the reason that speaks against an update; empty where none does.
+        dialect: its name, for messages.
+        on_loss: what to do with what it cannot say.
+        first: the alpha that was read.
+        one_rank: all modules have one rank.
+
+    Raises:
+        Unrepresentable: see `expressible` and `one_number`.
+    """
+    pairs, lines = expressible(adapter, dialect, on_loss, why)
+    held = of_one_rank(pairs) if one_rank else pairs
+    alpha, held, folded = one_alpha(held, dialect=dialect, on_loss=on_loss, first=first)
+    return alpha, held, lines + folded
+
+
+def of_one_rank(pairs: Pairs) -> Pairs:
+    """The same functions of one rank: the others gain zeros."""
+    rank = max(map(rank_of, pairs.values()))
+    return {target: to_rank(update, rank) for target, update in pairs.items()}
+
+
+def whole_number(value: float) -> float:
+    """A number as tools write it that have whole ones: 16, not 16.0."""
+    return int(value) if float(value).is_integer() else value
+
+
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:
     """How the base stores a weight: its shape says so, else the name of an embedding does."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
