@@ -10,8 +10,10 @@ import json
 import math
 import os
 import struct
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +31,9 @@ MAX_AXES = 64
 """Axes of a tensor: torch's own limit."""
 
 ALIGNMENT = 8
+
+SETTLED = 1_000_000_000
+"""Nanoseconds after which another change of a file shows in its time, whatever the file system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,22 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         StorageError: the file cannot be read.
     """
     path = os.fspath(path)
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    if time.time_ns() - found.st_mtime_ns < SETTLED:
+        return _read_header(path)
+    return _known(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _known(path: str, *_version: int) -> Header:
+    """The header of a file that has not changed since; to find its format, many ask for it one after another."""
+    return _read_header(path)
+
+
+def _read_header(path: str) -> Header:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 
 from ...errors import AdapterkitError, Malformed, UsageError
@@ -44,17 +43,7 @@ def load(path: Path) -> tuple[dict[str, Lazy], Metadata]:
 def names(path: Path) -> list[str]:
     """The keys of a file, for sniffing; none where it is not such a file."""
     try:
-        found = path.stat()
-    except OSError:
-        return []
-    return _names(path, found.st_ino, found.st_size, found.st_mtime_ns) if path.is_file() else []
-
-
-@lru_cache(maxsize=1)
-def _names(path: Path, *_version: int) -> list[str]:
-    """The same, found once for all the formats that ask one after another."""
-    try:
-        return list(load(path)[0])
+        return list(load(path)[0]) if path.is_file() else []
     except AdapterkitError:
         return []
 
