@@ -295,7 +295,7 @@ def test_local_paths_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lay(tmp_path / "org" / "lora", peft_files())
     assert not is_remote("org/lora")
     with pytest.raises(UsageError, match="unknown scheme"):
-        ak.read("gs://bucket/x")
+        ak.read("nowhere://bucket/x")
 
 
 @pytest.mark.parametrize("uri", ["hf://org", "hf://", "hf://a/b/../c", "hf://a/b@", "hf://u:p@host/a/b", "hf://a/b//c"])

@@ -168,13 +168,14 @@ class Update:
         """Checks the update against the weight's shape `[out, in, *k]` beyond its axes, e.g. that indices are inside.
 
         Raises:
-            ShapeMismatch: it does not fit, or a position comes twice.
+            ShapeMismatch: it does not fit.
+            Malformed: a position comes twice.
         """
         self.check_axes(shape)
         for name, why in misplaced(self, dict(zip(("out", "in"), shape, strict=False))):
             raise ShapeMismatch(f"{name}: {why}", cure="The adapter is not of this base")
         if name := repeated(self):
-            raise ShapeMismatch(f"{name}: the same position twice", cure=_DAMAGED)
+            raise Malformed("the same position twice", where=name, cure=_DAMAGED)
 
     @classmethod
     def check_axes(cls, shape: tuple[int, ...]) -> None:
