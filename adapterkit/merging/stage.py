@@ -135,6 +135,9 @@ class Stage:
     def discard(self) -> None:
         """Removes the stage and all that is in it, but never what was at the output before and is there no more."""
         if self._put_back():
+            # Last what says that the output is in place: until then a run that is killed here is known to be done.
+            with contextlib.suppress(OSError):
+                _clear(self.folder, keep={"lock", self._marker.name, "plan"})
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _take_back(self) -> None:
@@ -175,7 +178,8 @@ class Stage:
         if not self._put_back():
             why = f"what was here before lies in {self._old} and cannot be moved back"
             raise StorageError(why, path=self.target, cure="Move it back, then run the same command again")
-        if self._journal() != self.digest and not self.was_completed:
+        resumable = self._journal() == self.digest and self.out.exists()
+        if not resumable and not self.was_completed:
             _clear(self.folder, keep={"lock"})
             for folder in (self.out, self.parts, self._norms):
                 folder.mkdir()
