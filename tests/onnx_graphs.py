@@ -19,6 +19,9 @@ LAYERS = {
     "conv2d": (lambda: nn.Conv2d(16, 8, 3, stride=2, dilation=2, padding=2), (2, 16, 6, 6)),
     "conv3d": (lambda: nn.Conv3d(16, 8, 2), (1, 16, 3, 3, 3)),
     "groups": (lambda: nn.Conv1d(32, 8, 3, groups=2), (2, 32, 6)),
+    "transpose": (lambda: nn.ConvTranspose1d(16, 8, 3, stride=2, padding=1), (2, 16, 6)),
+    "transpose-groups": (lambda: nn.ConvTranspose2d(16, 8, 3, groups=2), (2, 16, 4, 4)),
+    "depthwise": (lambda: nn.Conv2d(16, 16, 3, groups=16), (2, 16, 6, 6)),
     "embedding": (lambda: nn.Embedding(16, 8), None),
 }
 
@@ -48,7 +51,8 @@ def graph(kind, layer, opset=18):
         nodes.append(helper.make_node("Gather", ["0.weight", "x"], ["y"], "node"))
     else:
         words = {"strides": layer.stride, "dilations": layer.dilation, "pads": [*layer.padding] * 2}
-        nodes.append(helper.make_node("Conv", ["x", *held], ["y"], "node", group=layer.groups, **words))
+        op = "ConvTranspose" if kind.startswith("transpose") else "Conv"
+        nodes.append(helper.make_node(op, ["x", *held], ["y"], "node", group=layer.groups, **words))
     if nodes[-1].output[0] == "h":
         nodes.append(helper.make_node("Add", ["0.bias", "h"], ["y"], "/0/Add"))
     kind_of_x = TensorProto.INT64 if kind == "embedding" else TensorProto.FLOAT

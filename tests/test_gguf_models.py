@@ -14,6 +14,8 @@ from adapterkit.tensors.ggml_blocks import BLOCKS, WRITTEN, decoded, encoded
 gguf = pytest.importorskip("gguf")
 Kind, dequantize, quantize = gguf.GGMLQuantizationType, gguf.quants.dequantize, gguf.quants.quantize
 HEADS, KV, WIDTH = 4, 2, 256
+FILE_TYPES = {"F32": "ALL_F32", "Q2_K": "MOSTLY_Q2_K", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M",
+              "Q5_K": "MOSTLY_Q5_K_M"}  # fmt: skip
 
 
 def numbers(*shape, seed=0):
@@ -85,6 +87,7 @@ def write(path, kind, arch="llama", **options):
     writer.add_head_count_kv(KV)
     writer.add_array("tokenizer.ggml.tokens", ["a", "é", "c"])
     writer.add_float32("some.number", 0.1)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES.get(kind, f"MOSTLY_{kind}")])
     for name, (values, how) in tensor_list(kind).items():
         data = packed(values, how)
         writer.add_tensor(name, data, raw_dtype=how if data.dtype == np.uint8 else None)
@@ -150,7 +153,9 @@ def test_the_type_changes_where_it_is_asked_for(kind, dtype, tmp_path):
     base, out = write(tmp_path / "base.gguf", kind), tmp_path / "out.gguf"
     lora, deltas = adapter()
     ak.merge(base, lora, out, dtype=dtype)
-    (_, old), (_, new) = read(base), read(out)
+    (_, old), (after, new) = read(base), read(out)
+    named = gguf.LlamaFileType[FILE_TYPES.get(dtype, f"MOSTLY_{dtype}")]
+    assert after.fields["general.file_type"].contents() == named
     for name, (how, data) in old.items():
         if data.ndim < 2:
             assert np.array_equal(new[name][1], data)
@@ -160,6 +165,55 @@ def test_the_type_changes_where_it_is_asked_for(kind, dtype, tmp_path):
         assert new[name][0] is Kind[dtype]
         assert np.array_equal(new[name][1].reshape(-1).view(np.uint8), wanted.reshape(-1).view(np.uint8))
     assert ak.verify(out, base, lora).ok
+
+
+def write_experts(path, kind):
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    for name, shape in (
+        ("ffn_gate_exps", (3, 96, WIDTH)),
+        ("ffn_down_exps", (3, WIDTH, 96)),
+        ("ffn_gate", (64, WIDTH)),
+    ):
+        data = quantize(numbers(*shape), Kind[kind])
+        writer.add_tensor(f"blk.0.{name}.weight", data, raw_dtype=Kind[kind] if data.dtype == np.uint8 else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("Q8_0", None), ("Q4_0", None), ("F16", None), ("Q8_0", "Q4_1")])
+def test_single_experts_of_a_stack_are_merged(kind, dtype, tmp_path):
+    base, out = write_experts(tmp_path / "base.gguf", kind), tmp_path / "out.gguf"
+    updates, deltas = {}, {}
+    for expert, own, name, shape in ((0, "gate_proj", "gate", (96, WIDTH)), (2, "gate_proj", "gate", (96, WIDTH)),
+                                     (1, "down_proj", "down", (WIDTH, 96))):  # fmt: skip
+        A, B = numbers(2, shape[1], seed=expert), numbers(shape[0], 2, seed=5)
+        update = LoRA(A=torch.tensor(A), B=torch.tensor(B), scaling=2.0)
+        updates[ak.Target(f"model.layers.0.mlp.experts.{expert}.{own}")] = (update,)
+        deltas[f"blk.0.ffn_{name}_exps.weight", expert] = 2.0 * (B.astype(float) @ A.astype(float))
+    report = ak.merge(base, ak.Adapter(updates), out, dtype=dtype)
+    (_, old), (_, new) = read(base), read(out)
+    how = Kind[dtype or kind]
+    for name, (stored, data) in old.items():
+        for expert, before in enumerate(data if data.ndim == 3 else [data]):
+            change = deltas.get((name, expert))
+            exact = floats(stored, before).astype(float) + (0.0 if change is None else change)
+            wanted = exact.astype("<f2") if how is Kind.F16 else quantize(exact.astype(np.float32), how)
+            wanted = before if change is None and stored is how else wanted
+            got = new[name][1][expert] if data.ndim == 3 else new[name][1]
+            assert np.array_equal(got.reshape(-1).view(np.uint8), wanted.reshape(-1).view(np.uint8))
+    assert [len(report.norms[f"blk.0.ffn_{name}_exps.weight"]) for name in ("gate", "down")] == [2, 1]
+    assert report.norms["blk.0.ffn_down_exps.weight"][0] == pytest.approx(
+        np.linalg.norm(deltas["blk.0.ffn_down_exps.weight", 1]), rel=1e-6
+    )
+    assert ak.verify(out, base, ak.Adapter(updates)).ok
+    ak.merge(base, ak.Adapter(updates), tmp_path / "out.safetensors", quantized="dequantize", dtype="F32")
+    wide = load_file(tmp_path / "out.safetensors")["model.layers.0.mlp.experts.1.down_proj.weight"]
+    stored, data = old["blk.0.ffn_down_exps.weight"]
+    exact = floats(stored, data[1]).astype(float) + deltas["blk.0.ffn_down_exps.weight", 1]
+    assert np.array_equal(wide, exact.astype(np.float32))
 
 
 def test_a_k_quant_is_not_written_back(tmp_path):

@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 from test_merge import lora, rand, save_base, tree
+from test_requantize import adapter_for
 
 import adapterkit as ak
+from adapterkit.quant import dequantized
+from adapterkit.tensors.checkpoint import open_checkpoint
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -80,6 +83,21 @@ def test_a_worker_and_a_node_killed_on_the_way(cluster: Any, inputs: Any, tmp_pa
     assert len(killed) == 2
     assert tree(tmp_path / "out") == expected
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("choice", ["requantize", "dequantize", "original"])
+def test_a_quantized_base(cluster: Any, choice: str, tmp_path: Path) -> None:
+    case = Path(__file__).parent.parent / "spec" / "vectors" / "quant" / "gptq" / "four"
+    adapter, _, _ = adapter_for(case)
+    ak.write(adapter, tmp_path / "a.safetensors")
+    plain = {name: tensor.torch() for name, tensor in dequantized(open_checkpoint(case)).tensors.items()}
+    onto = save_base(tmp_path / "onto", plain, shards=1) if choice == "original" else None
+    options = {"quantized": choice, "onto": onto}
+    ak.merge(case, tmp_path / "a.safetensors", tmp_path / "local", **options)  # type: ignore[arg-type]
+    ak.merge(
+        case, tmp_path / "a.safetensors", tmp_path / "ray", engine="ray", address=cluster.address, **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert tree(tmp_path / "ray") == tree(tmp_path / "local")
 
 
 def _kill_a_worker() -> int | None:

@@ -167,6 +167,28 @@ def test_command_line(plain, tmp_path):
     assert "largest difference" in done.stdout
     done = run("inject", plain, source, "-o", tmp_path / "slots.onnx", "--mode", "slots", "--json")
     assert json.loads(done.stdout)["targets"][0]["confidence"] == 1
+    x, merged = graphs.built("matmul")[1], tmp_path / "merged.onnx"
+    planned = json.loads(run("merge", plain, source, "--plan", "--json").stdout)
+    assert [(t["target"], t["method"]) for t in planned["targets"]] == [("0", "path")]
+    assert run("merge", plain, source, "--plan").exit_code == 0
+    assert not merged.exists()
+    done = run("merge", plain, source, "-o", merged, "--weight", "2")
+    assert done.exit_code == 0, done
+    y, one = graphs.run(plain, x), graphs.run(tmp_path / "out.onnx", x)
+    np.testing.assert_allclose(graphs.run(merged, x), 2 * one - y, rtol=1e-4, atol=1e-4 * abs(one).max())
+    for words, code, said in (
+        ((plain, source, "-o", merged), 6, "--overwrite"),
+        ((plain, source), 2, "--out"),
+        ((plain, source, "-o", merged, "--dtype", "BF16"), 2, "Export the model in that type"),
+        ((plain, source, "-o", merged, "--verify"), 2, "compared anyway"),
+        ((plain, source, "-o", merged, "--quantized", "original"), 2, "16-bit weights"),
+        ((tmp_path, source, "-o", merged, "--base-weights", tmp_path), 2, "for an ONNX graph"),
+    ):
+        done = run("merge", *words)
+        assert done.exit_code == code, done
+        assert said in done.stderr
+    done = run("merge", plain, source, "-o", merged, "--overwrite", "--json")
+    assert json.loads(done.stdout)["difference"] < 1e-5
     done = run("inject", source, source, "-o", tmp_path / "bad.onnx")
     assert done.exit_code == 2
     assert "not an ONNX model" in done.stderr

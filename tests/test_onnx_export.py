@@ -22,7 +22,7 @@ from adapterkit.errors import (
     UsageError,
 )
 from adapterkit.onnx import exporting
-from adapterkit.tensors.lazy import from_numpy
+from adapterkit.tensors.lazy import as_array, from_numpy
 from adapterkit.tensors.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning:(transformers|peft|torch)")
@@ -210,6 +210,22 @@ def test_names_of_modules_stay_and_nothing_of_this_machine(classifier):
     assert b"stack_trace" not in report.out.read_bytes()
 
 
+def test_a_file_for_slots_is_an_adapter_as_well(classifier, tmp_path):
+    """What the record beside it makes of its values is what PEFT's own files hold."""
+    (_, first, second), _, _, _, report = classifier
+    for name, folder in (("one", first), ("two", second)):
+        read, wanted = ak.read(report.out.with_name(f"{name}.onnx_adapter")), ak.read(folder)
+        assert list(read.updates) == list(wanted.updates)
+        for target, update in wanted:
+            (other,) = read.updates[target]
+            assert other.attributes == update.attributes
+            for field, leaf in update.tensors.items():
+                np.testing.assert_array_equal(as_array(other.tensors[field]), as_array(leaf))
+        ak.write(read, tmp_path / name, format="peft")
+        again = ak.read(tmp_path / name)
+        assert {str(target) for target in again.updates} == {str(target) for target in wanted.updates}
+
+
 def test_what_a_session_refuses(classifier, tmp_path):
     _, session, feeds, _, report = classifier
     file = report.out.with_name("one.onnx_adapter")
@@ -236,7 +252,7 @@ def test_what_a_session_refuses(classifier, tmp_path):
         with pytest.raises(error, match=match):
             session.load("bad", tmp_path / "bad.onnx_adapter")
     assert session.adapters == ("one", "two")
-    with pytest.raises(UsageError, match="does not run here"):
+    with pytest.raises(UsageError, match=r"OtherExecutionProvider does not run here.*CPUExecutionProvider"):
         ak.onnx.Session(report.out, providers=["OtherExecutionProvider"])
     session.load("more", file)
     session.unload("more")
@@ -389,7 +405,8 @@ def test_command_line(tmp_path, folders):
     done = run("export", base, "-o", out, "--adapter", first, "--mode", "slots")
     assert done.exit_code == 0, done
     assert "largest difference" in done.stdout
-    assert sorted(os.listdir(out)) == ["bert_first.onnx_adapter", "config.json", "model.onnx"]
+    file = "bert_first.onnx_adapter"
+    assert sorted(os.listdir(out)) == [file, f"{file}.json", "config.json", "model.onnx"]
     (out / "stale").write_text("")
     done = run("export", base, "-o", out, "--overwrite", "--no-check", "--json")
     assert json.loads(done.stdout)["mode"] == "merged"

@@ -1,14 +1,19 @@
 """Layers in odd places: in the branches of an If, behind dequantized weights, in graphs in memory."""
 
+import warnings
+
 import numpy as np
 import onnx
 import onnx_graphs as graphs
 import onnx_ir as ir
+import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
+from adapterkit.errors import Unsupported
 from adapterkit.methods import METHODS
 
 A, B = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((2, 16), (8, 2)))
@@ -61,6 +66,179 @@ def test_a_dequantized_weight_stays_as_it_is(tmp_path):
     ak.onnx.inject(path, ADAPTER, tmp_path / "out.onnx")
     wanted = graphs.run(path, X) + DELTA
     np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", X), wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max())
+
+
+@pytest.mark.parametrize("scale", [np.abs(W).max(0, keepdims=True) / 127, np.abs(W).max() / 127])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_merge_into_a_weight_that_is_cast_and_scaled(scale, turned, tmp_path):
+    """As weight-only quantization in 8 bits stores it; another layer reads the same numbers."""
+    packed, scale = np.round(W / scale).astype(np.int8), np.asarray(scale, "f4")
+    held = {"q8": packed.T.copy() if turned else packed, "scale": scale.T.copy() if turned else scale}
+    nodes = [
+        helper.make_node("Cast", ["q8"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["f", "scale"], ["m"]),
+        helper.make_node("Transpose", ["m"], ["w"], perm=[1, 0] if turned else [0, 1]),
+        helper.make_node("MatMul", ["x", "w"], ["h"], "/q/MatMul"),
+        helper.make_node("MatMul", ["x", "w"], ["g"], "/k/MatMul"),
+        helper.make_node("Sub", ["h", "g"], ["y"]),
+    ]  # fmt: skip
+    path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
+    path.write_bytes(model(nodes, held).SerializeToString())
+    report = ak.onnx.merge(path, ADAPTER, out, quantized="dequantize")
+    assert report.difference < 1e-5
+    np.testing.assert_allclose(graphs.run(out, X), DELTA, rtol=1e-4, atol=1e-4)
+    report = ak.onnx.merge(path, ADAPTER, out, quantized="requantize")
+    assert 0 < report.damage["q"]["error"] < 0.02
+    assert [i.data_type for i in onnx.load(out).graph.initializer].count(TensorProto.INT8) == 2
+    assert abs(graphs.run(out, X) - DELTA).max() < 0.1 * abs(DELTA).max()
+    np.testing.assert_array_equal(numpy_helper.to_array(onnx.load(out).graph.initializer[0]), held["q8"])
+    both = Adapter({Target(name): ADAPTER.updates[Target("q")] for name in "qk"})
+    for choice in ("dequantize", "requantize"):
+        ak.onnx.merge(path, both, out, quantized=choice)
+        np.testing.assert_array_equal(graphs.run(out, X), 0 * DELTA)
+    assert [i.name for i in onnx.load(out).graph.initializer].count("q8") == 1
+    assert [i.data_type for i in onnx.load(out).graph.initializer].count(TensorProto.INT8) == 1
+
+
+@pytest.mark.parametrize("kind", ["transpose", "transpose-groups", "depthwise", "groups"])
+def test_convolutions_by_torch_with_changed_weights(kind, tmp_path):
+    layer, x, proto = graphs.built(kind)
+    path = graphs.saved(proto, tmp_path / "base.onnx")
+    D = torch.randn(layer[0].weight.shape, generator=torch.Generator().manual_seed(4))
+    adapter = Adapter({Target("0"): (METHODS["dense"](D=D),)})
+    with torch.no_grad():
+        layer[0].weight += D
+        wanted = layer(torch.tensor(x)).numpy()
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        assert change(path, adapter, tmp_path / "out.onnx").difference < 1e-5
+        np.testing.assert_allclose(graphs.run(tmp_path / "out.onnx", x), wanted, atol=1e-5 * abs(wanted).max())
+
+
+def test_a_layer_in_the_body_of_a_loop(tmp_path):
+    w = np.random.default_rng(2).normal(size=(16, 16)).astype("f4") / 8
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["h", "w"], ["g"], "/q/MatMul"),
+            helper.make_node("Identity", ["going"], ["goes"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("step", TensorProto.INT64, []),
+            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("h", TensorProto.FLOAT, ["batch", "length", 16]),
+        ],
+        [
+            helper.make_tensor_value_info("goes", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("g", TensorProto.FLOAT, None),
+        ],
+    )
+    loop = helper.make_node("Loop", ["trips", "", "x"], ["out"], body=body)
+    cut = helper.make_node("Slice", ["out", "zero", "eight", "two"], ["y"])
+    one = {name: np.array([n]) for name, n in (("zero", 0), ("eight", 8), ("two", 2))}
+    path = tmp_path / "base.onnx"
+    path.write_bytes(model([loop, cut], {"w": w, "trips": np.array(3), **one}).SerializeToString())
+    B16 = torch.randn(16, 2, generator=torch.Generator().manual_seed(2)) / 8
+    adapter = Adapter({Target("q"): (METHODS["lora"](A=A, B=B16),)})
+    wanted = X @ np.linalg.matrix_power(w + (B16 @ A).numpy().T, 3)
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        assert change(path, adapter, tmp_path / "out.onnx").difference < 1e-5
+        got = graphs.run(tmp_path / "out.onnx", X)
+        np.testing.assert_allclose(got, wanted[..., :8], atol=1e-5 * abs(wanted).max())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_projections_that_are_packed_into_one(fused, tmp_path):
+    """As onnxruntime's optimizer fuses attention, and as one MatMul before a MultiHeadAttention."""
+    g = torch.Generator().manual_seed(6)
+    Q, K, V = (torch.randn(8, 16, generator=g) / 4 for _ in range(3))
+    save_file({f"attn.{n}_proj.weight": W for n, W in zip("qkv", (Q, K, V), strict=True)}, tmp_path / "b.safetensors")
+    bias = torch.randn(24, generator=g).numpy()
+    held = {
+        "packed": torch.cat([Q, K, V]).T.contiguous().numpy(),
+        "b": bias,
+        "m": np.array([[1, 1, 0], [1, 1, 1]], "i4"),
+    }
+    words = {"num_heads": 2, "domain": "com.microsoft"}
+    if fused:
+        nodes = [helper.make_node("Attention", ["x", "packed", "b", "m"], ["y"], **words)]
+    else:
+        held["sizes"] = np.array([8, 8, 8])
+        nodes = [
+            helper.make_node("MatMul", ["x", "packed"], ["h"]),
+            helper.make_node("Split", ["h", "sizes"], ["q", "k", "v"], axis=-1),
+            helper.make_node("MultiHeadAttention", ["q", "k", "v", "b", "m"], ["y"], **words),
+        ]
+    proto, path = model(nodes, held), tmp_path / "base.onnx"
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    path.write_bytes(proto.SerializeToString())
+    deltas = {name: (torch.randn(2, 16, generator=g) / 4, torch.randn(8, 2, generator=g)) for name in "qv"}
+    adapter = Adapter({Target(f"attn.{n}_proj"): (METHODS["lora"](A=A, B=B),) for n, (A, B) in deltas.items()})
+
+    def attention(q, k, v, bias=bias):
+        b = torch.tensor(bias).double()
+        x = torch.tensor(X).double()
+        parts = [x @ W.double().T + b[8 * n : 8 * n + 8] for n, W in enumerate((q, k, v))]
+        q, k, v = (part.reshape(2, 3, 2, 4).transpose(1, 2) for part in parts)
+        seen = torch.tensor(held["m"]).bool()[:, None, None]
+        scores = (q @ k.mT / 2).masked_fill(~seen, -1e9)
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 3, 8).numpy()
+
+    np.testing.assert_allclose(graphs.run(path, X), attention(Q, K, V), atol=1e-5)
+    (qA, qB), (vA, vB) = deltas.values()
+    wanted = attention(Q + qB @ qA, K, V + vB @ vA)
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        report = change(path, adapter, tmp_path / "out.onnx", base_weights=tmp_path / "b.safetensors")
+        assert [(place.method, place.target.rows) for place in report.found] == [
+            ("packed", (0, 8)),
+            ("packed", (16, 24)),
+        ]
+        assert report.difference < 1e-5
+        np.testing.assert_allclose(graphs.run(report.out, X), wanted, atol=1e-5 * abs(wanted).max())
+    shift = Adapter({Target("attn.q_proj"): (METHODS["replacement"](bias=torch.ones(8)),)})
+    if fused:  # The bias is in the node, and no function of its input alone.
+        ak.onnx.merge(path, shift, tmp_path / "m.onnx", base_weights=tmp_path / "b.safetensors")
+        wanted = attention(Q, K, V, np.concatenate([np.ones(8, "f4"), bias[8:]]))
+        np.testing.assert_allclose(graphs.run(tmp_path / "m.onnx", X), wanted, atol=1e-5)
+    with pytest.raises(Unsupported, match="bias"):
+        ak.onnx.inject(path, shift, tmp_path / "bad.onnx", base_weights=tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_merges_into_recurrent_layers(kind, tmp_path):
+    """As torch's legacy exporter writes them: two directions, two layers, torch's own order of gates lost."""
+    torch.manual_seed(0)
+    made = getattr(torch.nn, kind)(16, 8, num_layers=2, bidirectional=True, batch_first=True)
+    whole = torch.nn.ModuleDict({"rnn": made}).eval()
+    whole.forward = lambda x: whole.rnn(x)[0]
+    path, out = tmp_path / "base.onnx", tmp_path / "out.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            whole, (torch.tensor(X),), str(path), dynamo=False, opset_version=17, input_names=["x"],
+            dynamic_axes={"x": {0: "batch", 1: "length"}},
+        )  # fmt: skip
+    save_file(whole.state_dict(), tmp_path / "base.safetensors")
+    updates, changed = {}, ("weight_ih_l0", "weight_hh_l0_reverse", "weight_ih_l1_reverse", "weight_ih_l0_reverse")
+    with torch.no_grad():
+        for name in changed:
+            W = getattr(made, name)
+            A, B = torch.randn(2, W.shape[1]), torch.randn(W.shape[0], 2) / 4
+            W += B @ A
+            updates[Target(f"rnn.{name}")] = (METHODS["lora"](A=A, B=B),)
+        wanted = whole(torch.tensor(X)).numpy()
+    with pytest.raises(Unsupported, match="Merge it instead"):
+        ak.onnx.inject(path, Adapter(updates), out)
+    for base, method in ((None, "path"), (tmp_path / "base.safetensors", "path")):
+        report = ak.onnx.merge(path, Adapter(updates), out, base_weights=base)
+        assert {place.method for place in report.found} == {method}
+        np.testing.assert_allclose(graphs.run(out, X), wanted, atol=1e-6)
+    proto = onnx.load(path)
+    for node in proto.graph.node:
+        node.name = ""
+    path.write_bytes(proto.SerializeToString())
+    report = ak.onnx.merge(path, Adapter(updates), out, base_weights=tmp_path / "base.safetensors")
+    assert {place.method for place in report.found} == {"values"}
+    np.testing.assert_allclose(graphs.run(out, X), wanted, atol=1e-6)
 
 
 def test_a_model_in_memory_stays_as_it_is(tmp_path):

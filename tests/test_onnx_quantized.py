@@ -10,12 +10,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer, QuantFormat
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.errors import TargetNotFound, Unsupported
+from adapterkit.errors import TargetNotFound, Unsupported, UsageError
 from adapterkit.methods import METHODS
 
 OUT, IN = 24, 64
@@ -108,8 +108,61 @@ def test_a_branch_beside_what_a_quantizer_made(exporter, name, exported, tmp_pat
     np.testing.assert_allclose(graphs.run(out, X), wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max())
     ak.onnx.eject(out, tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
-    with pytest.raises(Unsupported, match="quantized"):
+    with pytest.raises(Unsupported, match=r"quantized='dequantize'.*quantized='requantize'"):
         ak.onnx.merge(path, adapter, tmp_path / "merged.onnx", base_weights=exported / "base.safetensors")
+    with pytest.raises(UsageError, match="Known: dequantize, requantize"):
+        ak.onnx.merge(path, adapter, tmp_path / "merged.onnx", quantized="original")
+
+
+def dense(path):
+    """The numbers that a packed layer stands for, `[out, in]` in float64, by other ways than adapterkit's."""
+    proto = onnx.load(path)
+    held = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
+    nodes = {node.op_type: node for node in proto.graph.node}
+    if "MatMulNBits" in nodes:  # Its kernel takes floating-point inputs as they are.
+        rows = [graphs.run(path, row)[0, 0] for row in np.eye(IN)[:, None, None] + 0 * X]
+        return (np.array(rows) - graphs.run(path, 0 * X)[0, 0]).T.astype("f8")
+    if "MatMulInteger" in nodes:
+        q, zero = (held[nodes["MatMulInteger"].input[at]].astype("f8") for at in (1, 3))
+        inputs = {name for node in proto.graph.node for name in node.input}
+        (scale,) = (array for name, array in held.items() if name in inputs and "_scale" in name)
+        return ((q - zero) * scale).T
+    back = next(n for n in proto.graph.node if n.op_type == "DequantizeLinear" and held[n.input[0]].ndim == 2)
+    proto.graph.output.append(helper.make_tensor_value_info(back.output[0], TensorProto.FLOAT, None))
+    return onnx.reference.ReferenceEvaluator(proto).run([back.output[0]], {"x": X})[0].T.astype("f8")
+
+
+@pytest.mark.parametrize("exporter", ["legacy", "dynamo"])
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_merge_into_what_a_quantizer_made(exporter, name, exported, tmp_path):
+    path, out, update = exported / f"{exporter}-{name}.onnx", tmp_path / "out.onnx", lora()
+    adapter, base = Adapter({Target("up"): (update,)}), exported / "base.safetensors"
+    D = (0.5 * (update.B @ update.A)).numpy().astype("f8")
+    W, x = dense(path), X.astype("f8")
+    bias = load_file(base)["up.bias"].numpy()
+    report = ak.onnx.merge(path, adapter, out, base_weights=base, quantized="dequantize")
+    assert report.difference < 1e-5
+    left = {"DequantizeLinear"} if name == "qdq" else set()  # Of the bias.
+    assert {node.op_type for node in onnx.load(out).graph.node} <= {"MatMul", "Gemm", "Add"} | left
+    if name == "qdq":  # The bias is rounded too, and stays so.
+        rounded = graphs.run(out, 0 * X)[0, 0]
+        np.testing.assert_allclose(rounded, bias, atol=1e-3)
+        bias = rounded
+    wanted = x @ (W + D).T + bias
+    np.testing.assert_allclose(graphs.run(out, X), wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max())
+    onnx.checker.check_model(onnx.load(out), full_check=True)
+    ops = sorted(node.op_type for node in onnx.load(path).graph.node)
+    report = ak.onnx.merge(path, adapter, tmp_path / "again.onnx", base_weights=base, quantized="requantize")
+    assert sorted(node.op_type for node in onnx.load(tmp_path / "again.onnx").graph.node) == ops
+    R = dense(tmp_path / "again.onnx")
+    (damage,) = report.damage.values()
+    error = np.linalg.norm(R - W - D) / np.linalg.norm(W + D)
+    assert damage["error"] == pytest.approx(error, rel=1e-3)
+    assert error < (0.12 if name in ("nbits", "nbits-zeros", "nbits-qdq") else 0.02)
+    assert damage["kept"] == pytest.approx(((R - W) * D).sum() / (D * D).sum(), rel=1e-3)
+    if name != "qdq":  # Its output is clipped to what the quantizer saw of the base.
+        wanted = x @ R.T + bias
+        assert abs(graphs.run(tmp_path / "again.onnx", X) - wanted).max() < 0.02 * abs(wanted).max()
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

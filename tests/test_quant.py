@@ -1,13 +1,16 @@
 """Quantized bases against what their own libraries make of them, and the merge into them against float64 numpy."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
@@ -19,7 +22,9 @@ from adapterkit.merging import plan
 from adapterkit.methods.dora import DoRA
 from adapterkit.methods.lora import LoRA
 from adapterkit.quant import SCHEMES, dequantized, detect
+from adapterkit.quant._grouped import Grouped
 from adapterkit.tensors.checkpoint import open_checkpoint
+from adapterkit.tensors.dtypes import DTYPES
 
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "quant"
 CASES = sorted(path.parent for path in VECTORS.rglob("expected.safetensors"))
@@ -51,6 +56,48 @@ def low_rank(shape, seed=0):
 def unpack(folder):
     for weight in dequantized(open_checkpoint(folder)).packed.values():
         weight.lazy().fetch()
+
+
+def grouped(case):
+    """The packed weights of a case that are whole numbers in runs of columns, of a width that MatMulNBits has."""
+    found = dequantized(open_checkpoint(stored(case))).packed.values() if (case / "config.json").exists() else ()
+    plain = [w for w in found if isinstance(w, Grouped) and w.index is None and w.bits in (4, 8)]
+    sizes = {16, 32, 64, 128, 256}
+    return [w for w in plain if w.shape[-1] % w.groups == 0 and w.shape[-1] // w.groups in sizes]
+
+
+def in_onnxruntime(weight):
+    """What MatMulNBits computes with: its product with an identity, of numbers packed as its documentation says."""
+    (N, K), bits = weight.shape, weight.bits
+    q, zeros = weight.whole(0, N), np.broadcast_to(weight.zeros(0, N), (N, weight.groups))
+    shift = -weight.span[0]
+    data = np.stack([_low_first(row + shift, bits) for row in q]).reshape(N, weight.groups, -1)
+    points = np.stack([_low_first(row + shift, bits) for row in zeros])
+    scales = weight.scales(0, N).astype("f4")
+    given = {"B": data, "scales": scales.reshape(-1), "zero_points": points.reshape(-1)}
+    held = [numpy_helper.from_array(np.ascontiguousarray(value), key) for key, value in given.items()]
+    node = helper.make_node(
+        "MatMulNBits", ["x", *given], ["y"], domain="com.microsoft", K=K, N=N, bits=bits,
+        block_size=K // weight.groups, accuracy_level=1,
+    )  # fmt: skip
+    ends = [helper.make_tensor_value_info(key, TensorProto.FLOAT, [K, size]) for key, size in (("x", K), ("y", N))]
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], held)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": np.eye(K, dtype="f4")})[0].T
+
+
+def _low_first(values, bits):
+    whole = np.pad(values, (0, -len(values) * bits % 8 // bits)).astype(np.uint8)
+    return whole[0::2] | whole[1::2] << 4 if bits == 4 else whole
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if grouped(case)], ids=name)
+def test_grouped_weights_are_what_onnxruntimes_matmulnbits_computes_with(case):
+    for weight in grouped(case):
+        ours = dataclasses.replace(weight, dtype=DTYPES["F32"]).rows(0, weight.shape[0])
+        assert np.array_equal((ours + 0.0).view("u4"), (in_onnxruntime(weight) + 0.0).view("u4"))
 
 
 def test_every_scheme_has_vectors():

@@ -60,9 +60,9 @@ def byte_count(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 
 
 def device_name(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
-    """Checks for `auto`, `cpu`, `cuda` or one CUDA device by number."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N")
+    """Checks for `auto`, `cpu`, `cuda`, or CUDA devices by number."""
+    if not re.fullmatch(r"auto|cpu|cuda|cuda:\d+(,cuda:\d+)*", value):
+        raise click.BadParameter(f"{value!r} is not auto, cpu, cuda, cuda:N or cuda:0,cuda:1")
     return value
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from . import _options
+from ._graphs import checked
 from ._render import View, show
 
 
@@ -48,7 +49,5 @@ def command(
 
 
 def _view(record: Any) -> View:
-    found = record["difference"]
-    checked = record["note"] or ("not checked" if found is None else f"largest difference {found:.2g} of the output")
-    yield f"wrote {record['out']}: {record['mode']}; {checked}"
+    yield f"wrote {record['out']}: {record['mode']}; {checked(record)}"
     yield f"  {', '.join(record['files'])}"

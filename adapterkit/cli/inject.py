@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from . import _options
-from ._render import Table, View, show
+from ._graphs import checked, targets_table
+from ._render import View, show
 
 
 @click.command(help=__doc__)
@@ -38,10 +39,7 @@ def command(
 
 
 def _view(record: Any) -> View:
-    rows = [[t["target"], ", ".join(t["nodes"]), t["method"], f"{t['confidence']:.2f}"] for t in record["targets"]]
-    found = record["difference"]
-    checked = record["note"] or ("not checked" if found is None else f"largest difference {found:.2g} of the output")
     return [
-        Table(("target", "node", "found by", "confidence"), rows),
-        f"wrote {record['out']}: {len(rows)} targets; {checked}",
+        targets_table(record),
+        f"wrote {record['out']}: {len(record['targets'])} targets; {checked(record)}",
     ]

@@ -2,6 +2,7 @@
 
 BASE is a folder of weights or one weight file; each A an adapter in any known format; OUT a path, or a place on a hub
 such as oci://registry/name:tag. An interrupted merge goes on where it stopped when the same command is run again.
+BASE may be an ONNX file: OUT.onnx is then run against the graph with the adapter attached.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import click
 
 from . import _options
 from ._combining import combination, method_and_settings
+from ._graphs import is_graph, merge_graph, refuse_graph_options
 from ._progress import progress
 from ._render import Table, View, counted, show, size
 from .verify import record_of, verdict
@@ -29,7 +31,7 @@ MOST_SHOWN = 8
 @method_and_settings(default=None)
 @click.option(
     "--device", callback=_options.device_name, default="auto", show_default=True, metavar="DEVICE",
-    help="Where to compute: auto, cpu or cuda:N.",
+    help="Where to compute: auto, cpu, cuda:N, or several: cuda:0,cuda:1.",
 )  # fmt: skip
 @click.option("--dtype", metavar="D", help="Cast all floating weights, e.g. to BF16; as in the base if absent.")
 @click.option(
@@ -56,11 +58,16 @@ MOST_SHOWN = 8
     help="Most memory to hold; half of what is free if absent.",
 )
 @click.option("--link", is_flag=True, help="Hard links instead of copies of files that no adapter touches.")
+@click.option("--checksums/--no-checksums", default=True, help="Sums of what is written, for verify without the base.")
 @click.option("--stream", is_flag=True, help="Fetch a base from a hub one weight file at a time, never all of it.")
 @_options.allow_partial
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
 @click.option("--verify", "verified", is_flag=True, help="Compute every merged tensor again and compare it to OUT.")
+@click.option(
+    "--base-weights", metavar="DIR", help="Of a graph: weights of its base, to find layers whose names are lost."
+)
+@click.option("--check/--no-check", default=True, show_default=True, help="Of a graph: run the result and compare it.")
 @_options.flags
 @click.pass_context
 def command(
@@ -68,9 +75,13 @@ def command(
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
     engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None,
-    link: bool,
+    link: bool, base_weights: str | None, check: bool, checksums: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.merge`, or `adapterkit.merging.plan`."""
+    """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
+    if is_graph(base):
+        merge_graph(ctx, base, adapters, out, weights, base_weights, quantized, check, overwrite, only_plan)
+        return
+    refuse_graph_options(ctx, base)
     from ..merging import merge, plan
 
     settings: _options.Settings = ctx.obj
@@ -93,6 +104,7 @@ def command(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
+            checksums=checksums,
         )  # fmt: skip
     record = dict(report.record())
     if verified:
@@ -145,10 +157,10 @@ def _quantized(record: Mapping[str, Any]) -> Iterator[str]:
     if chosen is not None:
         weights = counted(chosen["weights"], "weight")
         yield f"{chosen['choice']}: {weights} of scheme {chosen['scheme']}: {chosen['why']}"
-    yield from _damage(record.get("damage", {}))
+    yield from damage_lines(record.get("damage", {}))
 
 
-def _damage(damage: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+def damage_lines(damage: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     """What quantizing again did, target by target, the worst first."""
     worst = sorted(damage, key=lambda name: damage[name]["kept"])
     for name in worst[:MOST_SHOWN]:

@@ -6,6 +6,7 @@ and `.json`: the record that adapterkit's own files carry. Without one, Olive's 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ from ..tensors.lazy import as_lazy
 from ..tensors.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ._format import Format
 from ._pairs import Leftovers, in_order, remembered
-from .adapterkit import MAX_RECORD, decode_record, encode_record
+from .adapterkit import MAX_RECORD, ForeignRecord, decode_record, encode_record
 from .olive import has_olives_names
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class OnnxAdapter(Format):
         data = {
             "adapter_version": file.adapter_version, "model_version": file.model_version, "order": list(file.tensors),
         }  # fmt: skip
-        return adapter if adapter.foreign else adapter.replace(foreign=Foreign(FORMAT, data))
+        own = adapter.foreign is None or adapter.foreign.format == FORMAT
+        return adapter.replace(foreign=Foreign(FORMAT, data)) if own else adapter
 
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
@@ -79,6 +81,25 @@ class OnnxAdapter(Format):
         write_ort_adapter(path, OrtAdapter(values, *versions))
         write_bytes(sidecar(path), canonical(msgspec.to_builtins(record)).encode())
         return []
+
+
+def write_slots_record(
+    adapter: Adapter, names: Sequence[Mapping[str, str]], others: Iterable[str], path: Path
+) -> Path:  # fmt: skip
+    """Writes the record beside a file whose values are those of a graph's slots.
+
+    Args:
+        adapter: what the file holds.
+        names: of each update, in order: field -> name of its slot.
+        others: names of the values that are no tensors of updates: their scalings, which the record has as well.
+        path: the file.
+    """
+    record = encode_record(adapter.replace(foreign=None), {})
+    updates = [msgspec.structs.replace(u, tensors=dict(n)) for u, n in zip(record.updates, names, strict=True)]
+    foreign = ForeignRecord(FORMAT, {}, {name: name for name in others})
+    told = msgspec.structs.replace(record, updates=updates, foreign=foreign)
+    write_bytes(sidecar(path), canonical(msgspec.to_builtins(told)).encode())
+    return sidecar(path)
 
 
 def sidecar(path: Path) -> Path:

@@ -82,6 +82,7 @@ def merge(
     memory: int | None = None,
     link: bool = False,
     stream: bool = False,
+    checksums: bool = True,
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded once from float64.
 
@@ -94,7 +95,8 @@ def merge(
         out: the folder to write; it must not exist, or be empty. With a single-file base, a `.safetensors` path. Or a
             place on a hub, such as `oci://registry/name:tag`: the output is pushed there when it is whole.
         weights: one factor an adapter; 1 for each when not given.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda:N` or any torch device.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda:N` or any torch device; or several, `cuda:0,cuda:1`,
+            which take the files in turn. Tested as torch's CPU device, not run on a card.
         dtype: cast all floating tensors to this; the base's own dtypes when not given.
         shard_size: bytes of an output file at most; the base's own sharding when not given.
         engine: `local`: threads of this process; `ray`: one task an output file on the nodes of a Ray cluster, which
@@ -110,6 +112,7 @@ def merge(
         seed: round stochastically, the draws being a function of this number, the tensor and the element.
         memory: bytes to hold beyond the imports at most; half of what is free when not given.
         link: make files of the base that nothing touches hard links instead of copies; never write into such an output.
+        checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base.
         stream: of a base on a hub, fetch one weight file at a time, verified, and give its space back after its use.
 
     Raises:
@@ -126,11 +129,12 @@ def merge(
                 base, adapters, there, weights=weights, device=device, dtype=dtype, shard_size=shard_size,
                 engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
                 overwrite=True, quantized=quantized, onto=onto, seed=seed, memory=memory, link=link, stream=stream,
+                checksums=checksums,
             )  # fmt: skip
         return replace(report, out=str(out))
     options = {
         "dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial, "seed": seed,
-        "memory": memory, "link": link,
+        "memory": memory, "link": link, "checksums": checksums,
     }  # fmt: skip
     _check_engine(engine, address, stream)
     with _supplied(base, Path(out), stream) as (checkpoint, supply):
@@ -159,37 +163,48 @@ def merge(
 
 def verify(
     merged: Base,
-    base: Base,
-    adapters: Source | Sequence[Source],
+    base: Base | None = None,
+    adapters: Source | Sequence[Source] = (),
     *,
     weights: Sequence[float] | None = None,
     allow_partial: bool = False,
     progress: Progress | None = None,
     seed: int | None = None,
+    sample: int | None = None,
 ) -> Verification:
     """Computes the merge again and compares every element with what is on disk; writes nothing.
 
+    Without a base it compares the files with the checksums that were taken while they were written.
+
     Args:
-        merged: the output of a merge, by whatever tool.
+        merged: the output of a merge, by whatever tool; without a base, of this one.
         base: the base it was made from; one that was merged onto other weights by `original`: those weights.
         adapters: the adapters.
         weights: one factor an adapter; 1 for each when not given.
         allow_partial: as in `merge`.
         progress: called with (bytes done, bytes in all).
         seed: as in `merge`.
+        sample: compare so many tensors that adapters touch and so many others, drawn at random; all when not given.
 
     Returns:
         what was compared and every difference found; a difference is not an error.
 
     Raises:
+        UsageError: adapters or a sample without a base; there are no checksums.
         AdapterkitError: the inputs cannot be read or do not fit together.
     """
+    if base is None:
+        from .checksums import check_written
+
+        if adapters or sample is not None:
+            raise UsageError("no base to compute the merge from", cure="Give the base, or the output alone")
+        return check_written(merged, progress)
     from .quantized import as_read
     from .verification import compare
 
     found = opened(merged)
     checkpoint = as_read(opened(base), found)
-    return compare(found, checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress, seed)
+    return compare(found, checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress, seed, sample)
 
 
 def _check_engine(engine: str, address: str | None, stream: bool) -> None:

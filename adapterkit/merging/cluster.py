@@ -105,8 +105,10 @@ def write_file(recipe: Recipe, digest: str, target: str, name: str) -> str:
         raise Corrupt(why, path=recipe.base, cure="Let all nodes see the same files, with the same adapterkit")
     stage = Stage(Path(target), digest, [file.name for file in plan.files])
     if not stage.finished(name):
-        alone = [file for file in plan.files if file.name == name]
-        execute(alone, stage.apart(), arrays_for(recipe.device), None, THREADS)
+        position = next(at for at, file in enumerate(plan.files) if file.name == name)
+        devices = recipe.device.split(",")
+        arrays = arrays_for(devices[position % len(devices)])
+        execute([plan.files[position]], stage.apart(), [arrays], None, THREADS, checksums=plan.checksums)
     return name
 
 

@@ -14,12 +14,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, Malformed
-from ..tensors.namespace import namespace
+from ..tensors.lazy import Lazy
 from ..updates import Additive, Update
 from .planning import BLOCK_ELEMENTS, Output
 from .rounding import key_of, stochastic
 
 if TYPE_CHECKING:
+    from ..tensors.lazy import Leaf
     from .arrays import Arrays, Workspace
     from .folds import Fold
 
@@ -158,7 +159,8 @@ class Folder:
         thin = [term for term in terms if _is_thin(term[0], term[1]) and term[0].axis == terms[0][0].axis]
         if len(thin) < 2:
             return terms
-        return [(thin[0][0], [_side_by_side(thin)], 1.0), *(term for term in terms if term not in thin)]
+        one = _side_by_side(thin, self.arrays)
+        return [(thin[0][0], [one], 1.0), *(term for term in terms if term not in thin)]
 
     def _image(self, raw: Any, block: Block) -> Any:
         """The block in float64, as `[rows, *rest]`, in memory that is used again for the next one."""
@@ -206,14 +208,13 @@ def _is_thin(fold: Fold, updates: Sequence[Update]) -> bool:
     return len(pairs) == len(updates) and all(pair is not None and pair[1].shape[0] <= THIN for pair in pairs)
 
 
-def _side_by_side(terms: Sequence[tuple[Fold, list[Update], float]]) -> Update:
+def _side_by_side(terms: Sequence[tuple[Fold, list[Update], float]], arrays: Arrays) -> Update:
     """sum of weight * B @ A over all updates as one LoRA of all their ranks."""
     from ..methods.lora import LoRA
 
     pairs = [(w, u.pair(_logical(fold))) for fold, us, w in terms for u in _additive(us)]
     factors = [(w, *pair) for w, pair in pairs if pair is not None]
-    xp = namespace(factors[0][1])
-    A, B = xp.concat([A for _, _, A in factors], axis=0), xp.concat([w * B for w, B, _ in factors], axis=1)
+    A, B = arrays.joined([A for _, _, A in factors], 0), arrays.joined([w * B for w, B, _ in factors], 1)
     return LoRA(A=A, B=B, bias=None, scaling=1.0)
 
 
@@ -259,12 +260,21 @@ def _whole_view(W: Any, fold: Fold) -> Any:
 
 
 def _load(update: Update, fold: Fold, arrays: Arrays) -> Update:
+    read = update.map(_read)
     try:
-        update.check_values()
+        read.check_values()
     except AdapterkitError as error:
         error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
         raise
-    return update.map(arrays.load)
+    return read.map(arrays.load)
+
+
+def _read(leaf: Leaf) -> Leaf:
+    """A leaf whose bytes are in memory: they are checked and then loaded, and read from disk once."""
+    if not isinstance(leaf, Lazy):
+        return leaf
+    data = leaf.fetch()
+    return Lazy(leaf.shape, leaf.dtype, lambda: data)
 
 
 def _norm(updates: list[Update], fold: Fold) -> float:

@@ -1,36 +1,47 @@
 """Carrying out a plan: workers read, compute and write at the same time; files are finished beside them.
 
-Nothing a worker holds grows with the model: a block in, its float64 image, a block out.
+Nothing a worker holds grows with the model: a block in, its float64 image, a block out; of a device, a few of each.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO, cast
+from functools import partial
+from hashlib import sha256
+from typing import Any, BinaryIO
 
 from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError, Corrupt, storage_error
+from ..tensors.copying import OpenFiles, WriteBehind, copy_range, read_all, write_all
 from .arrays import Arrays, Workspace
+from .checksums import Run, digest_of
 from .compute import Block, Folder
-from .copying import WriteBehind, copy_range, read_all, write_all
 from .jobs import Job, OpenFile, create, jobs_of, norms_of
+from .lanes import Lane, lane_for
 from .planning import Output, OutputFile
 from .stage import Norms, Stage
 
 Progress = Callable[[int, int], None]
 
-OPEN_FILES = 8
-"""Files that a worker keeps open: a base of hundreds of shards must not run into the system's limit."""
-
 
 def execute(
-    files: Sequence[OutputFile], stage: Stage, arrays: Arrays, progress: Progress | None, threads: int, *,
-    link: bool = False,
+    files: Sequence[OutputFile], stage: Stage, devices: Sequence[Arrays], progress: Progress | None, threads: int, *,
+    link: bool = False, checksums: bool = True,
 ) -> dict[str, Norms]:  # fmt: skip
     """Writes every weight file that is not finished yet into the stage; returns the norms by file.
+
+    Args:
+        files: of the plan.
+        stage: where they are written.
+        devices: what computes; of several, each takes every so many-th file.
+        progress: called with (bytes done, bytes in all).
+        threads: workers, one a device at least.
+        link: make files that nothing touches hard links.
+        checksums: take sums of what is written.
 
     Raises:
         AdapterkitError: the first fault of any worker; the others stop.
@@ -38,25 +49,29 @@ def execute(
     pending = [file for file in files if not stage.finished(file.name)]
     left = sum(output.nbytes for file in pending for output in file.outputs)
     total = sum(file.size for file in files)
-    crew = _Crew(stage, arrays, total - left, total, threads, link)
+    crew = _Crew(stage, devices, total - left, total, max(threads, len(devices)), link, checksums)
     with threadpool_limits(1, "blas"):
         crew.run(pending, progress)
     return {file.name: stage.norms_of(file.name) for file in files}
 
 
 class _Crew:
-    """Workers on a queue of jobs, and one finisher that makes whole files durable."""
+    """Workers on a queue of jobs for each device, and one finisher that makes whole files durable."""
 
-    def __init__(self, stage: Stage, arrays: Arrays, done: int, total: int, threads: int, link: bool) -> None:
-        self.stage, self.arrays, self.done, self.total, self.threads = stage, arrays, done, total, threads
-        self.link = link
-        self.jobs: queue.Queue[Job | None] = queue.Queue(64)
+    def __init__(
+        self, stage: Stage, devices: Sequence[Arrays], done: int, total: int, threads: int, link: bool,
+        checksums: bool,
+    ) -> None:  # fmt: skip
+        self.stage, self.devices, self.done, self.total, self.threads = stage, devices, done, total, threads
+        self.link, self.checksums = link, checksums
+        self.jobs: list[queue.Queue[Job | None]] = [queue.Queue(64) for _ in devices]
         self.written: queue.Queue[OpenFile | None] = queue.Queue()
         self.lock, self.settled, self.unfinished = threading.Lock(), threading.Condition(), 0
+        self.withheld: deque[tuple[OpenFile, list[Job], int]] = deque()
         self.failure: BaseException | None = None
 
     def run(self, pending: list[OutputFile], progress: Progress | None) -> None:
-        crew = [threading.Thread(target=self._work, daemon=True) for _ in range(self.threads)]
+        crew = [threading.Thread(target=self._work, args=(n,), daemon=True) for n in range(self.threads)]
         finisher = threading.Thread(target=self._finish, daemon=True)
         for thread in (*crew, finisher):
             thread.start()
@@ -75,40 +90,52 @@ class _Crew:
             progress(self.done, self.total)
 
     def _feed(self, pending: list[OutputFile], crew: list[threading.Thread], progress: Progress | None) -> None:
-        for planned in pending:
+        for position, planned in enumerate(pending):
             if self.link and planned.whole is not None and self.stage.link(planned.name, planned.whole):
                 self._moved(planned.size - len(planned.header))
                 continue
-            file = OpenFile(planned, self.stage.parts / planned.name)
-            create(file.path, planned)
-            jobs = jobs_of(file)
-            file.left = len(jobs)
-            with self.settled:
-                self.unfinished += 1
-            if not jobs:
-                self.written.put(file)
-            for job in jobs[:-1]:
-                self._put(job, progress)
-            self._await_the_others(progress)
-            for job in jobs[-1:]:
-                self._put(job, progress)
-        for _ in crew:
-            self._put(None, progress)
+            self._start(planned, position % len(self.devices), progress)
+            if len(self.withheld) == len(self.devices):
+                self._release(progress)
+        while self.withheld:
+            self._release(progress)
+        for number in range(len(crew)):
+            self._put(None, number % len(self.devices), progress)
         while any(worker.is_alive() for worker in crew):
             _join(crew, 0.1)
             self._report(progress)
 
-    def _await_the_others(self, progress: Progress | None) -> None:
+    def _start(self, planned: OutputFile, device: int, progress: Progress | None) -> None:
+        """Hands out the jobs of a file but the last."""
+        file = OpenFile(planned, self.stage.parts / planned.name)
+        create(file.path, planned)
+        jobs = jobs_of(file)
+        if planned.whole is None and self.checksums:
+            file.summed = True
+            file.runs.append((0, len(planned.header), sha256(planned.header).hexdigest()))
+        file.left = len(jobs)
+        for job in jobs[:-1]:
+            self._put(job, device, progress)
+        self.withheld.append((file, jobs[-1:], device))
+
+    def _release(self, progress: Progress | None) -> None:
         """Lets a file become whole only when those before it are finished: so no more than one is ever done again."""
-        while self.failure is None and self.unfinished > 1:
+        while self.failure is None and self.unfinished:
             with self.settled:
                 self.settled.wait(0.1)
             self._report(progress)
+        file, last, device = self.withheld.popleft()
+        with self.settled:
+            self.unfinished += 1
+        if not last:
+            self.written.put(file)
+        for job in last:
+            self._put(job, device, progress)
 
-    def _put(self, job: Job | None, progress: Progress | None) -> None:
+    def _put(self, job: Job | None, device: int, progress: Progress | None) -> None:
         while self.failure is None:
             try:
-                return self.jobs.put(job, timeout=0.1)
+                return self.jobs[device].put(job, timeout=0.1)
             except queue.Full:
                 self._report(progress)
         return None
@@ -117,28 +144,30 @@ class _Crew:
         if progress is not None:
             progress(self.done, self.total)
 
-    def _work(self) -> None:
-        hands = _Hands(self.arrays, self._moved)
+    def _work(self, number: int) -> None:
+        device = number % len(self.devices)
+        hands = _Hands(self.devices[device], self._moved)
         try:
-            with self.arrays.quiet():
-                self._take_jobs(hands)
+            with hands.arrays.quiet():
+                self._take_jobs(hands, self.jobs[device])
         except BaseException as error:
             self.failure = self.failure or error
         finally:
             hands.close()
 
-    def _take_jobs(self, hands: _Hands) -> None:
+    def _take_jobs(self, hands: _Hands, jobs: queue.Queue[Job | None]) -> None:
         while self.failure is None:
             try:
-                job = self.jobs.get(timeout=0.1)
+                job = jobs.get(timeout=0.1)
             except queue.Empty:
                 continue
             if job is None:
                 return
-            self._done(job, hands.do(job))
+            self._done(job, *hands.do(job))
 
-    def _done(self, job: Job, norms: dict[int, float]) -> None:
+    def _done(self, job: Job, norms: dict[int, float], runs: list[Run]) -> None:
         with self.lock:
+            job.file.runs += runs
             if job.output is not None and norms:
                 job.file.norms[job.output.name].append((job.order, norms))
             job.file.left -= 1
@@ -150,7 +179,7 @@ class _Crew:
         while (file := self.written.get()) is not None:
             try:
                 if self.failure is None:
-                    self.stage.finish(file.plan.name, norms_of(file))
+                    self.stage.finish(file.plan.name, norms_of(file), sorted(file.runs))
             except BaseException as error:
                 self.failure = self.failure or error
             with self.settled:
@@ -163,28 +192,29 @@ class _Crew:
 
 
 class _Hands:
-    """What one worker holds: open files and two buffers that are used again for every block."""
+    """What one worker holds: open files, and a lane for blocks."""
 
     def __init__(self, arrays: Arrays, moved: Callable[[int], None]) -> None:
         self.arrays, self.moved, self.workspace = arrays, moved, Workspace(arrays)
-        self.files: dict[tuple[str, str], BinaryIO] = {}
-        self.raw = self.out = bytearray()
+        self.open = OpenFiles()
+        self._lane: Lane | None = None
         self.behind = WriteBehind()
 
-    def do(self, job: Job) -> dict[int, float]:
-        """Does one job; returns the squared norms it found, by fold."""
-        target = self._open(str(job.file.path), "r+b")
+    def do(self, job: Job) -> tuple[dict[int, float], list[Run]]:
+        """Does one job; returns the squared norms it found, by fold, and the checksums of what it wrote."""
+        target = self.open(str(job.file.path), "r+b")
+        done: tuple[dict[int, float], list[Run]]
         try:
             if job.output is None:
-                source = self._open(job.source[0], "rb")
+                source = self.open(job.source[0], "rb")
                 copy_range(source, target, job.source[1], job.offset, job.nbytes, self.moved)
-                norms = {}
+                done = {}, self._copied(job, source)
             elif job.parts:
-                norms = self._pack(job, target)
+                done = self._pack(job, target)
             else:
-                norms = self._compute(job.output, job, target)
+                done = self._compute(job.output, job, target)
             self.behind(target, job.offset, job.nbytes)
-            return norms
+            return done
         except EOFError:
             raise Corrupt("the file ends before its last tensor", path=job.source[0], cure=_CHANGED) from None
         except OSError as error:
@@ -192,20 +222,36 @@ class _Hands:
         except AdapterkitError as error:
             raise error.at(where=job.output.name if job.output else None) from error.__cause__
 
-    def _compute(self, output: Output, job: Job, target: BinaryIO) -> dict[int, float]:
-        folder = Folder(output, self.workspace)
-        norms = folder.norms() if job.order == 0 else {}
-        for block in job.blocks:
-            raw = self._read(output, block)
-            data = self._room("out", block.elements * output.dtype.itemsize)
-            for fold, square in folder.compute(raw, self.arrays.over(data, output.dtype), block).items():
+    def _copied(self, job: Job, source: BinaryIO) -> list[Run]:
+        """The kernel copies without a look; what it copied is in memory now, and read again for its checksum."""
+        if not job.file.summed:
+            return []
+        return [(job.offset, job.nbytes, digest_of(source, job.source[1], job.nbytes))]
+
+    def _compute(self, output: Output, job: Job, target: BinaryIO) -> tuple[dict[int, float], list[Run]]:
+        self._lane = lane = self._lane or lane_for(self.arrays)
+        with lane.computing():
+            folder = Folder(output, self.workspace)
+            norms = folder.norms() if job.order == 0 else {}
+
+        digest = sha256()
+
+        def compute(block: Block, raw: Any, out: Any) -> None:
+            for fold, square in folder.compute(raw, out, block).items():
                 norms[fold] = norms.get(fold, 0.0) + square
+
+        def write(block: Block, data: memoryview) -> None:
             target.seek(output.offset + block.first * output.dtype.itemsize)
             write_all(target, data)
+            if job.file.summed:
+                digest.update(data)
             self.moved(len(data))
-        return norms
 
-    def _pack(self, job: Job, target: BinaryIO) -> dict[int, float]:
+        read = partial(self._read, output)
+        lane.through(job.blocks, output.source.dtype, output.dtype, read, compute, write)
+        return norms, [(job.offset, job.nbytes, digest.hexdigest())] if job.file.summed else []
+
+    def _pack(self, job: Job, target: BinaryIO) -> tuple[dict[int, float], list[Run]]:
         assert job.output is not None
         assert job.output.part is not None
         made, norms = job.output.part.compute(self.workspace)
@@ -213,39 +259,21 @@ class _Hands:
             target.seek(output.offset)
             write_all(target, memoryview(made[output.name]))
             self.moved(output.nbytes)
-        return norms if job.output.folds else {}
+        parts = job.parts if job.file.summed else ()
+        runs = [(part.offset, part.nbytes, sha256(made[part.name]).hexdigest()) for part in parts]
+        return norms if job.output.folds else {}, runs
 
-    def _read(self, output: Output, block: Block) -> Any:
-        size = output.source.dtype.itemsize
-        data = self._room("raw", block.elements * size)
+    def _read(self, output: Output, block: Block, data: memoryview) -> None:
         span = output.source.span
         if span is None:
             data[:] = output.source.read(block.first, block.elements)
         else:
-            file = self._open(span.path, "rb")
-            file.seek(span.offset + block.first * size)
+            file = self.open(span.path, "rb")
+            file.seek(span.offset + block.first * output.source.dtype.itemsize)
             read_all(file, data)
-        return self.arrays.over(data, output.source.dtype)
-
-    def _room(self, which: str, nbytes: int) -> memoryview:
-        held: bytearray = getattr(self, which)
-        if len(held) < nbytes:
-            held = bytearray(nbytes)
-            setattr(self, which, held)
-        return memoryview(held)[:nbytes]
-
-    def _open(self, path: str, mode: str) -> BinaryIO:
-        file = self.files.pop((path, mode), None)
-        if file is None:
-            while len(self.files) >= OPEN_FILES:
-                self.files.pop(next(iter(self.files))).close()
-            file = cast(BinaryIO, open(path, mode, buffering=0))  # noqa: SIM115
-        self.files[path, mode] = file
-        return file
 
     def close(self) -> None:
-        for file in self.files.values():
-            file.close()
+        self.open.close()
 
 
 def _join(threads: list[threading.Thread], timeout: float | None = None) -> None:

@@ -37,12 +37,14 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class OpenFile:
-    """An output file being written: how many jobs are left, and the norms found so far by output, fold and job."""
+    """An output file being written: how many jobs are left, norms so far by output, fold and job, and checksums."""
 
     plan: OutputFile
     path: Path
     left: int = 0
     norms: dict[str, list[tuple[int, dict[int, float]]]] = field(default_factory=lambda: defaultdict(list))
+    runs: list[tuple[int, int, str]] = field(default_factory=list)
+    summed: bool = False
 
 
 def create(path: Path, planned: OutputFile) -> None:

@@ -28,7 +28,7 @@ from .memory import allowed, workers_within
 from .quantized import config_changes, quantized_record
 
 if TYPE_CHECKING:
-    from .requantize import Repacked
+    from .requantize import Repacked, Stack
 
 BLOCK_ELEMENTS = 3 << 17
 """Elements computed at a time: small enough that the float64 block stays in a core's cache."""
@@ -49,7 +49,7 @@ class Output:
     offset: int
     source: Lazy
     folds: tuple[Fold, ...]
-    part: Repacked | None = None
+    part: Repacked | Stack | None = None
     seed: int | None = None
 
     @property
@@ -104,6 +104,7 @@ class Plan:
         memory: bytes that the merge may hold beyond the imports.
         link: whether files of the base that nothing touches become hard links.
         origin: the uri that the base came from, if it came from a hub; its folder may be gone by the time of a report.
+        checksums: whether sums are taken of what is written.
     """
 
     base: Checkpoint
@@ -116,6 +117,7 @@ class Plan:
     memory: int = 1 << 62
     link: bool = False
     origin: str | None = None
+    checksums: bool = True
 
     @property
     def bytes(self) -> int:
@@ -193,6 +195,7 @@ def make_plan(
     seed: int | None = None,
     memory: int | None = None,
     link: bool = False,
+    checksums: bool = True,
 ) -> Plan:
     """Plans the merge of named, weighted adapters into a base; reads headers, and the adapters once for their digests.
 
@@ -211,7 +214,7 @@ def make_plan(
     if cast is not None and base.config is not None:
         key = "dtype" if "dtype" in base.config else "torch_dtype"
         changes[key] = cast.torch
-    parts: dict[str, Repacked] = {}
+    parts: dict[str, Repacked | Stack] = {}
     kinds = {name: _output_dtype(tensor, cast, names[name], base) for name, tensor in tensors.items()}
     if isinstance(base, Dequantized) and base.packs:
         from .requantize import repacked
@@ -223,7 +226,7 @@ def make_plan(
     files = tuple(_files(base, tensors, folds, kinds, shard_size, parts, seed))
     origin = source_of(base.folder)
     uri = None if origin is None else origin.uri
-    planned = Plan(base, sources, files, tied, changes, cast, seed, allowed(memory), link, uri)
+    planned = Plan(base, sources, files, tied, changes, cast, seed, allowed(memory), link, uri, checksums)
     planned.workers  # noqa: B018 - says before any work that the memory is too small
     return planned
 
@@ -243,7 +246,7 @@ def index_of(plan: Plan) -> bytes | None:
 
 def _files(
     base: Checkpoint, tensors: Mapping[str, Lazy], folds: Mapping[str, tuple[Fold, ...]], kinds: Mapping[str, DType],
-    shard_size: int | None, parts: Mapping[str, Repacked], seed: int | None,
+    shard_size: int | None, parts: Mapping[str, Repacked | Stack], seed: int | None,
 ) -> Iterator[OutputFile]:  # fmt: skip
     for name, members, metadata in _grouping(base, tensors, kinds, shard_size):
         header = _header(base, name, [(m, kinds[m], tensors[m].shape) for m in members], metadata)

@@ -16,7 +16,8 @@ from ..quant import SIDE_FILES, Dequantized
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
 from ..tensors.locations import NOTE
-from .arrays import arrays_for
+from .arrays import devices_for
+from .checksums import KEY, record_of
 from .planning import REPORT, Plan, index_of
 from .requantize import damage_of
 from .stage import Norms, Stage
@@ -74,7 +75,9 @@ def local(device: str) -> Engine:
     def run(plan: Plan, stage: Stage, progress: Progress | None) -> dict[str, Norms]:
         from .execute import execute
 
-        return execute(plan.files, stage, arrays_for(device), progress, plan.workers, link=plan.link)
+        return execute(
+            plan.files, stage, devices_for(device), progress, plan.workers, link=plan.link, checksums=plan.checksums
+        )
 
     return run
 
@@ -143,7 +146,7 @@ def _write(
     left_out: tuple[str, ...] = ()
     if plan.base.root.is_dir():
         carried, left_out = _carry(plan, stage.out)
-        _write_records(plan, stage.out, norms, damage)
+        _write_records(plan, stage, norms, damage)
     stage.publish()
     return Report(stage.target, plan, norms, damage, resumed, carried, left_out, time.perf_counter() - started)
 
@@ -206,13 +209,16 @@ def _files(folder: Path) -> Iterator[Path]:
             yield entry
 
 
-def _write_records(plan: Plan, out: Path, norms: Norms, damage: Mapping[str, Mapping[str, float]]) -> None:
+def _write_records(plan: Plan, stage: Stage, norms: Norms, damage: Mapping[str, Mapping[str, float]]) -> None:
+    out = stage.out
     if plan.config_changes and plan.base.config is not None:
         changed = {**plan.base.config, **plan.config_changes}
         config = {key: value for key, value in changed.items() if value is not None or key not in plan.config_changes}
         write_bytes(out / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    record = json.dumps({**plan.lineage(), "norms": norms, **_damaged(damage)}, indent=2, sort_keys=True)
-    write_bytes(out / REPORT, (record + "\n").encode())
+    runs = {file.name: stage.runs_of(file.name) for file in plan.files if file.whole is None}
+    written = {name: record_of(found) for name, found in runs.items() if found}
+    said = {**plan.lineage(), "norms": norms, **_damaged(damage), **({KEY: written} if plan.checksums else {})}
+    write_bytes(out / REPORT, (json.dumps(said, indent=2, sort_keys=True) + "\n").encode())
     index = index_of(plan)
     if index is not None:
         write_bytes(out / INDEX, index)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,8 @@ class Repacked:
         return data
 
     def _written(self, name: str) -> Lazy:
+        if self.packed.share is not None:
+            return self.packed.share
         return self.packed.written if self.packed.changes else self.base.stored.tensors[name]
 
     def _lazy(self, name: str, data: bytes) -> Lazy:
@@ -88,8 +90,47 @@ class Repacked:
         for start, stop in steps(self.packed.shape):
             M, W, R = (rows(start, stop).astype(float) for rows in (merged.rows, self.packed.rows, again.rows))
             for at, difference in enumerate((R - M, M, M - W, R - W)):
-                squares[at] += float((difference * difference).sum())
+                flat = difference.reshape(-1)
+                squares[at] += float(flat @ flat)
         return squares
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Weights one behind the other in one stored tensor, such as a layer's experts, some of which are merged into."""
+
+    weights: tuple[Repacked, ...]
+
+    @property
+    def packed(self) -> Packed:
+        """What names it: a weight under the name of the stored tensor."""
+        first = self.weights[0].packed
+        return replace(first, name=first.members[0])
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        return tuple(fold for weight in self.weights for fold in weight.folds)
+
+    @property
+    def held(self) -> int:
+        return 2 * self.packed.written.nbytes + self.weights[0].held
+
+    def compute(self, workspace: Workspace) -> tuple[dict[str, bytes], dict[int, float]]:
+        """As `Repacked.compute`; the last norms are over all weights that are quantized again."""
+        member, data, norms, squares = self.packed.name, bytearray(), dict[int, float](), [0.0] * NORMS
+        at = 0
+        for weight in self.weights:
+            if not weight.folds and not weight.packed.changes:
+                data += weight.packed.share.fetch()  # type: ignore[union-attr]
+                continue
+            parts, found = weight.compute(workspace)
+            data += parts[member]
+            count = len(weight.folds)
+            norms |= {at + fold: square for fold, square in found.items() if fold < count}
+            squares = [square + found[count + number] for number, square in enumerate(squares)]
+            at += count
+        data += bytes(self.packed.written.nbytes - len(data))
+        return {member: bytes(data)}, norms | {at + number: square for number, square in enumerate(squares)}
 
 
 class _Merged:
@@ -148,7 +189,7 @@ class _Merged:
 
 def repacked(
     base: Dequantized, names: Mapping[str, str], folds: Mapping[str, tuple[Fold, ...]]
-) -> tuple[dict[str, Lazy], dict[str, tuple[Fold, ...]], dict[str, Repacked], frozenset[str]]:
+) -> tuple[dict[str, Lazy], dict[str, tuple[Fold, ...]], dict[str, Repacked | Stack], frozenset[str]]:
     """What a plan holds, with the stored tensors in place of packed weights.
 
     Returns:
@@ -165,17 +206,28 @@ def repacked(
     stored = base.written
     tensors = stored | {n: stored[s] for n, s in names.items() if s not in base.packed}
     moved: dict[str, tuple[Fold, ...]] = {}
-    parts: dict[str, Repacked] = {}
+    parts: dict[str, Repacked | Stack] = {}
+    stacks: dict[str, list[Repacked]] = {}
+    for shared in (weight for weight in base.packed.values() if weight.share is not None):
+        stacks.setdefault(shared.members[0], []).append(Repacked(base, shared, folds.get(shared.name, ())))
     for name, found in folds.items():
         weight = base.packed.get(name)
         if weight is not None and type(weight).pack is Packed.pack:
             raise Unsupported(f"nothing here quantizes to {base.scheme}", where=name, cure=NO_PACKING)
+        if weight is not None and weight.share is not None:
+            continue
         moved[name if weight is None else weight.members[0]] = found
         if weight is not None:
             parts |= dict.fromkeys(weight.members, Repacked(base, weight, found))
     for weight in base.packed.values():
-        if weight.changes and weight.members[0] not in parts:
+        if weight.changes and weight.share is None and weight.members[0] not in parts:
             parts |= dict.fromkeys(weight.members, Repacked(base, weight, ()))
+    for member, weights in stacks.items():
+        stack = Stack(tuple(weights))
+        if stack.folds:
+            moved[member] = stack.folds
+        if stack.folds or stack.packed.changes:
+            parts[member] = stack
     members = frozenset(member for weight in base.packed.values() for member in weight.members)
     return tensors, moved, parts, members
 

@@ -1,6 +1,7 @@
 """The stage: a hidden folder beside the output where a merge is built and resumed, and from where it is renamed.
 
-A finished file lies under `out/`, its norms under `norms/`; whatever else is there is unfinished and written again.
+A finished file lies under `out/`, its norms and checksums under `norms/`; whatever else is there is unfinished and
+written again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,7 +74,15 @@ class Stage:
 
     def norms_of(self, name: str) -> Norms:
         """The norms that were found while a finished file was computed."""
-        found: Norms = json.loads((self._norms / f"{name}.json").read_text())
+        found: Norms = self._found(name)["norms"]
+        return found
+
+    def runs_of(self, name: str) -> list[tuple[int, int, str]]:
+        """The checksums of the runs of a finished file: where each begins, its bytes, their sha256."""
+        return [(start, nbytes, digest) for start, nbytes, digest in self._found(name)["runs"]]
+
+    def _found(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self._norms / f"{name}.json").read_text())
         return found
 
     def apart(self) -> Stage:
@@ -83,12 +92,12 @@ class Stage:
         stage.parts.mkdir()
         return stage
 
-    def finish(self, name: str, norms: Mapping[str, Any]) -> None:
+    def finish(self, name: str, norms: Mapping[str, Any], runs: Sequence[tuple[int, int, str]] = ()) -> None:
         """Makes a file of `parts/` durable and moves it to `out/`."""
         part = self.parts / name
         with open(part, "rb") as file:
             os.fsync(file.fileno())
-        write_bytes(self._norms / f"{name}.json", json.dumps(norms).encode())
+        write_bytes(self._norms / f"{name}.json", json.dumps({"norms": norms, "runs": runs}).encode())
         os.replace(part, self.out / name)
 
     def link(self, name: str, file: Path) -> bool:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import Unsupported
-from .arrays import arrays_for
+from .arrays import devices_for
 from .execute import execute
 from .planning import OutputFile, Plan
 from .report import Engine
 from .stage import Norms, Stage
 
 if TYPE_CHECKING:
+    from .arrays import Arrays
     from .execute import Progress
 
 
@@ -33,18 +34,30 @@ def supplied(device: str, supply: Supply) -> Engine:
     """
 
     def run(plan: Plan, stage: Stage, progress: Progress | None) -> dict[str, Norms]:
-        arrays = arrays_for(device)
+        devices = devices_for(device)
         pending = [file for file in plan.files if not stage.finished(file.name)]
         uses = [_sources(file) for file in pending]
         done = plan.bytes - sum(file.size for file in pending)
         for position, file in enumerate(pending):
             supply.bring(sorted(uses[position]))
-            execute([file], stage, arrays, _from(done, plan.bytes, progress), plan.workers)
+            execute(
+                [file],
+                stage,
+                _nth(devices, position),
+                _from(done, plan.bytes, progress),
+                plan.workers,
+                checksums=plan.checksums,
+            )
             done += file.size
             supply.drop(uses[position].difference(*uses[position + 1 :]))
         return {file.name: stage.norms_of(file.name) for file in plan.files}
 
     return run
+
+
+def _nth(devices: Sequence[Arrays], position: int) -> list[Arrays]:
+    """Of several devices, the one whose turn it is."""
+    return [devices[position % len(devices)]]
 
 
 def _sources(file: OutputFile) -> set[str]:

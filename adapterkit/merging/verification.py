@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
+from ..errors import UsageError
 from ..tensors.dtypes import DType
 from ..tensors.lazy import Lazy
 from .arrays import Arrays, NumpyArrays, Workspace
@@ -51,11 +53,19 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a verification compared and found."""
+    """What a verification compared and found.
+
+    Attributes:
+        tensors: how many were compared with the merge computed again.
+        targets: how many of them, or of the plan, adapters touch.
+        differences: what is wrong; of a comparison with checksums, files in place of tensors.
+        files: how many were compared with the checksums that were taken when they were written.
+    """
 
     tensors: int
     targets: int
     differences: tuple[Difference, ...]
+    files: int = 0
 
     @property
     def ok(self) -> bool:
@@ -63,7 +73,8 @@ class Verification:
 
     def record(self) -> dict[str, Any]:
         found = [difference.record() for difference in self.differences]
-        return {"ok": self.ok, "tensors": self.tensors, "targets": self.targets, "differences": found}
+        counts = {"tensors": self.tensors, "targets": self.targets} | ({"files": self.files} if self.files else {})
+        return {"ok": self.ok, **counts, "differences": found}
 
 
 def compare(
@@ -73,12 +84,14 @@ def compare(
     allow_partial: bool,
     progress: Progress | None,
     seed: int | None = None,
+    sample: int | None = None,
 ) -> Verification:
     """Compares a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
     plan = make_plan(base, adapters, tied=_tied(merged, base), allow_partial=allow_partial, seed=seed)
     differences = [Difference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
     arrays, done = NumpyArrays(), 0
-    outputs = list(plan.outputs())
+    outputs = _sampled(list(plan.outputs()), sample)
+    total = sum(output.nbytes for output in outputs)
 
     def check(output: Output) -> Difference | None:
         found = merged.tensors.get(output.name)
@@ -91,8 +104,20 @@ def compare(
                 differences.append(difference)
             done += output.nbytes
             if progress is not None:
-                progress(done, plan.bytes)
-    return Verification(sum(1 for _ in plan.outputs()), plan.targets, tuple(differences))
+                progress(done, total)
+    return Verification(len(outputs), sum(bool(output.folds) for output in outputs), tuple(differences))
+
+
+def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
+    """So many tensors that adapters touch and so many others, drawn anew each time; all of them without a number."""
+    if sample is None:
+        return outputs
+    if sample <= 0:
+        raise UsageError(f"a sample of {sample} tensors", cure="Give a positive number")
+    groups = [[o for o in outputs if not o.copied], [o for o in outputs if o.copied]]
+    draw = random.SystemRandom().sample
+    chosen = {o.name for group in groups for o in draw(group, min(sample, len(group)))}
+    return [output for output in outputs if output.name in chosen]
 
 
 def _names(plan: Plan) -> set[str]:

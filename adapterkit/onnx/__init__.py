@@ -12,7 +12,7 @@ from .exporting import export
 from .fitting import fit, write_adapter
 from .injecting import Report, eject, inject
 from .mapping import Place, layers
-from .merging import merge
+from .merging import merge, plan
 from .pretrained import export_pretrained
 from .session import Session
 
@@ -27,5 +27,6 @@ __all__ = [
     "inject",
     "layers",
     "merge",
+    "plan",
     "write_adapter",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from ..methods.replacement import Replacement
 from ..tensors.lazy import as_array
 from ..updates import Additive, OutputUpdate, Update, WeightUpdate
 from .building import Branch, Building
-from .layers import Layer
+from .fused import Attention, taken_apart
+from .layers import Layer, MatMul
 from .parts import Slice, Turned
 from .resolving import Found, Spot
 from .sizes import Unsayable
@@ -33,13 +35,26 @@ def attach(found: Sequence[Found], building: Building, slots: Any = None) -> Non
     Raises:
         Unsupported: a layer cannot take a method.
     """
+    apart: dict[ir.Node, ir.Node] = {}
     for place in found:
         for spot in place.spots:
-            _attach(place, spot, building, slots)
+            _attach(place, _apart(spot, building, apart), building, slots)
+
+
+def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
+    """The layer itself where a fused node has it inside."""
+    if spot.kind is not Attention:
+        return spot
+    if spot.node not in apart:
+        apart[spot.node] = taken_apart(spot.node, building)
+    return replace(spot, node=apart[spot.node], kind=MatMul)
 
 
 def _attach(place: Found, spot: Spot, building: Building, slots: Any) -> None:
     branch = Branch(building, f"adapterkit/{place.target}")
+    if spot.kind.merge_only:
+        why = f"no branch beside a {spot.node.op_type} says this"
+        raise Unsupported(why, where=str(place.asked), cure="Merge it instead")
     layer = spot.kind(spot.node, branch)
     _check(place, layer)
     seen: Any = Slice(layer, place.target.rows) if place.target.rows else Turned(layer) if place.turned else layer
@@ -80,6 +95,9 @@ def _eaten(layer: Layer) -> str | None:
     fused = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
     for use in uses:
         place = fused.get(use.node.op_type)
+        cut = next(iter(use.node.outputs[0].uses()), None) if use.node.op_type == "Slice" else None
+        if cut is not None and cut.node.op_type == "MultiHeadAttention" and cut.node.inputs[3] is not None:
+            return cut.node.op_type
         if use.node.domain == "com.microsoft" and place is not None and len(use.node.inputs) > place:
             return use.node.op_type
     return None
@@ -195,14 +213,14 @@ def _insert(layer: Layer, new: ir.Value, branch: Branch) -> None:
     assert graph is not None
     graph.insert_after(last, nodes)
     if old.is_graph_output():
-        _rename_output(graph, old, new, branch)
+        rename_output(graph, old, new, branch)
     new.shape = new.shape or old.shape
     for node in dict.fromkeys((last, layer.node)):
         if not any(out.uses() or out.is_graph_output() for out in node.outputs):
             graph.remove(node, safe=True)
 
 
-def _rename_output(graph: Any, old: ir.Value, new: ir.Value, branch: Branch) -> None:
+def rename_output(graph: Any, old: ir.Value, new: ir.Value, branch: Branch) -> None:
     """A graph's output keeps its name."""
     for position, value in enumerate(graph.outputs):
         if value is old:

@@ -40,12 +40,18 @@ class Stored:
 
 def stored_behind(operand: ir.Value) -> Stored:
     """The tensor that transpositions lead to from an operand."""
+    found = unturned(operand)
+    return found if found.value.const_value is not None else Stored(operand, False, ())
+
+
+def unturned(operand: ir.Value) -> Stored:
+    """What transpositions lead to from an operand, be it stored or made by other nodes."""
     value, turned, chain = operand, False, list[ir.Node]()
     while value.const_value is None:
         node = value.producer()
         turns = None if node is None else _turns(node)
         if node is None or turns is None or node.inputs[0] is None:
-            return Stored(operand, False, ())
+            break
         chain.insert(0, node)
         value, turned = node.inputs[0], turned != turns
     return Stored(value, turned, tuple(chain))
@@ -102,9 +108,13 @@ def lazy_of(value: ir.Value) -> Lazy:
     tensor = value.const_value
     if isinstance(tensor, ir.ExternalTensor):
         return _outside(tensor, _dtype(tensor.dtype.numpy()), tuple(tensor.shape.numpy()))
-    held = _Once(value)
-    kind = _dtype((value.dtype or ir.DataType.FLOAT).numpy())
-    return Lazy(shape_of(value), kind, held.whole, part=held.part)
+    return lazily(lambda: numbers(value), shape_of(value), value.dtype or ir.DataType.FLOAT)
+
+
+def lazily(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType) -> Lazy:
+    """Numbers that have to be worked out whole, for readers of blocks."""
+    held = _Once(make)
+    return Lazy(shape, _dtype(kind.numpy()), held.whole, part=held.part)
 
 
 def bytes_of(tensor: Any) -> Lazy:
@@ -123,17 +133,17 @@ def _outside(tensor: ir.ExternalTensor, kind: DType, shape: tuple[int, ...]) -> 
 class _Once:
     """The numbers of a value that has to be worked out whole: held while workers ask for its blocks, in order."""
 
-    def __init__(self, value: ir.Value) -> None:
-        self.value, self.lock, self.given = value, Lock(), 0
+    def __init__(self, make: Callable[[], Array]) -> None:
+        self.make, self.lock, self.given = make, Lock(), 0
         self.held: Array | None = None
 
     def whole(self) -> bytes:
-        return np.ascontiguousarray(numbers(self.value)).tobytes()
+        return np.ascontiguousarray(self.make()).tobytes()
 
     def part(self, first: int, count: int) -> memoryview:
         with self.lock:
             if self.held is None:
-                self.held, self.given = np.ascontiguousarray(numbers(self.value)).reshape(-1), 0
+                self.held, self.given = np.ascontiguousarray(self.make()).reshape(-1), 0
             held = self.held
             self.given += count
             if self.given >= held.size:
@@ -165,11 +175,17 @@ def fresh_value(building: Building, fresh: dict[Any, ir.Value], key: Any, old: i
         name = building.name(f"{old.name}.merged")
         tensor = Changed(change, kind, shape, name)
         value = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=tensor)
-        value.metadata_props.update(old.metadata_props)
-        value.meta["adapterkit.old"] = old
-        building.model.graph.register_initializer(value)
-        fresh[key] = value
+        settled_from(building, fresh, value, old, key)
     return fresh[key]
+
+
+def settled_from(building: Building, fresh: dict[Any, ir.Value], value: ir.Value, old: ir.Value, key: Any) -> ir.Value:
+    """Registers a new tensor, which gets the old one's name where nothing reads that any more; see `settle`."""
+    value.metadata_props.update(old.metadata_props)
+    value.meta["adapterkit.old"] = old
+    building.model.graph.register_initializer(value)
+    fresh[key] = value
+    return value
 
 
 def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, building: Building) -> None:

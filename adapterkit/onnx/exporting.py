@@ -19,9 +19,10 @@ import onnx_ir as ir
 
 from ..adapter import Adapter
 from ..errors import CheckFailed, StorageError, Unsupported, UsageError
+from ..formats.onnx_adapter import sidecar
 from .attaching import attach
 from .building import Building
-from .checking import TOLERANCE, difference_of
+from .checking import MOST_NOISE, TOLERANCE, difference_of
 from .fitting import write_adapter
 from .injecting import Report, loaded
 from .model_file import Source, save_merged
@@ -151,7 +152,8 @@ def _check_call(model: Any, out: Path, adapters: Mapping[str, Any], mode: str) -
         raise UsageError("a folder where a file is to be written", path=out, cure="Name a .onnx file")
     if not out.parent.is_dir():
         raise StorageError("no such folder", path=out.parent, cure="Make the folder first")
-    for file in (out.with_name(f"{out.name}.data"), *(_file(out, n) for n in adapters if mode == "slots")):
+    files = [_file(out, name) for name in adapters if mode == "slots"]
+    for file in (out.with_name(f"{out.name}.data"), *files, *map(sidecar, files)):
         if file.exists():
             raise StorageError("already there", path=file, cure="Remove it, or write to another folder")
 
@@ -228,6 +230,7 @@ def _adapter_files(out: Path, adapters: Mapping[str, Adapter]) -> list[Path]:
     try:
         for name, adapter in adapters.items():
             written.append(write_adapter(out, adapter, _file(out, name)))
+            written.append(sidecar(written[-1]))
     except BaseException:
         _unlink(written)
         raise
@@ -265,7 +268,7 @@ def _checked(
 
 def _judge(worst: float, got: Sequence[Any], out: Path, name: str | None) -> None:
     narrow = any(array.dtype.kind in "fV" and array.dtype.itemsize < 4 for array in got)
-    if worst <= TOLERANCE["V" if narrow else "f"]:
+    if worst <= (TOLERANCE["V"] if narrow else MOST_NOISE):
         return
     why = f"the graph differs by {worst:.3g} of its largest output from the torch model"
     cure = "Report this; with check off the file is kept"

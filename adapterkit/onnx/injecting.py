@@ -6,8 +6,8 @@ import base64
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,8 @@ class Report:
         found: where each target was.
         difference: what the check found; None where it was not asked for or could not be made.
         note: why the check could not be made.
+        damage: of each target whose weight was quantized again, what that did to it: `error`, relative to the merged
+            weight, and `kept`, the part of the change that is left.
     """
 
     out: Path
@@ -52,12 +54,14 @@ class Report:
     found: tuple[Found, ...]
     difference: float | None = None
     note: str | None = None
+    damage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """As plain data."""
         return {
             "out": str(self.out), "files": [file.name for file in self.files],
             "targets": [place.record() for place in self.found], "difference": self.difference, "note": self.note,
+            **({"damage": dict(self.damage)} if self.damage else {}),
         }  # fmt: skip
 
 
@@ -68,7 +72,7 @@ def inject(
     *,
     mode: str = "constant",
     base_weights: Base | None = None,
-    check: bool = True,
+    check: bool | Mapping[str, Any] = True,
 ) -> Report:
     """Attaches an adapter to a graph: at each target it computes what the adapter's formulas say.
 
@@ -79,7 +83,8 @@ def inject(
             `out` is in another folder.
         mode: `constant` writes the adapter into the graph; `slots` makes its tensors inputs that may be left out.
         base_weights: the weights that the graph was exported from: finds layers whose names are lost.
-        check: run the result with onnxruntime against the model with merged weights.
+        check: run the result with onnxruntime against the model with merged weights; on these inputs, by name, or on
+            inputs that are made up.
 
     Raises:
         TargetNotFound: a target has no place in the graph, or several.
@@ -100,11 +105,12 @@ def inject(
     keep_original(source)
     target = Path(out)
     files = save(source.model, source, target, building.tensors.values())
-    if not check:
+    if check is False:
         return Report(target, tuple(files), tuple(found))
+    given = None if isinstance(check, bool) else check
     from .checking import checked_injection
 
-    difference, note = checked_injection(model, read, base, target, files, slots)
+    difference, note = checked_injection(model, read, base, target, files, slots, given)
     return Report(target, tuple(files), tuple(found), difference, note)
 
 

@@ -7,6 +7,7 @@ formula makes of them takes the output's place.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ import onnx_ir as ir
 
 from ..errors import Unsupported
 from .building import Array, Branch, element_type
-from .operands import attribute, is_constant, numbers, shape_of
+from .operands import attribute, is_constant, numbers, shadow, shape_of
 from .values import Value
 
 
@@ -24,6 +25,7 @@ class Layer:
     Class attributes:
         op_type: what the node is called.
         position: which of its inputs is the weight.
+        merge_only: its output is no function of `x @ W` alone, so that no branch beside it says a change.
 
     Args:
         node: the node.
@@ -32,6 +34,7 @@ class Layer:
 
     op_type: ClassVar[str] = ""
     position: ClassVar[int] = 1
+    merge_only: ClassVar[bool] = False
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
         self.node, self.branch = node, branch
@@ -74,6 +77,14 @@ class Layer:
         operand = node.inputs[cls.position]
         assert operand is not None
         return numbers(operand)
+
+    @classmethod
+    def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        """`held`, for when the node is no longer what it was."""
+        operand = node.inputs[cls.position]
+        assert operand is not None
+        copy = shadow(operand)
+        return lambda: numbers(copy)
 
     @property
     def operand(self) -> ir.Value:
@@ -292,11 +303,20 @@ class Gather(Layer):
 KINDS: tuple[type[Layer], ...] = (MatMul, Gemm, Conv, ConvTranspose, Gather)
 
 
+def kinds_of(node: ir.Node) -> list[type[Layer]]:
+    """The kinds of layers that a node is: of most one, of a recurrent one a kind for each weight."""
+    from .recurrent import RECURRENT
+
+    kind = kind_of(node)
+    return [kind for kind in RECURRENT if kind.takes(node)] if kind is None else [kind]
+
+
 def kind_of(node: ir.Node) -> type[Layer] | None:
     """The kind of layer that a node is, or None."""
+    from .fused import Attention
     from .packed import FusedMatMul, MatMulInteger, MatMulNBits
 
-    kinds: tuple[type[Layer], ...] = (*KINDS, FusedMatMul, MatMulNBits, MatMulInteger)
+    kinds: tuple[type[Layer], ...] = (*KINDS, FusedMatMul, MatMulNBits, MatMulInteger, Attention)
     return next((kind for kind in kinds if kind.takes(node)), None)
 
 

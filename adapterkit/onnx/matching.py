@@ -7,7 +7,7 @@ is close and no other one is: a quantized copy lies within `NEAR`, another check
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +71,7 @@ def compare(found: Sequence[Found], base: Checkpoint) -> None:
     """
     for place in found:
         W = base.tensors.get(f"{place.asked.path}.weight")
-        if W is None or place.method in ("values", "nearest") or not W.dtype.floating:
+        if W is None or place.method in ("values", "packed", "nearest") or not W.dtype.floating:
             continue
         far = distance(as_array(W).astype(np.float32), place.spots[0])
         if far is None or far > NEAR:
@@ -98,20 +98,37 @@ def nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]
     """
     by_weight: dict[Any, list[Spot]] = {}
     for spot in spots:
-        by_weight.setdefault(spot.sources, []).append(spot)
+        by_weight.setdefault((spot.sources, spot.kind), []).append(spot)
     near = [_Near(d, same[0]) for same in by_weight.values() if (d := distance(W, same[0])) is not None]
     near.sort(key=lambda one: one.distance)
     equal = [one for one in near if one.distance == 0]
     if equal:
-        return "values", [spot for one in equal for spot in by_weight[one.spot.sources]]
+        return "values", [spot for one in equal for spot in by_weight[one.spot.sources, one.spot.kind]]
+    if packed := _as_rows(W, spots):
+        return "packed", packed
     second = near[1].distance if len(near) > 1 else float("inf")
     if near and near[0].distance <= NEAR and second >= APART * near[0].distance:
-        return "nearest", by_weight[near[0].spot.sources]
+        return "nearest", by_weight[near[0].spot.sources, near[0].spot.kind]
     best = f"the nearest is {near[0].distance:.2f} away" if near else "none has its shape"
     if near and near[0].distance <= NEAR:
         best = f"two are about as near, {near[0].distance:.3f} and {second:.3f} away"
     cure = "Is this the base that the graph was exported from?"
     raise TargetNotFound(f"no layer of the graph has this weight: {best}", where=where, cure=cure)
+
+
+def _as_rows(W: Any, spots: Sequence[Spot]) -> list[Spot]:
+    """Nodes some rows of whose weight are this one: queries, keys and values are often packed into one."""
+    found = []
+    for spot in spots:
+        if W.ndim != 2 or len(spot.shape) != 2 or spot.shape[1] != W.shape[1] or spot.shape[0] <= W.shape[0]:
+            continue
+        held = spot.kind.held(spot.node)
+        held = held.swapaxes(0, 1) if spot.kind.turns(spot.node) else held
+        for start in np.flatnonzero((held == W[0]).all(1)):
+            if np.array_equal(held[start : start + len(W)], W):
+                rows = (int(start), int(start) + len(W))
+                found.append(replace(spot, rows=rows, shape=W.shape))
+    return found
 
 
 def distance(W: Any, spot: Spot) -> float | None:

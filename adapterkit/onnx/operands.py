@@ -60,6 +60,18 @@ def numbers(value: ir.Value) -> Array:
     return _run(node, given)
 
 
+def shadow(value: ir.Value) -> ir.Value:
+    """A constant value outside of any graph, which keeps its numbers when the nodes that make it are gone."""
+    node = value.producer()
+    if value.const_value is not None or node is None:
+        return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+    given = [None if one is None else shadow(one) for one in node.inputs]
+    words = {name: held.value for name, held in node.attributes.items()}
+    out = ir.Value(name=value.name, shape=value.shape, type=value.type)
+    ir.node(node.op_type, given, words, outputs=[out], domain=node.domain)
+    return out
+
+
 def shape_of(value: ir.Value) -> tuple[int, ...]:
     """The sizes of a constant value; reads the numbers only where the graph does not say."""
     if value.const_value is not None:

@@ -6,6 +6,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import onnx_ir as ir
 
 from .building import Array, element_type
 from .layers import Layer, MatMul, only_reader
-from .operands import attribute, is_constant, numbers, shape_of
+from .operands import attribute, is_constant, numbers, shadow, shape_of
 from .values import Value
 
 
@@ -57,6 +58,13 @@ class MatMulNBits(Layer):
         return int(attribute(node, "N", 0)), int(attribute(node, "K", 0))
 
     @classmethod
+    def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        given = [None if one is None else shadow(one) for one in node.inputs[1:4]]
+        words = {name: held.value for name, held in node.attributes.items()}
+        copy = ir.node(cls.op_type, [None, *given], words, domain=node.domain)
+        return lambda: cls.held(copy)
+
+    @classmethod
     def held(cls, node: ir.Node) -> Array:
         (N, K), bits, size = cls.held_shape(node), attribute(node, "bits", 4), attribute(node, "block_size", 32)
         given = [None if one is None else numbers(one) for one in node.inputs[1:4]]
@@ -64,11 +72,11 @@ class MatMulNBits(Layer):
         assert packed is not None
         assert scales is not None
         blocks = -(-K // size)
-        q = _unpacked(packed.reshape(N, -1), bits).reshape(N, blocks, size).astype(np.float32)
+        q = unpacked(packed.reshape(N, -1), bits).reshape(N, blocks, size).astype(np.float32)
         if zeros is None:
             zero: Any = np.float32(1 << (bits - 1))
         elif zeros.dtype == np.uint8:
-            zero = _unpacked(zeros.reshape(N, -1), bits)[:, :blocks, None].astype(np.float32)
+            zero = unpacked(zeros.reshape(N, -1), bits)[:, :blocks, None].astype(np.float32)
         else:
             zero = zeros.reshape(N, blocks, 1).astype(np.float32)
         W: Array = ((q - zero) * scales.reshape(N, blocks, 1).astype(np.float32)).reshape(N, -1)[:, :K]
@@ -97,13 +105,21 @@ class MatMulInteger(Layer):
 
     @classmethod
     def held(cls, node: ir.Node) -> Array:
-        found = _scaled(node)
-        assert found is not None
-        packed, zero = node.inputs[1], node.inputs[3] if len(node.inputs) > 3 else None
-        assert packed is not None
-        q = numbers(packed).astype(np.float32)
-        W: Array = (q - (0 if zero is None else numbers(zero).astype(np.float32))) * numbers(found[1])
-        return W
+        return cls.detached(node)()
+
+    @classmethod
+    def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        given, zero = node.inputs[1], node.inputs[3] if len(node.inputs) > 3 else None
+        assert given is not None
+        packed, scale = shadow(given), shadow(product_behind(node)[0])
+        zeros = None if zero is None else shadow(zero)
+
+        def make() -> Array:
+            q = numbers(packed).astype(np.float32)
+            W: Array = (q - (0 if zeros is None else numbers(zeros).astype(np.float32))) * numbers(scale)
+            return W
+
+        return make
 
     @property
     def given(self) -> ir.Value:
@@ -126,11 +142,20 @@ class MatMulInteger(Layer):
         return kind
 
 
-def _unpacked(rows: Array, bits: int) -> Array:
+def unpacked(rows: Array, bits: int) -> Array:
     """Numbers of a few bits, the lowest bits of a byte first."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     each: Array = (rows[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
     return each.reshape(len(rows), -1)
+
+
+def product_behind(node: ir.Node) -> tuple[ir.Value, ir.Node]:
+    """The weight's scales of a MatMulInteger, and the Mul that multiplies the result by them."""
+    found = _scaled(node)
+    assert found is not None
+    mul = found[0].producer()
+    assert mul is not None
+    return found[1], mul
 
 
 def _quantizer(node: ir.Node) -> ir.Node | None:

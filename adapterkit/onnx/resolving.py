@@ -17,15 +17,16 @@ import onnx_ir as ir
 from ..adapter import Adapter, Target
 from ..binding import Site, check_site, find_sites, fits
 from ..errors import AdapterkitError, TargetNotFound, Unsupported
-from .layers import Layer, kind_of
+from .layers import Layer, kinds_of
 from .operands import nodes_of, sources
+from .recurrent import Recurrent
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
 
-METHODS = ("scopes", "folded_from", "initializer", "path", "values", "nearest")
+METHODS = ("scopes", "folded_from", "initializer", "path", "values", "packed", "nearest")
 """How a name was found: the exporter's scopes of modules, its note of a folded parameter, the stored tensor's name,
-the node's name, equal numbers, the nearest numbers."""
+the node's name, equal numbers, equal rows of a weight that several layers are packed into, the nearest numbers."""
 
 _SCOPES, _FOLDED = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.optimizer.folded_from"
 _OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
@@ -44,6 +45,7 @@ class Spot:
         names: method -> names that it gives the node's weight, in the base's words, `weight` included.
         shape: the weight as formulas see it, `[out, in, *k]`.
         sources: the stored tensors that its weight is made of.
+        rows: which outputs of the node are the layer's, where several layers are packed into one.
     """
 
     node: ir.Node
@@ -51,6 +53,7 @@ class Spot:
     names: Mapping[str, tuple[str, ...]]
     shape: tuple[int, ...]
     sources: tuple[ir.Value, ...]
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,10 +116,9 @@ def spots_of(model: ir.Model) -> list[Spot]:
     """Every layer of a graph, in graphs inside nodes too."""
     spots = []
     for node in nodes_of(model):
-        kind = kind_of(node)
-        if kind is not None:
+        for kind in kinds_of(node):
             stored = tuple(sources(operand_of(node, kind)))
-            spots.append(Spot(node, kind, _names(node, stored), _seen(node, kind), stored))
+            spots.append(Spot(node, kind, _names(node, kind, stored), _seen(node, kind), stored))
     return spots
 
 
@@ -142,7 +144,10 @@ def operand_of(node: ir.Node, kind: type[Layer]) -> ir.Value:
     return value
 
 
-def _names(node: ir.Node, stored: Sequence[ir.Value]) -> dict[str, tuple[str, ...]]:
+def _names(node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value]) -> dict[str, tuple[str, ...]]:
+    if issubclass(kind, Recurrent):
+        said = kind.name(node)
+        return {} if said is None else {"path": (said,)}
     names = {
         "scopes": tuple(f"{module}.weight" for module in _listed(node.metadata_props.get(_SCOPES))[-2:-1] if module),
         "folded_from": tuple(n for value in stored for n in _listed(value.metadata_props.get(_FOLDED))),
@@ -251,7 +256,14 @@ def _found(site: Site, asked: Target, known: Known) -> Found:
         check_site(plain, {name: seen}, biasless=True)
     except AdapterkitError as error:
         raise error.at(where=str(asked)) from None
-    return Found(plain.target, asked, site.updates, tuple(spots), method, 1.0, turned)
+    return Found(_in_rows(plain.target, spots[0]), asked, site.updates, tuple(spots), method, 1.0, turned)
+
+
+def _in_rows(target: Target, spot: Spot) -> Target:
+    if spot.rows is None:
+        return target
+    first, last = target.rows or (0, spot.rows[1] - spot.rows[0])
+    return replace(target, rows=(spot.rows[0] + first, spot.rows[0] + last))
 
 
 def _turned(site: Site, shape: tuple[int, ...], kind: type[Layer]) -> bool:

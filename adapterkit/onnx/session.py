@@ -201,15 +201,21 @@ def _started(path: Path, providers: Sequence[str] | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # It remarks on every slot that it is no constant, which is what slots are for.
     wanted = list(providers) if providers is not None else _best(onnxruntime)
+    # onnxruntime itself warns, fails, or takes another one without a word: which of these is a matter of its version.
+    _refuse([name for name in wanted if name not in onnxruntime.get_available_providers()], onnxruntime)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:
         raise Malformed(f"onnxruntime refuses it ({_first(error)})", path=path, cure="Export it again") from None
-    lacking = [name for name in providers or () if name not in session.get_providers()]
-    if lacking:
-        cure = f"It runs on {', '.join(session.get_providers())}; adapterkit doctor tells more"
-        raise UsageError(f"{', '.join(lacking)} does not run here", where="providers", cure=cure)
+    _refuse([name for name in providers or () if name not in session.get_providers()], onnxruntime)
     return session
+
+
+def _refuse(lacking: Sequence[str], onnxruntime: Any) -> None:
+    if lacking:
+        available = ", ".join(onnxruntime.get_available_providers())
+        cure = f"onnxruntime here was built with {available}; adapterkit doctor tells which of them run"
+        raise UsageError(f"{', '.join(lacking)} does not run here", where="providers", cure=cure)
 
 
 def _best(onnxruntime: Any) -> list[str]:

@@ -38,7 +38,7 @@ def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
     stage = Stage(file, secrets.token_hex(16), [file.name], single=True)
     with stage.locked():
         try:
-            execute([planned], stage, NumpyArrays(), None, most_workers())
+            execute([planned], stage, [NumpyArrays()], None, most_workers(), checksums=False)
             stage.publish()
         except BaseException:
             stage.discard()

@@ -102,20 +102,22 @@ def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
     """
     name = detect(base)
     packed = {weight.name: weight for weight in SCHEMES[name]().find(base)}
-    whole = {weight.members[0]: weight for weight in packed.values()}
+    whole: dict[str, list[Packed]] = {}
+    for weight in packed.values():
+        whole.setdefault(weight.members[0], []).append(weight)
     parts = {member for weight in packed.values() for member in weight.members}
     tensors: dict[str, Lazy] = {}
     home = dict(base.home)
     for stored, tensor in base.tensors.items():
-        weight = whole.get(stored)
-        if weight is None and stored in parts:
+        if stored not in whole and stored in parts:
             continue
-        named = stored if weight is None else weight.name
-        if named in tensors:
-            raise Malformed("stored twice, packed and plain", path=base.root, where=named, cure="Remove one of them")
-        tensors[named] = tensor if weight is None else weight.lazy()
+        seen = {weight.name: weight.lazy() for weight in whole.get(stored, ())} or {stored: tensor}
+        twice = next((named for named in seen if named in tensors), None)
+        if twice is not None:
+            raise Malformed("stored twice, packed and plain", path=base.root, where=twice, cure="Remove one of them")
+        tensors |= seen
         if stored in base.home:
-            home[named] = base.home[stored]
+            home |= dict.fromkeys(seen, base.home[stored])
     metadata = base.metadata if packs else {file: _plain(said) for file, said in base.metadata.items()}
     config = base.config if packs or base.config is None else _without(base.config)
     return Dequantized(

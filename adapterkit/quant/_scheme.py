@@ -59,6 +59,11 @@ class Packed:
         """Its one member as it will be written, if it `changes`: a size alone."""
         raise NotImplementedError
 
+    @property
+    def share(self) -> Lazy | None:
+        """Its run of bytes in a member that several weights lie in, in order, as it will be written; else None."""
+        return None
+
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed | None:
         """The weight with other parts, where that takes no look at the base; None where the scheme has to find it."""
         return None

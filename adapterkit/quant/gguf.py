@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import TargetNotFound, Unsupported, UsageError
+from ..names.experts import Experts
 from ..names.gguf import ARCHITECTURES
 from ..names.heads import rope_pairs
-from ..names.tables import Names
+from ..names.tables import Names, Table
 from ..tensors.dtypes import DTYPES
 from ..tensors.ggml_blocks import BLOCKS, WRITTEN, decoded, encoded
 from ..tensors.gguf import PLAIN, Model, is_gguf, raw_size, read_model
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..tensors.checkpoint import Checkpoint
+    from ..tensors.lazy import Buffer
     from . import Dequantized
     from ._scheme import Array, Merged
 
@@ -47,9 +49,26 @@ class GgufModel(Scheme):
         for file in files:
             for name, kind in file.types.items():
                 if kind in BLOCKS or kind in FLOATS:
-                    own, period = place.of(name, file.shapes[name])
-                    stored, dtype = base.tensors[name], DTYPES["F32"]
-                    yield _Tensor(own, file.shapes[name], dtype, (name,), stored, kind, kind, period, file.alignment)
+                    yield from _weights(place, name, kind, file, base.tensors[name])
+
+
+def _weights(place: _Place, name: str, kind: str, file: Model, stored: Lazy) -> Iterator[Packed]:
+    """A tensor's weight, or those of the experts that are stacked in it."""
+    shape, dtype, experts = file.shapes[name], DTYPES["F32"], place.experts(name, file.shapes[name])
+    size = raw_size(kind, shape[1:])
+    for number, own in enumerate(experts):
+        part = _slice(stored, number * size, size)
+        yield _Tensor(own, shape[1:], dtype, (name,), part, kind, kind, 0, file.alignment, len(experts))
+    if not experts:
+        own, period = place.of(name, shape)
+        yield _Tensor(own, shape, dtype, (name,), stored, kind, kind, period, file.alignment)
+
+
+def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
+    def part(first: int, count: int) -> Buffer:
+        return stored.read(offset + first, count)
+
+    return Lazy((size,), stored.dtype, lambda: part(0, size), part=part)
 
 
 class _Place:
@@ -65,7 +84,14 @@ class _Place:
         heads = said.get(f"{self.name}.attention.head_count")
         self.heads = {"query": heads, "kv": said.get(f"{self.name}.attention.head_count_kv", heads)}
         self.architecture = ARCHITECTURES[self.name]
-        self.names = Names(self.architecture.table)
+        self.names = Names(Table(self.architecture.pairs))
+        self.stacks = Experts(self.architecture.experts)
+
+    def experts(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """The own names of the weights in a stack `[experts, out, in]`; none of another tensor."""
+        module, _, leaf = name.rpartition(".")
+        found = self.stacks.back(module, shape[0]) if len(shape) == 3 and leaf == "weight" else None
+        return [f"{own}.{leaf}" for own in found or ()]
 
     def of(self, name: str, shape: tuple[int, ...]) -> tuple[str, int]:
         """(own name, how many rows a head has where they are in Meta's order, or 0); others keep the file's name."""
@@ -75,8 +101,6 @@ class _Place:
         try:
             own = self.names.back(module)
         except TargetNotFound:
-            return name, 0
-        if "{e}" in own or module.endswith("_exps"):
             return name, 0
         parts = module.split(".")
         kind = self.architecture.turned.get(f"blk.{{n}}.{'.'.join(parts[2:])}")
@@ -93,13 +117,17 @@ class _Place:
 
 @dataclass(frozen=True, eq=False)
 class _Tensor(Packed):
-    """Rows of blocks; `turned` rows in Meta's order share a head. `kind` is as stored, `new` as it will be written."""
+    """Rows of blocks; `turned` rows in Meta's order share a head. `kind` is as stored, `new` as it will be written.
+
+    `experts` weights share the member, one behind the other, `stored` being the bytes of this one; 0: it has its own.
+    """
 
     stored: Lazy
     kind: str
     new: str
     turned: int
     alignment: int
+    experts: int = 0
 
     @property
     def merged(self) -> str:
@@ -112,10 +140,17 @@ class _Tensor(Packed):
     @property
     def written(self) -> Lazy:
         """The tensor as it will be written: its size alone."""
-        if self.new == self.kind:
+        if self.new == self.kind and not self.experts:
             return self.stored
-        size = -(-raw_size(self.new, self.shape) // self.alignment) * self.alignment
+        size = -(-raw_size(self.new, self.shape) * max(self.experts, 1) // self.alignment) * self.alignment
         return Lazy((size,), DTYPES["U8"], bytes)
+
+    @property
+    def share(self) -> Lazy | None:
+        if not self.experts:
+            return None
+        size = raw_size(self.new, self.shape)
+        return self.stored if self.new == self.kind else Lazy((size,), DTYPES["U8"], bytes)
 
     def with_parts(self, parts: Mapping[str, Lazy]) -> Packed:
         return replace(self, stored=parts.get(self.members[0], self.stored), kind=self.new)
@@ -133,7 +168,8 @@ class _Tensor(Packed):
         granule = max(self.turned, 1) if len(self.shape) > 1 else 1
         pieces = [self._encoded(merged(*run)) for run in steps(self.shape, granule)]
         data = b"".join(pieces)
-        return {self.members[0]: np.frombuffer(data + bytes(self.written.nbytes - len(data)), np.uint8)}
+        room = (self.share or self.written).nbytes
+        return {self.members[0]: np.frombuffer(data + bytes(room - len(data)), np.uint8)}
 
     def _encoded(self, values: Array) -> bytes:
         rows = values.reshape(-1, 1) if len(self.shape) < 2 else values

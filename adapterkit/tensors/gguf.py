@@ -36,6 +36,14 @@ _NAMES = {number: name for name, number in _NUMBERS.items()}
 PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 """Number of a type of tensors -> element type."""
 
+FILE_TYPE = "general.file_type"
+
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
+    "Q5_K": 17, "Q6_K": 18, "BF16": 32,
+}  # fmt: skip
+"""Type that most matrices of a file have -> llama.cpp's number for such a file, in `general.file_type`."""
+
 Q8_0 = 8
 _TYPES = {name: number for number, name in PLAIN.items()} | {name: number for name, (number, _, _) in BLOCKS.items()}
 
@@ -82,6 +90,7 @@ class Model:
         alignment: of the data.
         raw: the bytes of the header.
         entries: name -> where in the header its type stands; its offset stands behind it.
+        places: key -> where in the header its value stands.
     """
 
     values: Mapping[str, Value]
@@ -91,9 +100,10 @@ class Model:
     alignment: int
     raw: bytes
     entries: Mapping[str, int]
+    places: Mapping[str, int]
 
     def header(self, kinds: Mapping[str, str]) -> bytes:
-        """The header with tensors in other types, one behind the other in the order of their data."""
+        """The header with tensors in other types, one behind the other in their data's order, and their file type."""
         if all(kinds.get(name, kind) == kind for name, kind in self.types.items()):
             return self.raw
         head, offset = bytearray(self.raw), 0
@@ -101,7 +111,18 @@ class Model:
             kind = kinds.get(name, self.types[name])
             struct.pack_into("<IQ", head, self.entries[name], _TYPES[kind], offset)
             offset += _up(raw_size(kind, self.shapes[name]), self.alignment)
+        said = FILE_TYPES.get(self._most({name: kinds.get(name, kind) for name, kind in self.types.items()}))
+        if said is not None and FILE_TYPE in self.values and self.values[FILE_TYPE].type == "u32":
+            struct.pack_into("<I", head, self.places[FILE_TYPE], said)
         return bytes(head)
+
+    def _most(self, kinds: Mapping[str, str]) -> str:
+        """The type that most numbers in matrices have."""
+        counts: dict[str, int] = {}
+        for name, kind in kinds.items():
+            if len(self.shapes[name]) > 1:
+                counts[kind] = counts.get(kind, 0) + math.prod(self.shapes[name])
+        return max(counts, key=lambda kind: counts[kind], default="")
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
@@ -145,7 +166,7 @@ def read_model(path: str | os.PathLike[str]) -> Model:
     try:
         with open(path, "rb") as file:
             reader = _Reader(file, os.fspath(path), os.fstat(file.fileno()).st_size)
-            values, count, _ = _keys(reader)
+            values, count, _, places = _keys(reader)
             found, entries, start, alignment = _entries(reader, values, count)
             _check_apart(reader, found)
             file.seek(0)
@@ -156,7 +177,8 @@ def read_model(path: str | os.PathLike[str]) -> Model:
         raise error.at(path=path) from None
     types = {name: _type_name(reader, name, number) for name, (_, number, _) in found.items()}
     spans = _spans(reader, found, start, alignment)
-    return Model(values, types, {n: shape for n, (shape, _, _) in found.items()}, spans, alignment, raw, entries)
+    shapes = {name: shape for name, (shape, _, _) in found.items()}
+    return Model(values, types, shapes, spans, alignment, raw, entries, places)
 
 
 def raw_size(kind: str, shape: Sequence[int]) -> int:
@@ -255,12 +277,12 @@ class _Reader:
 
 
 def _read(reader: _Reader, tensors: bool) -> Gguf:
-    values, count, version = _keys(reader)
+    values, count, version, _ = _keys(reader)
     return _with_tensors(reader, values, count if tensors else 0, version)
 
 
-def _keys(reader: _Reader) -> tuple[dict[str, Value], int, int]:
-    """The key-values, how many tensors follow, and the version."""
+def _keys(reader: _Reader) -> tuple[dict[str, Value], int, int, dict[str, int]]:
+    """The key-values, how many tensors follow, the version; key -> where its value stands."""
     if reader.take(4, "a magic") != MAGIC:
         raise reader.damaged("not a GGUF file")
     version = reader.number("<I", "a version")
@@ -271,12 +293,15 @@ def _keys(reader: _Reader) -> tuple[dict[str, Value], int, int]:
     if count > MAX_TENSORS or keys > MAX_TENSORS:
         raise reader.damaged(f"{count} tensors and {keys} keys")
     values: dict[str, Value] = {}
+    places: dict[str, int] = {}
     for _ in range(keys):
         key = reader.string("a key", MAX_NAME)
         if key in values:
             raise reader.damaged(f"the key {key!r} twice")
-        values[key] = _value(reader, reader.number("<I", "a type"), key)
-    return values, count, version
+        number = reader.number("<I", "a type")
+        places[key] = reader.at
+        values[key] = _value(reader, number, key)
+    return values, count, version, places
 
 
 def _value(reader: _Reader, number: int, key: str, depth: int = 0) -> Value:

@@ -10,6 +10,9 @@ from .namespace import namespace
 ROWS = 16
 """Rows computed at a time: OpenBLAS takes less time a number where the product stays in a core's cache."""
 
+FEW = 1 << 16
+"""Numbers of A up to which that holds; larger ones are packed anew each time, which costs more than it saves."""
+
 
 def product(D: Any, B: Any, A: Any) -> None:
     """D `[m, n]` = B `[m, r]` @ A `[r, n]`; D may be a transposed view."""
@@ -66,7 +69,7 @@ def _product(D: Any, B: Any, A: Any) -> None:
     from numpy import matmul
 
     m, n = D.shape
-    if m % ROWS or not D.flags.c_contiguous:
+    if m % ROWS or A.size > FEW or not D.flags.c_contiguous:
         matmul(B, A, out=D)
     else:
         matmul(B.reshape(-1, ROWS, len(A)), A, out=D.reshape(-1, ROWS, n))

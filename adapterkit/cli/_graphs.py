@@ -1,0 +1,114 @@
+"""What `merge` does where the base is an ONNX graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ._options import Settings
+from ._render import Table, View, counted, show
+
+ONLY_FOLDERS = {
+    "method": "Combine the adapters first (adapterkit combine), and merge the result",
+    "dtype": "Export the model in that type instead", "device": "A graph is merged on the CPU",
+    "shard_size": "A graph's numbers go into one file", "engine": "A graph is merged on this machine",
+    "address": "A graph is merged on this machine", "tied": "Each layer of a graph gets its own weight",
+    "onto": "Export the 16-bit weights and merge into that graph",
+    "seed": "A graph is rounded to the nearest", "memory": "A graph is merged in blocks as it is",
+    "link": "A graph's numbers are written anew", "stream": "Fetch the graph first",
+    "allow_partial": "Take the targets that the graph has", "parameters": "--set is of a --method",
+    "verified": "The result is run and compared anyway; --no-check leaves that out",
+}  # fmt: skip
+"""Options of folders of weights alone, by parameter -> what to do instead for a graph."""
+
+ONLY_GRAPHS = ("base_weights", "check")
+"""Options of graphs alone."""
+
+
+def is_graph(base: str) -> bool:
+    """Whether a base is an ONNX file, by its name."""
+    return base.lower().endswith(".onnx")
+
+
+def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(parameter, option) of those of some options that the command line names."""
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            yield parameter.name or "", parameter.opts[0]
+
+
+def merge_graph(
+    ctx: click.Context, model: str, adapters: Sequence[str], out: str | None, weights: Sequence[float],
+    base_weights: str | None, quantized: str | None, check: bool, overwrite: bool, only_plan: bool,
+) -> None:  # fmt: skip
+    """Runs `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""
+    from ..errors import StorageError, UsageError
+
+    for name, option in given(ctx, tuple(ONLY_FOLDERS)):
+        raise UsageError(f"{option} is not for an ONNX graph", path=model, cure=ONLY_FOLDERS[name])
+    if quantized == "original":
+        raise UsageError("--quantized original is not for an ONNX graph", path=model, cure=ONLY_FOLDERS["onto"])
+    settings: Settings = ctx.obj
+    chosen = list(weights) or None
+    if only_plan:
+        from ..onnx import plan
+
+        found = plan(model, adapters, weights=chosen, base_weights=base_weights)
+        show(settings, {"base": model, "targets": [place.record() for place in found]}, _plan_view)
+        return
+    if out is None:
+        raise click.UsageError("Missing option '-o' / '--out'")
+    if Path(out).exists() and not overwrite:
+        raise StorageError("already there", path=out, cure="Write to another path, or pass --overwrite")
+    from ..onnx import merge
+
+    report = merge(
+        model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized, check=check
+    )  # fmt: skip
+    show(settings, report.record(), _merged_view)
+
+
+def refuse_graph_options(ctx: click.Context, base: str) -> None:
+    """Refuses options of graphs where the base is a folder.
+
+    Raises:
+        UsageError: there is one.
+    """
+    from ..errors import UsageError
+
+    for _, option in given(ctx, ONLY_GRAPHS):
+        raise UsageError(f"{option} is for an ONNX graph", path=base, cure="Name a .onnx file, or leave it out")
+
+
+def targets_table(record: Mapping[str, Any]) -> Table:
+    """Where each target is in a graph."""
+    rows = [[t["target"], ", ".join(t["nodes"]), t["method"], f"{t['confidence']:.2f}"] for t in record["targets"]]
+    return Table(("target", "node", "found by", "confidence"), rows)
+
+
+def checked(record: Mapping[str, Any]) -> str:
+    """What the check came to."""
+    found = record["difference"]
+    return record["note"] or ("not checked" if found is None else f"largest difference {found:.2g} of the output")
+
+
+def _plan_view(record: Mapping[str, Any]) -> View:
+    yield f"merge into {record['base']}"
+    yield targets_table(record)
+    yield f"{counted(len(record['targets']), 'target')}, {counted(_weights(record), 'weight')} to compute"
+
+
+def _merged_view(record: Mapping[str, Any]) -> View:
+    from .merge import damage_lines
+
+    yield targets_table(record)
+    yield from damage_lines(record.get("damage", {}))
+    yield f"wrote {record['out']}: {counted(len(record['targets']), 'target')} merged; {checked(record)}"
+
+
+def _weights(record: Mapping[str, Any]) -> int:
+    return len({name for target in record["targets"] for name in target["weight"]})

@@ -1,0 +1,138 @@
+"""Checksums of what was written: taken of the bytes in hand while they are written, kept in the output's own record.
+
+Workers write a file in runs and out of order, so each run has a sha256 of its own, and a file the sha256 over those of
+its runs, in the order of its bytes: what is damaged later is found without the base, and to the run. Files that no
+adapter touches have none; they are the base's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..errors import Malformed, UsageError, storage_error
+from ..tensors.checkpoint import Checkpoint
+from ..tensors.copying import CHUNK, read_all
+from .memory import most_workers
+from .planning import REPORT
+from .verification import Difference, Verification
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from .execute import Progress
+
+Run = tuple[int, int, str]
+"""Where a run begins in its file, how many bytes it has, and their sha256."""
+
+KEY = "written"
+"""Where the record has the checksums."""
+
+
+def record_of(runs: Iterable[Run]) -> dict[str, Any]:
+    """What the output's record says of one file."""
+    ordered = sorted(runs)
+    return {"sha256": over(ordered), "runs": [list(run) for run in ordered]}
+
+
+def over(runs: Iterable[Run]) -> str:
+    """The checksum of a file out of those of its runs."""
+    return sha256(b"".join(bytes.fromhex(digest) for _, _, digest in runs)).hexdigest()
+
+
+def digest_of(file: BinaryIO, start: int, nbytes: int) -> str:
+    """sha256 of a run of an open, unbuffered file.
+
+    Raises:
+        EOFError: the file ends early.
+    """
+    digest, buffer = sha256(), memoryview(bytearray(min(CHUNK, nbytes)))
+    file.seek(start)
+    while nbytes:
+        piece = buffer[:nbytes]
+        read_all(file, piece)
+        digest.update(piece)
+        nbytes -= len(piece)
+    return digest.hexdigest()
+
+
+def check_written(merged: Checkpoint | str | PathLike[str], progress: Progress | None) -> Verification:
+    """Compares the files of a merge's output with the checksums in its record; see `adapterkit.verify`."""
+    folder = merged.root if isinstance(merged, Checkpoint) else Path(merged)
+    written = _recorded(folder)
+    total = sum(nbytes for runs in written.values() for _, nbytes, _ in runs)
+    done, differences = 0, list[Difference]()
+    with ThreadPoolExecutor(most_workers()) as pool:
+        for (name, runs), found in zip(
+            written.items(), pool.map(lambda item: _wrong(folder / item[0], item[1]), written.items()), strict=True
+        ):
+            differences += [Difference(name, why) for why in found]
+            done += sum(nbytes for _, nbytes, _ in runs)
+            if progress is not None:
+                progress(done, total)
+    return Verification(0, 0, tuple(differences), files=len(written))
+
+
+def _wrong(path: Path, runs: list[Run]) -> list[str]:
+    """What is wrong with a file."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            end = sum(nbytes for _, nbytes, _ in runs)
+            size = path.stat().st_size
+            if size != end:
+                return [f"{size:,} bytes, not {end:,} as written"]
+            return [
+                f"bytes {start:,} to {start + nbytes:,} are not those that were written"
+                for start, nbytes, digest in runs
+                if digest_of(file, start, nbytes) != digest
+            ]
+    except FileNotFoundError:
+        return ["missing"]
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def _recorded(folder: Path) -> dict[str, list[Run]]:
+    """File -> its runs, in order, without gaps.
+
+    Raises:
+        UsageError: there is no such record.
+        Malformed: it makes no sense.
+    """
+    path = folder / REPORT
+    cure = "Give the base and the adapters: then everything is computed again"
+    try:
+        said = json.loads(path.read_text()).get(KEY)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError("there is no record of checksums here", path=path, cure=cure) from None
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except (ValueError, AttributeError) as error:
+        raise Malformed(f"no record of a merge ({error})", path=path, cure=cure) from None
+    if said is None:
+        raise UsageError("the record has no checksums", path=path, cure=cure)
+    try:
+        return {_plain(name): _runs(file) for name, file in said.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Malformed(f"the checksums are damaged ({error})", path=path, where=KEY, cure=cure) from None
+
+
+def _plain(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is no name of a file")
+    return name
+
+
+def _runs(file: Mapping[str, Any]) -> list[Run]:
+    runs, end = [(int(start), int(nbytes), str(digest)) for start, nbytes, digest in file["runs"]], 0
+    for start, nbytes, _ in runs:
+        if start != end or nbytes < 0:
+            raise ValueError(f"a run at byte {start}, where {end} is next")
+        end = start + nbytes
+    if over(runs) != file["sha256"]:
+        raise ValueError("the checksum over all runs is another")
+    return runs

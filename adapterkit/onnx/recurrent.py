@@ -1,0 +1,111 @@
+"""Recurrent layers: weights of all gates and directions in one tensor, which a merge can go into and no branch can.
+
+A gate's order differs: torch has r z n for GRU and i f g o for LSTM, ONNX z r h and i o f c. Weights are seen as torch
+has them. https://onnx.ai/onnx/operators/onnx__LSTM.html https://pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from .building import Array
+from .layers import Layer
+from .operands import is_constant, numbers, shadow, shape_of
+
+GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
+"""Operator -> where in torch's order each of ONNX's gates is."""
+
+_CALL = re.compile(r"/(?:GRU|LSTM|RNN)(?:_(\d+))?$")
+
+
+class Recurrent(Layer):
+    """One direction's weight `[gates * hidden, in]`, of the inputs or of the hidden state.
+
+    Class attributes:
+        direction: which of the stacked directions.
+        part: what torch calls the weight.
+    """
+
+    merge_only = True
+    direction: ClassVar[int] = 0
+    part: ClassVar[str] = "ih"
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(node.inputs[cls.position])
+        return known and cls.direction < shape_of(node.inputs[cls.position])[0]  # type: ignore[arg-type]
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        return False
+
+    @classmethod
+    def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
+        return super().held_shape(node)[1:]
+
+    @classmethod
+    def held(cls, node: ir.Node) -> Array:
+        return cls.detached(node)()
+
+    @classmethod
+    def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        operand, order = node.inputs[cls.position], np.argsort(GATES[node.op_type])
+        assert operand is not None
+        copy = shadow(operand)
+        return lambda: _reordered(numbers(copy)[cls.direction], order)
+
+    @classmethod
+    def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
+        """Makes the stacked tensor with this direction's weight, as torch has it, changed; in float64."""
+        operand, order = node.inputs[cls.position], np.array(GATES[node.op_type])
+        assert operand is not None
+        copy = shadow(operand)
+
+        def make() -> Array:
+            stacked: Array = numbers(copy).astype(np.float64)
+            W = _reordered(stacked[cls.direction], np.argsort(order))
+            stacked[cls.direction] = _reordered(f(W), order)
+            return stacked
+
+        return make
+
+    @classmethod
+    def name(cls, node: ir.Node) -> str | None:
+        """What torch calls the weight, by the node's path."""
+        found = _CALL.search(node.name or "")
+        if found is None or not (node.name or "").startswith("/"):
+            return None
+        module = _CALL.sub("", node.name or "").strip("/").replace("/", ".")
+        back = "_reverse" if cls.direction else ""
+        return f"{module}.weight_{cls.part}_l{found.group(1) or 0}{back}".lstrip(".")
+
+
+def _reordered(W: Any, order: Any) -> Array:
+    gates: Array = W.reshape(len(order), -1, W.shape[-1])[order]
+    return gates.reshape(W.shape)
+
+
+class InputsBack(Recurrent):
+    """Of the inputs, backwards."""
+
+    direction = 1
+
+
+class Hidden(Recurrent):
+    """Of the hidden state."""
+
+    part, position = "hh", 2
+
+
+class HiddenBack(Hidden):
+    """Of the hidden state, backwards."""
+
+    direction = 1
+
+
+RECURRENT: tuple[type[Recurrent], ...] = (Recurrent, InputsBack, Hidden, HiddenBack)
