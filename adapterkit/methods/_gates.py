@@ -5,7 +5,7 @@ Mao et al. 2021, https://arxiv.org/abs/2110.07577
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import Malformed
@@ -28,12 +28,12 @@ def gated(P: Any, x: Any, gate: Any, bias: Any) -> Any:
     return P * row_shares(x @ gate.mT + bias).reshape(len(x), -1, 1, 1, 1)
 
 
-def check_gates(dims: Mapping[str, Any]) -> None:
+def check_gates(shape: Sequence[int]) -> None:
     """Checks that a prefix has one gate, or one for keys and one for values.
 
     Raises:
         Malformed: it has more.
     """
-    if dims["shares"] not in (1, 2):
-        why = f"{dims['shares']} gates for keys and values"
+    if len(shape) == 2 and shape[0] not in (1, 2):
+        why = f"{shape[0]} gates for keys and values"
         raise Malformed(why, where="gate", cure="One is for both, or each has its own")

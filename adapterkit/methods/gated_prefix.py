@@ -35,7 +35,7 @@ class GatedPrefix(ContextUpdate):
 
     def check(self) -> None:
         super().check()
-        check_gates(self.dims())
+        check_gates(self.gate.shape)
 
     def prefix(self, x: Tensor) -> Tensor:
         out: Tensor = gated(self.P, x, self.gate, self.gate_bias)

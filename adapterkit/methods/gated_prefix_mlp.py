@@ -37,7 +37,7 @@ class GatedPrefixMLP(PrefixMLP):
 
     def check(self) -> None:
         super().check()
-        check_gates(self.dims())
+        check_gates(self.gate.shape)
 
     def past(self) -> None:  # type: ignore[override]
         """Nothing of the whole model's: without what enters the attention there is no share."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ShapeMismatch
 from ..tensors.namespace import namespace
 from ..updates import ContextUpdate, tensor
 from ._lstm import both_ways
@@ -32,17 +31,17 @@ class PTuningLSTM(ContextUpdate):
     forms: ClassVar[Any] = (((), ("deeper_input", "deeper_hidden", "deeper_input_bias", "deeper_hidden_bias")),)
 
     E: Tensor = tensor("n width")
-    first_input: Tensor = tensor("2 gates width")
-    first_hidden: Tensor = tensor("2 gates hidden")
-    first_input_bias: Tensor = tensor("2 gates")
-    first_hidden_bias: Tensor = tensor("2 gates")
-    deeper_input: Tensor | None = tensor("layers 2 gates both", optional=True)
-    deeper_hidden: Tensor | None = tensor("layers 2 gates hidden", optional=True)
-    deeper_input_bias: Tensor | None = tensor("layers 2 gates", optional=True)
-    deeper_hidden_bias: Tensor | None = tensor("layers 2 gates", optional=True)
-    W1: Tensor = tensor("both both")
-    b1: Tensor = tensor("both")
-    W2: Tensor = tensor("dim both")
+    first_input: Tensor = tensor("2 4*hidden width")
+    first_hidden: Tensor = tensor("2 4*hidden hidden")
+    first_input_bias: Tensor = tensor("2 4*hidden")
+    first_hidden_bias: Tensor = tensor("2 4*hidden")
+    deeper_input: Tensor | None = tensor("layers 2 4*hidden 2*hidden", optional=True)
+    deeper_hidden: Tensor | None = tensor("layers 2 4*hidden hidden", optional=True)
+    deeper_input_bias: Tensor | None = tensor("layers 2 4*hidden", optional=True)
+    deeper_hidden_bias: Tensor | None = tensor("layers 2 4*hidden", optional=True)
+    W1: Tensor = tensor("2*hidden 2*hidden")
+    b1: Tensor = tensor("2*hidden")
+    W2: Tensor = tensor("dim 2*hidden")
     b2: Tensor = tensor("dim")
 
     @classmethod
@@ -58,14 +57,6 @@ class PTuningLSTM(ContextUpdate):
         head = {"W1": random((both, both)) / both**0.5, "b1": W.new_zeros(both), "b2": W.new_zeros(dim)}
         E = tokens_of(W, rank, random, attributes.pop("index", None))
         return cls(E=E, **drawn, **head, W2=random((dim, both)) / both**0.5, **attributes)
-
-    def check(self) -> None:
-        super().check()
-        dims: dict[str, Any] = self.dims()
-        for name, times in (("gates", 4), ("both", 2)):
-            if dims[name] != times * dims["hidden"]:
-                why = f"{name}={dims[name]}, where a hidden size of {dims['hidden']} has {times} times as many"
-                raise ShapeMismatch(why, where="first_hidden", cure="Write the adapter again")
 
     def embeddings(self, task: Any = None) -> Tensor:
         xp = namespace(self.E)
