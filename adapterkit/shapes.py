@@ -28,15 +28,17 @@ class Axes:
 
     text: str
     axes: tuple[str, ...]
+    star: int | None
+    """Position of the starred axis, if there is one."""
 
     @staticmethod
     def parse(text: str) -> Axes:
         return _parse(text)
 
     @property
-    def star(self) -> int | None:
-        """Position of the starred axis, if there is one."""
-        return next((i for i, axis in enumerate(self.axes) if axis.startswith("*")), None)
+    def plain(self) -> bool:
+        """Whether no axis is a product or a quotient."""
+        return all(axis.lstrip("*").isalnum() or axis.lstrip("*").isidentifier() for axis in self.axes)
 
     def index(self, axis: str) -> int | None:
         """Position of a plain axis counted from the front, or from the back (negative) behind a star."""
@@ -85,7 +87,7 @@ def _parse(text: str) -> Axes:
     bad = next((axis for axis in axes if not _AXIS.fullmatch(axis)), None)
     if bad is not None or sum(axis.startswith("*") for axis in axes) > 1:
         raise ValueError(f"bad shape string {text!r}")
-    return Axes(text, axes)
+    return Axes(text, axes, next((i for i, axis in enumerate(axes) if axis.startswith("*")), None))
 
 
 def tensor(

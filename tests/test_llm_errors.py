@@ -151,13 +151,20 @@ def gguf_tensors(name="blk.0.ffn_up", rank=2):
     return {f"{name}.weight.lora_a": from_numpy(A), f"{name}.weight.lora_b": from_numpy(B)}
 
 
-ALORA = VALUES | {"adapter.alora.invocation_tokens": Value("[u32]", [1])}
+def gguf_embedding():
+    A, B = np.ones((12, 2), "f4"), np.ones((16, 2), "f4")
+    return {"token_embd.weight.lora_a": from_numpy(A), "token_embd.weight.lora_b": from_numpy(B)}
+
+
+TOKENS = "adapter.alora.invocation_tokens"
 
 GGUFS = {
     "another architecture": (VALUES | {"general.architecture": Value("string", "x")}, gguf_tensors(), Unsupported),
     "a control vector": (VALUES | {"adapter.type": Value("string", "control_vector")}, gguf_tensors(), Unsupported),
     "a model": (VALUES | {"general.type": Value("string", "model")}, gguf_tensors(), Unsupported),
-    "an activated LoRA": (ALORA, gguf_tensors(), Unsupported),
+    "an invocation of nothing": (VALUES | {TOKENS: Value("[u32]", [])}, gguf_tensors(), Malformed),
+    "an invocation of text": (VALUES | {TOKENS: Value("string", "x")}, gguf_tensors(), Malformed),
+    "an activated embedding": (VALUES | {TOKENS: Value("[u32]", [1])}, gguf_embedding(), Unsupported),
     "alpha as text": (VALUES | {"adapter.lora.alpha": Value("string", "4")}, gguf_tensors(), Malformed),
     "alpha infinite": (VALUES | {"adapter.lora.alpha": Value("f32", float("inf"))}, gguf_tensors(), Malformed),
     "a factor alone": (VALUES, {k: v for k, v in gguf_tensors().items() if k.endswith("a")}, Malformed),

@@ -380,3 +380,40 @@ def test_a_family_without_a_table_is_refused_by_name(tmp_path):
     with pytest.raises(Unsupported, match="mystery"):
         ak.write(llama(), tmp_path / "adapter_model.pt", "torchtune", base)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_gguf_says_which_tokens_activate(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    plain = llama(layers=(0,), names=("self_attn.q_proj", "mlp.up_proj"))
+    tokens = from_numpy(np.array([7, 3, 11], dtype="i8"))
+    made = {
+        target: (ak.METHODS["alora"](A=u.A, B=u.B, invocation=tokens, scaling=u.scaling),) for target, (u,) in
+        plain.updates.items()
+    }  # fmt: skip
+    ak.write(ak.Adapter(made), tmp_path / "a.gguf", "gguf", BASE)
+    reader = gguf.GGUFReader(tmp_path / "a.gguf")
+    field = reader.get_field("adapter.alora.invocation_tokens")
+    assert field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32]
+    assert field.contents() == [7, 3, 11]
+    ak.write(plain, tmp_path / "plain.gguf", "gguf", BASE)
+    theirs = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "plain.gguf").tensors}
+    assert all(np.array_equal(t.data, theirs[t.name]) for t in reader.tensors)
+    again = ak.read(tmp_path / "a.gguf", base=BASE)
+    assert {(u.method, tuple(as_lazy(u.invocation).numpy()), u.scaling) for _, u in again} == {
+        ("alora", (7, 3, 11), 2.0)
+    }
+    assert again.digest() == ak.Adapter(made).digest()
+    ak.write(again, tmp_path / "peft", "peft")
+    ak.write(ak.read(tmp_path / "peft"), tmp_path / "b.gguf", "gguf", BASE)
+    assert ak.read(tmp_path / "b.gguf", base=BASE).digest() == again.digest()
+
+
+def test_gguf_has_one_invocation_for_all(tmp_path):
+    plain = llama(layers=(0,), names=("self_attn.q_proj", "mlp.up_proj"))
+    (one, (u,)), (other, (v,)) = plain.updates.items()
+    tokens = from_numpy(np.array([5], dtype="i8"))
+    mixed = ak.Adapter({one: (ak.METHODS["alora"](A=u.A, B=u.B, invocation=tokens),), other: (v.replace(scaling=1.0),)})
+    with pytest.raises(Unrepresentable, match="one for all"):
+        ak.write(mixed, tmp_path / "a.gguf", "gguf", BASE)
+    assert list(tmp_path.iterdir()) == []
+    assert len(ak.write(mixed, tmp_path / "a.gguf", "gguf", BASE, "drop")) == 1

@@ -21,7 +21,7 @@ from adapterkit.methods import METHODS
 from adapterkit.tensors.computed import load, times
 from adapterkit.tensors.dtypes import DTYPES
 from adapterkit.tensors.lazy import Lazy, as_array, from_numpy
-from adapterkit.updates import Additive, ContextUpdate, OutputUpdate
+from adapterkit.updates import Additive, ContextUpdate, OutputUpdate, tensor
 
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
 PAIRED = [name for name in ADDITIVE if METHODS[name].pair is not Additive.pair]
@@ -326,21 +326,28 @@ def test_one_adapters_own_methods_are_kept_where_they_can_be_scaled():
 class Bottleneck(OutputUpdate):
     """A made-up law on outputs."""
 
+    scale: torch.Tensor = tensor("out")
+
 
 class Prompt(ContextUpdate):
     """A made-up law on the context."""
 
+    tokens: torch.Tensor = tensor("n width")
 
-@pytest.mark.parametrize("cls", [Bottleneck, Prompt])
-def test_laws_that_are_not_of_weights_are_refused_with_the_reason(cls):
-    adapter = Adapter({TARGET: (cls(),)})
+
+LAWS = [Bottleneck(scale=from_numpy(np.ones(OUT))), Prompt(tokens=from_numpy(np.ones((2, 4))))]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.kind)
+def test_laws_that_are_not_of_weights_are_refused_with_the_reason(law):
+    adapter = Adapter({TARGET: (law,)})
     for work in (lambda: ops.scale(adapter, 2), lambda: ops.add([adapter, adapter])):
-        with pytest.raises(NotMergeable, match=f"changes {cls.acts_on}, not weights: it cannot be scaled or added"):
+        with pytest.raises(NotMergeable, match=f"changes {law.acts_on}, not weights: it cannot be scaled or added"):
             work()
 
 
 def test_contexts_are_stacked_behind_one_another():
-    one, other = Prompt(), Prompt()
+    one, other = (Prompt(tokens=from_numpy(np.full((2, 4), value))) for value in (1.0, 2.0))
     total = ops.stack([Adapter({TARGET: (one,)}), Adapter({TARGET: (other,)})])
     assert total.updates[TARGET] == (one, other)
 

@@ -5,6 +5,8 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
@@ -239,6 +241,24 @@ def test_another_form_is_the_nearest_of_its_kind(tmp_path):
         assert cuts[0].error == pytest.approx(lost, rel=1e-6, abs=1e-5)
 
 
+@given(seed=st.integers(0, 2**32 - 1), rank=st.integers(2, 4))
+@settings(max_examples=10)
+def test_a_hadamard_product_is_nearer_than_any_product_of_its_rank(seed, rank, tmp_path_factory):
+    """Against all singular values, for a change of no form and for one that is nearly such a product."""
+    rng = np.random.default_rng(seed)
+    one, two = (rng.normal(size=(24, 2)) @ rng.normal(size=(2, 36)) for _ in range(2))
+    W = rng.normal(size=(24, 36))
+    folder = tmp_path_factory.mktemp("loha")
+    base = write(folder / "base", {"q.weight": W}, shards=1)
+    for name, change in (("noise", rng.normal(size=(24, 36))), ("product", (2 + one) * (1 + two))):
+        tuned, cuts = write(folder / name, {"q.weight": W + change}, shards=1), []
+        made = ak.ops.extract(tuned, base, rank, method="loha", dtype="F64", report=cuts.append)
+        assert [update.method for _, update in made] == ["loha"]
+        lost = np.linalg.norm(made.delta("q").numpy() - change)
+        assert cuts[0].error == pytest.approx(lost, rel=1e-6)
+        assert lost < 0.97 * np.sqrt((np.linalg.svd(change, compute_uv=False)[rank:] ** 2).sum())
+
+
 def test_no_kronecker_product_of_small_blocks_is_nearer(tmp_path):
     """Against the rearrangement's singular values, all of them, by a formula of its own."""
     rng = np.random.default_rng(6)
@@ -253,7 +273,11 @@ def test_no_kronecker_product_of_small_blocks_is_nearer(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
-    [({"rank": 1, "method": "ia3"}, Unsupported), ({"energy": 0.5, "method": "lokr"}, UsageError)],
+    [
+        ({"rank": 1, "method": "ia3"}, Unsupported),
+        ({"energy": 0.5, "method": "lokr"}, UsageError),
+        ({"error": 0.5, "method": "loha"}, UsageError),
+    ],
 )
 def test_forms_that_cannot_be_are_refused(arguments, error, tmp_path):
     base, tuned = (write(tmp_path / n, {"q.weight": np.eye(4) * v}, shards=1) for n, v in (("b", 1), ("t", 2)))

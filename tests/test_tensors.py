@@ -340,3 +340,36 @@ def test_json_files_hold_an_object(content, tmp_path):
         read_json(tmp_path / "x.json")
     assert raised.value.path == str(tmp_path / "x.json")
     assert raised.value.cure
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_tensors_of_files_are_copied_with_the_bytes_of_the_library(kernel, tmp_path, monkeypatch):
+    if not kernel:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    rng = np.random.default_rng(3)
+    names = [f"{letter}{n}" for letter in "ab" for n in range(9)]
+    held = {name: rng.normal(size=(n % 4, 700)).astype("f4") for n, name in enumerate(names)}
+    held |= {"c0": rng.normal(size=400_000), "d0": np.arange(3, dtype="i8")}
+    for letter in "ab":
+        own = {name: value for name, value in held.items() if name.startswith(letter)}
+        safetensors.numpy.save_file(own, tmp_path / letter)
+    read = {**ours.read(tmp_path / "a"), **ours.read(tmp_path / "b")}
+    turned = {name: leaf.map(lambda a: a, leaf.shape) if name in ("a3", "b8") else leaf for name, leaf in read.items()}
+    rest = {name: from_numpy(held[name]) for name in ("c0", "d0")}
+    ours.write(tmp_path / "ours", {**rest, **turned}, {})
+    safetensors.numpy.save_file(held, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_source_that_ends_early_is_named_and_nothing_is_written(gone, tmp_path):
+    safetensors.numpy.save_file({"t": np.arange(50.0), "u": np.arange(50.0)}, tmp_path / "x")
+    tensors = ours.read(tmp_path / "x")
+    if gone:
+        (tmp_path / "x").unlink()
+    else:
+        os.truncate(tmp_path / "x", 300)
+    with pytest.raises(StorageError if gone else Corrupt) as raised:
+        ours.write(tmp_path / "y", tensors, {})
+    assert str(raised.value.path) == str(tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ([] if gone else ["x"])

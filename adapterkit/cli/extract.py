@@ -1,8 +1,7 @@
 """Write what fine-tuning changed in a base as an adapter.
 
 TUNED and BASE are folders of weights or weight files of one architecture. Changed matrices become LoRA, if no other
-method is asked for; norms, biases
-and changed or new rows of token embeddings are kept as they are.
+method is asked for; norms, biases and changed or new rows of token embeddings are kept as they are.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from ._render import View, show
 )  # fmt: skip
 @click.option(
     "--method", default="lora", show_default=True, metavar="METHOD",
-    help="Form of changed matrices: lora, lokr (a Kronecker product) or shira (the largest entries).",
+    help="Form of changed matrices: lora, loha (Hadamard product), lokr (Kronecker product), shira (largest entries).",
 )  # fmt: skip
 @_writing.dtype
 @_writing.writing

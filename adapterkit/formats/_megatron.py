@@ -21,8 +21,6 @@ from ._pairs import (
     in_row_order,
     of_rows,
     over_rows,
-    rank_of,
-    to_rank,
     unfit,
 )  # fmt: skip
 
@@ -85,12 +83,6 @@ def _split(name: str, update: LoRA, weights: tuple[str, ...], heads: Callable[[]
     for size in sizes:
         yield of_rows(whole, start, start + size)
         start += size
-
-
-def of_one_rank(pairs: Pairs) -> Pairs:
-    """The same functions of one rank, as Megatron has one `dim` for all: the others gain zeros."""
-    rank = max(map(rank_of, pairs.values()))
-    return {target: to_rank(update, rank) for target, update in pairs.items()}
 
 
 def why_not(modules: Modules) -> Callable[[Target, Pair], str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported
+from ..methods.alora import ALoRA
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..names.ties import EMBEDDINGS
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..tensors.arrange import Order
     from ..tensors.checkpoint import Checkpoint
 
-Pair = LoRA | DoRA
+Pair = LoRA | DoRA | ALoRA
 Pairs = dict["Target", Pair]
 Slots = dict[str, Any]
 """Field -> tensor."""
@@ -108,7 +109,7 @@ def expressible(
         if reason:
             items.append(f"{target}: {reason}")
             places.append((target, position))
-        elif isinstance(update, LoRA | DoRA):
+        elif isinstance(update, Pair):
             kept[target] = update
     if items and on_loss != "drop":
         cure = "Drop them with on_loss='drop', or write adapterkit's own format"
@@ -126,7 +127,7 @@ def unfit(target: Target, update: Pair, *, stacked: bool = False, bias: bool = F
         return "stacked experts"
     if len(update.A.shape) != 2 + target.stacked:
         return "a convolution"
-    if isinstance(update, LoRA) and update.bias is not None and not bias:
+    if isinstance(update, LoRA | ALoRA) and update.bias is not None and not bias:
         return "a bias of its own"
     return ""
 
@@ -255,6 +256,45 @@ def one_alpha(
         pairs, lambda u: exact_alpha((rank_of(u), u.scaling), False), lambda alpha, u: alpha / rank_of(u),
         dialect=dialect, on_loss=on_loss, default=float(rank_of(next(iter(pairs.values())))), first=first,
     )  # fmt: skip
+
+
+def of_one_alpha(
+    adapter: Adapter,
+    why: Callable[[Target, Pair], str],
+    *,
+    dialect: str,
+    on_loss: str,
+    first: float | None = None,
+    one_rank: bool = False,
+) -> tuple[float, Pairs, list[str]]:
+    """What a dialect of one alpha can say of an adapter: the alpha, the updates, and a line for each change.
+
+    Args:
+        adapter: what is to be written.
+        why: the reason that speaks against an update; empty where none does.
+        dialect: its name, for messages.
+        on_loss: what to do with what it cannot say.
+        first: the alpha that was read.
+        one_rank: all modules have one rank.
+
+    Raises:
+        Unrepresentable: see `expressible` and `one_number`.
+    """
+    pairs, lines = expressible(adapter, dialect, on_loss, why)
+    held = of_one_rank(pairs) if one_rank else pairs
+    alpha, held, folded = one_alpha(held, dialect=dialect, on_loss=on_loss, first=first)
+    return alpha, held, lines + folded
+
+
+def of_one_rank(pairs: Pairs) -> Pairs:
+    """The same functions of one rank: the others gain zeros."""
+    rank = max(map(rank_of, pairs.values()))
+    return {target: to_rank(update, rank) for target, update in pairs.items()}
+
+
+def whole_number(value: float) -> float:
+    """A number as tools write it that have whole ones: 16, not 16.0."""
+    return int(value) if float(value).is_integer() else value
 
 
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:

@@ -24,15 +24,14 @@ from ._pairs import (
     Leftovers,
     Pairs,
     check_factors,
-    expressible,
     finite,
     grouped,
     in_order,
-    one_alpha,
+    of_one_alpha,
     rank_of,
     remembered,
-    to_rank,
     unfit,
+    whole_number,
 )  # fmt: skip
 from ._state_dicts import keys_of, load, save
 from ._yaml import LIMIT, dump_yaml, load_yaml
@@ -90,18 +89,18 @@ class Litgpt(Format):
     ) -> list[str]:
         hints = remembered(adapter, FORMAT, Hints)
         before = hints.get("settings", {})
-        pairs, lines = expressible(adapter, FORMAT, on_loss, _why_not)
-        rank = max(map(rank_of, pairs.values()))
-        pairs = {target: to_rank(update, rank) for target, update in pairs.items()}
-        alpha, pairs, folded = one_alpha(pairs, dialect=FORMAT, on_loss=on_loss, first=before.get("lora_alpha"))
+        first = before.get("lora_alpha")
+        alpha, pairs, lines = of_one_alpha(
+            adapter, _why_not, dialect=FORMAT, on_loss=on_loss, first=first, one_rank=True
+        )
+        rank = rank_of(next(iter(pairs.values())))
         flags = {f"lora_{name}": any(_flag(target) == name for target in pairs) for name in (*PARTS, *FLAGS.values())}
         tensors = _Writer(
             pairs, flags, rank, _count(hints, base, pairs), _saved_heads(hints, base), _shapes(base)
         ).tensors()
-        whole = int(alpha) if float(alpha).is_integer() else alpha
-        settings = {**before, "lora_r": rank, "lora_alpha": whole, **flags}
+        settings = {**before, "lora_r": rank, "lora_alpha": whole_number(alpha), **flags}
         _save(path, in_order(tensors, hints), {"lora_dropout": 0.0, **settings}, hints)
-        return lines + folded
+        return lines
 
 
 def _decode(

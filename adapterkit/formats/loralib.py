@@ -23,10 +23,9 @@ from ._pairs import (
     Leftovers,
     Pairs,
     check_factors,
-    expressible,
     grouped,
     in_order,
-    one_alpha,
+    of_one_alpha,
     rank_of,
     remembered,
     stored_layout,
@@ -86,13 +85,12 @@ class LoraLib(Format):
     ) -> list[str]:
         hints = remembered(adapter, FORMAT, Hints)
         read = hints.get("settings", {})
-        pairs, lines = expressible(adapter, FORMAT, on_loss, _why_not)
-        alpha, pairs, folded = one_alpha(pairs, dialect=FORMAT, on_loss=on_loss, first=read.get("alpha"))
+        alpha, pairs, lines = of_one_alpha(adapter, _why_not, dialect=FORMAT, on_loss=on_loss, first=read.get("alpha"))
         tensors, enabled = _spelled(pairs, read.get("enable_lora"), base)
         settings = {"alpha": alpha} | ({} if enabled is None else {"enable_lora": enabled})
         save(path, in_order(tensors, hints))
         write_settings(path.with_name(SETTINGS), settings)
-        return lines + folded
+        return lines
 
 
 def _decode(

@@ -13,8 +13,8 @@ from ..adapter import Adapter, Foreign, Step
 from ..errors import AdapterkitError
 from ..names.megatron import BRIDGE
 from ._format import Format
-from ._megatron import decode, encode, heads_again, is_of, of_one_rank, why_not
-from ._pairs import Leftovers, expressible, in_order, one_alpha, remembered
+from ._megatron import decode, encode, heads_again, is_of, why_not
+from ._pairs import Leftovers, in_order, of_one_alpha, remembered
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:
@@ -61,12 +61,11 @@ class Megatron(Format):
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
         hints = remembered(adapter, FORMAT, Hints)
-        pairs, lines = expressible(adapter, "Megatron", on_loss, why_not(BRIDGE))
-        alpha, pairs, folded = one_alpha(
-            of_one_rank(pairs), dialect="Megatron", on_loss=on_loss, first=hints.get("alpha")
+        alpha, pairs, lines = of_one_alpha(
+            adapter, why_not(BRIDGE), dialect="Megatron", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
         )
         heads = heads_again(hints, base, "linear_qkv")
         tensors, _ = encode(pairs, BRIDGE, hints.get("prefix", PREFIX), heads, hints.get("fused"))
         save(path, in_order(tensors, hints))
         write_settings(path.with_name(SETTINGS), {"alpha": alpha})
-        return lines + folded
+        return lines

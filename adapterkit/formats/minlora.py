@@ -20,10 +20,9 @@ from ._pairs import (
     DAMAGED,
     Leftovers,
     check_factors,
-    expressible,
     grouped,
     in_order,
-    one_alpha,
+    of_one_alpha,
     remembered,
     stored_layout,
     unfit,
@@ -72,9 +71,8 @@ class MinLora(Format):
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
         hints = remembered(adapter, FORMAT, Hints)
-        pairs, lines = expressible(adapter, "minLoRA", on_loss, _why_not)
         first = hints.get("settings", {}).get("alpha")
-        alpha, pairs, folded = one_alpha(pairs, dialect="minLoRA", on_loss=on_loss, first=first)
+        alpha, pairs, lines = of_one_alpha(adapter, _why_not, dialect="minLoRA", on_loss=on_loss, first=first)
         tensors: dict[str, Lazy] = {}
         for target, update in pairs.items():
             A, B = as_lazy(update.A), as_lazy(update.B)
@@ -83,7 +81,7 @@ class MinLora(Format):
             tensors |= {f"{target.path}{_STEM}{field}": leaf for field, leaf in factors.items()}
         save(path, in_order(tensors, hints))
         write_settings(path.with_name(SETTINGS), {"alpha": alpha})
-        return lines + folded
+        return lines
 
 
 def _decode(tensors: Mapping[str, Lazy], alpha: float, base: Checkpoint | None) -> Iterator[tuple[Target, LoRA]]:

@@ -24,8 +24,8 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy
 from ..tensors.torch_file import read_torch_file
 from ._format import Format
-from ._megatron import decode, encode, heads_again, of_one_rank, why_not
-from ._pairs import DAMAGED, Leftovers, expressible, finite, in_order, one_alpha, rank_of, remembered
+from ._megatron import decode, encode, heads_again, why_not
+from ._pairs import DAMAGED, Leftovers, finite, in_order, of_one_alpha, rank_of, remembered, whole_number
 from ._state_dicts import save
 from ._yaml import LIMIT, dump_yaml, load_yaml
 
@@ -89,14 +89,15 @@ class Nemo(Format):
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
         hints = remembered(adapter, FORMAT, Hints)
-        pairs, lines = expressible(adapter, "NeMo", on_loss, why_not(NEMO))
-        alpha, pairs, folded = one_alpha(of_one_rank(pairs), dialect="NeMo", on_loss=on_loss, first=hints.get("alpha"))
+        alpha, pairs, lines = of_one_alpha(
+            adapter, why_not(NEMO), dialect="NeMo", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
+        )
         heads = heads_again(hints, base, "lora_kqv_adapter")
         tensors, fused = encode(pairs, NEMO, hints.get("prefix", PREFIX), heads, hints.get("fused"))
         rank = rank_of(next(iter(pairs.values())))
         config = _config(hints, base, alpha, rank, fused, [*tensors])
         _save(path, dump_yaml(config, hints.get("text", "")), in_order(tensors, hints))
-        return lines + folded
+        return lines
 
 
 def _name(member: tarfile.TarInfo) -> str:
@@ -187,8 +188,7 @@ def _config(
         }  # fmt: skip
     peft = dict(read.get("peft") or {"peft_scheme": "lora"})
     tuning = dict(peft.get("lora_tuning") or {"target_modules": _target_modules(keys), "adapter_dropout": 0.0})
-    number = int(alpha) if float(alpha).is_integer() else alpha
-    tuning |= {"adapter_dim": rank, "alpha": number}
+    tuning |= {"adapter_dim": rank, "alpha": whole_number(alpha)}
     if "variant" in tuning or not fused:
         tuning["variant"] = "nemo" if fused else "canonical"
     return {**read, "peft": {**peft, "lora_tuning": tuning}}

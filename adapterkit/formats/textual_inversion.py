@@ -132,7 +132,8 @@ def _decode(tensors: Mapping[str, Lazy], metadata: Metadata, wrapper: dict[str, 
         raise Unsupported("embeddings of a T5", where="t5xxl", cure="Take them out: here are CLIP's alone")
     dialect = _dialect(tensors)
     if not dialect:
-        odd = next((name for name in tensors if name not in ENCODERS), next(iter(tensors), None))
+        others = [name for name in tensors if name not in ENCODERS]
+        odd = next((name for name in others if "." in name), next(iter(others or tensors), None))
         raise Malformed("no embedding of a token", where=odd, cure=_AGAIN)
     token = _token(tensors, wrapper, dialect, path)
     updates = {}

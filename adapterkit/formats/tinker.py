@@ -24,15 +24,14 @@ from ._pairs import (
     Leftovers,
     Pairs,
     check_factors,
-    expressible,
     finite,
     grouped,
     in_order,
-    one_alpha,
+    of_one_alpha,
     rank_of,
     remembered,
-    to_rank,
     unfit,
+    whole_number,
 )  # fmt: skip
 from .peft.container import CONFIG, SAFETENSORS, load, save
 
@@ -87,18 +86,18 @@ class Tinker(Format):
     ) -> list[str]:
         hints = remembered(adapter, FORMAT, Hints)
         before = hints.get("config", {})
-        pairs, lines = expressible(adapter, "Tinker", on_loss, unfit)
-        rank = max(map(rank_of, pairs.values()))
-        pairs = {target: to_rank(update, rank) for target, update in pairs.items()}
-        alpha, pairs, folded = one_alpha(pairs, dialect="Tinker", on_loss=on_loss, first=before.get("lora_alpha"))
-        number = int(alpha) if float(alpha).is_integer() else alpha
+        first = before.get("lora_alpha")
+        alpha, pairs, lines = of_one_alpha(
+            adapter, unfit, dialect="Tinker", on_loss=on_loss, first=first, one_rank=True
+        )
+        rank = rank_of(next(iter(pairs.values())))
         base_id = adapter.base.id if adapter.base else None
         config = {
             "base_model_name_or_path": base_id, "bias": "none", "peft_type": "LORA", "target_modules": "all-linear",
-            **before, "r": rank, "lora_alpha": number,
+            **before, "r": rank, "lora_alpha": whole_number(alpha),
         }  # fmt: skip
         save(path, config, in_order(_spelled(pairs), hints))
-        return lines + folded
+        return lines
 
 
 def _numbers(config: Mapping[str, Any]) -> tuple[int, float]:

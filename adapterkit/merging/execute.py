@@ -11,24 +11,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError, Corrupt, storage_error
+from ..tensors.copying import OpenFiles, WriteBehind, copy_range, read_all, write_all
 from .arrays import Arrays, Workspace
 from .checksums import Run, digest_of
 from .compute import Block, Folder
-from .copying import WriteBehind, copy_range, read_all, write_all
 from .jobs import Job, OpenFile, create, jobs_of, norms_of
 from .lanes import Lane, lane_for
 from .planning import Output, OutputFile
 from .stage import Norms, Stage
 
 Progress = Callable[[int, int], None]
-
-OPEN_FILES = 8
-"""Files that a worker keeps open: a base of hundreds of shards must not run into the system's limit."""
 
 
 def execute(
@@ -199,17 +196,17 @@ class _Hands:
 
     def __init__(self, arrays: Arrays, moved: Callable[[int], None]) -> None:
         self.arrays, self.moved, self.workspace = arrays, moved, Workspace(arrays)
-        self.files: dict[tuple[str, str], BinaryIO] = {}
+        self.open = OpenFiles()
         self._lane: Lane | None = None
         self.behind = WriteBehind()
 
     def do(self, job: Job) -> tuple[dict[int, float], list[Run]]:
         """Does one job; returns the squared norms it found, by fold, and the checksums of what it wrote."""
-        target = self._open(str(job.file.path), "r+b")
+        target = self.open(str(job.file.path), "r+b")
         done: tuple[dict[int, float], list[Run]]
         try:
             if job.output is None:
-                source = self._open(job.source[0], "rb")
+                source = self.open(job.source[0], "rb")
                 copy_range(source, target, job.source[1], job.offset, job.nbytes, self.moved)
                 done = {}, self._copied(job, source)
             elif job.parts:
@@ -271,22 +268,12 @@ class _Hands:
         if span is None:
             data[:] = output.source.read(block.first, block.elements)
         else:
-            file = self._open(span.path, "rb")
+            file = self.open(span.path, "rb")
             file.seek(span.offset + block.first * output.source.dtype.itemsize)
             read_all(file, data)
 
-    def _open(self, path: str, mode: str) -> BinaryIO:
-        file = self.files.pop((path, mode), None)
-        if file is None:
-            while len(self.files) >= OPEN_FILES:
-                self.files.pop(next(iter(self.files))).close()
-            file = cast(BinaryIO, open(path, mode, buffering=0))  # noqa: SIM115
-        self.files[path, mode] = file
-        return file
-
     def close(self) -> None:
-        for file in self.files.values():
-            file.close()
+        self.open.close()
 
 
 def _join(threads: list[threading.Thread], timeout: float | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter
@@ -123,9 +124,9 @@ class _Work:
         if method.counts:
             self._count()
         made: dict[Target, tuple[Update, ...]] = {}
+        if not isinstance(method, Learned):
+            self.asks = self._asking(method, read, made)
         for place in self.found:
-            if self.data is not None and not isinstance(method, Learned):
-                self.asks = self._asking(method, read, dict(made))
             try:
                 made[place.target] = self._at(place)
             except AdapterkitError as error:
@@ -268,10 +269,11 @@ class _Work:
         return Trial([place.target for place in self.found], len(read), self.seed, combined, self.data, products)
 
     def _asking(self, method: Method, read: Sequence[Adapter], done: Mapping[Target, tuple[Update, ...]]) -> Any:
-        if not method.sequential:
+        if self.data is None or not method.sequential:
             return self.data
-        so_far = Adapter(done, read[0].base) if done else None
-        return lambda position, path: self.data(position, path, so_far)  # type: ignore[misc]
+        # A view that grows with what is done, so that nothing is copied for each target.
+        so_far = Adapter(MappingProxyType(done), read[0].base)
+        return lambda position, path: self.data(position, path, so_far if done else None)
 
 
 def _reduced(delta: Delta) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Extraction: what fine-tuning changed in a base, as an adapter; tensor by tensor, in memory for one of them.
+"""Extraction: what fine-tuning changed in a base, as an adapter; tensor by tensor, in memory for one a processor.
 
 Matrices become LoRA of a given rank or error, from differences taken in float32 or wider, whatever the checkpoints
 hold: subtracting in 16 bits loses most of a small change. What is no matrix (norms, biases) is kept as it is, and of
@@ -8,11 +8,14 @@ token embeddings the rows that changed, new tokens among them.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike
 from typing import TYPE_CHECKING, Any
+
+from threadpoolctl import threadpool_limits
 
 from ..adapter import Adapter, BaseRef, Step, Target, canonical
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
@@ -23,6 +26,7 @@ from ..names.ties import aliases, is_embedding
 from ..tensors.checkpoint import opened
 from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy, from_numpy
+from .ahead import ahead
 from .at_base import view_of
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
@@ -54,6 +58,7 @@ def extract(
     embeddings: str = "rows",
     method: str = "lora",
     dtype: str | None = None,
+    workers: int | None = None,
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> Adapter:
@@ -71,9 +76,12 @@ def extract(
         targets: globs of dotted paths to look at, all of them where none is given; the rest is taken as unchanged.
         embeddings: `rows`: changed and new rows as they are, or the whole table if most of them changed. `low-rank`: as
             any matrix, where no token is new.
-        method: of changed matrices: `lora`; `lokr`, the nearest Kronecker product, of which `rank` is w2's; or `shira`,
-            the largest entries, as many as a LoRA of the rank has numbers. The last two are of linear layers only.
+        method: of changed matrices: `lora`; `loha`, two products of the rank, multiplied entry by entry, that come
+            nearer than a LoRA of it; `lokr`, the nearest Kronecker product, of which `rank` is w2's; or `shira`, the
+            largest entries, as many as a LoRA of the rank has numbers. All but the first are of linear layers only.
         dtype: the type of the factors; float32 where not given, and what is exact for factors of full rank.
+        workers: tensors that are worked on at a time; not given, one a processor, 16 at most. Each takes about four
+            times its size in float32.
         report: called with a `Cut` for each target that changed.
         progress: called with (bytes of the tuned weights done, bytes in all).
 
@@ -99,16 +107,21 @@ def extract(
     names = job.names(targets)
     updates: dict[Target, tuple[Update, ...]] = {}
     done, whole = 0, sum(job.tuned.tensors[name].nbytes for name in names)
-    for name in names:
-        for target, update, cut in job.changes(name):
-            # Whole parameters first: that is the order in which PEFT has them.
-            both = (*updates.get(target, ()), update)
-            updates[target] = tuple(sorted(both, key=lambda u: not isinstance(u, Replacement)))
-            if report is not None:
-                report(cut)
-        done += job.tuned.tensors[name].nbytes
-        if progress is not None:
-            progress(done, whole)
+    # Threads of the BLAS inside of threads of ours would wait for one another.
+    with (
+        threadpool_limits(1, "blas"),
+        ahead(lambda name: [*job.changes(name)], names, workers or min(os.cpu_count() or 1, 16)) as results,
+    ):
+        for name, found in zip(names, results, strict=True):
+            for target, update, cut in found:
+                # Whole parameters first: that is the order in which PEFT has them.
+                both = (*updates.get(target, ()), update)
+                updates[target] = tuple(sorted(both, key=lambda u: not isinstance(u, Replacement)))
+                if report is not None:
+                    report(cut)
+            done += job.tuned.tensors[name].nbytes
+            if progress is not None:
+                progress(done, whole)
     if not updates:
         raise UsageError("the tuned model is the base, bit by bit", path=job.tuned.root, cure="Check the two paths")
     args = {**criterion.record(), "method": method, "embeddings": embeddings, "targets": list(targets)}

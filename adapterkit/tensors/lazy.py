@@ -124,7 +124,7 @@ class Lazy:
         full = tuple((size // known if known else 0) if n == -1 else n for n in shape)
         if math.prod(full) != size:
             raise ValueError(f"cannot reshape {list(self.shape)} to {list(shape)}")
-        return Lazy(full, self.dtype, self.fetch, self.span, self.part)
+        return self if full == self.shape else Lazy(full, self.dtype, self.fetch, self.span, self.part)
 
 
 if TYPE_CHECKING:

@@ -10,15 +10,18 @@ import json
 import math
 import os
 import struct
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import Malformed, storage_error
+from .appending import append
 from .atomic import replacing
 from .dtypes import DTYPES, DType
-from .lazy import Buffer, Lazy, Shape, Span, read_span
+from .lazy import Lazy, Shape, Span, read_span
 from .strict_json import load_json
 
 MAX_HEADER = 100_000_000
@@ -28,6 +31,9 @@ MAX_AXES = 64
 """Axes of a tensor: torch's own limit."""
 
 ALIGNMENT = 8
+
+SETTLED = 1_000_000_000
+"""Nanoseconds after which another change of a file shows in its time, whatever the file system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,22 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         StorageError: the file cannot be read.
     """
     path = os.fspath(path)
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    if time.time_ns() - found.st_mtime_ns < SETTLED:
+        return _read_header(path)
+    return _known(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _known(path: str, *_version: int) -> Header:
+    """The header of a file that has not changed since; to find its format, many ask for it one after another."""
+    return _read_header(path)
+
+
+def _read_header(path: str) -> Header:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -102,7 +124,7 @@ def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Writes a file atomically: header first, then one tensor at a time, so memory holds one tensor.
+    """Writes a file atomically: header first, then the tensors; see `append` for memory.
 
     The order is the safetensors library's own (dtype, widest first, then name): the same tensors always give the same
     bytes, and the bytes that library would have written.
@@ -112,16 +134,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: M
     header = encode_header(((n, tensors[n].dtype, tensors[n].shape) for n in order), metadata)
     with replacing(Path(path)) as file:
         file.write(header)
-        for name in order:
-            file.write(_exact(tensors[name], name, path))
-
-
-def _exact(tensor: Lazy, name: str, path: str | os.PathLike[str]) -> Buffer:
-    data = tensor.fetch()
-    if len(data) != tensor.nbytes:
-        why = f"{len(data)} bytes where {tensor.nbytes} were promised"
-        raise Malformed(why, path=path, where=name, cure="The source changed while being read; run again")
-    return data
+        file.flush()
+        raw: BinaryIO = file.raw  # type: ignore[attr-defined]
+        append(raw, len(header), ((name, tensors[name]) for name in order), path)
 
 
 def _header_length(prefix: bytes, size: int, path: str) -> int:

@@ -71,11 +71,21 @@ class Update:
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
     _names: ClassVar[tuple[str, ...]] = ()
+    _tensors: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
+    _attributes: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
+    _axes: ClassVar[dict[str, tuple[Axes, bool]]] = {}
+    _rounds: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
-        cls._names = tuple(cls.tensor_fields())
+        fields = dataclasses.fields(cast(Any, cls))
+        cls._tensors = {f.name: f for f in fields if "axes" in f.metadata}
+        cls._attributes = {f.name: f for f in fields if "axes" not in f.metadata}
+        cls._names = tuple(cls._tensors)
+        cls._axes = {name: (f.metadata["axes"], f.metadata["integer"]) for name, f in cls._tensors.items()}
+        # Another round checks products and quotients whose names a later tensor had yet to tell.
+        cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
 
     @property
     def method(self) -> str:
@@ -85,18 +95,22 @@ class Update:
     @classmethod
     def tensor_fields(cls) -> dict[str, dataclasses.Field[Any]]:
         """The fields that hold tensors, in order; `metadata["axes"]` is the parsed shape string."""
-        return {f.name: f for f in dataclasses.fields(cast(Any, cls)) if "axes" in f.metadata}
+        return cls._tensors
 
     @classmethod
     def attribute_fields(cls) -> dict[str, dataclasses.Field[Any]]:
         """The fields that hold plain values, in order."""
-        return {f.name: f for f in dataclasses.fields(cast(Any, cls)) if "axes" not in f.metadata}
+        return cls._attributes
 
     @property
     def tensors(self) -> dict[str, Leaf]:
         """The tensors that are present, by field."""
-        present = ((name, getattr(self, name)) for name in self._names)
-        return {name: leaf for name, leaf in present if leaf is not None}
+        found: dict[str, Leaf] = {}
+        for name in self._names:
+            leaf = getattr(self, name)
+            if leaf is not None:
+                found[name] = leaf
+        return found
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -121,13 +135,10 @@ class Update:
             ShapeMismatch: the tensors disagree with their shape strings or with each other, or hold the wrong type.
         """
         dims: Dims = {}
-        fields = self.tensor_fields()
-        # The second round checks products and quotients whose names a later tensor had yet to tell.
-        for name, leaf in [*self.tensors.items()] * 2:
-            declared = fields[name].metadata
-            axes = Axes.parse(f"e {declared['axes'].text}") if stack else declared["axes"]
-            axes.bind(tuple(leaf.shape), dims, name)
-            _check_dtype(name, leaf, declared["integer"])
+        for name, leaf in [*self.tensors.items()] * self._rounds:
+            axes, integer = self._axes[name]
+            (Axes.parse(f"e {axes.text}") if stack else axes).bind(tuple(leaf.shape), dims, name)
+            _check_dtype(name, leaf, integer)
         return dims
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
 """Times combinations of one target side by side: on factors, by the formula on whole matrices, PEFT and mergekit.
 
     python tools/bench/combine.py [--size 4096] [--tasks 8] [--rank 16] [--targets 1] [--rounds 3]
-        [--only tsv] [--no-dense]
+        [--only tsv] [--no-dense] [--dense-rounds 1]
 
 Random float32 LoRA adapters of `size` x `size` targets. Seconds are processor time of all threads, medians of rounds:
 set OMP_NUM_THREADS=1 where other work runs. The dense formula is the paper's in float64 numpy on the same
@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", type=int, default=1, help="targets for adapterkit; others are timed on one")
-    parser.add_argument("--rounds", type=int, default=3, help="of each contender, the dense formula included")
+    parser.add_argument("--rounds", type=int, default=3, help="of each contender")
+    parser.add_argument("--dense-rounds", type=int, default=1, help="of each formula on whole matrices: that is slow")
     parser.add_argument("--only", nargs="+", choices=list(CASES), help="these methods, and no peers")
     parser.add_argument("--no-dense", action="store_true", help="leave out the formulas on whole matrices")
     chosen = parser.parse_args()
@@ -63,10 +64,22 @@ def row(name: str, adapters: list[Adapter], chosen: Any, run: Callable[[], Adapt
     line = f"{name:<26}{seconds / chosen.targets:>10.3f}{peak / 1e6:>8.0f}"
     if formula is not None and not chosen.no_dense:
         deltas = [exact(adapter) for adapter in adapters]
-        slow, _, expected = timed(lambda: formula(deltas, chosen.rank), chosen.rounds, traced=False)
+        slow, expected = dense(formula, deltas, chosen)
         error = np.linalg.norm(exact(result) - expected) / np.linalg.norm(expected)
         line += f"{slow:>10.3f}{slow / (seconds / chosen.targets):>8.0f}{error:>10.1e}"
     print(line, flush=True)
+
+
+DENSE: dict[Any, tuple[float, Array]] = {}
+"""Seconds and results of formulas on whole matrices that several rows are compared with."""
+
+
+def dense(formula: Any, deltas: list[Array], chosen: Any) -> tuple[float, Array]:
+    """The median of processor seconds of a formula on whole matrices, and what it gives; run for one row only."""
+    if formula not in DENSE:
+        seconds, _, expected = timed(lambda: formula(deltas, chosen.rank), chosen.dense_rounds, traced=False)
+        DENSE[formula] = seconds, expected
+    return DENSE[formula]
 
 
 def made(size: int, tasks: int, rank: int, targets: int) -> list[Adapter]:

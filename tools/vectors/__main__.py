@@ -1,4 +1,4 @@
-"""Writes what of `spec/` is made by machine: vectors of methods, invalid inputs, JSON schema, the manifest's hashes.
+"""Writes what of `spec/` is made by machine: vectors, invalid inputs, JSON schema, the manifest's hashes.
 
 Released vectors are append-only: once the manifest says so, a file it lists is never written again with other bytes.
 `python tools/vectors` writes all; with `--check` nothing, and it fails where a file is not what would be written.
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import formats
 import invalid
 import methods
 from vector import vectors
@@ -30,6 +31,13 @@ def method_files() -> Iterator[tuple[str, bytes]]:
     for method in methods.names():
         for name, data in vectors(method, methods.named(method).cases()).items():
             yield f"vectors/methods/{name}", data
+
+
+def format_files() -> Iterator[tuple[str, bytes]]:
+    """Path and content of the files of each format that no tool writes here, and of the same adapter in native form."""
+    for place, sample in formats.samples():
+        files = {**sample.files, "expected.native.safetensors": sample.native()}
+        yield from ((f"vectors/formats/{place}/{name}", data) for name, data in files.items())
 
 
 def invalid_files() -> Iterator[tuple[str, bytes]]:
@@ -65,12 +73,12 @@ def schema() -> dict[str, Any]:
 def manifest_files(root: Path) -> Iterator[tuple[str, bytes]]:
     """The manifest: what the specification consists of, and the hash of every vector on disk but the invalid ones."""
     methods = {path.stem: _toml(path)["version"] for path in sorted((root / "methods").glob("*.toml"))}
-    formats = sorted(path.stem for path in (root / "formats").glob("*.toml"))
+    known = sorted(path.stem for path in (root / "formats").glob("*.toml"))
     lines = [
         'version = "1.0"',
         f"released = {json.dumps(released(root))}",
         f'schema = "{SCHEMA}"',
-        f"formats = {json.dumps(formats)}",
+        f"formats = {json.dumps(known)}",
         "",
         "[methods]",
         *(f"{name} = {version}" for name, version in methods.items()),
@@ -118,11 +126,11 @@ def refused(root: Path, names: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 1 where a file differs that must not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for part in ("methods", "invalid", "schema", "manifest"):
+    for part in ("methods", "formats", "invalid", "schema", "manifest"):
         parser.add_argument(f"--{part}", action="append_const", dest="parts", const=part, help=f"only the {part}")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a file differs")
     options = parser.parse_args(arguments)
-    makers = {"methods": method_files, "invalid": invalid_files, "schema": schema_files}
+    makers = {"methods": method_files, "formats": format_files, "invalid": invalid_files, "schema": schema_files}
     failed = False
     for part in options.parts or [*makers, "manifest"]:
         files = list(manifest_files(SPEC) if part == "manifest" else makers[part]())

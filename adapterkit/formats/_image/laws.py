@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from ...errors import Malformed, ShapeMismatch, Unsupported
@@ -286,6 +287,11 @@ def _turned(leaf: Lazy) -> Lazy:
 
 def number(value: float) -> Lazy:
     """One number: in float32 where that holds it, else in float64."""
+    return _number(value, math.copysign(1.0, value))
+
+
+@lru_cache(maxsize=1 << 10)
+def _number(value: float, _sign: float) -> Lazy:
     import numpy as np
 
     single = np.float32(value)

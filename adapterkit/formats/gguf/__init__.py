@@ -10,13 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...adapter import Adapter
+from ...adapter import Adapter, Target
 from ...errors import AdapterkitError
+from ...methods.alora import ALoRA
+from ...methods.lora import LoRA
 from ...tensors.ggla import is_ggla
 from ...tensors.gguf import Value, is_gguf, read_gguf, write_gguf
 from ...tensors.lazy import as_lazy
 from .._format import Format
 from .._pairs import Leftovers, Pairs, expressible, in_order, one_number, rank_of, remembered, to_rank
+from .invocation import INVOCATION, Invocation
 from .legacy import read_legacy
 from .place import Place
 from .reader import ALPHA, ARCHITECTURE, FORMAT, KIND, TYPE, decode
@@ -24,6 +27,9 @@ from .reader import ALPHA, ARCHITECTURE, FORMAT, KIND, TYPE, decode
 if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
     from .._pairs import Pair
+
+
+METHODS = (LoRA, ALoRA)
 
 
 class Hints(Leftovers, total=False):
@@ -38,11 +44,11 @@ class Hints(Leftovers, total=False):
 
 
 class GgufAdapter(Format):
-    """LoRA adapters of llama.cpp."""
+    """LoRA adapters of llama.cpp, and activated ones."""
 
     url = "https://github.com/ggml-org/llama.cpp/blob/master/convert_lora_to_gguf.py"
     description = "llama.cpp: a GGUF file of type adapter; ggla files are read"
-    methods = frozenset({"lora"})
+    methods = frozenset({"alora", "lora"})
     compat = frozenset({"convert-lora-to-ggml", "finetune"})
 
     def sniff(self, path: Path) -> bool:
@@ -66,7 +72,12 @@ class GgufAdapter(Format):
     ) -> list[str]:
         hints = remembered(adapter, FORMAT, Hints)
         place = Place.of(hints, base)
-        pairs, lines = expressible(adapter, "llama.cpp", on_loss, place.why_not)
+        invocation = Invocation(update for _, update in adapter if isinstance(update, METHODS))
+
+        def why_not(target: Target, update: Pair) -> str:
+            return place.why_not(target, update) or invocation.why_not(update)
+
+        pairs, lines = expressible(adapter, "llama.cpp", on_loss, why_not, METHODS)
         pairs = _of_one_rank(pairs, place)
         alpha, pairs, folded = one_number(
             pairs, _exact_alpha, _scaling, dialect="a GGUF adapter", on_loss=on_loss,
@@ -76,7 +87,7 @@ class GgufAdapter(Format):
         kept = {} if adapter.foreign is None or not hints else adapter.foreign.tensors
         tensors |= {name: as_lazy(leaf) for name, leaf in kept.items()}
         types = {name: kind for name, kind in hints.get("types", {}).items() if name in tensors}
-        write_gguf(path, _values(hints, place.name, alpha), in_order(tensors, hints), types)
+        write_gguf(path, _values(hints, place.name, alpha) | invocation.values(), in_order(tensors, hints), types)
         return lines + folded
 
 
@@ -103,7 +114,7 @@ def _scaling(alpha: float, update: Pair) -> float:
 
 
 def _values(hints: Mapping[str, Any], architecture: str, alpha: float) -> dict[str, Value]:
-    read = {key: Value(kind, value) for key, kind, value in hints.get("values", ())}
+    read = {key: Value(kind, value) for key, kind, value in hints.get("values", ()) if key != INVOCATION}
     start = read or {
         ARCHITECTURE: Value("string", architecture), TYPE: Value("string", "adapter"), KIND: Value("string", "lora"),
     }  # fmt: skip

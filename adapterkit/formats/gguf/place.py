@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...adapter import Target
 from ...errors import Unrepresentable, Unsupported, UsageError
+from ...methods.alora import ALoRA
 from ...names.gguf import ARCHITECTURES, OF_MODEL, Architecture
 from ...names.heads import heads_of, rope_pairs
 from ...names.tables import Names, modules_of
@@ -67,6 +68,8 @@ class Place:
         """Why a file has no name for an update."""
         if self.names.there(target.path) is None:
             return f"no name in the table of {self.name}"
+        if isinstance(update, ALoRA) and (target.layout != "out *in" or self.is_stack(self.foreign(target))):
+            return "an activated LoRA on an embedding, a Conv1D or an expert"
         return unfit(target, update)
 
     def foreign(self, target: Target) -> str:

@@ -12,6 +12,7 @@ from ...names.heads import undone
 from ...tensors.arrange import item, turned
 from ...tensors.gguf import Gguf, Value
 from .._pairs import DAMAGED, check_factors, grouped, in_row_order, pair
+from .invocation import activated, invocation_of
 from .place import EMBEDDING, SLOTS, Place, expert_number, template
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 FORMAT = "gguf"
 ARCHITECTURE, TYPE, KIND, ALPHA = "general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"
-INVOCATION = "adapter.alora.invocation_tokens"
 
 
 def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
@@ -35,9 +35,7 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
     for key, word in ((TYPE, "adapter"), (KIND, "lora")):
         if _text(file, key) != word:
             raise Unsupported(f"{key} is {_text(file, key)!r}, not {word!r}", where=key, cure="Give a LoRA adapter")
-    if INVOCATION in file.values:
-        why = "an activated LoRA acts only behind its invocation tokens; no method says that"
-        raise Unsupported(why, where=INVOCATION, cure="Run it with llama.cpp, which knows the tokens")
+    invocation = invocation_of(file)
     alpha = file.values.get(ALPHA, Value("f32", 0.0))
     if alpha.type != "f32" or not abs(alpha.value) < float("inf"):
         raise Malformed(f"{alpha.value!r} is no finite f32", where=ALPHA, cure=DAMAGED)
@@ -46,7 +44,8 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
     pairs = {name: tensor for name, tensor in file.tensors.items() if name not in kept}
     updates: dict[Target, tuple[Pair, ...]] = {}
     for foreign, slots in grouped(pairs, SLOTS, "a GGUF adapter").items():
-        updates |= {target: (update,) for target, update in _updates(place, foreign, slots, alpha.value)}
+        for target, update in _updates(place, foreign, slots, alpha.value):
+            updates[target] = (activated(target, update, invocation),)
     data = {
         "architecture": name, "alpha": alpha.value, "heads": place.known, "experts": place.experts,
         "values": [[key, value.type, value.value] for key, value in file.values.items()],

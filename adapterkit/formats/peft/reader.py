@@ -110,11 +110,13 @@ def _layout(findings: Iterable[Found]) -> str:
     acting = next((finding for finding in findings if not isinstance(finding.update, Replacement)), None)
     if acting is None:
         return "out *in"
-    dims = acting.update.dims(acting.layout.startswith("e "))
+    whole = next((f.update.tensors["weight"] for f in findings if "weight" in f.update.tensors), None)
+    if whole is None or acting.layout.startswith("e "):
+        return acting.layout
+    dims = acting.update.dims()
     out, in_ = dims.get("out"), dims.get("in")
     proofs: dict[Any, str] = {(out, in_): "out *in", (in_, out): "in out *k"}
-    whole = next((f.update.tensors["weight"] for f in findings if "weight" in f.update.tensors), None)
-    if whole is None or len(proofs) < 2 or acting.layout.startswith("e "):
+    if len(proofs) < 2:
         return acting.layout
     return proofs.get(tuple(whole.shape[:2]), acting.layout)
 

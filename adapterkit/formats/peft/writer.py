@@ -25,9 +25,10 @@ from .hints import FORMAT, Hints, fingerprint, hints_of
 from .keys import parse_key, prefix_of
 from .losses import Loss, Updates, acting_method, find_losses
 from .modules import token_numbers
+from .pairs import PAIRS
 from .proof import says
 from .scalings import number_fields
-from .spelling import Spelled, spell, stored
+from .spelling import Spelled, is_parameter, lora_paths, spell, stored
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target
@@ -96,6 +97,9 @@ def _expressible(updates: Updates, hints: Hints, on_loss: str, base: Checkpoint 
 
 
 def _guesses(updates: Updates, hints: Hints, base: Checkpoint | None) -> Iterator[Loss]:
+    paths, pairs = lora_paths(updates), all(isinstance(u, PAIRS) for found in updates.values() for u in found)
+    if pairs and all(target.layout == "out *in" and not is_parameter(target, paths, base) for target in updates):
+        return
     spelled = spell(updates, "LORA", hints.prefix, base)
     for target, position in dict.fromkeys(s.place[:2] for s in spelled if s.guessed and s.key not in hints.keys):
         why = "order of this module's parameters" if target.stacked else "whether this is an embedding or a Conv1D"

@@ -22,6 +22,7 @@ DENOMINATORS = ("none", "count", "weights")
 RESCALES = ("none", "inverse", "norm")
 
 SIGN = "how signs are elected: by the sum, or by how many there are"
+WEIGHTED_VOTE = "whether weights count in the election"
 ZERO_SIGNS = ("+", "majority")
 ZERO_SIGN = "the sign of an entry whose votes cancel: positive, or that of most entries of its tensor"
 DENOMINATOR = "what a sum is divided by: agreeing adapters, or their weights"
@@ -63,7 +64,7 @@ class Sparse(Entrywise):
     """
 
     sign: str = parameter("none", SIGN, among=SIGNS)
-    weighted_vote: bool = parameter(False, "whether weights count in the election")
+    weighted_vote: bool = parameter(False, WEIGHTED_VOTE)
     zero_sign: str = parameter("+", ZERO_SIGN, among=ZERO_SIGNS)
     denominator: str = parameter("none", DENOMINATOR, among=DENOMINATORS)
 

@@ -1,6 +1,7 @@
 """Model Breadcrumbs: each change loses its largest and its smallest entries; then task arithmetic, or an election.
 
-Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795
+Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795: what lies between the quantiles 0.85 and 0.993 of a layer
+stays. The authors' code, https://github.com/rezazzr/breadcrumbs, takes them of each row.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from ..at import At
 
 
+SCOPE = "what the shares are of: each tensor, as in the paper, or each of its rows, as in its authors' code"
+
+
 class Breadcrumbs(Sparse):
     """lambda * sum_t w_t m_t D_t: of the magnitudes in a tensor the gamma n largest go, then the smallest."""
 
@@ -25,6 +29,7 @@ class Breadcrumbs(Sparse):
 
     density: float = parameter(0.143, DENSITY, least=0, most=1)
     gamma: float = parameter(0.007, "share of the entries, the largest, that is dropped", least=0, most=1)
+    scope: str = parameter("tensor", SCOPE, among=("tensor", "row"))
     rescale: str = parameter("none", RESCALE, among=("none", "norm"))
 
     def sparse(self, D: Array, t: int, at: At) -> Array:
@@ -33,8 +38,10 @@ class Breadcrumbs(Sparse):
         density, gamma = at.each(self, "density")[t], at.each(self, "gamma")[t]
         if density >= 1:
             return D
-        kept = int(density * D.size)
-        first = max(D.size - kept - int(gamma * D.size), 0)
-        mask = np.zeros(D.size, bool)
-        mask[np.argsort(np.abs(D).ravel(), kind="stable")[first : first + kept]] = True
+        sizes = np.abs(D).reshape(-1, D.size if self.scope == "tensor" else D.shape[-1])
+        count = sizes.shape[1]
+        kept = int(density * count)
+        first = max(count - kept - int(gamma * count), 0)
+        mask = np.zeros(sizes.shape, bool)
+        np.put_along_axis(mask, np.argsort(sizes, 1, kind="stable")[:, first : first + kept], True, 1)
         return rescaled(D, mask.reshape(D.shape), 1.0, self.rescale)

@@ -1,7 +1,8 @@
 """RobustMerge: small entries of A and B are dropped, rows of the rank scaled by what A lost, factors summed apart.
 
-A = sum_t A_t';  B = sum_t B_t' diag(s_t), s_t the part of task t in |A_t|_1 / |A_t'|_1, row by row.
-Zeng et al. 2025, https://arxiv.org/abs/2502.17159
+A = c sum_t A_t';  B = c sum_t B_t' diag(s_t), s_t the part of task t in |A_t|_1 / |A_t'|_1, row by row, of which those
+below a quantile of the task's are raised to it.  Zeng et al. 2025, https://arxiv.org/abs/2502.17159. Defaults are those
+of https://github.com/AuroraZengfh/RobustMerge (`mask_ratio`, `att_ratio`, `fuse_weight` in llava/model/builder.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class RobustMerge(Pairwise):
 
     density: float = parameter(0.2, DENSITY, least=0, most=1)
     kept: str = parameter("reference", KEPT, among=COUNTS)
+    quantile: float = parameter(0.8, "of a task's scales; smaller ones are raised to it", least=0, most=1)
+    scale: float = parameter(2.0, "c, the factor of A and of B")
 
     def factors(self, Bs: list[Array], As: list[Array], at: At) -> tuple[Array, Array]:
         import numpy as np
@@ -36,9 +39,11 @@ class RobustMerge(Pairwise):
         A, B = (np.stack([self._pruned(X, t, at) for t, X in enumerate(each)]) for each in (As, Bs))
         after = np.abs(A).sum(2)
         scales = np.where(after > 0, np.abs(np.stack(As)).sum(2) / np.where(after > 0, after, 1.0), 0.0)
+        ordered = np.sort(scales, 1)
+        scales = np.maximum(scales, ordered[:, [min(int(self.quantile * ordered.shape[1]), ordered.shape[1] - 1)]])
         below = scales.sum(0)
         parts = scales / np.where(below > 0, below, 1.0)
-        return (B * parts[:, None, :]).sum(0), A.sum(0)
+        return self.scale * (B * parts[:, None, :]).sum(0), self.scale * A.sum(0)
 
     def _pruned(self, X: Array, t: int, at: At) -> Array:
         return X * largest(X, count_of(at.each(self, "density")[t], X.size, self.kept))

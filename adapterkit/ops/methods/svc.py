@@ -1,7 +1,8 @@
 """Singular value calibration: directions of a merged change that several tasks counted double are scaled down.
 
 With D = U S V^T the merged change and s_r^t = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2, direction r is multiplied by
-T / sum_t max(alpha, s_r^t).  2026, https://arxiv.org/abs/2602.05536
+T / sum_t max(alpha, s_r^t).  2026, https://arxiv.org/abs/2602.05536. With alpha = 1 tasks that share nothing are only
+summed; https://github.com/tanganke/fusion_bench sets it to 0.1 behind sums, TIES, DARE and Iso-C, 0.2 behind Iso-CTS.
 """
 
 from __future__ import annotations

@@ -29,10 +29,10 @@ MODULES = (
 )
 """Modules of the standard library: their source is the code."""
 
-BLOCK, BATCH, RATE = 128, 4, 1e-3
+BLOCK, BATCH, RATE = 64, 2, 2e-3
 """Tokens of a piece of text, pieces a step, Adam's step."""
 
-CHOOSING, TESTING = 4, 8
+CHOOSING, TESTING = 2, 4
 """Pieces of each kind held back: to choose a weight by, and to report."""
 
 

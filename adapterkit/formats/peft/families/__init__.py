@@ -5,6 +5,7 @@ LoRA, DoRA, IA3, token rows and whole parameters share modules and are beside th
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ....registry import Registry
@@ -20,9 +21,20 @@ FAMILIES: Registry[type[Family]] = Registry("PEFT family", __name__, "adapterkit
 
 def family_of(update: Update) -> type[Family] | None:
     """The family that writes an update; None where it is not of one."""
-    return next((family for family in FAMILIES.values() if type(update) is family.method), None)
+    return _by_method().get(type(update))
 
 
 def family_of_type(peft_type: str) -> type[Family] | None:
     """The family of a `peft_type`; None where there is none."""
-    return next((family for family in FAMILIES.values() if family.peft_type == peft_type), None)
+    return _by_type().get(peft_type)
+
+
+@cache
+def _by_method() -> dict[type[Update], type[Family]]:
+    """Where several write one method, the first by name does."""
+    return {family.method: family for family in reversed(list(FAMILIES.values()))}
+
+
+@cache
+def _by_type() -> dict[str, type[Family]]:
+    return {family.peft_type: family for family in reversed(list(FAMILIES.values()))}

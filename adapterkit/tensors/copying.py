@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 CHUNK = 32 << 20
 _NOT_HERE = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM}
@@ -33,22 +33,49 @@ def copy_range(
         moved(count)
 
 
+class OpenFiles:
+    """Files that are kept open, so many at once: a base of hundreds of shards must not run into the system's limit."""
+
+    def __init__(self, limit: int = 8) -> None:
+        self.limit = limit
+        self._files: dict[tuple[str, str], BinaryIO] = {}
+
+    def __call__(self, path: str, mode: str = "rb") -> BinaryIO:
+        """The file, unbuffered; the one that was not asked for the longest is closed for it."""
+        file = self._files.pop((path, mode), None)
+        if file is None:
+            while len(self._files) >= self.limit:
+                self._files.pop(next(iter(self._files))).close()
+            file = cast(BinaryIO, open(path, mode, buffering=0))  # noqa: SIM115
+        self._files[path, mode] = file
+        return file
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
 class WriteBehind:
     """Has written ranges go to disk at once, and their pages go once they are there.
 
     So the disk works from the first range on instead of at the final flush, and new pages are those of old ranges,
     which is cheaper than fresh memory and leaves the caches of other programs alone.
+
+    Args:
+        lag: how many ranges keep their pages; None for all, so that who reads them next need not go to the disk.
     """
 
-    def __init__(self, lag: int = 3) -> None:
+    def __init__(self, lag: int | None = 3) -> None:
         self.lag = lag
         self._written: list[tuple[BinaryIO, int, int]] = []
 
     def __call__(self, file: BinaryIO, start: int, nbytes: int) -> None:
         if not hasattr(os, "posix_fadvise"):
             return
+        _let_go(file, start, nbytes)
+        if self.lag is None:
+            return
         self._written.append((file, start, nbytes))
-        _let_go(*self._written[-1])
         if len(self._written) > self.lag:
             _let_go(*self._written.pop(0))
 

@@ -1,0 +1,74 @@
+"""Activated LoRA in a GGUF file: the tokens that activate it are a key-value, and the same for all its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ...adapter import Target
+from ...errors import Malformed, Unsupported
+from ...methods.alora import ALoRA
+from ...tensors.gguf import Gguf, Value
+from ...tensors.lazy import Lazy, as_lazy, from_numpy
+from .._pairs import DAMAGED
+
+if TYPE_CHECKING:
+    from .._pairs import Pair
+
+INVOCATION = "adapter.alora.invocation_tokens"
+LARGEST = (1 << 32) - 1
+"""A token's number is a u32."""
+
+
+def invocation_of(file: Gguf) -> Lazy | None:
+    """The tokens of a file, one leaf for all its updates; None where it is no activated LoRA.
+
+    Raises:
+        Malformed: they are no numbers, or there are none.
+    """
+    value = file.values.get(INVOCATION)
+    if value is None:
+        return None
+    if value.type not in ("[u32]", "[i32]") or not value.value or min(value.value) < 0:
+        raise Malformed(f"{value.type} is no sequence of tokens, or an empty one", where=INVOCATION, cure=DAMAGED)
+    import numpy as np
+
+    return from_numpy(np.array(value.value, dtype=np.int64))
+
+
+def activated(target: Target, update: Pair, invocation: Lazy | None) -> Pair:
+    """The update, behind its invocation where the file has one.
+
+    Raises:
+        Unsupported: on an embedding, which the law does not have.
+    """
+    if invocation is None:
+        return update
+    if target.layout != "out *in":
+        why = "an activated LoRA on an embedding or a Conv1D"
+        raise Unsupported(why, where=str(target), cure="Run it with llama.cpp, or leave that module out")
+    leaves: dict[str, Any] = {"A": update.A, "B": update.B, "invocation": invocation}
+    return ALoRA(**leaves, scaling=update.scaling)
+
+
+class Invocation:
+    """The tokens that a file to be written has: those of the first update."""
+
+    def __init__(self, updates: Iterable[Any]) -> None:
+        first = next(iter(updates), None)
+        self.tokens = _tokens(first)
+
+    def why_not(self, update: Pair) -> str:
+        """Why an update cannot be beside the first."""
+        own = _tokens(update)
+        if own != self.tokens:
+            return "an invocation other than the first update's: a file has one for all"
+        return "an invocation of numbers that are no u32" if any(not 0 <= n <= LARGEST for n in own or ()) else ""
+
+    def values(self) -> dict[str, Value]:
+        """The key-value."""
+        return {} if self.tokens is None else {INVOCATION: Value("[u32]", list(self.tokens))}
+
+
+def _tokens(update: Any) -> tuple[int, ...] | None:
+    return tuple(as_lazy(update.invocation).numpy().tolist()) if isinstance(update, ALoRA) else None

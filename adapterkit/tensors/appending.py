@@ -1,0 +1,103 @@
+"""Tensors one behind another in a file: those that are spans of files are copied, adjoining ones at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from typing import BinaryIO
+
+from ..errors import Corrupt, Malformed, storage_error
+from .copying import CHUNK, OpenFiles, WriteBehind, copy_range, write_all
+from .lazy import ELSEWHERE, Buffer, Lazy, Span
+
+SMALL = 1 << 20
+"""Bytes that are gathered before they are written, of tensors that are no spans."""
+
+
+def append(file: BinaryIO, start: int, tensors: Iterable[tuple[str, Lazy]], path: str | os.PathLike[str]) -> None:
+    """Writes tensors one behind another; memory holds one, or a few small ones.
+
+    Args:
+        file: where to, unbuffered.
+        start: the byte at which the first begins.
+        tensors: with their names, for messages.
+        path: of the file, for messages.
+
+    Raises:
+        StorageError: a file that holds tensors cannot be read.
+        Corrupt: such a file has become shorter.
+        Malformed: a tensor is not of the size it promised.
+        OSError: the file cannot be written.
+    """
+    end = _End(file, start)
+    with closing(OpenFiles()) as sources:
+        for piece in _pieces(tensors, path):
+            if isinstance(piece, Span):
+                _copy(sources, piece, end)
+            else:
+                file.seek(end.at)
+                write_all(file, memoryview(piece))
+                end.moved(len(piece))
+
+
+class _End:
+    """The end of what is written so far, of which the disk is told from time to time."""
+
+    def __init__(self, file: BinaryIO, at: int) -> None:
+        self.file, self.at, self.told = file, at, at
+        self.behind = WriteBehind(lag=None)
+
+    def moved(self, nbytes: int) -> None:
+        self.at += nbytes
+        if self.at - self.told >= CHUNK:
+            self.behind(self.file, self.told, self.at - self.told)
+            self.told = self.at
+
+
+def _pieces(tensors: Iterable[tuple[str, Lazy]], path: str | os.PathLike[str]) -> Iterator[Span | Buffer]:
+    """Runs of files, as long as they are, and bytes between them."""
+    span: Span | None = None
+    held = bytearray()
+    for name, tensor in tensors:
+        here = tensor.span if tensor.span is None or tensor.span.path not in ELSEWHERE else None
+        if span is not None and here is not None and here == Span(span.path, span.offset + span.nbytes, here.nbytes):
+            span = Span(span.path, span.offset, span.nbytes + here.nbytes)
+            continue
+        if span is not None:
+            yield span
+        span = here
+        if held and (here is not None or len(held) >= SMALL):
+            yield held
+            held = bytearray()
+        if here is None:
+            data = _exact(tensor, name, path)
+            if len(data) < SMALL:
+                held += data
+                continue
+            yield from (held, data) if held else (data,)
+            held = bytearray()
+    yield from (piece for piece in (span, held) if piece)
+
+
+def _copy(sources: OpenFiles, span: Span, end: _End) -> None:
+    try:
+        source = sources(span.path)
+    except OSError as error:
+        raise storage_error(error, span.path) from error
+    try:
+        copy_range(source, end.file, span.offset, end.at, span.nbytes, end.moved)
+    except EOFError:
+        why = "it ends before its last tensor"
+        raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure=_CHANGED) from None
+
+
+def _exact(tensor: Lazy, name: str, path: str | os.PathLike[str]) -> Buffer:
+    data = tensor.fetch()
+    if len(data) != tensor.nbytes:
+        why = f"{len(data)} bytes where {tensor.nbytes} were promised"
+        raise Malformed(why, path=path, where=name, cure="The source changed while being read; run again")
+    return data
+
+
+_CHANGED = "It changed while in use; read it anew"
