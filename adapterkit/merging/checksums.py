@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import Malformed, UsageError, storage_error
 from ..tensors.checkpoint import Checkpoint
-from .copying import CHUNK, read_all
+from ..tensors.copying import CHUNK, read_all
 from .memory import most_workers
 from .planning import REPORT
 from .verification import Difference, Verification
