@@ -75,7 +75,7 @@ def command(
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
     engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None,
-    link: bool, base_weights: str | None, check: bool, checksums: bool,
+    link: bool, checksums: bool, base_weights: str | None, check: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     if is_graph(base):
