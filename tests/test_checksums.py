@@ -22,7 +22,7 @@ def out(tmp_path: Path) -> Path:
     base, adapter = big_base(tmp_path / "base", 4)
     only = adapter.replace(updates=dict(list(adapter.updates.items())[:-1]))
     ak.write(only, tmp_path / "adapter.safetensors")
-    ak.merge(base, only, tmp_path / "out")
+    ak.merge(base, only, tmp_path / "out", checksums=True)
     return tmp_path / "out"
 
 
@@ -58,7 +58,7 @@ def test_every_flipped_bit_is_found_without_the_base(out: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES[:1] + CASES[-1:], ids=lambda case: case.name)
 def test_of_packed_weights_too(case: Path, tmp_path: Path) -> None:
-    ak.merge(case, adapter_for(case)[0], tmp_path / "out", quantized="requantize")
+    ak.merge(case, adapter_for(case)[0], tmp_path / "out", quantized="requantize", checksums=True)
     assert ak.verify(tmp_path / "out").ok
     file = tmp_path / "out" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
@@ -84,9 +84,9 @@ def test_a_record_that_makes_no_sense_is_refused(out: Path) -> None:
         ak.verify(out)
 
 
-def test_they_can_be_left_out(out: Path) -> None:
+def test_they_are_taken_on_request(out: Path) -> None:
     base, adapter, bare = out.parent / "base", out.parent / "adapter.safetensors", out.parent / "bare"
-    assert run("merge", base, adapter, "-o", bare, "--no-checksums").exit_code == 0
+    assert run("merge", base, adapter, "-o", bare).exit_code == 0
     assert "written" not in json.loads((bare / RECORD).read_text())
     weights = [{p.name: p.read_bytes() for p in folder.glob("*.safetensors")} for folder in (out, bare)]
     assert weights[0] == weights[1]

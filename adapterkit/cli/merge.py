@@ -58,7 +58,7 @@ MOST_SHOWN = 8
     help="Most memory to hold; half of what is free if absent.",
 )
 @click.option("--link", is_flag=True, help="Hard links instead of copies of files that no adapter touches.")
-@click.option("--checksums/--no-checksums", default=True, help="Sums of what is written, for verify without the base.")
+@click.option("--checksums", is_flag=True, help="Take sums of what is written, for verify without the base.")
 @click.option("--stream", is_flag=True, help="Fetch a base from a hub one weight file at a time, never all of it.")
 @_options.allow_partial
 @_options.overwrite

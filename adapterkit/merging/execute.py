@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 def execute(
     files: Sequence[OutputFile], stage: Stage, devices: Sequence[Arrays], progress: Progress | None, threads: int, *,
-    link: bool = False, checksums: bool = True,
+    link: bool = False, checksums: bool = False,
 ) -> dict[str, Norms]:  # fmt: skip
     """Writes every weight file that is not finished yet into the stage; returns the norms by file.
 

@@ -117,7 +117,7 @@ class Plan:
     memory: int = 1 << 62
     link: bool = False
     origin: str | None = None
-    checksums: bool = True
+    checksums: bool = False
 
     @property
     def bytes(self) -> int:
@@ -195,7 +195,7 @@ def make_plan(
     seed: int | None = None,
     memory: int | None = None,
     link: bool = False,
-    checksums: bool = True,
+    checksums: bool = False,
 ) -> Plan:
     """Plans the merge of named, weighted adapters into a base; reads headers, and the adapters once for their digests.
 

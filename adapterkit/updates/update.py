@@ -186,7 +186,7 @@ class Update:
         for name, why in misplaced(self, dict(zip(("out", "in"), shape, strict=False))):
             raise ShapeMismatch(f"{name}: {why}", cure="The adapter is not of this base")
         if name := repeated(self):
-            raise Malformed("the same position twice", where=name, cure=_DAMAGED)
+            raise Malformed(f"{name}: the same position twice", cure=_DAMAGED)
 
     @classmethod
     def check_axes(cls, shape: tuple[int, ...]) -> None:
