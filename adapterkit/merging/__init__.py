@@ -112,7 +112,7 @@ def merge(
         seed: round stochastically, the draws being a function of this number, the tensor and the element.
         memory: bytes to hold beyond the imports at most; half of what is free when not given.
         link: make files of the base that nothing touches hard links instead of copies; never write into such an output.
-        checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; a third slower.
+        checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
         stream: of a base on a hub, fetch one weight file at a time, verified, and give its space back after its use.
 
     Raises:
