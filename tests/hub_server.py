@@ -36,6 +36,22 @@ class Fault:
         assert self.kind in KINDS
 
 
+class Faulty:
+    """A server that asks for each request whether a fault is due."""
+
+    faults: list[Fault]
+    lock: threading.Lock
+
+    def fault(self, line: str) -> Fault | None:
+        """The fault that is due for a request, which is then one time less."""
+        with self.lock:
+            for fault in self.faults:
+                if fault.times > 0 and fault.match in line:
+                    fault.times -= 1
+                    return fault
+        return None
+
+
 @dataclass
 class Repo:
     """Commits are whole trees: commit -> path -> bytes; branches and tags name commits."""
@@ -71,7 +87,7 @@ def is_lfs(path: str) -> bool:
     return path.endswith((".safetensors", ".bin"))
 
 
-class HubServer:
+class HubServer(Faulty):
     """The hub; `requests` records (method, path, headers) of all that came in, `sent` the bytes of files sent."""
 
     def __init__(self) -> None:
@@ -105,14 +121,6 @@ class HubServer:
 
     def asked(self, part: str) -> list[tuple[str, str, dict[str, str]]]:
         return [request for request in self.requests if part in f"{request[0]} {request[1]}"]
-
-    def fault(self, line: str) -> Fault | None:
-        with self.lock:
-            for fault in self.faults:
-                if fault.times > 0 and fault.match in line:
-                    fault.times -= 1
-                    return fault
-        return None
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from hub_server import Fault
+from hub_server import Fault, Faulty
 
 BINARY = shutil.which("docker-registry")
 """`.ci/run` puts it there."""
@@ -64,7 +64,7 @@ def _answers(process: subprocess.Popen[bytes], host: str) -> bool:
     return False
 
 
-class Proxy:
+class Proxy(Faulty):
     """Hands requests on to a server; `requests` records (method, path, headers), `faults` what happens to some.
 
     With a `token`, only who has that is let in; it is given to whom has `credentials`, by way of the address `realm`.
@@ -83,14 +83,6 @@ class Proxy:
     def close(self) -> None:
         self.http.shutdown()
         self.http.server_close()
-
-    def fault(self, line: str) -> Fault | None:
-        with self.lock:
-            for fault in self.faults:
-                if fault.times > 0 and fault.match in line:
-                    fault.times -= 1
-                    return fault
-        return None
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -7,6 +7,7 @@ or by a fresh one from its smallest and largest number: whichever has the smalle
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -39,17 +40,17 @@ class Grouped(Packed):
     granule: ClassVar[int] = 1
     """Rows that share a word."""
 
+    @abstractmethod
     def whole(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """q of rows, `[rows, columns]`, int32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def zeros(self, start: int, stop: int) -> np.ndarray[Any, Any] | int:
         """Zeros of rows, `[rows, groups]`, int32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scales(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Scales of rows, `[rows, groups]`, float32."""
-        raise NotImplementedError
 
     def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         import numpy as np
@@ -69,13 +70,13 @@ class Grouped(Packed):
         """The smallest and the largest zero that can be stored."""
         return self.span
 
+    @abstractmethod
     def parts(self, q: Array, zeros: Array, scales: Array) -> tuple[Array, ...]:
         """The stored parts of some rows: of q, of the zeros if there are any, of the scales."""
-        raise NotImplementedError
 
+    @abstractmethod
     def named(self, pieces: list[tuple[Array, ...]]) -> dict[str, Array]:
         """The members out of the parts of all runs of rows."""
-        raise NotImplementedError
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         at = self._group_of()
@@ -110,9 +111,9 @@ class Grouped(Packed):
         scale = self.kept((most - least) / np.float32(high - low))
         return scale, np.clip(low + np.rint(divided(-least, scale)), *self.zero_span).astype(int)
 
+    @abstractmethod
     def kept(self, scales: Array) -> Array:
         """Scales rounded to how they are stored, in float32."""
-        raise NotImplementedError
 
     def _on(self, values: Array, scales: Array, zeros: Array, at: Array) -> _Grid:
         import numpy as np

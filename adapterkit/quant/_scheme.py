@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +30,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class Packed(ABC):
     """One weight as a scheme stores it. A scheme's subclass says what its rows are.
 
     Attributes:
@@ -56,8 +57,12 @@ class Packed:
 
     @property
     def written(self) -> Lazy:
-        """Its one member as it will be written, if it `changes`: a size alone."""
-        raise NotImplementedError
+        """Its one member as it will be written, if it `changes`: a size alone.
+
+        Raises:
+            Unsupported: the scheme has one form.
+        """
+        raise Unsupported("its scheme has no other form to write it in", where=self.name, cure=NO_PACKING)
 
     @property
     def share(self) -> Lazy | None:
@@ -68,13 +73,13 @@ class Packed:
         """The weight with other parts, where that takes no look at the base; None where the scheme has to find it."""
         return None
 
+    @abstractmethod
     def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows of the weight seen as `[rows, width]`, width being its last axis; of `dtype`'s numpy type.
 
         Raises:
             Malformed: a scale is a NaN or an infinity.
         """
-        raise NotImplementedError
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         """Quantizes other numbers in this weight's place, by the scheme's own formula.

@@ -1,0 +1,88 @@
+"""GGUF files of adapters: the key-values, and tensors that are fetched when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from ...errors import AdapterkitError, Unsupported, storage_error
+from ..dtypes import DTYPES
+from ..ggml_blocks import decoded
+from ..lazy import Lazy, Span, read_span
+from .headers import Reader, check_apart, check_place, read_entries, read_keys
+from .layout import MAGIC, PLAIN, Q8_0, Value, size_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gguf:
+    """What a file holds.
+
+    Attributes:
+        values: key -> value, in the file's order.
+        tensors: name -> tensor in numpy's axis order, in the file's order; Q8_0 is given as F32.
+        types: name -> name of the type that the file has it in.
+        version: of the container.
+    """
+
+    values: Mapping[str, Value]
+    tensors: Mapping[str, Lazy]
+    types: Mapping[str, str]
+    version: int = 3
+
+
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins like one; no error is raised."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
+    """Reads a header.
+
+    Args:
+        path: the file.
+        tensors: whether to go on after the key-values.
+
+    Raises:
+        Malformed: something lies outside the file, or is larger than the file could hold.
+        Unsupported: another version or byte order, or tensors quantized in other ways than Q8_0.
+        StorageError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _read(Reader(file, os.fspath(path), os.fstat(file.fileno()).st_size), tensors)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    except AdapterkitError as error:
+        raise error.at(path=path) from None
+
+
+def _read(reader: Reader, tensors: bool) -> Gguf:
+    values, count, version, _ = read_keys(reader)
+    return _with_tensors(reader, values, count if tensors else 0, version)
+
+
+def _with_tensors(reader: Reader, values: dict[str, Value], count: int, version: int) -> Gguf:
+    found, _, start, alignment = read_entries(reader, values, count)
+    tensors = {name: _tensor(reader, name, start, alignment, *found[name]) for name in found}
+    check_apart(reader, found)
+    types = {name: PLAIN.get(number, "Q8_0") for name, (_, number, _) in found.items()}
+    return Gguf(values, tensors, types, version)
+
+
+def _tensor(
+    reader: Reader, name: str, start: int, alignment: int, shape: tuple[int, ...], number: int, offset: int
+) -> Lazy:
+    if number not in PLAIN and number != Q8_0:
+        why, cure = f"a tensor of GGUF's type {number}", "Write the adapter in F32, F16, BF16 or Q8_0"
+        raise Unsupported(why, path=reader.path, where=name, cure=cure)
+    check_place(reader, name, start, alignment, shape, number, offset)
+    span = Span(reader.path, start + offset, size_of(shape, number))
+    if number == Q8_0:
+        return Lazy(shape, DTYPES["F32"], lambda: decoded("Q8_0", read_span(span)).tobytes())
+    return Lazy(shape, DTYPES[PLAIN[number]], partial(read_span, span), span)
