@@ -1,4 +1,4 @@
-"""Merging: fold adapters into the weights of a base, streamed, one rounding, resumable, verifiable."""
+"""Merging: fold adapters into the weights of a base, streamed, rounded at the end, resumable, verifiable."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def merge(
     stream: bool = False,
     checksums: bool = False,
 ) -> Report:
-    """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded once from float64.
+    """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
 
     The output appears whole, by rename. An interrupted merge resumes when it is called again with the same arguments,
     and gives the same bytes.

@@ -1,8 +1,8 @@
-"""The arithmetic of a merge: one block of one stored tensor, float64 in the middle, one rounding at the end.
+"""The arithmetic of a merge: one block of one stored tensor, float64 in the middle, rounded at the end.
 
 Every adapter is read against the base it was trained on: W' = W + sum_i weight_i * (f_i(W) - W), whatever their order.
-float64 makes each element of a 16-bit output the nearest number to the exact result, also where W and the change
-nearly cancel, which float32 does not.
+float64 keeps each element of a 16-bit output within 0.501 units in the last place of the exact result, also where W and
+the change nearly cancel, which float32 does not; the casts to bf16 and fp8 go by way of float32, hence not 0.5.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Handle:
         self._removed = True
 
     def merge_(self) -> None:
-        """Folds the adapter into the base in place, computed in float64 and rounded once, and takes it off.
+        """Folds the adapter into the base in place, computed in float64 and rounded at the end, and takes it off.
 
         Raises:
             NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
