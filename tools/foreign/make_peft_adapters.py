@@ -3,13 +3,15 @@
     python tools/foreign/make_peft_adapters.py BASE DEST
 
 DEST/<name>/ holds what `save_pretrained` wrote, plus `expected.safetensors` and `expected.json` (see results.py).
-The weights are drawn from a fixed seed and scaled to a share of the base's own, so that every logit moves while the
-text stays readable. `check_real.py` holds adapterkit's merges against these records.
+Each is trained for a few steps on the reference manual that comes with Python, from a fixed seed, as a user would train
+it: A, B, magnitudes, scales and whole modules have all moved. `check_real.py` holds adapterkit's merges against these
+records.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import shutil
 import sys
 import tempfile
@@ -22,12 +24,20 @@ import results
 import torch
 import transformers
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from torch import Generator, Tensor
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-STRENGTH = 0.03
-"""Frobenius norm of a change over that of the weight it changes."""
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+from rig.texts import cut, prose
+
+STEPS, BATCH = 16, 2
+"""Steps of training, and pieces of text a step."""
+
+RATES = {"ia3": 1e-2}
+"""Adam's step where it is not `RATE`: scales near one need larger ones."""
+
+RATE = 1e-3
 
 CONFIGS: dict[str, PeftConfig] = {
     "lora_r16": LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
@@ -59,33 +69,19 @@ def load_base(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
 
-def make(base: Path, dest: Path, name: str) -> None:
-    """Saves the adapter `name` into the new folder `dest`."""
+def make(base: Path, dest: Path, name: str, text: list[Tensor]) -> None:
+    """Trains the adapter `name` on pieces of text and saves it into the new folder `dest`."""
+    torch.manual_seed(0)
     model = get_peft_model(load_base(base), deepcopy(CONFIGS[name]))
-    generator = Generator().manual_seed(sum(name.encode()))
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                fill_lora(module, generator)
-        for key, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_A" not in key and "lora_B" not in key:
-                parameter.mul_(1 + STRENGTH * noise(parameter, generator))
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATES.get(name, RATE))
+    draw = random.Random(name)
+    for _ in range(STEPS):
+        batch = torch.stack(draw.sample(text, BATCH))
+        adam.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        adam.step()
     # "auto" would ask the hub about a base that is a local folder.
     model.save_pretrained(str(dest), save_embedding_layers=False)
-
-
-def fill_lora(layer: Any, generator: Generator) -> None:
-    """Draws A and B of `layer`, with scaling * B @ A at `STRENGTH` of the weight."""
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    A.copy_(noise(A, generator) / A.shape[1] ** 0.5)
-    B.copy_(noise(B, generator))
-    change = torch.linalg.norm(B @ A) * layer.scaling["default"]
-    B.mul_(STRENGTH * torch.linalg.norm(layer.get_base_layer().weight) / change)
-
-
-def noise(like: Tensor, generator: Generator) -> Tensor:
-    """Standard normal values of the shape of `like`."""
-    return torch.randn(like.shape, generator=generator)
 
 
 def record(base: Path, folder: Path, plain: results.Results) -> None:
@@ -107,13 +103,14 @@ def record(base: Path, folder: Path, plain: results.Results) -> None:
 
 def make_all(base: Path, dest: Path) -> None:
     """Makes and records every adapter; `dest` appears whole or not at all."""
-    plain = results.ask(load_base(base), AutoTokenizer.from_pretrained(base))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    plain, text = results.ask(load_base(base), tokenizer), cut(tokenizer, prose())
     scratch = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
     try:
         adapters = scratch / "adapters"
         adapters.mkdir()
         for name in CONFIGS:
-            make(base, adapters / name, name)
+            make(base, adapters / name, name, text)
             record(base, adapters / name, plain)
         adapters.rename(dest)
     finally:

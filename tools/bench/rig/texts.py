@@ -52,6 +52,14 @@ def prose() -> str:
 KINDS: dict[str, Callable[[], str]] = {"code": code, "prose": prose}
 
 
+def cut(tokenizer: Any, text: str) -> list[Tensor]:
+    """Pieces of equal length in an order drawn once."""
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    found = list(tokens[: len(tokens) // BLOCK * BLOCK].reshape(-1, BLOCK))
+    random.Random(0).shuffle(found)
+    return found
+
+
 class Texts:
     """Loss of next tokens on both kinds of text, in nats; lower is better.
 
@@ -65,7 +73,7 @@ class Texts:
     def __init__(self, folder: Path, work: Path, steps: int, rank: int) -> None:
         self.folder, self.work, self.steps, self.rank = folder, work, steps, rank
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.pieces = {name: _pieces(tokenizer, read()) for name, read in KINDS.items()}
+        self.pieces = {name: cut(tokenizer, read()) for name, read in KINDS.items()}
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def adapter(self, name: str) -> ak.Adapter:
@@ -108,11 +116,3 @@ class Texts:
     def _loss(self, pieces: Iterable[Tensor]) -> float:
         batch = torch.stack(list(pieces))
         return float(self.model(input_ids=batch, labels=batch).loss)
-
-
-def _pieces(tokenizer: Any, text: str) -> list[Tensor]:
-    """Pieces of equal length in an order drawn once."""
-    tokens = torch.tensor(tokenizer(text)["input_ids"])
-    pieces = list(tokens[: len(tokens) // BLOCK * BLOCK].reshape(-1, BLOCK))
-    random.Random(0).shuffle(pieces)
-    return pieces
