@@ -384,8 +384,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for at in range(0, len(body), 1 << 16):
                 part = body[at : at + (1 << 16)]
-                self.wfile.write(part)
                 self.hub.sent += len(part)
+                self.wfile.write(part)
                 self.hub.chunk_delay(self.hub.sent)
         except OSError:
             self.close_connection = True

@@ -4,9 +4,10 @@ Run as `PYTHONPATH=.:tests python tools/try_hub.py`; every line is a figure, and
 with exit code 1.
 """
 
+import itertools
 import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,9 @@ from hub_repository import environment
 from hub_server import Fault, HubServer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-FLIPS, MEGABYTES, CHUNK = 1000, 200, 1 << 20
+FLIPS, KILLS, MEGABYTES = 1000, 24, 200
+ASKED = 16 << 20
+"""What `adapterkit.hub.transfer` says that a kill costs at most."""
 
 
 def flips(hub: HubServer, folder: Path) -> bool:
@@ -45,23 +48,39 @@ def flips(hub: HubServer, folder: Path) -> bool:
 
 
 def killed(hub: HubServer, folder: Path) -> bool:
-    """Kills a pull in the middle; whether the next one has at most a chunk sent again."""
-    data = np.random.default_rng(5).bytes(MEGABYTES * 1_000_000)
-    hub.add("org/big", {"big.bin": data})
+    """Kills pulls at random moments; whether each second run is sent at most a chunk again, and gets the same bytes."""
+    data, draw = np.random.default_rng(5).bytes(MEGABYTES * 1_000_000), random.Random(6)
+    cuts = [0, 70_000_000, 120_000_000, 150_000_000, 185_000_000, len(data)]
+    kinds = {"one file": {"big.bin": data}}
+    kinds["five files"] = {f"{at}.bin": data[at:end] for at, end in itertools.pairwise(cuts)}
+    worst: dict[str, list[int]] = {kind: [] for kind in kinds}
+    for trial in range(KILLS):
+        kind = list(kinds)[trial % 2]
+        worst[kind].append(_killed(hub, folder / f"kill{trial}", kinds[kind], draw))
+    for kind, again in worst.items():
+        print(f"{len(again)} kills, {kind}: sent again {min(again):,} to {max(again):,} bytes; {sorted(again)}")
+    return all(0 <= again <= ASKED for found in worst.values() for again in found)
+
+
+def _killed(hub: HubServer, folder: Path, files: dict[str, bytes], draw: random.Random) -> int:
+    """Kills a pull after a random byte, or a random time after the first one; the bytes that were sent twice."""
+    hub.add("org/big", files)
+    total, hub.sent = sum(map(len, files.values())), 0
     command = [sys.executable, "-m", "adapterkit", "pull", "org/big", str(folder / "out"), "--quiet"]
     with subprocess.Popen(command) as process:
-        hub.chunk_delay = lambda sent: process.send_signal(signal.SIGKILL) if sent > len(data) // 2 else None
+        late, at, wait = draw.random() < 0.5, draw.randrange(total), draw.uniform(0, 0.3)
+        while process.poll() is None and hub.sent <= (0 if late else at):
+            time.sleep(0.001)
+        time.sleep(wait if late else 0)
+        process.kill()
         ended = process.wait()
-    time.sleep(0.2)
-    hub.chunk_delay = lambda _: None
-    held = sum(part.stat().st_size for part in (folder / ".out.pulling" / "parts").iterdir())
+    time.sleep(0.3)
     first, hub.sent = hub.sent, 0
     subprocess.run(command, check=True)
-    again = hub.sent - (len(data) - held)
-    same = (folder / "out" / "big.bin").read_bytes() == data
-    print(f"killed ({ended}) with {held:,} bytes held of {first:,} that the server had sent")
-    print(f"the second run was sent {hub.sent:,} bytes: {again:,} more than were missing; the same bytes: {same}")
-    return same and ended == -signal.SIGKILL and again <= CHUNK
+    same = {name: (folder / "out" / name).read_bytes() for name in files} == files
+    shutil.rmtree(folder)
+    print(f"  ended {ended} after {first:,} bytes sent; {hub.sent:,} in the second run; the same bytes: {same}")
+    return first + hub.sent - total if same else -1
 
 
 def faults(hub: HubServer, folder: Path) -> bool:
