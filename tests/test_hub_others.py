@@ -5,11 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bucket_server import SECRET, bucket, server  # noqa: F401 - fixtures
 from command_line import record, run
 from hub_repository import hub, laid, lay, peft_files  # noqa: F401 - a fixture
 from hub_server import HubServer
@@ -20,31 +20,6 @@ from adapterkit.hub import parse
 from adapterkit.hub.hubs import remote_at
 
 ROOT = Path(__file__).resolve().parent.parent
-SECRET = "theSecretKeyOfTheBucket"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    pytest.importorskip("obstore")
-    moto = pytest.importorskip("moto.server")
-    made = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    made.start()
-    host, port = made.get_host_and_port()
-    yield f"http://{host}:{port}"
-    made.stop()
-
-
-@pytest.fixture
-def bucket(server: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A bucket of a test's own."""
-    import urllib.request
-
-    told = {"ENDPOINT_URL": server, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": SECRET, "REGION": "us-east-1"}
-    for name, value in told.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    name = f"bucket-{abs(hash(request.node.name)):x}"
-    urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT")).close()
-    return name
 
 
 @pytest.fixture
