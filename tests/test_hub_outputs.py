@@ -1,4 +1,4 @@
-# ruff: noqa: F811 - fixtures are imported and then named
+# ruff: noqa: F811, ARG001 - fixtures are imported and then named
 """Adapters written to hubs by the commands that make them, and read from hubs by those that look at them."""
 
 import json

@@ -27,7 +27,7 @@ from ..remote import Content, Digests, RemoteFile, unreachable
 from ..retries import Passing
 from ..uris import Address, Uri, address
 from ..web import CHUNK as PIECE
-from ..web import answered, begins_at, is_transport, range_header
+from ..web import answered, begins_at, is_offline, is_transport, offline, range_header
 from ._admission import is_near
 from ._listings import Listing, unknown
 
@@ -75,7 +75,7 @@ class S3(Listing):
         self.store: S3Store = S3Store(uri.repo, config={"checksum_algorithm": "SHA256"}, **options)
         self.anonymous = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y")
         # Where nothing is to be signed, the address is wanted alone.
-        keys = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
+        keys: Any = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
         self.signer: S3Store = S3Store(uri.repo, config=keys, **options) if self.anonymous else self.store
 
     @classmethod
@@ -228,6 +228,8 @@ class S3(Listing):
     def failure(self, error: Exception) -> AdapterkitError | None:
         """By the kind of the store's error alone: its words hold addresses, keys and signatures."""
         place, kind = str(self.uri), type(error).__name__
+        if is_offline(error):
+            return offline(place)
         status = error.status if isinstance(error, Refused) else None
         if status == 404 or kind in ("NotFoundError", "FileNotFoundError"):
             return RemoteNotFound("nothing is there", path=place, cure="Check the spelling of the bucket and the path")
