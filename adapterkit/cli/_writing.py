@@ -97,6 +97,19 @@ class Destination:
             yield folder / FORMATS[target_format].file
 
 
+def refuse_place(out: str) -> None:
+    """Refuses to write what no hub takes from adapterkit: graphs.
+
+    Raises:
+        Unsupported: `out` is a place on a hub.
+    """
+    from ..errors import Unsupported
+    from ..tensors.locations import is_address
+
+    if is_address(out):
+        raise Unsupported("graphs are not pushed to hubs", path=out, cure="Write to a path on this disk")
+
+
 def _check_place(sources: Iterable[str], out: str) -> None:
     from ..errors import UsageError
     from ..hub import parse
