@@ -136,3 +136,25 @@ def test_a_merged_model_is_verified_where_it_is(places: HubServer, registry: str
     assert run("verify", uri, "--base", "hf://org/base", "--adapter", "hf://org/lora").exit_code == 0
     assert run("verify", uri, "--base", "hf://org/base", "--adapter", "hf://org/two", "--weight", "2").exit_code == 1
     assert json.dumps(record("inspect", uri)["files"]) == '["model.safetensors"]'
+
+
+def test_a_graph_is_read_with_the_files_beside_it(hub: HubServer, tmp_path: Path) -> None:
+    import onnx
+    from onnx_graphs import built
+
+    graph = built("gemm")[2]
+    (tmp_path / "graph").mkdir()
+    file = tmp_path / "graph" / "model.onnx"
+    onnx.save_model(graph, file, save_as_external_data=True, location="model.onnx_data", size_threshold=100)
+    key, draw = "base_model.model.0.lora_{}.weight", np.random.default_rng(5)
+    factors = {key.format("A"): draw.normal(size=(2, 16)), key.format("B"): draw.normal(size=(8, 2))}
+    saved = save({name: value.astype(np.float32) for name, value in factors.items()}, {"format": "pt"})
+    lora = lay(tmp_path / "lora", peft_files() | {"adapter_model.safetensors": saved})
+    hub.add("org/graph", laid(tmp_path / "graph") | {"other.onnx": b"not asked for"})
+    there = "hf://org/graph/model.onnx"
+    assert record("inspect", there)["totals"] == record("inspect", file)["totals"]
+    result = run("merge", there, lora, "-o", tmp_path / "merged.onnx")
+    assert result.exit_code == 0, result.output
+    assert run("inject", there, lora, "-o", tmp_path / "injected.onnx").exit_code == 0
+    assert not hub.asked("other.onnx")
+    assert run("merge", there, lora, "-o", "hf://org/out").exit_code == 3

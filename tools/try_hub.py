@@ -149,7 +149,7 @@ def uploads(lab: Lab) -> bool:
         fine.append(_back(lab, uri, folder))
         print(f"  ended {ended}; {found[-1]:,} bytes more than the files came; the same bytes: {fine[-1]}")
     within = sum(again <= ASKED + 100_000 for again in found)
-    print(f"{len(found)} kills of pushes to a registry: {within} had at most a chunk sent again, at most {max(found):,}")
+    print(f"{len(found)} kills of pushes to a registry: {within} cost at most a chunk; the worst {max(found):,}")
     return all(fine)
 
 
