@@ -172,3 +172,42 @@ def test_what_xet_stores_comes_and_is_verified(hub: HubServer, tmp_path: Path) -
     assert {f["digest"].partition(":")[0] for f in pulled["files"]} == {"sha256", "git"}
     hub.faults = [Fault("big.bin", "flip", 99, 99)]
     assert run("pull", "org/lora", tmp_path / "again").exit_code == 4
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, "access"), (403, "access"), (404, "remote-not-found")])
+@pytest.mark.parametrize("kind", ["oci", "s3"])
+def test_denials_are_told_apart_with_a_cure(
+    hub: HubServer, registry: str, request: pytest.FixtureRequest, tmp_path: Path, kind: str, status: int, code: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if kind == "oci":
+        faulty = Proxy(registry)
+        uri = f"oci://{faulty.host}/denied/x:v1"
+    else:
+        uri = f"s3://{request.getfixturevalue('bucket')}/x"
+        faulty = Proxy(request.getfixturevalue("server").removeprefix("http://"))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{faulty.host}")
+    faulty.faults = [Fault("GET", "status", 99, status)]
+    answer = record("pull", uri, tmp_path / "out", "--debug", code=5)["error"]
+    faulty.close()
+    assert answer["code"] == code
+    assert {"oci": "login", "s3": "bucket" if status == 404 else "AWS_ACCESS_KEY_ID"}[kind] in answer["cure"]
+
+
+def test_a_bucket_that_another_tool_filled_is_listed_in_spite_of_faults(
+    bucket: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import obstore
+
+    from adapterkit.hub import parse
+    from adapterkit.hub.hubs import remote_at
+
+    for name, data in peft_files().items():
+        obstore.put(remote_at(parse(f"s3://{bucket}/x")).store, f"x/{name}", data)
+    proxy = Proxy(server.removeprefix("http://"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.host}")
+    proxy.faults = [Fault("list-type", "status", 2, 503), Fault("list-type", "drop", 2), Fault("model.saf", "drop", 2)]
+    ak.hub.pull(f"s3://{bucket}/x", tmp_path / "out")
+    assert [fault.times for fault in proxy.faults] == [0, 0, 0]
+    assert laid(tmp_path / "out") == peft_files()
+    proxy.close()

@@ -230,7 +230,7 @@ class S3(Listing):
         place, kind = str(self.uri), type(error).__name__
         if is_offline(error):
             return offline(place)
-        status = error.status if isinstance(error, Refused) else None
+        status = _status(error)
         if status == 404 or kind in ("NotFoundError", "FileNotFoundError"):
             return RemoteNotFound("nothing is there", path=place, cure="Check the spelling of the bucket and the path")
         if status in (401, 403) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
@@ -245,6 +245,14 @@ class S3(Listing):
         if type(error).__module__.startswith(("obstore", "builtins.pyo3")):
             return NetworkError(f"the store cannot be reached or refuses ({kind})", path=place, cure=_CREDENTIALS)
         return None
+
+
+def _status(error: Exception) -> int | None:
+    """The status of a refusal; the store keeps it in its words."""
+    if isinstance(error, Refused):
+        return error.status
+    told = re.search(r"non-2xx status code: (\d{3})", str(error))
+    return int(told[1]) if told else None
 
 
 def _patience() -> dict[str, Any]:
