@@ -18,6 +18,7 @@ from adapterkit.formats import FORMATS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
 
+VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "formats"
 CARD = b"---\nlicense: apache-2.0\n---\nmine"
 
 
@@ -108,17 +109,19 @@ def test_the_next_command_goes_on_where_a_push_stopped(places: HubServer) -> Non
     assert set(places.files("org/out")) == {".gitattributes", "README.md", "adapter.safetensors"}
 
 
-def test_an_adapter_of_one_file_is_read_from_its_place(hub: HubServer, registry: str, tmp_path: Path) -> None:
-    vectors = Path(__file__).parent.parent / "spec" / "vectors" / "formats"
-    for name in ("kohya/dora", "lycoris/boft", "olive/npz"):
-        kind = name.partition("/")[0]
-        native = next(iter((vectors / name).glob("*.native.safetensors")))
-        uri = f"oci://{registry}/single/{kind}:v1"
-        assert run("convert", native, uri, "--to", kind).exit_code == 0
-        ak.write(ak.read(native), tmp_path / FORMATS[kind].file, kind)
-        assert ak.detect(uri) == kind
-        assert ak.read(uri).digest() == ak.read(tmp_path / FORMATS[kind].file).digest()
-        assert record("inspect", uri)["format"] == kind
+NATIVE = {path.parts[-3]: path for path in sorted(VECTORS.glob("*/*/*.native.safetensors"), reverse=True)}
+"""Of each format, an adapter that it can say. NeMo's order of rows needs a base."""
+
+
+@pytest.mark.parametrize("kind", [name for name in FORMATS if FORMATS[name].file and name in NATIVE.keys() - {"nemo"}])
+def test_an_adapter_of_one_file_is_read_from_its_place(hub: HubServer, tmp_path: Path, kind: str) -> None:
+    uri, native = f"hf://org/{kind.replace('_', '-')}", NATIVE[kind]
+    assert run("convert", native, uri, "--to", kind).exit_code == 0
+    assert ak.detect(uri) == kind
+    ak.hub.pull(uri, tmp_path / "out")
+    (file,) = (tmp_path / "out").glob(FORMATS[kind].file)
+    assert ak.read(uri).digest() == ak.read(file).digest()
+    assert record("inspect", uri)["format"] == kind
 
 
 def test_a_place_is_copied_to_another(places: HubServer, registry: str, tmp_path: Path) -> None:
