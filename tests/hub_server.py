@@ -95,7 +95,7 @@ class HubServer(Faulty):
         self.blobs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, dict[str, str]]] = []
-        self.sent = 0
+        self.sent, self.xet = 0, False
         self.chunk_delay: Callable[[int], None] = lambda _: None
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -126,6 +126,7 @@ class HubServer(Faulty):
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""
@@ -262,6 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
             entry = {"type": "file", "path": path, "size": len(data), "oid": blob_sha1(data)}
             if is_lfs(path):
                 entry["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
+                entry |= {"xetHash": sha256(data[::-1])} if self.hub.xet else {}
             entries.append(entry)
         more = start + 3 < len(paths)
         url = f"{self.hub.url}{self.path.partition('?')[0]}?recursive=true&expand=false&cursor={start + 3}"
@@ -357,6 +359,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Linked-Etag": f'"{sha256(data)}"',
                 "X-Linked-Size": str(len(data)),
             }
+            headers |= {"X-Xet-Hash": sha256(data[::-1])} if self.hub.xet else {}
         asked = self.headers.get("Range")
         if asked and kind != "no-range":
             first, _, last = asked.removeprefix("bytes=").partition("-")
@@ -384,8 +387,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for at in range(0, len(body), 1 << 16):
                 part = body[at : at + (1 << 16)]
-                self.wfile.write(part)
                 self.hub.sent += len(part)
+                self.wfile.write(part)
                 self.hub.chunk_delay(self.hub.sent)
         except OSError:
             self.close_connection = True

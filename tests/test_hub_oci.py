@@ -16,7 +16,7 @@ import pytest
 from command_line import record, run
 from hub_repository import base_files, hub, laid, lay, peft_files  # noqa: F401 - a fixture
 from hub_server import Fault, HubServer
-from oci_registry import Proxy, distribution
+from oci_registry import Proxy, distribution, registry  # noqa: F401 - a fixture
 
 import adapterkit as ak
 from adapterkit.errors import AccessDenied, AdapterkitError, Corrupt, NetworkError, StorageError
@@ -28,12 +28,6 @@ from adapterkit.hub.transfer import fetch
 SECRET = "openSesame"
 HTPASSWD = "somebody:$2y$04$c4WoMPo3SXsafkva.HHa6uqciox36n1AyjcpZbymt8Vcaodm0eDhe"
 """A user and the bcrypt of the secret."""
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with distribution(tmp_path_factory.mktemp("oci") / "registry") as host:
-        yield host
 
 
 @pytest.fixture

@@ -5,14 +5,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bucket_server import SECRET, bucket, server  # noqa: F401 - fixtures
 from command_line import record, run
 from hub_repository import hub, laid, lay, peft_files  # noqa: F401 - a fixture
-from hub_server import HubServer
+from hub_server import Fault, HubServer
+from oci_registry import Proxy
 
 import adapterkit as ak
 from adapterkit.errors import Corrupt, NetworkError, StorageError
@@ -20,31 +21,6 @@ from adapterkit.hub import parse
 from adapterkit.hub.hubs import remote_at
 
 ROOT = Path(__file__).resolve().parent.parent
-SECRET = "theSecretKeyOfTheBucket"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    pytest.importorskip("obstore")
-    moto = pytest.importorskip("moto.server")
-    made = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    made.start()
-    host, port = made.get_host_and_port()
-    yield f"http://{host}:{port}"
-    made.stop()
-
-
-@pytest.fixture
-def bucket(server: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A bucket of a test's own."""
-    import urllib.request
-
-    told = {"ENDPOINT_URL": server, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": SECRET, "REGION": "us-east-1"}
-    for name, value in told.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    name = f"bucket-{abs(hash(request.node.name)):x}"
-    urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT")).close()
-    return name
 
 
 @pytest.fixture
@@ -77,6 +53,33 @@ def test_files_in_parts(bucket: str, lora: Path, tmp_path: Path, monkeypatch: py
     ak.hub.push(lora, f"s3://{bucket}/x")
     ak.hub.pull(f"s3://{bucket}/x", tmp_path / "out")
     assert laid(lora).items() <= laid(tmp_path / "out").items()
+
+
+@pytest.mark.parametrize("route", ["?uploads", "?partNumber=2", "?uploadId"])
+@pytest.mark.parametrize("kind", ["drop", "after", "for good"])
+def test_faults_of_an_upload_in_parts(
+    bucket: str, server: str, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, route: str, kind: str
+) -> None:
+    monkeypatch.setattr("adapterkit.hub.hubs.s3.MULTIPART", 1 << 20)
+    monkeypatch.setattr("adapterkit.hub.hubs.s3.CHUNK", 5 << 20)
+    lay(lora, {"more.txt": np.random.default_rng(1).bytes(11 << 20)})
+    proxy, uri = Proxy(server.removeprefix("http://")), f"s3://{bucket}/x"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.host}")
+    try:
+        what = "status" if kind == "for good" else kind
+        proxy.faults = [Fault(f"more.txt{route}", what, 99 if kind == "for good" else 1, 503)]
+        code = run("push", lora, uri).exit_code
+        assert proxy.faults[0].times < 99
+        proxy.faults = []
+        if kind == "for good":
+            assert code == 5
+            assert run("pull", uri, tmp_path / "half").exit_code == 5
+            code = run("push", lora, uri).exit_code
+        assert code == 0
+        ak.hub.pull(uri, tmp_path / "out")
+        assert laid(lora).items() <= laid(tmp_path / "out").items()
+    finally:
+        proxy.close()
 
 
 def test_nobody_takes_half_of_a_push_for_the_whole(

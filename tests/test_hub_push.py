@@ -1,6 +1,7 @@
 # ruff: noqa: F811, ARG001 - a fixture is imported and then named
 """Pushing to a hub: one commit, nothing overwritten silently, and what was pushed is what others load."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from command_line import record, run
 from hub_repository import base_files, hub, laid, lay, peft_files  # noqa: F401 - a fixture
 from hub_server import TOKEN, Fault, HubServer
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 
 import adapterkit as ak
 from adapterkit.errors import NetworkError, StorageError, UnknownFormat
@@ -99,6 +102,35 @@ def test_the_card_is_one(hub: HubServer, lora: Path, tmp_path: Path) -> None:
     snippet = text.split("```python\n")[1].split("```")[0].replace('"merged"', repr(str(tmp_path / "merged")))
     exec(compile(snippet, "card", "exec"), {})
     assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_each_snippet_of_the_card_runs(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from huggingface_hub import ModelCard
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for name in ("huggingface_hub.constants.HF_HUB_CACHE", "huggingface_hub.file_download.constants.HF_HUB_CACHE"):
+        monkeypatch.setattr(name, str(tmp_path / "hf"))
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    ak.hub.push(tmp_path / "base", "hf://org/base", licence="mit")
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    tuned.peft_config["default"].base_model_name_or_path = "org/base"
+    tuned.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").unlink()
+    text = ak.hub.push(tmp_path / "adapter", "hf://org/adapter", licence="mit").card or ""
+    ModelCard(text).validate()
+    words, said = torch.arange(8)[None], {}
+    for snippet in text.split("```python\n")[1:]:
+        exec(compile(snippet.split("```")[0], "card", "exec"), said)
+    torch.testing.assert_close(said["model"].eval()(words).logits, tuned(words).logits)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(words).logits, tuned(words).logits)
+    ModelCard(ak.hub.push(tmp_path / "merged", "hf://org/merged", dry_run=True).card or text).validate()
 
 
 def test_a_base_that_is_a_path_stays_out_of_the_card(hub: HubServer, tmp_path: Path) -> None:
@@ -198,9 +230,10 @@ def test_an_observer_never_sees_half_of_it(hub: HubServer, lora: Path) -> None:
     done = threading.Event()
 
     def watch() -> None:
+        api = HfApi(endpoint=hub.url, token=TOKEN)
         while not done.is_set():
-            if "org/new" in hub.repos and hub.repos["org/new"].branches:
-                seen.add(frozenset(hub.files("org/new")))
+            with contextlib.suppress(RepositoryNotFoundError):
+                seen.add(frozenset(api.list_repo_files("org/new")))
 
     observer = threading.Thread(target=watch)
     observer.start()
@@ -211,6 +244,7 @@ def test_an_observer_never_sees_half_of_it(hub: HubServer, lora: Path) -> None:
         observer.join()
     seen.add(frozenset(hub.files("org/new")))
     first = frozenset({".gitattributes"})
+    assert first in seen, "it looked while the push was under way"
     assert seen <= {first, first | frozenset(peft_files()) | {"README.md"}}
 
 

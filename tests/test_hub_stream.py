@@ -9,6 +9,7 @@ import pytest
 from command_line import record, run
 from hub_repository import hub, laid, lay, peft_files  # noqa: F401 - a fixture
 from hub_server import Fault, HubServer
+from oci_registry import registry  # noqa: F401 - a fixture
 from safetensors.numpy import save
 
 import adapterkit as ak
@@ -55,6 +56,20 @@ def test_each_byte_is_fetched_once(hub: HubServer, places: Path, size: list[str]
     (places / "again").rename(places / "local")
     assert same_as_local(out, places)
     assert not (places / ".out.streaming").exists()
+
+
+def test_from_one_hub_to_another_each_byte_is_fetched_once(hub: HubServer, places: Path, registry: str) -> None:
+    ak.read("org/lora")
+    before, out = hub.sent, f"oci://{registry}/streamed/model:1"
+    told = record("merge", "hf://org/base", "hf://org/lora", "-o", out, "--stream", "--verify")
+    assert told["verification"]["ok"]
+    ak.hub.pull(out, places / "back")
+    assert hub.sent - before == 2 * sum(map(len, sharded().values())), "once to merge, and once to verify"
+    hub.sent = 0
+    record("merge", "hf://org/base", "hf://org/lora", "-o", out.replace(":1", ":2"), "--stream")
+    assert hub.sent == sum(map(len, sharded().values()))
+    (places / "back" / "README.md").unlink()
+    assert same_as_local(places / "back", places)
 
 
 def test_there_is_never_a_whole_copy(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,105 +1,216 @@
-"""Hubs at scale, by hand: 1,000 flipped bits, a pull of 200 MB killed in the middle, 40 faults of a network.
+"""Hubs at scale, by hand: flipped bits, pulls and pushes killed at random moments, on each kind of hub.
 
-Run as `PYTHONPATH=.:tests python tools/try_hub.py`; every line is a figure, and any that is not as it must be ends it
-with exit code 1.
+Run as `PYTHONPATH=.:tests python tools/try_hub.py [flips|pulls|uploads|parts]...`; every line is a figure, and any that
+is not as it must be ends it with exit code 1. The faults of networks are in `tests/test_hub_faults.py`.
 """
 
+import contextlib
+import itertools
+import logging
 import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 from hub_repository import environment
-from hub_server import Fault, HubServer
+from hub_server import Fault, Faulty, HubServer
+from oci_registry import Proxy, distribution
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-FLIPS, MEGABYTES, CHUNK = 1000, 200, 1 << 20
+FLIPS, KILLS, MEGABYTES = 1000, 24, 200
+ASKED = 16 << 20
+"""What `adapterkit.hub.transfer` says that a killed pull costs at most, and `_uploads.CHUNK` a killed push."""
+
+COMMAND = [sys.executable, "-m", "adapterkit"]
 
 
-def flips(hub: HubServer, folder: Path) -> bool:
-    """Each time another bit of what is sent is another; whether all are found."""
+class Lab:
+    """Servers of each kind, behind proxies that break them; `uri` names a place by its hub's scheme."""
+
+    def __init__(self, hub: HubServer, registry: Proxy, buckets: Proxy, folder: Path) -> None:
+        self.hub, self.registry, self.buckets, self.folder = hub, registry, buckets, folder
+
+    def uri(self, scheme: str, name: str) -> str:
+        oci = f"oci://{self.registry.host}/tries/{name}:v1"
+        return {"hf": f"hf://org/{name}", "oci": oci, "s3": f"s3://tries/{name}"}[scheme]
+
+    def faulty(self, scheme: str) -> Faulty:
+        return {"hf": self.hub, "oci": self.registry, "s3": self.buckets}[scheme]
+
+
+@contextlib.contextmanager
+def lab() -> Iterator[Lab]:
+    """Starts the servers, and stops them in the end."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    server = "{}:{}".format(*moto.get_host_and_port())
+    urllib.request.urlopen(urllib.request.Request(f"http://{server}/tries", method="PUT")).close()
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        distribution(Path(scratch) / "registry", storage=f"filesystem: {{rootdirectory: {scratch}/blobs}}") as host,
+    ):
+        made = Lab(HubServer(), Proxy(host), Proxy(server), Path(scratch))
+        os.environ |= environment(made.hub, made.folder)
+        keys = {"ENDPOINT_URL": f"http://{made.buckets.host}", "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s"}
+        os.environ |= {f"AWS_{name}": value for name, value in (keys | {"REGION": "us-east-1"}).items()}
+        for server_of in (made.hub, made.registry, made.buckets):
+            # Who is killed says no goodbye.
+            server_of.http.handle_error = lambda *_: None
+        yield made
+    moto.stop()
+
+
+def flips(lab: Lab) -> bool:
+    """Each time another bit of what is sent is another, again whenever it is asked for; whether all are found."""
+    found = [_flips(lab, scheme) for scheme in ("hf", "oci", "s3")]
+    return all(found)
+
+
+def _flips(lab: Lab, scheme: str) -> bool:
     from adapterkit.errors import Corrupt
-    from adapterkit.hub import parse
+    from adapterkit.hub import parse, retries
     from adapterkit.hub.hubs import remote_at
     from adapterkit.hub.transfer import fetch
 
-    data = np.random.default_rng(3).bytes(4096)
-    hub.add("org/flips", {"small.json": data, "lfs.bin": data})
-    remote, draw, found = remote_at(parse("org/flips")), random.Random(4), 0
-    for trial in range(FLIPS):
-        hub.faults = [Fault("/resolve/", "flip", 3, draw.randrange(8 * len(data)))]
-        try:
-            fetch(remote, remote.files[trial % 2], folder / "part", lambda _: None)
-            (folder / "part").unlink()
-        except Corrupt:
+    uri, draw, found = lab.uri(scheme, "flips"), random.Random(4), 0
+    subprocess.run([*COMMAND, "push", _adapter(lab.folder / "flips", 4096), uri, "--quiet"], check=True)
+    remote, part = remote_at(parse(uri)), lab.folder / "part"
+    files = [file for file in remote.files if not file.path.endswith(".gitattributes")]
+    with mock.patch.object(retries, "FIRST_WAIT", 0.001):
+        for trial in range(FLIPS):
+            file = files[trial % len(files)]
+            name = file.digest if scheme == "oci" else file.path
+            lab.faulty(scheme).faults = [Fault(name, "flip", 3, draw.randrange(8 * file.size))]
+            with contextlib.suppress(Corrupt):
+                fetch(remote, file, part, lambda _: None)
+                continue
             found += 1
-    hub.faults = []
-    print(f"flipped bits found: {found} of {FLIPS}")
+    lab.faulty(scheme).faults = []
+    print(f"{scheme}: flipped bits found: {found} of {FLIPS}", flush=True)
     return found == FLIPS
 
 
-def killed(hub: HubServer, folder: Path) -> bool:
-    """Kills a pull in the middle; whether the next one has at most a chunk sent again."""
-    data = np.random.default_rng(5).bytes(MEGABYTES * 1_000_000)
-    hub.add("org/big", {"big.bin": data})
-    command = [sys.executable, "-m", "adapterkit", "pull", "org/big", str(folder / "out"), "--quiet"]
-    with subprocess.Popen(command) as process:
-        hub.chunk_delay = lambda sent: process.send_signal(signal.SIGKILL) if sent > len(data) // 2 else None
+def pulls(lab: Lab) -> bool:
+    """Kills pulls at random moments; whether each second run is sent at most a chunk again, and gets the same bytes."""
+    data, draw = np.random.default_rng(5).bytes(MEGABYTES * 1_000_000), random.Random(6)
+    cuts = [0, 70_000_000, 120_000_000, 150_000_000, 185_000_000, len(data)]
+    kinds = {"one file": {"big.bin": data}}
+    kinds["five files"] = {f"{at}.bin": data[at:end] for at, end in itertools.pairwise(cuts)}
+    worst: dict[str, list[int]] = {kind: [] for kind in kinds}
+    for trial in range(KILLS):
+        kind = list(kinds)[trial % 2]
+        worst[kind].append(_pulled(lab, lab.folder / f"pull{trial}", kinds[kind], draw))
+    for kind, again in worst.items():
+        print(f"{len(again)} kills of pulls, {kind}: {min(again):,} to {max(again):,} bytes sent again", flush=True)
+    return all(0 <= again <= ASKED for found in worst.values() for again in found)
+
+
+def _pulled(lab: Lab, folder: Path, files: dict[str, bytes], draw: random.Random) -> int:
+    """Kills a pull after a random byte, or a random time after the first one; the bytes that were sent twice."""
+    lab.hub.add("org/big", files)
+    total, lab.hub.sent = sum(map(len, files.values())), 0
+    command = [*COMMAND, "pull", "org/big", str(folder / "out"), "--quiet"]
+    late, at, wait = draw.random() < 0.5, draw.randrange(total), draw.uniform(0, 0.3)
+    ended = _killed(command, lambda: lab.hub.sent > (0 if late else at), wait if late else 0)
+    first, lab.hub.sent = lab.hub.sent, 0
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    same = {name: (folder / "out" / name).read_bytes() for name in files} == files
+    shutil.rmtree(folder)
+    again = first + lab.hub.sent - total
+    print(f"  ended {ended} after {first:,} bytes; {lab.hub.sent:,} then, {again:,} of them again; same bytes: {same}")
+    return again if same else -1
+
+
+def uploads(lab: Lab) -> bool:
+    """Kills pushes to a registry at random moments; whether what comes back is what was pushed.
+
+    Where the kill falls between a chunk that the registry took and its answer, Docker's registry refuses the upload,
+    and the blob is sent again whole; else at most a chunk is. Before it stands a proxy that reads requests whole: of
+    half a chunk, the registry would refuse the upload, too.
+    """
+    draw, found, fine = random.Random(8), [], []
+    for trial in range(KILLS // 2):
+        folder, uri = _adapter(lab.folder / f"upload{trial}", 100_000_000, trial), lab.uri("oci", f"upload{trial}")
+        command, at, total = [*COMMAND, "push", folder, uri, "--quiet"], draw.randrange(100_000_000), _size(folder)
+        lab.registry.received = 0
+        ended = _killed(command, lambda at=at: lab.registry.received > at, 0)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        found.append(lab.registry.received - total)
+        fine.append(_back(lab, uri, folder))
+        print(f"  ended {ended}; {found[-1]:,} bytes more than the files came; the same bytes: {fine[-1]}")
+    within = sum(again <= ASKED + 100_000 for again in found)
+    print(f"{len(found)} kills of pushes to a registry: {within} cost at most a chunk; the worst {max(found):,}")
+    return all(fine)
+
+
+def parts(lab: Lab) -> bool:
+    """Kills pushes to a bucket in the middle of an upload in parts; whether nobody takes half of it for the whole."""
+    fine = []
+    for trial in range(6):
+        folder, uri = _adapter(lab.folder / f"parts{trial}", 100_000_000, trial), lab.uri("s3", f"parts{trial}")
+        command, lab.buckets.received = [*COMMAND, "push", folder, uri, "--quiet"], 0
+        ended = _killed(command, lambda at=trial: lab.buckets.received > (at + 1) * 14_000_000, 0)
+        half = subprocess.run([*COMMAND, "pull", uri, str(lab.folder / "half")], capture_output=True).returncode
+        again = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+        fine.append(half == 5 and again == 0 and _back(lab, uri, folder))
+        print(f"  ended {ended}; a pull then ends with {half}, the next push with {again}, the same bytes: {fine[-1]}")
+    print(f"{len(fine)} kills of pushes in parts: {sum(fine)} as they must", flush=True)
+    return all(fine)
+
+
+def _killed(command: list[object], due: Callable[[], bool], wait: float) -> int:
+    """Kills a process when something is due, and a moment later; how it ended, once all is quiet."""
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not due():
+            time.sleep(0.001)
+        time.sleep(wait)
+        process.kill()
         ended = process.wait()
-    time.sleep(0.2)
-    hub.chunk_delay = lambda _: None
-    held = sum(part.stat().st_size for part in (folder / ".out.pulling" / "parts").iterdir())
-    first, hub.sent = hub.sent, 0
-    subprocess.run(command, check=True)
-    again = hub.sent - (len(data) - held)
-    same = (folder / "out" / "big.bin").read_bytes() == data
-    print(f"killed ({ended}) with {held:,} bytes held of {first:,} that the server had sent")
-    print(f"the second run was sent {hub.sent:,} bytes: {again:,} more than were missing; the same bytes: {same}")
-    return same and ended == -signal.SIGKILL and again <= CHUNK
+    time.sleep(0.3)
+    return ended
 
 
-def faults(hub: HubServer, folder: Path) -> bool:
-    """Pulls under 40 faults, some of which stay; whether each ends with the bytes or with the right exit code."""
-    files = {"a.bin": np.random.default_rng(1).bytes(300_000), "b.json": b"{}"}
-    hub.add("org/faults", files)
-    draw, right, recovered = random.Random(7), 0, 0
-    kinds = [("truncate", 1000), ("drop", None), ("status", 503), ("status", 429), ("flip", 5)]
-    routes = ["/resolve/", "/tree/", "/revision/", "/api/models"]
-    for number in range(40):
-        kind, value = kinds[number % len(kinds)]
-        route = "/resolve/" if kind in ("truncate", "flip") else draw.choice(routes)
-        lasting = number % 4 == 3
-        hub.faults = [Fault(route, kind, 99 if lasting else draw.choice([1, 2]), value, {"Retry-After": "0"})]
-        out = folder / f"out{number}"
-        from command_line import run
+def _adapter(folder: Path, nbytes: int, seed: int = 0) -> Path:
+    """An adapter in PEFT's form of about so many bytes."""
+    from hub_repository import lay, peft_files
+    from safetensors.numpy import save
 
-        code = run("pull", "org/faults@main", out).exit_code
-        whole = out.exists() and {f.name: f.read_bytes() for f in out.iterdir() if f.name in files} == files
-        recovered += code == 0
-        expected = {4} if kind == "flip" else {5}
-        right += whole if code == 0 else lasting and code in expected and not out.exists()
-    hub.faults = []
-    print(f"of 40 faults: {recovered} recovered, {right} ended as they must")
-    return right == 40
+    key = "base_model.model.layers.0.q.lora_{}.weight"
+    draw = np.random.default_rng(seed)
+    tensors = {key.format("A"): draw.random((2, nbytes // 8), np.float32)}
+    tensors[key.format("B")] = draw.random((8, 2), np.float32)
+    return lay(folder, peft_files() | {"adapter_model.safetensors": save(tensors, {"format": "pt"})})
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _back(lab: Lab, uri: str, folder: Path) -> bool:
+    """Whether what is pulled is what was pushed; both are removed."""
+    back = lab.folder / "back"
+    subprocess.run([*COMMAND, "pull", uri, str(back), "--quiet"], check=True, stdout=subprocess.DEVNULL)
+    same = all((back / file.name).read_bytes() == file.read_bytes() for file in folder.iterdir())
+    shutil.rmtree(back)
+    shutil.rmtree(folder)
+    return same
 
 
 def main() -> None:
-    """Runs all of them."""
-    hub = HubServer()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        os.environ.update(environment(hub, folder))
-        from adapterkit.hub import retries
-
-        with mock.patch.object(retries, "FIRST_WAIT", 0.001), mock.patch("huggingface_hub.utils._http.time.sleep"):
-            fine = [trial(hub, folder) for trial in (flips, killed, faults)]
-    hub.close()
+    """Runs those that are named, or all of them."""
+    trials = {"flips": flips, "pulls": pulls, "uploads": uploads, "parts": parts}
+    with lab() as made, mock.patch("huggingface_hub.utils._http.time.sleep"):
+        fine = [trials[name](made) for name in sys.argv[1:] or trials]
     sys.exit(not all(fine))
 
 

@@ -10,6 +10,7 @@ import click
 
 from ._options import Settings
 from ._render import Table, View, counted, show
+from ._writing import refuse_place
 
 ONLY_FOLDERS = {
     "method": "Combine the adapters first (adapterkit combine), and merge the result",
@@ -63,6 +64,7 @@ def merge_graph(
         return
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'")
+    refuse_place(out)
     if Path(out).exists() and not overwrite:
         raise StorageError("already there", path=out, cure="Write to another path, or pass --overwrite")
     from ..onnx import merge

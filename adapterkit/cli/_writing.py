@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +32,7 @@ dtype = click.option("--dtype", metavar="D", help="Type of computed factors, e.g
 
 def writing(command: F) -> F:
     """Where the result goes and how."""
-    out = click.option("-o", "--out", metavar="DST", required=True, help="File or folder to write.")
+    out = click.option("-o", "--out", metavar="DST", required=True, help="File, folder or uri to write.")
     target_format = click.option(
         "--to", "target_format", callback=_options.format_name, metavar="FORMAT",
         help="Format of DST; that of the source if absent, or adapterkit's own.",
@@ -40,13 +42,84 @@ def writing(command: F) -> F:
     return command
 
 
-def check_destination(sources: Iterable[str], dst: Path, overwrite: bool) -> None:
-    """Refuses to write over a source, or over anything without leave; before any work.
+class Destination:
+    """Where a command writes an adapter: a path, or a place on a hub.
+
+    Refuses, before any work, to write over a source, or over anything on this disk without leave; a hub is asked for
+    leave when the adapter is made.
+
+    Args:
+        out: the path or uri.
+        sources: what is read; a licence that all their model cards name is passed on to a hub.
+        overwrite: replace what is there.
 
     Raises:
         UsageError: the destination is a source.
         StorageError: something is there.
     """
+
+    def __init__(self, out: str, sources: Sequence[str], overwrite: bool) -> None:
+        from ..tensors.locations import is_address
+
+        self.out, self.sources, self.overwrite = out, sources, overwrite
+        self.remote = is_address(out)
+        if self.remote:
+            _check_place(sources, out)
+        else:
+            _check_path(sources, Path(out), overwrite)
+
+    def write(
+        self, adapter: Adapter, target_format: str, base: str | None, on_loss: str, profile: str | None = None,
+        max_error: float | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Writes the adapter, and pushes it where it is to be on a hub; what was written as plain data."""
+        from .. import write
+
+        with self._path(target_format) as path:
+            losses = write(adapter, path, target_format, base, on_loss, profile=profile, max_error=max_error)
+        return {
+            "out": self.out, "to": target_format, "targets": len(adapter.updates), "updates": len(adapter),
+            "losses": losses,
+        }  # fmt: skip
+
+    @contextmanager
+    def _path(self, target_format: str) -> Iterator[Path]:
+        from ..formats import FORMATS
+        from ..tensors.locations import outgoing
+
+        if not self.remote:
+            yield Path(self.out)
+            return
+        with outgoing(self.out, overwrite=self.overwrite, sources=self.sources) as folder:
+            # What an interrupted command left may be of another format: it is made anew, not gone on with.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            yield folder / FORMATS[target_format].file
+
+
+def refuse_place(out: str) -> None:
+    """Refuses to write what no hub takes from adapterkit: graphs.
+
+    Raises:
+        Unsupported: `out` is a place on a hub.
+    """
+    from ..errors import Unsupported
+    from ..tensors.locations import is_address
+
+    if is_address(out):
+        raise Unsupported("graphs are not pushed to hubs", path=out, cure="Write to a path on this disk")
+
+
+def _check_place(sources: Iterable[str], out: str) -> None:
+    from ..errors import UsageError
+    from ..hub import parse
+    from ..tensors.locations import is_remote
+
+    if any(is_remote(source) and parse(source) == parse(out) for source in sources):
+        raise UsageError("source and destination are the same", path=out, cure="Write to another place")
+
+
+def _check_path(sources: Iterable[str], dst: Path, overwrite: bool) -> None:
     from ..errors import StorageError, UsageError
 
     if dst.exists() and any(Path(src).exists() and Path(src).samefile(dst) for src in sources):
@@ -54,24 +127,6 @@ def check_destination(sources: Iterable[str], dst: Path, overwrite: bool) -> Non
     taken = any(dst.iterdir()) if dst.is_dir() else dst.exists()
     if taken and not overwrite:
         raise StorageError("already there", path=dst, cure="Write to another path, or pass --overwrite")
-
-
-def written(
-    adapter: Adapter,
-    out: str,
-    target_format: str,
-    base: str | None,
-    on_loss: str,
-    profile: str | None = None,
-    max_error: float | None = None,
-) -> dict[str, Any]:
-    """Writes an adapter; what was written as plain data."""
-    from .. import write
-
-    losses = write(adapter, out, target_format, base, on_loss, profile=profile, max_error=max_error)
-    return {
-        "out": out, "to": target_format, "targets": len(adapter.updates), "updates": len(adapter), "losses": losses,
-    }  # fmt: skip
 
 
 def outcome(record: Mapping[str, Any]) -> Iterable[str]:

@@ -7,7 +7,6 @@ a YAML file that says the same, close to mergekit's: merge_method, models with t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -44,9 +43,9 @@ def command(
         "rank": rank, "seed": seed, "disjoint": disjoint or None, "dtype": dtype, "base": base, "compat": compat,
     }  # fmt: skip
     sources, options = combination(adapters, method, weights, parameters, given, recipe)
-    _writing.check_destination(sources, Path(out), overwrite)
+    destination = _writing.Destination(out, sources, overwrite)
     made = ops.combine(sources, **options)
-    record = _writing.written(made, out, target_format or _format_of(sources, detect), options.get("base"), on_loss)
+    record = destination.write(made, target_format or _format_of(sources, detect), options.get("base"), on_loss)
     show(settings, record | said(made), _view)
 
 

@@ -1,13 +1,12 @@
 """Write an adapter in another format.
 
-SRC is read in any known format; DST is the file or folder to write. What the target format cannot say is refused and
-listed, unless --on-loss allows to rewrite it or to leave it out.
+SRC is read in any known format; DST is the file, folder or place on a hub to write. What the target format cannot say
+is refused and listed, unless --on-loss allows to rewrite it or to leave it out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -37,9 +36,9 @@ def command(
     from .. import detect, read
 
     name = source_format or detect(src)
-    _writing.check_destination([src], Path(dst), overwrite)
+    destination = _writing.Destination(dst, [src], overwrite)
     adapter = read(src, name, base, compat=compat)
-    written = _writing.written(adapter, dst, target_format, base, on_loss, profile, max_error)
+    written = destination.write(adapter, target_format, base, on_loss, profile, max_error)
     record = {"source": src, "from": name, **written}
     show(settings, record, _view)
 

@@ -14,6 +14,7 @@ import click
 from . import _options
 from ._graphs import checked
 from ._render import View, show
+from ._writing import refuse_place
 
 
 @click.command(help=__doc__)
@@ -40,6 +41,7 @@ def command(
     opset: int | None, check: bool, overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.export_pretrained`."""
+    refuse_place(out)
     from ..onnx import export_pretrained
 
     report = export_pretrained(

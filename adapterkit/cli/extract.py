@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -45,14 +44,14 @@ def command(
     """Runs `adapterkit.ops.extract`."""
     from .. import ops
 
-    _writing.check_destination([tuned, base], Path(out), overwrite)
+    destination = _writing.Destination(out, [tuned, base], overwrite)
     cuts: list[ops.Cut] = []
     with progress(settings, "extract") as meter:
         made = ops.extract(
             tuned, base, rank, energy=energy, error=error, targets=targets, embeddings=embeddings, method=method,
             dtype=dtype, report=cuts.append, progress=meter,
         )  # fmt: skip
-    record = _writing.written(made, out, target_format or "adapterkit", base, on_loss)
+    record = destination.write(made, target_format or "adapterkit", base, on_loss)
     record |= {"tuned": tuned, "base": base, "relative_error": _error(cuts), "cuts": [cut.record() for cut in cuts]}
     show(settings, record, _view)
 

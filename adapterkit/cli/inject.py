@@ -13,6 +13,7 @@ import click
 from . import _options
 from ._graphs import checked, targets_table
 from ._render import View, show
+from ._writing import refuse_place
 
 
 @click.command(help=__doc__)
@@ -31,6 +32,7 @@ def command(
     ctx: click.Context, model: str, adapter: str, out: str, mode: str, base_weights: str | None, check: bool
 ) -> None:
     """Runs `adapterkit.onnx.inject`."""
+    refuse_place(out)
     from ..onnx import inject
 
     settings: _options.Settings = ctx.obj

@@ -52,9 +52,9 @@ def command(
 
 def _is_adapter(path: Path) -> bool:
     """Whether any format recognises `path`; a path that is not there counts as one, so that reading it says so."""
-    from ..formats import FORMATS
+    from ..formats import recognised
 
-    return not path.exists() or any(FORMATS[name]().sniff(path) for name in FORMATS)
+    return not path.exists() or bool(recognised(path))
 
 
 def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, Any]:

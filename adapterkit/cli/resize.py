@@ -7,7 +7,6 @@ that keeps so much of it; the error that this makes at each target is shown.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -41,13 +40,13 @@ def command(
     from .. import detect, ops, read
 
     name = source_format or detect(src)
-    _writing.check_destination([src], Path(out), overwrite)
+    destination = _writing.Destination(out, [src], overwrite)
     cuts: list[ops.Cut] = []
     made = (ops.promote if promoted else ops.resize)(
         read(src, name, base, compat=compat), rank, energy=energy, error=error, frobenius=frobenius, scope=scope,
         base=base, dtype=dtype, report=cuts.append,
     )  # fmt: skip
-    record = _writing.written(made, out, target_format or name, base, on_loss)
+    record = destination.write(made, target_format or name, base, on_loss)
     error_of_all = made.recipe[-1].args["error_of_all"]
     record |= {"source": src, "from": name, "relative_error": error_of_all, "cuts": [cut.record() for cut in cuts]}
     show(settings, record, _view)

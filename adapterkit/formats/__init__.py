@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import StorageError, UnknownFormat, UsageError, nearest
 from ..registry import Registry
-from ..tensors.checkpoint import opened
+from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.locations import located, source_of
 from ._format import ON_LOSS, Format
 
@@ -17,25 +17,22 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..tensors.checkpoint import Checkpoint
 
-__all__ = ["FORMATS", "Format", "detect", "read", "write"]
+__all__ = ["FORMATS", "Format", "detect", "read", "recognised", "write"]
+
+TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
+"""Endings of files of tensors: hubs keep an adapter of one file in a folder, beside a card. A base's are not meant."""
 
 FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.formats", Format)
 
 
 def detect(path: str | PathLike[str]) -> str:
-    """The name of the one format whose headers are at `path`.
+    """The name of the one format whose headers are at `path`, or in the one file of tensors of a folder.
 
     Raises:
         StorageError: nothing is there.
         UnknownFormat: no format recognises it, or several do; names the candidates.
     """
-    source = _existing(path)
-    found = [name for name in FORMATS if FORMATS[name]().sniff(source)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Say which with format=/--from")
-    raise UnknownFormat("not an adapter in any known format", path=path, cure=f"Tried: {', '.join(FORMATS)}")
+    return _identified(path)[1]
 
 
 def read(
@@ -59,8 +56,7 @@ def read(
     Raises:
         AdapterkitError: see `Format.read`.
     """
-    source = _existing(path)
-    name = format or detect(source)
+    source, name = _identified(path) if format is None else (_recognised(_existing(path), [format])[0], format)
     reader = FORMATS[name]()
     if compat is not None and compat not in reader.compat:
         known = ", ".join(sorted(reader.compat)) or "none"
@@ -120,6 +116,31 @@ def write(
     from ._promotion import Promotion
 
     return Promotion.into(writer, max_error, below).ask(adapter, once)
+
+
+def recognised(path: str | PathLike[str]) -> tuple[str, ...]:
+    """The names of all formats whose headers are at `path`, or in the one file of tensors of a folder."""
+    return tuple(_recognised(_existing(path), FORMATS)[1])
+
+
+def _identified(path: str | PathLike[str]) -> tuple[Path, str]:
+    """What to read, and in which format; as for `detect`."""
+    source, found = _recognised(_existing(path), FORMATS)
+    if len(found) == 1:
+        return source, found[0]
+    if found:
+        raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Say which with format=/--from")
+    raise UnknownFormat("not an adapter in any known format", path=path, cure=f"Tried: {', '.join(FORMATS)}")
+
+
+def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
+    """What is at a path and the formats that recognise it; of a folder that none does, its one file of tensors."""
+    found = [name for name in names if FORMATS[name]().sniff(source)]
+    files = [] if found or not source.is_dir() else [f for f in source.iterdir() if f.suffix.lower() in TENSORS]
+    if len(files) != 1 or files[0].name in (SINGLE, TORCH_SINGLE):
+        return source, found
+    found = [name for name in names if FORMATS[name]().sniff(files[0])]
+    return (files[0] if found else source), found
 
 
 def _existing(path: str | PathLike[str]) -> Path:

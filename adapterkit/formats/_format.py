@@ -24,6 +24,7 @@ class Format:
         compat: names of foreign tools whose known faults the reader can reproduce on request.
         differences: whether it holds a difference of any weight, so that laws may be written as that.
         profiles: names of consumers that take only a part of the dialect, for which can be written.
+        file: what its one file is called where only a folder is named; empty where the dialect sees to that itself.
     """
 
     url: ClassVar[str] = ""
@@ -32,6 +33,7 @@ class Format:
     compat: ClassVar[frozenset[str]] = frozenset()
     differences: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()
+    file: ClassVar[str] = ""
 
     def sniff(self, path: Path) -> bool:
         """Whether the headers at `path` are this dialect's: no false negatives, no data read, no error raised."""

@@ -35,6 +35,7 @@ class BflControl(ImageFormat):
 
     url = "https://github.com/black-forest-labs/flux/blob/main/src/flux/modules/lora.py"
     description = "Black Forest Labs' control LoRA for FLUX: their names, biases, scales of norms"
+    file = "lora.safetensors"
     methods = frozenset({"lora", "replacement"})
     compat = frozenset()
     rules = Rules(slots=(*SLOTS, "set_weight"))

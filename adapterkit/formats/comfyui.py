@@ -48,6 +48,7 @@ class Comfyui(ImageFormat):
 
     url = "https://github.com/comfyanonymous/ComfyUI/blob/master/comfy/lora.py"
     description = "ComfyUI's own names behind diffusion_model., as ai-toolkit and others write them too"
+    file = "lora.safetensors"
     differences = True
     methods = frozenset({"dense", "dora", "loha", "lokr", "lora", "replacement"})
     rules = Rules(slots=(*SLOTS, "hada_", "lokr_"))

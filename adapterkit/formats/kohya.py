@@ -41,6 +41,7 @@ class Kohya(ImageFormat):
 
     url = "https://github.com/kohya-ss/sd-scripts"
     description = "kohya's sd-scripts: LoRA, LoCon, DoRA and OFT for image models, modules named with underscores"
+    file = "lora.safetensors"
     methods = frozenset({"dora", "lora", "oft"})
     rules = Rules(alpha_needed=True, oft_zero=False, slots=tuple(SLOTS))
 

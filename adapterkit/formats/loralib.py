@@ -63,6 +63,7 @@ class LoraLib(Format):
 
     url = "https://github.com/microsoft/LoRA"
     description = "loralib: a torch file of lora_state_dict, beside loralib.json"
+    file = "lora.pt"
     methods = frozenset({"lora"})
 
     def sniff(self, path: Path) -> bool:

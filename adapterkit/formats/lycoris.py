@@ -41,6 +41,7 @@ class Lycoris(ImageFormat):
 
     url = "https://github.com/KohakuBlueleaf/LyCORIS"
     description = "LyCORIS: LoHa, LoKr, OFT, BOFT, GLoRA, IA3 and whole differences for image models"
+    file = "lycoris.safetensors"
     differences = True
     methods = frozenset(
         {"boft_outputs", "dense", "dora", "glora_products", "ia3_weights", "loha", "lokr", "lora", "oft"}

@@ -39,6 +39,7 @@ class Megatron(Format):
 
     url = "https://github.com/NVIDIA-NeMo/Megatron-Bridge"
     description = "Megatron-Bridge and NeMo 2: a state dict of adapter.linear_in and linear_out, beside megatron.json"
+    file = "adapter.pt"
     methods = frozenset({"lora"})
 
     def sniff(self, path: Path) -> bool:

@@ -51,6 +51,7 @@ class MinLora(Format):
 
     url = "https://github.com/cccntu/minLoRA"
     description = "minLoRA: a torch file of get_lora_state_dict, beside minlora.json"
+    file = "lora.pt"
     methods = frozenset({"lora"})
 
     def sniff(self, path: Path) -> bool:

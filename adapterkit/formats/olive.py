@@ -44,6 +44,7 @@ class Olive(Format):
 
     url = "https://microsoft.github.io/Olive/features/cli.html"
     description = "Olive: convert-adapters' .onnx_adapter, .npz or .safetensors; factors turned, scaling in B"
+    file = "adapter.onnx_adapter"
     methods = frozenset({"lora"})
 
     def sniff(self, path: Path) -> bool:

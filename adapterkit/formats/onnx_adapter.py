@@ -42,6 +42,7 @@ class OnnxAdapter(Format):
 
     url = "https://onnxruntime.ai/docs/genai/tutorials/finetune.html"
     description = "onnxruntime: an .onnx_adapter file beside a record of what its values mean"
+    file = "adapter.onnx_adapter"
     methods = frozenset(METHODS)
 
     def sniff(self, path: Path) -> bool:

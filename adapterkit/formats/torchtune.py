@@ -55,6 +55,7 @@ class Torchtune(Format):
 
     url = "https://github.com/pytorch/torchtune"
     description = "torchtune: adapter_model.pt in its own names, beside torchtune.json or adapter_config.json"
+    file = "adapter_model.pt"
     methods = frozenset({"lora", "dora"})
 
     def sniff(self, path: Path) -> bool:

@@ -39,6 +39,7 @@ class Xlabs(ImageFormat):
 
     url = "https://github.com/XLabs-AI/x-flux"
     description = "XLabs' LoRA for FLUX: in the processors of attentions, with no scaling"
+    file = "lora.safetensors"
     methods = frozenset({"lora"})
     compat = frozenset()
     rules = Rules(slots=("down", "up"))

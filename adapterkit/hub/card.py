@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,6 +76,15 @@ def licence_of(text: str) -> str | None:
         else None
     )
     return found[1] if found else None
+
+
+def licence_at(path: Path) -> str | None:
+    """The licence that the card in a folder, or beside a file, names."""
+    card = (path if path.is_dir() else path.parent) / "README.md"
+    try:
+        return licence_of(card.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _front(data: Mapping[str, Any]) -> str:

@@ -4,40 +4,60 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 
 from ..errors import StorageError, storage_error
+from ..tensors.locations import located
+from .card import licence_at
 from .folders import cache_folder
 from .hubs import remote_at
-from .pushing import push
+from .pushing import CARD, push
 from .uris import parse
 
 
 @contextmanager
-def outgoing(name: str, overwrite: bool = False) -> Iterator[Path]:
+def outgoing(name: str, overwrite: bool = False, sources: Sequence[str | PathLike[str]] = ()) -> Iterator[Path]:
     """A path to write to; what is there is pushed when the block ends without an error.
 
-    After an error it stays, and the same command goes on with it.
+    After an error it stays, and the same command goes on with it. A model card that came along with a base's files
+    tells of the base: one of what was made takes its place, with its licence.
+
+    Args:
+        name: of the place.
+        overwrite: replace what is there.
+        sources: what it is made from; a licence that all their cards name is passed on.
 
     Raises:
         AdapterkitError: as for `push`; no access to the place is said before anything is written.
     """
     uri = parse(name)
     remote = remote_at(uri)
+    remote.check_writable()
     _ = remote.there()
     folder = cache_folder() / "outgoing" / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(error, folder) from error
-    yield folder / "out"
+    out = folder / "out"
+    yield out
+    licence = _licence([*map(located, sources), out] if (out / CARD).is_file() else [*map(located, sources)])
+    if out.is_dir():
+        (out / CARD).unlink(missing_ok=True)
     try:
-        push(folder / "out", uri, overwrite=overwrite)
+        push(out, uri, overwrite=overwrite, licence=licence)
     except StorageError as error:
         if error.path == str(uri):
             # It is there with other content: to go on would meet the same.
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _licence(sources: Sequence[Path]) -> str | None:
+    """The one licence of all sources; None where one has none, or they differ: whoever pushes has to choose."""
+    found = {licence_at(source) for source in sources}
+    return found.pop() if len(found) == 1 else None

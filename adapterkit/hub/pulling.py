@@ -22,7 +22,7 @@ from ..tensors.atomic import sync_folder
 from ..tensors.locations import NOTE, Source, source_of
 from .hubs import remote_at
 from .remote import Remote, RemoteFile, largest_first
-from .transfer import fetch
+from .transfer import ASKED, fetch
 from .uris import Uri, parse
 
 Progress = Callable[[int, int], None]
@@ -161,12 +161,13 @@ class _Transfer:
         for name, file in wanted.items():
             self.names.setdefault(file.digest, []).append(name)
         self.files = largest_first(list({file.digest: file for file in wanted.values()}.values()))
-        self.total, self.done, self.found = sum(file.size for file in self.files), 0, 0
+        self.total, self.done, self.found, self.asked = sum(file.size for file in self.files), 0, 0, ASKED
         self.lock, self.stop = threading.Lock(), threading.Event()
 
     def run(self) -> int:
         """Fetches all; returns the bytes that were sent."""
         missing = [file for file in self.files if not self._finished(file)]
+        self.asked = ASKED // max(1, min(CONNECTIONS, len(missing)))
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             try:
                 self._watch({pool.submit(self._one, file) for file in missing})
@@ -196,7 +197,7 @@ class _Transfer:
         left = part.stat().st_size if part.exists() else 0
         with self.lock:
             self.found += left if left <= file.size else 0
-        fetch(self.remote, file, part, self._count)
+        fetch(self.remote, file, part, self._count, self.asked)
         first, *others = [self.stage / "out" / name for name in self.names[file.digest]]
         for copy in others:
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import StorageError, UnknownFormat, UsageError
 from ..merging.planning import REPORT
-from ..tensors.locations import source_of
-from .card import adapter_card, licence_of, model_card
+from ..tensors.locations import located, source_of
+from .card import adapter_card, licence_at, model_card
 from .digests import check_listed, digests_of
 from .hubs import remote_at
 from .names import check_names
@@ -93,7 +93,7 @@ def push(
     Without a README.md, here and there, a model card is generated.
 
     Args:
-        path: an adapter in any format, or a base: file or folder. Hidden files stay here.
+        path: an adapter in any format, or a base: file, folder or a place on a hub. Hidden files stay here.
         uri: `hf://org/repo[@branch][/folder]`, `oci://registry/name:tag`, or of another hub.
         format: push the adapter in this format; as it lies there if absent.
         base: the base, where writing that format needs one.
@@ -101,7 +101,8 @@ def push(
         private: a repository that has to be made is private.
         tag: set this tag on the commit.
         message: of the commit.
-        licence: an identifier such as `apache-2.0` for the generated card.
+        licence: an identifier such as `apache-2.0` for the generated card; the one that a card at `path` names, if
+            absent.
         overwrite: replace files that are there with other content; without it they are an error.
         dry_run: look, and write nothing.
         token: a token; what the hub's own tools use if absent.
@@ -113,10 +114,12 @@ def push(
         Corrupt: what the hub lists afterwards is not what was pushed.
     """
     target = parse(uri) if isinstance(uri, str) else uri
+    remote = remote_at(target, token)
+    remote.check_writable()
     with tempfile.TemporaryDirectory(prefix="adapterkit-") as scratch:
-        source = Path(path) if format is None else _converted(path, Path(scratch), format, base, on_loss)
-        remote = remote_at(target, token)
-        payload = _payload(source, remote, licence)
+        here = located(path)
+        source = here if format is None else _converted(path, Path(scratch), format, base, on_loss)
+        payload = _payload(source, remote, licence or licence_at(here))
         there = remote.there()
         state = _compare(payload, there or {}, remote)
         _refuse(state, target, overwrite)
@@ -126,7 +129,7 @@ def push(
             tag = _tag(remote, tag, commit) if commit else None
             place = str(target if commit is None else target.at(commit))
             return Pushed(place, commit, there is None, *kinds, payload.card, tag, dry_run)
-        changed, words = [*state["added"], *state["replaced"]], message or f"Push {source.name} with adapterkit"
+        changed, words = [*state["added"], *state["replaced"]], message or f"Push {Path(path).name} with adapterkit"
         commit = remote.send(payload.files, changed, payload.digests(), words, private)
         check_listed(remote_at(target.at(commit), token), payload.digests())
         tag = _tag(remote, tag, commit)
@@ -135,11 +138,11 @@ def push(
 
 def _converted(path: str | os.PathLike[str], scratch: Path, name: str, base: Any, on_loss: str) -> Path:
     """The adapter in another format, in a scratch folder."""
-    from ..formats import read, write
+    from ..formats import FORMATS, read, write
 
     out = scratch / "adapter"
     out.mkdir()
-    write(read(path, base=base), out, name, base, on_loss)
+    write(read(path, base=base), out / FORMATS[name].file, name, base, on_loss)
     return out
 
 
@@ -147,11 +150,10 @@ def _payload(source: Path, remote: Remote, licence: str | None) -> _Payload:
     """The files, and a card for the repository's root where there is none."""
     files, target = _files(source), remote.uri
     check_names(files)
-    card = files.get(CARD)
-    text = _card(source, target, licence or (licence_of(card.read_text("utf-8")) if card else None))
+    text = _card(source, target, licence)
     prefix = f"{target.path}/" if target.path else ""
     payload = _Payload({f"{prefix}{name}": path for name, path in files.items()})
-    if card is None and (not prefix or remote.cards_below):
+    if CARD not in files and (not prefix or remote.cards_below):
         payload.card, payload.files[prefix + CARD] = text, text.encode()
     return payload
 

@@ -64,13 +64,22 @@ def needed(remote: Remote) -> dict[str, RemoteFile]:
     path = remote.uri.path
     if len(found) == 1 and path and next(iter(found.values())).path == path:
         beside = {str(PurePosixPath(path).with_name(name)): name for name in COMPANIONS}
-        return found | {beside[file.path]: file for file in remote.files if file.path in beside}
+        companions = {beside[file.path]: file for file in remote.files if file.path in beside}
+        return found | companions | _data_of(remote, PurePosixPath(path))
     suffixes = {name: PurePosixPath(name).suffix for name in found}
     if ".safetensors" in suffixes.values():
         found = {name: file for name, file in found.items() if suffixes[name] not in OTHER_FORMS}
     if any("/" not in name and suffixes[name] in WEIGHTS for name in found):
         found = {name: file for name, file in found.items() if "/" not in name or suffixes[name] not in WEIGHTS}
     return found
+
+
+def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
+    """The files that a graph's numbers may lie in: beside it, and called by its name with more behind it."""
+    if graph.suffix != ".onnx":
+        return {}
+    near = [file for file in remote.files if PurePosixPath(file.path).parent == graph.parent]
+    return {name: file for file in near if (name := PurePosixPath(file.path).name).startswith(graph.stem)}
 
 
 @contextmanager

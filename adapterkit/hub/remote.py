@@ -162,6 +162,16 @@ class Remote(ABC):
         except RemoteNotFound:
             return None
 
+    def check_writable(self) -> None:
+        """Checks that things can be pushed to places of this kind.
+
+        Raises:
+            Unsupported: they cannot.
+        """
+        if type(self).send is Remote.send:
+            why = f"nothing can be pushed to a place of the kind {self.uri.scheme}://"
+            raise Unsupported(why, path=str(self.uri), cure="Push to hf://, oci:// or s3://")
+
     def send(
         self, files: Mapping[str, Content], changed: Sequence[str], found: Mapping[str, Digests], message: str,
         private: bool,
@@ -178,8 +188,8 @@ class Remote(ABC):
         Returns:
             the commit.
         """
-        why = f"nothing can be pushed to a place of the kind {self.uri.scheme}://"
-        raise Unsupported(why, path=str(self.uri), cure="Push to hf://, oci:// or s3://")
+        self.check_writable()
+        raise AssertionError("a class that says that it can be pushed to does it itself")
 
     def kept(self) -> str:
         """The commit of what is there already; a branch that has to be made is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from ..errors import AdapterkitError, Corrupt, NetworkError, storage_error
 from .digests import hasher
@@ -13,11 +13,17 @@ from .remote import Remote, RemoteFile
 from .retries import ATTEMPTS, Passing, pause
 
 CHUNK = 1 << 20
+ASKED = 16 << 20
+"""Bytes that are asked for and not yet here, at most, of all files together: what a kill can cost.
+
+An open answer would be sent ahead into the buffers of both ends and of the line, which nobody bounds.
+"""
+
 ANEW = 3
 """How often a file whose bytes came wrong is fetched from its start."""
 
 
-def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], None]) -> None:
+def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], None], asked: int = ASKED) -> None:
     """Fetches a file into `part`, from where `part` ends; when this returns, the file is whole, right and durable.
 
     Args:
@@ -25,6 +31,7 @@ def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], N
         file: what to fetch.
         part: the partial file; what it holds already is hashed, not fetched again.
         count: told the bytes that are done, and negative numbers where some must be fetched again; raises to stop.
+        asked: bytes of one request; none is made before those of the last one are in the file.
 
     Raises:
         Corrupt: the bytes do not have the promised digest, however often they are fetched.
@@ -32,7 +39,7 @@ def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], N
         StorageError: the partial file cannot be written.
     """
     for _ in range(ANEW):
-        if _fetched(remote, file, part, count):
+        if _Fetching(remote, file, count, asked).into(part):
             return
         count(-part.stat().st_size)
         part.unlink()
@@ -64,62 +71,70 @@ def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> byt
     return remote.call(act) if length else b""
 
 
-def _fetched(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], None]) -> bool:
-    """Fetches what is missing; whether the whole then has its digest."""
-    digest = hasher(file.digest, file.size)
-    try:
-        with open(part, "a+b") as target:
-            _replay(target, file, digest, count)
-            _rest(remote, file, target, digest, count)
-            target.flush()
-            os.fsync(target.fileno())
-    except OSError as error:
-        raise storage_error(error, part) from error
-    return digest is None or bool(digest.hexdigest() == file.digest.partition(":")[2])
+class _Fetching:
+    """One try at a file: what its partial file holds is hashed, and the rest is asked for, piece by piece."""
 
+    def __init__(self, remote: Remote, file: RemoteFile, count: Callable[[int], None], asked: int) -> None:
+        self.remote, self.file, self.count, self.asked = remote, file, count, asked
+        self.digest, self.done = hasher(file.digest, file.size), 0
 
-def _replay(target: Any, file: RemoteFile, digest: Any, count: Callable[[int], None]) -> None:
-    """Hashes what an earlier run left; more than the whole file cannot be right and is thrown away."""
-    if target.seek(0, os.SEEK_END) > file.size:
-        target.truncate(0)
-    target.seek(0)
-    while chunk := target.read(CHUNK):
-        if digest is not None:
-            digest.update(chunk)
-        count(len(chunk))
-
-
-def _rest(remote: Remote, file: RemoteFile, target: Any, digest: Any, count: Callable[[int], None]) -> None:
-    """Streams the rest. Attempts are counted anew whenever some bytes came: a bad line is slow, not hopeless."""
-    done, attempt = target.tell(), 0
-    while done < file.size:
-        before = done
+    def into(self, part: Path) -> bool:
+        """Fetches what is missing; whether the whole then has its digest."""
         try:
-            for chunk in _chunks(remote, file, done):
+            with open(part, "a+b") as target:
+                self._replay(target)
+                self._rest(target)
+                os.fsync(target.fileno())
+        except OSError as error:
+            raise storage_error(error, part) from error
+        return self.digest is None or self.digest.hexdigest() == self.file.digest.partition(":")[2]
+
+    def _replay(self, target: BinaryIO) -> None:
+        """Hashes what an earlier run left; more than the whole file cannot be right and is thrown away."""
+        if target.seek(0, os.SEEK_END) > self.file.size:
+            target.truncate(0)
+        target.seek(0)
+        while chunk := target.read(CHUNK):
+            self._held(chunk)
+
+    def _rest(self, target: BinaryIO) -> None:
+        """Attempts are counted anew whenever some bytes came: a bad line is slow, not hopeless."""
+        attempt = 0
+        while self.done < self.file.size:
+            before, end = self.done, min(self.done + self.asked, self.file.size)
+            met = self._piece(target, end)
+            attempt = 0 if self.done >= min(end, before + CHUNK) else attempt + 1
+            if self.done < end and (attempt >= ATTEMPTS or not pause(attempt, met.wait)):
+                raise NetworkError(f"gave up: {met}", path=str(self.remote.uri), where=self.file.path, cure=_AGAIN)
+
+    def _piece(self, target: BinaryIO, end: int) -> Passing:
+        """Takes what comes of one request; what ended it, if it ended early."""
+        try:
+            for chunk in _chunks(self.remote, self.file, self.done, end):
                 target.write(chunk)
-                if digest is not None:
-                    digest.update(chunk)
-                done += len(chunk)
-                count(len(chunk))
-            met: Passing | None = Passing("the connection ended early")
+                self._held(chunk)
         except AdapterkitError:
             raise
         except Exception as error:
-            met = remote.passing(error)
+            met = self.remote.passing(error)
             if met is None:
-                raise _failed(remote, error) from None
-        attempt = 0 if done - before >= CHUNK else attempt + 1
-        if done < file.size and (attempt >= ATTEMPTS or not pause(attempt, met.wait if met else None)):
-            raise NetworkError(f"gave up: {met}", path=str(remote.uri), where=file.path, cure=_AGAIN)
+                raise self.remote.failure(error) or error from None
+            return met
+        finally:
+            # What came is to be found by the next process, whatever becomes of this one.
+            target.flush()
+        return Passing("the connection ended early")
+
+    def _held(self, chunk: bytes) -> None:
+        if self.digest is not None:
+            self.digest.update(chunk)
+        self.done += len(chunk)
+        self.count(len(chunk))
 
 
-def _failed(remote: Remote, error: Exception) -> Exception:
-    return remote.failure(error) or error
-
-
-def _chunks(remote: Remote, file: RemoteFile, start: int) -> Iterator[bytes]:
-    """The bytes of a file from `start`, never more than it has."""
-    with remote.opened(file, start, None) as (begin, coming):
+def _chunks(remote: Remote, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
+    """The bytes of a file from `start` to `end`, or to its own end where the hub heeds no ranges; never more."""
+    with remote.opened(file, start, end if end < file.size else None) as (begin, coming):
         if not 0 <= begin <= start:
             raise Passing("the hub did not send the range that was asked for")
         skip, left = start - begin, file.size - start

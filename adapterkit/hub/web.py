@@ -75,10 +75,22 @@ def range_header(start: int, end: int | None) -> dict[str, str]:
 
 
 def is_transport(error: Exception) -> bool:
-    """Whether an exception is a fault of the connection."""
+    """Whether an exception is a fault of the connection, and not the word of who wants none."""
     from huggingface_hub.utils import httpx
 
-    return isinstance(error, (httpx.TransportError, ConnectionError))
+    return isinstance(error, (httpx.TransportError, ConnectionError)) and not is_offline(error)
+
+
+def is_offline(error: Exception) -> bool:
+    """Whether a request was not made because offline mode is on."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return isinstance(error, OfflineModeIsEnabled)
+
+
+def offline(place: str) -> NetworkError:
+    """The words for what offline mode forbids."""
+    return NetworkError("offline mode is on", path=place, cure="Unset HF_HUB_OFFLINE, or name a local path")
 
 
 def redacted(text: str, token: str | None) -> str:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from ..errors import Malformed, StorageError, Unsupported, UsageError, storage_error
 from ..tensors.atomic import replacing, write_bytes
 from ..tensors.checkpoint import contained
+from ..tensors.locations import located
 from .building import OPSET
 from .changes import Changed
 from .streaming import alignment, placed, streamed, worked_out
@@ -53,13 +54,14 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> Source:
 
     Raises:
         StorageError: it cannot be read.
+        NetworkError: it is on a hub and cannot be fetched.
         Malformed: it is no model, or its data is missing, too short, or outside its folder.
         Unsupported: its operators are too old to be converted.
     """
     if isinstance(model, ir.Model):
         copy = model.clone()
         return Source(_modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
-    path = Path(model)
+    path = located(model)
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, Malformed, StorageError, Unsupported, UsageError, nearest, storage_error
+from ..tensors.locations import located
 from .exporting import export
 from .injecting import Report
 from .tracing import quiet
@@ -82,7 +83,7 @@ def export_pretrained(
         Unsupported: a kind of model that this does not know.
         And what `export` raises; `out` is left as it was.
     """
-    source, target = Path(model), Path(out)
+    source, target = located(model), Path(out)
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", where="dtype", cure=f"Known: {', '.join(DTYPES)}")
     if find_spec("transformers") is None:

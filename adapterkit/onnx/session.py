@@ -20,6 +20,7 @@ import numpy as np
 from ..adapter import Adapter
 from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError, nearest
 from ..tensors.lazy import as_array
+from ..tensors.locations import located
 from ..tensors.ort_adapter import is_ort_adapter, read_ort_adapter
 from .building import Array
 from .fitting import fit
@@ -59,7 +60,7 @@ class Session:
         self, model: str | PathLike[str], adapters: Mapping[str, Adapter | str | PathLike[str]] | None = None, *,
         providers: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
-        self._path = Path(model)
+        self._path = located(model)
         opened(self._path)  # Data files outside the model's folder, or too short, are refused before any is read.
         self._session = _started(self._path, providers)
         self._entries = {entry.name: entry for entry in self._session.get_inputs()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -124,15 +124,22 @@ def is_address(name: str | os.PathLike[str]) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(name)) is not None and is_remote(name)
 
 
-def outgoing(name: str | os.PathLike[str], *, overwrite: bool = False) -> AbstractContextManager[Path]:
+def outgoing(
+    name: str | os.PathLike[str], *, overwrite: bool = False, sources: Sequence[str | os.PathLike[str]] = ()
+) -> AbstractContextManager[Path]:
     """A local path to write what shall be on a hub; it is pushed when the block ends without an error.
 
     The path is the same for the same name, so that what an interrupted run left there is found again.
 
+    Args:
+        name: of the place.
+        overwrite: replace what is there.
+        sources: what it is made from; a licence that all their model cards name is passed on.
+
     Raises:
         AdapterkitError: as for `adapterkit.hub.push`; before anything is written, where it is known by then.
     """
-    found: AbstractContextManager[Path] = import_module("adapterkit.hub").outgoing(os.fspath(name), overwrite)
+    found: AbstractContextManager[Path] = import_module("adapterkit.hub").outgoing(os.fspath(name), overwrite, sources)
     return found
 
 

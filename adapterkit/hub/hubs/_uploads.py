@@ -1,7 +1,8 @@
 """Blobs to a registry: only those that it lacks, in chunks; a chunk that was lost is sent again, not the blob.
 
 Source: https://github.com/opencontainers/distribution-spec/blob/main/spec.md, "Pushing a blob in chunks". Where
-an upload stands is remembered, so that another process goes on with it.
+an upload stands is remembered, so that another process goes on with it. A registry may refuse an upload of which it got
+more than it could say (Docker's 2.8 does, after half a chunk or a lost answer): then the blob is begun again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .oci import Distribution
 
 CHUNK = 16 << 20
-ANEW = 3
+ANEW = 6
 """How often a blob is begun again, where the registry has forgotten or damaged it."""
 
 

@@ -18,7 +18,7 @@ from ..names import check_name
 from ..remote import Content, Digests, Remote, RemoteFile
 from ..retries import PASSING, Passing, retry_after
 from ..uris import Uri
-from ..web import CHUNK, answered, begins_at, is_transport, range_header, redacted
+from ..web import CHUNK, answered, begins_at, is_offline, is_transport, offline, range_header, redacted
 from . import _committing
 
 if TYPE_CHECKING:
@@ -91,13 +91,11 @@ class HuggingFace(Remote):
             yield begins_at(response), response.iter_raw(CHUNK)
 
     def passing(self, error: Exception) -> Passing | None:
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+        from huggingface_hub.errors import HfHubHTTPError
 
         error = _cause(error)
         if isinstance(error, Passing):
             return error
-        if isinstance(error, OfflineModeIsEnabled):
-            return None
         if isinstance(error, HfHubHTTPError):
             response = error.response
             told = response is not None and response.status_code in PASSING
@@ -109,8 +107,8 @@ class HuggingFace(Remote):
         from huggingface_hub.utils import httpx
 
         place, error = str(self.uri), _cause(error)
-        if isinstance(error, errors.OfflineModeIsEnabled):
-            return NetworkError("offline mode is on", path=place, cure="Unset HF_HUB_OFFLINE, or name a local path")
+        if is_offline(error):
+            return offline(place)
         if isinstance(error, errors.HfHubHTTPError):
             return self._refusal(error, errors)
         if isinstance(error, (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, Passing, TimeoutError)):

@@ -1,6 +1,6 @@
 """ModelScope: `modelscope://org/repo[@revision][/path]`, read by its own light client, the package modelscope-hub.
 
-Its environment holds (MODELSCOPE_API_TOKEN, MODELSCOPE_DOMAIN). Files are verified by the sha256 that the hub lists.
+Its environment holds (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT). Files are verified by the sha256 that the hub lists.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class ModelScope(Listing):
         if isinstance(error, Passing):
             return error
         lost = isinstance(error, ConnectionError) or type(error).__name__ in _LOST
-        return Passing("the connection was lost") if lost or _status(error) in PASSING else None
+        wait = getattr(error, "retry_after", None)
+        return Passing("the connection was lost", wait) if lost or _status(error) in PASSING else None
 
     def failure(self, error: Exception) -> AdapterkitError | None:
         """By the kind of the client's error alone: its words may hold addresses with signatures."""

@@ -29,7 +29,7 @@ from ..digests import digests_of
 from ..remote import Content, Digests, Remote, RemoteFile, unreachable
 from ..retries import Passing
 from ..uris import Uri
-from ..web import CHUNK, answered, begins_at, is_transport, origin, range_header, redacted
+from ..web import CHUNK, answered, begins_at, is_offline, is_transport, offline, origin, range_header, redacted
 from . import _modelpack, _uploads
 from ._admission import Admission, is_near
 
@@ -157,12 +157,11 @@ class Distribution(Remote):
         return Passing("the connection was lost") if is_transport(error) else None
 
     def failure(self, error: Exception) -> AdapterkitError | None:
-        from huggingface_hub.errors import OfflineModeIsEnabled
         from huggingface_hub.utils import httpx
 
         place = str(self.uri)
-        if isinstance(error, OfflineModeIsEnabled):
-            return NetworkError("offline mode is on", path=place, cure="Unset HF_HUB_OFFLINE, or name a local path")
+        if is_offline(error):
+            return offline(place)
         if isinstance(error, Refused):
             return self._refusal(error)
         if isinstance(error, (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, Passing, TimeoutError)):

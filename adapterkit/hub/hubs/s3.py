@@ -3,6 +3,9 @@
 A push leaves a list of the files with their digests beside them. It says that a push is under way from before the first
 file to after the last, and is claimed by create-if-absent or by a condition on what was seen, so that two pushes do not
 mix and nobody takes half of one for the whole. Without a list, files are read as they lie and only sizes are checked.
+
+Objects are read by signed addresses over the HTTP that all hubs share. The store's own requests are for the rest:
+lists, and uploads with a sha256 that S3 holds against what arrives. It knows no Retry-After: it waits longer each time.
 """
 
 from __future__ import annotations
@@ -10,20 +13,26 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ...errors import AccessDenied, AdapterkitError, Corrupt, NetworkError, RemoteNotFound, Unsupported, UsageError
 from ...tensors.strict_json import load_json
-from ..remote import Content, Digests, RemoteFile
+from .. import retries
+from ..remote import Content, Digests, RemoteFile, unreachable
 from ..retries import Passing
 from ..uris import Address, Uri, address
+from ..web import CHUNK as PIECE
+from ..web import answered, begins_at, is_offline, is_transport, offline, range_header
 from ._admission import is_near
 from ._listings import Listing, unknown
 
 if TYPE_CHECKING:
+    import httpx2
     from obstore.store import S3Store
 
 LIST = ".adapterkit-files.json"
@@ -31,6 +40,18 @@ MAX_LIST = 64 << 20
 CHUNK = 8 << 20
 MULTIPART = 64 << 20
 """Bytes above which a file is sent in parts."""
+
+
+SIGNED = timedelta(minutes=15)
+"""How long a signed address holds; each request has one of its own."""
+
+
+class Refused(Exception):
+    """An answer that is a refusal."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(str(status))
+        self.status = status
 
 
 class S3(Listing):
@@ -50,7 +71,12 @@ class S3(Listing):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         plain = endpoint.startswith("http://") and is_near(endpoint.removeprefix("http://").partition("/")[0])
         options: dict[str, Any] = {"client_options": {"allow_http": True}} if plain else {}
+        options["retry_config"] = _patience()
         self.store: S3Store = S3Store(uri.repo, config={"checksum_algorithm": "SHA256"}, **options)
+        self.anonymous = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y")
+        # Where nothing is to be signed, the address is wanted alone.
+        keys: Any = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
+        self.signer: S3Store = S3Store(uri.repo, config=keys, **options) if self.anonymous else self.store
 
     @classmethod
     def named(cls, rest: str) -> Uri | None:
@@ -72,12 +98,26 @@ class S3(Listing):
         return None
 
     def _got(self, key: str) -> tuple[bytes, str | None]:
+        with self._asked("GET", key, {}) as response:
+            body = b""
+            for chunk in response.iter_raw(PIECE):
+                body += chunk
+                if len(body) > MAX_LIST:
+                    why = "the list of files is unreasonably large"
+                    raise Corrupt(why, path=str(self.uri), where=key, cure=_PUSH_AGAIN)
+            return body, response.headers.get("ETag")
+
+    @contextmanager
+    def _asked(self, method: str, key: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+        """An open answer that is no refusal."""
         import obstore
 
-        got = obstore.get(self.store, key)
-        if got.meta["size"] > MAX_LIST:
-            raise Corrupt("the list of files is unreasonably large", path=str(self.uri), where=key, cure=_PUSH_AGAIN)
-        return bytes(got.bytes()), got.meta["e_tag"]
+        url: str = obstore.sign(self.signer, method, key, SIGNED)  # type: ignore[call-overload]
+        url = url.partition("?")[0] if self.anonymous else url
+        with answered(method, url, headers, {}, str(self.uri)) as response:
+            if response.status_code >= 400:
+                raise Refused(response.status_code)
+            yield response
 
     def listed(self) -> list[RemoteFile]:
         if self._list is None:
@@ -112,11 +152,8 @@ class S3(Listing):
 
     @contextmanager
     def opened(self, file: RemoteFile, start: int, end: int | None) -> Iterator[tuple[int, Iterator[bytes]]]:
-        import obstore
-
-        options: Any = {"range": {"offset": start} if end is None else (start, end)} if start or end else {}
-        got = obstore.get(self.store, file.path, options=options)
-        yield start, (bytes(chunk) for chunk in got.stream(min_chunk_size=1 << 20))
+        with self._asked("GET", file.path, range_header(start, end)) as response:
+            yield begins_at(response), response.iter_raw(PIECE)
 
     def there(self) -> Mapping[str, RemoteFile] | None:
         """What a push meets; of one that was interrupted, what was there before it."""
@@ -128,19 +165,20 @@ class S3(Listing):
         self, files: Mapping[str, Content], changed: Sequence[str], found: Mapping[str, Digests], message: str,
         private: bool,
     ) -> str:  # fmt: skip
-        import obstore
-
         before = {file.path: file for file in (self.there() or {}).values() if file.verifiable}
         claim = self._claim(_entries(before, self.uri.path))
         for name in changed:
             content = files[name]
             self._do(lambda name=name, content=content: self._put(name, content))
-            size = self._do(lambda name=name: obstore.head(self.store, name)["size"])
-            if size != found[name][0]:
+            if self._do(lambda name=name: self._size(name)) != found[name][0]:
                 raise Corrupt("has another size there than here", path=str(self.uri), where=name, cure=_PUSH_AGAIN)
         sent = {name: RemoteFile(name, size, sha) for name, (size, sha, _) in found.items()}
         self._write({"state": "whole", "files": _entries(before | sent, self.uri.path)}, claim)
         return S3(Address(self.uri.repo, None, self.uri.path, "s3")).commit
+
+    def _size(self, name: str) -> int:
+        with self._asked("HEAD", name, {}) as response:
+            return int(response.headers.get("Content-Length", -1))
 
     def _put(self, name: str, content: Content) -> None:
         import obstore
@@ -151,7 +189,8 @@ class S3(Listing):
     def _claim(self, before: Mapping[str, Any]) -> str | None:
         own = self._list is not None and self._list[0] == self._key(LIST)
         tag = self._list[2] if own and self._list is not None else None
-        return self._write({"state": "pushing", "files": before}, tag)
+        # The name of this push tells its claim from another's that says the same.
+        return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
 
     def _write(self, told: Mapping[str, Any], tag: str | None) -> str | None:
         """Writes the list where it is still what it was when it was seen, or still absent; its new tag."""
@@ -160,34 +199,66 @@ class S3(Listing):
         mode: Any = "create" if tag is None else {"e_tag": tag}
         data = json.dumps(told, sort_keys=True, indent=1).encode()
         key = self._key(LIST)
-        tag_now: str | None = self._do(
-            lambda: obstore.put(self.store, key, data, mode=mode, use_multipart=False)["e_tag"]
-        )
-        return tag_now
+        try:
+            written: str | None = self._do(
+                lambda: obstore.put(self.store, key, data, mode=mode, use_multipart=False)["e_tag"]
+            )
+        except NetworkError as error:
+            # Where the answer was lost, a later attempt meets what this one wrote.
+            there, written = self._there(key)
+            if there != data:
+                raise error from None
+        return written
+
+    def _there(self, key: str) -> tuple[bytes | None, str | None]:
+        try:
+            return self._do(lambda: self._got(key))  # type: ignore[no-any-return]
+        except AdapterkitError:
+            return None, None
 
     def _do(self, act: Any) -> Any:
         return self.call(act)
 
     def passing(self, error: Exception) -> Passing | None:
-        # The store itself tries again; what ends in the middle of a file is gone on with from there.
+        # The store itself has tried its own requests again.
         if isinstance(error, Passing):
             return error
-        lost = type(error).__name__ == "GenericError" and "body" in str(error)
-        return Passing("the connection was lost") if lost or isinstance(error, ConnectionError) else None
+        return Passing("the connection was lost") if is_transport(error) else None
 
     def failure(self, error: Exception) -> AdapterkitError | None:
         """By the kind of the store's error alone: its words hold addresses, keys and signatures."""
         place, kind = str(self.uri), type(error).__name__
-        if kind in ("NotFoundError", "FileNotFoundError"):
+        if is_offline(error):
+            return offline(place)
+        status = _status(error)
+        if status == 404 or kind in ("NotFoundError", "FileNotFoundError"):
             return RemoteNotFound("nothing is there", path=place, cure="Check the spelling of the bucket and the path")
-        if kind in ("PermissionDeniedError", "UnauthenticatedError"):
+        if status in (401, 403) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
             return AccessDenied("access is denied", path=place, cure=_CREDENTIALS)
         if kind in ("AlreadyExistsError", "PreconditionError"):
             cure = "Look at what is there now, and run the same command again"
             return NetworkError("somebody else pushed meanwhile", path=place, cure=cure)
-        if isinstance(error, Passing) or type(error).__module__.startswith(("obstore", "builtins.pyo3")):
+        if status is not None:
+            return NetworkError(f"the store answered {status}", path=place, cure=_CREDENTIALS)
+        if is_transport(error) or isinstance(error, (Passing, TimeoutError)):
+            return unreachable(place, "the store", error)
+        if type(error).__module__.startswith(("obstore", "builtins.pyo3")):
             return NetworkError(f"the store cannot be reached or refuses ({kind})", path=place, cure=_CREDENTIALS)
         return None
+
+
+def _status(error: Exception) -> int | None:
+    """The status of a refusal; the store keeps it in its words."""
+    if isinstance(error, Refused):
+        return error.status
+    told = re.search(r"non-2xx status code: (\d{3})", str(error))
+    return int(told[1]) if told else None
+
+
+def _patience() -> dict[str, Any]:
+    """The waits of all hubs, in the store's words."""
+    waits = {"init_backoff": timedelta(seconds=retries.FIRST_WAIT), "max_backoff": timedelta(seconds=30), "base": 2}
+    return {"max_retries": retries.ATTEMPTS - 1, "backoff": waits, "retry_timeout": timedelta(minutes=3)}
 
 
 def _entries(files: Mapping[str, RemoteFile], folder: str) -> dict[str, dict[str, Any]]:
