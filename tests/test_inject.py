@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
@@ -18,6 +19,7 @@ OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", 
 IDS = torch.tensor([[0, 3], [15, 7]])
 LAYERS = {
     "linear": (lambda: nn.Linear(16, 8), (2, 16), "out *in"),
+    "stored in, out": (lambda: Conv1D(8, 16), (2, 16), "in out *k"),
     "conv1d": (lambda: nn.Conv1d(16, 8, 3, padding=1, padding_mode="reflect"), (2, 16, 6), "out *in"),
     "conv2d": (lambda: nn.Conv2d(16, 8, 3, stride=2, dilation=2, padding=2), (2, 16, 6, 6), "out *in"),
     "conv3d": (lambda: nn.Conv3d(16, 8, 2, padding="same", padding_mode="circular"), (1, 16, 4, 4, 4), "out *in"),
@@ -71,6 +73,31 @@ def test_forward_is_merging_and_removing_leaves_no_trace(method, kind, data, mad
         assert torch.equal(model(x), y)
         merge(model, update, layout)
         close(got, model(x), y, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("method", OF_WEIGHTS)
+@settings(max_examples=3)
+@given(data=st.data())
+def test_rows_of_an_attentions_fused_weight(method, data, made, close):
+    """The keys of `nn.MultiheadAttention` alone, whose weight is rows of a parameter that no layer of its own holds."""
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2, batch_first=True)}).double().eval()
+    attn, x = model["attn"], torch.randn(2, 3, 16, dtype=torch.float64)
+    update = data.draw(made.updates(method=method, kernel=()))
+    target = Target("attn.in_proj_weight", rows=(16, 24))
+    if not made.takes(update, (8, 16)):
+        return
+    y = attn(x, x, x)[0]
+    handle = ak.torch.inject(model, Adapter({target: (update,)}))
+    got = attn(x, x, x)[0]
+    handle.remove()
+    assert torch.equal(attn(x, x, x)[0], y)
+    rows = slice(*target.rows)
+    with torch.no_grad():
+        W, b = attn.in_proj_weight[rows].clone(), attn.in_proj_bias[rows].clone()
+        loaded = update.map(lambda leaf: as_torch(leaf, dtype=torch.float64)).settled(W)
+        attn.in_proj_weight[rows] = loaded.new_weight(W) if loaded.changes_weight else W
+        attn.in_proj_bias[rows] = loaded.new_bias(b) if loaded.changes_bias else b
+    close(got, attn(x, x, x)[0], y, tolerance=1e-10)
 
 
 def trace(model):

@@ -15,7 +15,7 @@ from adapterkit.methods import METHODS
 from adapterkit.tensors.lazy import as_lazy
 
 OF_LAYERS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight", "output")]
-ROUTED = ["alora", "arrow", "poly", "xlora"]
+ROUTED = ["alora", "arrow", "poly", "shadow", "xlora"]
 """Methods that choose by what the model was called with, or the best of several: no graph says how, yet."""
 
 OPEN = ["adalora", "bottleneck", "dense", "hira", "ia3", "lora", "lora_xs", "vera"]

@@ -61,7 +61,7 @@ TENSOR_FAULTS = {
     "another rank": (TENSORS | {A: ones(3, 6), B: ones(4, 3)}, ShapeMismatch, A),
     "ranks that differ": (TENSORS | {B: ones(4, 3)}, ShapeMismatch, B),
     "a shard": (TENSORS | {A: ones(12)}, ShapeMismatch, A),
-    "a grouped convolution": (TENSORS | {A: ones(2, 6, 3), B: ones(4, 1, 1)}, Unsupported, B),
+    "a convolution in no groups": (TENSORS | {A: ones(2, 6, 3), B: ones(4, 3, 1)}, ShapeMismatch, B),
     "an output that is no mix": (TENSORS | {A: ones(2, 6, 3), B: ones(4, 2, 3)}, ShapeMismatch, B),
     "a single number": (TENSORS | {f"{PREFIX}scale": np.array(1, np.float32)}, Unsupported, "scale"),
     "token rows without numbers": (
@@ -89,7 +89,6 @@ def test_faults_of_tensors(fault, tmp_path):
 CONFIG_FAULTS = {
     "no type": (without(CONFIG, "peft_type"), Malformed, "peft_type"),
     "an unknown type": (CONFIG | {"peft_type": "FOO"}, Unsupported, "peft_type"),
-    "a second network": (CONFIG | {"peft_type": "SHADOW"}, Unsupported, "peft_type"),
     "an unknown field": (CONFIG | {"use_superlora": True}, Unsupported, "use_superlora"),
     "aLoRA of no tokens": (CONFIG | {"alora_invocation_tokens": []}, Malformed, None),
     "aLoRA with another law": (

@@ -1,4 +1,4 @@
-"""Routed laws against PEFT: what they compute, what is read and written, what they ask of a call, and generation."""
+"""Routed laws and Shadow against PEFT: what they compute, what is read and written, what they ask of a call."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from peft import LilyConfig, PeftModel, PolyConfig, get_peft_model
+from peft import LilyConfig, PeftModel, PolyConfig, ShadowConfig, get_peft_model
 from peft_cases import gpt2, llama
 from peft_cases.built_in import lora
 from safetensors.torch import load_file, save_file
@@ -43,6 +43,13 @@ def lily(**options):
     return LilyConfig(**given | options)
 
 
+def shadow(**options):
+    return ShadowConfig(**{"task_type": "CAUSAL_LM", "init_weights": False, "r": 3, "shadow_alpha": 0.7, **options})
+
+
+SMALL = {"shadow_hidden_size": 4, "shadow_num_attention_heads": 2, "shadow_intermediate_size": 6}
+"""A network that is narrower than its base."""
+
 CASES = {
     "alora": (llama, alora(), {}),
     "alora of all": (llama, alora(target_modules="all-linear", rank_pattern={"up_proj": 2}, use_rslora=True), {}),
@@ -54,6 +61,11 @@ CASES = {
     "lily": (llama, lily(target_modules=["q_proj", "v_proj"]), {}),
     "lily that shares": (llama, lily(target_modules=["self_attn.q_proj", "up_proj", "k_proj"], stride_A=2), {}),
     "lily of a pattern": (llama, lily(target_modules=r".*\.[qo]_proj", num_B=3), {}),
+    "shadow": (llama, shadow(), {}),
+    "shadow of its own eyes": (llama, shadow(share_embeddings=False, update_hidden_size=5), {}),
+    "shadow of two layers": (llama, shadow(shadow_num_hidden_layers=2, target_modules=["model.layers.1"]), {}),
+    "narrow shadow": (llama, shadow(**SMALL, modules_to_save=["lm_head"]), {}),
+    "shadow of gpt-2": (gpt2, shadow(shadow_hidden_size=4), {}),
 }
 """Name -> a model, a config, and what a call of it brings besides tokens."""
 
@@ -155,10 +167,11 @@ def test_writes_what_peft_loads(case, made, bases, tmp_path):
     assert ak.read(tmp_path / "new", base=bases[model]).bind(bases[model]).digest() == adapter.digest()
 
 
-@pytest.mark.parametrize("case", ["alora", "poly", "lily"])
+@pytest.mark.parametrize("case", ["alora", "poly", "lily", "shadow"])
 def test_is_not_merged_and_says_why(case, made, bases, tmp_path):
     adapter = ak.read(made(case))
     reason = {"alora": "behind its invocation tokens alone", "poly": "each row by its task", "lily": "follow the input"}
+    reason |= {"shadow": "a network beside the model makes of it"}
     with pytest.raises(NotMergeable, match=f"{case} changes .*{reason[case]}, not weights") as raised:
         ak.merge(bases[llama], adapter, tmp_path / "out")
     assert "Inject" in raised.value.cure
@@ -306,6 +319,9 @@ def test_tensors_that_layers_share_are_one(made, tmp_path):
     [
         ("poly", {"n_tasks": 2}, ShapeMismatch, "poly_lora_A"),
         ("poly", {"poly_type": "other"}, Unsupported, "poly_type"),
+        ("shadow", {"r": 2}, ShapeMismatch, "shadow_down"),
+        ("shadow", {"update_hidden_size": 4}, ShapeMismatch, "shadow_update_gate"),
+        ("shadow", {"shadow_model": "elsewhere"}, Unsupported, "shadow_model"),
         ("lily", {"num_B": 3}, ShapeMismatch, "lily_B"),
         ("lily", {"r": 2}, ShapeMismatch, "lily_A"),
         ("lily", {"stride_A": 2}, Malformed, "lily_A"),
@@ -320,6 +336,47 @@ def test_a_config_that_is_not_of_the_file_is_refused(case, change, error, where,
     with pytest.raises(error) as raised:
         ak.read(tmp_path)
     assert where in raised.value.where
+
+
+@torch.no_grad()
+def test_a_shadow_goes_with_the_call(made):
+    """With masks, positions and embeddings as PEFT's; without a cache, and not under a route or checkpointing."""
+    mine, theirs = fresh(llama), loaded(llama, made("shadow"))
+    handle = ak.torch.inject(mine, ak.read(made("shadow")))
+    padded = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]]), "use_cache": False}
+    for call in (padded, {"position_ids": torch.arange(6)[None] + 2}):
+        close(mine(IDS, **call).logits, theirs(input_ids=IDS, **call).logits)
+    embeds = mine.get_input_embeddings()(IDS)
+    close(mine(inputs_embeds=embeds).logits, theirs(input_ids=IDS).logits)
+    given = GENERATION | {"use_cache": False}
+    assert torch.equal(mine.generate(**given), theirs.generate(**given))
+    with pytest.raises(Unsupported, match="no cache of the earlier tokens"):
+        mine.generate(**GENERATION)
+    handle.weight = 0.5
+    assert not torch.allclose(mine(IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-3)
+    handle.remove()
+    ak.torch.inject(mine, ak.read(made("shadow")), name="one")
+    with ak.torch.route(mine, ["one", None, "one"]), pytest.raises(ShapeMismatch, match="for all rows alike"):
+        mine(IDS)
+
+
+def test_a_shadow_trains_and_is_read_back(made):
+    model = fresh(llama).requires_grad_(False).train()
+    handle = ak.torch.inject(model, ak.read(made("shadow")), trainable=True)
+    # Ten tensors of each of two blocks, and the one network.
+    assert len(list(handle.parameters())) == 21
+    model(IDS, labels=IDS).loss.backward()
+    # Nothing reads what the last block makes of the state.
+    idle = [name for name, p in handle.named_parameters() if p.grad is None]
+    assert len(idle) == 8
+    assert all(name.startswith("model.layers.1.shadow.") for name in idle)
+    assert all(p.grad is None for p in model.parameters())
+    network = next(p for name, p in handle.named_parameters() if name.endswith("network"))
+    assert network.grad.abs().max() > 0
+    assert handle.adapter().digest() == ak.read(made("shadow")).replace(foreign=None).digest()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with pytest.raises(Unsupported, match="run again in the backward pass"):
+        model(IDS)
 
 
 @torch.no_grad()

@@ -61,9 +61,17 @@ def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
     if site.weight is None:
         return [site.target.layout]
     stacked = [layout for layout in LAYOUTS if layout.startswith("e ") == site.target.stacked]
+    if _product_alone(site) and len(shapes[site.weight]) > 2 + site.target.stacked:
+        stacked = [site.target.layout]  # A product of axes is no proof that a kernel's weight is stored [in, out].
     return [
         layout for layout in stacked if fits(replace(site.target, layout=layout), site.updates, shapes[site.weight])
     ]
+
+
+def _product_alone(site: Site) -> bool:
+    """Whether all that the updates say of the weight's inputs is how many there are, the kernel's axes included."""
+    dims = [update.dims(site.target.stacked) for update in site.updates]
+    return any("columns" in each for each in dims) and not any({"in", "out", "rest"} & each.keys() for each in dims)
 
 
 def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:

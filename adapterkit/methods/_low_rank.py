@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NotMergeable
+from ..tensors.namespace import namespace
 from ..tensors.products import product
 from ..updates import Additive
 
@@ -38,3 +39,10 @@ class LowRank(Additive):
     def forward(self, x: Any, layer: Any) -> Any:
         B, A = self.pair(layer.shape)
         return layer(x) + layer.mix(layer.op(x, A.reshape(len(A), *layer.shape[1:])), B)
+
+
+def block_diagonal(blocks: Any) -> Any:
+    """Blocks `[n, rows, columns]` along the diagonal of a matrix `[n * rows, n * columns]`."""
+    n, rows, columns = blocks.shape
+    identity = namespace(blocks).eye(n, dtype=blocks.dtype, device=getattr(blocks, "device", None))
+    return (blocks[:, :, None, :] * identity[:, None, :, None]).reshape(n * rows, n * columns)

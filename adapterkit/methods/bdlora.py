@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ShapeMismatch
-from ..tensors.namespace import namespace
 from ..updates import tensor
-from ._low_rank import LowRank
+from ._low_rank import LowRank, block_diagonal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +55,4 @@ class BDLoRA(LowRank):
 
 
 def _whole(factor: Any, blocks: Any) -> Any:
-    if blocks is None:
-        return factor
-    n, rows, columns = blocks.shape
-    identity = namespace(blocks).eye(n, dtype=blocks.dtype, device=blocks.device)
-    return (blocks[:, :, None, :] * identity[:, None, :, None]).reshape(n * rows, n * columns)
+    return factor if blocks is None else block_diagonal(blocks)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import Malformed, ShapeMismatch
 from ..tensors.activations import ACTIVATIONS
-from ..tensors.namespace import namespace
+from ..tensors.rotations import orthonormal_rows
 from ..updates import OutputUpdate, attribute, tensor
 from ._ends import changed_at_ends
 
@@ -47,8 +47,7 @@ class ReFT(OutputUpdate):
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
-        projection, subtract = random((rank, len(W))), attributes.get("subtract_projection", True)
-        projection = _orthonormal(projection)
+        projection, subtract = orthonormal_rows(random((rank, len(W)))), attributes.get("subtract_projection", True)
         source = projection if subtract else W.new_zeros(rank, len(W))
         attributes = {"orthogonality": bool(subtract)} | attributes
         return cls(source=source.clone(), source_bias=W.new_zeros(rank), projection=projection, **attributes)
@@ -75,14 +74,7 @@ class ReFT(OutputUpdate):
         )
 
     def _changed(self, h: Any, source: Any, bias: Any, projection: Any) -> Any:
-        R = _orthonormal(projection) if self.orthogonality else projection
+        R = orthonormal_rows(projection) if self.orthogonality else projection
         told = h @ source.mT if bias is None else h @ source.mT + bias
         wanted = ACTIVATIONS[self.non_linearity](told)
         return h + (wanted - h @ R.mT if self.subtract_projection else wanted) @ R
-
-
-def _orthonormal(R: Any) -> Any:
-    """The rows after Gram and Schmidt: R itself where they are orthonormal already."""
-    xp = namespace(R)
-    wide = R if R.dtype.itemsize > 2 else xp.astype(R, xp.float32)  # No library factors 16 bits.
-    return xp.astype(xp.linalg.solve(xp.linalg.cholesky(wide @ wide.mT), wide), R.dtype)

@@ -244,6 +244,8 @@ class Conv(Layer):
     def op(self, x: Value, w: Value) -> Value:
         w = self._of(x, w)
         kept = {name: held.value for name, held in self.node.attributes.items() if name != "kernel_shape"}
+        if len(w.shape) == len(self.shape) and w.shape[1] != self.shape[1]:  # Over the channels of all groups.
+            return self._convolved(x, w, w.shape[0], kept | {"group": 1})
         whole = w.reshape(w.shape[0], *self.shape[1:])
         return self._convolved(x, self.seen(whole), w.shape[0], kept)
 

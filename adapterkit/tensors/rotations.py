@@ -1,4 +1,4 @@
-"""Rotations from skew-symmetric matrices, and their products with the blocks of a weight, for numpy and torch.
+"""Orthonormal rows, rotations from skew-symmetric matrices, and their products with the blocks of a weight.
 
 Linear algebra is done in float32 at least: libraries have none for 16-bit numbers.
 """
@@ -35,6 +35,11 @@ def skew(pairs: Any) -> Any:
 def cayley(Q: Any) -> Any:
     """(I - Q) @ inverse(I + Q): a rotation `[..., b, b]` for a skew-symmetric Q, and its transpose for -Q."""
     return in_float32(lambda Q: namespace(Q).linalg.solve(identity(Q) + Q, identity(Q) - Q), Q)
+
+
+def orthonormal_rows(R: Any) -> Any:
+    """The rows `[r, n]` after Gram and Schmidt: R itself where they are orthonormal already."""
+    return in_float32(lambda R: namespace(R).linalg.solve(namespace(R).linalg.cholesky(R @ R.mT), R), R)
 
 
 def neumann(Q: Any, terms: int) -> Any:

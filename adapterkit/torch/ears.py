@@ -19,10 +19,12 @@ from ..errors import ShapeMismatch, Unsupported
 from ..updates import Update
 from .context import CACHES
 from .outputs import Switch
+from .shadows import ShadowState
 
 TOKENS: Final = "input_ids"
 FIRST_PASS: Final = "hidden_states"
-"""The two words that are more than what the call said, see `OutputUpdate`."""
+SHADOW: Final = "shadow"
+"""The words that are more than what the call said, see `OutputUpdate`."""
 
 
 class Ear:
@@ -37,7 +39,7 @@ class Ear:
         """The words of the call that is going on."""
         return dict(self.words)
 
-    def listen(self, words: Mapping[str, Any], first_pass: Callable[[], Tensor]) -> None:
+    def listen(self, model: nn.Module, words: Mapping[str, Any], first_pass: Callable[[], Tensor]) -> None:
         """Keeps what was asked for of a call's words."""
         heard = {name: words[name] for name in self.asks if words.get(name) is not None}
         if TOKENS in heard:
@@ -48,6 +50,10 @@ class Ear:
                 heard[FIRST_PASS] = first_pass()
             finally:
                 self.switch.active = before
+        if SHADOW in self.asks:
+            cache = cache_of(words)
+            cached = cache is not None and cache.get_seq_length() > 0
+            heard[SHADOW] = ShadowState(model, words, cached, words.get(SHADOW))
         self.words = heard
 
     def remember(self, cache: Any) -> None:
@@ -84,7 +90,7 @@ def overheard(
     active = [ear for ear in ears if ear.switch.active and ear.switch.weight]
     try:
         for ear in active:
-            ear.listen(words, lambda: _first_pass(forward, words, args, kept))
+            ear.listen(module, words, lambda: _first_pass(forward, words, args, kept))
         out = forward(*args, **kept)
         for ear in active:
             ear.remember(cache_of(words) or cache_of(out))

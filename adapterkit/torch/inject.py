@@ -262,7 +262,7 @@ def _refuse_fast_path(model: nn.Module, path: str, site: Site) -> None:
 
 def _is_direct(site: Site, holder: nn.Module, prefix: str) -> bool:
     layer = layer_of(holder, holder.forward)
-    return layer is not None and site.weight == f"{prefix}weight" and _natural(site, layer.layout)
+    return layer is not None and layer.direct and site.weight == f"{prefix}weight" and _natural(site, layer.layout)
 
 
 def _natural(site: Site, layout: str) -> bool:

@@ -26,8 +26,10 @@ class Layer:
     Attributes:
         layout: the axis order in which such a module stores its weight, as in `Target`.
         channel: the axis of the output's channels.
+        direct: formulas over weights run on it; else its weight is exchanged under its own forward.
     """
 
+    direct: ClassVar[bool] = True
     layout: ClassVar[str] = "out *in"
     channel: ClassVar[int] = -1
 
@@ -125,12 +127,36 @@ class Conv(Layer):
         return out
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
-        convolve: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.shape) - 3]
-        out: Tensor = convolve(h, w.reshape(*w.shape[:2], *[1] * (len(self.shape) - 2)))
+        out: Tensor = self._convolve(h, w.reshape(*w.shape[:2], *[1] * (len(self.shape) - 2)))
         return out
+
+    @property
+    def _convolve(self) -> Any:
+        return (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.shape) - 3]
 
     def per_channel(self, v: Tensor) -> Tensor:
         return v.reshape(-1, *[1] * (len(self.shape) - 2))
+
+
+class GroupedConv(Conv):
+    """The same in groups, whose `op` takes the weight of a convolution over all channels as well."""
+
+    direct = False
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        plain = any(isinstance(module, kind) and _own_forward(module, kind) for kind in cls.kinds)
+        return bool(plain and module.groups != 1)
+
+    def op(self, x: Tensor, w: Tensor) -> Tensor:
+        if w.shape[1:] == self.shape[1:]:
+            return super().op(x, w)
+        module: Any = self.module
+        padding = module.padding
+        if module.padding_mode != "zeros":
+            x, padding = functional.pad(x, module._reversed_padding_repeated_twice, module.padding_mode), 0
+        out: Tensor = self._convolve(x, w, None, module.stride, padding, module.dilation)
+        return out
 
 
 class Quantized(Linear):
@@ -173,7 +199,7 @@ class Difference:
         return 0.0
 
 
-KINDS: tuple[type[Layer], ...] = (Linear, Conv1D, Embedding, Conv, Quantized)
+KINDS: tuple[type[Layer], ...] = (Linear, Conv1D, Embedding, Conv, GroupedConv, Quantized)
 
 
 def layer_of(module: nn.Module, forward: Forward) -> Layer | None:

@@ -29,8 +29,9 @@ class OutputUpdate(Update):
     `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in the shape that adds
         to the output, and the axis of the channels.
     `layer.call`: what the model's own call received, by name: the words that the method `asks` for. Asking for one that
-        the call lacks is an error. Two are more than the call said: `input_ids` begins with the tokens of a cache that
-        the call goes on with, and `hidden_states` is what the model's last layer gives without the adapter.
+        the call lacks is an error. Three are more than the call said: `input_ids` begins with the tokens of a cache
+        that the call goes on with, `hidden_states` is what the model's last layer gives without the adapter, and
+        `shadow` is the state of a network beside the model, which each block reads by `state` and hands on by `keep`.
 
     Class attributes:
         placed: the formula is `inside`, so that several such updates follow each other before the layer closes.

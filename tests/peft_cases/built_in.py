@@ -48,6 +48,7 @@ CASES = {
     "saved modules": (llama, lora(target_modules=["q_proj"], modules_to_save=["model.norm", "lm_head"])),
     "saved tree": (Layers, lora(target_modules=["q"], modules_to_save=["head", "norm"])),
     "saved square of gpt-2": (gpt2, lora(target_modules=["c_attn"], modules_to_save=["attn.c_proj"])),
+    "saved of gpt-2": (gpt2, lora(target_modules=["mlp.c_proj"], modules_to_save=["c_attn"])),
     "saved only": (llama, LoraConfig(target_modules="dummy-target-modules", modules_to_save=["embed_tokens"])),
     "ia3 and saved": (
         Layers,

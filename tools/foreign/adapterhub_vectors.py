@@ -52,6 +52,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    BartConfig,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -80,6 +81,11 @@ MODELS: dict[str, PretrainedConfig] = {
         intermediate_size=12, max_position_embeddings=16,
     ),
     "t5": T5Config(**COMMON, d_model=8, num_layers=2, num_heads=2, d_kv=4, d_ff=12, decoder_start_token_id=0),
+    "bart": BartConfig(
+        **COMMON, d_model=8, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=12, decoder_ffn_dim=12, max_position_embeddings=16, decoder_start_token_id=0, pad_token_id=0,
+        bos_token_id=0, eos_token_id=1, forced_eos_token_id=None,
+    ),
 }  # fmt: skip
 
 Updates = Iterator[tuple[ak.Target, Any]]
@@ -166,6 +172,10 @@ CASES = {
     ),
     "prefix_cross_t5": Case(
         "t5", lambda: PrefixTuningConfig(prefix_length=2, flat=True, use_gating=True), safetensors=False
+    ),
+    "prefix_bart": Case("bart", lambda: PrefixTuningConfig(prefix_length=2, bottleneck_size=3), safetensors=False),
+    "prefix_gated_bart": Case(
+        "bart", lambda: PrefixTuningConfig(prefix_length=3, flat=True, use_gating=True), safetensors=False, masked=True
     ),
     "prompt_padded_bert": Case("bert", lambda: PromptTuningConfig(prompt_length=2), masked=True),
     "prompt_bert": Case("bert", lambda: PromptTuningConfig(prompt_length=3)),
@@ -394,7 +404,9 @@ def make(name: str, case: Case, dest: Path) -> None:
     adapter = ak.Adapter(found, recipe=(ak.Step("read", {"format": "adapterhub"}),))
     adapter = adapter.map(lambda leaf: leaf.detach().clone().contiguous())
     ak.write(adapter, dest / "expected.native.safetensors")
-    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS.flip(1).contiguous()} if case.model == "t5" else {})
+    inputs = {"input_ids": IDS} | (
+        {"decoder_input_ids": IDS.flip(1).contiguous()} if case.model in ("t5", "bart") else {}
+    )
     inputs |= {"attention_mask": MASK} if case.masked else {}
     save_file(inputs | {"y": run(model, inputs)}, dest / "forward.safetensors")
     print(f"{name}: {sum(file.stat().st_size for file in dest.iterdir())} bytes")

@@ -38,7 +38,7 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from peft.tuners.miss.layer import MissLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
-from peft_families import routed, virtual_tokens
+from peft_families import routed, shadow, virtual_tokens
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -68,6 +68,15 @@ class Layers(nn.Module):
         self.attn = nn.MultiheadAttention(4, 2)
         self.experts = Experts()
         self.head = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+
+
+class Grouped(nn.Module):
+    """Convolutions in groups, and one that is in none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv1d(4, 6, 3, groups=2), nn.Conv2d(4, 4, (1, 2), groups=4)
+        self.plain = nn.Conv1d(3, 4, 2)
 
 
 class Experts(nn.Module):
@@ -155,7 +164,13 @@ CASES = {
 
 
 FAMILIES = [import_module(f"peft_families.{m.name}") for m in pkgutil.iter_modules(peft_families.__path__)]
-MODELS: dict[str, Callable[[], nn.Module]] = {"Layers": Layers, "llama": llama, "t5": t5, "uncached": uncached}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "Layers": Layers,
+    "Grouped": Grouped,
+    "llama": llama,
+    "t5": t5,
+    "uncached": uncached,
+}
 CASES |= {
     name: Case(MODELS[model], config, base=getattr(family, "NEEDS_BASE", False))
     for family in FAMILIES
@@ -168,6 +183,9 @@ def updates(model: Any, config: PeftConfig) -> Updates:
     bias = getattr(config, "bias", "none")
     if config.peft_type == "XLORA":
         yield ak.Target(""), routed.update_of_classifier(model, config)
+        return
+    if config.peft_type == "SHADOW":
+        yield from shadow.updates_of_model(model, config)
         return
     learned = model.active_peft_config.is_prompt_learning
     if learned:

@@ -42,7 +42,11 @@ def embedding(x: Array, W: Array) -> Array:
 
 
 def convolution(x: Array, W: Array) -> Array:
-    """Stride 1, no padding, any number of kernel axes."""
+    """Stride 1, no padding, any number of kernel axes; in groups where W reads fewer channels than x has."""
+    groups = x.shape[1] // W.shape[1]
+    if groups > 1:
+        pairs = zip(np.split(x, groups, axis=1), np.split(W, groups), strict=True)
+        return np.concatenate([convolution(part, own) for part, own in pairs], axis=1)
     kernel = W.shape[2:]
     sizes = [n - k + 1 for n, k in zip(x.shape[2:], kernel, strict=True)]
     y = np.zeros((len(x), len(W), *sizes))

@@ -19,7 +19,6 @@ OTHER_TYPES = {
     "ADAMSS": "which rows its updates belong to is not in the file: PEFT finds them again by clustering the base's own "
     "singular vectors, with results that differ between machines; saved with its scatter_index it could be read",
     "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",
-    "SHADOW": "a second transformer runs beside the base, and its architecture is code, not in the file",
 }
 """Types that are known and not read, with the reason."""
 

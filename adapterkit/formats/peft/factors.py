@@ -73,20 +73,14 @@ def find_factors(file: File) -> list[Factors]:
     return [_factors(file, stem, keys) for stem, keys in groups.items()]
 
 
-def check_rank(factors: Factors, rank: int, experts: int = 1) -> None:
-    """Checks the rank that the config gives against the tensors.
+def check_rank(factors: Factors, rank: int, experts: int = 1, groups: int = 1) -> None:
+    """Checks the rank that the config gives against the tensors; in groups B has its share of it.
 
     Raises:
         ShapeMismatch: they differ.
-        Unsupported: B is of a convolution in groups, whose A reads all channels in PEFT.
     """
-    for field, axis in (("A", 0), ("B", 1)):
-        size = factors.tensors[field].shape[axis]
-        if field == "B" and len(factors.A.shape) > 2 and size and size < rank and rank % size == 0 and experts == 1:
-            raise Unsupported(
-                f"a LoRA over all channels of a convolution in {rank // size} groups: no change of its weight says it",
-                where=factors.keys[field].text, cure="Leave convolutions in groups out of target_modules",
-            )  # fmt: skip
+    for field, axis, share in (("A", 0, 1), ("B", 1, groups)):
+        size = factors.tensors[field].shape[axis] * share
         if size != rank * experts:
             each = f" for each of {experts} experts" if experts > 1 else ""
             raise ShapeMismatch(
@@ -123,6 +117,8 @@ def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) ->
         raise Unsupported(why, where=law, cure="Leave those modules out of target_modules")
     if law:
         return law
+    if _in_groups(tensors):
+        return "grouped_lora"
     # PEFT leaves an embedding's table as it is.
     return "lora" if embedding else settings.residual or "lora"
 
@@ -134,6 +130,11 @@ def _router(said: Any, tensors: Mapping[str, Lazy], scaling: float) -> Update:
     return make("arrow", idle, scaling=scaling).replace(
         top_k=said.top_k, temperature=float(said.router_temperature), tasks=tasks, general=general
     )
+
+
+def _in_groups(tensors: Mapping[str, Lazy]) -> bool:
+    A, B = tensors["A"].shape, tensors["B"].shape
+    return len(A) > 2 and len(B) == 2 and A[0] != B[1]
 
 
 @lru_cache(16)

@@ -5,9 +5,9 @@ PEFT swaps the module for its copy, so every parameter and buffer of real number
 
 from __future__ import annotations
 
-from .file import File, Findings, Found, Kept, make
+from .file import File, Findings, Kept
 from .keys import Key
-from .replacement import place
+from .replacement import place, replaced
 
 PART = "ln_tuning_layers"
 
@@ -27,8 +27,7 @@ def decode(file: File) -> Findings:
             continue
         path, field = place(_name(key), len(tensor.shape), ())
         modules.setdefault(path, {})[field] = key
-    for path, keys in modules.items():
-        yield Found(path, make("replacement", {field: file.tensors[key] for field, key in keys.items()}), keys)
+    yield from (replaced(file, path, keys) for path, keys in modules.items())
 
 
 def spelled(name: str) -> str:
@@ -40,4 +39,7 @@ def spelled(name: str) -> str:
 def _name(key: Key) -> str:
     """The parameter of the base; a child of the module comes where other keys have an adapter's name."""
     inside = [key.adapter or "", key.part.removeprefix(PART).removeprefix("."), key.leaf]
-    return ".".join([key.path, *(part for part in inside if part)])
+    words = [part for part in inside if part]
+    if len(words) > 2 and words[0] == "default":  # PEFT leaves its own name in the keys of children.
+        del words[0]
+    return ".".join([key.path, *words])

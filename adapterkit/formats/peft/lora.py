@@ -27,7 +27,7 @@ def decode(file: File) -> Findings:
     Raises:
         Malformed: a tensor's partner is missing, or the config knows nothing of it.
         ShapeMismatch: shapes disagree with each other or with the config's ranks.
-        Unsupported: a grouped convolution.
+        Unsupported: DoRA of a convolution in groups.
     """
     yield from (Kept(key) for key in file.tensors if key.part.startswith(TRAINING))
     modules: list[Factors] = []
@@ -89,13 +89,18 @@ def _check_plain(factors: Factors, rank: int) -> None:
     if factors.key.depth:
         why = "nested as for parameters, and target_parameters names none here"
         raise Malformed(why, where=factors.key.text, cure="The config is not of this file")
-    inner = factors.B.shape[1]
-    if len(factors.A.shape) > 2 and factors.A.shape[0] == rank != inner and rank % inner == 0:
-        raise Unsupported(
-            f"a convolution in {rank // inner} groups: PEFT's A reads all channels, so the pair is no change of W",
-            where=factors.keys["B"].text, cure="Leave grouped convolutions out of target_modules",
-        )  # fmt: skip
-    check_rank(factors, rank)
+    groups = _groups(factors)
+    check_rank(factors, rank, groups=groups)
+    if groups > 1 and "magnitude" in factors.tensors:
+        why = "DoRA of a convolution in groups: PEFT divides by the norms of another matrix than that of the change"
+        cure = "Leave convolutions in groups out of target_modules, or train them without use_dora"
+        raise Unsupported(why, where=factors.keys["magnitude"].text, cure=cure)
+
+
+def _groups(factors: Factors) -> int:
+    """In how many groups the convolution is that a pair is of: A reads all channels in PEFT, B those of its group."""
+    rank, share = factors.A.shape[0], factors.B.shape[1]
+    return rank // share if len(factors.A.shape) > 2 and 0 < share < rank and rank % share == 0 else 1
 
 
 def _layout(file: File, factors: Factors, attentions: Collection[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...methods.dora import DoRA
+from ...methods.grouped_lora import GroupedLoRA
 from ...methods.ia3 import IA3
 from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
@@ -77,9 +78,11 @@ def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkp
         return f"{update.method} on stacked experts, but for plain LoRA on a module's parameter"
     if adapts and 0 in next(iter(update.tensors.values())).shape:
         return f"{update.method} of rank 0"
+    if isinstance(update, GroupedLoRA) and (len(update.A.shape) < 3 or update.A.shape[0] == update.B.shape[1]):
+        return "grouped_lora of one group, which is a plain LoRA"
     if isinstance(update, (LoRA, DoRA)) and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
         return f"{update.method} on a transposed convolution"
-    apart = isinstance(update, (DoRA, *LINEAR, *RESIDUAL, *ROUTED))
+    apart = isinstance(update, (DoRA, GroupedLoRA, *LINEAR, *RESIDUAL, *ROUTED))
     if apart and (is_parameter(target, paths, base) or config_name(target, paths) != target.path):
         return f"{update.method} on a parameter or an attention"
     if isinstance(update, (*RESIDUAL, *ROUTED)) and is_embedding(target):

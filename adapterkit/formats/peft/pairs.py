@@ -9,6 +9,7 @@ from ...methods.alora import ALoRA
 from ...methods.arrow import Arrow
 from ...methods.bdlora import BDLoRA
 from ...methods.dora import DoRA
+from ...methods.grouped_lora import GroupedLoRA
 from ...methods.kasa import KaSA
 from ...methods.lora import LoRA
 from ...methods.olora import OLoRA
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ...adapter import Target
     from ...updates import Update
 
-PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA)
+PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA, GroupedLoRA)
 """The methods."""
 
 LINEAR = (KaSA, BDLoRA)
@@ -28,13 +29,13 @@ LINEAR = (KaSA, BDLoRA)
 ROUTED = (ALoRA, Arrow)
 """Those that PEFT has for linear layers and Conv1D alone."""
 
-BIASED = (LoRA, ALoRA)
+BIASED = (LoRA, ALoRA, GroupedLoRA)
 """Those that may have a bias."""
 
 RESIDUAL = (OLoRA, PiSSA)
 """Those that stand for what PEFT takes out of the base of linear layers and Conv1D."""
 
-TOGETHER: tuple[tuple[type[Update], ...], ...] = ((LoRA, BDLoRA), (LoRA, OLoRA), (LoRA, PiSSA))
+TOGETHER: tuple[tuple[type[Update], ...], ...] = ((LoRA, BDLoRA), (LoRA, OLoRA), (LoRA, PiSSA), (LoRA, GroupedLoRA))
 """Those that one file can hold beside each other."""
 
 _KASA = {"beta": 1e-4, "gamma": 1e-3}

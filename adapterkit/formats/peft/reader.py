@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -105,11 +105,11 @@ def _in_file_order(file: File, found: Mapping[Any, list[Found]]) -> dict[Any, li
     return dict(sorted(found.items(), key=position))
 
 
-def _layout(findings: Iterable[Found]) -> str:
+def _layout(findings: Sequence[Found]) -> str:
     """The layout that the acting update declares, unless a whole weight beside it proves it wrong."""
     acting = next((finding for finding in findings if not isinstance(finding.update, Replacement)), None)
     if acting is None:
-        return "out *in"
+        return next((finding.layout for finding in findings if finding.layout != "out *in"), "out *in")
     whole = next((f.update.tensors["weight"] for f in findings if "weight" in f.update.tensors), None)
     if whole is None or acting.layout.startswith("e "):
         return acting.layout

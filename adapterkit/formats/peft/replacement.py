@@ -6,7 +6,7 @@ embedding that PEFT saves beside its factors is one too, and comes before them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from ...errors import Unsupported
 from .file import File, Findings, Found, Kept, make
@@ -30,7 +30,15 @@ def decode(file: File) -> Findings:
             path, field = place(key.path, len(tensor.shape), attentions)
             modules.setdefault(path, {})[field] = key
     for path, keys in modules.items():
-        yield Found(path, make("replacement", {field: file.tensors[key] for field, key in keys.items()}), keys)
+        yield replaced(file, path, keys)
+
+
+def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:
+    """A module's parameters; a bias as long as the weight's second axis alone tells that it is stored [in, out]."""
+    tensors = {field: file.tensors[key] for field, key in keys.items()}
+    shape, sizes = (tensors[field].shape if field in tensors else () for field in ("weight", "bias"))
+    turned = len(shape) > 1 and len(sizes) == 1 and sizes[0] == shape[1] != shape[0]
+    return Found(path, make("replacement", tensors), keys, "in out *k" if turned else "out *in")
 
 
 def place(name: str, axes: int, attentions: Collection[str]) -> tuple[str, str]:

@@ -1,0 +1,189 @@
+"""Shadow: `shadow_down.<name>.weight` and more at each block, `shadow_backbone.<name>.<tensor>` for the whole model.
+
+PEFT writes `default` for the name, whatever the adapter is called. A block's two small networks are `nn.Sequential`s,
+of which 0 and 2 are linear layers. The head that a classifier's network trains with is kept: nothing else reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....methods.shadow import Shadow
+from ....tensors.lazy import Lazy, as_lazy
+from ..file import File, Found, Kept, make
+from ._family import Family, Own, Rank, check_parts, check_rank, check_stem, minority
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
+    from ....updates import Update
+    from ..file import Findings
+    from ..keys import Key
+
+NETWORK, PROJECTION, HEAD = "shadow_backbone", "shadow_projection", "shadow_head"
+_ENDS = {"in": "0.weight", "in_bias": "0.bias", "out": "2.weight", "out_bias": "2.bias"}
+FIELDS = {
+    "shadow_down.weight": "down",
+    "shadow_up.weight": "up",
+    **{f"shadow_update_transform.{leaf}": f"transform_{end}" for end, leaf in _ENDS.items()},
+    **{f"shadow_update_gate.{leaf}": f"gate_{end}" for end, leaf in _ENDS.items()},
+}
+"""Part -> field of the update."""
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Sizes of the network and of the blocks' shares."""
+
+    r: Rank = 8
+    shadow_alpha: float = 0.1
+    shadow_model: str = "mirror"
+    shadow_num_hidden_layers: int | None = None
+    shadow_hidden_size: int | None = None
+    shadow_num_attention_heads: int | None = None
+    shadow_intermediate_size: int | None = None
+    share_embeddings: bool = True
+    update_hidden_size: int | None = None
+
+
+class ShadowFamily(Family):
+    """SHADOW."""
+
+    peft_type = "SHADOW"
+    method = Shadow
+    parts = (*FIELDS, "shadow_update_transform", "shadow_update_gate")
+    # A star is one word of a key here, and any end of it where a key is written.
+    shared = tuple(f"{word}{end}" for word in (NETWORK, PROJECTION, HEAD) for end in ("", "*"))
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "share_embeddings": "the network reads the base's embeddings, where it is as wide",
+        "shadow_alpha": "the factor on what is added to a block's input",
+        "shadow_hidden_size": "the network's width, where it is not the base's",
+        "shadow_intermediate_size": "the network's inner width, where it is not the base's",
+        "shadow_model": "mirror: the network is of the base's class; any other is refused",
+        "shadow_num_attention_heads": "the network's heads, where they are not as many as the base's",
+        "shadow_num_hidden_layers": "the network's layers, one unless said",
+        "update_hidden_size": "inner width of a block's two small networks, r unless said",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "auxiliary_loss_weight": "training only",
+        "shadow_dropout": "training only",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "share_embeddings": True}
+
+    @classmethod
+    def decode(cls, file: File) -> Findings:
+        if file.settings.own.shadow_model != "mirror":
+            why = "a network of another class than the base's, which the file does not tell"
+            raise Unsupported(why, where="shadow_model", cure="Train it with shadow_model='mirror'")
+        yield from (Kept(key) for word, key in file.shared.items() if _of(HEAD, word))
+        network = _network(file)
+        for stem, keys in file.modules(tuple(FIELDS)).items():
+            check_stem(stem, next(iter(keys.values())))
+            found = cls.found(file, keys)
+            yield replace(found, update=found.update.replace(**network.fields), keys={**found.keys, **network.keys})
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        """A block's own share; the network is the same for all."""
+        own = file.settings.own
+        check_parts(keys, FIELDS)
+        tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
+        check_rank(keys["shadow_down.weight"], tensors["down"], own.r)
+        check_rank(keys["shadow_update_gate.0.weight"], tensors["gate_in"], own.update_hidden_size or own.r)
+        nothing = Lazy((0,), tensors["down"].dtype, bytes)
+        update = make("shadow", tensors | {"network": nothing}, alpha=own.shadow_alpha)
+        return Found(keys["shadow_down.weight"].path, update, {FIELDS[part]: key for part, key in keys.items()})
+
+    @classmethod
+    def encode(cls, update: Shadow) -> dict[str, tuple[str, Lazy]]:
+        held = {field: as_lazy(leaf) for field, leaf in update.tensors.items()}
+        coded = {field: (_named(part), held[field]) for part, field in FIELDS.items()}
+        if "projection" in held:
+            coded["projection"] = f"{PROJECTION}.default.weight", held["projection"]
+        start = 0
+        for i, (name, shape) in enumerate(update.parts.items()):
+            stop = start + math.prod(shape)
+            coded[f"network.{i}"] = f"{NETWORK}.default.{name}", _slice(held["network"], start, stop, shape)
+            start = stop
+        return coded
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        some = next(iter(cls.of_it(updates).values()))
+        r, m = int(some.down.shape[0]), int(some.gate_in.shape[0])
+        return {
+            "r": r,
+            "shadow_alpha": some.alpha,
+            "shadow_hidden_size": None if some.projection is None else int(some.projection.shape[1]),
+            "shadow_intermediate_size": some.inner or None,
+            "shadow_num_attention_heads": some.heads or None,
+            "shadow_num_hidden_layers": None if some.layers == 1 else some.layers,
+            "share_embeddings": some.shared_embeddings or some.projection is not None,
+            "update_hidden_size": None if m == r else m,
+        }
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        own = {t: u for t, found in updates.items() for u in found if isinstance(u, Shadow)}
+        sizes = {t: (u.down.shape, u.gate_in.shape, id(u.network), id(u.projection)) for t, u in own.items()}
+        for target in minority({t: repr((u.attributes, sizes[t])) for t, u in own.items()}):
+            yield target, "shadow of another network, or of other sizes, than the other blocks"
+
+
+def _named(part: str) -> str:
+    """A block's part as PEFT spells it: the adapter's name stands behind its first word."""
+    word, _, rest = part.partition(".")
+    return f".{word}.default.{rest}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Network:
+    """What all blocks have in common: fields of their updates, and the keys of those that are tensors."""
+
+    fields: dict[str, Any]
+    keys: dict[str, Key]
+
+
+def _network(file: File) -> _Network:
+    own = file.settings.own
+    keys = {word.removeprefix(f"{NETWORK}."): key for word, key in sorted(file.shared.items()) if _of(NETWORK, word)}
+    projection = file.shared.get(f"{PROJECTION}.weight")
+    if not keys:
+        some = next(iter(file.tensors))
+        raise Malformed("the network is not in the file", where=some.text, cure="Save the adapter again with PEFT")
+    tensors = {name: file.tensors[key] for name, key in keys.items()}
+    fields: dict[str, Any] = {
+        "network": _joined(list(tensors.values()), keys[next(iter(keys))]),
+        "names": "\n".join(" ".join([name, *map(str, tensor.shape)]) for name, tensor in tensors.items()),
+        "layers": own.shadow_num_hidden_layers or 1,
+        "heads": own.shadow_num_attention_heads or 0,
+        "inner": own.shadow_intermediate_size or 0,
+        "shared_embeddings": own.share_embeddings and projection is None,
+    }
+    named = {f"network.{i}": key for i, key in enumerate(keys.values())}
+    if projection is None:
+        return _Network(fields, named)
+    return _Network(fields | {"projection": file.tensors[projection]}, named | {"projection": projection})
+
+
+def _of(part: str, word: str) -> bool:
+    return word.startswith(f"{part}.")
+
+
+def _joined(tensors: list[Lazy], key: Key) -> Lazy:
+    """The network's tensors as one vector."""
+    kinds = sorted({tensor.dtype.name for tensor in tensors})
+    if len(kinds) > 1:
+        raise ShapeMismatch(f"a network of {' and '.join(kinds)}", where=key.text, cure="Save it in one type")
+    size = sum(math.prod(tensor.shape) for tensor in tensors)
+    return Lazy((size,), tensors[0].dtype, lambda: b"".join(bytes(tensor.fetch()) for tensor in tensors))
+
+
+def _slice(whole: Lazy, start: int, stop: int, shape: tuple[int, ...]) -> Lazy:
+    return whole.map(lambda values: values[start:stop].reshape(shape), shape)

@@ -1,0 +1,73 @@
+"""Shadow: a small network runs beside the model, and each block leans on where the two disagree.
+
+ShadowPEFT as PEFT 0.21 has it. Before block l: x' = x + alpha * up @ down @ (x - s); behind it, with y its output:
+s' = (1 - g) * s + g * t, t = T(y), g = sigmoid(G(y)), T and G of two layers with a GELU between them. The first s is
+the output of the network, a copy of the base's class with few layers, for the same call, widened by `projection`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Malformed, ShapeMismatch
+from ..tensors.activations import ACTIVATIONS, sigmoid
+from ..updates import OutputUpdate, attribute, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Shadow(OutputUpdate):
+    """One block's share, and the network, which all blocks have in common."""
+
+    paper = "https://huggingface.co/docs/peft/package_reference/shadow"
+    acts_on = "each token by what a network beside the model makes of it"
+    asks = ("shadow",)
+
+    down: Tensor = tensor("r hidden")
+    up: Tensor = tensor("hidden r")
+    transform_in: Tensor = tensor("m hidden")
+    transform_in_bias: Tensor = tensor("m")
+    transform_out: Tensor = tensor("hidden m")
+    transform_out_bias: Tensor = tensor("hidden")
+    gate_in: Tensor = tensor("m hidden")
+    gate_in_bias: Tensor = tensor("m")
+    gate_out: Tensor = tensor("hidden m")
+    gate_out_bias: Tensor = tensor("hidden")
+    network: Tensor = tensor("size")
+    projection: Tensor | None = tensor("hidden width", optional=True)
+    names: str = ""
+    layers: int = attribute(1, least=1)
+    heads: int = attribute(0, least=0)
+    inner: int = attribute(0, least=0)
+    shared_embeddings: bool = True
+    alpha: float = 0.1
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the network's tensors, which follow each other in `network`."""
+        lines = [line.split(" ") for line in self.names.splitlines()]
+        if any(not name or not all(size.isdecimal() for size in sizes) for name, *sizes in lines):
+            raise Malformed("not lines of a name and a shape", where="names", cure="Write the adapter again")
+        return {name: tuple(map(int, sizes)) for name, *sizes in lines}
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
+        if shape[:2] != (self.channels,) * 2:
+            why = f"for {self.channels} channels that go through a block; the weight is {list(shape)}"
+            raise ShapeMismatch(why, cure="Target the model's blocks")
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        shadow = layer.call["shadow"]
+        s = shadow.state(self)
+        if s.shape != x.shape:
+            why = f"an input of {list(x.shape)}, where the network beside the model gives {list(s.shape)}"
+            raise ShapeMismatch(why, cure="Target the model's blocks, and call it for all rows alike")
+        y = layer(x + self.alpha * ((x - s) @ self.down.mT @ self.up.mT))
+        t, g = self._update("transform", y), sigmoid(self._update("gate", y))
+        shadow.keep((1 - g) * s + g * t)
+        return y
+
+    def _update(self, name: str, y: Any) -> Any:
+        W, b, V, c = (getattr(self, f"{name}_{end}") for end in ("in", "in_bias", "out", "out_bias"))
+        return ACTIVATIONS["gelu"](y @ W.mT + b) @ V.mT + c

@@ -1,0 +1,113 @@
+"""The network beside the model, of Shadow: its state for the call that is going on, and the network itself.
+
+The network is of the class of the model's own body, with the body's config but for fewer layers and other sizes, and is
+called with what the model is called with. It is no module of the model: its tensors are an adapter's leaf.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import ShapeMismatch, Unsupported
+
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+WIDTHS = ("hidden_size", "n_embd", "d_model")
+HEADS = ("num_attention_heads", "n_head", "num_heads")
+INNERS = ("intermediate_size", "ffn_dim", "n_inner")
+"""What configs of transformers call one thing."""
+
+
+class ShadowState:
+    """The state that blocks hand on, from the network's output to what the last block made of it."""
+
+    def __init__(self, model: nn.Module, words: Mapping[str, Any], cached: bool, given: Tensor | None) -> None:
+        self.model, self.words, self.cached, self.value = model, words, cached, given
+
+    def state(self, update: Any) -> Tensor:
+        """The state as the block before left it; at the first block the network's output.
+
+        Raises:
+            Unsupported: the call does not let the network see the same tokens, or blocks run twice.
+        """
+        if self.value is None:
+            self._check()
+            self.value = _output(_network(self.model, update), self.model, update, self.words)
+        return self.value
+
+    def keep(self, value: Tensor) -> None:
+        """Hands a state on to the next block."""
+        self.value = value
+
+    def _check(self) -> None:
+        if self.cached:
+            cure = "Pass use_cache=False, to generate too"
+            raise Unsupported("a network beside the model has no cache of the earlier tokens", cure=cure)
+        if self.model.training and getattr(self.model, "is_gradient_checkpointing", False):
+            why = "a state that blocks hand on, where blocks run again in the backward pass"
+            raise Unsupported(why, cure="Train it without gradient checkpointing")
+
+
+def _network(model: nn.Module, update: Any) -> nn.Module:
+    """The network with no values of its own yet."""
+    body = _body(model)
+    config = copy.deepcopy(body.config)
+    width = None if update.projection is None else update.projection.shape[1]
+    for names, size in ((LAYERS, update.layers), (WIDTHS, width), (INNERS, update.inner), (HEADS, update.heads)):
+        if size:
+            setattr(config, next(name for name in names if hasattr(config, name)), size)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[min(i, len(config.layer_types) - 1)] for i in range(update.layers)]
+    with torch.random.fork_rng(devices=[]):  # Its initial values are drawn and thrown away.
+        network: nn.Module = type(body)(config)
+    _check_parts(network, update)
+    return network.to(update.network.device).train(model.training)
+
+
+def _check_parts(network: nn.Module, update: Any) -> None:
+    parts, own = update.parts, {name: tuple(p.shape) for name, p in network.named_parameters()}
+    lost = [name for name in own if name not in parts and not (update.shared_embeddings and name == EMBEDDINGS)]
+    wrong = next((name for name, shape in parts.items() if own.get(name) != shape), lost[0] if lost else None)
+    if wrong or sum(map(prod, parts.values())) != update.network.shape[0]:
+        why = f"{wrong}: {parts.get(wrong or '')} where a {type(network).__name__} has {own.get(wrong or '')}"
+        raise ShapeMismatch(why, where="network", cure="Is this the base that the adapter was trained on?")
+
+
+def _output(network: nn.Module, model: nn.Module, update: Any, words: Mapping[str, Any]) -> Tensor:
+    given = {name: words[name] for name in ("attention_mask", "position_ids") if words.get(name) is not None}
+    ids, embeds = words.get("input_ids"), words.get("inputs_embeds")
+    if update.shared_embeddings and embeds is None:
+        ids, embeds = None, _embed(model)(ids)
+    given |= {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
+    sizes = [prod(shape) for shape in update.parts.values()]
+    pieces = zip(update.parts.items(), update.network.split(sizes), strict=True)
+    tensors = {name: piece.reshape(shape) for (name, shape), piece in pieces}
+    out: Tensor = functional_call(network, tensors, (), {**given, "use_cache": False}).last_hidden_state
+    return out if update.projection is None else out @ update.projection.mT
+
+
+def _embed(model: nn.Module) -> Callable[..., Any]:
+    found: Any = model
+    embed: Callable[..., Any] = found.get_input_embeddings()
+    return embed
+
+
+def _body(model: nn.Module) -> Any:
+    """The part of a model that holds its blocks, as transformers has it."""
+    found: Any = getattr(model, "base_model", model)
+    body = found if hasattr(found, "layers") or hasattr(found, "h") else getattr(found, "decoder", None)
+    if body is None or not hasattr(body, "config") or "inputs_embeds" not in inspect.signature(body.forward).parameters:
+        why = f"a network like a {type(model).__name__}"
+        raise Unsupported(why, cure="Shadow is for decoders of transformers'")
+    return body
+
+
+EMBEDDINGS = "embed_tokens.weight"
+"""Left out of a network that reads the base's own embeddings."""

@@ -1,0 +1,23 @@
+"""LoRA of convolutions in groups, of which A reads all channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+
+from adapterkit.methods import METHODS
+
+CASES = {
+    "lora_groups": ("Grouped", LoraConfig(r=4, lora_alpha=3, target_modules=["one", "two", "plain"], lora_bias=True)),
+}
+
+
+def update_of(_path: str, module: Any, _config: Any) -> Any:
+    """The update of a wrapped convolution in groups."""
+    if not isinstance(module, LoraLayer) or getattr(module.get_base_layer(), "groups", 1) == 1:
+        return None
+    A, B = module.lora_A["default"].weight, module.lora_B["default"]
+    flat = B.weight.flatten(1)
+    return METHODS["grouped_lora"](A=A, B=flat, bias=B.bias, scaling=module.scaling["default"])
