@@ -11,6 +11,7 @@ from ..errors import StorageError, UnknownFormat, UsageError, nearest
 from ..registry import Registry
 from ..tensors.checkpoint import opened
 from ..tensors.locations import located, source_of
+from ..tensors.safetensors import headers_kept
 from ._format import ON_LOSS, Format
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def detect(path: str | PathLike[str]) -> str:
         UnknownFormat: no format recognises it, or several do; names the candidates.
     """
     source = _existing(path)
-    found = [name for name in FORMATS if FORMATS[name]().sniff(source)]
+    with headers_kept():
+        found = [name for name in FORMATS if FORMATS[name]().sniff(source)]
     if len(found) == 1:
         return found[0]
     if found:

@@ -11,7 +11,9 @@ import math
 import os
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -68,6 +70,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         StorageError: the file cannot be read.
     """
     path = os.fspath(path)
+    kept = _KEPT.get()
+    if kept is not None:
+        if path not in kept:
+            kept[path] = _read_header(path)
+        return kept[path]
     try:
         found = os.stat(path)
     except OSError as error:
@@ -75,6 +82,19 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if time.time_ns() - found.st_mtime_ns < SETTLED:
         return _read_header(path)
     return _known(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@contextmanager
+def headers_kept() -> Iterator[None]:
+    """Within it each file's header is read once: for one command over files that nobody else is writing."""
+    token = _KEPT.set({} if _KEPT.get() is None else _KEPT.get())
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+_KEPT: ContextVar[dict[str, Header] | None] = ContextVar("_KEPT", default=None)
 
 
 @lru_cache(maxsize=2)
