@@ -96,6 +96,9 @@ class Diffusers(ImageFormat):
     ) -> dict[str, Target]:
         return {stem: Target(stem if rooted(stem)[0] else f"unet.{stem}") for stem in modules}
 
+    def switch(self, stem: str) -> str:
+        return stem.partition(".")[0]
+
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
         component, (_, rest) = component_of(target.path), rooted(target.path)
         return None if component is None or target.rows else f"{component}.{rest}"
@@ -111,6 +114,9 @@ class Diffusers(ImageFormat):
             raise ShapeMismatch(why, where=stem, cure="The header is not of these tensors; write the file again")
         if bool(settings.use_dora) != isinstance(update, DoRA):
             why = f"{update.method}, where {CONFIG} says use_dora={settings.use_dora}"
+            raise Malformed(why, where=stem, cure="The header is not of these tensors; write the file again")
+        if bool(settings.lora_bias) != (update.tensors.get("bias") is not None):
+            why = f"{CONFIG} says lora_bias={settings.lora_bias}, which its tensors do not"
             raise Malformed(why, where=stem, cure="The header is not of these tensors; write the file again")
         if update.scaling != 1:
             raise Malformed(f"an alpha beside {CONFIG}", where=stem, cure="Take one of the two out")

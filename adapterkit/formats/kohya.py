@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..adapter import Target
 from ..methods.oft import OFT
 from ..names.image import component_of, is_not_xl, is_xl, rooted
-from ._image import container
+from ._image import container, turned
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat
 from ._image.file import Key, Module, Rules
@@ -23,6 +23,7 @@ from ._image.underscores import resolve, stem_of
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
+    from ..tensors.lazy import Lazy
     from ..updates import Update
 
     Updates = Mapping[Target, tuple[Update, ...]]
@@ -51,20 +52,26 @@ class Kohya(ImageFormat):
 
     def parse(self, key: str) -> Key | None:
         found = _KEY.fullmatch(key)
-        if found is None or found[2] not in _WORDS:
+        if found is None or not (found[2] in _WORDS or turned.PART.fullmatch(found[2])):
             return None
-        turned = found[1].startswith("oft_unet_")
-        if turned != (found[2] == "oft_blocks") and found[2] != "alpha":
+        if found[1].startswith("oft_unet_") != found[2].startswith("oft_blocks") and found[2] != "alpha":
             return None
-        return Key(key, found[1], _WORDS[found[2]])
+        return Key(key, found[1], _WORDS.get(found[2], found[2]))
 
     def spell(self, stem: str, slot: str) -> str:
-        return f"{stem}.{SLOTS.get(slot, slot)}"
+        bare, _, part = stem.partition(".")
+        word = SLOTS.get(slot, slot)
+        return f"{bare}.{word}.{part}" if part and slot == "oft_blocks" else f"{bare}.{word}"
+
+    def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, Module]:
+        return {part.stem: part for module in super().modules(tensors).values() for part in turned.parts(module)}
 
     def targets(
         self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        return {stem: Target(path) for stem, path in resolve(modules, metadata, base).items()}
+        paths = resolve(dict.fromkeys(stem.partition(".")[0] for stem in modules), metadata, base)
+        rows = turned.rows_of(modules)
+        return {stem: Target(paths[stem.partition(".")[0]], rows=rows.get(stem)) for stem in modules}
 
     def renamed(self, updates: Updates, kept: Iterable[str], *, fold: bool) -> tuple[Changed, Losses]:
         """XL's U-Net in LDM's naming, that of SD 1 and 2 in diffusers', transformers in their authors'."""
@@ -76,12 +83,19 @@ class Kohya(ImageFormat):
             unets, more = in_native(inside, kept, fold=fold)
         else:
             unets, more = in_diffusers(inside, kept) if is_not_xl(paths) else (inside, [])
-        return {**unets, **moved}, [*losses, *more]
+        changed = {**unets, **moved}
+        return changed, [*losses, *more, *turned.uneven(changed)]
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
-        turned = isinstance(update, OFT)
-        stem = stem_of(target.path, paths, tag="oft_unet" if turned else "lora_unet")
-        return None if target.rows or (turned and stem and not stem.startswith("oft_unet_")) else stem
+        if not isinstance(update, OFT):
+            return None if target.rows else stem_of(target.path, paths)
+        stem = stem_of(target.path, paths, tag="oft_unet")
+        if stem is None or not stem.startswith("oft_unet_"):
+            return None
+        part = turned.number_of(target)
+        if turned.of_flux(target):
+            return None if part is None else f"{stem}.{part}"
+        return None if target.rows else stem
 
     def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
         return (hints.metadata if hints.stems else [("ss_network_module", "networks.lora")]), False

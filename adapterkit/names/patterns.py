@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 _NUMBER = re.compile(r"(?<![^._])\d+(?![^._])")
 """A number that stands between separators; the 1 of `attn1` is none."""
@@ -26,13 +27,13 @@ class Names:
 
     def patterns_of(self, name: str) -> list[str]:
         """The patterns that a dotted name fits."""
-        candidates = self.by_dots.get(_NUMBER.sub("#", name), ())
+        candidates = self.by_dots.get(_shape(name), ())
         return [pattern for pattern in candidates if fill(pattern, numbers(pattern, name)) == name]
 
     def unflattened(self, flat: str) -> list[str]:
         """The dotted names that `flat`, with underscores for dots, can stand for; none, one or several."""
         found: dict[str, None] = {}
-        for pattern in self.by_underscores.get(_NUMBER.sub("#", flat), ()):
+        for pattern in self.by_underscores.get(_shape(flat), ()):
             name = fill(pattern, numbers(pattern.replace(".", "_"), flat))
             if flatten(name) == flat:
                 found[name] = None
@@ -48,6 +49,12 @@ def names_of(patterns: Iterable[str]) -> Names:
         dots.setdefault(_NUMBER.sub("#", pattern), []).append(pattern)
         underscores.setdefault(_NUMBER.sub("#", flatten(pattern)), []).append(pattern)
     return Names(frozenset(kept), {k: tuple(v) for k, v in dots.items()}, {k: tuple(v) for k, v in underscores.items()})
+
+
+@lru_cache(maxsize=1 << 16)
+def _shape(name: str) -> str:
+    """A name with `#` for its numbers; every family and naming is asked for the same names."""
+    return _NUMBER.sub("#", name)
 
 
 def flatten(name: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from typing import BinaryIO, cast
 
 CHUNK = 32 << 20
+BUFFER = 512 << 10
 _NOT_HERE = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM}
 
 
@@ -16,15 +18,19 @@ def copy_range(
 ) -> None:
     """Copies `nbytes` from `start` of one open file to `at` of another; shares blocks where the file system can.
 
+    Between places that lie differently in their pages the kernel goes page by page, which takes longer than to read
+    and write whole runs of pages; so those go through a buffer that stays in the processor's cache.
+
     Raises:
         EOFError: the source ends early.
         OSError: reading or writing failed.
     """
-    done = _by_kernel(source, target, start, at, nbytes, moved)
-    buffer = memoryview(bytearray(min(CHUNK, nbytes - done)))
+    done = 0 if (start - at) % mmap.PAGESIZE else _by_kernel(source, target, start, at, nbytes, moved)
+    buffer = memoryview(bytearray(min(BUFFER, nbytes - done)))
     while done < nbytes:
         source.seek(start + done)
-        count = source.readinto(buffer[: nbytes - done])  # type: ignore[attr-defined]
+        # As far as the next multiple of the buffer, so that all writes but the first begin with a page.
+        count = source.readinto(buffer[: min(nbytes - done, BUFFER - (at + done) % BUFFER)])  # type: ignore[attr-defined]
         if not count:
             raise EOFError
         target.seek(at + done)

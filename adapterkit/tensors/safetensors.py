@@ -10,10 +10,10 @@ import json
 import math
 import os
 import struct
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,9 +31,6 @@ MAX_AXES = 64
 """Axes of a tensor: torch's own limit."""
 
 ALIGNMENT = 8
-
-SETTLED = 1_000_000_000
-"""Nanoseconds after which another change of a file shows in its time, whatever the file system."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +65,25 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         StorageError: the file cannot be read.
     """
     path = os.fspath(path)
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        raise storage_error(error, path) from error
-    if time.time_ns() - found.st_mtime_ns < SETTLED:
+    kept = _KEPT.get()
+    if kept is None:
         return _read_header(path)
-    return _known(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    if path not in kept:
+        kept[path] = _read_header(path)
+    return kept[path]
 
 
-@lru_cache(maxsize=2)
-def _known(path: str, *_version: int) -> Header:
-    """The header of a file that has not changed since; to find its format, many ask for it one after another."""
-    return _read_header(path)
+@contextmanager
+def headers_kept() -> Iterator[None]:
+    """Within it each file's header is read once: to find its format, many ask for it one after another."""
+    token = _KEPT.set({} if _KEPT.get() is None else _KEPT.get())
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+_KEPT: ContextVar[dict[str, Header] | None] = ContextVar("_KEPT", default=None)
 
 
 def _read_header(path: str) -> Header:

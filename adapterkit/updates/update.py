@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
 from ..errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
@@ -134,12 +135,11 @@ class Update:
         Raises:
             ShapeMismatch: the tensors disagree with their shape strings or with each other, or hold the wrong type.
         """
-        dims: Dims = {}
-        for name, leaf in [*self.tensors.items()] * self._rounds:
-            axes, integer = self._axes[name]
-            (Axes.parse(f"e {axes.text}") if stack else axes).bind(tuple(leaf.shape), dims, name)
-            _check_dtype(name, leaf, integer)
-        return dims
+        shapes = []
+        for name, leaf in self.tensors.items():
+            _check_dtype(name, leaf, self._axes[name][1])
+            shapes.append((name, tuple(leaf.shape)))
+        return dict(_solved(cast(Any, type(self)), stack, tuple(shapes)))
 
     def check(self) -> None:
         """Checks the plain values, and which tensors are present; methods with rules of their own extend it.
@@ -268,6 +268,16 @@ class Update:
     def forward(self, x: Any, layer: Any) -> Any:
         """y' for the input `x` of a layer: a backend's view of the target, over real or symbolic values."""
         raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
+
+
+@lru_cache(maxsize=1 << 10)
+def _solved(method: Any, stack: bool, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Dims:
+    """The sizes of all named axes; thousands of updates have the same few shapes."""
+    dims: Dims = {}
+    for name, shape in shapes * method._rounds:
+        axes = method._axes[name][0]
+        (Axes.parse(f"e {axes.text}") if stack else axes).bind(shape, dims, name)
+    return dims
 
 
 def _narrow(leaf: Any, axis: int, start: int, stop: int) -> Any:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """An adapter of thousands of tensors from PEFT's format to kohya's and back, beside `cp` and `sync` of the same bytes.
 
-Whole processes, one after another, several rounds; then a tenth of the adapter, whose peak of memory must be the same.
+Whole processes, each way behind a copy of what it reads, several rounds; then a tenth of the adapter, to tell what of
+the memory grows with it.
 The adapter is a LoRA of 2,500 linear layers of an image model, bfloat16, 1 GB; the base is its headers alone.
 """
 
@@ -15,6 +16,7 @@ import statistics
 import struct
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -33,8 +35,9 @@ def modules(count: int) -> list[str]:
 
 
 def write(path: Path, shapes: dict[str, tuple[int, int]], *, filled: bool) -> None:
-    """A safetensors file of bfloat16; without values it takes no room."""
+    """A safetensors file of bfloat16 in the order in which the library writes it; without values it takes no room."""
     header, end = {}, 0
+    shapes = dict(sorted(shapes.items()))
     for name, shape in shapes.items():
         start, end = end, end + 2 * shape[0] * shape[1]
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
@@ -67,23 +70,46 @@ def inputs(work: Path, count: int) -> tuple[Path, Path]:
     return adapter, base
 
 
-def there_and_back(work: Path, adapter: Path, base: Path) -> dict[str, Run]:
-    """One round."""
+def there_and_back(work: Path, adapter: Path, base: Path) -> dict[str, Pair]:
+    """One round: each way behind a copy of what it reads, which is gone before, so that both find the same memory."""
     kohya, again, copy = work / "kohya.safetensors", work / "again", work / "copy"
     convert = [sys.executable, "-m", "adapterkit", "convert", "--base", str(base)]
-    runs = {
-        "cp and sync": ["sh", "-c", f"cp -r {adapter} {copy} && sync {copy}/*"],
-        "PEFT to kohya": [*convert, str(adapter), str(kohya), "--to", "kohya"],
-        "kohya to PEFT": [*convert, str(kohya), str(again), "--to", "peft"],
+    ways = {
+        "PEFT to kohya": (adapter, f"{copy}/*", [str(adapter), str(kohya), "--to", "kohya"]),
+        "kohya to PEFT": (kohya, str(copy), [str(kohya), str(again), "--to", "peft"]),
     }
-    done = {name: measure(command, work / "log", {}) for name, command in runs.items()}
+    done = {}
+    for name, (source, copied, arguments) in ways.items():
+        copying = measure(["sh", "-c", f"cp -r {source} {copy} && sync {copied}"], work / "log", {})
+        remove(copy)
+        done[name] = Pair(copying, measure([*convert, *arguments], work / "log", {}))
     file = "adapter_model.safetensors"
     if sorted(values(again / file)) != sorted(values(adapter / file)):
         raise SystemExit("what came back is not what went")
-    kohya.unlink()
-    shutil.rmtree(again)
-    shutil.rmtree(copy)
+    remove(kohya, again)
     return done
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A copy, and the conversion beside it."""
+
+    copy: Run
+    conversion: Run
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long as the copy the conversion takes."""
+        return self.conversion.seconds / self.copy.seconds
+
+
+def remove(*paths: Path) -> None:
+    """Takes files and folders away, where they are there."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def values(path: Path) -> list[str]:
@@ -91,6 +117,17 @@ def values(path: Path) -> list[str]:
     with open(path, "rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     return [f"{name} {entry['dtype']} {entry['shape']}" for name, entry in header.items() if name != "__metadata__"]
+
+
+def report(name: str, pairs: list[Pair]) -> None:
+    """A line for the copies, and one for the conversions."""
+    ratios = sorted(pair.ratio for pair in pairs)
+    for what, runs in (("cp and sync", [p.copy for p in pairs]), (name, [p.conversion for p in pairs])):
+        seconds, cpu = (statistics.median(getattr(run, field) for run in runs) for field in ("seconds", "cpu"))
+        peak, own = (max(getattr(run, field) for run in runs) for field in ("peak", "anonymous"))
+        memory = f"peak {peak / 1e6:4.0f} MB, {own / 1e6:3.0f} of them not of files"
+        print(f"  {what:14} {seconds:6.2f} s ({cpu:5.2f} of a processor)  {memory}")
+    print(f"  {'':14} {statistics.median(ratios):6.2f} x cp, {ratios[0]:.2f} to {ratios[-1]:.2f} round by round")
 
 
 def main() -> int:
@@ -109,13 +146,7 @@ def main() -> int:
             size = (adapter / "adapter_model.safetensors").stat().st_size
             print(f"{2 * count} tensors, {size / 1e9:.2f} GB, {chosen.rounds} rounds")
             for name in rounds[0]:
-                seconds = [each[name].seconds for each in rounds]
-                ratio = statistics.median(each[name].seconds / each["cp and sync"].seconds for each in rounds)
-                peak, own = (max(getattr(each[name], what) for each in rounds) for what in ("peak", "anonymous"))
-                middle = statistics.median(seconds)
-                cpu = statistics.median(each[name].cpu for each in rounds)
-                speed = f"{middle:6.2f} s ({cpu:5.2f} of a processor)  {ratio:5.2f} x cp"
-                print(f"  {name:14} {speed}  peak {peak / 1e6:4.0f} MB, {own / 1e6:3.0f} of them not of files")
+                report(name, [each[name] for each in rounds])
     return 0
 
 

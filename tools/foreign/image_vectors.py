@@ -345,6 +345,33 @@ def converted(dest: Path) -> None:
     _save(dest / "bfl_control" / "flux", control)
 
 
+def turned(dest: Path) -> None:
+    """FLUX's OFT as sd-scripts' `networks/oft_flux.py` saves it, two blocks a part, and the parts as they turn."""
+    torch.manual_seed(6)
+    h, alpha = 8, torch.tensor(0.0625)
+    parts = {
+        "double_blocks.0.img_attn.qkv": [h, h, h], "double_blocks.0.img_attn.proj": [h],
+        "single_blocks.1.linear1": [h, h, h, 4 * h],
+    }  # fmt: skip
+    state: dict[str, Tensor] = {}
+    updates: dict[ak.Target, Any] = {}
+    for name, sizes in parts.items():
+        stem, start = "oft_unet_" + name.replace(".", "_"), 0
+        state[f"{stem}.alpha"] = alpha.clone()
+        for number, size in enumerate(sizes):
+            blocks = torch.randn(2, size // 2, size // 2)
+            state[f"{stem}.oft_blocks.{number}"] = blocks
+            rows = (start, start + size) if len(sizes) > 1 else None
+            own = METHODS["oft"](square=blocks, side="out", constraint=float(alpha) * size)
+            updates[ak.Target(f"transformer.{name}", rows=rows)] = own
+            start += size
+    _save(dest / "kohya" / "oft_flux", state)
+    ak.write(
+        ak.Adapter({target: (update,) for target, update in updates.items()}),
+        dest / "kohya" / "oft_flux" / "expected.native.safetensors",
+    )
+
+
 def _kohya_flux(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' converter, with the sizes of these tensors in the place of FLUX's own, which it has as numbers."""
     source = inspect.getsource(converters._convert_kohya_flux_lora_to_diffusers)
@@ -397,3 +424,4 @@ if __name__ == "__main__":
     lycoris(there)
     diffusers(there)
     converted(there)
+    turned(there)

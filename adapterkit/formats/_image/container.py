@@ -43,7 +43,12 @@ def load(path: Path) -> tuple[dict[str, Lazy], Metadata]:
 def names(path: Path) -> list[str]:
     """The keys of a file, for sniffing; none where it is not such a file."""
     try:
-        return list(load(path)[0]) if path.is_file() else []
+        if not path.is_file():
+            return []
+        if path.suffix in TORCH or is_torch_file(path):
+            return list(read_torch_file(path))
+        header = safetensors.read_header(path)
+        return [] if NATIVE in header.metadata else list(header.entries)
     except AdapterkitError:
         return []
 

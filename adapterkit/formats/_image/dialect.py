@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, ClassVar
 from ...adapter import Adapter, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed, Unrepresentable, UsageError
 from ...tensors.lazy import Lazy, as_lazy
+from ...tensors.scalars import at_once
 from .._format import Format
 from . import container
+from .biases import check_biases, mixed_biases
 from .container import Metadata
 from .encode import encode, why_not
 from .file import AGAIN, Found, Key, Module, Rules, Stored
@@ -88,7 +90,7 @@ class ImageFormat(Format, ABC):
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         try:
             tensors, metadata = container.load(self.chosen(path))
-            return self._decode(tensors, metadata, compat, base)
+            return self._decode(at_once(tensors), metadata, compat, base)
         except AdapterkitError as error:
             raise error.at(path=path) from None
 
@@ -110,9 +112,10 @@ class ImageFormat(Format, ABC):
     def _decode(
         self, tensors: Mapping[str, Lazy], metadata: Metadata, compat: str | None, base: Checkpoint | None
     ) -> Adapter:
-        modules = self._modules(tensors)
+        modules = self.modules(tensors)
         targets = self.targets(modules, dict(metadata), base)
         _check_distinct(targets)
+        check_biases(modules, self.switch)
         rules, updates, hints = self._rules(compat), dict[Target, tuple["Update", ...]](), Leftovers()
         for stem, module in modules.items():
             found = [self.rescaled(each, stem, dict(metadata)) for each in decode(module, rules)]
@@ -124,7 +127,16 @@ class ImageFormat(Format, ABC):
         kept = {key: tensors[key] for key in hints.kept}
         return Adapter(placed_there, None, (Step("read", {"format": self.name()}),), Foreign(self.name(), data, kept))
 
-    def _modules(self, tensors: Mapping[str, Lazy]) -> dict[str, Module]:
+    def switch(self, stem: str) -> str:
+        """The part of a file in which all LoRAs have a bias, or none."""
+        return ""
+
+    def modules(self, tensors: Mapping[str, Lazy]) -> dict[str, Module]:
+        """Stem -> the tensors of one module.
+
+        Raises:
+            Malformed: a key is of another dialect, or comes twice.
+        """
         grouped: dict[str, dict[str, Key]] = {}
         for text in tensors:
             key = self.parse(text)
@@ -155,7 +167,7 @@ class ImageFormat(Format, ABC):
             for position, update in enumerate(found):
                 for stored in encode(update, self.rules, kernel_of(target, base)):
                     for key, leaf in self._stored(stems[target, position], stored, update, hints, kept, said).items():
-                        if key in tensors:
+                        if key in tensors and not _same(stored, tensors[key], leaf):
                             why = f"two updates have the key {key}"
                             raise Unrepresentable(why, cure="Write adapterkit's own format")
                         tensors[key] = leaf
@@ -219,6 +231,10 @@ class ImageFormat(Format, ABC):
 
     def _losses(self, updates: Updates, hints: Hints) -> Iterable[tuple[Target, str]]:
         paths = [target.path for target in updates]
+        yield from mixed_biases(
+            updates,
+            lambda target, update: self.switch(hints.stems.get(str(target)) or self.stem(target, paths, update) or ""),
+        )
         for target, found in updates.items():
             slots: set[str] = set()
             for update in found:
@@ -233,6 +249,11 @@ class ImageFormat(Format, ABC):
                     slots |= own
                 if why:
                     yield target, why
+
+
+def _same(stored: Stored, one: Lazy, other: Lazy) -> bool:
+    """Whether two updates share an alpha: parts of one module that change apart."""
+    return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
 
 
 def _check_distinct(targets: Mapping[str, Target]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...errors import Malformed
-from ...tensors.lazy import Lazy, as_array
+from ...tensors.lazy import Lazy
+from ...tensors.scalars import value_of
 from ...updates import Update
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Module:
         leaf = self.tensors[slot]
         if leaf.nbytes != leaf.dtype.itemsize:
             raise Malformed(f"{list(leaf.shape)} is not one number", where=self.keys[slot], cure=AGAIN)
-        value = float(as_array(leaf).reshape(-1)[0])
+        value = value_of(leaf)
         if not -1e300 < value < 1e300:
             raise Malformed(f"{value} is not a finite number", where=self.keys[slot], cure=AGAIN)
         return value

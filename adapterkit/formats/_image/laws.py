@@ -22,7 +22,8 @@ from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...methods.replacement import Replacement
 from ...tensors.dtypes import DTYPES
-from ...tensors.lazy import Lazy, as_array, from_numpy
+from ...tensors.lazy import Lazy, as_array
+from ...tensors.scalars import number_of
 from .file import AGAIN, Found, Module, Rules
 
 LOW_RANK = ("down", "up", "mid", "dora", "bias")
@@ -37,7 +38,7 @@ def decode(module: Module, rules: Rules) -> list[Found]:
         ShapeMismatch: shapes are not those of the law.
         Unsupported: the law is one that this version does not know.
     """
-    laws = [law for starts, law in _LAWS if any(slot.startswith(starts) for slot in module.tensors)]
+    laws = _laws(tuple(module.tensors))
     if not laws:
         raise Malformed("an alpha of nothing", where=module.where, cure=AGAIN)
     found = [law(module, rules) for law in laws]
@@ -48,6 +49,11 @@ def decode(module: Module, rules: Rules) -> list[Found]:
             "a tensor that has no place beside the others of its module", where=module.keys[left], cure=AGAIN
         )
     return found
+
+
+@lru_cache(maxsize=1 << 10)
+def _laws(slots: tuple[str, ...]) -> list[Callable[[Module, Rules], Found]]:
+    return [law for starts, law in _LAWS if any(slot.startswith(starts) for slot in slots)]
 
 
 def scaling(module: Module, rank: int, rules: Rules) -> float:
@@ -287,15 +293,7 @@ def _turned(leaf: Lazy) -> Lazy:
 
 def number(value: float) -> Lazy:
     """One number: in float32 where that holds it, else in float64."""
-    return _number(value, math.copysign(1.0, value))
-
-
-@lru_cache(maxsize=1 << 10)
-def _number(value: float, _sign: float) -> Lazy:
-    import numpy as np
-
-    single = np.float32(value)
-    return from_numpy(np.array(single if float(single) == value else value))
+    return number_of(float(value).hex())
 
 
 _LENIENT = "Its tools take the rank instead: allow that with compat='kohya', or write the file again"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ...adapter import Target
 from ...errors import TargetNotFound, nearest
-from ...names.image import ROOTS, rooted
+from ...names.image import ROOTS, families_of, rooted
 from ...updates import Update
 from .translate import in_diffusers, in_native
 from .underscores import modules_of
@@ -33,7 +34,9 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
     lost = next((t for t in found if t.path not in known), None)
     if lost is None:
         return found
-    for move in (in_native, in_diffusers):
+    inside = (rooted(path)[1] for path in known)
+    native = partial(in_native, among={family.name for path in inside for family in families_of(path, "native")})
+    for move in (native, in_diffusers):
         moved, _ = move({t: u for t, u in found.items() if t.path not in known})
         there = {place: u for t, each in moved.items() for place, u in _placed(t, each, known).items()}
         if there and all(t.path in known for t in there):
@@ -44,10 +47,12 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
 
 def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[Target, tuple[Update, ...]]:
     """The target as the base begins its names; as it is where that does not help."""
+    if target.path in known:
+        return {target: each}
     root, rest = rooted(target.path)
     component = ROOTS.get(root[:-1], "")
     same = [word for word, part in ROOTS.items() if part == component or part == "denoiser"]
-    tries = [target.path, rest, *(f"{word}.{rest}" for word in same)]
+    tries = [rest, *(f"{word}.{rest}" for word in same)]
     path = next((path for path in tries if path in known), target.path)
     return {replace(target, path=path): each}
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from ...adapter import Target
 from ...methods.lora import LoRA
+from ...methods.oft import OFT
 from ...names.image import Family, families_of, is_not_xl, is_xl, rooted, to_diffusers, to_native
 from ...names.pieces import Piece
 from ...updates import Update
@@ -58,6 +59,9 @@ def _parted(target: Target, found: tuple[Update, ...], family: Family) -> tuple[
         if None in turned or target.rows is not None:
             return [], "the order of its parts is another in diffusers, and they cannot be told apart"
         return [(replace(target, path=root + pieces[0][1]), u) for u in turned if u is not None], ""
+    turned = target.rows is not None and all(isinstance(update, OFT) for update in found)
+    if turned and (whole := next((each for each in pieces if _is(target.rows, each[0])), None)):
+        return [(replace(target, path=root + whole[1], rows=None), update) for update in found], ""
     moved = []
     for update in found:
         spans = _spans(target, update, [piece for piece, _ in pieces])
@@ -68,6 +72,12 @@ def _parted(target: Target, found: tuple[Update, ...], family: Family) -> tuple[
         places = [replace(target, path=root + name, rows=None) for _, (_, name) in inside]
         moved += list(zip(places, parts, strict=True))
     return moved, ""
+
+
+def _is(rows: tuple[int, int] | None, piece: Piece) -> bool:
+    """Whether rows are just those of a piece, however wide the fused weight is."""
+    size = 0 if rows is None else rows[1] - rows[0]
+    return rows is not None and size % piece.parts == 0 and rows[0] == piece.start * (size // piece.parts)
 
 
 def _spans(target: Target, update: Update, pieces: list[Piece]) -> list[tuple[int, int] | None]:
@@ -97,8 +107,17 @@ def _reordered(update: Update, moves: list[tuple[int, int]], of: int) -> Update 
     return joined([Part(piece, part) for piece, part in zip(pieces, parts, strict=True)], fold=False)[0]
 
 
-def in_native(updates: Updates, kept: Iterable[str] = (), *, fold: bool = False) -> tuple[Changed, Losses]:
-    """Updates at modules of diffusers' naming moved to the native ones; and those that cannot be, with the reason."""
+def in_native(
+    updates: Updates, kept: Iterable[str] = (), *, fold: bool = False, among: Collection[str] = ()
+) -> tuple[Changed, Losses]:
+    """Updates at modules of diffusers' naming moved to the native ones; and those that cannot be, with the reason.
+
+    Args:
+        updates: the updates.
+        kept: targets, as text, that stay as they are.
+        fold: scalings of parts that differ may go into B.
+        among: the families that it may be, where a base tells.
+    """
     changed: Changed = {}
     losses: Losses = []
     stay = set(kept)
@@ -110,7 +129,8 @@ def in_native(updates: Updates, kept: Iterable[str] = (), *, fold: bool = False)
         if str(target) in stay or not families or families_of(rest, "native"):
             _add(changed, target, found)
             continue
-        family = _family(families, updates, denoiser)
+        told = [family for family in families if family.name in among]
+        family = _family(told or families, updates, denoiser)
         if family is not None and (there := _halves(to_native(family, rest))):
             moves, name = there
             turned = [_reordered(update, moves, len(moves)) for update in found]
@@ -137,6 +157,12 @@ def _gather(changed: Changed, path: str, members: list[tuple[Target, Piece, tupl
         return []
     if any(len(each) != 1 for _, _, each in members):
         return [(first, "several updates on parts of a fused weight")]
+    if all(isinstance(each[0], OFT) and Part(piece, each[0]).unit for _, piece, each in members):
+        # A rotation of rows that does not reach the others; kohya has each part's blocks apart.
+        for target, piece, each in members:
+            unit = Part(piece, each[0]).unit
+            _add(changed, replace(target, path=path, rows=(piece.start * unit, piece.stop * unit)), each)
+        return []
     update, why = joined([Part(piece, each[0]) for _, piece, each in members], fold=fold)
     if update is None:
         for target, _, each in members:

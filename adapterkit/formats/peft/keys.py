@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from ...errors import Malformed
 from ...tensors.lazy import Lazy
@@ -54,7 +54,11 @@ class Key:
     @property
     def path(self) -> str:
         """The dotted path in the base's own names."""
-        return _WRAPPERS.sub("", self.stem)
+        return _WRAPPERS.sub("", self.stem) if self._wrapped else self.stem
+
+    @property
+    def _wrapped(self) -> bool:
+        return ".base_layer" in self.stem or ".token_adapter" in self.stem
 
     @property
     def depth(self) -> int:
@@ -65,6 +69,8 @@ class Key:
     @property
     def module(self) -> str:
         """The path of the outermost wrapped module: that of the attention for an output projection inside it."""
+        if not self._wrapped:
+            return self.stem
         inside = _OUTERMOST.sub("", self.stem)
         return _WRAPPERS.sub("", inside.partition(".base_layer.")[0])
 
@@ -94,13 +100,14 @@ def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, d
     return prefix, keys
 
 
+@lru_cache(maxsize=1 << 14)
 def parse_key(text: str, prefix: str) -> Key:
-    """One key, taken apart."""
+    """One key, taken apart. Kept: what is written is read back at once to prove it."""
     if found := _shared().fullmatch(text):
         names, leaf = _tail(found["rest"])
         return Key(text, "", found["part"] + names[1], leaf, names[0])
     body = text[len(prefix) :]
-    if found := _LATENT.fullmatch(body):
+    if LATENT in body and (found := _LATENT.fullmatch(body)):
         return Key(text, found["stem"], LATENT, "weight")
     if found := _part().fullmatch(body):
         names, leaf = _tail(found["rest"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...methods.ia3 import IA3
@@ -120,13 +120,21 @@ def _is_whole(path: str, found: tuple[Any, ...], base: Checkpoint | None) -> boo
 
 def _also_end_so(modules: Collection[str], base: Checkpoint | None) -> bool:
     named = set(modules)
+    last = {name.rpartition(".")[2] for name in named}
+    held: set[str] = set()
     for name in () if base is None else base.tensors:
-        parts = name.split(".")
-        for stop in range(1, len(parts)):
-            module = ".".join(parts[:stop])
-            if module not in named and any(".".join(parts[start:stop]) in named for start in range(1, stop)):
+        # Modules that hold modules are passed again and again: each is looked at once.
+        while (name := name.rpartition(".")[0]) and name not in held:
+            held.add(name)
+            if name.rpartition(".")[2] in last and name not in named and any(end in named for end in _ends(name)):
                 return True
     return False
+
+
+def _ends(name: str) -> Iterator[str]:
+    """What stands behind each dot of a name."""
+    while rest := name.partition(".")[2]:
+        yield (name := rest)
 
 
 def _pattern(modules: Iterable[str]) -> str:

@@ -1,0 +1,44 @@
+"""A LoRA's bias is one switch for a whole part of a file: all of its LoRAs have one, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from ...errors import Malformed
+from ...methods.dora import DoRA
+from ...methods.lora import LoRA
+from .file import AGAIN, Module
+
+if TYPE_CHECKING:
+    from ...adapter import Target
+    from ...updates import Update
+
+    Updates = Mapping[Target, tuple[Update, ...]]
+
+
+def check_biases(modules: Mapping[str, Module], part_of: Callable[[str], str]) -> None:
+    """Checks a file's modules.
+
+    Raises:
+        Malformed: a bias is missing.
+    """
+    biased = {part_of(stem) for stem, module in modules.items() if "bias" in module.tensors}
+    for stem, module in modules.items():
+        if "up" in module.tensors and "bias" not in module.tensors and part_of(stem) in biased:
+            why = "its partner is not in the file: the bias, which other modules have"
+            raise Malformed(why, where=module.keys["up"], cure=AGAIN)
+
+
+def mixed_biases(updates: Updates, part_of: Callable[[Target, Update], str]) -> Iterator[tuple[Target, str]]:
+    """The smaller of the two parties, where some LoRAs of a part have a bias and others none."""
+    parties: dict[str, dict[bool, list[Target]]] = {}
+    for target, found in updates.items():
+        for update in found:
+            if isinstance(update, (LoRA, DoRA)):
+                party = parties.setdefault(part_of(target, update), {True: [], False: []})
+                party[update.tensors.get("bias") is not None].append(target)
+    for party in parties.values():
+        if party[True] and party[False]:
+            own = len(party[True]) <= len(party[False])
+            yield from ((target, f"lora {'with' if own else 'without'} a bias beside others") for target in party[own])

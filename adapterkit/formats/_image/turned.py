@@ -1,0 +1,106 @@
+"""kohya's OFT of FLUX: a fused weight's parts turn apart, each with blocks of its own, `oft_blocks.0` and on.
+
+Queries, keys and values are the first three parts, in linear1 with the MLP behind them; other weights have one part.
+All modules of a file have one number of blocks and one alpha. Source: `networks/oft_flux.py` of sd-scripts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from ...adapter import Target
+from ...errors import Malformed, ShapeMismatch
+from ...methods.oft import OFT
+from ...names.image import component_of, families_of, rooted
+from .file import AGAIN, Module
+
+if TYPE_CHECKING:
+    from ...updates import Update
+
+    Updates = Mapping[Target, tuple[Update, ...]]
+
+PART = re.compile(r"oft_blocks\.(\d+)")
+_PARTS = {"qkv": 3, "linear1": 4}
+"""Last word of a fused weight's path -> how many parts it has."""
+
+
+def parts(module: Module) -> list[Module]:
+    """A module for each part, `.` and its number behind the name; any other module as it is.
+
+    Raises:
+        Malformed: a part is missing, or there is one beside them that has no number.
+    """
+    numbered = {int(found[1]): slot for slot in module.tensors if (found := PART.fullmatch(slot))}
+    if not numbered:
+        return [module]
+    lost = next((number for number in range(len(numbered)) if number not in numbered), None)
+    if lost is not None or "oft_blocks" in module.tensors:
+        why = "blocks without a number beside it" if lost is None else f"its partner is not in the file: {lost}"
+        raise Malformed(why, where=module.where, cure=AGAIN)
+    return [_part(module, number, numbered[number]) for number in range(len(numbered))]
+
+
+def _part(module: Module, number: int, slot: str) -> Module:
+    slots = {"oft_blocks": slot} | ({"alpha": "alpha"} if "alpha" in module.tensors else {})
+    tensors = {name: module.tensors[own] for name, own in slots.items()}
+    return Module(f"{module.stem}.{number}", tensors, {name: module.keys[own] for name, own in slots.items()})
+
+
+def rows_of(modules: Mapping[str, Module]) -> dict[str, tuple[int, int]]:
+    """Name of a part -> its rows, where a weight has more than one.
+
+    Raises:
+        ShapeMismatch: its blocks are none.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for stem, module in modules.items():
+        bare, _, number = stem.partition(".")
+        if not number or f"{bare}.1" not in modules:
+            continue
+        shape = module.tensors["oft_blocks"].shape
+        if len(shape) != 3:
+            raise ShapeMismatch(f"{list(shape)} are no square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
+        start = 0 if number == "0" else found[f"{bare}.{int(number) - 1}"][1]
+        found[stem] = (start, start + shape[0] * shape[1])
+    return found
+
+
+def number_of(target: Target) -> int | None:
+    """Which part of FLUX's weight a target is; None where it is none, or of another model."""
+    if not of_flux(target):
+        return None
+    count = _PARTS.get(target.path.rpartition(".")[2], 1)
+    if target.rows is None:
+        return 0 if count == 1 else None
+    start, size = target.rows[0], target.rows[1] - target.rows[0]
+    if count == 4 and 4 * start == 3 * size:
+        return 3
+    return start // size if start % size == 0 and start // size < min(count, 3) and count > 1 else None
+
+
+def of_flux(target: Target) -> bool:
+    """Whether a target is in FLUX's transformer, by its authors' names."""
+    rest = rooted(target.path)[1]
+    return component_of(target.path) == "transformer" and any(f.name == "flux" for f in families_of(rest, "native"))
+
+
+def uneven(updates: Updates) -> Iterator[tuple[Target, str]]:
+    """Targets whose OFT sd-scripts would read otherwise: a weight without all its parts, blocks unlike the others'."""
+    turned = {t: u for t, found in updates.items() for u in found if isinstance(u, OFT) and u.square is not None}
+    held: dict[str, set[int | None]] = {}
+    for target in turned:
+        held.setdefault(target.path, set()).add(number_of(target))
+    said = {target: _said(update) for target, update in turned.items()}
+    for target in turned:
+        count = _PARTS.get(target.path.rpartition(".")[2], 1) if of_flux(target) else 0
+        if count and held[target.path] != set(range(count)):
+            yield target, f"oft of a fused weight, but for all its {count} parts apart" if count > 1 else "oft of rows"
+        elif said[target] != next(iter(said.values())):
+            yield target, "oft with another number of blocks or another constraint for its size than the others"
+
+
+def _said(update: OFT) -> tuple[int, float]:
+    n, size = (int(axis) for axis in update.square.shape[:2])  # type: ignore[union-attr]
+    return n, update.constraint / (n * size)
