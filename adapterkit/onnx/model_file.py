@@ -158,8 +158,10 @@ def save_merged(
     stored = [v for g in model.graphs() for v in g.initializers.values() if v.const_value is not None]
     written: list[Path] = []
     try:
-        if apart or source.data or _large(model):
-            written += streamed([v for v in stored if _moves(v.const_value)], out)
+        moving = [value for value in stored if _moves(value.const_value)]
+        if moving and (apart or source.data or _large(model)):
+            written += streamed(moving, out)
+        _take_in(stored, out)
         worked_out(value for value in fresh if isinstance(value.const_value, Changed))
         write_bytes(out, ir.to_proto(model).SerializeToString())
     except BaseException:
@@ -170,12 +172,8 @@ def save_merged(
 
 def save_fresh(graph: ir.Model, out: Path) -> list[Path]:
     """Writes a model that lay elsewhere, or nowhere; many numbers in one data file beside it."""
-    held = [(v, v.const_value) for g in graph.graphs() for v in g.initializers.values() if v.const_value is not None]
-    moving = [(value, tensor) for value, tensor in held if STAYS not in tensor.meta]
-    apart = sum(tensor.nbytes for _, tensor in moving) > APART
-    for value, tensor in moving if not apart else ():
-        if isinstance(tensor, ir.ExternalTensor):
-            value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=value.name)
+    held = [v.const_value for g in graph.graphs() for v in g.initializers.values() if v.const_value is not None]
+    apart = sum(tensor.nbytes for tensor in held if STAYS not in tensor.meta) > APART
     return save_merged(graph, Source(graph, None, (), b""), out, (), apart)
 
 
@@ -190,6 +188,15 @@ def folder_beside(out: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_in(values: Iterable[ir.Value], out: Path) -> None:
+    """Has numbers that other files hold lie in the model's own, but for those of its new file, and those that stay."""
+    for value in values:
+        tensor = value.const_value
+        own = out.with_name(f"{out.name}.data")
+        if isinstance(tensor, ir.ExternalTensor) and STAYS not in tensor.meta and Path(tensor.path) != own:
+            value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=value.name)
 
 
 def _moves(tensor: Any) -> bool:
