@@ -93,7 +93,7 @@ def test_targets_and_shapes(plain, tmp_path):
     experts = METHODS["lora"](A=torch.randn(3, 2, 16), B=torch.randn(3, 8, 2))
     refused(Unsupported, "stacked experts", plain, Adapter({Target("0", "e out *in"): (experts,)}), out)
     prompt = Adapter({Target(""): (METHODS["prompt"](P=torch.randn(2, 4)),)})
-    refused(Unsupported, "changes the context", plain, prompt, out)
+    refused(TargetNotFound, "no embedding of tokens", plain, prompt, out)
     nan = Adapter({Target("0"): (METHODS["lora"](A=torch.full((2, 16), float("nan")), B=torch.zeros(8, 2)),)})
     refused(Malformed, "NaN", plain, nan, out)
 

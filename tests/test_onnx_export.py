@@ -21,7 +21,7 @@ from adapterkit.errors import (
     Unsupported,
     UsageError,
 )
-from adapterkit.onnx import exporting
+from adapterkit.onnx import against_torch, exporting, model_file
 from adapterkit.tensors.lazy import as_array, from_numpy
 from adapterkit.tensors.ort_adapter import OrtAdapter, read_ort_adapter, write_ort_adapter
 
@@ -300,7 +300,7 @@ def test_any_module_and_any_method(mode, tmp_path, close):
 
 
 def test_numbers_apart_are_one_fresh_file(tmp_path, monkeypatch, close):
-    monkeypatch.setattr(exporting, "APART", 0)
+    monkeypatch.setattr(model_file, "APART", 0)
     wide = torch.nn.Sequential(torch.nn.Linear(64, 64)).eval()
     x = torch.randn(2, 64)
     report = ak.onnx.export(wide, (x,), tmp_path / "out.onnx", input_names=["x"])
@@ -314,7 +314,7 @@ def test_numbers_apart_are_one_fresh_file(tmp_path, monkeypatch, close):
 
 def test_a_graph_that_computes_something_else_is_not_left(tmp_path, monkeypatch):
     model, x = net()
-    monkeypatch.setattr(exporting, "_outputs", lambda *_: [np.zeros((3, 4), np.float32)])
+    monkeypatch.setattr(against_torch, "outputs_of", lambda *_: [np.zeros((3, 4), np.float32)])
     with pytest.raises(CheckFailed, match="from the torch model"):
         ak.onnx.export(model, (x,), tmp_path / "out.onnx")
     assert not list(tmp_path.iterdir())

@@ -81,10 +81,21 @@ def refuse_graph_options(ctx: click.Context, base: str) -> None:
     Raises:
         UsageError: there is one.
     """
+    refuse(ctx, ONLY_GRAPHS, "is for an ONNX graph", base, "Name a .onnx file, or leave it out")
+
+
+def refuse(
+    ctx: click.Context, names: Sequence[str], why: str, path: str | None = None, cure: str = "Leave it out"
+) -> None:
+    """Refuses some options where the command line names one.
+
+    Raises:
+        UsageError: it does.
+    """
     from ..errors import UsageError
 
-    for _, option in given(ctx, ONLY_GRAPHS):
-        raise UsageError(f"{option} is for an ONNX graph", path=base, cure="Name a .onnx file, or leave it out")
+    for _, option in given(ctx, names):
+        raise UsageError(f"{option} {why}", path=path, cure=cure)
 
 
 def targets_table(record: Mapping[str, Any]) -> Table:

@@ -1,7 +1,8 @@
 """Export a model to ONNX, with adapters.
 
 MODEL is a folder as transformers saves it: a causal language model gets its past keys and values as inputs and outputs,
-an encoder or classifier its tokens. DIR holds the graph, config and tokenizer, and an .onnx_adapter file for each
+an encoder or classifier its tokens. Of any other torch module, --model names the function that makes it, and MODEL, if
+given, its weights. DIR holds the graph, config and tokenizer, and an .onnx_adapter file for each
 adapter where these are slots. The result is run against the torch model, unless --no-check is given.
 """
 
@@ -12,14 +13,20 @@ from typing import Any
 import click
 
 from . import _options
-from ._graphs import checked
-from ._render import View, show
+from ._graphs import checked, refuse
+from ._render import View, counted, show
 from ._writing import refuse_place
+
+ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
 
 
 @click.command(help=__doc__)
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", required=False)
 @click.option("-o", "--out", metavar="DIR", required=True, help="Folder to write.")
+@click.option(
+    "--model", "factory", metavar="MODULE:FUNCTION",
+    help="Python that is run: it returns a torch module and a tuple of example inputs.",
+)  # fmt: skip
 @click.option(
     "--adapter", "adapters", metavar="A", multiple=True, help="An adapter in any known format; may be repeated."
 )
@@ -31,25 +38,46 @@ from ._writing import refuse_place
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
     help="What the graph computes in.",
 )  # fmt: skip
+@click.option(
+    "--quantize", type=click.Choice(["int8", "int4"]),
+    help="Pack the linear layers by onnxruntime's quantizers; adapters that are no weights stay as they are.",
+)  # fmt: skip
+@click.option(
+    "--share-weights", is_flag=True,
+    help="Write into MODEL itself: the graph names the bytes of its safetensors files, and no second copy is made.",
+)  # fmt: skip
 @click.option("--opset", type=int, metavar="N", help="Operator set; torch's own choice if absent.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
 @_options.overwrite
 @_options.flags
-@click.pass_obj
+@click.pass_context
 def command(
-    settings: _options.Settings, model: str, out: str, adapters: tuple[str, ...], mode: str, dtype: str,
-    opset: int | None, check: bool, overwrite: bool,
+    ctx: click.Context, model: str | None, out: str, factory: str | None, adapters: tuple[str, ...], mode: str,
+    dtype: str, quantize: str | None, share_weights: bool, opset: int | None, check: bool, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.onnx.export_pretrained`."""
+    """Runs `adapterkit.onnx.export_pretrained`, or `adapterkit.onnx.export_factory`."""
     refuse_place(out)
-    from ..onnx import export_pretrained
+    from ..onnx import export_factory, export_pretrained
 
-    report = export_pretrained(
-        model, out, adapter=adapters or None, mode=mode, dtype=dtype, opset=opset, check=check, overwrite=overwrite
-    )
-    show(settings, {**report.record(), "mode": mode}, _view)
+    options: dict[str, Any] = {
+        "adapter": adapters or None, "mode": mode, "opset": opset, "quantize": quantize, "check": check,
+    }  # fmt: skip
+    if factory is not None:
+        refuse(ctx, ONLY_FOLDERS_OF_TRANSFORMERS, "is for a folder of a transformers model")
+        report = export_factory(factory, out, weights=model, overwrite=overwrite, **options)
+    elif model is None:
+        raise click.UsageError("Missing argument 'MODEL', or option '--model'")
+    else:
+        report = export_pretrained(
+            model, out, dtype=dtype, share_weights=share_weights, overwrite=overwrite, **options
+        )  # fmt: skip
+    show(ctx.obj, {**report.record(), "mode": mode}, _view)
 
 
 def _view(record: Any) -> View:
     yield f"wrote {record['out']}: {record['mode']}; {checked(record)}"
+    if damage := record.get("damage"):
+        worst = max(damage, key=lambda name: damage[name]["error"])
+        found = f"{damage[worst]['error']:.2%} ({worst})"
+        yield f"{counted(len(damage), 'weight')} packed; the largest relative error of one is {found}"
     yield f"  {', '.join(record['files'])}"

@@ -9,6 +9,7 @@ This package is `adapterkit.onnx`; `import onnx` inside it is onnx itself.
 from __future__ import annotations
 
 from .exporting import export
+from .factories import export_factory
 from .fitting import fit, write_adapter
 from .injecting import Report, eject, inject
 from .mapping import Place, layers
@@ -22,6 +23,7 @@ __all__ = [
     "Session",
     "eject",
     "export",
+    "export_factory",
     "export_pretrained",
     "fit",
     "inject",

@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import CheckFailed, StorageError, Unsupported, UsageError
+from ..errors import StorageError, Unsupported, UsageError
 from ..formats.onnx_adapter import sidecar
+from .against_torch import Run, by_reference, compared, compared_packed
 from .attaching import attach
 from .building import Building
-from .checking import MOST_NOISE, TOLERANCE, difference_of
+from .checking import Outcome
 from .fitting import write_adapter
 from .injecting import Report, loaded
-from .model_file import Source, save_merged
+from .live import attached, injected
+from .model_file import folder_beside, save_fresh
+from .quantizing import SCHEMES, as_floats, packed, prepare
 from .resolving import Found, resolve
+from .sharing import share_weights
 from .slots import Slots
-from .tracing import quiet, traced
+from .tracing import traced
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,9 +41,6 @@ if TYPE_CHECKING:
     Adapters = One | Sequence[One] | Mapping[str, One] | None
 
 MODES = ("merged", "attached", "slots")
-
-APART = 1 << 26
-"""Bytes of numbers from which they lie in a file beside the model."""
 
 RECORD = "adapterkit.export"
 """The metadata key that tells the mode and the adapters' digests."""
@@ -59,6 +60,8 @@ def export(
     opset: int | None = None,
     inside: str = "",
     also: Sequence[Sequence[Any]] = (),
+    quantize: str | None = None,
+    share: str | PathLike[str] | None = None,
     check: bool = True,
 ) -> Report:
     """Writes a torch model as a graph by torch's dynamo exporter; initializers and nodes keep the modules' names.
@@ -77,7 +80,12 @@ def export(
         opset: the operator set; torch's own choice when not given.
         inside: the attribute of the model, a wrapper, that names are told of.
         also: further examples of `args`, of other sizes, to check with.
-        check: run the result with onnxruntime against the torch model.
+        quantize: `int8` or `int4`: pack the linear layers by onnxruntime's own quantizers; see quantizing.py.
+            `Report.damage` tells what that did to each weight, `Report.difference` what to the outputs.
+        share: safetensors files in the folder of `out`, or that folder: weights that they hold stay there, and the
+            graph names their bytes.
+        check: run the result with onnxruntime against the torch model; a quantized one also against the numbers that
+            its packed weights stand for.
 
     Raises:
         UsageError: the call makes no sense, or the model is in training mode.
@@ -88,6 +96,7 @@ def export(
     """
     target, named = Path(out), _named(adapter)
     _check_call(torch_model, target, named, mode)
+    _check_weights(quantize, share)
     adapters = {name: loaded(one, None)[0] for name, one in named.items()}
     options = {
         "input_names": input_names, "output_names": output_names, "dynamic_shapes": dynamic_shapes,
@@ -96,20 +105,50 @@ def export(
     held = getattr(torch_model, inside) if inside else torch_model
     examples = [(tuple(args), dict(kwargs or {})), *((tuple(one), dict[str, Any]()) for one in also)]
     with ExitStack() as stack:
-        if mode == "merged":
-            stack.enter_context(_merged(held, adapters))
-        elif mode == "attached":
-            stack.enter_context(_injected(held, adapters))
-        graph = traced(torch_model, args, kwargs, **options)
-        found = _opened(graph, adapters) if mode == "slots" else []
-        files = _written(graph, target, mode, adapters)
+        plain = target if quantize is None else stack.enter_context(folder_beside(target)) / "float.onnx"
+        with attached(held, adapters, mode):
+            graph = traced(torch_model, args, kwargs, **options)
+            found = _opened(graph, adapters) if mode == "slots" else []
+            if share is not None:
+                share_weights(graph, share, target)
+            files = _written(graph, plain, _note(mode, adapters, quantize), None if quantize is None else held)
+        damage: dict[str, dict[str, float]] = {}
+        if quantize is not None:
+            files, damage = packed(plain, quantize, target)
+        try:
+            files += _adapter_files(target, adapters) if mode == "slots" else []
+            runs = _runs(held, target, adapters, mode)
+            told = _checked(torch_model, examples, plain, target, runs, quantize) if check else Outcome(None)
+        except BaseException:
+            _unlink(files)
+            raise
+    return Report(target, tuple(files), tuple(found), told.difference, told.note, damage, told.reference)
+
+
+def _checked(
+    model: nn.Module, examples: Sequence[Any], plain: Path, out: Path, runs: Mapping[str | None, Run],
+    quantize: str | None,
+) -> Outcome:  # fmt: skip
+    """What the checks found: of a quantized graph, those of the one that it was made of, too."""
     try:
-        files += _adapter_files(target, adapters) if mode == "slots" else []
-        difference, note = _checked(torch_model, held, examples, target, adapters, mode) if check else (None, None)
-    except BaseException:
-        _unlink(files)
-        raise
-    return Report(target, tuple(files), tuple(found), difference, note)
+        difference = compared(model, examples, plain, runs)
+        if quantize is not None:
+            as_floats(out, plain.with_name("unpacked.onnx"))
+            compared_packed(out, plain.with_name("unpacked.onnx"), examples, quantize)
+            difference = compared(model, examples, out, runs, judged=False)
+    except Unsupported as error:
+        return Outcome(None, f"not run: {error.why}")
+    return Outcome(difference, None, by_reference(out, examples[0]))
+
+
+def _runs(held: nn.Module, out: Path, adapters: Mapping[str, Adapter], mode: str) -> dict[str | None, Run]:
+    """What a graph is run with: each adapter by itself where they are slots, else all of them."""
+    if mode != "slots":
+        return {None: (lambda: injected(held, adapters), None)}
+    runs: dict[str | None, Run] = {None: (lambda: injected(held, {}), None)}
+    for name, adapter in adapters.items():
+        runs[name] = (partial(injected, held, {name: adapter}), _file(out, name))
+    return runs
 
 
 def _named(adapter: Adapters) -> dict[str, One]:
@@ -158,40 +197,16 @@ def _check_call(model: Any, out: Path, adapters: Mapping[str, Any], mode: str) -
             raise StorageError("already there", path=file, cure="Remove it, or write to another folder")
 
 
+def _check_weights(quantize: str | None, share: Any) -> None:
+    if quantize is not None and quantize not in SCHEMES:
+        raise UsageError(f"unknown scheme {quantize!r}", where="quantize", cure=f"Known: {', '.join(SCHEMES)}")
+    if quantize is not None and share is not None:
+        cure = "Leave one of the two out"
+        raise UsageError("packed weights are not those of the base's files", where="share", cure=cure)
+
+
 def _file(out: Path, name: str) -> Path:
     return out.with_name(f"{name}.onnx_adapter")
-
-
-@contextmanager
-def _injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list[Any]]:
-    """The live model with adapters on it."""
-    from ..torch import inject
-
-    handles: list[Any] = []
-    try:
-        for name, adapter in adapters.items():
-            handles.append(inject(model, adapter, name=f"export {name}"))
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
-    """The live model with other numbers in the parameters that adapters change; its own come back untouched."""
-    from ..torch.handle import changes
-
-    with _injected(model, adapters) as handles:
-        changed = changes(handles) if handles else []
-    before = [parameter.data for parameter, _ in changed]
-    try:
-        for parameter, value in changed:
-            parameter.data = value.to(parameter.dtype)
-        yield
-    finally:
-        for (parameter, _), own in zip(changed, before, strict=True):
-            parameter.data = own
 
 
 def _opened(graph: ir.Model, adapters: Mapping[str, Adapter]) -> list[Found]:
@@ -217,12 +232,16 @@ def _form(place: Found) -> list[Any]:
     ]
 
 
-def _written(graph: ir.Model, out: Path, mode: str, adapters: Mapping[str, Adapter]) -> list[Path]:
-    stored = [v.const_value for v in graph.graph.initializers.values() if v.const_value is not None]
+def _note(mode: str, adapters: Mapping[str, Adapter], quantize: str | None) -> str:
     digests = {name: adapter.digest() for name, adapter in adapters.items()}
-    graph.metadata_props[RECORD] = json.dumps({"mode": mode, "adapters": digests})
-    apart = sum(tensor.nbytes for tensor in stored) > APART
-    return save_merged(graph, Source(graph, None, (), b""), out, (), apart)
+    return json.dumps({"mode": mode, "adapters": digests, **({"quantize": quantize} if quantize else {})})
+
+
+def _written(graph: ir.Model, out: Path, note: str, quantized: nn.Module | None) -> list[Path]:
+    graph.metadata_props[RECORD] = note
+    if quantized is not None:
+        prepare(graph, set(quantized.state_dict(keep_vars=True)))
+    return save_fresh(graph, out)
 
 
 def _adapter_files(out: Path, adapters: Mapping[str, Adapter]) -> list[Path]:
@@ -241,51 +260,3 @@ def _unlink(files: Sequence[Path]) -> None:
     for file in files:
         with contextlib.suppress(OSError):
             file.unlink()
-
-
-def _checked(
-    model: nn.Module, held: nn.Module, examples: Sequence[Any], out: Path, adapters: Mapping[str, Adapter], mode: str
-) -> tuple[float, None]:
-    """The largest difference from torch, as a share of the largest output."""
-    from .session import Session
-
-    session, worst = Session(out), 0.0
-    sets: list[dict[str, Adapter]] = [dict(adapters)]
-    if mode == "slots":
-        sets = [{}, *({name: adapter} for name, adapter in adapters.items())]
-    for some in sets:
-        name = next(iter(some), None) if mode == "slots" else None
-        if name is not None:
-            session.load(name, _file(out, name))
-        for args, kwargs in examples:
-            with _injected(held, some):
-                wanted = _outputs(model, args, kwargs)
-            got = list(session.run(dict(zip(session.inputs, _numbers((args, kwargs)), strict=True)), name).values())
-            worst = max(worst, difference_of(got, wanted))
-            _judge(worst, got, out, name)
-    return worst, None
-
-
-def _judge(worst: float, got: Sequence[Any], out: Path, name: str | None) -> None:
-    narrow = any(array.dtype.kind in "fV" and array.dtype.itemsize < 4 for array in got)
-    if worst <= (TOLERANCE["V"] if narrow else MOST_NOISE):
-        return
-    why = f"the graph differs by {worst:.3g} of its largest output from the torch model"
-    cure = "Report this; with check off the file is kept"
-    raise CheckFailed(why, path=out, where=name, cure=cure)
-
-
-def _outputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    import torch
-
-    with torch.no_grad(), quiet():
-        return _numbers(model(*args, **kwargs))
-
-
-def _numbers(tree: Any) -> list[Any]:
-    """The tensors in it, as arrays, in the order in which torch flattens it."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    leaves = [leaf.detach() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-    return [np.asarray((leaf.float() if leaf.dtype == torch.bfloat16 else leaf).cpu()) for leaf in leaves]

@@ -20,6 +20,7 @@ from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import opened as opened_base
 from .attaching import attach
 from .building import Building
+from .contexts import parted, place
 from .model_file import Source, opened, save
 from .resolving import Found, resolve
 
@@ -44,9 +45,11 @@ class Report:
         files: every file that was written.
         found: where each target was.
         difference: what the check found; None where it was not asked for or could not be made.
-        note: why the check could not be made.
+        note: why the check could not be made; of context, how it is used.
         damage: of each target whose weight was quantized again, what that did to it: `error`, relative to the merged
             weight, and `kept`, the part of the change that is left.
+        reference: the largest difference of ONNX's reference implementation from onnxruntime on what was written; None
+            where it did not run, as of operators that are not ONNX's own.
     """
 
     out: Path
@@ -55,12 +58,14 @@ class Report:
     difference: float | None = None
     note: str | None = None
     damage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    reference: float | None = None
 
     def record(self) -> dict[str, Any]:
         """As plain data."""
         return {
             "out": str(self.out), "files": [file.name for file in self.files],
             "targets": [place.record() for place in self.found], "difference": self.difference, "note": self.note,
+            "reference": self.reference,
             **({"damage": dict(self.damage)} if self.damage else {}),
         }  # fmt: skip
 
@@ -97,21 +102,27 @@ def inject(
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
     source = opened(model)
     read, base = loaded(adapter, base_weights)
-    found = resolve(source.model, read, base)
+    rest, context = parted(read)
+    if context and mode == "slots":
+        cure = "Inject it as constants: a run without its tokens, or with a past, is the base's"
+        raise Unsupported("slots for context", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
-    slots = _slots(mode, read, building)
+    used = place(context, building)
+    found = resolve(source.model, rest, base)
+    slots = _slots(mode, rest, building)
     attach(found, building, slots)
     building.settle()
     keep_original(source)
     target = Path(out)
     files = save(source.model, source, target, building.tensors.values())
     if check is False:
-        return Report(target, tuple(files), tuple(found))
+        return Report(target, tuple(files), tuple(found), note=used or None)
     given = None if isinstance(check, bool) else check
     from .checking import checked_injection
 
-    difference, note = checked_injection(model, read, base, target, files, slots, given)
-    return Report(target, tuple(files), tuple(found), difference, note)
+    told = checked_injection(model, rest, base, target, files, slots, given)
+    note = "; ".join(filter(None, [used, told.note])) or None
+    return Report(target, tuple(files), tuple(found), told.difference, note, reference=told.reference)
 
 
 def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) -> tuple[Adapter, Checkpoint | None]:

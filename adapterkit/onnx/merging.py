@@ -85,8 +85,8 @@ def merge(
     given = None if isinstance(check, bool) else check
     from .checking import checked_merge
 
-    difference, note = checked_merge(model, read, factors, base_weights, Path(out), files, quantized, given)
-    return replace(report, difference=difference, note=note)
+    told = checked_merge(model, read, factors, base_weights, Path(out), files, quantized, given)
+    return replace(report, difference=told.difference, note=told.note, reference=told.reference)
 
 
 def plan(

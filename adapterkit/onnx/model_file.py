@@ -10,23 +10,31 @@ import contextlib
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..errors import Malformed, StorageError, Unsupported, UsageError, storage_error
 from ..tensors.atomic import replacing, write_bytes
-from ..tensors.checkpoint import contained
 from ..tensors.locations import located
 from .building import OPSET
 from .changes import Changed
+from .data_files import checked_data, external
 from .streaming import alignment, placed, streamed, worked_out
 
 INLINE = 1024
 """Bytes of a new tensor up to which it stays in the model's own file."""
+
+APART = 1 << 26
+"""Bytes of an export's numbers from which they lie in a file beside the model."""
+
+STAYS = "adapterkit.stays"
+"""The mark of a tensor that stays in the file that holds it when all others are written anew."""
 
 LIMIT = 2**31 - 2**20
 """Bytes of a model's own file at most: protobuf ends at 2 GB."""
@@ -67,7 +75,7 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> Source:
     except OSError as error:
         raise storage_error(error, path) from error
     loaded = _parsed(data, path)
-    files = _checked_data(loaded, path)
+    files = checked_data(loaded, path)
     return Source(_modern(loaded, path), path, files, data)
 
 
@@ -86,55 +94,12 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
     return model
 
 
-def _checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
-    """The files that hold the model's numbers, each inside its folder and long enough."""
-    files: dict[Path, int] = {}
-    for tensor in _external(model):
-        where = tensor.name or "a tensor"
-        file = contained(path.parent, str(tensor.location))
-        real = _inside(file, path, where)
-        need = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
-        if (tensor.offset is not None and tensor.offset < 0) or tensor.nbytes > (tensor.length or tensor.nbytes):
-            raise Malformed("its place in the data file makes no sense", path=path, where=where, cure=_AGAIN)
-        files[file] = max(files.get(file, 0), need)
-        if real.stat().st_size < need:
-            why = f"{real.stat().st_size} bytes where {need} are needed"
-            raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
-        tensor._base_dir, tensor._location = str(real.parent), real.name  # a hub's cache has links
-        tensor.meta["adapterkit.location"] = file.relative_to(path.parent).as_posix()
-    return tuple(files)
-
-
-def _inside(file: Path, model: Path, where: str) -> Path:
-    """The file itself behind links, which may lead to where the model's own link leads, and nowhere else."""
-    try:
-        real, home = file.resolve(strict=True), model.resolve(strict=True).parent
-    except OSError as error:
-        why = f"its data file {file.name} cannot be read ({(error.strerror or str(error)).lower()})"
-        raise Malformed(why, path=model, where=where, cure="Put the data file beside the model") from None
-    if not (real.is_relative_to(model.parent.resolve()) or real.is_relative_to(home)) or not real.is_file():
-        why = f"its data file {file.name} is a link out of the model's folder"
-        raise Malformed(why, path=model, where=where, cure="Do not use this file: repack the model")
-    return real
-
-
-def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
-        for node in graph:
-            for held in node.attributes.values():
-                if isinstance(held.value, ir.ExternalTensor):
-                    yield held.value
-
-
 def _modern(model: ir.Model, path: Path | None) -> ir.Model:
     """The model in operators new enough, by ONNX's own converter."""
     version = model.graph.opset_imports.get("", OPSET)
     if version >= OPSET:
         return model
-    if any(True for _ in _external(model)):
+    if any(True for _ in external(model)):
         why = f"operator set {version}, with its numbers in other files"
         raise Unsupported(why, path=path, cure=f"Convert it to operator set {OPSET} or newer first")
     from onnx import version_converter
@@ -168,7 +133,7 @@ def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) 
     try:
         written += _carried(source, out)
         written += _apart(fresh, out, bool(source.data) or _large(model))
-        for tensor in _external(model):
+        for tensor in external(model):
             if "adapterkit.location" in tensor.meta:
                 tensor._location = tensor.meta["adapterkit.location"]
         data = ir.to_proto(model).SerializeToString()
@@ -195,14 +160,49 @@ def save_merged(
     stored = [v for g in model.graphs() for v in g.initializers.values() if v.const_value is not None]
     written: list[Path] = []
     try:
-        if apart or source.data or _large(model):
-            written += streamed([v for v in stored if v.const_value.nbytes > INLINE], out)  # type: ignore[union-attr]
+        moving = [value for value in stored if _moves(value.const_value)]
+        if moving and (apart or source.data or _large(model)):
+            written += streamed(moving, out)
+        _take_in(stored, out)
         worked_out(value for value in fresh if isinstance(value.const_value, Changed))
         write_bytes(out, ir.to_proto(model).SerializeToString())
     except BaseException:
         _unlink(written)
         raise
     return [*written, out]
+
+
+def save_fresh(graph: ir.Model, out: Path) -> list[Path]:
+    """Writes a model that lay elsewhere, or nowhere; many numbers in one data file beside it."""
+    held = [v.const_value for g in graph.graphs() for v in g.initializers.values() if v.const_value is not None]
+    apart = sum(tensor.nbytes for tensor in held if STAYS not in tensor.meta) > APART
+    return save_merged(graph, Source(graph, None, (), b""), out, (), apart)
+
+
+@contextlib.contextmanager
+def folder_beside(out: Path) -> Iterator[Path]:
+    """A hidden folder in an output's own, for files on the way; gone at the end."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise storage_error(error, out) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_in(values: Iterable[ir.Value], out: Path) -> None:
+    """Has numbers that other files hold lie in the model's own, but for those of its new file, and those that stay."""
+    for value in values:
+        tensor = value.const_value
+        own = out.with_name(f"{out.name}.data")
+        if isinstance(tensor, ir.ExternalTensor) and STAYS not in tensor.meta and Path(tensor.path) != own:
+            value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=value.name)
+
+
+def _moves(tensor: Any) -> bool:
+    return tensor.nbytes > INLINE and STAYS not in tensor.meta
 
 
 def _unlink(files: Iterable[Path]) -> None:
@@ -271,6 +271,3 @@ def _placed(target: Any, tensor: Any, file: Path) -> ir.ExternalTensor:
     offset = target.tell()
     target.write(tensor.tobytes())
     return placed(tensor, file, offset)
-
-
-_AGAIN = "Export the model again"

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from ..adapter import Adapter, Target
 from ..binding import Site, check_site, find_sites, fits
 from ..errors import AdapterkitError, TargetNotFound, Unsupported
-from .layers import Layer, kinds_of
+from .kinds import kinds_of
+from .layers import Layer
 from .operands import nodes_of, sources
 from .recurrent import Recurrent
 
@@ -28,7 +29,7 @@ METHODS = ("scopes", "folded_from", "initializer", "path", "values", "packed", "
 """How a name was found: the exporter's scopes of modules, its note of a folded parameter, the stored tensor's name,
 the node's name, equal numbers, equal rows of a weight that several layers are packed into, the nearest numbers."""
 
-_SCOPES, _FOLDED = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.optimizer.folded_from"
+SCOPES, _FOLDED = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.optimizer.folded_from"
 _OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
 _MARK = re.compile(r"(?:\.(?:MatMul|Gemm|Conv|Gather))?\.weight(?:_quantized|_q|(?:_DQ)?_Q\d)?$")
 _CALL = re.compile(r"_\d+(?=\.weight$)")
@@ -149,8 +150,8 @@ def _names(node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value]) -> dict
         said = kind.name(node)
         return {} if said is None else {"path": (said,)}
     names = {
-        "scopes": tuple(f"{module}.weight" for module in _listed(node.metadata_props.get(_SCOPES))[-2:-1] if module),
-        "folded_from": tuple(n for value in stored for n in _listed(value.metadata_props.get(_FOLDED))),
+        "scopes": tuple(f"{module}.weight" for module in listed(node.metadata_props.get(SCOPES))[-2:-1] if module),
+        "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
         "initializer": tuple(_MARK.sub(".weight", value.name) for value in stored if value.name),
         "path": _path_names(node.name or ""),
     }
@@ -164,7 +165,7 @@ def _path_names(name: str) -> tuple[str, ...]:
     return (f"{path}.weight",) if path else ()
 
 
-def _listed(text: str | None) -> list[str]:
+def listed(text: str | None) -> list[str]:
     """A list of words out of a graph's metadata; nothing where it is none."""
     if not text or len(text) > _LIST:
         return []

@@ -7,8 +7,6 @@ from Python it stays in the host's memory.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from os import PathLike
@@ -18,21 +16,15 @@ from typing import Any
 import numpy as np
 
 from ..adapter import Adapter
-from ..errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError, nearest
+from ..errors import Malformed, ShapeMismatch, Unsupported, UsageError, nearest
 from ..tensors.lazy import as_array
 from ..tensors.locations import located
 from ..tensors.ort_adapter import is_ort_adapter, read_ort_adapter
 from .building import Array
+from .feeds import check_slot, check_together, kind_of
 from .fitting import fit
 from .model_file import opened
-
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-
-_KINDS = {
-    "float": "float32", "double": "float64", "float16": "float16", "bfloat16": "bfloat16", "bool": "bool",
-    **{name: name for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
-}  # fmt: skip
-"""onnxruntime's names of element types -> numpy's."""
+from .providers import CPU, CUDA, best_provider, quiet_options
 
 Choice = str | Mapping[str, float] | None
 """Which adapters a run is with: one by name, several with a weight each, or none."""
@@ -101,8 +93,8 @@ class Session:
         else:
             feeds = fit(self._path, adapter)
         for key, array in feeds.items():
-            _check_slot(key, array, self._slots, path)
-        _check_together(feeds, self._slots, path)
+            check_slot(key, array, self._slots, path)
+        check_together(feeds, self._slots, path)
         self._loaded[name] = {key: (array, self._placed(array)) for key, array in feeds.items()}
 
     def unload(self, name: str) -> None:
@@ -120,7 +112,7 @@ class Session:
         """Runs the model.
 
         Args:
-            inputs: an array for each of `inputs`.
+            inputs: an array for each of `inputs`, and for any slot or other input that may be left out.
             adapter: the adapter by name; or several and their weights, at targets that they do not share; none when
                 not given, which is the model itself, bit for bit.
             outputs: which outputs to return; all when not given.
@@ -137,20 +129,54 @@ class Session:
         for name in names:
             if name not in self.outputs:
                 raise UsageError(f"no output {name!r}", path=self._path, cure=nearest(name, self.outputs) or _OUTPUTS)
-        feeds |= self._chosen(adapter)
+        chosen = self._chosen(adapter)
+        if both := sorted(feeds.keys() & chosen.keys()):
+            cure = "Leave one of the two out"
+            raise Unsupported("fed, and held by the adapter", path=self._path, where=both[0], cure=cure)
+        feeds |= chosen
         try:
             results = self._session.run_with_ort_values(names, feeds)
         except Exception as error:  # onnxruntime's errors have no common class but this.
             why = f"onnxruntime cannot run it ({_first(error)})"
             cure = "Pass inputs whose sizes go together"
             raise ShapeMismatch(why, path=self._path, cure=cure) from None
-        return {name: result.numpy() for name, result in zip(names, results, strict=True)}
+        return {name: _array(result) for name, result in zip(names, results, strict=True)}
+
+    def binding(self, adapter: Choice = None) -> Any:
+        """An onnxruntime binding with an adapter's slots bound, to be run by `run_bound` with inputs and outputs bound.
+
+        So that what a model tells stays on its device, as past keys and values do. onnxruntime itself ignores adapters
+        of run options in a binding.
+
+        Raises:
+            UsageError, Unsupported: as `run`.
+        """
+        binding = self._session.io_binding()
+        for key, value in self._chosen(adapter).items():
+            binding.bind_ortvalue_input(key, value)
+        return binding
+
+    def run_bound(self, binding: Any) -> None:
+        """Runs the model on what is bound; results are where the binding has them.
+
+        Raises:
+            UsageError: onnxruntime refuses it, as where an input is not bound.
+        """
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's errors have no common class but this.
+            why, cure = (
+                f"onnxruntime cannot run it ({_first(error)})",
+                "Bind every input, and every output that is wanted",
+            )
+            raise UsageError(why, path=self._path, cure=cure) from None
 
     def _checked(self, name: str, given: Any) -> Array:
-        if name not in self._entries:
+        entry = self._entries.get(name) or self._slots.get(name)
+        if entry is None:
             cure = nearest(name, self.inputs) or f"The inputs are {', '.join(self.inputs)}"
             raise UsageError(f"no input {name!r}", path=self._path, cure=cure)
-        array, kind = np.asarray(given), _kind(self._entries[name])
+        array, kind = np.asarray(given), kind_of(entry)
         if array.dtype != kind:
             raise UsageError(f"{array.dtype} for an input of {kind}", path=self._path, where=name, cure="Cast it")
         return array
@@ -197,16 +223,28 @@ def _value(array: Array, device: str = "cpu") -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(whole.reshape(array.shape), device, 0)
 
 
+def _array(value: Any) -> Array:
+    """A result's numbers; of bfloat16, which onnxruntime does not hand to numpy, by way of torch."""
+    if value.data_type() != "tensor(bfloat16)":
+        array: Array = value.numpy()
+        return array
+    torch, ml_dtypes = import_module("torch"), import_module("ml_dtypes")
+    bits: Array = torch.from_dlpack(value._ortvalue).view(torch.int16).cpu().numpy()
+    return bits.view(ml_dtypes.bfloat16)
+
+
 def _started(path: Path, providers: Sequence[str] | None) -> Any:
     onnxruntime: Any = import_module("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # It remarks on every slot that it is no constant, which is what slots are for.
-    wanted = list(providers) if providers is not None else _best(onnxruntime)
+    options = quiet_options()  # It remarks on every slot that it is no constant, which is what slots are for.
+    wanted = list(providers) if providers is not None else list(dict.fromkeys((best_provider(), CPU)))
     # onnxruntime itself warns, fails, or takes another one without a word: which of these is a matter of its version.
     _refuse([name for name in wanted if name not in onnxruntime.get_available_providers()], onnxruntime)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:
+        if "NOT_IMPLEMENTED" in str(error) or type(error).__name__ == "NotImplemented":
+            why, cure = f"onnxruntime has no kernel for it here ({_first(error)})", "Export it in float32 or float16"
+            raise Unsupported(why, path=path, cure=cure) from None
         raise Malformed(f"onnxruntime refuses it ({_first(error)})", path=path, cure="Export it again") from None
     _refuse([name for name in providers or () if name not in session.get_providers()], onnxruntime)
     return session
@@ -219,55 +257,8 @@ def _refuse(lacking: Sequence[str], onnxruntime: Any) -> None:
         raise UsageError(f"{', '.join(lacking)} does not run here", where="providers", cure=cure)
 
 
-def _best(onnxruntime: Any) -> list[str]:
-    """CUDA where a driver is there: onnxruntime lists it, and grumbles when asked for it, on machines without."""
-    driver = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
-    if not driver or CUDA not in onnxruntime.get_available_providers():
-        return [CPU]
-    if hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()
-    return [CUDA, CPU]
-
-
-def _check_slot(name: str, array: Array, slots: Mapping[str, Any], path: Any) -> None:
-    if name not in slots:
-        cure = nearest(name, slots) or ("Is it made for this model?" if slots else "Export the model with slots")
-        raise TargetNotFound(f"the model has no slot {name}", path=path, cure=cure)
-    declared, kind = slots[name].shape, _kind(slots[name])
-    if array.dtype != kind:
-        raise ShapeMismatch(f"{array.dtype} for a slot of {kind}", path=path, where=name, cure=_MADE)
-    sizes = zip(declared, array.shape, strict=False)
-    if len(declared) != array.ndim or any(isinstance(size, int) and size != own for size, own in sizes):
-        raise ShapeMismatch(f"{list(array.shape)} for a slot of {declared}", path=path, where=name, cure=_MADE)
-
-
-def _check_together(feeds: Mapping[str, Array], slots: Mapping[str, Any], path: Any) -> None:
-    """Sizes that slots of one update leave open are the same in each; a slot that is not given has none."""
-    stems = {name.rpartition(".")[0] for name in feeds}
-    open_sizes: dict[tuple[str, str], int] = {}
-    for name, entry in slots.items():
-        stem = name.rpartition(".")[0]
-        for axis, size in enumerate(entry.shape):
-            if stem not in stems or not isinstance(size, str) or not size.startswith(f"{name}."):
-                continue
-            own = feeds[name].shape[axis] if name in feeds else 0
-            word = size.removeprefix(f"{name}.")
-            if open_sizes.setdefault((stem, word), own) != own:
-                why = f"{word} is {own} here and {open_sizes[stem, word]} in the tensor beside it"
-                raise ShapeMismatch(why, path=path, where=name, cure=_MADE)
-
-
-def _kind(entry: Any) -> np.dtype[Any]:
-    name = _KINDS.get(entry.type.removeprefix("tensor(").removesuffix(")"), "float32")
-    if name == "bfloat16":
-        kind: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
-        return kind
-    return np.dtype(name)
-
-
 def _first(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-_MADE = "Write the adapter for this model by adapterkit.onnx.write_adapter"
 _OUTPUTS = "Leave outputs out to have all"

@@ -27,7 +27,8 @@ EXPLAINED = (
     "change as coarsely as the weight and says how much of it is left"
 )
 
-_MARK = re.compile(r"(?:_quantized|_q|(?:_DQ)?_Q\d)$")
+PACKED = re.compile(r"(?:_quantized|_q|(?:_DQ)?_Q\d)$")
+"""What quantizers put behind the name of a weight."""
 
 
 def is_packed(spot: Spot) -> bool:
@@ -71,7 +72,7 @@ def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: d
     if key not in made:
         make, kind = spot.kind.detached(spot.node), ir.DataType.from_numpy(layer.dtype)
         shape, turn = spot.kind.held_shape(spot.node), whole and not spot.kind.turns(spot.node)
-        name = building.name(_MARK.sub("", spot.sources[0].name or "weight"))
+        name = building.name(PACKED.sub("", spot.sources[0].name or "weight"))
         sizes = ir.Shape(shape[::-1] if turn else shape)
 
         def worked_out() -> ir.TensorProtocol:

@@ -1,0 +1,165 @@
+"""How a model of transformers is called: tensors in and out, names for them, sizes that are open."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import Unsupported
+from .tracing import quiet
+
+INSIDE = "model"
+"""The attribute of the modules made here that holds the model itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """How a model is called.
+
+    Attributes:
+        module: a module that takes positional tensors and returns tensors.
+        examples: arguments of several sizes; the first are traced with.
+        inputs: names of the inputs, flattened.
+        outputs: names of the outputs.
+        shapes: names of the open sizes, in the arguments' own structure.
+    """
+
+    module: Any
+    examples: tuple[tuple[Any, ...], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    shapes: tuple[Any, ...]
+
+
+def words_of(model: Any, source: Path) -> Words:
+    """How a model is called, by its class and its forward.
+
+    Args:
+        model: one of transformers' own, in evaluation mode.
+        source: its folder, for errors.
+
+    Raises:
+        Unsupported: a kind of model that this does not know.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        cure = "Export its encoder and decoder by adapterkit.onnx.export"
+        raise Unsupported("a model of encoder and decoder", path=source, cure=cure)
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        cure = "Export the torch model by adapterkit.onnx.export"
+        raise Unsupported(f"a {type(model).__name__} reads no tokens", path=source, cure=cure)
+    names = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    flat = {word for name in names for word in ([name] if isinstance(name, str) else name)}
+    return _causal(model, source) if type(model).__name__ in flat else _encoder(model)
+
+
+def _encoder(model: Any) -> Words:
+    import torch
+    from torch import nn
+
+    asked = inspect.signature(model.forward).parameters
+    kinds = getattr(model.config, "type_vocab_size", None) or 0
+    inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in asked and kinds > 1 else [])]
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *given: Any) -> Any:
+            told = self.model(**dict(zip(inputs, given, strict=True)), return_dict=True)
+            return [told[name] for name in outputs]
+
+    def example(batch: int, length: int) -> tuple[Any, ...]:
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        mask[0, length - 1 :] = 0 if batch > 1 else 1
+        kind = torch.zeros_like(mask)
+        kind[:, length // 2 :] = 1
+        return (_tokens(model, batch, length), mask, kind)[: len(inputs)]
+
+    with torch.no_grad(), quiet():
+        told = model(**dict(zip(inputs, example(1, 2), strict=True)), return_dict=True)
+    outputs = [name for name in ("logits", "last_hidden_state", "pooler_output", "start_logits", "end_logits")
+               if isinstance(told.get(name), torch.Tensor)]  # fmt: skip
+    shapes = tuple({0: "batch", 1: "sequence"} for _ in inputs)
+    examples = (example(2, 5), example(1, 3))
+    return Words(Encoder().eval(), examples, tuple(inputs), tuple(outputs), (shapes,))
+
+
+def _causal(model: Any, source: Path) -> Words:
+    import torch
+    from torch import nn
+
+    transformers = import_module("transformers")
+    asked = inspect.signature(model.forward).parameters
+    word = "past_key_values" if "cache" not in asked else "cache"
+    told = ["input_ids", "attention_mask", *(["position_ids"] if "position_ids" in asked else [])]
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Any, mask: Any, *rest: Any) -> Any:
+            cache = transformers.DynamicCache(rest[-1])
+            given = dict(zip(told, (tokens, mask, *rest[:-1]), strict=True))
+            logits = self.model(**given, **{word: cache}, use_cache=True, return_dict=True).logits
+            return logits, _pairs(cache)
+
+    sizes = _past_sizes(model, word, source)
+    kind = next(model.parameters()).dtype
+    rng = torch.Generator().manual_seed(0)
+
+    def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
+        mask = torch.ones(batch, past + length, dtype=torch.int64)
+        mask[0, : int(batch > 1 and past > 0)] = 0
+        positions = torch.arange(past, past + length)[None].repeat(batch, 1)
+        held = [
+            tuple(torch.randn(batch, heads, past, width, generator=rng).to(kind) for heads, width in pair)
+            for pair in sizes
+        ]
+        return (_tokens(model, batch, length), mask, *([positions] if "position_ids" in told else []), held)
+
+    axes = {"input_ids": "sequence", "attention_mask": "total", "position_ids": "sequence"}
+    layers = [f"{at}.{part}" for at in range(len(sizes)) for part in ("key", "value")]
+    past_shapes = [({0: "batch", 2: "past"},) * 2 for _ in sizes]
+    return Words(
+        Decoder().eval(),
+        (example(2, 3, 5), example(1, 4, 0), example(1, 1, 4)),
+        (*told, *(f"past_key_values.{layer}" for layer in layers)),
+        ("logits", *(f"present.{layer}" for layer in layers)),
+        (*({0: "batch", 1: axes[name]} for name in told[:2]),
+         (*({0: "batch", 1: axes[name]} for name in told[2:]), past_shapes)),
+    )  # fmt: skip
+
+
+def _tokens(model: Any, batch: int, length: int) -> Any:
+    import torch
+
+    most = int(getattr(model.config.get_text_config(), "vocab_size", 2))
+    return torch.randint(0, most, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def _pairs(cache: Any) -> list[tuple[Any, Any]]:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _past_sizes(model: Any, word: str, source: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Heads and width of each layer's keys and values, by running the model once."""
+    import torch
+
+    cache = import_module("transformers").DynamicCache()
+    try:
+        with torch.no_grad(), quiet():
+            model(input_ids=_tokens(model, 1, 2), **{word: cache}, use_cache=True)
+        pairs = _pairs(cache)
+        sizes = [((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for k, v in pairs]
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        why = f"a {type(model).__name__} whose past is not keys and values of each layer ({error})"
+        raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export") from None
+    if not sizes:
+        why = f"a {type(model).__name__} that keeps no keys and values"
+        raise Unsupported(why, path=source, cure="Export the torch model by adapterkit.onnx.export")
+    return sizes

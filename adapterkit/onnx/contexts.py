@@ -1,0 +1,177 @@
+"""Context in graphs: soft prompts and new tokens at the embedding, prefixes as the past that a run begins with.
+
+A soft prompt becomes tokens numbered behind the last one of the vocabulary, as textual inversion's are: an input that
+begins with their numbers, its mask and positions counting them, has the prompt in front. A prefix becomes what the
+graph's inputs of past keys and values hold where a run leaves them out, of a batch of one; its mask counts the prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..adapter import Adapter, Target
+from ..errors import ShapeMismatch, TargetNotFound, Unsupported
+from ..tensors.lazy import as_array
+from ..updates import ContextUpdate
+from .attaching import rename_output
+from .building import Array, Branch, Building, element_type
+from .convolutions import Gather
+from .resolving import Spot, same_end, spots_of
+
+PLACES = ("embeddings", "vocabulary", "past")
+"""Words of context updates that a graph has a place for."""
+
+_PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
+
+
+def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]]]:
+    """What changes layers, and what is context and has a place in a graph."""
+    context = [(target, update) for target, update in adapter if isinstance(update, ContextUpdate) and _placed(update)]
+    kept = {
+        target: rest
+        for target, updates in adapter.updates.items()
+        if (rest := tuple(update for update in updates if not _placed(update)))
+    }
+    return adapter.replace(updates=kept), context
+
+
+def _placed(update: Any) -> bool:
+    return isinstance(update, ContextUpdate) and update.place in PLACES
+
+
+def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -> str:
+    """Puts prompts, new tokens and a prefix into a graph; returns how they are used, in words.
+
+    Args:
+        context: what `parted` found.
+        building: the model that is being changed.
+
+    Raises:
+        TargetNotFound: the graph shows no embedding of tokens, or no past.
+        ShapeMismatch: they are of another size.
+        Unsupported: two prefixes.
+    """
+    rows: list[tuple[Target, Array]] = []
+    pasts: list[tuple[Target, Array]] = []
+    for target, update in context:
+        held = update.map(_wide)
+        if update.place == "past":
+            pasts.append((target, _numbers(held.past())))
+        else:
+            found = held.embeddings() if update.place == "embeddings" else held.vocabulary()
+            rows.append((target, _numbers(found)))
+    if len(pasts) > 1:
+        raise Unsupported("two prefixes", where=str(pasts[1][0]), cure="Inject one of them")
+    said = [_with_tokens(target, more, building) for target, more in rows[:1]] if len(rows) == 1 else []
+    if len(rows) > 1:
+        said.append(_with_tokens(rows[0][0], np.concatenate([more for _, more in rows]), building))
+    said += [_with_past(target, past, building) for target, past in pasts]
+    return "; ".join(said)
+
+
+def _wide(leaf: Any) -> Any:
+    array = as_array(leaf)
+    return array if array.dtype.kind in "iu" else array.astype(np.float64)
+
+
+def _numbers(found: Any) -> Array:
+    array: Array = np.asarray(found)
+    return array
+
+
+def _with_tokens(target: Target, more: Array, building: Building) -> str:
+    """An embedding with more rows than its table: where a token is new, a row of another table takes its place."""
+    spot = _embedding(target, building.model)
+    dim, count = spot.shape[0], spot.shape[1]
+    if more.shape[-1] != dim:
+        raise ShapeMismatch(f"made for embeddings of {more.shape[-1]}; the graph's have {dim}", where=str(target))
+    branch = Branch(building, f"adapterkit/{target or 'prompt'}")
+    layer = Gather(spot.node, branch)
+    ids, kind = layer.given, np.int64 if layer.given.dtype is None else layer.given.dtype.numpy()
+    table = building.tensor(
+        ("context", target), f"{target or 'prompt'}.P", lambda: more.astype(element_type(layer.operand.dtype))
+    )
+    first, zero = (building.literal(np.array(n, dtype=kind)) for n in (count, 0))
+    new = branch.node("Not", [branch.node("Less", [ids, first], None, bool, None)], None, bool, None)
+    known = branch.node("Where", [new, zero, ids], None, kind, None)
+    shifted = branch.node("Sub", [ids, first], None, kind, None)
+    row = branch.node("Where", [new, shifted, zero], None, kind, None)
+    added = branch.node("Gather", [table, row], {"axis": 0}, layer.dtype, None)
+    wide = branch.node("Unsqueeze", [new, building.literal(np.array([-1]))], None, bool, None)
+    out = branch.node("Where", [wide, added, spot.node.outputs[0]], None, layer.dtype, None)
+    _inserted(spot.node, known, out, branch)
+    return f"tokens {count} to {count + len(more) - 1} are the new ones"
+
+
+def _inserted(node: ir.Node, known: ir.Value, out: ir.Value, branch: Branch) -> None:
+    """The embedding reads tokens that it has; whoever read it reads the choice between both."""
+    old, graph = node.outputs[0], node.graph
+    assert graph is not None
+    own = {id(one) for one in branch.nodes}
+    for use in list(old.uses()):
+        if id(use.node) not in own:
+            use.node.replace_input_with(use.idx, out)
+    if old.is_graph_output():
+        rename_output(graph, old, out, branch)
+    at = branch.nodes.index(known.producer())  # type: ignore[arg-type]
+    graph.insert_before(node, branch.nodes[: at + 1])
+    graph.insert_after(node, branch.nodes[at + 1 :])
+    node.replace_input_with(1, known)
+
+
+def _embedding(target: Target, model: ir.Model) -> Spot:
+    """The embedding of the tokens that the graph is run on."""
+    spots = [spot for spot in spots_of(model) if spot.kind is Gather and _of_input(spot.node) is not None]
+    if target.path:
+        names = [(spot, name) for spot in spots for said in spot.names.values() for name in said]
+        spots = list(dict.fromkeys(s for s, name in names if same_end(name.removesuffix(".weight"), target.path)))
+    elif len(spots) > 1:
+        spots = [spot for spot in spots if "input_ids" in (_of_input(spot.node) or "")]
+    if len(spots) != 1:
+        why = "the graph shows no embedding of tokens" if not spots else "several embeddings may be that of the tokens"
+        raise TargetNotFound(why, where=str(target), cure="Target the embedding by its name")
+    return spots[0]
+
+
+def _of_input(node: ir.Node) -> str | None:
+    """The name of the graph's input that an embedding looks up."""
+    value = node.inputs[1]
+    while value is not None and (made_by := value.producer()) is not None and made_by.op_type in ("Cast", "Identity"):
+        value = made_by.inputs[0]
+    return value.name if value is not None and value.is_graph_input() else None
+
+
+def _with_past(target: Target, past: Array, building: Building) -> str:
+    """Inputs of past keys and values that hold a prefix where they are left out."""
+    inputs = _past_inputs(building.model.graph)
+    layers, _, heads, length, width = past.shape
+    if not inputs:
+        cure = "Export the model with past keys and values (adapterkit export)"
+        raise TargetNotFound("the graph has no inputs of past keys and values", where=str(target), cure=cure)
+    for (layer, _), value in inputs.items():
+        sizes = [size if isinstance(size, int) else None for size in value.shape or ()]
+        fits = len(sizes) == 4 and sizes[1] in (None, heads) and sizes[3] in (None, width)
+        if not fits or layer >= layers or len(inputs) != 2 * layers:
+            why = (
+                f"a prefix of {layers} layers, {heads} heads of {width}; the graph takes {sizes} in {len(inputs) // 2}"
+            )
+            raise ShapeMismatch(why, where=value.name, cure="Is this adapter made for this base?")
+    for (layer, part), value in inputs.items():
+        array = past[layer, ("key", "value").index(part)][None].astype(element_type(value.dtype))
+        value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
+        building.model.graph.register_initializer(value)
+    return f"a run without its past begins with {length} tokens of prefix, which its mask and positions count"
+
+
+def _past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
+    found: dict[tuple[int, str], ir.Value] = {}
+    for value in graph.inputs:
+        told = _PAST.search(value.name or "") if "past" in (value.name or "") else None
+        if told is not None:
+            found[int(told[1]), told[2]] = value
+    return found

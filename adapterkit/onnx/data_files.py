@@ -1,0 +1,65 @@
+"""Data files of a model: where they may lie, and whether they are long enough; none is read before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ..errors import Malformed
+from ..tensors.checkpoint import contained
+
+
+def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
+    """The files that hold the model's numbers, each inside its folder and long enough.
+
+    Raises:
+        Malformed: one is missing, too short, outside of the folder or linked from elsewhere.
+    """
+    files: dict[Path, int] = {}
+    for tensor in external(model):
+        where = tensor.name or "a tensor"
+        file = contained(path.parent, str(tensor.location))
+        real = _inside(file, path, where)
+        need = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
+        if (tensor.offset is not None and tensor.offset < 0) or tensor.nbytes > (tensor.length or tensor.nbytes):
+            raise Malformed("its place in the data file makes no sense", path=path, where=where, cure=_AGAIN)
+        files[file] = max(files.get(file, 0), need)
+        if real.stat().st_size < need:
+            why = f"{real.stat().st_size} bytes where {need} are needed"
+            raise Malformed(why, path=file, where=where, cure="Fetch the data file again")
+        tensor._base_dir, tensor._location = str(real.parent), real.name  # a hub's cache has links
+        tensor.meta["adapterkit.location"] = file.relative_to(path.parent).as_posix()
+    return tuple(files)
+
+
+def _inside(file: Path, model: Path, where: str) -> Path:
+    """The file itself behind links, which may lead to where the model's own link leads, and nowhere else."""
+    try:
+        real, home = file.resolve(strict=True), model.resolve(strict=True).parent
+    except OSError as error:
+        why = f"its data file {file.name} cannot be read ({(error.strerror or str(error)).lower()})"
+        raise Malformed(why, path=model, where=where, cure="Put the data file beside the model") from None
+    if not (real.is_relative_to(model.parent.resolve()) or real.is_relative_to(home)) or not real.is_file():
+        why = f"its data file {file.name} is a link out of the model's folder"
+        raise Malformed(why, path=model, where=where, cure="Do not use this file: repack the model")
+    if real.stat().st_nlink > 1:  # An archive may hold a link to any file of whoever unpacks it; onnx refuses it too.
+        why = f"its data file {file.name} has a second name, a hard link, that may be of another's file"
+        raise Malformed(why, path=model, where=where, cure="Copy the file in its own place, if you trust it")
+    return real
+
+
+def external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """The tensors whose numbers lie outside of the model's own file, those of nodes and of graphs inside them too."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+        for node in graph:
+            for held in node.attributes.values():
+                if isinstance(held.value, ir.ExternalTensor):
+                    yield held.value
+
+
+_AGAIN = "Export the model again"

@@ -1,0 +1,78 @@
+"""Export of what a function of the user's makes: any torch module, with example inputs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterkitError, ShapeMismatch, UsageError
+from ..tensors.checkpoint import opened as opened_base
+from ..tensors.lazy import as_torch
+from .exporting import export
+from .folders import check_folder, moved, published
+from .injecting import Report
+
+
+def export_factory(
+    factory: str, out: str | PathLike[str], *, weights: str | PathLike[str] | None = None, overwrite: bool = False,
+    **options: Any,
+) -> Report:  # fmt: skip
+    """Writes a folder with `model.onnx`, and its adapters as slots take them, of the module that a function makes.
+
+    Args:
+        factory: `module:function`, found as Python finds modules, the working folder first. It is called without
+            arguments and returns `(torch module, example arguments)`, and maybe a third: a dictionary of more arguments
+            of `export`, such as `input_names` and `dynamic_shapes`.
+        out: the folder to write; appears whole, by rename.
+        weights: a file or folder of weights that are loaded into the module, each parameter's and buffer's.
+        overwrite: replace a folder that an export wrote.
+        options: more for `export`.
+
+    Raises:
+        UsageError: there is no such function, or it returns something else.
+        ShapeMismatch: the weights are not those of the module.
+        And what `export` raises; `out` is left as it was.
+    """
+    target = Path(out)
+    check_folder(target, overwrite)
+    module, args, more = _made(factory)
+    if weights is not None:
+        _load(module, weights)
+    with published(target) as scratch:
+        report = export(module.eval(), args, scratch / "model.onnx", **{**more, **options})
+    return moved(report, target)
+
+
+def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    from torch import nn
+
+    module, colon, name = factory.partition(":")
+    if not (module and colon and name):
+        raise UsageError(f"{factory!r} names no function", where="model", cure="Write module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(import_module(module), name)()
+    except AdapterkitError:
+        raise
+    except Exception as error:  # It is the user's code: anything may come.
+        why = f"{factory} cannot be called ({type(error).__name__}: {error})"
+        raise UsageError(why, where="model", cure="Name a function that takes no arguments") from error
+    found = made if isinstance(made, tuple) else (made,)
+    if len(found) not in (2, 3) or not isinstance(found[0], nn.Module) or not isinstance(found[1], tuple | list):
+        cure = "Return (torch module, example arguments), or these and a dictionary of arguments of export"
+        raise UsageError(f"{factory} returns something else", where="model", cure=cure)
+    return found[0], tuple(found[1]), dict(found[2]) if len(found) == 3 else {}
+
+
+def _load(module: Any, weights: str | PathLike[str]) -> None:
+    held = {name: as_torch(leaf) for name, leaf in opened_base(weights).tensors.items()}
+    try:
+        module.load_state_dict(held, strict=True)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())
+        raise ShapeMismatch(first[:300], path=weights, cure="Name weights of this very module") from None

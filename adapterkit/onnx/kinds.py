@@ -1,0 +1,22 @@
+"""The kinds of layers that there are, and which of them a node is."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from .convolutions import Conv, ConvTranspose, Gather
+from .fused import Attention
+from .layers import Gemm, Layer, MatMul
+from .packed import FusedMatMul, MatMulInteger, MatMulNBits
+from .recurrent import RECURRENT
+
+KINDS: tuple[type[Layer], ...] = (
+    MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention,
+)  # fmt: skip
+"""Kinds of which a node is one at most."""
+
+
+def kinds_of(node: ir.Node) -> list[type[Layer]]:
+    """The kinds of layers that a node is: of most one, of a recurrent one a kind for each weight."""
+    kind = next((kind for kind in KINDS if kind.takes(node)), None)
+    return [kind for kind in RECURRENT if kind.takes(node)] if kind is None else [kind]

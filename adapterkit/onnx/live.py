@@ -1,0 +1,51 @@
+"""Live torch models with adapters, for as long as they are traced or run; afterwards they are as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Adapter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def attached(model: nn.Module, adapters: Mapping[str, Adapter], mode: str) -> AbstractContextManager[Any]:
+    """The live model as it is traced."""
+    if mode == "merged":
+        return _merged(model, adapters)
+    return injected(model, adapters if mode == "attached" else {})
+
+
+@contextmanager
+def injected(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[list[Any]]:
+    """The live model with adapters on it."""
+    from ..torch import inject
+
+    handles: list[Any] = []
+    try:
+        for name, adapter in adapters.items():
+            handles.append(inject(model, adapter, name=f"export {name}"))
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
+    """The live model with other numbers in the parameters that adapters change; its own come back untouched."""
+    from ..torch.handle import changes
+
+    with injected(model, adapters) as handles:
+        changed = changes(handles) if handles else []
+    before = [parameter.data for parameter, _ in changed]
+    try:
+        for parameter, value in changed:
+            parameter.data = value.to(parameter.dtype)
+        yield
+    finally:
+        for (parameter, _), own in zip(changed, before, strict=True):
+            parameter.data = own

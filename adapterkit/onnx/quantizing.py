@@ -1,0 +1,179 @@
+"""Quantization of an export by onnxruntime's own quantizers, and what that did to its weights.
+
+`int8` rounds weights, one scale an output channel, and at run time each layer's input: `MatMulInteger`. `int4` rounds
+weights alone, in blocks of 32 inputs: `MatMulNBits`. Adapters that stay nodes or slots are left in floating point.
+https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import Unsupported
+from .building import Building
+from .changes import settle, settled_from, unturned
+from .model_file import opened, save_fresh
+from .operands import attribute, nodes_of
+from .resolving import SCOPES, listed, spots_of
+from .unpacking import PACKED, as_float, drop, is_packed
+
+SCHEMES = ("int8", "int4")
+
+BLOCK = 32
+"""Inputs that share a scale in 4 bits."""
+
+_PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
+"""What onnxruntime's quantizers ask of a model's metadata, or else remark on."""
+
+
+def prepare(graph: ir.Model, names: Collection[str]) -> None:
+    """Makes linear layers what quantizers know: `MatMul` with a stored weight, `[in, out]`, and an `Add` of the bias.
+
+    Args:
+        graph: an export as it was traced, each weight behind a Transpose of its own.
+        names: the weights that are quantized; an adapter's own tensors are none of them.
+    """
+    building, made = Building(graph), dict[Any, ir.Value]()
+    for node in list(nodes_of(graph)):
+        if node.op_type == "Gemm" and node.domain == "":
+            _prepare_gemm(node, names, building, made)
+        elif node.op_type == "MatMul" and node.inputs[1] is not None:
+            stored, before = unturned(node.inputs[1]), node.inputs[1].producer()
+            if stored.turned and stored.value.name in names and stored.value.const_value is not None:
+                node.replace_input_with(1, _turned(node, stored.value, building, made))
+                drop(before)
+    settle(made.values())
+    graph.metadata_props.update(_PREPARED)
+
+
+def _prepare_gemm(node: ir.Node, names: Collection[str], building: Building, made: dict[Any, ir.Value]) -> None:
+    x, W, *rest = node.inputs
+    plain = all(attribute(node, name, 1.0) == 1.0 for name in ("alpha", "beta")) and not attribute(node, "transA", 0)
+    if W is None or W.name not in names or W.const_value is None or not plain or node.graph is None:
+        return
+    held = _turned(node, W, building, made) if attribute(node, "transB", 0) else W
+    product = ir.node("MatMul", [x, held], name=building.name(f"{node.name}/MatMul"))
+    product.metadata_props.update(node.metadata_props)
+    new = [product]
+    if rest and rest[0] is not None:
+        new.append(ir.node("Add", [product.outputs[0], rest[0]], name=building.name(f"{node.name}/Add")))
+    out = new[-1].outputs[0]
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, [node.outputs[0]], [out])
+
+
+def _turned(node: ir.Node, W: ir.Value, building: Building, made: dict[Any, ir.Value]) -> ir.Value:
+    """The weight stored `[in, out]`; where others read it as it is, as embeddings do, under its module's name."""
+    tensor = W.const_value
+    assert tensor is not None
+    if W not in made:
+        modules = listed(node.metadata_props.get(SCOPES))[-2:-1]
+        module = modules[0] if modules and modules[0] else (W.name or "").removesuffix(".weight")
+        name = building.name(f"{module}.MatMul.weight")
+        shape, kind = ir.Shape(tensor.shape.numpy()[::-1]), tensor.dtype
+
+        def turned() -> ir.TensorProtocol:
+            return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=kind, name=name)
+
+        lazy = ir.LazyTensor(turned, kind, shape, cache=False, name=name)
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=lazy)
+        settled_from(building, made, value, W, W)
+    return made[W]
+
+
+def packed(model: Path, scheme: str, out: Path) -> tuple[list[Path], dict[str, dict[str, float]]]:
+    """Writes a graph with its linear layers packed; returns the files, and what rounding did to each weight.
+
+    Args:
+        model: a file that was prepared, in a folder for scratch.
+        scheme: one of `SCHEMES`.
+        out: the file to write.
+
+    Raises:
+        Unsupported: onnxruntime's quantizer fails, or finds nothing to pack.
+    """
+    graph = _quantized(model, scheme, model.with_name("quantized.onnx"))
+    notes = opened(model).model.metadata_props.items()
+    graph.metadata_props.clear()
+    graph.metadata_props.update({key: note for key, note in notes if key not in _PREPARED})
+    damage = _damage(model, graph)
+    return save_fresh(graph, out), damage
+
+
+def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
+    try:
+        with _unheard():
+            (_in_integers if scheme == "int8" else _in_bits)(model, out)
+    except Exception as error:  # The quantizers raise whatever the graph leads to.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Unsupported(f"onnxruntime cannot quantize it ({first})", cure="Export it without quantize") from error
+    graph = opened(out).model
+    if not any(is_packed(spot) for spot in spots_of(graph)):
+        why = "onnxruntime's quantizer finds no layer that it can pack"
+        raise Unsupported(why, cure="Export it without quantize")
+    return graph
+
+
+def _in_integers(model: Path, out: Path) -> None:
+    quantization: Any = import_module("onnxruntime.quantization")
+    quantization.quantize_dynamic(
+        model, out, op_types_to_quantize=["MatMul"], per_channel=True, use_external_data_format=True
+    )
+
+
+def _in_bits(model: Path, out: Path) -> None:
+    import onnx
+
+    quantizers: Any = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
+    quantizer = quantizers.MatMulNBitsQuantizer(onnx.load(model), block_size=BLOCK, is_symmetric=True)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(out), use_external_data_format=True)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Without what the quantizers log, and the handler that importing them puts on every program's log."""
+    root = logging.getLogger()
+    handlers, level, disabled = root.handlers[:], root.level, logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.disable(disabled)
+
+
+def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
+    """The relative error of each weight in the Frobenius norm, by its module."""
+    held = opened(model).model.graph.initializers
+    errors: dict[str, dict[str, float]] = {}
+    for spot in spots_of(packed):
+        for source in spot.sources if is_packed(spot) else ():
+            name = PACKED.sub("", source.name or "")
+            if name in held and held[name].const_value is not None:
+                W = held[name].const_value.numpy().astype(np.float32)  # type: ignore[union-attr]
+                R = spot.kind.held(spot.node).astype(np.float32)
+                R = R if spot.kind.turns(spot.node) else R.T
+                size = max(float(np.linalg.norm(W)), 1e-30)
+                module = name.removesuffix(".weight").removesuffix(".MatMul")
+                errors[module] = {"error": float(np.linalg.norm(R - W)) / size}
+    return errors
+
+
+def as_floats(packed: Path, out: Path) -> None:
+    """Writes the graph with the numbers that its packed weights stand for: what packed layers are held against."""
+    model = opened(packed).model
+    building, made = Building(model), dict[Any, ir.Value]()
+    for spot in spots_of(model):
+        if is_packed(spot):
+            as_float(spot, building, made)
+    building.settle()
+    save_fresh(model, out)

@@ -1,0 +1,109 @@
+"""Weights that stay in the base's own safetensors files: a graph names their bytes there, and there is no second copy.
+
+Runtimes read no file outside of a model's folder, so the files must lie in it. What the files hold in 16 bits and a
+graph computes with in 32 is cast by a node, which runtimes work out when they load the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import UsageError
+from ..tensors.checkpoint import opened as opened_base
+from ..tensors.lazy import Lazy, as_array
+from .building import Building
+from .model_file import INLINE, STAYS
+from .resolving import same_end
+
+
+def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> list[str]:
+    """Has stored tensors whose numbers are those of safetensors files name their places there.
+
+    Args:
+        graph: an export, whose tensors have the base's names.
+        weights: a safetensors file, or a folder of them.
+        out: where the graph will lie: in the files' folder, or above it.
+
+    Returns:
+        names of the tensors that are shared.
+
+    Raises:
+        UsageError: the files lie elsewhere, or nothing in them is what the graph computes with.
+    """
+    held = {name: leaf for name, leaf in opened_base(weights).tensors.items() if leaf.span is not None}
+    _check_place(held, out)
+    building, shared = Building(graph), list[str]()
+    for name, value in list(graph.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= INLINE:
+            continue
+        alike = _alike(name, tuple(tensor.shape.numpy()), held)
+        leaf = next((leaf for leaf in alike if _same(tensor, leaf)), None)
+        if leaf is not None:
+            _placed(value, leaf, out, building)
+            shared.append(name)
+    if not shared:
+        cure = "Name the safetensors files that the model was loaded from"
+        raise UsageError("no weight of the graph is one of the files'", path=weights, cure=cure)
+    return shared
+
+
+def _check_place(held: Mapping[str, Lazy], out: Path) -> None:
+    home = out.parent.resolve()
+    for leaf in held.values():
+        assert leaf.span is not None
+        file = Path(leaf.span.path)
+        if file.suffix != ".safetensors":
+            cure = "Save the model by save_pretrained, which writes safetensors files"
+            raise UsageError("weights that are in no safetensors file cannot be shared", path=file, cure=cure)
+        if file.is_symlink() or not file.resolve().is_relative_to(home):
+            why = "weights outside of the graph's folder cannot be shared: runtimes read none there"
+            raise UsageError(why, path=file, cure=f"Write the graph into {file.parent}; no link will do")
+
+
+def _alike(name: str, shape: tuple[int, ...], held: Mapping[str, Lazy]) -> list[Lazy]:
+    """Tensors of the files that may be one of the graph's: those of its name; a tied one has another's."""
+    sized = {other: leaf for other, leaf in held.items() if leaf.shape == shape}
+    named = [leaf for other, leaf in sized.items() if same_end(name, other)]
+    return named or list(sized.values())
+
+
+def _same(tensor: Any, leaf: Lazy) -> bool:
+    """Whether the numbers are the same, bit for bit; those of 16 bits, as they are in the graph's wider type."""
+    theirs, ours = as_array(leaf), tensor.numpy()
+    if theirs.dtype != ours.dtype:
+        if not leaf.dtype.floating or theirs.dtype.itemsize != 2 or ours.dtype != np.float32:
+            return False
+        theirs = theirs.astype(np.float32)
+    return bool(np.array_equal(ours.view(np.uint8), theirs.view(np.uint8)) if ours.ndim else ours == theirs)
+
+
+def _placed(value: ir.Value, leaf: Lazy, out: Path, building: Building) -> None:
+    assert leaf.span is not None
+    assert value.const_value is not None
+    file, own = Path(leaf.span.path).resolve(), value.const_value
+    kind = ir.DataType.from_numpy(leaf.dtype.array)
+    place = ir.ExternalTensor(
+        file.relative_to(out.parent.resolve()).as_posix(), leaf.span.offset, leaf.span.nbytes, kind,
+        shape=ir.Shape(leaf.shape), name=value.name or "", base_dir=out.parent.resolve(),
+    )  # fmt: skip
+    place.meta[STAYS] = True
+    if kind == own.dtype:
+        value.const_value = place
+        return
+    uses = list(value.uses())
+    cast = ir.node("Cast", [value], {"to": own.dtype}, name=building.name(f"{value.name}/Cast"))
+    cast.outputs[0].name = building.name(f"{value.name}/Cast_output")
+    cast.outputs[0].shape, cast.outputs[0].type = ir.Shape(leaf.shape), ir.TensorType(own.dtype)
+    for use in uses:
+        use.node.replace_input_with(use.idx, cast.outputs[0])
+    graph = value.graph
+    assert isinstance(graph, ir.Graph)
+    graph.insert_before(graph[0], cast)
+    value.const_value, value.type = place, ir.TensorType(kind)

@@ -1,0 +1,61 @@
+"""Inputs that are made up to try a graph with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+SIZES = ((2, 4, 4, 4), (2, 3, 16, 16), (1, 1, 1, 1), (2, 32, 32, 32), (1, 576, 16, 16))
+"""Open sizes by axis that are tried, one after the other."""
+
+_TYPES = {
+    "bool": np.bool_,
+    "float": np.float32,
+    "float16": np.float16,
+    "double": np.float64,
+    "int64": np.int64,
+    "int32": np.int32,
+}
+
+
+def made_up(session: Any, sizes: Sequence[int]) -> dict[str, Any]:
+    """Inputs for a graph: the same size for every open axis of one name, the first of them the batch's."""
+    rng, known = np.random.default_rng(0), dict[str, int]()
+    feeds: dict[str, Any] = {}
+    entries = session.get_inputs()
+    shapes = {entry.name: [_size(axis, n, known, sizes) for n, axis in enumerate(entry.shape)] for entry in entries}
+    _count_past(shapes)
+    for entry in entries:
+        shape = shapes[entry.name]
+        name = entry.type.removeprefix("tensor(").removesuffix(")")
+        if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
+            feeds[entry.name] = _mask(shape).astype(_TYPES[name])
+        elif name in ("int64", "int32"):
+            feeds[entry.name] = rng.integers(0, 2, shape).astype(_TYPES[name])
+        else:
+            feeds[entry.name] = rng.normal(size=shape).astype(_TYPES[name])
+    return feeds
+
+
+def _count_past(shapes: dict[str, list[int]]) -> None:
+    """The mask of a causal language model counts its past, too."""
+    past = next((shape[2] for name, shape in shapes.items() if "past" in name and len(shape) == 4), None)
+    mask, tokens = shapes.get("attention_mask"), shapes.get("input_ids")
+    if past is not None and mask is not None and tokens is not None and len(mask) == len(tokens) == 2:
+        mask[1] = past + tokens[1]
+
+
+def _mask(shape: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Ones, but for the last along the last axis: whichever of them hides, something is left to be seen."""
+    mask = np.ones(shape, dtype=bool)
+    if mask.ndim and mask.shape[-1] > 1:
+        mask[..., -1] = False
+    return mask
+
+
+def _size(axis: Any, position: int, known: dict[str, int], sizes: Sequence[int]) -> int:
+    if isinstance(axis, int):
+        return axis
+    return known.setdefault(str(axis), sizes[min(position, len(sizes) - 1)])

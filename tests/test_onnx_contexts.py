@@ -1,0 +1,130 @@
+"""Prompts, prefixes and new tokens in graphs: onnxruntime computes what PEFT and transformers do."""
+
+import numpy as np
+import onnx_graphs as graphs
+import peft
+import pytest
+import torch
+import transformers
+
+import adapterkit as ak
+from adapterkit.errors import ShapeMismatch, TargetNotFound, Unsupported
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning:(transformers|peft|torch)")
+
+IDS = torch.tensor([[5, 9, 2, 33]])
+COUNT, WORDS = 3, 64
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(the folder, its graph)."""
+    folder = tmp_path_factory.mktemp("context")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
+    return folder / "base", ak.onnx.export_pretrained(folder / "base", folder / "graph").out
+
+
+def peft_model(folder, config, out):
+    model = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(folder), config)
+    with torch.no_grad():
+        for parameter in model.prompt_encoder.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.7)
+    model.save_pretrained(out)
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.numpy()
+
+
+def feeds(ids, past, total=None):
+    count = ids.shape[1]
+    total = total or count
+    return {
+        "input_ids": ids, "attention_mask": np.ones((1, total), np.int64),
+        "position_ids": np.arange(total - count, total)[None], **past,
+    }  # fmt: skip
+
+
+def nothing(session):
+    names = [name for name in (*session.inputs, *session.slots) if name.startswith("past")]
+    return {name: np.zeros((1, 2, 0, 8), np.float32) for name in names}
+
+
+def test_a_soft_prompt_is_tokens_in_front(base, tmp_path, close):
+    folder, graph = base
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=COUNT)
+    wanted = peft_model(folder, config, tmp_path / "prompt")
+    report = ak.onnx.inject(graph, tmp_path / "prompt", tmp_path / "out.onnx")
+    assert report.difference == 0
+    assert "tokens 64 to 66 are the new ones" in report.note
+    session = ak.onnx.Session(report.out)
+    prompted = np.concatenate([np.arange(WORDS, WORDS + COUNT)[None], IDS.numpy()], 1)
+    got = session.run(feeds(prompted, nothing(session)))["logits"]
+    close(torch.tensor(got), torch.tensor(wanted), tolerance=1e-4)
+    plain = ak.onnx.Session(graph)
+    one, other = (s.run(feeds(IDS.numpy(), nothing(s)))["logits"] for s in (session, plain))
+    np.testing.assert_array_equal(one, other)
+    ak.onnx.eject(report.out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == graph.read_bytes()
+
+
+def test_a_prefix_is_the_past_that_a_run_begins_with(base, tmp_path, close):
+    folder, graph = base
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=COUNT)
+    wanted = peft_model(folder, config, tmp_path / "prefix")
+    report = ak.onnx.inject(graph, tmp_path / "prefix", tmp_path / "out.onnx")
+    assert report.difference == 0
+    session = ak.onnx.Session(report.out)
+    told = session.run(feeds(IDS.numpy(), {}, COUNT + 4))
+    close(torch.tensor(told["logits"]), torch.tensor(wanted), tolerance=1e-4)
+    past = {name: told[name.replace("past_key_values", "present")] for name in nothing(session)}
+    assert {array.shape[2] for array in past.values()} == {COUNT + 4}
+    session.run(feeds(np.array([[7]]), past, COUNT + 5))
+    plain = ak.onnx.Session(graph)
+    one, other = (s.run(feeds(IDS.numpy(), nothing(s)))["logits"] for s in (session, plain))
+    np.testing.assert_array_equal(one, other)
+    ak.onnx.eject(report.out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == graph.read_bytes()
+
+
+def test_new_tokens_beside_a_change_of_the_embedding(tmp_path):
+    table = np.random.default_rng(0).normal(size=(16, 8)).astype("f4")
+    path = graphs.saved(
+        graphs.graph("embedding", torch.nn.Embedding.from_pretrained(torch.tensor(table))), tmp_path / "e"
+    )
+    new, A, B = torch.randn(2, 8), torch.randn(2, 16), torch.randn(8, 2)
+    updates = (ak.METHODS["textual_inversion"](P=new), ak.METHODS["lora"](A=A, B=B))
+    adapter = ak.Adapter({ak.Target("0", "in out *k"): updates[1:], ak.Target("0"): updates[:1]})
+    report = ak.onnx.inject(path, adapter, tmp_path / "out.onnx")
+    whole = np.concatenate([table + (B @ A).T.numpy(), new.numpy()])
+    ids = np.array([[3, 16, 0], [17, 15, 16]])
+    np.testing.assert_allclose(graphs.run(report.out, ids), whole[ids], atol=1e-5)
+
+
+def test_what_context_refuses(base, tmp_path):
+    _, graph = base
+    out = tmp_path / "out.onnx"
+
+    def of(name, **tensors):
+        return ak.Adapter({ak.Target(""): (ak.METHODS[name](**tensors),)})
+
+    gate = {"gate": torch.randn(1, 32), "gate_bias": torch.zeros(1)}
+    gated = of("gated_prefix", P=torch.randn(1, 2, 2, 4, 8), **gate)
+    for error, match, adapter, words in (
+        (ShapeMismatch, "embeddings of 8", of("prompt", P=torch.randn(2, 8)), {}),
+        (ShapeMismatch, "a prefix of 3 layers", of("prefix", P=torch.randn(3, 2, 2, 4, 8)), {}),
+        (Unsupported, "slots for context", of("prompt", P=torch.randn(2, 32)), {"mode": "slots"}),
+        (Unsupported, "changes what the attention", gated, {}),
+    ):
+        with pytest.raises(error, match=match):
+            ak.onnx.inject(graph, adapter, out, **words)
+    proto = graphs.built("matmul")[2]
+    path = graphs.saved(proto, tmp_path / "base.onnx")
+    with pytest.raises(TargetNotFound, match="no inputs of past"):
+        ak.onnx.inject(path, of("prefix", P=torch.randn(3, 2, 2, 4, 8)), out)
+    with pytest.raises(TargetNotFound, match="no embedding of tokens"):
+        ak.onnx.inject(path, of("prompt", P=torch.randn(2, 8)), out)
+    assert not out.exists()

@@ -1,0 +1,161 @@
+"""Graphs with numbers in several files or behind the links of a hub's cache, and sessions on graphs with slots."""
+
+import gc
+import os
+
+import numpy as np
+import onnx
+import onnx_graphs as graphs
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
+
+import adapterkit as ak
+from adapterkit.errors import CheckFailed, Malformed, Unsupported, UsageError
+from adapterkit.onnx import checking, model_file, oracle
+
+X = np.random.default_rng(0).normal(size=(2, 20)).astype("f4")
+W, V = (np.random.default_rng(n).normal(size=(20, 20)).astype("f4") for n in (1, 2))
+
+
+def lora(name="q", rank=2, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(rank, 20, generator=g) / 4, torch.randn(20, rank, generator=g)
+    return ak.Adapter({ak.Target(name): (ak.METHODS["lora"](A=A, B=B),)})
+
+
+def delta(adapter, name="q"):
+    return adapter.delta(name).numpy().T
+
+
+def saved(folder, unused=0):
+    """`x @ q @ k`, each weight in a data file of its own, and some bytes in one of them that no tensor is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = [numpy_helper.from_array(array, name) for name, array in (("q.weight", W), ("k.weight", V))]
+    for tensor, file, start in zip(stored, ("one.data", "two.data"), (unused, 0), strict=True):
+        (folder / file).write_bytes(b"\1" * start + tensor.raw_data)
+        set_external_data(tensor, file, offset=start, length=len(tensor.raw_data))
+        tensor.ClearField("raw_data")
+    nodes = [
+        helper.make_node("MatMul", ["x", "q.weight"], ["h"], "/q/MatMul"),
+        helper.make_node("MatMul", ["h", "k.weight"], ["y"], "/k/MatMul"),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 20]) for name in "xy")
+    made = helper.make_graph(nodes, "g", [x], [y], stored)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder / "model.onnx"
+
+
+def same(path, wanted):
+    np.testing.assert_allclose(graphs.run(path, X), wanted, atol=1e-5 * abs(wanted).max())
+
+
+def test_several_data_files_become_one_without_a_byte_too_many(tmp_path):
+    path = saved(tmp_path / "base", unused=4096)
+    wanted = X @ (W + delta(lora())) @ V
+    merged = ak.onnx.merge(path, lora(), tmp_path / "merged.onnx")
+    same(merged.out, wanted)
+    assert sorted(os.listdir(tmp_path)) == ["base", "merged.onnx", "merged.onnx.data"]
+    assert (tmp_path / "merged.onnx.data").stat().st_size == 2 * 20 * 20 * 4
+    injected = ak.onnx.inject(path, lora(), tmp_path / "base" / "injected.onnx")
+    same(injected.out, wanted)
+    stored = onnx.load(injected.out, load_external_data=False).graph.initializer
+    assert {"one.data", "two.data"} <= {tensor.external_data[0].value for tensor in stored if tensor.external_data}
+
+
+def test_few_numbers_move_into_the_model_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_file, "INLINE", 1 << 20)
+    report = ak.onnx.merge(saved(tmp_path / "base"), lora(), tmp_path / "merged.onnx")
+    same(report.out, X @ (W + delta(lora())) @ V)
+    assert sorted(os.listdir(tmp_path)) == ["base", "merged.onnx"]
+
+
+def test_a_model_in_a_hubs_cache(tmp_path):
+    """Model and data are links into the blobs of one repository; those of another are not to be followed."""
+    blobs, other = tmp_path / "models--a--b" / "blobs", tmp_path / "models--c--d" / "blobs"
+    home = tmp_path / "models--a--b" / "snapshots" / "rev"
+    home.mkdir(parents=True)
+    other.mkdir(parents=True)
+    saved(blobs)
+    for number, name in enumerate(("model.onnx", "one.data", "two.data")):
+        os.rename(blobs / name, blobs / f"{number}")
+        (home / name).symlink_to(os.path.relpath(blobs / f"{number}", home))
+    wanted = X @ (W + delta(lora())) @ V
+    out = tmp_path / "out"
+    out.mkdir()
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        report = change(home / "model.onnx", lora(), out / f"{change.__name__}.onnx")
+        assert report.difference < 1e-5
+        same(report.out, wanted)
+    os.rename(blobs / "1", other / "1")
+    (home / "one.data").unlink()
+    (home / "one.data").symlink_to(os.path.relpath(other / "1", home))
+    with pytest.raises(Malformed, match="link out of"):
+        ak.onnx.inject(home / "model.onnx", lora(), out / "bad.onnx")
+    assert not (out / "bad.onnx").exists()
+
+
+def test_a_hard_link_may_be_anybodys_file(tmp_path):
+    path = saved(tmp_path / "base")
+    os.link(tmp_path / "base" / "one.data", tmp_path / "secret")
+    for run in (lambda: ak.onnx.inject(path, lora(), tmp_path / "out.onnx"), lambda: ak.onnx.Session(path)):
+        with pytest.raises(Malformed, match="hard link"):
+            run()
+    assert sorted(os.listdir(tmp_path)) == ["base", "secret"]
+
+
+@pytest.fixture
+def session(tmp_path):
+    path = saved(tmp_path / "base")
+    ak.onnx.inject(path, lora(), tmp_path / "base" / "slots.onnx", mode="slots")
+    return ak.onnx.Session(tmp_path / "base" / "slots.onnx")
+
+
+def test_an_adapter_lives_as_long_as_the_session(session):
+    first, second = lora(rank=3, seed=2), lora(rank=5, seed=3)
+    for name, adapter in (("first", first), ("second", second)):
+        session.load(name, adapter)
+    wanted = {name: X @ (W + delta(a)) @ V for name, a in (("first", first), ("second", second))}
+    del first, second
+    gc.collect()
+    for name in ("first", "second", "first"):
+        np.testing.assert_allclose(session.run({"x": X}, name)["y"], wanted[name], atol=1e-5 * abs(wanted[name]).max())
+    with pytest.raises(Unsupported, match="fed, and held by the adapter"):
+        session.run({"x": X, "q.lora.A": np.zeros((1, 20), "f4")}, "first")
+    own = {key: value for key, (value, _) in session._loaded["first"].items()}
+    np.testing.assert_array_equal(session.run({"x": X, **own})["y"], session.run({"x": X}, "first")["y"])
+
+
+def test_bindings_have_the_adapters(session):
+    """onnxruntime's own run options are ignored there."""
+    session.load("one", lora(seed=4))
+    for choice in (None, "one", {"one": 0.5}):
+        binding = session.binding(choice)
+        binding.bind_cpu_input("x", X)
+        binding.bind_output("y")
+        session.run_bound(binding)
+        np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], session.run({"x": X}, choice)["y"])
+    with pytest.raises(UsageError, match="cannot run it"):
+        session.run_bound(session.binding("one"))
+
+
+def test_the_second_oracle_is_heard(tmp_path, monkeypatch):
+    """Where it agrees with onnxruntime on the first graph, and not on the one that was written."""
+    path, out = saved(tmp_path / "base"), tmp_path / "out.onnx"
+    assert ak.onnx.inject(path, lora(), out).reference < 1e-6
+    assert ak.onnx.merge(path, lora(), tmp_path / "merged.onnx").reference < 1e-6
+    out.unlink()
+    ask = oracle.told_by_reference
+
+    def wrong(model, feeds):
+        told = ask(model, feeds)
+        return told if isinstance(model, bytes) else [2 * array for array in told]
+
+    monkeypatch.setattr(checking, "told_by_reference", wrong)
+    with pytest.raises(CheckFailed, match="reference implementation differ"):
+        ak.onnx.inject(path, lora(), out)
+    assert not out.exists()
+    monkeypatch.setattr(checking, "told_by_reference", lambda model, feeds: [2 * a for a in ask(model, feeds)])
+    assert ak.onnx.inject(path, lora(), out).reference is None
