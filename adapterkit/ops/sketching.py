@@ -35,6 +35,9 @@ EXCESS = 0.02
 EXACT = 1e-6
 """A relative error that is as good as none: of changes that are of low rank but for rounding."""
 
+DEPENDENT = 1e-9
+"""Squares of columns below this part of the largest are too near to its rounding for a basis by the Gram matrix."""
+
 TESTS = 8
 POWERS = 24
 """Random vectors of the bound, and how often the rest is applied to them at most."""
@@ -76,7 +79,7 @@ def exact(D: Array) -> Decomposition:
     import numpy as np
 
     D = D.astype(np.float64, copy=False)
-    if min(D.shape) <= SMALL:
+    if D.size <= SMALL * SMALL:
         U, S, Vh = np.linalg.svd(D, full_matrices=False)
         return U, S, Vh
     if D.shape[0] > D.shape[1]:
@@ -97,15 +100,20 @@ def _sketch(D: Array, width: int, rounds: int, random: Any) -> tuple[Array, Deco
     Q = _basis(D @ random.standard_normal((D.shape[1], width), dtype=np.float32).astype(D.dtype))
     for _ in range(rounds):
         Q = _basis(D @ _basis(D.T @ Q))
-    V, R = np.linalg.qr((Q.T @ D).T.astype(np.float64))
-    U, S, Wh = np.linalg.svd(R.T)
-    return Q, (Q @ U, S, Wh @ V.T)
+    U, S, Vh = exact(Q.T @ D)
+    return Q, (Q @ U, S, Vh)
 
 
 def _basis(block: Array) -> Array:
+    """Orthonormal columns of the same range, by the Gram matrix (Stathopoulos and Wu 2002): far faster than by QR."""
     import numpy as np
 
-    return np.linalg.qr(block)[0]
+    wide = block.astype(np.float64, copy=False)
+    squares, vectors = np.linalg.eigh(wide.T @ wide)
+    if squares[0] <= DEPENDENT * squares[-1]:
+        return np.linalg.qr(block)[0]
+    basis: Array = (wide @ (vectors / np.sqrt(squares))).astype(block.dtype)
+    return basis
 
 
 def _good(D: Array, Q: Array, found: Decomposition, count: int, norm: float, random: Any) -> bool:
