@@ -28,8 +28,11 @@ INNERS = ("intermediate_size", "ffn_dim", "n_inner")
 class ShadowState:
     """The state that blocks hand on, from the network's output to what the last block made of it."""
 
-    def __init__(self, model: nn.Module, words: Mapping[str, Any], cached: bool, given: Tensor | None) -> None:
-        self.model, self.words, self.cached, self.value = model, words, cached, given
+    def __init__(
+        self, model: nn.Module, words: Mapping[str, Any], cached: bool, networks: dict[Any, nn.Module]
+    ) -> None:
+        self.model, self.words, self.cached, self.networks = model, words, cached, networks
+        self.value: Tensor | None = words.get("shadow")
 
     def state(self, update: Any) -> Tensor:
         """The state as the block before left it; at the first block the network's output.
@@ -39,7 +42,11 @@ class ShadowState:
         """
         if self.value is None:
             self._check()
-            self.value = _output(_network(self.model, update), self.model, update, self.words)
+            key = update.names, update.network.device
+            if key not in self.networks:
+                self.networks[key] = _network(self.model, update)
+            network = self.networks[key].train(self.model.training)
+            self.value = _output(network, self.model, update, self.words)
         return self.value
 
     def keep(self, value: Tensor) -> None:
@@ -56,7 +63,7 @@ class ShadowState:
 
 
 def _network(model: nn.Module, update: Any) -> nn.Module:
-    """The network with no values of its own yet."""
+    """The network without values of its own: its tensors are given to it with each call."""
     body = _body(model)
     config = copy.deepcopy(body.config)
     width = None if update.projection is None else update.projection.shape[1]
@@ -68,7 +75,14 @@ def _network(model: nn.Module, update: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # Its initial values are drawn and thrown away.
         network: nn.Module = type(body)(config)
     _check_parts(network, update)
-    return network.to(update.network.device).train(model.training)
+    network.to(update.network.device)
+    for module in network.modules():
+        module._parameters.update({name: _empty(p) for name, p in module._parameters.items() if p is not None})
+    return network
+
+
+def _empty(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _check_parts(network: nn.Module, update: Any) -> None:
