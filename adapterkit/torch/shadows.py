@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import ShapeMismatch, Unsupported
+from ..errors import ShapeMismatch, Unsupported, UsageError
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -69,7 +69,7 @@ def _network(model: nn.Module, update: Any) -> nn.Module:
     width = None if update.projection is None else update.projection.shape[1]
     for names, size in ((LAYERS, update.layers), (WIDTHS, width), (INNERS, update.inner), (HEADS, update.heads)):
         if size:
-            setattr(config, next(name for name in names if hasattr(config, name)), size)
+            setattr(config, next((name for name in names if hasattr(config, name)), names[0]), size)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[min(i, len(config.layer_types) - 1)] for i in range(update.layers)]
     with torch.random.fork_rng(devices=[]):  # Its initial values are drawn and thrown away.
@@ -97,6 +97,9 @@ def _check_parts(network: nn.Module, update: Any) -> None:
 def _output(network: nn.Module, model: nn.Module, update: Any, words: Mapping[str, Any]) -> Tensor:
     given = {name: words[name] for name in ("attention_mask", "position_ids") if words.get(name) is not None}
     ids, embeds = words.get("input_ids"), words.get("inputs_embeds")
+    if ids is None and embeds is None:
+        why = "its law needs the model's own input, which no call of the model brought"
+        raise UsageError(why, cure="Call the model that it was injected into, with input_ids= or inputs_embeds=")
     if update.shared_embeddings and embeds is None:
         ids, embeds = None, _embed(model)(ids)
     given |= {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
