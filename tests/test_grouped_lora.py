@@ -126,6 +126,12 @@ def test_trains_from_scratch_and_fits_its_layer_alone():
     handle.remove()
     with pytest.raises(ShapeMismatch, match=r"made for 8 channels in 2 groups .* the weight is \[4, 8, 3, 3\]"):
         ak.torch.inject(nn.Sequential(nn.Conv2d(8, 4, 3)), fresh)
+    # A weight does not tell how many groups it is of: the layer itself does, once it runs.
+    for other, channels in ((nn.Conv2d(4, 4, 3), 4), (nn.Conv2d(16, 4, 3, groups=4), 16)):
+        alike = nn.Sequential(other)
+        ak.torch.inject(alike, fresh)
+        with pytest.raises(ShapeMismatch, match=rf"0: made for 8 channels; the layer reads {channels}"):
+            alike(torch.randn(1, channels, 5, 5))
 
 
 def test_other_updates_stand_beside_it():

@@ -74,6 +74,10 @@ def lora(out=4, into=6, *kernel, **more):
     return METHODS["lora"](A=torch.ones(2, into, *kernel), B=torch.ones(out, 2), **more)
 
 
+def wobbling():
+    return METHODS["bottleneck"](down=torch.ones(2, 4), up=torch.ones(4, 2), non_linearity="wobble")
+
+
 def torn():
     def fetch():
         raise Corrupt("3 bytes where 32 were", path="a.safetensors", cure="Read it anew")
@@ -90,6 +94,7 @@ REFUSED = {
     "two axes at a norm": (Target("norm"), lora(6, 6), ShapeMismatch, r"norm: lora.*\[6\]"),
     "rows behind the last": (Target("fc", rows=(2, 6)), lora(), ShapeMismatch, r"fc\[2:6\]: lora"),
     "tensors that disagree": (Target("fc"), lora().replace(B=torch.ones(4, 3)), ShapeMismatch, r"fc: lora\.B"),
+    "an unknown activation": (Target("fc"), wobbling(), Unsupported, r"fc: bottleneck\.non_linearity: .*wobble.*Known"),
     "a missing partner": (Target("fc"), METHODS["dense"](), Malformed, "fc: dense: needs at least one of: D, d"),
     "a scale that is none": (Target("fc"), lora(scaling=float("nan")), Malformed, r"fc: lora\.scaling"),
     "no such place": (Target("fcc"), lora(), TargetNotFound, r"fcc: .*Nearest: fc"),

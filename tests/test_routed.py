@@ -352,6 +352,8 @@ def test_a_shadow_goes_with_the_call(made):
     assert torch.equal(mine.generate(**given), theirs.generate(**given))
     with pytest.raises(Unsupported, match="no cache of the earlier tokens"):
         mine.generate(**GENERATION)
+    with pytest.raises(UsageError, match="needs shadow, which no call of the model brought"):
+        mine.model(IDS)
     handle.weight = 0.5
     assert not torch.allclose(mine(IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-3)
     handle.remove()

@@ -34,6 +34,7 @@ class Ear:
         self.switch, self.asks = switch, frozenset(asks)
         self.words: Mapping[str, Any] = {}
         self.seen: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
+        self.networks: dict[Any, nn.Module] = {}
 
     def take(self) -> dict[str, Any]:
         """The words of the call that is going on."""
@@ -53,7 +54,7 @@ class Ear:
         if SHADOW in self.asks:
             cache = cache_of(words)
             cached = cache is not None and cache.get_seq_length() > 0
-            heard[SHADOW] = ShadowState(model, words, cached, words.get(SHADOW))
+            heard[SHADOW] = ShadowState(model, words, cached, self.networks)
         self.words = heard
 
     def remember(self, cache: Any) -> None:

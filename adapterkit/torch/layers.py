@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..errors import ShapeMismatch
 from ..updates import Update
 
 Forward = Callable[..., Any]
@@ -122,6 +123,8 @@ class Conv(Layer):
         return bool(plain and module.groups == 1)
 
     def op(self, x: Tensor, w: Tensor) -> Tensor:
+        if w.ndim > 2 and w.shape[1] != self.shape[1]:
+            raise _channels(w, self.shape[1])
         exchanged: Any = self.module._conv_forward
         out: Tensor = exchanged(x, w.reshape(len(w), *self.shape[1:]), None)
         return out
@@ -152,6 +155,8 @@ class GroupedConv(Conv):
         if w.shape[1:] == self.shape[1:]:
             return super().op(x, w)
         module: Any = self.module
+        if w.shape[1] != module.in_channels:
+            raise _channels(w, module.in_channels)
         padding = module.padding
         if module.padding_mode != "zeros":
             x, padding = functional.pad(x, module._reversed_padding_repeated_twice, module.padding_mode), 0
@@ -245,6 +250,11 @@ def dequantized(module: nn.Module) -> Tensor:
     held: Any = module.state if getattr(module.state, "CB", None) is not None else W
     dense: Tensor = library.int8_vectorwise_dequant(held.CB, held.SCB)
     return dense
+
+
+def _channels(w: Tensor, channels: int) -> ShapeMismatch:
+    why = f"made for {w.shape[1]} channels; the layer reads {channels}"
+    return ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
 
 def _own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import ShapeMismatch, Unsupported
+from ..errors import ShapeMismatch, Unsupported, UsageError
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -28,8 +28,11 @@ INNERS = ("intermediate_size", "ffn_dim", "n_inner")
 class ShadowState:
     """The state that blocks hand on, from the network's output to what the last block made of it."""
 
-    def __init__(self, model: nn.Module, words: Mapping[str, Any], cached: bool, given: Tensor | None) -> None:
-        self.model, self.words, self.cached, self.value = model, words, cached, given
+    def __init__(
+        self, model: nn.Module, words: Mapping[str, Any], cached: bool, networks: dict[Any, nn.Module]
+    ) -> None:
+        self.model, self.words, self.cached, self.networks = model, words, cached, networks
+        self.value: Tensor | None = words.get("shadow")
 
     def state(self, update: Any) -> Tensor:
         """The state as the block before left it; at the first block the network's output.
@@ -39,7 +42,11 @@ class ShadowState:
         """
         if self.value is None:
             self._check()
-            self.value = _output(_network(self.model, update), self.model, update, self.words)
+            key = update.names, update.network.device
+            if key not in self.networks:
+                self.networks[key] = _network(self.model, update)
+            network = self.networks[key].train(self.model.training)
+            self.value = _output(network, self.model, update, self.words)
         return self.value
 
     def keep(self, value: Tensor) -> None:
@@ -56,19 +63,26 @@ class ShadowState:
 
 
 def _network(model: nn.Module, update: Any) -> nn.Module:
-    """The network with no values of its own yet."""
+    """The network without values of its own: its tensors are given to it with each call."""
     body = _body(model)
     config = copy.deepcopy(body.config)
     width = None if update.projection is None else update.projection.shape[1]
     for names, size in ((LAYERS, update.layers), (WIDTHS, width), (INNERS, update.inner), (HEADS, update.heads)):
         if size:
-            setattr(config, next(name for name in names if hasattr(config, name)), size)
+            setattr(config, next((name for name in names if hasattr(config, name)), names[0]), size)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[min(i, len(config.layer_types) - 1)] for i in range(update.layers)]
     with torch.random.fork_rng(devices=[]):  # Its initial values are drawn and thrown away.
         network: nn.Module = type(body)(config)
     _check_parts(network, update)
-    return network.to(update.network.device).train(model.training)
+    network.to(update.network.device)
+    for module in network.modules():
+        module._parameters.update({name: _empty(p) for name, p in module._parameters.items() if p is not None})
+    return network
+
+
+def _empty(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _check_parts(network: nn.Module, update: Any) -> None:
@@ -83,6 +97,9 @@ def _check_parts(network: nn.Module, update: Any) -> None:
 def _output(network: nn.Module, model: nn.Module, update: Any, words: Mapping[str, Any]) -> Tensor:
     given = {name: words[name] for name in ("attention_mask", "position_ids") if words.get(name) is not None}
     ids, embeds = words.get("input_ids"), words.get("inputs_embeds")
+    if ids is None and embeds is None:
+        why = "its law needs the model's own input, which no call of the model brought"
+        raise UsageError(why, cure="Call the model that it was injected into, with input_ids= or inputs_embeds=")
     if update.shared_embeddings and embeds is None:
         ids, embeds = None, _embed(model)(ids)
     given |= {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
