@@ -133,9 +133,19 @@ def test_a_place_is_copied_to_another(places: HubServer, registry: str, tmp_path
     assert b"license: apache-2.0" in places.files("org/native")["README.md"]
 
 
-def test_a_merged_model_is_verified_where_it_is(places: HubServer, registry: str) -> None:
-    uri = f"oci://{registry}/merged/model:v1"
-    assert run("merge", "hf://org/base", "hf://org/lora", "-o", uri).exit_code == 0
+def test_a_merged_model_has_a_card_of_its_own_and_its_bases_licence(places: HubServer) -> None:
+    places.add("org/base", base_files() | {"README.md": b"---\nlicense: mit\n---\nI am the base"})
+    assert run("merge", "hf://org/base", "hf://org/lora", "-o", "hf://org/merged").exit_code == 0
+    card = places.files("org/merged")["README.md"].decode()
+    assert "license: mit" in card
+    assert "base_model: org/base" in card
+    assert "I am the base" not in card
+
+
+@pytest.mark.parametrize("base", ["hf://org/base", "hf://org/base/model.safetensors"])
+def test_a_merged_model_is_verified_where_it_is(places: HubServer, registry: str, base: str) -> None:
+    uri = f"oci://{registry}/merged/{len(base)}:v1"
+    assert run("merge", base, "hf://org/lora", "-o", uri).exit_code == 0
     assert run("verify", uri, "--base", "hf://org/base", "--adapter", "hf://org/lora").exit_code == 0
     assert run("verify", uri, "--base", "hf://org/base", "--adapter", "hf://org/two", "--weight", "2").exit_code == 1
     assert json.dumps(record("inspect", uri)["files"]) == '["model.safetensors"]'
