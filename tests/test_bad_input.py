@@ -183,6 +183,29 @@ def test_a_factor_without_its_partner_is_refused(good, tmp_path):
             file.write_bytes(data)
 
 
+BIASED = [
+    folder
+    for folder in EVERY
+    for file in folder.glob("a*.safetensors")
+    if any(key.endswith("lora_B.bias") for key in load_file(file))
+]
+
+
+@pytest.mark.parametrize("folder", BIASED, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
+def test_a_bias_that_other_modules_have_is_missed(folder, tmp_path):
+    path = tmp_path / "files"
+    shutil.copytree(folder, path, ignore=lambda _, names: [n for n in names if n.startswith(BESIDE)])
+    file = next(path.glob("*.safetensors"))
+    name, tensors = folder.parent.name, load_file(file)
+    on = path if (path / "adapter_config.json").exists() else file
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    for key in [key for key in tensors if key.endswith("lora_B.bias")]:
+        save_file({k: v for k, v in tensors.items() if k != key}, file, metadata)
+        assert isinstance(refused(name, on, base(folder), tmp_path / "out"), Malformed)
+        assert not (tmp_path / "out").exists()
+
+
 ALPHA_ZERO = {
     "litgpt": ("hyperparameters.yaml", r"lora_alpha: .*", "lora_alpha: 0"),
     "loralib": ("loralib.json", r'"alpha": [\d.]+', '"alpha": 0'),

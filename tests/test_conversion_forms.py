@@ -37,7 +37,10 @@ FORMS = {
     ),
     "embedding": ({ak.Target("model.embed_tokens", "in out *k"): lora(12, 16)}, LLAMA),
     "head": ({ak.Target("lm_head"): lora(16, 12)}, LLAMA),
-    "biased": ({ak.Target("model.layers.0.mlp.down_proj"): lora(24, 16, bias=True)}, LLAMA | {"model.layers.0.mlp.down_proj.bias": (16,)}),
+    "biased": (
+        {ak.Target("model.layers.0.mlp.down_proj"): lora(24, 16, bias=True)},
+        LLAMA | {"model.layers.0.mlp.down_proj.bias": (16,)},
+    ),
     "experts": (
         {ak.Target("model.layers.0.mlp.experts.down_proj", "e out *in"): lora(24, 16, stack=(3,))},
         LLAMA | {"model.layers.0.mlp.experts.down_proj": (3, 16, 24)},
@@ -68,9 +71,15 @@ FORMS = {
 
 def changes(adapter, base):
     """What is added to each weight, and to its bias."""
-    paths = dict.fromkeys(target.path for target in adapter.updates)
     biases = {t.path: u.scaling * load(u.bias) for t, u in adapter if u.tensors.get("bias") is not None}
-    return {path: adapter.delta(path, base).numpy() for path in paths}, biases
+    return {
+        target.path: of_whole(target, adapter.delta(target.path, base).numpy()) for target in adapter.updates
+    }, biases
+
+
+def of_whole(target, change):
+    """The change of all of a weight, where an update is of its first rows alone."""
+    return change if target.rows is None else np.pad(change, ((0, 56 - target.rows[1]), (0, 0)))
 
 
 def says(adapter, folder, name, base):
@@ -91,12 +100,14 @@ def test_every_form_goes_from_each_into_each(form, tmp_path):
     assert {"adapterkit", "onnx_adapter"} < set(able)
     for first in able:
         read = ak.read(where(tmp_path / "first" / first, first), first, base)
+        # A reader may put parts together, or take them apart: then it is another form.
+        as_it_was = read.updates.keys() == adapter.updates.keys()
         for second in ak.FORMATS:
             there = where(tmp_path / first / second, second)
-            if second not in able:
-                assert not says(read, tmp_path / first / second, second, base), (first, second)
+            if not says(read, tmp_path / first / second, second, base):
+                assert second not in able or not as_it_was, (first, second)
                 continue
-            ak.write(read, there, second, base)
+            assert second in able or not as_it_was, (first, second)
             for got, wanted in zip(changes(ak.read(there, second, base), base), expected, strict=True):
                 assert got.keys() == wanted.keys(), (first, second)
                 for path, value in wanted.items():
@@ -114,7 +125,7 @@ def test_a_law_of_one_dialect_is_refused_by_all_others_but_those_of_every_law(me
     )
     for name, form in ak.FORMATS.items():
         there = where(tmp_path / name, name)
-        if {update.method for _, update in adapter} <= form.methods:
+        if name != "nola" and {update.method for _, update in adapter} <= form.methods:
             ak.write(adapter, there, name)
             assert [u.method for _, u in ak.read(there, name)] == [u.method for _, u in adapter]
         else:

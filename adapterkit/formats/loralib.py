@@ -104,11 +104,25 @@ def _decode(
         weight = None if base is None else base.tensors.get(f"{path}.weight")
         if weight is not None and len(weight.shape) == 4:
             yield Target(path), _convolution(path, slots, settings["alpha"], weight.shape)
-        elif slots["A"].shape[:1] != slots["B"].shape[1:2]:
+        elif slots["A"].shape[:1] != slots["B"].shape[1:2] or _alone(path, slots, enabled, weight):
             yield from _merged(path, slots, settings["alpha"], enabled, base)
         else:
             update = LoRA(**slots, scaling=settings["alpha"] / check_factors(path, slots))
             yield Target(path, stored_layout(path, update, base)), update
+
+
+def _alone(path: str, slots: Slots, enabled: list[bool] | None, weight: Lazy | None) -> bool:
+    """Whether a pair is that of the one block that a MergedLinear adapts, and not of a whole weight.
+
+    Raises:
+        UsageError: there is no base to tell.
+    """
+    if enabled is None or sum(enabled) != 1 or len(enabled) == 1:
+        return False
+    if weight is None:
+        why = "one pair, and enable_lora has one block of outputs: a plain layer's looks the same"
+        raise UsageError(why, where=path, cure="Give the base by base= or --base")
+    return slots["B"].shape[0] * len(enabled) in weight.shape
 
 
 def _merged(
@@ -187,7 +201,8 @@ def _enabled(
     if enabled is None and weight is not None:
         width = found[0][1].A.shape[1]
         out = weight.shape[1] if weight.shape[0] == width else weight.shape[0]
-        enabled = [any(rows[0] == start for rows, _ in found) for start in range(0, out, size)]
+        starts = range(0, out, size) if out % size == 0 else ()
+        enabled = [any(rows[0] == start for rows, _ in found) for start in starts]
     if enabled is None:
         why = "how many blocks of outputs this weight has decides on its MergedLinear"
         raise UsageError(why, where=path, cure="Give the base by base= or --base")

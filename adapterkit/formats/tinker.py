@@ -88,7 +88,7 @@ class Tinker(Format):
         before = hints.get("config", {})
         first = before.get("lora_alpha")
         alpha, pairs, lines = of_one_alpha(
-            adapter, unfit, dialect="Tinker", on_loss=on_loss, first=first, one_rank=True
+            adapter, _unfit, dialect="Tinker", on_loss=on_loss, first=first, one_rank=True
         )
         rank = rank_of(next(iter(pairs.values())))
         base_id = adapter.base.id if adapter.base else None
@@ -123,7 +123,8 @@ def _decode(tensors: Mapping[str, Lazy], rank: int, alpha: float, base: Checkpoi
         if check_factors(name, slots) != rank:
             raise ShapeMismatch(f"a rank other than the config's {rank}", where=name, cure=DAMAGED)
         path = next((mine for mine, theirs in HEAD.items() if theirs == name), name)
-        yield Target(own.named(path)), (LoRA(**slots, scaling=alpha / rank),)
+        layout = "in out *k" if path.rpartition(".")[2] == "embed_tokens" else "out *in"
+        yield Target(own.named(path), layout), (LoRA(**slots, scaling=alpha / rank),)
 
 
 def _experts(name: str, slots: Slots, rank: int, alpha: float, own: _OwnNames) -> Any:
@@ -163,6 +164,11 @@ class _Same(Table):
 
     def there(self, own: str) -> str | None:
         return own if own.startswith("model.layers.") or own in ("lm_head", "model.embed_tokens") else None
+
+
+def _unfit(target: Target, update: Pair) -> str:
+    named = any(map(_Same().there, without_prefix(target.path)))
+    return unfit(target, update) if named else "no module of a language model"
 
 
 def _spelled(pairs: Pairs) -> dict[str, Lazy]:

@@ -46,7 +46,7 @@ class _End:
 
     def __init__(self, file: BinaryIO, at: int) -> None:
         self.file, self.at, self.told = file, at, at
-        self.behind = WriteBehind(lag=None)
+        self.behind = WriteBehind()
 
     def moved(self, nbytes: int) -> None:
         self.at += nbytes

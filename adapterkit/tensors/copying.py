@@ -68,10 +68,10 @@ class WriteBehind:
     which is cheaper than fresh memory and leaves the caches of other programs alone.
 
     Args:
-        lag: how many ranges keep their pages; None for all, so that who reads them next need not go to the disk.
+        lag: how many ranges keep their pages.
     """
 
-    def __init__(self, lag: int | None = 3) -> None:
+    def __init__(self, lag: int = 3) -> None:
         self.lag = lag
         self._written: list[tuple[BinaryIO, int, int]] = []
 
@@ -79,8 +79,6 @@ class WriteBehind:
         if not hasattr(os, "posix_fadvise"):
             return
         _let_go(file, start, nbytes)
-        if self.lag is None:
-            return
         self._written.append((file, start, nbytes))
         if len(self._written) > self.lag:
             _let_go(*self._written.pop(0))

@@ -26,7 +26,7 @@ from adapterkit.tensors.lazy import as_torch
 
 TOLERANCE = 1e-5
 
-SKIPPED = {"tlora", "flux", "ia3", "ia3_inputs", "lokr_tucker"}
+SKIPPED = {"tlora", "flux", "oft_flux", "ia3", "ia3_inputs", "lokr_tucker"}
 """Cases that adapterkit refuses, of no U-Net, or that LyCORIS' own loader breaks on: IA3, LoKr with a core."""
 
 

@@ -59,8 +59,8 @@ def _parted(target: Target, found: tuple[Update, ...], family: Family) -> tuple[
         if None in turned or target.rows is not None:
             return [], "the order of its parts is another in diffusers, and they cannot be told apart"
         return [(replace(target, path=root + pieces[0][1]), u) for u in turned if u is not None], ""
-    of_rows = target.rows is not None and all(isinstance(update, OFT) for update in found)
-    if of_rows and (whole := next((each for each in pieces if _is(target.rows, each[0])), None)):
+    apart = target.rows is not None and all(isinstance(update, OFT) for update in found)
+    if apart and (whole := next((each for each in pieces if _is(target.rows, each[0])), None)):
         return [(replace(target, path=root + whole[1], rows=None), update) for update in found], ""
     moved = []
     for update in found:
