@@ -8,6 +8,7 @@ import onnx
 import onnx_graphs as graphs
 import pytest
 import torch
+from command_line import run
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
@@ -100,10 +101,26 @@ def test_a_model_in_a_hubs_cache(tmp_path):
 def test_a_hard_link_may_be_anybodys_file(tmp_path):
     path = saved(tmp_path / "base")
     os.link(tmp_path / "base" / "one.data", tmp_path / "secret")
-    for run in (lambda: ak.onnx.inject(path, lora(), tmp_path / "out.onnx"), lambda: ak.onnx.Session(path)):
+    for read in (lambda: ak.onnx.inject(path, lora(), tmp_path / "out.onnx"), lambda: ak.onnx.Session(path)):
         with pytest.raises(Malformed, match="hard link"):
-            run()
+            read()
     assert sorted(os.listdir(tmp_path)) == ["base", "secret"]
+
+
+def test_operators_that_are_too_old(tmp_path):
+    path, out = saved(tmp_path / "base"), tmp_path / "out.onnx"
+    proto = onnx.load(path, load_external_data=False)
+    proto.opset_import[0].version = 7
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(Unsupported, match="operator set 7, with its numbers in other files"):
+        ak.onnx.inject(path, lora(), out)
+    whole = onnx.load(path)
+    whole.graph.node.append(helper.make_node("Upsample", ["y"], ["z"], scales=[1.0, 1.0]))
+    whole.opset_import[0].version = 1
+    path.write_bytes(whole.SerializeToString())
+    with pytest.raises(Unsupported, match="operator set 1, and no way to 13"):
+        ak.onnx.inject(path, lora(), out)
+    assert not out.exists()
 
 
 @pytest.fixture
@@ -157,5 +174,16 @@ def test_the_second_oracle_is_heard(tmp_path, monkeypatch):
     with pytest.raises(CheckFailed, match="reference implementation differ"):
         ak.onnx.inject(path, lora(), out)
     assert not out.exists()
+    out.write_bytes(b"before")
+    merged = tmp_path / "merged.onnx"
+    merged.with_name("merged.onnx.data").unlink()
+    before = merged.read_bytes()
+    ak.write(lora(), tmp_path / "a.safetensors", format="adapterkit")
+    for words, place, held in ((("inject",), out, b"before"), (("merge", "--overwrite"), merged, before)):
+        done = run(*words, path, tmp_path / "a.safetensors", "-o", place)
+        assert done.exit_code == 1, done
+        assert "reference implementation differ" in done.stderr
+        assert place.read_bytes() == held
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "base", "merged.onnx", "one.data", "out.onnx", "two.data"]
     monkeypatch.setattr(checking, "told_by_reference", lambda model, feeds: [2 * a for a in ask(model, feeds)])
     assert ak.onnx.inject(path, lora(), out).reference is None

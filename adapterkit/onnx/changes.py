@@ -122,7 +122,16 @@ def bytes_of(tensor: Any) -> Lazy:
     kind, shape = DTYPES["U8"], (tensor.nbytes,)
     if isinstance(tensor, ir.ExternalTensor):
         return _outside(tensor, kind, shape)
-    return Lazy(shape, kind, tensor.tobytes)
+    held = _Once(lambda: _flat_bytes(tensor))
+    return Lazy(shape, kind, held.whole, part=held.part)
+
+
+def _flat_bytes(tensor: Any) -> Array:
+    """The bytes of a tensor; no copy where numpy holds its numbers as they are stored: those of 4 bits it does not."""
+    array = tensor.numpy()
+    if array.nbytes == tensor.nbytes:
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return np.frombuffer(tensor.tobytes(), dtype=np.uint8)
 
 
 def _outside(tensor: ir.ExternalTensor, kind: DType, shape: tuple[int, ...]) -> Lazy:

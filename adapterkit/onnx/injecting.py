@@ -21,7 +21,7 @@ from ..tensors.checkpoint import opened as opened_base
 from .attaching import attach
 from .building import Building
 from .contexts import parted, place
-from .model_file import Source, opened, save
+from .model_file import Source, kept, opened, save
 from .resolving import Found, resolve
 
 if TYPE_CHECKING:
@@ -114,13 +114,14 @@ def inject(
     building.settle()
     keep_original(source)
     target = Path(out)
-    files = save(source.model, source, target, building.tensors.values())
-    if check is False:
-        return Report(target, tuple(files), tuple(found), note=used or None)
-    given = None if isinstance(check, bool) else check
-    from .checking import checked_injection
+    with kept(target):
+        files = save(source.model, source, target, building.tensors.values())
+        if check is False:
+            return Report(target, tuple(files), tuple(found), note=used or None)
+        given = None if isinstance(check, bool) else check
+        from .checking import checked_injection
 
-    told = checked_injection(model, rest, base, target, files, slots, given)
+        told = checked_injection(model, rest, base, target, files, slots, given)
     note = "; ".join(filter(None, [used, told.note])) or None
     return Report(target, tuple(files), tuple(found), told.difference, note, reference=told.reference)
 

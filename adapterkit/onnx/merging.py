@@ -24,7 +24,7 @@ from ..updates import Update
 from .building import Array, Branch, Building
 from .changes import Change, Stored, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .injecting import Report, loaded
-from .model_file import opened, save_merged
+from .model_file import kept, opened, save_merged
 from .operands import numbers, shadow, shape_of
 from .packing import packing_of
 from .recurrent import Recurrent
@@ -78,14 +78,15 @@ def merge(
     building, damage = Building(source.model), dict[str, Mapping[str, float]]()
     changed = fold(folds, building, quantized, damage)
     building.settle()
-    files = save_merged(source.model, source, Path(out), changed)
-    report = Report(Path(out), tuple(files), tuple(place for place, _ in folds), damage=damage)
-    if check is False:
-        return report
-    given = None if isinstance(check, bool) else check
-    from .checking import checked_merge
+    with kept(Path(out)):
+        files = save_merged(source.model, source, Path(out), changed)
+        report = Report(Path(out), tuple(files), tuple(place for place, _ in folds), damage=damage)
+        if check is False:
+            return report
+        given = None if isinstance(check, bool) else check
+        from .checking import checked_merge
 
-    told = checked_merge(model, read, factors, base_weights, Path(out), files, quantized, given)
+        told = checked_merge(model, read, factors, base_weights, Path(out), files, quantized, given)
     return replace(report, difference=told.difference, note=told.note, reference=told.reference)
 
 

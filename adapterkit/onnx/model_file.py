@@ -192,6 +192,24 @@ def folder_beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def kept(out: Path) -> Iterator[None]:
+    """A file that is to be replaced is there again where what replaced it is refused."""
+    with contextlib.ExitStack() as stack:
+        before = stack.enter_context(folder_beside(out)) / out.name if out.is_file() else None
+        if before is not None:
+            try:
+                os.link(out, before)
+            except OSError:  # Not every file system has them.
+                shutil.copy2(out, before)
+        try:
+            yield
+        except BaseException:
+            if before is not None and not out.exists():
+                os.replace(before, out)
+            raise
+
+
 def _take_in(values: Iterable[ir.Value], out: Path) -> None:
     """Has numbers that other files hold lie in the model's own, but for those of its new file, and those that stay."""
     for value in values:
