@@ -14,6 +14,7 @@ import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
 from adapterkit.errors import Unsupported, UsageError
 from adapterkit.methods import METHODS
+from adapterkit.ops.peers import MERGEKIT, NOT_OURS, PEFT
 from adapterkit.ops.recipes import recipe
 from adapterkit.tensors.lazy import from_numpy
 
@@ -142,3 +143,42 @@ def test_a_peer_and_its_names_are_checked():
         ak.ops.combine([adapter(0), adapter(1)], "ties", compat="kohya")
     with pytest.raises(UsageError, match="mergekit has no way to combine called 'knots'"):
         ak.ops.combine([adapter(0), adapter(1)], "knots", compat="mergekit")
+
+
+def test_every_method_of_mergekit_is_compared_or_refused_with_the_reason():
+    """Names by the registry of mergekit 0.1.5, which does not go together with this environment."""
+    registered = (
+        "arcee_fusion breadcrumbs breadcrumbs_ties dare_linear dare_ties della della_linear karcher linear model_stock "
+        "multislerp nearswap nuslerp passthrough ram ramplus_tl sce slerp task_arithmetic ties"
+    )
+    assert {*MERGEKIT, *NOT_OURS["mergekit"]} == set(registered.split())
+    assert {case["method"] for case in CASES.values()} == MERGEKIT.keys() - {"passthrough"}
+    alone = ak.ops.combine([adapter(0)], "passthrough", [0.5], compat="mergekit").delta("q").numpy()
+    assert np.abs(alone - 0.5 * VECTORS["delta.0"]).max() <= 1e-6
+    for name in NOT_OURS["mergekit"]:
+        with pytest.raises(Unsupported, match=f"{name} is not combined: it "):
+            ak.ops.combine([adapter(0), adapter(1)], name, compat="mergekit")
+
+
+def test_every_combination_type_of_peft_is_known():
+    import inspect
+    import re
+
+    from peft.tuners.lora.model import LoraModel
+
+    said = "".join(re.findall(r"combination_type (?:==|in) (.*)", inspect.getsource(LoraModel)))
+    assert set(re.findall(r'"(\w+)"', said)) == PEFT.keys()
+
+
+@pytest.mark.parametrize("unselected", ["drop", "keep"])
+def test_sce_merges_what_was_selected_or_all_by_the_weights_of_what_was(unselected):
+    """The paper's formula, and that of the authors' code, in float64."""
+    D = np.stack([VECTORS[f"delta.{t}"] for t in range(3)])
+    spread = D.var(0)
+    selected = D * (spread >= np.sort(spread.ravel())[-int(0.3 * spread.size)])
+    w = (selected**2).mean((1, 2))[:, None, None] / (selected**2).mean((1, 2)).sum()
+    merged = selected if unselected == "drop" else D
+    agree = w * (np.sign(merged) == np.where(merged.sum(0) >= 0, 1, -1))
+    expected = (agree * merged).sum(0) / np.where(agree.sum(0) == 0, 1, agree.sum(0))
+    made = ak.ops.combine([adapter(t) for t in range(3)], "sce", select=0.3, unselected=unselected)
+    assert np.abs(made.delta("q").numpy() - expected).max() <= 1e-6 * np.abs(expected).max()

@@ -1,6 +1,8 @@
 """Extraction from tuned models: merged again it gives them back, and a truncated change is the best of its rank."""
 
 import json
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -283,3 +285,16 @@ def test_forms_that_cannot_be_are_refused(arguments, error, tmp_path):
     base, tuned = (write(tmp_path / n, {"q.weight": np.eye(4) * v}, shards=1) for n, v in (("b", 1), ("t", 2)))
     with pytest.raises(error):
         ak.ops.extract(tuned, base, **arguments)
+
+
+def test_threads_of_the_blas_do_not_wait_for_one_another(tmp_path):
+    """In a fresh process, where nothing has loaded numpy yet: the limit must reach its BLAS all the same."""
+    base = model(0, np.float32)
+    folders = [str(write(tmp_path / "base", base)), str(write(tmp_path / "tuned", tuned_from(base)))]
+    code = (
+        "import sys, adapterkit as ak; from threadpoolctl import threadpool_info\n"
+        "def told(*_): print(*(lib['num_threads'] for lib in threadpool_info() if lib['user_api'] == 'blas'))\n"
+        "ak.ops.extract(sys.argv[2], sys.argv[1], rank=2, progress=told)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    assert set(run.stdout.split()) == {"1"}

@@ -107,7 +107,9 @@ def extract(
     names = job.names(targets)
     updates: dict[Target, tuple[Update, ...]] = {}
     done, whole = 0, sum(job.tuned.tensors[name].nbytes for name in names)
-    # Threads of the BLAS inside of threads of ours would wait for one another.
+    # Threads of the BLAS inside of threads of ours would wait for one another. The limit reaches loaded libraries only.
+    import numpy as np  # noqa: F401
+
     with (
         threadpool_limits(1, "blas"),
         ahead(lambda name: [*job.changes(name)], names, workers or min(os.cpu_count() or 1, 16)) as results,

@@ -17,6 +17,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from .differences import frobenius
+
 if TYPE_CHECKING:
     from ..tensors.computed import Array
     from .criteria import Criterion
@@ -57,17 +59,17 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
     """
     import numpy as np
 
-    small, norm = min(D.shape), _norm(D)
+    small, norm = min(D.shape), frobenius(D)
     rank = min(criterion.rank or GUESS, small)
     random = np.random.default_rng(seed)
     while small > SMALL and 3 * rank <= small and norm > 0:
         for width, rounds in ((2 * rank + 16, 2), (3 * rank + 32, 4)):
-            Q, found = _sketch(D, min(width, small), rounds, random)
+            Q, rows, found = _sketch(D, min(width, small), rounds, random)
             kept = found[1][:rank]
             if not criterion.reached(kept, norm):
                 break
             count = criterion.counts([kept], [norm])[0]
-            if _good(D, Q, found, count, norm, random):
+            if _good(D, Q, rows, found, count, norm, random):
                 return first(found, count)
         rank = small if criterion.rank is not None else 2 * rank
     found = exact(D)
@@ -79,11 +81,17 @@ def exact(D: Array) -> Decomposition:
     import numpy as np
 
     D = D.astype(np.float64, copy=False)
-    if D.size <= SMALL * SMALL:
-        U, S, Vh = np.linalg.svd(D, full_matrices=False)
-        return U, S, Vh
+    if D.size > SMALL * SMALL:
+        return _by_gram(D)
+    U, S, Vh = np.linalg.svd(D, full_matrices=False)
+    return U, S, Vh
+
+
+def _by_gram(D: Array) -> Decomposition:
+    import numpy as np
+
     if D.shape[0] > D.shape[1]:
-        U, S, Vh = exact(D.T)
+        U, S, Vh = _by_gram(D.T)
         return Vh.T, S, U.T
     U = np.linalg.eigh(D @ D.T)[1][:, ::-1]
     # Projections on the vectors, not roots of small squares: the product of the three is D to rounding.
@@ -93,15 +101,16 @@ def exact(D: Array) -> Decomposition:
     return U[:, order], S[order], rows[order] / np.maximum(S[order], np.finfo(float).tiny)[:, None]
 
 
-def _sketch(D: Array, width: int, rounds: int, random: Any) -> tuple[Array, Decomposition]:
-    """An orthonormal basis `[m, width]` of most of the range, and the decomposition of D's projection on it."""
+def _sketch(D: Array, width: int, rounds: int, random: Any) -> tuple[Array, Array, Decomposition]:
+    """A basis Q `[m, width]` of most of the range, Q^T D, and the decomposition of D's projection on Q."""
     import numpy as np
 
     Q = _basis(D @ random.standard_normal((D.shape[1], width), dtype=np.float32).astype(D.dtype))
     for _ in range(rounds):
         Q = _basis(D @ _basis(D.T @ Q))
-    U, S, Vh = exact(Q.T @ D)
-    return Q, (Q @ U, S, Vh)
+    rows = Q.T @ D
+    U, S, Vh = _by_gram(rows.astype(np.float64))
+    return Q, rows, (Q @ U, S, Vh)
 
 
 def _basis(block: Array) -> Array:
@@ -116,28 +125,30 @@ def _basis(block: Array) -> Array:
     return basis
 
 
-def _good(D: Array, Q: Array, found: Decomposition, count: int, norm: float, random: Any) -> bool:
+def _good(
+    D: Array, Q: Array, rows: Array, found: Decomposition, count: int, norm: float, random: Any
+) -> bool:  # fmt: skip
     """Whether no factors of that rank can have an error much smaller than the first `count` of these."""
     U, S, Vh = first(found, count)
     square = max(norm**2 - float((S * S).sum()), 0.0)
     if square < 1e-4 * norm**2:
-        square = _norm(D - (U * S).astype(D.dtype) @ Vh.astype(D.dtype)) ** 2
+        square = frobenius(D - (U * S).astype(D.dtype) @ Vh.astype(D.dtype)) ** 2
     if square <= (EXACT * norm) ** 2:
         return True
-    mixed = _mixed(D, Q, count)
+    mixed = _mixed(D, Q, rows, count)
     return any(
         square <= (1 + EXCESS) ** 2 * (square - min(count * rest, mixed + float((rest - S * S).clip(0).sum())))
         for rest in _largest_squares(D, Q, random)
     )
 
 
-def _mixed(D: Array, Q: Array, count: int) -> float:
+def _mixed(D: Array, Q: Array, rows: Array, count: int) -> float:
     """What of D D^T lies between the range of Q and the rest of the space: the sum of `count` singular values."""
     import numpy as np
 
-    block = D @ (D.T @ Q)
-    block -= Q @ (Q.T @ block)
-    return float(np.linalg.svd(np.linalg.qr(block)[1], compute_uv=False)[:count].sum())
+    block = D @ rows.T
+    block = (block - Q @ (Q.T @ block)).astype(np.float64, copy=False)
+    return float(np.sqrt(np.linalg.eigvalsh(block.T @ block)[-count:].clip(0)).sum())
 
 
 def _largest_squares(D: Array, Q: Array, random: Any) -> Iterator[float]:
@@ -164,10 +175,3 @@ def first(found: Decomposition, count: int) -> Decomposition:
     """The first so many singular values and vectors."""
     U, S, Vh = found
     return U[:, :count], S[:count], Vh[:count]
-
-
-def _norm(D: Array) -> float:
-    """The Frobenius norm, summed in float64."""
-    import numpy as np
-
-    return math.sqrt(float(np.einsum("ij,ij->", D, D, dtype=np.float64)))

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import Corrupt, Malformed, storage_error
 from .copying import CHUNK, OpenFiles, WriteBehind, copy_range, write_all
 from .lazy import ELSEWHERE, Buffer, Lazy, Span
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
 SMALL = 1 << 20
 """Bytes that are gathered before they are written, of tensors that are no spans."""
 
+AHEAD = 16 << 20
+"""Tensors that are no spans and not larger are computed while the one before them is written."""
+
 
 def append(file: BinaryIO, start: int, tensors: Iterable[tuple[str, Lazy]], path: str | os.PathLike[str]) -> None:
-    """Writes tensors one behind another; memory holds one, or a few small ones.
+    """Writes tensors one behind another; memory holds one, and a small one or a few.
 
     Args:
         file: where to, unbuffered.
@@ -31,8 +38,8 @@ def append(file: BinaryIO, start: int, tensors: Iterable[tuple[str, Lazy]], path
         OSError: the file cannot be written.
     """
     end = _End(file, start)
-    with closing(OpenFiles()) as sources:
-        for piece in _pieces(tensors, path):
+    with closing(OpenFiles()) as sources, ThreadPoolExecutor(1) as pool:
+        for piece in _pieces(_begun(tensors, pool), path):
             if isinstance(piece, Span):
                 _copy(sources, piece, end)
             else:
@@ -55,12 +62,38 @@ class _End:
             self.told = self.at
 
 
-def _pieces(tensors: Iterable[tuple[str, Lazy]], path: str | os.PathLike[str]) -> Iterator[Span | Buffer]:
+class _Begun:
+    """A tensor of which a thread may be working out the bytes already."""
+
+    def __init__(self, name: str, tensor: Lazy, pool: ThreadPoolExecutor) -> None:
+        self.name, self.tensor = name, tensor
+        self.span = tensor.span if tensor.span is None or tensor.span.path not in ELSEWHERE else None
+        self.early: Future[Buffer] | None = None
+        if self.span is None and tensor.nbytes <= AHEAD:
+            self.early = pool.submit(tensor.fetch)
+
+    def fetch(self) -> Buffer:
+        return self.tensor.fetch() if self.early is None else self.early.result()
+
+
+def _begun(tensors: Iterable[tuple[str, Lazy]], pool: ThreadPoolExecutor) -> Iterator[_Begun]:
+    """Each tensor, when the one behind it is begun."""
+    last: _Begun | None = None
+    for name, tensor in tensors:
+        following = _Begun(name, tensor, pool)
+        if last is not None:
+            yield last
+        last = following
+    if last is not None:
+        yield last
+
+
+def _pieces(tensors: Iterable[_Begun], path: str | os.PathLike[str]) -> Iterator[Span | Buffer]:
     """Runs of files, as long as they are, and bytes between them."""
     span: Span | None = None
     held = bytearray()
-    for name, tensor in tensors:
-        here = tensor.span if tensor.span is None or tensor.span.path not in ELSEWHERE else None
+    for tensor in tensors:
+        here = tensor.span
         if span is not None and here is not None and here == Span(span.path, span.offset + span.nbytes, here.nbytes):
             span = Span(span.path, span.offset, span.nbytes + here.nbytes)
             continue
@@ -71,7 +104,7 @@ def _pieces(tensors: Iterable[tuple[str, Lazy]], path: str | os.PathLike[str]) -
             yield held
             held = bytearray()
         if here is None:
-            data = _exact(tensor, name, path)
+            data = _exact(tensor, path)
             if len(data) < SMALL:
                 held += data
                 continue
@@ -92,11 +125,11 @@ def _copy(sources: OpenFiles, span: Span, end: _End) -> None:
         raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure=_CHANGED) from None
 
 
-def _exact(tensor: Lazy, name: str, path: str | os.PathLike[str]) -> Buffer:
-    data = tensor.fetch()
-    if len(data) != tensor.nbytes:
-        why = f"{len(data)} bytes where {tensor.nbytes} were promised"
-        raise Malformed(why, path=path, where=name, cure="The source changed while being read; run again")
+def _exact(begun: _Begun, path: str | os.PathLike[str]) -> Buffer:
+    data, promised = begun.fetch(), begun.tensor.nbytes
+    if len(data) != promised:
+        why = f"{len(data)} bytes where {promised} were promised"
+        raise Malformed(why, path=path, where=begun.name, cure="The source changed while being read; run again")
     return data
 
 

@@ -1,7 +1,7 @@
 """Times combinations of one target side by side: on factors, by the formula on whole matrices, PEFT and mergekit.
 
     python tools/bench/combine.py [--size 4096] [--tasks 8] [--rank 16] [--targets 1] [--rounds 3]
-        [--only tsv] [--no-dense] [--dense-rounds 1]
+        [--only tsv] [--no-dense] [--single] [--dense-rounds 1]
 
 Random float32 LoRA adapters of `size` x `size` targets. Seconds are processor time of all threads, medians of rounds:
 set OMP_NUM_THREADS=1 where other work runs. The dense formula is the paper's in float64 numpy on the same
@@ -32,6 +32,8 @@ from adapterkit.tensors.lazy import from_numpy
 
 Array = np.ndarray[Any, Any]
 TARGET = Target("layers.0.q")
+SINGLE = "--single" in sys.argv
+"""Whether formulas on whole matrices may decompose in float32."""
 
 
 def main() -> None:
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of each contender")
     parser.add_argument("--dense-rounds", type=int, default=1, help="of each formula on whole matrices: that is slow")
     parser.add_argument("--only", nargs="+", choices=list(CASES), help="these methods, and no peers")
+    parser.add_argument("--single", action="store_true", help="decompose whole matrices in float32, by torch")
     parser.add_argument("--no-dense", action="store_true", help="leave out the formulas on whole matrices")
     chosen = parser.parse_args()
     adapters = made(chosen.size, chosen.tasks, chosen.rank, chosen.targets)
@@ -153,9 +156,19 @@ def dense_ties(deltas: list[Array], _: int) -> Array:
     return elected([trimmed(D, 0.2) for D in deltas])
 
 
+def thin_svd(D: Array) -> tuple[Array, Array, Array]:
+    """The thin decomposition by LAPACK, in float64, or with --single in float32 by torch, which ends sooner."""
+    if not SINGLE:
+        return np.linalg.svd(D, full_matrices=False)
+    import torch
+
+    U, S, Vh = torch.linalg.svd(torch.from_numpy(D.astype(np.float32)), full_matrices=False)
+    return U.numpy(), S.numpy(), Vh.numpy()
+
+
 def dense_knots(deltas: list[Array], rank: int) -> Array:
     """KnOTS by a decomposition of all matrices side by side."""
-    U, S, Vh = np.linalg.svd(np.hstack(deltas), full_matrices=False)
+    U, S, Vh = thin_svd(np.hstack(deltas))
     kept, n = len(deltas) * rank, deltas[0].shape[1]
     aligned = [S[:kept, None] * Vh[:kept, t * n : (t + 1) * n] for t in range(len(deltas))]
     return np.asarray(U[:, :kept] @ elected([trimmed(D, 0.2) for D in aligned]))
@@ -163,7 +176,7 @@ def dense_knots(deltas: list[Array], rank: int) -> Array:
 
 def leading(D: Array, rank: int) -> tuple[Array, Array, Array]:
     """The first singular values and vectors."""
-    U, S, Vh = np.linalg.svd(D, full_matrices=False)
+    U, S, Vh = thin_svd(D)
     return U[:, :rank], S[:rank], Vh[:rank]
 
 

@@ -1,0 +1,87 @@
+"""Times stacking of adapters on disk against copying as many bytes: `cp` of the inputs and `sync`, in turns.
+
+    python tools/bench/stack.py [--size 4096] [--tasks 8] [--rank 16] [--targets 224] [--rounds 5] [--work DIR]
+
+Both read the same bytes and make them durable; the result of stacking is as large as its inputs together. The time
+of ours is that of the work, imports aside; every value is also looked at, so that nothing that is not finite passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import adapterkit as ak
+from adapterkit.adapter import Adapter, Target
+from adapterkit.methods import METHODS
+from adapterkit.tensors.lazy import from_numpy
+
+
+def main() -> None:
+    """Parses, writes the inputs, measures in turns, prints one line a contender."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=chosen.work) as folder:
+        inputs = Path(folder) / "inputs"
+        inputs.mkdir()
+        paths = [written(inputs / f"{task}.safetensors", task, chosen) for task in range(chosen.tasks)]
+        measure(paths, Path(folder), chosen.rounds)
+
+
+def written(path: Path, task: int, chosen: Any) -> str:
+    """One adapter of random float32 factors."""
+    random = np.random.default_rng(task)
+
+    def lora() -> Any:
+        A, B = (random.standard_normal(s, np.float32) for s in ((chosen.rank, chosen.size), (chosen.size, chosen.rank)))
+        return METHODS["lora"](A=from_numpy(A), B=from_numpy(B))
+
+    ak.write(Adapter({Target(f"layers.{i}.q"): (lora(),) for i in range(chosen.targets)}), path)
+    return str(path)
+
+
+def measure(paths: list[str], folder: Path, rounds: int) -> None:
+    """Stacks and copies in turns, and says medians and the ratio round by round."""
+    ours, made, copy = [], folder / "stacked.safetensors", folder / "copy"
+    theirs = []
+    for _ in range(rounds + 1):
+        theirs.append(timed(lambda: subprocess.run(["cp", "-r", str(folder / "inputs"), str(copy)], check=True)))
+        subprocess.run(["rm", "-r", str(copy)], check=True)
+        ours.append(timed(lambda: ak.write(ak.ops.stack(paths), made)))
+        made.unlink()
+    # The first round fills caches and imports.
+    ratios = sorted(one / other for one, other in zip(ours[1:], theirs[1:], strict=True))
+    print(f"cp + sync  {statistics.median(theirs[1:]):8.2f} s")
+    print(f"stack      {statistics.median(ours[1:]):8.2f} s")
+    print(f"ratio      {statistics.median(ratios):8.2f}   ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds until what was written is on disk."""
+    os.sync()
+    started = time.perf_counter()
+    run()
+    os.sync()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
