@@ -1,4 +1,4 @@
-"""ggml's types of blocks: the formula of each, from bytes to numbers, and back for those of a plain scale.
+"""ggml's types of blocks: the formula of each, from bytes to numbers and back.
 
 Bits and orders of operations are those of ggml-quants.c, which gguf-py follows: the same bytes give the same float32.
 Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Unsupported
+from .ggml_k_blocks import k_pieces
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +23,6 @@ BLOCKS = {
 """Name -> number of the type, numbers in a block, bytes of a block."""
 
 NUMBERS = {number: name for name, (number, _, _) in BLOCKS.items()}
-WRITTEN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-"""Types that can be written: those whose quantization gguf-py defines; the k-quants are searched for by llama.cpp."""
 
 
 def decoded(kind: str, data: Any) -> Array:
@@ -38,19 +36,13 @@ def decoded(kind: str, data: Any) -> Array:
 
 
 def encoded(kind: str, values: Array) -> bytes:
-    """Whole blocks of numbers in bytes.
-
-    Raises:
-        Unsupported: a type that is read only.
-    """
+    """Whole blocks of numbers in bytes."""
     import numpy as np
 
-    if kind not in WRITTEN:
-        cure = f"Choose one of {', '.join(WRITTEN)}, F16, BF16 or F32, and quantize that with llama.cpp"
-        raise Unsupported(f"{kind} has no formula but the search inside llama.cpp", cure=cure)
     blocks = np.ascontiguousarray(values, "<f4").reshape(-1, BLOCKS[kind][1])
     with np.errstate(all="ignore"):
-        return bytes(np.concatenate(_pieces(kind, blocks), axis=1).tobytes())
+        pieces = k_pieces(kind, blocks) if kind.endswith("K") else _pieces(kind, blocks)
+        return bytes(np.concatenate(pieces, axis=1).tobytes())
 
 
 def _pieces(kind: str, blocks: Array) -> list[Array]:
