@@ -17,8 +17,9 @@ from ..quant import Dequantized, Packed
 from ..quant._scheme import NO_PACKING, STEP, steps
 from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy
-from .compute import Block, Folder, blocks
-from .planning import Output
+from .blocks import Block, blocks
+from .compute import Folder
+from .planned import Output
 
 if TYPE_CHECKING:
     from .arrays import Arrays, Workspace
