@@ -59,15 +59,28 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
     if offset:
         least = blocks.min(1, keepdims=True)
         scale = (blocks.max(1, keepdims=True) - least) / np.float32((1 << bits) - 1)
-        q = np.trunc((blocks - least) * _inverse(scale) + np.float32(0.5))
+        q = (blocks - least) * _inverse(scale)
+        q += np.float32(0.5)
     else:
-        largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
-        scale = largest / np.float32(-(1 << bits - 1))
-        q = np.trunc(blocks * _inverse(scale) + np.float32((1 << bits - 1) + 0.5))
-    whole = np.clip(q, 0, (1 << bits) - 1).astype(np.uint8)
+        scale = _largest(blocks) / np.float32(-(1 << bits - 1))
+        q = blocks * _inverse(scale)
+        q += np.float32((1 << bits - 1) + 0.5)
+    # Conversion cuts the fraction off, as trunc would.
+    whole = np.clip(q, 0, (1 << bits) - 1, out=q).astype(np.uint8)
     low = (whole[:, :16] & 15) | (whole[:, 16:] << 4)
     fifth = [np.packbits(whole >> 4, axis=1, bitorder="little")] if bits == 5 else []
     return [_half(scale), *([_half(least)] if offset else []), *fifth, low]
+
+
+def _largest(blocks: Array) -> Array:
+    """Of each block the number farthest from zero, of two that are equally far the first."""
+    import numpy as np
+
+    most, least = blocks.max(1, keepdims=True), blocks.min(1, keepdims=True)
+    largest = np.where(most > -least, most, least)
+    twins = (most == -least)[:, 0]
+    largest[twins] = np.take_along_axis(blocks[twins], np.abs(blocks[twins]).argmax(1, keepdims=True), 1)
+    return np.asarray(largest)
 
 
 def _inverse(scale: Array) -> Array:
@@ -97,13 +110,14 @@ def _plain(kind: str, blocks: Array) -> Array:
     bits, offset = int(kind[1]), kind.endswith("_1")
     least = _float(rest[:, :2]) if offset else None
     rest = rest[:, 2:] if offset else rest
-    low = rest[:, 4:] if bits == 5 else rest
-    q = np.concatenate([low & 15, low >> 4], axis=1).astype(np.int32)
+    low, values = rest[:, 4:] if bits == 5 else rest, np.empty((len(blocks), 32), np.float32)
+    values[:, :16], values[:, 16:] = low & 15, low >> 4
     if bits == 5:
-        q |= np.unpackbits(rest[:, :4], axis=1, bitorder="little").astype(np.int32) << 4
-    if least is not None:
-        return np.asarray(scale * q.astype("f4") + least)
-    return np.asarray(scale * (q - (1 << bits - 1)).astype("f4"))
+        values += np.unpackbits(rest[:, :4], axis=1, bitorder="little") << 4
+    if least is None:
+        values -= 1 << bits - 1
+    values *= scale
+    return values if least is None else np.add(values, least, out=values)
 
 
 def _pairs(data: Array, shifts: tuple[int, ...], run: int, mask: int) -> Array:
