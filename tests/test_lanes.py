@@ -12,7 +12,7 @@ from test_merge import CASES, big_base, rand, save_base
 import adapterkit as ak
 from adapterkit.errors import UsageError
 from adapterkit.merging.arrays import NumpyArrays, TorchArrays
-from adapterkit.merging.compute import Block
+from adapterkit.merging.blocks import Block
 from adapterkit.merging.lanes import DEPTH, lane_for
 from adapterkit.tensors.dtypes import DTYPES
 
@@ -37,7 +37,7 @@ def test_a_device_gives_numpys_bytes(tmp_path: Path, case: str, dtype: torch.dty
 def test_many_blocks_and_several_devices_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = big_base(tmp_path / "base", 7)
     ak.merge(base, adapter, tmp_path / "one", device="cpu")
-    monkeypatch.setattr("adapterkit.merging.compute.BLOCK_ELEMENTS", 5000)
+    monkeypatch.setattr("adapterkit.merging.blocks.BLOCK_ELEMENTS", 5000)
     for device in ("cpu:0", "cpu:0,cpu:0", "cpu:0,cpu:0,cpu:0", "cpu,cpu:0"):
         ak.merge(base, adapter, tmp_path / device, device=device)
         assert weights(tmp_path / device) == weights(tmp_path / "one")

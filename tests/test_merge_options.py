@@ -55,7 +55,7 @@ def test_stochastic_rounding_is_the_same_on_any_cut(tmp_path: Path, monkeypatch:
     base = save_base(tmp_path / "base", {"m.weight": rand(701, 333).bfloat16(), "n.weight": rand(701, 333)})
     adapter = ak.Adapter({ak.Target("m"): (lora(701, 333),)})
     ak.merge(base, adapter, tmp_path / "out", seed=3, dtype="F16")
-    monkeypatch.setattr("adapterkit.merging.compute.BLOCK_ELEMENTS", 3 * 333)
+    monkeypatch.setattr("adapterkit.merging.blocks.BLOCK_ELEMENTS", 3 * 333)
     ak.merge(base, adapter, tmp_path / "cut", seed=3, dtype="F16", device="cpu:0")
     weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "cut")]
     assert weights[0] == weights[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StorageError, UnknownFormat, UsageError
-from ..merging.planning import REPORT
+from ..merging.planned import REPORT
 from ..tensors.locations import located, source_of
 from .card import adapter_card, licence_at, model_card
 from .digests import check_listed, digests_of

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from ..errors import AdapterkitError, Unsupported, UsageError
 from ..tensors.checkpoint import Checkpoint, opened
 from ..tensors.locations import is_address, outgoing, streamed
+from .options import Options
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from .execute import Progress
-    from .planning import Plan
+    from .planned import Plan
     from .report import Report
     from .streaming import Supply
     from .verification import Verification
@@ -54,11 +55,7 @@ def plan(
 
     checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
-    options = {
-        "dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial, "seed": seed,
-        "memory": memory, "link": link,
-    }  # fmt: skip
-    return make_plan(checkpoint, named, **options)  # type: ignore[arg-type]
+    return make_plan(checkpoint, named, Options(dtype, shard_size, tied, allow_partial, seed, memory, link))
 
 
 def merge(
@@ -132,10 +129,7 @@ def merge(
                 checksums=checksums,
             )  # fmt: skip
         return replace(report, out=str(out))
-    options = {
-        "dtype": dtype, "shard_size": shard_size, "tied": tied, "allow_partial": allow_partial, "seed": seed,
-        "memory": memory, "link": link, "checksums": checksums,
-    }  # fmt: skip
+    options = Options(dtype, shard_size, tied, allow_partial, seed, memory, link, checksums)
     _check_engine(engine, address, stream)
     with _supplied(base, Path(out), stream) as (checkpoint, supply):
         _check_target(Path(out), checkpoint, adapters, onto, overwrite)
@@ -146,7 +140,7 @@ def merge(
         read = as_merged(checkpoint, quantized, onto, dtype)
         named = _named(adapters, weights, read)
         started = time.perf_counter()
-        planned = make_plan(read, named, **options)  # type: ignore[arg-type]
+        planned = make_plan(read, named, options)
         if engine == "ray":
             from .cluster import on_ray, recipe_of
 

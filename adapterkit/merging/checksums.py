@@ -18,7 +18,7 @@ from ..errors import Malformed, UsageError, storage_error
 from ..tensors.checkpoint import Checkpoint
 from ..tensors.copying import CHUNK, read_all
 from .memory import most_workers
-from .planning import REPORT
+from .planned import REPORT
 from .verification import Difference, Verification
 
 if TYPE_CHECKING:

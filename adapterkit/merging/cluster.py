@@ -7,14 +7,16 @@ driver's plan, and works on the shared file system. No weight goes through Ray's
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, Corrupt, NetworkError, Unsupported
 from ..tensors.checkpoint import Checkpoint, opened
-from .planning import Plan, make_plan
+from .options import Options
+from .planned import Plan
+from .planning import make_plan
 from .report import Engine
 from .stage import Norms, Stage
 
@@ -37,7 +39,7 @@ class Recipe:
     quantized: str | None
     onto: str | None
     adapters: tuple[str | None, ...]
-    options: Mapping[str, Any]
+    options: Options
     device: str
     names: tuple[tuple[str, float], ...] = ()
 
@@ -47,17 +49,17 @@ class Recipe:
         from ..tensors.checkpoint import open_checkpoint
         from .quantized import as_merged
 
-        checkpoint = as_merged(open_checkpoint(self.base), self.quantized, self.onto, self.options["dtype"])
+        checkpoint = as_merged(open_checkpoint(self.base), self.quantized, self.onto, self.options.dtype)
         paths = [path for path in self.adapters if path is not None]
         named = [
             (name, read(path, base=checkpoint), weight)
             for path, (name, weight) in zip(paths, self.names, strict=True)
         ]  # fmt: skip
-        return make_plan(checkpoint, named, **self.options)
+        return make_plan(checkpoint, named, self.options)
 
 
 def recipe_of(
-    base: Checkpoint, quantized: str | None, onto: Any, adapters: Sequence[Any], options: Mapping[str, Any], device: str
+    base: Checkpoint, quantized: str | None, onto: Any, adapters: Sequence[Any], options: Options, device: str
 ) -> Recipe:
     """What tells every node the same: absolute paths, which they all see."""
     from ..adapter import Adapter

@@ -7,65 +7,19 @@ the change nearly cancel, which float32 does not; the casts to bf16 and fp8 go b
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterkitError, Malformed
-from ..tensors.lazy import Lazy
+from ..errors import Malformed
 from ..updates import Additive, Update
-from .planning import BLOCK_ELEMENTS, Output
+from .blocks import Block, cut_to, part_of, view_of
+from .factors import Term, additive, is_thin, load_all, norm_of, side_by_side
+from .planned import Output
 from .rounding import key_of, stochastic
 
 if TYPE_CHECKING:
-    from ..tensors.lazy import Leaf
-    from .arrays import Arrays, Workspace
-    from .folds import Fold
-
-THIN = 256
-"""Ranks up to which factors are put side by side with those of other adapters."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Stored rows `start` to `stop` of a tensor of `rows`, or of one expert's slice of it; offsets count elements."""
-
-    expert: int | None
-    start: int
-    stop: int
-    rows: int
-    width: int
-
-    @property
-    def first(self) -> int:
-        return ((self.expert or 0) * self.rows + self.start) * self.width
-
-    @property
-    def elements(self) -> int:
-        return (self.stop - self.start) * self.width
-
-    @property
-    def whole(self) -> bool:
-        return self.start == 0 and self.stop == self.rows
-
-
-def blocks(output: Output) -> list[Block]:
-    """The blocks of an output tensor in file order; their cut depends on the tensor alone."""
-    shape = output.shape or (1,)
-    stacked = any(fold.target.stacked for fold in output.folds)
-    experts = range(shape[0]) if stacked else (None,)
-    rows, *rest = shape[1:] if stacked else shape
-    width = math.prod(rest)
-    cut = all(fold.blockable for fold in output.folds)
-    step = max(1, BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
-    return [
-        Block(expert, start, min(start + step, rows), rows, width)
-        for expert in experts
-        for start in range(0, rows, step)
-        if width
-    ]
+    from .arrays import Workspace
 
 
 class Folder:
@@ -77,7 +31,7 @@ class Folder:
 
     def __init__(self, output: Output, workspace: Workspace) -> None:
         self.output, self.workspace, self.arrays = output, workspace, workspace.arrays
-        self.folds = [(fold, _load_all(fold, self.arrays)) for fold in output.folds]
+        self.folds = [(fold, load_all(fold, self.arrays)) for fold in output.folds]
 
     @cached_property
     def watched(self) -> bool:
@@ -89,7 +43,7 @@ class Folder:
     def norms(self) -> dict[int, float]:
         """Squared norms of the changes that need no look at the base, by fold."""
         return {
-            position: (fold.weight * _norm(updates, fold)) ** 2
+            position: (fold.weight * norm_of(updates, fold)) ** 2
             for position, (fold, updates) in enumerate(self.folds)
             if fold.additive and not fold.bias
         }
@@ -143,23 +97,23 @@ class Folder:
         """What all folds add to the block, in float64; flat."""
         total = self._shaped(self.workspace.take(block.elements), block)
         for position, (fold, updates, weight) in enumerate(self._terms):
-            view = _view(total, fold, (block.start, block.stop), block)
-            cut = _additive(_cut(update, fold, block, (block.start, block.stop)) for update in updates)
+            view = view_of(total, fold, (block.start, block.stop), block)
+            cut = additive(cut_to(update, fold, block, (block.start, block.stop)) for update in updates)
             if position == 0:
                 cut.pop(0).delta_into(view, weight)
             _add(cut, view, weight)
         return total.reshape(-1)
 
     @cached_property
-    def _terms(self) -> list[tuple[Fold, list[Update], float]]:
+    def _terms(self) -> list[Term]:
         """What adds up, with weights; thin factors of several adapters side by side: one product is much faster."""
         terms = [(fold, updates, fold.weight) for fold, updates in self.folds]
         if len(terms) < 2:
             return terms
-        thin = [term for term in terms if _is_thin(term[0], term[1]) and term[0].axis == terms[0][0].axis]
+        thin = [term for term in terms if is_thin(term[0], term[1]) and term[0].axis == terms[0][0].axis]
         if len(thin) < 2:
             return terms
-        one = _side_by_side(thin, self.arrays)
+        one = side_by_side(thin, self.arrays)
         return [(thin[0][0], [one], 1.0), *(term for term in terms if term not in thin)]
 
     def _image(self, raw: Any, block: Block) -> Any:
@@ -178,13 +132,13 @@ class Folder:
         untouched = True
         for position in self._order:
             fold, updates = self.folds[position]
-            part = _part(fold, block)
+            part = part_of(fold, block)
             if part is None:
                 continue
-            view, W = (_view(t, fold, part, block) for t in (work, original))
-            cut = [_cut(update, fold, block, part) for update in updates]
+            view, W = (view_of(t, fold, part, block) for t in (work, original))
+            cut = [cut_to(update, fold, block, part) for update in updates]
             if fold.additive and not fold.bias:
-                _add(_additive(cut), view, fold.weight)
+                _add(additive(cut), view, fold.weight)
             else:
                 norms[position] = _mix(_through(cut, W, fold.bias), W, view, fold.weight, replace=untouched)
             untouched = False
@@ -198,28 +152,6 @@ class Folder:
     @cached_property
     def _needs_original(self) -> bool:
         return sum(not fold.additive or fold.bias for fold, _ in self.folds) > 1
-
-
-def _is_thin(fold: Fold, updates: Sequence[Update]) -> bool:
-    """Whether all is a product of factors of so few ranks that the product is how it is best computed."""
-    if len(fold.shape) != 2 or fold.target.stacked:
-        return False
-    pairs = [update.pair(_logical(fold)) for update in updates if isinstance(update, Additive)]
-    return len(pairs) == len(updates) and all(pair is not None and pair[1].shape[0] <= THIN for pair in pairs)
-
-
-def _side_by_side(terms: Sequence[tuple[Fold, list[Update], float]], arrays: Arrays) -> Update:
-    """sum of weight * B @ A over all updates as one LoRA of all their ranks."""
-    from ..methods.lora import LoRA
-
-    pairs = [(w, u.pair(_logical(fold))) for fold, us, w in terms for u in _additive(us)]
-    factors = [(w, *pair) for w, pair in pairs if pair is not None]
-    A, B = arrays.joined([A for _, _, A in factors], 0), arrays.joined([w * B for w, B, _ in factors], 1)
-    return LoRA(A=A, B=B, bias=None, scaling=1.0)
-
-
-def _additive(updates: Iterable[Update]) -> list[Additive]:
-    return [update for update in updates if isinstance(update, Additive)]
 
 
 def _add(updates: Sequence[Additive], view: Any, weight: float) -> None:
@@ -242,98 +174,3 @@ def _through(updates: list[Update], W: Any, bias: bool) -> Any:
     for update in updates:
         W = update.new_bias(W) if bias else update.new_weight(W)
     return W
-
-
-def _load_all(fold: Fold, arrays: Arrays) -> list[Update]:
-    updates = [_load(update, fold, arrays) for update in fold.updates]
-    if fold.seen is None:
-        return updates
-    W = _whole_view(arrays.load(fold.seen), fold)
-    return [update.settled(W) for update in updates]
-
-
-def _whole_view(W: Any, fold: Fold) -> Any:
-    """A stored weight as the updates see it; of stacked experts, all of them."""
-    axis = int(fold.target.stacked)
-    W = W if fold.axis == "out" else W.swapaxes(axis, axis + 1)
-    return W if fold.target.rows is None else W[(slice(None),) * axis + (slice(*fold.target.rows),)]
-
-
-def _load(update: Update, fold: Fold, arrays: Arrays) -> Update:
-    read = update.map(_read)
-    try:
-        read.check_values()
-    except AdapterkitError as error:
-        error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
-        raise
-    return read.map(arrays.load)
-
-
-def _read(leaf: Leaf) -> Leaf:
-    """A leaf whose bytes are in memory: they are checked and then loaded, and read from disk once."""
-    if not isinstance(leaf, Lazy):
-        return leaf
-    data = leaf.fetch()
-    return Lazy(leaf.shape, leaf.dtype, lambda: data)
-
-
-def _norm(updates: list[Update], fold: Fold) -> float:
-    shape = _logical(fold)
-    experts = range(fold.shape[0]) if fold.target.stacked else (None,)
-    squares = 0.0
-    for expert in experts:
-        parts = [u if expert is None else u.expert(expert) for u in updates]
-        if len(parts) == 1 and isinstance(parts[0], Additive):
-            squares += parts[0].delta_norm(shape) ** 2
-        else:
-            total: Any = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
-            squares += float((total * total).sum())
-    return math.sqrt(squares)
-
-
-def _logical(fold: Fold) -> tuple[int, ...]:
-    """The shape of one weight as the updates see it."""
-    first, second, *rest = fold.shape[1:] if fold.target.stacked else (*fold.shape, 1)[: max(2, len(fold.shape))]
-    shape = (second, first, *rest) if fold.axis == "in" else (first, second, *rest)
-    return shape if fold.target.rows is None else (fold.target.rows[1] - fold.target.rows[0], *shape[1:])
-
-
-def _part(fold: Fold, block: Block) -> tuple[int, int] | None:
-    """The stored rows of the block that the fold touches; None where it touches none."""
-    if fold.target.rows is None or fold.axis == "in":
-        return block.start, block.stop
-    start, stop = max(block.start, fold.target.rows[0]), min(block.stop, fold.target.rows[1])
-    return (start, stop) if start < stop else None
-
-
-def _view(work: Any, fold: Fold, part: tuple[int, int], block: Block) -> Any:
-    """The touched part of a block as the updates see it: `[out, in, *k]`."""
-    if fold.bias:
-        return work if fold.target.rows is None else work[slice(*fold.target.rows)]
-    work = work[part[0] - block.start : part[1] - block.start]
-    if fold.axis == "out":
-        return work
-    view = work.swapaxes(0, 1)
-    return view if fold.target.rows is None else view[fold.target.rows[0] : fold.target.rows[1]]
-
-
-def _cut(update: Update, fold: Fold, block: Block, part: tuple[int, int]) -> Update:
-    """The update for the touched part of a block."""
-    if block.expert is not None:
-        update = update.expert(block.expert)
-    if block.whole or fold.bias:
-        return update
-    offset = fold.target.rows[0] if fold.target.rows is not None and fold.axis == "out" else 0
-    return update.block(fold.axis, part[0] - offset, part[1] - offset)
-
-
-def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Block]]:
-    """Consecutive blocks in runs of about `nbytes`: what one worker takes at a time."""
-    run: list[Block] = []
-    for block in blocks_:
-        run.append(block)
-        if sum(b.elements for b in run) * itemsize >= nbytes:
-            yield run
-            run = []
-    if run:
-        yield run

@@ -18,11 +18,12 @@ from threadpoolctl import threadpool_limits
 from ..errors import AdapterkitError, Corrupt, storage_error
 from ..tensors.copying import OpenFiles, WriteBehind, copy_range, read_all, write_all
 from .arrays import Arrays, Workspace
+from .blocks import Block
 from .checksums import Run, digest_of
-from .compute import Block, Folder
+from .compute import Folder
 from .jobs import Job, OpenFile, create, jobs_of, norms_of
 from .lanes import Lane, lane_for
-from .planning import Output, OutputFile
+from .planned import Output, OutputFile
 from .stage import Norms, Stage
 
 Progress = Callable[[int, int], None]

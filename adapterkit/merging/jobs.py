@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from .compute import Block, blocks, runs
-from .planning import Output, OutputFile
+from .blocks import Block, blocks, runs
+from .planned import Output, OutputFile
 from .requantize import NORMS
 from .stage import Norms
 

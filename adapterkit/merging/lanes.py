@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from ..tensors.dtypes import DType
 from .arrays import Arrays, TorchArrays
-from .compute import Block
+from .blocks import Block
 
 DEPTH = 3
 """Blocks in flight: one is on its way there, one is computed, one is on its way back."""

@@ -6,15 +6,13 @@ adapter does to it. Everything without folds, and of the same dtype, is copied a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .. import __version__
 from ..adapter import Adapter
 from ..errors import Unsupported, UsageError
 from ..quant import Dequantized
@@ -23,179 +21,20 @@ from ..tensors.dtypes import BY_TORCH, DTYPES, DType
 from ..tensors.lazy import ELSEWHERE, Lazy, Shape, Span, read_span
 from ..tensors.locations import source_of
 from ..tensors.safetensors import encode_header
-from .folds import Fold, Source, folds_by_tensor
-from .memory import allowed, workers_within
-from .quantized import config_changes, quantized_record
+from .folds import Fold, folds_by_tensor
+from .memory import allowed
+from .options import Options
+from .planned import Output, OutputFile, Plan
+from .quantized import config_changes
 
 if TYPE_CHECKING:
     from .requantize import Repacked, Stack
-
-BLOCK_ELEMENTS = 3 << 17
-"""Elements computed at a time: small enough that the float64 block stays in a core's cache."""
-
-REPORT = "adapterkit_merge.json"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Output:
-    """One tensor of the output: `offset` is where its data begins in its file; `seed` is of stochastic rounding.
-
-    A `part` of a packed weight that is quantized again is computed with the other parts of it.
-    """
-
-    name: str
-    dtype: DType
-    shape: Shape
-    offset: int
-    source: Lazy
-    folds: tuple[Fold, ...]
-    part: Repacked | Stack | None = None
-    seed: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def copied(self) -> bool:
-        """Whether its bytes are the base's."""
-        return not self.folds and self.part is None and self.dtype == self.source.dtype
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OutputFile:
-    """One weight file of the output; `whole` is the file of the base whose bytes it has, if any."""
-
-    name: str
-    header: bytes
-    outputs: tuple[Output, ...]
-    whole: Path | None = None
-
-    @property
-    def size(self) -> int:
-        return max((output.offset + output.nbytes for output in self.outputs), default=len(self.header))
-
-    @property
-    def computed(self) -> int:
-        """Bytes that are computed rather than copied."""
-        return sum(output.nbytes for output in self.outputs if not output.copied)
-
-    def record(self) -> dict[str, Any]:
-        targets = sum(bool(output.folds) for output in self.outputs)
-        copied = self.size - self.computed
-        return {
-            "name": self.name, "bytes": self.size, "copied_bytes": copied, "computed_bytes": self.computed,
-            "tensors": len(self.outputs), "targets": targets,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """What a merge will do.
-
-    Attributes:
-        base: the open base.
-        sources: the adapters.
-        files: the weight files of the output.
-        tied: `merge` or `untie` where the base ties its head to its embedding and that was chosen.
-        config_changes: keys of `config.json` that the output changes; None where it leaves one out.
-        dtype: the dtype all floating tensors are cast to, if any.
-        seed: of stochastic rounding; None rounds to the nearest.
-        memory: bytes that the merge may hold beyond the imports.
-        link: whether files of the base that nothing touches become hard links.
-        origin: the uri that the base came from, if it came from a hub; its folder may be gone by the time of a report.
-        checksums: whether sums are taken of what is written.
-    """
-
-    base: Checkpoint
-    sources: tuple[Source, ...]
-    files: tuple[OutputFile, ...]
-    tied: str | None
-    config_changes: Mapping[str, Any] = field(default_factory=dict)
-    dtype: DType | None = None
-    seed: int | None = None
-    memory: int = 1 << 62
-    link: bool = False
-    origin: str | None = None
-    checksums: bool = False
-
-    @property
-    def bytes(self) -> int:
-        return sum(file.size for file in self.files)
-
-    @property
-    def targets(self) -> int:
-        return sum(bool(output.folds) for output in self.outputs())
-
-    def outputs(self) -> Iterator[Output]:
-        """All output tensors, file by file."""
-        return (output for file in self.files for output in file.outputs)
-
-    @property
-    def digest(self) -> str:
-        """sha256 of what decides the output: inputs by size, time and content, options, and the version of the code."""
-        stamps = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.base.files]
-        headers = [hashlib.sha256(file.header).hexdigest() for file in self.files]
-        head = [
-            __version__,
-            stamps,
-            headers,
-            [file.name for file in self.files],
-            self.tied,
-            dict(self.config_changes),
-            self.seed,
-        ]
-        text = json.dumps([*head, [source.record() for source in self.sources]], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def peak_memory(self) -> int:
-        """Bytes that a merge holds beyond the imports: for each worker a block, its float64 image, and factors."""
-        return self._largest[0] * self.workers
-
-    @property
-    def workers(self) -> int:
-        """How many threads compute at a time: as many as the machine has cores and the memory room for.
-
-        Raises:
-            StorageError: there is no room for one.
-        """
-        return workers_within(self.memory, *self._largest)
-
-    @property
-    def _largest(self) -> tuple[int, str]:
-        computed = ((_block_bytes(output), output.name) for output in self.outputs() if not output.copied)
-        return max(computed, default=(0, ""))
-
-    def lineage(self) -> dict[str, Any]:
-        """What the output's own record says: no paths, no times, so that equal merges write equal bytes."""
-        return {
-            **({} if self.origin is None else {"base_uri": self.origin}),
-            "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
-            "dtype": self.dtype and self.dtype.name, "seed": self.seed, "tied": self.tied,
-            "quantized": quantized_record(self.base),
-        }  # fmt: skip
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "base": str(self.base.root), "digest": self.digest, "bytes": self.bytes, "targets": self.targets,
-            "peak_memory": self.peak_memory, "memory": self.memory, "workers": self.workers,
-            "files": [file.record() for file in self.files], **self.lineage(),
-        }  # fmt: skip
 
 
 def make_plan(
     base: Checkpoint,
     adapters: Sequence[tuple[str, Adapter, float]],
-    *,
-    dtype: str | None = None,
-    shard_size: int | None = None,
-    tied: str | None = None,
-    allow_partial: bool = False,
-    seed: int | None = None,
-    memory: int | None = None,
-    link: bool = False,
-    checksums: bool = False,
+    options: Options,
 ) -> Plan:
     """Plans the merge of named, weighted adapters into a base; reads headers, and the adapters once for their digests.
 
@@ -205,8 +44,8 @@ def make_plan(
         UsageError: a tied weight is touched and `tied` does not say what to do; options that make no sense.
         Unsupported: a targeted weight is not of a floating dtype.
     """
-    cast = None if is_gguf_output(base) else _dtype(dtype)
-    sources, folds, names, changes = folds_by_tensor(base, adapters, tied, allow_partial)
+    cast = None if is_gguf_output(base) else _dtype(options.dtype)
+    sources, folds, names, changes = folds_by_tensor(base, adapters, options.tied, options.allow_partial)
     tensors = {name: base.tensors[stored] for name, stored in names.items()}
     for name in folds:
         _check_floating(name, tensors[name], base)
@@ -219,14 +58,17 @@ def make_plan(
     if isinstance(base, Dequantized) and base.packs:
         from .requantize import repacked
 
-        if seed is not None:
+        if options.seed is not None:
             raise UsageError("quantizing again rounds to the nearest", cure="Leave the seed out, or dequantize")
         tensors, folds, parts, kept = repacked(base, names, folds)
         kinds = {name: tensor.dtype if name in kept else kinds[name] for name, tensor in tensors.items()}
-    files = tuple(_files(base, tensors, folds, kinds, shard_size, parts, seed))
+    files = tuple(_files(base, tensors, folds, kinds, options.shard_size, parts, options.seed))
     origin = source_of(base.folder)
     uri = None if origin is None else origin.uri
-    planned = Plan(base, sources, files, tied, changes, cast, seed, allowed(memory), link, uri, checksums)
+    planned = Plan(
+        base, sources, files, options.tied, changes, cast, options.seed, allowed(options.memory), options.link, uri,
+        options.checksums,
+    )  # fmt: skip
     planned.workers  # noqa: B018 - says before any work that the memory is too small
     return planned
 
@@ -353,14 +195,3 @@ def _check_floating(name: str, tensor: Lazy, base: Checkpoint) -> None:
             f"a weight of dtype {tensor.dtype} cannot take an update", path=base.root, where=name,
             cure="Merge into the floating-point weights that it was made from",
         )  # fmt: skip
-
-
-def _block_bytes(output: Output) -> int:
-    if output.part is not None:
-        return output.part.held
-    elements = math.prod(output.shape)
-    if all(fold.blockable for fold in output.folds):
-        elements = min(elements, max(BLOCK_ELEMENTS, elements // max(output.shape[0] if output.shape else 1, 1)))
-    leaves = (leaf for fold in output.folds for update in fold.updates for leaf in update.tensors.values())
-    factors = sum(math.prod(leaf.shape) for leaf in leaves) * 8
-    return elements * (8 + output.dtype.itemsize + output.source.dtype.itemsize) + factors

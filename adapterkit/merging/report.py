@@ -18,7 +18,8 @@ from ..tensors.checkpoint import INDEX, TORCH_INDEX
 from ..tensors.locations import NOTE
 from .arrays import devices_for
 from .checksums import KEY, record_of
-from .planning import REPORT, Plan, index_of
+from .planned import REPORT, Plan
+from .planning import index_of
 from .requantize import damage_of
 from .stage import Norms, Stage
 

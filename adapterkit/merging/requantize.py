@@ -17,8 +17,9 @@ from ..quant import Dequantized, Packed
 from ..quant._scheme import NO_PACKING, STEP, steps
 from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy
-from .compute import Block, Folder, blocks
-from .planning import Output
+from .blocks import Block, blocks
+from .compute import Folder
+from .planned import Output
 
 if TYPE_CHECKING:
     from .arrays import Arrays, Workspace
@@ -86,13 +87,19 @@ class Repacked:
         return Lazy(form.shape, form.dtype, lambda: data)
 
     def _damage(self, merged: _Merged, again: Packed) -> list[float]:
+        import numpy as np
+
         squares = [0.0] * NORMS
         for start, stop in steps(self.packed.shape):
-            M, W, R = (rows(start, stop).astype(float) for rows in (merged.rows, self.packed.rows, again.rows))
+            M, W, R = (_wide(rows(start, stop)) for rows in (merged.rows, self.packed.rows, again.rows))
             for at, difference in enumerate((R - M, M, M - W, R - W)):
-                flat = difference.reshape(-1)
-                squares[at] += float(flat @ flat)
+                squares[at] += float(np.einsum("ij,ij->i", difference, difference).sum(dtype=np.float64))
         return squares
+
+
+def _wide(rows: Any) -> Any:
+    """Numbers in float32 where they are narrower."""
+    return rows if rows.dtype.itemsize >= 4 and rows.dtype.kind == "f" else rows.astype("f4")
 
 
 @dataclass(frozen=True, eq=False)

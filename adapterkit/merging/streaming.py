@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import Unsupported
 from .arrays import devices_for
 from .execute import execute
-from .planning import OutputFile, Plan
+from .planned import OutputFile, Plan
 from .report import Engine
 from .stage import Norms, Stage
 

@@ -15,7 +15,9 @@ from ..errors import UsageError
 from ..tensors.dtypes import DType
 from ..tensors.lazy import Lazy
 from .arrays import Arrays, NumpyArrays, Workspace
-from .planning import Output, Plan, make_plan
+from .options import Options
+from .planned import Output, Plan
+from .planning import make_plan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,7 +89,7 @@ def compare(
     sample: int | None = None,
 ) -> Verification:
     """Compares a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
-    plan = make_plan(base, adapters, tied=_tied(merged, base), allow_partial=allow_partial, seed=seed)
+    plan = make_plan(base, adapters, Options(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed))
     differences = [Difference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
     arrays, done = NumpyArrays(), 0
     outputs = _sampled(list(plan.outputs()), sample)
@@ -164,7 +166,8 @@ def _compare_bytes(output: Output, found: Lazy) -> Difference | None:
 
 
 def _compare_blocks(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:
-    from .compute import Folder, blocks
+    from .blocks import blocks
+    from .compute import Folder
 
     folder = Folder(output, Workspace(arrays))
     elements, largest = 0, 0.0

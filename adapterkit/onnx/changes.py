@@ -14,9 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..merging.arrays import NumpyArrays, Workspace
-from ..merging.compute import Folder, blocks
+from ..merging.blocks import blocks
+from ..merging.compute import Folder
 from ..merging.folds import Fold
-from ..merging.planning import Output
+from ..merging.planned import Output
 from ..tensors.dtypes import DTYPES, DType
 from ..tensors.lazy import Lazy, Span, read_span
 from .building import Array, Building

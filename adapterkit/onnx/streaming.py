@@ -15,7 +15,7 @@ from ..errors import StorageError
 from ..merging.arrays import NumpyArrays
 from ..merging.execute import execute
 from ..merging.memory import most_workers
-from ..merging.planning import Output, OutputFile
+from ..merging.planned import Output, OutputFile
 from ..merging.stage import Stage
 from .changes import Changed, bytes_of
 

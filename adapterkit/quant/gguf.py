@@ -15,7 +15,7 @@ from ..names.gguf import ARCHITECTURES
 from ..names.heads import rope_pairs
 from ..names.tables import Names, Table
 from ..tensors.dtypes import DTYPES
-from ..tensors.ggml_blocks import BLOCKS, WRITTEN, decoded, encoded
+from ..tensors.ggml_blocks import BLOCKS, decoded, encoded
 from ..tensors.gguf import PLAIN, Model, is_gguf, raw_size, read_model
 from ..tensors.lazy import Lazy
 from ._scheme import Packed, Scheme, numbers, steps
@@ -200,13 +200,12 @@ def retyped(base: Dequantized, kind: str) -> Dequantized:
 
     Raises:
         UsageError: no such type.
-        Unsupported: one that is read only, or rows that are no whole blocks of it.
+        Unsupported: rows that are no whole blocks of it.
     """
     kind = {"FLOAT32": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}.get(kind.upper(), kind.upper())
-    if kind not in (*WRITTEN, "F32", "F16", "BF16"):
-        known = ", ".join((*WRITTEN, "F32", "F16", "BF16"))
-        cure = f"Known: {known}; for k-quants, let llama.cpp quantize what was merged in F16"
-        raise (Unsupported if kind in BLOCKS else UsageError)(f"GGUF tensors are not written in {kind!r}", cure=cure)
+    if kind not in (*BLOCKS, "F32", "F16", "BF16"):
+        known = ", ".join((*BLOCKS, "F32", "F16", "BF16"))
+        raise UsageError(f"GGUF tensors are not written in {kind!r}", cure=f"Known: {known}")
     packed = {name: _retyped(cast(_Tensor, weight), kind) for name, weight in base.packed.items()}
     return replace(base, packed=packed)
 

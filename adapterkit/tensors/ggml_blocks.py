@@ -1,4 +1,4 @@
-"""ggml's types of blocks: the formula of each, from bytes to numbers, and back for those of a plain scale.
+"""ggml's types of blocks: the formula of each, from bytes to numbers and back.
 
 Bits and orders of operations are those of ggml-quants.c, which gguf-py follows: the same bytes give the same float32.
 Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Unsupported
+from .ggml_k_blocks import k_pieces
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +23,6 @@ BLOCKS = {
 """Name -> number of the type, numbers in a block, bytes of a block."""
 
 NUMBERS = {number: name for name, (number, _, _) in BLOCKS.items()}
-WRITTEN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-"""Types that can be written: those whose quantization gguf-py defines; the k-quants are searched for by llama.cpp."""
 
 
 def decoded(kind: str, data: Any) -> Array:
@@ -38,19 +36,13 @@ def decoded(kind: str, data: Any) -> Array:
 
 
 def encoded(kind: str, values: Array) -> bytes:
-    """Whole blocks of numbers in bytes.
-
-    Raises:
-        Unsupported: a type that is read only.
-    """
+    """Whole blocks of numbers in bytes."""
     import numpy as np
 
-    if kind not in WRITTEN:
-        cure = f"Choose one of {', '.join(WRITTEN)}, F16, BF16 or F32, and quantize that with llama.cpp"
-        raise Unsupported(f"{kind} has no formula but the search inside llama.cpp", cure=cure)
     blocks = np.ascontiguousarray(values, "<f4").reshape(-1, BLOCKS[kind][1])
     with np.errstate(all="ignore"):
-        return bytes(np.concatenate(_pieces(kind, blocks), axis=1).tobytes())
+        pieces = k_pieces(kind, blocks) if kind.endswith("K") else _pieces(kind, blocks)
+        return bytes(np.concatenate(pieces, axis=1).tobytes())
 
 
 def _pieces(kind: str, blocks: Array) -> list[Array]:
@@ -67,15 +59,28 @@ def _pieces(kind: str, blocks: Array) -> list[Array]:
     if offset:
         least = blocks.min(1, keepdims=True)
         scale = (blocks.max(1, keepdims=True) - least) / np.float32((1 << bits) - 1)
-        q = np.trunc((blocks - least) * _inverse(scale) + np.float32(0.5))
+        q = (blocks - least) * _inverse(scale)
+        q += np.float32(0.5)
     else:
-        largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
-        scale = largest / np.float32(-(1 << bits - 1))
-        q = np.trunc(blocks * _inverse(scale) + np.float32((1 << bits - 1) + 0.5))
-    whole = np.clip(q, 0, (1 << bits) - 1).astype(np.uint8)
+        scale = _largest(blocks) / np.float32(-(1 << bits - 1))
+        q = blocks * _inverse(scale)
+        q += np.float32((1 << bits - 1) + 0.5)
+    # Conversion cuts the fraction off, as trunc would.
+    whole = np.clip(q, 0, (1 << bits) - 1, out=q).astype(np.uint8)
     low = (whole[:, :16] & 15) | (whole[:, 16:] << 4)
     fifth = [np.packbits(whole >> 4, axis=1, bitorder="little")] if bits == 5 else []
     return [_half(scale), *([_half(least)] if offset else []), *fifth, low]
+
+
+def _largest(blocks: Array) -> Array:
+    """Of each block the number farthest from zero, of two that are equally far the first."""
+    import numpy as np
+
+    most, least = blocks.max(1, keepdims=True), blocks.min(1, keepdims=True)
+    largest = np.where(most > -least, most, least)
+    twins = (most == -least)[:, 0]
+    largest[twins] = np.take_along_axis(blocks[twins], np.abs(blocks[twins]).argmax(1, keepdims=True), 1)
+    return np.asarray(largest)
 
 
 def _inverse(scale: Array) -> Array:
@@ -105,13 +110,14 @@ def _plain(kind: str, blocks: Array) -> Array:
     bits, offset = int(kind[1]), kind.endswith("_1")
     least = _float(rest[:, :2]) if offset else None
     rest = rest[:, 2:] if offset else rest
-    low = rest[:, 4:] if bits == 5 else rest
-    q = np.concatenate([low & 15, low >> 4], axis=1).astype(np.int32)
+    low, values = rest[:, 4:] if bits == 5 else rest, np.empty((len(blocks), 32), np.float32)
+    values[:, :16], values[:, 16:] = low & 15, low >> 4
     if bits == 5:
-        q |= np.unpackbits(rest[:, :4], axis=1, bitorder="little").astype(np.int32) << 4
-    if least is not None:
-        return np.asarray(scale * q.astype("f4") + least)
-    return np.asarray(scale * (q - (1 << bits - 1)).astype("f4"))
+        values += np.unpackbits(rest[:, :4], axis=1, bitorder="little") << 4
+    if least is None:
+        values -= 1 << bits - 1
+    values *= scale
+    return values if least is None else np.add(values, least, out=values)
 
 
 def _pairs(data: Array, shifts: tuple[int, ...], run: int, mask: int) -> Array:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import AdapterkitError, Malformed, Path, storage_error
 from .lazy import Lazy, Span, read_span
-from .torch_pickle import ALONE, Machine, Storage, View, damaged, kind_of, refused, short
+from .torch_pickle import Machine
+from .torch_values import ALONE, Storage, View, damaged, kind_of, refused, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..merging.arrays import TorchArrays, Workspace
-from ..merging.compute import Folder, blocks
+from ..merging.blocks import blocks
+from ..merging.compute import Folder
 from ..merging.folds import Fold
-from ..merging.planning import Output
+from ..merging.planned import Output
 from ..tensors.lazy import as_lazy, dtype_of
 
 if TYPE_CHECKING:

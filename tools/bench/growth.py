@@ -42,8 +42,8 @@ class Row:
 
     @property
     def peak(self) -> float:
-        """The most memory of all runs, in MB of 10^6 bytes."""
-        return max(run.peak for run in self.runs) / 1e6
+        """The most memory of all runs, in MB of 10^6 bytes: by VmHWM, for wait4 starts at what this process holds."""
+        return max(run.high_water for run in self.runs) / 1e6
 
 
 def rows() -> list[Row]:

@@ -1,10 +1,13 @@
-"""Times a merge side by side: adapterkit, PEFT, and plainly copying the base. Linux.
+"""Times a merge side by side: adapterkit, PEFT, mergekit, axolotl, and plainly copying the base. Linux.
 
     python tools/bench/merge.py [--rounds 3] [--scale 0.1] [--work FOLDER] [--only NAME] [--full-error]
+        [--mergekit PYTHON] [--axolotl PYTHON] [--device DEVICE]
 
 The base has 1.1 B parameters in bfloat16 (TinyLlama's shape, random values, 2.2 GB in 5 shards), the adapter is a PEFT
 LoRA of rank 16 on all 154 linears. Both are made once and kept in the work folder. Every contender runs as a process of
 its own, in turn, with the base in the page cache and nothing left to write back; outputs are removed after each run.
+mergekit and axolotl take part where the python of an environment that has them is given; of axolotl no more is needed
+than `pip install --no-deps axolotl` beside torch, PEFT and transformers.
 """
 
 from __future__ import annotations
@@ -73,20 +76,38 @@ class Contender:
         return max(figures)
 
 
-def contenders() -> list[Contender]:
-    """Everything that is timed; `import torch` is the floor under the memory of the two that merge."""
+def contenders(device: str = "auto", mergekit: str | None = None, axolotl: str | None = None) -> list[Contender]:
+    """Everything that is timed; `import torch` is the floor under the memory of those that merge."""
     python = sys.executable
+    others = (("mergekit", mergekit, "mergekit_merge.py"), ("axolotl", axolotl, "axolotl_merge.py"))
     return [
         Contender("import torch", lambda *_: [python, "-c", "import torch"], merges=False),
         Contender("cp + sync", lambda base, _, out: ["sh", "-c", COPY, str(base), str(out)], merges=False),
         Contender(
             "adapterkit",
             lambda base, adapter, out: [
-                *(python, "-m", "adapterkit", "merge", str(base), str(adapter), "-o", str(out), "--json")
+                *(
+                    python,
+                    "-m",
+                    "adapterkit",
+                    "merge",
+                    str(base),
+                    str(adapter),
+                    "-o",
+                    str(out),
+                    "--json",
+                    "--device",
+                    device,
+                )
             ],
         ),
-        Contender("peft", lambda *paths: [python, str(RIG / "peft_merge.py"), *map(str, paths)]),
+        Contender("peft", _script(python, "peft_merge.py")),
+        *(Contender(name, _script(where, script)) for name, where, script in others if where is not None),
     ]
+
+
+def _script(python: str, name: str) -> Command:
+    return lambda *paths: [python, str(RIG / name), *map(str, paths)]
 
 
 def reported(stdout: str) -> float:
@@ -194,12 +215,13 @@ def row(contender: Contender, floor: int) -> tuple[str, ...]:
 
 
 def ratios(seen: list[Contender]) -> None:
-    """Prints the two figures that the budget is about, where their parts were measured."""
+    """Prints the figures that the budget is about, where their parts were measured."""
     by_name = {contender.name: contender for contender in seen}
     ours, peft, copy = (by_name.get(name) for name in ("adapterkit", "peft", "cp + sync"))
-    if ours and peft:
-        print(f"whole process, peft / adapterkit: {paired(peft.seconds, ours.seconds)}")
-        print(f"the same with both outputs on disk: {paired(peft.durable, ours.durable)}")
+    for other in filter(None, (peft, by_name.get("mergekit"), by_name.get("axolotl"))):
+        if ours:
+            print(f"whole process, {other.name} / adapterkit: {paired(other.seconds, ours.seconds)}")
+            print(f"the same with both outputs on disk: {paired(other.durable, ours.durable)}")
     if ours and copy:
         print(f"merging made durable, adapterkit / cp + sync: {paired(ours.merging, copy.seconds)}")
 
@@ -217,10 +239,15 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=cache / "adapterkit" / "bench", help="default: %(default)s")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the base's full size, for a quick try")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", action="append", choices=[c.name for c in contenders()], help="may be repeated")
+    names = [c.name for c in contenders("auto", "", "")]
+    parser.add_argument("--only", action="append", choices=names, help="may be repeated")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="of an environment with mergekit and PEFT")
+    parser.add_argument("--axolotl", metavar="PYTHON", help="of an environment with axolotl, torch, PEFT, transformers")
+    parser.add_argument("--device", default="auto", help="where adapterkit computes")
     parser.add_argument("--full-error", action="store_true", help="check every element, not one target of each kind")
     options = parser.parse_args()
-    seen = [c for c in contenders() if not options.only or c.name in options.only]
+    all_of_them = contenders(options.device, options.mergekit, options.axolotl)
+    seen = [c for c in all_of_them if not options.only or c.name in options.only]
     folder = inputs(options.work.absolute(), options.scale)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before the start")
     try:

@@ -1,0 +1,102 @@
+"""Blocks: the rows of a stored tensor that are computed at a time, and what of an update falls on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .planned import BLOCK_ELEMENTS, Output
+
+if TYPE_CHECKING:
+    from ..updates import Update
+    from .folds import Fold
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Stored rows `start` to `stop` of a tensor of `rows`, or of one expert's slice of it; offsets count elements."""
+
+    expert: int | None
+    start: int
+    stop: int
+    rows: int
+    width: int
+
+    @property
+    def first(self) -> int:
+        return ((self.expert or 0) * self.rows + self.start) * self.width
+
+    @property
+    def elements(self) -> int:
+        return (self.stop - self.start) * self.width
+
+    @property
+    def whole(self) -> bool:
+        return self.start == 0 and self.stop == self.rows
+
+
+def blocks(output: Output) -> list[Block]:
+    """The blocks of an output tensor in file order; their cut depends on the tensor alone."""
+    shape = output.shape or (1,)
+    stacked = any(fold.target.stacked for fold in output.folds)
+    experts = range(shape[0]) if stacked else (None,)
+    rows, *rest = shape[1:] if stacked else shape
+    width = math.prod(rest)
+    cut = all(fold.blockable for fold in output.folds)
+    step = max(1, BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
+    return [
+        Block(expert, start, min(start + step, rows), rows, width)
+        for expert in experts
+        for start in range(0, rows, step)
+        if width
+    ]
+
+
+def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Block]]:
+    """Consecutive blocks in runs of about `nbytes`: what one worker takes at a time."""
+    run: list[Block] = []
+    for block in blocks_:
+        run.append(block)
+        if sum(b.elements for b in run) * itemsize >= nbytes:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def logical(fold: Fold) -> tuple[int, ...]:
+    """The shape of one weight as the updates see it."""
+    first, second, *rest = fold.shape[1:] if fold.target.stacked else (*fold.shape, 1)[: max(2, len(fold.shape))]
+    shape = (second, first, *rest) if fold.axis == "in" else (first, second, *rest)
+    return shape if fold.target.rows is None else (fold.target.rows[1] - fold.target.rows[0], *shape[1:])
+
+
+def part_of(fold: Fold, block: Block) -> tuple[int, int] | None:
+    """The stored rows of the block that the fold touches; None where it touches none."""
+    if fold.target.rows is None or fold.axis == "in":
+        return block.start, block.stop
+    start, stop = max(block.start, fold.target.rows[0]), min(block.stop, fold.target.rows[1])
+    return (start, stop) if start < stop else None
+
+
+def view_of(work: Any, fold: Fold, part: tuple[int, int], block: Block) -> Any:
+    """The touched part of a block as the updates see it: `[out, in, *k]`."""
+    if fold.bias:
+        return work if fold.target.rows is None else work[slice(*fold.target.rows)]
+    work = work[part[0] - block.start : part[1] - block.start]
+    if fold.axis == "out":
+        return work
+    view = work.swapaxes(0, 1)
+    return view if fold.target.rows is None else view[fold.target.rows[0] : fold.target.rows[1]]
+
+
+def cut_to(update: Update, fold: Fold, block: Block, part: tuple[int, int]) -> Update:
+    """The update for the touched part of a block."""
+    if block.expert is not None:
+        update = update.expert(block.expert)
+    if block.whole or fold.bias:
+        return update
+    offset = fold.target.rows[0] if fold.target.rows is not None and fold.axis == "out" else 0
+    return update.block(fold.axis, part[0] - offset, part[1] - offset)

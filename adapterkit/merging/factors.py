@@ -1,0 +1,98 @@
+"""What a fold's updates hold, loaded and checked; and factors so thin that those of several are put side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AdapterkitError
+from ..tensors.lazy import Lazy
+from ..updates import Additive, Update
+from .blocks import logical
+
+if TYPE_CHECKING:
+    from ..tensors.lazy import Leaf
+    from .arrays import Arrays
+    from .folds import Fold
+
+Term = tuple["Fold", list[Update], float]
+
+THIN = 256
+"""Ranks up to which factors are put side by side with those of other adapters."""
+
+
+def load_all(fold: Fold, arrays: Arrays) -> list[Update]:
+    """The fold's updates in memory, in float64.
+
+    Raises:
+        Malformed: a factor holds a NaN or an infinity.
+    """
+    updates = [_load(update, fold, arrays) for update in fold.updates]
+    if fold.seen is None:
+        return updates
+    W = _whole_view(arrays.load(fold.seen), fold)
+    return [update.settled(W) for update in updates]
+
+
+def _whole_view(W: Any, fold: Fold) -> Any:
+    """A stored weight as the updates see it; of stacked experts, all of them."""
+    axis = int(fold.target.stacked)
+    W = W if fold.axis == "out" else W.swapaxes(axis, axis + 1)
+    return W if fold.target.rows is None else W[(slice(None),) * axis + (slice(*fold.target.rows),)]
+
+
+def _load(update: Update, fold: Fold, arrays: Arrays) -> Update:
+    read = update.map(_read)
+    try:
+        read.check_values()
+    except AdapterkitError as error:
+        error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
+        raise
+    return read.map(arrays.load)
+
+
+def _read(leaf: Leaf) -> Leaf:
+    """A leaf whose bytes are in memory: they are checked and then loaded, and read from disk once."""
+    if not isinstance(leaf, Lazy):
+        return leaf
+    data = leaf.fetch()
+    return Lazy(leaf.shape, leaf.dtype, lambda: data)
+
+
+def norm_of(updates: list[Update], fold: Fold) -> float:
+    """The Frobenius norm of what additive updates add."""
+    shape = logical(fold)
+    experts = range(fold.shape[0]) if fold.target.stacked else (None,)
+    squares = 0.0
+    for expert in experts:
+        parts = [u if expert is None else u.expert(expert) for u in updates]
+        if len(parts) == 1 and isinstance(parts[0], Additive):
+            squares += parts[0].delta_norm(shape) ** 2
+        else:
+            total: Any = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
+            squares += float((total * total).sum())
+    return math.sqrt(squares)
+
+
+def is_thin(fold: Fold, updates: Sequence[Update]) -> bool:
+    """Whether all is a product of factors of so few ranks that the product is how it is best computed."""
+    if len(fold.shape) != 2 or fold.target.stacked:
+        return False
+    pairs = [update.pair(logical(fold)) for update in updates if isinstance(update, Additive)]
+    return len(pairs) == len(updates) and all(pair is not None and pair[1].shape[0] <= THIN for pair in pairs)
+
+
+def side_by_side(terms: Sequence[Term], arrays: Arrays) -> Update:
+    """sum of weight * B @ A over all updates as one LoRA of all their ranks; their folds' axes must be the same."""
+    from ..methods.lora import LoRA
+
+    pairs = [(w, u.pair(logical(fold))) for fold, us, w in terms for u in additive(us)]
+    factors = [(w, *pair) for w, pair in pairs if pair is not None]
+    A, B = arrays.joined([A for _, _, A in factors], 0), arrays.joined([w * B for w, B, _ in factors], 1)
+    return LoRA(A=A, B=B, bias=None, scaling=1.0)
+
+
+def additive(updates: Iterable[Update]) -> list[Additive]:
+    """Those of them that are additive."""
+    return [update for update in updates if isinstance(update, Additive)]
