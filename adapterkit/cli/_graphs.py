@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ._damage import damage_lines
 from ._options import Settings
 from ._render import Table, View, counted, show
 from ._writing import refuse_place
@@ -117,8 +118,6 @@ def _plan_view(record: Mapping[str, Any]) -> View:
 
 
 def _merged_view(record: Mapping[str, Any]) -> View:
-    from .merge import damage_lines
-
     yield targets_table(record)
     yield from damage_lines(record.get("damage", {}))
     yield f"wrote {record['out']}: {counted(len(record['targets']), 'target')} merged; {checked(record)}"

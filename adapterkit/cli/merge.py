@@ -14,13 +14,11 @@ import click
 
 from . import _options
 from ._combining import combination, method_and_settings
+from ._damage import damage_lines
 from ._graphs import is_graph, merge_graph, refuse_graph_options
 from ._progress import progress
 from ._render import Table, View, counted, show, size
 from .verify import record_of, verdict
-
-MOST_SHOWN = 8
-"""Targets whose damage is printed; all are in the record."""
 
 
 @click.command(help=__doc__)
@@ -158,16 +156,6 @@ def _quantized(record: Mapping[str, Any]) -> Iterator[str]:
         weights = counted(chosen["weights"], "weight")
         yield f"{chosen['choice']}: {weights} of scheme {chosen['scheme']}: {chosen['why']}"
     yield from damage_lines(record.get("damage", {}))
-
-
-def damage_lines(damage: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """What quantizing again did, target by target, the worst first."""
-    worst = sorted(damage, key=lambda name: damage[name]["kept"])
-    for name in worst[:MOST_SHOWN]:
-        yield f"{name}: error {damage[name]['error']:.3%}, {damage[name]['kept']:.1%} of the change left"
-    if worst[MOST_SHOWN:]:
-        kept = damage[worst[len(worst) // 2]]["kept"]
-        yield f"and {counted(len(worst) - MOST_SHOWN, 'target')} more; in the middle {kept:.1%} of the change is left"
 
 
 def _adapters_table(record: Mapping[str, Any]) -> Table:
