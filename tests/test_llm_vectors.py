@@ -1,4 +1,4 @@
-"""Files that mlx-lm, torchtune, litgpt, loralib and gguf-py wrote, against the weights that they folded them into."""
+"""Files that tools of language models wrote, against the weights that they folded them into."""
 
 import json
 
@@ -9,10 +9,13 @@ from safetensors.numpy import load_file
 
 import adapterkit as ak
 from adapterkit.formats import FORMATS
+from adapterkit.tensors.ort_adapter import read_ort_adapter
 from adapterkit.tensors.torch_file import read_torch_file
 
 CASES = sorted(path.parent for path in (VECTORS / "formats").glob("*/*/expected.merged.safetensors"))
-FILES = {"gguf": "adapter.gguf", "loralib": "lora.pt", "torchtune": "adapter_model.pt"}
+FILES = {
+    "gguf": "adapter.gguf", "loralib": "lora.pt", "olive": "adapter.onnx_adapter", "torchtune": "adapter_model.pt",
+}  # fmt: skip
 
 cases = pytest.mark.parametrize("folder", CASES, ids=lambda folder: f"{folder.parent.name}/{folder.name}")
 
@@ -52,6 +55,10 @@ def test_is_written_again_as_it_was(folder, tmp_path):
     ak.write(ak.read(tmp_path / "native"), again, name, base if name == "loralib" else None)
     if name == "gguf":
         assert again.read_bytes() == path.read_bytes()
+    elif name == "olive":
+        ours, theirs = (read_ort_adapter(file).tensors for file in (again, path))
+        assert list(ours) == list(theirs)
+        same(*({key: leaf.numpy() for key, leaf in each.items()} for each in (ours, theirs)))
     elif name == "mlx":
         assert (again / "adapter_config.json").read_bytes() == (path / "adapter_config.json").read_bytes()
         same(load_file(again / "adapters.safetensors"), load_file(path / "adapters.safetensors"))

@@ -5,8 +5,8 @@
 
 `expected.merged.safetensors` beside a tool's files are the weights that it made of the base.
 
-Run it where the tools are installed: mlx-lm, torchtune, litgpt, loralib, gguf; each in an environment of its own if
-they do not go together. A tool that is not there is named and left out.
+Run it where the tools are installed: mlx-lm, torchtune, litgpt, loralib, gguf, olive-ai; each in an environment of its
+own if they do not go together. A tool that is not there is named and left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parents[2]
 DEST = ROOT / "spec" / "vectors" / "formats"
 BASES = ROOT / "spec" / "vectors" / "bases"
-TOOLS = ("gguf", "litgpt", "loralib", "mlx", "torchtune")
+TOOLS = ("gguf", "litgpt", "loralib", "mlx", "olive", "torchtune")
 MERGED = "expected.merged.safetensors"
 
 
