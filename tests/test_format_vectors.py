@@ -70,9 +70,7 @@ def test_reads_as_what_the_layout_says(folder):
     same(content(ak.read(source(folder), base=base(folder))), content(ak.read(folder / "expected.native.safetensors")))
 
 
-@pytest.mark.parametrize(
-    "folder", [case for case in CASES if case.parent.name != "nola"], ids=lambda f: f"{f.parent.name}-{f.name}"
-)
+@cases
 def test_comes_back_by_way_of_the_native_format(folder, tmp_path):
     path, name = source(folder), folder.parent.name
     ak.write(ak.read(path, base=base(folder)), tmp_path / "native")

@@ -15,6 +15,7 @@ from adapterkit.formats import detect
 from adapterkit.formats.nola import LARGEST
 from adapterkit.methods import METHODS
 from adapterkit.tensors import philox
+from adapterkit.tensors.lazy import as_array, from_numpy
 
 ANSWERS = [
     ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -227,10 +228,38 @@ def test_will_not_draw_on_the_cpu_what_a_gpu_drew(tmp_path):
         adapter.load()
 
 
-def test_is_read_only(tmp_path):
+@pytest.mark.parametrize("prefix", ["transformer.", "module.transformer."])
+def test_is_written_with_the_seeds_that_it_was_read_with(prefix, tmp_path):
+    _, state = checkpoint(prefix)
+    ak.write(ak.read(saved(tmp_path, state, CPU)), tmp_path / "native.safetensors")
+    ak.write(ak.read(tmp_path / "native.safetensors"), tmp_path / "out" / "model.5.pt", "nola")
+    again = torch.load(tmp_path / "out" / "model.5.pt", weights_only=True)["model_state_dict"]
+    assert list(again) == list(state)
+    assert all(torch.equal(again[key], value) for key, value in state.items())
+    assert json.loads((tmp_path / "out" / "nola.json").read_text()) == CPU
+
+
+def test_a_scaled_adapter_is_written_with_another_alpha(tmp_path):
+    adapter = ak.read(saved(tmp_path, checkpoint()[1], CPU))
+    scaled = adapter.replace(
+        updates={target: (update.replace(scaling=0.5 * update.scaling),) for target, update in adapter}
+    )
+    ak.write(scaled, tmp_path / "out" / "half.pt", "nola")
+    assert json.loads((tmp_path / "out" / "nola.json").read_text())["alpha"] == 3
+
+
+def test_what_no_seed_says_is_refused(tmp_path):
     adapter = ak.read(saved(tmp_path, checkpoint()[1], CPU))
     with pytest.raises(Unrepresentable, match="seeds of torch's generator"):
-        ak.write(adapter, tmp_path / "x.pt", "nola")
+        ak.write(adapter.replace(foreign=None), tmp_path / "x.pt", "nola")
+    target, update = next(iter(adapter))
+    other = update.replace(A_bases=from_numpy(as_array(update.A_bases) + 1))
+    with pytest.raises(Unrepresentable, match="other random matrices"):
+        ak.write(adapter.replace(updates={**adapter.updates, target: (other,)}), tmp_path / "x.pt", "nola")
+    halved = update.replace(scaling=update.scaling / 2)
+    with pytest.raises(Unrepresentable, match="more than one alpha"):
+        ak.write(adapter.replace(updates={**adapter.updates, target: (halved,)}), tmp_path / "x.pt", "nola")
+    assert not (tmp_path / "x.pt").exists()
     with pytest.raises(StorageError):
         ak.read(tmp_path / "nothing.pt", format="nola")
 

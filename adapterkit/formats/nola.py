@@ -1,8 +1,9 @@
-"""Files of NOLA's reference implementation, https://github.com/UCDvision/NOLA, for GPT-2; read only.
+"""Files of NOLA's reference implementation, https://github.com/UCDvision/NOLA, for GPT-2.
 
 A torch file `{"model_state_dict": ...}` with `nola_query` and `nola_value` in attentions, `p1_nola` and `p2_nola` in
 MLPs. It holds the seed of torch's generator for each factor, not the random matrices, so they are drawn once more, by
 torch. Neither LoRA's alpha nor the kind of device that drew them is in it: both are read from `nola.json` beside it.
+Seeds stay with an adapter that was read from such a file; only such an adapter can be written as one again.
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from ..adapter import Adapter, Step, Target
+from ..adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
 from ..methods.nola import NOLA
 from ..tensors.checkpoint import read_json
 from ..tensors.dtypes import DTYPES
-from ..tensors.lazy import Lazy
+from ..tensors.lazy import Lazy, as_lazy
 from ..tensors.torch_file import is_torch_file, read_torch_file
 from ._format import Format
+from ._pairs import Leftovers, in_order, remembered
+from ._state_dicts import save, write_settings
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
+    from ..updates import Update
+
+FORMAT = "nola"
 
 SETTINGS = "nola.json"
 LARGEST = 4 << 30
@@ -40,7 +46,9 @@ _KEY = re.compile(
     rf"(?:module\.)?(?P<path>.+)\.(?P<part>{'|'.join(_PARTS)})\.lora_(?P<factor>[AB])\.(?P<slot>weight|seed|coefficients)"
 )
 
-_SLOTS = {factor + slot for factor in "AB" for slot in ("weight", "seed", "coefficients")}
+_ENDS = ("weight", "seed", "coefficients")
+
+_SLOTS = {factor + slot for factor in "AB" for slot in _ENDS}
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -50,11 +58,18 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     device: Literal["cpu", "cuda"]
 
 
+class Hints(Leftovers, total=False):
+    """The settings of the file that the adapter was read from; its seeds are tensors beside."""
+
+    alpha: float
+    device: Literal["cpu", "cuda"]
+
+
 class Nola(Format):
     """The reference implementation's checkpoints."""
 
     url = "https://github.com/UCDvision/NOLA"
-    description = "NOLA's reference implementation: a torch file beside nola.json; read only"
+    description = "NOLA's reference implementation: a torch file beside nola.json"
     methods = frozenset({"nola"})
 
     def sniff(self, path: Path) -> bool:
@@ -66,19 +81,88 @@ class Nola(Format):
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         settings = _settings(path.with_name(SETTINGS))
         try:
-            groups = _groups(read_torch_file(path))
-            updates = {_target(where, slots): (_update(slots, settings),) for where, slots in groups.items()}
+            tensors = read_torch_file(path)
+            updates = {_target(where, slots): (_update(slots, settings),) for where, slots in _groups(tensors).items()}
         except AdapterkitError as error:
             raise error.at(path=path) from None
-        return Adapter(updates, recipe=(Step("read", {"format": "nola", **msgspec.to_builtins(settings)}),))
+        said = msgspec.to_builtins(settings)
+        seeds = {key: tensor for key, tensor in tensors.items() if key.endswith(".seed")}
+        foreign = Foreign(FORMAT, {"order": list(tensors), **said}, seeds)
+        return Adapter(updates, recipe=(Step("read", {"format": FORMAT, **said}),), foreign=foreign)
 
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        why = (
-            "a file of NOLA's reference implementation names seeds of torch's generator, which an adapter does not hold"
-        )
-        raise Unrepresentable(why, cure="Write adapterkit's own format, which says the random matrices themselves")
+        hints = remembered(adapter, FORMAT, Hints)
+        seeds = adapter.foreign.tensors if hints and adapter.foreign is not None else {}
+        stems, tensors, alphas = _stems(seeds), dict[str, Lazy](), set[float]()
+        lost: list[str] = []
+        for target, update in adapter:
+            stem = stems.get(_place(target))
+            why = _why_not(update, stem, seeds, hints.get("device", "cpu"))
+            if why:
+                lost.append(f"{update.method} at {target}: {why}")
+            elif isinstance(update, NOLA):
+                tensors |= _spelled(update, str(stem), seeds)
+                alphas.add(_alpha(update, hints.get("alpha", 0.0)))
+        if len(alphas) > 1:
+            lost.append(f"scalings that stand for more than one alpha: {', '.join(f'{a:g}' for a in sorted(alphas))}")
+        if lost and (on_loss != "drop" or len(alphas) != 1):
+            cure = "Write adapterkit's own format, which says the random matrices themselves"
+            raise Unrepresentable("what files of NOLA's reference implementation cannot say", items=lost, cure=cure)
+        save(path, in_order(tensors, hints), "model_state_dict")
+        write_settings(path.with_name(SETTINGS), {"alpha": alphas.pop(), "device": hints["device"]})
+        return lost
+
+
+def _place(target: Target) -> tuple[str, int | None]:
+    """A module, and which third of its outputs; as in `_PARTS`."""
+    return target.path, None if target.rows is None else target.rows[0] // max(target.rows[1] - target.rows[0], 1)
+
+
+def _stems(seeds: Mapping[str, Any]) -> dict[tuple[str, int | None], str]:
+    """Place -> what the keys of a pair begin with."""
+    found = {key.removesuffix(".lora_A.seed"): _KEY.fullmatch(key) for key in seeds if key.endswith(".lora_A.seed")}
+    parts = {stem: (match["path"], *_PARTS[match["part"]]) for stem, match in found.items() if match}
+    return {(f"{path}.{module}", third): stem for stem, (path, module, third) in parts.items()}
+
+
+def _why_not(update: Update, stem: str | None, seeds: Mapping[str, Any], device: str) -> str:
+    """Why an update cannot stand in such a file."""
+    if not isinstance(update, NOLA):
+        return "another method"
+    factors = {"A": (update.alpha, update.A0, update.A_bases), "B": (update.beta, update.B0, update.B_bases)}
+    for factor, (mix, start, bases) in factors.items():
+        seed = seeds.get(f"{stem}.lora_{factor}.seed")
+        if seed is None or start is None or bases is None:
+            return "the file names seeds of torch's generator, which the adapter does not hold"
+        if as_lazy(mix).dtype.name != "F32":
+            return "coefficients that are not F32"
+        held = {factor + slot: as_lazy(leaf) for slot, leaf in zip(_ENDS, (start, seed, mix), strict=True)}
+        if not _drawn(held, factor, device, as_lazy(bases)):
+            return "other random matrices than those of the seed in the file that it was read from"
+    return ""
+
+
+def _drawn(slots: Mapping[str, Lazy], factor: str, device: str, bases: Lazy) -> bool:
+    """Whether these are the random matrices of the seed."""
+    from numpy import array_equal
+
+    return array_equal(_bases(slots, factor, device).numpy(), bases.numpy())
+
+
+def _spelled(update: NOLA, stem: str, seeds: Mapping[str, Any]) -> dict[str, Lazy]:
+    tensors: dict[str, Lazy] = {}
+    for factor, start, mix in (("A", update.A0, update.alpha), ("B", update.B0, update.beta)):
+        leaves = (start, seeds[f"{stem}.lora_{factor}.seed"], mix)
+        tensors |= {f"{stem}.lora_{factor}.{end}": as_lazy(leaf) for end, leaf in zip(_ENDS, leaves, strict=True)}
+    return tensors
+
+
+def _alpha(update: NOLA, known: float) -> float:
+    """LoRA's alpha: the file's own where it gives the scaling, to the bit."""
+    rank = max(update.A0.shape[0], 1) if update.A0 is not None else 1
+    return known if known / rank == update.scaling else update.scaling * rank
 
 
 def _settings(path: Path) -> Settings:
