@@ -4,41 +4,15 @@ The modules compute by a forward of their own, so that it is the weight that is 
 weights, transposed convolutions, norms. Formulas over layers that have them are in test_inject.py.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
+from method_vectors import CASES, opened
 from torch import nn
 from torch.nn import functional
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.binding import bind, view
-from adapterkit.methods import METHODS
-from adapterkit.tensors.checkpoint import open_checkpoint
-
-VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
-CASES = [
-    pytest.param(method, target.path, id=f"{method}-{target.path}")
-    for method, cls in METHODS.items()
-    if cls.kind in ("additive", "weight")
-    for target in ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit").updates
-]
-
-
-@pytest.fixture(scope="module")
-def opened():
-    """Base and sites of a method's vector, opened once."""
-    made = {}
-
-    def load(method):
-        if method not in made:
-            base = open_checkpoint(VECTORS / f"{method}.expected.safetensors")
-            adapter = ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit")
-            made[method] = base, {site.target.path: site for site in bind(adapter, base).sites}
-        return made[method]
-
-    return load
+from adapterkit.binding import view
 
 
 class Plain(nn.Module):
@@ -65,8 +39,8 @@ class Plain(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("method", "path"), CASES)
-def test_a_live_module_gives_the_vectors_output(method, path, opened):
-    base, sites = opened(method)
+def test_a_live_module_gives_the_vectors_output(method, path):
+    _, base, sites = opened(method)
     site, wanted = sites[path], base.tensors[f"{path}.y"].torch()
     held = {name: base.tensors[f"{path}.{name}"].torch() for name in ("weight", "x")}
     bias = None if site.bias is None else base.tensors[site.bias].torch()

@@ -10,21 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from method_vectors import CASES, OF_WEIGHTS, opened
 from safetensors.numpy import save_file
 from torch.nn import functional
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.binding import bind, view
+from adapterkit.binding import view
 from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from adapterkit.methods import METHODS
-from adapterkit.tensors.checkpoint import open_checkpoint
 from adapterkit.tensors.dtypes import DTYPES
 from adapterkit.tensors.lazy import Lazy, as_torch, from_numpy
 from adapterkit.updates import Additive, ContextUpdate, OutputUpdate, Update, tensor
 
-VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
-OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight")]
 ADDITIVE = [name for name, cls in METHODS.items() if cls.kind == "additive"]
 OUT, IN = 8, 16
 
@@ -35,27 +33,6 @@ WRONG = {
     "bool": [None, 0, 1, "true"],
 }
 """Type of an attribute -> values that are not of it."""
-
-CASES = [
-    pytest.param(method, target.path, id=f"{method}-{target.path}")
-    for method in OF_WEIGHTS
-    for target in ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit").updates
-]
-
-
-@pytest.fixture(scope="module")
-def opened():
-    """Adapter and base of a method's vector, opened once."""
-    made = {}
-
-    def load(method):
-        if method not in made:
-            base = open_checkpoint(VECTORS / f"{method}.expected.safetensors")
-            adapter = ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit")
-            made[method] = adapter, base, {site.target.path: site for site in bind(adapter, base).sites}
-        return made[method]
-
-    return load
 
 
 def merged(site, base, dtype):
@@ -78,7 +55,7 @@ def merged(site, base, dtype):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize(("method", "path"), CASES)
-def test_a_formula_agrees_with_its_vector(method, path, dtype, tolerance, opened):
+def test_a_formula_agrees_with_its_vector(method, path, dtype, tolerance):
     """To rounding of the whole: what takes a weight apart errs by its norm, in small entries too."""
     _, base, sites = opened(method)
     for name, got in zip(("weight", "bias"), merged(sites[path], base, dtype), strict=True):
@@ -89,7 +66,7 @@ def test_a_formula_agrees_with_its_vector(method, path, dtype, tolerance, opened
 
 
 @pytest.mark.parametrize(("method", "path"), CASES)
-def test_a_torch_layer_of_the_merged_weight_gives_the_vectors_output(method, path, opened):
+def test_a_torch_layer_of_the_merged_weight_gives_the_vectors_output(method, path):
     _, base, sites = opened(method)
     W, b = merged(sites[path], base, torch.float64)
     y = layer(sites[path].target, base.tensors[f"{path}.x"].torch(), W, b)
@@ -111,7 +88,7 @@ def layer(target, x, W, b):
 
 
 @pytest.mark.parametrize(("method", "path"), CASES)
-def test_delta_is_the_difference_that_merging_makes(method, path, opened):
+def test_delta_is_the_difference_that_merging_makes(method, path):
     adapter, base, sites = opened(method)
     target = sites[path].target
     stored, new = (base.tensors[f"{path}.{name}"].torch() for name in ("weight", "merged.weight"))
