@@ -1,4 +1,6 @@
-"""The claims of parameter-efficient fine-tuning, measured side by side on a real task in one run. CPU, eight minutes.
+"""The claims of parameter-efficient fine-tuning, measured side by side on a real task in one run.
+
+Takes a quarter of an hour of one core.
 
     python tools/bench/claims.py [--task NAME] [--seeds 3] [--epochs 10] [--jobs 2] [--only NAME]
 
