@@ -97,7 +97,7 @@ def _opening(disk: Disk, real: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(file, int) or not set(mode) & set("wxa+") or "b" not in mode:
             return real(file, mode, buffering, *rest, **options)
         disk.meet("open", file)
-        raw = _File(file, mode.replace("b", ""), disk)
+        raw = _File(file, mode.replace("b", ""), disk, options.get("opener"))
         if buffering == 0:
             return raw
         return io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
@@ -106,8 +106,8 @@ def _opening(disk: Disk, real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _File(io.FileIO):
-    def __init__(self, file: Any, mode: str, disk: Disk) -> None:
-        super().__init__(file, mode)
+    def __init__(self, file: Any, mode: str, disk: Disk, opener: Any) -> None:
+        super().__init__(file, mode, opener=opener)
         self.disk = disk
 
     def write(self, data: Any) -> int:

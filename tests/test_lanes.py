@@ -59,13 +59,19 @@ def test_blocks_are_read_ahead_and_written_in_order(arrays: object, ahead: int) 
     def compute(_block: Block, raw: object, out: object) -> None:
         arrays.assign(out, raw * 2)  # type: ignore[attr-defined, operator]
 
-    def write(block: Block, data: memoryview) -> None:
-        seen.append(("write", block.start))
-        written[block.start : block.stop] = np.frombuffer(data, "<f4").reshape(-1, 10)
+    class Written:
+        at = 0
+
+        def room(self, nbytes: int) -> memoryview:
+            return memoryview(written).cast("B")[self.at : self.at + nbytes]
+
+        def filled(self, nbytes: int) -> None:
+            seen.append(("write", self.at // 40))
+            self.at += nbytes
 
     blocks = [Block(None, row, row + 1, 8, 10) for row in range(8)]
     lane = lane_for(arrays)  # type: ignore[arg-type]
-    lane.through(blocks, DTYPES["F32"], DTYPES["F32"], read, compute, write)
+    lane.through(blocks, DTYPES["F32"], DTYPES["F32"], read, compute, Written())
     assert np.array_equal(written, values * 2)
     order = {kind: [row for what, row in seen if what == kind] for kind in ("read", "write")}
     assert order["read"] == order["write"] == list(range(8))

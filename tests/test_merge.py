@@ -421,10 +421,10 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_write_that_fails_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int, call: int
 ) -> None:
-    from adapterkit.merging import execute
+    from adapterkit.tensors import direct
 
     base, adapter = big_base(tmp_path / "base")
-    calls, real = [0], execute.write_all
+    calls, real = [0], direct.write_all
 
     def failing(file: object, data: memoryview) -> None:
         calls[0] += 1
@@ -432,7 +432,7 @@ def test_a_write_that_fails_leaves_nothing(
             raise OSError(fault, os.strerror(fault))
         real(file, data)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(execute, "write_all", failing)
+    monkeypatch.setattr(direct, "write_all", failing)
     with pytest.raises(ak.AdapterkitError) as caught:
         ak.merge(base, adapter, tmp_path / "out")
     assert caught.value.exit_code == 6

@@ -1,6 +1,6 @@
 """Carrying out a plan: workers read, compute and write at the same time; files are finished beside them.
 
-Nothing a worker holds grows with the model: a block in, its float64 image, a block out; of a device, a few of each.
+Nothing a worker holds grows with the model: a block in, its float64 image, some blocks out; of a device, a few of each.
 """
 
 from __future__ import annotations
@@ -9,21 +9,17 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from hashlib import sha256
-from typing import Any, BinaryIO
 
 from threadpoolctl import threadpool_limits
 
-from ..errors import AdapterkitError, Corrupt, storage_error
-from ..tensors.copying import OpenFiles, WriteBehind, copy_range, read_all, write_all
-from .arrays import Arrays, Workspace
-from .blocks import Block
-from .checksums import Run, digest_of
-from .compute import Folder
+from ..errors import storage_error
+from .arrays import Arrays
+from .hands import Hands, Made
 from .jobs import Job, OpenFile, create, jobs_of, norms_of
-from .lanes import Lane, lane_for
-from .planned import Output, OutputFile
+from .planned import OutputFile
 from .stage import Norms, Stage
 
 Progress = Callable[[int, int], None]
@@ -147,7 +143,7 @@ class _Crew:
 
     def _work(self, number: int) -> None:
         device = number % len(self.devices)
-        hands = _Hands(self.devices[device], self._moved)
+        hands = Hands(self.devices[device], self._moved)
         try:
             with hands.arrays.quiet():
                 self._take_jobs(hands, self.jobs[device])
@@ -156,7 +152,7 @@ class _Crew:
         finally:
             hands.close()
 
-    def _take_jobs(self, hands: _Hands, jobs: queue.Queue[Job | None]) -> None:
+    def _take_jobs(self, hands: Hands, jobs: queue.Queue[Job | None]) -> None:
         while self.failure is None:
             try:
                 job = jobs.get(timeout=0.1)
@@ -164,13 +160,20 @@ class _Crew:
                 continue
             if job is None:
                 return
-            self._done(job, *hands.do(job))
+            made = hands.do(job)
+            made.written.add_done_callback(partial(self._done, job, made))
 
-    def _done(self, job: Job, norms: dict[int, float], runs: list[Run]) -> None:
+    def _done(self, job: Job, made: Made, written: Future[None]) -> None:
+        error = written.exception()
+        if error is not None:
+            self.failure = self.failure or (
+                storage_error(error, job.file.path) if isinstance(error, OSError) else error
+            )
+            return
         with self.lock:
-            job.file.runs += runs
-            if job.output is not None and norms:
-                job.file.norms[job.output.name].append((job.order, norms))
+            job.file.runs += made.runs
+            if job.output is not None and made.norms:
+                job.file.norms[job.output.name].append((job.order, made.norms))
             job.file.left -= 1
             last = job.file.left == 0
         if last:
@@ -192,94 +195,6 @@ class _Crew:
             self.done += nbytes
 
 
-class _Hands:
-    """What one worker holds: open files, and a lane for blocks."""
-
-    def __init__(self, arrays: Arrays, moved: Callable[[int], None]) -> None:
-        self.arrays, self.moved, self.workspace = arrays, moved, Workspace(arrays)
-        self.open = OpenFiles()
-        self._lane: Lane | None = None
-        self.behind = WriteBehind()
-
-    def do(self, job: Job) -> tuple[dict[int, float], list[Run]]:
-        """Does one job; returns the squared norms it found, by fold, and the checksums of what it wrote."""
-        target = self.open(str(job.file.path), "r+b")
-        done: tuple[dict[int, float], list[Run]]
-        try:
-            if job.output is None:
-                source = self.open(job.source[0], "rb")
-                copy_range(source, target, job.source[1], job.offset, job.nbytes, self.moved)
-                done = {}, self._copied(job, source)
-            elif job.parts:
-                done = self._pack(job, target)
-            else:
-                done = self._compute(job.output, job, target)
-            self.behind(target, job.offset, job.nbytes)
-            return done
-        except EOFError:
-            raise Corrupt("the file ends before its last tensor", path=job.source[0], cure=_CHANGED) from None
-        except OSError as error:
-            raise storage_error(error, error.filename or job.file.path) from error
-        except AdapterkitError as error:
-            raise error.at(where=job.output.name if job.output else None) from error.__cause__
-
-    def _copied(self, job: Job, source: BinaryIO) -> list[Run]:
-        """The kernel copies without a look; what it copied is in memory now, and read again for its checksum."""
-        if not job.file.summed:
-            return []
-        return [(job.offset, job.nbytes, digest_of(source, job.source[1], job.nbytes))]
-
-    def _compute(self, output: Output, job: Job, target: BinaryIO) -> tuple[dict[int, float], list[Run]]:
-        self._lane = lane = self._lane or lane_for(self.arrays)
-        with lane.computing():
-            folder = Folder(output, self.workspace)
-            norms = folder.norms() if job.order == 0 else {}
-
-        digest = sha256()
-
-        def compute(block: Block, raw: Any, out: Any) -> None:
-            for fold, square in folder.compute(raw, out, block).items():
-                norms[fold] = norms.get(fold, 0.0) + square
-
-        def write(block: Block, data: memoryview) -> None:
-            target.seek(output.offset + block.first * output.dtype.itemsize)
-            write_all(target, data)
-            if job.file.summed:
-                digest.update(data)
-            self.moved(len(data))
-
-        read = partial(self._read, output)
-        lane.through(job.blocks, output.source.dtype, output.dtype, read, compute, write)
-        return norms, [(job.offset, job.nbytes, digest.hexdigest())] if job.file.summed else []
-
-    def _pack(self, job: Job, target: BinaryIO) -> tuple[dict[int, float], list[Run]]:
-        assert job.output is not None
-        assert job.output.part is not None
-        made, norms = job.output.part.compute(self.workspace)
-        for output in job.parts:
-            target.seek(output.offset)
-            write_all(target, memoryview(made[output.name]))
-            self.moved(output.nbytes)
-        parts = job.parts if job.file.summed else ()
-        runs = [(part.offset, part.nbytes, sha256(made[part.name]).hexdigest()) for part in parts]
-        return norms if job.output.folds else {}, runs
-
-    def _read(self, output: Output, block: Block, data: memoryview) -> None:
-        span = output.source.span
-        if span is None:
-            data[:] = output.source.read(block.first, block.elements)
-        else:
-            file = self.open(span.path, "rb")
-            file.seek(span.offset + block.first * output.source.dtype.itemsize)
-            read_all(file, data)
-
-    def close(self) -> None:
-        self.open.close()
-
-
 def _join(threads: list[threading.Thread], timeout: float | None = None) -> None:
     for thread in threads:
         thread.join(timeout)
-
-
-_CHANGED = "It changed while being read; run the merge again"

@@ -23,6 +23,16 @@ Host = Callable[[Block, memoryview], None]
 Compute = Callable[[Block, Any, Any], None]
 
 
+class Written(Protocol):
+    """Where the bytes of blocks go, one behind another."""
+
+    def room(self, nbytes: int) -> memoryview:
+        """Memory for the next bytes."""
+
+    def filled(self, nbytes: int) -> None:
+        """So many bytes of that memory are those of a block."""
+
+
 class Lane(Protocol):
     """One worker's way for blocks."""
 
@@ -30,7 +40,7 @@ class Lane(Protocol):
         """A context in which what is loaded and computed is so before any block that follows."""
 
     def through(
-        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, write: Host
+        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: Written
     ) -> None:
         """Takes blocks all the way; returns when the last is written.
 
@@ -40,7 +50,7 @@ class Lane(Protocol):
             target: of the bytes that are written.
             read: fills a block's bytes.
             compute: computes a block from flat numbers into flat numbers.
-            write: writes a block's bytes; called in the order of the blocks.
+            written: where the bytes of the blocks go, in their order.
         """
 
 
@@ -50,26 +60,25 @@ def lane_for(arrays: Arrays) -> Lane:
 
 
 class HostLane:
-    """A block at a time, in two buffers that are used again for every block."""
+    """A block at a time, from a buffer that is used again for every block to where it is written from."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
-        self._raw = self._out = bytearray()
+        self._raw = bytearray()
 
     def computing(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def through(
-        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, write: Host
+        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: Written
     ) -> None:
         for block in blocks:
             self._raw = _grown(self._raw, block.elements * source.itemsize)
-            self._out = _grown(self._out, block.elements * target.itemsize)
             raw = memoryview(self._raw)[: block.elements * source.itemsize]
-            out = memoryview(self._out)[: block.elements * target.itemsize]
+            out = written.room(block.elements * target.itemsize)
             read(block, raw)
             compute(block, self.arrays.over(raw, source), self.arrays.over(out, target))
-            write(block, out)
+            written.filled(len(out))
 
 
 def _grown(held: bytearray, nbytes: int) -> bytearray:
@@ -93,14 +102,14 @@ class DeviceLane:
         return context
 
     def through(
-        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, write: Host
+        self, blocks: Sequence[Block], source: DType, target: DType, read: Host, compute: Compute, written: Written
     ) -> None:
         for position, block in enumerate(blocks):
             slot = self.slots[position % DEPTH]
-            slot.finish(write)
+            slot.finish(written)
             slot.start(block, source, target, read, compute)
         for position in range(len(blocks), len(blocks) + DEPTH):
-            self.slots[position % DEPTH].finish(write)
+            self.slots[position % DEPTH].finish(written)
 
     def _stream(self) -> Any:
         return self.streams.Stream(device=self.device) if self.apart else self.streams.Stream()
@@ -136,11 +145,12 @@ class _Slot:
             self.fetched.record(lane.down)
         self.pending = block
 
-    def finish(self, write: Host) -> None:
-        """Waits for the slot's block, if there is one, and writes it."""
+    def finish(self, written: Written) -> None:
+        """Waits for the slot's block, if there is one, and has it written."""
         if self.pending is not None:
             self.fetched.synchronize()
-            write(self.pending, _bytes(self.made, self.nbytes))
+            written.room(self.nbytes)[:] = _bytes(self.made, self.nbytes)
+            written.filled(self.nbytes)
             self.pending = None
 
     def _make_room(self, given: int, made: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..tensors.checkpoint import Checkpoint
+from ..tensors.direct import HELD
 from ..tensors.dtypes import DType
 from ..tensors.lazy import Lazy, Shape
 from .folds import Fold, Source
@@ -141,7 +142,10 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes that a merge holds beyond the imports: for each worker a block, its float64 image, and factors."""
+        """Bytes that a merge holds beyond the imports: for each worker a block, its float64 image, and factors.
+
+        What is on its way to the disk is counted too.
+        """
         return self._largest[0] * self.workers
 
     @property
@@ -155,7 +159,7 @@ class Plan:
 
     @property
     def _largest(self) -> tuple[int, str]:
-        computed = ((_block_bytes(output), output.name) for output in self.outputs() if not output.copied)
+        computed = ((HELD + _block_bytes(output), output.name) for output in self.outputs() if not output.copied)
         return max(computed, default=(0, ""))
 
     def lineage(self) -> dict[str, Any]:

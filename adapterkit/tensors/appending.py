@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from ..errors import Corrupt, Malformed, storage_error
-from .copying import CHUNK, OpenFiles, WriteBehind, copy_range, write_all
+from .copying import OpenFiles
+from .direct import Writer
 from .lazy import ELSEWHERE, Buffer, Lazy, Span
 
 if TYPE_CHECKING:
@@ -22,14 +23,14 @@ AHEAD = 16 << 20
 """Tensors that are no spans and not larger are computed while the one before them is written."""
 
 
-def append(file: BinaryIO, start: int, tensors: Iterable[tuple[str, Lazy]], path: str | os.PathLike[str]) -> None:
+def append(file: str, start: int, tensors: Iterable[tuple[str, Lazy]], path: str | os.PathLike[str]) -> None:
     """Writes tensors one behind another; memory holds one, and a small one or a few.
 
     Args:
-        file: where to, unbuffered.
+        file: the path of an existing file.
         start: the byte at which the first begins.
         tensors: with their names, for messages.
-        path: of the file, for messages.
+        path: what the file will be, for messages.
 
     Raises:
         StorageError: a file that holds tensors cannot be read.
@@ -37,29 +38,14 @@ def append(file: BinaryIO, start: int, tensors: Iterable[tuple[str, Lazy]], path
         Malformed: a tensor is not of the size it promised.
         OSError: the file cannot be written.
     """
-    end = _End(file, start)
-    with closing(OpenFiles()) as sources, ThreadPoolExecutor(1) as pool:
+    with closing(OpenFiles()) as sources, closing(Writer()) as writer, ThreadPoolExecutor(1) as pool:
+        writer.begin(file, start)
         for piece in _pieces(_begun(tensors, pool), path):
             if isinstance(piece, Span):
-                _copy(sources, piece, end)
+                _copy(sources, piece, writer)
             else:
-                file.seek(end.at)
-                write_all(file, memoryview(piece))
-                end.moved(len(piece))
-
-
-class _End:
-    """The end of what is written so far, of which the disk is told from time to time."""
-
-    def __init__(self, file: BinaryIO, at: int) -> None:
-        self.file, self.at, self.told = file, at, at
-        self.behind = WriteBehind()
-
-    def moved(self, nbytes: int) -> None:
-        self.at += nbytes
-        if self.at - self.told >= CHUNK:
-            self.behind(self.file, self.told, self.at - self.told)
-            self.told = self.at
+                writer.write(memoryview(piece))
+        writer.finish().result()
 
 
 class _Begun:
@@ -113,13 +99,13 @@ def _pieces(tensors: Iterable[_Begun], path: str | os.PathLike[str]) -> Iterator
     yield from (piece for piece in (span, held) if piece)
 
 
-def _copy(sources: OpenFiles, span: Span, end: _End) -> None:
+def _copy(sources: OpenFiles, span: Span, writer: Writer) -> None:
     try:
         source = sources(span.path)
     except OSError as error:
         raise storage_error(error, span.path) from error
     try:
-        copy_range(source, end.file, span.offset, end.at, span.nbytes, end.moved)
+        writer.copy(source, span.offset, span.nbytes)
     except EOFError:
         why = "it ends before its last tensor"
         raise Corrupt(why, path=span.path, where=f"byte {span.offset}", cure=_CHANGED) from None

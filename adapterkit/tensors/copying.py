@@ -3,47 +3,48 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from collections.abc import Callable
 from typing import BinaryIO, cast
 
 CHUNK = 32 << 20
-BUFFER = 512 << 10
 _NOT_HERE = {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.EPERM}
 
 
-def copy_range(
+def copy_by_kernel(
     source: BinaryIO, target: BinaryIO, start: int, at: int, nbytes: int, moved: Callable[[int], None]
-) -> None:
+) -> int:
     """Copies `nbytes` from `start` of one open file to `at` of another; shares blocks where the file system can.
 
-    Between places that lie differently in their pages the kernel goes page by page, which takes longer than to read
-    and write whole runs of pages; so those go through a buffer that stays in the processor's cache.
+    Returns:
+        how many bytes the kernel copied: all, or as many as it would before it declined.
 
     Raises:
-        EOFError: the source ends early.
         OSError: reading or writing failed.
     """
-    done = 0 if (start - at) % mmap.PAGESIZE else _by_kernel(source, target, start, at, nbytes, moved)
-    buffer = memoryview(bytearray(min(BUFFER, nbytes - done)))
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    done = 0
     while done < nbytes:
-        source.seek(start + done)
-        # As far as the next multiple of the buffer, so that all writes but the first begin with a page.
-        count = source.readinto(buffer[: min(nbytes - done, BUFFER - (at + done) % BUFFER)])  # type: ignore[attr-defined]
+        size = min(CHUNK, nbytes - done)
+        try:
+            count = os.copy_file_range(source.fileno(), target.fileno(), size, start + done, at + done)
+        except OSError as error:
+            if error.errno in _NOT_HERE:
+                return done
+            raise
         if not count:
-            raise EOFError
-        target.seek(at + done)
-        write_all(target, buffer[:count])
+            return done
         done += count
         moved(count)
+    return done
 
 
 class OpenFiles:
     """Files that are kept open, so many at once: a base of hundreds of shards must not run into the system's limit."""
 
-    def __init__(self, limit: int = 8) -> None:
-        self.limit = limit
+    def __init__(self, limit: int = 8, opener: Callable[[str, int], int] | None = None) -> None:
+        self.limit, self.opener = limit, opener
         self._files: dict[tuple[str, str], BinaryIO] = {}
 
     def __call__(self, path: str, mode: str = "rb") -> BinaryIO:
@@ -52,7 +53,7 @@ class OpenFiles:
         if file is None:
             while len(self._files) >= self.limit:
                 self._files.pop(next(iter(self._files))).close()
-            file = cast(BinaryIO, open(path, mode, buffering=0))  # noqa: SIM115
+            file = cast(BinaryIO, open(path, mode, buffering=0, opener=self.opener))  # noqa: SIM115
         self._files[path, mode] = file
         return file
 
@@ -107,25 +108,3 @@ def read_all(file: BinaryIO, data: memoryview) -> None:
         if not count:
             raise EOFError
         data = data[count:]
-
-
-def _by_kernel(
-    source: BinaryIO, target: BinaryIO, start: int, at: int, nbytes: int, moved: Callable[[int], None]
-) -> int:
-    """How many bytes the kernel copied: all, or as many as it would before it declined."""
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    done = 0
-    while done < nbytes:
-        size = min(CHUNK, nbytes - done)
-        try:
-            count = os.copy_file_range(source.fileno(), target.fileno(), size, start + done, at + done)
-        except OSError as error:
-            if error.errno in _NOT_HERE:
-                return done
-            raise
-        if not count:
-            return done
-        done += count
-        moved(count)
-    return done

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..errors import Malformed, storage_error
 from .appending import append
@@ -138,8 +138,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: M
     with replacing(Path(path)) as file:
         file.write(header)
         file.flush()
-        raw: BinaryIO = file.raw  # type: ignore[attr-defined]
-        append(raw, len(header), ((name, tensors[name]) for name in order), path)
+        append(file.name, len(header), ((name, tensors[name]) for name in order), path)
 
 
 def _header_length(prefix: bytes, size: int, path: str) -> int:
