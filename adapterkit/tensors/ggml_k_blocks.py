@@ -26,20 +26,20 @@ def k_pieces(kind: str, blocks: Array) -> list[Array]:
 
 
 def _q2(blocks: Array) -> list[Array]:
-    runs = blocks.reshape(len(blocks), 16, 16)
-    scales, least = _with_least(runs, 3)
-    d, sc = _whole(scales, 15)
-    lower, m = _whole(least, 15)
-    q = _rounded(runs + (lower * m)[..., None], d * sc, 0, 3)
+    x = _columns(blocks, 16)
+    scales, least = _with_least(x, 3)
+    d, sc = _whole(scales.reshape(-1, 16), 15)
+    lower, m = _whole(least.reshape(-1, 16), 15)
+    q = _rounded(x + _flat(lower * m), _flat(d * sc), 0, 3)
     return [_bytes(sc) | _bytes(m) << 4, _joined(q, (0, 2, 4, 6), 32), _half(d), _half(lower)]
 
 
 def _q3(blocks: Array) -> list[Array]:
-    runs = blocks.reshape(len(blocks), 16, 16)
-    d, sc = _signed(_around_zero(runs, 4), 32)
-    q, u = _rounded(runs, d * sc, -4, 3) + 4, sc + 32
-    high, low = _joined(_bytes(q) >> 2, tuple(range(8)), 32), _joined(_bytes(q) & 3, (0, 2, 4, 6), 32)
-    return [high, low, _joined(_bytes(u) & 15, (0, 4), 8), _joined(_bytes(u) >> 4, (0, 2, 4, 6), 4), _half(d)]
+    x = _columns(blocks, 16)
+    d, sc = _signed(_around_zero(x, 4).reshape(-1, 16), 32)
+    q, u = _rounded(x, _flat(d * sc), -4, 3), _bytes(sc + 32)
+    high, low = _joined(q >> 2, tuple(range(8)), 32), _joined(q & 3, (0, 2, 4, 6), 32)
+    return [high, low, _joined(u & 15, (0, 4), 8), _joined(u >> 4, (0, 2, 4, 6), 4), _half(d)]
 
 
 def _q4(blocks: Array) -> list[Array]:
@@ -49,15 +49,15 @@ def _q4(blocks: Array) -> list[Array]:
 
 def _q5(blocks: Array) -> list[Array]:
     head, q = _six_bits(blocks, 31)
-    return [*head, _joined(_bytes(q) >> 4, tuple(range(8)), 32), _joined(_bytes(q) & 15, (0, 4), 32)]
+    return [*head, _joined(q >> 4, tuple(range(8)), 32), _joined(q & 15, (0, 4), 32)]
 
 
 def _q6(blocks: Array) -> list[Array]:
     import numpy as np
 
-    runs = blocks.reshape(len(blocks), 16, 16)
-    d, sc = _signed(_around_zero(runs, 32), 128)
-    q = _bytes(_rounded(runs, d * sc, -32, 31) + 32)
+    x = _columns(blocks, 16)
+    d, sc = _signed(_around_zero(x, 32).reshape(-1, 16), 128)
+    q = _rounded(x, _flat(d * sc), -32, 31)
     low, high = _joined(q & 15, (0, 4), 64), _joined(q >> 4, (0, 2, 4, 6), 32)
     return [low, high, sc.astype(np.int8).view(np.uint8), _half(d)]
 
@@ -69,54 +69,78 @@ def _six_bits(blocks: Array, most: int) -> tuple[list[Array], Array]:
     """Scale, least and their eight multiples of six bits; and the numbers, 0 to `most`."""
     import numpy as np
 
-    runs = blocks.reshape(len(blocks), 8, 32)
-    scales, least = _with_least(runs, most)
-    d, sc = _whole(scales, 63)
-    lower, m = _whole(least, 63)
-    q = _rounded(runs + (lower * m)[..., None], d * sc, 0, most)
+    x = _columns(blocks, 32)
+    scales, least = _with_least(x, most)
+    d, sc = _whole(scales.reshape(-1, 8), 63)
+    lower, m = _whole(least.reshape(-1, 8), 63)
+    q = _rounded(x + _flat(lower * m), _flat(d * sc), 0, most)
     s, n = _bytes(sc), _bytes(m)
     a, b = (low[:, :4] | low[:, 4:] >> 4 << 6 for low in (s, n))
     return [_half(d), _half(lower), np.concatenate([a, b, s[:, 4:] & 15 | n[:, 4:] << 4], axis=1)], q
 
 
-def _around_zero(runs: Array, most: int) -> Array:
+def _columns(blocks: Array, size: int) -> Array:
+    """The runs of blocks as columns `[size, runs]`: what is done to a run is then done to thousands at a time."""
+    import numpy as np
+
+    return np.ascontiguousarray(blocks.reshape(-1, size).T)
+
+
+def _around_zero(x: Array, most: int) -> Array:
     """The scale of each run with the least squared error for numbers from -most to most - 1."""
     import numpy as np
 
-    largest = np.take_along_axis(runs, np.abs(runs).argmax(-1, keepdims=True), -1)
-    best, scale = np.full(runs.shape[:-1], -1, "f4"), np.zeros(runs.shape[:-1], "f4")
+    top, bottom = x.max(0), x.min(0)
+    largest = np.where(top > -bottom, top, bottom)
+    best, scale = np.full(len(largest), -1, "f4"), np.zeros(len(largest), "f4")
+    q, product = np.empty_like(x), np.empty_like(x)
     for stretch in STRETCHES:
-        q = np.clip(np.rint(runs * divided_by(np.float32(-most - stretch), largest)), -most, most - 1)
-        xq, qq = np.einsum("nrk,nrk->nr", runs, q), np.einsum("nrk,nrk->nr", q, q)
+        np.multiply(x, divided_by(np.float32(-most - stretch), largest), out=q)
+        np.clip(np.rint(q, out=q), -most, most - 1, out=q)
+        xq, qq = np.multiply(x, q, out=product).sum(0), np.multiply(q, q, out=product).sum(0)
         fitted = divided_by(xq, qq)
         gain = fitted * xq
         scale, best = np.where(gain > best, fitted, scale), np.maximum(gain, best)
     return scale
 
 
-def _with_least(runs: Array, most: int) -> tuple[Array, Array]:
+def _with_least(x: Array, most: int) -> tuple[Array, Array]:
     """The scale of each run and how far below zero it begins, with the least squared error for numbers 0 to most."""
     import numpy as np
 
-    size = np.float32(runs.shape[-1])
-    low = np.minimum(runs.min(-1, keepdims=True), 0)
-    span, total = runs.max(-1, keepdims=True) - low, runs.sum(-1)
-    best = np.full(total.shape, np.inf, "f4")
-    scale, least = np.zeros_like(total), -low[..., 0]
+    size, low, total = np.float32(len(x)), np.minimum(x.min(0), 0), x.sum(0)
+    above, q, product = x - low, np.empty_like(x), np.empty_like(x)
+    best, scale, least = np.full_like(low, np.inf), np.zeros_like(low), -low
     for stretch in STRETCHES:
-        q = np.clip(np.rint((runs - low) * divided_by(np.float32(most + stretch), span)), 0, most)
-        xq, qq, s = np.einsum("nrk,nrk->nr", runs, q), np.einsum("nrk,nrk->nr", q, q), q.sum(-1)
-        slope = divided_by(size * xq - total * s, size * qq - s * s)
-        begin = (slope * s - total) / size
-        slope, begin = np.where(begin < 0, divided_by(xq, qq), slope), np.maximum(begin, 0)
-        error = slope * slope * qq + size * begin * begin - 2 * (slope * xq + slope * begin * s - begin * total)
+        np.multiply(above, divided_by(np.float32(most + stretch), x.max(0) - low), out=q)
+        np.clip(np.rint(q, out=q), 0, most, out=q)
+        xq, qq = np.multiply(x, q, out=product).sum(0), np.multiply(q, q, out=product).sum(0)
+        slope, begin, error = _line(size, total, q.sum(0), xq, qq)
         better = (error < best) & (slope >= 0)
-        scale, least, best = (
-            np.where(better, slope, scale),
-            np.where(better, begin, least),
-            np.where(better, error, best),
-        )
+        scale, least, best = (np.where(better, *pair) for pair in ((slope, scale), (begin, least), (error, best)))
     return scale, least
+
+
+def _line(size: Any, total: Array, s: Array, xq: Array, qq: Array) -> tuple[Array, Array, Array]:
+    """The line with the least squared error through numbers that begins at or below zero; and that error, but for xx.
+
+    Args:
+        size: how many numbers x a run has.
+        total: the sum of x.
+        s: the sum of their steps q.
+        xq: the sum of x q.
+        qq: the sum of q q.
+    """
+    import numpy as np
+
+    slope = divided_by(size * xq - total * s, size * qq - s * s)
+    begin = (slope * s - total) / size
+    slope, begin = np.where(begin < 0, divided_by(xq, qq), slope), np.maximum(begin, 0)
+    return (
+        slope,
+        begin,
+        slope * slope * qq + size * begin * begin - 2 * (slope * xq + slope * begin * s - begin * total),
+    )
 
 
 def _whole(values: Array, most: int) -> tuple[Array, Array]:
@@ -136,10 +160,18 @@ def _signed(values: Array, most: int) -> tuple[Array, Array]:
     return unit, np.clip(np.rint(divided_by(values, unit)), -most, most - 1)
 
 
-def _rounded(runs: Array, scales: Array, low: int, high: int) -> Array:
+def _rounded(x: Array, scales: Array, low: int, high: int) -> Array:
+    """The numbers of columns by their scales, from 0 on, as whole blocks of bytes."""
     import numpy as np
 
-    return np.clip(np.rint(divided_by(runs, scales[..., None])), low, high).reshape(len(runs), -1)
+    q = np.divide(x, np.where(scales == 0, np.float32(1), scales))
+    q *= scales != 0
+    np.clip(np.rint(q, out=q), low, high, out=q)
+    return np.ascontiguousarray(_bytes(q - np.float32(low)).T).reshape(-1, 256)
+
+
+def _flat(values: Array) -> Array:
+    return values.reshape(-1)
 
 
 def divided_by(values: Any, by: Array) -> Array:
@@ -153,7 +185,7 @@ def _joined(q: Array, shifts: Sequence[int], run: int) -> Array:
     """Numbers in bytes: of each run of bytes, first those at the first shift, then those at the next."""
     import numpy as np
 
-    split = _bytes(q).reshape(len(q), -1, len(shifts), run) << np.array(shifts, np.uint8).reshape(1, 1, -1, 1)
+    split = q.reshape(len(q), -1, len(shifts), run) << np.array(shifts, np.uint8).reshape(1, 1, -1, 1)
     return np.asarray(np.bitwise_or.reduce(split, axis=2).reshape(len(q), -1))
 
 
