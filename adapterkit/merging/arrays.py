@@ -52,17 +52,27 @@ class Arrays(Protocol):
 
 
 class Workspace:
-    """One worker's float64 memory, used again for every block of every tensor: fresh memory is slow to touch."""
+    """One worker's memory, used again for every block of every tensor: fresh memory is slow to touch."""
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
         self._held: Any = None
+        self._kept: Any = None
 
     def take(self, count: int) -> Any:
-        """The first `count` numbers of it, as the last user left them."""
+        """The first `count` float64 numbers of it, as the last user left them, where the library computes."""
         if self._held is None or len(self._held) < count:
             self._held = self.arrays.empty(count)
         return self._held[:count]
+
+    def keep(self, count: int, dtype: DType) -> Any:
+        """Other memory, on the host, as numpy sees it."""
+        import numpy as np
+
+        nbytes = count * dtype.itemsize
+        if self._kept is None or len(self._kept) < nbytes:
+            self._kept = np.empty(nbytes, np.uint8)
+        return self._kept[:nbytes].view(dtype.array)
 
 
 def arrays_for(device: str) -> Arrays:

@@ -22,7 +22,7 @@ from .compute import Folder
 from .planned import Output
 
 if TYPE_CHECKING:
-    from .arrays import Arrays, Workspace
+    from .arrays import Workspace
     from .folds import Fold
 
 HELD = 1 << 24
@@ -146,7 +146,7 @@ class _Merged:
     def __init__(self, packed: Packed, folds: tuple[Fold, ...], workspace: Workspace) -> None:
         source = packed.lazy()
         self.output = Output(packed.name, DTYPES[packed.merged], packed.shape, 0, source, folds)
-        self.arrays: Arrays = workspace.arrays
+        self.workspace, self.arrays = workspace, workspace.arrays
         self.folder = Folder(self.output, workspace)
         self.norms = self.folder.norms()
         self._seen: set[int] = set()
@@ -173,25 +173,32 @@ class _Merged:
 
     @cached_property
     def _whole(self) -> Any:
-        import numpy as np
-
-        small = math.prod(self.output.shape) <= HELD
-        return np.concatenate([self._block(block) for block in self._blocks]) if small else None
+        count = math.prod(self.output.shape)
+        if count > HELD:
+            return None
+        whole = self.workspace.keep(count, self.output.dtype)
+        for block in self._blocks:
+            self._merge(block, whole[block.first : block.first + block.elements])
+        return whole
 
     def _block(self, block: Block) -> Any:
-        if self._last is not None and self._last[0] is block:
-            return self._last[1]
         import numpy as np
 
-        source, data = self.output.source, bytearray(block.elements * self.output.dtype.itemsize)
+        if self._last is None or self._last[0] is not block:
+            out = np.empty(block.elements, self.output.dtype.array)
+            self._merge(block, out)
+            self._last = (block, out)
+        return self._last[1]
+
+    def _merge(self, block: Block, out: Any) -> None:
+        """Computes a block into numpy's memory."""
+        source = self.output.source
         raw = self.arrays.over(memoryview(bytearray(source.read(block.first, block.elements))), source.dtype)
-        out = self.arrays.over(memoryview(data), self.output.dtype)
-        for fold, square in self.folder.compute(raw, out, block).items():
+        target = self.arrays.over(memoryview(out.view("u1")), self.output.dtype)
+        for fold, square in self.folder.compute(raw, target, block).items():
             if block.first not in self._seen:
                 self.norms[fold] = self.norms.get(fold, 0.0) + square
         self._seen.add(block.first)
-        self._last = (block, np.frombuffer(data, self.output.dtype.array))
-        return self._last[1]
 
 
 def repacked(
