@@ -7,14 +7,20 @@ shadow a built-in one.
 from __future__ import annotations
 
 import inspect
+import os
 import pkgutil
+import sys
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar, cast
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from .errors import Unsupported, nearest
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 
@@ -59,6 +65,11 @@ class Registry(Mapping[str, T], Generic[T]):
 
     @cached_property
     def _third_party(self) -> Mapping[str, EntryPoint]:
+        announced = _announcements(tuple(sys.path))
+        if announced is not None and f"[{self.group}]".encode() not in announced:
+            return {}
+        from importlib.metadata import entry_points
+
         return {point.name: point for point in entry_points(group=self.group) if point.name not in self._builtin}
 
     def _load(self, name: str) -> T:
@@ -84,3 +95,23 @@ class Registry(Mapping[str, T], Generic[T]):
         if len(found) != 1:
             raise TypeError(f"{module.__name__} must define exactly one {self.root.__name__}, has {len(found)}")
         return cast(T, found[0])
+
+
+@lru_cache
+def _announcements(places: tuple[str, ...]) -> bytes | None:
+    """Entry points of all installed packages, unparsed; None where only the import system can tell.
+
+    To have them parsed, with all that is known of the packages, takes as long as a short command.
+    """
+    if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
+        return None
+    try:
+        return b"\n".join(_announced_in(place or ".") for place in places if os.path.exists(place or "."))
+    except OSError:  # not a folder, but an archive
+        return None
+
+
+def _announced_in(place: str) -> bytes:
+    packages = [entry.path for entry in os.scandir(place) if entry.name.endswith((".dist-info", ".egg-info"))]
+    files = [os.path.join(package, "entry_points.txt") for package in packages]
+    return b"\n".join(Path(file).read_bytes() for file in files if os.path.exists(file))
