@@ -216,7 +216,7 @@ def test_doctor_in_a_real_process() -> None:
     assert {"python", "torch", "numpy", "safetensors", "onnx", "onnxruntime", "CUDA devices", "cores", "memory"} <= {
         *lines
     }
-    assert {"space here", "space for temporary files", "copy_file_range", "reflink"} <= {*lines}
+    assert {"space here", "space for temporary files", "copy_file_range", "reflink", "direct writes"} <= {*lines}
     assert all(check["cure"] for check in lines.values() if check["status"] != "ok")
 
 

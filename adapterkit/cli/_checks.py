@@ -116,7 +116,7 @@ def memory() -> Check:
 
 
 def copies(folder: Path) -> Iterator[Check]:
-    """Whether untouched weights can be copied inside the kernel, and shared instead of copied."""
+    """Whether untouched weights can be copied inside the kernel or shared, and others written past the page cache."""
     cure = "Run in a folder that you may write to, on a local file system"
     kernel = _try_in(folder, _copy_range)
     if kernel is None:
@@ -126,6 +126,9 @@ def copies(folder: Path) -> Iterator[Check]:
     shared = _try_in(folder, _reflink)
     # Most file systems cannot share blocks and nothing is wrong with them, so this is never a warning.
     yield Check("reflink", "ok", "works here" if shared is None else "not on this file system; bytes are copied")
+    direct = _try_in(folder, _direct_write)
+    found = "works here" if direct is None else f"not here ({direct}); files are written by way of the page cache"
+    yield Check("direct writes", "ok", found)
 
 
 def _copy_range(source: int, target: int) -> None:
@@ -137,6 +140,14 @@ def _reflink(source: int, target: int) -> None:
     import fcntl
 
     fcntl.ioctl(target, FICLONE, source)
+
+
+def _direct_write(_: int, target: int) -> None:
+    import fcntl
+    import mmap
+
+    fcntl.fcntl(target, fcntl.F_SETFL, fcntl.fcntl(target, fcntl.F_GETFL) | os.O_DIRECT)
+    os.write(target, mmap.mmap(-1, mmap.PAGESIZE))
 
 
 def _try_in(folder: Path, act: Callable[[int, int], None]) -> str | None:
