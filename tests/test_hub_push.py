@@ -88,65 +88,6 @@ def test_transformers_loads_a_merged_model_that_was_pushed(
     torch.testing.assert_close(loaded(words).logits, tuned(words).logits)
 
 
-def test_the_card_is_one(hub: HubServer, lora: Path, tmp_path: Path) -> None:
-    from huggingface_hub import ModelCard
-
-    text = ak.hub.push(lora, "org/new", licence="apache-2.0").card
-    assert text is not None
-    card = ModelCard(text)
-    card.validate()
-    told = card.data.to_dict()
-    assert told["base_model"] == "org/base"
-    assert (told["library_name"], told["license"]) == ("peft", "apache-2.0")
-    hub.add("org/base", base_files())
-    snippet = text.split("```python\n")[1].split("```")[0].replace('"merged"', repr(str(tmp_path / "merged")))
-    exec(compile(snippet, "card", "exec"), {})
-    assert (tmp_path / "merged" / "model.safetensors").exists()
-
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-def test_each_snippet_of_the_card_runs(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
-    from huggingface_hub import ModelCard
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    for name in ("huggingface_hub.constants.HF_HUB_CACHE", "huggingface_hub.file_download.constants.HF_HUB_CACHE"):
-        monkeypatch.setattr(name, str(tmp_path / "hf"))
-    monkeypatch.chdir(tmp_path)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes)).eval()
-    model.save_pretrained(tmp_path / "base")
-    ak.hub.push(tmp_path / "base", "hf://org/base", licence="mit")
-    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
-    tuned.peft_config["default"].base_model_name_or_path = "org/base"
-    tuned.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "adapter" / "README.md").unlink()
-    text = ak.hub.push(tmp_path / "adapter", "hf://org/adapter", licence="mit").card or ""
-    ModelCard(text).validate()
-    words, said = torch.arange(8)[None], {}
-    for snippet in text.split("```python\n")[1:]:
-        exec(compile(snippet.split("```")[0], "card", "exec"), said)
-    torch.testing.assert_close(said["model"].eval()(words).logits, tuned(words).logits)
-    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(merged(words).logits, tuned(words).logits)
-    ModelCard(ak.hub.push(tmp_path / "merged", "hf://org/merged", dry_run=True).card or text).validate()
-
-
-def test_a_base_that_is_a_path_stays_out_of_the_card(hub: HubServer, tmp_path: Path) -> None:
-    lora = lay(tmp_path / "lora", peft_files("/home/somebody/secret/base"))
-    assert "somebody" not in (ak.hub.push(lora, "org/new").card or "")
-
-
-def test_a_card_of_ones_own_is_left_alone(hub: HubServer, lora: Path) -> None:
-    (lora / "README.md").write_text("---\nlicense: mit\n---\nmine")
-    assert ak.hub.push(lora, "org/new").card is None
-    assert hub.files("org/new")["README.md"].endswith(b"mine")
-    (lora / "README.md").unlink()
-    assert ak.hub.push(lora, "org/new").added == ()
-    assert hub.files("org/new")["README.md"].endswith(b"mine")
-
-
 def test_nothing_is_overwritten_silently(hub: HubServer, lora: Path) -> None:
     hub.add("org/lora", peft_files("org/another"))
     before = hub.files("org/lora")

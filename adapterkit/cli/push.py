@@ -1,7 +1,8 @@
 """Put an adapter or a model on a hub, in one commit.
 
 SRC is an adapter in any known format or a folder of weights; URI is hf://org/repo[@branch][/folder],
-oci://registry/name:tag or s3://bucket/path. Without a README.md a model card is generated.
+oci://registry/name:tag or s3://bucket/path. Without a README.md a model card is
+generated; that of a base which came along with a merge counts for none.
 """
 
 from __future__ import annotations
@@ -61,5 +62,7 @@ def _view(record: Mapping[str, Any]) -> View:
         yield f"{record['uri']}: all there already"
     else:
         yield f"{record['uri']}: pushed" + (", in a new repository" if record["created"] else "")
+    if record["card"] is not None:
+        yield "README.md: a model card, generated"
     if record["tag"]:
         yield f"tagged {record['tag']}"

@@ -2,131 +2,189 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from ..tensors.locations import is_repo
+from .licences import Licence
+from .uris import Uri
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
 
-REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 MOST_TARGETS = 12
 
 
-def adapter_card(adapter: Adapter, name: str, source_format: str, place: str, licence: str | None) -> str:
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a card says of a model.
+
+    Attributes:
+        base: the base's name on its hub, if it is known.
+        revision: the commit of the base, if it is known.
+        adapters: what a merge recorded of each adapter; none where nothing was merged.
+        config: of transformers, if it is a model of that.
+    """
+
+    base: str | None = None
+    revision: str | None = None
+    adapters: Sequence[Mapping[str, Any]] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def adapter_card(adapter: Adapter, name: str, source_format: str, place: Uri, licence: Licence) -> str:
     """The card of an adapter.
 
     Args:
         adapter: the adapter.
         name: of the repository.
         source_format: what its files are.
-        place: the uri to read it from.
-        licence: an identifier such as `apache-2.0`, passed on as it is.
+        place: where to read it from.
+        licence: passed on as it is.
     """
     base = base_id(adapter)
-    methods = sorted({update.method for _, update in adapter})
-    library = "peft" if source_format == "peft" else "adapterkit"
     data = {
-        "base_model": base, "base_model_relation": "adapter" if base else None, "library_name": library,
-        "license": licence, "tags": ["adapterkit", *methods],
+        "base_model": base, "base_model_relation": "adapter" if base else None,
+        "library_name": "peft" if source_format == "peft" else "adapterkit", **licence,
+        "tags": ["adapterkit", *adapter.methods],
     }  # fmt: skip
-    parts = [
-        _front(data),
-        f"# {_text(name)}",
-        f"A {', '.join(methods)} adapter" + (f" for [{base}].\n" if base else ".\n"),
-    ]
-    parts += [_facts(adapter, source_format), _usage(place, base, library == "peft")]
-    if base:
-        parts.append(f"[{base}]: https://huggingface.co/{base}")
-    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+    intro = f"A {', '.join(adapter.methods)} adapter" + (f" for [{base}]." if base else ".")
+    link = f"[{base}]: https://huggingface.co/{base}" if base else ""
+    facts, usage = _adapter_facts(adapter, source_format), _adapter_usage(place, base, source_format)
+    return _page(data, f"# {_text(name)}", intro, _table(("", ""), facts), *usage, link)
 
 
-def model_card(
-    name: str, place: str, base: str | None, adapters: Iterable[Mapping[str, Any]], licence: str | None
-) -> str:
-    """The card of a base, merged or not; `adapters` are what a merge recorded."""
+def model_card(name: str, place: Uri, model: Model, licence: Licence) -> str:
+    """The card of a model, merged or not."""
+    base, merged = model.base if is_repo(model.base) else None, bool(model.adapters)
     data = {
-        "base_model": base, "base_model_relation": "merge" if base else None, "library_name": "transformers",
-        "license": licence, "tags": ["adapterkit", "merge"],
+        "base_model": base, "base_model_relation": "merge" if base and merged else None,
+        "library_name": "transformers" if "model_type" in model.config else "adapterkit", **licence,
+        "tags": ["adapterkit", *(["merge", *_methods(model.adapters)] if merged else [])],
     }  # fmt: skip
-    rows = [
-        f"| {_text(a.get('name'))} | {_text(a.get('weight'))} | `{_text(a.get('digest'))[:16]}` |" for a in adapters
-    ]
-    table = "\n".join(["| adapter | weight | digest |", "|---|---|---|", *rows]) if rows else ""
-    use = _code([f"adapterkit inspect {place}"], "sh")
-    intro = "Merged with adapterkit." if rows else "Pushed with adapterkit."
-    return (
-        "\n\n".join(part for part in (_front(data).strip("\n"), f"# {_text(name)}", intro, table, use) if part) + "\n"
-    )
+    intro = "Adapters merged into their base with adapterkit." if merged else "Pushed with adapterkit."
+    tables = _table(("", ""), _model_facts(model)), _table(ADAPTER_COLUMNS, map(_merged, model.adapters))
+    return _page(data, f"# {_text(name)}", intro, *tables, *_model_usage(place, model.config))
+
+
+ADAPTER_COLUMNS = ("name", "methods", "ranks", "weight", "targets", "lineage", "digest")
+"""Of what a merge records of an adapter."""
 
 
 def base_id(adapter: Adapter) -> str | None:
     """The base's name on a hub; a path of somebody's disk is none and stays out of the card."""
     name = adapter.base.id if adapter.base else None
-    return name if name and REPO.fullmatch(name) else None
+    return name if is_repo(name) else None
 
 
-def licence_of(text: str) -> str | None:
-    """The licence that a card's metadata names."""
-    match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    found = (
-        re.search(r"^license:[ \t]*[\"']?([A-Za-z0-9.+-]{1,64})[\"']?[ \t]*\r?$", match[1], re.MULTILINE)
-        if match
-        else None
-    )
-    return found[1] if found else None
-
-
-def licence_at(path: Path) -> str | None:
-    """The licence that the card in a folder, or beside a file, names."""
-    card = (path if path.is_dir() else path.parent) / "README.md"
-    try:
-        return licence_of(card.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _front(data: Mapping[str, Any]) -> str:
+def _page(data: Mapping[str, Any], *parts: str) -> str:
     import yaml
 
     told = {key: value for key, value in data.items() if value}
-    return f"---\n{yaml.safe_dump(told, sort_keys=True, allow_unicode=True)}---\n"
+    front = f"---\n{yaml.safe_dump(told, sort_keys=True, allow_unicode=True)}---"
+    return "\n\n".join([front, *(part for part in parts if part)]) + "\n"
 
 
-def _facts(adapter: Adapter, source_format: str) -> str:
-    ranks = sorted({rank for target, update in adapter if (rank := update.dims(target.stacked).get("r")) is not None})
+def _methods(adapters: Iterable[Mapping[str, Any]]) -> list[str]:
+    listed = (found for adapter in adapters if isinstance(found := adapter.get("methods"), list))
+    return sorted({_text(method) for found in listed for method in found})
+
+
+def _adapter_facts(adapter: Adapter, source_format: str) -> list[tuple[str, str]]:
     targets = sorted({re.sub(r"\.\d+\.", ".*.", str(target)) for target in adapter.updates})
-    shown = ", ".join(f"`{_text(target)}`" for target in targets[:MOST_TARGETS])
     more = f" and {len(targets) - MOST_TARGETS} more" if len(targets) > MOST_TARGETS else ""
-    revision = adapter.base.revision if adapter.base else None
-    rows = [
-        ("format", source_format), ("rank", ", ".join(map(str, ranks))),
-        ("targets", f"{len(adapter.updates)}: {shown}{more}"),
-        ("base's revision", _text(revision) if revision else ""),
-        ("lineage", " → ".join(_text(step.op) for step in adapter.recipe)), ("digest", f"`{adapter.digest()}`"),
+    return [
+        ("format", source_format), ("rank", _listed(adapter.ranks)),
+        ("targets", f"{len(adapter.updates)}: {', '.join(map(_span, targets[:MOST_TARGETS]))}{more}"),
+        ("base's revision", _text(adapter.base.revision) if adapter.base and adapter.base.revision else ""),
+        ("lineage", _listed(step.op for step in adapter.recipe)), ("digest", _span(adapter.digest())),
     ]  # fmt: skip
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows if value)])
 
 
-def _usage(place: str, base: str | None, peft: bool) -> str:
-    lines = ["import adapterkit as ak", "", f'adapter = ak.read("{place}")']
+def _model_facts(model: Model) -> list[tuple[str, str]]:
+    return [("base", _text(model.base or "")), ("base's revision", _text(model.revision or ""))]
+
+
+def _merged(adapter: Mapping[str, Any]) -> list[str]:
+    """The row of an adapter, by `ADAPTER_COLUMNS`; an older record says less."""
+    lists = {key: _listed(adapter.get(key) or ()) for key in ("methods", "ranks", "lineage")}
+    plain = {key: _text(adapter.get(key, "")) for key in ("name", "weight", "targets")}
+    told = {**plain, **lists, "digest": _span(str(adapter.get("digest", ""))[:16])}
+    return [told[key] for key in ADAPTER_COLUMNS]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows that say something beyond their first cell; empty without any."""
+    lines = [f"| {' | '.join(cells)} |" for cells in rows if any(cells[1:])]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]) if lines else ""
+
+
+def _adapter_usage(place: Uri, base: str | None, source_format: str) -> list[str]:
+    lines = ["import adapterkit as ak", "", f"adapter = ak.read({_quoted(place)})"]
     if base:
         lines.append(f'ak.merge("hf://{base}", adapter, "merged")')
-    text = f"## Use\n\n{_code(lines, 'python')}"
-    repo = place.removeprefix("hf://").partition("@")[0]
-    if peft and base and REPO.fullmatch(repo):
-        peft_lines = [
+    parts = ["## Use", _code(lines, "python")]
+    if source_format == "peft" and base and place.scheme == "hf":
+        loading = [
             "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
             f'model = AutoModelForCausalLM.from_pretrained("{base}")',
-            f'model = PeftModel.from_pretrained(model, "{repo}")',
+            f"model = PeftModel.from_pretrained(model, {_loaded(place)})",
         ]  # fmt: skip
-        text += f"\n\nor, for a causal language model,\n\n{_code(peft_lines, 'python')}"
-    return text
+        parts += ["or, for a causal language model,", _code(loading, "python")]
+    return parts
+
+
+def _model_usage(place: Uri, config: Mapping[str, Any]) -> list[str]:
+    name = _class_of(config)
+    inspected = _code([f"adapterkit inspect {shlex.quote(str(place))}"], "sh")
+    if name is None:
+        return ["## Use", inspected]
+    lines = [f"from transformers import {name}", ""]
+    if place.scheme == "hf":
+        lines.append(f"model = {name}.from_pretrained({_loaded(place)})")
+    else:
+        pulled = [f'ak.hub.pull({_quoted(place)}, "model")', f'model = {name}.from_pretrained("model")']
+        lines = ["import adapterkit as ak", *lines, *pulled]
+    return ["## Use", _code(lines, "python"), inspected]
+
+
+def _class_of(config: Mapping[str, Any]) -> str | None:
+    """The class of transformers that loads a model; None where that is not known, or not of transformers itself."""
+    if "model_type" not in config or "auto_map" in config:
+        return None
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else "AutoModel"
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Z][A-Za-z0-9_]{0,99}", name):
+        return None
+    return "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
+
+
+def _loaded(place: Uri) -> str:
+    """A place on Hugging Face's hub as the arguments of `from_pretrained`."""
+    told = [("revision", place.revision), ("subfolder", place.path)]
+    more = [f"{key}={json.dumps(value)}" for key, value in told if value]
+    return ", ".join([json.dumps(place.repo), *more])
+
+
+def _quoted(place: Uri) -> str:
+    return json.dumps(str(place), ensure_ascii=False)
 
 
 def _code(lines: Iterable[str], language: str) -> str:
     return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(_text, values))
+
+
+def _span(value: object) -> str:
+    """A name as code, so that its stars and lines are no markup."""
+    return f"`{_text(value)}`"
 
 
 def _text(value: object) -> str:

@@ -9,17 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import StorageError, UnknownFormat, UsageError
-from ..merging.planned import REPORT
-from ..tensors.locations import located, source_of
-from .card import adapter_card, licence_at, model_card
+from ..errors import StorageError, UnknownFormat
+from ..tensors.locations import located
+from .card import adapter_card, model_card
 from .digests import check_listed, digests_of
 from .hubs import remote_at
+from .licences import Licence, licence_at, licence_called
+from .lineage import CARD, is_of_the_base, model_at
 from .names import check_names
 from .remote import Content, Digests, Remote, RemoteFile
 from .uris import Uri, parse
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ def push(
     private: bool = False,
     tag: str | None = None,
     message: str | None = None,
-    licence: str | None = None,
+    licence: str | Licence | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     token: str | None = None,
@@ -90,7 +89,8 @@ def push(
     """Pushes an adapter, or a folder of weights, in one commit.
 
     When somebody else pushed meanwhile, it fails instead of mixing. A repository or branch that is not there is made.
-    Without a README.md, here and there, a model card is generated.
+    Without a README.md, here and there, a model card is generated; that of a base which came along when adapters were
+    merged into it counts for none.
 
     Args:
         path: an adapter in any format, or a base: file, folder or a place on a hub. Hidden files stay here.
@@ -101,8 +101,8 @@ def push(
         private: a repository that has to be made is private.
         tag: set this tag on the commit.
         message: of the commit.
-        licence: an identifier such as `apache-2.0` for the generated card; the one that a card at `path` names, if
-            absent.
+        licence: for the generated card: an identifier such as `apache-2.0`, or what a card says of it under `license`,
+            `license_name` and `license_link`; the one that a card at `path` names, if absent.
         overwrite: replace files that are there with other content; without it they are an error.
         dry_run: look, and write nothing.
         token: a token; what the hub's own tools use if absent.
@@ -119,7 +119,7 @@ def push(
     with tempfile.TemporaryDirectory(prefix="adapterkit-") as scratch:
         here = located(path)
         source = here if format is None else _converted(path, Path(scratch), format, base, on_loss)
-        payload = _payload(source, remote, licence or licence_at(here))
+        payload = _payload(source, remote, licence_called(licence) or licence_at(here))
         there = remote.there()
         state = _compare(payload, there or {}, remote)
         _refuse(state, target, overwrite)
@@ -146,9 +146,11 @@ def _converted(path: str | os.PathLike[str], scratch: Path, name: str, base: Any
     return out
 
 
-def _payload(source: Path, remote: Remote, licence: str | None) -> _Payload:
-    """The files, and a card for the repository's root where there is none."""
+def _payload(source: Path, remote: Remote, licence: Licence) -> _Payload:
+    """The files, and a card for the repository's root where there is none of its own."""
     files, target = _files(source), remote.uri
+    if is_of_the_base(source):
+        del files[CARD]
     check_names(files)
     text = _card(source, target, licence)
     prefix = f"{target.path}/" if target.path else ""
@@ -174,32 +176,16 @@ def _files(source: Path) -> dict[str, Path]:
     return found
 
 
-def _card(source: Path, target: Uri, licence: str | None) -> str:
+def _card(source: Path, target: Uri, licence: Licence) -> str:
     """The card; reading for it also proves that an adapter or a base is pushed, and no folder of something else."""
     from ..formats import detect, read
 
-    name, place = (target.path or target.repo).rpartition("/")[2], str(target)
+    name = (target.path or target.repo).rpartition("/")[2]
     try:
         source_format = detect(source)
     except UnknownFormat:
-        return _base_card(source, name, place, licence)
-    return adapter_card(read(source, source_format), name, source_format, place, licence)
-
-
-def _base_card(source: Path, name: str, place: str, licence: str | None) -> str:
-    from ..tensors.checkpoint import open_checkpoint, read_json
-
-    try:
-        folder = open_checkpoint(source).folder
-    except UsageError as error:
-        cure = "Name an adapter, or a folder of weights"
-        raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=source, cure=cure) from None
-    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
-    origin, told = source_of(folder), report.get("base_uri")
-    base = parse(told).name if isinstance(told, str) else origin.repo if origin else None
-    adapters = report.get("adapters")
-    listed = [a for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []
-    return model_card(name, place, base, listed, licence)
+        return model_card(name, target, model_at(source), licence)
+    return adapter_card(read(source, source_format), name, source_format, target, licence)
 
 
 def _compare(payload: _Payload, there: Mapping[str, RemoteFile], remote: Remote) -> dict[str, tuple[str, ...]]:
