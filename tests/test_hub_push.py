@@ -5,12 +5,14 @@ import contextlib
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import record, run
 from hub_repository import base_files, hub, laid, lay, peft_files  # noqa: F401 - a fixture
 from hub_server import TOKEN, Fault, HubServer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.numpy import save
 
 import adapterkit as ak
 from adapterkit.errors import NetworkError, StorageError, UnknownFormat
@@ -86,6 +88,55 @@ def test_transformers_loads_a_merged_model_that_was_pushed(
     loaded = AutoModelForCausalLM.from_pretrained("org/merged", cache_dir=str(tmp_path / "hf")).eval()
     words = torch.arange(8)[None]
     torch.testing.assert_close(loaded(words).logits, tuned(words).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("single", [True, False], ids=["one file", "shards"])
+def test_weight_files_that_are_too_large_are_parted(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool
+) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)).eval()
+    here = tmp_path / "model"
+    model.save_pretrained(here, max_shard_size="1GB" if single else "12KB")
+    lay(here, {"README.md": b"mine", "tokenizer.json": b"{}"})
+    pushed = record("push", here, "hf://org/parted", "--shard-size", "8KB")
+    assert pushed["card"] is None
+    there = hub.files("org/parted")
+    assert there["README.md"] == b"mine"
+    weights = {name: data for name, data in there.items() if name.endswith(".safetensors")}
+    assert len(weights) > 2
+    assert all(len(data) < 10_000 for data in weights.values()), "headers aside"
+    assert sorted(there.keys() - weights.keys() - {".gitattributes"}) == sorted(
+        {*(laid(here).keys() - {name for name in laid(here) if "safetensors" in name}), "model.safetensors.index.json"}
+    )
+    loaded = AutoModelForCausalLM.from_pretrained("org/parted", cache_dir=str(tmp_path / "hf")).eval()
+    words = torch.arange(8)[None]
+    torch.testing.assert_close(loaded(words).logits, model(words).logits, rtol=0, atol=0)
+    assert record("push", here, "hf://org/parted", "--shard-size", "8KB")["added"] == [], "the same again"
+    assert record("push", here, "hf://org/whole", "--shard-size", "1GB")["added"] == sorted(laid(here))
+    assert [path.name for path in (tmp_path / "cache" / "scratch").iterdir()] == ["lock"]
+
+
+def test_a_parted_merged_model_is_still_what_it_was(hub: HubServer, lora: Path, tmp_path: Path) -> None:
+    two = {"layers.0.q.weight": np.ones((8, 4), np.float32), "layers.0.k.weight": np.ones((8, 4), np.float32)}
+    hub.add("org/base", base_files() | {"model.safetensors": save(two, {"format": "pt"})})
+    ak.merge("org/base", lora, tmp_path / "merged", checksums=True)
+    ak.hub.push(tmp_path / "merged", "org/merged", shard_size=128)
+    assert "model-00002-of-00002.safetensors" in hub.files("org/merged")
+    assert run("verify", "org/merged", "--base", "org/base", "--adapter", lora).exit_code == 0
+    assert run("verify", "org/merged").exit_code == 2, "sums of files that are not there are none"
+    assert b"base_model: org/base" in hub.files("org/merged")["README.md"]
+
+
+def test_an_adapter_is_not_parted(hub: HubServer, lora: Path) -> None:
+    for more in ((), ("--to", "adapterkit")):
+        assert record("push", lora, "org/new", "--shard-size", "1KB", *more, code=2)["error"]["code"] == "usage"
+    assert hub.repos == {}
 
 
 def test_nothing_is_overwritten_silently(hub: HubServer, lora: Path) -> None:

@@ -13,15 +13,13 @@ from .card import Model
 from .digests import digests
 from .uris import parse
 
-__all__ = ["CARD", "is_of_the_base", "model_at"]
-
 
 def is_of_the_base(folder: Path) -> bool:
     """Whether the card in a folder is that of a merge's base, as it was carried along: nobody wrote one since."""
     card = folder / CARD
     if not card.is_file():
         return False
-    told = _record(folder).get("base_card")
+    told = record_at(folder).get("base_card")
     return told is not None and told == digests(card)[1]
 
 
@@ -38,13 +36,14 @@ def model_at(path: Path) -> Model:
     except UsageError as error:
         cure = "Name an adapter, or a folder of weights"
         raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=path, cure=cure) from None
-    record = _record(found.folder)
+    record = record_at(found.folder)
     adapters = _adapters(record)
     base, revision = _base_of(record, found.folder, adapters)
     return Model(base, revision, adapters, found.config or {})
 
 
-def _record(folder: Path) -> Mapping[str, Any]:
+def record_at(folder: Path) -> Mapping[str, Any]:
+    """What a merge wrote of itself into a folder; nothing where there was none."""
     from ..tensors.checkpoint import read_json
 
     return read_json(folder / REPORT) if (folder / REPORT).is_file() else {}

@@ -6,12 +6,11 @@ by rename when all of them are there.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from ..errors import AdapterkitError, RemoteNotFound, StorageError, storage_error
 from ..tensors.atomic import sync_folder
 from ..tensors.locations import NOTE, Source, source_of
+from .folders import locked
 from .hubs import remote_at
 from .remote import Remote, RemoteFile, largest_first
 from .transfer import ASKED, fetch
@@ -254,22 +254,6 @@ def _publish(stage: Path, target: Path) -> None:
 def _sync(file: Path) -> None:
     with open(file, "r+b") as handle:
         os.fsync(handle.fileno())
-
-
-@contextlib.contextmanager
-def locked(stage: Path) -> Iterator[None]:
-    """Holds a folder for this process, which is made where it is not there."""
-    stage.mkdir(exist_ok=True)
-    with open(stage / "lock", "wb") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: renaming a folder with open files fails there, which serves the same end
-            pass
-        except BlockingIOError:
-            raise StorageError("another process is writing here", path=stage, cure="Wait for it") from None
-        yield
 
 
 def _check_free(target: Path, overwrite: bool) -> None:
