@@ -52,10 +52,8 @@ class Bucket:
         self.name, self.place, self.options = name, place, _options()
         self.store: S3Store = S3Store(name, config={"checksum_algorithm": "SHA256"}, **self.options)
         self.anonymous = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y")
-        # Where nothing is to be signed, the address is wanted alone.
-        none: Any = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
-        self.keys = none if self.anonymous else {}
-        self.signer: S3Store = S3Store(name, config=self.keys, **self.options) if self.anonymous else self.store
+        self.keys: Mapping[str, Any] = _NOBODY if self.anonymous else {}
+        self.signer = self._signer()
 
     @contextmanager
     def asked(self, method: str, key: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
@@ -82,14 +80,17 @@ class Bucket:
         The store signs addresses of objects alone, behind the address of a bucket: here that ends with a query. What
         it puts behind that, in the way of an object's name, becomes the value of `x-id`, which S3 takes no notice of.
         """
-        from obstore.store import S3Store
-
         bucket = self._address(self.signer, "GET", "x").partition("?")[0].removesuffix("/x")
         endpoint = f"{bucket}?{urlencode({**query, 'x-id': ''}, quote_via=quote)}"
-        config: Any = {**self.keys, "endpoint": endpoint, "virtual_hosted_style_request": True}
-        url = self._address(S3Store(self.name, config=config, **self.options), "GET", "x")
+        url = self._address(self._signer(endpoint=endpoint, virtual_hosted_style_request=True), "GET", "x")
         with self._answered("GET", url, {}) as response:
             return self._body(response, "the bucket's list")
+
+    def _signer(self, **more: Any) -> S3Store:
+        from obstore.store import S3Store
+
+        config: dict[str, Any] = {**self.keys, **more}
+        return S3Store(self.name, config=config, **self.options)  # type: ignore[arg-type]
 
     def _address(self, signer: S3Store, method: str, key: str) -> str:
         """A signed address; without a signature where nothing is to be signed."""
@@ -112,6 +113,10 @@ class Bucket:
             if len(body) > MAX_ANSWER:
                 raise Malformed("unreasonably large", path=self.place, where=what, cure="Tell the bucket's owner")
         return body
+
+
+# Where nothing is to be signed, the address is wanted alone.
+_NOBODY = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
 
 
 def _options() -> dict[str, Any]:
