@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import record, run
+from faulty_disk import FILLS, Disk, full_disk
 from hub_repository import base_files, environment, hub, laid, lay, peft_files  # noqa: F401 - a fixture
 from hub_server import TOKEN, Fault, HubServer
 
@@ -194,6 +195,27 @@ def test_no_space_is_said_before_a_byte_is_sent(
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 500})())
     assert run("pull", "org/lora", tmp_path / "out").exit_code == 6
     assert hub.sent == 0
+
+
+@pytest.mark.parametrize("scheme", ["hf", "memory"])
+def test_a_disk_that_fills_up_is_said_and_gone_on_from(hub: HubServer, tmp_path: Path, scheme: str) -> None:
+    import fsspec
+
+    files, uri = peft_files() | {"more.txt": bytes(100_000)}, {"hf": "hf://org/lora", "memory": "memory://full/lora"}
+    hub.add("org/lora", files)
+    for name, data in files.items():
+        fsspec.filesystem("memory").pipe(f"/full/lora/{name}", data)
+    with Disk(tmp_path / "whole", only=FILLS).watched() as counted:
+        ak.hub.pull(uri[scheme], tmp_path / "whole" / "out")
+    assert len(counted.points) > 8
+    for at in range(len(counted.points)):
+        folder = tmp_path / f"full{at}"
+        with full_disk(folder, at).watched():
+            result = run("pull", uri[scheme], folder / "out")
+        assert result.exit_code == 6, (at, counted.points[at], result.output)
+        assert not (folder / "out").exists()
+        ak.hub.pull(uri[scheme], folder / "out")
+        assert laid(folder / "out") == files
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,7 @@ def test_hidden_files_and_what_is_no_model_stay_here(hub: HubServer, lora: Path,
         ("/commit/", "status", 503), ("/commit/", "status", 429), ("/commit/", "drop", None),
         ("/commit/", "after", None), ("/preupload/", "drop", None), ("/api/repos/create", "status", 503),
         ("/api/repos/create", "drop", None), ("/tag/", "status", 503), ("batch", "drop", None),
+        ("/tag/", "after", None),
     ],
 )  # fmt: skip
 def test_faults_of_the_moment_are_overcome(
@@ -196,6 +197,15 @@ def test_faults_of_the_moment_are_overcome(
     assert hub.files("org/new", "v1")["adapter_model.safetensors"] == peft_files()["adapter_model.safetensors"]
     assert len(hub.repos["org/new"].commits) == 2, "the first, and one of ours"
     assert pushed.commit == hub.repos["org/new"].branches["main"]
+
+
+def test_a_tag_that_is_on_something_else_stays_there(hub: HubServer, lora: Path, tmp_path: Path) -> None:
+    first = ak.hub.push(lora, "org/new", tag="v1")
+    assert ak.hub.push(lora, "org/new", tag="v1").tag == "v1", "the same again is no change"
+    other = lay(tmp_path / "other", peft_files("org/another"))
+    answer = record("push", other, "org/new", "--overwrite", "--tag", "v1", code=6)["error"]
+    assert (answer["why"], answer["cure"]) == ("the tag is there, on something else", "Choose another tag")
+    assert hub.repos["org/new"].tags["v1"] == first.commit
 
 
 def test_somebody_who_pushed_meanwhile_is_not_overwritten(

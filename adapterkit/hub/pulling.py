@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterkitError, RemoteNotFound, StorageError, storage_error
-from ..tensors.atomic import sync_folder
+from ..tensors.atomic import sync_folder, write_bytes
 from ..tensors.locations import NOTE, Source, source_of
 from .folders import locked
 from .hubs import remote_at
@@ -216,15 +216,17 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
     """Makes the stage ready; of what an earlier run left, only what is wanted now stays."""
     names = {f"{file.digest.replace(':', '-')} {name}" for name, file in wanted.items()}
     plan, told = stage / "plan", "\n".join(sorted(names))
-    if not plan.exists() or plan.read_text("utf-8") != told:
+    same = plan.exists() and plan.read_text("utf-8") == told
+    if not same:
         shutil.rmtree(stage / "out", ignore_errors=True)
-        plan.unlink(missing_ok=True)
     for folder in ("out", "parts"):
         (stage / folder).mkdir(exist_ok=True)
     for part in (stage / "parts").iterdir():
         if part.name not in {file.digest.replace(":", "-") for file in wanted.values()}:
             part.unlink()
-    plan.write_text(told, "utf-8")
+    if not same:
+        # Whole or not at all: half a plan would throw away what it is of.
+        write_bytes(plan, told.encode())
 
 
 def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:

@@ -180,4 +180,7 @@ def _commit(uri: Uri) -> str:
 
 
 def _cache(uri: Uri) -> Path:
-    return cache_folder() / "hub" / uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
+    """Names are kept apart by a digest where they may hold what is replaced in them."""
+    told = uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
+    apart = "" if uri.scheme == "hf" else f"-{hashlib.sha256(uri.name.encode()).hexdigest()[:8]}"
+    return cache_folder() / "hub" / (told + apart)
