@@ -114,6 +114,25 @@ def test_a_card_written_for_a_merged_model_is_left_alone(hub: HubServer, merged:
     assert "base_model: org/base" in (ak.hub.push(merged, "org/deleted").card or "")
 
 
+def test_a_generated_card_does_not_outlive_what_it_is_of(
+    hub: HubServer, registry: str, lora: Path, tmp_path: Path
+) -> None:
+    other = lay(tmp_path / "other", peft_files("org/another"))
+    for place in ("hf://org/new", f"oci://{registry}/cards/new:v1"):
+        first = ak.hub.push(lora, place, licence="mit").card or ""
+        assert ak.hub.push(lora, place).replaced == (), "the same again is no change"
+        pushed = ak.hub.push(other, place, overwrite=True)
+        assert set(pushed.replaced) == {"README.md", "adapter_config.json"}
+        assert told_of(first)["base_model"] == "org/base"
+        told = told_of(pushed.card)
+        assert (told["base_model"], told["license"]) == ("org/another", "mit")
+    hub.repos["org/new"].commit(
+        hub.files("org/new") | {"README.md": (pushed.card or "").encode() + b"and I wrote this"}
+    )
+    assert ak.hub.push(lora, "hf://org/new", overwrite=True).replaced == ("adapter_config.json",)
+    assert hub.files("org/new")["README.md"].endswith(b"and I wrote this")
+
+
 def test_where_the_base_lay_is_no_name_of_it(hub: HubServer, lora: Path, tmp_path: Path) -> None:
     base = lay(tmp_path / "somewhere", base_files())
     ak.merge(base, lora, tmp_path / "merged")

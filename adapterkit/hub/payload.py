@@ -10,17 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import StorageError, UnknownFormat, UsageError
+from ..errors import RemoteNotFound, StorageError, UnknownFormat, UsageError
 from ..merging.planned import CARD, REPORT
 from ..tensors.atomic import write_bytes
 from ..tensors.locations import located
 from .card import adapter_card, model_card
 from .digests import digests_of
 from .folders import scratch
-from .licences import Licence
+from .licences import MAX_CARD, Licence
 from .lineage import is_of_the_base, model_at, record_at
 from .names import check_names
-from .remote import Content, Digests, Remote
+from .remote import Content, Digests, Remote, RemoteFile
+from .transfer import read_range
 from .uris import Uri
 
 
@@ -83,10 +84,27 @@ def payload_of(source: Path, files: Mapping[str, Path], remote: Remote, licence:
     check_names(own)
     text, target = _card(source, remote.uri, licence), remote.uri
     prefix = f"{target.path}/" if target.path else ""
-    payload = Payload({f"{prefix}{name}": path for name, path in own.items()}, prefix + CARD)
+    payload = Payload({f"{prefix}{name}": path for name, path in own.items()}, _card_name(remote))
     if CARD not in own and (not prefix or remote.cards_below):
         payload.card, payload.files[payload.card_name] = text, text.encode()
     return payload
+
+
+def card_there(remote: Remote, there: Mapping[str, RemoteFile] | None) -> str:
+    """The text of the card that a push meets; empty without one, or where it is no text of a reasonable size."""
+    file = (there or {}).get(_card_name(remote))
+    if file is None or file.size > MAX_CARD:
+        return ""
+    try:
+        return read_range(remote, file, 0, file.size).decode()
+    except (RemoteNotFound, ValueError):
+        # A branch that is not there yet has the files of the main one; a list may name what never came.
+        return ""
+
+
+def _card_name(remote: Remote) -> str:
+    """Where a hub looks for the card of a place."""
+    return f"{remote.uri.path}/{CARD}" if remote.cards_below and remote.uri.path else CARD
 
 
 def files_of(source: Path) -> dict[str, Path]:

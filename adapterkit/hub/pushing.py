@@ -10,10 +10,11 @@ from typing import Any
 
 from ..errors import StorageError
 from ..tensors.locations import located
+from .card import is_generated
 from .digests import check_listed
 from .hubs import remote_at
-from .licences import Licence, licence_at, licence_called
-from .payload import Payload, payload_of, prepared
+from .licences import Licence, licence_at, licence_called, licence_of
+from .payload import Payload, card_there, payload_of, prepared
 from .remote import Remote, RemoteFile
 from .uris import Uri, parse
 
@@ -73,7 +74,7 @@ def push(
 
     When somebody else pushed meanwhile, it fails instead of mixing. A repository or branch that is not there is made.
     Without a README.md, here and there, a model card is generated; that of a base which came along when adapters were
-    merged into it counts for none.
+    merged into it counts for none, and so does a generated one there when files that it tells of are replaced.
 
     Args:
         path: an adapter in any format, or a base: file, folder or a place on a hub. Hidden files stay here.
@@ -104,9 +105,11 @@ def push(
     remote.check_writable()
     words = message or f"Push {Path(path).name} with adapterkit"
     with prepared(path, format, base, on_loss, shard_size) as (source, files):
-        payload = payload_of(source, files, remote, licence_called(licence) or licence_at(located(path)))
         there = remote.there()
-        pushed = _compared(payload, there, remote)
+        card = card_there(remote, there)
+        passed_on = licence_called(licence) or licence_at(located(path)) or licence_of(card)
+        payload = payload_of(source, files, remote, passed_on)
+        pushed = _compared(payload, there, remote, is_generated(card))
         _refuse(pushed, overwrite)
         return replace(pushed, dry=True) if dry_run else _sent(pushed, payload, remote, words, private, tag)
 
@@ -124,10 +127,21 @@ def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, privat
     return replace(pushed, uri=str(remote.uri.at(commit)), commit=commit, tag=tag)
 
 
-def _compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote) -> Pushed:
-    """What a push would do; a card that is there already stays, where what is there stays."""
-    if payload.card is not None and payload.card_name in (there or {}) and not remote.whole:
-        payload.leave_card_out()
+def _compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote, generated: bool) -> Pushed:
+    """What a push would do.
+
+    A card that is there stays, where what is there stays; but one that was generated does not outlive what it is of.
+    """
+    pushed = _all_compared(payload, there, remote)
+    if payload.card is None or payload.card_name not in (there or {}) or remote.whole:
+        return pushed
+    if generated and set(pushed.replaced) - {payload.card_name}:
+        return pushed
+    payload.leave_card_out()
+    return _all_compared(payload, there, remote)
+
+
+def _all_compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote) -> Pushed:
     kinds: dict[str, list[str]] = {"added": [], "replaced": [], "unchanged": []}
     for name, (size, *names) in sorted(payload.digests().items()):
         file = (there or {}).get(name)
