@@ -18,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 from ...errors import Corrupt, NetworkError, storage_error
 from ..folders import cache_folder
 from ..remote import Content
-from ..retries import ATTEMPTS, pause
+from ..retries import ATTEMPTS, pause, retrying
 
 if TYPE_CHECKING:
     import httpx2
@@ -175,16 +175,10 @@ def _finish(remote: Distribution, location: str, digest: str) -> None:
             if error.status != 404 or not _has(remote, digest):
                 raise
 
-    for attempt in range(ATTEMPTS):
-        try:
-            return act()
-        except Refused:
-            raise
-        except Exception as error:
-            met = remote.passing(error)
-            if met is None or attempt + 1 == ATTEMPTS or not pause(attempt, met.wait):
-                raise remote.failure(error) or error from None
-    return None
+    try:
+        retrying(act, remote.passing)
+    except Exception as error:
+        raise _failed(remote, error) from None
 
 
 def _location(remote: Distribution, url: str, response: httpx2.Response) -> str:
