@@ -197,6 +197,19 @@ def test_no_space_is_said_before_a_byte_is_sent(
     assert hub.sent == 0
 
 
+def test_the_plan_of_a_pull_is_not_written_again(hub: HubServer, tmp_path: Path) -> None:
+    """A kill while it is would throw away what is finished."""
+    hub.add("org/lora", peft_files())
+    hub.faults = [Fault("adapter_model", "status", 99, 503, {"Retry-After": "0"})]
+    assert run("pull", "org/lora", tmp_path / "out").exit_code == 5
+    plan = (tmp_path / ".out.pulling" / "plan").stat().st_ino
+    assert run("pull", "org/lora", tmp_path / "out").exit_code == 5
+    assert (tmp_path / ".out.pulling" / "plan").stat().st_ino == plan
+    hub.faults = []
+    assert run("pull", "org/lora", tmp_path / "out").exit_code == 0
+    assert len(hub.asked("adapter_config.json")) == 1, "what was finished is not fetched again"
+
+
 @pytest.mark.parametrize("scheme", ["hf", "memory"])
 def test_a_disk_that_fills_up_is_said_and_gone_on_from(hub: HubServer, tmp_path: Path, scheme: str) -> None:
     import fsspec
