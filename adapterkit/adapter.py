@@ -106,6 +106,17 @@ class Adapter:
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods of its updates, sorted."""
+        return tuple(sorted({update.method for _, update in self}))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks of its updates, sorted; those without one do not count."""
+        found = {update.dims(target.stacked).get("r") for target, update in self}
+        return tuple(sorted(rank for rank in found if isinstance(rank, int)))
+
     def map(self, f: Callable[[Leaf], Leaf]) -> Adapter:
         """The same adapter over changed leaves. A leaf shared by several updates is changed once and stays shared."""
         seen: dict[int, Leaf] = {}

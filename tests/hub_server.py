@@ -315,9 +315,6 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 del tree[value["path"]]
         oid = repo.commit(tree, branch)
-        if self.fault and self.fault.kind == "after":
-            self.close_connection = True
-            return
         self._send(200, {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}"})
 
     def _ref(self, repo: Repo, verb: str, name: str) -> None:
@@ -394,6 +391,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _send(self, status: int, answer: object, headers: dict[str, str] | None = None) -> None:
+        if self.fault and self.fault.kind == "after":
+            self.close_connection = True
+            return
         body = json.dumps(answer).encode()
         self.send_response(status)
         for header, value in {"Content-Type": "application/json", **(headers or {})}.items():

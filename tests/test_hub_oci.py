@@ -323,6 +323,15 @@ def test_a_registrys_digest_is_what_a_manifest_is_held_against(registry: str, hu
     assert str(pinned) == f"oci://{registry}/{name}@{commit}"
 
 
+def test_docker_hub_is_called_by_other_names(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay(tmp_path, {"config.json": json.dumps({"auths": {"https://index.docker.io/v1/": {"auth": "eDp5"}}}).encode()})
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    remote = remote_at(parse("oci://docker.io/org/lora:v1"))
+    assert remote.url == "https://registry-1.docker.io/v2/org/lora"
+    assert remote.admission.known
+    assert not remote_at(parse("oci://ghcr.io/org/lora:v1")).admission.known
+
+
 @pytest.fixture
 def guarded(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Proxy:
     """A registry that wants a token, and credentials that are changed for one."""

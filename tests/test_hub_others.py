@@ -5,7 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -42,7 +45,8 @@ def test_what_was_pushed_to_a_bucket_is_pulled_again(bucket: str, lora: Path, tm
     other = lay(tmp_path / "other", peft_files("org/another"))
     with pytest.raises(StorageError, match=r"adapter_config\.json"):
         ak.hub.push(other, uri)
-    assert ak.hub.push(other, uri, overwrite=True).replaced == ("models/lora/adapter_config.json",)
+    replaced = {"models/lora/adapter_config.json", "models/lora/README.md"}
+    assert set(ak.hub.push(other, uri, overwrite=True).replaced) == replaced
     with pytest.raises(NetworkError, match="no longer what it was"):
         ak.hub.pull(pushed["uri"], tmp_path / "old")
 
@@ -131,7 +135,7 @@ def test_flipped_bits_in_a_bucket_are_found(bucket: str, server: str, lora: Path
     ak.hub.push(lora, uri)
     data = bytearray(peft_files()["adapter_model.safetensors"])
     data[99] ^= 4
-    obstore.put(remote_at(parse(uri)).store, "x/adapter_model.safetensors", bytes(data))
+    obstore.put(remote_at(parse(uri)).bucket.store, "x/adapter_model.safetensors", bytes(data))
     assert run("pull", uri, tmp_path / "out").exit_code == 4
     assert not (tmp_path / "out").exists()
 
@@ -139,11 +143,62 @@ def test_flipped_bits_in_a_bucket_are_found(bucket: str, server: str, lora: Path
 def test_a_folder_that_another_tool_filled(bucket: str, lora: Path, tmp_path: Path) -> None:
     import obstore
 
-    store = remote_at(parse(f"s3://{bucket}/x")).store
+    store = remote_at(parse(f"s3://{bucket}/x")).bucket.store
     for name, data in peft_files().items():
         obstore.put(store, f"theirs/{name}", data)
     assert ak.read(f"s3://{bucket}/theirs").digest() == ak.read(lora).digest()
     assert "by their sizes alone" in run("pull", f"s3://{bucket}/theirs", tmp_path / "out").output
+
+
+def test_a_list_comes_in_pages_and_is_waited_for(
+    bucket: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import obstore
+
+    monkeypatch.setattr("adapterkit.hub.hubs._bucket_lists.PAGE", 2)
+    files = {"a b+c%20.txt": b"1", "d/é&x=1.txt": b"2", "e.txt": b"3", "f.txt": b"4", "g.txt": b""}
+    store = remote_at(parse(f"s3://{bucket}")).bucket.store
+    for name, data in (files | {"other/x": b"no"}).items():
+        obstore.put(store, name if name == "other/x" else f"theirs/{name}", data)
+    urlopen(Request(f"{server}/{bucket}/theirs/", method="PUT")).close()
+    proxy, waits = Proxy(server.removeprefix("http://")), list[float]()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.host}")
+    monkeypatch.setattr("adapterkit.hub.retries.time.sleep", waits.append)
+    proxy.faults = [Fault("list-type", "status", 2, 503, {"Retry-After": "47"}), Fault("continuation", "drop")]
+    try:
+        ak.hub.pull(f"s3://{bucket}/theirs", tmp_path / "out")
+    finally:
+        proxy.close()
+    assert laid(tmp_path / "out") == files, "a mark that stands for a folder is no file"
+    assert [wait for wait in waits if wait >= 47] == [47, 47]
+    assert sum("list-type" in path for _, path, _ in proxy.requests) == 6, "three pages; three times again"
+
+
+def test_addresses_of_lists_are_signed_as_aws_signs(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """moto takes any signature: botocore's says what it has to be."""
+    from datetime import datetime
+
+    auth = pytest.importorskip("botocore.auth")
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    from adapterkit.hub.hubs import _bucket
+
+    asked = []
+
+    def answered(method: str, url: str, *_: object) -> object:
+        asked.append(url)
+        raise ConnectionError
+
+    monkeypatch.setattr(_bucket, "answered", answered)
+    with pytest.raises(ConnectionError):
+        remote_at(parse(f"s3://{bucket}")).bucket.page({"list-type": "2", "prefix": "a b/é&c=%d+", "delimiter": "/"})
+    address, signature = asked[0].rsplit("&X-Amz-Signature=", 1)
+    when = datetime.strptime(parse_qs(urlsplit(address).query)["X-Amz-Date"][0], "%Y%m%dT%H%M%SZ")
+    request = AWSRequest("GET", address.partition("&X-Amz-")[0])
+    monkeypatch.setattr(auth, "get_current_datetime", lambda *_, **__: when.replace(tzinfo=UTC))
+    auth.S3SigV4QueryAuth(Credentials("key", SECRET), "s3", "us-east-1", expires=900).add_auth(request)
+    assert request.url.rsplit("X-Amz-Signature=", 1)[1] == signature
 
 
 @pytest.mark.parametrize(("path", "exit_code"), [("none", 5), ("../x", 2), ("a//b", 2), ("x" * 300, 2)])

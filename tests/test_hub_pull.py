@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import record, run
+from faulty_disk import FILLS, Disk, full_disk
 from hub_repository import base_files, environment, hub, laid, lay, peft_files  # noqa: F401 - a fixture
 from hub_server import TOKEN, Fault, HubServer
 
@@ -196,6 +197,40 @@ def test_no_space_is_said_before_a_byte_is_sent(
     assert hub.sent == 0
 
 
+def test_the_plan_of_a_pull_is_not_written_again(hub: HubServer, tmp_path: Path) -> None:
+    """A kill while it is would throw away what is finished."""
+    hub.add("org/lora", peft_files())
+    hub.faults = [Fault("adapter_model", "status", 99, 503, {"Retry-After": "0"})]
+    assert run("pull", "org/lora", tmp_path / "out").exit_code == 5
+    plan = (tmp_path / ".out.pulling" / "plan").stat().st_ino
+    assert run("pull", "org/lora", tmp_path / "out").exit_code == 5
+    assert (tmp_path / ".out.pulling" / "plan").stat().st_ino == plan
+    hub.faults = []
+    assert run("pull", "org/lora", tmp_path / "out").exit_code == 0
+    assert len(hub.asked("adapter_config.json")) == 1, "what was finished is not fetched again"
+
+
+@pytest.mark.parametrize("scheme", ["hf", "memory"])
+def test_a_disk_that_fills_up_is_said_and_gone_on_from(hub: HubServer, tmp_path: Path, scheme: str) -> None:
+    import fsspec
+
+    files, uri = peft_files() | {"more.txt": bytes(100_000)}, {"hf": "hf://org/lora", "memory": "memory://full/lora"}
+    hub.add("org/lora", files)
+    for name, data in files.items():
+        fsspec.filesystem("memory").pipe(f"/full/lora/{name}", data)
+    with Disk(tmp_path / "whole", only=FILLS).watched() as counted:
+        ak.hub.pull(uri[scheme], tmp_path / "whole" / "out")
+    assert len(counted.points) > 8
+    for at in range(len(counted.points)):
+        folder = tmp_path / f"full{at}"
+        with full_disk(folder, at).watched():
+            result = run("pull", uri[scheme], folder / "out")
+        assert result.exit_code == 6, (at, counted.points[at], result.output)
+        assert not (folder / "out").exists()
+        ak.hub.pull(uri[scheme], folder / "out")
+        assert laid(folder / "out") == files
+
+
 @pytest.mark.parametrize(
     ("uri", "attributes", "token", "code", "words"),
     [
@@ -326,7 +361,7 @@ def test_inspecting_reads_headers_alone(hub: HubServer, tmp_path: Path) -> None:
         remote["recipe"] = [step for step in remote.get("recipe", []) if step["op"] != "pull"]
         assert remote == {"recipe": [], **local}
     assert hub.sent < 200_000
-    assert not (tmp_path / "cache").exists()
+    assert {path.name for path in (tmp_path / "cache").rglob("*")} == {"scratch", "lock"}, "nothing is kept"
 
 
 def test_values_that_a_reader_asks_for_come_by_range(hub: HubServer) -> None:

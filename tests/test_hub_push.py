@@ -5,12 +5,14 @@ import contextlib
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import record, run
 from hub_repository import base_files, hub, laid, lay, peft_files  # noqa: F401 - a fixture
 from hub_server import TOKEN, Fault, HubServer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.numpy import save
 
 import adapterkit as ak
 from adapterkit.errors import NetworkError, StorageError, UnknownFormat
@@ -88,63 +90,53 @@ def test_transformers_loads_a_merged_model_that_was_pushed(
     torch.testing.assert_close(loaded(words).logits, tuned(words).logits)
 
 
-def test_the_card_is_one(hub: HubServer, lora: Path, tmp_path: Path) -> None:
-    from huggingface_hub import ModelCard
-
-    text = ak.hub.push(lora, "org/new", licence="apache-2.0").card
-    assert text is not None
-    card = ModelCard(text)
-    card.validate()
-    told = card.data.to_dict()
-    assert told["base_model"] == "org/base"
-    assert (told["library_name"], told["license"]) == ("peft", "apache-2.0")
-    hub.add("org/base", base_files())
-    snippet = text.split("```python\n")[1].split("```")[0].replace('"merged"', repr(str(tmp_path / "merged")))
-    exec(compile(snippet, "card", "exec"), {})
-    assert (tmp_path / "merged" / "model.safetensors").exists()
-
-
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-def test_each_snippet_of_the_card_runs(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("single", [True, False], ids=["one file", "shards"])
+def test_weight_files_that_are_too_large_are_parted(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool
+) -> None:
     torch = pytest.importorskip("torch")
-    from huggingface_hub import ModelCard
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    for name in ("huggingface_hub.constants.HF_HUB_CACHE", "huggingface_hub.file_download.constants.HF_HUB_CACHE"):
-        monkeypatch.setattr(name, str(tmp_path / "hf"))
-    monkeypatch.chdir(tmp_path)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **sizes)).eval()
-    model.save_pretrained(tmp_path / "base")
-    ak.hub.push(tmp_path / "base", "hf://org/base", licence="mit")
-    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
-    tuned.peft_config["default"].base_model_name_or_path = "org/base"
-    tuned.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "adapter" / "README.md").unlink()
-    text = ak.hub.push(tmp_path / "adapter", "hf://org/adapter", licence="mit").card or ""
-    ModelCard(text).validate()
-    words, said = torch.arange(8)[None], {}
-    for snippet in text.split("```python\n")[1:]:
-        exec(compile(snippet.split("```")[0], "card", "exec"), said)
-    torch.testing.assert_close(said["model"].eval()(words).logits, tuned(words).logits)
-    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(merged(words).logits, tuned(words).logits)
-    ModelCard(ak.hub.push(tmp_path / "merged", "hf://org/merged", dry_run=True).card or text).validate()
-
-
-def test_a_base_that_is_a_path_stays_out_of_the_card(hub: HubServer, tmp_path: Path) -> None:
-    lora = lay(tmp_path / "lora", peft_files("/home/somebody/secret/base"))
-    assert "somebody" not in (ak.hub.push(lora, "org/new").card or "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)).eval()
+    here = tmp_path / "model"
+    model.save_pretrained(here, max_shard_size="1GB" if single else "12KB")
+    lay(here, {"README.md": b"mine", "tokenizer.json": b"{}"})
+    pushed = record("push", here, "hf://org/parted", "--shard-size", "8KB")
+    assert pushed["card"] is None
+    there = hub.files("org/parted")
+    assert there["README.md"] == b"mine"
+    weights = {name: data for name, data in there.items() if name.endswith(".safetensors")}
+    assert len(weights) > 2
+    assert all(len(data) < 10_000 for data in weights.values()), "headers aside"
+    assert sorted(there.keys() - weights.keys() - {".gitattributes"}) == sorted(
+        {*(laid(here).keys() - {name for name in laid(here) if "safetensors" in name}), "model.safetensors.index.json"}
+    )
+    loaded = AutoModelForCausalLM.from_pretrained("org/parted", cache_dir=str(tmp_path / "hf")).eval()
+    words = torch.arange(8)[None]
+    torch.testing.assert_close(loaded(words).logits, model(words).logits, rtol=0, atol=0)
+    assert record("push", here, "hf://org/parted", "--shard-size", "8KB")["added"] == [], "the same again"
+    assert record("push", here, "hf://org/whole", "--shard-size", "1GB")["added"] == sorted(laid(here))
+    assert [path.name for path in (tmp_path / "cache" / "scratch").iterdir()] == ["lock"]
 
 
-def test_a_card_of_ones_own_is_left_alone(hub: HubServer, lora: Path) -> None:
-    (lora / "README.md").write_text("---\nlicense: mit\n---\nmine")
-    assert ak.hub.push(lora, "org/new").card is None
-    assert hub.files("org/new")["README.md"].endswith(b"mine")
-    (lora / "README.md").unlink()
-    assert ak.hub.push(lora, "org/new").added == ()
-    assert hub.files("org/new")["README.md"].endswith(b"mine")
+def test_a_parted_merged_model_is_still_what_it_was(hub: HubServer, lora: Path, tmp_path: Path) -> None:
+    two = {"layers.0.q.weight": np.ones((8, 4), np.float32), "layers.0.k.weight": np.ones((8, 4), np.float32)}
+    hub.add("org/base", base_files() | {"model.safetensors": save(two, {"format": "pt"})})
+    ak.merge("org/base", lora, tmp_path / "merged", checksums=True)
+    ak.hub.push(tmp_path / "merged", "org/merged", shard_size=128)
+    assert "model-00002-of-00002.safetensors" in hub.files("org/merged")
+    assert run("verify", "org/merged", "--base", "org/base", "--adapter", lora).exit_code == 0
+    assert run("verify", "org/merged").exit_code == 2, "sums of files that are not there are none"
+    assert b"base_model: org/base" in hub.files("org/merged")["README.md"]
+
+
+def test_an_adapter_is_not_parted(hub: HubServer, lora: Path) -> None:
+    for more in ((), ("--to", "adapterkit")):
+        assert record("push", lora, "org/new", "--shard-size", "1KB", *more, code=2)["error"]["code"] == "usage"
+    assert hub.repos == {}
 
 
 def test_nothing_is_overwritten_silently(hub: HubServer, lora: Path) -> None:
@@ -192,6 +184,7 @@ def test_hidden_files_and_what_is_no_model_stay_here(hub: HubServer, lora: Path,
         ("/commit/", "status", 503), ("/commit/", "status", 429), ("/commit/", "drop", None),
         ("/commit/", "after", None), ("/preupload/", "drop", None), ("/api/repos/create", "status", 503),
         ("/api/repos/create", "drop", None), ("/tag/", "status", 503), ("batch", "drop", None),
+        ("/tag/", "after", None),
     ],
 )  # fmt: skip
 def test_faults_of_the_moment_are_overcome(
@@ -204,6 +197,15 @@ def test_faults_of_the_moment_are_overcome(
     assert hub.files("org/new", "v1")["adapter_model.safetensors"] == peft_files()["adapter_model.safetensors"]
     assert len(hub.repos["org/new"].commits) == 2, "the first, and one of ours"
     assert pushed.commit == hub.repos["org/new"].branches["main"]
+
+
+def test_a_tag_that_is_on_something_else_stays_there(hub: HubServer, lora: Path, tmp_path: Path) -> None:
+    first = ak.hub.push(lora, "org/new", tag="v1")
+    assert ak.hub.push(lora, "org/new", tag="v1").tag == "v1", "the same again is no change"
+    other = lay(tmp_path / "other", peft_files("org/another"))
+    answer = record("push", other, "org/new", "--overwrite", "--tag", "v1", code=6)["error"]
+    assert (answer["why"], answer["cure"]) == ("the tag is there, on something else", "Choose another tag")
+    assert hub.repos["org/new"].tags["v1"] == first.commit
 
 
 def test_somebody_who_pushed_meanwhile_is_not_overwritten(

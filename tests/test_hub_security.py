@@ -103,7 +103,9 @@ def test_a_buckets_list_writes_nowhere_else(bucket: str, tmp_path: Path, name: s
     from adapterkit.hub.hubs import remote_at
 
     told = {"state": "whole", "files": {name: {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}}
-    obstore.put(remote_at(parse(f"s3://{bucket}/x")).store, "x/.adapterkit-files.json", json.dumps(told).encode())
+    obstore.put(
+        remote_at(parse(f"s3://{bucket}/x")).bucket.store, "x/.adapterkit-files.json", json.dumps(told).encode()
+    )
     (tmp_path / "in").mkdir()
     assert run("pull", f"s3://{bucket}/x", tmp_path / "in" / "out").exit_code == 2
     assert list((tmp_path / "in").rglob("*")) == []
@@ -203,7 +205,7 @@ def test_a_bucket_that_another_tool_filled_is_listed_in_spite_of_faults(
     from adapterkit.hub.hubs import remote_at
 
     for name, data in peft_files().items():
-        obstore.put(remote_at(parse(f"s3://{bucket}/x")).store, f"x/{name}", data)
+        obstore.put(remote_at(parse(f"s3://{bucket}/x")).bucket.store, f"x/{name}", data)
     proxy = Proxy(server.removeprefix("http://"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{proxy.host}")
     proxy.faults = [Fault("list-type", "status", 2, 503), Fault("list-type", "drop", 2), Fault("model.saf", "drop", 2)]

@@ -1,7 +1,8 @@
 """Put an adapter or a model on a hub, in one commit.
 
 SRC is an adapter in any known format or a folder of weights; URI is hf://org/repo[@branch][/folder],
-oci://registry/name:tag or s3://bucket/path. Without a README.md a model card is generated.
+oci://registry/name:tag or s3://bucket/path. Without a README.md a model card is
+generated; that of a base which came along with a merge counts for none.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from ._render import Table, View, show
 )  # fmt: skip
 @_options.base
 @click.option("--on-loss", type=click.Choice(ON_LOSS), default="refuse", show_default=True, help="As for convert.")
+@click.option(
+    "--shard-size", callback=_options.byte_count, metavar="SIZE",
+    help="Largest weight file of a model, e.g. 5GB; larger ones are parted. As they lie there if absent.",
+)  # fmt: skip
 @click.option("--private", is_flag=True, help="Make a private repository, where there is none.")
 @click.option("--revision", metavar="BRANCH", help="The branch to push to; made from the main one where there is none.")
 @click.option("--tag", metavar="TAG", help="Set this tag on the commit.")
@@ -36,8 +41,8 @@ from ._render import Table, View, show
 @click.pass_obj
 def command(
     settings: _options.Settings, src: str, uri: str, target_format: str | None, base: str | None, on_loss: str,
-    private: bool, revision: str | None, tag: str | None, message: str | None, licence: str | None, dry_run: bool,
-    overwrite: bool,
+    shard_size: int | None, private: bool, revision: str | None, tag: str | None, message: str | None,
+    licence: str | None, dry_run: bool, overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.hub.push`."""
     from ..hub import parse, push
@@ -47,7 +52,8 @@ def command(
         raise click.UsageError("name the branch once: after the @ or by --revision")
     pushed = push(
         src, target if revision is None else target.at(revision), format=target_format, base=base, on_loss=on_loss,
-        private=private, tag=tag, message=message, licence=licence, overwrite=overwrite, dry_run=dry_run,
+        shard_size=shard_size, private=private, tag=tag, message=message, licence=licence, overwrite=overwrite,
+        dry_run=dry_run,
     )  # fmt: skip
     show(settings, pushed.record(), _view)
 
@@ -61,5 +67,7 @@ def _view(record: Mapping[str, Any]) -> View:
         yield f"{record['uri']}: all there already"
     else:
         yield f"{record['uri']}: pushed" + (", in a new repository" if record["created"] else "")
+    if record["card"] is not None:
+        yield "README.md: a model card, generated"
     if record["tag"]:
         yield f"tagged {record['tag']}"

@@ -13,7 +13,7 @@ MAX_NAME = 255
 
 MAX_PATH = 1024
 
-_DEVICES = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+_DEVICES = re.compile(r"(?i)(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?")
 """Names that Windows takes for devices, in whatever folder."""
 
 

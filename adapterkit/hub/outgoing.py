@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ..errors import StorageError, storage_error
 from ..tensors.locations import located
-from .card import licence_at
 from .folders import cache_folder
 from .hubs import remote_at
-from .pushing import CARD, push
+from .licences import Licence, licence_at
+from .pushing import push
 from .uris import parse
 
 
@@ -22,8 +22,7 @@ from .uris import parse
 def outgoing(name: str, overwrite: bool = False, sources: Sequence[str | PathLike[str]] = ()) -> Iterator[Path]:
     """A path to write to; what is there is pushed when the block ends without an error.
 
-    After an error it stays, and the same command goes on with it. A model card that came along with a base's files
-    tells of the base: one of what was made takes its place, with its licence.
+    After an error it stays, and the same command goes on with it.
 
     Args:
         name: of the place.
@@ -44,11 +43,8 @@ def outgoing(name: str, overwrite: bool = False, sources: Sequence[str | PathLik
         raise storage_error(error, folder) from error
     out = folder / "out"
     yield out
-    licence = _licence([*map(located, sources), out] if (out / CARD).is_file() else [*map(located, sources)])
-    if out.is_dir():
-        (out / CARD).unlink(missing_ok=True)
     try:
-        push(out, uri, overwrite=overwrite, licence=licence)
+        push(out, uri, overwrite=overwrite, licence=_licence([*map(located, sources)]))
     except StorageError as error:
         if error.path == str(uri):
             # It is there with other content: to go on would meet the same.
@@ -57,7 +53,7 @@ def outgoing(name: str, overwrite: bool = False, sources: Sequence[str | PathLik
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _licence(sources: Sequence[Path]) -> str | None:
-    """The one licence of all sources; None where one has none, or they differ: whoever pushes has to choose."""
-    found = {licence_at(source) for source in sources}
-    return found.pop() if len(found) == 1 else None
+def _licence(sources: Sequence[Path]) -> Licence:
+    """The one licence of all sources; none where one has none, or they differ: whoever pushes has to choose."""
+    found = [licence_at(source) for source in sources]
+    return found[0] if found and all(licence == found[0] for licence in found) else {}

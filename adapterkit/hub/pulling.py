@@ -6,20 +6,20 @@ by rename when all of them are there.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterkitError, RemoteNotFound, StorageError, storage_error
-from ..tensors.atomic import sync_folder
+from ..tensors.atomic import sync_folder, write_bytes
 from ..tensors.locations import NOTE, Source, source_of
+from .folders import locked
 from .hubs import remote_at
 from .remote import Remote, RemoteFile, largest_first
 from .transfer import ASKED, fetch
@@ -216,15 +216,17 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
     """Makes the stage ready; of what an earlier run left, only what is wanted now stays."""
     names = {f"{file.digest.replace(':', '-')} {name}" for name, file in wanted.items()}
     plan, told = stage / "plan", "\n".join(sorted(names))
-    if not plan.exists() or plan.read_text("utf-8") != told:
+    same = plan.exists() and plan.read_text("utf-8") == told
+    if not same:
         shutil.rmtree(stage / "out", ignore_errors=True)
-        plan.unlink(missing_ok=True)
     for folder in ("out", "parts"):
         (stage / folder).mkdir(exist_ok=True)
     for part in (stage / "parts").iterdir():
         if part.name not in {file.digest.replace(":", "-") for file in wanted.values()}:
             part.unlink()
-    plan.write_text(told, "utf-8")
+    if not same:
+        # Whole or not at all: half a plan would throw away what it is of.
+        write_bytes(plan, told.encode())
 
 
 def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
@@ -254,22 +256,6 @@ def _publish(stage: Path, target: Path) -> None:
 def _sync(file: Path) -> None:
     with open(file, "r+b") as handle:
         os.fsync(handle.fileno())
-
-
-@contextlib.contextmanager
-def locked(stage: Path) -> Iterator[None]:
-    """Holds a folder for this process, which is made where it is not there."""
-    stage.mkdir(exist_ok=True)
-    with open(stage / "lock", "wb") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: renaming a folder with open files fails there, which serves the same end
-            pass
-        except BlockingIOError:
-            raise StorageError("another process is writing here", path=stage, cure="Wait for it") from None
-        yield
 
 
 def _check_free(target: Path, overwrite: bool) -> None:

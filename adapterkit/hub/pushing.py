@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import StorageError, UnknownFormat, UsageError
-from ..merging.planned import REPORT
-from ..tensors.locations import located, source_of
-from .card import adapter_card, licence_at, model_card
-from .digests import check_listed, digests_of
+from ..errors import StorageError
+from ..tensors.locations import located
+from .card import is_generated
+from .digests import check_listed
 from .hubs import remote_at
-from .names import check_names
-from .remote import Content, Digests, Remote, RemoteFile
+from .licences import Licence, licence_at, licence_called, licence_of
+from .payload import Payload, card_there, payload_of, prepared
+from .remote import Remote, RemoteFile
 from .uris import Uri, parse
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +54,6 @@ class Pushed:
         }  # fmt: skip
 
 
-@dataclass(slots=True)
-class _Payload:
-    """Files to push, by their names in the repository: paths, or the text of a generated card."""
-
-    files: dict[str, Content]
-    card: str | None = None
-    found: dict[str, Digests] = field(default_factory=dict)
-
-    def digests(self) -> dict[str, Digests]:
-        for name, content in self.files.items():
-            if name not in self.found:
-                self.found[name] = digests_of(content)
-        return {name: self.found[name] for name in self.files}
-
-
 def push(
     path: str | os.PathLike[str],
     uri: str | Uri,
@@ -79,10 +61,11 @@ def push(
     format: str | None = None,  # noqa: A002 - the public contract's word
     base: str | os.PathLike[str] | None = None,
     on_loss: str = "refuse",
+    shard_size: int | None = None,
     private: bool = False,
     tag: str | None = None,
     message: str | None = None,
-    licence: str | None = None,
+    licence: str | Licence | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     token: str | None = None,
@@ -90,7 +73,8 @@ def push(
     """Pushes an adapter, or a folder of weights, in one commit.
 
     When somebody else pushed meanwhile, it fails instead of mixing. A repository or branch that is not there is made.
-    Without a README.md, here and there, a model card is generated.
+    Without a README.md, here and there, a model card is generated; that of a base which came along when adapters were
+    merged into it counts for none, and so does a generated one there when files that it tells of are replaced.
 
     Args:
         path: an adapter in any format, or a base: file, folder or a place on a hub. Hidden files stay here.
@@ -98,11 +82,13 @@ def push(
         format: push the adapter in this format; as it lies there if absent.
         base: the base, where writing that format needs one.
         on_loss: as for `adapterkit.write`.
+        shard_size: bytes of a weight file of a model at most; where one is larger, they are parted anew on the way. As
+            they lie there if absent.
         private: a repository that has to be made is private.
         tag: set this tag on the commit.
         message: of the commit.
-        licence: an identifier such as `apache-2.0` for the generated card; the one that a card at `path` names, if
-            absent.
+        licence: for the generated card: an identifier such as `apache-2.0`, or what a card says of it under `license`,
+            `license_name` and `license_link`; the one that a card at `path` names, if absent.
         overwrite: replace files that are there with other content; without it they are an error.
         dry_run: look, and write nothing.
         token: a token; what the hub's own tools use if absent.
@@ -111,121 +97,64 @@ def push(
         NetworkError: no access, somebody pushed meanwhile, or the hub cannot be reached.
         StorageError: files of those names are there with other content.
         UnknownFormat: neither an adapter nor a base is at `path`.
+        UsageError: an adapter, which is one file, is to be parted.
         Corrupt: what the hub lists afterwards is not what was pushed.
     """
     target = parse(uri) if isinstance(uri, str) else uri
     remote = remote_at(target, token)
     remote.check_writable()
-    with tempfile.TemporaryDirectory(prefix="adapterkit-") as scratch:
-        here = located(path)
-        source = here if format is None else _converted(path, Path(scratch), format, base, on_loss)
-        payload = _payload(source, remote, licence or licence_at(here))
+    words = message or f"Push {Path(path).name} with adapterkit"
+    with prepared(path, format, base, on_loss, shard_size) as (source, files):
         there = remote.there()
-        state = _compare(payload, there or {}, remote)
-        _refuse(state, target, overwrite)
-        kinds = state["added"], state["replaced"], state["unchanged"], state["removed"]
-        if dry_run or not any(state[kind] for kind in ("added", "replaced", "removed")):
-            commit = None if dry_run else remote.kept()
-            tag = _tag(remote, tag, commit) if commit else None
-            place = str(target if commit is None else target.at(commit))
-            return Pushed(place, commit, there is None, *kinds, payload.card, tag, dry_run)
-        changed, words = [*state["added"], *state["replaced"]], message or f"Push {Path(path).name} with adapterkit"
-        commit = remote.send(payload.files, changed, payload.digests(), words, private)
-        check_listed(remote_at(target.at(commit), token), payload.digests())
-        tag = _tag(remote, tag, commit)
-        return Pushed(str(target.at(commit)), commit, there is None, *kinds, payload.card, tag)
+        card = card_there(remote, there)
+        passed_on = licence_called(licence) or licence_at(located(path)) or licence_of(card)
+        payload = payload_of(source, files, remote, passed_on)
+        pushed = _compared(payload, there, remote, is_generated(card))
+        _refuse(pushed, overwrite)
+        return replace(pushed, dry=True) if dry_run else _sent(pushed, payload, remote, words, private, tag)
 
 
-def _converted(path: str | os.PathLike[str], scratch: Path, name: str, base: Any, on_loss: str) -> Path:
-    """The adapter in another format, in a scratch folder."""
-    from ..formats import FORMATS, read, write
-
-    out = scratch / "adapter"
-    out.mkdir()
-    write(read(path, base=base), out / FORMATS[name].file, name, base, on_loss)
-    return out
-
-
-def _payload(source: Path, remote: Remote, licence: str | None) -> _Payload:
-    """The files, and a card for the repository's root where there is none."""
-    files, target = _files(source), remote.uri
-    check_names(files)
-    text = _card(source, target, licence)
-    prefix = f"{target.path}/" if target.path else ""
-    payload = _Payload({f"{prefix}{name}": path for name, path in files.items()})
-    if CARD not in files and (not prefix or remote.cards_below):
-        payload.card, payload.files[prefix + CARD] = text, text.encode()
-    return payload
+def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, private: bool, tag: str | None) -> Pushed:
+    """Makes the commit, if there is anything to change, and sets the tag."""
+    changed = [*pushed.added, *pushed.replaced]
+    if changed or pushed.removed:
+        commit = remote.send(payload.files, changed, payload.digests(), message, private)
+        check_listed(remote_at(remote.uri.at(commit), remote.token), payload.digests())
+    else:
+        commit = remote.kept()
+    if tag is not None:
+        remote.tagged(tag, commit)
+    return replace(pushed, uri=str(remote.uri.at(commit)), commit=commit, tag=tag)
 
 
-def _files(source: Path) -> dict[str, Path]:
-    """What is pushed of a file or a folder; links to files count, links to folders and hidden names do not."""
-    if not source.exists():
-        raise StorageError("no such file or folder", path=source, cure="Check the spelling of the path")
-    if source.is_file():
-        return {source.name: source}
-    found = {}
-    for folder, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            file = Path(folder) / name
-            if not name.startswith(".") and file.is_file():
-                found[file.relative_to(source).as_posix()] = file
-    return found
+def _compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote, generated: bool) -> Pushed:
+    """What a push would do.
+
+    A card that is there stays, where what is there stays; but one that was generated does not outlive what it is of.
+    """
+    pushed = _all_compared(payload, there, remote)
+    if payload.card is None or payload.card_name not in (there or {}) or remote.whole:
+        return pushed
+    if generated and set(pushed.replaced) - {payload.card_name}:
+        return pushed
+    payload.leave_card_out()
+    return _all_compared(payload, there, remote)
 
 
-def _card(source: Path, target: Uri, licence: str | None) -> str:
-    """The card; reading for it also proves that an adapter or a base is pushed, and no folder of something else."""
-    from ..formats import detect, read
-
-    name, place = (target.path or target.repo).rpartition("/")[2], str(target)
-    try:
-        source_format = detect(source)
-    except UnknownFormat:
-        return _base_card(source, name, place, licence)
-    return adapter_card(read(source, source_format), name, source_format, place, licence)
-
-
-def _base_card(source: Path, name: str, place: str, licence: str | None) -> str:
-    from ..tensors.checkpoint import open_checkpoint, read_json
-
-    try:
-        folder = open_checkpoint(source).folder
-    except UsageError as error:
-        cure = "Name an adapter, or a folder of weights"
-        raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=source, cure=cure) from None
-    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
-    origin, told = source_of(folder), report.get("base_uri")
-    base = parse(told).name if isinstance(told, str) else origin.repo if origin else None
-    adapters = report.get("adapters")
-    listed = [a for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []
-    return model_card(name, place, base, listed, licence)
-
-
-def _compare(payload: _Payload, there: Mapping[str, RemoteFile], remote: Remote) -> dict[str, tuple[str, ...]]:
-    name = f"{remote.uri.path}/{CARD}" if remote.cards_below and remote.uri.path else CARD
-    if payload.card is not None and name in there and not remote.whole:
-        del payload.files[name]
-        payload.card = None
-    state: dict[str, list[str]] = {"added": [], "replaced": [], "unchanged": [], "removed": []}
-    if remote.whole:
-        state["removed"] += [path for path in there if path not in payload.files]
-    for name, (size, *names) in payload.digests().items():
-        file = there.get(name)
+def _all_compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote) -> Pushed:
+    kinds: dict[str, list[str]] = {"added": [], "replaced": [], "unchanged": []}
+    for name, (size, *names) in sorted(payload.digests().items()):
+        file = (there or {}).get(name)
         kind = "added" if file is None else "unchanged" if file.size == size and file.digest in names else "replaced"
-        state[kind].append(name)
-    return {kind: tuple(sorted(names)) for kind, names in state.items()}
+        kinds[kind].append(name)
+    added, replaced, unchanged = map(tuple, kinds.values())
+    removed = tuple(sorted((there or {}).keys() - payload.files.keys())) if remote.whole else ()
+    return Pushed(str(remote.uri), None, there is None, added, replaced, unchanged, removed, payload.card)
 
 
-def _refuse(state: Mapping[str, tuple[str, ...]], target: Uri, overwrite: bool) -> None:
-    lost = [*state["replaced"], *state["removed"]]
+def _refuse(pushed: Pushed, overwrite: bool) -> None:
+    lost = [*pushed.replaced, *pushed.removed]
     if lost and not overwrite:
         names = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
         cure = "Push to another repository, branch or folder, or allow overwriting"
-        raise StorageError(f"there already, with other content: {names}", path=str(target), cure=cure)
-
-
-def _tag(remote: Remote, tag: str | None, commit: str) -> str | None:
-    if tag is not None:
-        remote.tagged(tag, commit)
-    return tag
+        raise StorageError(f"there already, with other content: {names}", path=pushed.uri, cure=cure)

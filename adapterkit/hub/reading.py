@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from ..errors import Malformed, NetworkError, storage_error
 from ..tensors.lazy import ELSEWHERE, Span
 from ..tensors.locations import NOTE
 from ..tensors.safetensors import MAX_HEADER
-from .folders import cache_folder
+from .folders import cache_folder, scratch
 from .hubs import remote_at
 from .pulling import bring, choose, source_at
 from .remote import Remote, RemoteFile
@@ -97,8 +96,7 @@ def headers(name: str) -> Iterator[Path]:
     if not any(file.path.endswith(".safetensors") for file in wanted.values()):
         yield fetched(name)
         return
-    with tempfile.TemporaryDirectory(prefix="adapterkit-") as scratch:
-        folder = Path(scratch)
+    with scratch() as folder:
         try:
             _sketch(remote, wanted, folder)
             inside = folder / PurePosixPath(remote.uri.path).name
@@ -182,4 +180,7 @@ def _commit(uri: Uri) -> str:
 
 
 def _cache(uri: Uri) -> Path:
-    return cache_folder() / "hub" / uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
+    """Names are kept apart by a digest where they may hold what is replaced in them."""
+    told = uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
+    apart = "" if uri.scheme == "hf" else f"-{hashlib.sha256(uri.name.encode()).hexdigest()[:8]}"
+    return cache_folder() / "hub" / (told + apart)

@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import AdapterkitError, Corrupt, NetworkError, StorageError, Unsupported, UsageError, storage_error
 from ..tensors.lazy import ELSEWHERE
-from .pulling import locked, source_at
+from .folders import locked
+from .pulling import source_at
 from .reading import needed, outline, remote_of
 from .remote import Remote, RemoteFile
 from .transfer import fetch

@@ -111,7 +111,7 @@ class _Fetching:
         """Takes what comes of one request; what ended it, if it ended early."""
         try:
             for chunk in _chunks(self.remote, self.file, self.done, end):
-                target.write(chunk)
+                _written(target, chunk)
                 self._held(chunk)
         except AdapterkitError:
             raise
@@ -130,6 +130,14 @@ class _Fetching:
             self.digest.update(chunk)
         self.done += len(chunk)
         self.count(len(chunk))
+
+
+def _written(target: BinaryIO, chunk: bytes) -> None:
+    """Writes; a fault of the disk is told from one of the line, which may be of the same kind."""
+    try:
+        target.write(chunk)
+    except OSError as error:
+        raise storage_error(error, Path(target.name)) from error
 
 
 def _chunks(remote: Remote, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ from ..binding import Site, bind
 from ..errors import AdapterkitError, NotMergeable, UsageError
 from ..names.ties import find_tie
 from ..tensors.lazy import as_lazy
+from ..tensors.locations import is_repo
 from ..updates import Additive, Update
 
 if TYPE_CHECKING:
@@ -32,9 +33,13 @@ class Source:
     renamed: tuple[str, str] | None
 
     def record(self) -> dict[str, Any]:
+        """What it is; of the base it was made for the name on a hub, and no path of somebody's disk."""
+        made_for = self.adapter.base.id if self.adapter.base else None
         return {
             "name": self.name, "digest": self.digest, "weight": self.weight, "targets": len(self.adapter.updates),
-            "missing": [str(target) for target in self.missing],
+            "missing": [str(target) for target in self.missing], "base": made_for if is_repo(made_for) else None,
+            "methods": list(self.adapter.methods), "ranks": list(self.adapter.ranks),
+            "lineage": [step.op for step in self.adapter.recipe],
         }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ BLOCK_ELEMENTS = 3 << 17
 """Elements computed at a time: small enough that the float64 block stays in a core's cache."""
 
 REPORT = "adapterkit_merge.json"
+CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from ..tensors.checkpoint import INDEX, TORCH_INDEX
 from ..tensors.locations import NOTE
 from .arrays import devices_for
 from .checksums import KEY, record_of
-from .planned import REPORT, Plan
+from .planned import CARD, REPORT, Plan
 from .planning import index_of
 from .requantize import damage_of
 from .stage import Norms, Stage
@@ -218,11 +219,19 @@ def _write_records(plan: Plan, stage: Stage, norms: Norms, damage: Mapping[str, 
         write_bytes(out / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     runs = {file.name: stage.runs_of(file.name) for file in plan.files if file.whole is None}
     written = {name: record_of(found) for name, found in runs.items() if found}
-    said = {**plan.lineage(), "norms": norms, **_damaged(damage), **({KEY: written} if plan.checksums else {})}
+    said = {
+        **plan.lineage(), "base_card": _digest_of(out / CARD), "norms": norms, **_damaged(damage),
+        **({KEY: written} if plan.checksums else {}),
+    }  # fmt: skip
     write_bytes(out / REPORT, (json.dumps(said, indent=2, sort_keys=True) + "\n").encode())
     index = index_of(plan)
     if index is not None:
         write_bytes(out / INDEX, index)
+
+
+def _digest_of(card: Path) -> str | None:
+    """Of the base's model card that came along: who publishes the output tells it from one that was written for it."""
+    return f"sha256:{hashlib.sha256(card.read_bytes()).hexdigest()}" if card.is_file() else None
 
 
 def _check_space(plan: Plan, out: Path, resumed: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ NOTE = ".adapterkit-source.json"
 MAX_NOTE = 1 << 16
 
 _PLAIN = re.compile(r"(?P<folder>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*?(?P<suffix>\.[a-z_]+)?(@[^/@\s]+)?", re.ASCII)
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".onnx", ".json", ".nemo"}
 """Endings of local files: `runs/best.safetensors` that is not there is a slip of the pen, not a repository."""
 
@@ -53,6 +54,11 @@ def source_of(path: Path) -> Source | None:
         return None
     fits = isinstance(told, dict) and set(told) == {"uri", "repo", "commit"}
     return Source(**told) if fits and all(isinstance(value, str) for value in told.values()) else None
+
+
+def is_repo(name: str | None) -> bool:
+    """Whether a name is `org/repo`, as model cards name bases; a path of somebody's disk is none."""
+    return name is not None and _REPO.fullmatch(name) is not None
 
 
 def is_remote(name: str | os.PathLike[str]) -> bool:

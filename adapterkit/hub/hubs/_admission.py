@@ -20,6 +20,8 @@ from ...tensors.strict_json import load_json
 from ..web import answered
 
 MAX_ANSWER = 1 << 20
+DOCKER_HUB = {"docker.io", "index.docker.io", "registry-1.docker.io"}
+"""What people, the tools that keep credentials, and the network call the same registry."""
 
 
 def is_near(host: str) -> bool:
@@ -97,11 +99,12 @@ def _token_in(body: bytes, place: str) -> str:
 
 def _left(host: str) -> Iterator[str]:
     """Credentials that other tools left for a registry."""
+    hosts = DOCKER_HUB if host in DOCKER_HUB else {host}
     for file in _files():
         entries = _read(file).get("auths")
         for name, entry in entries.items() if isinstance(entries, dict) else ():
             bare = re.sub(r"^https?://", "", str(name)).partition("/")[0]
-            if bare == host and isinstance(entry, dict):
+            if bare in hosts and isinstance(entry, dict):
                 if isinstance(entry.get("auth"), str) and entry["auth"]:
                     yield f"Basic {entry['auth']}"
                 elif isinstance(entry.get("username"), str) and isinstance(entry.get("password"), str):

@@ -1,8 +1,9 @@
 """Blobs to a registry: only those that it lacks, in chunks; a chunk that was lost is sent again, not the blob.
 
 Source: https://github.com/opencontainers/distribution-spec/blob/main/spec.md, "Pushing a blob in chunks". Where
-an upload stands is remembered, so that another process goes on with it. A registry may refuse an upload of which it got
-more than it could say (Docker's 2.8 does, after half a chunk or a lost answer): then the blob is begun again.
+an upload stands is remembered, so that another process goes on with it: the registry is asked for what it has, be that
+half a chunk. One may refuse an upload of which it got more than it could say (Docker's 2.8 does, after half a chunk or
+a lost answer, as its addresses carry a signed count): then the blob is begun again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 from ...errors import Corrupt, NetworkError, storage_error
 from ..folders import cache_folder
 from ..remote import Content
-from ..retries import ATTEMPTS, pause
+from ..retries import ATTEMPTS, pause, retrying
 
 if TYPE_CHECKING:
     import httpx2
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from .oci import Distribution
 
 CHUNK = 16 << 20
+LONGEST = 256 << 20
+"""What is held in memory for a registry that wants long chunks, at most."""
+
 ANEW = 6
 """How often a blob is begun again, where the registry has forgotten or damaged it."""
 
@@ -40,40 +44,79 @@ def upload(remote: Distribution, content: Content, size: int, digest: str) -> No
 
     if _has(remote, digest):
         return
-    note = cache_folder() / "uploads" / hashlib.sha256(f"{remote.url} {digest}".encode()).hexdigest()
+    sending = _Upload(remote, content, size, digest)
     for attempt in range(ANEW):
-        location = _noted(note, remote) if attempt == 0 else None
         try:
-            _send(remote, content, size, digest, location or _begun(remote), note, None if location else 0)
+            sending.run()
         except Refused as error:
-            note.unlink(missing_ok=True)
+            sending.forget()
             if error.status not in (400, 404, 416) or attempt + 1 == ANEW:
                 raise _said(remote, error, digest) from None
         else:
-            note.unlink(missing_ok=True)
             return
 
 
-def _send(
-    remote: Distribution, content: Content, size: int, digest: str, location: str, note: Path, at: int | None
-) -> None:
-    """Sends what is missing of a blob to where its upload stands; `at` is None where the registry must say first."""
-    attempt = 0
-    while at is None or at < size:
-        try:
-            if at is None:
-                location, at = _asked(remote, location)
-            chunk = _read(content, at, min(CHUNK, size - at))
-            location, at, attempt = _patch(remote, location, at, chunk), at + len(chunk), 0
-            if size > CHUNK:
-                _keep(note, location)
-        except Exception as error:
-            met, attempt, at = remote.passing(error), attempt + 1, None
-            if met is None:
-                raise _failed(remote, error) from None
-            if attempt >= ATTEMPTS or not pause(attempt, met.wait):
-                raise remote.failure(met) or error from None
-    _finish(remote, location, digest)
+class _Upload:
+    """One blob on its way.
+
+    Attributes:
+        location: where its upload stands; None where it has to be begun.
+        at: the bytes that the registry has; None where it has to say so first.
+    """
+
+    def __init__(self, remote: Distribution, content: Content, size: int, digest: str) -> None:
+        self.remote, self.content, self.size, self.digest, self.chunk = remote, content, size, digest, CHUNK
+        self.note = cache_folder() / "uploads" / hashlib.sha256(f"{remote.url} {digest}".encode()).hexdigest()
+        self.location = _noted(self.note, remote)
+        self.at: int | None = None
+
+    def run(self) -> None:
+        """Sends what is missing.
+
+        Raises:
+            Refused: the registry does not go on with it.
+        """
+        if self.location is None:
+            self._begin()
+        attempt = 0
+        while self.at is None or self.at < self.size:
+            try:
+                self._step()
+                attempt = 0
+            except Exception as error:
+                attempt, self.at = attempt + 1, None
+                self._overcome(error, attempt)
+        _finish(self.remote, str(self.location), self.digest)
+        self.forget()
+
+    def forget(self) -> None:
+        """Nobody goes on with it any more."""
+        self.location = self.at = None
+        self.note.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        self.location, least = self.remote.call(lambda: _begun(self.remote))
+        self.at, self.chunk = 0, min(max(CHUNK, least), LONGEST)
+
+    def _step(self) -> None:
+        """Sends one chunk, from where the registry stands."""
+        location, at = str(self.location), self.at
+        if at is None:
+            location, at = _asked(self.remote, location)
+        chunk = _read(self.content, at, min(self.chunk, self.size - at))
+        if chunk:
+            location = _patch(self.remote, location, at, chunk)
+        self.location, self.at = location, at + len(chunk)
+        if self.size > self.chunk:
+            _keep(self.note, location)
+
+    def _overcome(self, error: Exception, attempt: int) -> None:
+        """Waits, where another attempt may help."""
+        met = self.remote.passing(error)
+        if met is None:
+            raise _failed(self.remote, error) from None
+        if attempt >= ATTEMPTS or not pause(attempt, met.wait):
+            raise self.remote.failure(met) or error from None
 
 
 def _failed(remote: Distribution, error: Exception) -> Exception:
@@ -97,12 +140,11 @@ def _has(remote: Distribution, digest: str) -> bool:
     return remote.call(act)
 
 
-def _begun(remote: Distribution) -> str:
-    def act() -> str:
-        with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
-            return _location(remote, remote.url, response)
-
-    return remote.call(act)
+def _begun(remote: Distribution) -> tuple[str, int]:
+    """Where a new upload stands, and the shortest chunk but the last that the registry takes."""
+    with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
+        least = response.headers.get("OCI-Chunk-Min-Length", "")
+        return _location(remote, remote.url, response), int(least) if least.isascii() and least.isdigit() else 0
 
 
 def _asked(remote: Distribution, location: str) -> tuple[str, int]:
@@ -133,16 +175,10 @@ def _finish(remote: Distribution, location: str, digest: str) -> None:
             if error.status != 404 or not _has(remote, digest):
                 raise
 
-    for attempt in range(ATTEMPTS):
-        try:
-            return act()
-        except Refused:
-            raise
-        except Exception as error:
-            met = remote.passing(error)
-            if met is None or attempt + 1 == ATTEMPTS or not pause(attempt, met.wait):
-                raise remote.failure(error) or error from None
-    return None
+    try:
+        retrying(act, remote.passing)
+    except Exception as error:
+        raise _failed(remote, error) from None
 
 
 def _location(remote: Distribution, url: str, response: httpx2.Response) -> str:

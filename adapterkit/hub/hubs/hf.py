@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ...errors import AccessDenied, Malformed, NetworkError, RemoteNotFound, UsageError
+from ...errors import AccessDenied, Malformed, NetworkError, RemoteNotFound, StorageError, UsageError
 from ..names import check_name
 from ..remote import Content, Digests, Remote, RemoteFile
 from ..retries import PASSING, Passing, retry_after
@@ -99,8 +99,9 @@ class HuggingFace(Remote):
         if isinstance(error, HfHubHTTPError):
             response = error.response
             told = response is not None and response.status_code in PASSING
-            return Passing("busy", retry_after(response.headers.get("Retry-After"))) if told else None
-        return Passing("lost") if is_transport(error) else None
+            wait = retry_after(response.headers.get("Retry-After")) if told else None
+            return Passing(f"the hub answered {response.status_code}", wait) if told else None
+        return Passing("the connection was lost") if is_transport(error) else None
 
     def failure(self, error: Exception) -> NetworkError | None:
         from huggingface_hub import errors
@@ -121,7 +122,7 @@ class HuggingFace(Remote):
 
     def _refusal(self, error: Any, errors: Any) -> NetworkError:
         place, status = str(self.uri), error.response.status_code
-        known = "with this token" if self.token else "without a token"
+        hidden = isinstance(error, errors.RepositoryNotFoundError)
         if isinstance(error, errors.GatedRepoError):
             cure = f"Accept its terms at {_bare(self.endpoint)}/{self.uri.repo}, and set HF_TOKEN to a token of yours"
             return AccessDenied("access to this repository is gated", path=place, cure=cure)
@@ -130,18 +131,24 @@ class HuggingFace(Remote):
             return RemoteNotFound(f"no revision {self.uri.revision or 'main'!r}", path=place, cure=cure)
         if isinstance(error, errors.EntryNotFoundError):
             return RemoteNotFound("no such file in the repository", path=place, cure="Check the spelling of the path")
-        if status == 401 and self.token and not isinstance(error, errors.RepositoryNotFoundError):
-            cure = "It is mistyped, expired or revoked: set HF_TOKEN to a valid one, or unset it"
-            return AccessDenied("the hub does not know this token", path=place, cure=cure)
-        if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
-            return AccessDenied("the hub wants a token", path=place, cure=_LOGIN)
-        if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+        if status in (401, 403) and not hidden:
+            return self._denial(status)
+        if status == 404 or hidden:
+            known = "with this token" if self.token else "without a token"
             cure = "Check the spelling" + ("" if self.token else f". If it is private: {_LOGIN}")
             return RemoteNotFound(f"no such repository, or not visible {known}", path=place, cure=cure)
+        return NetworkError(f"the hub answered {status}{self._said(error)}", path=place, cure=_REACH)
+
+    def _denial(self, status: int) -> AccessDenied:
+        place = str(self.uri)
         if status == 403:
             cure = "Use a token that has the right to do this (to write, for a push)" if self.token else _LOGIN
+            known = "with this token" if self.token else "without a token"
             return AccessDenied(f"not allowed {known}", path=place, cure=cure)
-        return NetworkError(f"the hub answered {status}{self._said(error)}", path=place, cure=_REACH)
+        if self.token:
+            cure = "It is mistyped, expired or revoked: set HF_TOKEN to a valid one, or unset it"
+            return AccessDenied("the hub does not know this token", path=place, cure=cure)
+        return AccessDenied("the hub wants a token", path=place, cure=_LOGIN)
 
     def _said(self, error: Any) -> str:
         """What the server said, tokens and addresses taken out."""
@@ -165,7 +172,20 @@ class HuggingFace(Remote):
         return _committing.head_of(self)
 
     def tagged(self, tag: str, commit: str) -> None:
-        self.call(lambda: self.api.create_tag(self.uri.repo, tag=tag, revision=commit))
+        if self._tag(tag) not in (None, commit):
+            place, cure = str(self.uri.at(tag)), "Choose another tag"
+            raise StorageError("the tag is there, on something else", path=place, cure=cure)
+        try:
+            self.call(lambda: self.api.create_tag(self.uri.repo, tag=tag, revision=commit, exist_ok=True))
+        except NetworkError:
+            # The answer may have been lost.
+            if self._tag(tag) != commit:
+                raise
+
+    def _tag(self, name: str) -> str | None:
+        """The commit that a tag is on; None where there is no such tag."""
+        tags = self.call(lambda: self.api.list_repo_refs(self.uri.repo)).tags
+        return next((tag.target_commit for tag in tags if tag.name == name), None)
 
 
 def _cause(error: Exception) -> Exception:

@@ -31,7 +31,7 @@ from ..retries import Passing
 from ..uris import Uri
 from ..web import CHUNK, answered, begins_at, is_offline, is_transport, offline, origin, range_header, redacted
 from . import _modelpack, _uploads
-from ._admission import Admission, is_near
+from ._admission import DOCKER_HUB, Admission, is_near
 
 if TYPE_CHECKING:
     import httpx2
@@ -73,7 +73,8 @@ class Distribution(Remote):
     def __init__(self, uri: Uri, token: str | None = None) -> None:
         super().__init__(uri, token)
         self.host, _, name = uri.repo.partition("/")
-        self.url = f"{'http' if is_near(self.host) else 'https'}://{self.host}/v2/{name}"
+        server = "registry-1.docker.io" if self.host in DOCKER_HUB else self.host
+        self.url = f"{'http' if is_near(server) else 'https'}://{server}/v2/{name}"
         self.admission = Admission(self.host, self.url, str(uri), token)
 
     @classmethod

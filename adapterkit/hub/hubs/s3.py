@@ -4,54 +4,36 @@ A push leaves a list of the files with their digests beside them. It says that a
 file to after the last, and is claimed by create-if-absent or by a condition on what was seen, so that two pushes do not
 mix and nobody takes half of one for the whole. Without a list, files are read as they lie and only sizes are checked.
 
-Objects are read by signed addresses over the HTTP that all hubs share. The store's own requests are for the rest:
-lists, and uploads with a sha256 that S3 holds against what arrives. It knows no Retry-After: it waits longer each time.
+Objects and lists are read by signed addresses over the HTTP that all hubs share. The store's own requests are uploads,
+with a sha256 that S3 holds against what arrives. For them it knows no Retry-After: it waits longer each time.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import Any
 
-from ...errors import AccessDenied, AdapterkitError, Corrupt, NetworkError, RemoteNotFound, Unsupported, UsageError
+from ...errors import AccessDenied, AdapterkitError, Corrupt, NetworkError, RemoteNotFound, UsageError
 from ...tensors.strict_json import load_json
-from .. import retries
 from ..remote import Content, Digests, RemoteFile, unreachable
 from ..retries import Passing
 from ..uris import Address, Uri, address
 from ..web import CHUNK as PIECE
-from ..web import answered, begins_at, is_offline, is_transport, offline, range_header
-from ._admission import is_near
+from ..web import begins_at, is_offline, is_transport, offline, range_header
+from ._bucket import Bucket, Refused
+from ._bucket_lists import objects
 from ._listings import Listing, unknown
 
-if TYPE_CHECKING:
-    import httpx2
-    from obstore.store import S3Store
-
 LIST = ".adapterkit-files.json"
-MAX_LIST = 64 << 20
 CHUNK = 8 << 20
 MULTIPART = 64 << 20
 """Bytes above which a file is sent in parts."""
-
-
-SIGNED = timedelta(minutes=15)
-"""How long a signed address holds; each request has one of its own."""
-
-
-class Refused(Exception):
-    """An answer that is a refusal."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(str(status))
-        self.status = status
 
 
 class S3(Listing):
@@ -63,20 +45,7 @@ class S3(Listing):
         super().__init__(uri, token)
         if token is not None:
             raise UsageError("S3 takes no token", path=str(uri), cure="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        try:
-            from obstore.store import S3Store
-        except ImportError:
-            cure = "pip install 'adapterkit[s3]'"
-            raise Unsupported("s3:// needs the package obstore", path=str(uri), cure=cure) from None
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-        plain = endpoint.startswith("http://") and is_near(endpoint.removeprefix("http://").partition("/")[0])
-        options: dict[str, Any] = {"client_options": {"allow_http": True}} if plain else {}
-        options["retry_config"] = _patience()
-        self.store: S3Store = S3Store(uri.repo, config={"checksum_algorithm": "SHA256"}, **options)
-        self.anonymous = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on", "y")
-        # Where nothing is to be signed, the address is wanted alone.
-        keys: Any = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
-        self.signer: S3Store = S3Store(uri.repo, config=keys, **options) if self.anonymous else self.store
+        self.bucket = Bucket(uri.repo, str(uri))
 
     @classmethod
     def named(cls, rest: str) -> Uri | None:
@@ -91,35 +60,13 @@ class S3(Listing):
         for folder in dict.fromkeys((self.uri.path, self.uri.path.rpartition("/")[0])):
             key = f"{folder}/{LIST}" if folder else LIST
             try:
-                got = self._do(lambda key=key: self._got(key))
+                got = self._do(lambda key=key: self.bucket.whole(key))
             except RemoteNotFound:
                 continue
             return key, _checked(got[0], str(self.uri)), got[1]
         return None
 
-    def _got(self, key: str) -> tuple[bytes, str | None]:
-        with self._asked("GET", key, {}) as response:
-            body = b""
-            for chunk in response.iter_raw(PIECE):
-                body += chunk
-                if len(body) > MAX_LIST:
-                    why = "the list of files is unreasonably large"
-                    raise Corrupt(why, path=str(self.uri), where=key, cure=_PUSH_AGAIN)
-            return body, response.headers.get("ETag")
-
-    @contextmanager
-    def _asked(self, method: str, key: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """An open answer that is no refusal."""
-        import obstore
-
-        url: str = obstore.sign(self.signer, method, key, SIGNED)  # type: ignore[call-overload]
-        url = url.partition("?")[0] if self.anonymous else url
-        with answered(method, url, headers, {}, str(self.uri)) as response:
-            if response.status_code >= 400:
-                raise Refused(response.status_code)
-            yield response
-
-    def listed(self) -> list[RemoteFile]:
+    def listed(self) -> Iterable[RemoteFile]:
         if self._list is None:
             return self._found()
         if self._list[1]["state"] != "whole":
@@ -136,23 +83,27 @@ class S3(Listing):
             RemoteFile(f"{folder}/{name}" if folder else name, f["size"], f"sha256:{f['sha256']}") for name, f in files
         ]
 
-    def _found(self) -> list[RemoteFile]:
+    def _found(self) -> Iterator[RemoteFile]:
         """The files as they lie: of the folder, or those beside the one that is named."""
-        import obstore
-
-        path, parent = self.uri.path, self.uri.path.rpartition("/")[0]
-        found = self._do(lambda: [m for chunk in obstore.list(self.store, prefix=path or None) for m in chunk])
-        if not found and path:
-            near = self._do(lambda: obstore.list_with_delimiter(self.store, prefix=parent or None)["objects"])
-            found = list(near) if any(meta["path"] == path for meta in near) else []
-        if not found:
+        path, place = self.uri.path, str(self.uri)
+        found = objects(self._listing, path, place, deep=True)
+        first = next(found, None)
+        if first is None and path:
+            near = list(objects(self._listing, path.rpartition("/")[0], place, deep=False))
+            found = iter(near if any(entry.key == path for entry in near) else [])
+            first = next(found, None)
+        if first is None:
             cure = "Check the spelling of the bucket and the path"
-            raise RemoteNotFound("nothing is there", path=str(self.uri), cure=cure)
-        return [unknown(m["path"], m["size"], m["e_tag"], m["version"]) for m in found]
+            raise RemoteNotFound("nothing is there", path=place, cure=cure)
+        return (unknown(entry.key, entry.size, entry.tag) for entry in chain([first], found))
+
+    def _listing(self, query: Mapping[str, str]) -> bytes:
+        body: bytes = self._do(lambda: self.bucket.page(query))
+        return body
 
     @contextmanager
     def opened(self, file: RemoteFile, start: int, end: int | None) -> Iterator[tuple[int, Iterator[bytes]]]:
-        with self._asked("GET", file.path, range_header(start, end)) as response:
+        with self.bucket.asked("GET", file.path, range_header(start, end)) as response:
             yield begins_at(response), response.iter_raw(PIECE)
 
     def there(self) -> Mapping[str, RemoteFile] | None:
@@ -177,14 +128,14 @@ class S3(Listing):
         return S3(Address(self.uri.repo, None, self.uri.path, "s3")).commit
 
     def _size(self, name: str) -> int:
-        with self._asked("HEAD", name, {}) as response:
+        with self.bucket.asked("HEAD", name, {}) as response:
             return int(response.headers.get("Content-Length", -1))
 
     def _put(self, name: str, content: Content) -> None:
         import obstore
 
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        obstore.put(self.store, name, content, use_multipart=size > MULTIPART, chunk_size=CHUNK)
+        obstore.put(self.bucket.store, name, content, use_multipart=size > MULTIPART, chunk_size=CHUNK)
 
     def _claim(self, before: Mapping[str, Any]) -> str | None:
         own = self._list is not None and self._list[0] == self._key(LIST)
@@ -201,7 +152,7 @@ class S3(Listing):
         key = self._key(LIST)
         try:
             written: str | None = self._do(
-                lambda: obstore.put(self.store, key, data, mode=mode, use_multipart=False)["e_tag"]
+                lambda: obstore.put(self.bucket.store, key, data, mode=mode, use_multipart=False)["e_tag"]
             )
         except NetworkError as error:
             # Where the answer was lost, a later attempt meets what this one wrote.
@@ -212,7 +163,7 @@ class S3(Listing):
 
     def _there(self, key: str) -> tuple[bytes | None, str | None]:
         try:
-            return self._do(lambda: self._got(key))  # type: ignore[no-any-return]
+            return self._do(lambda: self.bucket.whole(key))  # type: ignore[no-any-return]
         except AdapterkitError:
             return None, None
 
@@ -253,12 +204,6 @@ def _status(error: Exception) -> int | None:
         return error.status
     told = re.search(r"non-2xx status code: (\d{3})", str(error))
     return int(told[1]) if told else None
-
-
-def _patience() -> dict[str, Any]:
-    """The waits of all hubs, in the store's words."""
-    waits = {"init_backoff": timedelta(seconds=retries.FIRST_WAIT), "max_backoff": timedelta(seconds=30), "base": 2}
-    return {"max_retries": retries.ATTEMPTS - 1, "backoff": waits, "retry_timeout": timedelta(minutes=3)}
 
 
 def _entries(files: Mapping[str, RemoteFile], folder: str) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,50 @@
+"""The licence that a model card names, in the words in which hubs ask for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Licence = Mapping[str, str]
+"""`license`: an identifier; where that is `other`, `license_name` and `license_link` say which. Empty for none."""
+
+KEYS = ("license", "license_name", "license_link")
+MAX_CARD = 1 << 20
+
+
+def licence_called(name: str | Licence | None) -> Licence:
+    """A licence by its identifier, such as `apache-2.0`, or as a card says it."""
+    return {"license": name} if isinstance(name, str) else name or {}
+
+
+def licence_of(card: str) -> Licence:
+    """The licence that a card's metadata names."""
+    told = metadata(card)
+    found = {key: told[key].strip() for key in KEYS if isinstance(told.get(key), str)}
+    if not re.fullmatch(r"[A-Za-z0-9.+-]{1,64}", found.get("license", "")):
+        return {}
+    return {key: value for key, value in found.items() if value.isprintable() and len(value) <= 200}
+
+
+def licence_at(path: Path) -> Licence:
+    """The licence that the card in a folder, or beside a file, names."""
+    card = (path if path.is_dir() else path.parent) / "README.md"
+    try:
+        with open(card, encoding="utf-8") as file:
+            return licence_of(file.read(MAX_CARD))
+    except (OSError, ValueError):
+        return {}
+
+
+def metadata(card: str) -> Mapping[str, Any]:
+    """The metadata at the head of a card; none where they are no YAML mapping."""
+    import yaml
+
+    head = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---", card, re.DOTALL)
+    try:
+        told = yaml.safe_load(head[1]) if head else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}

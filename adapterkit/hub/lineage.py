@@ -1,0 +1,69 @@
+"""What a folder of weights says of how it came to be: by the record of a merge, and by the note of a pull."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnknownFormat, UsageError
+from ..merging.planned import CARD, REPORT
+from ..tensors.locations import source_of
+from .card import Model
+from .digests import digests
+from .uris import parse
+
+
+def is_of_the_base(folder: Path) -> bool:
+    """Whether the card in a folder is that of a merge's base, as it was carried along: nobody wrote one since."""
+    card = folder / CARD
+    if not card.is_file():
+        return False
+    told = record_at(folder).get("base_card")
+    return told is not None and told == digests(card)[1]
+
+
+def model_at(path: Path) -> Model:
+    """What is known of the model at a path.
+
+    Raises:
+        UnknownFormat: there is none.
+    """
+    from ..tensors.checkpoint import open_checkpoint
+
+    try:
+        found = open_checkpoint(path)
+    except UsageError as error:
+        cure = "Name an adapter, or a folder of weights"
+        raise UnknownFormat(f"neither an adapter nor a base: {error.why}", path=path, cure=cure) from None
+    record = record_at(found.folder)
+    adapters = _adapters(record)
+    base, revision = _base_of(record, found.folder, adapters)
+    return Model(base, revision, adapters, found.config or {})
+
+
+def record_at(folder: Path) -> Mapping[str, Any]:
+    """What a merge wrote of itself into a folder; nothing where there was none."""
+    from ..tensors.checkpoint import read_json
+
+    return read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+
+
+def _adapters(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    told = record.get("adapters")
+    return tuple(a for a in told if isinstance(a, dict)) if isinstance(told, list) else ()
+
+
+def _base_of(
+    record: Mapping[str, Any], folder: Path, adapters: tuple[Mapping[str, Any], ...]
+) -> tuple[str | None, str | None]:
+    """The base's name and commit: where it was fetched from; else the one that all adapters say they were made for."""
+    told = record.get("base_uri")
+    if isinstance(told, str):
+        uri = parse(told)
+        return uri.name, uri.revision
+    if not adapters:
+        origin = source_of(folder)
+        return (origin.repo, origin.commit) if origin else (None, None)
+    made_for = {str(adapter.get("base")) for adapter in adapters if adapter.get("base")}
+    return (made_for.pop() if len(made_for) == 1 else None), None

@@ -1,0 +1,194 @@
+"""What a push sends: the files of an adapter or a model, made anew where another form is wanted, and a model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import RemoteNotFound, StorageError, UnknownFormat, UsageError
+from ..merging.planned import CARD, REPORT
+from ..tensors.atomic import write_bytes
+from ..tensors.locations import located
+from .card import adapter_card, model_card
+from .digests import digests_of
+from .folders import scratch
+from .licences import MAX_CARD, Licence
+from .lineage import is_of_the_base, model_at, record_at
+from .names import check_names
+from .remote import Content, Digests, Remote, RemoteFile
+from .transfer import read_range
+from .uris import Uri
+
+
+@dataclass(slots=True)
+class Payload:
+    """Files to push, by their names in the repository: paths, or the text of a generated card, which `card_name` is."""
+
+    files: dict[str, Content]
+    card_name: str
+    card: str | None = None
+    found: dict[str, Digests] = field(default_factory=dict)
+
+    def digests(self) -> dict[str, Digests]:
+        for name, content in self.files.items():
+            if name not in self.found:
+                self.found[name] = digests_of(content)
+        return {name: self.found[name] for name in self.files}
+
+    def leave_card_out(self) -> None:
+        """The generated card is not pushed."""
+        del self.files[self.card_name]
+        self.card = None
+
+
+@contextmanager
+def prepared(
+    path: str | os.PathLike[str], name: str | None, base: str | os.PathLike[str] | None, on_loss: str,
+    shard_size: int | None,
+) -> Iterator[tuple[Path, dict[str, Path]]]:  # fmt: skip
+    """Where what is pushed lies, and its files by name; what has to be made lies in a scratch folder.
+
+    Args:
+        path: an adapter or a model.
+        name: of the format that an adapter is to be in.
+        base: as for `adapterkit.write`.
+        on_loss: as for `adapterkit.write`.
+        shard_size: bytes of a model's weight file at most.
+
+    Raises:
+        UsageError: an adapter is to be parted.
+        AdapterkitError: as for `adapterkit.read` and `adapterkit.write`.
+    """
+    if name is not None and shard_size is not None:
+        raise UsageError("an adapter is not parted", path=path, cure=_WHOLE)
+    here = located(path)
+    if name is None and shard_size is None:
+        yield here, files_of(here)
+        return
+    with scratch() as folder:
+        if shard_size is not None:
+            yield here, _parted(here, folder, shard_size)
+        else:
+            out = _converted(path, folder, str(name), base, on_loss)
+            yield out, files_of(out)
+
+
+def payload_of(source: Path, files: Mapping[str, Path], remote: Remote, licence: Licence) -> Payload:
+    """The files, and a card for the repository's root where there is none of its own."""
+    own = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
+    check_names(own)
+    text, target = _card(source, remote.uri, licence), remote.uri
+    prefix = f"{target.path}/" if target.path else ""
+    payload = Payload({f"{prefix}{name}": path for name, path in own.items()}, _card_name(remote))
+    if CARD not in own and (not prefix or remote.cards_below):
+        payload.card, payload.files[payload.card_name] = text, text.encode()
+    return payload
+
+
+def card_there(remote: Remote, there: Mapping[str, RemoteFile] | None) -> str:
+    """The text of the card that a push meets; empty without one, or where it is no text of a reasonable size."""
+    file = (there or {}).get(_card_name(remote))
+    if file is None or file.size > MAX_CARD:
+        return ""
+    try:
+        return read_range(remote, file, 0, file.size).decode()
+    except (RemoteNotFound, ValueError):
+        # A branch that is not there yet has the files of the main one; a list may name what never came.
+        return ""
+
+
+def _card_name(remote: Remote) -> str:
+    """Where a hub looks for the card of a place."""
+    return f"{remote.uri.path}/{CARD}" if remote.cards_below and remote.uri.path else CARD
+
+
+def files_of(source: Path) -> dict[str, Path]:
+    """What is pushed of a file or a folder; links to files count, links to folders and hidden names do not."""
+    if not source.exists():
+        raise StorageError("no such file or folder", path=source, cure="Check the spelling of the path")
+    if source.is_file():
+        return {source.name: source}
+    found = {}
+    for folder, folders, names in os.walk(source):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            file = Path(folder) / name
+            if not name.startswith(".") and file.is_file():
+                found[file.relative_to(source).as_posix()] = file
+    return found
+
+
+def _converted(
+    path: str | os.PathLike[str], folder: Path, name: str, base: str | os.PathLike[str] | None, on_loss: str
+) -> Path:
+    """The adapter in another format."""
+    from ..formats import FORMATS, read, write
+
+    out = folder / "adapter"
+    out.mkdir()
+    write(read(path, base=base), out / FORMATS[name].file, name, base, on_loss)
+    return out
+
+
+def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
+    """The files of a model whose weight files are too large, with weight files that are not, and their index."""
+    from ..merging.options import Options
+    from ..merging.planning import index_of, make_plan
+    from ..merging.report import carry_out, local
+    from ..tensors.checkpoint import INDEX, TORCH_INDEX, open_checkpoint
+
+    _check_model(source)
+    files, base = files_of(source), open_checkpoint(source)
+    plan = make_plan(base, [], Options(shard_size=shard_size))
+    if all(file.stat().st_size <= shard_size for file in base.files):
+        return files
+    out = folder / "model"
+    carry_out(plan, out, local("cpu"), None, time.perf_counter(), overwrite=False)
+    made, index = {file.name: out / file.name for file in plan.files}, index_of(plan)
+    if index is not None:
+        made[INDEX] = out / INDEX
+        write_bytes(out / INDEX, index)
+    old = {INDEX, TORCH_INDEX, *(file.name for file in base.files)}
+    return {name: path for name, path in files.items() if name not in old} | made | _without_sums(source, folder)
+
+
+def _check_model(source: Path) -> None:
+    from ..formats import detect
+
+    try:
+        found = detect(source)
+    except UnknownFormat:
+        return
+    raise UsageError(f"an adapter ({found}) is not parted", path=source, cure=_WHOLE)
+
+
+def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
+    """The record of a merge without the sums of its files, where it has any: they are of other files."""
+    from ..merging.checksums import KEY
+
+    record = record_at(source)
+    if KEY not in record:
+        return {}
+    told = {key: value for key, value in record.items() if key != KEY}
+    write_bytes(folder / REPORT, (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
+    return {REPORT: folder / REPORT}
+
+
+def _card(source: Path, target: Uri, licence: Licence) -> str:
+    """The card; reading for it also proves that an adapter or a base is pushed, and no folder of something else."""
+    from ..formats import detect, read
+
+    name = (target.path or target.repo).rpartition("/")[2]
+    try:
+        source_format = detect(source)
+    except UnknownFormat:
+        return model_card(name, target, model_at(source), licence)
+    return adapter_card(read(source, source_format), name, source_format, target, licence)
+
+
+_WHOLE = "Leave the shard size out: no tool reads an adapter of several files"
