@@ -56,6 +56,7 @@ class Method(ABC):
         compat: peer -> parameters with which it computes what that peer computes.
         plug: the parameter that names another method, for those that work on top of one.
         single: parameters that may differ from adapter to adapter.
+        based: whether the formula looks at the weights of the base, which must be given then.
         sequential: whether `data=` is also given the adapter of the targets that are done, in the adapters' order.
     """
 
@@ -66,6 +67,7 @@ class Method(ABC):
     compat: ClassVar[Mapping[str, Mapping[str, Value]]] = {}
     plug: ClassVar[str | None] = None
     single: ClassVar[frozenset[str]] = frozenset()
+    based: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
@@ -208,7 +210,7 @@ def made(cls: type[Method], values: Mapping[str, Any]) -> Method:
     rest = {name: value for name, value in values.items() if name not in own and name != "then"}
     plugged: Any = cls(**own, settings=rest, then=values.get("then", cls.then))
     plugged.check()
-    if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None:
+    if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None or plugged.inner.based:
         raise UsageError(f"{plugged.then} cannot come after it", where="then", cure="Name a method that stands alone")
     return plugged  # type: ignore[no-any-return]
 
