@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
@@ -264,6 +265,25 @@ def test_core_ties_is_ties_between_bases_of_the_factors():
     merged = elected_mean(np.stack([trimmed([core], 0.3)[0] for core in cores]))
     made = ak.ops.combine(given_, "core_ties", density=0.3)
     close(exact(made), U @ merged @ Vh)
+    beside = ak.ops.combine(adapters(targets=[Q, V]), "core_ties", density=0.3)
+    close(exact(beside), exact(made))
+
+
+def test_arcee_fusion_keeps_what_stands_out_at_a_base(tmp_path):
+    """The formula in float64, for the weight and the bias of each expert."""
+    stacked, rng = Target("experts", "e out *in"), np.random.default_rng(5)
+    base = {"experts.weight": rng.normal(size=(2, OUT, IN)), "experts.bias": rng.normal(size=(2, OUT))}
+    save_file(base, tmp_path / "base.safetensors")
+    (one,) = adapters(1, targets=[stacked], lead=(2,), bias=True)
+    made = ak.ops.combine([one], "arcee_fusion", base=tmp_path / "base.safetensors").updates[stacked][0]
+    update = one.updates[stacked][0]
+    changes = {"experts.weight": update.B.numpy() @ update.A.numpy(), "experts.bias": update.bias.numpy()}
+    for (name, D), found in zip(changes.items(), (made.D, made.d), strict=True):
+        for e in range(2):
+            p, q = (np.exp(X) / np.exp(X).sum(-1, keepdims=True) + 1e-8 for X in (base[name][e] + D[e], base[name][e]))
+            importance = np.abs(D[e]) * (p * np.log(p / q)).sum(-1, keepdims=True)
+            q1, q2, q3 = (np.sort(importance.ravel())[int(k * (importance.size - 1))] for k in (0.25, 0.5, 0.75))
+            close(found.numpy()[e], D[e] * (importance >= q2 + 1.5 * (q3 - q1)))
 
 
 def polar(X):
@@ -609,8 +629,14 @@ def test_bad_input_is_refused():
     refused(UsageError, "no finite number", two, "ties", [1.0, float("nan")])
     refused(UsageError, "sum to 0", two, "slerp", [1.0, -1.0])
     refused(UsageError, "slerp takes 2 adapters", adapters(3), "slerp")
+    refused(UsageError, "nearswap takes 1 adapters, not 2", two, "nearswap")
+    refused(UsageError, "looks at the weights of the base", two[:1], "arcee_fusion")
+    refused(UsageError, "cannot come after", two, "knots", then="arcee_fusion")
     refused(UsageError, "no target fits", two, "linear", [{"*.k": 1.0}, 1.0])
     refused(UsageError, "rank 99 of weights of rank 20", two, "linear", rank=99)
+    refused(UsageError, "rank 99 of weights of rank 20", two, "ctm", rank=99)
+    refused(UsageError, "rank '4' of weights", two, "linear", rank="4")
+    refused(UsageError, "seed -1 is not a whole number", two, "dare_ties", seed=-1)
     refused(UsageError, "needs data", two, "regmean")
     refused(UsageError, "looks at no data", two, "ties", data=print)
     refused(UsageError, "not of single adapters", two, "ties", each=[{"scale": 1.0}, {}])
@@ -620,6 +646,14 @@ def test_bad_input_is_refused():
     refused(UsageError, "no target in common", [adapters(1, targets=[Q])[0], adapters(1, targets=[V])[0]], "ties")
     refused(ShapeMismatch, "made for weights", [*adapters(1), adapters(2, out=OUT + 1)[1]], "ties")
     refused(UsageError, "gave no gradients", two, "cat", data=lambda _: 1.0)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_adapters_that_change_nothing_yet_are_combined(name):
+    """B of a fresh LoRA is zero."""
+    fresh = [a.replace(updates={Q: (a.updates[Q][0].replace(B=from_numpy(np.zeros((OUT, RANK)))),)})
+             for a in adapters(few(name), targets=[Q])]  # fmt: skip
+    assert not change(ak.ops.combine(fresh, name)).any()
 
 
 def test_numbers_that_are_none_are_refused_when_they_are_read():

@@ -63,7 +63,8 @@ def combiners() -> list[dict[str, Any]]:
 
     return [
         {
-            "name": name, "title": entry.title, "data": entry.data, "based": entry.based, "then": entry.defaults().get("then"),
+            "name": name, "title": entry.title, "data": entry.data, "based": entry.based,
+            "then": entry.defaults().get("then"),
             "parameters": {n: field.default for n, field in entry.parameters().items()},
             "meanings": {n: field.metadata["meaning"] for n, field in entry.parameters().items()},
             "among": {n: list(f.metadata["among"]) for n, f in entry.parameters().items() if f.metadata["among"]},

@@ -173,9 +173,14 @@ class Spectral(Method):
 
 
 class PlugIn(Method):
-    """Methods that change what another method, `then`, sees; parameters that are not their own are the other's."""
+    """Methods that change what another method, `then`, sees; parameters that are not their own are the other's.
+
+    Attributes:
+        within: what the other's parameters are by default, where it has them and the paper says so.
+    """
 
     plug: ClassVar[str | None] = "then"
+    within: ClassVar[Mapping[str, Value]] = {}
     then: str = "task_arithmetic"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -183,7 +188,9 @@ class PlugIn(Method):
     def inner(self) -> Method:
         from . import COMBINERS
 
-        return made(COMBINERS[self.then], self.settings)
+        other = COMBINERS[self.then]
+        own = {name: value for name, value in self.within.items() if name in other.parameters()}
+        return made(other, {**own, **self.settings})
 
     @property
     def counts(self) -> bool:

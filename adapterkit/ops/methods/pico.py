@@ -1,9 +1,9 @@
 """Pico: directions of B that many tasks share are damped before another method sees the changes; then the norm is set.
 
 [B_1 .. B_T] = U S V^T;  a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2);  B_t <- (I + U diag(a - 1) U^T) B_t; the result is
-brought to the mean Frobenius norm of the changes.  Tang and Yang 2026, https://arxiv.org/abs/2604.16826. In the authors'
-code, https://github.com/yixuantt/Pico, that is what its class does with a merged change; its command, which merges
-nothing, brings each change to the norm that it had instead.
+brought to the mean Frobenius norm of the changes.  Tang and Yang 2026, https://arxiv.org/abs/2604.16826. The class in
+its authors' https://github.com/yixuantt/Pico does that with a merged change; the command there, which merges nothing,
+brings each change to the norm that it had.
 """
 
 from __future__ import annotations
