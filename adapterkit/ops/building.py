@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def low_rank(
     target: Target, shape: Shape, pairs: Sequence[tuple[Array, Array]], bias: Array | None, dtype: DType
 ) -> LoRA:
-    """A LoRA of B `[out, r]` and A `[r, in * k]`, a pair for each expert of a stack; zeros make ranks equal, and 1 of 0.
+    """A LoRA of B `[out, r]` and A `[r, in * k]`, a pair for each expert of a stack; zeros make their ranks one, not 0.
 
     Args:
         target: where it goes.
