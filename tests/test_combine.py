@@ -640,6 +640,7 @@ def test_bad_input_is_refused():
     refused(UsageError, "needs data", two, "regmean")
     refused(UsageError, "looks at no data", two, "ties", data=print)
     refused(UsageError, "not of single adapters", two, "ties", each=[{"scale": 1.0}, {}])
+    refused(UsageError, "are a mapping", two, "ties", each=[0.5, 0.2])
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 0.5})
     refused(UsageError, "cannot come after", two, "knots", then="core")
     refused(UsageError, "cannot be summed apart", [*adapters(1), adapters(2, rank=5)[1]], "factors")

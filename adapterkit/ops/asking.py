@@ -47,6 +47,8 @@ class Asked:
             raise UsageError(
                 f"parameters of {len(each)} adapters for {count}", where="each", cure="Give one mapping each"
             )
+        if not all(isinstance(own, Mapping) for own in each):
+            raise UsageError("parameters of an adapter are a mapping", where="each", cure='Such as {"density": 0.5}')
         cls = COMBINERS[self.name]
         if cls.plug is not None:
             cls = COMBINERS[str(self.values.get("then", cls.defaults()["then"]))]
