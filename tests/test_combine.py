@@ -547,6 +547,10 @@ def test_parameters_by_glob_and_by_adapter():
     close(exact(made), exact(ak.ops.combine(given_, "magnitude_prune", density=0.5)))
     own = ak.ops.combine(given_, "magnitude_prune", each=[{"density": 0.0}, {"density": 1.0}])
     close(exact(own), exact(given_[1]))
+    beside = ak.ops.combine(given_, "ties", density=1.0, each=[{"density": 0.3}, {}], sign="none", denominator="none")
+    kept = trimmed([exact(given_[0]), exact(given_[0], V)], 0.3)
+    for target, part in zip((Q, V), kept, strict=True):
+        close(exact(beside, target), part + exact(given_[1], target))
 
 
 # Methods that learn.
@@ -642,6 +646,7 @@ def test_bad_input_is_refused():
     refused(UsageError, "not of single adapters", two, "ties", each=[{"scale": 1.0}, {}])
     refused(UsageError, "are a mapping", two, "ties", each=[0.5, 0.2])
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 0.5})
+    refused(UsageError, "cannot differ", two, "ties", density={"*.q": 1.0, "*": 0.5})
     refused(UsageError, "cannot come after", two, "knots", then="core")
     refused(UsageError, "cannot be summed apart", [*adapters(1), adapters(2, rank=5)[1]], "factors")
     refused(UsageError, "no target in common", [adapters(1, targets=[Q])[0], adapters(1, targets=[V])[0]], "ties")

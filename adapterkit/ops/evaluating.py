@@ -47,7 +47,7 @@ class Evaluation:
         method = self.asked.method(self.found[0].target)
         if isinstance(method, Learned):
             self.learned = method.learn(self._trial(read))
-        if method.counts:
+        if self.asked.counts:
             self._count()
         made: dict[Target, tuple[Update, ...]] = {}
         if not isinstance(method, Learned):
