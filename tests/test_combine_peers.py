@@ -127,6 +127,20 @@ def test_peft_makes_the_same(peft_model, kind, weights):
         model.delete_adapter("made")
 
 
+@pytest.mark.parametrize("kind", ["svd", "ties_svd"])
+def test_peft_cuts_to_the_same_rank(peft_model, kind):
+    model, folders = peft_model
+    pruned = {} if kind == "svd" else {"density": 0.4}
+    model.add_weighted_adapter(["one", "two"], [1.0, 0.5], "made", combination_type=kind, svd_rank=2, **pruned)
+    try:
+        made = ak.ops.combine(folders, kind, [1.0, 0.5], compat="peft", rank=2, **pruned)
+        assert made.updates[Target("q")][0].A.shape == (2, IN)
+        expected = peft_delta(model, "q")
+        assert np.abs(made.delta("q").numpy() - expected).max() <= 2e-5 * np.abs(expected).max()
+    finally:
+        model.delete_adapter("made")
+
+
 def test_peft_sums_products_that_are_nobodys(peft_model):
     _, folders = peft_model
     exact = sum(ak.read(folder).delta("q").numpy() for folder in folders)

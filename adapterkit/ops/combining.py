@@ -70,7 +70,8 @@ def combine(
         raise UsageError("one adapter where a list belongs", cure="Pass a list of adapters")
     name, values = resolved(method, compat)
     values |= parameters
-    cut = values.pop("rank", None) if rank is None else rank
+    peers_rank = values.pop("rank", None)
+    cut = peers_rank if rank is None else rank
     if "rank" in COMBINERS[name].parameters():
         values, cut = values | ({} if rank is None else {"rank": rank}), None
     _check_given(name, adapters, base, data, seed)
@@ -79,7 +80,8 @@ def combine(
     read, found = places(adapters, base=base, lower=None if summing else "combined", disjoint=disjoint)
     _check_rank(rank, found)
     asked = Asked(name, values, weights, each, found, len(read))
-    seen = Weights({place.target: place.updates[0] for place in found}, base) if base and first.based else None
+    own = {place.target: place.updates[0] for place in found}
+    seen = None if base is None or not first.based else Weights(own, base)
     work = Evaluation(asked, found, result_type(read, dtype), cut, seed, data, seen)
     updates = work.updates(read)
     said = {
