@@ -2,7 +2,8 @@
 
 The bases are a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI), each brought to the norm
 beta |D_t| + (1 - beta) mean |D|.  He et al. 2026, https://arxiv.org/abs/2606.03723; TIES trims each core for itself,
-and rounds and tolerance are as in https://github.com/ZhengbaoHe/compress-then-merge.
+and beta, rounds and tolerance are as in https://github.com/ZhengbaoHe/compress-then-merge, whose README lets TIES keep
+0.25 of the entries and scales the result by 0.75.
 """
 
 from __future__ import annotations
