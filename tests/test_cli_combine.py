@@ -204,6 +204,18 @@ def test_merge_combines_on_the_fly(base: Path, adapters: list[Path], tmp_path: P
         assert np.abs(merged[f"layers.{layer}.q.weight"] - expected).max() < 1e-6
 
 
+def test_merge_gives_its_base_to_methods_that_look_at_it(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    record("merge", base, adapters[0], "--method", "arcee_fusion", "-o", tmp_path / "out")
+    merged, D = load_file(tmp_path / "out" / "model.safetensors")["layers.0.q.weight"], delta(adapters[0])
+    kept = merged != 1
+    assert 0 < kept.sum() < kept.size / 2
+    assert np.abs(merged[kept] - 1 - D[kept]).max() < 1e-6
+    refused = run("combine", adapters[0], "--method", "arcee_fusion", "-o", tmp_path / "none")
+    assert refused.exit_code == 2
+    assert "Pass base=/--base" in refused.stderr
+    assert not (tmp_path / "none").exists()
+
+
 def test_merge_of_a_sum_is_the_merge_of_all(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     weights = ["--weight", 0.5, "--weight", -1.5]
     record("merge", base, *adapters, *weights, "-o", tmp_path / "all")

@@ -1,11 +1,13 @@
 """Ways to combine: what must hold whatever the numbers, the papers' formulas on whole matrices, and what is refused."""
 
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
@@ -23,8 +25,12 @@ BY_FACTORS = {"factors", "lego", "robust_merge"}
 """Methods that see B and A themselves."""
 BY_PLACE = {"dare_linear", "dare_ties", "della", "lego"}
 """Methods that draw at random, by the adapters' positions."""
+BY_SIZE = {"lego", "nearswap", "ram", "ramplus_tl"}
+"""Methods that compare with fixed sizes, or A with B."""
 WITH_DATA = {name for name in COMBINERS if COMBINERS[name].data}
-PLAIN = sorted(set(COMBINERS) - WITH_DATA)
+BASED = {name for name in COMBINERS if COMBINERS[name].based}
+PLAIN = sorted(set(COMBINERS) - WITH_DATA - BASED)
+SEVERAL = [name for name in PLAIN if COMBINERS[name].takes[1] is None]
 KEEPING = [
     "linear", "task_arithmetic", "multislerp", "karcher", "model_stock", "tsv", "cart", "wudi", "pico", "svc",
     "knots_task_arithmetic", "core_task_arithmetic", "core_tsv", "ctm_task_arithmetic", "pico_tsv",
@@ -62,7 +68,7 @@ def close(one, other, tolerance=1e-9):
 
 
 def few(name):
-    return 2 if name == "slerp" else 3
+    return COMBINERS[name].takes[1] or 3
 
 
 def basis(name):
@@ -106,7 +112,7 @@ def test_a_product_counts_and_not_how_it_was_split(name, drawn):
     close(exact(one), exact(other), 1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(PLAIN) - BY_PLACE - {"slerp"}))
+@pytest.mark.parametrize("name", sorted(set(SEVERAL) - BY_PLACE))
 @few_seeds
 @given(order=st.permutations(range(3)), drawn=SEEDS)
 def test_the_order_of_adapters_does_not_matter(name, order, drawn):
@@ -116,7 +122,7 @@ def test_the_order_of_adapters_does_not_matter(name, order, drawn):
     close(exact(one), exact(other), 1e-7)
 
 
-@pytest.mark.parametrize("name", sorted(set(PLAIN) - {"lego"}))
+@pytest.mark.parametrize("name", sorted(set(PLAIN) - BY_SIZE))
 @few_seeds
 @given(drawn=SEEDS)
 def test_twice_the_changes_make_twice_the_result(name, drawn):
@@ -187,6 +193,25 @@ def test_what_is_random_does_not_depend_on_other_targets_or_runs():
     assert (exact(again, V) == exact(both, V)).all()
 
 
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "knots_dare_ties", "core_dare_ties", "lego"])
+def test_what_is_random_does_not_depend_on_threads(name):
+    """Combined and read by several threads at once, targets in any order, it is what one thread makes, bit by bit."""
+    targets = [Target(f"layers.{i}.{path}") for i in range(6) for path in "qv"]
+    given_ = adapters(targets=targets, rank=2)
+    expected = {target: exact(ak.ops.combine(given_, name, seed=3), target) for target in targets}
+
+    def scrambled(seed):
+        order = [targets[i] for i in np.random.default_rng(seed).permutation(len(targets))]
+        made = ak.ops.combine([Adapter({t: a.updates[t] for t in order}) for a in given_], name, seed=3)
+        return [(target, exact(made, target)) for target in reversed(order)]
+
+    shared = ak.ops.combine(given_, name, seed=3)
+    with ThreadPoolExecutor(4) as pool:
+        apart = [pair for pairs in pool.map(scrambled, range(4)) for pair in pairs]
+        together = list(pool.map(lambda target: (target, exact(shared, target)), [*targets, *reversed(targets)]))
+    assert all((found == expected[target]).all() for target, found in [*apart, *together])
+
+
 # The papers' formulas, on whole matrices.
 
 
@@ -240,6 +265,25 @@ def test_core_ties_is_ties_between_bases_of_the_factors():
     merged = elected_mean(np.stack([trimmed([core], 0.3)[0] for core in cores]))
     made = ak.ops.combine(given_, "core_ties", density=0.3)
     close(exact(made), U @ merged @ Vh)
+    beside = ak.ops.combine(adapters(targets=[Q, V]), "core_ties", density=0.3)
+    close(exact(beside), exact(made))
+
+
+def test_arcee_fusion_keeps_what_stands_out_at_a_base(tmp_path):
+    """The formula in float64, for the weight and the bias of each expert."""
+    stacked, rng = Target("experts", "e out *in"), np.random.default_rng(5)
+    base = {"experts.weight": rng.normal(size=(2, OUT, IN)), "experts.bias": rng.normal(size=(2, OUT))}
+    save_file(base, tmp_path / "base.safetensors")
+    (one,) = adapters(1, targets=[stacked], lead=(2,), bias=True)
+    made = ak.ops.combine([one], "arcee_fusion", base=tmp_path / "base.safetensors").updates[stacked][0]
+    update = one.updates[stacked][0]
+    changes = {"experts.weight": update.B.numpy() @ update.A.numpy(), "experts.bias": update.bias.numpy()}
+    for (name, D), found in zip(changes.items(), (made.D, made.d), strict=True):
+        for e in range(2):
+            p, q = (np.exp(X) / np.exp(X).sum(-1, keepdims=True) + 1e-8 for X in (base[name][e] + D[e], base[name][e]))
+            importance = np.abs(D[e]) * (p * np.log(p / q)).sum(-1, keepdims=True)
+            q1, q2, q3 = (np.sort(importance.ravel())[int(k * (importance.size - 1))] for k in (0.25, 0.5, 0.75))
+            close(found.numpy()[e], D[e] * (importance >= q2 + 1.5 * (q3 - q1)))
 
 
 def polar(X):
@@ -301,6 +345,9 @@ def test_pico_damps_shared_directions_and_keeps_the_mean_norm():
     made = exact(ak.ops.combine(given_, "pico"))
     close(made, total * norm / np.linalg.norm(total))
     assert abs(np.linalg.norm(made) - norm) < 1e-9 * norm
+    close(exact(ak.ops.combine(given_, "pico", rescale="none")), total)
+    each = [(damped @ D) * np.linalg.norm(D) / np.linalg.norm(damped @ D) for D in map(exact, given_)]
+    close(exact(ak.ops.combine(given_, "pico", rescale="each")), sum(each))
 
 
 @pytest.mark.parametrize("alpha", [0.1, 1.0])
@@ -500,6 +547,10 @@ def test_parameters_by_glob_and_by_adapter():
     close(exact(made), exact(ak.ops.combine(given_, "magnitude_prune", density=0.5)))
     own = ak.ops.combine(given_, "magnitude_prune", each=[{"density": 0.0}, {"density": 1.0}])
     close(exact(own), exact(given_[1]))
+    beside = ak.ops.combine(given_, "ties", density=1.0, each=[{"density": 0.3}, {}], sign="none", denominator="none")
+    kept = trimmed([exact(given_[0]), exact(given_[0], V)], 0.3)
+    for target, part in zip((Q, V), kept, strict=True):
+        close(exact(beside, target), part + exact(given_[1], target))
 
 
 # Methods that learn.
@@ -582,17 +633,33 @@ def test_bad_input_is_refused():
     refused(UsageError, "no finite number", two, "ties", [1.0, float("nan")])
     refused(UsageError, "sum to 0", two, "slerp", [1.0, -1.0])
     refused(UsageError, "slerp takes 2 adapters", adapters(3), "slerp")
+    refused(UsageError, "nearswap takes 1 adapters, not 2", two, "nearswap")
+    refused(UsageError, "looks at the weights of the base", two[:1], "arcee_fusion")
+    refused(UsageError, "cannot come after", two, "knots", then="arcee_fusion")
     refused(UsageError, "no target fits", two, "linear", [{"*.k": 1.0}, 1.0])
     refused(UsageError, "rank 99 of weights of rank 20", two, "linear", rank=99)
+    refused(UsageError, "rank 99 of weights of rank 20", two, "ctm", rank=99)
+    refused(UsageError, "rank '4' of weights", two, "linear", rank="4")
+    refused(UsageError, "seed -1 is not a whole number", two, "dare_ties", seed=-1)
     refused(UsageError, "needs data", two, "regmean")
     refused(UsageError, "looks at no data", two, "ties", data=print)
     refused(UsageError, "not of single adapters", two, "ties", each=[{"scale": 1.0}, {}])
+    refused(UsageError, "are a mapping", two, "ties", each=[0.5, 0.2])
     refused(UsageError, "cannot differ", two, "ties", density={"*.q": 0.5})
+    refused(UsageError, "cannot differ", two, "ties", density={"*.q": 1.0, "*": 0.5})
     refused(UsageError, "cannot come after", two, "knots", then="core")
     refused(UsageError, "cannot be summed apart", [*adapters(1), adapters(2, rank=5)[1]], "factors")
     refused(UsageError, "no target in common", [adapters(1, targets=[Q])[0], adapters(1, targets=[V])[0]], "ties")
     refused(ShapeMismatch, "made for weights", [*adapters(1), adapters(2, out=OUT + 1)[1]], "ties")
     refused(UsageError, "gave no gradients", two, "cat", data=lambda _: 1.0)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_adapters_that_change_nothing_yet_are_combined(name):
+    """B of a fresh LoRA is zero."""
+    fresh = [a.replace(updates={Q: (a.updates[Q][0].replace(B=from_numpy(np.zeros((OUT, RANK)))),)})
+             for a in adapters(few(name), targets=[Q])]  # fmt: skip
+    assert not change(ak.ops.combine(fresh, name)).any()
 
 
 def test_numbers_that_are_none_are_refused_when_they_are_read():

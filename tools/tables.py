@@ -118,7 +118,8 @@ def combine() -> str:
 
 
 def _combiner_row(entry: dict[str, Any]) -> list[str]:
-    title = f"[{entry['title']}]({entry['paper']})" + " (needs `data=`)" * (entry["data"] is not None)
+    needs = " (needs `data=`)" * (entry["data"] is not None) + " (needs `base=`)" * entry["based"]
+    title = f"[{entry['title']}]({entry['paper']})" + needs
     names = ["then"] * (entry["then"] is not None) + list(entry["parameters"])
     return [f"`{entry['name']}`", title, " ".join(f"`{name}`" for name in names)]
 

@@ -63,7 +63,8 @@ def combiners() -> list[dict[str, Any]]:
 
     return [
         {
-            "name": name, "title": entry.title, "data": entry.data, "then": entry.defaults().get("then"),
+            "name": name, "title": entry.title, "data": entry.data, "based": entry.based,
+            "then": entry.defaults().get("then"),
             "parameters": {n: field.default for n, field in entry.parameters().items()},
             "meanings": {n: field.metadata["meaning"] for n, field in entry.parameters().items()},
             "among": {n: list(f.metadata["among"]) for n, f in entry.parameters().items() if f.metadata["among"]},
@@ -104,7 +105,8 @@ def _combiners_view(record: Mapping[str, Any]) -> View:
 def _combiner_row(entry: Mapping[str, Any]) -> list[str]:
     before = {"then": entry["then"]} if entry["then"] else {}
     values = (f"{name}={_shown(value)}" for name, value in {**before, **entry["parameters"]}.items())
-    return [entry["name"], entry["title"] + "; needs data" * (entry["data"] is not None), " ".join(values)]
+    title = entry["title"] + "; needs data" * (entry["data"] is not None) + "; needs the base" * entry["based"]
+    return [entry["name"], title, " ".join(values)]
 
 
 def _shown(value: Any) -> str:

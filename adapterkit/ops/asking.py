@@ -22,6 +22,7 @@ class Asked:
     Attributes:
         weights: one setting an adapter.
         each: parameters of single adapters.
+        targets: all of them.
         varies: whether a parameter differs from target to target.
     """
 
@@ -35,10 +36,10 @@ class Asked:
         self.each = self._own(each or [], count)
         if len(self.weights) != count:
             raise UsageError(f"{len(self.weights)} weights for {count} adapters", cure="Give one weight an adapter")
-        targets = [place.target for place in found]
-        self.depths = Depths(targets)
+        self.targets = [place.target for place in found]
+        self.depths = Depths(self.targets)
         for key, value in [*self.values.items(), *(("weights", w) for w in self.weights)]:
-            check_globs(value, targets, key)
+            check_globs(value, self.targets, key)
         self.varies = any(isinstance(value, (Mapping, list)) for value in self.values.values())
 
     def _own(self, each: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -47,6 +48,8 @@ class Asked:
             raise UsageError(
                 f"parameters of {len(each)} adapters for {count}", where="each", cure="Give one mapping each"
             )
+        if not all(isinstance(own, Mapping) for own in each):
+            raise UsageError("parameters of an adapter are a mapping", where="each", cure='Such as {"density": 0.5}')
         cls = COMBINERS[self.name]
         if cls.plug is not None:
             cls = COMBINERS[str(self.values.get("then", cls.defaults()["then"]))]
@@ -56,8 +59,19 @@ class Asked:
         return [{key: cls.checked(key, value) for key, value in own.items()} for own in each]
 
     def method(self, target: Target) -> Method:
+        return made(COMBINERS[self.name], self._at(target))
+
+    def _at(self, target: Target) -> dict[str, Any]:
+        """The parameters that were given, as they are at a target."""
         own = {key: at_target(value, target, self.depths, None) for key, value in self.values.items()}
-        return made(COMBINERS[self.name], {key: value for key, value in own.items() if value is not None})
+        return {key: value for key, value in own.items() if value is not None}
+
+    @property
+    def counts(self) -> bool:
+        """Whether numbers of whole adapters are needed first: at any target, by any adapter's own parameters."""
+        targets = self.targets if self.varies else self.targets[:1]
+        values = [(self._at(target), own) for target in targets for own in self.each or [{}]]
+        return any(made(COMBINERS[self.name], {**at, **own}).counts for at, own in values)
 
     def weights_at(self, target: Target) -> list[float]:
         found = [at_target(weight, target, self.depths, 1.0) for weight in self.weights]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UsageError
 from .census import Census
 
 if TYPE_CHECKING:
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 14
 """Random numbers drawn at a time: what is worked on to make them fits a core's cache."""
+
+
+def _no_base() -> Array:
+    raise UsageError("a law of the base's weights", where="base", cure="Pass base=/--base")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +38,7 @@ class At:
         scalings: the factor apart from B and A of each present adapter, where it has a single pair of factors.
         census: what was counted over all targets, or is being counted.
         asks: `data=`, for methods that need it.
+        base: gives what the base has here, `[out, in * k]` or `[out]`, to methods that look at it.
     """
 
     target: Target
@@ -44,6 +50,7 @@ class At:
     scalings: tuple[float | None, ...] = ()
     census: Census = field(default_factory=Census)
     asks: Callable[..., Any] | None = None
+    base: Callable[[], Array] = _no_base
 
     def each(self, method: Method, name: str) -> list[Any]:
         """A parameter, one value for each present adapter."""

@@ -6,6 +6,7 @@ and contexts never.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Target
@@ -58,6 +59,29 @@ def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:
     checkpoint = opened(base)
     _, sites = bound(adapter, checkpoint)
     return adapter.replace(updates={site.target: _at_base(site, checkpoint) for site in sites})
+
+
+class Weights:
+    """What a base has at targets that are bound to it, as formulas see it."""
+
+    def __init__(self, targets: Mapping[Target, tuple[Update, ...]], base: Base) -> None:
+        self.base = opened(base)
+        self.sites = {site.target: site for site in bound(Adapter(targets), self.base)[1]}
+
+    def at(self, target: Target, expert: int | None, bias: bool) -> Array:
+        """A weight `[out, in * k]` or a bias `[out]`, float64; one of a stack.
+
+        Raises:
+            UsageError: the base has no bias there.
+            Malformed: a NaN or an infinity.
+        """
+        site = self.sites[target]
+        stored = site.bias if bias else site.weight
+        if stored is None:
+            raise UsageError("the base has no bias here", where=str(target), cure="Choose another method")
+        W: Array = view_of(load(_tensor(self.base, stored)), target, bias)
+        one = W if expert is None else W[expert]
+        return one if bias else one.reshape(len(one), -1)
 
 
 def check_kind(update: Update, target: Target, based: bool, doing: str) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def low_rank(
     target: Target, shape: Shape, pairs: Sequence[tuple[Array, Array]], bias: Array | None, dtype: DType
 ) -> LoRA:
-    """A LoRA of B `[out, r]` and A `[r, in * k]`, a pair for each expert of a stack; zeros even out their ranks.
+    """A LoRA of B `[out, r]` and A `[r, in * k]`, a pair for each expert of a stack; zeros make their ranks one, not 0.
 
     Args:
         target: where it goes.
@@ -34,7 +34,7 @@ def low_rank(
     """
     import numpy as np
 
-    rank = max(len(A) for _, A in pairs)
+    rank = max(1, *(len(A) for _, A in pairs))
     B = np.stack([_filled(B, rank, 1) for B, _ in pairs])
     A = np.stack([_filled(A, rank, 0).reshape(rank, *shape[1:]) for _, A in pairs])
     if not target.stacked:

@@ -41,18 +41,12 @@ MERGEKIT: Known = {
     "breadcrumbs_ties": ("breadcrumbs", {"sign": "total"}),
     "sce": ("sce", {}),
     "passthrough": ("linear", {"normalize": False}),
+    "nearswap": ("nearswap", {}),
+    "ram": ("ram", {}),
+    "ramplus_tl": ("ramplus_tl", {}),
+    "arcee_fusion": ("arcee_fusion", {}),
 }
 """`merge_method` of mergekit, for differences to a base."""
-
-NOT_OURS: Mapping[str, Mapping[str, str]] = {
-    "mergekit": {
-        "arcee_fusion": "it compares softmaxes of whole weights, not changes of them",
-        "nearswap": "it moves weights by a fixed distance, whatever the size of the change",
-        "ram": "it tells changes from none by a fixed size, which factors do not have",
-        "ramplus_tl": "it tells changes from none by a fixed size, which factors do not have",
-    }
-}
-"""What a peer has and this one refuses -> the reason."""
 
 PEERS: Mapping[str, Known] = {"mergekit": MERGEKIT, "peft": PEFT}
 
@@ -79,9 +73,6 @@ def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Any]]:
     if compat not in PEERS:
         raise Unsupported(f"no way of {compat!r} is known", cure=f"Known: {', '.join(PEERS)}")
     known = PEERS[compat]
-    if name in NOT_OURS.get(compat, {}):
-        why = f"{name} is not combined: {NOT_OURS[compat][name]}"
-        raise Unsupported(why, where="compat", cure=f"Known: {', '.join(known)}")
     if name not in known:
         cure = nearest(name, known) or f"Known: {', '.join(known)}"
         raise UsageError(f"{compat} has no way to combine called {name!r}", where="compat", cure=cure)

@@ -1,20 +1,23 @@
 """How well each task goes under every way to combine two adapters, against each adapter and joint training.
 
-    python tools/bench/quality.py [--tasks rotated negative] [--scales 0.3 0.5 0.7 1 1.5]
-    python tools/bench/quality.py --model DIR [--steps 12]
+    python tools/bench/quality.py [--seeds 1 2 3] [--tasks rotated negative] [--scales 0.3 0.5 0.7 1 1.5]
+    python tools/bench/quality.py --model DIR [--seeds 1 2 3] [--steps 12]
 
 Without --model: accuracy of the demo's digit tasks, a LoRA of rank 8 each by the recipe of `tools/train_demo.py`, two
 minutes a core. With one, the folder that `tools/real_model.py` writes: loss on source code and on prose, some
 minutes. One adapter is trained for each task and one for all together; they are combined by each method with each
-weight. The best weight on data that no adapter saw is chosen, and what is shown is measured on other data still.
+weight. The best weight on data that no adapter saw is chosen, and what is shown is measured on other data still: the
+mean over the seeds, which training and what methods draw start from, and the standard deviation of the last column.
 Adapters are kept in --work.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +32,22 @@ import adapterkit as ak  # noqa: E402
 from adapterkit.ops import COMBINERS  # noqa: E402
 from adapterkit.tensors.lazy import from_numpy  # noqa: E402
 
-METHODS = [name for name in COMBINERS if COMBINERS[name].data is None and COMBINERS[name].plug is None] + [
+ALONE = [name for name in COMBINERS if COMBINERS[name].plug is None and COMBINERS[name].takes[1] != 1]
+METHODS = [name for name in ALONE if COMBINERS[name].data is None] + [
     "knots_ties", "knots_dare_ties", "core_ties", "core_dare_ties", "core_cart", "ctm_ties", "pico_task_arithmetic",
     "pico_tsv", "svc_task_arithmetic", "factors_linear",
 ]  # fmt: skip
+
+
+Row = tuple[float | None, list[float]]
+"""The weight of a combination, if it is one, and the score of each task."""
 
 
 def main() -> None:
     """Trains what is not there yet, combines, scores, prints one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=["rotated", "negative"], choices=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="one run each")
     parser.add_argument("--scales", nargs="+", type=float, help="weights to choose from")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--rank", type=int, default=8)
@@ -48,29 +57,35 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     chosen.work.mkdir(parents=True, exist_ok=True)
-    table(_suite(chosen), chosen.scales or ([0.3, 0.5, 0.7, 1.0, 1.5] if chosen.model is None else [0.5, 1.0]))
+    scales = chosen.scales or ([0.3, 0.5, 0.7, 1.0, 1.5] if chosen.model is None else [0.5, 1.0])
+    found: dict[str, list[Row]] = {}
+    for seed in chosen.seeds:
+        suite = _suite(chosen, seed)
+        for name, row in rows(suite, scales, seed):
+            found.setdefault(name, []).append(row)
+            print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
+    table(suite, found)
 
 
-def _suite(chosen: Any) -> Any:
+def _suite(chosen: Any, seed: int) -> Any:
     if chosen.model is None:
-        return Digits(chosen.tasks, chosen.work, chosen.epochs, chosen.rank)
+        return Digits(chosen.tasks, chosen.work, chosen.epochs, chosen.rank, seed)
     from rig.texts import Texts
 
-    return Texts(chosen.model, chosen.work, chosen.steps, chosen.rank)
+    return Texts(chosen.model, chosen.work, chosen.steps, chosen.rank, seed)
 
 
-def table(suite: Any, scales: list[float]) -> None:
-    """One row for the base, each adapter, the joint one, and each way to combine."""
-    print(f"{'':<24}{'weight':>8}" + "".join(f"{name:>12}" for name in suite.names) + f"{'mean':>10}")
-    line(suite, "base", None, suite.scores(None, True))
+def rows(suite: Any, scales: list[float], seed: int) -> Iterator[tuple[str, Row]]:
+    """The base, each adapter, the joint one, and each way to combine: name, weight and scores."""
+    yield "base", (None, suite.scores(None, True))
     adapters = {name: suite.adapter(name) for name in [*suite.names, "joint"]}
     for name, adapter in adapters.items():
-        line(suite, f"{name} alone" if name in suite.names else name, None, suite.scores(adapter, True))
+        yield f"{name} alone" if name in suite.names else name, (None, suite.scores(adapter, True))
     several = [adapters[name] for name in suite.names]
     for method in METHODS:
         if method != "slerp" or len(several) == 2:
-            scale, made = best(suite, computed(ak.ops.combine(several, method)), scales)
-            line(suite, method, scale, suite.scores(made, True))
+            scale, made = best(suite, computed(ak.ops.combine(several, method, seed=seed)), scales)
+            yield method, (scale, suite.scores(made, True))
 
 
 def computed(adapter: ak.Adapter) -> ak.Adapter:
@@ -91,11 +106,18 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def line(suite: Any, name: str, weight: float | None, found: list[float]) -> None:
-    """One row of the table."""
-    said, form = "" if weight is None else f"{weight:g}", ".3f" if suite.lower else ".2%"
-    shown = "".join(f"{value:>12{form}}" for value in found)
-    print(f"{name:<24}{said:>8}{shown}{mean(found):>10{form}}", flush=True)
+def table(suite: Any, found: dict[str, list[Row]]) -> None:
+    """Means over the seeds; the weights that were chosen; how far the seeds are apart."""
+    print(f"{'':<24}{'weights':>12}" + "".join(f"{name:>12}" for name in suite.names) + f"{'mean':>10}{'between':>10}")
+    form = ".3f" if suite.lower else ".2%"
+    for name, several in found.items():
+        weights = sorted({weight for weight, _ in several if weight is not None})
+        tasks = [mean(list(one)) for one in zip(*(scores for _, scores in several), strict=True)]
+        overall = [mean(scores) for _, scores in several]
+        apart = statistics.stdev(overall) if len(overall) > 1 else 0.0
+        said = " ".join(f"{weight:g}" for weight in weights)
+        shown = "".join(f"{value:>12{form}}" for value in tasks)
+        print(f"{name:<24}{said:>12}{shown}{mean(overall):>10{form}}{apart:>10{form}}")
 
 
 if __name__ == "__main__":

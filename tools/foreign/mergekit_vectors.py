@@ -55,12 +55,19 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
     # What is random with one adapter and weight 1: which entries are there is seen in the result.
     yield "dare linear one", "dare_linear", {"weight": [1.0], "density": 0.6}
     yield "della linear one", "della_linear", {"weight": [1.0], "density": 0.6, "epsilon": 0.1}
+    for t in (1e-4, 0.5):
+        yield f"nearswap {t}", "nearswap", {"t": t}
+    for epsilon in (1e-5, 0.7):
+        yield f"ram {epsilon}", "ram", {"epsilon": epsilon}
+        yield f"ramplus {epsilon}", "ramplus_tl", {"epsilon": epsilon}
+    yield "ramplus whole", "ramplus_tl", {"epsilon": 0.7, "r": 0.3, "alpha": 10.0}
+    yield "arcee fusion", "arcee_fusion", {}
 
 
 WITHOUT_BASE = {"slerp", "karcher", "nuslerp", "linear"}
 """Methods that are given the changes themselves."""
 
-TAKEN = {"slerp": [0, 1], "nuslerp": [0, 1], "one": [0]}
+TAKEN = {"slerp": [0, 1], "nuslerp": [0, 1], "one": [0], "nearswap": [0], "arcee_fusion": [0]}
 
 
 def main() -> None:

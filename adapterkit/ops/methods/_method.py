@@ -56,6 +56,7 @@ class Method(ABC):
         compat: peer -> parameters with which it computes what that peer computes.
         plug: the parameter that names another method, for those that work on top of one.
         single: parameters that may differ from adapter to adapter.
+        based: whether the formula looks at the weights of the base, which must be given then.
         sequential: whether `data=` is also given the adapter of the targets that are done, in the adapters' order.
     """
 
@@ -66,6 +67,7 @@ class Method(ABC):
     compat: ClassVar[Mapping[str, Mapping[str, Value]]] = {}
     plug: ClassVar[str | None] = None
     single: ClassVar[frozenset[str]] = frozenset()
+    based: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
@@ -171,9 +173,14 @@ class Spectral(Method):
 
 
 class PlugIn(Method):
-    """Methods that change what another method, `then`, sees; parameters that are not their own are the other's."""
+    """Methods that change what another method, `then`, sees; parameters that are not their own are the other's.
+
+    Attributes:
+        within: what the other's parameters are by default, where it has them and the paper says so.
+    """
 
     plug: ClassVar[str | None] = "then"
+    within: ClassVar[Mapping[str, Value]] = {}
     then: str = "task_arithmetic"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -181,7 +188,9 @@ class PlugIn(Method):
     def inner(self) -> Method:
         from . import COMBINERS
 
-        return made(COMBINERS[self.then], self.settings)
+        other = COMBINERS[self.then]
+        own = {name: value for name, value in self.within.items() if name in other.parameters()}
+        return made(other, {**own, **self.settings})
 
     @property
     def counts(self) -> bool:
@@ -208,7 +217,7 @@ def made(cls: type[Method], values: Mapping[str, Any]) -> Method:
     rest = {name: value for name, value in values.items() if name not in own and name != "then"}
     plugged: Any = cls(**own, settings=rest, then=values.get("then", cls.then))
     plugged.check()
-    if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None:
+    if isinstance(plugged.inner, PlugIn) or plugged.inner.data is not None or plugged.inner.based:
         raise UsageError(f"{plugged.then} cannot come after it", where="then", cure="Name a method that stands alone")
     return plugged  # type: ignore[no-any-return]
 

@@ -1,13 +1,14 @@
 """Core Space: another method on small cores, D_t = U M_t V^T with one U and one V for all tasks.
 
 U holds the left singular vectors of [B_1 .. B_T], V the right ones of [A_1; ..; A_T]. Linear methods give what they
-give on whole matrices.  Panariello et al. 2025, https://arxiv.org/abs/2509.17786
+give on whole matrices.  Panariello et al. 2025, https://arxiv.org/abs/2509.17786; TIES trims each core apart, as in
+https://github.com/apanariello4/core-space-merging.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ._method import PlugIn, between, parameter, whole
 
@@ -24,6 +25,7 @@ class CoreSpace(PlugIn):
 
     title = "Core Space, with another method in it"
     paper = "https://arxiv.org/abs/2509.17786"
+    within: ClassVar = {"scope": "tensor"}
 
     basis: str = parameter("factors", BASIS, among=("factors", "products"))
 

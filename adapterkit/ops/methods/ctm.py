@@ -1,13 +1,15 @@
 """Compress, then merge: one pair of bases of rank r for all tasks, another method on r x r cores; of rank r, then.
 
 The bases are a Tucker-2 decomposition of the tasks' cores (HOSVD, then HOOI), each brought to the norm
-beta |D_t| + (1 - beta) mean |D|.  He et al. 2026, https://arxiv.org/abs/2606.03723
+beta |D_t| + (1 - beta) mean |D|.  He et al. 2026, https://arxiv.org/abs/2606.03723; TIES trims each core for itself,
+and beta, rounds and tolerance are as in https://github.com/ZhengbaoHe/compress-then-merge, whose README lets TIES keep
+0.25 of the entries and scales the result by 0.75.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
 from ._method import PlugIn, parameter, whole
@@ -24,6 +26,7 @@ class CtM(PlugIn):
     title = "Compress, then merge (CtM)"
     paper = "https://arxiv.org/abs/2606.03723"
     then: str = "ties"
+    within: ClassVar = {"scope": "tensor"}
 
     rank: int | None = parameter(None, "r; the largest rank of a task if not given", least=1, kind=int)
     beta: float = parameter(0.25, "how much of a task's own norm it keeps when bases are sought", least=0, most=1)

@@ -1,6 +1,7 @@
 """KnOTS: another method on aligned coordinates, [D_1 .. D_T] = U [S V_1 .. S V_T], one U for all tasks.
 
-Stoica et al. 2024, https://arxiv.org/abs/2410.19735. By QR of the factors: none of the weight's size.
+Stoica et al. 2024, https://arxiv.org/abs/2410.19735. By QR of the factors: none of the weight's size. S stands with V,
+and entries of all targets compete, as in https://github.com/gstoica27/KnOTS (`s_on_V`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """LoRA-LEGO: pairs of a row of A and a column of B are clustered over all tasks; the centres are the result's ranks.
 
 Centres are brought to the mean largest entry of their members, and the result is scaled by sqrt(pairs / ranks).
-Zhao et al. 2024, https://arxiv.org/abs/2409.16167; both scales are as the authors of CtM (https://arxiv.org/abs/2606.03723)
-compute them in their comparison, and the rank is that of a task, as in the paper.
+Zhao et al. 2024, https://arxiv.org/abs/2409.16167; both scales, the ten starts of k-means and the rank of a task are as
+in a comparison by the authors of CtM, `merge_MSUs` in https://github.com/ZhengbaoHe/compress-then-merge.
 """
 
 from __future__ import annotations

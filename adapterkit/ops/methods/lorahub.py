@@ -1,7 +1,8 @@
 """LoraHub: one weight an adapter, found without gradients on a few examples; A and B summed apart, as its authors do.
 
 min over w in [-bound, bound] of loss(w) + penalty * mean|w|, by an evolution strategy of one parent and one child,
-whose step grows with success.  Huang et al. 2023, https://arxiv.org/abs/2307.13269
+whose step grows with success.  Huang et al. 2023, https://arxiv.org/abs/2307.13269; bound and penalty are those of
+https://github.com/sail-sg/lorahub, which searches by nevergrad instead.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ class MultiSlerp(Mixture):
 
         w = shares(weights) if self.normalize else weights
         sizes = np.sqrt(gram.diagonal())
+        if not sizes.any():
+            return np.zeros(len(w))
         inverse = np.where(sizes > 0, 1 / np.where(sizes > 0, sizes, 1.0), 0.0)
         cosines = gram * np.outer(inverse, inverse)
         length = float(np.sqrt(max(w @ cosines @ w, 0.0)))

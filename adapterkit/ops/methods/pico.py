@@ -1,7 +1,9 @@
 """Pico: directions of B that many tasks share are damped before another method sees the changes; then the norm is set.
 
 [B_1 .. B_T] = U S V^T;  a_j = 1 / (1 + (T - 1) s_j^2 / sum s^2);  B_t <- (I + U diag(a - 1) U^T) B_t; the result is
-brought to the mean Frobenius norm of the changes.  2026, https://arxiv.org/abs/2604.16826
+brought to the mean Frobenius norm of the changes.  Tang and Yang 2026, https://arxiv.org/abs/2604.16826. The class in
+its authors' https://github.com/yixuantt/Pico does that with a merged change; the command there, which merges nothing,
+brings each change to the norm that it had.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from ..lowering import Delta
 
 
+RESCALE = "what is rescaled: the merged change, to the mean norm, each damped change, to the norm it had, or nothing"
+
+
 class Pico(PlugIn):
     """A plug-in before any method of sums or singular values."""
 
@@ -25,7 +30,7 @@ class Pico(PlugIn):
     paper = "https://arxiv.org/abs/2604.16826"
 
     basis: str = parameter("factors", BASIS, among=("factors", "products"))
-    rescale: bool = parameter(True, "bring the result to the mean norm of the changes")
+    rescale: str = parameter("merged", RESCALE, among=("none", "merged", "each"))
 
     @property
     def dense(self) -> bool:
@@ -38,9 +43,11 @@ class Pico(PlugIn):
 
         U, S = self._directions(deltas)
         damped = 1 / (1 + (len(deltas) - 1) * S**2 / ((S**2).sum() or 1.0)) - 1
-        merged = self.inner.matrix([_damped(delta, U, damped) for delta in deltas], weights, at)
-        size = norm(merged) if self.rescale else 0.0
-        return merged.scaled(float(np.mean([norm(delta) for delta in deltas])) / size) if size else merged
+        calibrated, norms = [_damped(delta, U, damped) for delta in deltas], [norm(delta) for delta in deltas]
+        if self.rescale == "each":
+            calibrated = [_brought(delta, size) for delta, size in zip(calibrated, norms, strict=True)]
+        merged = self.inner.matrix(calibrated, weights, at)
+        return _brought(merged, float(np.mean(norms))) if self.rescale == "merged" else merged
 
     def _directions(self, deltas: Sequence[Delta]) -> tuple[Array, Array]:
         import numpy as np
@@ -54,6 +61,14 @@ class Pico(PlugIn):
             left, R = common.left, np.hstack(common.cores)
         U, S, _ = np.linalg.svd(R, full_matrices=False)
         return left @ U, S
+
+
+def _brought(delta: Delta, size: float) -> Delta:
+    """The change with another Frobenius norm; none stays none."""
+    from ..thin import norm
+
+    now = norm(delta)
+    return delta.scaled(size / now) if now else delta
 
 
 def _damped(delta: Delta, U: Array, factors: Array) -> Delta:

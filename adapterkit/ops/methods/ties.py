@@ -59,9 +59,11 @@ class TIES(Sparse):
         import numpy as np
 
         density, adapter = at.each(self, "density")[t], at.present[t]
+        if density >= 1:
+            return D
+        if self.scope == "tensor":
+            return np.where(largest(D, count_of(density, D.size, self.kept)), D, 0.0)
         if at.census.counting:
             at.census.feed(adapter, D, lambda total: count_of(density, total, self.kept))
             return 0 * D
-        if self.counts:
-            return np.where(np.abs(D) >= at.census.threshold(adapter), D, 0.0)
-        return np.where(largest(D, count_of(density, D.size, self.kept)), D, 0.0)
+        return np.where(np.abs(D) >= at.census.threshold(adapter), D, 0.0)

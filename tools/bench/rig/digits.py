@@ -29,19 +29,20 @@ class Digits:
 
     lower = False
 
-    def __init__(self, names: list[str], work: Path, epochs: int, rank: int) -> None:
-        self.names, self.work, self.epochs, self.rank = names, work, epochs, rank
+    def __init__(self, names: list[str], work: Path, epochs: int, rank: int, seed: int) -> None:
+        self.names, self.work, self.epochs, self.rank, self.seed = names, work, epochs, rank, seed
         self.images, self.labels = train_demo.digits()
         choosing = self.images[TRAINED:CHOSEN], self.labels[TRAINED:CHOSEN]
         self.parts = [[TASKS[name](*held) for name in names] for held in (choosing, held_out())]
 
     def adapter(self, name: str) -> ak.Adapter:
         """The LoRA of one task, or of all (`joint`); trained if it is not there yet."""
-        folder = self.work / f"{'-'.join(self.names) if name == 'joint' else name}-r{self.rank}-e{self.epochs}"
+        called = "-".join(self.names) if name == "joint" else name
+        folder = self.work / f"{called}-r{self.rank}-e{self.epochs}-s{self.seed}"
         if not (folder / "adapter_config.json").is_file():
             task = together(self.names) if name == "joint" else TASKS[name]
             config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=MODULES)
-            recipe = train_demo.Recipe(config, self.epochs, seed=1)
+            recipe = train_demo.Recipe(config, self.epochs, seed=self.seed)
             made = train_demo.train_adapter(recipe, task, self.images[:TRAINED], self.labels[:TRAINED], DATA)
             train_demo.write_adapter(made, folder)
         return ak.read(folder)

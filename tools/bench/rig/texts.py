@@ -32,7 +32,7 @@ MODULES = (
 BLOCK, BATCH, RATE = 64, 2, 2e-3
 """Tokens of a piece of text, pieces a step, Adam's step."""
 
-CHOOSING, TESTING = 2, 4
+CHOOSING, TESTING = 2, 8
 """Pieces of each kind held back: to choose a weight by, and to report."""
 
 
@@ -70,15 +70,15 @@ class Texts:
     names: ClassVar = list(KINDS)
     lower = True
 
-    def __init__(self, folder: Path, work: Path, steps: int, rank: int) -> None:
-        self.folder, self.work, self.steps, self.rank = folder, work, steps, rank
+    def __init__(self, folder: Path, work: Path, steps: int, rank: int, seed: int) -> None:
+        self.folder, self.work, self.steps, self.rank, self.seed = folder, work, steps, rank, seed
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.pieces = {name: cut(tokenizer, read()) for name, read in KINDS.items()}
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def adapter(self, name: str) -> ak.Adapter:
         """The LoRA of one task, or of both (`joint`); trained if it is not there yet."""
-        folder = self.work / f"{name}-{self.steps}-{self.rank}"
+        folder = self.work / f"{name}-{self.steps}-{self.rank}-{self.seed}"
         if not folder.exists():
             kinds = self.names if name == "joint" else [name]
             pieces = [piece for kind in kinds for piece in self.pieces[kind][CHOOSING + TESTING :]]
@@ -86,12 +86,12 @@ class Texts:
         return ak.read(folder)
 
     def _train(self, pieces: list[Tensor], steps: int, folder: Path) -> None:
-        torch.manual_seed(0)
+        torch.manual_seed(self.seed)
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=["q_proj", "v_proj"])
         adapted = get_peft_model(model, config)
         adam = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], RATE)
-        draw = random.Random(0)
+        draw = random.Random(self.seed)
         for _ in range(steps):
             batch = torch.stack(draw.sample(pieces, BATCH))
             adam.zero_grad()

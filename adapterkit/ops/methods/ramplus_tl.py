@@ -1,0 +1,48 @@
+"""Reinforced agent merging plus, tensor by tensor: what one task alone changed is also scaled up, by what it shares.
+
+Task t's own entries are multiplied by 1 + r clip(rho_t, 0, alpha), rho_t being how many of the entries that it changed
+others changed too, over how many they did not.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. rho is that of a
+tensor, and r and alpha are mergekit's; https://github.com/xiangchi-yuan/mrl counts over the model, with 0.05 and 1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from ._entrywise import Entrywise
+from ._method import parameter
+from .ram import EPSILON
+
+if TYPE_CHECKING:
+    from ...tensors.computed import Array
+    from ..at import At
+
+
+class RAMPlus(Entrywise):
+    """lambda * sum_t w_t m_t D_t f_t; f_t is 1 / n where n > 1 tasks changed an entry, else task t's factor."""
+
+    title = "Reinforced agent merging plus (RAM+), tensor by tensor"
+    paper = "https://arxiv.org/abs/2601.13572"
+    compat: ClassVar = {"mergekit": {}}
+
+    r: float = parameter(0.1, "how much a share of shared entries scales a task's own", least=0)
+    alpha: float = parameter(0.2, "the most that counts of shared over own entries", least=0)
+    epsilon: float = parameter(1e-5, EPSILON, least=0)
+
+    def merged(self, changes: Array, weights: Array, at: At) -> Array:
+        import numpy as np
+
+        changed = np.abs(changes) > self.epsilon
+        tasks = changed.sum(0)
+        own = self._factors(changed.reshape(len(changed), -1), tasks.ravel())
+        factors = np.where(tasks > 1, 1 / np.maximum(tasks, 1), own.reshape(-1, *[1] * tasks.ndim))
+        result: Array = self.scale * np.tensordot(weights, changes * changed * factors, 1)
+        return result
+
+    def _factors(self, changed: Array, tasks: Array) -> Array:
+        """Of each task's own entries, `[T]`."""
+        import numpy as np
+
+        shared, own = (changed & (tasks > 1)).sum(1), (changed & (tasks == 1)).sum(1)
+        factors: Array = 1 + self.r * np.clip(shared / np.maximum(own, 1), 0, self.alpha)
+        return factors
