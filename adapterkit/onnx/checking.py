@@ -187,7 +187,9 @@ def _compared(
             why = str(error).splitlines()[0]
             continue
         try:
-            got = _session(str(out)).run(None, {**feeds, **more})
+            written = _session(str(out))
+            more = {**_of_new_inputs(written, feeds, sizes, given), **more}
+            got = written.run(None, {**feeds, **more})
         except Exception as error:
             ran, why = True, str(error).splitlines()[0]
             continue
@@ -239,6 +241,13 @@ def _most_second(results: Sequence[Any]) -> float:
 def _of_its_inputs(given: Feeds, session: Any) -> Feeds:
     names = {entry.name for entry in session.get_inputs()}
     return {name: array for name, array in given.items() if name in names}
+
+
+def _of_new_inputs(session: Any, feeds: Feeds, sizes: Sequence[int], given: Feeds | None) -> Feeds:
+    """What the written graph takes that the first one does not, as the tasks of rows: those given, else the first."""
+    new = {entry.name for entry in session.get_inputs()} - feeds.keys()
+    return {name: (given or {}).get(name, np.zeros_like(array))
+            for name, array in made_up(session, sizes).items() if name in new}  # fmt: skip
 
 
 def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float) -> float:

@@ -7,8 +7,7 @@ graph's inputs of past keys and values hold where a run leaves them out, of a ba
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,12 @@ from ..updates import ContextUpdate
 from .attaching import rename_output
 from .building import Array, Branch, Building, element_type
 from .convolutions import Gather
-from .resolving import Spot, same_end, spots_of
+from .past import past_inputs
+from .resolving import Spot, spots_of
+from .scopes import same_end
 
 PLACES = ("embeddings", "vocabulary", "past")
 """Words of context updates that a graph has a place for."""
-
-_PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
 
 
 def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]]]:
@@ -148,7 +147,7 @@ def _of_input(node: ir.Node) -> str | None:
 
 def _with_past(target: Target, past: Array, building: Building) -> str:
     """Inputs of past keys and values that hold a prefix where they are left out."""
-    inputs = _past_inputs(building.model.graph)
+    inputs = past_inputs(building.model.graph)
     layers, _, heads, length, width = past.shape
     if not inputs:
         cure = "Export the model with past keys and values (adapterkit export)"
@@ -166,12 +165,3 @@ def _with_past(target: Target, past: Array, building: Building) -> str:
         value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
         building.model.graph.register_initializer(value)
     return f"a run without its past begins with {length} tokens of prefix, which its mask and positions count"
-
-
-def _past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
-    found: dict[tuple[int, str], ir.Value] = {}
-    for value in graph.inputs:
-        told = _PAST.search(value.name or "") if "past" in (value.name or "") else None
-        if told is not None:
-            found[int(told[1]), told[2]] = value
-    return found

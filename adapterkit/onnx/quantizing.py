@@ -22,7 +22,8 @@ from .building import Building
 from .changes import settle, settled_from, unturned
 from .model_file import opened, save_fresh
 from .operands import attribute, nodes_of
-from .resolving import SCOPES, listed, spots_of
+from .resolving import spots_of
+from .scopes import SCOPES, listed
 from .unpacking import PACKED, as_float, drop, is_packed
 
 SCHEMES = ("int8", "int4")

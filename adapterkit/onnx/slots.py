@@ -119,7 +119,7 @@ def _filled(update: Update, shapes: dict[str, tuple[int, ...]], inner: int, fill
 
 
 def _changes_nothing(update: Update, tensors: dict[str, Array], place: Found) -> bool:
-    shape = place.spots[0].shape
+    shape = place.shape
     seen = (shape[1], shape[0], *shape[2:]) if place.turned else shape
     rows = place.target.rows
     seen = (rows[1] - rows[0], *seen[1:]) if rows else seen
