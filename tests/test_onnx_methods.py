@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.errors import AdapterkitError, Unsupported
+from adapterkit.errors import AdapterkitError
 from adapterkit.methods import METHODS
 from adapterkit.tensors.lazy import as_lazy
 

@@ -8,10 +8,14 @@ from safetensors.torch import load_file
 from test_adapterhub_vectors import FAULTY, FOLDERS, ROOT, model_of, read_folder
 
 import adapterkit as ak
+from adapterkit.errors import Unsupported
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning:(transformers|torch)")
 
-CASES = [f for f in FOLDERS if f.name not in FAULTY and model_of(f) in ("bert", "gpt2", "llama")]
+BEHIND = {"prompt_bert", "prompt_padded_bert"}
+"""Prompts behind a module of several embeddings."""
+
+CASES = [f for f in FOLDERS if f.name not in {*FAULTY, *BEHIND} and model_of(f) in ("bert", "gpt2", "llama")]
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +37,9 @@ def test_a_graph_computes_what_the_library_computed(folder, graphs, tmp_path, cl
     close(torch.tensor(session.run(feeds)["last_hidden_state"]), y, tolerance=1e-5)
     ak.onnx.eject(report.out, tmp_path / "back.onnx")
     assert (tmp_path / "back.onnx").read_bytes() == graph.read_bytes()
+
+
+@pytest.mark.parametrize("name", sorted(BEHIND))
+def test_a_prompt_behind_several_embeddings_is_refused(name, graphs, tmp_path):
+    with pytest.raises(Unsupported, match="masks and positions are made for the input's own"):
+        ak.onnx.inject(graphs("bert"), read_folder(ROOT / name), tmp_path / "out.onnx")

@@ -18,13 +18,15 @@ from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..tensors.lazy import as_array
 from ..updates import ContextUpdate
 from .attaching import rename_output
+from .attentions import with_prefixes
 from .building import Array, Branch, Building, element_type
 from .convolutions import Gather
+from .modules import modules_of
 from .past import past_inputs
 from .resolving import Spot, spots_of
 from .scopes import same_end
 
-PLACES = ("embeddings", "vocabulary", "past")
+PLACES = ("embeddings", "vocabulary", "past", "prefix")
 """Words of context updates that a graph has a place for."""
 
 
@@ -37,6 +39,11 @@ def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]
         if (rest := tuple(update for update in updates if not _placed(update)))
     }
     return adapter.replace(updates=kept), context
+
+
+def of_attention(target: Target, update: ContextUpdate) -> bool:
+    """Whether it is a prefix of one attention, not of the whole model."""
+    return update.place == "prefix" or (update.place == "past" and bool(target.path))
 
 
 def _placed(update: Any) -> bool:
@@ -57,7 +64,11 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
     """
     rows: list[tuple[Target, Array]] = []
     pasts: list[tuple[Target, Array]] = []
+    prefixes: dict[Target, list[ContextUpdate]] = {}
     for target, update in context:
+        if of_attention(target, update):
+            prefixes.setdefault(target, []).append(update)
+            continue
         held = update.map(_wide)
         if update.place == "past":
             pasts.append((target, _numbers(held.past())))
@@ -70,6 +81,8 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
     if len(rows) > 1:
         said.append(_with_tokens(rows[0][0], np.concatenate([more for _, more in rows]), building))
     said += [_with_past(target, past, building) for target, past in pasts]
+    for target, updates in prefixes.items():
+        with_prefixes(target, updates, building)
     return "; ".join(said)
 
 
@@ -131,6 +144,9 @@ def _embedding(target: Target, model: ir.Model) -> Spot:
         spots = list(dict.fromkeys(s for s, name in names if same_end(name.removesuffix(".weight"), target.path)))
     elif len(spots) > 1:
         spots = [spot for spot in spots if "input_ids" in (_of_input(spot.node) or "")]
+    if not spots and target.path and any(target.path in modules_of(node) for node in model.graph):
+        why = "tokens behind a module of several embeddings, whose masks and positions are made for the input's own"
+        raise Unsupported(why, where=str(target), cure="Attach it to the torch model")
     if len(spots) != 1:
         why = "the graph shows no embedding of tokens" if not spots else "several embeddings may be that of the tokens"
         raise TargetNotFound(why, where=str(target), cure="Target the embedding by its name")

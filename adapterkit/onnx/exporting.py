@@ -134,7 +134,7 @@ def _checked(
         difference = compared(model, examples, plain, runs)
         if quantize is not None:
             as_floats(out, plain.with_name("unpacked.onnx"))
-            compared_packed(out, plain.with_name("unpacked.onnx"), examples, quantize)
+            compared_packed(out, plain.with_name("unpacked.onnx"), examples)
             difference = compared(model, examples, out, runs, judged=False)
     except Unsupported as error:
         return Outcome(None, f"not run: {error.why}")

@@ -21,7 +21,7 @@ from ..tensors.checkpoint import opened as opened_base
 from .attaching import attach
 from .building import Building
 from .calls import Words
-from .contexts import parted, place
+from .contexts import of_attention, parted, place
 from .experts import with_experts
 from .model_file import Source, kept, opened, save
 from .resolving import Found, resolve
@@ -131,7 +131,8 @@ def inject(
         given = None if isinstance(check, bool) else check
         from .checking import checked_injection
 
-        told = checked_injection(model, rest, base, target, files, slots, given)
+        alone = any(of_attention(*each) for each in context)
+        told = checked_injection(model, rest, base, target, files, slots, given, alone=alone)
     note = "; ".join(filter(None, [used, words.note, told.note])) or None
     return Report(target, tuple(files), tuple(found), told.difference, note, reference=told.reference)
 

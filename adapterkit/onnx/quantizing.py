@@ -1,7 +1,8 @@
 """Quantization of an export by onnxruntime's own quantizers, and what that did to its weights.
 
-`int8` rounds weights, one scale an output channel, and at run time each layer's input: `MatMulInteger`. `int4` rounds
-weights alone, in blocks of 32 inputs: `MatMulNBits`. Adapters that stay nodes or slots are left in floating point.
+Weights alone are rounded, in blocks of 32 inputs: `MatMulNBits`. To round the inputs of layers too, as dynamic
+quantization does, costs models with a few large activations most of their precision. Adapters that stay nodes or slots
+are left in floating point.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
@@ -26,10 +27,11 @@ from .resolving import spots_of
 from .scopes import SCOPES, listed
 from .unpacking import PACKED, as_float, drop, is_packed
 
-SCHEMES = ("int8", "int4")
+SCHEMES = {"int8": 8, "int4": 4}
+"""Name -> bits of a weight."""
 
 BLOCK = 32
-"""Inputs that share a scale in 4 bits."""
+"""Inputs that share a scale."""
 
 _PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
 """What onnxruntime's quantizers ask of a model's metadata, or else remark on."""
@@ -111,7 +113,7 @@ def packed(model: Path, scheme: str, out: Path) -> tuple[list[Path], dict[str, d
 def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
     try:
         with _unheard():
-            (_in_integers if scheme == "int8" else _in_bits)(model, out)
+            _in_bits(model, SCHEMES[scheme], out)
     except Exception as error:  # The quantizers raise whatever the graph leads to.
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Unsupported(f"onnxruntime cannot quantize it ({first})", cure="Export it without quantize") from error
@@ -122,18 +124,11 @@ def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
     return graph
 
 
-def _in_integers(model: Path, out: Path) -> None:
-    quantization: Any = import_module("onnxruntime.quantization")
-    quantization.quantize_dynamic(
-        model, out, op_types_to_quantize=["MatMul"], per_channel=True, use_external_data_format=True
-    )
-
-
-def _in_bits(model: Path, out: Path) -> None:
+def _in_bits(model: Path, bits: int, out: Path) -> None:
     import onnx
 
     quantizers: Any = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
-    quantizer = quantizers.MatMulNBitsQuantizer(onnx.load(model), block_size=BLOCK, is_symmetric=True)
+    quantizer = quantizers.MatMulNBitsQuantizer(onnx.load(model), bits=bits, block_size=BLOCK, is_symmetric=True)
     quantizer.process()
     quantizer.model.save_model_to_file(str(out), use_external_data_format=True)
 

@@ -146,6 +146,9 @@ class Symbols:
         order.insert(destination % x.ndim, source % x.ndim)
         return x.transposed(order)
 
+    def permute_dims(self, x: Any, order: Any) -> Any:
+        return x.transposed(order)
+
     def concat(self, parts: Any, axis: int = 0) -> Any:
         like = next((one for one in parts if isinstance(one, Value)), None)
         if like is None:
