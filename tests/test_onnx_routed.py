@@ -1,4 +1,4 @@
-"""Laws that look at the model's call, in graphs: under onnxruntime they compute what PEFT does."""
+"""Laws that look at the model's call or beside its attentions, in graphs: onnxruntime computes what PEFT does."""
 
 import copy
 import os
@@ -93,6 +93,12 @@ CASES = {
         llama,
         poly(target_modules=["q_proj", "up_proj"], n_splits=2),
         {"task_ids": np.array([2, 0, 0])},
+    ),
+    "adaption prompt": (llama, peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2), {}),
+    "adaption prompt of gpt-2": (
+        gpt2,
+        peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1),
+        {},
     ),
 }
 """Name -> a model, a config, and what a run brings besides tokens."""

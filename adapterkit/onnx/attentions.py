@@ -58,10 +58,23 @@ class Attention:
         Raises:
             Unsupported: the graph does not say.
         """
+        return self._size(1)
+
+    @property
+    def width(self) -> int:
+        """How wide each head's values are.
+
+        Raises:
+            Unsupported: the graph does not say.
+        """
+        return self._size(3)
+
+    def _size(self, axis: int) -> int:
         shape = self.mixed.outputs[0].shape
-        if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
+        size = None if shape is None or len(shape) != 4 else shape[axis]
+        if not isinstance(size, int):
             raise Unsupported("an attention whose heads the graph does not tell", where=self.module.path, cure=_EXPORT)
-        return shape[1]
+        return size
 
 
 def attention_at(model: ir.Model, target: Target) -> Attention:
@@ -162,10 +175,8 @@ def _times(value: Value, factors: Factors, branch: Branch) -> Value:
 
 
 def _check_width(past: Value, at: Attention, target: Target) -> None:
-    shape = at.mixed.outputs[0].shape
-    width = None if shape is None else shape[3]
-    if isinstance(width, int) and width != past.shape[-1]:
-        why = f"made for heads of {past.shape[-1]}; the attention's have {width}"
+    if at.width != past.shape[-1]:
+        why = f"made for heads of {past.shape[-1]}; the attention's have {at.width}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
 
 
@@ -207,6 +218,16 @@ def _factors_of(value: ir.Value | None) -> Factors:
         return _factors_of(node.inputs[0])
     own, factor = next(_operands(node), (None, ()))
     return (*_factors_of(own), *factor)
+
+
+def without_factors(value: ir.Value | None) -> ir.Value:
+    """What queries were before they were multiplied by numbers."""
+    assert value is not None
+    node = value.producer()
+    if node is None or node.op_type not in ("Mul", "Div"):
+        return value
+    own, _ = next(_operands(node), (None, ()))
+    return value if own is None else without_factors(own)
 
 
 def _is_number(value: ir.Value | None) -> bool:

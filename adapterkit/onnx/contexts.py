@@ -23,10 +23,11 @@ from .building import Array, Branch, Building, element_type
 from .convolutions import Gather
 from .modules import modules_of
 from .past import past_inputs
+from .prompts import with_prompts
 from .resolving import Spot, spots_of
 from .scopes import same_end
 
-PLACES = ("embeddings", "vocabulary", "past", "prefix")
+PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")
 """Words of context updates that a graph has a place for."""
 
 
@@ -42,8 +43,17 @@ def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]
 
 
 def of_attention(target: Target, update: ContextUpdate) -> bool:
-    """Whether it is a prefix of one attention, not of the whole model."""
-    return update.place == "prefix" or (update.place == "past" and bool(target.path))
+    """Whether it is a prefix of one attention, or a prompt beside it, not of the whole model."""
+    return update.place in ("prefix", "attention") or (update.place == "past" and bool(target.path))
+
+
+def _at_attention(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
+    prompts = [update for update in updates if update.place == "attention"]
+    prefixes = [update for update in updates if update.place != "attention"]
+    if prompts:
+        with_prompts(target, prompts, building)
+    if prefixes:
+        with_prefixes(target, prefixes, building)
 
 
 def _placed(update: Any) -> bool:
@@ -64,10 +74,10 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
     """
     rows: list[tuple[Target, Array]] = []
     pasts: list[tuple[Target, Array]] = []
-    prefixes: dict[Target, list[ContextUpdate]] = {}
+    beside: dict[Target, list[ContextUpdate]] = {}
     for target, update in context:
         if of_attention(target, update):
-            prefixes.setdefault(target, []).append(update)
+            beside.setdefault(target, []).append(update)
             continue
         held = update.map(_wide)
         if update.place == "past":
@@ -81,8 +91,8 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
     if len(rows) > 1:
         said.append(_with_tokens(rows[0][0], np.concatenate([more for _, more in rows]), building))
     said += [_with_past(target, past, building) for target, past in pasts]
-    for target, updates in prefixes.items():
-        with_prefixes(target, updates, building)
+    for target, updates in beside.items():
+        _at_attention(target, updates, building)
     return "; ".join(said)
 
 
