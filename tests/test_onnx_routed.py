@@ -242,3 +242,9 @@ def test_a_first_pass_needs_a_graph_that_shows_it(graphs, tmp_path):
     with pytest.raises(Unsupported, match="past keys and values were computed with it"):
         ak.onnx.inject(past, adapter, out)
     assert not out.exists()
+
+
+def test_what_routed_laws_refuse_as_slots(graphs, tmp_path):
+    trained(llama, lora(alora_invocation_tokens=[3, 4]), tmp_path / "adapter")
+    with pytest.raises(Unsupported, match="whose law asks the model's call for input_ids"):
+        ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", mode="slots")
