@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.errors import AdapterkitError
+from adapterkit.errors import AdapterkitError, Unsupported
 from adapterkit.methods import METHODS
 from adapterkit.tensors.lazy import as_lazy
 
@@ -102,3 +102,24 @@ def test_a_slot_takes_any_rank(tmp_path, close):
         got = torch.tensor(graphs.run(tmp_path / "out.onnx", x, **feeds)).double()
         y, changed = in_torch(model, adapter, x)
         close(got, changed, y, changed - y)
+
+
+@pytest.mark.parametrize("method", [name for name in OF_LAYERS if name not in OPEN])
+@settings(max_examples=1)
+@given(data=st.data())
+def test_other_slots_are_the_base_too_or_refused_by_name(method, data, made, tmp_path):
+    model, x, proto = graphs.built("matmul")
+    adapter = adapter_of(data.draw(made.updates(method=method, kernel=())), "matmul")
+    if in_torch(model, adapter, x) is None:
+        return
+    path, out = graphs.saved(proto, tmp_path / "base.onnx"), tmp_path / "out.onnx"
+    try:
+        ak.onnx.inject(path, adapter, out, mode="slots", check=False)
+    except Unsupported as error:
+        refused = error.cure
+    else:
+        refused = None
+    if refused is not None:
+        assert refused == "Inject it as constants"
+        return
+    np.testing.assert_array_equal(graphs.run(out, x), graphs.run(path, x))
