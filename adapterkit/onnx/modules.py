@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import onnx_ir as ir
@@ -70,15 +71,21 @@ def module_at(model: ir.Model, path: str, where: str) -> Module:
     return Module(fits[0], nodes, tuple(_entering(nodes)), tuple(_leaving(nodes)))
 
 
-def modules_of(node: ir.Node) -> list[str]:
+def modules_of(node: ir.Node) -> tuple[str, ...]:
     """The modules that a node is in, the outermost first."""
-    scopes = listed(node.metadata_props.get(SCOPES))
-    if scopes:
-        return [name for name in scopes[:-1] if name]
-    parts = (node.name or "").split("/")
+    return _told(node.metadata_props.get(SCOPES), node.name or "")
+
+
+@lru_cache(maxsize=1 << 16)
+def _told(scopes: str | None, name: str) -> tuple[str, ...]:
+    """The modules that a node's notes, or its name, tell of; each is asked for every target."""
+    listed_names = listed(scopes)
+    if listed_names:
+        return tuple(module for module in listed_names[:-1] if module)
+    parts = name.split("/")
     if parts[0] or len(parts) < 3:
-        return []
-    return [".".join(parts[1:end]) for end in range(2, len(parts))]
+        return ()
+    return tuple(".".join(parts[1:end]) for end in range(2, len(parts)))
 
 
 def _entering(nodes: Sequence[ir.Node]) -> list[ir.Value]:
