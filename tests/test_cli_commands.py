@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 from command_line import record, run
 from safetensors.numpy import load_file, save_file
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 import adapterkit as ak
 from adapterkit.cli import _checks
 from adapterkit.methods.lora import LoRA
+from adapterkit.onnx import providers
 from adapterkit.tensors.lazy import from_numpy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,6 +242,15 @@ def test_doctor_on_two_packages_that_overwrite_each_other(monkeypatch: pytest.Mo
     monkeypatch.setattr(_checks, "import_module", lambda _: SimpleNamespace(__version__="1"))
     assert _checks.providers().status == "warn"
     assert "uninstall" in _checks.providers().cure
+
+
+def test_doctor_tells_providers_that_run_from_those_that_are_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: built)
+    monkeypatch.setattr(providers, "_has_driver", lambda: False)
+    providers.runs_on.cache_clear()
+    assert "(runs on CPU; built for CUDA too, on which no session starts)" in _checks.providers().found
+    providers.runs_on.cache_clear()
 
 
 @pytest.mark.parametrize(("free", "status"), [(10**12, "ok"), (10**6, "warn")])

@@ -117,7 +117,7 @@ def test_what_context_refuses(base, tmp_path):
         (ShapeMismatch, "embeddings of 8", of("prompt", P=torch.randn(2, 8)), {}),
         (ShapeMismatch, "a prefix of 3 layers", of("prefix", P=torch.randn(3, 2, 2, 4, 8)), {}),
         (Unsupported, "slots for context", of("prompt", P=torch.randn(2, 32)), {"mode": "slots"}),
-        (Unsupported, "changes what the attention", gated, {}),
+        (TargetNotFound, "no node tells of such a module", gated, {}),
     ):
         with pytest.raises(error, match=match):
             ak.onnx.inject(graph, adapter, out, **words)

@@ -15,9 +15,6 @@ from adapterkit.methods import METHODS
 from adapterkit.tensors.lazy import as_lazy
 
 OF_LAYERS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight", "output")]
-ROUTED = ["alora", "arrow", "poly", "shadow", "xlora"]
-"""Methods that choose by what the model was called with, or the best of several: no graph says how, yet."""
-
 OPEN = ["adalora", "bottleneck", "dense", "hira", "ia3", "lora", "lora_xs", "vera"]
 """Methods that must have slots."""
 
@@ -58,10 +55,6 @@ def test_graphs_compute_what_torch_does(method, kind, data, made, close, tmp_pat
     if wanted is None:
         return
     path, out = graphs.saved(proto, tmp_path / "base.onnx"), tmp_path / "out.onnx"
-    if update.attributes.get("residual") or update.attributes.get("norm") or method in ROUTED:
-        with pytest.raises(Unsupported, match=r"reads other modules|asks each call|no graph says"):
-            ak.onnx.inject(path, adapter, out, check=False)
-        return
     ak.onnx.inject(path, adapter, out, check=False)
     onnx.checker.check_model(str(out))
     y, changed = wanted
@@ -109,3 +102,24 @@ def test_a_slot_takes_any_rank(tmp_path, close):
         got = torch.tensor(graphs.run(tmp_path / "out.onnx", x, **feeds)).double()
         y, changed = in_torch(model, adapter, x)
         close(got, changed, y, changed - y)
+
+
+@pytest.mark.parametrize("method", [name for name in OF_LAYERS if name not in OPEN])
+@settings(max_examples=1)
+@given(data=st.data())
+def test_other_slots_are_the_base_too_or_refused_by_name(method, data, made, tmp_path):
+    model, x, proto = graphs.built("matmul")
+    adapter = adapter_of(data.draw(made.updates(method=method, kernel=())), "matmul")
+    if in_torch(model, adapter, x) is None:
+        return
+    path, out = graphs.saved(proto, tmp_path / "base.onnx"), tmp_path / "out.onnx"
+    try:
+        ak.onnx.inject(path, adapter, out, mode="slots", check=False)
+    except Unsupported as error:
+        refused = error.cure
+    else:
+        refused = None
+    if refused is not None:
+        assert refused == "Inject it as constants"
+        return
+    np.testing.assert_array_equal(graphs.run(out, x), graphs.run(path, x))

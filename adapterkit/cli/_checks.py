@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -72,9 +72,22 @@ def providers() -> Check:
         return Check("onnxruntime", "warn", "two packages that overwrite each other are installed", cure)
     if check.status != "ok":
         return check
-    available = import_module("onnxruntime").get_available_providers()
-    names = ", ".join(name.removesuffix("ExecutionProvider") for name in available)
-    return Check("onnxruntime", "ok", f"{_version(both[0]) if both else check.found} ({names})")
+    own = _version(both[0]) if both else check.found
+    try:
+        runs_on: Callable[[str], bool] = import_module("adapterkit.onnx.providers").runs_on
+    except Exception as error:  # Of what is imported with it, told by a check of its own.
+        return Check("onnxruntime", "warn", f"{own}, not tried: {type(error).__name__}", "Repair onnx first")
+    built = import_module("onnxruntime").get_available_providers()
+    running = [name for name in built if runs_on(name)]
+    idle = [name for name in built if name not in running]
+    found = f"{own} (runs on {_plainly(running)}"
+    found += f"; built for {_plainly(idle)} too, on which no session starts)" if idle else ")"
+    return Check("onnxruntime", "ok" if running else "warn", found, None if running else "pip install onnxruntime")
+
+
+def _plainly(names: Sequence[str]) -> str:
+    """Providers by their short names."""
+    return ", ".join(name.removesuffix("ExecutionProvider") for name in names) or "nothing"
 
 
 def devices() -> Check:

@@ -25,19 +25,44 @@ from ._writing import refuse_place
     help="Write the adapter into the graph, or make its tensors inputs that may be left out.",
 )  # fmt: skip
 @click.option("--base-weights", metavar="DIR", help="Weights of the base: finds layers whose names are lost.")
+@click.option(
+    "--call", "words", metavar="WORD=NAME", multiple=True,
+    help="What a law asks of the model's call: the value of the graph that it is, or task_ids=N, the task of all rows.",
+)  # fmt: skip
+@click.option(
+    "--expert",
+    "experts",
+    metavar="A",
+    multiple=True,
+    help="An expert of a router whose file does not hold it, in order.",
+)
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
 @_options.flags
 @click.pass_context
 def command(
-    ctx: click.Context, model: str, adapter: str, out: str, mode: str, base_weights: str | None, check: bool
-) -> None:
+    ctx: click.Context, model: str, adapter: str, out: str, mode: str, base_weights: str | None,
+    words: tuple[str, ...], experts: tuple[str, ...], check: bool,
+) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.inject`."""
     refuse_place(out)
     from ..onnx import inject
 
     settings: _options.Settings = ctx.obj
-    report = inject(model, adapter, out, mode=mode, base_weights=base_weights, check=check)
+    report = inject(
+        model, adapter, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts, check=check
+    )
     show(settings, report.record(), _view)
+
+
+def _call(words: tuple[str, ...]) -> dict[str, str | int]:
+    """Words of a call, each with the name of a value or a number."""
+    told: dict[str, str | int] = {}
+    for given in words:
+        word, equals, value = given.partition("=")
+        if not (word and equals and value):
+            raise click.UsageError(f"--call {given!r} is not WORD=NAME")
+        told[word] = int(value) if value.isdecimal() else value
+    return told
 
 
 def _view(record: Any) -> View:

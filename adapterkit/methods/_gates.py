@@ -25,7 +25,7 @@ def gated(P: Any, x: Any, gate: Any, bias: Any) -> Any:
 
     One share is for both, two are for keys and for values: `[batch, 2, heads, n, d]`.
     """
-    return P * row_shares(x @ gate.mT + bias).reshape(len(x), -1, 1, 1, 1)
+    return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]
 
 
 def check_gates(shape: Sequence[int]) -> None:

@@ -49,26 +49,32 @@ class ALoRA(Routed):
     def forward(self, x: Any, layer: Any) -> Any:
         change = layer.mix(layer.mix(x, self.A), self.B)
         change = change if self.bias is None else change + layer.per_channel(self.bias)
-        active = self._active(layer.call["input_ids"], x.shape)
+        active = self._active(layer.call["input_ids"], x)
         xp = namespace(x)
         return layer(x) + xp.where(active[..., None], self.scaling * change, xp.zeros_like(change))
 
-    def _active(self, ids: Any, shape: tuple[int, ...]) -> Any:
+    def _active(self, ids: Any, x: Any) -> Any:
         """Which positions of x are behind an invocation: the last ones are those of the last tokens."""
-        if len(shape) != 3 or len(ids) != shape[0]:
-            why = f"an input of {list(shape)}, where the model reads {list(ids.shape)} tokens"
+        if len(x.shape) != 3 or ids.shape[0] != x.shape[0]:
+            why = f"an input of {list(x.shape)}, where the model reads {list(ids.shape)} tokens"
             raise ShapeMismatch(why, cure="Target a layer whose input is [rows, tokens, in]")
-        xp, length, count = namespace(ids), len(self.invocation), ids.shape[1]
-        ends = max(count - length + 1, 0)
-        starts = ids[:, :ends] == self.invocation[0]
-        for place in range(1, length if ends else 1):
-            starts = starts & (ids[:, place : ends + place] == self.invocation[place])
-        starts = xp.concat([starts, _none(ids, count - ends)], axis=-1)
-        so_far = xp.cumulative_sum(xp.astype(starts, ids.dtype), axis=-1)
+        xp = namespace(ids)
+        so_far = xp.cumulative_sum(xp.astype(self._begins(ids), ids.dtype), axis=-1)
         active = (so_far > 0) & (so_far == so_far[:, -1:])
-        return xp.concat([_none(ids, shape[1] - count), active[:, max(count - shape[1], 0) :]], axis=-1)
+        # By positions, not by sizes: a graph's sequences have no length before they run.
+        own = xp.ones_like(x[..., 0])
+        count = xp.astype(xp.ones_like(ids), ids.dtype).sum(-1)[:, None]
+        places = xp.cumulative_sum(xp.astype(own, ids.dtype), axis=-1) - 1 + count
+        whole = xp.concat([xp.astype(own * 0, ids.dtype), xp.astype(active, ids.dtype)], axis=-1)
+        return xp.take_along_axis(whole, places, axis=-1) > 0
 
-
-def _none(ids: Any, count: int) -> Any:
-    """No position of `count` more ones, or fewer than none."""
-    return namespace(ids).zeros((len(ids), max(count, 0)), dtype=namespace(ids).bool, device=ids.device)
+    def _begins(self, ids: Any) -> Any:
+        """Where an invocation begins."""
+        xp, behind = namespace(ids), len(self.invocation) - 1
+        none = 0 * ids[:, :1] - 1
+        ids = xp.concat([ids, *[none] * behind], axis=-1)
+        begins = None
+        for place in range(behind + 1):
+            same = ids[:, place : (place - behind) or None] == self.invocation[place]
+            begins = same if begins is None else begins & same
+        return begins

@@ -45,13 +45,15 @@ class Poly(Routed):
         if tasks.shape != x.shape[:1]:
             why = f"tasks of {list(tasks.shape)} for an input of {list(x.shape)}"
             raise ShapeMismatch(why, cure="Pass one number of a task for each row")
-        splits, skills, _, r = self.A.shape
+        splits, skills, part, r = self.A.shape
         shares = sigmoid(self.logits[tasks]).reshape(-1, splits, skills)
         shares = (shares / (shares.sum(-1)[..., None] + 1e-12))[..., None, None]
-        A = (shares * self.A).sum(2).reshape(len(x), -1, r)
-        B = (shares * self.B).sum(2).swapaxes(1, 2).reshape(len(x), r, -1)
-        change = x.reshape(len(x), -1, x.shape[-1]) @ A @ B / r
-        return layer(x) + change.reshape(*x.shape[:-1], -1)
+        A = (shares * self.A).sum(2).reshape(-1, splits * part, r)
+        B = (shares * self.B).sum(2).swapaxes(1, 2).reshape(-1, r, splits * self.B.shape[-1])
+        if x.ndim == 2:
+            return layer(x) + (x[:, None] @ A @ B)[:, 0] / r
+        rows = (slice(None), *[None] * (x.ndim - 3))
+        return layer(x) + x @ A[rows] @ B[rows] / r
 
 
 def _part(size: int, splits: int) -> int:

@@ -10,35 +10,41 @@ import numpy as np
 import onnx_ir as ir
 
 from ..chain import Composed
-from ..errors import Unsupported
+from ..errors import AdapterkitError, Unsupported
 from ..methods.dense import Dense
 from ..methods.replacement import Replacement
 from ..tensors.lazy import as_array
 from ..updates import Additive, OutputUpdate, Update, WeightUpdate
 from .building import Branch, Building
+from .calls import Words
 from .fused import Attention, taken_apart
 from .layers import Layer, MatMul
+from .outlets import Ended
 from .parts import Slice, Turned
 from .resolving import Found, Spot
 from .sizes import Unsayable
 from .values import Value
 
 
-def attach(found: Sequence[Found], building: Building, slots: Any = None) -> None:
+def attach(found: Sequence[Found], building: Building, slots: Any = None, words: Words | None = None) -> None:
     """Puts every target's branch into the graph; several targets of one node are rows of a fused weight.
 
     Args:
         found: the targets.
         building: what the model gets.
         slots: makes the values of an adapter to come, where one is; see slots.py.
+        words: those of the model's call; the graph's own where not given.
 
     Raises:
         Unsupported: a layer cannot take a method.
     """
+    words = words or Words(building, [update for place in found for update in place.updates])
     apart: dict[ir.Node, ir.Node] = {}
     for place in found:
         for spot in place.spots:
-            _attach(place, _apart(spot, building, apart), building, slots)
+            _attach(place, _apart(spot, building, apart), building, slots, words)
+        if not place.spots:
+            _attach(place, None, building, slots, words)
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
@@ -50,12 +56,10 @@ def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spo
     return replace(spot, node=apart[spot.node], kind=MatMul)
 
 
-def _attach(place: Found, spot: Spot, building: Building, slots: Any) -> None:
+def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, words: Words) -> None:
     branch = Branch(building, f"adapterkit/{place.target}")
-    if spot.kind.merge_only:
-        why = f"no branch beside a {spot.node.op_type} says this"
-        raise Unsupported(why, where=str(place.asked), cure="Merge it instead")
-    layer = spot.kind(spot.node, branch)
+    layer = _layer(place, spot, branch)
+    layer.call = words.at(layer)
     _check(place, layer)
     seen: Any = Slice(layer, place.target.rows) if place.target.rows else Turned(layer) if place.turned else layer
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
@@ -65,22 +69,32 @@ def _attach(place: Found, spot: Spot, building: Building, slots: Any) -> None:
     except Unsayable as error:
         cure = "Inject it as constants" if slots is not None else "Merge it instead"
         raise Unsupported(f"no graph says this: {error}", where=str(place.asked), cure=cure) from None
+    except AdapterkitError as error:
+        raise error.at(where=str(place.asked)) from None
     _insert(layer, y.value, branch)
 
 
-def _check(place: Found, layer: Layer) -> None:
+def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
+    """The target in the words of formulas."""
+    if spot is None:
+        assert place.outlet is not None
+        return Ended(place.outlet, branch)
+    if spot.kind.merge_only:
+        why = f"no branch beside a {spot.node.op_type} says this"
+        raise Unsupported(why, where=str(place.asked), cure="Merge it instead")
+    layer = spot.kind(spot.node, branch)
+    return layer if place.outlet is None else Ended(place.outlet, branch, layer)
+
+
+def _check(place: Found, layer: Any) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
     if outer != sorted(outer):
         why = "an update of weights behind one of the output"
         raise Unsupported(why, where=str(place.asked), cure="Order updates of weights before those of outputs")
     for update in place.updates:
-        words = update.attributes
-        if isinstance(update, OutputUpdate) and update.asks:
-            why = f"{update.method} asks each call for {', '.join(update.asks)}, which a graph's layers do not get"
-            raise Unsupported(why, where=str(place.asked), cure="Attach it to the torch model and export that")
-        if isinstance(update, OutputUpdate) and (words.get("residual") or words.get("norm") or place.target.rows):
-            why = f"{update.method} that reads other modules, or stands at rows of a layer"
-            raise Unsupported(why, where=str(place.asked), cure="Attach it to the torch model and export that")
+        if isinstance(update, OutputUpdate) and place.target.rows:
+            why = f"{update.method}, which is of whole outputs, at rows of one"
+            raise Unsupported(why, where=str(place.asked), cure="Target the layer as a whole")
         if update.changes_bias and update.needs_bias and layer.bias is None and not isinstance(update, Additive):
             why = f"{update.method} changes a bias that the layer does not have"
             raise Unsupported(why, where=str(place.asked), cure="Give the layer a bias")
@@ -89,9 +103,9 @@ def _check(place: Found, layer: Layer) -> None:
             raise Unsupported(why, where=str(place.asked), cure="Inject into the graph before it is optimised")
 
 
-def _eaten(layer: Layer) -> str | None:
+def _eaten(layer: Any) -> str | None:
     """The fused node that adds the layer's bias, and more behind it."""
-    uses = list(layer.result.uses())
+    uses = list(layer.result.uses()) if isinstance(layer, Layer) else []
     fused = {"SkipLayerNormalization": 4, "BiasGelu": 1, "FastGelu": 1, "BiasSplitGelu": 1, "BiasAdd": 1}
     for use in uses:
         place = fused.get(use.node.op_type)
@@ -103,7 +117,7 @@ def _eaten(layer: Layer) -> str | None:
     return None
 
 
-def _valued(update: Update, layer: Layer, place: Found, position: int, slots: Any) -> Update:
+def _valued(update: Update, layer: Any, place: Found, position: int, slots: Any) -> Update:
     """The update over values of the graph, in the type that the layer computes in."""
     if slots is not None:
         opened: Update = slots.opened(update, layer, place, position)
@@ -198,7 +212,7 @@ def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value
     return y if layer.bias is None else y + layer.per_channel(chain.bias - layer.bias)
 
 
-def _insert(layer: Layer, new: ir.Value, branch: Branch) -> None:
+def _insert(layer: Any, new: ir.Value, branch: Branch) -> None:
     """The branch's nodes go behind the layer's last one; whoever read its output reads what they compute."""
     old, last = layer.end, layer.end.producer()
     assert last is not None
@@ -206,6 +220,7 @@ def _insert(layer: Layer, new: ir.Value, branch: Branch) -> None:
     if not nodes:
         return
     own = {id(node) for node in nodes}
+    branch.building.moved[old] = new
     for use in list(old.uses()):
         if id(use.node) not in own:
             use.node.replace_input_with(use.idx, new)

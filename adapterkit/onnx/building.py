@@ -31,6 +31,13 @@ class Building:
         self.tensors: dict[Any, ir.Value] = {}
         self.kept: list[Any] = []
         self.inputs: list[ir.Value] = []
+        self.moved: dict[ir.Value, ir.Value] = {}
+
+    def now(self, value: ir.Value) -> ir.Value:
+        """What stands where a value stood before anything was attached."""
+        while value in self.moved:
+            value = self.moved[value]
+        return value
 
     def name(self, wanted: str) -> str:
         """The name, or with a number behind it where it is taken."""
@@ -97,14 +104,16 @@ class Branch:
         return self.building.opset
 
     def node(
-        self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None, dtype: Any, shape: Any
-    ) -> ir.Value:
-        """One node, and its only output."""
+        self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None, dtype: Any, shape: Any,
+        position: int = 0,
+    ) -> ir.Value:  # fmt: skip
+        """One node, and its only output that is read, at a position."""
         name = self.building.name(f"{self.name}/{op}")
         out = ir.Value(name=f"{name}_output", type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
         if shape is not None and all(size is not None and size < FREE for size in shape):
             out.shape = ir.Shape(shape)
-        self.nodes.append(ir.node(op, inputs, attributes or {}, outputs=[out], name=name))
+        outputs = [*(ir.Value(name=f"{name}_unread_{at}") for at in range(position)), out]
+        self.nodes.append(ir.node(op, inputs, attributes or {}, outputs=outputs, name=name))
         return out
 
     def back_to(self, count: int) -> None:

@@ -7,8 +7,7 @@ graph's inputs of past keys and values hold where a run leaves them out, of a ba
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,17 @@ from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..tensors.lazy import as_array
 from ..updates import ContextUpdate
 from .attaching import rename_output
+from .attentions import with_prefixes
 from .building import Array, Branch, Building, element_type
 from .convolutions import Gather
-from .resolving import Spot, same_end, spots_of
+from .modules import modules_of
+from .past import past_inputs
+from .prompts import with_prompts
+from .resolving import Spot, spots_of
+from .scopes import same_end
 
-PLACES = ("embeddings", "vocabulary", "past")
+PLACES = ("embeddings", "vocabulary", "past", "prefix", "attention")
 """Words of context updates that a graph has a place for."""
-
-_PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
 
 
 def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]]]:
@@ -38,6 +40,20 @@ def parted(adapter: Adapter) -> tuple[Adapter, list[tuple[Target, ContextUpdate]
         if (rest := tuple(update for update in updates if not _placed(update)))
     }
     return adapter.replace(updates=kept), context
+
+
+def of_attention(target: Target, update: ContextUpdate) -> bool:
+    """Whether it is a prefix of one attention, or a prompt beside it, not of the whole model."""
+    return update.place in ("prefix", "attention") or (update.place == "past" and bool(target.path))
+
+
+def _at_attention(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
+    prompts = [update for update in updates if update.place == "attention"]
+    prefixes = [update for update in updates if update.place != "attention"]
+    if prompts:
+        with_prompts(target, prompts, building)
+    if prefixes:
+        with_prefixes(target, prefixes, building)
 
 
 def _placed(update: Any) -> bool:
@@ -58,7 +74,11 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
     """
     rows: list[tuple[Target, Array]] = []
     pasts: list[tuple[Target, Array]] = []
+    beside: dict[Target, list[ContextUpdate]] = {}
     for target, update in context:
+        if of_attention(target, update):
+            beside.setdefault(target, []).append(update)
+            continue
         held = update.map(_wide)
         if update.place == "past":
             pasts.append((target, _numbers(held.past())))
@@ -71,6 +91,8 @@ def place(context: Sequence[tuple[Target, ContextUpdate]], building: Building) -
     if len(rows) > 1:
         said.append(_with_tokens(rows[0][0], np.concatenate([more for _, more in rows]), building))
     said += [_with_past(target, past, building) for target, past in pasts]
+    for target, updates in beside.items():
+        _at_attention(target, updates, building)
     return "; ".join(said)
 
 
@@ -132,6 +154,9 @@ def _embedding(target: Target, model: ir.Model) -> Spot:
         spots = list(dict.fromkeys(s for s, name in names if same_end(name.removesuffix(".weight"), target.path)))
     elif len(spots) > 1:
         spots = [spot for spot in spots if "input_ids" in (_of_input(spot.node) or "")]
+    if not spots and target.path and any(target.path in modules_of(node) for node in model.graph):
+        why = "tokens behind a module of several embeddings, whose masks and positions are made for the input's own"
+        raise Unsupported(why, where=str(target), cure="Attach it to the torch model")
     if len(spots) != 1:
         why = "the graph shows no embedding of tokens" if not spots else "several embeddings may be that of the tokens"
         raise TargetNotFound(why, where=str(target), cure="Target the embedding by its name")
@@ -148,7 +173,7 @@ def _of_input(node: ir.Node) -> str | None:
 
 def _with_past(target: Target, past: Array, building: Building) -> str:
     """Inputs of past keys and values that hold a prefix where they are left out."""
-    inputs = _past_inputs(building.model.graph)
+    inputs = past_inputs(building.model.graph)
     layers, _, heads, length, width = past.shape
     if not inputs:
         cure = "Export the model with past keys and values (adapterkit export)"
@@ -166,12 +191,3 @@ def _with_past(target: Target, past: Array, building: Building) -> str:
         value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
         building.model.graph.register_initializer(value)
     return f"a run without its past begins with {length} tokens of prefix, which its mask and positions count"
-
-
-def _past_inputs(graph: ir.Graph) -> Mapping[tuple[int, str], ir.Value]:
-    found: dict[tuple[int, str], ir.Value] = {}
-    for value in graph.inputs:
-        told = _PAST.search(value.name or "") if "past" in (value.name or "") else None
-        if told is not None:
-            found[int(told[1]), told[2]] = value
-    return found

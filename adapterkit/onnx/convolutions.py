@@ -82,7 +82,7 @@ class Gather(Layer):
         return element_type(node.inputs[0].dtype).kind not in "iub"
 
     @property
-    def given(self) -> ir.Value:
+    def read(self) -> ir.Value:
         found = self.node.inputs[1]
         assert found is not None
         return found

@@ -28,7 +28,7 @@ from .fitting import write_adapter
 from .injecting import Report, loaded
 from .live import attached, injected
 from .model_file import folder_beside, save_fresh
-from .quantizing import SCHEMES, as_floats, packed, prepare
+from .quantizing import SCHEMES, as_floats, packed, prepare, with_exact_inputs
 from .resolving import Found, resolve
 from .sharing import share_weights
 from .slots import Slots
@@ -133,8 +133,10 @@ def _checked(
     try:
         difference = compared(model, examples, plain, runs)
         if quantize is not None:
-            as_floats(out, plain.with_name("unpacked.onnx"))
-            compared_packed(out, plain.with_name("unpacked.onnx"), examples, quantize)
+            unpacked, exact = plain.with_name("unpacked.onnx"), plain.with_name("exact.onnx")
+            as_floats(out, unpacked)
+            with_exact_inputs(out, exact)
+            compared_packed(exact, unpacked, examples)
             difference = compared(model, examples, out, runs, judged=False)
     except Unsupported as error:
         return Outcome(None, f"not run: {error.why}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ShapeMismatch, TargetNotFound, nearest
+from ..errors import ShapeMismatch, TargetNotFound, Unsupported, nearest
 from .building import Array
 
 _KINDS = {
@@ -57,8 +57,14 @@ def check_together(feeds: Mapping[str, Array], slots: Mapping[str, Any], path: A
 
 
 def kind_of(entry: Any) -> np.dtype[Any]:
-    """The numpy type of a session's input or slot."""
-    name = _KINDS.get(entry.type.removeprefix("tensor(").removesuffix(")"), "float32")
+    """The numpy type of a session's input or slot.
+
+    Raises:
+        Unsupported: it is none that arrays have.
+    """
+    name = _KINDS.get(entry.type.removeprefix("tensor(").removesuffix(")"))
+    if name is None:
+        raise Unsupported(f"an input of {entry.type}", where=entry.name, cure="Run the model with onnxruntime itself")
     if name == "bfloat16":
         kind: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
         return kind

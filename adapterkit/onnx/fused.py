@@ -1,6 +1,7 @@
 """onnxruntime's fused attention: one weight `[in, q | k | v]` inside a node that computes all of the attention.
 
-A merge goes into the weight as it is. For a branch the node is taken apart into a MatMul and a MultiHeadAttention.
+A merge goes into the weight as it is. For a branch the node is taken apart into a MatMul, an Add of its bias and a
+MultiHeadAttention.
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.Attention
 """
 
@@ -51,10 +52,11 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     ends = np.cumsum(attribute(node, "qkv_hidden_sizes", None) or [third] * 3)
     branch, kind = Branch(building, node.name or "attention"), element_type(W.dtype)
     y = branch.node("MatMul", [x, W], None, kind, None)
+    y = y if bias is None else branch.node("Add", [y, bias], None, kind, None)
     parts = [_cut(branch, y, start, stop, kind) for start, stop in zip((0, *ends[:2]), ends, strict=True)]
     out = ir.Value(name=building.name(f"{branch.name}/output"), type=node.outputs[0].type)
     words = {name: node.attributes[name].value for name in KEPT if name in node.attributes}
-    whole = ir.node("MultiHeadAttention", [*parts, bias, mask], words, outputs=[out], domain="com.microsoft")
+    whole = ir.node("MultiHeadAttention", [*parts, None, mask], words, outputs=[out], domain="com.microsoft")
     whole.name = building.name(f"{branch.name}/MultiHeadAttention")
     graph = node.graph
     assert graph is not None

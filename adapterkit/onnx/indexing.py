@@ -82,8 +82,10 @@ def _sliced(value: Value, parts: list[tuple[int, Any]]) -> Value:
     if not cuts:
         return value
     axes, starts, stops, steps = zip(*((axis, c.start, c.stop, c.step) for axis, c in cuts), strict=True)
-    if any(abs(limit) >= FREE and limit != _END for limit in (*starts, *stops)):
+    if any(abs(limit) >= FREE // 2 and limit != _END for limit in (*starts, *stops)):  # Or a difference from one.
         raise Unsayable("a slice of an open size")
+    if any((size := value.sizes[axis]) is not None and size >= FREE for axis in axes if value.sizes is not None):
+        raise Unsayable("a part of an axis of an open size")  # A formula that takes all of them one by one never ends.
     literal = value.branch.building.literal
     more = [literal(np.array(numbers, dtype=np.int64)) for numbers in (starts, stops, axes, steps)]
 
@@ -116,6 +118,8 @@ def _cut_sizes(sizes: Sizes | None, cuts: list[tuple[int, slice]]) -> Sizes | No
 
 
 def _gathered(value: Value, axis: int, positions: Any) -> Value:
+    if value.sizes is not None and (value.sizes[axis] or 0) >= FREE:
+        raise Unsayable("positions on an axis of an open size")
     if isinstance(positions, Value):
         index, shape = positions, positions.shape
     else:

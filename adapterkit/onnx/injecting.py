@@ -20,7 +20,9 @@ from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import opened as opened_base
 from .attaching import attach
 from .building import Building
-from .contexts import parted, place
+from .calls import Words
+from .contexts import of_attention, parted, place
+from .experts import with_experts
 from .model_file import Source, kept, opened, save
 from .resolving import Found, resolve
 
@@ -77,6 +79,8 @@ def inject(
     *,
     mode: str = "constant",
     base_weights: Base | None = None,
+    call: Mapping[str, Any] | None = None,
+    experts: Sequence[Adapter | str | PathLike[str]] = (),
     check: bool | Mapping[str, Any] = True,
 ) -> Report:
     """Attaches an adapter to a graph: at each target it computes what the adapter's formulas say.
@@ -88,6 +92,10 @@ def inject(
             `out` is in another folder.
         mode: `constant` writes the adapter into the graph; `slots` makes its tensors inputs that may be left out.
         base_weights: the weights that the graph was exported from: finds layers whose names are lost.
+        call: what a law asks of the model's call where it is no input of the graph under that name: the name of a
+            value of the graph. `{"task_ids": 1}` fixes the task of all rows, which else becomes an input;
+            `{"hidden_states": "NAME"}` is the value that the last layer gives.
+        experts: adapters that a router's file names but does not hold (Arrow, X-LoRA), in the router's order.
         check: run the result with onnxruntime against the model with merged weights; on these inputs, by name, or on
             inputs that are made up.
 
@@ -102,6 +110,7 @@ def inject(
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
     source = opened(model)
     read, base = loaded(adapter, base_weights)
+    read = with_experts(read, [loaded(expert, None)[0] for expert in experts])
     rest, context = parted(read)
     if context and mode == "slots":
         cure = "Inject it as constants: a run without its tokens, or with a past, is the base's"
@@ -110,19 +119,21 @@ def inject(
     used = place(context, building)
     found = resolve(source.model, rest, base)
     slots = _slots(mode, rest, building)
-    attach(found, building, slots)
+    words = Words(building, [update for _, update in rest], call)
+    attach(found, building, slots, words)
     building.settle()
     keep_original(source)
     target = Path(out)
     with kept(target):
         files = save(source.model, source, target, building.tensors.values())
         if check is False:
-            return Report(target, tuple(files), tuple(found), note=used or None)
+            return Report(target, tuple(files), tuple(found), note="; ".join(filter(None, [used, words.note])) or None)
         given = None if isinstance(check, bool) else check
         from .checking import checked_injection
 
-        told = checked_injection(model, rest, base, target, files, slots, given)
-    note = "; ".join(filter(None, [used, told.note])) or None
+        alone = any(of_attention(*each) for each in context)
+        told = checked_injection(model, rest, base, target, files, slots, given, alone=alone)
+    note = "; ".join(filter(None, [used, words.note, told.note])) or None
     return Report(target, tuple(files), tuple(found), told.difference, note, reference=told.reference)
 
 

@@ -30,6 +30,9 @@ class Layer:
     Args:
         node: the node.
         branch: where nodes are appended.
+
+    Attributes:
+        call: the words of the model's call, for laws that ask for some; see calls.py.
     """
 
     op_type: ClassVar[str] = ""
@@ -40,9 +43,11 @@ class Layer:
         self.node, self.branch = node, branch
         plain = dequantized(self.result)
         self.after = _bias_after(node, plain, self.shape[0]) if self.own_bias is None else None
-        self.end = plain if self.after is None else dequantized(self.after[0].outputs[0])
+        end = plain if self.after is None else dequantized(self.after[0].outputs[0])
+        self.given, self.end = self.unfolded(self.read, end)
         self.x = self._value(self.given)
         self.y = self._value(self.end, like=self.dtype)
+        self.call: Any = None
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
@@ -50,9 +55,13 @@ class Layer:
         known = node.op_type == cls.op_type and node.domain in ("", "ai.onnx") and len(node.inputs) > cls.position
         return known and is_constant(node.inputs[cls.position])
 
+    def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """What it reads and gives, where exporters fold the axes of rows and positions into one around the node."""
+        return given, end
+
     @property
-    def given(self) -> ir.Value:
-        """The value that the layer reads, before it is rounded to integers and back."""
+    def read(self) -> ir.Value:
+        """The value that the node reads, before it is rounded to integers and back."""
         found = self.node.inputs[0]
         assert found is not None
         back = found.producer()
@@ -207,6 +216,14 @@ class Gemm(Layer):
         if held is not None and not (is_constant(held) and math.prod(shape_of(held)) == self.outputs):
             raise Unsupported("a Gemm whose bias is no vector", where=self.node.name, cure="Export it anew")
         return held
+
+    def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
+        folded, back = given.producer(), only_reader(end, "Reshape")
+        if back is None or not _is(folded, "Reshape") or attribute(self.node, "transA", 0):
+            return given, end
+        whole, out = folded.inputs[0], back.outputs[0]  # type: ignore[union-attr]
+        ranks = [None if one is None or one.shape is None else len(one.shape) for one in (whole, out)]
+        return (whole, out) if None not in ranks and ranks[0] == ranks[1] else (given, end)  # type: ignore[return-value]
 
     @property
     def outputs(self) -> int:

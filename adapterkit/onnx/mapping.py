@@ -12,7 +12,8 @@ from ..tensors.checkpoint import opened as opened_base
 from ..tensors.lazy import as_array
 from .matching import NEAR, distance, nearest
 from .model_file import opened
-from .resolving import METHODS, Known, Spot, by_name, same_end, spots_of
+from .resolving import METHODS, Known, Spot, by_name, spots_of
+from .scopes import same_end
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint

@@ -122,7 +122,7 @@ class MatMulInteger(Layer):
         return make
 
     @property
-    def given(self) -> ir.Value:
+    def read(self) -> ir.Value:
         quantizer = _quantizer(self.node)
         assert quantizer is not None
         assert quantizer.inputs[0] is not None

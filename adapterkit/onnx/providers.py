@@ -10,6 +10,9 @@ from typing import Any
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
+OF_NVIDIA = (CUDA, "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+"""Providers whose libraries need a driver; without one onnxruntime would load them, and print what it lacks."""
+
 EXACT = {CUDA: {"use_tf32": "0"}}
 """Options of providers under which float32 is float32."""
 
@@ -26,9 +29,9 @@ def runs_on(provider: str) -> bool:
     onnxruntime: Any = import_module("onnxruntime")
     if provider not in onnxruntime.get_available_providers():
         return False
-    if provider == CUDA and not _has_driver():  # onnxruntime would load its libraries, and grumble.
+    if provider in OF_NVIDIA and not _has_driver():
         return False
-    if provider == CUDA and hasattr(onnxruntime, "preload_dlls"):
+    if provider in OF_NVIDIA and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(_one_node(), quiet_options(), providers=[provider])

@@ -1,14 +1,16 @@
 """Quantization of an export by onnxruntime's own quantizers, and what that did to its weights.
 
-`int8` rounds weights, one scale an output channel, and at run time each layer's input: `MatMulInteger`. `int4` rounds
-weights alone, in blocks of 32 inputs: `MatMulNBits`. Adapters that stay nodes or slots are left in floating point.
+Weights are rounded in blocks of 32 inputs: `MatMulNBits`. In 8 bits onnxruntime rounds each layer's input too, in the
+same blocks: it would unpack whole weights for each token else. Dynamic quantization, which rounds an input as a whole,
+is not used: models with a few large activations lose most of their precision by it. Adapters that stay nodes or slots
+are left in floating point.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -22,13 +24,15 @@ from .building import Building
 from .changes import settle, settled_from, unturned
 from .model_file import opened, save_fresh
 from .operands import attribute, nodes_of
-from .resolving import SCOPES, listed, spots_of
+from .resolving import spots_of
+from .scopes import SCOPES, listed
 from .unpacking import PACKED, as_float, drop, is_packed
 
-SCHEMES = ("int8", "int4")
+SCHEMES: dict[str, dict[str, Any]] = {"int8": {"bits": 8, "accuracy_level": 4}, "int4": {"bits": 4}}
+"""Name -> bits of a weight, and what kernels may compute in: 4 stands for whole numbers of 8 bits."""
 
 BLOCK = 32
-"""Inputs that share a scale in 4 bits."""
+"""Inputs that share a scale."""
 
 _PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
 """What onnxruntime's quantizers ask of a model's metadata, or else remark on."""
@@ -110,7 +114,7 @@ def packed(model: Path, scheme: str, out: Path) -> tuple[list[Path], dict[str, d
 def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
     try:
         with _unheard():
-            (_in_integers if scheme == "int8" else _in_bits)(model, out)
+            _in_bits(model, SCHEMES[scheme], out)
     except Exception as error:  # The quantizers raise whatever the graph leads to.
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Unsupported(f"onnxruntime cannot quantize it ({first})", cure="Export it without quantize") from error
@@ -121,18 +125,11 @@ def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
     return graph
 
 
-def _in_integers(model: Path, out: Path) -> None:
-    quantization: Any = import_module("onnxruntime.quantization")
-    quantization.quantize_dynamic(
-        model, out, op_types_to_quantize=["MatMul"], per_channel=True, use_external_data_format=True
-    )
-
-
-def _in_bits(model: Path, out: Path) -> None:
+def _in_bits(model: Path, scheme: Mapping[str, Any], out: Path) -> None:
     import onnx
 
     quantizers: Any = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
-    quantizer = quantizers.MatMulNBitsQuantizer(onnx.load(model), block_size=BLOCK, is_symmetric=True)
+    quantizer = quantizers.MatMulNBitsQuantizer(onnx.load(model), block_size=BLOCK, is_symmetric=True, **scheme)
     quantizer.process()
     quantizer.model.save_model_to_file(str(out), use_external_data_format=True)
 
@@ -166,6 +163,15 @@ def _damage(model: Path, packed: ir.Model) -> dict[str, dict[str, float]]:
                 module = name.removesuffix(".weight").removesuffix(".MatMul")
                 errors[module] = {"error": float(np.linalg.norm(R - W)) / size}
     return errors
+
+
+def with_exact_inputs(packed: Path, out: Path) -> None:
+    """Writes the graph so that packed layers compute on their inputs as they are: what the packing is judged by."""
+    model = opened(packed).model
+    for node in nodes_of(model):
+        if node.op_type == "MatMulNBits":
+            node.attributes.pop("accuracy_level", None)
+    save_fresh(model, out)
 
 
 def as_floats(packed: Path, out: Path) -> None:

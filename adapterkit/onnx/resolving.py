@@ -6,7 +6,7 @@ tells is found by the numbers of the weights, where the base is at hand. Nothing
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,9 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from .kinds import kinds_of
 from .layers import Layer
 from .operands import nodes_of, sources
+from .outlets import Outlet, outlet
 from .recurrent import Recurrent
+from .scopes import SCOPES, listed, same_end
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -29,11 +31,10 @@ METHODS = ("scopes", "folded_from", "initializer", "path", "values", "packed", "
 """How a name was found: the exporter's scopes of modules, its note of a folded parameter, the stored tensor's name,
 the node's name, equal numbers, equal rows of a weight that several layers are packed into, the nearest numbers."""
 
-SCOPES, _FOLDED = "pkg.torch.onnx.name_scopes", "pkg.onnxscript.optimizer.folded_from"
+_FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
 _MARK = re.compile(r"(?:\.(?:MatMul|Gemm|Conv|Gather))?\.weight(?:_quantized|_q|(?:_DQ)?_Q\d)?$")
 _CALL = re.compile(r"_\d+(?=\.weight$)")
-_LIST = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +70,7 @@ class Found:
         method: how they were found, one of `METHODS`.
         confidence: 1 where names or equal numbers say it; for the nearest numbers, 1 minus their relative distance.
         turned: the updates see the weight with its first two axes exchanged.
+        outlet: where its output ends, where that is not at the node itself; a module that is no layer has no spots.
     """
 
     target: Target
@@ -78,11 +80,25 @@ class Found:
     method: str
     confidence: float
     turned: bool = False
+    outlet: Outlet | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight as formulas see it; of a module without one, its channels both ways."""
+        if self.spots:
+            return self.spots[0].shape
+        return (next((update.channels for update in self.updates if update.channels is not None), 0),) * 2
+
+    @property
+    def nodes(self) -> list[str]:
+        """The names of its nodes; of a module, that of the last one."""
+        last = None if self.outlet is None or self.outlet.end is None else self.outlet.end.producer()
+        return [spot.node.name or "" for spot in self.spots] or [(last.name or "") if last is not None else ""]
 
     def record(self) -> dict[str, Any]:
         """As plain data."""
         return {
-            "target": str(self.asked), "name": self.target.path, "nodes": [spot.node.name for spot in self.spots],
+            "target": str(self.asked), "name": self.target.path, "nodes": self.nodes,
             "weight": sorted({source.name or "" for spot in self.spots for source in spot.sources}),
             "method": self.method, "confidence": round(self.confidence, 4),
         }  # fmt: skip
@@ -104,12 +120,29 @@ def resolve(model: ir.Model, adapter: Adapter, base: Checkpoint | None = None) -
     _refuse(adapter)
     spots = spots_of(model)
     known = by_name(spots)
-    sites = _sites(adapter, known, spots, base)
-    found = [_found(site, asked, known) for site, asked in zip(sites, adapter.updates, strict=True)]
+    modules = _modules(model, adapter, known)
+    layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
+    sites = _sites(layered, known, spots, base) if layered.updates else []
+    found = [_found(site, asked, known) for site, asked in zip(sites, layered.updates, strict=True)]
     if base is not None:
         from .matching import compare
 
         compare(found, base)
+    ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
+    # Those inside first: what they exchange is what the modules around them give.
+    return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
+
+
+def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, Found]:
+    """The targets that are modules without a weight of their own."""
+    found: dict[Target, Found] = {}
+    for target, updates in adapter.updates.items():
+        weight = f"{target.path}.weight"
+        if any(update.kind != "output" for update in updates) or any(same_end(name, weight) for name in known):
+            continue
+        with contextlib.suppress(TargetNotFound):  # A layer whose name is lost, or none: told with the others.
+            ends = outlet(model, target, updates, is_layer=False)
+            found[target] = Found(target, target, updates, (), "scopes", 1.0, outlet=ends)
     return found
 
 
@@ -165,17 +198,6 @@ def _path_names(name: str) -> tuple[str, ...]:
     return (f"{path}.weight",) if path else ()
 
 
-def listed(text: str | None) -> list[str]:
-    """A list of words out of a graph's metadata; nothing where it is none."""
-    if not text or len(text) > _LIST:
-        return []
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return []
-    return [word for word in value if isinstance(word, str)] if isinstance(value, list | tuple) else []
-
-
 Known = dict[str, tuple[str, list[Spot]]]
 """Name of a weight -> the method that tells it, and its nodes."""
 
@@ -210,11 +232,6 @@ def _told_apart(name: str, spots: list[Spot]) -> list[Spot]:
     said = [{*spot.names.get("scopes", ()), *(_CALL.sub("", p) for p in spot.names.get("path", ()))} for spot in spots]
     own = [spot for spot, names in zip(spots, said, strict=True) if any(same_end(name, other) for other in names)]
     return own or spots
-
-
-def same_end(one: str, other: str) -> bool:
-    """Whether two dotted paths are equal but for what a wrapper puts in front."""
-    return one == other or one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
 def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoint | None) -> list[Site]:

@@ -19,7 +19,7 @@ from ..tensors.checkpoint import opened as opened_base
 from ..tensors.lazy import Lazy, as_array
 from .building import Building
 from .model_file import INLINE, STAYS
-from .resolving import same_end
+from .scopes import same_end
 
 
 def share_weights(graph: ir.Model, weights: str | PathLike[str], out: Path) -> list[str]:

@@ -34,32 +34,51 @@ def _wider(a: int | None, b: int | None) -> int | None:
 
 
 def multiplied(one: Sizes | None, two: Sizes | None) -> Sizes | None:
-    """The sizes of two matrices' product."""
+    """The sizes of two matrices' product.
+
+    Raises:
+        Unsayable: they do not go together.
+    """
     if one is None or two is None or len(one) < 2 or len(two) < 2:
         return None
+    columns, rows = one[-1], two[-2]
+    if columns is not None and rows is not None and columns != rows and max(columns, rows) < FREE:
+        raise Unsayable(f"a product of {columns} columns and {rows} rows")
     lead = broadcast(one[:-2], two[:-2])
     assert lead is not None
     return (*lead, one[-2], two[-1])
 
 
 def filled(sizes: Sizes | None, wanted: Sequence[int | None]) -> Sizes:
-    """A wanted shape with its -1 worked out, or None there where that cannot be."""
+    """A wanted shape with its -1 worked out, or None there where that cannot be.
+
+    An open size in it is that of the same axis, which stays as it is.
+    """
     if -1 not in wanted:
         return tuple(wanted)
-    if sizes is None or None in sizes:
+    stays = _staying(sizes, wanted)
+    left = None if sizes is None else [size for place, size in enumerate(sizes) if place not in stays]
+    if left is None or None in left:
         return tuple(None if size == -1 else size for size in wanted)
-    known = math.prod(size for size in wanted if size is not None and size != -1)
-    total = math.prod(sizes)  # type: ignore[arg-type]
+    known = math.prod(size for place, size in enumerate(wanted) if size and size > 0 and place not in stays)
+    total = math.prod(left)  # type: ignore[arg-type]
     return tuple((total // known if known else 0) if size == -1 else size for size in wanted)
 
 
-def spelled(sizes: Sizes | None, wanted: Sizes) -> list[int]:
-    """A shape as the node wants it: 0 for a size that is open and stays where it is, -1 for one that is left over."""
+def spelled(sizes: Sizes | None, wanted: Sequence[int | None], worked_out: Sizes) -> list[int]:
+    """A shape as the node wants it: 0 for a size that is open and stays where it is, -1 for one that is left over.
+
+    Args:
+        sizes: those that are there.
+        wanted: the shape that is asked for.
+        worked_out: what `filled` makes of it.
+    """
     out: list[int] = []
-    for position, size in enumerate(wanted):
+    stays = _staying(sizes, wanted)
+    for position, size in enumerate(worked_out):
         if size is not None and 0 < size < FREE:
             out.append(size)
-        elif sizes is not None and position < len(sizes) and size is not None and sizes[position] == size:
+        elif position in stays:
             out.append(0)
         elif size == 0 or -1 in out:
             raise Unsayable("more than one size is open")
@@ -68,6 +87,12 @@ def spelled(sizes: Sizes | None, wanted: Sizes) -> list[int]:
     if -1 in out and 0 in out:
         raise Unsayable("a size that is left over where another may be 0")
     return out
+
+
+def _staying(sizes: Sizes | None, wanted: Sequence[int | None]) -> set[int]:
+    """The axes whose size is open and stays."""
+    pairs = enumerate(zip(sizes or (), wanted, strict=False))
+    return {place for place, (size, other) in pairs if size == other and (size is None or size >= FREE)}
 
 
 def reduced(sizes: Sizes | None, axes: tuple[int, ...] | None, keepdims: bool) -> Sizes | None:

@@ -47,8 +47,11 @@ class Slots:
         """The update over slots.
 
         Raises:
-            Unsupported: nothing that its tensors could be leaves the base as it is.
+            Unsupported: nothing that its tensors could be leaves the base as it is, or its law asks the model's call.
         """
+        if isinstance(update, OutputUpdate) and update.asks:
+            why = f"slots for {update.method}, whose law asks the model's call for {', '.join(update.asks)}"
+            raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
         shapes = {name: self._shape(update, name, leaf) for name, leaf in update.tensors.items()}
         defaults = _neutral(update, shapes, place)
         stem = stem_of(place, position)
@@ -119,7 +122,7 @@ def _filled(update: Update, shapes: dict[str, tuple[int, ...]], inner: int, fill
 
 
 def _changes_nothing(update: Update, tensors: dict[str, Array], place: Found) -> bool:
-    shape = place.spots[0].shape
+    shape = place.shape
     seen = (shape[1], shape[0], *shape[2:]) if place.turned else shape
     rows = place.target.rows
     seen = (rows[1] - rows[0], *seen[1:]) if rows else seen
@@ -133,7 +136,7 @@ def _changes_nothing(update: Update, tensors: dict[str, Array], place: Found) ->
         settled = trial.settled(W) if trial.bias_sees_weight else trial
         new_W = trial.new_weight(W) if trial.changes_weight else W
         return bool((np.asarray(new_W) == W).all() and (np.asarray(settled.new_bias(b)) == b).all())
-    except (ArithmeticError, ValueError, TypeError, IndexError, np.linalg.LinAlgError):
+    except (ArithmeticError, AttributeError, ValueError, TypeError, IndexError, np.linalg.LinAlgError):
         return False
 
 

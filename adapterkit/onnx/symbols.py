@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from .sizes import FREE, Unsayable, broadcast
 from .values import Value
@@ -42,7 +43,7 @@ class Symbols:
     """The namespace; words that it lacks raise `Unsayable`."""
 
     __name__ = __name__  # array_api_compat tells namespaces by their names.
-    float32, float64, float16, int64 = np.float32, np.float64, np.float16, np.int64
+    float32, float64, float16, int64, inf = np.float32, np.float64, np.float16, np.int64, np.inf
     linalg = _Linalg()
 
     def arange(self, *limits: Any, **kind: Any) -> Any:
@@ -116,6 +117,25 @@ class Symbols:
     def max(self, x: Any, axis: Any = None, keepdims: bool = False) -> Any:
         return x.max(axis, keepdims)
 
+    def cumulative_sum(self, x: Any, axis: int) -> Any:
+        return x.cumsum(axis)
+
+    def argsort(self, x: Any, axis: int = -1) -> Any:
+        """Positions from the smallest to the largest; of equal ones the first comes first."""
+        if x.shape[axis] is None or x.shape[axis] >= FREE:
+            raise Unsayable("an order of an open number of entries")
+        count = x.branch.building.literal(np.array([x.shape[axis]], dtype=np.int64))
+        words = {"axis": axis, "largest": 0}
+        node = x.branch.node("TopK", [x.value, count], words, np.int64, x.sizes, position=1)
+        known = (lambda: np.argsort(x.numbers(), axis, kind="stable")) if x.known else None
+        return Value(x.branch, x.sizes, np.int64, node, known)
+
+    def take_along_axis(self, x: Any, indices: Any, axis: int) -> Any:
+        return x.apply(
+            "GatherElements", [x, indices], lambda a, at: np.take_along_axis(a, at, axis), indices.sizes,
+            attributes={"axis": axis},
+        )  # fmt: skip
+
     def reshape(self, x: Any, shape: Any) -> Any:
         return x.reshape(shape)
 
@@ -124,6 +144,9 @@ class Symbols:
             return x
         order = [axis for axis in range(x.ndim) if axis != source % x.ndim]
         order.insert(destination % x.ndim, source % x.ndim)
+        return x.transposed(order)
+
+    def permute_dims(self, x: Any, order: Any) -> Any:
         return x.transposed(order)
 
     def concat(self, parts: Any, axis: int = 0) -> Any:
@@ -148,7 +171,18 @@ class Symbols:
         return self.concat([one[(*[slice(None)] * place, None)] for one in parts], axis=place)
 
     def zeros_like(self, x: Any) -> Any:
-        return x * 0
+        return self.full_like(x, 0)
+
+    def ones_like(self, x: Any) -> Any:
+        return self.full_like(x, 1)
+
+    def full_like(self, x: Any, number: Any) -> Any:
+        """An array of one number; not by a product, which a NaN or an infinity would go through."""
+        size = x.apply("Shape", [x], lambda a: np.array(a.shape), None if x.sizes is None else (x.ndim,), np.int64)
+        value = ir.tensor(np.array([number], dtype=x.dtype))
+        return x.apply(
+            "ConstantOfShape", [size], lambda a: np.full(a, number, x.dtype), x.sizes, attributes={"value": value}
+        )
 
 
 def _closed(sizes: Any) -> Any:

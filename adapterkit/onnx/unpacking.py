@@ -55,7 +55,7 @@ def _plain_operands(spot: Spot, layer: Layer, value: ir.Value) -> ir.Node:
     """A node whose weight, input and output went through whole numbers, without those."""
     node, other = spot.node, 1 - spot.kind.position
     before = [one.producer() for one in node.inputs[:2] if one is not None]
-    node.replace_input_with(other, layer.given)
+    node.replace_input_with(other, layer.read)
     node.replace_input_with(spot.kind.position, value)
     for one in before:
         drop(one)
@@ -91,7 +91,7 @@ def _plain_node(layer: Layer, value: ir.Value) -> ir.Node:
     branch, graph, last = layer.branch, layer.node.graph, layer.result.producer()
     assert graph is not None
     assert last is not None
-    y = branch.node("MatMul", [layer.given, value], None, layer.dtype, None)
+    y = branch.node("MatMul", [layer.read, value], None, layer.dtype, None)
     node = branch.nodes[0]
     if layer.own_bias is not None:
         y = branch.node("Add", [y, layer.own_bias], None, layer.dtype, None)

@@ -113,7 +113,10 @@ class Value:
         if isinstance(other, Value):
             return other
         array = np.asarray(other)
-        array = array if array.dtype == bool else array.astype(self.dtype)
+        if self.dtype == bool and array.dtype.kind not in "biu":
+            raise Unsayable("a truth value beside a fraction")
+        kind = np.dtype(np.int64) if self.dtype == bool else self.dtype
+        array = array if array.dtype == bool else array.astype(kind)
         return Value(self.branch, array.shape, array.dtype, self.branch.building.literal(array), lambda: array)
 
     def _binary(self, op: str, one: Any, two: Any, f: Callable[..., Any], dtype: Any = None) -> Value:
@@ -171,6 +174,18 @@ class Value:
     def __le__(self, other: Any) -> Value:
         return self._binary("LessOrEqual", self, other, operator.le, bool)
 
+    def __eq__(self, other: object) -> Value:  # type: ignore[override]
+        return self._binary("Equal", self, other, operator.eq, bool)
+
+    def __ne__(self, other: object) -> Value:  # type: ignore[override]
+        return ~(self == other)
+
+    def __and__(self, other: Any) -> Value:
+        return self._binary("And", self, other, operator.and_, bool)
+
+    def __invert__(self) -> Value:
+        return self.apply("Not", [self], np.logical_not, self.sizes)
+
     def __matmul__(self, other: Any) -> Value:
         a, b = self, self.like(other)
         _same_type(a, b)
@@ -204,11 +219,11 @@ class Value:
         return self.swapaxes(-1, -2)
 
     def reshape(self, *shape: Any) -> Value:
-        wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-        wanted = filled(self.sizes, wanted)
+        asked = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        wanted = filled(self.sizes, asked)
         if self.sizes == wanted and None not in wanted:
             return self
-        literal = self.branch.building.literal(np.array(spelled(self.sizes, wanted), dtype=np.int64))
+        literal = self.branch.building.literal(np.array(spelled(self.sizes, asked, wanted), dtype=np.int64))
         return self.apply("Reshape", [self], lambda a: a.reshape(wanted), wanted, more=[literal])
 
     def sum(self, axis: Any = None, keepdims: bool = False) -> Value:
@@ -219,6 +234,14 @@ class Value:
 
     def max(self, axis: Any = None, keepdims: bool = False) -> Value:
         return self._reduced("ReduceMax", np.max, axis, keepdims, in_input=self.branch.opset >= 18)
+
+    def cumsum(self, axis: int) -> Value:
+        literal = self.branch.building.literal(np.array(axis, dtype=np.int64))
+        return self.apply("CumSum", [self], lambda a: np.cumsum(a, axis), self.sizes, more=[literal])
+
+    def argmax(self, axis: int) -> Value:
+        shape, words = reduced(self.sizes, (axis,), False), {"axis": axis, "keepdims": 0}
+        return self.apply("ArgMax", [self], lambda a: np.argmax(a, axis), shape, np.int64, words)
 
     def _reduced(self, op: str, f: Callable[..., Any], axis: Any, keepdims: bool, in_input: bool) -> Value:
         axes = None if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
@@ -247,7 +270,7 @@ class Value:
     def _no_node(self, *_: Any) -> Any:
         raise Unsayable("no node says this")
 
-    __rshift__ = __and__ = __xor__ = __mod__ = __floordiv__ = __rxor__ = __rand__ = __rfloordiv__ = _no_node
+    __rshift__ = __or__ = __xor__ = __mod__ = __floordiv__ = __rxor__ = __rand__ = __rfloordiv__ = _no_node
 
 
 def _same_type(one: Value, two: Value) -> None:

@@ -5,11 +5,11 @@ Where a file names its experts by paths, those are words like any others: nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter import Adapter, Target
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
@@ -23,11 +23,11 @@ Pairs = Mapping[str, LoRA]
 """Path -> the LoRA there, of one expert, its tensors loaded."""
 
 
-def with_experts(model: nn.Module, adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
+def with_experts(names: Callable[[], Sequence[str]], adapter: Adapter, experts: Sequence[Adapter]) -> Adapter:
     """The adapter with its experts in it, whose factors are stacked at each target.
 
     Args:
-        model: tells the order of layers.
+        names: tells the model's modules in their order.
         adapter: any; one that lacks nothing is returned as it is.
         experts: plain LoRA adapters, in the order of the router.
 
@@ -54,7 +54,7 @@ def with_experts(model: nn.Module, adapter: Adapter, experts: Sequence[Adapter])
         elif len(found) > 1:
             raise Unsupported("a router beside other updates", where=str(target), cure="Give each its own adapter")
         elif isinstance(found[0], XLoRA):
-            updates |= _of_classifier(model, found[0], pairs)
+            updates |= _of_classifier(names, found[0], pairs)
         else:
             updates[target] = (_of_prototypes(target, found[0], pairs),)
     return adapter.replace(updates=updates)
@@ -72,10 +72,13 @@ def _pairs(expert: Adapter, position: int) -> Pairs:
     return found
 
 
-def _of_classifier(model: nn.Module, router: XLoRA, experts: Sequence[Pairs]) -> dict[Target, tuple[Update, ...]]:
+def _of_classifier(
+    names: Callable[[], Sequence[str]], router: XLoRA, experts: Sequence[Pairs]
+) -> dict[Target, tuple[Update, ...]]:
     """X-LoRA at all layers that an expert changes; where one changes nothing its factors are 0."""
-    paths = _in_order(model, {path for expert in experts for path in expert})
     logits, count = router.last.shape[0], len(experts)
+    changed = {path for expert in experts for path in expert}
+    paths = _in_order(names(), changed) if logits != count else sorted(changed)
     if logits not in (count, count * len(paths)):
         why = f"{logits} logits for {count} experts at {len(paths)} layers"
         raise ShapeMismatch(why, where="(model): xlora.last", cure="Pass its experts, all of them, in their order")
@@ -86,9 +89,8 @@ def _of_classifier(model: nn.Module, router: XLoRA, experts: Sequence[Pairs]) ->
     }
 
 
-def _in_order(model: nn.Module, paths: set[str]) -> list[str]:
+def _in_order(names: Sequence[str], paths: set[str]) -> list[str]:
     """The paths in the order of the model's modules; they may have a prefix more than those, or less."""
-    names = [name for name, _ in model.named_modules() if name]
 
     def position(path: str) -> int:
         fits = (at for at, n in enumerate(names) if n == path or n.endswith(f".{path}") or path.endswith(f".{n}"))

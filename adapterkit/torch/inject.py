@@ -56,7 +56,7 @@ def inject(
     adapter.validate()
     if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
-    adapter = with_experts(model, adapter, experts)
+    adapter = with_experts(lambda: [name for name, _ in model.named_modules() if name], adapter, experts)
     adapter.validate()
     weights, context = apart(adapter)
     if weight != 1 and context.updates:

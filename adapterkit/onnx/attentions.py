@@ -1,0 +1,274 @@
+"""Attentions in a graph, and prefixes of single ones: keys and values before those that an attention computes.
+
+Exporters write an attention as `softmax(q @ k^T + mask) @ v`. A prefix joins behind the mask, which hides none of it,
+and no cache holds it: its scores stand before those of the keys, its values before the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..adapter import Target
+from ..errors import ShapeMismatch, Unsupported
+from ..tensors.lazy import as_array
+from ..updates import ContextUpdate
+from .building import Branch, Building, element_type
+from .modules import Module, module_at
+from .operands import is_constant, shape_of
+from .symbols import SYMBOLS
+from .values import Value
+
+_SCALARS = ("Sqrt", "Cast", "CastLike", "Identity", "Reciprocal")
+_BEFORE = ("Mul", "Div", "Add", "Where", "Cast", "Identity")
+_BEHIND = ("IsNaN", "Where", "Cast", "Identity", "Dropout")
+_TURNS = ("Transpose", "Reshape", "Cast", "Identity")
+_EXPORT = "Export the graph by torch's own exporter, and inject before it is optimised"
+
+Factors = tuple[tuple[str, ir.Value], ...]
+"""(operator, number) in the order in which a value is multiplied or divided."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attention:
+    """An attention's nodes.
+
+    Attributes:
+        module: the module that they are of.
+        softmax: makes shares of scores.
+        scores: the product of queries and keys.
+        mixed: the product of shares and values.
+        factors: what scores are multiplied with on their way to the softmax.
+    """
+
+    module: Module
+    softmax: ir.Node
+    scores: ir.Node
+    mixed: ir.Node
+    factors: Factors
+
+    @property
+    def heads(self) -> int:
+        """How many heads there are.
+
+        Raises:
+            Unsupported: the graph does not say.
+        """
+        return self._size(1)
+
+    @property
+    def width(self) -> int:
+        """How wide each head's values are.
+
+        Raises:
+            Unsupported: the graph does not say.
+        """
+        return self._size(3)
+
+    def _size(self, axis: int) -> int:
+        shape = self.mixed.outputs[0].shape
+        size = None if shape is None or len(shape) != 4 else shape[axis]
+        if not isinstance(size, int):
+            raise Unsupported("an attention whose heads the graph does not tell", where=self.module.path, cure=_EXPORT)
+        return size
+
+
+def attention_at(model: ir.Model, target: Target) -> Attention:
+    """The attention that a target is.
+
+    Raises:
+        TargetNotFound: there is no such module.
+        Unsupported: its nodes are not those of a softmax over scores, or add a bias of positions to these.
+    """
+    where = str(target)
+    module = module_at(model, target.path, where)
+    found = [node for node in module.nodes if node.op_type == "Softmax" and node.domain in ("", "ai.onnx")]
+    way = _way_back(found[0].inputs[0]) if len(found) == 1 else None
+    mixed = _product_of(found[0].outputs[0]) if len(found) == 1 else None
+    if way is None or mixed is None:
+        raise Unsupported("the graph shows no softmax of one attention there", where=where, cure=_EXPORT)
+    return Attention(module, found[0], way[0], mixed, way[1])
+
+
+def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Building) -> None:
+    """Puts prefixes before an attention's keys and values, the first update's in front.
+
+    Raises:
+        ShapeMismatch: a prefix has other heads than the keys.
+        And what `attention_at` raises.
+    """
+    at = attention_at(building.model, target)
+    branch = Branch(building, f"adapterkit/{target}")
+    kind = element_type(at.mixed.outputs[0].dtype)
+    pasts = [_past(update, at, branch, kind, target) for update in updates]
+    past = pasts[0] if len(pasts) == 1 else SYMBOLS.concat([_of_rows(each, at, branch) for each in pasts], axis=3)
+    _check_width(past, at, target)
+    scores = _scores(past[:, 0], at, branch)
+    values = past[:, 1] * _ones(at, branch, kind)
+    joined = branch.node("Concat", [scores.value, at.softmax.inputs[0]], {"axis": -1}, kind, None)
+    every = branch.node("Concat", [values.value, at.mixed.inputs[1]], {"axis": -2}, kind, None)
+    nodes, last = branch.only_for([joined, every]), every.producer()
+    graph = at.softmax.graph
+    assert graph is not None
+    graph.insert_before(at.softmax, [node for node in nodes if node is not last])
+    graph.insert_before(at.mixed, [node for node in nodes if node is last])
+    at.softmax.replace_input_with(0, joined)
+    at.mixed.replace_input_with(1, every)
+
+
+def _past(update: ContextUpdate, at: Attention, branch: Branch, kind: Any, target: Target) -> Value:
+    """Keys and values `[rows or 1, 2, heads, n, d]` for the heads of the queries."""
+
+    def value(leaf: Any) -> Value:
+        array = as_array(leaf).astype(np.float64)
+        return Value(branch, array.shape, kind, None, lambda: array)
+
+    found: Any = update.map(value).prefix(_reads(update, at, branch, target))  # type: ignore[arg-type]
+    heads = found.shape[2]
+    if at.heads % heads:
+        why = f"made for {heads} heads; the attention has {at.heads}"
+        raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+    shared = [head * heads // at.heads for head in range(at.heads)]
+    out: Value = found if heads == at.heads else found[:, :, shared]
+    return out
+
+
+def _reads(update: ContextUpdate, at: Attention, branch: Branch, target: Target) -> Any:
+    """What enters the attention, for a gate that looks at it."""
+    gate = update.tensors.get("gate")
+    if gate is None:
+        return None
+    width = gate.shape[-1]
+    found = [v for v in at.module.entering if v.shape is not None and len(v.shape) == 3 and v.shape[2] == width]
+    if len(found) != 1:
+        why = f"{len(found)} values of {width} channels enter the attention, where its gate looks at one"
+        raise Unsupported(why, where=str(target), cure=_EXPORT)
+    return Value(branch, (None, None, width), element_type(found[0].dtype), branch.building.now(found[0]))
+
+
+def _of_rows(past: Value, at: Attention, branch: Branch) -> Value:
+    return past * _ones(at, branch, past.dtype)[:, None]
+
+
+def _ones(at: Attention, branch: Branch, kind: Any) -> Value:
+    """1 for each row and head, `[rows, heads, 1, 1]`."""
+    queries = Value(branch, (None, at.heads, None, None), kind, at.scores.inputs[0])
+    return SYMBOLS.ones_like(queries[:, :, :1, :1])  # type: ignore[no-any-return]
+
+
+def _scores(keys: Value, at: Attention, branch: Branch) -> Value:
+    """What the queries make of the prefix's keys, multiplied as the graph multiplies its own."""
+    keys = _times(keys, _factors_of(at.scores.inputs[1]), branch)
+    queries = Value(branch, (None, at.heads, None, keys.shape[-1]), keys.dtype, at.scores.inputs[0])
+    return _times(queries @ keys.mT, at.factors, branch)
+
+
+def _times(value: Value, factors: Factors, branch: Branch) -> Value:
+    for op, number in factors:
+        other = Value(branch, (), value.dtype, number)
+        value = value * other if op == "Mul" else value / other
+    return value
+
+
+def _check_width(past: Value, at: Attention, target: Target) -> None:
+    if at.width != past.shape[-1]:
+        why = f"made for heads of {past.shape[-1]}; the attention's have {at.width}"
+        raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+
+
+def _way_back(value: ir.Value | None) -> tuple[ir.Node, Factors] | None:
+    """From the softmax's input back to the product of queries and keys, with the factors on the way."""
+    node = None if value is None else value.producer()
+    if node is None:
+        return None
+    if node.op_type == "MatMul":
+        return None if is_constant(node.inputs[1]) else (node, ())
+    if node.op_type not in _BEFORE:
+        return None
+    if node.op_type == "Add" and any(_looks_up_positions(one) for one in node.inputs):
+        raise Unsupported("an attention with a table of positions", where=node.name, cure="Keep it in the torch model")
+    for own, factor in _operands(node):
+        found = _way_back(own)
+        if found is not None:
+            return found[0], (*found[1], *factor)
+    return None
+
+
+def _operands(node: ir.Node) -> Iterator[tuple[ir.Value | None, Factors]]:
+    """Each input that may be what scores or keys come by, with the factor that the node gives it."""
+    for position, one in enumerate(node.inputs):
+        if node.op_type not in ("Mul", "Div"):
+            yield one, ()
+            continue
+        other = node.inputs[1 - position]
+        if other is not None and _is_number(other) and (node.op_type == "Mul" or position == 0):
+            yield one, ((node.op_type, other),)
+
+
+def _factors_of(value: ir.Value | None) -> Factors:
+    """The numbers that keys are multiplied with on their way to the product."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type not in (*_TURNS, "Mul", "Div"):
+        return ()
+    if node.op_type in _TURNS:
+        return _factors_of(node.inputs[0])
+    own, factor = next(_operands(node), (None, ()))
+    return (*_factors_of(own), *factor)
+
+
+def without_factors(value: ir.Value | None) -> ir.Value:
+    """What queries were before they were multiplied by numbers."""
+    assert value is not None
+    node = value.producer()
+    if node is None or node.op_type not in ("Mul", "Div"):
+        return value
+    own, _ = next(_operands(node), (None, ()))
+    return value if own is None else without_factors(own)
+
+
+def _is_number(value: ir.Value | None) -> bool:
+    """Whether a value is a single number that no input changes."""
+    if value is None:
+        return False
+    if is_constant(value):
+        return int(np.prod(shape_of(value))) == 1
+    node = value.producer()
+    return node is not None and node.op_type in _SCALARS and _is_number(node.inputs[0])
+
+
+def _looks_up_positions(value: ir.Value | None) -> bool:
+    """Whether a value is made of a table of numbers, as T5's bias of relative positions is."""
+    seen, left = set[ir.Value](), [value]
+    while left:
+        one = left.pop()
+        node = None if one is None or one in seen else one.producer()
+        if one is None or node is None or node.op_type == "MatMul":
+            continue
+        seen.add(one)
+        table = node.inputs[0] if node.op_type == "Gather" else None
+        if (
+            is_constant(table)
+            and table is not None
+            and element_type(table.dtype).kind in "fV"
+            and len(shape_of(table)) == 2
+        ):
+            return True
+        left.extend(node.inputs)
+    return False
+
+
+def _product_of(shares: ir.Value) -> ir.Node | None:
+    """The product of an attention's shares with its values."""
+    seen, left = set[ir.Node](), [shares]
+    while left:
+        for use in left.pop().uses():
+            if use.node.op_type == "MatMul" and use.idx == 0:
+                return use.node
+            if use.node.op_type in _BEHIND and use.node not in seen:
+                seen.add(use.node)
+                left.extend(use.node.outputs)
+    return None

@@ -1,0 +1,197 @@
+"""The model's own call, as a graph has it: the words that laws ask for, as values of the graph.
+
+`input_ids` and `attention_mask` are inputs of graphs of language models. What a graph has under another name, or not at
+all, the caller tells; `task_ids` that nobody tells becomes an input. `hidden_states`, what the last layer gives without
+the adapter, is computed by a copy of the nodes in front of the head. See `OutputUpdate` for what the words mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import Unsupported, UsageError
+from .building import Building, element_type
+from .first_pass import first_pass
+from .layers import Layer
+from .past import past_inputs
+from .symbols import SYMBOLS
+from .values import Value
+
+TOKENS, TASKS, MASK, LAST = "input_ids", "task_ids", "attention_mask", "hidden_states"
+
+EARLIER = "past_input_ids"
+"""The input of the tokens that a graph's past keys and values are of, where a law reads all tokens."""
+
+
+class Words:
+    """What updates ask of a model's call.
+
+    Args:
+        building: the model, before anything of it is changed.
+        updates: those that ask.
+        told: word -> the name of a value of the graph; `task_ids`: or the task of all rows.
+
+    Raises:
+        UsageError: a word is told that no update asks for, or a value that is not there.
+        Unsupported: a graph has no such word.
+    """
+
+    def __init__(self, building: Building, updates: Iterable[Any], told: Mapping[str, Any] | None = None) -> None:
+        self.building, self.told = building, dict(told or {})
+        asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
+        for word, value in self.told.items():
+            if word not in asked:
+                raise UsageError(f"no update asks for {word}", where="call", cure=f"Asked for: {_listed(asked)}")
+            if not isinstance(value, str) and not (word == TASKS and type(value) is int and value >= 0):
+                cure = "A word is the name of a value of the graph; task_ids may be the number of one task"
+                raise UsageError(f"{value!r} is no {word}", where=f"call: {word}", cure=cure)
+        self.hidden: ir.Value | None = None
+        if LAST in asked:
+            self.hidden = first_pass(building, self.told.get(LAST))
+        self.made: dict[str, ir.Value] = {}
+
+    @property
+    def note(self) -> str:
+        """What the graph now has to be run with, in words."""
+        said = {TASKS: "one number of a task for each row", EARLIER: "the tokens that the past is of, before the new"}
+        return "; ".join(f"its input {value.name} takes {said[word]}" for word, value in self.made.items())
+
+    def at(self, layer: Layer) -> Heard:
+        """The words, as a layer's branch hears them."""
+        return Heard(self, layer)
+
+    def input(self, word: str) -> ir.Value | None:
+        """The value that a word is told to be, or the graph's input of its name."""
+        name = self.told.get(word, word)
+        if not isinstance(name, str):
+            return None
+        found = next((value for value in self.building.model.graph.inputs if value.name == name), None)
+        if found is None and word in self.told:
+            raise UsageError(f"the graph has no input {name}", where=f"call: {word}", cure="Name one of its inputs")
+        return found
+
+    def new(self, word: str, axes: Sequence[Any]) -> ir.Value:
+        """A further input of the graph, of whole numbers."""
+        if word not in self.made:
+            kind = ir.TensorType(ir.DataType.INT64)
+            value = ir.Value(name=self.building.name(word), shape=ir.Shape(axes), type=kind)
+            self.building.inputs.append(value)
+            self.made[word] = value
+        return self.made[word]
+
+
+class Heard:
+    """The words of a call, as a layer's branch hears them.
+
+    Args:
+        words: those of the graph.
+        layer: whose rows they are of.
+    """
+
+    def __init__(self, words: Words, layer: Layer) -> None:
+        self.words, self.layer = words, layer
+
+    def __getitem__(self, word: str) -> Value:
+        law = {TOKENS: self._tokens, TASKS: self._tasks, LAST: self._last}.get(word)
+        if law is None:
+            why = f"its law asks for {word}, which is no value of a graph: {_WHY.get(word, 'no input tells it')}"
+            raise Unsupported(why, cure="Keep it in the torch model")
+        return law()
+
+    def get(self, word: str) -> Value | None:
+        """A word that a law hears where a call brings it."""
+        value = self.words.input(word)
+        return None if value is None else self._mask(value)
+
+    def _tokens(self) -> Value:
+        found = self.words.input(TOKENS)
+        if found is None:
+            cure = f"Tell its name: call={{{TOKENS!r}: NAME}}, --call {TOKENS}=NAME"
+            raise Unsupported(f"the graph has no input {TOKENS}", cure=cure)
+        ids = self._whole_numbers(found)
+        if not past_inputs(self.words.building.model.graph):
+            return self._value(ids)
+        earlier = self.words.new(EARLIER, [_first_axis(found), "past_tokens"])
+        return self._value(self.layer.branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None))
+
+    def _value(self, ids: ir.Value) -> Value:
+        return Value(self.layer.branch, (self._rows, None), np.int64, ids)
+
+    @property
+    def _rows(self) -> int | None:
+        rows: int | None = self.layer.x.shape[0]
+        return rows
+
+    def _whole_numbers(self, value: ir.Value) -> ir.Value:
+        return self._plain(value).cast(np.int64).value
+
+    def _plain(self, value: ir.Value) -> Value:
+        sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
+        return Value(self.layer.branch, sizes, element_type(value.dtype), value)
+
+    def _tasks(self) -> Value:
+        told = self.words.told.get(TASKS)
+        if isinstance(told, int):
+            return self._for_all_rows(told)
+        found = self.words.input(TASKS)
+        given = self.words.building.model.graph.inputs[0]
+        value = self.words.new(TASKS, [_first_axis(given)]) if found is None else self._whole_numbers(found)
+        return Value(self.layer.branch, (self._rows,), np.int64, value)
+
+    def _for_all_rows(self, number: int) -> Value:
+        node, literal = self.layer.branch.node, self.layer.branch.building.literal
+        sizes = node("Shape", [self.layer.x.value], None, np.int64, None)
+        first, second, held = (literal(np.array([each], dtype=np.int64)) for each in (0, 1, number))
+        rows = node("Slice", [sizes, first, second], None, np.int64, (1,))
+        value = node("Expand", [held, rows], None, np.int64, None)
+        return Value(self.layer.branch, (self._rows,), np.int64, value)
+
+    def _last(self) -> Value:
+        assert self.words.hidden is not None
+        hidden = self._plain(self.words.hidden)
+        return Value(self.layer.branch, hidden.sizes, hidden.dtype, hidden.value).cast(self.layer.dtype)
+
+    def _mask(self, value: ir.Value) -> Value | None:
+        """A mask of the layer's own positions; of others, as where a past is masked too, it hides none."""
+        y = self.layer.y
+        if value.shape is None or len(value.shape) != 2 or y.ndim != 3:
+            return None
+        own = SYMBOLS.ones_like(y[..., 0]).cast(np.int64)
+        # Of as many columns at most, so that both choices have one shape.
+        cut = self._last_columns(self._plain(value).cast(np.int64), own)
+        chosen = self.layer.branch.node("Where", [self._alike(value, own), cut, own.value], None, np.int64, None)
+        return Value(self.layer.branch, own.sizes, np.int64, chosen)
+
+    def _alike(self, value: ir.Value, own: Value) -> ir.Value:
+        """Whether two matrices have the same sizes."""
+        node = self.layer.branch.node
+        sizes = [node("Shape", [one], None, np.int64, (2,)) for one in (value, own.value)]
+        same = node("Cast", [node("Equal", sizes, None, bool, (2,))], {"to": int(ir.DataType.INT64)}, np.int64, (2,))
+        every = node("ReduceMin", [same], {"keepdims": 0}, np.int64, ())
+        return node("Cast", [every], {"to": int(ir.DataType.BOOL)}, bool, ())
+
+    def _last_columns(self, value: Value, own: Value) -> ir.Value:
+        node, literal = self.layer.branch.node, self.layer.branch.building.literal
+        one, most = (literal(np.array([number], dtype=np.int64)) for number in (1, np.iinfo(np.int64).max))
+        sizes = node("Shape", [own.value], None, np.int64, (2,))
+        count = node("Slice", [sizes, one, most], None, np.int64, (1,))
+        start = node("Neg", [count], None, np.int64, (1,))
+        return node("Slice", [value.value, start, most, one], None, np.int64, None)
+
+
+def _first_axis(value: ir.Value) -> Any:
+    """The rows of a value: how many, or their name."""
+    return "rows" if value.shape is None or not len(value.shape) else value.shape[0]
+
+
+def _listed(words: set[str]) -> str:
+    return ", ".join(sorted(words)) or "nothing"
+
+
+_WHY = {
+    "shadow": "it is the state of a second network, which runs beside the model and which each block changes",
+}

@@ -1,0 +1,110 @@
+"""Modules of the exported model: their nodes, what enters and what leaves them, by the names that exporters leave.
+
+A module that is no single layer is where bottlenecks, ReFT and invertible adapters stand. torch's exporters tell of
+each node which modules it is in: the newer one in its metadata, the older one by the node's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import onnx_ir as ir
+
+from ..errors import TargetNotFound, nearest
+from .building import element_type
+from .operands import is_constant
+from .scopes import SCOPES, listed, same_end
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Module:
+    """A module's part of a graph.
+
+    Attributes:
+        path: its name there.
+        nodes: in order.
+        entering: values of floating point that it reads.
+        leaving: such values that others read of it.
+    """
+
+    path: str
+    nodes: tuple[ir.Node, ...]
+    entering: tuple[ir.Value, ...]
+    leaving: tuple[ir.Value, ...]
+
+    @property
+    def read(self) -> ir.Value | None:
+        """What it reads; None where it reads several values."""
+        return self.entering[0] if len(self.entering) == 1 else None
+
+    def given(self, channels: int | None, where: str) -> ir.Value:
+        """Its output of so many channels.
+
+        Raises:
+            TargetNotFound: there is none, or more than one.
+        """
+        found = [value for value in self.leaving if channels is None or _sizes(value)[-1:] == [channels]]
+        # Keys and values that a cache keeps have an axis for the heads.
+        rows = [value for value in found if len(_sizes(value)) == 3] or found
+        if len(rows) != 1:
+            why = f"{len(rows)} values of {channels} channels leave the module {self.path}, where one is its output"
+            raise TargetNotFound(why, where=where, cure="Export the graph anew, by torch's own exporter")
+        return rows[0]
+
+
+def module_at(model: ir.Model, path: str, where: str) -> Module:
+    """A module by its path in the base.
+
+    Raises:
+        TargetNotFound: no node tells of it, or of several that it may be; names the nearest.
+    """
+    inside = {node: modules_of(node) for node in model.graph}
+    known = dict.fromkeys(name for names in inside.values() for name in names)
+    fits = [path] if path in known else [name for name in known if same_end(name, path)]
+    if len(fits) != 1:
+        why = "the graph has no weight there, and no node tells of such a module" if not fits else "several modules fit"
+        raise TargetNotFound(why, where=where, cure=nearest(path, known) or "Export it by torch's own exporter")
+    nodes = tuple(node for node, names in inside.items() if fits[0] in names)
+    return Module(fits[0], nodes, tuple(_entering(nodes)), tuple(_leaving(nodes)))
+
+
+def modules_of(node: ir.Node) -> tuple[str, ...]:
+    """The modules that a node is in, the outermost first."""
+    return _told(node.metadata_props.get(SCOPES), node.name or "")
+
+
+@lru_cache(maxsize=1 << 16)
+def _told(scopes: str | None, name: str) -> tuple[str, ...]:
+    """The modules that a node's notes, or its name, tell of; each is asked for every target."""
+    listed_names = listed(scopes)
+    if listed_names:
+        return tuple(module for module in listed_names[:-1] if module)
+    parts = name.split("/")
+    if parts[0] or len(parts) < 3:
+        return ()
+    return tuple(".".join(parts[1:end]) for end in range(2, len(parts)))
+
+
+def _entering(nodes: Sequence[ir.Node]) -> list[ir.Value]:
+    own = set(nodes)
+    read = dict.fromkeys(one for node in nodes for one in node.inputs if one is not None)
+    return [one for one in read if one.producer() not in own and _is_activation(one)]
+
+
+def _leaving(nodes: Sequence[ir.Node]) -> list[ir.Value]:
+    own = set(nodes)
+    given = [out for node in nodes for out in node.outputs if _is_activation(out)]
+    return [out for out in given if out.is_graph_output() or any(use.node not in own for use in out.uses())]
+
+
+def _is_activation(value: ir.Value) -> bool:
+    """Whether a value is what layers compute on: of floating point, with an axis for channels."""
+    broad = value.shape is None or len(value.shape) > 1
+    return broad and element_type(value.dtype).kind in "fV" and not is_constant(value)
+
+
+def _sizes(value: ir.Value) -> list[Any]:
+    return [] if value.shape is None else [size if isinstance(size, int) else None for size in value.shape]

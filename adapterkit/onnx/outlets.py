@@ -1,0 +1,232 @@
+"""Outlets: where a target's output ends in a graph, and the words in which output updates speak of that.
+
+A module ends a sub-layer itself where it adds a value that it reads for nothing else, as BERT's `BertOutput` does; in
+other blocks the sum is outside, and an update names the modules whose input is the residual, and that normalise.
+What they are is found before anything is attached; what was exchanged since is seen through `Building.now`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from ..adapter import Target
+from ..errors import Unsupported
+from .building import Branch, element_type
+from .copies import Copies, between, copied
+from .modules import Module, module_at
+from .operands import is_constant
+from .sizes import Unsayable
+from .values import Value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """A normalisation: the value that it begins at, its nodes, and what it gives."""
+
+    start: ir.Value
+    nodes: tuple[ir.Node, ...]
+    end: ir.Value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outlet:
+    """Where a target ends.
+
+    Attributes:
+        end: its output; None where it is a layer, which knows itself.
+        read: what it reads; None where that is not one value, or the layer knows.
+        residual: what is added to its output.
+        norm: what the sum goes through.
+        hidden: its output before its own residual is added; None where the residual is added outside of it, or not.
+    """
+
+    end: ir.Value | None = None
+    read: ir.Value | None = None
+    residual: ir.Value | None = None
+    norm: Norm | None = None
+    hidden: ir.Value | None = None
+
+
+def outlet(model: ir.Model, target: Target, updates: Sequence[Any], is_layer: bool) -> Outlet | None:
+    """The outlet of a target for output updates; None for a layer that ends in itself.
+
+    Raises:
+        TargetNotFound: the graph does not show the module, or those that an update names.
+        Unsupported: updates name residuals at several places.
+    """
+    where = str(target)
+    placed = [update for update in updates if getattr(update, "placed", False)]
+    named = {(update.attributes.get("residual", ""), update.attributes.get("norm", "")) for update in placed}
+    if len(named) > 1:
+        cure = "Give each its own adapter, or change the order"
+        raise Unsupported("updates of one target with residuals at several places", where=where, cure=cure)
+    residual, norm = next(iter(named), ("", ""))
+    if norm and not all(update.whole for update in placed):
+        why = "the block around it normalises the output, so that the norm cannot be left out"
+        raise Unsupported(why, where=where, cure="Set original_ln_after, or target the block")
+    reads = _read(model, target, residual, where) if residual else None
+    through = _norm(model, target, norm, where) if norm else None
+    if is_layer:
+        return Outlet(residual=reads, norm=through) if residual or norm else None
+    module = module_at(model, target.path, where)
+    channels = next((update.channels for update in updates if update.channels is not None), None)
+    end = module.given(channels, where)
+    own = _own(module, end) if named == {("", "")} else None
+    return own or Outlet(end, module.read, reads, through)
+
+
+def _read(model: ir.Model, target: Target, path: str, where: str) -> ir.Value:
+    module = module_at(model, _beside(target, path), where)
+    if module.read is None:
+        why = f"the module {module.path} reads {len(module.entering)} values, of which one is the residual"
+        raise Unsupported(why, where=where, cure="Correct the update's `residual`")
+    return module.read
+
+
+def _norm(model: ir.Model, target: Target, path: str, where: str) -> Norm:
+    module = module_at(model, _beside(target, path), where)
+    if module.read is None or len(module.leaving) != 1:
+        why = f"the module {module.path} is no function of one value"
+        raise Unsupported(why, where=where, cure="Correct the update's `norm`")
+    return Norm(module.read, module.nodes, module.leaving[0])
+
+
+def _beside(target: Target, path: str) -> str:
+    parent = target.path.rpartition(".")[0]
+    return f"{parent}.{path}" if parent else path
+
+
+def _own(module: Module, end: ir.Value) -> Outlet | None:
+    """The outlet of a module that adds a residual, which it reads for nothing else, and normalises the sum at most."""
+    found = [(node, at) for node in module.nodes for at in (0, 1) if _adds(module, node, at)]
+    if len(found) != 1:
+        return None
+    (node, at) = found[0]
+    total = node.outputs[0]
+    through = between(total, end, module.nodes)
+    if any(len(one.shape or ()) > 1 and is_constant(one) for n in through for one in n.inputs if one is not None):
+        return None
+    read = [value for value in module.entering if value is not node.inputs[at]]
+    norm = Norm(total, tuple(through), end) if through else None
+    return Outlet(end, read[0] if len(read) == 1 else None, node.inputs[at], norm, node.inputs[1 - at])
+
+
+def _adds(module: Module, node: ir.Node, at: int) -> bool:
+    """Whether a node adds what stands at one of its inputs to what the module computed."""
+    if node.op_type != "Add" or node.domain not in ("", "ai.onnx"):
+        return False
+    given, other = node.inputs[at], node.inputs[1 - at]
+    only = given in module.entering and sum(use.node in module.nodes for use in given.uses()) == 1
+    return only and other is not None and other.producer() in module.nodes
+
+
+class Ended:
+    """A target in the words of `OutputUpdate`: a module, or a layer whose residual and norm are outside of it.
+
+    Args:
+        outlet: where it ends.
+        branch: where nodes are appended.
+        layer: the layer; None for a module.
+    """
+
+    direct = True
+
+    def __init__(self, outlet: Outlet, branch: Branch, layer: Any = None) -> None:
+        self.outlet, self.branch, self.layer = outlet, branch, layer
+        if layer is None:
+            assert outlet.end is not None
+            self.end = branch.building.now(outlet.end)
+            self.y = self._value(self.end)
+            self.x = self._read()
+            self.node, self.channel = self.end.producer(), -1
+        else:
+            self.end, self.y, self.x, self.node, self.channel = layer.end, layer.y, layer.x, layer.node, layer.channel
+        self.call: Any = None
+
+    @property
+    def dtype(self) -> Any:
+        return self.y.dtype
+
+    @property
+    def weight(self) -> Any:
+        return None if self.layer is None else self.layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return None if self.layer is None else self.layer.bias
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight; a module has none."""
+        return () if self.layer is None else self.layer.shape
+
+    def __call__(self, x: Value) -> Value:
+        if x is self.x:
+            return self.y
+        if self.layer is None:
+            raise Unsayable("what a module gives for another input")
+        y: Value = self.layer(x)
+        return y
+
+    def hidden(self, x: Value) -> Value:
+        own = self.outlet.hidden
+        return self(x) if own is None else self._value(self.branch.building.now(own))
+
+    def residual(self, x: Value) -> Value | None:
+        found = self.outlet.residual
+        return None if found is None else self._value(self.branch.building.now(found))
+
+    def norm(self, h: Value) -> Value:
+        norm = self.outlet.norm
+        if norm is None:
+            return h
+        building, start = self.branch.building, self.branch.building.now(norm.start)
+        copies: Copies = {start: h.value}
+        nodes = between(start, norm.end, norm.nodes)
+        self.branch.nodes += copied(nodes, copies, lambda name: building.name(f"{self.branch.name}/{name}"))
+        return Value(self.branch, h.sizes, h.dtype, copies[norm.end])
+
+    def close(self, h: Value, x: Value, whole: bool = True) -> Value:
+        residual = self.residual(x)
+        if self.outlet.hidden is not None:
+            return self.norm(h + residual) if whole else h
+        return h if whole or residual is None else h - residual
+
+    def op(self, x: Value, w: Value) -> Value:
+        if self.layer is None:
+            raise Unsayable("no weight to exchange")
+        y: Value = self.layer.op(x, w)
+        return y
+
+    def mix(self, h: Value, w: Any) -> Value:
+        if self.layer is not None:
+            y: Value = self.layer.mix(h, w)
+            return y
+        return h @ (w if isinstance(w, Value) else h.like(w)).mT
+
+    def per_channel(self, v: Any) -> Any:
+        return v if self.layer is None else self.layer.per_channel(v)
+
+    def _read(self) -> Value:
+        found = self.outlet.read
+        if found is None:
+            return _Unread(self.branch, None, self.y.dtype)
+        return self._value(self.branch.building.now(found))
+
+    def _value(self, value: ir.Value) -> Value:
+        sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
+        return Value(self.branch, sizes, element_type(value.dtype), value)
+
+
+class _Unread(Value):
+    """What a module of several inputs reads: a law may hand it on, and no node may compute with it."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> ir.Value:
+        raise Unsayable("the module reads several values, or none")

@@ -1,0 +1,45 @@
+"""Adapters at modules of a graph: under onnxruntime they compute what the adapters library recorded."""
+
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_adapterhub_vectors import FAULTY, FOLDERS, ROOT, model_of, read_folder
+
+import adapterkit as ak
+from adapterkit.errors import Unsupported
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning:(transformers|torch)")
+
+BEHIND = {"prompt_bert", "prompt_padded_bert"}
+"""Prompts behind a module of several embeddings."""
+
+CASES = [f for f in FOLDERS if f.name not in {*FAULTY, *BEHIND} and model_of(f) in ("bert", "gpt2", "llama")]
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    """Model -> its graph."""
+    folder = tmp_path_factory.mktemp("graphs")
+    return cache(lambda model: ak.onnx.export_pretrained(ROOT / "models" / model, folder / model, check=False).out)
+
+
+@pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
+def test_a_graph_computes_what_the_library_computed(folder, graphs, tmp_path, close):
+    forward = load_file(folder / "forward.safetensors")
+    y, graph = forward.pop("y"), graphs(model_of(folder))
+    report = ak.onnx.inject(graph, read_folder(folder), tmp_path / "out.onnx")
+    session = ak.onnx.Session(report.out)
+    ids = forward["input_ids"]
+    words = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids), **forward}
+    feeds = {name: words[name].numpy() for name in session.inputs}
+    close(torch.tensor(session.run(feeds)["last_hidden_state"]), y, tolerance=1e-5)
+    ak.onnx.eject(report.out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == graph.read_bytes()
+
+
+@pytest.mark.parametrize("name", sorted(BEHIND))
+def test_a_prompt_behind_several_embeddings_is_refused(name, graphs, tmp_path):
+    with pytest.raises(Unsupported, match="masks and positions are made for the input's own"):
+        ak.onnx.inject(graphs("bert"), read_folder(ROOT / name), tmp_path / "out.onnx")

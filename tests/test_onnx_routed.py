@@ -1,0 +1,258 @@
+"""Laws that look at the model's call or beside its attentions, in graphs: onnxruntime computes what PEFT does."""
+
+import copy
+import os
+from functools import cache
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import peft
+import pytest
+import torch
+from peft.tuners.lora.arrow import create_arrow_model
+from peft.tuners.lora.config import ArrowConfig
+from peft_cases import gpt2, llama
+from safetensors.torch import save_file
+from torch import nn
+
+import adapterkit as ak
+from adapterkit.errors import Unsupported, UsageError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+IDS = torch.tensor([[3, 4, 1, 3, 4, 9], [3, 4, 2, 2, 7, 3], [5, 1, 2, 2, 7, 4]])
+"""Rows in which 3, 4 occurs twice, once, and not at all."""
+
+
+class Causal(nn.Module):
+    """Logits of tokens, without a past."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@cache
+def base(build):
+    torch.manual_seed(5)
+    model = build().eval()
+    model.config.use_cache = False
+    return model
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    """Model -> its graph, sizes open."""
+
+    @cache
+    def graph(build, inputs="input_ids"):
+        path = tmp_path_factory.mktemp("graph") / "model.onnx"
+        sizes = {"ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=8)}}
+        ak.onnx.export(
+            Causal(base(build)).eval(), (IDS,), path, inside="model", input_names=[inputs], output_names=["logits"],
+            dynamic_shapes=sizes,
+        )  # fmt: skip
+        return path
+
+    return graph
+
+
+def trained(build, config, folder):
+    """PEFT's model, every trained number moved, and its file."""
+    torch.manual_seed(7)
+    made = peft.get_peft_model(copy.deepcopy(base(build)), config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    made.save_pretrained(str(folder))
+    return made.eval()
+
+
+def lora(**options):
+    given = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(**given | options)
+
+
+def poly(**options):
+    given = {"task_type": "CAUSAL_LM", "init_weights": False, "r": 3, "n_tasks": 3, "n_skills": 2}
+    return peft.PolyConfig(**given | options)
+
+
+CASES = {
+    "alora": (llama, lora(alora_invocation_tokens=[3, 4], use_rslora=True), {}),
+    "alora of one token": (llama, lora(alora_invocation_tokens=[2], target_modules=["v_proj"], lora_bias=True), {}),
+    "alora of gpt-2": (gpt2, lora(alora_invocation_tokens=[3, 4], target_modules=["c_attn", "c_fc"]), {}),
+    "lily": (llama, peft.LilyConfig(task_type="CAUSAL_LM", init_weights=False, r=3, num_B=2, scaling=0.5), {}),
+    "poly": (llama, poly(target_modules=["q_proj", "down_proj"]), {"task_ids": np.array([1, 0, 2])}),
+    "poly in splits": (
+        llama,
+        poly(target_modules=["q_proj", "up_proj"], n_splits=2),
+        {"task_ids": np.array([2, 0, 0])},
+    ),
+    "adaption prompt": (llama, peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2), {}),
+    "adaption prompt of gpt-2": (
+        gpt2,
+        peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1),
+        {},
+    ),
+}
+"""Name -> a model, a config, and what a run brings besides tokens."""
+
+
+def run(path, ids=IDS, **more):
+    return torch.tensor(ak.onnx.Session(path).run({"input_ids": ids.numpy(), **more})["logits"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_a_graph_computes_what_peft_computes(case, graphs, tmp_path, close):
+    build, config, call = CASES[case]
+    words = {name: torch.tensor(array) for name, array in call.items()}
+    wanted = trained(build, config, tmp_path / "adapter")(input_ids=IDS, **words)
+    report = ak.onnx.inject(graphs(build), tmp_path / "adapter", tmp_path / "out.onnx")
+    assert ("task_ids takes one number of a task" in (report.note or "")) == bool(call)
+    close(run(report.out, **call), wanted.logits, tolerance=1e-5)
+    assert (run(graphs(build)) - wanted.logits).abs().max() > 1e-3
+    ak.onnx.eject(report.out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == graphs(build).read_bytes()
+
+
+@torch.no_grad()
+def test_a_task_that_is_told_is_in_the_graph(graphs, tmp_path, close):
+    model = trained(llama, poly(target_modules=["q_proj"]), tmp_path / "adapter")
+    out = ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", call={"task_ids": 1}).out
+    close(run(out), model(input_ids=IDS, task_ids=torch.tensor([1, 1, 1])).logits, tolerance=1e-5)
+    with pytest.raises(UsageError, match="is no task_ids"):
+        ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", call={"task_ids": [0, 1]})
+
+
+@torch.no_grad()
+def test_tokens_of_another_name_and_of_a_past(graphs, tmp_path, close):
+    model = trained(llama, lora(alora_invocation_tokens=[3, 4]), tmp_path / "adapter")
+    wanted = model(input_ids=IDS).logits
+    graph, out = graphs(llama, "words"), tmp_path / "out.onnx"
+    with pytest.raises(Unsupported, match="no input input_ids"):
+        ak.onnx.inject(graph, tmp_path / "adapter", out)
+    for call, match in (({"input_ids": "no"}, "no input no"), ({"task_ids": 1}, "no update asks for task_ids")):
+        with pytest.raises(UsageError, match=match):
+            ak.onnx.inject(graph, tmp_path / "adapter", out, call=call)
+    assert not out.exists()
+    ak.onnx.inject(graph, tmp_path / "adapter", out, call={"input_ids": "words"})
+    close(torch.tensor(ak.onnx.Session(out).run({"words": IDS.numpy()})["logits"]), wanted, tolerance=1e-5)
+
+    base(llama).save_pretrained(tmp_path / "base")
+    graph = ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "graph").out
+    report = ak.onnx.inject(graph, tmp_path / "adapter", tmp_path / "past.onnx")
+    assert "past_input_ids takes the tokens" in report.note
+    session = ak.onnx.Session(report.out)
+    past = {name: np.zeros((3, 1, 0, 4), np.float32) for name in session.inputs if name.startswith("past_key")}
+    got = []
+    for start, stop in ((0, 4), (4, 5), (5, 6)):
+        feeds = {
+            "input_ids": IDS[:, start:stop].numpy(), "past_input_ids": IDS[:, :start].numpy(),
+            "attention_mask": np.ones((3, stop), np.int64), "position_ids": np.arange(start, stop)[None].repeat(3, 0),
+        }  # fmt: skip
+        told = session.run({**feeds, **past})
+        past = {name: told[name.replace("past_key_values", "present")] for name in past}
+        got.append(torch.tensor(told["logits"]))
+    # A cache was filled before the second 3, 4 of the first row: there the two differ, as in PEFT's own generation.
+    close(torch.cat(got, 1)[1:], wanted[1:], tolerance=1e-5)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """Three experts as PEFT wrote them, each with one direction that is far ahead of the others."""
+    made = []
+    for position in range(3):
+        torch.manual_seed(position)
+        wrapped = peft.get_peft_model(copy.deepcopy(base(llama)), lora(lora_alpha=3 + position))
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(torch.randn_like(parameter))
+                if "lora_A" in name:
+                    parameter[1:] *= 0.05
+        made.append(tmp_path_factory.mktemp("expert"))
+        wrapped.save_pretrained(str(made[-1]))
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_arrow_with_its_experts(top_k, experts, graphs, tmp_path, close):
+    config = ArrowConfig(top_k=top_k, router_temperature=0.5, rng_seed=1)
+    paths = [str(folder) for folder in experts]
+    model = create_arrow_model(copy.deepcopy(base(llama)), paths, config)
+    wanted = model.eval()(input_ids=IDS).logits
+    model.save_pretrained(str(tmp_path / "router"))
+    with pytest.raises(UsageError, match="experts"):
+        ak.onnx.inject(graphs(llama), tmp_path / "router" / "arrow_router", tmp_path / "out.onnx")
+    report = ak.onnx.inject(graphs(llama), tmp_path / "router" / "arrow_router", tmp_path / "out.onnx", experts=experts)
+    close(run(report.out), wanted, tolerance=1e-5)
+
+
+CLASSIFIERS = {
+    "one layer": {"xlora_depth": 1},
+    "best two": {"xlora_depth": 2, "top_k_lora": 2, "softmax_temperature": 0.3},
+    "no softmax": {"xlora_depth": 3, "xlora_dropout_p": 0.0, "enable_softmax": False},
+    "layerwise": {"xlora_depth": 2, "layerwise_scalings": True, "enable_softmax_topk": True, "top_k_lora": 2},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CLASSIFIERS)
+def test_xlora_reads_a_first_pass(case, experts, graphs, tmp_path, close):
+    named = {str(position): str(path) for position, path in enumerate(experts)}
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=8, xlora_size=5, adapters=named, **CLASSIFIERS[case])
+    torch.manual_seed(3)
+    model = peft.get_peft_model(copy.deepcopy(base(llama)), config).eval()
+    for parameter in model.base_model.internal_xlora_classifier.parameters():
+        parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(str(tmp_path / "router"))
+    # Its own saving loses layers of the classifier.
+    state = {f"base_model.{n.partition('base_model.')[2]}": t for n, t in model.state_dict().items()}
+    kept = {name: t for name, t in state.items() if "internal_xlora_classifier" in name}
+    save_file(kept, tmp_path / "router" / "adapter_model.safetensors", {"format": "pt"})
+    router, out = ak.read(tmp_path / "router"), tmp_path / "out.onnx"
+    if case == "layerwise":
+        with pytest.raises(Unsupported, match="order is that of the torch model"):
+            ak.onnx.inject(graphs(llama), router, out, experts=experts)
+        live = copy.deepcopy(base(llama))
+        ak.onnx.inject(graphs(llama), ak.torch.inject(live, router, experts=list(map(ak.read, experts))).adapter(), out)
+    else:
+        ak.onnx.inject(graphs(llama), router, out, experts=experts)
+    close(run(out), model(input_ids=IDS).logits, tolerance=1e-5)
+    ak.onnx.eject(out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == graphs(llama).read_bytes()
+
+
+def test_a_first_pass_needs_a_graph_that_shows_it(graphs, tmp_path):
+    tensors = {"A": torch.randn(3, 2, 8), "B": torch.randn(3, 8, 2), "strengths": torch.ones(3)}
+    update = ak.METHODS["xlora"](**tensors, last=torch.randn(3, 8), last_bias=torch.zeros(3))
+    adapter, out = ak.Adapter({ak.Target("model.layers.0.self_attn.q_proj"): (update,)}), tmp_path / "out.onnx"
+    with pytest.raises(UsageError, match="no value nowhere"):
+        ak.onnx.inject(graphs(llama), adapter, out, call={"hidden_states": "nowhere"})
+    base(llama).save_pretrained(tmp_path / "base")
+    past = ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "graph", check=False).out
+    with pytest.raises(Unsupported, match="past keys and values were computed with it"):
+        ak.onnx.inject(past, adapter, out)
+    assert not out.exists()
+
+
+def test_what_routed_laws_refuse_as_slots(graphs, tmp_path):
+    trained(llama, lora(alora_invocation_tokens=[3, 4]), tmp_path / "adapter")
+    with pytest.raises(Unsupported, match="whose law asks the model's call for input_ids"):
+        ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", mode="slots")
+
+
+def test_a_network_beside_the_model_is_refused(graphs, tmp_path):
+    made = {"in": (3, 8), "in_bias": (3,), "out": (8, 3), "out_bias": (8,)}
+    parts = {f"{name}_{end}": torch.randn(size) for name in ("transform", "gate") for end, size in made.items()}
+    update = ak.METHODS["shadow"](down=torch.randn(2, 8), up=torch.randn(8, 2), network=torch.randn(4), **parts)
+    with pytest.raises(Unsupported, match="second network, which runs beside the model"):
+        ak.onnx.inject(graphs(llama), ak.Adapter({ak.Target("model.layers.0"): (update,)}), tmp_path / "out.onnx")
