@@ -21,6 +21,14 @@ READ_TIMEOUT = 30.0
 MAX_HOPS = 5
 
 
+class Refused(Exception):
+    """An answer that is a refusal: its status, and where the hub gives any, its own word and words for it."""
+
+    def __init__(self, status: int, code: str = "", said: str = "") -> None:
+        super().__init__(f"{status} {code}".rstrip())
+        self.status, self.code, self.said = status, code, said
+
+
 @contextmanager
 def answered(
     method: str, url: str, headers: Mapping[str, str], secret: Mapping[str, str], place: str,

@@ -17,7 +17,7 @@ from urllib.parse import urlencode, urlsplit
 
 from ...errors import NetworkError
 from ...tensors.strict_json import load_json
-from ..web import answered
+from ..web import Refused, answered
 
 MAX_ANSWER = 1 << 20
 DOCKER_HUB = {"docker.io", "index.docker.io", "registry-1.docker.io"}
@@ -80,9 +80,7 @@ class Admission:
         secret = {"Authorization": self._credentials} if self._credentials else {}
         with answered("GET", url, {}, secret, self.place) as response:
             if response.status_code >= 400:
-                from .oci import Refused
-
-                raise Refused(401 if response.status_code < 500 else response.status_code, "", "")
+                raise Refused(401 if response.status_code < 500 else response.status_code)
             return _token_in(response.read()[:MAX_ANSWER], self.place)
 
 

@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 
 from ...errors import Malformed, Unsupported
 from .. import retries
-from ..web import CHUNK, answered
+from ..web import CHUNK, Refused, answered
 from ._admission import is_near
 
 if TYPE_CHECKING:
@@ -23,14 +23,6 @@ SIGNED = timedelta(minutes=15)
 """How long a signed address holds; each request has one of its own."""
 
 MAX_ANSWER = 64 << 20
-
-
-class Refused(Exception):
-    """An answer that is a refusal."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(str(status))
-        self.status = status
 
 
 class Bucket:

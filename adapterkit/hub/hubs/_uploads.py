@@ -19,6 +19,7 @@ from ...errors import Corrupt, NetworkError, storage_error
 from ..folders import cache_folder
 from ..remote import Content
 from ..retries import ATTEMPTS, pause, retrying
+from ..web import Refused
 
 if TYPE_CHECKING:
     import httpx2
@@ -40,8 +41,6 @@ def upload(remote: Distribution, content: Content, size: int, digest: str) -> No
         Corrupt: the registry does not find the digest in what it got, however often it is sent.
         NetworkError: it cannot be reached or refuses.
     """
-    from .oci import Refused
-
     if _has(remote, digest):
         return
     sending = _Upload(remote, content, size, digest)
@@ -120,14 +119,10 @@ class _Upload:
 
 
 def _failed(remote: Distribution, error: Exception) -> Exception:
-    from .oci import Refused
-
     return error if isinstance(error, Refused) else remote.failure(error) or error
 
 
 def _has(remote: Distribution, digest: str) -> bool:
-    from .oci import Refused
-
     def act() -> bool:
         try:
             with remote.asked("HEAD", f"{remote.url}/blobs/{digest}"):
@@ -162,8 +157,6 @@ def _patch(remote: Distribution, location: str, at: int, chunk: bytes) -> str:
 
 
 def _finish(remote: Distribution, location: str, digest: str) -> None:
-    from .oci import Refused
-
     url = f"{location}{'&' if urlsplit(location).query else '?'}digest={digest}"
 
     def act() -> None:

@@ -29,7 +29,7 @@ from ..digests import digests_of
 from ..remote import Content, Digests, Remote, RemoteFile, unreachable
 from ..retries import Passing
 from ..uris import Uri
-from ..web import CHUNK, answered, begins_at, is_offline, is_transport, offline, origin, range_header, redacted
+from ..web import CHUNK, Refused, answered, begins_at, is_offline, is_transport, offline, origin, range_header, redacted
 from . import _modelpack, _uploads
 from ._admission import DOCKER_HUB, Admission, is_near
 
@@ -54,14 +54,6 @@ class OciUri(Uri):
     def __str__(self) -> str:
         mark = "@" if (self.revision or "").startswith("sha256:") else ":"
         return f"oci://{self.repo}" + (f"{mark}{self.revision}" if self.revision else "")
-
-
-class Refused(Exception):
-    """A registry's answer that is a refusal: its status, and its own words for it."""
-
-    def __init__(self, status: int, code: str, said: str) -> None:
-        super().__init__(f"{status} {code}")
-        self.status, self.code, self.said = status, code, said
 
 
 class Distribution(Remote):

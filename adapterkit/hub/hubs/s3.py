@@ -25,8 +25,8 @@ from ..remote import Content, Digests, RemoteFile, unreachable
 from ..retries import Passing
 from ..uris import Address, Uri, address
 from ..web import CHUNK as PIECE
-from ..web import begins_at, is_offline, is_transport, offline, range_header
-from ._bucket import Bucket, Refused
+from ..web import Refused, begins_at, is_offline, is_transport, offline, range_header
+from ._bucket import Bucket
 from ._bucket_lists import objects
 from ._listings import Listing, unknown
 
