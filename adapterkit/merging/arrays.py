@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,9 +34,6 @@ class Arrays(Protocol):
     def empty(self, count: int) -> Any:
         """A flat float64 array where the library computes."""
 
-    def joined(self, arrays: Sequence[Any], axis: int) -> Any:
-        """Arrays one behind the other along an axis."""
-
     def assign(self, target: Any, values: Any) -> None:
         """Writes values into an array of the same shape, cast to its dtype, to the nearest, wherever either lies."""
 
@@ -56,14 +52,15 @@ class Workspace:
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
-        self._held: Any = None
+        self._held: dict[str, Any] = {}
         self._kept: Any = None
 
-    def take(self, count: int) -> Any:
-        """The first `count` float64 numbers of it, as the last user left them, where the library computes."""
-        if self._held is None or len(self._held) < count:
-            self._held = self.arrays.empty(count)
-        return self._held[:count]
+    def take(self, count: int, use: str = "block") -> Any:
+        """Memory for `count` float64 numbers, as the last use of that name left it, where the library computes."""
+        held = self._held.get(use)
+        if held is None or len(held) < count:
+            held = self._held[use] = self.arrays.empty(count)
+        return held[:count]
 
     def keep(self, count: int, dtype: DType) -> Any:
         """Other memory, on the host, as numpy sees it."""
@@ -129,9 +126,6 @@ class NumpyArrays:
     def empty(self, count: int) -> Any:
         return self.np.empty(count)
 
-    def joined(self, arrays: Sequence[Any], axis: int) -> Any:
-        return self.np.concatenate(arrays, axis)
-
     def assign(self, target: Any, values: Any) -> None:
         self.np.copyto(target, values, casting="unsafe")
 
@@ -180,9 +174,6 @@ class TorchArrays:
 
     def empty(self, count: int) -> Any:
         return self.torch.empty(count, dtype=self.torch.float64, device=self.device)
-
-    def joined(self, arrays: Sequence[Any], axis: int) -> Any:
-        return self.torch.cat(list(arrays), axis)
 
     def assign(self, target: Any, values: Any) -> None:
         target.copy_(self._once(values, target))

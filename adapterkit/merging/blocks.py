@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..tensors.products import ROWS
 from .planned import BLOCK_ELEMENTS, Output
 
 if TYPE_CHECKING:
@@ -45,13 +46,18 @@ def blocks(output: Output) -> list[Block]:
     rows, *rest = shape[1:] if stacked else shape
     width = math.prod(rest)
     cut = all(fold.blockable for fold in output.folds)
-    step = max(1, BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
+    step = _even(BLOCK_ELEMENTS // max(width, 1)) if cut else max(rows, 1)
     return [
         Block(expert, start, min(start + step, rows), rows, width)
         for expert in experts
         for start in range(0, rows, step)
         if width
     ]
+
+
+def _even(rows: int) -> int:
+    """Rows of a block: whole runs of those that products are computed in, where there are as many."""
+    return max(1, rows - rows % ROWS if rows > ROWS else rows)
 
 
 def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Block]]:

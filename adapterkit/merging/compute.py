@@ -113,7 +113,7 @@ class Folder:
         thin = [term for term in terms if is_thin(term[0], term[1]) and term[0].axis == terms[0][0].axis]
         if len(thin) < 2:
             return terms
-        one = side_by_side(thin, self.arrays)
+        one = side_by_side(thin, self.workspace)
         return [(thin[0][0], [one], 1.0), *(term for term in terms if term not in thin)]
 
     def _image(self, raw: Any, block: Block) -> Any:

@@ -13,7 +13,7 @@ from .blocks import logical
 
 if TYPE_CHECKING:
     from ..tensors.lazy import Leaf
-    from .arrays import Arrays
+    from .arrays import Arrays, Workspace
     from .folds import Fold
 
 Term = tuple["Fold", list[Update], float]
@@ -83,13 +83,22 @@ def is_thin(fold: Fold, updates: Sequence[Update]) -> bool:
     return len(pairs) == len(updates) and all(pair is not None and pair[1].shape[0] <= THIN for pair in pairs)
 
 
-def side_by_side(terms: Sequence[Term], arrays: Arrays) -> Update:
-    """sum of weight * B @ A over all updates as one LoRA of all their ranks; their folds' axes must be the same."""
+def side_by_side(terms: Sequence[Term], workspace: Workspace) -> Update:
+    """sum of weight * B @ A over all updates as one LoRA of all their ranks; their folds' axes must be the same.
+
+    Its factors lie in the workspace, until the next ones do.
+    """
     from ..methods.lora import LoRA
 
     pairs = [(w, u.pair(logical(fold))) for fold, us, w in terms for u in additive(us)]
     factors = [(w, *pair) for w, pair in pairs if pair is not None]
-    A, B = arrays.joined([A for _, _, A in factors], 0), arrays.joined([w * B for w, B, _ in factors], 1)
+    rank, rows, width = sum(len(A) for _, _, A in factors), len(factors[0][1]), factors[0][2].shape[1]
+    A = workspace.take(rank * width, "A").reshape(rank, width)
+    B = workspace.take(rows * rank, "B").reshape(rows, rank)
+    at = 0
+    for weight, b, a in factors:
+        here = slice(at, at := at + len(a))
+        A[here], B[:, here] = a, weight * b
     return LoRA(A=A, B=B, bias=None, scaling=1.0)
 
 

@@ -187,5 +187,6 @@ def _block_bytes(output: Output) -> int:
     if all(fold.blockable for fold in output.folds):
         elements = min(elements, max(BLOCK_ELEMENTS, elements // max(output.shape[0] if output.shape else 1, 1)))
     leaves = (leaf for fold in output.folds for update in fold.updates for leaf in update.tensors.values())
-    factors = sum(math.prod(leaf.shape) for leaf in leaves) * 8
+    # Those of several adapters are held once more, side by side.
+    factors = sum(math.prod(leaf.shape) for leaf in leaves) * 8 * min(len(output.folds), 2)
     return elements * (8 + output.dtype.itemsize + output.source.dtype.itemsize) + factors
