@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .dtypes import DTYPES, DType
-from .lazy import Lazy, as_array
+from .lazy import Lazy, as_array, bytes_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,10 +59,10 @@ def joined(leaves: Sequence[Lazy], axis: int = 0) -> Lazy:
     shape = list(alike[0].shape)
     shape[axis] = sum(leaf.shape[axis] for leaf in alike)
 
-    def fetch() -> bytes:
+    def fetch() -> memoryview:
         import numpy as np
 
-        return np.concatenate([leaf.numpy() for leaf in alike], axis).tobytes()
+        return bytes_of(np.concatenate([leaf.numpy() for leaf in alike], axis))
 
     return alike[0] if len(alike) == 1 else Lazy(tuple(shape), alike[0].dtype, fetch)
 
@@ -77,7 +77,7 @@ def block_diagonal(leaves: Sequence[Lazy]) -> Lazy:
     alike = same_type(leaves)
     shape = (sum(leaf.shape[0] for leaf in alike), sum(leaf.shape[1] for leaf in alike))
 
-    def fetch() -> bytes:
+    def fetch() -> memoryview:
         import numpy as np
 
         whole = np.zeros(shape, alike[0].dtype.numpy)
@@ -86,7 +86,7 @@ def block_diagonal(leaves: Sequence[Lazy]) -> Lazy:
             height, width = leaf.shape
             whole[row : row + height, column : column + width] = leaf.numpy()
             row, column = row + height, column + width
-        return whole.tobytes()
+        return bytes_of(whole)
 
     return Lazy(shape, alike[0].dtype, fetch)
 
@@ -109,7 +109,7 @@ def zeros(shape: tuple[int, ...], dtype: DType) -> Lazy:
 def times(leaf: Lazy, factor: float) -> Lazy:
     """The tensor times a number: computed in float64, rounded once to the tensor's own type."""
     return Lazy(
-        leaf.shape, leaf.dtype, lambda: (as_array(leaf).astype("f8") * factor).astype(leaf.dtype.array).tobytes()
+        leaf.shape, leaf.dtype, lambda: bytes_of((as_array(leaf).astype("f8") * factor).astype(leaf.dtype.array))
     )
 
 
@@ -118,7 +118,7 @@ def widened(leaf: Lazy, name: str) -> Lazy:
     if leaf.dtype.name == name:
         return leaf
     dtype = DTYPES[name]
-    return Lazy(leaf.shape, dtype, lambda: as_array(leaf).astype(dtype.array).tobytes())
+    return Lazy(leaf.shape, dtype, lambda: bytes_of(as_array(leaf).astype(dtype.array)))
 
 
 def same_type(leaves: Sequence[Lazy]) -> list[Lazy]:

@@ -111,9 +111,7 @@ class Lazy:
         """The same numbers rearranged: `f` reshapes, transposes or slices the storage array into `shape`."""
 
         def fetch() -> Buffer:
-            import numpy as np
-
-            return np.ascontiguousarray(f(self.numpy())).tobytes()
+            return bytes_of(f(self.numpy()))
 
         return Lazy(tuple(shape), self.dtype, fetch)
 
@@ -155,6 +153,13 @@ def as_array(leaf: Leaf) -> np.ndarray[Any, Any]:
     """Any leaf as a numpy array that can be computed with; bfloat16 and float8 in ml_dtypes' types."""
     tensor = as_lazy(leaf)
     return tensor.numpy().view(tensor.dtype.array)
+
+
+def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+    """The bytes of an array in C order; copied only where it does not lie so."""
+    import numpy as np
+
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view("u1"))
 
 
 def dtype_of(leaf: Leaf) -> DType:
