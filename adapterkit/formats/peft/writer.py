@@ -25,7 +25,7 @@ from .hints import FORMAT, Hints, fingerprint, hints_of
 from .keys import parse_key, prefix_of
 from .losses import Loss, Updates, acting_method, find_losses
 from .modules import token_numbers
-from .pairs import PAIRS
+from .pairs import BESIDE, PAIRS
 from .proof import says
 from .scalings import number_fields
 from .spelling import Spelled, is_parameter, lora_paths, spell, stored
@@ -114,7 +114,7 @@ def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tu
 def _peft_type(updates: Updates, hints: Hints) -> str:
     method = acting_method(updates)
     if method is not None:
-        own = {name: family.peft_type for name, family in FAMILIES.items() if family.method is method}
+        own = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if f.method is method}
         read = hints.config.get("peft_type")
         # Several types have one law: the one that was read goes on, else the one that is called after it.
         named = own.get(method.__module__.rpartition(".")[2]) or next(iter(own.values()), None)
