@@ -18,9 +18,8 @@ T = TypeVar("T")
 ON_LOSS = ("refuse", "fold", "promote", "drop")
 
 
-
 def derived(compute: Callable[[], T]) -> T:
-    """A class attribute that is worked out when it is first asked for: to detect a format takes no more than `sniff`."""
+    """A class attribute that is worked out when it is first asked for: to detect a format takes only `sniff`."""
     return cast(T, _Derived(compute))
 
 

@@ -18,13 +18,13 @@ from ._image.container import Metadata
 from ._image.dialect import ImageFormat
 from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
-from ._image.translate import Changed, Losses, in_diffusers, in_native
 from ._image.underscores import resolve, stem_of
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
     from ..tensors.lazy import Lazy
     from ..updates import Update
+    from ._image.translate import Changed, Losses
 
     Updates = Mapping[Target, tuple[Update, ...]]
 
@@ -75,6 +75,8 @@ class Kohya(ImageFormat):
 
     def renamed(self, updates: Updates, kept: Iterable[str], *, fold: bool) -> tuple[Changed, Losses]:
         """XL's U-Net in LDM's naming, that of SD 1 and 2 in diffusers', transformers in their authors'."""
+        from ._image.translate import in_diffusers, in_native
+
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]

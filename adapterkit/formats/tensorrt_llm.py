@@ -30,7 +30,8 @@ from ..names.tensorrt_llm import FUSED, IDS
 from ..tensors.arrange import joined, padded, part, same_type
 from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy, as_lazy
-from ..tensors.numpy_files import is_npy, read_npy, write_npy
+from ..tensors.marks import is_npy
+from ..tensors.numpy_files import read_npy, write_npy
 from ._format import Format
 from ._pairs import DAMAGED, Leftovers, Pairs, expressible, folded, rank_of, remembered, unfit
 

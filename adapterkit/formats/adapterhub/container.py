@@ -15,6 +15,7 @@ from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
 from ...tensors.lazy import Lazy, as_torch
 from ...tensors.strict_json import load_json
+from ...tensors.torch_file import is_torch_file, read_torch_file
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter.safetensors"
@@ -160,8 +161,6 @@ def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 def read_tensors(path: Path) -> dict[str, Lazy]:
     """Key -> tensor of a safetensors file or a torch file."""
-    from ...tensors.torch_file import is_torch_file, read_torch_file
-
     if path.is_dir():
         raise Malformed("a folder where the file of tensors should be", path=path, cure="Fetch the adapter again")
     if path.suffix == ".bin" or is_torch_file(path):

@@ -13,6 +13,7 @@ from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
 from ...tensors.lazy import Lazy
+from ...tensors.torch_file import is_torch_file, read_torch_file
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -86,8 +87,6 @@ def _weights(folder: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Lazy]:
-    from ...tensors.torch_file import is_torch_file, read_torch_file
-
     if path.is_dir():
         raise Malformed("a folder where the file of tensors should be", path=path, cure="Fetch the adapter again")
     if path.suffix == ".bin" or is_torch_file(path):
