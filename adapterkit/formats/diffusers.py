@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..adapter import Target, canonical
+from ..adapter import Target, Updates, canonical
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable
 from ..methods.dora import DoRA
 from ..names.image import component_of, rooted
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ..updates import Update
     from .peft.config import Settings
 
-    Updates = Mapping[Target, tuple[Update, ...]]
 
 CONFIG = "lora_adapter_metadata"
 FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapter import Target
+from ..adapter import Target, Updates
 from ..methods.oft import OFT
 from ..names.image import component_of, is_not_xl, is_xl, rooted
 from ._image import container, turned
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ..updates import Update
     from ._image.translate import Changed, Losses
 
-    Updates = Mapping[Target, tuple[Update, ...]]
 
 SLOTS = {
     "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha",

@@ -13,7 +13,7 @@ from . import container
 from .file import AGAIN, Key, Module, Rules
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter, Target
+    from ...adapter import Adapter, Target, Updates
     from ...tensors.checkpoint import Checkpoint
     from ...tensors.lazy import Lazy
     from ...updates import Update
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from .file import Found
     from .hints import Hints
     from .translate import Changed, Losses
-
-    Updates = Mapping[Target, tuple[Update, ...]]
 
 
 class ImageFormat(Format, ABC):

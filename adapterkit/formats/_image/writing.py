@@ -16,14 +16,12 @@ from .leftovers import still
 from .placing import kernel_of
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter, Target
+    from ...adapter import Adapter, Target, Updates
     from ...tensors.checkpoint import Checkpoint
     from ...updates import Update
     from .container import Metadata
     from .dialect import ImageFormat
     from .file import Stored
-
-    Updates = Mapping[Target, tuple[Update, ...]]
 
 
 def encoded(

@@ -11,7 +11,9 @@ from ...methods.alora import ALoRA
 from ...methods.lora import LoRA
 from ...tensors.gguf import Value, write_gguf
 from ...tensors.lazy import as_lazy
-from .._pairs import Leftovers, Pairs, expressible, in_order, one_number, rank_of, remembered, to_rank
+from .._leftovers import Leftovers, in_order, remembered
+from .._one_number import one_number
+from .._pairs import Pairs, expressible, rank_of, to_rank
 from .invocation import INVOCATION, Invocation
 from .place import Place
 from .reader import ALPHA, ARCHITECTURE, FORMAT, KIND, TYPE

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
 from ...tensors.checkpoint import read_json
+from .._folders import folder_of
 from .._format import Format
-from .container import CONFIG, folder_of, save, sniff, tensors_of
+from .container import CONFIG, save, sniff, tensors_of
 
 if TYPE_CHECKING:
     from ...adapter import Adapter

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import AdapterkitError, StorageError, storage_error
+from ...errors import AdapterkitError, StorageError
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
+from .._folders import emptied, folder_of
 
 if TYPE_CHECKING:
     from ...tensors.lazy import Lazy
@@ -44,15 +45,6 @@ def tensors_of(path: Path) -> Path:
 
 def save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
     """Writes the folder. Its config goes away first and comes back last: without one it is no adapter."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error(error, folder) from error
+    emptied(folder, CONFIG)
     safetensors.write(folder / TENSORS, tensors, metadata)
     write_bytes(folder / CONFIG, text.encode())
-
-
-def folder_of(path: Path) -> Path:
-    """The folder, where it or one of its files is named."""
-    return path if path.is_dir() else path.parent

@@ -15,7 +15,9 @@ from ...methods.replacement import Replacement
 from ...tensors.arrange import stacked, turned
 from ...tensors.lazy import Lazy, as_lazy
 from ...tensors.strict_json import load_json
-from .._pairs import Leftovers, Pairs, expressible, in_order, one_number, rank_of, remembered, to_rank, unfit
+from .._leftovers import Leftovers, in_order, remembered
+from .._one_number import one_number
+from .._pairs import Pairs, expressible, rank_of, to_rank, unfit
 from .reader import FORMAT, STACKS
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...methods.dora import DoRA
@@ -11,19 +11,16 @@ from ...methods.grouped_lora import GroupedLoRA
 from ...methods.ia3 import IA3
 from ...methods.lora import LoRA
 from ...methods.rows import Rows
+from .._losses import Loss
 from .encoders import has_encoder
 from .families import FAMILIES, family_of, family_of_method
 from .pairs import BESIDE, BIASED, LINEAR, PAIRS, RESIDUAL, ROUTED, may_stand, why_not_there
 from .spelling import config_name, is_embedding, is_parameter, lora_paths
 
 if TYPE_CHECKING:
-    from ...adapter import Target
+    from ...adapter import Target, Updates
     from ...tensors.checkpoint import Checkpoint
     from ...updates import Update
-
-Updates = Mapping["Target", "tuple[Update, ...]"]
-Loss = tuple["Target", int, str]
-"""Target, position among its updates, and why it cannot be said."""
 
 
 def find_losses(updates: Updates, base: Checkpoint | None) -> list[Loss]:

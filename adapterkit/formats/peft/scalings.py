@@ -14,11 +14,12 @@ from ...tensors.lazy import as_torch
 from .alphas import Scale
 from .alphas import number_fields as scale_fields
 from .families import family_of_method
-from .losses import Updates, acting_method
+from .losses import acting_method
 from .pairs import PAIRS, rank_of
 from .spelling import config_name, lora_paths
 
 if TYPE_CHECKING:
+    from ...adapter import Updates
     from ...tensors.lazy import Leaf
     from ...updates import Update
     from .hints import Hints
