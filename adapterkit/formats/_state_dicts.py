@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,8 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
     """
     if path.suffix == ".safetensors":
         return safetensors.write(path, tensors, {"format": "pt"})
+    import shutil
+
     import torch
 
     loaded: dict[int, torch.Tensor] = {}
