@@ -184,6 +184,19 @@ def test_reading_a_plain_lora_of_peft_loads_no_other_family_of_tensors(lora_of_p
     assert not families & modules_after(code, lora_of_peft)
 
 
+def test_a_plain_base_is_told_from_a_quantized_one_without_asking_the_schemes(tmp_path):
+    save_file({"w.weight": np.ones((2, 2), np.float16)}, tmp_path / "model.safetensors")
+    code = """
+import sys
+from adapterkit.quant import is_quantized
+from adapterkit.tensors.checkpoint import open_checkpoint
+assert not is_quantized(open_checkpoint(sys.argv[1]))
+"""
+    schemes = {f"adapterkit.quant.{file.stem}" for file in (PACKAGE / "quant").glob("[!_]*.py")}
+    assert schemes
+    assert not schemes & modules_after(code, tmp_path)
+
+
 def test_a_plain_key_means_the_same_to_all_families():
     """Such keys are taken apart without asking them."""
     from adapterkit.formats.peft.families import FAMILIES
