@@ -48,5 +48,5 @@ def remembered(adapter: Adapter, name: str, shape: type[Leftovers] = Leftovers) 
 
 def in_order(tensors: Mapping[str, Lazy], remembered: Mapping[str, Any]) -> dict[str, Lazy]:
     """The tensors in the order in which they were read, where that is known; others behind them."""
-    order = [key for key in remembered.get("order", ()) if key in tensors]
-    return {key: tensors[key] for key in (*order, *(key for key in tensors if key not in {*order}))}
+    read = {key: tensors[key] for key in remembered.get("order", ()) if key in tensors}
+    return {**read, **tensors}
