@@ -49,6 +49,10 @@ class Target:
         return path if self.rows is None else f"{path}[{self.rows[0]}:{self.rows[1]}]"
 
 
+Updates = Mapping[Target, tuple[Update, ...]]
+"""Target -> its updates in order of application."""
+
+
 @dataclass(frozen=True, slots=True)
 class BaseRef:
     """The base an adapter was made for.
@@ -93,7 +97,7 @@ class Adapter:
         extensions: optional fields of a newer minor version of the spec, kept as they came.
     """
 
-    updates: Mapping[Target, tuple[Update, ...]]
+    updates: Updates
     base: BaseRef | None = None
     recipe: tuple[Step, ...] = ()
     foreign: Foreign | None = None

@@ -5,7 +5,6 @@ The library never prints, exits or asks; the command line turns a leaf into one 
 
 from __future__ import annotations
 
-import difflib
 import errno
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -180,5 +179,7 @@ def storage_error(error: OSError, path: Path) -> StorageError:
 
 def nearest(name: str, among: Iterable[str], count: int = 3) -> str:
     """Words that name the closest of `among`, for the cure of an error; empty when none is close."""
+    import difflib
+
     close = difflib.get_close_matches(name, list(among), n=count, cutoff=0.6)
     return f"Nearest: {', '.join(close)}" if close else ""

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from importlib import import_module
 from importlib.machinery import PathFinder
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from .errors import Unsupported, nearest
@@ -112,6 +111,14 @@ def _announcements(places: tuple[str, ...]) -> bytes | None:
 
 
 def _announced_in(place: str) -> bytes:
-    packages = [entry.path for entry in os.scandir(place) if entry.name.endswith((".dist-info", ".egg-info"))]
-    files = [os.path.join(package, "entry_points.txt") for package in packages]
-    return b"\n".join(Path(file).read_bytes() for file in files if os.path.exists(file))
+    with os.scandir(place) as entries:
+        packages = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
+    return b"\n".join(filter(None, map(_entry_points_of, packages)))
+
+
+def _entry_points_of(package: str) -> bytes:
+    try:
+        with open(f"{package}{os.sep}entry_points.txt", "rb", buffering=0) as file:
+            return file.readall()
+    except (FileNotFoundError, NotADirectoryError):  # it announces none; of old an .egg-info may be a file
+        return b""

@@ -1,4 +1,5 @@
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "adapterkit"
 FILES = sorted(PACKAGE.rglob("*.py"))
+FORMATS = sorted(path for path in (PACKAGE / "formats").iterdir() if not path.name.startswith(("_", ".")))
+FAMILIES = sorted((PACKAGE / "formats" / "peft" / "families").glob("[!_]*.py"))
 LAYERS = [
     {"errors"},
     {"tensors"},
@@ -112,12 +115,16 @@ def test_nothing_is_called_after_what_it_is_not(file):
 
 def loaded_after(code, *arguments):
     """Which heavy packages a fresh interpreter has loaded after running `code`."""
-    report = f"\nimport sys; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    return sorted(HEAVY & modules_after(code, *arguments))
+
+
+def modules_after(code, *arguments):
+    """Which modules a fresh interpreter has loaded after running `code`."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code + report, *map(str, arguments)],
+        [sys.executable, "-W", "error", "-c", f"{code}\nimport sys; print(*sys.modules)", *map(str, arguments)],
         capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    return done.stdout.split()
+    return set(done.stdout.split())
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -150,6 +157,59 @@ def test_detecting_among_all_formats_loads_nothing_heavy(tmp_path):
     save_file({"q.A": np.ones(2)}, tmp_path / "a.safetensors", {"adapterkit": "{}"})
     code = "import sys, adapterkit as ak; assert ak.detect(sys.argv[1]) == 'adapterkit'"
     assert loaded_after(code, tmp_path / "a.safetensors") == []
+
+
+@pytest.fixture
+def lora_of_peft(tmp_path):
+    """A plain LoRA as PEFT writes it."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    stem = "base_model.model.layers.0.q"
+    tensors = {f"{stem}.lora_A.weight": np.ones((2, 4)), f"{stem}.lora_B.weight": np.ones((3, 2))}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+def test_detecting_among_all_formats_loads_none_that_reads_or_writes(lora_of_peft):
+    loaded = modules_after("import sys, adapterkit as ak; assert ak.detect(sys.argv[1]) == 'peft'", lora_of_peft)
+    assert {f"adapterkit.formats.{file.stem}" for file in FORMATS} <= loaded
+    assert not [name for name in loaded if {"reader", "writer", "reading", "writing"} & set(name.split("."))]
+    assert not [name for name in loaded if ".families" in name]
+
+
+def test_reading_a_plain_lora_of_peft_loads_no_other_family_of_tensors(lora_of_peft):
+    code = "import sys, adapterkit as ak; assert len(ak.read(sys.argv[1])) == 1"
+    families = {f"adapterkit.formats.peft.families.{file.stem}" for file in FAMILIES}
+    assert families
+    assert not families & modules_after(code, lora_of_peft)
+
+
+def test_a_plain_base_is_told_from_a_quantized_one_without_asking_the_schemes(tmp_path):
+    save_file({"w.weight": np.ones((2, 2), np.float16)}, tmp_path / "model.safetensors")
+    code = """
+import sys
+from adapterkit.quant import is_quantized
+from adapterkit.tensors.checkpoint import open_checkpoint
+assert not is_quantized(open_checkpoint(sys.argv[1]))
+"""
+    schemes = {f"adapterkit.quant.{file.stem}" for file in (PACKAGE / "quant").glob("[!_]*.py")}
+    assert schemes
+    assert not schemes & modules_after(code, tmp_path)
+
+
+def test_a_plain_key_means_the_same_to_all_families():
+    """Such keys are taken apart without asking them."""
+    from adapterkit.formats.peft.families import FAMILIES
+    from adapterkit.formats.peft.keys import PREFIX, parse_by_families, parse_key
+
+    stems = [
+        "q",
+        "layers.0.lora_A",
+        *(f"m.{word.replace('*', 'x')}" for f in FAMILIES.values() for word in (*f.parts, *f.shared)),
+    ]
+    words = ["lora_A", "lora_B", "lora_magnitude_vector", "ia3_l", "ln_tuning_x", "trainable_tokens_delta"]
+    texts = [f"{PREFIX}{stem}.{word}{end}" for stem in stems for word in words for end in ("", ".weight", ".bias")]
+    assert [parse_key(text, PREFIX) for text in texts] == [parse_by_families(text, PREFIX) for text in texts]
 
 
 def test_public_names_are_the_ones_that_the_package_says():

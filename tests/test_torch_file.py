@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, Corrupt, Malformed, StorageError, Unsupported
-from adapterkit.tensors import torch_file, torch_pickle
+from adapterkit.tensors import torch_containers, torch_pickle
 from adapterkit.tensors.dtypes import DTYPES
 from adapterkit.tensors.torch_file import is_torch_file, read_torch_file
 
@@ -599,7 +599,7 @@ def test_limits_on_pickles(tmp_path, monkeypatch):
     with pytest.raises(Unsupported, match="more than 700 opcodes"):
         read_torch_file(path)
     monkeypatch.undo()
-    monkeypatch.setattr(torch_file, "_LIMIT", 1000)
+    monkeypatch.setattr(torch_containers, "LIMIT", 1000)
     with pytest.raises(Unsupported, match="at most 1000 are read"):
         read_torch_file(path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +83,8 @@ class Destination:
 
     @contextmanager
     def _path(self, target_format: str) -> Iterator[Path]:
+        import shutil
+
         from ..formats import FORMATS
         from ..tensors.locations import outgoing
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 from ..errors import Unrepresentable
 
@@ -11,11 +13,33 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..tensors.checkpoint import Checkpoint
 
+T = TypeVar("T")
+
 ON_LOSS = ("refuse", "fold", "promote", "drop")
+
+
+def derived(compute: Callable[[], T]) -> T:
+    """A class attribute that is worked out when it is first asked for: to detect a format takes only `sniff`."""
+    return cast(T, _Derived(compute))
+
+
+class _Derived(Generic[T]):
+    def __init__(self, compute: Callable[[], T]) -> None:
+        self._compute = compute
+
+    def __get__(self, instance: Any, owner: type) -> T:
+        return self._value
+
+    @cached_property
+    def _value(self) -> T:
+        return self._compute()
 
 
 class Format:
     """A dialect on disk. Subclass it in a module of its own; the module's name is the format's name.
+
+    Of a file in whatever format all these modules are imported, to sniff. What only reading and writing take, they
+    import there, where it is more than a little.
 
     Class attributes:
         url: where the dialect is described.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import msgspec
 
@@ -10,6 +11,7 @@ from ..errors import Malformed
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
+    from ..tensors.lazy import Lazy
 
 T = TypeVar("T")
 
@@ -27,3 +29,24 @@ def leftovers(adapter: Adapter, format: str, record: type[T]) -> T:  # noqa: A00
     except msgspec.ValidationError as error:
         why = f"leftovers of {format} are damaged ({error})"
         raise Malformed(why, where="foreign", cure="Drop them") from None
+
+
+class Leftovers(TypedDict, total=False):
+    """What reading leaves behind for the same format: at least the order of keys."""
+
+    order: list[str]
+
+
+def remembered(adapter: Adapter, name: str, shape: type[Leftovers] = Leftovers) -> dict[str, Any]:
+    """What reading a file of a format left behind; nothing for adapters of other formats.
+
+    Raises:
+        Malformed: it is damaged.
+    """
+    return dict(leftovers(adapter, name, shape))
+
+
+def in_order(tensors: Mapping[str, Lazy], remembered: Mapping[str, Any]) -> dict[str, Lazy]:
+    """The tensors in the order in which they were read, where that is known; others behind them."""
+    read = {key: tensors[key] for key in remembered.get("order", ()) if key in tensors}
+    return {**read, **tensors}

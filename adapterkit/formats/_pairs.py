@@ -7,18 +7,16 @@ and in where the scaling is.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported
 from ..methods.alora import ALoRA
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..names.ties import EMBEDDINGS
-from ..tensors.arrange import REAL, joined, padded, part, reordered, times
+from ..tensors.arrange import REAL, joined, padded, part, reordered
 from ..tensors.lazy import Lazy, as_lazy
-from ._leftovers import leftovers
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Target
@@ -143,52 +141,6 @@ def to_rank(update: Pair, rank: int) -> Pair:
     return update.replace(A=padded(as_lazy(update.A), rank, 0), B=padded(as_lazy(update.B), rank, 1))
 
 
-def one_number(
-    pairs: Mapping[Target, Pair],
-    of: Callable[[Pair], float | None],
-    gives: Callable[[float, Pair], float],
-    *,
-    dialect: str,
-    on_loss: str,
-    default: float,
-    first: float | None = None,
-) -> tuple[float, Pairs, list[str]]:
-    """The one number that a file has for the scalings of all its modules; scalings that it does not give go into B.
-
-    Args:
-        pairs: the updates.
-        of: the number that gives exactly an update's scaling; None where none does.
-        gives: the scaling that a number gives.
-        dialect: its name, for messages.
-        on_loss: whether scalings may be folded.
-        default: where no update has one.
-        first: the number to take when it serves as many updates as any other: the one that was read.
-
-    Raises:
-        Unrepresentable: scalings differ and `on_loss` allows no folding.
-    """
-    count = Counter(number for number in map(of, pairs.values()) if number)
-    ranked = sorted(count, key=lambda number: (-count[number], number != first, -number))
-    number = ranked[0] if ranked else default
-    needy = {t: gives(number, u) for t, u in pairs.items() if gives(number, u) != u.scaling}
-    if needy and on_loss not in ("fold", "promote"):
-        items = [
-            f"{target}: its scaling is {pairs[target].scaling:g}, not {value:g}" for target, value in needy.items()
-        ]
-        raise Unrepresentable(f"{dialect} has one number for all", items=items, cure="Allow it with on_loss='fold'")
-    changed = {t: folded(u, needy[t]) if t in needy else u for t, u in pairs.items()}
-    return number, changed, [f"folded the scaling into B of {target}" for target in needy]
-
-
-def folded(update: Pair, scaling: float) -> Pair:
-    """The same function with another scaling; the quotient of the two goes into B, rounded once to its own type."""
-    if update.scaling == scaling:
-        return update
-    factor = update.scaling / scaling
-    scaled = {name: times(as_lazy(update.tensors[name]), factor) for name in ("B", "bias") if name in update.tensors}
-    return update.replace(scaling=scaling, **scaled)
-
-
 def in_row_order(update: Pair, order: Order) -> Pair:
     """The same update of a weight whose rows stand in another order."""
     changes = {}
@@ -214,27 +166,6 @@ def over_rows(updates: Iterable[Pair]) -> Pair:
     return first.replace(**{n: joined([as_lazy(u.tensors[n]) for u in (first, *others)]) for n in held})
 
 
-class Leftovers(TypedDict, total=False):
-    """What reading leaves behind for the same format: at least the order of keys."""
-
-    order: list[str]
-
-
-def remembered(adapter: Adapter, name: str, shape: type[Leftovers] = Leftovers) -> dict[str, Any]:
-    """What reading a file of a format left behind; nothing for adapters of other formats.
-
-    Raises:
-        Malformed: it is damaged.
-    """
-    return dict(leftovers(adapter, name, shape))
-
-
-def in_order(tensors: Mapping[str, Lazy], remembered: Mapping[str, Any]) -> dict[str, Lazy]:
-    """The tensors in the order in which they were read, where that is known; others behind them."""
-    order = [key for key in remembered.get("order", ()) if key in tensors]
-    return {key: tensors[key] for key in (*order, *(key for key in tensors if key not in {*order}))}
-
-
 def finite(value: Any, where: str) -> float:
     """A number out of a file's settings.
 
@@ -244,57 +175,6 @@ def finite(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise Malformed(f"{value!r} is no number", where=where, cure="Correct it, or write the file again")
     return float(value)
-
-
-def one_alpha(
-    pairs: Mapping[Target, Pair], *, dialect: str, on_loss: str, first: float | None = None
-) -> tuple[float, Pairs, list[str]]:
-    """The one alpha that a file has, by which a scaling is alpha / rank; see `one_number`."""
-    from .peft.alphas import exact_alpha
-
-    return one_number(
-        pairs, lambda u: exact_alpha((rank_of(u), u.scaling), False), lambda alpha, u: alpha / rank_of(u),
-        dialect=dialect, on_loss=on_loss, default=float(rank_of(next(iter(pairs.values())))), first=first,
-    )  # fmt: skip
-
-
-def of_one_alpha(
-    adapter: Adapter,
-    why: Callable[[Target, Pair], str],
-    *,
-    dialect: str,
-    on_loss: str,
-    first: float | None = None,
-    one_rank: bool = False,
-) -> tuple[float, Pairs, list[str]]:
-    """What a dialect of one alpha can say of an adapter: the alpha, the updates, and a line for each change.
-
-    Args:
-        adapter: what is to be written.
-        why: the reason that speaks against an update; empty where none does.
-        dialect: its name, for messages.
-        on_loss: what to do with what it cannot say.
-        first: the alpha that was read.
-        one_rank: all modules have one rank.
-
-    Raises:
-        Unrepresentable: see `expressible` and `one_number`.
-    """
-    pairs, lines = expressible(adapter, dialect, on_loss, why)
-    held = of_one_rank(pairs) if one_rank else pairs
-    alpha, held, folded = one_alpha(held, dialect=dialect, on_loss=on_loss, first=first)
-    return alpha, held, lines + folded
-
-
-def of_one_rank(pairs: Pairs) -> Pairs:
-    """The same functions of one rank: the others gain zeros."""
-    rank = max(map(rank_of, pairs.values()))
-    return {target: to_rank(update, rank) for target, update in pairs.items()}
-
-
-def whole_number(value: float) -> float:
-    """A number as tools write it that have whole ones: 16, not 16.0."""
-    return int(value) if float(value).is_integer() else value
 
 
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,12 +51,14 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
     """
     if path.suffix == ".safetensors":
         return safetensors.write(path, tensors, {"format": "pt"})
+    import shutil
+
     import torch
 
     loaded: dict[int, torch.Tensor] = {}
     state = {key: loaded.setdefault(id(leaf), as_torch(leaf)) for key, leaf in tensors.items()}
     # The archive's root is called after the file, so that the part must have its name.
-    folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    folder = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..adapter import Target, canonical
+from ..adapter import Target, Updates, canonical
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable
 from ..methods.dora import DoRA
 from ..names.image import component_of, rooted
@@ -22,15 +22,12 @@ from ._image.container import Metadata
 from ._image.dialect import ImageFormat, folder_file
 from ._image.file import Found, Key, Module, Rules
 from ._image.hints import Hints
-from .peft.alphas import number_fields
-from .peft.config import Settings
-from .peft.config import parse as parse_config
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
     from ..updates import Update
+    from .peft.config import Settings
 
-    Updates = Mapping[Target, tuple[Update, ...]]
 
 CONFIG = "lora_adapter_metadata"
 FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
@@ -143,6 +140,8 @@ def _settings(text: str) -> dict[str, Settings]:
         Malformed: it is no JSON object of configs.
         Unsupported: a config asks for what this version does not know.
     """
+    from .peft.config import parse
+
     if not text:
         return {}
     try:
@@ -156,7 +155,7 @@ def _settings(text: str) -> dict[str, Settings]:
     for name, value in fields.items():
         part, _, field = name.partition(".")
         parts.setdefault(part, {"peft_type": "LORA"})[field] = value
-    return {part: parse_config({**config, "peft_type": "LORA"}) for part, config in parts.items()}
+    return {part: parse({**config, "peft_type": "LORA"}) for part, config in parts.items()}
 
 
 def _say(settings: Mapping[str, Settings], scales: Mapping[str, tuple[int, float, Any]]) -> bool:
@@ -190,6 +189,8 @@ def _composed(scales: Mapping[str, tuple[int, float, Any]]) -> dict[str, Any]:
 
 
 def _fields(part: str, found: Mapping[str, tuple[int, float, Any]]) -> dict[str, Any]:
+    from .peft.alphas import number_fields
+
     fields, inexact = number_fields(
         {name: (rank, scaling) for name, (rank, scaling, _) in found.items()}, (False, True)
     )

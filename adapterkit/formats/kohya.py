@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapter import Target
+from ..adapter import Target, Updates
 from ..methods.oft import OFT
 from ..names.image import component_of, is_not_xl, is_xl, rooted
 from ._image import container, turned
@@ -18,15 +18,14 @@ from ._image.container import Metadata
 from ._image.dialect import ImageFormat
 from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
-from ._image.translate import Changed, Losses, in_diffusers, in_native
 from ._image.underscores import resolve, stem_of
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
     from ..tensors.lazy import Lazy
     from ..updates import Update
+    from ._image.translate import Changed, Losses
 
-    Updates = Mapping[Target, tuple[Update, ...]]
 
 SLOTS = {
     "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha",
@@ -75,6 +74,8 @@ class Kohya(ImageFormat):
 
     def renamed(self, updates: Updates, kept: Iterable[str], *, fold: bool) -> tuple[Changed, Losses]:
         """XL's U-Net in LDM's naming, that of SD 1 and 2 in diffusers', transformers in their authors'."""
+        from ._image.translate import in_diffusers, in_native
+
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]

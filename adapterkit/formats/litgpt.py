@@ -19,20 +19,9 @@ from ..tensors.arrange import joined, part, zeros
 from ..tensors.atomic import write_bytes
 from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
-from ._pairs import (
-    DAMAGED,
-    Leftovers,
-    Pairs,
-    check_factors,
-    finite,
-    grouped,
-    in_order,
-    of_one_alpha,
-    rank_of,
-    remembered,
-    unfit,
-    whole_number,
-)  # fmt: skip
+from ._leftovers import Leftovers, in_order, remembered
+from ._one_number import of_one_alpha, whole_number
+from ._pairs import DAMAGED, Pairs, check_factors, finite, grouped, rank_of, unfit
 from ._state_dicts import keys_of, load, save
 from ._yaml import LIMIT, dump_yaml, load_yaml
 

@@ -18,19 +18,9 @@ from ..names.litgpt import is_litgpt
 from ..tensors.arrange import joined, part
 from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
-from ._pairs import (
-    DAMAGED,
-    Leftovers,
-    Pairs,
-    check_factors,
-    grouped,
-    in_order,
-    of_one_alpha,
-    rank_of,
-    remembered,
-    stored_layout,
-    unfit,
-)  # fmt: skip
+from ._leftovers import Leftovers, in_order, remembered
+from ._one_number import of_one_alpha
+from ._pairs import DAMAGED, Pairs, check_factors, grouped, rank_of, stored_layout, unfit
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from ..adapter import Adapter, Foreign, Step
 from ..errors import AdapterkitError
 from ..names.megatron import BRIDGE
 from ._format import Format
+from ._leftovers import Leftovers, in_order, remembered
 from ._megatron import decode, encode, heads_again, is_of, why_not
-from ._pairs import Leftovers, in_order, of_one_alpha, remembered
+from ._one_number import of_one_alpha
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:

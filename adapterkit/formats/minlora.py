@@ -16,17 +16,9 @@ from ..names.ties import EMBEDDINGS
 from ..tensors.arrange import turned
 from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
-from ._pairs import (
-    DAMAGED,
-    Leftovers,
-    check_factors,
-    grouped,
-    in_order,
-    of_one_alpha,
-    remembered,
-    stored_layout,
-    unfit,
-)
+from ._leftovers import Leftovers, in_order, remembered
+from ._one_number import of_one_alpha
+from ._pairs import DAMAGED, check_factors, grouped, stored_layout, unfit
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:

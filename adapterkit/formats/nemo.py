@@ -24,8 +24,10 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy
 from ..tensors.torch_file import read_torch_file
 from ._format import Format
+from ._leftovers import Leftovers, in_order, remembered
 from ._megatron import decode, encode, heads_again, why_not
-from ._pairs import DAMAGED, Leftovers, finite, in_order, of_one_alpha, rank_of, remembered, whole_number
+from ._one_number import of_one_alpha, whole_number
+from ._pairs import DAMAGED, finite, rank_of
 from ._state_dicts import save
 from ._yaml import LIMIT, dump_yaml, load_yaml
 

@@ -24,7 +24,7 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy, as_lazy
 from ..tensors.torch_file import is_torch_file, read_torch_file
 from ._format import Format
-from ._pairs import Leftovers, in_order, remembered
+from ._leftovers import Leftovers, in_order, remembered
 from ._state_dicts import save, write_settings
 
 if TYPE_CHECKING:

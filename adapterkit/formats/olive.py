@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from ..adapter import Adapter, Foreign, Step, Target
-from ..errors import AdapterkitError, Unrepresentable, Unsupported
+from ..errors import AdapterkitError, Unsupported
 from ..methods.lora import LoRA
 from ..tensors import safetensors
 from ..tensors.arrange import turned
@@ -21,7 +21,9 @@ from ..tensors.lazy import Lazy, as_lazy
 from ..tensors.numpy_files import read_npz, write_npz
 from ..tensors.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ._format import Format
-from ._pairs import Leftovers, check_factors, expressible, folded, grouped, in_order, remembered, unfit
+from ._leftovers import Leftovers, in_order, remembered
+from ._one_number import of_no_number
+from ._pairs import check_factors, expressible, grouped, unfit
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -77,16 +79,12 @@ class Olive(Format):
     ) -> list[str]:
         hints = remembered(adapter, FORMAT, Hints)
         pairs, lines = expressible(adapter, "Olive", on_loss, _why_not)
-        needy = [target for target, update in pairs.items() if update.scaling != 1]
-        if needy and on_loss not in ("fold", "promote"):
-            items = [f"{target}: its scaling is {pairs[target].scaling:g}" for target in needy]
-            raise Unrepresentable("Olive has the scaling inside B", items=items, cure="Allow it with on_loss='fold'")
+        pairs, folded = of_no_number(pairs, dialect="Olive", on_loss=on_loss)
         tensors: dict[str, Lazy] = {}
         for target, update in pairs.items():
-            plain = folded(update, 1.0)
-            tensors |= {target.path + end: turned(as_lazy(plain.tensors[field])) for end, field in _SLOTS.items()}
+            tensors |= {target.path + end: turned(as_lazy(update.tensors[field])) for end, field in _SLOTS.items()}
         _save(path, in_order(tensors, hints), hints)
-        return lines + [f"folded the scaling into B of {target}" for target in needy]
+        return lines + folded
 
 
 def has_olives_names(path: Path) -> bool:

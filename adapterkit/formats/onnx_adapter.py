@@ -19,7 +19,7 @@ from ..tensors.atomic import write_bytes
 from ..tensors.lazy import as_lazy
 from ..tensors.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ._format import Format
-from ._pairs import Leftovers, in_order, remembered
+from ._leftovers import Leftovers, in_order, remembered
 from .adapterkit import MAX_RECORD, ForeignRecord, decode_record, encode_record
 from .olive import has_olives_names
 

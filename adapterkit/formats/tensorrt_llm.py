@@ -21,7 +21,6 @@ from ..errors import (
     Unrepresentable,
     Unsupported,
     UsageError,
-    storage_error,
 )  # fmt: skip
 from ..methods.lora import LoRA
 from ..names.megatron import OWN
@@ -30,9 +29,13 @@ from ..names.tensorrt_llm import FUSED, IDS
 from ..tensors.arrange import joined, padded, part, same_type
 from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy, as_lazy
-from ..tensors.numpy_files import is_npy, read_npy, write_npy
+from ..tensors.marks import is_npy
+from ..tensors.numpy_files import read_npy, write_npy
+from ._folders import emptied, folder_of
 from ._format import Format
-from ._pairs import DAMAGED, Leftovers, Pairs, expressible, folded, rank_of, remembered, unfit
+from ._leftovers import Leftovers, remembered
+from ._one_number import of_no_number
+from ._pairs import DAMAGED, Pairs, expressible, rank_of, unfit
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -60,11 +63,11 @@ class TensorRtLlm(Format):
     methods = frozenset({"lora"})
 
     def sniff(self, path: Path) -> bool:
-        folder = _folder(path)
+        folder = folder_of(path)
         return (path.is_dir() or path.name in (WEIGHTS, CONFIG)) and all(is_npy(folder / n) for n in (WEIGHTS, CONFIG))
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-        folder = _folder(path)
+        folder = folder_of(path)
         weights, config = read_npy(folder / WEIGHTS), read_npy(folder / CONFIG)
         try:
             rows = _rows(weights, config)
@@ -84,19 +87,11 @@ class TensorRtLlm(Format):
     ) -> list[str]:
         hints = remembered(adapter, FORMAT, Hints)
         pairs, lines = expressible(adapter, "TensorRT-LLM", on_loss, _why_not)
-        needy = [target for target, update in pairs.items() if update.scaling != 1]
-        if needy and on_loss not in ("fold", "promote"):
-            items = [f"{target}: its scaling is {pairs[target].scaling:g}" for target in needy]
-            cure = "Allow it with on_loss='fold'"
-            raise Unrepresentable("TensorRT-LLM has the scaling inside B", items=items, cure=cure)
+        pairs, folded = of_no_number(pairs, dialect="TensorRT-LLM", on_loss=on_loss)
         order = {path: position for position, path in enumerate(hints.get("paths", ()))}
         pairs = dict(sorted(pairs.items(), key=lambda item: order.get(item[0].path, len(order))))
         _save(path, *_encode(pairs, hints))
-        return lines + [f"folded the scaling into B of {target}" for target in needy]
-
-
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
+        return lines + folded
 
 
 def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
@@ -174,8 +169,7 @@ def _encode(pairs: Pairs, hints: Mapping[str, Any]) -> tuple[Lazy, Lazy]:
     records: list[int] = []
     for target, update in pairs.items():
         module, layer = _number(target)
-        plain = folded(update, 1.0)
-        A, B = as_lazy(plain.A), as_lazy(plain.B)
+        A, B = as_lazy(update.A), as_lazy(update.B)
         B = _swapped(B) if target.path.endswith(FUSED) else B
         A, B = same_type([A, B])
         flat.append(joined([A.reshape(-1), B.reshape(-1)]))
@@ -205,11 +199,7 @@ def _why_not(target: Target, update: Pair) -> str:
 
 def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
     """Writes the folder; without its config, which comes last, it is no adapter."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error(error, folder) from error
+    emptied(folder, CONFIG)
     write_npy(folder / WEIGHTS, weights)
     write_npy(folder / CONFIG, config)
 

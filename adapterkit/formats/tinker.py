@@ -18,21 +18,11 @@ from ..names.tinker import EXPERTS, HEAD, is_tinker
 from ..tensors import safetensors
 from ..tensors.arrange import item, stacked
 from ..tensors.lazy import Lazy, as_lazy
+from ._folders import folder_of
 from ._format import Format
-from ._pairs import (
-    DAMAGED,
-    Leftovers,
-    Pairs,
-    check_factors,
-    finite,
-    grouped,
-    in_order,
-    of_one_alpha,
-    rank_of,
-    remembered,
-    unfit,
-    whole_number,
-)  # fmt: skip
+from ._leftovers import Leftovers, in_order, remembered
+from ._one_number import of_one_alpha, whole_number
+from ._pairs import DAMAGED, Pairs, check_factors, finite, grouped, rank_of, unfit
 from .peft.container import CONFIG, SAFETENSORS, load, save
 
 if TYPE_CHECKING:
@@ -61,7 +51,7 @@ class Tinker(Format):
     methods = frozenset({"lora"})
 
     def sniff(self, path: Path) -> bool:
-        folder = path if path.is_dir() else path.parent
+        folder = folder_of(path)
         if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS):
             return False
         try:

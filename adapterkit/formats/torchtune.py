@@ -19,19 +19,9 @@ from ..names.torchtune import META_ORDER, TABLE, TURNED
 from ..tensors.checkpoint import read_json
 from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
-from ._pairs import (
-    Leftovers,
-    check_factors,
-    expressible,
-    finite,
-    grouped,
-    in_order,
-    in_row_order,
-    one_alpha,
-    pair,
-    remembered,
-    unfit,
-)  # fmt: skip
+from ._leftovers import Leftovers, in_order, remembered
+from ._one_number import one_alpha
+from ._pairs import check_factors, expressible, finite, grouped, in_row_order, pair, unfit
 from ._state_dicts import keys_of, load, read_settings, save, write_settings
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from . import flux, sd3, text_encoders, unet
 from .patterns import Names, fill, names_of, numbers
 from .pieces import Piece, Table
 
@@ -42,6 +41,8 @@ class Family:
 @cache
 def families() -> tuple[Family, ...]:
     """The families with two namings."""
+    from . import flux, sd3, unet
+
     unets = tuple((ldm, (Piece(theirs),)) for ldm, theirs in unet.pairs())
     return (
         _family("unet", "unet", unets),
@@ -53,6 +54,8 @@ def families() -> tuple[Family, ...]:
 @cache
 def encoders() -> dict[str, Names]:
     """The names of the text encoders, which are called the same everywhere."""
+    from . import text_encoders
+
     return {"clip": names_of(text_encoders.CLIP), "t5": names_of(text_encoders.T5)}
 
 
@@ -134,11 +137,15 @@ def denoiser_of(paths: Iterable[str]) -> str:
 
 def is_xl(paths: Collection[str]) -> bool:
     """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion XL."""
+    from . import unet
+
     return any(path.startswith(unet.XL_ONLY) or _deep(path) for path in paths) and not is_not_xl(paths)
 
 
 def is_not_xl(paths: Collection[str]) -> bool:
     """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion 1 or 2."""
+    from . import unet
+
     return any(path.startswith(unet.NOT_XL) for path in paths)
 
 

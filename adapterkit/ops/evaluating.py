@@ -115,7 +115,7 @@ class Evaluation:
     def _matrix(self, method: Method, place: Place, at: At, deltas: list[Delta]) -> Delta:
         import numpy as np
 
-        from .methods._method import whole
+        from .methods._changes import whole
 
         weights = np.array([self._weights(place.target)[t] for t in at.present])
         if len(place.shape) > 1:

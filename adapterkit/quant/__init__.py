@@ -25,6 +25,9 @@ SCHEMES: Registry[type[Scheme]] = Registry("quantization scheme", __name__, "ada
 SIDE_FILES = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
 """What tools write beside a config that is of the packed weights alone."""
 
+PLAIN = frozenset({"BF16", "F16", "F32", "F64"})
+"""Element types of which no packed weight is: of a base that has no others, no scheme is asked, nor imported."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dequantized(Checkpoint):
@@ -69,7 +72,10 @@ def said_method(base: Checkpoint) -> str | None:
 
 def is_quantized(base: Checkpoint) -> bool:
     """Whether the config says so, or a scheme knows the names and dtypes of the tensors for its own."""
-    return said_method(base) is not None or any(SCHEMES[name]().detect(base) for name in SCHEMES)
+    if said_method(base) is not None:
+        return True
+    plain = all(tensor.dtype.name in PLAIN for tensor in base.tensors.values())
+    return not plain and any(SCHEMES[name]().detect(base) for name in SCHEMES)
 
 
 def detect(base: Checkpoint) -> str:

@@ -113,7 +113,9 @@ class Packed(ABC):
 
 
 class Scheme:
-    """A way to pack weights. Subclass it in a module of its own; the module's name is the scheme's name.
+    """A way to pack weights, in whole numbers or 8-bit floats: a base with neither, and a silent config, is not packed.
+
+    Subclass it in a module of its own; the module's name is the scheme's name.
 
     Class attributes:
         url: where the layout is described.

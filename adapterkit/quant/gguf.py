@@ -16,8 +16,9 @@ from ..names.heads import rope_pairs
 from ..names.tables import Names, Table
 from ..tensors.dtypes import DTYPES
 from ..tensors.ggml_blocks import BLOCKS, decoded, encoded
-from ..tensors.gguf import PLAIN, Model, is_gguf, raw_size, read_model
+from ..tensors.gguf import PLAIN, Model, raw_size, read_model
 from ..tensors.lazy import Lazy
+from ..tensors.marks import is_gguf
 from ._scheme import Packed, Scheme, numbers, steps
 
 if TYPE_CHECKING:

@@ -15,7 +15,9 @@ from . import safetensors
 from .dtypes import DTYPES
 from .lazy import Lazy, Span, read_span
 from .locations import located
+from .marks import is_gguf
 from .strict_json import load_json
+from .torch_file import is_torch_file, read_torch_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -179,14 +181,13 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, 
 
 
 def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
-    from .gguf import is_gguf, read_model
-    from .torch_file import is_torch_file, read_torch_file
-
     if file.is_dir():
         raise Malformed("a folder where a weight file should be", path=file, cure="Fetch the weights again")
     if file.suffix in {".bin", ".pt", ".pth"} or is_torch_file(file):
         return read_torch_file(file), {}
     if is_gguf(file):
+        from .gguf import read_model
+
         return {name: raw(span) for name, span in read_model(file).spans.items()}, {}
     header = safetensors.read_header(file)
     return {name: safetensors.lazy(header.path, e) for name, e in header.entries.items()}, header.metadata

@@ -16,9 +16,7 @@ from typing import BinaryIO
 from ..errors import Malformed, Unsupported, storage_error
 from .dtypes import DTYPES
 from .lazy import Lazy, Span, read_span
-
-MAGIC = b"algg"
-"""The number 0x67676c61, little-endian."""
+from .marks import GGLA
 
 TYPES = {0: "F32", 1: "F16"}
 
@@ -30,15 +28,6 @@ class Ggla:
     rank: int
     alpha: int
     tensors: Mapping[str, Lazy]
-
-
-def is_ggla(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins like one; no error is raised."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == MAGIC
-    except OSError:
-        return False
 
 
 def read_ggla(path: str | os.PathLike[str]) -> Ggla:
@@ -66,7 +55,7 @@ def _read(file: BinaryIO, path: str, size: int) -> Ggla:
             raise damaged("the file ends too early")
         return struct.unpack(f"<{count}i", data)
 
-    if file.read(4) != MAGIC:
+    if file.read(4) != GGLA:
         raise damaged("not a ggla file")
     version, rank, alpha = numbers(3)
     if version != 1:

@@ -19,8 +19,8 @@ from ..errors import Malformed, Unsupported, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES, DType
 from .lazy import Lazy, Span, read_span
+from .marks import NPY
 
-MAGIC = b"\x93NUMPY"
 MAX_HEADER = 1 << 16
 MAX_MEMBERS = 1 << 17
 MAX_MEMBER = 8 << 30
@@ -33,15 +33,6 @@ BY_NUMPY["|V2"] = DTYPES["BF16"]
 """What numpy calls an element type; two bytes without a meaning are how TensorRT-LLM saves bfloat16."""
 
 _DESCR = {dtype.name: descr for descr, dtype in BY_NUMPY.items()}
-
-
-def is_npy(path: Path) -> bool:
-    """Whether a file begins like one; no error is raised."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(6) == MAGIC
-    except OSError:
-        return False
 
 
 def read_npy(path: Path) -> Lazy:
@@ -124,7 +115,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy
 
 def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DType, int]:
     head = file.read(8)
-    if len(head) < 8 or head[:6] != MAGIC or head[6] not in (1, 2, 3):
+    if len(head) < 8 or head[:6] != NPY or head[6] not in (1, 2, 3):
         raise _damaged(path, "not an array of numpy's")
     wide = head[6] > 1
     length = file.read(4 if wide else 2)
@@ -150,7 +141,7 @@ def _head(tensor: Lazy) -> bytes:
         raise Unsupported(f"numpy has no element type {tensor.dtype}", cure="Convert the adapter to F32 first")
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tensor.shape!r}, }}"
     room = -(len(text) + 11) % 64
-    return MAGIC + b"\1\0" + struct.pack("<H", len(text) + room + 1) + text.encode() + b" " * room + b"\n"
+    return NPY + b"\1\0" + struct.pack("<H", len(text) + room + 1) + text.encode() + b" " * room + b"\n"
 
 
 def _damaged(path: str, why: str, where: str = "header") -> Malformed:

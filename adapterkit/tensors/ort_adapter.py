@@ -18,6 +18,7 @@ from ..errors import Malformed, Unsupported, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES
 from .lazy import Lazy, Span, read_span
+from .marks import has_mark
 
 MARK = b"TORT"
 VERSION = 1
@@ -48,11 +49,7 @@ class OrtAdapter:
 
 def is_ort_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether a file has the mark; no error is raised."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(8)[4:] == MARK
-    except OSError:
-        return False
+    return has_mark(path, MARK, 4)
 
 
 def read_ort_adapter(path: str | os.PathLike[str]) -> OrtAdapter:

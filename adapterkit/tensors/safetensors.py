@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Malformed, storage_error
-from .appending import append
 from .atomic import replacing
 from .dtypes import DTYPES, DType
 from .lazy import Lazy, Shape, Span, read_span
@@ -132,6 +131,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: M
     The order is the safetensors library's own (dtype, widest first, then name): the same tensors always give the same
     bytes, and the bytes that library would have written.
     """
+    from .appending import append
+
     rank = {dtype: -position for position, dtype in enumerate(DTYPES)}
     order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype.name], name.encode()))
     header = encode_header(((n, tensors[n].dtype, tensors[n].shape) for n in order), metadata)

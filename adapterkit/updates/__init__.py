@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..shapes import tensor
+from .attributes import attribute
 from .context import ContextUpdate
 from .outputs import OutputUpdate
-from .update import Update, attribute
+from .update import Update
 from .weights import Additive, WeightUpdate
 
 if TYPE_CHECKING:

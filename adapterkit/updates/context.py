@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import NotMergeable
+from .update import Update
 
 if TYPE_CHECKING:
     import torch
-
-    Random = Callable[[tuple[int, ...]], torch.Tensor]
-
-from .update import Update
 
 
 class ContextUpdate(Update):

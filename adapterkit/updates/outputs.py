@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from ..errors import ShapeMismatch
-
-if TYPE_CHECKING:
-    import torch
-
-    Random = Callable[[tuple[int, ...]], torch.Tensor]
-
 from .update import Update
 
 

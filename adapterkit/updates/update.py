@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
@@ -12,6 +11,7 @@ from ..errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from ..shapes import Axes, Dims, tensor
 from ..tensors.finite import first_not_finite
 from ..tensors.lazy import dtype_of
+from .attributes import DAMAGED, attribute, check_attribute, plain
 from .positions import misplaced, repeated
 
 if TYPE_CHECKING:
@@ -20,23 +20,6 @@ if TYPE_CHECKING:
     from ..tensors.lazy import Leaf
 
     Random = Callable[[tuple[int, ...]], torch.Tensor]
-
-
-def attribute(
-    default: Any, *, among: Collection[Any] = (), least: int | None = None, most: int | None = None,
-    positive: bool = False,
-) -> Any:  # fmt: skip
-    """A field that holds a plain value, where its type does not say all.
-
-    Args:
-        default: the value that is meant where none is given.
-        among: the words or numbers it may be.
-        least: the smallest number it may be.
-        most: the largest number it may be.
-        positive: it must be above 0.
-    """
-    rules = {"among": tuple(among), "least": least, "most": most, "positive": positive}
-    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(tensor, attribute))
@@ -116,7 +99,7 @@ class Update:
     @property
     def attributes(self) -> dict[str, Any]:
         """The plain values, by field; a whole number in a float's place comes out as a float."""
-        return {name: _plain(getattr(self, name), field.type) for name, field in self.attribute_fields().items()}
+        return {name: plain(getattr(self, name), field) for name, field in self.attribute_fields().items()}
 
     def map(self, f: Callable[[Leaf], Leaf]) -> Self:
         """The same update over changed leaves."""
@@ -149,15 +132,14 @@ class Update:
             Unsupported: a word is none of those that the method knows.
         """
         for name, field in self.attribute_fields().items():
-            _check_attribute(name, getattr(self, name), _type_name(field.type))
-            _check_range(name, getattr(self, name), field.metadata)
+            check_attribute(name, getattr(self, name), field)
         for group in self.forms:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
                 choices = " or ".join(" and ".join(names) or "none" for names in group)
-                raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=_DAMAGED)
+                raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=DAMAGED)
         if not self.tensors:
-            raise Malformed(f"needs at least one of: {', '.join(self._names)}", cure=_DAMAGED)
+            raise Malformed(f"needs at least one of: {', '.join(self._names)}", cure=DAMAGED)
 
     def check_values(self) -> None:
         """Reads every tensor and checks its values; methods with rules of their own extend it.
@@ -171,9 +153,9 @@ class Update:
             if position is not None:
                 raise Malformed(f"a NaN or an infinity at {list(position)}", where=name, cure=_DIVERGED)
         for name, why in misplaced(self, {}):
-            raise Malformed(why, where=name, cure=_DAMAGED)
+            raise Malformed(why, where=name, cure=DAMAGED)
         if name := repeated(self):
-            raise Malformed("the same position twice", where=name, cure=_DAMAGED)
+            raise Malformed("the same position twice", where=name, cure=DAMAGED)
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         """Checks the update against the weight's shape `[out, in, *k]` beyond its axes, e.g. that indices are inside.
@@ -186,7 +168,7 @@ class Update:
         for name, why in misplaced(self, dict(zip(("out", "in"), shape, strict=False))):
             raise ShapeMismatch(f"{name}: {why}", cure="The adapter is not of this base")
         if name := repeated(self):
-            raise Malformed(f"{name}: the same position twice", cure=_DAMAGED)
+            raise Malformed(f"{name}: the same position twice", cure=DAMAGED)
 
     @classmethod
     def check_axes(cls, shape: tuple[int, ...]) -> None:
@@ -287,29 +269,7 @@ def _narrow(leaf: Any, axis: int, start: int, stop: int) -> Any:
     return leaf[(*[whole] * axis, here)] if axis >= 0 else leaf[(..., here, *[whole] * (-axis - 1))]
 
 
-_TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
-_DAMAGED = "The file is damaged, or the tool that wrote it is at fault; write it again"
 _DIVERGED = "The training diverged, or the file is damaged; use an earlier checkpoint"
-
-
-def _check_attribute(name: str, value: Any, annotation: str) -> None:
-    allowed = _TYPES.get(annotation)
-    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
-        raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=_DAMAGED)
-    # Compared, not converted: a whole number may be too large for a float.
-    if annotation == "float" and not -sys.float_info.max <= value <= sys.float_info.max:
-        raise Malformed(f"{value} is not a finite number", where=name, cure=_DAMAGED)
-
-
-def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
-    if rules.get("among") and value not in rules["among"]:
-        raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(map(str, rules['among']))}")
-    if rules.get("least") is not None and value < rules["least"]:
-        raise Malformed(f"{value} is below {rules['least']}", where=name, cure=_DAMAGED)
-    if rules.get("positive") and not value > 0:
-        raise Malformed(f"{value} is not above 0", where=name, cure=_DAMAGED)
-    if rules.get("most") is not None and value > rules["most"]:
-        raise Malformed(f"{value} is above {rules['most']}", where=name, cure=_DAMAGED)
 
 
 def _check_dtype(name: str, leaf: Leaf, integer: bool) -> None:
@@ -317,12 +277,4 @@ def _check_dtype(name: str, leaf: Leaf, integer: bool) -> None:
     fits = not dtype.floating and dtype.name != "BOOL" if integer else dtype.floating and dtype.name != "C64"
     if not fits:
         expected = "whole numbers" if integer else "real numbers"
-        raise ShapeMismatch(f"{dtype} where {expected} belong", where=name, cure=_DAMAGED)
-
-
-def _plain(value: Any, annotation: Any) -> Any:
-    return float(value) if type(value) is int and _type_name(annotation) == "float" else value
-
-
-def _type_name(annotation: Any) -> str:
-    return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
+        raise ShapeMismatch(f"{dtype} where {expected} belong", where=name, cure=DAMAGED)

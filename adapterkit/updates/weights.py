@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import NotMergeable
+from .update import Update
 
 if TYPE_CHECKING:
     import torch
-
-    Random = Callable[[tuple[int, ...]], torch.Tensor]
-
-from .update import Update
 
 
 class Additive(Update):

@@ -11,10 +11,8 @@ from ...methods.lora import LoRA
 from .file import AGAIN, Module
 
 if TYPE_CHECKING:
-    from ...adapter import Target
+    from ...adapter import Target, Updates
     from ...updates import Update
-
-    Updates = Mapping[Target, tuple[Update, ...]]
 
 
 def check_biases(modules: Mapping[str, Module], part_of: Callable[[str], str]) -> None:

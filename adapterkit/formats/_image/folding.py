@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from ...adapter import Target
+from ...adapter import Target, Updates
 from ...updates import Update
 from .encode import folded, why_not
 from .file import Rules
-
-Updates = Mapping[Target, tuple[Update, ...]]
 
 
 def rewritten(updates: Updates, rules: Rules, on_loss: str) -> tuple[Updates, list[str]]:

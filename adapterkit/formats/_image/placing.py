@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ...adapter import Target
+from ...adapter import Target, Updates
 from ...errors import TargetNotFound, nearest
 from ...names.image import ROOTS, families_of, rooted
 from ...updates import Update
@@ -16,8 +15,6 @@ from .underscores import modules_of
 
 if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
-
-Updates = Mapping[Target, tuple[Update, ...]]
 
 
 def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...]]:

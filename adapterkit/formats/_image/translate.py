@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from ...adapter import Target
+from ...adapter import Target, Updates
 from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...names.image import Family, families_of, is_not_xl, is_xl, rooted, to_diffusers, to_native
@@ -13,7 +13,6 @@ from ...names.pieces import Piece
 from ...updates import Update
 from .fusing import Part, joined, parted
 
-Updates = Mapping[Target, tuple[Update, ...]]
 Changed = dict[Target, tuple[Update, ...]]
 Losses = list[tuple[Target, str]]
 

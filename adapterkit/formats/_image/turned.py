@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
-from ...adapter import Target
+from ...adapter import Target, Updates
 from ...errors import Malformed, ShapeMismatch
 from ...methods.oft import OFT
 from ...names.image import component_of, families_of, rooted
 from .file import AGAIN, Module
-
-if TYPE_CHECKING:
-    from ...updates import Update
-
-    Updates = Mapping[Target, tuple[Update, ...]]
 
 PART = re.compile(r"oft_blocks\.(\d+)")
 _PARTS = {"qkv": 3, "linear1": 4}

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
-from .._format import Format
+from .._format import Format, derived
 from .container import load, save, sniff
-from .families import FAMILIES
-from .reader import decode
-from .writer import encode
 
 if TYPE_CHECKING:
     from ...adapter import Adapter
     from ...tensors.checkpoint import Checkpoint
+
+
+def _methods() -> frozenset[str]:
+    from .families import FAMILIES
+
+    return frozenset(method for family in FAMILIES.values() for method in family.methods)
 
 
 class AdapterHub(Format):
@@ -26,13 +29,15 @@ class AdapterHub(Format):
 
     url = "https://docs.adapterhub.ml/loading.html"
     description = "AdapterHub's adapters: adapter_config.json beside pytorch_adapter.bin or adapter.safetensors"
-    methods = frozenset(method for family in FAMILIES.values() for method in family.methods)
+    methods = derived(_methods)
     compat = frozenset({"adapters"})
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        from .reader import decode
+
         try:
             return decode(load(path), compat=compat, base=base)
         except AdapterkitError as error:
@@ -41,6 +46,8 @@ class AdapterHub(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
+        from .writer import encode
+
         content, lines = encode(adapter, on_loss=on_loss, base=base)
         save(path, content)
         return lines

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import Malformed, StorageError, Unsupported, storage_error
+from ...errors import Malformed, StorageError, Unsupported
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
 from ...tensors.lazy import Lazy, as_torch
 from ...tensors.strict_json import load_json
+from .._folders import emptied, folder_of, read_tensors
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter.safetensors"
@@ -61,7 +62,7 @@ def sniff(path: Path) -> bool:
     """Whether a config of AdapterHub's lies at or beside `path`, or a composition does."""
     if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS, TORCH):
         return False
-    folder = _folder(path)
+    folder = folder_of(path)
     text = _start(folder / CONFIG)
     if text is None:
         return any((folder / name).is_file() for name in COMPOSITIONS)
@@ -83,7 +84,7 @@ def load(path: Path) -> Content:
         Malformed: one of them is damaged, or is no config of AdapterHub's.
         Unsupported: the folder holds a composition of adapters.
     """
-    folder = _folder(path)
+    folder = folder_of(path)
     _check_single(folder)
     weights = path if path.is_file() and path.name != CONFIG else _first(folder, (SAFETENSORS, TORCH))
     if weights is None:
@@ -111,12 +112,7 @@ def save(folder: Path, content: Content) -> None:
     Raises:
         StorageError: the folder cannot be made or written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (CONFIG, *{SAFETENSORS, TORCH} - {content.file}):
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error(error, folder) from error
+    emptied(folder, CONFIG, *{SAFETENSORS, TORCH} - {content.file})
     _write(folder / content.file, content.tensors)
     if content.head_file is not None:
         _write(folder / content.head_file, content.head_tensors)
@@ -150,23 +146,8 @@ def _start(path: Path) -> str | None:
         return None
 
 
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
-
-
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).exists()), None)
-
-
-def read_tensors(path: Path) -> dict[str, Lazy]:
-    """Key -> tensor of a safetensors file or a torch file."""
-    from ...tensors.torch_file import is_torch_file, read_torch_file
-
-    if path.is_dir():
-        raise Malformed("a folder where the file of tensors should be", path=path, cure="Fetch the adapter again")
-    if path.suffix == ".bin" or is_torch_file(path):
-        return read_torch_file(path)
-    return safetensors.read(path)
 
 
 def _write(path: Path, tensors: Mapping[str, Lazy]) -> None:

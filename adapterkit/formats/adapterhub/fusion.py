@@ -15,7 +15,7 @@ import msgspec
 
 from ...errors import AdapterkitError, Malformed, StorageError, Unsupported
 from ...tensors.checkpoint import read_json
-from .container import read_tensors
+from .._folders import read_tensors
 from .sublayers import standing
 
 if TYPE_CHECKING:

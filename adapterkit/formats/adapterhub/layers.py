@@ -5,18 +5,16 @@ A config names kinds of layers; the library adds a fresh adapter, which changes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..peft.alphas import exact_alpha
 from .places import family_of_base, model_type_of, role
 
 if TYPE_CHECKING:
-    from ...adapter import Target
+    from ...adapter import Target, Updates
     from ...tensors.checkpoint import Checkpoint
-    from ...updates import Update
 
-    Updates = Mapping[Target, tuple[Update, ...]]
 
 QKV = ("q", "k", "v")
 

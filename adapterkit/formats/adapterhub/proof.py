@@ -10,9 +10,10 @@ from ...errors import AdapterkitError
 from ...tensors.lazy import as_lazy
 from .container import Content
 from .families import FAMILIES
-from .reader import Updates, assemble
+from .reader import assemble
 
 if TYPE_CHECKING:
+    from ...adapter import Updates
     from ...tensors.checkpoint import Checkpoint
     from ...updates import Update
 

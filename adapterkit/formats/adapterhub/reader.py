@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ...adapter import Adapter, BaseRef, Foreign, Step, Target
+from ...adapter import Adapter, BaseRef, Foreign, Step, Target, Updates
 from ...errors import Malformed
 from .config import Settings, parse, parts
 from .container import Content
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ...tensors.lazy import Lazy
     from ...updates import Update
     from .families._family import Family
-
-Updates = Mapping[Target, tuple["Update", ...]]
 
 
 def decode(content: Content, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:

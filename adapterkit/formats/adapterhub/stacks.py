@@ -16,11 +16,9 @@ from .slots import words_of
 from .sublayers import EMBEDDINGS, MODELS, Rule, hanging
 
 if TYPE_CHECKING:
-    from ...adapter import Target
+    from ...adapter import Target, Updates
     from ...tensors.checkpoint import Checkpoint
-    from ...updates import Update
 
-    Updates = Mapping[Target, tuple[Update, ...]]
 
 FRESH = {
     "dropout": 0.0,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import Unrepresentable
 from ...tensors.lazy import as_lazy
+from .._losses import Loss, expressible
 from .config import RELEASE
 from .container import SAFETENSORS, Content
 from .families import family_of
@@ -18,18 +19,16 @@ from .hints import FORMAT, HEAD, Hints, hints_of
 from .naming import Naming, root_of
 from .places import family_of_base, model_type_of
 from .proof import says
-from .reader import Updates, by_family, spell
+from .reader import by_family, spell
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter, Target
+    from ...adapter import Adapter, Target, Updates
     from ...tensors.checkpoint import Checkpoint
     from ...tensors.lazy import Lazy
     from ...updates import Update
 
 NAME = "adapter"
 """What an adapter is called that never was AdapterHub's."""
-
-Loss = tuple["Target", int, str]
 
 
 def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[Content, list[str]]:
@@ -43,7 +42,10 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
         content = _content(adapter, adapter.updates, hints, hints.config)
         if says(content, adapter.updates, compat=hints.compat, base=base):
             return content, []
-    updates, lines = _expressible(adapter.updates, on_loss, base)
+    updates, lines = expressible(
+        adapter.updates, lambda held: _losses(held, base),
+        dialect="AdapterHub", place="an AdapterHub folder", on_loss=on_loss,
+    )  # fmt: skip
     content = _content(adapter, updates, hints, _config(adapter, updates, hints, base))
     if not says(content, updates, compat=None, base=base):
         cure = "Write adapterkit's own format"
@@ -94,23 +96,6 @@ def _config(adapter: Adapter, updates: Updates, hints: Hints, base: Checkpoint |
     }
 
 
-def _expressible(updates: Updates, on_loss: str, base: Checkpoint | None) -> tuple[Updates, list[str]]:
-    """What a folder can say, and a line for each update that was dropped."""
-    lines: list[str] = []
-    while losses := [*_losses(updates, base)]:
-        items = [f"{target}: {why}" for target, _, why in losses]
-        if on_loss != "drop":
-            cure = "Drop them with on_loss='drop', or write adapterkit's own format"
-            places = [(target, position) for target, position, _ in losses]
-            raise Unrepresentable("AdapterHub has no words for these updates", items=items, cure=cure, places=places)
-        lines += [f"left out {item}" for item in items]
-        updates = _without(updates, {(target, position) for target, position, _ in losses})
-        if not updates:
-            cure = "Write adapterkit's own"
-            raise Unrepresentable("nothing of this adapter fits an AdapterHub folder", items=lines, cure=cure)
-    return updates, lines
-
-
 def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
     found: dict[tuple[Target, int], str] = {}
     for target, each in updates.items():
@@ -125,8 +110,3 @@ def _losses(updates: Updates, base: Checkpoint | None) -> dict[Loss, None]:
 
 def _position(updates: tuple[Update, ...], update: Update) -> int:
     return next(position for position, other in enumerate(updates) if other is update)
-
-
-def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tuple[Update, ...]]:
-    kept = {t: tuple(u for i, u in enumerate(found) if (t, i) not in lost) for t, found in updates.items()}
-    return {target: found for target, found in kept.items() if found}

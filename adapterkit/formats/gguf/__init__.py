@@ -6,41 +6,16 @@ the rows of q and k in Meta's order, the base's config tells the heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...adapter import Adapter, Target
 from ...errors import AdapterkitError
-from ...methods.alora import ALoRA
-from ...methods.lora import LoRA
-from ...tensors.ggla import is_ggla
-from ...tensors.gguf import Value, is_gguf, read_gguf, write_gguf
-from ...tensors.lazy import as_lazy
+from ...tensors.marks import is_ggla, is_gguf
 from .._format import Format
-from .._pairs import Leftovers, Pairs, expressible, in_order, one_number, rank_of, remembered, to_rank
-from .invocation import INVOCATION, Invocation
-from .legacy import read_legacy
-from .place import Place
-from .reader import ALPHA, ARCHITECTURE, FORMAT, KIND, TYPE, decode
 
 if TYPE_CHECKING:
+    from ...adapter import Adapter
     from ...tensors.checkpoint import Checkpoint
-    from .._pairs import Pair
-
-
-METHODS = (LoRA, ALoRA)
-
-
-class Hints(Leftovers, total=False):
-    """Architecture, alpha and heads, key-values as (key, type, value), types of tensors that differ from their own."""
-
-    architecture: str
-    alpha: float
-    heads: dict[str, int]
-    experts: int
-    values: list[tuple[str, str, Any]]
-    types: dict[str, str]
 
 
 class GgufAdapter(Format):
@@ -53,14 +28,13 @@ class GgufAdapter(Format):
     compat = frozenset({"convert-lora-to-ggml", "finetune"})
 
     def sniff(self, path: Path) -> bool:
-        try:
-            if is_ggla(path):
-                return True
-            return is_gguf(path) and read_gguf(path, tensors=False).values.get(TYPE) == Value("string", "adapter")
-        except AdapterkitError:
-            return False
+        return is_ggla(path) or (is_gguf(path) and _is_adapter(path))
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        from ...tensors.gguf import read_gguf
+        from .legacy import read_legacy
+        from .reader import decode
+
         try:
             if is_ggla(path):
                 return read_legacy(path, compat, base)
@@ -71,53 +45,16 @@ class GgufAdapter(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        hints = remembered(adapter, FORMAT, Hints)
-        place = Place.of(hints, base)
-        invocation = Invocation(update for _, update in adapter if isinstance(update, METHODS))
+        from .writer import save
 
-        def why_not(target: Target, update: Pair) -> str:
-            return place.why_not(target, update) or invocation.why_not(update)
-
-        pairs, lines = expressible(adapter, "llama.cpp", on_loss, why_not, METHODS)
-        pairs = _of_one_rank(pairs, place)
-        alpha, pairs, folded = one_number(
-            pairs, _exact_alpha, _scaling, dialect="a GGUF adapter", on_loss=on_loss,
-            default=float(rank_of(next(iter(pairs.values())))), first=hints.get("alpha"),
-        )  # fmt: skip
-        tensors = place.spelled(pairs)
-        kept = {} if adapter.foreign is None or not hints else adapter.foreign.tensors
-        tensors |= {name: as_lazy(leaf) for name, leaf in kept.items()}
-        types = {name: kind for name, kind in hints.get("types", {}).items() if name in tensors}
-        write_gguf(path, _values(hints, place.name, alpha) | invocation.values(), in_order(tensors, hints), types)
-        return lines + folded
+        return save(adapter, path, on_loss, base)
 
 
-def _of_one_rank(pairs: Pairs, place: Place) -> Pairs:
-    """The same pairs, with zeros so that the experts of one stack have one rank."""
-    ranks: dict[str, int] = {}
-    for target, update in pairs.items():
-        foreign = place.foreign(target)
-        ranks[foreign] = max(ranks.get(foreign, 0), rank_of(update))
-    return {t: to_rank(u, ranks[place.foreign(t)]) if place.is_stack(place.foreign(t)) else u for t, u in pairs.items()}
+def _is_adapter(path: Path) -> bool:
+    from ...tensors.gguf import Value, read_gguf
+    from .reader import TYPE
 
-
-def _exact_alpha(update: Pair) -> float | None:
-    """The f32 that llama.cpp divides by the rank to exactly this scaling."""
-    import numpy as np
-
-    with np.errstate(over="ignore"):
-        alpha = float(np.float32(update.scaling * rank_of(update)))
-    return alpha if alpha and alpha / rank_of(update) == update.scaling else None
-
-
-def _scaling(alpha: float, update: Pair) -> float:
-    return alpha / rank_of(update)
-
-
-def _values(hints: Mapping[str, Any], architecture: str, alpha: float) -> dict[str, Value]:
-    read = {key: Value(kind, value) for key, kind, value in hints.get("values", ()) if key != INVOCATION}
-    start = read or {
-        ARCHITECTURE: Value("string", architecture), TYPE: Value("string", "adapter"), KIND: Value("string", "lora"),
-    }  # fmt: skip
-    told = ALPHA in start or alpha != hints.get("alpha")
-    return {**start, ARCHITECTURE: Value("string", architecture), **({ALPHA: Value("f32", alpha)} if told else {})}
+    try:
+        return read_gguf(path, tensors=False).values.get(TYPE) == Value("string", "adapter")
+    except AdapterkitError:
+        return False

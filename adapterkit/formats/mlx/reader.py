@@ -18,6 +18,7 @@ from ...tensors import safetensors
 from ...tensors.arrange import item, turned
 from ...tensors.lazy import Lazy
 from .._pairs import DAMAGED, check_factors, finite, grouped, pair
+from .container import CONFIG
 
 if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from .._pairs import Pair, Slots
 
 FORMAT = "mlx"
-CONFIG = "adapter_config.json"
 KINDS = ("lora", "dora", "full")
 STACKS = Experts(EXPERTS)
 _SLOTS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}

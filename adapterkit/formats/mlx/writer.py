@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...adapter import Adapter, Target
-from ...errors import Unrepresentable
+from ...errors import Malformed, Unrepresentable
 from ...methods.dora import DoRA
 from ...methods.lora import LoRA
+from ...methods.replacement import Replacement
 from ...tensors.arrange import stacked, turned
 from ...tensors.lazy import Lazy, as_lazy
-from .._pairs import Pairs, expressible, one_number, rank_of, to_rank, unfit
-from .reader import STACKS
+from ...tensors.strict_json import load_json
+from .._leftovers import Leftovers, in_order, remembered
+from .._one_number import one_number
+from .._pairs import Pairs, expressible, rank_of, to_rank, unfit
+from .reader import FORMAT, STACKS
 
 if TYPE_CHECKING:
     from .._pairs import Pair
 
-
-def _name(target: Target, hints: Mapping[str, Any]) -> str:
-    known = hints.get("names", {})
-    return str(known.get(target.path, target.path))
+METADATA = {"format": "mlx"}
 
 
-def encode(
+class Hints(Leftovers, total=False):
+    """The config and its text, the tensors' metadata, own names -> MLX's."""
+
+    config: dict[str, Any]
+    text: str
+    metadata: dict[str, str]
+    names: dict[str, str]
+
+
+def written(adapter: Adapter, on_loss: str) -> tuple[str, dict[str, Lazy], Mapping[str, str], list[str]]:
+    """The config's text, the tensors, their metadata, and one line for each thing left out or rewritten.
+
+    Raises:
+        Unrepresentable: MLX-LM cannot say it, and `on_loss` does not allow otherwise.
+    """
+    hints = remembered(adapter, FORMAT, Hints)
+    only = all(isinstance(update, Replacement) for _, update in adapter)
+    config, tensors, lines = _whole(adapter, hints) if only else _encode(adapter, hints, on_loss)
+    text = json.dumps(dict(sorted(config.items())), indent=4)
+    return _as_read(config, hints) or text, in_order(tensors, hints), hints.get("metadata", METADATA), lines
+
+
+def _encode(
     adapter: Adapter, hints: Mapping[str, Any], on_loss: str
 ) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
     """Config, tensors and lines of an adapter of LoRA, or of DoRA, whichever is more frequent.
@@ -126,7 +150,7 @@ def _key(name: str) -> str:
     return rest.partition(".")[2] if layers else head + rest
 
 
-def whole(adapter: Adapter, hints: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
+def _whole(adapter: Adapter, hints: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Lazy], list[str]]:
     """Config, tensors and lines of an adapter of whole parameters alone.
 
     Raises:
@@ -152,6 +176,20 @@ def whole(adapter: Adapter, hints: Mapping[str, Any]) -> tuple[dict[str, Any], d
         tensors[name] = stacked([found[index] for index in range(len(found))])
     config = {**hints.get("config", {}), "fine_tune_type": "full"}
     return {"num_layers": -1, **config}, tensors, []
+
+
+def _name(target: Target, hints: Mapping[str, Any]) -> str:
+    known = hints.get("names", {})
+    return str(known.get(target.path, target.path))
+
+
+def _as_read(config: Mapping[str, Any], hints: Mapping[str, Any]) -> str:
+    """The text of the config that was read, where it says the same: its order of keys is in no other place."""
+    text = str(hints.get("text", ""))
+    try:
+        return text if text and load_json(text) == config else ""
+    except ValueError as error:
+        raise Malformed(f"leftovers of MLX-LM are damaged ({error})", where="foreign", cure="Drop them") from None
 
 
 _EXPERTS = "Train all of them, or write another format"

@@ -10,17 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
-from .._format import Format
+from .._format import Format, derived
 from .container import load, save, sniff
-from .families import FAMILIES
-from .pairs import PAIRS
-from .profiles import PROFILES, fitted
-from .reader import decode
-from .writer import encode
 
 if TYPE_CHECKING:
     from ...adapter import Adapter
     from ...tensors.checkpoint import Checkpoint
+
+
+def _methods() -> frozenset[str]:
+    from .families import FAMILIES
+    from .pairs import BESIDE
+
+    return frozenset(m.__module__.rpartition(".")[2] for m in (*BESIDE, *(f.method for f in FAMILIES.values())))
+
+
+def _profiles() -> frozenset[str]:
+    from .profiles import PROFILES
+
+    return frozenset(PROFILES)
 
 
 class Peft(Format):
@@ -28,21 +36,16 @@ class Peft(Format):
 
     url = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
     description = "Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors or .bin"
-    methods = frozenset(
-        {
-            "ia3",
-            "replacement",
-            "rows",
-            *(method.__module__.rpartition(".")[2] for method in (*PAIRS, *(f.method for f in FAMILIES.values()))),
-        }
-    )
+    methods = derived(_methods)
     compat = frozenset({"peft"})
-    profiles = frozenset(PROFILES)
+    profiles = derived(_profiles)
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        from .reader import decode
+
         config, tensors = load(path)
         try:
             return decode(config, tensors, compat=compat, base=base)
@@ -52,9 +55,13 @@ class Peft(Format):
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
+        from .writer import encode
+
         config, tensors, lines = encode(adapter, on_loss=on_loss, base=base)
         save(path, config, tensors)
         return lines
 
     def fit(self, adapter: Adapter, profile: str, *, on_loss: str = "refuse") -> tuple[Adapter, list[str]]:
+        from .profiles import fitted
+
         return fitted(adapter, profile, on_loss)

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 from ...methods.ia3 import IA3
 from .families import family_of_type
 from .hints import Hints, fingerprint
-from .losses import Updates
 from .modules import copy_fields, family_fields, ia3_fields, lora_fields, token_fields
 from .pairs import PAIRS, law_fields
 from .spelling import is_embedding, lora_paths
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter
+    from ...adapter import Adapter, Updates
     from ...tensors.checkpoint import Checkpoint
 
 FRESH: dict[str, dict[str, Any]] = {

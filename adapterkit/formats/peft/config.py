@@ -9,11 +9,8 @@ from typing import Annotated, Any
 import msgspec
 
 from ...errors import Malformed, Unsupported
-from .families import FAMILIES, family_of_type
+from .families import FAMILIES, PEFT_TYPES, family_of_type
 from .patterns import first_match, matches
-
-PEFT_TYPES = ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
-"""The values of `peft_type` that are read beside those of `families`."""
 
 OTHER_TYPES = {
     "ADAMSS": "which rows its updates belong to is not in the file: PEFT finds them again by clustering the base's own "
@@ -230,7 +227,7 @@ def _check_type(config: Mapping[str, Any]) -> None:
     found = config.get("peft_type")
     if not isinstance(found, str):
         raise Malformed("no peft_type", where="peft_type", cure="This is not a config of PEFT's")
-    if found not in peft_types():
+    if found not in PEFT_TYPES and family_of_type(found) is None:
         if found in OTHER_TYPES:
             raise Unsupported(
                 f"PEFT's {found}: {OTHER_TYPES[found]}", where="peft_type", cure="Run it with PEFT itself"

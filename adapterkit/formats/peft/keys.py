@@ -23,6 +23,11 @@ SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
 _LATENT = re.compile(r"(?P<stem>.+?)(?:\.default)?_lora_latent_mapping\.weight", re.DOTALL)
+_PLAIN = re.compile(
+    rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?P<part>(?:lora|ia3|ln_tuning|trainable_tokens)_\w+)(?:\.(?P<leaf>weight|bias))?",
+    re.DOTALL,
+)
+"""Most keys. No family has a part or a shared word that begins or ends as these do, so that none need be imported."""
 _WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
 _OUTERMOST = re.compile(r"(?:\.base_layer)*$")
 
@@ -91,18 +96,30 @@ def parse_keys(tensors: Mapping[str, Lazy], usual: str = PREFIX) -> tuple[str, d
     Raises:
         Malformed: only some keys have the prefix, or they belong to several adapters.
     """
-    prefix = usual if any(text.startswith(usual) and not _shared().fullmatch(text) for text in tensors) else ""
+    prefix = usual if any(text.startswith(usual) and not _stands_alone(text) for text in tensors) else ""
     for text in tensors:
-        if (not text.startswith(prefix) or text == prefix) and not _shared().fullmatch(text):
+        if (not text.startswith(prefix) or text == prefix) and not _stands_alone(text):
             raise Malformed(f"does not begin with {usual!r} as other keys do", where=text, cure=_REWRITE)
     keys = {parse_key(text, prefix): tensor for text, tensor in tensors.items()}
     _check_names(keys)
     return prefix, keys
 
 
+def _stands_alone(text: str) -> bool:
+    """Whether a key is of a tensor that a family shares over all modules."""
+    return _PLAIN.fullmatch(text) is None and _shared().fullmatch(text) is not None
+
+
 @lru_cache(maxsize=1 << 14)
 def parse_key(text: str, prefix: str) -> Key:
     """One key, taken apart. Kept: what is written is read back at once to prove it."""
+    if prefix == PREFIX and (found := _PLAIN.fullmatch(text)):
+        return Key(text, found["stem"], found["part"], found["leaf"] or "")
+    return parse_by_families(text, prefix)
+
+
+def parse_by_families(text: str, prefix: str) -> Key:
+    """One key, taken apart by the words of all families."""
     if found := _shared().fullmatch(text):
         names, leaf = _tail(found["rest"])
         return Key(text, "", found["part"] + names[1], leaf, names[0])
@@ -160,7 +177,7 @@ def _check_names(keys: Iterable[Key]) -> None:
     """Either no key holds an adapter's name, or all hold the same; keys of the base's parameters never need one."""
     named: dict[str | None, Key] = {}
     for key in keys:
-        if key.part in _NAMED or _family_part().fullmatch(key.part):
+        if key.part in _NAMED or (key.part and _family_part().fullmatch(key.part)):
             named.setdefault(key.adapter, key)
     if len(named) > 1:
         first, second = list(named.values())[:2]

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...methods.dora import DoRA
 from ...methods.grouped_lora import GroupedLoRA
 from ...methods.ia3 import IA3
 from ...methods.lora import LoRA
-from ...methods.replacement import Replacement
 from ...methods.rows import Rows
+from .._losses import Loss
 from .encoders import has_encoder
-from .families import FAMILIES, family_of
-from .pairs import BIASED, LINEAR, PAIRS, RESIDUAL, ROUTED, may_stand, why_not_there
+from .families import FAMILIES, family_of, family_of_method
+from .pairs import BESIDE, BIASED, LINEAR, PAIRS, RESIDUAL, ROUTED, may_stand, why_not_there
 from .spelling import config_name, is_embedding, is_parameter, lora_paths
 
 if TYPE_CHECKING:
-    from ...adapter import Target
+    from ...adapter import Target, Updates
     from ...tensors.checkpoint import Checkpoint
     from ...updates import Update
-
-Updates = Mapping["Target", "tuple[Update, ...]"]
-Loss = tuple["Target", int, str]
-"""Target, position among its updates, and why it cannot be said."""
-
-ACTING = (*PAIRS, IA3, *(family.method for family in FAMILIES.values()))
-"""Methods of which a file holds one."""
-
-ORDER = {Replacement: 0, **dict.fromkeys(ACTING, 1), Rows: 2}
-"""The order in which PEFT applies what it finds at one module."""
 
 
 def find_losses(updates: Updates, base: Checkpoint | None) -> list[Loss]:
@@ -45,8 +35,22 @@ def find_losses(updates: Updates, base: Checkpoint | None) -> list[Loss]:
 
 def acting_method(updates: Updates) -> type[Update] | None:
     """The acting method that most updates are of; None where there is none."""
-    count = Counter(type(u) for found in updates.values() for u in found if isinstance(u, ACTING))
-    return max(ACTING, key=lambda method: count[method]) if count else None
+    count = Counter(type(u) for found in updates.values() for u in found if _acts(type(u)))
+    return min(count, key=lambda method: (-count[method], _rank(method)), default=None)
+
+
+def _acts(method: type[Update]) -> bool:
+    """Whether it is one of those of which a file holds one."""
+    return method in (*PAIRS, IA3) or family_of_method(method) is not None
+
+
+def _rank(method: type[Update]) -> int:
+    """Which of the acting methods goes before, where equally many updates are of each."""
+    return [*PAIRS, IA3].index(method) if method in BESIDE else len(BESIDE) + _position(method)
+
+
+def _position(method: type[Update]) -> int:
+    return next(i for i, family in enumerate(FAMILIES.values()) if family.method is method)
 
 
 def _alone(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
@@ -61,9 +65,9 @@ def _alone(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
 def _why_not(target: Target, update: Update, method: type[Update] | None) -> str:
     if has_encoder(update):
         return f"the network of {update.method}; on_loss='fold' writes what it computes"
-    if type(update) not in ORDER:
+    if not (type(update) in BESIDE or family_of(update)):
         return f"{update.method} is not among the methods that are written to PEFT files"
-    if isinstance(update, ACTING) and not may_stand(update, method):
+    if _acts(type(update)) and not may_stand(update, method):
         return f"{update.method} beside {_name(method)}: a PEFT file holds one of them"
     if isinstance(update, Rows) and method not in (*PAIRS, None):
         return f"token rows beside {_name(method)}: its config has no field for them"
@@ -105,10 +109,15 @@ def _together(updates: Updates) -> Iterator[Loss]:
     for target, found in updates.items():
         if seen.setdefault(target.path, target) != target and target.rows is None:
             yield from ((target, position, "a second view of one weight") for position in range(len(found)))
-        ranks = [ORDER.get(type(update), 0) for update in found]
+        ranks = [_order(type(update)) for update in found]
         for position in range(1, len(found)):
             if ranks[position] <= max(ranks[:position]):
                 yield target, position, f"{found[position].method} after {found[position - 1].method} on one module"
+
+
+def _order(method: type[Update]) -> int:
+    """The order in which PEFT applies what it finds at one module: what replaces it, what acts on it, token rows."""
+    return 2 if method is Rows else int(_acts(method))
 
 
 def _biases(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
@@ -142,7 +151,7 @@ def _attentions(updates: Updates) -> Iterator[Loss]:
 def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
     """What the config of a family says once for all of its modules."""
     method = acting_method(updates)
-    family = next((family for family in FAMILIES.values() if family.method is method), None)
+    family = family_of_method(method)
     own = [update for found in updates.values() for update in found if type(update) is method]
     if family and not family.empty and any(map(_empty, own)):
         return  # they are lost by themselves; the others are looked at without them

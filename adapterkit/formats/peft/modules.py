@@ -14,10 +14,9 @@ from .patterns import matches
 from .spelling import config_name, is_parameter, lora_paths
 
 if TYPE_CHECKING:
-    from ...adapter import Target
+    from ...adapter import Target, Updates
     from ...tensors.checkpoint import Checkpoint
     from .families import Family
-    from .losses import Updates
 
 NO_MODULE = "dummy-target-modules"
 """PEFT's own word for a LoRA config that adapts no module."""

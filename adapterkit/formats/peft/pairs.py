@@ -10,10 +10,13 @@ from ...methods.arrow import Arrow
 from ...methods.bdlora import BDLoRA
 from ...methods.dora import DoRA
 from ...methods.grouped_lora import GroupedLoRA
+from ...methods.ia3 import IA3
 from ...methods.kasa import KaSA
 from ...methods.lora import LoRA
 from ...methods.olora import OLoRA
 from ...methods.pissa import PiSSA
+from ...methods.replacement import Replacement
+from ...methods.rows import Rows
 from ...tensors.lazy import Lazy, as_lazy
 
 if TYPE_CHECKING:
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA, GroupedLoRA)
 """The methods."""
+
+BESIDE = (*PAIRS, IA3, Replacement, Rows)
+"""All methods that are of none of the `families`."""
 
 LINEAR = (KaSA, BDLoRA)
 """Those that PEFT has for linear layers alone."""

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ...adapter import Foreign
-from .._pairs import expressible, one_alpha, rank_of, to_rank, unfit
+from ...adapter import Foreign, Updates
+from .._one_number import one_alpha
+from .._pairs import expressible, rank_of, to_rank, unfit
 from .compose import COMMON, FRESH
 from .hints import FORMAT, Hints, fingerprint
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target
     from .._pairs import Pair
-    from .losses import Updates
 
 _LAYER = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 _FUSED = frozenset({"qkv_proj", "gate_up_proj"})

@@ -13,11 +13,11 @@ from . import config as fields
 from .families import family_of, family_of_type
 from .file import File
 from .keys import parse_key, parse_keys, prefix_of
-from .losses import Updates
 from .reader import Places, assemble
 from .spelling import Spelled, stored
 
 if TYPE_CHECKING:
+    from ...adapter import Updates
     from ...tensors.checkpoint import Checkpoint
     from ...updates import Update
 

@@ -13,12 +13,13 @@ from ...methods.olora import OLoRA
 from ...tensors.lazy import as_torch
 from .alphas import Scale
 from .alphas import number_fields as scale_fields
-from .families import FAMILIES
-from .losses import Updates, acting_method
+from .families import family_of_method
+from .losses import acting_method
 from .pairs import PAIRS, rank_of
 from .spelling import config_name, lora_paths
 
 if TYPE_CHECKING:
+    from ...adapter import Updates
     from ...tensors.lazy import Leaf
     from ...updates import Update
     from .hints import Hints
@@ -46,7 +47,7 @@ def number_fields(updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates
 def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
     """The updates of a family, scalings that its config cannot say folded into the field that takes them."""
     method = acting_method(updates)
-    family = next((family for family in FAMILIES.values() if family.method is method), None)
+    family = family_of_method(method)
     needy = family.inexact(updates) if family else []
     if family is None or not needy:
         return updates, []

@@ -18,20 +18,21 @@ from ...methods.ia3 import IA3
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...tensors.lazy import as_lazy
+from .._losses import Loss, expressible
 from .compose import configs
 from .encoders import without_encoders
 from .families import FAMILIES, family_of_type
 from .hints import FORMAT, Hints, fingerprint, hints_of
 from .keys import parse_key, prefix_of
-from .losses import Loss, Updates, acting_method, find_losses
+from .losses import acting_method, find_losses
 from .modules import token_numbers
-from .pairs import PAIRS
+from .pairs import BESIDE, PAIRS
 from .proof import says
 from .scalings import number_fields
 from .spelling import Spelled, is_parameter, lora_paths, spell, stored
 
 if TYPE_CHECKING:
-    from ...adapter import Adapter, Target
+    from ...adapter import Adapter, Target, Updates
     from ...tensors.checkpoint import Checkpoint
     from ...tensors.lazy import Lazy
     from ...updates import Update
@@ -47,7 +48,10 @@ def encode(
     """
     hints = hints_of(adapter)
     plain, computed = without_encoders(adapter.updates) if on_loss == "fold" else (adapter.updates, [])
-    updates, lines = _expressible(_as_stored(plain), hints, on_loss, base)
+    updates, lines = expressible(
+        _as_stored(plain), lambda held: (*find_losses(held, base), *_guesses(held, hints, base)),
+        dialect="PEFT", place="a PEFT file", on_loss=on_loss,
+    )  # fmt: skip
     peft_type = _peft_type(updates, hints)
     if not hints.config:
         hints = msgspec.structs.replace(hints, prefix=prefix_of(peft_type))
@@ -80,22 +84,6 @@ def _turned(update: Update, layout: str) -> Update:
     return update if weight is None else update.replace(weight=stored(as_lazy(weight), layout))
 
 
-def _expressible(updates: Updates, hints: Hints, on_loss: str, base: Checkpoint | None) -> tuple[Updates, list[str]]:
-    """What a file can say, and a line for each update that was dropped."""
-    lines: list[str] = []
-    while losses := [*find_losses(updates, base), *_guesses(updates, hints, base)]:
-        items = [f"{target}: {why}" for target, _, why in losses]
-        if on_loss != "drop":
-            cure = "Drop them with on_loss='drop', or write adapterkit's own format"
-            places = [(target, position) for target, position, _ in losses]
-            raise Unrepresentable("PEFT has no words for these updates", items=items, cure=cure, places=places)
-        lines += [f"left out {item}" for item in items]
-        updates = _without(updates, {(target, position) for target, position, _ in losses})
-    if not updates:
-        raise Unrepresentable("nothing of this adapter fits a PEFT file", items=lines, cure="Write adapterkit's own")
-    return updates, lines
-
-
 def _guesses(updates: Updates, hints: Hints, base: Checkpoint | None) -> Iterator[Loss]:
     paths, pairs = lora_paths(updates), all(isinstance(u, PAIRS) for found in updates.values() for u in found)
     if pairs and all(target.layout == "out *in" and not is_parameter(target, paths, base) for target in updates):
@@ -106,15 +94,10 @@ def _guesses(updates: Updates, hints: Hints, base: Checkpoint | None) -> Iterato
         yield target, position, f"nothing tells the {why}, on which its keys depend"
 
 
-def _without(updates: Updates, lost: set[tuple[Target, int]]) -> dict[Target, tuple[Update, ...]]:
-    kept = {t: tuple(u for i, u in enumerate(found) if (t, i) not in lost) for t, found in updates.items()}
-    return {target: found for target, found in kept.items() if found}
-
-
 def _peft_type(updates: Updates, hints: Hints) -> str:
     method = acting_method(updates)
     if method is not None:
-        own = {name: family.peft_type for name, family in FAMILIES.items() if family.method is method}
+        own = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if f.method is method}
         read = hints.config.get("peft_type")
         # Several types have one law: the one that was read goes on, else the one that is called after it.
         named = own.get(method.__module__.rpartition(".")[2]) or next(iter(own.values()), None)

@@ -6,7 +6,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._method import Method, parameter, whole
+from ._changes import whole
+from ._method import Method, parameter
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import UsageError
-from ._method import Method, mixed
+from ._changes import mixed
+from ._method import Method
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target

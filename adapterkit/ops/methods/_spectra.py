@@ -14,7 +14,7 @@ def leading(M: Array, count: int | None = None) -> Decomposition:
     """The first singular values and vectors of a core: U `[p, k]`, S `[k]`, Vh `[k, q]`, without noise."""
     import numpy as np
 
-    from ._method import NOISE
+    from ._changes import NOISE
 
     U, S, Vh = np.linalg.svd(M, full_matrices=False)
     rank = int((NOISE * S[:1].max(initial=0) < S).sum())

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ._method import PlugIn, between, parameter, whole
+from ._changes import between, whole
+from ._method import PlugIn, parameter
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
-from ._method import PlugIn, parameter, whole
+from ._changes import whole
+from ._method import PlugIn, parameter
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ._method import PlugIn, whole
+from ._changes import whole
+from ._method import PlugIn
 from ._pairs import checked_pairs
 
 if TYPE_CHECKING:

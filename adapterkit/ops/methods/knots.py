@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._method import PlugIn, whole
+from ._changes import whole
+from ._method import PlugIn
 from ._spectra import leading
 
 if TYPE_CHECKING:

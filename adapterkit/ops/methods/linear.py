@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ._method import Mixture, parameter, shares
+from ._changes import shares
+from ._method import Mixture, parameter
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ._changes import mixed
 from ._learned import Learned
-from ._method import mixed, parameter
+from ._method import parameter
 from ._pairs import checked_pairs
 
 if TYPE_CHECKING:

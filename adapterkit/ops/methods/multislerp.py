@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
-from ._method import Mixture, parameter, shares
+from ._changes import shares
+from ._method import Mixture, parameter
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array

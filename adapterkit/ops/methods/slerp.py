@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
-from ._method import Mixture, parameter, shares
+from ._changes import shares
+from ._method import Mixture, parameter
 
 if TYPE_CHECKING:
     from ...tensors.computed import Array

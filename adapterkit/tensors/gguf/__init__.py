@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .layout import PLAIN, Value, raw_size
 from .models import Model, read_model
-from .reading import Gguf, is_gguf, read_gguf
+from .reading import Gguf, read_gguf
 from .writing import write_gguf
 
-__all__ = ["PLAIN", "Gguf", "Model", "Value", "is_gguf", "raw_size", "read_gguf", "read_model", "write_gguf"]
+__all__ = ["PLAIN", "Gguf", "Model", "Value", "raw_size", "read_gguf", "read_model", "write_gguf"]

@@ -8,7 +8,8 @@ from typing import Any, BinaryIO
 
 from ...errors import Malformed, Unsupported
 from ..ggml_blocks import BLOCKS, NUMBERS
-from .layout import ARRAY, MAGIC, SCALARS, STRING, VALUE_NAMES, Value, alignment_of, size_of, up
+from ..marks import GGUF
+from .layout import ARRAY, SCALARS, STRING, VALUE_NAMES, Value, alignment_of, size_of, up
 
 MAX_HEADER = 256 << 20
 MAX_TENSORS = 1 << 20
@@ -52,7 +53,7 @@ class Reader:
 
 def read_keys(reader: Reader) -> tuple[dict[str, Value], int, int, dict[str, int]]:
     """The key-values, how many tensors follow, the version; key -> where its value stands."""
-    if reader.take(4, "a magic") != MAGIC:
+    if reader.take(4, "a magic") != GGUF:
         raise reader.damaged("not a GGUF file")
     version = reader.number("<I", "a version")
     if version not in (2, 3):

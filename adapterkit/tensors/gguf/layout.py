@@ -11,7 +11,6 @@ from ...errors import Malformed
 from ..dtypes import DTYPES
 from ..ggml_blocks import BLOCKS, NUMBERS
 
-MAGIC = b"GGUF"
 ALIGNMENT = "general.alignment"
 
 SCALARS = {

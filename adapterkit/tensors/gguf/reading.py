@@ -12,7 +12,7 @@ from ..dtypes import DTYPES
 from ..ggml_blocks import decoded
 from ..lazy import Lazy, Span, read_span
 from .headers import Reader, check_apart, check_place, read_entries, read_keys
-from .layout import MAGIC, PLAIN, Q8_0, Value, size_of
+from .layout import PLAIN, Q8_0, Value, size_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,15 +30,6 @@ class Gguf:
     tensors: Mapping[str, Lazy]
     types: Mapping[str, str]
     version: int = 3
-
-
-def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins like one; no error is raised."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == MAGIC
-    except OSError:
-        return False
 
 
 def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:

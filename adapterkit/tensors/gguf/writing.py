@@ -12,7 +12,8 @@ from ...errors import Malformed, Unsupported
 from ..atomic import replacing
 from ..ggml_blocks import encoded
 from ..lazy import Lazy, as_array
-from .layout import ARRAY, MAGIC, Q8_0, SCALARS, TYPES, VALUE_NUMBERS, Value, alignment_of, size_of, up
+from ..marks import GGUF
+from .layout import ARRAY, Q8_0, SCALARS, TYPES, VALUE_NUMBERS, Value, alignment_of, size_of, up
 
 
 def write_gguf(
@@ -30,7 +31,7 @@ def write_gguf(
         Unsupported: GGUF has no such element type.
     """
     alignment = alignment_of(values)
-    head = bytearray(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(values)))
+    head = bytearray(GGUF + struct.pack("<IQQ", 3, len(tensors), len(values)))
     for key, value in values.items():
         try:
             head += _string(key) + _encoded(value)

@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import msgspec
 
 if TYPE_CHECKING:
-    from ....adapter import Target
+    from ....adapter import Target, Updates
     from ....tensors.checkpoint import Checkpoint
     from ....tensors.lazy import Lazy
-    from ....updates import Update
     from ..config import Settings
     from ..file import Findings, Part
     from ..naming import Naming
 
 Number = Annotated[int, msgspec.Meta(ge=-(1 << 53), le=1 << 53)] | float
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
-Updates = Mapping["Target", "tuple[Update, ...]"]
 
 
 class Fields(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
-from ....adapter import Target
+from ....adapter import Target, Updates
 from ....errors import Malformed, Unsupported
 from ....tensors.activations import ACTIVATIONS
 from ....tensors.lazy import Lazy, as_lazy
@@ -18,7 +18,7 @@ from .. import stacks
 from ..file import Found, check_same, make, take
 from ..slots import COUPLING, own_slots, shared_slots, words_of
 from ..sublayers import EMBEDDINGS, MODELS, hanging, standing
-from ._family import Family, Fields, Number, Updates
+from ._family import Family, Fields, Number
 
 if TYPE_CHECKING:
     from ....tensors.checkpoint import Checkpoint

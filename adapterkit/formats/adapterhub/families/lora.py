@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....adapter import Target
+from ....adapter import Target, Updates
 from ....errors import Malformed, ShapeMismatch, Unsupported
 from ....tensors.lazy import Lazy, as_lazy
 from .. import layers
 from ..file import AGAIN, Found, Kept, joined, make, sliced, take
 from ..layers import QKV
 from ..places import FUSED
-from ._family import Family, Fields, Number, Size, Updates
+from ._family import Family, Fields, Number, Size
 
 if TYPE_CHECKING:
     from ....tensors.checkpoint import Checkpoint

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....adapter import Target
+from ....adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
 from ....tensors.lazy import Lazy, as_lazy
 from ...peft.alphas import exact_alpha
 from ..file import Found, make, take
 from ..layers import QKV, base_family
 from ..places import role
-from ._family import Family, Fields, Number, Size, Updates
+from ._family import Family, Fields, Number, Size
 from .lora import LoraFamily
 
 if TYPE_CHECKING:

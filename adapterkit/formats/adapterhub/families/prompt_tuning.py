@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....adapter import Target
+from ....adapter import Target, Updates
 from ....errors import ShapeMismatch, Unsupported
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import Found, make, take
 from ..sublayers import EMBEDDINGS
-from ._family import Family, Fields, Size, Updates
+from ._family import Family, Fields, Size
 
 if TYPE_CHECKING:
     from ....tensors.checkpoint import Checkpoint

@@ -9,24 +9,33 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ....registry import Registry
+from ..pairs import BESIDE
 from ._family import Family, Parts
 
 if TYPE_CHECKING:
     from ....updates import Update
 
-__all__ = ["FAMILIES", "Family", "Parts", "family_of", "family_of_type"]
+__all__ = ["FAMILIES", "PEFT_TYPES", "Family", "Parts", "family_of", "family_of_method", "family_of_type"]
+
+PEFT_TYPES = ("IA3", "LN_TUNING", "LORA", "TRAINABLE_TOKENS")
+"""The values of `peft_type` that are of no family; for these none is imported."""
 
 FAMILIES: Registry[type[Family]] = Registry("PEFT family", __name__, "adapterkit.peft_families", Family)
 
 
 def family_of(update: Update) -> type[Family] | None:
     """The family that writes an update; None where it is not of one."""
-    return _by_method().get(type(update))
+    return family_of_method(type(update))
+
+
+def family_of_method(method: type[Update] | None) -> type[Family] | None:
+    """The family that writes a method's updates; None where none does."""
+    return None if method is None or method in BESIDE else _by_method().get(method)
 
 
 def family_of_type(peft_type: str) -> type[Family] | None:
     """The family of a `peft_type`; None where there is none."""
-    return _by_type().get(peft_type)
+    return None if peft_type in PEFT_TYPES else _by_type().get(peft_type)
 
 
 @cache

@@ -13,8 +13,8 @@ from ....errors import Malformed, ShapeMismatch, UsageError
 from ....tensors.dtypes import DTYPES
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Findings, Found, make
-from ..spelling import is_embedding
 from ._family import Family, Own, Rank, check_parts, check_stem, minority, stored_inputs
+from ._weights import not_embedded
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -71,7 +71,7 @@ class Projections(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        return f"{update.method} on an embedding" if is_embedding(target) else ""
+        return not_embedded(target, update.method)
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:

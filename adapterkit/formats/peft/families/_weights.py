@@ -61,8 +61,13 @@ def weight_in(base: Checkpoint | None, path: str, why: str) -> tuple[int, ...]:
 def not_linear(target: Target, method: str) -> str:
     """Why a target is neither a linear layer nor a Conv1D; empty where it is."""
     if target.layout == "in out *k":
-        return f"{method} on an embedding" if is_embedding(target) else ""
+        return not_embedded(target, method)
     return "" if target.layout == "out *in" else f"{method} on a weight stored {target.layout}"
+
+
+def not_embedded(target: Target, method: str) -> str:
+    """Why a method that PEFT has not for embeddings cannot be said at a target; empty where it can."""
+    return f"{method} on an embedding" if is_embedding(target) else ""
 
 
 def unlike(scalings: Mapping[str, float]) -> list[str]:

@@ -10,8 +10,8 @@ from ....errors import Malformed
 from ....methods.adalora import AdaLoRA
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Found, make
-from ..spelling import is_embedding
 from ._family import Family, Own, Rank, check_parts, check_rank, minority
+from ._weights import not_embedded
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -87,7 +87,7 @@ class AdaloraFamily(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        return f"{update.method} on an embedding" if is_embedding(target) else ""
+        return not_embedded(target, update.method)
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ....tensors.lazy import as_lazy
 from ..alphas import exact_alpha
 from ..file import File, Found, make
 from ._family import Family, Own, check_parts, check_rank
+from ._weights import not_embedded
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -64,9 +65,8 @@ class DeftFamily(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: DEFT) -> str:
-        from ..spelling import is_embedding
 
-        return "deft on an embedding" if is_embedding(target) else ""
+        return not_embedded(target, update.method)
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ....methods.frod import FRoD
 from ....tensors.lazy import Lazy, as_lazy, from_numpy
 from ..file import File, Found, make
 from ._family import Family, Own, Parts, check_parts
+from ._weights import not_embedded
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -90,9 +91,8 @@ class FrodFamily(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: FRoD) -> str:
-        from ..spelling import is_embedding  # which imports the families
 
-        return "frod on an embedding" if is_embedding(target) else ""
+        return not_embedded(target, update.method)
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:

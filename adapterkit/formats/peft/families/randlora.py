@@ -10,8 +10,8 @@ from ....methods.randlora import RandLoRA
 from ....tensors.lazy import Lazy, as_lazy
 from ..alphas import exact_alpha
 from ..file import File, Found, make
-from ..spelling import is_embedding
 from ._family import Family, Own, Rank, check_parts, check_rank, minority, stored_inputs
+from ._weights import not_embedded
 
 if TYPE_CHECKING:
     from ....adapter import Target
@@ -89,7 +89,7 @@ class RandloraFamily(Family):
 
     @classmethod
     def why_not(cls, target: Target, update: Any) -> str:
-        return f"{update.method} on an embedding" if is_embedding(target) else ""
+        return not_embedded(target, update.method)
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:

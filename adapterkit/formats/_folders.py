@@ -1,0 +1,45 @@
+"""Folders of a config beside one file of tensors, as several libraries have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import Malformed, storage_error
+from ..tensors import safetensors
+from ..tensors.torch_file import is_torch_file, read_torch_file
+
+if TYPE_CHECKING:
+    from ..tensors.lazy import Lazy
+
+
+def folder_of(path: Path) -> Path:
+    """The folder, where it or one of its files is named."""
+    return path if path.is_dir() else path.parent
+
+
+def read_tensors(path: Path) -> dict[str, Lazy]:
+    """Key -> tensor of a safetensors file or a torch file.
+
+    Raises:
+        Malformed: it is damaged, or a folder.
+    """
+    if path.is_dir():
+        raise Malformed("a folder where the file of tensors should be", path=path, cure="Fetch the adapter again")
+    if path.suffix == ".bin" or is_torch_file(path):
+        return read_torch_file(path)
+    return safetensors.read(path)
+
+
+def emptied(folder: Path, *names: str) -> None:
+    """Makes a folder without these files: its config goes away first and comes back last, as without it is no adapter.
+
+    Raises:
+        StorageError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from error

@@ -1,0 +1,62 @@
+"""Reading a file of an image model's dialect: modules out of keys, their laws, their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ...adapter import Adapter, Foreign, Step, Target
+from ...errors import Malformed
+from ...tensors.scalars import at_once
+from .biases import check_biases
+from .laws import decode
+from .leftovers import Leftovers
+from .placing import placed
+
+if TYPE_CHECKING:
+    from ...tensors.checkpoint import Checkpoint
+    from ...tensors.lazy import Lazy
+    from ...updates import Update
+    from .container import Metadata
+    from .dialect import ImageFormat
+    from .file import Rules
+
+
+def decoded(
+    dialect: ImageFormat, tensors: Mapping[str, Lazy], metadata: Metadata, compat: str | None, base: Checkpoint | None
+) -> Adapter:
+    """The adapter that a file's tensors and metadata make up.
+
+    Raises:
+        Malformed: a key is of another dialect, or two of them mean the same.
+    """
+    tensors = at_once(tensors)
+    modules = dialect.modules(tensors)
+    targets = dialect.targets(modules, dict(metadata), base)
+    _check_distinct(targets)
+    check_biases(modules, dialect.switch)
+    rules, updates, hints = _rules(dialect, compat), dict[Target, tuple["Update", ...]](), Leftovers()
+    for stem, module in modules.items():
+        found = [dialect.rescaled(each, stem, dict(metadata)) for each in decode(module, rules)]
+        updates[targets[stem]] = tuple(each.update for each in found)
+        hints.add(dialect.spell, targets[stem], module, found, rules)
+    placed_there = updates if base is None else placed(updates, base)
+    hints.stems |= {str(t): hints.stems[str(t)] for t in placed_there if str(t) in hints.stems}
+    data = hints.made(metadata, compat)
+    kept = {key: tensors[key] for key in hints.kept}
+    name = dialect.name()
+    return Adapter(placed_there, None, (Step("read", {"format": name}),), Foreign(name, data, kept))
+
+
+def _rules(dialect: ImageFormat, compat: str | None) -> Rules:
+    return replace(dialect.rules, lenient=True) if compat else dialect.rules
+
+
+def _check_distinct(targets: Mapping[str, Target]) -> None:
+    seen: dict[Target, str] = {}
+    for stem, target in targets.items():
+        if target in seen:
+            why = f"it is the module {target}, as is {seen[target]}"
+            raise Malformed(why, where=stem, cure="Take one of the two out of the file")
+        seen[target] = stem

@@ -1,0 +1,150 @@
+"""Writing a file of an image model's dialect: what it can say, the keys and tensors of each update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from ...errors import Unrepresentable
+from ...tensors.lazy import Lazy, as_lazy
+from .biases import mixed_biases
+from .encode import encode, why_not
+from .folding import rewritten
+from .hints import Hints, fingerprint, hints_of
+from .leftovers import still
+from .placing import kernel_of
+
+if TYPE_CHECKING:
+    from ...adapter import Adapter, Target, Updates
+    from ...tensors.checkpoint import Checkpoint
+    from ...updates import Update
+    from .container import Metadata
+    from .dialect import ImageFormat
+    from .file import Stored
+
+
+def encoded(
+    dialect: ImageFormat, adapter: Adapter, on_loss: str, base: Checkpoint | None
+) -> tuple[dict[str, Lazy], Metadata, list[str]]:
+    """The tensors and the metadata of a file, and one line for each thing that was left out or rewritten.
+
+    Raises:
+        Unrepresentable: the dialect cannot say it and `on_loss` does not allow otherwise.
+    """
+    hints = hints_of(adapter, dialect.name())
+    kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
+    updates, lines = _expressible(dialect, adapter.updates, hints, on_loss)
+    stems = _stems(dialect, updates, hints)
+    metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
+    tensors: dict[str, Lazy] = {}
+    for target, found in updates.items():
+        for position, update in enumerate(found):
+            for stored in encode(update, dialect.rules, kernel_of(target, base)):
+                for key, leaf in _stored(dialect, stems[target, position], stored, update, hints, kept, said).items():
+                    if key in tensors and not _same(stored, tensors[key], leaf):
+                        why = f"two updates have the key {key}"
+                        raise Unrepresentable(why, cure="Write adapterkit's own format")
+                    tensors[key] = leaf
+    return tensors, metadata, lines
+
+
+def _stored(
+    dialect: ImageFormat,
+    stem: str,
+    stored: Stored,
+    update: Update,
+    hints: Hints,
+    kept: Mapping[str, object],
+    said: bool,
+) -> dict[str, Lazy]:
+    """The keys and tensors of one slot: those that were kept, where they still say the same."""
+    default = dialect.spell(stem, stored.slot)
+    key, leaf = hints.keys.get(default, default), as_lazy(stored.leaf)
+    if stored.field:
+        sources = _sources(dialect, stem, stored, hints, kept)
+        if sources and all(hints.derived[k] == fingerprint(leaf) for k in sources):
+            return sources
+        shape = hints.shapes.get(key)
+        return {key: leaf.reshape(*shape) if shape and _fits(leaf, shape) else leaf}
+    if key in kept:
+        old = as_lazy(kept[key])  # type: ignore[arg-type]
+        if stored.slot != "alpha" or still(old, leaf, update):
+            return {key: old}
+    if stored.slot != "alpha" or key in kept:
+        return {key: leaf}
+    spared = stem in hints.without_alpha or not dialect.rules.alpha_needed
+    return {} if said or (spared and getattr(update, "scaling", 1.0) == 1.0) else {key: leaf}
+
+
+def _sources(
+    dialect: ImageFormat, stem: str, stored: Stored, hints: Hints, kept: Mapping[str, object]
+) -> dict[str, Lazy]:
+    """The tensors from which a field was computed when it was read."""
+    if stored.slot != "down" or not hints.derived:
+        return {}
+    keys = [hints.keys.get(k, k) for k in (dialect.spell(stem, "down"), dialect.spell(stem, "mid"))]
+    return {k: as_lazy(kept[k]) for k in keys if k in kept and k in hints.derived}  # type: ignore[arg-type]
+
+
+def _stems(dialect: ImageFormat, updates: Updates, hints: Hints) -> dict[tuple[Target, int], str]:
+    paths = [target.path for target in updates]
+    found: dict[tuple[Target, int], str] = {}
+    for target, each in updates.items():
+        for position, update in enumerate(each):
+            stem = hints.stems.get(str(target)) or dialect.stem(target, paths, update)
+            assert stem is not None
+            found[target, position] = stem
+    return found
+
+
+def _expressible(dialect: ImageFormat, updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates, list[str]]:
+    """What a file can say, and a line for each thing that was left out or rewritten."""
+    updates, lines = rewritten(updates, dialect.rules, on_loss)
+    places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, dialect.rules)]
+    updates, losses = dialect.renamed(updates, hints.stems, fold=on_loss in ("fold", "promote"))
+    losses += list(_losses(dialect, updates, hints))
+    items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
+    if items and on_loss != "drop":
+        cure = "Drop them with on_loss='drop', or write adapterkit's own format"
+        why = f"{dialect.name()} has no words for these updates"
+        raise Unrepresentable(why, items=items, cure=cure, places=places)
+    lost = {target for target, _ in losses}
+    kept = {target: found for target, found in updates.items() if target not in lost}
+    if not kept:
+        why = f"nothing of this adapter fits a file of {dialect.name()}"
+        raise Unrepresentable(why, items=items, cure="Write adapterkit's own format")
+    return kept, [*lines, *(f"left out {item}" for item in items)]
+
+
+def _losses(dialect: ImageFormat, updates: Updates, hints: Hints) -> Iterable[tuple[Target, str]]:
+    paths = [target.path for target in updates]
+    yield from mixed_biases(
+        updates,
+        lambda target, update: dialect.switch(
+            hints.stems.get(str(target)) or dialect.stem(target, paths, update) or ""
+        ),
+    )
+    for target, found in updates.items():
+        slots: set[str] = set()
+        for update in found:
+            why = why_not(update, dialect.rules)
+            if not why and target.layout != "out *in" and hasattr(update, "A"):
+                why = f"{update.method} on a weight stored as {target.layout}"
+            if not why and str(target) not in hints.stems and dialect.stem(target, paths, update) is None:
+                why = "rows of a weight" if target.rows else "a module of no part of an image model"
+            if not why:
+                own = {stored.slot for stored in encode(update, dialect.rules)}
+                why = "several updates of one law on one module" if own & slots else ""
+                slots |= own
+            if why:
+                yield target, why
+
+
+def _same(stored: Stored, one: Lazy, other: Lazy) -> bool:
+    """Whether two updates share an alpha: parts of one module that change apart."""
+    return stored.slot == "alpha" and (one.dtype, bytes(one.fetch())) == (other.dtype, bytes(other.fetch()))
+
+
+def _fits(leaf: Lazy, shape: list[int]) -> bool:
+    return math.prod(leaf.shape) == math.prod(shape)

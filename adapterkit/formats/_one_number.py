@@ -1,0 +1,133 @@
+"""The one number that a file has for the scalings of all its modules, and what is folded where it does not serve."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from ..errors import Unrepresentable
+from ..tensors.arrange import times
+from ..tensors.lazy import as_lazy
+from ._pairs import expressible, rank_of, to_rank
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter, Target
+    from ._pairs import Pair, Pairs
+
+
+def of_one_alpha(
+    adapter: Adapter,
+    why: Callable[[Target, Pair], str],
+    *,
+    dialect: str,
+    on_loss: str,
+    first: float | None = None,
+    one_rank: bool = False,
+) -> tuple[float, Pairs, list[str]]:
+    """What a dialect of one alpha can say of an adapter: the alpha, the updates, and a line for each change.
+
+    Args:
+        adapter: what is to be written.
+        why: the reason that speaks against an update; empty where none does.
+        dialect: its name, for messages.
+        on_loss: what to do with what it cannot say.
+        first: the alpha that was read.
+        one_rank: all modules have one rank.
+
+    Raises:
+        Unrepresentable: see `expressible` and `one_number`.
+    """
+    pairs, lines = expressible(adapter, dialect, on_loss, why)
+    held = of_one_rank(pairs) if one_rank else pairs
+    alpha, held, folded = one_alpha(held, dialect=dialect, on_loss=on_loss, first=first)
+    return alpha, held, lines + folded
+
+
+def one_alpha(
+    pairs: Mapping[Target, Pair], *, dialect: str, on_loss: str, first: float | None = None
+) -> tuple[float, Pairs, list[str]]:
+    """The one alpha that a file has, by which a scaling is alpha / rank; see `one_number`."""
+    from .peft.alphas import exact_alpha
+
+    return one_number(
+        pairs, lambda u: exact_alpha((rank_of(u), u.scaling), False), lambda alpha, u: alpha / rank_of(u),
+        dialect=dialect, on_loss=on_loss, default=float(rank_of(next(iter(pairs.values())))), first=first,
+    )  # fmt: skip
+
+
+def of_one_rank(pairs: Pairs) -> Pairs:
+    """The same functions of one rank: the others gain zeros."""
+    rank = max(map(rank_of, pairs.values()))
+    return {target: to_rank(update, rank) for target, update in pairs.items()}
+
+
+def one_number(
+    pairs: Mapping[Target, Pair],
+    of: Callable[[Pair], float | None],
+    gives: Callable[[float, Pair], float],
+    *,
+    dialect: str,
+    on_loss: str,
+    default: float,
+    first: float | None = None,
+) -> tuple[float, Pairs, list[str]]:
+    """The one number that a file has for the scalings of all its modules; scalings that it does not give go into B.
+
+    Args:
+        pairs: the updates.
+        of: the number that gives exactly an update's scaling; None where none does.
+        gives: the scaling that a number gives.
+        dialect: its name, for messages.
+        on_loss: whether scalings may be folded.
+        default: where no update has one.
+        first: the number to take when it serves as many updates as any other: the one that was read.
+
+    Raises:
+        Unrepresentable: scalings differ and `on_loss` allows no folding.
+    """
+    count = Counter(number for number in map(of, pairs.values()) if number)
+    ranked = sorted(count, key=lambda number: (-count[number], number != first, -number))
+    number = ranked[0] if ranked else default
+    needy = {t: gives(number, u) for t, u in pairs.items() if gives(number, u) != u.scaling}
+    if needy and on_loss not in FOLDING:
+        items = [
+            f"{target}: its scaling is {pairs[target].scaling:g}, not {value:g}" for target, value in needy.items()
+        ]
+        raise Unrepresentable(f"{dialect} has one number for all", items=items, cure=_ALLOW)
+    changed = {t: folded(u, needy[t]) if t in needy else u for t, u in pairs.items()}
+    return number, changed, [f"folded the scaling into B of {target}" for target in needy]
+
+
+def of_no_number(pairs: Pairs, *, dialect: str, on_loss: str) -> tuple[Pairs, list[str]]:
+    """The same functions with a scaling of 1, which is all that a dialect has, and a line for each that was folded.
+
+    Raises:
+        Unrepresentable: some have another, and `on_loss` allows no folding.
+    """
+    needy = [target for target, update in pairs.items() if update.scaling != 1]
+    if needy and on_loss not in FOLDING:
+        items = [f"{target}: its scaling is {pairs[target].scaling:g}" for target in needy]
+        raise Unrepresentable(f"{dialect} has the scaling inside B", items=items, cure=_ALLOW)
+    plain = {target: folded(update, 1.0) for target, update in pairs.items()}
+    return plain, [f"folded the scaling into B of {target}" for target in needy]
+
+
+def folded(update: Pair, scaling: float) -> Pair:
+    """The same function with another scaling; the quotient of the two goes into B, rounded once to its own type."""
+    if update.scaling == scaling:
+        return update
+    factor = update.scaling / scaling
+    scaled = {name: times(as_lazy(update.tensors[name]), factor) for name in ("B", "bias") if name in update.tensors}
+    return update.replace(scaling=scaling, **scaled)
+
+
+def whole_number(value: float) -> float:
+    """A number as tools write it that have whole ones: 16, not 16.0."""
+    return int(value) if float(value).is_integer() else value
+
+
+FOLDING = ("fold", "promote")
+"""What `on_loss` says where a scaling may be folded."""
+
+_ALLOW = "Allow it with on_loss='fold'"

@@ -1,0 +1,50 @@
+"""The folder: a config in JSON beside one file of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import AdapterkitError, StorageError
+from ...tensors import safetensors
+from ...tensors.atomic import write_bytes
+from ...tensors.checkpoint import read_json
+from .._folders import emptied, folder_of
+
+if TYPE_CHECKING:
+    from ...tensors.lazy import Lazy
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapters.safetensors"
+MARKS = ("fine_tune_type", "lora_parameters")
+
+
+def sniff(path: Path) -> bool:
+    """Whether a config with a word of MLX-LM's lies at or beside `path`; PEFT's has the same name."""
+    if not path.is_dir() and path.name != CONFIG and not path.name.endswith(TENSORS):
+        return False
+    try:
+        config = read_json(folder_of(path) / CONFIG)
+    except AdapterkitError:
+        return False
+    return "peft_type" not in config and any(mark in config for mark in MARKS)
+
+
+def tensors_of(path: Path) -> Path:
+    """The file of tensors, where the folder, the config or that file is named.
+
+    Raises:
+        StorageError: it is not there.
+    """
+    tensors = folder_of(path) / TENSORS if path.is_dir() or path.name == CONFIG else path
+    if not tensors.exists():
+        raise StorageError(f"no {TENSORS}", path=folder_of(path), cure="Fetch the file of tensors as well")
+    return tensors
+
+
+def save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
+    """Writes the folder. Its config goes away first and comes back last: without one it is no adapter."""
+    emptied(folder, CONFIG)
+    safetensors.write(folder / TENSORS, tensors, metadata)
+    write_bytes(folder / CONFIG, text.encode())

@@ -1,0 +1,99 @@
+"""What the pickles of a torch file say, as lazy tensors: a checked state dict, or dicts and values as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from math import prod
+from typing import Any
+
+from ..errors import Malformed
+from .lazy import Lazy, Span, read_span
+from .torch_values import ALONE, View, damaged, kind_of, short
+
+Places = Mapping[str, int]
+"""Storage -> where its bytes begin in the file."""
+
+_DEEPEST = 8
+"""Dicts inside each other that are read."""
+_EXPANDED = 256 << 20
+"""Bytes that all tensors with overlapping elements may take together once they are written out."""
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+
+
+def state_dict(path: str, value: object, places: Places) -> dict[str, Lazy]:
+    """The tensors of a state dict by name.
+
+    Raises:
+        Malformed: the value is none, or a view leaves its storage.
+    """
+    return _lazies(path, _checked(value), places)
+
+
+def nested(path: str, value: Any, places: Places, depth: int = 0) -> Any:
+    """Dicts and plain values as they are, with lazy tensors in the place of views.
+
+    Raises:
+        Malformed: dicts are too deep inside each other.
+    """
+    if depth > _DEEPEST:
+        raise damaged(f"more than {_DEEPEST} dicts inside each other", "top level")
+    if type(value) is View:
+        return _lazies(path, {"tensor": value}, places)["tensor"]
+    if type(value) is dict:
+        return {name: nested(path, inner, places, depth + 1) for name, inner in value.items()}
+    return value
+
+
+def _checked(value: object) -> dict[str, View]:
+    if type(value) is dict:
+        value = _unwrapped(value)
+    if type(value) is not dict:
+        raise Malformed(
+            f"the file holds a value of type {kind_of(value)}, not a dict of tensors", where="top level", cure=ALONE
+        )
+    for name, view in value.items():
+        if type(name) is not str or not name.isprintable():
+            raise Malformed("a name that is not printable text", where=f"entry {short(str(name))}", cure=ALONE)
+        if type(view) is not View:
+            raise Malformed(f"is of type {kind_of(view)}, not a tensor", where=f"entry {short(name)}", cure=ALONE)
+    return value
+
+
+def _unwrapped(value: dict[Any, Any]) -> object:
+    wrapper = next((name for name in _WRAPPERS if type(value.get(name)) is dict), None)
+    if wrapper is None:
+        return value
+    if len(value) > 1:
+        beside = next(name for name in value if name != wrapper)
+        raise Malformed(f"stands beside the dict {wrapper!r}", where=f"entry {short(str(beside))}", cure=ALONE)
+    return value[wrapper]
+
+
+def _lazies(path: str, views: dict[str, View], places: Places) -> dict[str, Lazy]:
+    lazies = {name: _lazy(path, view, places[view.storage.key]) for name, view in views.items()}
+    expanded = {name: lazies[name].nbytes for name, view in views.items() if prod(view.shape) > view.extent}
+    if sum(expanded.values()) > _EXPANDED:
+        largest = max(expanded, key=lambda name: expanded[name])
+        why = f"tensors whose elements overlap would take {sum(expanded.values())} bytes, more than {_EXPANDED}"
+        raise Malformed(
+            why, where=f"entry {short(largest)}", cure="Save them with `.clone()`, or before expanding them"
+        )
+    return lazies
+
+
+def _lazy(path: str, view: View, place: int) -> Lazy:
+    itemsize = view.dtype.itemsize
+    first = place + (view.offset * itemsize if view.extent else 0)
+    span = Span(path, first, view.extent * itemsize)
+    if view.contiguous:
+        return Lazy(view.shape, view.dtype, partial(read_span, span), span)
+    return Lazy(view.shape, view.dtype, partial(_gather, span, view))
+
+
+def _gather(span: Span, view: View) -> bytes:
+    import numpy as np
+
+    data = np.frombuffer(read_span(span), dtype=view.dtype.numpy)
+    steps = tuple(step * view.dtype.itemsize for step in view.stride)
+    return np.lib.stride_tricks.as_strided(data, view.shape, steps, writeable=False).tobytes()

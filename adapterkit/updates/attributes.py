@@ -1,0 +1,70 @@
+"""Plain values of an update, its scaling first of all: fields with rules, and checks against type and rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..errors import Malformed, Unsupported
+
+DAMAGED = "The file is damaged, or the tool that wrote it is at fault; write it again"
+_TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
+
+
+def attribute(
+    default: Any, *, among: Collection[Any] = (), least: int | None = None, most: int | None = None,
+    positive: bool = False,
+) -> Any:  # fmt: skip
+    """A field that holds a plain value, where its type does not say all.
+
+    Args:
+        default: the value that is meant where none is given.
+        among: the words or numbers it may be.
+        least: the smallest number it may be.
+        most: the largest number it may be.
+        positive: it must be above 0.
+    """
+    rules = {"among": tuple(among), "least": least, "most": most, "positive": positive}
+    return dataclasses.field(default=default, metadata=rules)
+
+
+def check_attribute(name: str, value: Any, field: dataclasses.Field[Any]) -> None:
+    """Checks a value against the type and the rules of its field.
+
+    Raises:
+        Malformed: it is not of its declared type, not finite or out of range.
+        Unsupported: a word that the method does not know.
+    """
+    _check_type(name, value, _type_name(field.type))
+    _check_range(name, value, field.metadata)
+
+
+def plain(value: Any, field: dataclasses.Field[Any]) -> Any:
+    """A value as data; a whole number in a float's place comes out as a float."""
+    return float(value) if type(value) is int and _type_name(field.type) == "float" else value
+
+
+def _check_type(name: str, value: Any, annotation: str) -> None:
+    allowed = _TYPES.get(annotation)
+    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and annotation != "bool")):
+        raise Malformed(f"{value!r} is not of type {annotation}", where=name, cure=DAMAGED)
+    # Compared, not converted: a whole number may be too large for a float.
+    if annotation == "float" and not -sys.float_info.max <= value <= sys.float_info.max:
+        raise Malformed(f"{value} is not a finite number", where=name, cure=DAMAGED)
+
+
+def _check_range(name: str, value: Any, rules: Mapping[str, Any]) -> None:
+    if rules.get("among") and value not in rules["among"]:
+        raise Unsupported(f"unknown word {value!r}", where=name, cure=f"Known: {', '.join(map(str, rules['among']))}")
+    if rules.get("least") is not None and value < rules["least"]:
+        raise Malformed(f"{value} is below {rules['least']}", where=name, cure=DAMAGED)
+    if rules.get("positive") and not value > 0:
+        raise Malformed(f"{value} is not above 0", where=name, cure=DAMAGED)
+    if rules.get("most") is not None and value > rules["most"]:
+        raise Malformed(f"{value} is above {rules['most']}", where=name, cure=DAMAGED)
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else str(getattr(annotation, "__name__", annotation))
