@@ -13,7 +13,7 @@ from method_matrices import IMAGE, LANGUAGE, cases, close, made_of, model
 from safetensors.numpy import load_file
 
 import adapterkit as ak
-from adapterkit.errors import Unrepresentable
+from adapterkit.errors import Unrepresentable, UsageError
 
 FOLDERS = {"adapterhub", "litgpt", "mlx", "peft", "tensorrt_llm", "tinker"}
 METHODS = [name for name, method in ak.METHODS.items() if method.kind in ("additive", "weight")]
@@ -97,3 +97,20 @@ def goes(first, seconds, able, of):
         if there:
             tolerance = 5e-6 if "tensorrt_llm" in (first, second) else 1e-6
             close(made_of(ak.read(other, second, base), weights), expected, weights, tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in ak.FORMATS if "lora" in ak.FORMATS[name].methods])
+def test_a_name_of_a_file_never_becomes_a_folder(name, tmp_path):
+    adapter, base, _ = case("lora", 0, "image" if name not in {*FOLDERS, *FILES} else "language", kind(name), tmp_path)
+    for file in ("a.safetensors", "a.bin", "b.pt"):
+        path = tmp_path / "out" / file
+        path.parent.mkdir(exist_ok=True)
+        try:
+            ak.write(adapter, path, name, base, "fold")
+        except UsageError as error:
+            assert "folder" in error.cure
+        except Unrepresentable:
+            pass
+        assert not path.is_dir()
+        if name in {"peft", "adapterhub", "litgpt", "mlx", "tinker"}:
+            assert not list(path.parent.iterdir())

@@ -12,16 +12,13 @@ from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.locations import located, source_of
 from ..tensors.safetensors import headers_kept
-from ._format import ON_LOSS, Format
+from ._format import ON_LOSS, TENSORS, Format
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..tensors.checkpoint import Checkpoint
 
 __all__ = ["FORMATS", "Format", "detect", "read", "recognised", "write"]
-
-TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
-"""Endings of files of tensors: hubs keep an adapter of one file in a folder, beside a card. A base's are not meant."""
 
 FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.formats", Format)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Malformed, storage_error
+from ..errors import Malformed, UsageError, storage_error
 from ..tensors import safetensors
 from ..tensors.torch_file import is_torch_file, read_torch_file
+from ._format import TENSORS
 
 if TYPE_CHECKING:
     from ..tensors.lazy import Lazy
@@ -35,8 +36,12 @@ def emptied(folder: Path, *names: str) -> None:
     """Makes a folder without these files: its config goes away first and comes back last, as without it is no adapter.
 
     Raises:
+        UsageError: it has the name of a file of tensors.
         StorageError: the folder cannot be made or written.
     """
+    if folder.suffix.lower() in TENSORS and not folder.is_dir():
+        why = "the name of a file, where this format has a folder"
+        raise UsageError(why, path=folder, cure="Name a folder, or a format of one file: --to adapterkit, kohya, ...")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:

@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 ON_LOSS = ("refuse", "fold", "promote", "drop")
 
+TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
+"""Endings of files of tensors: hubs keep an adapter of one file in a folder, beside a card. A base's are not meant."""
+
 
 def derived(compute: Callable[[], T]) -> T:
     """A class attribute that is worked out when it is first asked for: to detect a format takes only `sniff`."""

@@ -18,6 +18,7 @@ from ..names.tables import Table, without_prefix
 from ..tensors.arrange import joined, part, zeros
 from ..tensors.atomic import write_bytes
 from ..tensors.lazy import Lazy, as_lazy
+from ._folders import emptied
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._one_number import of_one_alpha, whole_number
@@ -269,11 +270,7 @@ def _text(path: Path, *, needed: bool) -> str:
 def _save(path: Path, tensors: Mapping[str, Lazy], settings: dict[str, Any], hints: Mapping[str, Any]) -> None:
     """Writes the folder; without its settings, which come last, it is no adapter."""
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SETTINGS).unlink(missing_ok=True)
-    except OSError as error:
-        raise storage_error(error, folder) from error
+    emptied(folder, SETTINGS)
     save(file, tensors, "model")
     texts = hints.get("texts", {})
     if hints.get("model"):
