@@ -159,7 +159,7 @@ def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
     """The bytes of an array in C order; copied only where it does not lie so."""
     import numpy as np
 
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view("u1"))
+    return np.ascontiguousarray(array).reshape(-1).view("u1").data
 
 
 def dtype_of(leaf: Leaf) -> DType:
