@@ -11,10 +11,11 @@ import torch
 from command_line import run
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
+from safetensors.torch import save_file
 
 import adapterkit as ak
-from adapterkit.errors import CheckFailed, Malformed, Unsupported, UsageError
-from adapterkit.onnx import checking, model_file, oracle
+from adapterkit.errors import CheckFailed, Malformed, TargetNotFound, Unsupported, UsageError
+from adapterkit.onnx import checking, model_file, oracle, rounding
 
 X = np.random.default_rng(0).normal(size=(2, 20)).astype("f4")
 W, V = (np.random.default_rng(n).normal(size=(20, 20)).astype("f4") for n in (1, 2))
@@ -64,6 +65,60 @@ def test_several_data_files_become_one_without_a_byte_too_many(tmp_path):
     same(injected.out, wanted)
     stored = onnx.load(injected.out, load_external_data=False).graph.initializer
     assert {"one.data", "two.data"} <= {tensor.external_data[0].value for tensor in stored if tensor.external_data}
+
+
+def test_a_data_file_that_has_fewer_numbers_than_the_tensor(tmp_path):
+    path = saved(tmp_path / "base")
+    proto = onnx.load(path, load_external_data=False)
+    for length in ("0", "1599"):
+        for entry in proto.graph.initializer[0].external_data:
+            entry.value = length if entry.key == "length" else entry.value
+        path.write_bytes(proto.SerializeToString())
+        with pytest.raises(Malformed, match="makes no sense") as raised:
+            ak.onnx.inject(path, lora(), tmp_path / "base" / "out.onnx")
+        assert raised.value.where == "q.weight"
+    assert not (tmp_path / "base" / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("change", [ak.onnx.inject, ak.onnx.merge])
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, MemoryError])
+def test_what_could_not_be_checked_to_the_end_is_not_left(change, fault, tmp_path, monkeypatch):
+    path, out = saved(tmp_path / "base"), tmp_path / "out" / "out.onnx"
+    out.parent.mkdir()
+
+    def stops(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(checking, "_compared", stops)
+    with pytest.raises(fault):
+        change(path, lora(), out)
+    assert os.listdir(out.parent) == []
+    out.write_bytes(b"what was there")
+    with pytest.raises(fault):
+        change(path, lora(), out)
+    assert os.listdir(out.parent) == ["out.onnx"]
+    assert out.read_bytes() == b"what was there"
+
+
+def test_a_base_whose_names_begin_with_a_wrappers(tmp_path):
+    """Its numbers count all the same, equal ones and others."""
+    path, out = saved(tmp_path / "base"), tmp_path / "out.onnx"
+    for factor, names in ((1, ["model.q.weight"]), (-1, ["model.q.weight"]), (1, ["a.q.weight", "b.q.weight"])):
+        held = {name: torch.tensor(W.T * factor).contiguous() for name in names}
+        save_file(held, tmp_path / "base.safetensors")
+        if factor < 0:
+            with pytest.raises(TargetNotFound, match="holds other numbers"):
+                ak.onnx.inject(path, lora(), out, base_weights=tmp_path / "base.safetensors")
+        else:
+            ak.onnx.inject(path, lora(), out, base_weights=tmp_path / "base.safetensors", check=False)
+
+
+def test_outputs_that_no_number_is_far_from():
+    inf, nan = np.array([1, np.inf]), np.array([1, np.nan])
+    assert rounding.difference_of([inf, nan], [inf, nan]) == 0
+    for one, other in ((inf, -inf), (inf, nan), (nan, inf), (nan, nan[:1] + nan[:1]), (nan, np.ones(2))):
+        assert rounding.difference_of([one], [other]) == np.inf
+    assert rounding.difference_of([np.array([1.0, 2.5])], [np.array([1.0, 2.0])]) == 0.25
 
 
 def test_few_numbers_move_into_the_model_itself(tmp_path, monkeypatch):

@@ -248,11 +248,3 @@ def test_what_routed_laws_refuse_as_slots(graphs, tmp_path):
     trained(llama, lora(alora_invocation_tokens=[3, 4]), tmp_path / "adapter")
     with pytest.raises(Unsupported, match="whose law asks the model's call for input_ids"):
         ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", mode="slots")
-
-
-def test_a_network_beside_the_model_is_refused(graphs, tmp_path):
-    made = {"in": (3, 8), "in_bias": (3,), "out": (8, 3), "out_bias": (8,)}
-    parts = {f"{name}_{end}": torch.randn(size) for name in ("transform", "gate") for end, size in made.items()}
-    update = ak.METHODS["shadow"](down=torch.randn(2, 8), up=torch.randn(8, 2), network=torch.randn(4), **parts)
-    with pytest.raises(Unsupported, match="second network, which runs beside the model"):
-        ak.onnx.inject(graphs(llama), ak.Adapter({ak.Target("model.layers.0"): (update,)}), tmp_path / "out.onnx")

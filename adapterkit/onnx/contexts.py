@@ -17,11 +17,12 @@ from ..adapter import Adapter, Target
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..tensors.lazy import as_array
 from ..updates import ContextUpdate
-from .attaching import rename_output
 from .attentions import with_prefixes
 from .building import Array, Branch, Building, element_type
 from .convolutions import Gather
+from .inserting import before, behind
 from .modules import modules_of
+from .operands import input_behind
 from .past import past_inputs
 from .prompts import with_prompts
 from .resolving import Spot, spots_of
@@ -116,7 +117,7 @@ def _with_tokens(target: Target, more: Array, building: Building) -> str:
     layer = Gather(spot.node, branch)
     ids, kind = layer.given, np.int64 if layer.given.dtype is None else layer.given.dtype.numpy()
     table = building.tensor(
-        ("context", target), f"{target or 'prompt'}.P", lambda: more.astype(element_type(layer.operand.dtype))
+        ("context", target), f"{target or 'prompt'}.P", lambda: more.astype(element_type(layer.operand))
     )
     first, zero = (building.literal(np.array(n, dtype=kind)) for n in (count, 0))
     new = branch.node("Not", [branch.node("Less", [ids, first], None, bool, None)], None, bool, None)
@@ -126,24 +127,10 @@ def _with_tokens(target: Target, more: Array, building: Building) -> str:
     added = branch.node("Gather", [table, row], {"axis": 0}, layer.dtype, None)
     wide = branch.node("Unsqueeze", [new, building.literal(np.array([-1]))], None, bool, None)
     out = branch.node("Where", [wide, added, spot.node.outputs[0]], None, layer.dtype, None)
-    _inserted(spot.node, known, out, branch)
+    before([spot.node], ids, known, branch)
+    behind(spot.node.outputs[0], out, branch)
+    branch.close()
     return f"tokens {count} to {count + len(more) - 1} are the new ones"
-
-
-def _inserted(node: ir.Node, known: ir.Value, out: ir.Value, branch: Branch) -> None:
-    """The embedding reads tokens that it has; whoever read it reads the choice between both."""
-    old, graph = node.outputs[0], node.graph
-    assert graph is not None
-    own = {id(one) for one in branch.nodes}
-    for use in list(old.uses()):
-        if id(use.node) not in own:
-            use.node.replace_input_with(use.idx, out)
-    if old.is_graph_output():
-        rename_output(graph, old, out, branch)
-    at = branch.nodes.index(known.producer())  # type: ignore[arg-type]
-    graph.insert_before(node, branch.nodes[: at + 1])
-    graph.insert_after(node, branch.nodes[at + 1 :])
-    node.replace_input_with(1, known)
 
 
 def _embedding(target: Target, model: ir.Model) -> Spot:
@@ -165,10 +152,8 @@ def _embedding(target: Target, model: ir.Model) -> Spot:
 
 def _of_input(node: ir.Node) -> str | None:
     """The name of the graph's input that an embedding looks up."""
-    value = node.inputs[1]
-    while value is not None and (made_by := value.producer()) is not None and made_by.op_type in ("Cast", "Identity"):
-        value = made_by.inputs[0]
-    return value.name if value is not None and value.is_graph_input() else None
+    found = input_behind(node.inputs[1])
+    return None if found is None else found.name
 
 
 def _with_past(target: Target, past: Array, building: Building) -> str:
@@ -187,7 +172,7 @@ def _with_past(target: Target, past: Array, building: Building) -> str:
             )
             raise ShapeMismatch(why, where=value.name, cure="Is this adapter made for this base?")
     for (layer, part), value in inputs.items():
-        array = past[layer, ("key", "value").index(part)][None].astype(element_type(value.dtype))
+        array = past[layer, ("key", "value").index(part)][None].astype(element_type(value))
         value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
         building.model.graph.register_initializer(value)
     return f"a run without its past begins with {length} tokens of prefix, which its mask and positions count"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,16 @@ from pathlib import Path
 
 from ..errors import AdapterkitError, StorageError, storage_error
 from .injecting import Report
+
+CARRIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+)  # fmt: skip
+"""Files that come along: what a tokenizer and a config are made of."""
+
+_OWN = re.compile("|".join(map(re.escape, CARRIED)) + r"|model\.onnx(?:\.data)?|.*\.onnx_adapter(?:\.json)?")
+"""Names of what an export writes into a folder."""
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
@@ -26,8 +37,11 @@ def check_folder(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise StorageError("already there", path=target, cure="Write to another path, or pass --overwrite")
+    cure = "Remove it yourself, or write beside"
     if not (target / "model.onnx").is_file():
-        raise StorageError("not a folder that an export wrote", path=target, cure="Remove it yourself, or write beside")
+        raise StorageError("not a folder that an export wrote", path=target, cure=cure)
+    if foreign := next((name for name in sorted(os.listdir(target)) if not _OWN.fullmatch(name)), None):
+        raise StorageError(f"it holds {foreign}, which no export wrote", path=target, cure=cure)
 
 
 @contextmanager
@@ -61,11 +75,21 @@ def _published(scratch: Path, target: Path) -> None:
             scratch.rename(target)
             return
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        target.rename(old / "old")
-        scratch.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            target.rename(old / "old")
+            _exchanged(scratch, target, old / "old")
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise storage_error(error, target) from error
+
+
+def _exchanged(scratch: Path, target: Path, old: Path) -> None:
+    try:
+        scratch.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
 
 
 def _umask() -> int:

@@ -25,7 +25,7 @@ from .building import Array, Branch, Building
 from .changes import Change, Stored, exchange, fresh_value, from_array, lazy_of, settle, stored_behind
 from .injecting import Report, loaded
 from .model_file import kept, opened, save_merged
-from .operands import numbers, shadow, shape_of
+from .operands import held_apart, numbers, shape_of
 from .packing import packing_of
 from .recurrent import Recurrent
 from .resolving import Found, Spot, resolve
@@ -78,15 +78,15 @@ def merge(
     building, damage = Building(source.model), dict[str, Mapping[str, float]]()
     changed = fold(folds, building, quantized, damage)
     building.settle()
-    with kept(Path(out)):
-        files = save_merged(source.model, source, Path(out), changed)
+    with kept(Path(out)) as files:
+        files += save_merged(source.model, source, Path(out), changed)
         report = Report(Path(out), tuple(files), tuple(place for place, _ in folds), damage=damage)
         if check is False:
             return report
         given = None if isinstance(check, bool) else check
         from .checking import checked_merge
 
-        told = checked_merge(model, read, factors, base_weights, Path(out), files, quantized, given)
+        told = checked_merge(model, read, factors, base_weights, Path(out), quantized, given)
     return replace(report, difference=told.difference, note=told.note, reference=told.reference)
 
 
@@ -184,7 +184,7 @@ def _fold_spot(
     key = tuple((id(place), factor) for place, factor in at)
     if bias is not None and any(update.changes_bias for update in updates):
         kind = bias.dtype or ir.DataType.FLOAT
-        numbers_of = partial(_bias, spot, at, spot.kind.detached(spot.node), shadow(bias))
+        numbers_of = partial(_bias, spot, at, spot.kind.detached(spot.node), held_apart(bias))
         change = Change(name, from_array(lambda: _rounded(numbers_of(), kind, name), shape_of(bias), kind), ())
         new = fresh_value(building, fresh, ("bias", id(bias), id(held), *key), bias, change)
         holder = spot.node if layer.after is None else layer.after[0]

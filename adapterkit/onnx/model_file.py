@@ -193,8 +193,9 @@ def folder_beside(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def kept(out: Path) -> Iterator[None]:
-    """A file that is to be replaced is there again where what replaced it is refused."""
+def kept(out: Path) -> Iterator[list[Path]]:
+    """Files that are told to it go where the block ends by an error, and `out` is then what it was before."""
+    written: list[Path] = []
     with contextlib.ExitStack() as stack:
         before = stack.enter_context(folder_beside(out)) / out.name if out.is_file() else None
         if before is not None:
@@ -203,9 +204,10 @@ def kept(out: Path) -> Iterator[None]:
             except OSError:  # Not every file system has them.
                 shutil.copy2(out, before)
         try:
-            yield
+            yield written
         except BaseException:
-            if before is not None and not out.exists():
+            _unlink(written)
+            if before is not None:
                 os.replace(before, out)
             raise
 
