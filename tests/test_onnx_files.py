@@ -6,6 +6,7 @@ import os
 import numpy as np
 import onnx
 import onnx_graphs as graphs
+import onnx_ir
 import pytest
 import torch
 from command_line import run
@@ -119,6 +120,34 @@ def test_outputs_that_no_number_is_far_from():
     for one, other in ((inf, -inf), (inf, nan), (nan, inf), (nan, nan[:1] + nan[:1]), (nan, np.ones(2))):
         assert rounding.difference_of([one], [other]) == np.inf
     assert rounding.difference_of([np.array([1.0, 2.5])], [np.array([1.0, 2.0])]) == 0.25
+
+
+def test_the_type_of_a_weight_that_no_node_tells(tmp_path):
+    """Of 16 bits, and reshaped before it is read: merged it is of 16 bits still."""
+    nodes = [
+        helper.make_node("Reshape", ["q.weight", "sizes"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"], "/q/MatMul"),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["n", 20]) for name in "xy")
+    held = {"q.weight": W.astype("f2").reshape(-1), "sizes": np.array([20, 20])}
+    stored = [numpy_helper.from_array(array, name) for name, array in held.items()]
+    opset = [helper.make_opsetid("", 18)]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], stored), opset_imports=opset, ir_version=10)
+    path = graphs.saved(model, tmp_path / "model.onnx")
+    for change in (ak.onnx.merge, ak.onnx.inject):
+        report = change(path, lora(), tmp_path / "out.onnx")
+        assert {tensor.data_type for tensor in onnx.load(report.out).graph.initializer} == {
+            TensorProto.FLOAT16, TensorProto.INT64,
+        }  # fmt: skip
+        assert report.difference < 3e-2
+
+
+def test_a_model_in_memory_that_is_larger_than_any_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_file, "LIMIT", 1 << 10)
+    model = onnx_ir.load(graphs.saved(graphs.built("matmul")[2], tmp_path / "model.onnx"))
+    model.graph.register_initializer(onnx_ir.Value(name="more", const_value=onnx_ir.tensor(W, name="more")))
+    with pytest.raises(Unsupported, match="more than 2 GB in memory"):
+        ak.onnx.inject(model, lora("0"), tmp_path / "out.onnx")
 
 
 def test_few_numbers_move_into_the_model_itself(tmp_path, monkeypatch):

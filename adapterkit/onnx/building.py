@@ -156,6 +156,11 @@ def element_type(value: ir.Value | None) -> np.dtype[Any]:
     return np.dtype(np.float32)
 
 
+def kind_of(value: ir.Value) -> ir.DataType:
+    """`element_type`, as graphs say it."""
+    return ir.DataType.from_numpy(element_type(value))
+
+
 def _disconnect(nodes: Sequence[ir.Node]) -> None:
     for node in reversed(nodes):
         for position in range(len(node.inputs)):

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import CheckFailed, NotMergeable, Unsupported
+from ..errors import CheckFailed, NotMergeable, Unsupported, first_line
 from .attaching import attach
 from .building import Building
 from .model_file import Source, opened
@@ -173,7 +173,7 @@ def _compared(
     """
     first = wanted if wanted is not None else plain
     assert first is not None
-    ran, why = False, "no inputs"
+    why, fails = "no inputs", ""
     unseen: Outcome | None = None
     for sizes in SIZES if given is None else SIZES[:1]:
         try:
@@ -181,29 +181,29 @@ def _compared(
             feeds = made_up(session, sizes) if given is None else _of_its_inputs(given, session)
             results = session.run(None, feeds)
         except Exception as error:  # onnxruntime raises RuntimeErrors of its own.
-            why = str(error).splitlines()[0]
+            why = first_line(error)
             continue
         try:
             written = _session(str(out))
-            more = {**_of_new_inputs(written, feeds, sizes, given), **more}
-            got = written.run(None, {**feeds, **more})
+            both = {**feeds, **_of_new_inputs(written, feeds, sizes, given), **more}
+            got = written.run(None, both)
         except Exception as error:
-            ran, why = True, str(error).splitlines()[0]
+            fails = first_line(error)
             continue
         if wanted is None:
             why = "it runs; there is no second way to make this change that it could be held against"
-            return Outcome(None, why, _second(out, plain, {**feeds, **more}, feeds, got))
+            return Outcome(None, why, _second(out, plain, both, feeds, got))
         difference = difference_of(got, results)
         if judged:
             _judge(difference, out, 0.0 if exact else _most(wanted, feeds, results, difference))
-        reference = _second(out, wanted, {**feeds, **more}, feeds, got) if judged else None
+        reference = _second(out, wanted, both, feeds, got) if judged else None
         if plain is None or difference_of(got, _session(plain).run(None, feeds)) > 0:
             return Outcome(difference, None, reference)
         unseen = Outcome(difference, "on the inputs that it was run on, the adapter changes nothing", reference)
     if unseen is not None:
         return unseen
-    if ran:
-        raise CheckFailed(f"the graph does not run ({why})", path=out, cure=_REPORT)
+    if fails:
+        raise CheckFailed(f"the graph does not run ({fails})", path=out, cure=_REPORT)
     kind = "made-up" if given is None else "the given"
     return Outcome(None, f"the graph does not run on {kind} inputs ({why})")
 
