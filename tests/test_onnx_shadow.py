@@ -262,6 +262,21 @@ def test_what_a_lora_changes_inside_a_block(graph, made, tmp_path, close):
     close(run(out, input_ids=IDS), live(IDS, use_cache=False).logits, tolerance=1e-5)
 
 
+@torch.no_grad()
+def test_an_export_with_the_network_beside_it(made, tmp_path, close):
+    model, adapter = made("narrow")
+    report = ak.onnx.export(
+        Called(copy.deepcopy(base(llama)), ("input_ids",)).eval(), (IDS,), tmp_path / "out.onnx", adapter=adapter,
+        mode="attached", inside="model", input_names=["input_ids"], output_names=["logits"],
+        dynamic_shapes=((OPEN,),),
+    )  # fmt: skip
+    assert report.difference < 1e-5
+    close(run(report.out, input_ids=IDS[:2, :4]), model(input_ids=IDS[:2, :4]).logits, tolerance=1e-5)
+    with pytest.raises(Unsupported, match="no cache of the earlier tokens") as raised:
+        ak.onnx.export_pretrained(saved("narrow", tmp_path), tmp_path / "out", adapter=adapter, mode="attached")
+    assert "inject that into the graph" in raised.value.cure
+
+
 def test_nothing_reads_the_state_behind_the_last_block(graph, made, tmp_path):
     out = ak.onnx.inject(graph(llama), made("shared")[1], tmp_path / "out.onnx").out
     model = ir.load(out)

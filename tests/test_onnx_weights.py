@@ -266,7 +266,7 @@ def test_what_a_function_tells_of_its_module_holds(tmp_path, monkeypatch):
     assert not (tmp_path / "none").exists()
 
 
-def test_only_a_folder_of_exports_is_replaced(tmp_path, monkeypatch):
+def test_a_folder_with_weights_that_no_export_wrote_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(os.path.dirname(__file__))
     maker, out = "test_onnx_weights:flat", tmp_path / "out"
     ak.onnx.export_factory(maker, out, adapter={"one": adapter()}, mode="slots")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,12 +20,12 @@ CARRIED = (
 )  # fmt: skip
 """Files that come along: what a tokenizer and a config are made of."""
 
-_OWN = re.compile("|".join(map(re.escape, CARRIED)) + r"|model\.onnx(?:\.data)?|.*\.onnx_adapter(?:\.json)?")
-"""Names of what an export writes into a folder."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
+"""How files of weights end that an export does not write, `model.onnx` apart."""
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
-    """Refuses a place that is taken, but for a folder that an export wrote and that may be replaced.
+    """Refuses a place that is taken, but for a folder that an export wrote and that may be replaced: one without other weights.
 
     Raises:
         StorageError: it is taken, or has no folder to lie in.
@@ -40,8 +39,9 @@ def check_folder(target: Path, overwrite: bool) -> None:
     cure = "Remove it yourself, or write beside"
     if not (target / "model.onnx").is_file():
         raise StorageError("not a folder that an export wrote", path=target, cure=cure)
-    if foreign := next((name for name in sorted(os.listdir(target)) if not _OWN.fullmatch(name)), None):
-        raise StorageError(f"it holds {foreign}, which no export wrote", path=target, cure=cure)
+    held = sorted(name for name in os.listdir(target) if name.endswith(WEIGHTS) and name != "model.onnx")
+    if held:
+        raise StorageError(f"it holds {held[0]}, which no export wrote", path=target, cure=cure)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def traced(
                 model, tuple(args), kwargs=dict(kwargs or {}), dynamo=True, optimize=False, verbose=False, **given
             )
     except Exception as error:  # The exporter raises whatever its passes do.
-        first = first_line(error)
+        first = first_line(error.__cause__ or error)  # The exporter's own line names no fault.
         cure = "Make its forward traceable by torch.export, or name the inputs and their open sizes"
         raise Unsupported(f"torch cannot export a {type(model).__name__} ({first})", cure=cure) from error
     assert program is not None
