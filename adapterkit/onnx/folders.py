@@ -13,19 +13,12 @@ from pathlib import Path
 from ..errors import AdapterkitError, StorageError, storage_error
 from .injecting import Report
 
-CARRIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-)  # fmt: skip
-"""Files that come along: what a tokenizer and a config are made of."""
-
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 """How files of weights end that an export does not write, `model.onnx` apart."""
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
-    """Refuses a place that is taken, but for a folder that an export wrote and that may be replaced: one without other weights.
+    """Refuses a place that is taken, but for a folder that an export wrote, without other weights, that may be replaced.
 
     Raises:
         StorageError: it is taken, or has no folder to lie in.

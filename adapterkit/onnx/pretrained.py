@@ -20,7 +20,7 @@ from ..errors import Malformed, StorageError, Unsupported, UsageError, first_lin
 from ..tensors.locations import located
 from .calling import INSIDE, words_of
 from .exporting import export
-from .folders import CARRIED, check_folder, moved, published
+from .folders import check_folder, moved, published
 from .injecting import Report
 from .tracing import quiet
 
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from .exporting import Adapters
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+CARRIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+)  # fmt: skip
+"""Files that come along: what a tokenizer and a config are made of."""
 
 
 def export_pretrained(
