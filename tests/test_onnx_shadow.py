@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterkit as ak
-from adapterkit.errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from adapterkit.tensors.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -296,6 +296,7 @@ def test_what_is_refused(graph, made, tmp_path):
     for config, error, match in (
         ({"model_type": "nothing"}, Unsupported, "of the type 'nothing'"),
         ({}, Unsupported, "of the type None"),
+        (json.loads(base(llama).config.to_json_string()) | {"hidden_size": "x"}, Malformed, "makes no model by"),
         (base(gpt2).config.to_dict(), ShapeMismatch, "where a GPT2Model has"),
         (json.loads(base(llama).config.to_json_string()) | {"intermediate_size": 14}, ShapeMismatch, "LlamaModel"),
         (json.loads(base(llama).config.to_json_string()) | {"model_type": "bert"}, Unsupported, "like a BertModel"),

@@ -18,7 +18,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
-    """Refuses a place that is taken, but for a folder that an export wrote, without other weights, that may be replaced.
+    """Refuses a place that is taken, but for a folder, without other weights, that an export wrote and may replace.
 
     Raises:
         StorageError: it is taken, or has no folder to lie in.

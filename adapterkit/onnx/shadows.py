@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import TargetNotFound, Unsupported, UsageError
+from ..errors import Malformed, TargetNotFound, Unsupported, UsageError, first_line
 from ..tensors.checkpoint import Checkpoint, read_json
 from .building import Branch, element_type
 from .copies import Copies, between, copied
@@ -94,8 +94,12 @@ class Shadows:
             raise Unsupported(f"a network like a model of the type {kind!r}", cure="Install a newer transformers")
         from .tracing import quiet
 
-        with quiet(), torch.device("meta"):
-            return auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
+        try:
+            with quiet(), torch.device("meta"):
+                return auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
+        except Exception as error:  # transformers raises whatever a config's values lead to.
+            why = f"transformers makes no model by the base's config.json ({first_line(error)})"
+            raise Malformed(why, cure="Fetch the config again") from error
 
 
 class State:
