@@ -14,15 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Unsupported, UsageError
-from .building import Building, element_type
+from .building import Building
+from .every_token import CALL, EARLIER, TOKENS, every_token, first_axis, last_columns, plain, whole_numbers
 from .first_pass import first_pass
 from .layers import Layer
-from .past import EARLIER, past_inputs
-from .shadows import NETWORK, SHADOW, Shadows, State
+from .shadows import SHADOW, Shadows, State
 from .symbols import SYMBOLS
 from .values import Value
 
-TOKENS, TASKS, MASK, LAST = "input_ids", "task_ids", "attention_mask", "hidden_states"
+TASKS, LAST = "task_ids", "hidden_states"
 
 
 class Words:
@@ -45,17 +45,15 @@ class Words:
     ) -> None:  # fmt: skip
         self.building, self.told = building, dict(told or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
-        asked |= set(NETWORK) if SHADOW in asked else set()
+        asked |= set(CALL) if asked & {SHADOW, LAST} else set()
         for word, value in self.told.items():
             if word not in asked:
                 raise UsageError(f"no update asks for {word}", where="call", cure=f"Asked for: {_listed(asked)}")
             if not isinstance(value, str) and not (word == TASKS and type(value) is int and value >= 0):
                 cure = "A word is the name of a value of the graph; task_ids may be the number of one task"
                 raise UsageError(f"{value!r} is no {word}", where=f"call: {word}", cure=cure)
-        self.hidden: ir.Value | None = None
-        if LAST in asked:
-            self.hidden = first_pass(building, self.told.get(LAST))
         self.made: dict[str, ir.Value] = {}
+        self.hidden = first_pass(self, self.told.get(LAST)) if LAST in asked else None
         self.shadows = Shadows(self, config)
 
     @property
@@ -115,25 +113,7 @@ class Heard:
         return None if value is None else self._mask(value)
 
     def _tokens(self) -> Value:
-        return self._value(self.all_tokens())
-
-    def all_tokens(self) -> ir.Value:
-        """The tokens of the call, `[rows, positions]`, behind those that the graph's past is of.
-
-        Raises:
-            Unsupported: the graph has no such input.
-        """
-        found = self.words.input(TOKENS)
-        if found is None:
-            cure = f"Tell its name: call={{{TOKENS!r}: NAME}}, --call {TOKENS}=NAME"
-            raise Unsupported(f"the graph has no input {TOKENS}", cure=cure)
-        ids = self.whole_numbers(found)
-        past = next(iter(past_inputs(self.words.building.model.graph).values()), None)
-        if past is None:
-            return ids
-        length = "past_tokens" if past.shape is None or len(past.shape) < 3 else past.shape[2]
-        earlier = self.words.new(EARLIER, [_first_axis(found), length])
-        return self.layer.branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)
+        return self._value(every_token(self.words, self.layer.branch))
 
     def _value(self, ids: ir.Value) -> Value:
         return Value(self.layer.branch, (self._rows, None), np.int64, ids)
@@ -143,22 +123,13 @@ class Heard:
         rows: int | None = self.layer.x.shape[0]
         return rows
 
-    def whole_numbers(self, value: ir.Value) -> ir.Value:
-        """A value in 64 bits, the type that token numbers have in torch."""
-        return self.plain(value).cast(np.int64).value
-
-    def plain(self, value: ir.Value) -> Value:
-        """A value of the graph in the words of formulas."""
-        sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
-        return Value(self.layer.branch, sizes, element_type(value), value)
-
     def _tasks(self) -> Value:
         told = self.words.told.get(TASKS)
         if isinstance(told, int):
             return self._for_all_rows(told)
         found = self.words.input(TASKS)
         given = self.words.building.model.graph.inputs[0]
-        value = self.words.new(TASKS, [_first_axis(given)]) if found is None else self.whole_numbers(found)
+        value = self.words.new(TASKS, [first_axis(given)]) if found is None else whole_numbers(found, self.layer.branch)
         return Value(self.layer.branch, (self._rows,), np.int64, value)
 
     def _for_all_rows(self, number: int) -> Value:
@@ -171,7 +142,7 @@ class Heard:
 
     def _last(self) -> Value:
         assert self.words.hidden is not None
-        hidden = self.plain(self.words.hidden)
+        hidden = plain(self.words.hidden, self.layer.branch)
         return Value(self.layer.branch, hidden.sizes, hidden.dtype, hidden.value).cast(self.layer.dtype)
 
     def _mask(self, value: ir.Value) -> Value | None:
@@ -181,7 +152,7 @@ class Heard:
             return None
         own = SYMBOLS.ones_like(y[..., 0]).cast(np.int64)
         # Of as many columns at most, so that both choices have one shape.
-        cut = self.last_columns(self.plain(value).cast(np.int64), own)
+        cut = last_columns(plain(value, self.layer.branch).cast(np.int64), own)
         chosen = self.layer.branch.node("Where", [self._alike(value, own), cut, own.value], None, np.int64, None)
         return Value(self.layer.branch, own.sizes, np.int64, chosen)
 
@@ -192,20 +163,6 @@ class Heard:
         same = node("Cast", [node("Equal", sizes, None, bool, (2,))], {"to": int(ir.DataType.INT64)}, np.int64, (2,))
         every = node("ReduceMin", [same], {"keepdims": 0}, np.int64, ())
         return node("Cast", [every], {"to": int(ir.DataType.BOOL)}, bool, ())
-
-    def last_columns(self, value: Value, own: Value) -> ir.Value:
-        """As many of a value's last columns, along its second axis, as a matrix has."""
-        node, literal = self.layer.branch.node, self.layer.branch.building.literal
-        one, most = (literal(np.array([number], dtype=np.int64)) for number in (1, np.iinfo(np.int64).max))
-        sizes = node("Shape", [own.value], None, np.int64, (2,))
-        count = node("Slice", [sizes, one, most], None, np.int64, (1,))
-        start = node("Neg", [count], None, np.int64, (1,))
-        return node("Slice", [value.value, start, most, one], None, value.dtype, None)
-
-
-def _first_axis(value: ir.Value) -> Any:
-    """The rows of a value: how many, or their name."""
-    return "rows" if value.shape is None or not len(value.shape) else value.shape[0]
 
 
 def _listed(words: set[str]) -> str:

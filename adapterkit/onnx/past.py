@@ -7,9 +7,6 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-EARLIER = "past_input_ids"
-"""The input of the tokens that a graph's past keys and values are of, where a law reads all tokens."""
-
 _PAST = re.compile(r"(?:^|[._])(\d+)[._](key|value)s?$")
 
 

@@ -20,20 +20,29 @@ from ..errors import Malformed, TargetNotFound, Unsupported, UsageError, first_l
 from ..tensors.checkpoint import Checkpoint, read_json
 from .building import Branch, element_type
 from .copies import Copies, between, copied
+from .every_token import (
+    CALL,
+    EMBEDS,
+    MASK,
+    POSITIONS,
+    TOKENS,
+    every_position,
+    every_token,
+    of_call,
+    plain,
+    whole_numbers,
+)
 from .modules import module_at, modules_of
 from .operands import input_behind
-from .past import EARLIER, past_inputs
+from .past import past_inputs
 from .resolving import spots_of
 from .sizes import Sizes
-from .symbols import SYMBOLS
 from .values import Value
 
 if TYPE_CHECKING:
     from .calls import Heard, Words
 
 SHADOW = "shadow"
-TOKENS, EMBEDS, MASK, POSITIONS = NETWORK = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-"""What a network is called with."""
 
 
 def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, Any]:
@@ -135,16 +144,13 @@ def _network(update: Any, heard: Heard, model: Any) -> ir.Value:
     own = _traced(model, update, heard.layer, given)
     _check_operators(own, branch)
     copies: Copies = dict(zip(own.graph.inputs, given.values(), strict=True))
-    for name, value in own.graph.initializers.items():
+    for path, value in own.graph.initializers.items():
         assert value.const_value is not None
-        key = SHADOW, branch.building.keep(update.network), name
-        copies[value] = branch.building.tensor(key, f"shadow.{name}", value.const_value.numpy)
-    nodes = copied(list(own.graph), copies, lambda name: branch.building.name(f"{branch.name}/network/{name}"))
-    for out in (out for node in nodes for out in node.outputs if out.shape is not None):
-        # The names of its open sizes may mean others in the graph.
-        out.shape = ir.Shape([size if isinstance(size, int) else None for size in out.shape or ()])
-    branch.nodes += nodes
-    return _of_call(copies[own.graph.outputs[0]], heard)
+        key = SHADOW, branch.building.keep(update.network), path
+        copies[value] = branch.building.tensor(key, f"shadow.{path}", value.const_value.numpy)
+    name = branch.building.name
+    branch.nodes += copied(list(own.graph), copies, lambda wanted: name(f"{branch.name}/network/{wanted}"))
+    return of_call(copies[own.graph.outputs[0]], heard.words, branch, _rows_of(heard))
 
 
 def _check_operators(network: ir.Model, branch: Branch) -> None:
@@ -152,15 +158,6 @@ def _check_operators(network: ir.Model, branch: Branch) -> None:
         if branch.building.model.graph.opset_imports.setdefault(domain, version) != version:
             why = f"a network in operator set {version} of {domain or 'ONNX'} in a graph of {branch.opset}"
             raise Unsupported(why, cure="Export the graph in a newer operator set")
-
-
-def _of_call(state: ir.Value, heard: Heard) -> ir.Value:
-    """The state of the call's own tokens, where the network read those of a past before them."""
-    if EARLIER not in heard.words.made:
-        return state
-    cut = heard.last_columns(heard.plain(state), _rows_of(heard))
-    cut.shape = None if state.shape is None else ir.Shape([None, None, state.shape[2]])
-    return cut
 
 
 def _traced(model: Any, update: Any, layer: Any, given: Mapping[str, ir.Value]) -> ir.Model:
@@ -186,7 +183,7 @@ def _traced(model: Any, update: Any, layer: Any, given: Mapping[str, ir.Value]) 
 def _given(update: Any, heard: Heard) -> dict[str, ir.Value]:
     """What the network is called with: the graph's own inputs, in front of a past with what that is of."""
     words, graph = heard.words, heard.words.building.model.graph
-    found = {name: value for name in NETWORK if (value := words.input(name)) is not None}
+    found = {name: value for name in CALL if (value := words.input(name)) is not None}
     past = past_inputs(graph)
     known = {*found.values(), *past.values(), *words.made.values()}
     for value in graph.inputs:
@@ -202,7 +199,7 @@ def _tokens(update: Any, heard: Heard, found: Mapping[str, ir.Value], past: bool
         if past:
             raise Unsupported("embeddings in front of a past", cure="Export the model without past keys and values")
         return {EMBEDS: found[EMBEDS]}
-    ids = heard.all_tokens()
+    ids = every_token(heard.words, heard.layer.branch)
     return {EMBEDS: _embedded(ids, found[TOKENS], heard)} if update.shared_embeddings else {TOKENS: ids}
 
 
@@ -237,29 +234,16 @@ def _beside(heard: Heard, found: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
         if name in found and (found[name].shape is None or len(found[name].shape or ()) != 2):
             raise Unsupported(f"{name} that is no matrix", where=found[name].name, cure=_EXPORT)
         if name in found:
-            given[name] = heard.whole_numbers(found[name])
+            given[name] = whole_numbers(found[name], heard.layer.branch)
     if POSITIONS in given:
-        given[POSITIONS] = _positions(given[POSITIONS], heard)
+        given[POSITIONS] = every_position(heard.words, heard.layer.branch, given[POSITIONS], _rows_of(heard))
     return given
-
-
-def _positions(value: ir.Value, heard: Heard) -> ir.Value:
-    """Positions of all tokens, `[rows, positions]`; those of a past are the ones before the first of the call's."""
-    # One row may stand for all of them, and the network's mask counts rows by this input.
-    own: Value = heard.plain(value) + SYMBOLS.zeros_like(_rows_of(heard))
-    earlier = heard.words.made.get(EARLIER)
-    if earlier is None:
-        return own.value
-    ones = SYMBOLS.ones_like(heard.plain(earlier))
-    before = SYMBOLS.clip(own[:, :1] + ones.cumsum(1) - ones.sum(1, True) - 1, 0, None)
-    every: Value = SYMBOLS.concat([before, own], axis=1)
-    return every.value
 
 
 def _rows_of(heard: Heard) -> Value:
     """A matrix of whole numbers, one for each of the call's own tokens."""
     ids = heard.words.input(TOKENS)
-    rows: Value = (heard.layer.x[..., 0] if ids is None else heard.plain(ids)).cast(np.int64)
+    rows: Value = (heard.layer.x[..., 0] if ids is None else plain(ids, heard.layer.branch)).cast(np.int64)
     return rows
 
 
