@@ -240,6 +240,17 @@ def test_masks_positions_and_embeddings(graph, made, tmp_path, close):
 
 
 @torch.no_grad()
+def test_blocks_in_any_order_and_without_names_of_nodes(graph, made, tmp_path, close):
+    model, folder = made("shared")
+    adapter, unnamed = ak.read(folder), ir.load(graph(llama))
+    for node in unnamed.graph:
+        node.name = ""
+    turned = adapter.replace(updates=dict(reversed(adapter.updates.items())), foreign=None)
+    ak.onnx.inject(unnamed, turned, tmp_path / "out.onnx", base_weights=saved("shared", tmp_path))
+    close(run(tmp_path / "out.onnx", input_ids=IDS), model(input_ids=IDS).logits, tolerance=1e-5)
+
+
+@torch.no_grad()
 def test_in_half_precision(graph, made, tmp_path):
     model, adapter = made("narrow")
     out = ak.onnx.inject(graph(llama, dtype=torch.float16), adapter, tmp_path / "out.onnx").out

@@ -81,12 +81,21 @@ def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
     """The targets with those first that hand a state on, as they follow each other in the graph.
 
     What they exchange is read by what the others put beside the layers inside them.
+
+    Raises:
+        Unsupported: one of those is not in the graph itself.
     """
     moving = [place for place in found if any(getattr(update, "moves_input", False) for update in place.updates)]
     if not moving:
         return list(found)
-    at = {node.name: position for position, node in enumerate(graph)}
-    return [*sorted(moving, key=lambda place: at.get(place.nodes[0], -1)), *(p for p in found if p not in moving)]
+    at = {node: position for position, node in enumerate(graph)}
+    places: dict[Found, int] = {}
+    for place in moving:
+        if place.last is None or place.last not in at:
+            why = "a state that is handed on in a graph inside a node"
+            raise Unsupported(why, where=str(place.asked), cure=_KEEP)
+        places[place] = at[place.last]
+    return [*sorted(moving, key=lambda place: places[place]), *(place for place in found if place not in places)]
 
 
 def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
@@ -233,6 +242,8 @@ def _insert(layer: Any, new: ir.Value, branch: Branch) -> None:
     """What a law makes of a layer's input and output takes their places; what nothing reads any more goes."""
     last = layer.end.producer()
     if layer.moved is not None:
+        if any(use.node.graph is not layer.node.graph for use in layer.x.value.uses() if use.node.graph is not None):
+            raise Unsupported("a block whose input a graph inside a node reads", where=branch.name, cure=_KEEP)
         before(layer.outlet.nodes, layer.x.value, layer.moved.value, branch)
     behind(layer.end, new, branch)
     if not layer.call.shadow.hand_on(new):

@@ -90,10 +90,16 @@ class Found:
         return (next((update.channels for update in self.updates if update.channels is not None), 0),) * 2
 
     @property
+    def last(self) -> ir.Node | None:
+        """Its node; of a module, the last one."""
+        if self.spots:
+            return self.spots[0].node
+        return None if self.outlet is None or self.outlet.end is None else self.outlet.end.producer()
+
+    @property
     def nodes(self) -> list[str]:
         """The names of its nodes; of a module, that of the last one."""
-        last = None if self.outlet is None or self.outlet.end is None else self.outlet.end.producer()
-        return [spot.node.name or "" for spot in self.spots] or [(last.name or "") if last is not None else ""]
+        return [spot.node.name or "" for spot in self.spots] or [(self.last and self.last.name) or ""]
 
     def record(self) -> dict[str, Any]:
         """As plain data."""
