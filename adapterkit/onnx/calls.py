@@ -15,12 +15,12 @@ import onnx_ir as ir
 
 from ..errors import Unsupported, UsageError
 from .building import Building
-from .every_token import CALL, EARLIER, TOKENS, every_token, first_axis, last_columns, plain, whole_numbers
+from .every_token import CALL, EARLIER, TOKENS, every_token, first_axis, last_columns, whole_numbers
 from .first_pass import first_pass
 from .layers import Layer
 from .shadows import SHADOW, Shadows, State
 from .symbols import SYMBOLS
-from .values import Value
+from .values import Value, plain
 
 TASKS, LAST = "task_ids", "hidden_states"
 

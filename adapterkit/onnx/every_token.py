@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Unsupported
-from .building import Branch, element_type
+from .building import Branch
 from .past import past_inputs
 from .symbols import SYMBOLS
-from .values import Value
+from .values import Value, plain
 
 if TYPE_CHECKING:
     from .calls import Words
@@ -24,12 +24,6 @@ TOKENS, EMBEDS, MASK, POSITIONS = CALL = ("input_ids", "inputs_embeds", "attenti
 
 EARLIER = "past_input_ids"
 """The input of the tokens that a graph's past keys and values are of, where a law reads all tokens."""
-
-
-def plain(value: ir.Value, branch: Branch) -> Value:
-    """A value of the graph in the words of formulas."""
-    sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
-    return Value(branch, sizes, element_type(value), value)
 
 
 def whole_numbers(value: ir.Value, branch: Branch) -> ir.Value:

@@ -13,10 +13,11 @@ import onnx_ir as ir
 from ..errors import Unsupported, UsageError
 from .building import Branch, element_type
 from .copies import Copies, between, copied
-from .every_token import MASK, POSITIONS, TOKENS, every_position, every_token, of_call, plain
+from .every_token import MASK, POSITIONS, TOKENS, every_position, every_token, of_call
 from .layers import MatMul
 from .past import past_inputs
 from .resolving import spots_of
+from .values import plain
 
 if TYPE_CHECKING:
     from .calls import Words

@@ -76,33 +76,32 @@ class Layer:
         return self.node.outputs[0]
 
     @classmethod
+    def operand_of(cls, node: ir.Node) -> ir.Value:
+        """The weight of a layer, as its node takes it."""
+        found = node.inputs[cls.position]
+        assert found is not None
+        return found
+
+    @classmethod
     def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
         """The sizes of the weight, its axes in the node's order."""
-        operand = node.inputs[cls.position]
-        assert operand is not None
-        return shape_of(operand)
+        return shape_of(cls.operand_of(node))
 
     @classmethod
     def held(cls, node: ir.Node) -> Array:
         """The weight's numbers, its axes in the node's order."""
-        operand = node.inputs[cls.position]
-        assert operand is not None
-        return numbers(operand)
+        return numbers(cls.operand_of(node))
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
         """`held`, for when the node is no longer what it was."""
-        operand = node.inputs[cls.position]
-        assert operand is not None
-        copy = held_apart(operand)
+        copy = held_apart(cls.operand_of(node))
         return lambda: numbers(copy)
 
     @property
     def operand(self) -> ir.Value:
         """The weight, as the node takes it."""
-        found = self.node.inputs[self.position]
-        assert found is not None
-        return found
+        return self.operand_of(self.node)
 
     @property
     def dtype(self) -> np.dtype[Any]:

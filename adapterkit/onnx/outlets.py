@@ -15,12 +15,12 @@ import onnx_ir as ir
 
 from ..adapter import Target
 from ..errors import Unsupported
-from .building import Branch, element_type
+from .building import Branch
 from .copies import Copies, between, copied
 from .modules import Module, module_at
 from .operands import is_constant
 from .sizes import Unsayable
-from .values import Value
+from .values import Value, plain
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,7 +145,7 @@ class Ended:
         if layer is None:
             assert outlet.end is not None
             self.end = branch.building.now(outlet.end)
-            self.y = self._value(self.end)
+            self.y = plain(self.end, self.branch)
             self.x = self._read()
             self.node, self.channel = self.end.producer(), -1
         else:
@@ -188,11 +188,11 @@ class Ended:
 
     def hidden(self, x: Value) -> Value:
         y, own = self(x), self.outlet.hidden
-        return y if own is None else self._value(self.branch.building.now(own))
+        return y if own is None else plain(self.branch.building.now(own), self.branch)
 
     def residual(self, x: Value) -> Value | None:
         found = self.outlet.residual
-        return None if found is None else self._value(self.branch.building.now(found))
+        return None if found is None else plain(self.branch.building.now(found), self.branch)
 
     def norm(self, h: Value) -> Value:
         norm = self.outlet.norm
@@ -229,11 +229,7 @@ class Ended:
         found = self.outlet.read
         if found is None:
             return _Unread(self.branch, None, self.y.dtype)
-        return self._value(self.branch.building.now(found))
-
-    def _value(self, value: ir.Value) -> Value:
-        sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
-        return Value(self.branch, sizes, element_type(value), value)
+        return plain(self.branch.building.now(found), self.branch)
 
 
 class _Unread(Value):

@@ -55,17 +55,13 @@ class Recurrent(Layer):
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        operand, order = node.inputs[cls.position], np.argsort(GATES[node.op_type])
-        assert operand is not None
-        copy = held_apart(operand)
+        copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
         return lambda: _reordered(numbers(copy)[cls.direction], order)
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
         """Makes the stacked tensor with this direction's weight, as torch has it, changed; in float64."""
-        operand, order = node.inputs[cls.position], np.array(GATES[node.op_type])
-        assert operand is not None
-        copy = held_apart(operand)
+        copy, order = held_apart(cls.operand_of(node)), np.array(GATES[node.op_type])
 
         def make() -> Array:
             stacked: Array = numbers(copy).astype(np.float64)

@@ -157,7 +157,7 @@ def spots_of(model: ir.Model) -> list[Spot]:
     spots = []
     for node in nodes_of(model):
         for kind in kinds_of(node):
-            stored = tuple(sources(operand_of(node, kind)))
+            stored = tuple(sources(kind.operand_of(node)))
             spots.append(Spot(node, kind, _names(node, kind, stored), _seen(node, kind), stored))
     return spots
 
@@ -175,13 +175,6 @@ def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
     """The shape of a layer's weight in the view of formulas."""
     first, second, *rest = kind.held_shape(node)
     return (second, first, *rest) if kind.turns(node) else (first, second, *rest)
-
-
-def operand_of(node: ir.Node, kind: type[Layer]) -> ir.Value:
-    """The weight of a layer, as its node takes it."""
-    value = node.inputs[kind.position]
-    assert value is not None
-    return value
 
 
 def _names(node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value]) -> dict[str, tuple[str, ...]]:

@@ -29,7 +29,6 @@ from .every_token import (
     every_position,
     every_token,
     of_call,
-    plain,
     whole_numbers,
 )
 from .modules import module_at, modules_of
@@ -37,7 +36,7 @@ from .operands import input_behind
 from .past import past_inputs
 from .resolving import spots_of
 from .sizes import Sizes
-from .values import Value
+from .values import Value, plain
 
 if TYPE_CHECKING:
     from .calls import Heard, Words
