@@ -16,7 +16,14 @@ import pytest
 import torch
 from peft_cases import gpt2, llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)  # fmt: skip
 
 import adapterkit as ak
 from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError
@@ -42,6 +49,19 @@ def deep():
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
 
 
+def gemma():
+    """Embeddings are multiplied in their module, and layers see windows of two lengths."""
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3, "head_dim": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, sliding_window=3))
+
+
+def opt():
+    """The blocks are in the body's decoder."""
+    sizes = {"vocab_size": 20, "hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 12, "max_position_embeddings": 16}
+    return OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
+
+
 def small():
     """The model of the vectors."""
     sizes = {"vocab_size": 9, "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1}
@@ -62,6 +82,8 @@ CASES = {
     "narrow": (llama, shadow(**SMALL, modules_to_save=["lm_head"])),
     "gpt-2": (gpt2, shadow(shadow_hidden_size=4)),
     "one head": (one_head, shadow()),
+    "gemma": (gemma, shadow()),
+    "opt": (opt, shadow()),
     "deep": (deep, shadow(shadow_alpha=0.3)),
 }
 
