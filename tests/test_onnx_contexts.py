@@ -136,6 +136,12 @@ def test_what_context_refuses(base, tmp_path):
         adapter = ak.Adapter({ak.Target(target): (ak.METHODS["prompt"](P=torch.randn(2, dim)),)})
         with pytest.raises(error, match=match):
             ak.onnx.inject(path, adapter, out)
+    config = transformers.BertConfig.from_pretrained(tmp_path / "bert", is_decoder=True)
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "decoder")
+    path = ak.onnx.export_pretrained(tmp_path / "decoder", tmp_path / "past", check=False).out
+    adapter = ak.Adapter({ak.Target("bert.embeddings"): (ak.METHODS["prompt"](P=torch.randn(2, 32)),)})
+    with pytest.raises(Unsupported, match="whose past goes on without them"):
+        ak.onnx.inject(path, adapter, out)
     assert not out.exists()
 
 

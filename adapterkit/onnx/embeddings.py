@@ -20,6 +20,7 @@ from .copies import between
 from .inserting import before, behind
 from .modules import Module, module_at
 from .operands import input_behind
+from .past import past_inputs
 from .resolving import Spot, spots_of
 from .symbols import SYMBOLS
 from .values import plain
@@ -83,7 +84,7 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
     Raises:
         TargetNotFound: the module embeds no tokens, or gives no one value as wide.
         ShapeMismatch: they are of another width.
-        Unsupported: the graph does not show how positions are counted.
+        Unsupported: the graph does not show how positions are counted, or has a past, whose tokens they would count.
     """
     where = str(target)
     module = module_at(building.model, target.path, where)
@@ -95,6 +96,9 @@ def with_tokens_behind(target: Target, more: Array, building: Building) -> str:
     branch = Branch(building, f"adapterkit/{target}")
     new = new_tokens(tokens[0], more, target, branch)
     counted = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is None]
+    if past_inputs(building.model.graph):
+        why = "tokens behind the embeddings of a decoder, whose past goes on without them"
+        raise Unsupported(why, where=where, cure="Export the model without past keys and values")
     if not counted:
         why = "a module whose positions are no row of a table that the graph counts itself"
         raise Unsupported(why, where=where, cure="Attach it to the torch model")
