@@ -177,6 +177,11 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     return StorageError(reason, path=path, cure=_CURES.get(error.errno or 0, "Check the disk and its file system"))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says; its kind, where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, among: Iterable[str], count: int = 3) -> str:
     """Words that name the closest of `among`, for the cure of an error; empty when none is close."""
     import difflib

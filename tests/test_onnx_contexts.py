@@ -127,4 +127,57 @@ def test_what_context_refuses(base, tmp_path):
         ak.onnx.inject(path, of("prefix", P=torch.randn(3, 2, 2, 4, 8)), out)
     with pytest.raises(TargetNotFound, match="no embedding of tokens"):
         ak.onnx.inject(path, of("prompt", P=torch.randn(2, 8)), out)
+    encoder("Bert").save_pretrained(tmp_path / "bert")
+    path = ak.onnx.export_pretrained(tmp_path / "bert", tmp_path / "graph", check=False).out
+    for error, match, target, dim in (
+        (ShapeMismatch, "embeddings of 8; the graph's have 32", "embeddings", 8),
+        (TargetNotFound, "0 embeddings of the graph's tokens in the module encoder", "encoder", 32),
+    ):
+        adapter = ak.Adapter({ak.Target(target): (ak.METHODS["prompt"](P=torch.randn(2, dim)),)})
+        with pytest.raises(error, match=match):
+            ak.onnx.inject(path, adapter, out)
+    config = transformers.BertConfig.from_pretrained(tmp_path / "bert", is_decoder=True)
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path / "decoder")
+    path = ak.onnx.export_pretrained(tmp_path / "decoder", tmp_path / "past", check=False).out
+    adapter = ak.Adapter({ak.Target("bert.embeddings"): (ak.METHODS["prompt"](P=torch.randn(2, 32)),)})
+    with pytest.raises(Unsupported, match="whose past goes on without them"):
+        ak.onnx.inject(path, adapter, out)
     assert not out.exists()
+
+
+def encoder(kind):
+    """An encoder that adds positions to its tokens, and what gives a row its positions."""
+    sizes = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 24, "pad_token_id": 1}
+    sizes |= {"embedding_size": 32} if kind == "Electra" else {}
+    torch.manual_seed(1)
+    return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra"])
+def test_a_soft_prompt_behind_embeddings_with_positions(kind, tmp_path, close):
+    model, P = encoder(kind), torch.randn(COUNT, 32)
+    model.save_pretrained(tmp_path / "base")
+    graph = ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "graph").out
+    adapter = ak.Adapter({ak.Target("embeddings"): (ak.METHODS["prompt"](P=P),)})
+    report = ak.onnx.inject(graph, adapter, tmp_path / "graph" / "out.onnx")
+    assert report.difference == 0
+    assert "positions of the others do not count" in report.note
+    ids, mask = torch.tensor([[5, 9, 2, 33], [7, 4, 1, 1]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    live = encoder(kind)
+    ak.torch.inject(live, adapter)
+    wanted = live(input_ids=ids, attention_mask=mask).last_hidden_state
+    front = torch.arange(WORDS, WORDS + COUNT)[None].expand(2, -1)
+    full = torch.cat((torch.ones_like(front), mask), 1)
+    given = {"input_ids": torch.cat((front, ids), 1), "attention_mask": full, "token_type_ids": torch.zeros_like(full)}
+    session = ak.onnx.Session(report.out)
+    arrays = {entry: given[entry].numpy() for entry in session.inputs}
+    got = torch.tensor(session.run(arrays)["last_hidden_state"])
+    close(got[full.bool()], wanted[full.bool()], tolerance=1e-5)
+    plain = {**arrays, "input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+    plain = {entry: array[:, : ids.shape[1]] for entry, array in plain.items()}
+    for one, other in zip(session.run(plain).values(), ak.onnx.Session(graph).run(plain).values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    ak.onnx.eject(report.out, tmp_path / "graph" / "back.onnx")
+    assert (tmp_path / "graph" / "back.onnx").read_bytes() == graph.read_bytes()

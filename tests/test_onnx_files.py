@@ -6,15 +6,17 @@ import os
 import numpy as np
 import onnx
 import onnx_graphs as graphs
+import onnx_ir
 import pytest
 import torch
 from command_line import run
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
+from safetensors.torch import save_file
 
 import adapterkit as ak
-from adapterkit.errors import CheckFailed, Malformed, Unsupported, UsageError
-from adapterkit.onnx import checking, model_file, oracle
+from adapterkit.errors import CheckFailed, Malformed, TargetNotFound, Unsupported, UsageError
+from adapterkit.onnx import checking, model_file, oracle, rounding
 
 X = np.random.default_rng(0).normal(size=(2, 20)).astype("f4")
 W, V = (np.random.default_rng(n).normal(size=(20, 20)).astype("f4") for n in (1, 2))
@@ -64,6 +66,88 @@ def test_several_data_files_become_one_without_a_byte_too_many(tmp_path):
     same(injected.out, wanted)
     stored = onnx.load(injected.out, load_external_data=False).graph.initializer
     assert {"one.data", "two.data"} <= {tensor.external_data[0].value for tensor in stored if tensor.external_data}
+
+
+def test_a_data_file_that_has_fewer_numbers_than_the_tensor(tmp_path):
+    path = saved(tmp_path / "base")
+    proto = onnx.load(path, load_external_data=False)
+    for length in ("0", "1599"):
+        for entry in proto.graph.initializer[0].external_data:
+            entry.value = length if entry.key == "length" else entry.value
+        path.write_bytes(proto.SerializeToString())
+        with pytest.raises(Malformed, match="makes no sense") as raised:
+            ak.onnx.inject(path, lora(), tmp_path / "base" / "out.onnx")
+        assert raised.value.where == "q.weight"
+    assert not (tmp_path / "base" / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("change", [ak.onnx.inject, ak.onnx.merge])
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, MemoryError])
+def test_what_could_not_be_checked_to_the_end_is_not_left(change, fault, tmp_path, monkeypatch):
+    path, out = saved(tmp_path / "base"), tmp_path / "out" / "out.onnx"
+    out.parent.mkdir()
+
+    def stops(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(checking, "_compared", stops)
+    with pytest.raises(fault):
+        change(path, lora(), out)
+    assert os.listdir(out.parent) == []
+    out.write_bytes(b"what was there")
+    with pytest.raises(fault):
+        change(path, lora(), out)
+    assert os.listdir(out.parent) == ["out.onnx"]
+    assert out.read_bytes() == b"what was there"
+
+
+def test_a_base_whose_names_begin_with_a_wrappers(tmp_path):
+    """Its numbers count all the same, equal ones and others."""
+    path, out = saved(tmp_path / "base"), tmp_path / "out.onnx"
+    for factor, names in ((1, ["model.q.weight"]), (-1, ["model.q.weight"]), (1, ["a.q.weight", "b.q.weight"])):
+        held = {name: torch.tensor(W.T * factor).contiguous() for name in names}
+        save_file(held, tmp_path / "base.safetensors")
+        if factor < 0:
+            with pytest.raises(TargetNotFound, match="holds other numbers"):
+                ak.onnx.inject(path, lora(), out, base_weights=tmp_path / "base.safetensors")
+        else:
+            ak.onnx.inject(path, lora(), out, base_weights=tmp_path / "base.safetensors", check=False)
+
+
+def test_outputs_that_no_number_is_far_from():
+    inf, nan = np.array([1, np.inf]), np.array([1, np.nan])
+    assert rounding.difference_of([inf, nan], [inf, nan]) == 0
+    for one, other in ((inf, -inf), (inf, nan), (nan, inf), (nan, nan[:1] + nan[:1]), (nan, np.ones(2))):
+        assert rounding.difference_of([one], [other]) == np.inf
+    assert rounding.difference_of([np.array([1.0, 2.5])], [np.array([1.0, 2.0])]) == 0.25
+
+
+def test_the_type_of_a_weight_that_no_node_tells(tmp_path):
+    """Of 16 bits, and reshaped before it is read: merged it is of 16 bits still."""
+    nodes = [
+        helper.make_node("Reshape", ["q.weight", "sizes"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"], "/q/MatMul"),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["n", 20]) for name in "xy")
+    held = {"q.weight": W.astype("f2").reshape(-1), "sizes": np.array([20, 20])}
+    stored = [numpy_helper.from_array(array, name) for name, array in held.items()]
+    opset = [helper.make_opsetid("", 18)]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], stored), opset_imports=opset, ir_version=10)
+    path = graphs.saved(model, tmp_path / "model.onnx")
+    for change in (ak.onnx.merge, ak.onnx.inject):
+        report = change(path, lora(), tmp_path / "out.onnx")
+        assert {tensor.data_type for tensor in onnx.load(report.out).graph.initializer} == {
+            TensorProto.FLOAT16, TensorProto.INT64,
+        }  # fmt: skip
+        assert report.difference < 3e-2
+
+
+def test_a_model_in_memory_that_is_larger_than_any_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_file, "LIMIT", 1 << 10)
+    model = onnx_ir.load(graphs.saved(graphs.built("matmul")[2], tmp_path / "model.onnx"))
+    model.graph.register_initializer(onnx_ir.Value(name="more", const_value=onnx_ir.tensor(W, name="more")))
+    with pytest.raises(Unsupported, match="more than 2 GB in memory"):
+        ak.onnx.inject(model, lora("0"), tmp_path / "out.onnx")
 
 
 def test_few_numbers_move_into_the_model_itself(tmp_path, monkeypatch):

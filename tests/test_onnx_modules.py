@@ -1,5 +1,6 @@
 """Adapters at modules of a graph: under onnxruntime they compute what the adapters library recorded."""
 
+import re
 from functools import cache
 
 import pytest
@@ -8,7 +9,6 @@ from safetensors.torch import load_file
 from test_adapterhub_vectors import FAULTY, FOLDERS, ROOT, model_of, read_folder
 
 import adapterkit as ak
-from adapterkit.errors import Unsupported
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning:(transformers|torch)")
 
@@ -40,6 +40,21 @@ def test_a_graph_computes_what_the_library_computed(folder, graphs, tmp_path, cl
 
 
 @pytest.mark.parametrize("name", sorted(BEHIND))
-def test_a_prompt_behind_several_embeddings_is_refused(name, graphs, tmp_path):
-    with pytest.raises(Unsupported, match="masks and positions are made for the input's own"):
-        ak.onnx.inject(graphs("bert"), read_folder(ROOT / name), tmp_path / "out.onnx")
+def test_a_prompt_behind_several_embeddings(name, graphs, tmp_path, close):
+    """Its tokens are numbered behind the vocabulary; the mask counts them, positions do not."""
+    forward, adapter = load_file(ROOT / name / "forward.safetensors"), read_folder(ROOT / name)
+    y, ids = forward.pop("y"), forward["input_ids"]
+    report = ak.onnx.inject(graphs("bert"), adapter, tmp_path / "out.onnx")
+    first, last = map(int, re.search(r"tokens (\d+) to (\d+)", report.note).groups())
+    front = torch.arange(first, last + 1)[None].expand(len(ids), -1)
+    mask = torch.cat((torch.ones_like(front), forward.get("attention_mask", torch.ones_like(ids))), 1)
+    kinds = forward.get("token_type_ids", torch.zeros_like(ids))
+    words = {
+        "input_ids": torch.cat((front, ids), 1), "attention_mask": mask,
+        "token_type_ids": torch.cat((torch.zeros_like(front), kinds), 1),
+    }  # fmt: skip
+    session = ak.onnx.Session(report.out)
+    got = torch.tensor(session.run({name: words[name].numpy() for name in session.inputs})["last_hidden_state"])
+    close(got[mask.bool()], y[mask.bool()], tolerance=1e-5)
+    ak.onnx.eject(report.out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == graphs("bert").read_bytes()

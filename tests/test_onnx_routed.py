@@ -3,6 +3,7 @@
 import copy
 import os
 from functools import cache
+from itertools import pairwise
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -204,20 +205,26 @@ CLASSIFIERS = {
 }
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("case", CLASSIFIERS)
-def test_xlora_reads_a_first_pass(case, experts, graphs, tmp_path, close):
+def xlora(case, experts, folder):
+    """PEFT's model, and its file whole."""
     named = {str(position): str(path) for position, path in enumerate(experts)}
     config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=8, xlora_size=5, adapters=named, **CLASSIFIERS[case])
     torch.manual_seed(3)
     model = peft.get_peft_model(copy.deepcopy(base(llama)), config).eval()
     for parameter in model.base_model.internal_xlora_classifier.parameters():
         parameter.copy_(torch.randn_like(parameter))
-    model.save_pretrained(str(tmp_path / "router"))
+    model.save_pretrained(str(folder))
     # Its own saving loses layers of the classifier.
     state = {f"base_model.{n.partition('base_model.')[2]}": t for n, t in model.state_dict().items()}
     kept = {name: t for name, t in state.items() if "internal_xlora_classifier" in name}
-    save_file(kept, tmp_path / "router" / "adapter_model.safetensors", {"format": "pt"})
+    save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CLASSIFIERS)
+def test_xlora_reads_a_first_pass(case, experts, graphs, tmp_path, close):
+    model = xlora(case, experts, tmp_path / "router")
     router, out = ak.read(tmp_path / "router"), tmp_path / "out.onnx"
     if case == "layerwise":
         with pytest.raises(Unsupported, match="order is that of the torch model"):
@@ -237,22 +244,46 @@ def test_a_first_pass_needs_a_graph_that_shows_it(graphs, tmp_path):
     adapter, out = ak.Adapter({ak.Target("model.layers.0.self_attn.q_proj"): (update,)}), tmp_path / "out.onnx"
     with pytest.raises(UsageError, match="no value nowhere"):
         ak.onnx.inject(graphs(llama), adapter, out, call={"hidden_states": "nowhere"})
-    base(llama).save_pretrained(tmp_path / "base")
-    past = ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "graph", check=False).out
-    with pytest.raises(Unsupported, match="past keys and values were computed with it"):
-        ak.onnx.inject(past, adapter, out)
+    with pytest.raises(UsageError, match="no input nowhere"):
+        ak.onnx.inject(graphs(llama), adapter, out, call={"input_ids": "nowhere"})
     assert not out.exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["one layer", "best two"])
+def test_xlora_behind_a_past(case, experts, tmp_path, close):
+    """Step by step what PEFT computes of all tokens at once."""
+    model = xlora(case, experts, tmp_path / "router")
+    base(llama).save_pretrained(tmp_path / "base")
+    path = ak.onnx.export_pretrained(tmp_path / "base", tmp_path / "graph", check=False).out
+    report = ak.onnx.inject(path, tmp_path / "router", tmp_path / "graph" / "out.onnx", experts=experts)
+    assert "past_input_ids takes the tokens" in report.note
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
+    for own in (torch.ones_like(mask), mask):
+        positions = (own.cumsum(-1) - 1).clamp(min=0)
+        wanted = model(input_ids=IDS, attention_mask=own, position_ids=positions, use_cache=False).logits
+        for cuts in ((0, 6), (0, 4, 6), (0, 1, 2, 5, 6)):
+            got = in_steps(ak.onnx.Session(report.out), cuts, own, positions)
+            close(got[own.bool()], wanted[own.bool()], tolerance=1e-5)
+    ak.onnx.eject(report.out, tmp_path / "graph" / "back.onnx")
+    assert (tmp_path / "graph" / "back.onnx").read_bytes() == path.read_bytes()
+
+
+def in_steps(session, cuts, mask, positions):
+    """Logits of all tokens, each run going on with the past of the one before."""
+    past, got = {name: np.zeros((3, 1, 0, 4), "f4") for name in session.inputs if name.startswith("past_key")}, []
+    for start, stop in pairwise(cuts):
+        feeds = {
+            "input_ids": IDS[:, start:stop], "past_input_ids": IDS[:, :start], "attention_mask": mask[:, :stop],
+            "position_ids": positions[:, start:stop],
+        }  # fmt: skip
+        told = session.run({**{name: tensor.numpy() for name, tensor in feeds.items()}, **past})
+        past = {name: told[name.replace("past_key_values", "present")] for name in past}
+        got.append(torch.tensor(told["logits"]))
+    return torch.cat(got, 1)
 
 
 def test_what_routed_laws_refuse_as_slots(graphs, tmp_path):
     trained(llama, lora(alora_invocation_tokens=[3, 4]), tmp_path / "adapter")
     with pytest.raises(Unsupported, match="whose law asks the model's call for input_ids"):
         ak.onnx.inject(graphs(llama), tmp_path / "adapter", tmp_path / "out.onnx", mode="slots")
-
-
-def test_a_network_beside_the_model_is_refused(graphs, tmp_path):
-    made = {"in": (3, 8), "in_bias": (3,), "out": (8, 3), "out_bias": (8,)}
-    parts = {f"{name}_{end}": torch.randn(size) for name in ("transform", "gate") for end, size in made.items()}
-    update = ak.METHODS["shadow"](down=torch.randn(2, 8), up=torch.randn(8, 2), network=torch.randn(4), **parts)
-    with pytest.raises(Unsupported, match="second network, which runs beside the model"):
-        ak.onnx.inject(graphs(llama), ak.Adapter({ak.Target("model.layers.0"): (update,)}), tmp_path / "out.onnx")

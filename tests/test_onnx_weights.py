@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -53,6 +54,17 @@ def flat():
     """What the command line calls."""
     torch.manual_seed(4)
     return Flat(), (torch.randn(3, 64),), {"input_names": ["x"], "output_names": ["y"]}
+
+
+def told():
+    """What tells an operator set, and a size that is open."""
+    model, args, names = flat()
+    return model, args, {**names, "opset": 19, "dynamic_shapes": ({0: torch.export.Dim("rows")},)}
+
+
+def unchecked():
+    """What would leave out what its caller asked for."""
+    return *flat()[:2], {"check": False}
 
 
 def adapter(seed=1, rank=2):
@@ -157,6 +169,17 @@ def test_weights_stay_in_the_files_of_the_base(kind, tmp_path, close):
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+def test_weights_that_torch_holds_turned_are_shared(tmp_path):
+    model = net()
+    model.up.weight = nn.Parameter(model.up.weight.detach().T.contiguous().T)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "head.weight"}
+    save_file(state, tmp_path / "model.safetensors")
+    report = ak.onnx.export(model, (IDS,), tmp_path / "out.onnx", share=tmp_path, input_names=["x"])
+    stored = {i.name: bool(i.external_data) for i in onnx.load(report.out, load_external_data=False).graph.initializer}
+    assert stored["up.weight"]
+    assert report.difference < 1e-5
+
+
 def test_where_shared_weights_may_lie(tmp_path):
     model, other = net(), tmp_path / "other"
     other.mkdir()
@@ -184,6 +207,10 @@ def test_in_sixteen_bits(tmp_path):
     got = next(iter(ak.onnx.Session(half.out).run({"x": IDS.numpy()}).values()))
     assert got.dtype == np.float16
     np.testing.assert_allclose(got, wanted, atol=2e-2 * abs(wanted).max())
+    plain = ak.onnx.export(net().half(), (IDS,), tmp_path / "plain.onnx", input_names=["x"]).out
+    beside = ak.onnx.inject(plain, adapter(), tmp_path / "beside.onnx")  # The weight's own type is behind a Transpose.
+    assert beside.difference < 3e-2
+    np.testing.assert_allclose(graphs.run(beside.out, IDS), wanted, atol=2e-2 * abs(wanted).max())
     brief = ak.onnx.export(net().bfloat16(), (IDS,), tmp_path / "brief.onnx", adapter=adapter())
     kinds = {i.data_type for i in onnx.load(brief.out).graph.initializer}
     assert onnx.TensorProto.BFLOAT16 in kinds
@@ -222,3 +249,49 @@ def test_the_command_line_exports_any_module(tmp_path, monkeypatch):
         ak.onnx.export_factory(maker, tmp_path / "none", weights=tmp_path / "bad.safetensors")
     with pytest.raises(StorageError):
         ak.onnx.export_factory(maker, tmp_path / "out")
+
+
+def test_what_a_function_tells_of_its_module_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(__file__))
+    done = run("export", "--model", "test_onnx_weights:told", "-o", tmp_path / "told")
+    assert done.exit_code == 0, done
+    proto = onnx.load(tmp_path / "told" / "model.onnx")
+    assert [entry.version for entry in proto.opset_import if not entry.domain] == [19]
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "rows"
+    done = run("export", "--model", "test_onnx_weights:told", "-o", tmp_path / "asked", "--opset", "20")
+    assert [e.version for e in onnx.load(tmp_path / "asked" / "model.onnx").opset_import if not e.domain] == [20]
+    done = run("export", "--model", "test_onnx_weights:unchecked", "-o", tmp_path / "none")
+    assert done.exit_code == 2
+    assert "tells check" in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_with_weights_that_no_export_wrote_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(__file__))
+    maker, out = "test_onnx_weights:flat", tmp_path / "out"
+    ak.onnx.export_factory(maker, out, adapter={"one": adapter()}, mode="slots")
+    ak.onnx.export_factory(maker, out, overwrite=True)
+    assert sorted(os.listdir(out)) == ["model.onnx"]
+    (out / "model.safetensors").write_bytes(b"the base's own")
+    with pytest.raises(StorageError, match=r"holds model\.safetensors, which no export wrote"):
+        ak.onnx.export_factory(maker, out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == b"the base's own"
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(__file__))
+    out = tmp_path / "out"
+    ak.onnx.export_factory("test_onnx_weights:flat", out)
+    before = (out / "model.onnx").read_bytes()
+    rename = Path.rename
+
+    def fails(self, target):
+        if Path(target) == out and self.name != "old":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(StorageError, match=r"[Nn]o space"):
+        ak.onnx.export_factory("test_onnx_weights:flat", out, overwrite=True)
+    assert (out / "model.onnx").read_bytes() == before
+    assert os.listdir(tmp_path) == ["out"]

@@ -24,7 +24,10 @@ from ._writing import refuse_place
     "--mode", type=click.Choice(["constant", "slots"]), default="constant", show_default=True,
     help="Write the adapter into the graph, or make its tensors inputs that may be left out.",
 )  # fmt: skip
-@click.option("--base-weights", metavar="DIR", help="Weights of the base: finds layers whose names are lost.")
+@click.option(
+    "--base-weights", metavar="DIR",
+    help="Weights of the base: finds layers whose names are lost. Its config.json tells what a network like it is.",
+)  # fmt: skip
 @click.option(
     "--call", "words", metavar="WORD=NAME", multiple=True,
     help="What a law asks of the model's call: the value of the graph that it is, or task_ids=N, the task of all rows.",

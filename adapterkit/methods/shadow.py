@@ -23,6 +23,7 @@ class Shadow(OutputUpdate):
     paper = "https://huggingface.co/docs/peft/package_reference/shadow"
     acts_on = "each token by what a network beside the model makes of it"
     asks = ("shadow",)
+    moves_input = True
 
     down: Tensor = tensor("r hidden")
     up: Tensor = tensor("hidden r")

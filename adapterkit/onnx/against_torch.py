@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import CheckFailed
-from .checking import MOST_NOISE, TOLERANCE, difference_of
 from .oracle import told_by_reference
+from .rounding import MOST_NOISE, TOLERANCE, difference_of, is_narrow, most_of_oracles
 from .tracing import quiet
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def compared_packed(packed: Path, plain: Path, examples: Sequence[Any]) -> float
     for example in examples:
         got, wanted = told_by(one, example), told_by(other, example)
         worst = max(worst, difference_of(got, wanted))
-        _judge(worst, TOLERANCE["V"] if _narrow(got) else MOST_NOISE, packed, None)
+        _judge(worst, most_of_oracles(got), packed, None)
     return worst
 
 
@@ -94,7 +94,7 @@ def _most(model: nn.Module, example: Any, wanted: Sequence[Any]) -> float:
 
     A model with a few large activations loses much of its precision in 16 bits, whichever way it is run.
     """
-    if not _narrow(wanted):
+    if not is_narrow(wanted):
         return MOST_NOISE
     args, kwargs = example
     with in_float32(model):
@@ -127,10 +127,6 @@ def _widened(tree: Any) -> Any:
         return leaf.float() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
     return tree_map(wide, tree)
-
-
-def _narrow(outputs: Sequence[Any]) -> bool:
-    return any(array.dtype.kind in "fV" and array.dtype.itemsize < 4 for array in outputs)
 
 
 def _judge(difference: float, most: float, out: Path, name: str | None) -> None:

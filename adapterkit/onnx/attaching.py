@@ -18,6 +18,7 @@ from ..updates import Additive, OutputUpdate, Update, WeightUpdate
 from .building import Branch, Building
 from .calls import Words
 from .fused import Attention, taken_apart
+from .inserting import before, behind
 from .layers import Layer, MatMul
 from .outlets import Ended
 from .parts import Slice, Turned
@@ -40,11 +41,12 @@ def attach(found: Sequence[Found], building: Building, slots: Any = None, words:
     """
     words = words or Words(building, [update for place in found for update in place.updates])
     apart: dict[ir.Node, ir.Node] = {}
-    for place in found:
+    for place in in_order(found, building.model.graph):
         for spot in place.spots:
             _attach(place, _apart(spot, building, apart), building, slots, words)
         if not place.spots:
             _attach(place, None, building, slots, words)
+    words.shadows.close()
 
 
 def _apart(spot: Spot, building: Building, apart: dict[ir.Node, ir.Node]) -> Spot:
@@ -66,12 +68,34 @@ def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, wor
     try:
         y = _output(seen, [_sayable(update, seen, branch, slots is None) for update in given], added=slots is not None)
         y = seen.around(layer.y, y) if isinstance(seen, Slice) else y
-    except Unsayable as error:
-        cure = "Inject it as constants" if slots is not None else "Merge it instead"
+    except (AttributeError, TypeError) as error:  # What arrays can do and values cannot, said so or not.
+        outer = any(isinstance(update, OutputUpdate) for update in place.updates)
+        cure = "Inject it as constants" if slots is not None else _KEEP if outer else "Merge it instead"
         raise Unsupported(f"no graph says this: {error}", where=str(place.asked), cure=cure) from None
     except AdapterkitError as error:
         raise error.at(where=str(place.asked)) from None
     _insert(layer, y.value, branch)
+
+
+def in_order(found: Sequence[Found], graph: ir.Graph) -> list[Found]:
+    """The targets with those first that hand a state on, as they follow each other in the graph.
+
+    What they exchange is read by what the others put beside the layers inside them.
+
+    Raises:
+        Unsupported: one of those is not in the graph itself.
+    """
+    moving = [place for place in found if any(getattr(update, "moves_input", False) for update in place.updates)]
+    if not moving:
+        return list(found)
+    at = {node: position for position, node in enumerate(graph)}
+    places: dict[Found, int] = {}
+    for place in moving:
+        if place.last is None or place.last not in at:
+            why = "a state that is handed on in a graph inside a node"
+            raise Unsupported(why, where=str(place.asked), cure=_KEEP)
+        places[place] = at[place.last]
+    return [*sorted(moving, key=lambda place: places[place]), *(place for place in found if place not in places)]
 
 
 def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
@@ -148,11 +172,13 @@ def _wide(leaf: Any) -> Any:
 
 def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Update:
     """The update itself where nodes can say its formula, else the dense one that it is at this weight."""
+    if isinstance(update, OutputUpdate):
+        return update
     before = len(branch.nodes)
     try:
         _output(layer, [update])
-    except (AttributeError, TypeError) as error:  # What arrays can do and values cannot, said so or not.
-        if not constant or isinstance(update, OutputUpdate):
+    except (AttributeError, TypeError) as error:
+        if not constant:
             raise Unsayable(str(error)) from error
         return _worked_out(update, layer)
     finally:
@@ -213,32 +239,18 @@ def _output(layer: Any, updates: Sequence[Update], added: bool = False) -> Value
 
 
 def _insert(layer: Any, new: ir.Value, branch: Branch) -> None:
-    """The branch's nodes go behind the layer's last one; whoever read its output reads what they compute."""
-    old, last = layer.end, layer.end.producer()
-    assert last is not None
-    nodes = branch.only_for([new])
-    if not nodes:
-        return
-    own = {id(node) for node in nodes}
-    branch.building.moved[old] = new
-    for use in list(old.uses()):
-        if id(use.node) not in own:
-            use.node.replace_input_with(use.idx, new)
-    graph = last.graph
-    assert graph is not None
-    graph.insert_after(last, nodes)
-    if old.is_graph_output():
-        rename_output(graph, old, new, branch)
-    new.shape = new.shape or old.shape
+    """What a law makes of a layer's input and output takes their places; what nothing reads any more goes."""
+    last = layer.end.producer()
+    if layer.moved is not None:
+        if any(use.node.graph is not layer.node.graph for use in layer.x.value.uses() if use.node.graph is not None):
+            raise Unsupported("a block whose input a graph inside a node reads", where=branch.name, cure=_KEEP)
+        before(layer.outlet.nodes, layer.x.value, layer.moved.value, branch)
+    behind(layer.end, new, branch)
+    if not layer.call.shadow.hand_on(new):
+        branch.close()
     for node in dict.fromkeys((last, layer.node)):
         if not any(out.uses() or out.is_graph_output() for out in node.outputs):
-            graph.remove(node, safe=True)
+            node.graph.remove(node, safe=True)
 
 
-def rename_output(graph: Any, old: ir.Value, new: ir.Value, branch: Branch) -> None:
-    """A graph's output keeps its name."""
-    for position, value in enumerate(graph.outputs):
-        if value is old:
-            graph.outputs[position] = new
-    name, old.name = old.name, branch.building.name(f"{branch.name}/base")
-    new.name, new.shape, new.type = name, old.shape, old.type
+_KEEP = "Keep it in the torch model"

@@ -18,6 +18,7 @@ from ..errors import ShapeMismatch, Unsupported
 from ..tensors.lazy import as_array
 from ..updates import ContextUpdate
 from .building import Branch, Building, element_type
+from .inserting import before
 from .modules import Module, module_at
 from .operands import is_constant, shape_of
 from .symbols import SYMBOLS
@@ -103,7 +104,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     """
     at = attention_at(building.model, target)
     branch = Branch(building, f"adapterkit/{target}")
-    kind = element_type(at.mixed.outputs[0].dtype)
+    kind = element_type(at.mixed.outputs[0])
     pasts = [_past(update, at, branch, kind, target) for update in updates]
     past = pasts[0] if len(pasts) == 1 else SYMBOLS.concat([_of_rows(each, at, branch) for each in pasts], axis=3)
     _check_width(past, at, target)
@@ -111,13 +112,11 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     values = past[:, 1] * _ones(at, branch, kind)
     joined = branch.node("Concat", [scores.value, at.softmax.inputs[0]], {"axis": -1}, kind, None)
     every = branch.node("Concat", [values.value, at.mixed.inputs[1]], {"axis": -2}, kind, None)
-    nodes, last = branch.only_for([joined, every]), every.producer()
-    graph = at.softmax.graph
-    assert graph is not None
-    graph.insert_before(at.softmax, [node for node in nodes if node is not last])
-    graph.insert_before(at.mixed, [node for node in nodes if node is last])
-    at.softmax.replace_input_with(0, joined)
-    at.mixed.replace_input_with(1, every)
+    for reader, position, new in ((at.softmax, 0, joined), (at.mixed, 1, every)):
+        old = reader.inputs[position]
+        assert old is not None
+        before([reader], old, new, branch)
+    branch.close()
 
 
 def _past(update: ContextUpdate, at: Attention, branch: Branch, kind: Any, target: Target) -> Value:
@@ -147,7 +146,7 @@ def _reads(update: ContextUpdate, at: Attention, branch: Branch, target: Target)
     if len(found) != 1:
         why = f"{len(found)} values of {width} channels enter the attention, where its gate looks at one"
         raise Unsupported(why, where=str(target), cure=_EXPORT)
-    return Value(branch, (None, None, width), element_type(found[0].dtype), branch.building.now(found[0]))
+    return Value(branch, (None, None, width), element_type(found[0]), branch.building.now(found[0]))
 
 
 def _of_rows(past: Value, at: Attention, branch: Branch) -> Value:
@@ -250,12 +249,7 @@ def _looks_up_positions(value: ir.Value | None) -> bool:
             continue
         seen.add(one)
         table = node.inputs[0] if node.op_type == "Gather" else None
-        if (
-            is_constant(table)
-            and table is not None
-            and element_type(table.dtype).kind in "fV"
-            and len(shape_of(table)) == 2
-        ):
+        if is_constant(table) and table is not None and element_type(table).kind in "fV" and len(shape_of(table)) == 2:
             return True
         left.extend(node.inputs)
     return False

@@ -51,7 +51,7 @@ class Building:
     def tensor(self, key: Any, wanted: str, make: Callable[[], Array]) -> ir.Value:
         """The initializer made from `key`; registered with the graph only where a node that stays reads it."""
         if key not in self.tensors:
-            array = np.ascontiguousarray(make())
+            array = np.asarray(make(), order="C")  # Unlike `ascontiguousarray` it leaves a number without axes.
             name = self.name(wanted)
             tensor = ir.Tensor(array, dtype=ir.DataType.from_numpy(array.dtype), name=name)
             self.tensors[key] = ir.Value(
@@ -121,21 +121,44 @@ class Branch:
         _disconnect(self.nodes[count:])
         del self.nodes[count:]
 
-    def only_for(self, results: Iterable[ir.Value]) -> list[ir.Node]:
-        """The nodes that the results need; the others are let go of."""
-        wanted, needed = {id(value) for value in results}, []
+    def waiting(self, results: Iterable[ir.Value]) -> list[ir.Node]:
+        """The nodes that the results need and that are in no graph yet, in order."""
+        wanted, needed = set(results), []
         for node in reversed(self.nodes):
-            if any(id(out) in wanted for out in node.outputs):
+            if any(out in wanted for out in node.outputs):
                 needed.append(node)
-                wanted |= {id(value) for value in node.inputs if value is not None}
-        kept = {id(node) for node in needed}
-        _disconnect([node for node in self.nodes if id(node) not in kept])
-        return needed[::-1]
+                wanted.update(value for value in node.inputs if value is not None)
+        return [node for node in reversed(needed) if node.graph is None]
+
+    def close(self) -> None:
+        """Lets go of its nodes; of those that no graph got, values too."""
+        _disconnect([node for node in self.nodes if node.graph is None])
+        self.nodes.clear()
 
 
-def element_type(dtype: ir.DataType | None) -> np.dtype[Any]:
-    """The numpy type of a graph's elements; float32 where the graph does not say."""
-    return np.dtype(np.float32) if dtype is None else dtype.numpy()
+KEEPS_TYPE = frozenset({"Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Concat", "Gather", "Mul"})
+"""Operators whose output has the type of their first input."""
+
+
+def element_type(value: ir.Value | None) -> np.dtype[Any]:
+    """The numpy type of a value's elements, or of those that it is made of; float32 where the graph does not say."""
+    while value is not None:
+        held = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
+        if held is not None:
+            return held.numpy()
+        node = value.producer()
+        if node is not None and node.op_type == "Cast":
+            return ir.DataType(node.attributes["to"].as_int()).numpy()
+        dequantized = node is not None and node.op_type == "DequantizeLinear"
+        value = (
+            node.inputs[int(dequantized)] if node is not None and (dequantized or node.op_type in KEEPS_TYPE) else None
+        )
+    return np.dtype(np.float32)
+
+
+def kind_of(value: ir.Value) -> ir.DataType:
+    """`element_type`, as graphs say it."""
+    return ir.DataType.from_numpy(element_type(value))
 
 
 def _disconnect(nodes: Sequence[ir.Node]) -> None:

@@ -7,24 +7,22 @@ the adapter, is computed by a copy of the nodes in front of the head. See `Outpu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ..errors import Unsupported, UsageError
-from .building import Building, element_type
+from .building import Building
+from .every_token import CALL, EARLIER, TOKENS, every_token, first_axis, last_columns, whole_numbers
 from .first_pass import first_pass
 from .layers import Layer
-from .past import past_inputs
+from .shadows import SHADOW, Shadows, State
 from .symbols import SYMBOLS
-from .values import Value
+from .values import Value, plain
 
-TOKENS, TASKS, MASK, LAST = "input_ids", "task_ids", "attention_mask", "hidden_states"
-
-EARLIER = "past_input_ids"
-"""The input of the tokens that a graph's past keys and values are of, where a law reads all tokens."""
+TASKS, LAST = "task_ids", "hidden_states"
 
 
 class Words:
@@ -34,25 +32,29 @@ class Words:
         building: the model, before anything of it is changed.
         updates: those that ask.
         told: word -> the name of a value of the graph; `task_ids`: or the task of all rows.
+        config: the `config.json` of the base, for laws with a network like it.
 
     Raises:
         UsageError: a word is told that no update asks for, or a value that is not there.
         Unsupported: a graph has no such word.
     """
 
-    def __init__(self, building: Building, updates: Iterable[Any], told: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, building: Building, updates: Iterable[Any], told: Mapping[str, Any] | None = None,
+        config: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
         self.building, self.told = building, dict(told or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
+        asked |= set(CALL) if asked & {SHADOW, LAST} else set()
         for word, value in self.told.items():
             if word not in asked:
                 raise UsageError(f"no update asks for {word}", where="call", cure=f"Asked for: {_listed(asked)}")
             if not isinstance(value, str) and not (word == TASKS and type(value) is int and value >= 0):
                 cure = "A word is the name of a value of the graph; task_ids may be the number of one task"
                 raise UsageError(f"{value!r} is no {word}", where=f"call: {word}", cure=cure)
-        self.hidden: ir.Value | None = None
-        if LAST in asked:
-            self.hidden = first_pass(building, self.told.get(LAST))
         self.made: dict[str, ir.Value] = {}
+        self.hidden = first_pass(self, self.told.get(LAST)) if LAST in asked else None
+        self.shadows = Shadows(self, config)
 
     @property
     def note(self) -> str:
@@ -94,11 +96,14 @@ class Heard:
 
     def __init__(self, words: Words, layer: Layer) -> None:
         self.words, self.layer = words, layer
+        self.shadow = State(words.shadows, self)
 
-    def __getitem__(self, word: str) -> Value:
+    def __getitem__(self, word: str) -> Any:
+        if word == SHADOW:
+            return self.shadow
         law = {TOKENS: self._tokens, TASKS: self._tasks, LAST: self._last}.get(word)
         if law is None:
-            why = f"its law asks for {word}, which is no value of a graph: {_WHY.get(word, 'no input tells it')}"
+            why = f"its law asks for {word}, which is no value of a graph: no input tells it"
             raise Unsupported(why, cure="Keep it in the torch model")
         return law()
 
@@ -108,15 +113,7 @@ class Heard:
         return None if value is None else self._mask(value)
 
     def _tokens(self) -> Value:
-        found = self.words.input(TOKENS)
-        if found is None:
-            cure = f"Tell its name: call={{{TOKENS!r}: NAME}}, --call {TOKENS}=NAME"
-            raise Unsupported(f"the graph has no input {TOKENS}", cure=cure)
-        ids = self._whole_numbers(found)
-        if not past_inputs(self.words.building.model.graph):
-            return self._value(ids)
-        earlier = self.words.new(EARLIER, [_first_axis(found), "past_tokens"])
-        return self._value(self.layer.branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None))
+        return self._value(every_token(self.words, self.layer.branch))
 
     def _value(self, ids: ir.Value) -> Value:
         return Value(self.layer.branch, (self._rows, None), np.int64, ids)
@@ -126,20 +123,13 @@ class Heard:
         rows: int | None = self.layer.x.shape[0]
         return rows
 
-    def _whole_numbers(self, value: ir.Value) -> ir.Value:
-        return self._plain(value).cast(np.int64).value
-
-    def _plain(self, value: ir.Value) -> Value:
-        sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
-        return Value(self.layer.branch, sizes, element_type(value.dtype), value)
-
     def _tasks(self) -> Value:
         told = self.words.told.get(TASKS)
         if isinstance(told, int):
             return self._for_all_rows(told)
         found = self.words.input(TASKS)
         given = self.words.building.model.graph.inputs[0]
-        value = self.words.new(TASKS, [_first_axis(given)]) if found is None else self._whole_numbers(found)
+        value = self.words.new(TASKS, [first_axis(given)]) if found is None else whole_numbers(found, self.layer.branch)
         return Value(self.layer.branch, (self._rows,), np.int64, value)
 
     def _for_all_rows(self, number: int) -> Value:
@@ -152,7 +142,7 @@ class Heard:
 
     def _last(self) -> Value:
         assert self.words.hidden is not None
-        hidden = self._plain(self.words.hidden)
+        hidden = plain(self.words.hidden, self.layer.branch)
         return Value(self.layer.branch, hidden.sizes, hidden.dtype, hidden.value).cast(self.layer.dtype)
 
     def _mask(self, value: ir.Value) -> Value | None:
@@ -162,7 +152,7 @@ class Heard:
             return None
         own = SYMBOLS.ones_like(y[..., 0]).cast(np.int64)
         # Of as many columns at most, so that both choices have one shape.
-        cut = self._last_columns(self._plain(value).cast(np.int64), own)
+        cut = last_columns(plain(value, self.layer.branch).cast(np.int64), own)
         chosen = self.layer.branch.node("Where", [self._alike(value, own), cut, own.value], None, np.int64, None)
         return Value(self.layer.branch, own.sizes, np.int64, chosen)
 
@@ -174,24 +164,6 @@ class Heard:
         every = node("ReduceMin", [same], {"keepdims": 0}, np.int64, ())
         return node("Cast", [every], {"to": int(ir.DataType.BOOL)}, bool, ())
 
-    def _last_columns(self, value: Value, own: Value) -> ir.Value:
-        node, literal = self.layer.branch.node, self.layer.branch.building.literal
-        one, most = (literal(np.array([number], dtype=np.int64)) for number in (1, np.iinfo(np.int64).max))
-        sizes = node("Shape", [own.value], None, np.int64, (2,))
-        count = node("Slice", [sizes, one, most], None, np.int64, (1,))
-        start = node("Neg", [count], None, np.int64, (1,))
-        return node("Slice", [value.value, start, most, one], None, np.int64, None)
-
-
-def _first_axis(value: ir.Value) -> Any:
-    """The rows of a value: how many, or their name."""
-    return "rows" if value.shape is None or not len(value.shape) else value.shape[0]
-
 
 def _listed(words: set[str]) -> str:
     return ", ".join(sorted(words)) or "nothing"
-
-
-_WHY = {
-    "shadow": "it is the state of a second network, which runs beside the model and which each block changes",
-}

@@ -20,7 +20,7 @@ from ..merging.folds import Fold
 from ..merging.planned import Output
 from ..tensors.dtypes import DTYPES, DType
 from ..tensors.lazy import Lazy, Span, read_span
-from .building import Array, Building
+from .building import Array, Building, kind_of
 from .operands import attribute, numbers, shape_of
 
 
@@ -109,7 +109,7 @@ def lazy_of(value: ir.Value) -> Lazy:
     tensor = value.const_value
     if isinstance(tensor, ir.ExternalTensor):
         return _outside(tensor, _dtype(tensor.dtype.numpy()), tuple(tensor.shape.numpy()))
-    return lazily(lambda: numbers(value), shape_of(value), value.dtype or ir.DataType.FLOAT)
+    return lazily(lambda: numbers(value), shape_of(value), kind_of(value))
 
 
 def lazily(make: Callable[[], Array], shape: tuple[int, ...], kind: ir.DataType) -> Lazy:
@@ -181,7 +181,7 @@ class Changed(ir.LazyTensor):
 def fresh_value(building: Building, fresh: dict[Any, ir.Value], key: Any, old: ir.Value, change: Change) -> ir.Value:
     """The changed tensor, stored beside `old`; one for all nodes with the same changes."""
     if key not in fresh:
-        shape, kind = ir.Shape(change.source.shape), old.dtype or ir.DataType.FLOAT
+        shape, kind = ir.Shape(change.source.shape), kind_of(old)
         name = building.name(f"{old.name}.merged")
         tensor = Changed(change, kind, shape, name)
         value = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=tensor)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import CheckFailed, NotMergeable, Unsupported
+from ..errors import CheckFailed, NotMergeable, Unsupported, first_line
 from .attaching import attach
 from .building import Building
 from .model_file import Source, opened
@@ -25,6 +25,7 @@ from .operands import attribute
 from .oracle import told_by_reference
 from .providers import best_provider, quiet_options, with_options
 from .resolving import resolve
+from .rounding import MOST_NOISE, NOISE, TOLERANCE, difference_of, is_narrow, most_of_oracles
 from .trial_inputs import SIZES, made_up
 
 if TYPE_CHECKING:
@@ -35,13 +36,6 @@ if TYPE_CHECKING:
 
 LARGE = 1 << 29
 """Bytes of numbers from which a model is not loaded a second time only to be checked."""
-
-TOLERANCE = {"f": 1e-5, "V": 3e-2}
-"""The largest difference, as a share of the largest output, for float32 and float64, and for narrower outputs."""
-
-NOISE, MOST_NOISE = 10.0, 1e-4
-"""Deep graphs round more: a difference may be this many times that of the graph from itself, run without
-optimizations, and a share of this much at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +54,28 @@ class Outcome:
 
 
 def checked_injection(
-    model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, files: Sequence[Path], slots: Any,
-    given: Feeds | None = None, *, alone: bool = False,
+    model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, slots: Any, given: Feeds | None = None, *,
+    alone: bool = False,
 ) -> Outcome:  # fmt: skip
     """The written graph against the first one with merged weights; with slots, empty ones against the first one.
 
     With `alone` there is no second way to make the change, as where attentions got prefixes.
 
     Raises:
-        CheckFailed: they differ by more than rounding; what was written is removed.
+        CheckFailed: they differ by more than rounding.
     """
     source = opened(model)
     if (why := _too_large(source)) is not None:
         return Outcome(None, why)
     plain = _inline(source.model)
     if slots is not None:
-        outcome = _compared(plain, out, {}, files, exact=True, given=given)
+        outcome = _compared(plain, out, {}, exact=True, given=given)
         if outcome.difference is None:
             return outcome
     if alone:
-        return _compared(None, out, {}, files, plain=plain, given=given)
+        return _compared(None, out, {}, plain=plain, given=given)
     if not adapter.updates:  # Context alone: without its tokens, or with a past, it is the first graph.
-        return _compared(plain, out, {}, files, exact=True, given=given)
+        return _compared(plain, out, {}, exact=True, given=given)
     other: bytes | None = None
     if all(update.kind in ("additive", "weight") for _, update in adapter):
         from .merging import fold
@@ -91,12 +85,12 @@ def checked_injection(
             packed = "dequantize" if _exact(source.model) else None
             fold([(place, 1.0) for place in resolve(source.model, adapter, base)], building, packed)
             other = _inline(source.model)
-    return _compared(other, out, {} if slots is None else slots.feeds, files, plain=plain, given=given)
+    return _compared(other, out, {} if slots is None else slots.feeds, plain=plain, given=given)
 
 
 def checked_merge(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
-    files: Sequence[Path], quantized: str | None = None, given: Feeds | None = None,
+    quantized: str | None = None, given: Feeds | None = None,
 ) -> Outcome:  # fmt: skip
     """The merged graph against the first one with the adapter injected.
 
@@ -104,7 +98,7 @@ def checked_merge(
     quantized again the difference is that which this made, and is told, not judged.
 
     Raises:
-        CheckFailed: they differ by more than rounding; what was written is removed.
+        CheckFailed: they differ by more than rounding.
     """
     if len(adapters) > 1 or factors[0] != 1:
         return Outcome(None, "several adapters, or one by a part, are not injected")
@@ -123,10 +117,10 @@ def checked_merge(
     try:
         attach(found, building)
     except Unsupported:  # What weights can be and no branch beside a layer says, as of recurrent ones.
-        return _compared(None, out, {}, files, plain=plain, given=given)
+        return _compared(None, out, {}, plain=plain, given=given)
     building.settle()
     judged = quantized != "requantize"
-    return _compared(_inline(source.model), out, {}, files, plain=plain, judged=judged, given=given)
+    return _compared(_inline(source.model), out, {}, plain=plain, judged=judged, given=given)
 
 
 def _exact(model: ir.Model) -> bool:
@@ -163,7 +157,7 @@ def _inline(model: ir.Model) -> bytes:
 
 
 def _compared(
-    wanted: bytes | None, out: Path, more: Feeds, files: Sequence[Path], *, exact: bool = False,
+    wanted: bytes | None, out: Path, more: Feeds, *, exact: bool = False,
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None,
 ) -> Outcome:  # fmt: skip
     """Both graphs on the same inputs: those given, or made up of the first sizes that the first one runs with.
@@ -172,7 +166,6 @@ def _compared(
         wanted: a graph that computes the same; None where there is none.
         out: the graph that was written.
         more: what it gets besides.
-        files: what is removed where it computes something else.
         exact: whether not a bit may differ.
         plain: the graph without the adapter, to see whether the inputs show that at all.
         judged: whether a difference is an error.
@@ -180,7 +173,7 @@ def _compared(
     """
     first = wanted if wanted is not None else plain
     assert first is not None
-    ran, why = False, "no inputs"
+    why, fails = "no inputs", ""
     unseen: Outcome | None = None
     for sizes in SIZES if given is None else SIZES[:1]:
         try:
@@ -188,58 +181,49 @@ def _compared(
             feeds = made_up(session, sizes) if given is None else _of_its_inputs(given, session)
             results = session.run(None, feeds)
         except Exception as error:  # onnxruntime raises RuntimeErrors of its own.
-            why = str(error).splitlines()[0]
+            why = first_line(error)
             continue
         try:
             written = _session(str(out))
-            more = {**_of_new_inputs(written, feeds, sizes, given), **more}
-            got = written.run(None, {**feeds, **more})
+            both = {**feeds, **_of_new_inputs(written, feeds, sizes, given), **more}
+            got = written.run(None, both)
         except Exception as error:
-            ran, why = True, str(error).splitlines()[0]
+            fails = first_line(error)
             continue
         if wanted is None:
             why = "it runs; there is no second way to make this change that it could be held against"
-            return Outcome(None, why, _second(out, plain, {**feeds, **more}, feeds, got, files))
+            return Outcome(None, why, _second(out, plain, both, feeds, got))
         difference = difference_of(got, results)
         if judged:
-            _judge(difference, files, 0.0 if exact else _most(wanted, feeds, results, difference))
-        reference = _second(out, wanted, {**feeds, **more}, feeds, got, files) if judged else None
+            _judge(difference, out, 0.0 if exact else _most(wanted, feeds, results, difference))
+        reference = _second(out, wanted, both, feeds, got) if judged else None
         if plain is None or difference_of(got, _session(plain).run(None, feeds)) > 0:
             return Outcome(difference, None, reference)
         unseen = Outcome(difference, "on the inputs that it was run on, the adapter changes nothing", reference)
     if unseen is not None:
         return unseen
-    if ran:
-        _unlink(files)
-        raise CheckFailed(f"the graph does not run ({why})", path=out, cure=_REPORT)
+    if fails:
+        raise CheckFailed(f"the graph does not run ({fails})", path=out, cure=_REPORT)
     kind = "made-up" if given is None else "the given"
     return Outcome(None, f"the graph does not run on {kind} inputs ({why})")
 
 
-def _second(
-    out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[Any], files: Sequence[Path]
-) -> float | None:
+def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[Any]) -> float | None:
     """The difference of the second oracle, which is an error where it agrees with onnxruntime on the first graph."""
     told = told_by_reference(out, feeds)
     if told is None:
         return None
     difference = difference_of(told, got)
-    if difference <= _most_second(got):
+    if difference <= most_of_oracles(got):
         return difference
     before = None if first is None else told_by_reference(first, plain_feeds)
     if first is None or before is None:
         return None
     results = _session(first).run(None, plain_feeds)
-    if difference_of(before, results) > _most_second(results):
+    if difference_of(before, results) > most_of_oracles(results):
         return None
-    _unlink(files)
     why = f"onnxruntime and ONNX's reference implementation differ by {difference:.3g} of its largest output"
     raise CheckFailed(why, path=out, cure=_REPORT)
-
-
-def _most_second(results: Sequence[Any]) -> float:
-    narrow = any(one.dtype.kind in "fV" and one.dtype.itemsize < 4 for one in map(np.asarray, results))
-    return TOLERANCE["V"] if narrow else MOST_NOISE
 
 
 def _of_its_inputs(given: Feeds, session: Any) -> Feeds:
@@ -256,8 +240,7 @@ def _of_new_inputs(session: Any, feeds: Feeds, sizes: Sequence[int], given: Feed
 
 def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float) -> float:
     """The largest difference that rounding explains."""
-    floats = [one for one in map(np.asarray, results) if one.dtype.kind in "fV"]
-    if any(one.dtype.itemsize < 4 for one in floats):
+    if is_narrow(results):
         return TOLERANCE["V"]
     if difference <= TOLERANCE["f"]:
         return TOLERANCE["f"]
@@ -265,34 +248,11 @@ def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float
     return min(max(TOLERANCE["f"], NOISE * noise), MOST_NOISE)
 
 
-def _judge(difference: float, files: Sequence[Path], most: float) -> None:
+def _judge(difference: float, out: Path, most: float) -> None:
     if difference <= most:
         return
-    _unlink(files)
     why = f"the graph differs by {difference:.3g} of its largest output from the same change made another way"
-    raise CheckFailed(why, path=files[-1], cure=_REPORT)
-
-
-def _unlink(files: Sequence[Path]) -> None:
-    for file in files:
-        with contextlib.suppress(OSError):
-            file.unlink()
-
-
-def difference_of(got: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """The largest difference as a share of the largest number of its output."""
-    worst = 0.0
-    for one, other in zip(got, wanted, strict=True):
-        a, b = (np.asarray(array) for array in (one, other))
-        if a.dtype.kind not in "fV":
-            continue
-        a, b = a.astype(np.float64), b.astype(np.float64)
-        if a.shape != b.shape or (np.isfinite(a) != np.isfinite(b)).any():
-            return float("inf")
-        there = np.isfinite(b)
-        if there.any():
-            worst = max(worst, float(abs(a - b)[there].max() / max(abs(b[there]).max(), 1e-30)))
-    return worst
+    raise CheckFailed(why, path=out, cure=_REPORT)
 
 
 def _session(model: bytes | str, optimized: bool = True) -> Any:

@@ -1,8 +1,9 @@
 """Context in graphs: soft prompts and new tokens at the embedding, prefixes as the past that a run begins with.
 
 A soft prompt becomes tokens numbered behind the last one of the vocabulary, as textual inversion's are: an input that
-begins with their numbers, its mask and positions counting them, has the prompt in front. A prefix becomes what the
-graph's inputs of past keys and values hold where a run leaves them out, of a batch of one; its mask counts the prefix.
+begins with their numbers, its mask and positions counting them, has the prompt in front. Behind a module that adds
+positions itself, these do not count it. A prefix becomes what the graph's inputs of past keys and values hold where a
+run leaves them out, of a batch of one; its mask counts the prefix.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from ..adapter import Adapter, Target
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported
 from ..tensors.lazy import as_array
 from ..updates import ContextUpdate
-from .attaching import rename_output
 from .attentions import with_prefixes
 from .building import Array, Branch, Building, element_type
 from .convolutions import Gather
+from .embeddings import new_tokens, read_by, with_tokens_behind
+from .inserting import before, behind
 from .modules import modules_of
 from .past import past_inputs
 from .prompts import with_prompts
@@ -108,67 +110,35 @@ def _numbers(found: Any) -> Array:
 
 def _with_tokens(target: Target, more: Array, building: Building) -> str:
     """An embedding with more rows than its table: where a token is new, a row of another table takes its place."""
-    spot = _embedding(target, building.model)
-    dim, count = spot.shape[0], spot.shape[1]
-    if more.shape[-1] != dim:
-        raise ShapeMismatch(f"made for embeddings of {more.shape[-1]}; the graph's have {dim}", where=str(target))
-    branch = Branch(building, f"adapterkit/{target or 'prompt'}")
-    layer = Gather(spot.node, branch)
-    ids, kind = layer.given, np.int64 if layer.given.dtype is None else layer.given.dtype.numpy()
-    table = building.tensor(
-        ("context", target), f"{target or 'prompt'}.P", lambda: more.astype(element_type(layer.operand.dtype))
-    )
-    first, zero = (building.literal(np.array(n, dtype=kind)) for n in (count, 0))
-    new = branch.node("Not", [branch.node("Less", [ids, first], None, bool, None)], None, bool, None)
-    known = branch.node("Where", [new, zero, ids], None, kind, None)
-    shifted = branch.node("Sub", [ids, first], None, kind, None)
-    row = branch.node("Where", [new, shifted, zero], None, kind, None)
-    added = branch.node("Gather", [table, row], {"axis": 0}, layer.dtype, None)
-    wide = branch.node("Unsqueeze", [new, building.literal(np.array([-1]))], None, bool, None)
-    out = branch.node("Where", [wide, added, spot.node.outputs[0]], None, layer.dtype, None)
-    _inserted(spot.node, known, out, branch)
-    return f"tokens {count} to {count + len(more) - 1} are the new ones"
+    if _is_module(target, building.model):
+        return with_tokens_behind(target, more, building)
+    spot, branch = _embedding(target, building.model), Branch(building, f"adapterkit/{target or 'prompt'}")
+    new = new_tokens(spot, more, target, branch)
+    before([spot.node], new.ids, new.known, branch)
+    behind(spot.node.outputs[0], new.instead_of(spot.node.outputs[0], branch), branch)
+    branch.close()
+    return new.said
 
 
-def _inserted(node: ir.Node, known: ir.Value, out: ir.Value, branch: Branch) -> None:
-    """The embedding reads tokens that it has; whoever read it reads the choice between both."""
-    old, graph = node.outputs[0], node.graph
-    assert graph is not None
-    own = {id(one) for one in branch.nodes}
-    for use in list(old.uses()):
-        if id(use.node) not in own:
-            use.node.replace_input_with(use.idx, out)
-    if old.is_graph_output():
-        rename_output(graph, old, out, branch)
-    at = branch.nodes.index(known.producer())  # type: ignore[arg-type]
-    graph.insert_before(node, branch.nodes[: at + 1])
-    graph.insert_after(node, branch.nodes[at + 1 :])
-    node.replace_input_with(1, known)
+def _is_module(target: Target, model: ir.Model) -> bool:
+    """Whether a target is a module around embeddings, and none itself."""
+    names = (name for spot in spots_of(model) if spot.kind is Gather for said in spot.names.values() for name in said)
+    inside = any(target.path in modules_of(node) for node in model.graph)
+    return bool(target.path) and inside and not any(same_end(n.removesuffix(".weight"), target.path) for n in names)
 
 
 def _embedding(target: Target, model: ir.Model) -> Spot:
     """The embedding of the tokens that the graph is run on."""
-    spots = [spot for spot in spots_of(model) if spot.kind is Gather and _of_input(spot.node) is not None]
+    spots = [spot for spot in spots_of(model) if spot.kind is Gather and read_by(spot.node) is not None]
     if target.path:
         names = [(spot, name) for spot in spots for said in spot.names.values() for name in said]
         spots = list(dict.fromkeys(s for s, name in names if same_end(name.removesuffix(".weight"), target.path)))
     elif len(spots) > 1:
-        spots = [spot for spot in spots if "input_ids" in (_of_input(spot.node) or "")]
-    if not spots and target.path and any(target.path in modules_of(node) for node in model.graph):
-        why = "tokens behind a module of several embeddings, whose masks and positions are made for the input's own"
-        raise Unsupported(why, where=str(target), cure="Attach it to the torch model")
+        spots = [spot for spot in spots if "input_ids" in (read_by(spot.node) or "")]
     if len(spots) != 1:
         why = "the graph shows no embedding of tokens" if not spots else "several embeddings may be that of the tokens"
         raise TargetNotFound(why, where=str(target), cure="Target the embedding by its name")
     return spots[0]
-
-
-def _of_input(node: ir.Node) -> str | None:
-    """The name of the graph's input that an embedding looks up."""
-    value = node.inputs[1]
-    while value is not None and (made_by := value.producer()) is not None and made_by.op_type in ("Cast", "Identity"):
-        value = made_by.inputs[0]
-    return value.name if value is not None and value.is_graph_input() else None
 
 
 def _with_past(target: Target, past: Array, building: Building) -> str:
@@ -187,7 +157,7 @@ def _with_past(target: Target, past: Array, building: Building) -> str:
             )
             raise ShapeMismatch(why, where=value.name, cure="Is this adapter made for this base?")
     for (layer, part), value in inputs.items():
-        array = past[layer, ("key", "value").index(part)][None].astype(element_type(value.dtype))
+        array = past[layer, ("key", "value").index(part)][None].astype(element_type(value))
         value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
         building.model.graph.register_initializer(value)
     return f"a run without its past begins with {length} tokens of prefix, which its mask and positions count"

@@ -79,7 +79,7 @@ class Gather(Layer):
         plain = super().takes(node) and attribute(node, "axis", 0) == 0 and not is_constant(node.inputs[1])
         if not plain or node.inputs[0] is None or len(shape_of(node.inputs[0])) != 2:
             return False
-        return element_type(node.inputs[0].dtype).kind not in "iub"
+        return element_type(node.inputs[0]).kind not in "iub"
 
     @property
     def read(self) -> ir.Value:

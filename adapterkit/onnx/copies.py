@@ -37,7 +37,9 @@ def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Nod
     )  # fmt: skip
     for own, other in zip(node.outputs, copy.outputs, strict=True):
         other.name = name(own.name or "output")
-        other.shape, other.type = own.shape, own.type
+        # Names of open sizes may mean others where the copy stands: runtimes share memory by them.
+        fixed = None if own.shape is None else [size if isinstance(size, int) else None for size in own.shape]
+        other.shape, other.type = None if fixed is None else ir.Shape(fixed), own.type
         copies[own] = other
     return copy
 

@@ -22,8 +22,9 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
         where = tensor.name or "a tensor"
         file = contained(path.parent, str(tensor.location))
         real = _inside(file, path, where)
-        need = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
-        if (tensor.offset is not None and tensor.offset < 0) or tensor.nbytes > (tensor.length or tensor.nbytes):
+        offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
+        need = offset + length
+        if offset < 0 or length < tensor.nbytes:
             raise Malformed("its place in the data file makes no sense", path=path, where=where, cure=_AGAIN)
         files[file] = max(files.get(file, 0), need)
         if real.stat().st_size < need:
@@ -58,8 +59,8 @@ def external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
                 yield value.const_value
         for node in graph:
             for held in node.attributes.values():
-                if isinstance(held.value, ir.ExternalTensor):
-                    yield held.value
+                several = held.value if held.type == ir.AttributeType.TENSORS else [held.value]
+                yield from (one for one in several if isinstance(one, ir.ExternalTensor))
 
 
 _AGAIN = "Export the model again"

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from ..adapter import Adapter
 from ..errors import StorageError, Unsupported, UsageError
 from ..formats.onnx_adapter import sidecar
-from .against_torch import Run, by_reference, compared, compared_packed
+from .against_torch import Run, by_reference, compared, compared_packed, outputs_of
 from .attaching import attach
 from .building import Building
 from .checking import Outcome
@@ -107,6 +107,8 @@ def export(
     with ExitStack() as stack:
         plain = target if quantize is None else stack.enter_context(folder_beside(target)) / "float.onnx"
         with attached(held, adapters, mode):
+            if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
+                _first_call(torch_model, *examples[0])
             graph = traced(torch_model, args, kwargs, **options)
             found = _opened(graph, adapters) if mode == "slots" else []
             if share is not None:
@@ -123,6 +125,19 @@ def export(
             _unlink(files)
             raise
     return Report(target, tuple(files), tuple(found), told.difference, told.note, damage, told.reference)
+
+
+def _first_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """What a law makes in a model's first call, as a network beside it, cannot be made while torch traces that.
+
+    Raises:
+        Unsupported: the law cannot hear such a call.
+    """
+    try:
+        outputs_of(model, args, kwargs)
+    except Unsupported as error:
+        cure = "Export the model without the adapter, and inject that into the graph"
+        raise Unsupported(error.why, where=error.where, cure=cure) from None
 
 
 def _checked(

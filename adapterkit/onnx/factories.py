@@ -16,6 +16,9 @@ from .exporting import export
 from .folders import check_folder, moved, published
 from .injecting import Report
 
+OWN = frozenset({"kwargs", "input_names", "output_names", "dynamic_shapes", "opset", "inside", "also"})
+"""Arguments of `export` that a function may tell beside its module; the caller's operator set goes before its own."""
+
 
 def export_factory(
     factory: str, out: str | PathLike[str], *, weights: str | PathLike[str] | None = None, overwrite: bool = False,
@@ -26,11 +29,11 @@ def export_factory(
     Args:
         factory: `module:function`, found as Python finds modules, the working folder first. It is called without
             arguments and returns `(torch module, example arguments)`, and maybe a third: a dictionary of more arguments
-            of `export`, such as `input_names` and `dynamic_shapes`.
+            of `export`, those in `OWN`, which tell how the module is called.
         out: the folder to write; appears whole, by rename.
         weights: a file or folder of weights that are loaded into the module, each parameter's and buffer's.
         overwrite: replace a folder that an export wrote.
-        options: more for `export`.
+        options: more for `export`; what is None is left to the function.
 
     Raises:
         UsageError: there is no such function, or it returns something else.
@@ -42,8 +45,9 @@ def export_factory(
     module, args, more = _made(factory)
     if weights is not None:
         _load(module, weights)
+    told = {name: value for name, value in options.items() if value is not None}
     with published(target) as scratch:
-        report = export(module.eval(), args, scratch / "model.onnx", **{**more, **options})
+        report = export(module.eval(), args, scratch / "model.onnx", **{**more, **told})
     return moved(report, target)
 
 
@@ -66,7 +70,11 @@ def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if len(found) not in (2, 3) or not isinstance(found[0], nn.Module) or not isinstance(found[1], tuple | list):
         cure = "Return (torch module, example arguments), or these and a dictionary of arguments of export"
         raise UsageError(f"{factory} returns something else", where="model", cure=cure)
-    return found[0], tuple(found[1]), dict(found[2]) if len(found) == 3 else {}
+    more = dict(found[2]) if len(found) == 3 else {}
+    if foreign := sorted(more.keys() - OWN, key=str):
+        cure = f"Leave it to the caller; a function may tell: {', '.join(sorted(OWN))}"
+        raise UsageError(f"{factory} tells {foreign[0]}", where="model", cure=cure)
+    return found[0], tuple(found[1]), more
 
 
 def _load(module: Any, weights: str | PathLike[str]) -> None:

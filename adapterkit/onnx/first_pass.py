@@ -1,20 +1,26 @@
 """A first pass: what a graph's last layer gives without the adapter, by a copy of the nodes that compute it.
 
-The copy reads the same stored tensors. A graph with a past has none: what the past holds was computed with the adapter.
+The copy reads the same stored tensors. What a past holds was computed with the adapter: the copy reads its tokens anew.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..errors import Unsupported, UsageError
-from .building import Building
+from .building import Branch, element_type
 from .copies import Copies, between, copied
+from .every_token import MASK, POSITIONS, TOKENS, every_position, every_token, of_call
 from .layers import MatMul
 from .past import past_inputs
 from .resolving import spots_of
+from .values import plain
+
+if TYPE_CHECKING:
+    from .calls import Words
 
 WORD = "hidden_states"
 
@@ -22,25 +28,56 @@ KNOWN = ("last_hidden_state", WORD)
 """Names of outputs that are it."""
 
 
-def first_pass(building: Building, told: Any) -> ir.Value:
-    """Copies the nodes in front of the last layer's output; returns the copy's.
+def first_pass(words: Words, told: Any) -> ir.Value:
+    """Copies the nodes in front of the last layer's output; returns the copy's, for the call's own tokens.
 
     Args:
-        building: the model, before anything of it is changed.
+        words: those of the call, before anything of the graph is changed.
         told: the name of the value; else it is the output of this name, or what the head of `logits` reads.
 
     Raises:
         UsageError: the graph has no such value, or does not show which it is.
-        Unsupported: it has inputs of a past, or nodes with graphs inside.
+        Unsupported: it has nodes with graphs inside, or a past, and not what its tokens are told by.
     """
-    if past_inputs(building.model.graph):
-        why = "a first pass without the adapter, where past keys and values were computed with it"
-        raise Unsupported(why, cure="Export the model without past keys and values")
-    value, graph = _last(building.model, told), building.model.graph
-    copies: Copies = {}
-    nodes = copied(between(None, value, list(graph)), copies, lambda name: building.name(f"{_NAME}/{name}"))
-    graph.insert_before(graph[0], nodes)
-    return copies.get(value, value)
+    building, graph = words.building, words.building.model.graph
+    value, branch = _last(building.model, told), Branch(building, _NAME)
+    copies = _without_past(words, branch) if past_inputs(graph) else {}
+    branch.nodes += copied(between(None, value, list(graph)), copies, lambda name: building.name(f"{_NAME}/{name}"))
+    end, ids = copies.get(value, value), words.input(TOKENS)
+    if ids is not None:
+        end = of_call(end, words, branch, plain(ids, branch))
+    graph.insert_before(graph[0], branch.nodes)
+    return end
+
+
+def _without_past(words: Words, branch: Branch) -> Copies:
+    """What the copies read: every token at once, behind no past."""
+    copies: Copies = {value: _emptied(value, branch) for value in past_inputs(words.building.model.graph).values()}
+    ids, positions, mask = (words.input(name) for name in (TOKENS, POSITIONS, MASK))
+    tokens = every_token(words, branch)
+    assert ids is not None
+    for value in words.building.model.graph.inputs:
+        if value not in copies and value not in (ids, positions, mask) and not value.is_initializer():
+            why = f"the graph's input {value.name} behind a past, of which a first pass over all tokens needs all"
+            raise Unsupported(why, cure="Export the model without past keys and values")
+    copies[ids] = _like(tokens, ids, branch)
+    if positions is not None:
+        own = plain(ids, branch).cast(np.int64)
+        copies[positions] = _like(every_position(words, branch, positions, own), positions, branch)
+    return copies
+
+
+def _emptied(value: ir.Value, branch: Branch) -> ir.Value:
+    """A past `[rows, heads, positions, width]` without positions."""
+    zero, two = (branch.building.literal(np.array([n], dtype=np.int64)) for n in (0, 2))
+    empty = branch.node("Slice", [value, zero, zero, two], None, element_type(value), None)
+    empty.shape = None if value.shape is None else ir.Shape([*value.shape[:2], 0, *value.shape[3:]])
+    return empty
+
+
+def _like(value: ir.Value, other: ir.Value, branch: Branch) -> ir.Value:
+    """A matrix of whole numbers in another's type."""
+    return plain(value, branch).cast(element_type(other)).value
 
 
 def _last(model: ir.Model, told: Any) -> ir.Value:

@@ -13,9 +13,12 @@ from pathlib import Path
 from ..errors import AdapterkitError, StorageError, storage_error
 from .injecting import Report
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
+"""How files of weights end that an export does not write, `model.onnx` apart."""
+
 
 def check_folder(target: Path, overwrite: bool) -> None:
-    """Refuses a place that is taken, but for a folder that an export wrote and that may be replaced.
+    """Refuses a place that is taken, but for a folder, without other weights, that an export wrote and may replace.
 
     Raises:
         StorageError: it is taken, or has no folder to lie in.
@@ -26,8 +29,12 @@ def check_folder(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise StorageError("already there", path=target, cure="Write to another path, or pass --overwrite")
+    cure = "Remove it yourself, or write beside"
     if not (target / "model.onnx").is_file():
-        raise StorageError("not a folder that an export wrote", path=target, cure="Remove it yourself, or write beside")
+        raise StorageError("not a folder that an export wrote", path=target, cure=cure)
+    held = sorted(name for name in os.listdir(target) if name.endswith(WEIGHTS) and name != "model.onnx")
+    if held:
+        raise StorageError(f"it holds {held[0]}, which no export wrote", path=target, cure=cure)
 
 
 @contextmanager
@@ -61,11 +68,21 @@ def _published(scratch: Path, target: Path) -> None:
             scratch.rename(target)
             return
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        target.rename(old / "old")
-        scratch.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            target.rename(old / "old")
+            _exchanged(scratch, target, old / "old")
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise storage_error(error, target) from error
+
+
+def _exchanged(scratch: Path, target: Path, old: Path) -> None:
+    try:
+        scratch.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
 
 
 def _umask() -> int:

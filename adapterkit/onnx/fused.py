@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ..errors import Unsupported
 from .building import Branch, Building, element_type
+from .inserting import takes_over
 from .layers import Layer
 from .operands import attribute, is_constant, shape_of
 
@@ -50,7 +51,7 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     assert W is not None
     third = shape_of(W)[1] // 3
     ends = np.cumsum(attribute(node, "qkv_hidden_sizes", None) or [third] * 3)
-    branch, kind = Branch(building, node.name or "attention"), element_type(W.dtype)
+    branch, kind = Branch(building, node.name or "attention"), element_type(W)
     y = branch.node("MatMul", [x, W], None, kind, None)
     y = y if bias is None else branch.node("Add", [y, bias], None, kind, None)
     parts = [_cut(branch, y, start, stop, kind) for start, stop in zip((0, *ends[:2]), ends, strict=True)]
@@ -62,13 +63,7 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     assert graph is not None
     graph.insert_before(node, [*branch.nodes, whole])
     branch.nodes[0].metadata_props.update(node.metadata_props)
-    from .attaching import rename_output
-
-    old = node.outputs[0]
-    for use in list(old.uses()):
-        use.node.replace_input_with(use.idx, out)
-    if old.is_graph_output():
-        rename_output(graph, old, out, branch)
+    takes_over(node.outputs[0], out, branch)
     graph.remove(node, safe=True)
     return branch.nodes[0]
 

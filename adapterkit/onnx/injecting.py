@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from .contexts import of_attention, parted, place
 from .experts import with_experts
 from .model_file import Source, kept, opened, save
 from .resolving import Found, resolve
+from .shadows import config_of
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -91,7 +93,8 @@ def inject(
         out: the file to write. Numbers that the model keeps in data files stay there, and are copied only where
             `out` is in another folder.
         mode: `constant` writes the adapter into the graph; `slots` makes its tensors inputs that may be left out.
-        base_weights: the weights that the graph was exported from: finds layers whose names are lost.
+        base_weights: the weights that the graph was exported from: finds layers whose names are lost. A network beside
+            the model is made by the `config.json` there, or by that beside the graph.
         call: what a law asks of the model's call where it is no input of the graph under that name: the name of a
             value of the graph. `{"task_ids": 1}` fixes the task of all rows, which else becomes an input;
             `{"hidden_states": "NAME"}` is the value that the last layer gives.
@@ -119,20 +122,20 @@ def inject(
     used = place(context, building)
     found = resolve(source.model, rest, base)
     slots = _slots(mode, rest, building)
-    words = Words(building, [update for _, update in rest], call)
+    words = Words(building, [update for _, update in rest], call, partial(config_of, base, source.path))
     attach(found, building, slots, words)
     building.settle()
     keep_original(source)
     target = Path(out)
-    with kept(target):
-        files = save(source.model, source, target, building.tensors.values())
+    with kept(target) as files:
+        files += save(source.model, source, target, building.tensors.values())
         if check is False:
             return Report(target, tuple(files), tuple(found), note="; ".join(filter(None, [used, words.note])) or None)
         given = None if isinstance(check, bool) else check
         from .checking import checked_injection
 
         alone = any(of_attention(*each) for each in context)
-        told = checked_injection(model, rest, base, target, files, slots, given, alone=alone)
+        told = checked_injection(model, rest, base, target, slots, given, alone=alone)
     note = "; ".join(filter(None, [used, words.note, told.note])) or None
     return Report(target, tuple(files), tuple(found), told.difference, note, reference=told.reference)
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ..errors import Unsupported
 from .building import Array, Branch, element_type
-from .operands import attribute, is_constant, numbers, shadow, shape_of
+from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
 
 
@@ -33,11 +33,13 @@ class Layer:
 
     Attributes:
         call: the words of the model's call, for laws that ask for some; see calls.py.
+        moved: what a law calls it with where its own input has to be exchanged in the graph: never, at a layer.
     """
 
     op_type: ClassVar[str] = ""
     position: ClassVar[int] = 1
     merge_only: ClassVar[bool] = False
+    moved: ClassVar[Value | None] = None
 
     def __init__(self, node: ir.Node, branch: Branch) -> None:
         self.node, self.branch = node, branch
@@ -74,38 +76,37 @@ class Layer:
         return self.node.outputs[0]
 
     @classmethod
+    def operand_of(cls, node: ir.Node) -> ir.Value:
+        """The weight of a layer, as its node takes it."""
+        found = node.inputs[cls.position]
+        assert found is not None
+        return found
+
+    @classmethod
     def held_shape(cls, node: ir.Node) -> tuple[int, ...]:
         """The sizes of the weight, its axes in the node's order."""
-        operand = node.inputs[cls.position]
-        assert operand is not None
-        return shape_of(operand)
+        return shape_of(cls.operand_of(node))
 
     @classmethod
     def held(cls, node: ir.Node) -> Array:
         """The weight's numbers, its axes in the node's order."""
-        operand = node.inputs[cls.position]
-        assert operand is not None
-        return numbers(operand)
+        return numbers(cls.operand_of(node))
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
         """`held`, for when the node is no longer what it was."""
-        operand = node.inputs[cls.position]
-        assert operand is not None
-        copy = shadow(operand)
+        copy = held_apart(cls.operand_of(node))
         return lambda: numbers(copy)
 
     @property
     def operand(self) -> ir.Value:
         """The weight, as the node takes it."""
-        found = self.node.inputs[self.position]
-        assert found is not None
-        return found
+        return self.operand_of(self.node)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """What the layer computes in."""
-        return element_type(self.operand.dtype)
+        return element_type(self.operand)
 
     @property
     def channel(self) -> int:
@@ -122,7 +123,7 @@ class Layer:
     def weight(self) -> Value:
         shape = self.held_shape(self.node)
         # A packed weight is no value of the graph: where a formula needs it, it is stored once more, unpacked.
-        value = self.operand if element_type(self.operand.dtype) == self.dtype else None
+        value = self.operand if element_type(self.operand) == self.dtype else None
         return self.seen(Value(self.branch, shape, self.dtype, value, lambda: self.held(self.node)))
 
     @property
@@ -184,7 +185,7 @@ class Layer:
 
     def _value(self, value: ir.Value, like: Any = None) -> Value:
         sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
-        dtype = element_type(value.dtype) if value.dtype is not None or like is None else like
+        dtype = element_type(value) if value.dtype is not None or like is None else like
         return Value(self.branch, sizes, dtype, value)
 
 

@@ -17,6 +17,7 @@ from ..binding import find_sites
 from ..errors import TargetNotFound
 from ..tensors.lazy import as_array
 from .resolving import Found, Known, Spot
+from .scopes import same_end
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -70,11 +71,13 @@ def compare(found: Sequence[Found], base: Checkpoint) -> None:
         TargetNotFound: a layer holds other numbers.
     """
     for place in found:
-        W = base.tensors.get(f"{place.asked.path}.weight")
+        own = f"{place.asked.path}.weight"
+        alike = [own] if own in base.tensors else [name for name in base.tensors if same_end(name, own)]
+        W = base.tensors[alike[0]] if len(alike) == 1 else None
         if W is None or place.method in ("values", "packed", "nearest") or not W.dtype.floating:
             continue
         far = distance(as_array(W).astype(np.float32), place.spots[0])
-        if far is None or far > NEAR:
+        if far is None or not far <= NEAR:
             how = "another shape" if far is None else f"a distance of {far:.2f}"
             cure = "Is this the base that the graph was exported from?"
             raise TargetNotFound(

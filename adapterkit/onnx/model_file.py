@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import Malformed, StorageError, Unsupported, UsageError, storage_error
+from ..errors import Malformed, StorageError, Unsupported, UsageError, first_line, storage_error
 from ..tensors.atomic import replacing, write_bytes
 from ..tensors.locations import located
 from .building import OPSET
@@ -64,10 +64,13 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> Source:
         StorageError: it cannot be read.
         NetworkError: it is on a hub and cannot be fetched.
         Malformed: it is no model, or its data is missing, too short, or outside its folder.
-        Unsupported: its operators are too old to be converted.
+        Unsupported: its operators are too old to be converted, or it is in memory and larger than a file may be.
     """
     if isinstance(model, ir.Model):
         copy = model.clone()
+        if _large(copy):
+            cure = "Save it with its numbers in data files (onnx_ir.save with external_data=), and name the file"
+            raise Unsupported("a model of more than 2 GB in memory, which no file of ONNX's holds", cure=cure)
         return Source(_modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
     path = located(model)
     try:
@@ -87,7 +90,7 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
         proto.ParseFromString(data)
         model = ir.from_proto(proto)
     except Exception as error:  # protobuf and onnx-ir raise whatever the damage leads to.
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = first_line(error)
         raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export it again") from None
     if not proto.HasField("graph") or not proto.opset_import:
         raise Malformed("not an ONNX model: no graph", path=path, cure="Export it again")
@@ -107,7 +110,7 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
     try:
         return ir.from_proto(version_converter.convert_version(ir.to_proto(model), OPSET))
     except Exception as error:  # The converter raises RuntimeError and more.
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = first_line(error)
         why = f"operator set {version}, and no way to {OPSET} ({first})"
         raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
 
@@ -193,8 +196,9 @@ def folder_beside(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def kept(out: Path) -> Iterator[None]:
-    """A file that is to be replaced is there again where what replaced it is refused."""
+def kept(out: Path) -> Iterator[list[Path]]:
+    """Files that are told to it go where the block ends by an error, and `out` is then what it was before."""
+    written: list[Path] = []
     with contextlib.ExitStack() as stack:
         before = stack.enter_context(folder_beside(out)) / out.name if out.is_file() else None
         if before is not None:
@@ -203,9 +207,10 @@ def kept(out: Path) -> Iterator[None]:
             except OSError:  # Not every file system has them.
                 shutil.copy2(out, before)
         try:
-            yield
+            yield written
         except BaseException:
-            if before is not None and not out.exists():
+            _unlink(written)
+            if before is not None:
                 os.replace(before, out)
             raise
 

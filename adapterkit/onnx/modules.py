@@ -40,6 +40,21 @@ class Module:
         """What it reads; None where it reads several values."""
         return self.entering[0] if len(self.entering) == 1 else None
 
+    def fed(self, channels: int | None, where: str) -> ir.Value:
+        """What it reads of so many channels: of several such values that which it adds something to itself.
+
+        Raises:
+            TargetNotFound: there is none, or more than one.
+        """
+        found = [value for value in self.entering if len(_sizes(value)) == 3 and _sizes(value)[2] == channels]
+        if len(found) > 1:
+            adds = [node for node in self.nodes if node.op_type == "Add" and modules_of(node)[-1:] == (self.path,)]
+            found = [value for value in found if any(value in node.inputs for node in adds)]
+        if len(found) != 1:
+            why = f"{len(found)} values of {channels} channels enter the module {self.path}, where one is its input"
+            raise TargetNotFound(why, where=where, cure="Export the graph anew, by torch's own exporter")
+        return found[0]
+
     def given(self, channels: int | None, where: str) -> ir.Value:
         """Its output of so many channels.
 
@@ -103,7 +118,7 @@ def _leaving(nodes: Sequence[ir.Node]) -> list[ir.Value]:
 def _is_activation(value: ir.Value) -> bool:
     """Whether a value is what layers compute on: of floating point, with an axis for channels."""
     broad = value.shape is None or len(value.shape) > 1
-    return broad and element_type(value.dtype).kind in "fV" and not is_constant(value)
+    return broad and element_type(value).kind in "fV" and not is_constant(value)
 
 
 def _sizes(value: ir.Value) -> list[Any]:

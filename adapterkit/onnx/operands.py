@@ -60,16 +60,25 @@ def numbers(value: ir.Value) -> Array:
     return _run(node, given)
 
 
-def shadow(value: ir.Value) -> ir.Value:
+def held_apart(value: ir.Value) -> ir.Value:
     """A constant value outside of any graph, which keeps its numbers when the nodes that make it are gone."""
     node = value.producer()
     if value.const_value is not None or node is None:
         return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
-    given = [None if one is None else shadow(one) for one in node.inputs]
+    given = [None if one is None else held_apart(one) for one in node.inputs]
     words = {name: held.value for name, held in node.attributes.items()}
     out = ir.Value(name=value.name, shape=value.shape, type=value.type)
     ir.node(node.op_type, given, words, outputs=[out], domain=node.domain)
     return out
+
+
+def input_behind(value: ir.Value | None) -> ir.Value | None:
+    """The graph's input that a value is, but for its type and the order of its axes; None where it is computed."""
+    while (
+        value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Identity", "Reshape")
+    ):
+        value = node.inputs[0]
+    return value if value is not None and value.is_graph_input() else None
 
 
 def shape_of(value: ir.Value) -> tuple[int, ...]:

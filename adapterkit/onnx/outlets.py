@@ -8,19 +8,19 @@ What they are is found before anything is attached; what was exchanged since is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
 
 from ..adapter import Target
 from ..errors import Unsupported
-from .building import Branch, element_type
+from .building import Branch
 from .copies import Copies, between, copied
 from .modules import Module, module_at
 from .operands import is_constant
 from .sizes import Unsayable
-from .values import Value
+from .values import Value, plain
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +42,7 @@ class Outlet:
         residual: what is added to its output.
         norm: what the sum goes through.
         hidden: its output before its own residual is added; None where the residual is added outside of it, or not.
+        nodes: those of a module whose input an update exchanges.
     """
 
     end: ir.Value | None = None
@@ -49,6 +50,7 @@ class Outlet:
     residual: ir.Value | None = None
     norm: Norm | None = None
     hidden: ir.Value | None = None
+    nodes: tuple[ir.Node, ...] = ()
 
 
 def outlet(model: ir.Model, target: Target, updates: Sequence[Any], is_layer: bool) -> Outlet | None:
@@ -76,7 +78,10 @@ def outlet(model: ir.Model, target: Target, updates: Sequence[Any], is_layer: bo
     channels = next((update.channels for update in updates if update.channels is not None), None)
     end = module.given(channels, where)
     own = _own(module, end) if named == {("", "")} else None
-    return own or Outlet(end, module.read, reads, through)
+    found = own or Outlet(end, module.read, reads, through)
+    if not any(getattr(update, "moves_input", False) for update in updates):
+        return found
+    return replace(found, read=module.fed(channels, where), nodes=module.nodes)
 
 
 def _read(model: ir.Model, target: Target, path: str, where: str) -> ir.Value:
@@ -140,12 +145,18 @@ class Ended:
         if layer is None:
             assert outlet.end is not None
             self.end = branch.building.now(outlet.end)
-            self.y = self._value(self.end)
+            self.y = plain(self.end, self.branch)
             self.x = self._read()
             self.node, self.channel = self.end.producer(), -1
         else:
             self.end, self.y, self.x, self.node, self.channel = layer.end, layer.y, layer.x, layer.node, layer.channel
         self.call: Any = None
+        self.asked: Value | None = None
+
+    @property
+    def moved(self) -> Value | None:
+        """What a law calls the module with instead of its own input."""
+        return None if self.asked is self.x else self.asked
 
     @property
     def dtype(self) -> Any:
@@ -165,20 +176,23 @@ class Ended:
         return () if self.layer is None else self.layer.shape
 
     def __call__(self, x: Value) -> Value:
-        if x is self.x:
-            return self.y
-        if self.layer is None:
+        if self.layer is not None:
+            y: Value = self.layer(x)
+            return y
+        if x is not self.x and not self.outlet.nodes:
             raise Unsayable("what a module gives for another input")
-        y: Value = self.layer(x)
-        return y
+        if self.asked is not None and self.asked is not x:
+            raise Unsayable("what a module gives for two inputs")
+        self.asked = x
+        return self.y
 
     def hidden(self, x: Value) -> Value:
-        own = self.outlet.hidden
-        return self(x) if own is None else self._value(self.branch.building.now(own))
+        y, own = self(x), self.outlet.hidden
+        return y if own is None else plain(self.branch.building.now(own), self.branch)
 
     def residual(self, x: Value) -> Value | None:
         found = self.outlet.residual
-        return None if found is None else self._value(self.branch.building.now(found))
+        return None if found is None else plain(self.branch.building.now(found), self.branch)
 
     def norm(self, h: Value) -> Value:
         norm = self.outlet.norm
@@ -215,11 +229,7 @@ class Ended:
         found = self.outlet.read
         if found is None:
             return _Unread(self.branch, None, self.y.dtype)
-        return self._value(self.branch.building.now(found))
-
-    def _value(self, value: ir.Value) -> Value:
-        sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
-        return Value(self.branch, sizes, element_type(value.dtype), value)
+        return plain(self.branch.building.now(found), self.branch)
 
 
 class _Unread(Value):

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from .building import Array, element_type
 from .layers import Layer, MatMul, only_reader
-from .operands import attribute, is_constant, numbers, shadow, shape_of
+from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
 
 
@@ -59,7 +59,7 @@ class MatMulNBits(Layer):
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        given = [None if one is None else shadow(one) for one in node.inputs[1:4]]
+        given = [None if one is None else held_apart(one) for one in node.inputs[1:4]]
         words = {name: held.value for name, held in node.attributes.items()}
         copy = ir.node(cls.op_type, [None, *given], words, domain=node.domain)
         return lambda: cls.held(copy)
@@ -86,7 +86,7 @@ class MatMulNBits(Layer):
     def dtype(self) -> np.dtype[Any]:
         scales = self.node.inputs[2]
         assert scales is not None
-        return element_type(scales.dtype if scales.const_value is None else scales.const_value.dtype)
+        return element_type(scales)
 
     @property
     def own_bias(self) -> ir.Value | None:
@@ -111,8 +111,8 @@ class MatMulInteger(Layer):
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
         given, zero = node.inputs[1], node.inputs[3] if len(node.inputs) > 3 else None
         assert given is not None
-        packed, scale = shadow(given), shadow(product_behind(node)[0])
-        zeros = None if zero is None else shadow(zero)
+        packed, scale = held_apart(given), held_apart(product_behind(node)[0])
+        zeros = None if zero is None else held_apart(zero)
 
         def make() -> Array:
             q = numbers(packed).astype(np.float32)

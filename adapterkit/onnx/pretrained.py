@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed, StorageError, Unsupported, UsageError, nearest, storage_error
+from ..errors import Malformed, StorageError, Unsupported, UsageError, first_line, nearest, storage_error
 from ..tensors.locations import located
 from .calling import INSIDE, words_of
 from .exporting import export
@@ -126,7 +126,7 @@ def _loaded(source: Path, dtype: str) -> Any:
         with quiet(), _without_bars():
             model = built.from_pretrained(str(source), dtype=getattr(torch, dtype), local_files_only=True)
     except Exception as error:  # transformers raises whatever the damage leads to.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise Malformed(f"transformers cannot load it ({first})", path=source, cure="Fetch the folder again") from error
     return model.eval()
 

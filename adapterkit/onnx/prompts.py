@@ -15,9 +15,9 @@ from ..adapter import Target
 from ..errors import ShapeMismatch, Unsupported
 from ..tensors.lazy import as_array
 from ..updates import ContextUpdate
-from .attaching import rename_output
 from .attentions import Attention, attention_at, without_factors
 from .building import Branch, Building, element_type
+from .inserting import before, behind, readers_of
 from .layers import Layer
 from .resolving import spots_of
 from .values import Value
@@ -40,9 +40,16 @@ def with_prompts(target: Target, updates: Sequence[ContextUpdate], building: Bui
     for update in updates:
         added = _added(update, at, layers, branch, target)
         if update.attributes["projected"]:
-            _before(layers[SEPARATE[2] if SEPARATE[2] in layers else FUSED[1]], added, branch)
+            mixes = layers[SEPARATE[2] if SEPARATE[2] in layers else FUSED[1]]
+            before(readers_of(mixes.given, branch), mixes.given, _sum(mixes.given, added, branch), branch)
         else:
-            _behind(at.module.given(added.shape[-1], str(target)), added, branch)
+            given = building.now(at.module.given(added.shape[-1], str(target)))
+            behind(given, _sum(given, added, branch), branch)
+        branch.close()
+
+
+def _sum(value: ir.Value, added: Value, branch: Branch) -> ir.Value:
+    return branch.node("Add", [value, added.value], None, added.dtype, None)
 
 
 def _projections(at: Attention, branch: Branch, model: ir.Model, target: Target) -> Mapping[str, Layer]:
@@ -61,7 +68,7 @@ def _projections(at: Attention, branch: Branch, model: ir.Model, target: Target)
 def _added(update: ContextUpdate, at: Attention, layers: Mapping[str, Layer], branch: Branch, target: Target) -> Value:
     """What joins the heads' outputs, `[rows, positions, heads * d]`."""
     queries = without_factors(at.scores.inputs[0])
-    kind, d = element_type(at.mixed.outputs[0].dtype), at.width
+    kind, d = element_type(at.mixed.outputs[0]), at.width
 
     def value(array: Any) -> Value:
         return Value(branch, array.shape, kind, None, lambda: array)
@@ -94,35 +101,3 @@ def _of_heads(array: Any, heads: int, d: int) -> Any:
     """`[n, groups * d]` as `[heads, n, d]`."""
     split = array.reshape(len(array), -1, d).swapaxes(0, 1)
     return np.repeat(split, heads // len(split), 0)
-
-
-def _before(layer: Layer, added: Value, branch: Branch) -> None:
-    """The layer that mixes the heads reads the sum."""
-    old = layer.given
-    new = branch.node("Add", [old, added.value], None, added.dtype, None)
-    nodes = branch.only_for([new])
-    uses = [use for use in old.uses() if use.node not in nodes]
-    graph = uses[0].node.graph
-    assert graph is not None
-    first = next(node for node in graph if node in {use.node for use in uses})
-    graph.insert_before(first, nodes)
-    for use in uses:
-        use.node.replace_input_with(use.idx, new)
-    branch.nodes.clear()
-
-
-def _behind(old: ir.Value, added: Value, branch: Branch) -> None:
-    """Who reads the attention's output reads the sum."""
-    old = branch.building.now(old)
-    new = branch.node("Add", [old, added.value], None, added.dtype, None)
-    nodes, last = branch.only_for([new]), old.producer()
-    assert last is not None
-    graph = last.graph
-    assert graph is not None
-    for use in [use for use in old.uses() if use.node not in nodes]:
-        use.node.replace_input_with(use.idx, new)
-    graph.insert_after(last, nodes)
-    if old.is_graph_output():
-        rename_output(graph, old, new, branch)
-    branch.building.moved[old] = new
-    branch.nodes.clear()

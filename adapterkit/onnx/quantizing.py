@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import Unsupported
+from ..errors import Unsupported, first_line
 from .building import Building
 from .changes import settle, settled_from, unturned
 from .model_file import opened, save_fresh
@@ -116,7 +116,7 @@ def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:
         with _unheard():
             _in_bits(model, SCHEMES[scheme], out)
     except Exception as error:  # The quantizers raise whatever the graph leads to.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise Unsupported(f"onnxruntime cannot quantize it ({first})", cure="Export it without quantize") from error
     graph = opened(out).model
     if not any(is_packed(spot) for spot in spots_of(graph)):

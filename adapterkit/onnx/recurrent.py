@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from .building import Array
 from .layers import Layer
-from .operands import is_constant, numbers, shadow, shape_of
+from .operands import held_apart, is_constant, numbers, shape_of
 
 GATES = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}
 """Operator -> where in torch's order each of ONNX's gates is."""
@@ -37,7 +37,8 @@ class Recurrent(Layer):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(node.inputs[cls.position])
+        given = node.inputs[cls.position] if len(node.inputs) > cls.position else None
+        known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(given)
         return known and cls.direction < shape_of(node.inputs[cls.position])[0]  # type: ignore[arg-type]
 
     @classmethod
@@ -54,17 +55,13 @@ class Recurrent(Layer):
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
-        operand, order = node.inputs[cls.position], np.argsort(GATES[node.op_type])
-        assert operand is not None
-        copy = shadow(operand)
+        copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
         return lambda: _reordered(numbers(copy)[cls.direction], order)
 
     @classmethod
     def changed(cls, node: ir.Node, f: Callable[[Array], Array]) -> Callable[[], Array]:
         """Makes the stacked tensor with this direction's weight, as torch has it, changed; in float64."""
-        operand, order = node.inputs[cls.position], np.array(GATES[node.op_type])
-        assert operand is not None
-        copy = shadow(operand)
+        copy, order = held_apart(cls.operand_of(node)), np.array(GATES[node.op_type])
 
         def make() -> Array:
             stacked: Array = numbers(copy).astype(np.float64)

@@ -90,10 +90,16 @@ class Found:
         return (next((update.channels for update in self.updates if update.channels is not None), 0),) * 2
 
     @property
+    def last(self) -> ir.Node | None:
+        """Its node; of a module, the last one."""
+        if self.spots:
+            return self.spots[0].node
+        return None if self.outlet is None or self.outlet.end is None else self.outlet.end.producer()
+
+    @property
     def nodes(self) -> list[str]:
         """The names of its nodes; of a module, that of the last one."""
-        last = None if self.outlet is None or self.outlet.end is None else self.outlet.end.producer()
-        return [spot.node.name or "" for spot in self.spots] or [(last.name or "") if last is not None else ""]
+        return [spot.node.name or "" for spot in self.spots] or [(self.last and self.last.name) or ""]
 
     def record(self) -> dict[str, Any]:
         """As plain data."""
@@ -151,7 +157,7 @@ def spots_of(model: ir.Model) -> list[Spot]:
     spots = []
     for node in nodes_of(model):
         for kind in kinds_of(node):
-            stored = tuple(sources(operand_of(node, kind)))
+            stored = tuple(sources(kind.operand_of(node)))
             spots.append(Spot(node, kind, _names(node, kind, stored), _seen(node, kind), stored))
     return spots
 
@@ -169,13 +175,6 @@ def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
     """The shape of a layer's weight in the view of formulas."""
     first, second, *rest = kind.held_shape(node)
     return (second, first, *rest) if kind.turns(node) else (first, second, *rest)
-
-
-def operand_of(node: ir.Node, kind: type[Layer]) -> ir.Value:
-    """The weight of a layer, as its node takes it."""
-    value = node.inputs[kind.position]
-    assert value is not None
-    return value
 
 
 def _names(node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value]) -> dict[str, tuple[str, ...]]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..adapter import Adapter
-from ..errors import Malformed, ShapeMismatch, Unsupported, UsageError, nearest
+from ..errors import Malformed, ShapeMismatch, Unsupported, UsageError, first_line, nearest
 from ..tensors.lazy import as_array
 from ..tensors.locations import located
 from ..tensors.ort_adapter import is_ort_adapter, read_ort_adapter
@@ -137,7 +137,7 @@ class Session:
         try:
             results = self._session.run_with_ort_values(names, feeds)
         except Exception as error:  # onnxruntime's errors have no common class but this.
-            why = f"onnxruntime cannot run it ({_first(error)})"
+            why = f"onnxruntime cannot run it ({first_line(error)})"
             cure = "Pass inputs whose sizes go together"
             raise ShapeMismatch(why, path=self._path, cure=cure) from None
         return {name: _array(result) for name, result in zip(names, results, strict=True)}
@@ -166,7 +166,7 @@ class Session:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors have no common class but this.
             why, cure = (
-                f"onnxruntime cannot run it ({_first(error)})",
+                f"onnxruntime cannot run it ({first_line(error)})",
                 "Bind every input, and every output that is wanted",
             )
             raise UsageError(why, path=self._path, cure=cure) from None
@@ -243,9 +243,12 @@ def _started(path: Path, providers: Sequence[str] | None) -> Any:
         session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:
         if "NOT_IMPLEMENTED" in str(error) or type(error).__name__ == "NotImplemented":
-            why, cure = f"onnxruntime has no kernel for it here ({_first(error)})", "Export it in float32 or float16"
+            why, cure = (
+                f"onnxruntime has no kernel for it here ({first_line(error)})",
+                "Export it in float32 or float16",
+            )
             raise Unsupported(why, path=path, cure=cure) from None
-        raise Malformed(f"onnxruntime refuses it ({_first(error)})", path=path, cure="Export it again") from None
+        raise Malformed(f"onnxruntime refuses it ({first_line(error)})", path=path, cure="Export it again") from None
     _refuse([name for name in providers or () if name not in session.get_providers()], onnxruntime)
     return session
 
@@ -255,10 +258,6 @@ def _refuse(lacking: Sequence[str], onnxruntime: Any) -> None:
         available = ", ".join(onnxruntime.get_available_providers())
         cure = f"onnxruntime here was built with {available}; adapterkit doctor tells which of them run"
         raise UsageError(f"{', '.join(lacking)} does not run here", where="providers", cure=cure)
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _OUTPUTS = "Leave outputs out to have all"

@@ -76,7 +76,7 @@ def _alike(name: str, shape: tuple[int, ...], held: Mapping[str, Lazy]) -> list[
 
 def _same(tensor: Any, leaf: Lazy) -> bool:
     """Whether the numbers are the same, bit for bit; those of 16 bits, as they are in the graph's wider type."""
-    theirs, ours = as_array(leaf), tensor.numpy()
+    theirs, ours = as_array(leaf), np.asarray(tensor.numpy(), order="C")
     if theirs.dtype != ours.dtype:
         if not leaf.dtype.floating or theirs.dtype.itemsize != 2 or ours.dtype != np.float32:
             return False

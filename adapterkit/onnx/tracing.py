@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Unsupported
+from ..errors import Unsupported, first_line
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,7 +48,7 @@ def traced(
                 model, tuple(args), kwargs=dict(kwargs or {}), dynamo=True, optimize=False, verbose=False, **given
             )
     except Exception as error:  # The exporter raises whatever its passes do.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error.__cause__ or error)  # The exporter's own line names no fault.
         cure = "Make its forward traceable by torch.export, or name the inputs and their open sizes"
         raise Unsupported(f"torch cannot export a {type(model).__name__} ({first})", cure=cure) from error
     assert program is not None

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..merging.quantized import WHY
-from .attaching import rename_output
 from .building import Branch, Building
+from .inserting import takes_over
 from .layers import Layer, MatMul, dequantized
 from .operands import shape_of
 from .packed import MatMulInteger, MatMulNBits
@@ -106,12 +106,7 @@ def _replaced(old: ir.Value, new: ir.Value, branch: Branch) -> None:
     """Whoever reads one value reads the other."""
     if old is new:
         return
-    for use in list(old.uses()):
-        use.node.replace_input_with(use.idx, new)
-    if old.is_graph_output():
-        assert new.producer() is not None
-        rename_output(new.producer().graph, old, new, branch)  # type: ignore[union-attr]
-    new.shape = new.shape or old.shape
+    takes_over(old, new, branch)
     drop(old.producer())
 
 

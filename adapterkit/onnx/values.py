@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .building import Array, Branch
+from .building import Array, Branch, element_type
 from .sizes import Sizes, Unsayable, broadcast, filled, multiplied, reduced, spelled
 
 
@@ -271,6 +271,12 @@ class Value:
         raise Unsayable("no node says this")
 
     __rshift__ = __or__ = __xor__ = __mod__ = __floordiv__ = __rxor__ = __rand__ = __rfloordiv__ = _no_node
+
+
+def plain(value: ir.Value, branch: Branch) -> Value:
+    """A value of the graph in the words of formulas."""
+    sizes = None if value.shape is None else tuple(s if isinstance(s, int) else None for s in value.shape)
+    return Value(branch, sizes, element_type(value), value)
 
 
 def _same_type(one: Value, two: Value) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -44,7 +44,7 @@ class ShadowState:
             self._check()
             key = update.names, update.network.device
             if key not in self.networks:
-                self.networks[key] = _network(self.model, update)
+                self.networks[key] = network_of(self.model, update)
             network = self.networks[key].train(self.model.training)
             self.value = _output(network, self.model, update, self.words)
         return self.value
@@ -62,8 +62,38 @@ class ShadowState:
             raise Unsupported(why, cure="Train it without gradient checkpointing")
 
 
-def _network(model: nn.Module, update: Any) -> nn.Module:
-    """The network without values of its own: its tensors are given to it with each call."""
+class Standing(nn.Module):
+    """The network with its numbers, as a module of its own: it is called with words in order, and gives the state.
+
+    Args:
+        model: the base, or one like it without numbers.
+        update: a block's share, its leaves in the type to compute in.
+        words: what the network is called with.
+    """
+
+    def __init__(self, model: nn.Module, update: Any, words: Sequence[str]) -> None:
+        super().__init__()
+        self.network, self.words, self.projection = network_of(model, update), tuple(words), update.projection
+        given = tensors_of(update)
+        for path, module in self.network.named_modules():
+            for name, own in module._parameters.items():
+                if own is not None:  # An embedding that the base's stands for is never read.
+                    held = given.get(f"{path}.{name}" if path else name, own.new_zeros(1, 1, device="cpu"))
+                    module._parameters[name] = nn.Parameter(held, requires_grad=False)
+
+    def forward(self, *given: Tensor) -> Tensor:
+        words = dict(zip(self.words, given, strict=True))
+        out: Tensor = self.network(**words, use_cache=False).last_hidden_state
+        return out if self.projection is None else out @ self.projection.mT
+
+
+def network_of(model: nn.Module, update: Any) -> nn.Module:
+    """The network without values of its own: its tensors are given to it with each call.
+
+    Raises:
+        Unsupported: the model is none that a network can be made like.
+        ShapeMismatch: the update's tensors are not those of such a network.
+    """
     body = _body(model)
     config = copy.deepcopy(body.config)
     width = None if update.projection is None else update.projection.shape[1]
@@ -103,11 +133,16 @@ def _output(network: nn.Module, model: nn.Module, update: Any, words: Mapping[st
     if update.shared_embeddings and embeds is None:
         ids, embeds = None, _embed(model)(ids)
     given |= {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
+    called = functional_call(network, tensors_of(update), (), {**given, "use_cache": False})
+    out: Tensor = called.last_hidden_state
+    return out if update.projection is None else out @ update.projection.mT
+
+
+def tensors_of(update: Any) -> dict[str, Tensor]:
+    """The network's tensors, by name."""
     sizes = [prod(shape) for shape in update.parts.values()]
     pieces = zip(update.parts.items(), update.network.split(sizes), strict=True)
-    tensors = {name: piece.reshape(shape) for (name, shape), piece in pieces}
-    out: Tensor = functional_call(network, tensors, (), {**given, "use_cache": False}).last_hidden_state
-    return out if update.projection is None else out @ update.projection.mT
+    return {name: piece.reshape(shape) for (name, shape), piece in pieces}
 
 
 def _embed(model: nn.Module) -> Callable[..., Any]:

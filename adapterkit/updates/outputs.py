@@ -30,6 +30,7 @@ class OutputUpdate(Update):
         placed: the formula is `inside`, so that several such updates follow each other before the layer closes.
         asks: words of the model's call that the formula reads.
         hears: words of the model's call that the formula reads where a call brings them.
+        moves_input: the formula calls the layer with another input than its own.
         of_model: it stands at the whole model, `Target("")`, until it has its experts.
 
     Attributes that place an update, where a method has them:
@@ -42,6 +43,7 @@ class OutputUpdate(Update):
     placed: ClassVar[bool] = False
     asks: ClassVar[tuple[str, ...]] = ()
     hears: ClassVar[tuple[str, ...]] = ()
+    moves_input: ClassVar[bool] = False
     of_model: ClassVar[bool] = False
 
     @property

@@ -1,0 +1,176 @@
+"""Folding: one layer gets its own weight and bias, with what adapters make of them; in float64, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import Malformed, NotMergeable, Unsupported
+from ..merging.folds import Fold as Folded
+from ..tensors.lazy import as_array
+from ..updates import Update
+from .building import Array, Branch, Building, kind_of
+from .changes import Change, Stored, exchange, fresh_value, from_array, lazy_of, stored_behind
+from .layers import Layer
+from .operands import held_apart, numbers, shape_of
+from .packing import packing_of
+from .recurrent import Recurrent
+from .resolving import Found, Spot
+from .unpacking import EXPLAINED, is_packed
+
+Fold = tuple[Found, float]
+"""A target of one adapter, and that adapter's weight."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Folding:
+    """What goes into one layer.
+
+    Attributes:
+        spot: the layer.
+        at: what is folded into it.
+        building: the model that is being changed.
+        fresh: its new tensors, by what they were made of.
+    """
+
+    spot: Spot
+    at: list[Fold]
+    building: Building
+    fresh: dict[tuple[Any, ...], ir.Value]
+
+    @property
+    def name(self) -> str:
+        """The target, for errors."""
+        return str(self.at[0][0].asked)
+
+    @property
+    def updates(self) -> list[Update]:
+        return [update for place, _ in self.at for update in place.updates]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple((id(place), factor) for place, factor in self.at)
+
+    def done(self, quantized: str | None, damage: dict[str, Mapping[str, float]] | None) -> None:
+        """Gives the layer its changed bias and weight."""
+        layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
+        if packed and quantized is None:
+            raise Unsupported("a quantized weight", where=self.name, cure=EXPLAINED)
+        self._bias(layer)
+        if issubclass(self.spot.kind, Recurrent):
+            self._recurrent(layer.operand, self.spot.kind)
+        elif packed and any(update.changes_weight for update in self.updates):
+            done = self._packed()
+            if damage is not None:
+                damage[self.name] = done
+        elif any(update.changes_weight for update in self.updates):
+            self._weight(layer.operand)
+
+    def _bias(self, layer: Layer) -> None:
+        bias, changing = layer.own_bias if layer.after is None else layer.after[1], self.updates
+        if bias is None and any(update.changes_bias and update.needs_bias for update in changing):
+            cure = "Inject it instead of merging"
+            raise NotMergeable("changes a bias that the layer does not have", where=self.name, cure=cure)
+        if bias is None or not any(update.changes_bias for update in changing):
+            return
+        make = partial(_bias, self.spot, self.at, self.spot.kind.detached(self.spot.node), held_apart(bias))
+        new = self._made(bias, make, "bias", id(bias), id(layer.operand))
+        holder = self.spot.node if layer.after is None else layer.after[0]
+        holder.replace_input_with(list(holder.inputs).index(bias), new)
+
+    def _recurrent(self, held: ir.Value, kind: type[Recurrent]) -> None:
+        make = kind.changed(self.spot.node, partial(_added, self.at))
+        self.spot.node.replace_input_with(kind.position, self._made(held, make, "weight", id(held), kind))
+
+    def _made(self, old: ir.Value, make: Callable[[], Array], *key: Any) -> ir.Value:
+        """A tensor whose numbers are worked out whole, in an old one's place and type."""
+        kind, name = kind_of(old), self.name
+        change = Change(name, from_array(lambda: _rounded(make(), kind, name), shape_of(old), kind), ())
+        return fresh_value(self.building, self.fresh, (*key, *self.key), old, change)
+
+    def _packed(self) -> dict[str, float]:
+        packing = packing_of(self.spot, self.building, self.fresh)
+        return packing.again(Change(self.name, packing.source(self.spot), self._folds(packing.stored, packing.shape)))
+
+    def _weight(self, held: ir.Value) -> None:
+        stored = stored_behind(held)
+        change = Change(self.name, lazy_of(stored.value), self._folds(stored, shape_of(stored.value)))
+        key = ("weight", id(stored.value), *self.key)
+        new = fresh_value(self.building, self.fresh, key, stored.value, change)
+        exchange(self.spot.node, self.spot.kind.position, stored, new, self.building)
+
+    def _folds(self, stored: Stored, shape: tuple[int, ...]) -> tuple[Folded, ...]:
+        return tuple(_stored(place, factor, self.spot, stored, shape) for place, factor in self.at)
+
+
+def _stored(place: Found, factor: float, spot: Spot, stored: Stored, shape: tuple[int, ...]) -> Folded:
+    """A target's updates of a weight in the order in which its numbers are stored."""
+    turned = (spot.kind.turns(spot.node) != place.turned) != stored.turned
+    target = replace(place.target, layout="in out *k" if turned else "out *in")
+    updates = tuple(update for update in place.updates if update.changes_weight)
+    return Folded(target, updates, factor, 0, False, shape)
+
+
+def _bias(spot: Spot, at: list[Fold], held: Callable[[], Array], bias: ir.Value) -> Array:
+    """b' as the node takes it, in float64."""
+    before = numbers(bias).astype(np.float64)
+    flat, after = before.reshape(-1), before.reshape(-1).copy()
+    needs = any(update.bias_sees_weight for place, _ in at for update in place.updates)
+    W = _seen(held().astype(np.float64), spot) if needs else None
+    for place, factor in at:
+        rows = slice(*place.target.rows) if place.target.rows else slice(None)
+        seen = None if W is None else _part(W, place)
+        after[rows] += factor * (_through(place, seen, flat[rows])[1] - flat[rows])
+    return after.reshape(before.shape)
+
+
+def _added(at: list[Fold], W: Array) -> Array:
+    """W' of a weight that is held whole, in float64."""
+    after = W.copy()
+    for place, factor in at:
+        rows = slice(*place.target.rows) if place.target.rows else slice(None)
+        after[rows] += factor * (_through(place, W[rows])[0] - W[rows])
+    return after
+
+
+def _through(place: Found, W: Any, b: Any = None) -> tuple[Any, Any]:
+    """W and b after a target's updates in order."""
+    for update in place.updates:
+        loaded = _wide(update)
+        loaded = loaded.settled(W) if b is not None and loaded.bias_sees_weight else loaded
+        b = loaded.new_bias(b) if b is not None else b
+        W = loaded.new_weight(W) if W is not None and loaded.changes_weight else W
+    return W, b
+
+
+def _wide(update: Update) -> Update:
+    def wide(leaf: Any) -> Any:
+        array = as_array(leaf)
+        return array if array.dtype.kind in "iub" else array.astype(np.float64)
+
+    return update.map(wide)
+
+
+def _seen(W: Array, spot: Spot) -> Array:
+    return W.swapaxes(0, 1) if spot.kind.turns(spot.node) else W
+
+
+def _part(W: Array, place: Found) -> Array:
+    W = W.swapaxes(0, 1) if place.turned else W
+    return W[slice(*place.target.rows)] if place.target.rows else W
+
+
+def _rounded(array: Array, kind: ir.DataType, name: str) -> Array:
+    if array.dtype == kind.numpy():
+        return array
+    with np.errstate(over="ignore"):
+        out = np.ascontiguousarray(array).astype(kind.numpy())
+    if not np.isfinite(out.astype(np.float64)).all() and np.isfinite(array).all():
+        cure = "Merge with a smaller weight"
+        raise Malformed(f"merging gives values that {kind.name} cannot hold", where=name, cure=cure)
+    return out

@@ -1,0 +1,249 @@
+"""The network beside the model, of Shadow, in a graph, and the state that blocks hand on.
+
+The network is traced by torch's exporter, of the class and with the sizes that the base's `config.json` tells, and
+reads what the graph itself is called with. In front of a past its tokens are read anew: the state of a token is the
+network's alone, whatever the cache holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import Malformed, TargetNotFound, Unsupported, UsageError, first_line
+from ..tensors.checkpoint import Checkpoint, read_json
+from .building import Branch, element_type
+from .copies import Copies, between, copied
+from .every_token import (
+    CALL,
+    EMBEDS,
+    MASK,
+    POSITIONS,
+    TOKENS,
+    every_position,
+    every_token,
+    of_call,
+    whole_numbers,
+)
+from .modules import module_at, modules_of
+from .operands import input_behind
+from .past import past_inputs
+from .resolving import spots_of
+from .sizes import Sizes
+from .values import Value, plain
+
+if TYPE_CHECKING:
+    from .calls import Heard, Words
+
+SHADOW = "shadow"
+
+
+def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, Any]:
+    """The config of the model that a graph was exported from: the base's, or that which lies beside the graph.
+
+    Raises:
+        UsageError: neither is there.
+        Malformed: it is no JSON object.
+    """
+    if base is not None and base.config is not None:
+        return base.config
+    beside = None if path is None else path.parent / "config.json"
+    if beside is None or not beside.is_file():
+        why = "a network like the base, which the base's config.json tells; none is beside the graph"
+        raise UsageError(why, path=path, cure="Name the base's folder: base_weights=DIR, --base-weights DIR")
+    return read_json(beside)
+
+
+class Shadows:
+    """The state on its way from block to block.
+
+    Args:
+        words: those of the model's call.
+        config: gives the base's config, where a network is made like it.
+    """
+
+    def __init__(self, words: Words, config: Callable[[], Mapping[str, Any]] | None) -> None:
+        self.words, self.config = words, config
+        self.value = words.input(SHADOW)
+        self.waiting: tuple[Branch, ir.Value, ir.Value] | None = None
+
+    def reached(self, update: Any, heard: Heard) -> ir.Value:
+        """The state in front of a block: what the block before it handed on, or what the network gives."""
+        if self.waiting is not None:
+            branch, y, state = self.waiting
+            last, self.waiting, self.value = y.producer(), None, state
+            assert last is not None
+            assert last.graph is not None
+            last.graph.insert_after(last, branch.waiting([state]))
+            branch.close()
+        return self.value if self.value is not None else _network(update, heard, self._model())
+
+    def close(self) -> None:
+        """Lets go of the state behind the last block, which nothing reads."""
+        if self.waiting is not None:
+            self.waiting[0].close()
+            self.waiting = None
+
+    def _model(self) -> Any:
+        """The base without numbers."""
+        if find_spec("transformers") is None:
+            cure = "pip install 'adapterkit[transformers]'"
+            raise UsageError("a network like the base needs transformers, which is not installed", cure=cure)
+        config = config_of(None, None) if self.config is None else self.config()
+        auto, torch = import_module("transformers.models.auto"), import_module("torch")
+        kind = config.get("model_type")
+        if not isinstance(kind, str) or kind not in auto.CONFIG_MAPPING:
+            raise Unsupported(f"a network like a model of the type {kind!r}", cure="Install a newer transformers")
+        from .tracing import quiet
+
+        try:
+            with quiet(), torch.device("meta"):
+                return auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
+        except Exception as error:  # transformers raises whatever a config's values lead to.
+            why = f"transformers makes no model by the base's config.json ({first_line(error)})"
+            raise Malformed(why, cure="Fetch the config again") from error
+
+
+class State:
+    """The state as one block reads it and hands it on; see `OutputUpdate`."""
+
+    def __init__(self, shadows: Shadows, heard: Heard) -> None:
+        self.shadows, self.heard = shadows, heard
+        self.kept: Value | None = None
+
+    def state(self, update: Any) -> Value:
+        """The state in front of the block, in the sizes of its input where it is as wide."""
+        x, branch = self.heard.layer.x, self.heard.layer.branch
+        value = self.shadows.reached(update, self.heard)
+        width = None if value.shape is None else value.shape[-1]
+        sizes = x.shape if x.ndim == 3 and width in (None, x.shape[-1]) else (None, None, width)
+        return Value(branch, cast(Sizes, sizes), element_type(value), value).cast(x.dtype)
+
+    def keep(self, value: Value) -> None:
+        """Hands a state on to the next block."""
+        self.kept = value
+
+    def hand_on(self, y: ir.Value) -> bool:
+        """Whether a state waits, in the block's branch, for a block behind it to ask; `y` is the block's output."""
+        if self.kept is None:
+            return False
+        self.shadows.waiting = self.heard.layer.branch, y, self.kept.value
+        return True
+
+
+def _network(update: Any, heard: Heard, model: Any) -> ir.Value:
+    """The network's nodes, in the block's branch; their output."""
+    given, branch = _given(update, heard), heard.layer.branch
+    own = _traced(model, update, heard.layer, given)
+    _check_operators(own, branch)
+    copies: Copies = dict(zip(own.graph.inputs, given.values(), strict=True))
+    for path, value in own.graph.initializers.items():
+        assert value.const_value is not None
+        key = SHADOW, branch.building.keep(update.network), path
+        copies[value] = branch.building.tensor(key, f"shadow.{path}", value.const_value.numpy)
+    name = branch.building.name
+    branch.nodes += copied(list(own.graph), copies, lambda wanted: name(f"{branch.name}/network/{wanted}"))
+    return of_call(copies[own.graph.outputs[0]], heard.words, branch, _rows_of(heard))
+
+
+def _check_operators(network: ir.Model, branch: Branch) -> None:
+    for domain, version in network.opset_imports.items():
+        if branch.building.model.graph.opset_imports.setdefault(domain, version) != version:
+            why = f"a network in operator set {version} of {domain or 'ONNX'} in a graph of {branch.opset}"
+            raise Unsupported(why, cure="Export the graph in a newer operator set")
+
+
+def _traced(model: Any, update: Any, layer: Any, given: Mapping[str, ir.Value]) -> ir.Model:
+    """The network as a graph of its own, its sizes open."""
+    import torch
+
+    from ..torch.shadows import Standing
+    from .tracing import traced
+
+    kind = getattr(torch, layer.dtype.name)
+    held = update.map(lambda value: torch.tensor(value.known()).to(kind))
+    network = Standing(model, held, list(given)).eval()
+    width = model.get_input_embeddings().weight.shape[1]
+    # Two rows and three positions: torch takes sizes of one for fixed ones, and one tensor given twice for one input.
+    examples = [
+        torch.zeros(2, 3, width, dtype=kind) if name == EMBEDS else torch.ones(2, 3, dtype=torch.int64)
+        for name in given
+    ]
+    sizes = (tuple(dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC) for _ in examples),)
+    return traced(network, examples, dynamic_shapes=sizes, opset_version=layer.branch.opset, inside="network")
+
+
+def _given(update: Any, heard: Heard) -> dict[str, ir.Value]:
+    """What the network is called with: the graph's own inputs, in front of a past with what that is of."""
+    words, graph = heard.words, heard.words.building.model.graph
+    found = {name: value for name in CALL if (value := words.input(name)) is not None}
+    past = past_inputs(graph)
+    known = {*found.values(), *past.values(), *words.made.values()}
+    for value in graph.inputs:
+        if value not in known and not value.is_initializer():
+            why = f"the graph's input {value.name}, which the network beside the model would not be called with"
+            cure = f"Tell which word it is: call={{{MASK!r}: {value.name!r}}}, --call {MASK}={value.name}"
+            raise Unsupported(why, cure=cure)
+    return _tokens(update, heard, found, bool(past)) | _beside(heard, found)
+
+
+def _tokens(update: Any, heard: Heard, found: Mapping[str, ir.Value], past: bool) -> dict[str, ir.Value]:
+    if EMBEDS in found:
+        if past:
+            raise Unsupported("embeddings in front of a past", cure="Export the model without past keys and values")
+        return {EMBEDS: found[EMBEDS]}
+    ids = every_token(heard.words, heard.layer.branch)
+    return {EMBEDS: _embedded(ids, found[TOKENS], heard)} if update.shared_embeddings else {TOKENS: ids}
+
+
+def _embedded(ids: ir.Value, own: ir.Value, heard: Heard) -> ir.Value:
+    """What the base's embedding makes of tokens, by a copy of its nodes."""
+    building, branch = heard.words.building, heard.layer.branch
+    end = _embedding(own, heard)
+    if ids is own:
+        return building.now(end)
+    nodes = between(own, end, list(building.model.graph))
+    copies: Copies = {own: ids}
+    branch.nodes += copied(nodes, copies, lambda name: building.name(f"{branch.name}/{name}"))
+    return copies[end]
+
+
+def _embedding(ids: ir.Value, heard: Heard) -> ir.Value:
+    """The embedding of the graph's tokens: what its module gives."""
+    model, width = heard.words.building.model, heard.layer.x.shape[-1]
+    spots = [spot for spot in spots_of(model) if spot.kind.op_type == "Gather" and spot.shape[0] == width]
+    found = [spot.node for spot in spots if input_behind(spot.node.inputs[1]) is ids]
+    if len(found) != 1:
+        why = f"{len(found)} embeddings of the graph's tokens, of which one is the base's"
+        raise TargetNotFound(why, cure=_EXPORT)
+    inside = modules_of(found[0])
+    return module_at(model, inside[-1], inside[-1]).given(width, inside[-1]) if inside else found[0].outputs[0]
+
+
+def _beside(heard: Heard, found: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+    """Mask and positions, where the graph has them."""
+    given = {}
+    for name in (MASK, POSITIONS):
+        if name in found and (found[name].shape is None or len(found[name].shape or ()) != 2):
+            raise Unsupported(f"{name} that is no matrix", where=found[name].name, cure=_EXPORT)
+        if name in found:
+            given[name] = whole_numbers(found[name], heard.layer.branch)
+    if POSITIONS in given:
+        given[POSITIONS] = every_position(heard.words, heard.layer.branch, given[POSITIONS], _rows_of(heard))
+    return given
+
+
+def _rows_of(heard: Heard) -> Value:
+    """A matrix of whole numbers, one for each of the call's own tokens."""
+    ids = heard.words.input(TOKENS)
+    rows: Value = (heard.layer.x[..., 0] if ids is None else plain(ids, heard.layer.branch)).cast(np.int64)
+    return rows
+
+
+_EXPORT = "Export the graph anew, by torch's own exporter"

@@ -1,0 +1,352 @@
+"""Shadow in graphs: the network beside the model, traced and put into the graph, computes what PEFT's does."""
+
+import copy
+import json
+import os
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import onnx_ir as ir
+import peft
+import pytest
+import torch
+from peft_cases import gpt2, llama
+from torch import nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)  # fmt: skip
+
+import adapterkit as ak
+from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.tensors.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+VECTORS = Path(__file__).parent.parent / "spec" / "vectors"
+IDS = torch.tensor([[3, 4, 1, 3, 4, 7], [3, 4, 2, 2, 7, 3], [5, 1, 2, 2, 7, 4]])
+PADDED = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
+OPEN = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+
+
+def one_head():
+    """Cosines of positions are as wide as the model itself."""
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1, tie_word_embeddings=False))
+
+
+def deep():
+    """So many blocks that their names, sorted as words, are in another order than they run in."""
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 11}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+
+
+def gemma():
+    """Embeddings are multiplied in their module, and layers see windows of two lengths."""
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3, "head_dim": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads, sliding_window=3))
+
+
+def opt():
+    """The blocks are in the body's decoder."""
+    sizes = {"vocab_size": 20, "hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 12, "max_position_embeddings": 16}
+    return OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=2))
+
+
+def small():
+    """The model of the vectors."""
+    sizes = {"vocab_size": 9, "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=False))
+
+
+def shadow(**options):
+    given = {"task_type": "CAUSAL_LM", "init_weights": False, "r": 3, "shadow_alpha": 0.7}
+    return peft.ShadowConfig(**given | options)
+
+
+SMALL = {"shadow_hidden_size": 4, "shadow_num_attention_heads": 2, "shadow_intermediate_size": 6}
+CASES = {
+    "shared": (llama, shadow()),
+    "own eyes": (llama, shadow(share_embeddings=False, update_hidden_size=5)),
+    "two layers": (llama, shadow(shadow_num_hidden_layers=2, target_modules=["model.layers.1"])),
+    "narrow": (llama, shadow(**SMALL, modules_to_save=["lm_head"])),
+    "gpt-2": (gpt2, shadow(shadow_hidden_size=4)),
+    "one head": (one_head, shadow()),
+    "gemma": (gemma, shadow()),
+    "opt": (opt, shadow()),
+    "deep": (deep, shadow(shadow_alpha=0.3)),
+}
+
+
+class Called(nn.Module):
+    """Logits by some words of a call, without a past."""
+
+    def __init__(self, model, words):
+        super().__init__()
+        self.model, self.words = model, words
+
+    def forward(self, *given):
+        return self.model(**dict(zip(self.words, given, strict=True)), use_cache=False).logits
+
+
+@cache
+def base(build):
+    torch.manual_seed(5)
+    return build().eval()
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    """Model and what it is called with -> its graph, the model's config beside it."""
+
+    @cache
+    def exported(build, *words, dtype=torch.float32):
+        folder = tmp_path_factory.mktemp("graph")
+        words = words or ("input_ids",)
+        example = {"inputs_embeds": torch.randn(3, 6, 8, dtype=dtype), "attention_mask": torch.ones_like(IDS)}
+        args = [example[word] if word in example else IDS.clone() for word in words]
+        model = copy.deepcopy(base(build)).to(dtype)
+        ak.onnx.export(
+            Called(model, words).eval(), args, folder / "model.onnx", inside="model", input_names=words,
+            output_names=["logits"], dynamic_shapes=(tuple(OPEN for _ in words),),
+        )  # fmt: skip
+        model.config.save_pretrained(folder)
+        return folder / "model.onnx"
+
+    return exported
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Case -> PEFT's model, every trained number moved, and the folder that it wrote."""
+
+    @cache
+    def trained(case):
+        build, config = CASES[case]
+        torch.manual_seed(7)
+        model = peft.get_peft_model(copy.deepcopy(base(build)), copy.deepcopy(config)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        folder = tmp_path_factory.mktemp("adapter")
+        model.save_pretrained(str(folder))
+        return model, folder
+
+    return trained
+
+
+def run(path, **feeds):
+    arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
+    return torch.tensor(ak.onnx.Session(path).run(arrays)["logits"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_a_graph_computes_what_peft_computes(case, graph, made, tmp_path, close):
+    (model, adapter), path, out = made(case), graph(CASES[case][0]), tmp_path / "out.onnx"
+    report = ak.onnx.inject(path, adapter, out, base_weights=None if case == "shared" else saved(case, tmp_path))
+    assert report.reference is not None
+    assert report.reference < 1e-5
+    for ids in (IDS, IDS[:1, :1], IDS[:2].repeat(2, 1)[:, :5]):
+        wanted = model(input_ids=ids, use_cache=False).logits
+        close(run(out, input_ids=ids), wanted, tolerance=1e-5)
+    assert (run(path, input_ids=IDS) - model(input_ids=IDS).logits).abs().max() > 1e-3
+    ak.onnx.eject(out, tmp_path / "back.onnx")
+    assert (tmp_path / "back.onnx").read_bytes() == path.read_bytes()
+
+
+def saved(case, folder):
+    base(CASES[case][0]).save_pretrained(folder / "base")
+    return folder / "base"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["shadow", "shadow_narrow"])
+def test_what_peft_wrote_once(name, graph, tmp_path, close):
+    folder = VECTORS / "formats" / "peft" / name
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(base(small)), str(folder)).eval()
+    out = ak.onnx.inject(graph(small), folder, tmp_path / "out.onnx").out
+    close(run(out, input_ids=IDS), model(input_ids=IDS).logits, tolerance=1e-5)
+
+
+VECTOR = ak.read(VECTORS / "methods" / "shadow.adapter.safetensors")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", VECTOR.updates, ids=str)
+def test_a_state_that_an_input_brings(target, tmp_path, close):
+    """A block that is one layer, and the states of the spec's own vectors."""
+    held = open_checkpoint(VECTORS / "methods" / "shadow.expected.safetensors").tensors
+    W, b, x, s, y = (
+        held[f"{target.path}.{part}"].torch().float() for part in ("weight", "bias", "x", "call.shadow", "y")
+    )
+    layer = nn.Linear(5, 5)
+    layer.weight, layer.bias = nn.Parameter(W.T if target.layout == "in out *k" else W), nn.Parameter(b)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = layer
+
+        def forward(self, x, s):
+            return self.block(x) + 0 * s
+
+    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    ak.onnx.export(Model().eval(), (x, s), path, input_names=["x", "s"], output_names=["logits"])
+    adapter = ak.Adapter({ak.Target("block"): VECTOR.updates[target]})
+    with pytest.raises(UsageError, match=r"no input nowhere|base's config\.json"):
+        ak.onnx.inject(path, adapter, out)
+    ak.onnx.inject(path, adapter, out, call={"shadow": "s"})
+    close(run(out, x=x, s=s), y, tolerance=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["shared", "narrow", "gpt-2"])
+def test_behind_a_past_its_tokens_are_read_anew(case, made, tmp_path, close):
+    model, adapter = made(case)
+    path = ak.onnx.export_pretrained(saved(case, tmp_path), tmp_path / "graph").out
+    report = ak.onnx.inject(path, adapter, tmp_path / "graph" / "out.onnx")
+    assert "past_input_ids takes the tokens that the past is of" in report.note
+    assert report.reference is not None
+    assert report.reference < 1e-5
+    session = ak.onnx.Session(report.out)
+    for mask in (torch.ones_like(IDS), PADDED):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        call = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+        wanted = model(input_ids=IDS, **call).logits
+        for cuts in ((0, 6), (0, 4, 6), (0, 1, 2, 5, 6)):
+            got = in_steps(session, cuts, mask, positions, base(CASES[case][0]).config)
+            close(got[mask.bool()], wanted[mask.bool()], tolerance=1e-5)
+
+
+def in_steps(session, cuts, mask, positions, config):
+    """Logits of all tokens, each run going on with the past of the one before."""
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    width = config.hidden_size // config.num_attention_heads
+    past = {name: np.zeros((3, heads, 0, width), "f4") for name in session.inputs if name.startswith("past_key")}
+    got = []
+    for start, stop in pairwise(cuts):
+        feeds = {
+            "input_ids": IDS[:, start:stop], "past_input_ids": IDS[:, :start], "attention_mask": mask[:, :stop],
+            "position_ids": positions[:, start:stop],
+        }  # fmt: skip
+        told = session.run({**{name: tensor.numpy() for name, tensor in feeds.items()}, **past})
+        past = {name: told[name.replace("past_key_values", "present")] for name in past}
+        got.append(torch.tensor(told["logits"]))
+    return torch.cat(got, 1)
+
+
+@torch.no_grad()
+def test_masks_positions_and_embeddings(graph, made, tmp_path, close):
+    (model, adapter), seen = made("shared"), PADDED.bool()
+    out = tmp_path / "out.onnx"
+    ak.onnx.inject(graph(llama, "input_ids", "attention_mask", "position_ids"), adapter, out)
+    call = {"attention_mask": PADDED, "position_ids": torch.tensor([[0, 0, 0, 5, 6, 9], [2, 3, 4, 5, 6, 7], [1] * 6])}
+    wanted = model(input_ids=IDS, **call, use_cache=False).logits
+    close(run(out, input_ids=IDS, **call)[seen], wanted[seen], tolerance=1e-5)
+    ak.onnx.inject(graph(llama, "inputs_embeds", "attention_mask"), adapter, out)
+    embeds = model.get_input_embeddings()(IDS)
+    wanted = model(input_ids=IDS, attention_mask=PADDED, use_cache=False).logits
+    close(run(out, inputs_embeds=embeds, attention_mask=PADDED)[seen], wanted[seen], tolerance=1e-5)
+
+
+@torch.no_grad()
+def test_blocks_in_any_order_and_without_names_of_nodes(graph, made, tmp_path, close):
+    model, folder = made("shared")
+    adapter, unnamed = ak.read(folder), ir.load(graph(llama))
+    for node in unnamed.graph:
+        node.name = ""
+    turned = adapter.replace(updates=dict(reversed(adapter.updates.items())), foreign=None)
+    ak.onnx.inject(unnamed, turned, tmp_path / "out.onnx", base_weights=saved("shared", tmp_path))
+    close(run(tmp_path / "out.onnx", input_ids=IDS), model(input_ids=IDS).logits, tolerance=1e-5)
+
+
+@torch.no_grad()
+def test_in_half_precision(graph, made, tmp_path):
+    model, adapter = made("narrow")
+    out = ak.onnx.inject(graph(llama, dtype=torch.float16), adapter, tmp_path / "out.onnx").out
+    got = run(out, input_ids=IDS)
+    assert got.dtype == torch.float16
+    wanted = model(input_ids=IDS).logits
+    assert (got.float() - wanted).abs().max() < 5e-3 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_what_a_lora_changes_inside_a_block(graph, made, tmp_path, close):
+    """Beside the blocks' own law, as in torch."""
+    adapter = ak.read(made("shared")[1])
+    A, B = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.ones(8, 2)
+    both = {**adapter.updates, ak.Target("model.layers.1.self_attn.q_proj"): (ak.METHODS["lora"](A=A, B=B),)}
+    adapter = adapter.replace(updates=both, foreign=None)
+    live = copy.deepcopy(base(llama))
+    ak.torch.inject(live, adapter)
+    out = ak.onnx.inject(graph(llama), adapter, tmp_path / "out.onnx").out
+    close(run(out, input_ids=IDS), live(IDS, use_cache=False).logits, tolerance=1e-5)
+
+
+@torch.no_grad()
+def test_an_export_with_the_network_beside_it(made, tmp_path, close):
+    model, adapter = made("narrow")
+    report = ak.onnx.export(
+        Called(copy.deepcopy(base(llama)), ("input_ids",)).eval(), (IDS,), tmp_path / "out.onnx", adapter=adapter,
+        mode="attached", inside="model", input_names=["input_ids"], output_names=["logits"],
+        dynamic_shapes=((OPEN,),),
+    )  # fmt: skip
+    assert report.difference < 1e-5
+    close(run(report.out, input_ids=IDS[:2, :4]), model(input_ids=IDS[:2, :4]).logits, tolerance=1e-5)
+    with pytest.raises(Unsupported, match="no cache of the earlier tokens") as raised:
+        ak.onnx.export_pretrained(saved("narrow", tmp_path), tmp_path / "out", adapter=adapter, mode="attached")
+    assert "inject that into the graph" in raised.value.cure
+
+
+def test_nothing_reads_the_state_behind_the_last_block(graph, made, tmp_path):
+    out = ak.onnx.inject(graph(llama), made("shared")[1], tmp_path / "out.onnx").out
+    model = ir.load(out)
+    used = {value for node in model.graph for value in node.inputs} | {*model.graph.outputs}
+    assert not [node.name for node in model.graph if not used & {*node.outputs}]
+    stored = [name for name in model.graph.initializers if "model.layers.1" in name and "shadow" in name]
+    assert sorted(name.rpartition(".")[2] for name in stored) == ["down", "up"]
+
+
+def test_what_is_refused(graph, made, tmp_path):
+    _, adapter = made("shared")
+    out = tmp_path / "out.onnx"
+    bare = tmp_path / "model.onnx"
+    bare.write_bytes(graph(llama).read_bytes())
+    with pytest.raises(UsageError, match=r"base's config\.json tells; none is beside the graph"):
+        ak.onnx.inject(bare, adapter, out)
+    for config, error, match in (
+        ({"model_type": "nothing"}, Unsupported, "of the type 'nothing'"),
+        ({}, Unsupported, "of the type None"),
+        (json.loads(base(llama).config.to_json_string()) | {"hidden_size": "x"}, Malformed, "makes no model by"),
+        (base(gpt2).config.to_dict(), ShapeMismatch, "where a GPT2Model has"),
+        (json.loads(base(llama).config.to_json_string()) | {"intermediate_size": 14}, ShapeMismatch, "LlamaModel"),
+        (json.loads(base(llama).config.to_json_string()) | {"model_type": "bert"}, Unsupported, "like a BertModel"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(error, match=match) as raised:
+            ak.onnx.inject(bare, adapter, out)
+        assert raised.value.where in ("model.layers.0", "network")
+    with pytest.raises(Unsupported, match="whose law asks the model's call for shadow"):
+        ak.onnx.inject(graph(llama), adapter, out, mode="slots")
+    masked = ir.load(graph(llama, "input_ids", "attention_mask"))
+    masked.graph.inputs[1].name = "seen"
+    with pytest.raises(Unsupported, match="the graph's input seen, which the network") as raised:
+        ak.onnx.inject(masked, adapter, out, base_weights=saved("shared", tmp_path))
+    assert "--call attention_mask=seen" in raised.value.cure
+    ak.onnx.inject(masked, adapter, out, base_weights=saved("shared", tmp_path), call={"attention_mask": "seen"})
+    out.unlink()
+    with pytest.raises(TargetNotFound, match="2 of 2 targets not in the base"):
+        ak.onnx.inject(graph(gpt2), adapter, out)
+    assert not out.exists()
