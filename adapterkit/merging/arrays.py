@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UsageError
 from ..tensors.dtypes import DType
+from ..tensors.finite import first_in
 from ..tensors.lazy import as_array, as_lazy, as_torch
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 
 CAST_AT_A_TIME = 1024
+
+KEPT = 31 << 20
+"""Bytes; glibc takes no more than 32 MiB for its threshold."""
 
 
 class Arrays(Protocol):
@@ -40,8 +44,8 @@ class Arrays(Protocol):
     def add(self, raw: Any, change: Any, out: Any) -> None:
         """Writes raw + change, summed in float64, into `out`, to the nearest; may use up `change`, a float64 array."""
 
-    def finite(self, values: Any) -> bool:
-        """Whether there is no NaN and no infinity."""
+    def finite(self, values: Any, dtype: DType) -> bool:
+        """Whether there is no NaN and no infinity among values of a dtype."""
 
     def quiet(self) -> AbstractContextManager[Any]:
         """A context for a worker: no warnings on overflow, which is checked for, and one thread each."""
@@ -115,6 +119,9 @@ class NumpyArrays:
         import numpy as np  # before the workers start, so that its BLAS can be held to one thread each
 
         self.np = np
+        # Freed at once, it tells glibc to keep what is freed below this size instead of giving the pages back: formulas
+        # make an array of a block's size at each step, and most of their time would go into fresh pages.
+        np.empty(KEPT, np.uint8)
 
     def load(self, leaf: Leaf) -> Any:
         values = as_array(leaf)
@@ -132,8 +139,8 @@ class NumpyArrays:
     def add(self, raw: Any, change: Any, out: Any) -> None:
         self.np.add(raw, change, out=out, dtype=self.np.float64, casting="unsafe")
 
-    def finite(self, values: Any) -> bool:
-        return values.dtype.kind in "iub" or bool(self.np.isfinite(values).all())
+    def finite(self, values: Any, dtype: DType) -> bool:
+        return not dtype.floating or first_in(values.view(dtype.numpy), dtype) is None
 
     def quiet(self) -> AbstractContextManager[Any]:
         return _Quiet(self.np)
@@ -197,8 +204,8 @@ class TorchArrays:
         odd = (bits | (wide != values).int()).view(self.torch.float32)
         return self.torch.where(wide.isfinite(), odd, near)
 
-    def finite(self, values: Any) -> bool:
-        if not values.is_floating_point():
+    def finite(self, values: Any, dtype: DType) -> bool:
+        if not dtype.floating:
             return True
         wide = values.float() if values.itemsize == 1 else values
         return bool(self.torch.isfinite(wide).all())

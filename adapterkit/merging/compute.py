@@ -68,7 +68,8 @@ class Folder:
             work = self._image(raw, block)
             norms = self._fold(work, block)
             self.arrays.assign(out, work.reshape(-1))
-        if self.watched and not self.arrays.finite(out) and self.arrays.finite(raw):
+        given, finite = self.output.source.dtype, self.arrays.finite
+        if self.watched and not finite(out, self.output.dtype) and finite(raw, given):
             raise Malformed(
                 f"merging gives values that {self.output.dtype} cannot hold", where=self.output.name,
                 cure="Merge with a smaller weight, or write a wider dtype with dtype=/--dtype",
@@ -162,7 +163,8 @@ def _add(updates: Sequence[Additive], view: Any, weight: float) -> None:
 def _mix(new: Any, W: Any, view: Any, weight: float, *, replace: bool) -> float:
     """Moves `view` by `weight` of the way from W to `new`; returns the squared norm of the move."""
     change = new - W
-    norm = weight**2 * float((change * change).sum())
+    flat = change.reshape(-1)
+    norm = weight**2 * float(flat @ flat)
     if replace and weight == 1:
         view[...] = new
     else:

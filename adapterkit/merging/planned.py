@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS = 3 << 17
 """Elements computed at a time: small enough that the float64 block stays in a core's cache."""
 
+STEPS = 4
+"""Arrays of a block's size that a law which sees the weight holds on its way, beside the block."""
+
 REPORT = "adapterkit_merge.json"
 CARD = "README.md"
 
@@ -189,4 +192,5 @@ def _block_bytes(output: Output) -> int:
     leaves = (leaf for fold in output.folds for update in fold.updates for leaf in update.tensors.values())
     # Those of several adapters are held once more, side by side.
     factors = sum(math.prod(leaf.shape) for leaf in leaves) * 8 * min(len(output.folds), 2)
-    return elements * (8 + output.dtype.itemsize + output.source.dtype.itemsize) + factors
+    images = 1 if all(fold.additive for fold in output.folds) else 1 + STEPS
+    return elements * (8 * images + output.dtype.itemsize + output.source.dtype.itemsize) + factors

@@ -3,13 +3,15 @@
     python tools/bench growth [--rounds 3] [--work FOLDER] [--row NAME]...
 
 Bases are TinyLlama's shape with more or fewer layers, all zeros in sparse files, so that 10 B take no space but in the
-output (20 GB, removed after each run). Rows of a round run one after the other; ratios are of medians.
+output (20 GB, removed after each run); each is read once before it is merged, so that it is in the page cache where it
+fits. Rows of a round run one after the other; ratios are of medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rig.llama import LAYERS, SHARD_BYTES, VOCABULARY, write_adapter, write_base
-from rig.process import Run, measure
+from rig.process import Run, measure, warm
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -65,6 +67,8 @@ def once(row: Row, work: Path) -> None:
         sources = [folder / f"adapter{number}" for number in range(row.adapters)]
         for number, source in enumerate(sources):
             write_adapter(source, folder / "base", layers, rank=row.rank, dora=row.dora, number=number)
+        os.sync()
+        warm(folder)
         command = [
             sys.executable,
             "-m",

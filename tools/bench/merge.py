@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rig.process import ProcessFailed, Run, measure
+from rig.process import ProcessFailed, Run, measure, warm
 
 RIG = Path(__file__).resolve().parent / "rig"
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,15 +126,6 @@ def inputs(work: Path, scale: float) -> Path:
         work.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, str(RIG / "llama.py"), str(folder), "--scale", str(scale)], check=True)
     return folder
-
-
-def warm(folder: Path) -> None:
-    """Reads every file once, so that no contender pays for the disk alone."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb", buffering=0) as file:
-                while file.read(1 << 20):
-                    pass
 
 
 def once(contender: Contender, folder: Path, work: Path, *, last: bool, full: bool) -> None:
