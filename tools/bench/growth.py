@@ -55,6 +55,7 @@ def rows() -> list[Row]:
         *(Row(f"r{rank}", rank=rank) for rank in (8, 64, 256)),
         Row("dora", dora=True),
         *(Row(f"{count} adapters", adapters=count) for count in (2, 4, 8)),
+        Row("8 of r8", rank=8, adapters=8),
     ]
 
 
