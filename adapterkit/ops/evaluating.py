@@ -147,7 +147,7 @@ class Evaluation:
         if not present:
             return None
         weights = np.array([self._weights(place.target)[t] for t in present])
-        stacked = np.stack([np.atleast_2d(found[t]) for t in present], 1)  # type: ignore[arg-type]
+        stacked = np.stack([np.atleast_2d(bias) for bias in found if bias is not None], 1)
         made = [
             method.vector(each, weights, self._standing(place, present, e if place.target.stacked else None, bias=True))
             for e, each in enumerate(stacked)
