@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..at import At
     from ..lowering import Delta
 
+NOISE = 1e-12
+"""A share of a task's change in a direction that is what float64 leaves of none."""
+
 
 class SVC(PlugIn):
     """A plug-in behind any method."""
@@ -41,6 +44,7 @@ class SVC(PlugIn):
         U, S, Vh = leading(D)
         replies = U.T @ cores
         squares = (replies * replies).sum(2)
-        along = ((U.T @ D) * replies).sum(2) / np.where(squares > 0, squares, 1.0)
+        replied = squares > (NOISE * NOISE * (cores * cores).sum((1, 2)))[:, None]
+        along = np.where(replied, ((U.T @ D) * replies).sum(2) / np.where(replied, squares, 1.0), 0.0)
         factors = len(deltas) / np.maximum(self.alpha, along).sum(0)
         return between(common.left, (U * (factors * S)) @ Vh, common.right)
