@@ -1,5 +1,7 @@
 """Small graphs of every kind of layer, written by onnx's own helper, and the torch layers that they are of."""
 
+from itertools import pairwise
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -83,3 +85,18 @@ def saved(model, path):
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def in_steps(session, ids, cuts, mask, positions, heads, width):
+    """Logits of all tokens, each run going on with the past of the one before, of so many heads and channels."""
+    empty = np.zeros((len(ids), heads, 0, width), "f4")
+    past, got = {name: empty for name in session.inputs if name.startswith("past_key")}, []
+    for start, stop in pairwise(cuts):
+        feeds = {
+            "input_ids": ids[:, start:stop], "past_input_ids": ids[:, :start], "attention_mask": mask[:, :stop],
+            "position_ids": positions[:, start:stop],
+        }  # fmt: skip
+        told = session.run({**{name: tensor.numpy() for name, tensor in feeds.items()}, **past})
+        past = {name: told[name.replace("past_key_values", "present")] for name in past}
+        got.append(torch.tensor(told["logits"]))
+    return torch.cat(got, 1)

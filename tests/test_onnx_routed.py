@@ -3,7 +3,6 @@
 import copy
 import os
 from functools import cache
-from itertools import pairwise
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -11,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from onnx_graphs import in_steps
 from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
 from peft_cases import gpt2, llama
@@ -263,24 +263,10 @@ def test_xlora_behind_a_past(case, experts, tmp_path, close):
         positions = (own.cumsum(-1) - 1).clamp(min=0)
         wanted = model(input_ids=IDS, attention_mask=own, position_ids=positions, use_cache=False).logits
         for cuts in ((0, 6), (0, 4, 6), (0, 1, 2, 5, 6)):
-            got = in_steps(ak.onnx.Session(report.out), cuts, own, positions)
+            got = in_steps(ak.onnx.Session(report.out), IDS, cuts, own, positions, 1, 4)
             close(got[own.bool()], wanted[own.bool()], tolerance=1e-5)
     ak.onnx.eject(report.out, tmp_path / "graph" / "back.onnx")
     assert (tmp_path / "graph" / "back.onnx").read_bytes() == path.read_bytes()
-
-
-def in_steps(session, cuts, mask, positions):
-    """Logits of all tokens, each run going on with the past of the one before."""
-    past, got = {name: np.zeros((3, 1, 0, 4), "f4") for name in session.inputs if name.startswith("past_key")}, []
-    for start, stop in pairwise(cuts):
-        feeds = {
-            "input_ids": IDS[:, start:stop], "past_input_ids": IDS[:, :start], "attention_mask": mask[:, :stop],
-            "position_ids": positions[:, start:stop],
-        }  # fmt: skip
-        told = session.run({**{name: tensor.numpy() for name, tensor in feeds.items()}, **past})
-        past = {name: told[name.replace("past_key_values", "present")] for name in past}
-        got.append(torch.tensor(told["logits"]))
-    return torch.cat(got, 1)
 
 
 def test_what_routed_laws_refuse_as_slots(graphs, tmp_path):

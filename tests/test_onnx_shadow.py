@@ -4,16 +4,15 @@ import copy
 import json
 import os
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
 import onnx_ir as ir
 import peft
 import pytest
 import torch
+from onnx_graphs import in_steps
 from peft_cases import gpt2, llama
 from torch import nn
 from transformers import (
@@ -226,25 +225,14 @@ def test_behind_a_past_its_tokens_are_read_anew(case, made, tmp_path, close):
         call = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
         wanted = model(input_ids=IDS, **call).logits
         for cuts in ((0, 6), (0, 4, 6), (0, 1, 2, 5, 6)):
-            got = in_steps(session, cuts, mask, positions, base(CASES[case][0]).config)
+            got = in_steps(session, IDS, cuts, mask, positions, *cached(base(CASES[case][0]).config))
             close(got[mask.bool()], wanted[mask.bool()], tolerance=1e-5)
 
 
-def in_steps(session, cuts, mask, positions, config):
-    """Logits of all tokens, each run going on with the past of the one before."""
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    width = config.hidden_size // config.num_attention_heads
-    past = {name: np.zeros((3, heads, 0, width), "f4") for name in session.inputs if name.startswith("past_key")}
-    got = []
-    for start, stop in pairwise(cuts):
-        feeds = {
-            "input_ids": IDS[:, start:stop], "past_input_ids": IDS[:, :start], "attention_mask": mask[:, :stop],
-            "position_ids": positions[:, start:stop],
-        }  # fmt: skip
-        told = session.run({**{name: tensor.numpy() for name, tensor in feeds.items()}, **past})
-        past = {name: told[name.replace("past_key_values", "present")] for name in past}
-        got.append(torch.tensor(told["logits"]))
-    return torch.cat(got, 1)
+def cached(config):
+    """Heads of a past, and channels of each."""
+    heads = config.num_attention_heads
+    return getattr(config, "num_key_value_heads", heads), config.hidden_size // heads
 
 
 @torch.no_grad()
