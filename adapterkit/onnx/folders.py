@@ -70,19 +70,13 @@ def _published(scratch: Path, target: Path) -> None:
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             target.rename(old / "old")
-            _exchanged(scratch, target, old / "old")
+            scratch.rename(target)
         finally:
+            if not target.exists():  # Whatever came between the two: nothing else holds what was there.
+                (old / "old").rename(target)
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise storage_error(error, target) from error
-
-
-def _exchanged(scratch: Path, target: Path, old: Path) -> None:
-    try:
-        scratch.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
 
 
 def _umask() -> int:
