@@ -89,7 +89,11 @@ source_format = click.option(
     "--from", "source_format", callback=format_name, metavar="FORMAT",
     help="Format of SRC; found from its headers if absent.",
 )  # fmt: skip
-compat = click.option("--compat", metavar="NAME", help="Reproduce the known faults of the named tool, e.g. peft.")
+compat = click.option(
+    "--compat",
+    metavar="NAME",
+    help="Another reading of the adapter than what its trainer computed; formula: the paper's formula.",
+)
 allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what is already there.")
 weights = click.option(

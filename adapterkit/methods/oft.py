@@ -34,6 +34,7 @@ class OFT(WeightUpdate):
     rescale: Tensor | None = tensor("out", optional=True)
     side: str = attribute("in", among=("in", "out"))
     terms: int = attribute(0, least=0, most=100)
+    doubled: bool = False
     coft: bool = False
     eps: float = 6e-5
     constraint: float = 0.0
@@ -69,7 +70,7 @@ class OFT(WeightUpdate):
 
     def new_weight(self, W: Tensor) -> Any:
         Q = self._constrained(skew(self.pairs) if self.square is None else self.square.mT - self.square)
-        R = neumann(Q, self.terms) if self.terms else cayley(Q)
+        R = neumann(Q, self.terms, self.doubled) if self.terms else cayley(Q)
         turned = turn_rows(W, R) if self.side == "out" else turn_columns(W.reshape(len(W), -1), R).reshape(W.shape)
         return turned if self.rescale is None else turned * self.rescale.reshape(-1, *[1] * (W.ndim - 1))
 

@@ -7,9 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ...errors import Unrepresentable
+from ...methods.loha import LoHa
+from ...methods.lokr import LoKr
+from ...methods.lora import LoRA
+from ...methods.weight_norm import WeightNorm
 from ...tensors.lazy import Lazy, as_lazy
 from .biases import mixed_biases
 from .encode import encode, why_not
+from .file import rules_for
 from .folding import rewritten
 from .hints import Hints, fingerprint, hints_of
 from .leftovers import still
@@ -100,8 +105,9 @@ def _stems(dialect: ImageFormat, updates: Updates, hints: Hints) -> dict[tuple[T
 
 def _expressible(dialect: ImageFormat, updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates, list[str]]:
     """What a file can say, and a line for each thing that was left out or rewritten."""
-    updates, lines = rewritten(updates, dialect.rules, on_loss)
-    places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, dialect.rules)]
+    rules = rules_for(dialect.rules, hints.compat)
+    updates, lines = rewritten(updates, rules, on_loss)
+    places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
     updates, losses = dialect.renamed(updates, hints.stems, fold=on_loss in ("fold", "promote"))
     losses += list(_losses(dialect, updates, hints))
     items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
@@ -127,12 +133,16 @@ def _losses(dialect: ImageFormat, updates: Updates, hints: Hints) -> Iterable[tu
     )
     for target, found in updates.items():
         slots: set[str] = set()
+        before: Update | None = None
         for update in found:
-            why = why_not(update, dialect.rules)
+            why = why_not(update, rules_for(dialect.rules, hints.compat))
             if not why and target.layout != "out *in" and hasattr(update, "A"):
                 why = f"{update.method} on a weight stored as {target.layout}"
             if not why and str(target) not in hints.stems and dialect.stem(target, paths, update) is None:
                 why = "rows of a weight" if target.rows else "a module of no part of an image model"
+            if isinstance(update, WeightNorm) and not isinstance(before, (LoHa, LoKr, LoRA)):
+                why = "norms that are not behind a LoRA, a LoHa or a LoKr"
+            before = update
             if not why:
                 own = {stored.slot for stored in encode(update, dialect.rules)}
                 why = "several updates of one law on one module" if own & slots else ""
