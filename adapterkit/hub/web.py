@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
-from ..errors import NetworkError
+from ..errors import NetworkError, public
 from .retries import PASSING, Passing, retry_after
 
 if TYPE_CHECKING:
@@ -196,11 +196,10 @@ def offline(place: str) -> NetworkError:
 
 
 def redacted(text: str, token: str | None) -> str:
-    """Text without tokens and without the queries of addresses, which may be signatures."""
+    """Text of a server without the token that it was sent, and without secrets of addresses."""
     if token:
         text = text.replace(token, "<token>")
-    text = re.sub(r"hf_[A-Za-z0-9]+|([Bb]earer|[Bb]asic)\s+\S+", "<token>", text)
-    return re.sub(r"(https?://[^\s?]*)\?\S+", r"\1?...", text)
+    return public(re.sub(r"hf_[A-Za-z0-9]+|([Bb]earer|[Bb]asic)\s+\S+", "<token>", text))
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
