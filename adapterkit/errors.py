@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Sequence
 from os import PathLike
+from reprlib import Repr
 from typing import Any, ClassVar
 
 Path = str | PathLike[str]
@@ -27,15 +28,17 @@ class AdapterkitError(Exception):
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 2
+    longest: ClassVar[int] = 1000
+    """Characters of each part of the message: a hostile file's keys and values may have millions."""
 
     def __init__(
         self, why: str, *, path: Path | None = None, where: str | None = None, cure: str | None = None
     ) -> None:
-        super().__init__(why)
-        self.why = why
+        self.why = shortened(why, self.longest)
+        super().__init__(self.why)
         self.path = None if path is None else str(path)
-        self.where = where
-        self.cure = cure
+        self.where = where and shortened(where, self.longest)
+        self.cure = cure and shortened(cure, self.longest)
 
     def __str__(self) -> str:
         place = ": ".join(part for part in (self.path, self.where) if part)
@@ -45,7 +48,7 @@ class AdapterkitError(Exception):
     def at(self, path: Path | None = None, where: str | None = None) -> AdapterkitError:
         """Fills in the place, where the raiser did not know it, and returns the same error."""
         self.path = self.path or (None if path is None else str(path))
-        self.where = self.where or where
+        self.where = self.where or (where and shortened(where, self.longest))
         return self
 
     def record(self) -> dict[str, str | None]:
@@ -108,12 +111,15 @@ class Unrepresentable(AdapterkitError):
 
     code = "unrepresentable"
     exit_code = 3
+    longest = 1 << 20
+    """Long enough for one line a target: the whole list is what the reader needs."""
 
     def __init__(
         self, why: str, *, items: Sequence[str] = (), path: Path | None = None, cure: str | None = None,
         places: Iterable[tuple[Any, int]] = (),
     ):  # fmt: skip
-        super().__init__(why + "".join(f"\n  - {item}" for item in items), path=path, cure=cure)
+        lines = (shortened(item, AdapterkitError.longest) for item in items)
+        super().__init__(why + "".join(f"\n  - {line}" for line in lines), path=path, cure=cure)
         self.items = tuple(items)
         self.places = tuple(places)
 
@@ -175,6 +181,35 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     """The typed form of an `OSError` met while reading or writing `path`."""
     reason = (error.strerror or str(error)).lower()
     return StorageError(reason, path=path, cure=_CURES.get(error.errno or 0, "Check the disk and its file system"))
+
+
+def shortened(text: str, most: int) -> str:
+    """`text` with its middle left out where it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    end = most // 4
+    return f"{text[: most - end - 5]} ... {text[-end:]}"
+
+
+def shown(value: object, most: int = 120) -> str:
+    """`repr` of a value from a file, for a message, in at most `most` characters.
+
+    Python refuses to print an integer of more than 4300 digits, which YAML and numpy headers can hold in hexadecimal.
+    """
+    return shortened(_SHOWN.repr(value), most)
+
+
+class _Repr(Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+
+    def repr_int(self, value: int, level: int) -> str:
+        bits = value.bit_length()
+        return repr(value) if bits <= 128 else f"an integer of {bits} bits"
+
+
+_SHOWN = _Repr()
 
 
 def first_line(error: BaseException) -> str:
