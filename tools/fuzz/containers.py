@@ -454,6 +454,8 @@ def _gguf_spots(data: bytes) -> list[tuple[int, int, str]]:
     def take(width: int, kind: str = "number") -> int:
         nonlocal at
         start, at = at, at + width
+        if at > len(data):
+            raise IndexError("an earlier change made a length or a count too large")
         spots.append((start, at, kind))
         return int.from_bytes(data[start:at], "little")
 
@@ -471,15 +473,15 @@ def _gguf_spots(data: bytes) -> list[tuple[int, int, str]]:
         else:
             take(struct.calcsize(_SCALARS[kind]))
 
-    for _ in range(pairs):
+    for _ in range(min(pairs, 1000)):
         start = at
         text()
         value(take(4))
         spots.append((start, at, "entry"))
-    for _ in range(tensors):
+    for _ in range(min(tensors, 1000)):
         start = at
         text()
-        for _ in range(take(4)):
+        for _ in range(min(take(4), 8)):
             take(8)
         take(4)
         take(8)

@@ -80,6 +80,11 @@ class Exercise:
                 break
         if _listing(place) != before:
             self._add("leftover", "changed", "input", "all", f"{before} became {_listing(place)}")
+        home = self.scratch / "home"
+        if home.is_dir() and any(home.iterdir()):
+            self._add("leftover", "temporary", "home", "all", f"left in TMPDIR or at home: {_listing(home)[:9]}")
+            for path in home.iterdir():
+                _remove(path)
         return self.findings
 
     def _step(self, name: str, step: Callable[[], Any], scratch: str) -> Any:

@@ -66,7 +66,7 @@ def changed(case: Case, rng: Random, others: Sequence[Case]) -> Case:
     elif how < 0.97:
         other = rng.choice(others)
         files[name] = rng.choice([c for c in other.files.values() if isinstance(c, bytes)] or [b""])
-    elif how < 0.98:
+    elif how < 0.985:
         files[name] = rng.choice((b"", b"{}", b"[]", b"null", bytes(1024), b"\xef\xbb\xbf{}"))
     else:
         files[name] = _special(name, rng)
