@@ -9,6 +9,7 @@ import errno
 import re
 from collections.abc import Iterable, Sequence
 from os import PathLike
+from reprlib import Repr
 from typing import Any, ClassVar
 
 Path = str | PathLike[str]
@@ -244,6 +245,27 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     """The typed form of an `OSError` met while reading or writing `path`."""
     reason = (error.strerror or str(error)).lower()
     return StorageError(reason, path=path, cure=_CURES.get(error.errno or 0, "Check the disk and its file system"))
+
+
+def shown(value: object, most: int = 120) -> str:
+    """`repr` of a value from a file, for a message, in at most `most` characters.
+
+    Python refuses to print an integer of more than 4300 digits, which YAML and numpy headers can hold in hexadecimal.
+    """
+    return _cut(_SHOWN.repr(value), most)
+
+
+class _Repr(Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+
+    def repr_int(self, value: int, level: int) -> str:
+        bits = value.bit_length()
+        return repr(value) if bits <= 128 else f"an integer of {bits} bits"
+
+
+_SHOWN = _Repr()
 
 
 def first_line(error: BaseException) -> str:
