@@ -114,16 +114,17 @@ def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
     held = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
     shapes = {name: tuple(tensor.shape) for tensors in held for name, tensor in tensors}
     shapes |= {f"{name}.weight": stored_shape(m) for name, m in model.named_modules() if Quantized.takes(m)}
+    config = getattr(model, "config", None)
+    words = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
     try:
-        placed, _, _ = find_sites(adapter, shapes, partial=False, modules=[name for name, _ in model.named_modules()])
+        modules = [name for name, _ in model.named_modules()]
+        placed = find_sites(adapter, shapes, partial=False, modules=modules, config=words).sites
     except TargetNotFound as error:
         _refuse_packed(model, adapter)
         raise error from None
     for site in placed:
         if is_parametrized(model.get_submodule((site.weight or site.bias or "").rpartition(".")[0])):
             raise Unsupported("a parametrized layer", where=str(site.target), cure="Remove its parametrizations first")
-    config = getattr(model, "config", None)
-    words = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
     told = [_told(model, site, shapes) for site in placed]
     asked = iter(with_layouts([site for site, known in told if not known], shapes, words))
     sites = [site if known else next(asked) for site, known in told]
