@@ -18,6 +18,7 @@ from ..updates import Additive, Update
 from .context import ContextPart, surround
 from .ears import Ear, overheard
 from .layers import Difference, Layer, Quantized, layer_of, moved
+from .leaves import Bound
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
 from .routing import Route, join, split
 from .weights import changed_bias, changed_weight, settled, tensor_at
@@ -32,11 +33,16 @@ class Part:
 
     switch: Switch
     target: Target
-    updates: tuple[Update, ...]
+    bound: Bound
     weight: str | None
     bias: str | None
     direct: bool
     outlet: Outlet | None = None
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """The updates over the tensors that the model holds now."""
+        return self.bound.updates
 
     @property
     def foldable(self) -> bool:
@@ -49,8 +55,11 @@ class Station:
     """Stands in for `module.forward`, and leaves the module as it was when its last part goes."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.original = module, module.forward
-        self.before = module.__dict__.get("forward")
+        # accelerate keeps the module's own forward here and calls it between loading and unloading the weights.
+        # Standing outside of that, formulas would see weights on the meta device.
+        self.slot = "_old_forward" if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook") else "forward"
+        self.module, self.original = module, getattr(module, self.slot)
+        self.before = module.__dict__.get(self.slot)
         self.layer: Layer | None = layer_of(module, self.original)
         self.parts: list[Part] = []
         self.contexts: list[ContextPart] = []
@@ -72,7 +81,14 @@ class Station:
         self._stand()
 
     def _stand(self) -> None:
-        self.module.__dict__["forward"] = Entry(self) if self.contexts or self.ears else self.forward
+        self.module.__dict__[STATION] = self
+        mine = Entry(self) if self.contexts or self.ears else self.forward
+        self.module.__dict__[self._standing() or self.slot] = mine
+
+    def _standing(self) -> str | None:
+        """The attribute that holds this station's forward; None where another tool has wrapped or removed it."""
+        held = self.module.__dict__
+        return next((n for n in ("forward", "_old_forward") if getattr(held.get(n), "__self__", None) is self), None)
 
     def tap(self, tap: Tap) -> None:
         """Lets a tap keep what the module reads."""
@@ -92,9 +108,16 @@ class Station:
         if self.parts or self.contexts or self.taps or self.ears:
             self._stand()
             return
-        del self.module.__dict__["forward"]
+        del self.module.__dict__[STATION]
+        slot = self._standing()
+        if slot is None:  # Another tool's wrapper calls this station, which now does nothing but call the original.
+            return
         if self.before is not None:
-            self.module.__dict__["forward"] = self.before
+            self.module.__dict__[slot] = self.before
+        elif slot == "forward":
+            del self.module.__dict__[slot]
+        else:  # accelerate wrapped it after it was attached, and calls whatever stands here.
+            self.module.__dict__[slot] = self.original
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.ears:
@@ -214,15 +237,18 @@ def _listed(module: nn.Module) -> Iterator[None]:
         module._flat_weights = kept
 
 
+STATION = "_adapterkit_station"
+"""The attribute of a module that holds its station, wherever other tools have moved its forward."""
+
+
 def stations_of(model: nn.Module) -> list[Station]:
     """The stations in a model."""
-    standing = (getattr(m.__dict__.get("forward"), "__self__", None) for m in model.modules())
-    return [station for station in standing if isinstance(station, Station)]
+    return [module.__dict__[STATION] for module in model.modules() if STATION in module.__dict__]
 
 
 def station_at(module: nn.Module) -> Station:
     """The station that stands at a module, or a new one."""
-    standing = getattr(module.__dict__.get("forward"), "__self__", None)
+    standing = module.__dict__.get(STATION)
     return standing if isinstance(standing, Station) else Station(module)
 
 
