@@ -16,6 +16,7 @@ from .in_place import fits, fold_in_place
 from .layers import Quantized
 from .leaves import Bound, Leaf, is_leaf_name
 from .outputs import Switch
+from .scopes import switched
 from .station import Part, Station
 from .weights import tensor_at
 
@@ -87,19 +88,16 @@ class Handle:
         self._switch.weight = value
 
     def set_active(self, active: bool) -> None:
-        """Switches the adapter on or off."""
+        """Switch the adapter on or off, in every thread; see `disable` for this one alone."""
         self._check()
         self._switch.active = active
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """The model without this adapter, for the length of a `with`."""
+        """Run the model without this adapter for the length of a `with`, in this thread or asyncio task alone."""
         self._check()
-        before, self._switch.active = self._switch.active, False
-        try:
+        with switched(self._switch, False):
             yield
-        finally:
-            self._switch.active = before
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield trained tensors by name, `target.method.field`; none unless injected with `trainable=True`."""

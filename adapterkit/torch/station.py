@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from .layers import Difference, Layer, Quantized, layer_of, moved
 from .leaves import Bound
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
 from .routing import Route, join, split
+from .scopes import Recall, Scope, current
 from .weights import changed_bias, changed_weight, settled, tensor_at
 
 
@@ -66,7 +68,7 @@ class Station:
         self.taps: list[Tap] = []
         self.ears: list[Ear] = []
         self.names = tuple(inspect.signature(self.original).parameters)
-        self.route: Route | None = None
+        self.recall = Recall()
 
     @property
     def switches(self) -> list[Switch]:
@@ -120,28 +122,38 @@ class Station:
             self.module.__dict__[slot] = self.original
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        scope = self.recall.scope(self.module.training)
         if not self.ears:
-            return self._surrounded(*args, **kwargs)
-        passes = any(part.switch.active for part in self.contexts)
-        return overheard(self.module, self.ears, self.names, self._surrounded, passes, args, kwargs)
+            return self._surrounded(scope, args, kwargs)
+        passes = any(part.switch.on(scope) for part in self.contexts)
 
-    def _surrounded(self, *args: Any, **kwargs: Any) -> Any:
-        around = [part for part in self.contexts if part.switch.active]
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._surrounded(current(), args, kwargs)
+
+        return overheard(self.module, self.ears, self.names, forward, passes, scope, args, kwargs)
+
+    def _surrounded(self, scope: Scope, args: Any, kwargs: Any) -> Any:
+        around = [part for part in self.contexts if part.switch.on(scope)]
         if not around:
-            return self._inner(*args, **kwargs)
-        if self.route is not None:
+            return self._inner(scope, args, kwargs)
+        if self in scope.routes:
             cure = "Run the rows of each adapter by themselves"
             raise Unsupported("context for some rows of a batch", where=str(around[0].target), cure=cure)
-        return surround(self.module, around, self.names, self._inner, args, kwargs)
 
-    def _inner(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._inner(scope, args, kwargs)
+
+        return surround(self.module, around, self.names, forward, args, kwargs)
+
+    def _inner(self, scope: Scope, args: Any, kwargs: Any) -> Any:
         for tap in self.taps:
-            if tap.switch.active and tap.switch.weight:
+            if tap.switch.acts(scope):
                 tap.value = args[0] if args else next(iter(kwargs.values()))
-        active = [part for part in self.parts if part.switch.active and part.switch.weight]
+        active = [part for part in self.parts if part.switch.acts(scope)]
         beside = {p.switch.name: p.outlet.beside() for p in active if p.outlet}
-        if self.route is not None and active:
-            return self._routed(self.route, active, args, kwargs, beside)
+        route = scope.routes.get(self)
+        if route is not None and active:
+            return self._routed(route, active, args, kwargs, beside)
         return self._run(active, args, kwargs, beside)
 
     def _run(self, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
@@ -150,19 +162,38 @@ class Station:
         if not changes:
             return self._weighed(inner, args, kwargs)
         try:
-            return through(self.module, self.layer, lambda a, k: self._weighed(inner, a, k), args, kwargs, changes)
+            return through(
+                self.module, self.layer, lambda a, k, w: self._weighed(inner, a, k, w), args, kwargs, changes
+            )
         except AdapterkitError as error:
             raise error.at(where=str(next(part.target for part in parts if part.outlet))) from None
 
-    def _weighed(self, parts: list[Part], args: Any, kwargs: Any) -> Any:
-        """The module's own output through updates of its weights."""
-        if not parts:
-            return self.original(*args, **kwargs)
-        if self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
+    def _weighed(self, parts: list[Part], args: Any, kwargs: Any, without: str | None = None) -> Any:
+        """The module's own output through updates of its weights, and with the norm `without` left out."""
+        skipped = {} if without is None else {without: _same}
+        if not parts and not skipped:
+            return self._original(args, kwargs)
+        if not skipped and self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
             x = [*args, *kwargs.values()][0]
             return _direct(self.layer.like(x), parts, x)
-        with self._shadowed(parts):
+        exchanged = {**self.changed(parts), **skipped}
+        if self._rebinds and not torch.compiler.is_compiling():
+            func: Any = self.original.__func__  # type: ignore[attr-defined]
+            return func(_replica(self.module, exchanged), *args, **kwargs)
+        with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING, _exchanged(self.module, exchanged):
             return self.original(*args, **kwargs)
+
+    def _original(self, args: Any, kwargs: Any) -> Any:
+        if self._rebinds or torch.compiler.is_compiling() or all(part.direct for part in self.parts):
+            return self.original(*args, **kwargs)
+        with _EXCHANGING:
+            return self.original(*args, **kwargs)
+
+    @property
+    def _rebinds(self) -> bool:
+        """Whether the original forward is a plain method, which runs on a replica of the module as well."""
+        own = getattr(self.original, "__self__", None) is self.module and hasattr(self.original, "__func__")
+        return own and not isinstance(self.module, torch.jit.ScriptModule)
 
     def _is_direct(self, parts: list[Part]) -> bool:
         """Whether the parts run as formulas over the layer; else under its own forward, its parameters exchanged.
@@ -181,22 +212,6 @@ class Station:
             for name, (*some, own), named in split(route, self.module, (*args, beside), kwargs, where)
         ]
         return join(route, outputs, where)
-
-    @contextmanager
-    def _shadowed(self, parts: list[Part]) -> Iterator[None]:
-        """Changed tensors in the parameters' places: an instance's own attribute is found before its parameter."""
-        placed = []
-        try:
-            for path, value in self.changed(parts).items():
-                owner, _, name = path.rpartition(".")
-                module = self.module.get_submodule(owner)
-                module.__dict__[name] = value
-                placed.append((module, name))
-            with _listed(self.module):
-                yield
-        finally:
-            for module, name in placed:
-                del module.__dict__[name]
 
     def changed(self, parts: list[Part], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The module's parameters after the parts, by path: in `dtype`, or computed in 32 bits and rounded once."""
@@ -223,19 +238,55 @@ class Station:
         return after if dtype else after.to(before.dtype)
 
 
+def _replica(module: nn.Module, values: Mapping[str, Any]) -> nn.Module:
+    """A module over the same state but for some attributes, by path: other threads go on with the module itself."""
+    replica: nn.Module = object.__new__(type(module))
+    replica.__dict__.update(module.__dict__)
+    inner: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        child, dot, rest = path.partition(".")
+        if dot:
+            inner.setdefault(child, {})[rest] = value
+        else:
+            replica.__dict__[path] = value
+    if inner:
+        children = {child: _replica(getattr(module, child), own) for child, own in inner.items()}
+        replica.__dict__["_modules"] = {**module._modules, **children}
+    if isinstance(module, nn.RNNBase):  # It reads its parameters from a list that it keeps.
+        replica.__dict__["_flat_weights"] = [getattr(replica, name) for name in module._flat_weights_names]
+    return replica
+
+
 @contextmanager
-def _listed(module: nn.Module) -> Iterator[None]:
-    """A recurrent module reads its parameters from a list that it keeps."""
-    if not isinstance(module, nn.RNNBase):
-        yield
-        return
-    kept = module._flat_weights
-    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+def _exchanged(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    """The module itself with other values for a while: an instance's own attribute is found before its parameter.
+
+    For compilers, which cannot trace `_replica`, and for forwards that are bound to the module in a way of their own.
+    """
+    placed = []
+    flat = module._flat_weights if isinstance(module, nn.RNNBase) else None
     try:
+        for path, value in values.items():
+            owner, _, name = path.rpartition(".")
+            held = module.get_submodule(owner)
+            held.__dict__[name] = value
+            placed.append((held, name))
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
         yield
     finally:
-        module._flat_weights = kept
+        if isinstance(module, nn.RNNBase) and flat is not None:
+            module._flat_weights = flat
+        for held, name in placed:
+            del held.__dict__[name]
 
+
+def _same(h: Tensor) -> Tensor:
+    return h
+
+
+_EXCHANGING = threading.RLock()
+"""Held while a module's own attributes are exchanged, and by forwards that would see them."""
 
 STATION = "_adapterkit_station"
 """The attribute of a module that holds its station, wherever other tools have moved its forward."""
