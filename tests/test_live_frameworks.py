@@ -76,16 +76,26 @@ def test_the_model_has_the_parameters_and_the_base_keeps_its_shape(method):
     assert not [key for module in model.modules() for key in vars(module) if "adapterkit" in key]
 
 
-def test_a_plain_loop_over_the_models_own_parameters_equals_peft():
-    model = llama()
-    reference = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    handle = attach(model)
-    fresh = {name: p for name, p in reference.named_parameters() if "lora_" in name}
+def like_peft(model, **config):
+    """PEFT's adapter on a copy of the model, and ours from the same start."""
+    reference = get_peft_model(
+        copy.deepcopy(model), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **config)
+    )
+    handle = attach(model, "dora" if config.get("use_dora") else "lora")
+    fresh = dict(reference.named_parameters())
     for name, parameter in handle.named_parameters():
-        target, _, field = name.removesuffix(".A").removesuffix(".B").removesuffix(".lora"), "", name[-1]
+        target, _, field = name.rsplit(".", 2)
+        tensor = "lora_magnitude_vector" if field == "magnitude" else f"lora_{field}"
         with torch.no_grad():
-            parameter.copy_(fresh[f"base_model.model.{target}.lora_{field}.default.weight"])
-    expected, got = losses(reference), losses(model)
+            parameter.copy_(fresh[f"base_model.model.{target}.{tensor}.default.weight"])
+    return reference, handle
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_plain_loop_over_the_models_own_parameters_equals_peft(config):
+    model = llama()
+    reference, _ = like_peft(model, **config)
+    expected, got = losses(reference, steps=8), losses(model, steps=8)
     assert got == pytest.approx(expected, rel=1e-5)
     assert got[-1] < got[0]
 
@@ -227,14 +237,8 @@ def test_trainer_trains_the_adapter_as_it_trains_pefts(tmp_path):
         report_to=[], logging_steps=1, save_strategy="no", seed=3, use_cpu=True, disable_tqdm=True, max_grad_norm=0.5,
     )  # fmt: skip
     model = llama()
-    reference = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    state = model.state_dict()
-    before = {name: value.clone() for name, value in state.items()}
-    handle = attach(model)
-    fresh = {name: p for name, p in reference.named_parameters() if "lora_" in name}
-    for name, parameter in handle.named_parameters():
-        with torch.no_grad():
-            parameter.copy_(fresh[f"base_model.model.{name[:-7]}.lora_{name[-1]}.default.weight"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reference, _ = like_peft(model)
     logs = []
     for each in (reference, model):
         trainer = transformers.Trainer(each, settings, train_dataset=data)
