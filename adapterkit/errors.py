@@ -246,6 +246,18 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     return StorageError(reason, path=path, cure=_CURES.get(error.errno or 0, "Check the disk and its file system"))
 
 
+def shown(value: object) -> str:
+    """A value out of a file as an error quotes it: at most 80 characters, and no failure.
+
+    Python refuses to write integers of more than 4,300 digits in decimal, and values can be nested too deeply.
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what another library's error says; its kind, where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
