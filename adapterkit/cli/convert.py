@@ -36,10 +36,10 @@ def command(
 ) -> None:  # fmt: skip
     """Runs `adapterkit.read` and `adapterkit.write`."""
     from .. import detect, read
-    from ..tensors.safetensors import headers_kept
+    from ..tensors.inputs import inputs_kept
 
     with _without_collection():
-        with headers_kept():
+        with inputs_kept():
             name = source_format or detect(src)
             destination = _writing.Destination(dst, [src], overwrite)
             adapter = read(src, name, base, compat=compat)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
+from ..tensors.inputs import inputs_kept
 from ..tensors.locations import located, source_of
-from ..tensors.safetensors import headers_kept
 from ._format import ON_LOSS, TENSORS, Format
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __all__ = ["FORMATS", "Format", "detect", "read", "recognised", "write"]
 FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.formats", Format)
 
 
-@headers_kept()
+@inputs_kept()
 def detect(path: str | PathLike[str]) -> str:
     """The name of the one format whose headers are at `path`, or in the one file of tensors of a folder.
 
@@ -34,7 +34,7 @@ def detect(path: str | PathLike[str]) -> str:
     return _identified(path)[1]
 
 
-@headers_kept()
+@inputs_kept()
 def read(
     path: str | PathLike[str],
     format: str | None = None,  # noqa: A002 - the public contract's word
@@ -119,7 +119,7 @@ def write(
     return Promotion.into(writer, max_error, below).ask(adapter, once)
 
 
-@headers_kept()
+@inputs_kept()
 def recognised(path: str | PathLike[str]) -> tuple[str, ...]:
     """The names of all formats whose headers are at `path`, or in the one file of tensors of a folder."""
     return tuple(_recognised(_existing(path), FORMATS)[1])

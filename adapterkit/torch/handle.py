@@ -14,7 +14,7 @@ from ..errors import NotMergeable, ShapeMismatch, UsageError, nearest
 from ..updates import Update
 from .in_place import fits, fold_in_place
 from .layers import Quantized
-from .leaves import LiveUpdates, Leaf, is_leaf_name
+from .leaves import Leaf, LiveUpdates, is_leaf_name
 from .outputs import Switch
 from .scopes import switched
 from .station import Part, Station
@@ -29,8 +29,8 @@ class Handle:
     """
 
     def __init__(
-        self, adapter: Adapter, bound: Mapping[Target, tuple[LiveUpdates, ...]], switch: Switch, stations: list[Station],
-        model: nn.Module, leaves: list[Leaf],
+        self, adapter: Adapter, bound: Mapping[Target, tuple[LiveUpdates, ...]], switch: Switch,
+        stations: list[Station], model: nn.Module, leaves: list[Leaf],
     ) -> None:  # fmt: skip
         self._source, self._bound, self._switch = adapter, dict(bound), switch
         self._stations, self._model, self._leaves = stations, model, leaves

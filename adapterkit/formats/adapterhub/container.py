@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import Malformed, StorageError, Unsupported
+from ...errors import AdapterkitError, Malformed, StorageError, Unsupported
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
+from ...tensors.inputs import open_input
 from ...tensors.lazy import Lazy, as_torch
 from ...tensors.strict_json import load_json
 from .._folders import emptied, folder_of, read_tensors
@@ -140,9 +141,9 @@ def _check_single(folder: Path) -> None:
 
 def _start(path: Path) -> str | None:
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return file.read(MAX_SNIFF).decode("utf-8", "replace")
-    except OSError:
+    except (OSError, AdapterkitError):
         return None
 
 

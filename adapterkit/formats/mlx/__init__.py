@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
 from ...tensors.checkpoint import read_json
+from ...tensors.inputs import read_input
 from .._folders import folder_of
 from .._format import Format
 from .container import CONFIG, save, sniff, tensors_of
@@ -35,7 +36,7 @@ class Mlx(Format):
 
         tensors, config = tensors_of(path), folder_of(path) / CONFIG
         try:
-            return decode(read_json(config, strict=True), config.read_text("utf-8"), tensors, Modules(base))
+            return decode(read_json(config, strict=True), read_input(config).decode("utf-8"), tensors, Modules(base))
         except AdapterkitError as error:
             raise error.at(path=path) from None
 

@@ -12,6 +12,7 @@ from ...names.tinker import is_tinker
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
+from ...tensors.inputs import open_input
 from ...tensors.lazy import Lazy
 from .._folders import emptied, folder_of, read_tensors
 
@@ -31,7 +32,7 @@ def sniff(path: Path) -> bool:
         return False
     config = folder_of(path) / CONFIG
     try:
-        with open(config, "rb") as file:
+        with open_input(config) as file:
             if b'"peft_type"' not in file.read(MAX_SNIFF):
                 return False
         # Tinker has PEFT's config beside tensors that PEFT does not know.
