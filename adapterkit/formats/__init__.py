@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import StorageError, UnknownFormat, UsageError, nearest
+from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.locations import located, source_of
@@ -62,11 +62,12 @@ def read(
         known = ", ".join(sorted(reader.compat)) or "none"
         raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=f"Known: {known}")
     checkpoint = None if base is None else opened(base)
-    adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)
     try:
+        adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)
         adapter.validate()
-    except Exception as error:
-        raise _placed(error, path) from None
+    except AdapterkitError as error:
+        # A reader names the file where it knows a better one than the path that was given.
+        raise error.at(path=path) from None
     return adapter
 
 
@@ -168,9 +169,3 @@ def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
     if below is not None and known.id in (None, below.repo) and known.revision is None:
         adapter = adapter.replace(base=BaseRef(below.repo, below.commit, known.config_hash))
     return adapter
-
-
-def _placed(error: Exception, path: str | PathLike[str]) -> Exception:
-    from ..errors import AdapterkitError
-
-    return error.at(path=path) if isinstance(error, AdapterkitError) else error

@@ -22,7 +22,7 @@ from ._folders import emptied
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._one_number import of_one_alpha, whole_number
-from ._pairs import DAMAGED, Pairs, check_factors, finite, grouped, rank_of, unfit
+from ._pairs import DAMAGED, Pairs, check_factors, finite, grouped, rank_of, unfit, whole_rank
 from ._state_dicts import keys_of, load, save
 from ._yaml import LIMIT, dump_yaml, load_yaml
 
@@ -100,10 +100,10 @@ def _decode(
     if kind not in MLP:
         why = f"a model with {kind}, for whose names there is no table"
         raise Unsupported(why, where=f"{MODEL}: mlp_class_name", cure=f"Known: {', '.join(MLP)}")
-    rank, alpha = settings.get("lora_r"), finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
-    if type(rank) is not int or rank < 1 or not alpha:
-        why = f"lora_r is {rank!r}, lora_alpha {alpha!r}: no rank, or no effect"
-        raise Malformed(why, where=SETTINGS, cure=DAMAGED)
+    rank = whole_rank(settings.get("lora_r"), f"{SETTINGS}: lora_r")
+    alpha = finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
+    if not alpha:
+        raise Malformed("lora_alpha is 0: the adapter would do nothing", where=SETTINGS, cure=DAMAGED)
     enabled = [name for name in PARTS if settings.get(f"lora_{name}")]
     for module, slots in grouped(tensors, _SLOTS, FORMAT).items():
         if module.endswith(QKV):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Foreign, Step
-from ..errors import AdapterkitError, Malformed, Unsupported, storage_error
+from ..errors import AdapterkitError, Malformed, Unsupported, shown, storage_error
 from ..names.heads import Heads, heads_of
 from ..names.megatron import NEMO
 from ..tensors.atomic import replacing
@@ -159,7 +159,7 @@ def _check(config: Mapping[str, Any]) -> float:
         raise Malformed("no peft.lora_tuning", where=CONFIG, cure="Give an archive of a LoRA")
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if config.get(name, 1) != 1:
-            raise Unsupported(f"{name} is {config[name]!r}", where=CONFIG, cure="Merge the ranks with NeMo first")
+            raise Unsupported(f"{name} is {shown(config[name])}", where=CONFIG, cure="Merge the ranks with NeMo first")
     alpha = finite(tuning.get("alpha", tuning.get("adapter_dim")), f"{CONFIG}: peft.lora_tuning.alpha")
     if not alpha:
         raise Malformed("alpha is zero", where=f"{CONFIG}: peft.lora_tuning.alpha", cure="Correct it")

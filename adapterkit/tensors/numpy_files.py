@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from ..errors import Malformed, Unsupported, storage_error
+from ..errors import Malformed, Unsupported, shown, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES, DType
 from .lazy import Lazy, Span, read_span
@@ -127,10 +127,14 @@ def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DTy
         shape, descr, fortran = fields["shape"], fields["descr"], fields["fortran_order"]
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
         raise _damaged(path, "a header that is none") from None
-    if not isinstance(shape, tuple) or len(shape) > 32 or any(type(n) is not int or n < 0 for n in shape):
-        raise _damaged(path, f"the shape {str(shape)[:80]}")
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > 32
+        or any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape)
+    ):
+        raise _damaged(path, f"the shape {shown(shape)}")
     if not isinstance(descr, str) or descr not in BY_NUMPY or fortran:
-        why, cure = f"an array of {str(descr)[:80]}{' in Fortran order' if fortran else ''}", "Save plain numbers"
+        why, cure = f"an array of {shown(descr)}{' in Fortran order' if fortran else ''}", "Save plain numbers"
         raise Unsupported(why, path=path, where="header", cure=cure)
     return shape, BY_NUMPY[descr], len(head) + len(length) + count
 
