@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Target
 from ..errors import NotMergeable, ShapeMismatch, UsageError, nearest
+from ..tensors.lazy import as_torch
 from ..updates import Update
 from .in_place import fits, fold_in_place
 from .layers import Quantized
@@ -176,7 +177,7 @@ class Handle:
             _fold(station, parts)
         self.remove()
 
-    def _check_parts(self, station: Station, parts: list[Part]) -> None:
+    def _check_parts(self, station: Station, parts: list[Part], shared: set[int]) -> None:
         for part in parts:
             if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
                 raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
@@ -186,7 +187,7 @@ class Handle:
         changed |= {p.bias for p in parts if any(u.changes_bias for u in p.updates)}
         for parameter in (tensor_at(station.module, path) for path in changed if path):
             names = [n for n, p in self._model.named_parameters(remove_duplicate=False) if p is parameter]
-            if len(names) > 1:
+            if len(names) > 1 and id(parameter) not in shared:
                 raise NotMergeable(f"one tensor under the names {', '.join(names)}", cure=_KEEP)
 
     def _check(self) -> None:
@@ -231,9 +232,48 @@ def _foldable(handles: Sequence[Handle]) -> list[tuple[Station, list[Part]]]:
     switches = [handle._switch for handle in handles]
     stations = dict.fromkeys(station for handle in handles for station in handle._stations)
     found = [(station, [part for part in station.parts if part.switch in switches]) for station in stations]
+    found, shared = _once(handles[0]._model, found)
     for station, parts in found:
-        handles[0]._check_parts(station, parts)
+        handles[0]._check_parts(station, parts, shared)
     return found
+
+
+def _once(
+    model: nn.Module, found: list[tuple[Station, list[Part]]]
+) -> tuple[list[tuple[Station, list[Part]]], set[int]]:
+    """Keep one of the equal parts at layers that share a parameter, where all layers that share it change alike.
+
+    Returns:
+        the stations with the parts that are left, and the ids of those parameters.
+    """
+    names: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    alike: dict[tuple[int, int], list[Part]] = {}
+    for station, parts in found:
+        for part in parts:
+            parameter = tensor_at(station.module, part.weight) if part.weight else None
+            if parameter is not None and names.get(id(parameter), 1) > 1:
+                alike.setdefault((id(parameter), id(part.switch)), []).append(part)
+    whole = {key: parts for key, parts in alike.items() if len(parts) == names[key[0]] and _change_alike(parts)}
+    shared = {parameter for parameter, _ in whole if all(key in whole for key in alike if key[0] == parameter)}
+    again = [part for (parameter, _), parts in whole.items() if parameter in shared for part in parts[1:]]
+    return [(station, [part for part in parts if part not in again]) for station, parts in found], shared
+
+
+def _change_alike(parts: list[Part]) -> bool:
+    """Whether parts at several layers that share a parameter are the same change of it."""
+    first, *others = parts
+    return all(
+        (part.target.layout, part.target.rows) == (first.target.layout, first.target.rows)
+        and [update.method for update in part.updates] == [update.method for update in first.updates]
+        and all(
+            a.attributes == b.attributes and a.tensors.keys() == b.tensors.keys()
+            and all(torch.equal(as_torch(a.tensors[n]), as_torch(b.tensors[n])) for n in a.tensors)
+            for a, b in zip(part.updates, first.updates, strict=True)
+        )
+        for part in others
+    )  # fmt: skip
 
 
 def _name(target: Target, updates: tuple[Update, ...], position: int, field: str) -> str:

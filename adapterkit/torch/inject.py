@@ -37,7 +37,8 @@ def inject(
     dict stay as they are; save the adapter through the handle.
 
     Args:
-        model: any module tree; targets are its dotted names, or differ from them by one prefix.
+        model: any module tree; targets are its dotted names, or differ from them by one prefix. Token rows of an
+            embedding also change the layers that share its parameter, a tied head, as PEFT's forward does.
         adapter: the adapter.
         name: what `route` calls it; one name, one adapter.
         weight: how much of its change is added.
@@ -69,7 +70,9 @@ def inject(
     around = _contexts(model, context, switch, registration)
     ear = Ear(switch, {word for _, update in weights for word in words_of(model, update)})
     attached: list[tuple[Station, Part]] = []
-    for site in [piece for whole in _sites(model, weights) for piece in _pieces(whole)]:
+    sites = _sites(model, weights)
+    tied = _tied(model, sites)
+    for site in [piece for whole in (*sites, *tied) for piece in _pieces(whole)]:
         holder, part = _part(model, site, switch, ear)
         bound = registration.bind(site.updates, holder, _like(model, site, holder), str(site.target))
         part = replace(part, bound=bound)
@@ -80,6 +83,8 @@ def inject(
     leaves = registration.commit()  # From here on nothing fails: a refused adapter leaves no trace.
     for station, part in attached:
         station.attach(part)
+        if part.target in (site.target for site in tied):
+            continue
         loaded[part.target] = (*loaded.get(part.target, ()), part.bound)
     stations = [*(station for station, _ in attached), *_tapped(part.outlet for _, part in attached)]
     if ear.asks:
@@ -139,6 +144,32 @@ def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
     for site in sites:
         check_site(site, shapes, biasless=True)
     return sites
+
+
+def _tied(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Sites of the layers that share an embedding's parameter and change with its token rows.
+
+    PEFT gives these layers the embedding's rows; one that has rows of its own in the adapter keeps those. Rows of a
+    head change the head alone.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    has_rows = {site.weight for site in sites if any(update.shared_as == "rows" for update in site.updates)}
+    modules = model.named_modules(remove_duplicate=False)
+    embeddings = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
+    found = []
+    for site in sites:
+        if site.weight not in has_rows or site.weight not in embeddings:
+            continue
+        parameter = tensor_at(model, site.weight)
+        others = [name for name, other in named if other is parameter and name != site.weight]
+        if any(name in has_rows and name not in embeddings for name in others):
+            continue
+        rows = tuple(update for update in site.updates if update.shared_as == "rows")
+        for name in others:
+            if name not in has_rows:
+                target = replace(site.target, path=name.removesuffix(".weight"))
+                found.append(Site(target, rows, name, None))
+    return found
 
 
 def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
