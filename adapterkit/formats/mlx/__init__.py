@@ -13,7 +13,7 @@ from ...errors import AdapterkitError
 from ...tensors.checkpoint import read_json
 from .._folders import folder_of
 from .._format import Format
-from .container import CONFIG, save, sniff, tensors_of
+from .container import CONFIG, TENSORS, save, sniff, tensors_of
 
 if TYPE_CHECKING:
     from ...adapter import Adapter
@@ -26,6 +26,7 @@ class Mlx(Format):
     url = "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md"
     description = "MLX-LM: adapter_config.json beside adapters.safetensors"
     methods = frozenset({"lora", "dora", "replacement"})
+    owns = frozenset({CONFIG, TENSORS})
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)
