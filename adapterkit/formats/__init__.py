@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,9 @@ from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, n
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.inputs import inputs_kept
-from ..tensors.locations import located, source_of
+from ..tensors.lazy import Lazy
+from ..tensors.locations import NOTE, is_remote, located, source_of
+from ..tensors.staging import files_below, matches, staged
 from ._format import ON_LOSS, TENSORS, Format
 
 if TYPE_CHECKING:
@@ -80,8 +83,13 @@ def write(
     *,
     profile: str | None = None,
     max_error: float | None = None,
+    overwrite: bool = True,
 ) -> list[str]:
-    """Writes an adapter; see `Format.write`. Validates it first, and returns what was left out or rewritten.
+    """Write an adapter; see `Format.write`. Validates it first, and returns what was left out or rewritten.
+
+    The output is staged beside `path` and renamed into place when it is whole, whatever the format: after an error
+    `path` is what it was. Where `path` is a folder that holds an adapter already, the files that the format owns are
+    replaced and all others stay.
 
     Args:
         adapter: what to write.
@@ -93,8 +101,11 @@ def write(
             heed are folded for it, what it cannot run is refused.
         max_error: with `on_loss="promote"`, the relative Frobenius error that a change may suffer where the format has
             nothing but low ranks for it; None accepts none.
+        overwrite: replace what is at `path`; False refuses where something is there.
 
     Raises:
+        StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
+            disk is full.
         AdapterkitError: see `Format.write`.
     """
     if on_loss not in ON_LOSS:
@@ -110,13 +121,39 @@ def write(
 
     def once(adapter: Adapter) -> list[str]:
         fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
-        return lines + writer.write(fitted, Path(path), on_loss=on_loss, base=below)
+        inputs = [*files_of(adapter), *(() if below is None else below.files)]
+        with staged(Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs) as stage:
+            return lines + writer.write(fitted, stage, on_loss=on_loss, base=below)
 
     if on_loss != "promote":
         return once(adapter)
     from ._promotion import Promotion
 
     return Promotion.into(writer, max_error, below).ask(adapter, once)
+
+
+def files_of(adapter: Adapter) -> set[Path]:
+    """The files that tensors of an adapter are still to be read from."""
+    leaves = [leaf for _, update in adapter for leaf in update.tensors.values()]
+    leaves += [] if adapter.foreign is None else adapter.foreign.tensors.values()
+    spans = [leaf.span for leaf in leaves if isinstance(leaf, Lazy)]
+    return {Path(span.path) for span in spans if span is not None}
+
+
+def files_read(source: str | PathLike[str]) -> list[Path]:
+    """The files that reading an adapter or a base at a local path can touch; of a place on a hub there are none.
+
+    In a folder these are the files of tensors and those that some format or a base keeps beside them.
+    """
+    if is_remote(source):
+        return []
+    path = Path(source)
+    named = [*chain.from_iterable(FORMATS[name].owns for name in FORMATS), "config.json", "*.index.json"]
+    if path.is_dir():
+        tensors = [f"*{suffix}" for suffix in TENSORS]
+        return [file for file in files_below(path) if matches(file.name, [*named, *tensors])]
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return [path, *(file for file in beside if matches(file.name, named))]
 
 
 @inputs_kept()

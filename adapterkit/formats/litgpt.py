@@ -19,7 +19,7 @@ from ..tensors.arrange import joined, part, zeros
 from ..tensors.atomic import write_bytes
 from ..tensors.inputs import read_input
 from ..tensors.lazy import Lazy, as_lazy
-from ._folders import emptied
+from ._folders import make_folder
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._one_number import of_one_alpha, whole_number
@@ -53,6 +53,7 @@ class Litgpt(Format):
     url = "https://github.com/Lightning-AI/litgpt"
     description = "litgpt: lit_model.pth.lora beside hyperparameters.yaml and model_config.yaml"
     methods = frozenset({"lora"})
+    owns = frozenset({TENSORS, SETTINGS, MODEL})
 
     def sniff(self, path: Path) -> bool:
         return is_litgpt(keys_of(path / TENSORS if path.is_dir() else path))
@@ -268,7 +269,7 @@ def _text(path: Path, *, needed: bool) -> str:
 def _save(path: Path, tensors: Mapping[str, Lazy], settings: dict[str, Any], hints: Mapping[str, Any]) -> None:
     """Writes the folder; without its settings, which come last, it is no adapter."""
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
-    emptied(folder, SETTINGS)
+    make_folder(folder)
     save(file, tensors, "model")
     texts = hints.get("texts", {})
     if hints.get("model"):
