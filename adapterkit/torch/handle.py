@@ -252,12 +252,12 @@ def _once(
     alike: dict[tuple[int, int], list[Part]] = {}
     for station, parts in found:
         for part in parts:
-            parameter = tensor_at(station.module, part.weight) if part.weight else None
-            if parameter is not None and names.get(id(parameter), 1) > 1:
-                alike.setdefault((id(parameter), id(part.switch)), []).append(part)
+            weight = tensor_at(station.module, part.weight) if part.weight else None
+            if weight is not None and names.get(id(weight), 1) > 1:
+                alike.setdefault((id(weight), id(part.switch)), []).append(part)
     whole = {key: parts for key, parts in alike.items() if len(parts) == names[key[0]] and _change_alike(parts)}
-    shared = {parameter for parameter, _ in whole if all(key in whole for key in alike if key[0] == parameter)}
-    again = [part for (parameter, _), parts in whole.items() if parameter in shared for part in parts[1:]]
+    shared = {tensor for tensor, _ in whole if all(key in whole for key in alike if key[0] == tensor)}
+    again = [part for (tensor, _), parts in whole.items() if tensor in shared for part in parts[1:]]
     return [(station, [part for part in parts if part not in again]) for station, parts in found], shared
 
 
