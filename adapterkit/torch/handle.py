@@ -40,6 +40,7 @@ class Handle:
         self._source, self._bound, self._switch = adapter, dict(bound), switch
         self._stations, self._model, self._leaves = stations, model, leaves
         self._state, self._merged = "attached", list[Merged]()
+        self._parts: list[tuple[Station, list[Part]]] = []
         self.frozen: tuple[str, ...] = ()
 
     @property
@@ -198,11 +199,11 @@ class Handle:
             for each in kept:
                 each.parameter.copy_(each.before)
             raise
-        parts = [(station, [p for p in station.parts if p.switch is self._switch]) for station in self._stations]
+        held = [(station, [p for p in station.parts if p.switch is self._switch]) for station in self._stations]
         self.remove()
         self._state = "merged"
         if keep:
-            self._merged, self._parts = kept, parts
+            self._merged, self._parts = kept, held
             for each in kept:
                 each.push()
 
