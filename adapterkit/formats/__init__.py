@@ -7,11 +7,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import StorageError, UnknownFormat, UsageError, nearest
+from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.locations import located, source_of
-from ..tensors.safetensors import headers_kept
+from ..tensors.safetensors import headers_kept, sources_remembered
 from ._format import ON_LOSS, TENSORS, Format
 
 if TYPE_CHECKING:
@@ -106,10 +106,20 @@ def write(
         known = ", ".join(sorted(writer.profiles)) or "none"
         raise UsageError(f"{format} has no profile {profile!r}", path=path, cure=f"Known: {known}")
     below = None if base is None else opened(base)
+    from ._proof import prove
 
     def once(adapter: Adapter) -> list[str]:
         fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
-        return lines + writer.write(fitted, Path(path), on_loss=on_loss, base=below)
+        target, was_there = Path(path), Path(path).exists()
+        with sources_remembered() as files:
+            lines = lines + writer.write(fitted, target, on_loss=on_loss, base=below)
+            try:
+                prove(format, writer, adapter, target, lines, below, files)
+            except AdapterkitError:
+                if not was_there:
+                    _remove(target)
+                raise
+        return lines
 
     if on_loss != "promote":
         return once(adapter)
@@ -142,6 +152,12 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
         return source, found
     found = [name for name in names if FORMATS[name]().sniff(files[0])]
     return (files[0] if found else source), found
+
+
+def _remove(path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _existing(path: str | PathLike[str]) -> Path:
