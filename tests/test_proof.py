@@ -21,6 +21,7 @@ from adapterkit.errors import AdapterkitError, Miswritten, UsageError
 from adapterkit.formats import FORMATS
 from adapterkit.formats._format import Format
 from adapterkit.formats._image.dialect import ImageFormat
+from adapterkit.formats._image.naming import in_parts
 from adapterkit.methods.lora import LoRA
 from adapterkit.methods.replacement import Replacement
 from adapterkit.tensors import safetensors
@@ -149,7 +150,8 @@ def caught(adapter, name, path, base, faulty, faults=tuple(FAULTS)):
         assert not path.exists(), word
         if isinstance(raised.value, Miswritten):
             place = raised.value.where.split(": ")[0].split("[")[0]
-            known = {target.path or "(model)" for each in (adapter, mutant) for target in each.updates}
+            named = [updates for each in (adapter, mutant) for updates in (each.updates, in_parts(each.updates))]
+            known = {target.path or "(model)" for updates in named for target in updates}
             assert place in known or "cannot read" in raised.value.why, word
             found.append(word)
     return found

@@ -56,6 +56,9 @@ class Format:
         profiles: names of consumers that take only a part of the dialect, for which can be written.
         dtypes: element types that it holds, if it does not hold all: tensors of others may be rounded to one of these.
         file: what its one file is called where only a folder is named; empty where the dialect sees to that itself.
+        owns: names, or patterns of names, of the files that an adapter of this format can have in its folder, and of
+            those that it has beside its file of tensors. When an adapter in a folder is replaced these go, even if
+            the new one does not have them; all other files in the folder stay.
     """
 
     url: ClassVar[str] = ""
@@ -66,6 +69,7 @@ class Format:
     profiles: ClassVar[frozenset[str]] = frozenset()
     dtypes: ClassVar[frozenset[str]] = frozenset()
     file: ClassVar[str] = ""
+    owns: ClassVar[frozenset[str]] = frozenset()
 
     def sniff(self, path: Path) -> bool:
         """Whether the headers at `path` are this dialect's: no false negatives, no data read, no error raised."""

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from ..adapter import Adapter, Target
 from ..errors import AdapterkitError, Miswritten, UsageError
 from ..tensors.dtypes import DTYPES
+from ..tensors.inputs import inputs_kept
 from ..tensors.lazy import Lazy, Span, as_lazy, read_span
-from ..tensors.safetensors import headers_kept, read_header
+from ..tensors.safetensors import read_header
 from ._format import CHANGED, LEFT_OUT
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ SPOTS = 64
 """Places at which a file of tensors is read from disk, however many tensors it has: each takes 70 us."""
 
 
-@headers_kept()
+@inputs_kept()
 def prove(
     name: str,
     writer: Format,
@@ -156,12 +157,13 @@ class _Proof:
         Raises:
             Miswritten: one differs.
         """
+        from ._image.naming import parts_of
+
         ours, theirs = asked.updates, got.updates
         if ours.keys() == theirs.keys() and all(_same(found, theirs[target]) for target, found in ours.items()):
             return
         way = max(_ways(self.base), key=lambda way: _shared(way(ours), way(theirs)))
-        gone = {target: found for target, found in ours.items() if str(target) in self.left_out}
-        self.left_out.update(str(target) for target in way(gone))
+        self.left_out.update(*map(parts_of, self.left_out))
         ours, theirs = way(ours), way(theirs)
         there = _by_path(theirs)
         for path, group in _by_path(ours).items():

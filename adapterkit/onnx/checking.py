@@ -18,6 +18,8 @@ import onnx_ir as ir
 
 from ..adapter import Adapter
 from ..errors import CheckFailed, NotMergeable, Unsupported, first_line
+from ..tensors.lazy import as_array
+from ..tensors.ort_adapter import read_ort_adapter
 from .attaching import attach
 from .building import Building
 from .model_file import Source, opened
@@ -26,11 +28,12 @@ from .oracle import told_by_reference
 from .providers import best_provider, quiet_options, with_options
 from .resolving import resolve
 from .rounding import MOST_NOISE, NOISE, TOLERANCE, difference_of, is_narrow, most_of_oracles
+from .slots import slots_of
 from .trial_inputs import SIZES, made_up
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
-    from .injecting import Base, Model
+    from .reading import Base, Model
 
     Feeds = Mapping[str, np.ndarray[Any, Any]]
 
@@ -54,12 +57,21 @@ class Outcome:
 
 
 def checked_injection(
-    model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, slots: Any, given: Feeds | None = None, *,
-    alone: bool = False,
+    model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
+    given: Feeds | None = None, *, alone: bool = False,
 ) -> Outcome:  # fmt: skip
-    """The written graph against the first one with merged weights; with slots, empty ones against the first one.
+    """Compare the written graph with the first one with merged weights.
 
-    With `alone` there is no second way to make the change, as where attentions got prefixes.
+    Args:
+        model: the first graph.
+        adapter: what was injected.
+        base: the base's weights.
+        out: the graph that was written.
+        beside: of a graph with slots, the `.onnx_adapter` file that fills them. The check feeds that file and nothing
+            else, as a user does, so that a slot that nothing fills shows. It also compares empty slots with the first
+            graph.
+        given: inputs to run on, by name.
+        alone: there is no second way to make the change, as where attentions got prefixes.
 
     Raises:
         CheckFailed: they differ by more than rounding.
@@ -68,7 +80,8 @@ def checked_injection(
     if (why := _too_large(source)) is not None:
         return Outcome(None, why)
     plain = _inline(source.model)
-    if slots is not None:
+    fed = {} if beside is None else _fed(beside, out, source)
+    if beside is not None:
         outcome = _compared(plain, out, {}, exact=True, given=given)
         if outcome.difference is None:
             return outcome
@@ -85,7 +98,20 @@ def checked_injection(
             packed = "dequantize" if _exact(source.model) else None
             fold([(place, 1.0) for place in resolve(source.model, adapter, base)], building, packed)
             other = _inline(source.model)
-    return _compared(other, out, {} if slots is None else slots.feeds, plain=plain, given=given)
+    return _compared(other, out, fed, plain=plain, given=given)
+
+
+def _fed(beside: Path, out: Path, source: Source) -> Feeds:
+    """What a user feeds: the numbers of the `.onnx_adapter` file beside a graph with slots.
+
+    Raises:
+        CheckFailed: the graph has a slot that the file does not fill.
+    """
+    feeds = {name: as_array(leaf) for name, leaf in read_ort_adapter(beside).tensors.items()}
+    slots = slots_of(opened(out).model).keys() - slots_of(source.model).keys()
+    if empty := sorted(slots - feeds.keys()):
+        raise CheckFailed(f"nothing fills the slot {empty[0]!r}", path=out, cure=_REPORT)
+    return feeds
 
 
 def checked_merge(

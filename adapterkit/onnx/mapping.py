@@ -17,7 +17,7 @@ from .scopes import same_end
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
-    from .injecting import Base, Model
+    from .reading import Base, Model
 
 
 _NUMBERED = re.compile(r"onnx::|val_\d|_v_\d|\d")

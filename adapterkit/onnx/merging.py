@@ -20,13 +20,14 @@ from ..errors import NotMergeable, UsageError
 from .building import Building
 from .changes import settle
 from .folding import Fold, Folding
-from .injecting import Report, loaded
+from .injecting import Report
 from .model_file import kept, opened, save_merged
+from .reading import loaded
 from .resolving import Found, resolve
 from .unpacking import CHOICES, as_float, is_packed
 
 if TYPE_CHECKING:
-    from .injecting import Base, Model
+    from .reading import Base, Model
 
     Source = Adapter | str | PathLike[str]
 

@@ -196,22 +196,27 @@ def folder_beside(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def kept(out: Path) -> Iterator[list[Path]]:
-    """Files that are told to it go where the block ends by an error, and `out` is then what it was before."""
+def kept(*outs: Path) -> Iterator[list[Path]]:
+    """Put back what was at `outs` if the block raises.
+
+    The block appends the files that it writes to the list that it gets; after an error they are removed.
+    """
     written: list[Path] = []
     with contextlib.ExitStack() as stack:
-        before = stack.enter_context(folder_beside(out)) / out.name if out.is_file() else None
-        if before is not None:
+        there = [out for out in outs if out.is_file()]
+        folder = stack.enter_context(folder_beside(there[0])) if there else None
+        before = {out: folder / out.name for out in there if folder is not None}
+        for out, copy in before.items():
             try:
-                os.link(out, before)
-            except OSError:  # Not every file system has them.
-                shutil.copy2(out, before)
+                os.link(out, copy)
+            except OSError:  # Not every file system has hard links.
+                shutil.copy2(out, copy)
         try:
             yield written
         except BaseException:
-            _unlink(written)
-            if before is not None:
-                os.replace(before, out)
+            _unlink([*written, *(out for out in outs if out not in before)])
+            for out, copy in before.items():
+                os.replace(copy, out)
             raise
 
 

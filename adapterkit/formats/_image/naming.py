@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...names.image import component_of, rooted
+from ...names.image import component_of, families_of, rooted, to_diffusers
 from .translate import in_diffusers
 
 if TYPE_CHECKING:
@@ -26,3 +26,11 @@ def in_components(updates: Updates) -> dict[Target, tuple[Update, ...]]:
 def in_parts(updates: Updates) -> dict[Target, tuple[Update, ...]]:
     """Targets in diffusers' naming, behind the name of their part; updates of fused weights are parted."""
     return in_diffusers(in_components(updates))[0]
+
+
+def parts_of(path: str) -> list[str]:
+    """What diffusers calls a module of the native naming, or its parts; none where it is no such module."""
+    root, rest = rooted(path)
+    component = component_of(path)
+    before = f"{component}." if root and component else ""
+    return [before + name for family in families_of(rest, "native") for _, name in to_diffusers(family, rest)]
