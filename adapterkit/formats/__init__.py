@@ -14,6 +14,7 @@ from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.inputs import inputs_kept
 from ..tensors.lazy import Lazy
 from ..tensors.locations import NOTE, is_remote, located, source_of
+from ..tensors.safetensors import sources_remembered
 from ..tensors.staging import files_below, matches, staged
 from ._format import ON_LOSS, TENSORS, Format
 
@@ -91,6 +92,9 @@ def write(
     `path` is what it was. Where `path` is a folder that holds an adapter already, the files that the format owns are
     replaced and all others stay.
 
+    Before that the output is read back and compared with the adapter: a writer that wrote anything else, whatever the
+    format, is an error.
+
     Args:
         adapter: what to write.
         path: file or folder.
@@ -106,6 +110,8 @@ def write(
     Raises:
         StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
             disk is full.
+        Miswritten: what the writer wrote is not what the adapter says; names target and field.
+        UsageError: the format needs the base to be read, so that without it nothing proves what was written.
         AdapterkitError: see `Format.write`.
     """
     if on_loss not in ON_LOSS:
@@ -118,12 +124,18 @@ def write(
         known = ", ".join(sorted(writer.profiles)) or "none"
         raise UsageError(f"{format} has no profile {profile!r}", path=path, cure=f"Known: {known}")
     below = None if base is None else opened(base)
+    from ._proof import prove
 
     def once(adapter: Adapter) -> list[str]:
         fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
         inputs = [*files_of(adapter), *(() if below is None else below.files)]
-        with staged(Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs) as stage:
-            return lines + writer.write(fitted, stage, on_loss=on_loss, base=below)
+        with (
+            staged(Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs) as stage,
+            sources_remembered() as files,
+        ):
+            lines += writer.write(fitted, stage, on_loss=on_loss, base=below)
+            prove(format, writer, adapter, stage, lines, below, files)
+        return lines
 
     if on_loss != "promote":
         return once(adapter)
