@@ -52,6 +52,9 @@ class Format:
         differences: whether it holds a difference of any weight, so that laws may be written as that.
         profiles: names of consumers that take only a part of the dialect, for which can be written.
         file: what its one file is called where only a folder is named; empty where the dialect sees to that itself.
+        owns: names, or patterns of names, of the files that an adapter of this format can have in its folder, and of
+            those that it has beside its file of tensors. When an adapter in a folder is replaced these go, even if
+            the new one does not have them; all other files in the folder stay.
     """
 
     url: ClassVar[str] = ""
@@ -61,6 +64,7 @@ class Format:
     differences: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()
     file: ClassVar[str] = ""
+    owns: ClassVar[frozenset[str]] = frozenset()
 
     def sniff(self, path: Path) -> bool:
         """Whether the headers at `path` are this dialect's: no false negatives, no data read, no error raised."""

@@ -54,6 +54,7 @@ class Diffusers(ImageFormat):
     url = "https://huggingface.co/docs/diffusers/main/en/api/loaders/lora"
     description = "diffusers' pipelines: LoRA and DoRA by part, scalings in the header; all three generations of keys"
     methods = frozenset({"dora", "lora"})
+    owns = frozenset(FILES)
     rules = Rules(peft=True, slots=tuple(SLOTS))
     naming = "diffusers"
 

@@ -45,6 +45,7 @@ class TextualInversionFiles(Format):
     url = "https://huggingface.co/docs/diffusers/main/en/using-diffusers/textual_inversion_inference"
     description = "Embeddings of new tokens: AUTOMATIC1111's .pt, diffusers' learned_embeds, kohya's, SDXL's"
     methods = frozenset({"textual_inversion"})
+    owns = frozenset(FILES)
 
     def sniff(self, path: Path) -> bool:
         try:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Malformed, NotMergeable, Unsupported
-from ..merging.folds import Fold as Folded
+from ..merging.fold import Fold as Folded
 from ..tensors.lazy import as_array
 from ..updates import Update
 from .building import Array, Branch, Building, kind_of

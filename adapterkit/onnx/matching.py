@@ -43,9 +43,9 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         TargetNotFound: no layer has these numbers, or several different ones are as near.
     """
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
-    sites, _, _ = find_sites(adapter, shapes, partial=False)
+    bound = find_sites(adapter, shapes, partial=False)
     known: Known = {}
-    for site, asked in zip(sites, adapter.updates, strict=True):
+    for site, asked in zip(bound.sites, bound.origins, strict=True):
         if site.weight is None:
             raise error
         W = _array(base, site.weight)

@@ -267,8 +267,8 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
 
 def _placed(adapter: Adapter, known: Known) -> list[Site]:
     shapes = {name: at[0].shape for name, (_, at) in known.items() if len({spot.shape for spot in at}) == 1}
-    placed, _, _ = find_sites(adapter, shapes, partial=False, modules=[n.removesuffix(".weight") for n in shapes])
-    return placed
+    modules = [name.removesuffix(".weight") for name in shapes]
+    return find_sites(adapter, shapes, partial=False, modules=modules).sites
 
 
 def _found(site: Site, asked: Target, known: Known) -> Found:

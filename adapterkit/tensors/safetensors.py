@@ -10,9 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 from ..errors import Malformed, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES, DType
+from .inputs import kept, open_input
 from .lazy import Lazy, Shape, Span, read_span
 from .strict_json import load_json
 
@@ -64,30 +63,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         StorageError: the file cannot be read.
     """
     path = os.fspath(path)
-    kept = _KEPT.get()
-    if kept is None:
-        return _read_header(path)
-    if path not in kept:
-        kept[path] = _read_header(path)
-    return kept[path]
-
-
-@contextmanager
-def headers_kept() -> Iterator[None]:
-    """Within it each file's header is read once: to find its format, many ask for it one after another."""
-    token = _KEPT.set({} if _KEPT.get() is None else _KEPT.get())
-    try:
-        yield
-    finally:
-        _KEPT.reset(token)
-
-
-_KEPT: ContextVar[dict[str, Header] | None] = ContextVar("_KEPT", default=None)
+    return kept("safetensors", path, lambda: _read_header(path))
 
 
 def _read_header(path: str) -> Header:
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = _header_length(file.read(8), size, path)
             raw = file.read(length)
