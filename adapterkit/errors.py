@@ -6,10 +6,12 @@ The library never prints, exits or asks; the command line turns a leaf into one 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from inspect import signature
 from os import PathLike
 from reprlib import Repr
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 Path = str | PathLike[str]
 
@@ -183,8 +185,36 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     return StorageError(reason, path=path, cure=_CURES.get(error.errno or 0, "Check the disk and its file system"))
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def places_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function of a file so that its errors name that file.
+
+    The first argument is the file: a path, or an object with a `root`. An error that names another file keeps it. A
+    `UsageError` is about the call, not about a file, and is left as it is.
+    """
+    name = next(iter(signature(function).parameters))
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except AdapterkitError as error:
+            given: Any = args[0] if args else kwargs.get(name)
+            path = given if isinstance(given, (str, PathLike)) else getattr(given, "root", None)
+            if path is not None and not isinstance(error, UsageError):
+                error.at(path=path)
+            raise
+
+    return run
+
+
 def shortened(text: str, most: int) -> str:
-    """`text` with its middle left out where it has more than `most` characters."""
+    """`text` with its middle left out where it has more than `most` characters, and lone surrogates escaped."""
+    if not text.isascii():
+        text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) <= most:
         return text
     end = most // 4

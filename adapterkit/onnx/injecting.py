@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import Corrupt, Malformed, Unsupported, UsageError, storage_error
+from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import opened as opened_base
 from .attaching import attach
@@ -74,6 +74,7 @@ class Report:
         }  # fmt: skip
 
 
+@places_errors
 def inject(
     model: Model,
     adapter: Adapter | str | PathLike[str],
@@ -195,6 +196,7 @@ def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
     ]
 
 
+@places_errors
 def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
     """Writes the model as it was before `inject`, byte for byte.
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import NotMergeable, UsageError
+from ..errors import NotMergeable, UsageError, places_errors
 from .building import Building
 from .changes import settle
 from .folding import Fold, Folding
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 
+@places_errors
 def merge(
     model: Model,
     adapters: Source | Sequence[Source],
@@ -81,6 +82,7 @@ def merge(
     return replace(report, difference=told.difference, note=told.note, reference=told.reference)
 
 
+@places_errors
 def plan(
     model: Model,
     adapters: Source | Sequence[Source],
