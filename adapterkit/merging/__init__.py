@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Unsupported, UsageError
+from ..errors import AdapterkitError, Unsupported, UsageError, places_errors
 from ..tensors.checkpoint import Checkpoint, opened
 from ..tensors.locations import is_address, outgoing, streamed
 from .options import Options
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["merge", "plan", "verify"]
 
 
+@places_errors
 def plan(
     base: Base,
     adapters: Source | Sequence[Source],
@@ -60,6 +61,7 @@ def plan(
     return make_plan(checkpoint, named, options)
 
 
+@places_errors
 def merge(
     base: Base,
     adapters: Source | Sequence[Source],
@@ -163,6 +165,7 @@ def merge(
         return carry_out(planned, Path(out), chosen, progress, started, overwrite)
 
 
+@places_errors
 def verify(
     merged: Base,
     base: Base | None = None,
