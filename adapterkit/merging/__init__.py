@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterkitError, Unsupported, UsageError, places_errors
+from ..errors import Unsupported, UsageError, places_errors
 from ..tensors.checkpoint import Checkpoint, opened
 from ..tensors.locations import is_address, outgoing, streamed
 from .options import Options
