@@ -84,6 +84,15 @@ def reading(command: F) -> F:
     return command
 
 
+def in_reading(adapters: Sequence[str], compat: str | None, base: str | None) -> tuple[Any, ...]:
+    """The adapters to pass on: their names, or what they hold in the reading that `--compat` asks for."""
+    if compat is None:
+        return tuple(adapters)
+    from ..formats import read
+
+    return tuple(read(adapter, base=base, compat=compat) for adapter in adapters)
+
+
 base = click.option("--base", metavar="BASE", help="The base that the adapter is for: a folder or a weight file.")
 source_format = click.option(
     "--from", "source_format", callback=format_name, metavar="FORMAT",

@@ -39,8 +39,9 @@ from .verify import record_of, verdict
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="What runs it.")
 @click.option("--address", metavar="HOST:PORT", help="Of the Ray cluster; one on this machine if absent.")
 @click.option(
-    "--tied", type=click.Choice(["merge", "untie"]),
-    help="Where a touched head shares its weight with the embedding: merge into both, or untie them.",
+    "--tied", metavar="CHOICE",
+    help="Where the head shares its weight with the embedding: merge (updates change both), untie (each changes the "
+    "layer it names, token rows both), or by kind, e.g. rows=untie,embedding=merge. If absent, as PEFT trained.",
 )  # fmt: skip
 @click.option(
     "--quantized", type=click.Choice(["dequantize", "requantize", "original"]),
@@ -58,6 +59,7 @@ from .verify import record_of, verdict
 @click.option("--link", is_flag=True, help="Hard links instead of copies of files that no adapter touches.")
 @click.option("--checksums", is_flag=True, help="Take sums of what is written, for verify without the base.")
 @click.option("--stream", is_flag=True, help="Fetch a base from a hub one weight file at a time, never all of it.")
+@_options.compat
 @_options.allow_partial
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
@@ -69,21 +71,23 @@ from .verify import record_of, verdict
 @_options.flags
 @click.pass_context
 def command(
-    ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
+    ctx: click.Context, base: str, adapters: tuple[Any, ...], out: str | None, weights: tuple[float, ...],
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
     engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None,
-    link: bool, checksums: bool, base_weights: str | None, check: bool,
+    link: bool, checksums: bool, base_weights: str | None, check: bool, compat: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     if is_graph(base):
-        merge_graph(ctx, base, adapters, out, weights, base_weights, quantized, check, overwrite, only_plan)
+        held = _options.in_reading(adapters, compat, base_weights)
+        merge_graph(ctx, base, held, out, weights, base_weights, quantized, check, overwrite, only_plan)
         return
     refuse_graph_options(ctx, base)
     from ..merging import merge, plan
 
     settings: _options.Settings = ctx.obj
     chosen = list(weights) or None
+    adapters = _options.in_reading(adapters, compat, base)
     if method is not None:
         adapters, chosen = _combined(base, adapters, method, weights, parameters), None
     elif parameters:
@@ -113,7 +117,7 @@ def command(
 
 
 def _combined(
-    base: str, adapters: Sequence[str], method: str, weights: Sequence[float], parameters: Sequence[str]
+    base: str, adapters: Sequence[Any], method: str, weights: Sequence[float], parameters: Sequence[str]
 ) -> tuple[Any, ...]:
     """The adapters as one, to merge in their place."""
     from .. import ops
@@ -175,5 +179,6 @@ def _warnings(record: Mapping[str, Any]) -> Iterator[str]:
         if adapter["missing"]:
             names = ", ".join(adapter["missing"])
             yield f"warning: {adapter['name']}: not in the base, left out: {names}"
+    yield from (f"warning: {warning}" for warning in record["warnings"])
     if record.get("left_out"):
         yield f"warning: other forms of the base's weights, left out: {', '.join(record['left_out'])}"

@@ -69,6 +69,16 @@ def shortened(Q: Any, square: Any, most: float, more: float) -> Any:
     return Q * where(long, most / (norm + more), norm * 0 + 1)
 
 
+def shortened_blocks(Q: Any, eps: float) -> Any:
+    """COFT: each block of Q held within its share of eps."""
+    return shortened(Q, (Q * Q).sum((1, 2))[:, None, None], eps / len(Q) ** 0.5, 0.0)
+
+
+def turned(Q: Any, terms: int, doubled: bool) -> Any:
+    """Rotations of skew-symmetric Q: the exact transform for 0 terms, else `neumann`."""
+    return neumann(Q, terms, doubled) if terms else cayley(Q)
+
+
 def turn_columns(X: Any, R: Any) -> Any:
     """X `[rows, n * b]`, each block of columns times the transpose of its R of `[n, b, b]`, or of the one there is."""
     blocks = X.reshape(len(X), -1, R.shape[-1]).swapaxes(0, 1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import AdapterkitError
 from .._format import FORMULA, Departure, Format, derived
-from .container import load, save, sniff
+from .container import CONFIG, HEAD_CONFIG, HEADS, INTERFACE, SAFETENSORS, TORCH, load, save, sniff
 from .readings import DEPARTURES, REFT
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class AdapterHub(Format):
     methods = derived(_methods)
     departures: ClassVar[Mapping[str, Departure]] = DEPARTURES
     compat = frozenset({FORMULA, *REFT})
+    owns = frozenset({CONFIG, SAFETENSORS, TORCH, INTERFACE, HEAD_CONFIG, *HEADS})
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
 from .._format import FORMULA, Departure, Format, derived
-from .container import load, save, sniff
+from .container import CONFIG, SAFETENSORS, TORCH, load, save, sniff
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,6 +51,7 @@ class Peft(Format):
     departures = derived(_departures)
     compat = frozenset({FORMULA})
     profiles = derived(_profiles)
+    owns = frozenset({CONFIG, SAFETENSORS, TORCH})
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)
