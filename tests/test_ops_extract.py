@@ -101,7 +101,8 @@ def test_each_change_has_the_form_that_suits_it(tmp_path):
     (attention,) = adapter.updates[Target("model.layers.0.c_attn", "in out *k")]
     assert (attention.A.shape, attention.B.shape) == ((2, 6), (18, 2))
     assert sorted(cut.target for cut in cuts) == sorted([*found, "model.layers.0.q"])
-    assert adapter.recipe[-1].args == {"rank": 2, "method": "lora", "embeddings": "rows", "targets": []}
+    said = {"rank": 2, "method": "lora", "embeddings": "rows", "targets": []}
+    assert {key: adapter.recipe[-1].args[key] for key in said} == said
     (low,) = ops.extract(folders[1], folders[0], 2, embeddings="low-rank", targets=("*embed*",)).updates.values()
     assert [update.method for update in low] == ["lora"]
 

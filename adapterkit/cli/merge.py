@@ -58,6 +58,13 @@ from .verify import record_of, verdict
 )
 @click.option("--link", is_flag=True, help="Hard links instead of copies of files that no adapter touches.")
 @click.option("--checksums", is_flag=True, help="Take sums of what is written, for verify without the base.")
+@click.option(
+    "--tokenizer", metavar="base|adapter",
+    help="Whose tokenizer and chat template go along, whole; if absent, an adapter's own where it fits the base.",
+)  # fmt: skip
+@click.option(
+    "--strict-base", is_flag=True, help="Refuse a base that is not the one that an adapter names, instead of a warning."
+)
 @click.option("--stream", is_flag=True, help="Fetch a base from a hub one weight file at a time, never all of it.")
 @_options.allow_partial
 @_options.overwrite
@@ -74,7 +81,7 @@ def command(
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
     engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None,
-    link: bool, checksums: bool, base_weights: str | None, check: bool,
+    link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None, check: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     if is_graph(base):
@@ -93,6 +100,7 @@ def command(
         planned = plan(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
             onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
+            tokenizer=tokenizer, strict_base=strict_base,
         )  # fmt: skip
         show(settings, planned.record(), _plan_view)
         return
@@ -103,7 +111,7 @@ def command(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
-            checksums=checksums,
+            checksums=checksums, tokenizer=tokenizer, strict_base=strict_base,
         )  # fmt: skip
     record = dict(report.record())
     if verified:
@@ -178,4 +186,4 @@ def _warnings(record: Mapping[str, Any]) -> Iterator[str]:
             yield f"warning: {adapter['name']}: not in the base, left out: {names}"
     yield from (f"warning: {warning}" for warning in record["warnings"])
     if record.get("left_out"):
-        yield f"warning: other forms of the base's weights, left out: {', '.join(record['left_out'])}"
+        yield f"warning: files of the base, left out: {', '.join(record['left_out'])}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
-from ..tensors.locations import located, source_of
+from ..tensors.locations import exists, located, source_of
 from ..tensors.safetensors import headers_kept
 from ._format import ON_LOSS, TENSORS, Format
 
@@ -147,7 +147,7 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
 
 def _existing(path: str | PathLike[str]) -> Path:
     source = located(path)
-    if source.exists():
+    if exists(source):
         return source
     siblings: Mapping[str, None] = {}
     if source.parent.is_dir():

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ...errors import Unrepresentable
+from ...metadata import with_metadata
 from ...tensors.lazy import Lazy, as_lazy
 from .biases import mixed_biases
 from .encode import encode, why_not
@@ -37,6 +38,7 @@ def encoded(
     updates, lines = _expressible(dialect, adapter.updates, hints, on_loss)
     stems = _stems(dialect, updates, hints)
     metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
+    metadata = with_metadata(metadata, adapter)
     tensors: dict[str, Lazy] = {}
     for target, found in updates.items():
         for position, update in enumerate(found):

@@ -59,7 +59,16 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
     return read_json(folder / CONFIG, strict=True), read_tensors(weights)
 
 
-def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> None:
+def header_of(path: Path) -> dict[str, str]:
+    """The strings in the header of a folder's safetensors file. PEFT ignores them; other tools leave notes there."""
+    folder = folder_of(path)
+    weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
+    return dict(safetensors.read_header(weights).metadata) if weights.suffix == ".safetensors" else {}
+
+
+def save(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy], header: Mapping[str, str] = METADATA
+) -> None:
     """Writes the folder. Its config goes away first and comes back last: without one it is no adapter.
 
     Raises:
@@ -67,7 +76,7 @@ def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy]) -
     """
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     emptied(folder, CONFIG)
-    safetensors.write(folder / SAFETENSORS, tensors, METADATA)
+    safetensors.write(folder / SAFETENSORS, tensors, header)
     write_bytes(folder / CONFIG, text.encode())
 
 
