@@ -334,6 +334,12 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
         raise Malformed("a target without a path", where="path", cure=_REWRITE)
     if any(context) and (target.layout, target.rows) != (LAYOUTS[0], None):
         raise Malformed("context has no layout and no rows", where=f"{target}: layout", cure=_REWRITE)
+    kinds = [update.kind for update in updates]
+    if "output" in kinds and set(kinds[kinds.index("output") :]) & {"additive", "weight"}:
+        why = "an update of the weight after one of the output"
+        raise Malformed(
+            why, where=str(target), cure="Put updates of the weight first: the output is computed with them"
+        )
     if target.layout not in LAYOUTS:
         known = f"Known: {', '.join(LAYOUTS)}"
         raise Malformed(f"unknown layout {target.layout!r}", where=f"{target}: layout", cure=known)

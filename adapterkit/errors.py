@@ -195,6 +195,12 @@ class CheckFailed(AdapterkitError):
     exit_code = 1
 
 
+class Miswritten(CheckFailed):
+    """A format's writer wrote something else than it was asked to: read back, it is another adapter."""
+
+    code = "miswritten"
+
+
 class Corrupt(AdapterkitError):
     """Bytes are not the ones that were promised: a digest, a length or a journal disagrees."""
 

@@ -42,7 +42,7 @@ def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
         UsageError: an unknown kind or choice.
     """
     if tied is None or tied in (MERGE, UNTIE):
-        return tied  # type: ignore[return-value]
+        return tied
     if isinstance(tied, Mapping):
         pairs = [(str(kind), str(choice)) for kind, choice in tied.items()]
     else:
@@ -184,7 +184,8 @@ class _Choice:
         if tools != {"peft"}:
             raise self._unknown(name, "its file does not say which of them training changed")
         foreign = self.adapter.foreign.data if self.adapter.foreign else {}
-        config = foreign.get("config") if isinstance(foreign.get("config"), dict) else {}
+        config = foreign.get("config")
+        config = config if isinstance(config, dict) else {}
         alone = not any(layer in self.own for layer in self.tie.layers if layer != name)
         if config.get("ensure_weight_tying") and alone:
             if name == self.tie.head:

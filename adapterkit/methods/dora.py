@@ -37,5 +37,5 @@ class DoRA(WeightUpdate):
 
     def new_weight(self, W: Tensor) -> Tensor:
         V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)
-        norm = constant((V * V).sum(1) ** 0.5)
+        norm: Tensor = constant((V * V).sum(1) ** 0.5)
         return (V * (self.magnitude / norm)[:, None]).reshape(W.shape)

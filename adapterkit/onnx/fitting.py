@@ -89,7 +89,7 @@ def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]
         for name in {record.asked, record.target}:
             known.setdefault(name.path, []).append((name, record))
     try:
-        sites, _, _ = find_sites(adapter, dict.fromkeys(known, ()), partial=False, modules=known)
+        sites = find_sites(adapter, dict.fromkeys(known, ()), partial=False, modules=known).sites
     except TargetNotFound as error:
         cure = f"{error.cure}. Give the model slots for this adapter: inject it with --mode slots, mode='slots'"
         raise TargetNotFound("the model has no slots for this target", where=error.where, cure=cure) from None

@@ -24,6 +24,7 @@ from .injecting import Report
 from .model_file import kept, opened, save_merged
 from .reading import loaded
 from .resolving import Found, resolve
+from .saturation import clipping
 from .unpacking import CHOICES, as_float, is_packed
 
 if TYPE_CHECKING:
@@ -74,12 +75,15 @@ def merge(
         files += save_merged(source.model, source, Path(out), changed)
         report = Report(Path(out), tuple(files), tuple(place for place, _ in folds), damage=damage)
         if check is False:
-            return report
+            return replace(report, warnings=clipping(None, source.model))
         given = None if isinstance(check, bool) else check
         from .checking import checked_merge
 
         told = checked_merge(model, read, factors, base_weights, Path(out), quantized, given)
-    return replace(report, difference=told.difference, note=told.note, reference=told.reference)
+    return replace(
+        report, difference=told.difference, note=told.note, reference=told.reference, saturation=told.saturation,
+        warnings=clipping(told.saturation, source.model),
+    )  # fmt: skip
 
 
 def plan(

@@ -115,6 +115,18 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
         raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
 
 
+def inline(model: ir.Model) -> bytes:
+    """Serialize a model with all of its numbers in it."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
+                array = np.array(tensor.numpy())
+                value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=value.name)
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
+
+
 def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> list[Path]:
     """Writes a model; the data files that it shares are copied only where `out` is in another folder.
 

@@ -27,7 +27,7 @@ from ..errors import ShapeMismatch, Unsupported
 from ..updates import ContextUpdate
 from .attention import heads_of
 from .call import Call, Words, encoder_words, extended, present
-from .leaves import Bound
+from .leaves import LiveUpdates
 from .outputs import Switch
 from .prefixes import is_attention, key_sizes, positions_of, with_prefixes
 from .sizes import embedding_of, is_encoder_decoder, sizes_of
@@ -48,7 +48,7 @@ class ContextPart:
 
     switch: Switch
     target: Target
-    bound: Bound
+    bound: LiveUpdates
     encoder: bool = False
     masks: bool = False
     biased: nn.Module | None = None

@@ -19,7 +19,7 @@ from .ears import Ear, words_of
 from .experts import with_experts
 from .handle import Handle
 from .layers import Quantized, layer_of, stored_layout, stored_shape
-from .leaves import Bound, Registration, base_parameters, is_leaf_name
+from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name
 from .outputs import Outlet, Switch, outlet
 from .sizes import embedding_of
 from .station import Part, Station, names_of, station_at
@@ -79,7 +79,7 @@ def inject(
         station = next((s for s, _ in attached if s.module is holder), None) or station_at(holder)
         _check_together(station, [part, *(other for s, other in attached if s is station)])
         attached.append((station, part))
-    loaded: dict[Target, tuple[Bound, ...]] = {}
+    loaded: dict[Target, tuple[LiveUpdates, ...]] = {}
     leaves = registration.commit()  # From here on nothing fails: a refused adapter leaves no trace.
     for station, part in attached:
         station.attach(part)
@@ -107,7 +107,7 @@ def _contexts(
     found: dict[Any, Any] = find_parts(context, names, None)
     around = []
     for target, updates in found.items():
-        part = ContextPart(switch, target, Bound(updates))
+        part = ContextPart(switch, target, LiveUpdates(updates))
         holder = parts_of(model, part)[0][0]
         bound = registration.bind(updates, holder, _met(model, target), str(target))
         around += parts_of(model, replace(part, bound=bound))
@@ -221,14 +221,14 @@ def _outer(model: nn.Module, site: Site, switch: Switch, ear: Ear) -> tuple[nn.M
     )
     asks = any(words_of(model, update) for update in site.updates)
     made = replace(made, hear=ear.take) if asks else made
-    return holder, Part(switch, site.target, Bound(site.updates), None, None, False, made)
+    return holder, Part(switch, site.target, LiveUpdates(site.updates), None, None, False, made)
 
 
 def _inner(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
     """The module that reads the weight, and the part that changes it there."""
     holder, prefix = _holder(model, site)
     below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
-    return holder, Part(switch, site.target, Bound(site.updates), below, bias, _is_direct(site, holder, prefix))
+    return holder, Part(switch, site.target, LiveUpdates(site.updates), below, bias, _is_direct(site, holder, prefix))
 
 
 def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:

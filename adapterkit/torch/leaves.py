@@ -68,6 +68,7 @@ class Leaf:
 
     def release(self) -> None:
         """Take the tensor off the module, and its hooks with the last one."""
+        self.staged = self.tensor
         self.module._parameters.pop(self.name, None)
         self.module._buffers.pop(self.name, None)
         self.module._non_persistent_buffers_set.discard(self.name)
@@ -80,7 +81,7 @@ class Leaf:
                     del hooks[key]
 
 
-class Bound:
+class LiveUpdates:
     """Updates whose tensors are read from the model each time they are asked for.
 
     Args:
@@ -128,7 +129,7 @@ class Registration:
     _staged: dict[Any, Leaf] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
 
-    def bind(self, updates: Sequence[Update], holder: nn.Module, like: Tensor, where: str) -> Bound:
+    def bind(self, updates: Sequence[Update], holder: nn.Module, like: Tensor, where: str) -> LiveUpdates:
         """Give the updates tensors of their own on the device of `like`, to be registered near `holder`.
 
         A leaf that several updates share is copied and registered once.
@@ -156,7 +157,7 @@ class Registration:
                     mine[name].module = home_of(self.model, self.model)
             bound.append(update.replace(**tensors))
             leaves.append(mine)
-        return Bound(bound, leaves)
+        return LiveUpdates(bound, leaves)
 
     def commit(self) -> list[Leaf]:
         """Register all that was bound."""

@@ -19,7 +19,7 @@ from ..updates import Additive, Update
 from .context import ContextPart, surround
 from .ears import Ear, overheard
 from .layers import Difference, Layer, Quantized, layer_of, moved
-from .leaves import Bound
+from .leaves import LiveUpdates
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
 from .routing import Route, join, split
 from .scopes import Recall, Scope, current
@@ -35,7 +35,7 @@ class Part:
 
     switch: Switch
     target: Target
-    bound: Bound
+    bound: LiveUpdates
     weight: str | None
     bias: str | None
     direct: bool
@@ -178,7 +178,7 @@ class Station:
             return _direct(self.layer.like(x), parts, x)
         exchanged = {**self.changed(parts), **skipped}
         if self._rebinds and not torch.compiler.is_compiling():
-            func: Any = self.original.__func__  # type: ignore[attr-defined]
+            func: Any = self.original.__func__
             return func(_replica(self.module, exchanged), *args, **kwargs)
         with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING, _exchanged(self.module, exchanged):
             return self.original(*args, **kwargs)

@@ -119,8 +119,10 @@ class Update:
             stack: every tensor carries a leading axis `e`: one slice an expert.
 
         Raises:
+            Malformed: tensors that belong together are not all there, so that axes have no size.
             ShapeMismatch: the tensors disagree with their shape strings or with each other, or hold the wrong type.
         """
+        self._check_forms()
         shapes = []
         for name, leaf in self.tensors.items():
             _check_dtype(name, leaf, self._axes[name][1])
@@ -136,13 +138,17 @@ class Update:
         """
         for name, field in self.attribute_fields().items():
             check_attribute(name, getattr(self, name), field)
+        self._check_forms()
+        if not self.tensors:
+            raise Malformed(f"needs at least one of: {', '.join(self._names)}", cure=DAMAGED)
+
+    def _check_forms(self) -> None:
+        """Check that the tensors which are present make up one form of each group, such as `pairs` or `square`."""
         for group in self.forms:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
                 choices = " or ".join(" and ".join(names) or "none" for names in group)
                 raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=DAMAGED)
-        if not self.tensors:
-            raise Malformed(f"needs at least one of: {', '.join(self._names)}", cure=DAMAGED)
 
     def check_values(self) -> None:
         """Reads every tensor and checks its values; methods with rules of their own extend it.

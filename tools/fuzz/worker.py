@@ -60,7 +60,7 @@ def changed(case: Case, rng: Random, others: Sequence[Case]) -> Case:
     content = files[name]
     how = rng.random()
     if how < 0.93 and isinstance(content, bytes):
-        files[name] = containers.mutator(name, content)(content, rng)
+        files[name] = _mutated(name, content, rng)
     elif how < 0.95:
         del files[name]
     elif how < 0.97:
@@ -71,6 +71,18 @@ def changed(case: Case, rng: Random, others: Sequence[Case]) -> Case:
     else:
         files[name] = _special(name, rng)
     return case.with_files(files)
+
+
+def _mutated(name: str, content: bytes, rng: Random) -> bytes:
+    """One change by the mutator of the file's container, or of its bytes where an earlier change left no container."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)
+    try:
+        return containers.mutator(name, content)(content, rng)
+    except Exception:
+        return trees.raw(content, rng)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def _special(name: str, rng: Random) -> Content:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ...errors import AdapterkitError
 from ...metadata import read_with, with_metadata
 from .._format import Format, derived
-from .container import METADATA, header_of, load, save, sniff
+from .container import CONFIG, METADATA, SAFETENSORS, TORCH, header_of, load, save, sniff
 
 if TYPE_CHECKING:
     from ...adapter import Adapter
@@ -40,6 +40,7 @@ class Peft(Format):
     methods = derived(_methods)
     compat = frozenset({"peft"})
     profiles = derived(_profiles)
+    owns = frozenset({CONFIG, SAFETENSORS, TORCH})
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)
