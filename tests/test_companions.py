@@ -99,7 +99,7 @@ def test_a_tokenizer_that_is_not_whole_or_does_not_fit_stays_behind(tmp_path: Pa
     report = ak.merge(base, adapter, tmp_path / "template")
     assert "no vocabulary" in report.record()["warnings"][0]
     assert not (tmp_path / "template" / "chat_template.jinja").exists()
-    with pytest.raises(UsageError, match="no adapter has a tokenizer"):
+    with pytest.raises(UsageError, match="no adapter's folder has a tokenizer"):
         ak.merge(base, adapter, tmp_path / "x", tokenizer="adapter")
 
     save_tokenizer(adapter, "<x>", "<y>", "<z>")
@@ -117,6 +117,13 @@ def test_a_tokenizer_that_is_not_whole_or_does_not_fit_stays_behind(tmp_path: Pa
         ak.merge(base, [adapter, other], tmp_path / "z", tokenizer="adapter")
     with pytest.raises(UsageError, match="base, adapter"):
         ak.merge(base, adapter, tmp_path / "z", tokenizer="both")
+
+    combined = ("merge", base, adapter, other, "--method", "linear", "-o")
+    assert "other have their own" in record(*combined, tmp_path / "combined")["warnings"][0]
+    said = record(*combined, tmp_path / "named", "--tokenizer", other)
+    assert said["tokenizer"] == {"from": "adapter", "adapter": "other", "differs": True}
+    read = ak.merge(base, ak.read(other), tmp_path / "read")
+    assert read.record()["tokenizer"]["adapter"] == "Adapter"
 
 
 def test_the_same_tokenizer_is_no_matter(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ from .verify import record_of, verdict
 @click.option("--link", is_flag=True, help="Hard links instead of copies of files that no adapter touches.")
 @click.option("--checksums", is_flag=True, help="Take sums of what is written, for verify without the base.")
 @click.option(
-    "--tokenizer", metavar="base|adapter",
+    "--tokenizer", metavar="base|adapter|DIR",
     help="Whose tokenizer and chat template go along, whole; if absent, an adapter's own where it fits the base.",
 )  # fmt: skip
 @click.option(
@@ -92,6 +92,7 @@ def command(
 
     settings: _options.Settings = ctx.obj
     chosen = list(weights) or None
+    named = adapters
     if method is not None:
         adapters, chosen = _combined(base, adapters, method, weights, parameters), None
     elif parameters:
@@ -114,6 +115,8 @@ def command(
             checksums=checksums, tokenizer=tokenizer, strict_base=strict_base,
         )  # fmt: skip
     record = dict(report.record())
+    if method is not None and tokenizer is None:
+        record["warnings"] = [*record["warnings"], *_tokenizers_of(named)]
     if verified:
         record["verification"] = record_of(settings, out, onto or base, adapters, chosen, allow_partial, seed)
     show(settings, record, _report_view)
@@ -129,6 +132,17 @@ def _combined(
 
     sources, options = combination(adapters, method, weights, parameters, {"base": base})
     return (ops.combine(sources, **options),)
+
+
+def _tokenizers_of(adapters: Sequence[str]) -> Iterator[str]:
+    """A warning where adapters that were combined have tokenizers, of which none was taken."""
+    from pathlib import Path
+
+    from ..merging.companions import has_tokenizer
+
+    found = [name for name in adapters if has_tokenizer(Path(name))]
+    if found:
+        yield f"the tokenizer of the base is kept; {', '.join(found)} have their own: --tokenizer DIR takes one"
 
 
 def _plan_view(record: Mapping[str, Any]) -> View:

@@ -44,7 +44,7 @@ def plan(
     seed: int | None = None,
     memory: int | None = None,
     link: bool = False,
-    tokenizer: str | None = None,
+    tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
 ) -> Plan:
     """What `merge` would do with the same arguments, made from headers; `plan(...).record()` is plain data.
@@ -85,7 +85,7 @@ def merge(
     link: bool = False,
     stream: bool = False,
     checksums: bool = False,
-    tokenizer: str | None = None,
+    tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
@@ -120,8 +120,8 @@ def merge(
         seed: round stochastically, the draws being a function of this number, the tensor and the element.
         memory: bytes to hold beyond the imports at most; half of what is free when not given.
         link: make files of the base that nothing touches hard links instead of copies; never write into such an output.
-        tokenizer: `base` or `adapter`: whose vocabulary, added tokens and chat template go along, whole. When not
-            given, those of the adapter where its folder has a whole tokenizer that differs from the base's and has no
+        tokenizer: `base`, `adapter` or a folder: whose vocabulary, added tokens and chat template go along, whole. When
+            not given, those of the adapter where its folder has a whole tokenizer that differs from the base's and has no
             token beyond the base's embeddings; the report then warns.
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
             a warning in the report.
@@ -269,16 +269,26 @@ def _named(
 
 
 def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
-    """The folder of each adapter, where it is one on this disk."""
+    """The folder of each adapter, where it is one on this disk; of one that was read already, where its tensors lie."""
     from ..adapter import Adapter
+    from ..tensors.lazy import Lazy
 
-    paths = (None if isinstance(each, Adapter) else located(each) for each in _several(adapters))
-    return [path if path is not None and path.is_dir() else None for path in paths]
+    found = []
+    for each in _several(adapters):
+        if not isinstance(each, Adapter):
+            path = located(each)
+            found.append(path if path.is_dir() else None)
+            continue
+        leaves = (leaf for _, update in each for leaf in update.tensors.values())
+        spans = (leaf.span for leaf in leaves if isinstance(leaf, Lazy))
+        folder = next((Path(span.path).parent for span in spans if span is not None), None)
+        found.append(folder if folder is not None and (folder / "adapter_config.json").is_file() else None)
+    return found
 
 
 def _accompanied(
     planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None], fingerprint: str | None,
-    tokenizer: str | None, strict_base: bool,
+    tokenizer: str | PathLike[str] | None, strict_base: bool,
 ) -> Plan:  # fmt: skip
     """The plan with the files beside the weights, and with what is wrong about the base."""
     from .bases import check_bases

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from ..errors import Malformed, UsageError, storage_error
 from ..names.ties import is_embedding
 from ..quant import SIDE_FILES, Dequantized
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
-from ..tensors.locations import NOTE
+from ..tensors.locations import NOTE, exists
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -66,23 +67,30 @@ class Companions:
     warnings: tuple[str, ...] = ()
 
 
-def companions(base: Checkpoint, adapters: Sequence[tuple[str, Path]], chosen: str | None) -> Companions:
+def companions(
+    base: Checkpoint, adapters: Sequence[tuple[str, Path]], chosen: str | PathLike[str] | None
+) -> Companions:
     """The files to copy beside the weights of a merge into a folder.
 
     Args:
         base: the base as the merge reads it.
         adapters: the name and the folder of each adapter that is one.
-        chosen: `base`, `adapter`, or None: an adapter's tokenizer where it has a whole one that fits the base.
+        chosen: `base`, `adapter`, a folder to take it from, or None: an adapter's tokenizer where it has a whole one
+            that fits the base.
 
     Raises:
         UsageError: an unknown choice; `adapter` where no adapter has a whole tokenizer, or several have different ones.
         Malformed: a file of the base is a link to a place outside of its folder.
     """
     if chosen is not None and chosen not in CHOICES:
-        raise UsageError(f"unknown choice {chosen!r} for the tokenizer", cure=f"Known: {', '.join(CHOICES)}")
+        folder = Path(chosen)
+        if not (exists(folder) and folder.is_dir()):
+            why = f"unknown choice {str(chosen)!r} for the tokenizer, and no folder of that name"
+            raise UsageError(why, cure=f"Known: {', '.join(CHOICES)}, or a folder that has one")
+        adapters, chosen = [(folder.name, folder)], "adapter"
     if not base.root.is_dir():
         return Companions()
-    tokens, tokenizer, warnings = _tokenizer(base, adapters, chosen)
+    tokens, tokenizer, warnings = _tokenizer(base, adapters, None if chosen is None else str(chosen))
     copies, left_out = [], []
     for file in sorted(_files(base.root)):
         name = file.relative_to(base.root).as_posix()
@@ -111,7 +119,7 @@ def _tokenizer(
         if files and not files.keys() & VOCABULARIES and any(own.get(key) != value for key, value in files.items())
     ]
     if chosen == "adapter" and not whole:
-        raise UsageError("no adapter has a tokenizer of its own", cure=_flag("base"))
+        raise UsageError("no adapter's folder has a tokenizer", cure=f"{_flag('base')}, or name a folder that has one")
     if not differing:
         return [], ({"from": "base", "differs": False} if whole else None), warnings
     if len(differing) < len(whole) or any(files != differing[0][2] for _, _, files in differing):
@@ -131,6 +139,11 @@ def _tokenizer(
         _check_inside(file, folder)
     taken = f"{differs} and is taken; {_flag('base')} keeps the base's"
     return copies, {"from": "adapter", "adapter": name, "differs": True}, [*warnings, taken]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a whole tokenizer."""
+    return exists(folder) and folder.is_dir() and any((folder / name).is_file() for name in VOCABULARIES)
 
 
 def _several(whole: Sequence[tuple[str, Path, Mapping[str, bytes]]], chosen: str | None) -> str:

@@ -198,7 +198,7 @@ class _Choice:
         return any(update.shared_as == "rows" for fold in self.own.get(name, ()) for update in fold.updates)
 
     def _unknown(self, name: str, why: str) -> UsageError:
-        touched = " and ".join(layer for layer in (self.tie.stored, *self.tie.layers) if layer in self.own)
+        touched = " and ".join(self.own)
         one = f"the base ties {self.tie.head} to {self.tie.stored}: one tensor"
         return UsageError(f"{one}. The adapter changes {touched}, and {why}", where=name, cure=_ADVICE)
 
