@@ -121,8 +121,8 @@ def merge(
         memory: bytes to hold beyond the imports at most; half of what is free when not given.
         link: make files of the base that nothing touches hard links instead of copies; never write into such an output.
         tokenizer: `base`, `adapter` or a folder: whose vocabulary, added tokens and chat template go along, whole. When
-            not given, those of the adapter where its folder has a whole tokenizer that differs from the base's and has no
-            token beyond the base's embeddings; the report then warns.
+            not given, those of the adapter where its folder has a whole tokenizer that differs from the base's and
+            has no token beyond the base's embeddings; the report then warns.
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
             a warning in the report.
         checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
