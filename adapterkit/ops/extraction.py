@@ -23,7 +23,7 @@ from ..metadata import FINGERPRINT, METADATA, metadata_of
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
 from ..names.layouts import stored_in_out
-from ..names.ties import aliases, is_embedding
+from ..names.ties import aliases, find_tie, is_embedding
 from ..tensors.checkpoint import opened
 from ..tensors.dtypes import DTYPES
 from ..tensors.fingerprint import fingerprint
@@ -129,7 +129,7 @@ def extract(
     if not updates:
         raise UsageError("the tuned model is the base, bit by bit", path=job.tuned.root, cure="Check the two paths")
     args = {**criterion.record(), "method": method, "embeddings": embeddings, "targets": list(targets)}
-    known = {FINGERPRINT: fingerprint(job.base)}
+    known = {FINGERPRINT: fingerprint(job.base), **job.tied()}
     carried = _carried(job.tuned)
     return Adapter(updates, _reference(job.base), (Step("extract", {**args, **known, **carried}),))
 
@@ -149,6 +149,14 @@ class _Extraction:
     def aliases(self) -> Mapping[str, str]:
         """A head that the base ties to its embedding, by the name that the tuned model may store it under."""
         return aliases(self.base.tensors, self.base.config)
+
+    def tied(self) -> dict[str, str]:
+        """Which layers the changes are of, where the base ties its head to its embedding; an argument of the lineage.
+
+        A tuned model that has one tensor for both changed both by it.
+        """
+        tie = find_tie(self.base.tensors, self.base.config)
+        return {} if tie is None else {"tied": "untie" if tie.head in self.tuned.tensors else "merge"}
 
     def names(self, globs: tuple[str, ...]) -> list[str]:
         """The tuned tensors to look at, file by file.
