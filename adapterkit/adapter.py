@@ -264,6 +264,14 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
+def config_hash(config: Mapping[str, Any]) -> str | None:
+    """The sha256 of the canonical JSON of a base's config; None where it holds NaN or an infinity."""
+    try:
+        return hashlib.sha256(canonical(config).encode()).hexdigest()
+    except (ValueError, RecursionError):
+        return None
+
+
 DEEPEST = 100
 """Levels of nesting in what travels along; Python's JSON encoder ends at about 1000."""
 

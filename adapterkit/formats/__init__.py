@@ -13,7 +13,7 @@ from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.inputs import inputs_kept
 from ..tensors.lazy import Lazy
-from ..tensors.locations import NOTE, is_remote, located, source_of
+from ..tensors.locations import NOTE, exists, is_remote, located, source_of
 from ..tensors.safetensors import sources_remembered
 from ..tensors.staging import files_below, matches, staged
 from ._format import ON_LOSS, TENSORS, Format
@@ -198,7 +198,7 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
 
 def _existing(path: str | PathLike[str]) -> Path:
     source = located(path)
-    if source.exists():
+    if exists(source):
         return source
     siblings: Mapping[str, None] = {}
     if source.parent.is_dir():
