@@ -17,6 +17,8 @@ from ..quant import SIDE_FILES, Dequantized
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
 from ..tensors.locations import NOTE
+from ..tensors.records import digest_of, listed
+from ..tensors.staging import check_free
 from .arrays import devices_for
 from .checksums import KEY, record_of
 from .planned import CARD, REPORT, Plan
@@ -46,6 +48,7 @@ class Report:
         carried: the base's other files in the output.
         left_out: files of the base that are not in the output, because they hold its weights in another form.
         seconds: from the start of planning to the output being durable in place.
+        already: an earlier run made the same output from the same inputs; nothing was written.
     """
 
     out: Path | str
@@ -56,6 +59,7 @@ class Report:
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
     seconds: float
+    already: bool = False
 
     def record(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -64,6 +68,7 @@ class Report:
             "targets": self.plan.targets, "files": [file.name for file in self.plan.files],
             "resumed": list(self.resumed), "carried": list(self.carried), "left_out": list(self.left_out),
             **self.plan.lineage(), "norms": dict(self.norms), **_damaged(self.damage),
+            **({"already_done": True} if self.already else {}),
         }  # fmt: skip
 
 
@@ -93,13 +98,13 @@ def carry_out(
     stage = Stage(out, plan.digest, names, single=one)
     with stage.locked():
         try:
-            if stage.was_completed:
+            decided = _decided(plan)
+            if stage.was_completed or (not overwrite and stage.is_finished(decided)):
                 return _completed(plan, stage, started)
-            if not overwrite:
-                check_free(out)
+            check_free(out, overwrite)
             resumed = tuple(name for name in names if stage.finished(name))
             _check_space(plan, out, resumed)
-            return _write(plan, stage, engine, progress, started, resumed)
+            return _write(plan, stage, engine, progress, started, resumed, decided)
         except NetworkError:
             # What is finished stays: the same command goes on with it.
             raise
@@ -108,22 +113,18 @@ def carry_out(
             raise
 
 
-def check_free(out: Path) -> None:
-    """Asked before any work, and again when no other merge can be at work here any more.
-
-    Raises:
-        StorageError: something is at the output.
-    """
+def _decided(plan: Plan) -> str:
+    """A digest of what decides the whole output folder: the plan's own, and the base's other files."""
+    root = plan.base.root
+    others = [file for file in sorted(_files(root)) if file not in plan.base.files] if root.is_dir() else []
     try:
-        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+        return digest_of([plan.digest, plan.lineage(), plan.checksums, listed(others)])
     except OSError as error:
-        raise storage_error(error, out) from error
-    if taken:
-        raise StorageError("already there", path=out, cure="Choose another path, or allow overwriting")
+        raise storage_error(error, error.filename or root) from error
 
 
 def _completed(plan: Plan, stage: Stage, started: float) -> Report:
-    """The report of an earlier run that was killed after its output was in place."""
+    """The report of an earlier run, whose output is in place and unchanged."""
     record = stage.target / REPORT
     said = json.loads(record.read_text()) if record.exists() else {"norms": {}}
     stage.discard()
@@ -136,12 +137,14 @@ def _completed(plan: Plan, stage: Stage, started: float) -> Report:
         (),
         (),
         time.perf_counter() - started,
+        already=True,
     )
 
 
 def _write(
-    plan: Plan, stage: Stage, engine: Engine, progress: Progress | None, started: float, resumed: tuple[str, ...]
-) -> Report:
+    plan: Plan, stage: Stage, engine: Engine, progress: Progress | None, started: float, resumed: tuple[str, ...],
+    decided: str,
+) -> Report:  # fmt: skip
     found = engine(plan, stage, progress)
     norms, damage = _apart(plan, {name: values for file in plan.files for name, values in found[file.name].items()})
     carried: tuple[str, ...] = ()
@@ -149,7 +152,7 @@ def _write(
     if plan.base.root.is_dir():
         carried, left_out = _carry(plan, stage.out)
         _write_records(plan, stage, norms, damage)
-    stage.publish()
+    stage.publish_all(decided)
     return Report(stage.target, plan, norms, damage, resumed, carried, left_out, time.perf_counter() - started)
 
 
