@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .errors import AdapterkitError, Malformed, ShapeMismatch, TargetNotFound, UsageError, nearest, public
+from .errors import AdapterkitError, Malformed, ShapeMismatch, TargetNotFound, UsageError, first_line, nearest, public
 from .tensors.lazy import Lazy, as_lazy, as_torch
 from .updates import Update
 
@@ -244,8 +244,19 @@ class Adapter:
 
 
 def canonical(value: Any) -> str:
-    """Canonical JSON: keys sorted, no spaces, no escapes beyond JSON's own, no NaN or infinity."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """Canonical JSON: keys sorted, no spaces, no escapes beyond JSON's own, no NaN or infinity.
+
+    Raises:
+        Malformed: JSON cannot say the value: a number that is not finite, keys of several types, half of a surrogate
+            pair, or an object of Python.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        why = f"a value that JSON cannot say ({first_line(error)})"
+        raise Malformed(why, where="lineage, or what its source format holds beside the updates", cure=_PLAIN) from None
+    return text
 
 
 def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
@@ -292,3 +303,4 @@ def _source(update: Update) -> str | None:
 
 
 _REWRITE = "Write the adapter again with the tool that made it"
+_PLAIN = "Correct the file that it was read from: text, finite numbers, and keys that are text"
