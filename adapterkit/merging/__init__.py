@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import Unsupported, UsageError, places_errors, storage_error
 from ..tensors.checkpoint import Checkpoint, opened
-from ..tensors.locations import exists, is_address, located, outgoing, streamed
+from ..tensors.locations import is_address, located, outgoing, streamed
 from ..tensors.staging import Staging, check_free, is_within
 from .options import Options
 from .stage import SUFFIX
