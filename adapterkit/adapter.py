@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .errors import AdapterkitError, Malformed, ShapeMismatch, TargetNotFound, UsageError, nearest, shown
+from .errors import AdapterkitError, Malformed, ShapeMismatch, TargetNotFound, UsageError, nearest, public, shown
 from .tensors.lazy import Lazy, as_lazy, as_torch
 from .updates import Update
 
@@ -71,10 +71,24 @@ class BaseRef:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of an adapter's lineage: what was done, and with which plain values."""
+    """One step of an adapter's lineage: what was done, and with which plain values.
+
+    Lineage travels in files, so addresses in the values are kept without their secrets.
+    """
 
     op: str
     args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "args", _public(self.args))
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, str):
+        return public(value)
+    if isinstance(value, Mapping):
+        return {key: _public(entry) for key, entry in value.items()}
+    return [_public(entry) for entry in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True, eq=False)

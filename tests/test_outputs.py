@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.tensors.activations import ACTIVATIONS
 from adapterkit.tensors.checkpoint import open_checkpoint

@@ -96,6 +96,7 @@ class Native(Format):
     url = "https://github.com/adapterkit/adapterkit/blob/main/spec/README.md"
     description = f"adapterkit's own: one safetensors file, spec {SPEC}"
     methods = frozenset(METHODS)
+    owns = frozenset({FILE})
 
     def sniff(self, path: Path) -> bool:
         try:

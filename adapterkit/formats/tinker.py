@@ -49,6 +49,7 @@ class Tinker(Format):
     url = "https://tinker-docs.thinkingmachines.ai/download-weights"
     description = "Tinker: PEFT's folder with experts in stacks and the head as unembed_tokens"
     methods = frozenset({"lora"})
+    owns = frozenset({CONFIG, SAFETENSORS})
 
     def sniff(self, path: Path) -> bool:
         folder = folder_of(path)

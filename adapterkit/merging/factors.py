@@ -14,7 +14,7 @@ from .blocks import logical
 if TYPE_CHECKING:
     from ..tensors.lazy import Leaf
     from .arrays import Arrays, Workspace
-    from .folds import Fold
+    from .fold import Fold
 
 Term = tuple["Fold", list[Update], float]
 

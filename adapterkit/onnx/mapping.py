@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TargetNotFound, places_errors
 from ..tensors.checkpoint import opened as opened_base
 from ..tensors.lazy import as_array
-from .matching import NEAR, distance, nearest
+from .matching import distance, nearest
 from .model_file import opened
+from .norms import NEAR
 from .resolving import METHODS, Known, Spot, by_name, spots_of
 from .scopes import same_end
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
-    from .injecting import Base, Model
+    from .reading import Base, Model
 
 
 _NUMBERED = re.compile(r"onnx::|val_\d|_v_\d|\d")

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import Malformed, StorageError, UsageError, shown, storage_error
+from ..errors import Malformed, StorageError, UsageError, shown
 from . import safetensors
 from .dtypes import DTYPES
+from .inputs import read_input
 from .lazy import Lazy, Span, read_span
 from .locations import located
 from .marks import is_gguf
-from .strict_json import load_json
+from .strict_json import check_size, load_json
 from .torch_file import is_torch_file, read_torch_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
-MAX_JSON = 256 << 20
 LONGEST_NAME = 255
 """Bytes of a file's name on every common file system; a longer one makes the system call fail, not answer no."""
 
@@ -104,13 +104,10 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
         Malformed: it is not one, or is unreasonably large.
         StorageError: it cannot be read.
     """
+    data = read_input(path)
     try:
-        if path.stat().st_size > MAX_JSON:
-            why = f"more than {MAX_JSON} bytes, too large for a JSON file of this kind"
-            raise Malformed(why, path=path, cure="Write or fetch the file again")
-        value = (load_json if strict else json.loads)(path.read_text("utf-8"))
-    except OSError as error:
-        raise storage_error(error, path) from error
+        check_size(data)
+        value = (load_json if strict else json.loads)(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not valid JSON ({error})", path=path, cure="Write or fetch the file again") from error
     if not isinstance(value, dict):

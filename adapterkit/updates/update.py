@@ -38,6 +38,8 @@ class Update:
         bias_sees_weight: the change to the bias needs the weight, so that `settled` comes before `new_bias`.
         sizes: of a fresh update's own axes, with what they are unless the caller says otherwise.
         starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
+        shared_as: which choice of `tied` decides whether it changes all layers that share a tensor: `rows`,
+            `replacement`, or none of them, `layer`.
         paper: where the formula comes from.
     """
 
@@ -52,6 +54,7 @@ class Update:
     bias_sees_weight: ClassVar[bool] = False
     sizes: ClassVar[Mapping[str, int]] = {}
     starts_at_base: ClassVar[bool] = True
+    shared_as: ClassVar[str] = "layer"
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
     _names: ClassVar[tuple[str, ...]] = ()
