@@ -71,6 +71,11 @@ def verdict(record: Mapping[str, Any]) -> View:
     if record["ok"]:
         yield f"verified: {checked} checked, all {'as written' if files else 'equal bit by bit'}"
         return
+    for base in record.get("base", ()):
+        yield f"not verified: {base['named_by']} names a base with the fingerprint {base['expected']}"
+        yield f"              the base that was given has {base['given']}"
+    if not record["differences"]:
+        return
     yield f"not verified: {len(record['differences']):,} of {checked} differ"
     rows = [[d["tensor"], d["why"], d["elements"] or None, d["largest"] or None] for d in record["differences"]]
     yield Table((kind, "why", "elements", "largest"), rows)

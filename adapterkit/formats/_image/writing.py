@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ...errors import Unrepresentable
+from ...metadata import with_metadata
 from ...methods.loha import LoHa
 from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
@@ -45,6 +46,7 @@ def encoded(
     updates, lines = _expressible(dialect, rules, adapter.updates, hints, on_loss)
     stems = _stems(dialect, updates, hints)
     metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
+    metadata = with_metadata(metadata, adapter)
     tensors: dict[str, Lazy] = {}
     for target, found in updates.items():
         for position, update in enumerate(found):

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
+from ...metadata import read_with, with_metadata
 from .._format import FORMULA, Departure, Format, derived
-from .container import CONFIG, SAFETENSORS, TORCH, load, save, sniff
+from .container import CONFIG, METADATA, SAFETENSORS, TORCH, header_of, load, save, sniff
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,9 +62,11 @@ class Peft(Format):
 
         config, tensors = load(path)
         try:
-            return decode(config, tensors, compat=compat, base=base)
+            adapter = decode(config, tensors, compat=compat, base=base)
         except AdapterkitError as error:
             raise error.at(path=path) from None
+        further = {key: value for key, value in header_of(path).items() if METADATA.get(key) != value}
+        return read_with(adapter, further)
 
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
@@ -71,7 +74,7 @@ class Peft(Format):
         from .writer import encode
 
         config, tensors, lines = encode(adapter, on_loss=on_loss, base=base)
-        save(path, config, tensors)
+        save(path, config, tensors, dict(with_metadata(METADATA.items(), adapter)))
         return lines
 
     def fit(self, adapter: Adapter, profile: str, *, on_loss: str = "refuse") -> tuple[Adapter, list[str]]:
