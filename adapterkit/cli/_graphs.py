@@ -46,7 +46,7 @@ def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]
 
 
 def merge_graph(
-    ctx: click.Context, model: str, adapters: Sequence[str], out: str | None, weights: Sequence[float],
+    ctx: click.Context, model: str, adapters: Sequence[Any], out: str | None, weights: Sequence[float],
     base_weights: str | None, quantized: str | None, check: bool, overwrite: bool, only_plan: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""

@@ -66,6 +66,7 @@ from .verify import record_of, verdict
     "--strict-base", is_flag=True, help="Refuse a base that is not the one that an adapter names, instead of a warning."
 )
 @click.option("--stream", is_flag=True, help="Fetch a base from a hub one weight file at a time, never all of it.")
+@_options.compat
 @_options.allow_partial
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
@@ -77,15 +78,17 @@ from .verify import record_of, verdict
 @_options.flags
 @click.pass_context
 def command(
-    ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
+    ctx: click.Context, base: str, adapters: tuple[Any, ...], out: str | None, weights: tuple[float, ...],
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
     engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None,
     link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None, check: bool,
+    compat: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     if is_graph(base):
-        merge_graph(ctx, base, adapters, out, weights, base_weights, quantized, check, overwrite, only_plan)
+        held = _options.in_reading(adapters, compat, base_weights)
+        merge_graph(ctx, base, held, out, weights, base_weights, quantized, check, overwrite, only_plan)
         return
     refuse_graph_options(ctx, base)
     from ..merging import merge, plan
@@ -93,6 +96,7 @@ def command(
     settings: _options.Settings = ctx.obj
     chosen = list(weights) or None
     named = adapters
+    adapters = _options.in_reading(adapters, compat, base)
     if method is not None:
         adapters, chosen = _combined(base, adapters, method, weights, parameters), None
     elif parameters:
@@ -125,7 +129,7 @@ def command(
 
 
 def _combined(
-    base: str, adapters: Sequence[str], method: str, weights: Sequence[float], parameters: Sequence[str]
+    base: str, adapters: Sequence[Any], method: str, weights: Sequence[float], parameters: Sequence[str]
 ) -> tuple[Any, ...]:
     """The adapters as one, to merge in their place."""
     from .. import ops

@@ -52,7 +52,8 @@ def read(
         path: file or folder, or a place on a hub: `hf://org/repo[@revision][/path]`, `org/repo`.
         format: its format; found from its headers when not given.
         base: the base, for formats that need one to resolve names.
-        compat: reproduce the known faults of the named tool, e.g. `"peft"`.
+        compat: `"formula"` reads the paper's formula where the tool that trained the adapter computed another. Some
+            formats have further readings, for files that do not say which of two things they hold.
 
     Returns:
         the adapter; what came from a hub says so in its lineage, with the commit.
@@ -64,7 +65,8 @@ def read(
     reader = FORMATS[name]()
     if compat is not None and compat not in reader.compat:
         known = ", ".join(sorted(reader.compat)) or "none"
-        raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=f"Known: {known}")
+        cure = f"Known: {known}. Without compat=/--compat a file means what its trainer computed"
+        raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=cure)
     checkpoint = None if base is None else opened(base)
     try:
         adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)

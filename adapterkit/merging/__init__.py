@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Unsupported, UsageError, storage_error
+from ..errors import Unsupported, UsageError, places_errors, storage_error
 from ..tensors.checkpoint import Checkpoint, opened
 from ..tensors.locations import exists, is_address, located, outgoing, streamed
 from .options import Options
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["merge", "plan", "verify"]
 
 
+@places_errors
 def plan(
     base: Base,
     adapters: Source | Sequence[Source],
@@ -63,6 +64,7 @@ def plan(
     return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base)
 
 
+@places_errors
 def merge(
     base: Base,
     adapters: Source | Sequence[Source],
@@ -179,6 +181,7 @@ def merge(
         return carry_out(planned, Path(out), chosen, progress, started, overwrite)
 
 
+@places_errors
 def verify(
     merged: Base,
     base: Base | None = None,

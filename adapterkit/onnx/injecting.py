@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import Corrupt, Malformed, Unsupported, UsageError, storage_error
+from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
 from ..formats.onnx_adapter import sidecar
 from ..tensors.atomic import write_bytes
 from .attaching import attach
@@ -80,6 +80,7 @@ class Report:
         }  # fmt: skip
 
 
+@places_errors
 def inject(
     model: Model,
     adapter: Adapter | str | PathLike[str],
@@ -212,6 +213,7 @@ def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
     ]
 
 
+@places_errors
 def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
     """Writes the model as it was before `inject`, byte for byte.
 

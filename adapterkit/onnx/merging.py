@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import NotMergeable, UsageError
+from ..errors import NotMergeable, UsageError, places_errors
 from .building import Building
 from .changes import settle
 from .folding import Fold, Folding
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 
+@places_errors
 def merge(
     model: Model,
     adapters: Source | Sequence[Source],
@@ -86,6 +87,7 @@ def merge(
     )  # fmt: skip
 
 
+@places_errors
 def plan(
     model: Model,
     adapters: Source | Sequence[Source],

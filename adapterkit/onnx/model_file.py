@@ -26,6 +26,7 @@ from .building import OPSET
 from .changes import Changed
 from .data_files import checked_data, external
 from .streaming import alignment, placed, streamed, worked_out
+from .wellformed import check_parts
 
 INLINE = 1024
 """Bytes of a new tensor up to which it stays in the model's own file."""
@@ -94,6 +95,7 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
         raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export it again") from None
     if not proto.HasField("graph") or not proto.opset_import:
         raise Malformed("not an ONNX model: no graph", path=path, cure="Export it again")
+    check_parts(proto, path)
     return model
 
 

@@ -164,6 +164,8 @@ def spots_of(model: ir.Model) -> list[Spot]:
     spots = []
     for node in nodes_of(model):
         for kind in kinds_of(node):
+            if len(kind.held_shape(node)) < 2:
+                continue  # A product with a vector or a number: no layer that an adapter can name.
             stored = tuple(sources(kind.operand_of(node)))
             spots.append(Spot(node, kind, _names(node, kind, stored), _seen(node, kind), stored))
     return spots

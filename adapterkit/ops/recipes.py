@@ -22,7 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import Malformed, StorageError, UsageError, nearest
+from ..errors import Malformed, StorageError, UsageError, nearest, places_errors
 
 SPELLINGS = {
     "lambda": "scale",
@@ -62,6 +62,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@places_errors
 def read_recipe(path: str | PathLike[str]) -> Recipe:
     """A recipe from a file; relative paths in it are relative to where the process runs, as on the command line.
 

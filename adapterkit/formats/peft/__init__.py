@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
 from ...metadata import read_with, with_metadata
-from .._format import Format, derived
+from .._format import FORMULA, Departure, Format, derived
 from .container import CONFIG, METADATA, SAFETENSORS, TORCH, header_of, load, save, sniff
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ...adapter import Adapter
     from ...tensors.checkpoint import Checkpoint
 
@@ -23,7 +25,16 @@ def _methods() -> frozenset[str]:
     from .families import FAMILIES
     from .pairs import BESIDE
 
-    return frozenset(m.__module__.rpartition(".")[2] for m in (*BESIDE, *(f.method for f in FAMILIES.values())))
+    return frozenset(
+        m.__module__.rpartition(".")[2] for m in (*BESIDE, *(m for f in FAMILIES.values() for m in f.methods()))
+    )
+
+
+def _departures() -> Mapping[str, Departure]:
+    from .families import FAMILIES
+    from .lora import DEPARTURES
+
+    return DEPARTURES | {name: each for family in FAMILIES.values() for name, each in family.departures.items()}
 
 
 def _profiles() -> frozenset[str]:
@@ -38,7 +49,8 @@ class Peft(Format):
     url = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
     description = "Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors or .bin"
     methods = derived(_methods)
-    compat = frozenset({"peft"})
+    departures = derived(_departures)
+    compat = frozenset({FORMULA})
     profiles = derived(_profiles)
     owns = frozenset({CONFIG, SAFETENSORS, TORCH})
 
