@@ -164,6 +164,8 @@ def _plan_view(record: Mapping[str, Any]) -> View:
 
 
 def _report_view(record: Mapping[str, Any]) -> View:
+    if record.get("already_done"):
+        yield f"already done: {record['out']} was made from the same inputs and is unchanged"
     targets, seconds = counted(record["targets"], "target"), f"{record['seconds']:.2f} s"
     files = counted(len(record["files"]), "file")
     yield f"{record['out']}: {targets} merged, {files} of {size(record['bytes'])} in {seconds}"

@@ -87,6 +87,7 @@ def write(
     profile: str | None = None,
     max_error: float | None = None,
     overwrite: bool = True,
+    made_from: str | None = None,
 ) -> list[str]:
     """Write an adapter; see `Format.write`. Validates it first, and returns what was left out or rewritten.
 
@@ -108,6 +109,7 @@ def write(
         max_error: with `on_loss="promote"`, the relative Frobenius error that a change may suffer where the format has
             nothing but low ranks for it; None accepts none.
         overwrite: replace what is at `path`; False refuses where something is there.
+        made_from: a digest of what decides the output, kept with it for a later run; see `adapterkit.tensors.records`.
 
     Raises:
         StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
@@ -132,7 +134,9 @@ def write(
         fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
         inputs = [*files_of(adapter), *(() if below is None else below.files)]
         with (
-            staged(Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs) as stage,
+            staged(
+                Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs, made_from=made_from
+            ) as stage,
             sources_remembered() as files,
         ):
             lines += writer.write(fitted, stage, on_loss=on_loss, base=below)
@@ -165,9 +169,9 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
     named = [*chain.from_iterable(FORMATS[name].owns for name in FORMATS), "config.json", "*.index.json"]
     if path.is_dir():
         tensors = [f"*{suffix}" for suffix in TENSORS]
-        return [file for file in files_below(path) if matches(file.name, [*named, *tensors])]
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    return [path, *(file for file in beside if matches(file.name, named))]
+        return [f for f in files_below(path) if matches(f.name, [*named, *tensors]) and f.is_file()]
+    beside = sorted(path.parent.iterdir()) if path.is_file() else ()
+    return [f for f in (path, *(other for other in beside if matches(other.name, named))) if f.is_file()]
 
 
 @inputs_kept()

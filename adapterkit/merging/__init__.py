@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import Unsupported, UsageError, places_errors, storage_error
 from ..tensors.checkpoint import Checkpoint, opened
-from ..tensors.locations import exists, is_address, located, outgoing, streamed
+from ..tensors.locations import is_address, located, outgoing, streamed
+from ..tensors.staging import Staging, check_free, is_within
 from .options import Options
+from .stage import SUFFIX
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -313,24 +315,18 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
     others = [*_listed(adapters), onto.root if isinstance(onto, Checkpoint) else onto]
     paths = [base.root, *(Path(a) for a in others if isinstance(a, (str, PathLike)))]
-    for path in paths:
-        if _within(out, path) or _within(path, out):
-            raise UsageError(f"the output overlaps the input {path}", path=out, cure="Write to another folder")
-    if not overwrite and not exists(out.parent / f".{out.name}.merging"):
-        from .report import check_free
-
-        check_free(out)
+    try:
+        overlapped = next((path for path in paths if is_within(out, path) or is_within(path, out)), None)
+    except OSError as error:
+        raise storage_error(error, error.filename or out) from error
+    except RuntimeError as error:
+        raise UsageError(f"cannot resolve ({error})", path=out, cure="Check the path") from error
+    if overlapped is not None:
+        raise UsageError(f"the output overlaps the input {overlapped}", path=out, cure="Write to another folder")
+    stage = Staging(out, SUFFIX)
+    # Whether what is there is this very merge, done or nearly so, is known when it is planned.
+    check_free(out, overwrite or stage.folder.is_dir() or stage.has_record())
 
 
 def _listed(adapters: object) -> list[object]:
     return list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
-
-
-def _within(inner: Path, outer: Path) -> bool:
-    try:
-        inner, outer = inner.resolve(), outer.resolve()
-        return inner == outer or (outer.is_dir() and outer in inner.parents)
-    except OSError as error:
-        raise storage_error(error, error.filename or inner) from error
-    except RuntimeError as error:
-        raise UsageError(f"cannot resolve ({error})", path=inner, cure="Check the path") from error

@@ -7,6 +7,7 @@ the change nearly cancel, which float32 does not; the casts to bf16 and fp8 go b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -53,13 +54,13 @@ class Folder:
 
     def norms(self) -> dict[int, float]:
         """Squared norms of the changes that need no look at the base, by fold."""
-        norms = {
-            position: fold.weight * norm_of(updates, fold)
+        # `**` raises where the square is no float any more; the product is infinite, and a report needs a number.
+        largest = sys.float_info.max
+        return {
+            position: min((size := fold.weight * norm_of(updates, fold)) * size, largest)
             for position, (fold, updates) in enumerate(self.folds)
             if fold.additive and not fold.bias
         }
-        # A norm above 1e154, which only float64 weights can have, is reported as infinite; `** 2` would raise.
-        return {position: norm * norm for position, norm in norms.items()}
 
     def compute(self, raw: Any, out: Any, block: Block) -> dict[int, float]:
         """Computes one block from the base's values `raw` into `out`, both flat; returns squared norms by fold.

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX
+from ..tensors.records import digest_of, listed
+from ..tensors.staging import check_free
 from .arrays import devices_for
 from .checksums import KEY, record_of
 from .companions import CARD, REPORT
@@ -41,6 +43,7 @@ class Report:
         left_out: files of the base that are not in the output: its weights in another form, a tokenizer that was
             not taken.
         seconds: from the start of planning to the output being durable in place.
+        already: an earlier run made the same output from the same inputs; nothing was written.
     """
 
     out: Path | str
@@ -51,6 +54,7 @@ class Report:
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
     seconds: float
+    already: bool = False
 
     def record(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -59,6 +63,7 @@ class Report:
             "targets": self.plan.targets, "files": [file.name for file in self.plan.files],
             "resumed": list(self.resumed), "carried": list(self.carried), "left_out": list(self.left_out),
             **self.plan.lineage(), "norms": dict(self.norms), **_damaged(self.damage),
+            **({"already_done": True} if self.already else {}),
         }  # fmt: skip
 
 
@@ -88,13 +93,13 @@ def carry_out(
     stage = Stage(out, plan.digest, names, single=one)
     with stage.locked():
         try:
-            if stage.was_completed:
+            decided = _decided(plan)
+            if stage.was_completed or (not overwrite and stage.is_finished(decided)):
                 return _completed(plan, stage, started)
-            if not overwrite:
-                check_free(out)
+            check_free(out, overwrite)
             resumed = tuple(name for name in names if stage.finished(name))
             _check_space(plan, out, resumed)
-            return _write(plan, stage, engine, progress, started, resumed)
+            return _write(plan, stage, engine, progress, started, resumed, decided)
         except NetworkError:
             # What is finished stays: the same command goes on with it.
             raise
@@ -103,22 +108,18 @@ def carry_out(
             raise
 
 
-def check_free(out: Path) -> None:
-    """Asked before any work, and again when no other merge can be at work here any more.
-
-    Raises:
-        StorageError: something is at the output.
-    """
+def _decided(plan: Plan) -> str:
+    """A digest of what decides the whole output folder: the plan's own, and the files that are copied beside."""
+    copies = plan.companions.copies
     try:
-        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+        beside = [[name, *listed([file])] for file, name in copies]
     except OSError as error:
-        raise storage_error(error, out) from error
-    if taken:
-        raise StorageError("already there", path=out, cure="Choose another path, or allow overwriting")
+        raise storage_error(error, error.filename or plan.base.root) from error
+    return digest_of([plan.digest, plan.lineage(), plan.checksums, beside])
 
 
 def _completed(plan: Plan, stage: Stage, started: float) -> Report:
-    """The report of an earlier run that was killed after its output was in place."""
+    """The report of an earlier run, whose output is in place and unchanged."""
     record = stage.target / REPORT
     said = json.loads(record.read_text()) if record.exists() else {"norms": {}}
     stage.discard()
@@ -131,12 +132,14 @@ def _completed(plan: Plan, stage: Stage, started: float) -> Report:
         (),
         (),
         time.perf_counter() - started,
+        already=True,
     )
 
 
 def _write(
-    plan: Plan, stage: Stage, engine: Engine, progress: Progress | None, started: float, resumed: tuple[str, ...]
-) -> Report:
+    plan: Plan, stage: Stage, engine: Engine, progress: Progress | None, started: float, resumed: tuple[str, ...],
+    decided: str,
+) -> Report:  # fmt: skip
     found = engine(plan, stage, progress)
     norms, damage = _apart(plan, {name: values for file in plan.files for name, values in found[file.name].items()})
     carried: tuple[str, ...] = ()
@@ -145,7 +148,7 @@ def _write(
         _carry(plan, stage.out)
         carried, left_out = tuple(name for _, name in plan.companions.copies), plan.companions.left_out
         _write_records(plan, stage, norms, damage)
-    stage.publish()
+    stage.publish_all(decided)
     return Report(stage.target, plan, norms, damage, resumed, carried, left_out, time.perf_counter() - started)
 
 
