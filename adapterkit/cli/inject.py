@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from . import _options
-from ._graphs import checked, targets_table
+from ._done import is_done
+from ._graphs import checked, decided_by, free, targets_table
 from ._render import View, show
 from ._writing import refuse_place
 
@@ -40,20 +41,26 @@ from ._writing import refuse_place
     help="An expert of a router whose file does not hold it, in order.",
 )
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
+@_options.overwrite
 @_options.flags
 @click.pass_context
 def command(
     ctx: click.Context, model: str, adapter: str, out: str, mode: str, base_weights: str | None,
-    words: tuple[str, ...], experts: tuple[str, ...], check: bool,
+    words: tuple[str, ...], experts: tuple[str, ...], check: bool, overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.inject`."""
     refuse_place(out)
     from ..onnx import inject
 
     settings: _options.Settings = ctx.obj
+    decided = decided_by(model, [adapter, *experts, base_weights])
+    if is_done(settings, out, decided, overwrite):
+        return
+    free(out, overwrite)
     report = inject(
-        model, adapter, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts, check=check
-    )
+        model, adapter, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts, check=check,
+        overwrite=overwrite, made_from=decided,
+    )  # fmt: skip
     show(settings, report.record(), _view)
 
 
