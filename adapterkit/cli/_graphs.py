@@ -23,7 +23,8 @@ ONLY_FOLDERS = {
     "seed": "A graph is rounded to the nearest", "memory": "A graph is merged in blocks as it is",
     "link": "A graph's numbers are written anew", "stream": "Fetch the graph first",
     "allow_partial": "Take the targets that the graph has", "parameters": "--set is of a --method",
-    "checksums": "A graph gets no sums",
+    "checksums": "A graph gets no sums", "tokenizer": "Copy the tokenizer beside the graph",
+    "strict_base": "Compare the base's weights before it is exported",
     "verified": "The result is run and compared anyway; --no-check leaves that out",
 }  # fmt: skip
 """Options of folders of weights alone, by parameter -> what to do instead for a graph."""
@@ -46,7 +47,7 @@ def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]
 
 
 def merge_graph(
-    ctx: click.Context, model: str, adapters: Sequence[str], out: str | None, weights: Sequence[float],
+    ctx: click.Context, model: str, adapters: Sequence[Any], out: str | None, weights: Sequence[float],
     base_weights: str | None, quantized: str | None, check: bool, overwrite: bool, only_plan: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""
@@ -67,21 +68,22 @@ def merge_graph(
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'")
     refuse_place(out)
-    decided = decided_by(model, [*adapters, base_weights])
+    decided, read = decided_by(model, [*ctx.params["adapters"], base_weights])
     if is_done(settings, out, decided, overwrite):
         return
-    free(out, overwrite)
+    free(out, overwrite, read)
     from ..onnx import merge
 
     report = merge(
         model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized, check=check,
         overwrite=overwrite, made_from=decided,
     )  # fmt: skip
+    warn(report.warnings)
     show(settings, report.record(), _merged_view)
 
 
-def decided_by(model: str, sources: Sequence[str | None]) -> str:
-    """A digest of what decides the graph that a command writes; see `made_from`.
+def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Path]]:
+    """A digest of what decides the graph that a command writes, see `made_from`; and the files that are read.
 
     Args:
         model: the graph that is read.
@@ -94,14 +96,15 @@ def decided_by(model: str, sources: Sequence[str | None]) -> str:
     source = opened(model)
     files = [] if source.path is None else [source.path, *source.data]
     files += [file for path in sources if path is not None for file in files_read(located(path))]
-    return made_from(files, ("onnx", "onnx-ir", "numpy"))
+    return made_from(files, ("onnx", "onnx-ir", "numpy")), files
 
 
-def free(out: str, overwrite: bool) -> None:
-    """Refuse, before any work, a place that is taken; remove first what a killed run left there."""
-    from ..tensors.staging import check_free, take_over
+def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
+    """Refuse, before any work, a place that is taken or read; remove first what a killed run left there."""
+    from ..tensors.staging import check_free, check_inputs, take_over
 
     take_over(Path(out))
+    check_inputs([Path(out)], read)
     check_free(Path(out), overwrite)
 
 
@@ -126,6 +129,12 @@ def refuse(
 
     for _, option in given(ctx, names):
         raise UsageError(f"{option} {why}", path=path, cure=cure)
+
+
+def warn(warnings: Sequence[str]) -> None:
+    """Print what a report warns of to stderr; `--json` has it in the record as well."""
+    for line in warnings:
+        click.echo(f"warning: {line}", err=True)
 
 
 def targets_table(record: Mapping[str, Any]) -> Table:

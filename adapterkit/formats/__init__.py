@@ -13,7 +13,8 @@ from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.inputs import inputs_kept
 from ..tensors.lazy import Lazy
-from ..tensors.locations import NOTE, is_remote, located, source_of
+from ..tensors.locations import NOTE, exists, is_remote, located, source_of
+from ..tensors.safetensors import sources_remembered
 from ..tensors.staging import files_below, matches, staged
 from ._format import ON_LOSS, TENSORS, Format
 
@@ -51,7 +52,8 @@ def read(
         path: file or folder, or a place on a hub: `hf://org/repo[@revision][/path]`, `org/repo`.
         format: its format; found from its headers when not given.
         base: the base, for formats that need one to resolve names.
-        compat: reproduce the known faults of the named tool, e.g. `"peft"`.
+        compat: `"formula"` reads the paper's formula where the tool that trained the adapter computed another. Some
+            formats have further readings, for files that do not say which of two things they hold.
 
     Returns:
         the adapter; what came from a hub says so in its lineage, with the commit.
@@ -63,7 +65,8 @@ def read(
     reader = FORMATS[name]()
     if compat is not None and compat not in reader.compat:
         known = ", ".join(sorted(reader.compat)) or "none"
-        raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=f"Known: {known}")
+        cure = f"Known: {known}. Without compat=/--compat a file means what its trainer computed"
+        raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=cure)
     checkpoint = None if base is None else opened(base)
     try:
         adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)
@@ -92,6 +95,9 @@ def write(
     `path` is what it was. Where `path` is a folder that holds an adapter already, the files that the format owns are
     replaced and all others stay.
 
+    Before that the output is read back and compared with the adapter: a writer that wrote anything else, whatever the
+    format, is an error.
+
     Args:
         adapter: what to write.
         path: file or folder.
@@ -108,6 +114,8 @@ def write(
     Raises:
         StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
             disk is full.
+        Miswritten: what the writer wrote is not what the adapter says; names target and field.
+        UsageError: the format needs the base to be read, so that without it nothing proves what was written.
         AdapterkitError: see `Format.write`.
     """
     if on_loss not in ON_LOSS:
@@ -120,14 +128,20 @@ def write(
         known = ", ".join(sorted(writer.profiles)) or "none"
         raise UsageError(f"{format} has no profile {profile!r}", path=path, cure=f"Known: {known}")
     below = None if base is None else opened(base)
+    from ._proof import prove
 
     def once(adapter: Adapter) -> list[str]:
         fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
         inputs = [*files_of(adapter), *(() if below is None else below.files)]
-        with staged(
-            Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs, made_from=made_from
-        ) as stage:
-            return lines + writer.write(fitted, stage, on_loss=on_loss, base=below)
+        with (
+            staged(
+                Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs, made_from=made_from
+            ) as stage,
+            sources_remembered() as files,
+        ):
+            lines += writer.write(fitted, stage, on_loss=on_loss, base=below)
+            prove(format, writer, adapter, stage, lines, below, files)
+        return lines
 
     if on_loss != "promote":
         return once(adapter)
@@ -188,7 +202,7 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
 
 def _existing(path: str | PathLike[str]) -> Path:
     source = located(path)
-    if source.exists():
+    if exists(source):
         return source
     siblings: Mapping[str, None] = {}
     if source.parent.is_dir():

@@ -7,32 +7,26 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
-from ..quant import SIDE_FILES, Dequantized
 from ..tensors.atomic import write_bytes
-from ..tensors.checkpoint import INDEX, TORCH_INDEX
-from ..tensors.locations import NOTE
+from ..tensors.checkpoint import INDEX
 from ..tensors.records import digest_of, listed
 from ..tensors.staging import check_free
 from .arrays import devices_for
 from .checksums import KEY, record_of
-from .planned import CARD, REPORT, Plan
+from .companions import CARD, REPORT
+from .planned import Plan
 from .planning import index_of
 from .requantize import damage_of
 from .stage import Norms, Stage
 
 if TYPE_CHECKING:
     from .execute import Progress
-
-WEIGHT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
-}  # fmt: skip
-"""Other forms of the base's weights: left out of the output, where they would be stale."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,8 +39,9 @@ class Report:
         norms: Frobenius norm of each change, by tensor: one number an adapter that touches it.
         damage: of each weight that was quantized again, what that did to it: `error` and `kept`, see `damage_of`.
         resumed: names of files that an earlier, interrupted run had finished.
-        carried: the base's other files in the output.
-        left_out: files of the base that are not in the output, because they hold its weights in another form.
+        carried: the files beside the weights: the base's, and the tokenizer of an adapter where that was taken.
+        left_out: files of the base that are not in the output: its weights in another form, a tokenizer that was
+            not taken.
         seconds: from the start of planning to the output being durable in place.
         already: an earlier run made the same output from the same inputs; nothing was written.
     """
@@ -114,13 +109,13 @@ def carry_out(
 
 
 def _decided(plan: Plan) -> str:
-    """A digest of what decides the whole output folder: the plan's own, and the base's other files."""
-    root = plan.base.root
-    others = [file for file in sorted(_files(root)) if file not in plan.base.files] if root.is_dir() else []
+    """A digest of what decides the whole output folder: the plan's own, and the files that are copied beside."""
+    copies = plan.companions.copies
     try:
-        return digest_of([plan.digest, plan.lineage(), plan.checksums, listed(others)])
+        beside = [[name, *listed([file])] for file, name in copies]
     except OSError as error:
-        raise storage_error(error, error.filename or root) from error
+        raise storage_error(error, error.filename or plan.base.root) from error
+    return digest_of([plan.digest, plan.lineage(), plan.checksums, beside])
 
 
 def _completed(plan: Plan, stage: Stage, started: float) -> Report:
@@ -150,7 +145,8 @@ def _write(
     carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     if plan.base.root.is_dir():
-        carried, left_out = _carry(plan, stage.out)
+        _carry(plan, stage.out)
+        carried, left_out = tuple(name for _, name in plan.companions.copies), plan.companions.left_out
         _write_records(plan, stage, norms, damage)
     stage.publish_all(decided)
     return Report(stage.target, plan, norms, damage, resumed, carried, left_out, time.perf_counter() - started)
@@ -174,23 +170,14 @@ def _damaged(damage: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     return {"damage": dict(damage)} if damage else {}
 
 
-def _carry(plan: Plan, out: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copies the base's other files; returns the names copied and left out."""
-    carried, left_out = [], []
-    for file in sorted(_files(plan.base.root)):
-        name = file.relative_to(plan.base.root).as_posix()
-        if file in plan.base.files or name in (INDEX, TORCH_INDEX, REPORT, NOTE):
-            continue
-        if file.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json") or _stale(plan, name):
-            left_out.append(name)
-            continue
-        carried.append(name)
+def _carry(plan: Plan, out: Path) -> None:
+    """Copies the files that go along with the weights."""
+    for file, name in plan.companions.copies:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             _copy(file, out / name)
         except OSError as error:
             raise storage_error(error, file) from error
-    return tuple(carried), tuple(left_out)
 
 
 def _copy(file: Path, to: Path) -> None:
@@ -198,20 +185,6 @@ def _copy(file: Path, to: Path) -> None:
     shutil.copyfile(file, to)
     with open(to, "r+b") as copied:
         os.fsync(copied.fileno())
-
-
-def _stale(plan: Plan, name: str) -> bool:
-    """Whether a file describes packed weights that the output does not have."""
-    return isinstance(plan.base, Dequantized) and not plan.base.packs and name in SIDE_FILES
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Files below a folder, hidden folders left out; links to files count, links to folders do not."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
-            yield from _files(entry)
-        elif entry.is_file():
-            yield entry
 
 
 def _write_records(plan: Plan, stage: Stage, norms: Norms, damage: Mapping[str, Mapping[str, float]]) -> None:

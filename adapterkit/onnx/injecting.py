@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import Corrupt, Malformed, Unsupported, UsageError, storage_error
+from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
 from ..tensors.atomic import write_bytes
 from .attaching import attach
 from .building import Building
@@ -28,6 +28,7 @@ from .fitting import write_adapter
 from .model_file import Source, opened, placing, save
 from .reading import inputs_of, loaded
 from .resolving import Found, resolve
+from .saturation import Saturation, clipping
 from .shadows import config_of
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class Report:
             weight, and `kept`, the part of the change that is left.
         reference: the largest difference of ONNX's reference implementation from onnxruntime on what was written; None
             where it did not run, as of operators that are not ONNX's own.
+        saturation: of a graph with static quantization, how many values it clips without and with the adapter; None
+            where the check did not run.
+        warnings: what the user should know, each with what to do about it.
     """
 
     out: Path
@@ -62,17 +66,21 @@ class Report:
     note: str | None = None
     damage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     reference: float | None = None
+    saturation: Saturation | None = None
+    warnings: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """As plain data."""
         return {
             "out": str(self.out), "files": [file.name for file in self.files],
             "targets": [place.record() for place in self.found], "difference": self.difference, "note": self.note,
-            "reference": self.reference,
+            "reference": self.reference, "warnings": list(self.warnings),
+            **({"saturation": self.saturation.record()} if self.saturation else {}),
             **({"damage": dict(self.damage)} if self.damage else {}),
         }  # fmt: skip
 
 
+@places_errors
 def inject(
     model: Model,
     adapter: Adapter | str | PathLike[str],
@@ -145,8 +153,12 @@ def inject(
             given = None if isinstance(check, bool) else check
             alone = any(of_attention(*each) for each in context)
             told = checked_injection(model, rest, base, path, beside, given, alone=alone)
+        warnings = clipping(told.saturation, source.model)
     note = "; ".join(filter(None, [used, words.note, told.note])) or None
-    return Report(target, place_.files, tuple(found), told.difference, note, reference=told.reference)
+    return Report(
+        target, place_.files, tuple(found), told.difference, note, reference=told.reference, saturation=told.saturation,
+        warnings=warnings,
+    )  # fmt: skip
 
 
 def _beside(out: Path, adapter: Any) -> Path:
@@ -205,6 +217,7 @@ def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
     ]
 
 
+@places_errors
 def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
     """Writes the model as it was before `inject`, byte for byte.
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import NotMergeable, UsageError
+from ..errors import NotMergeable, UsageError, places_errors
 from .building import Building
 from .changes import settle
 from .checking import Outcome, checked_merge
@@ -25,6 +25,7 @@ from .injecting import Report
 from .model_file import opened, placing, save_merged
 from .reading import inputs_of, loaded
 from .resolving import Found, resolve
+from .saturation import clipping
 from .unpacking import CHOICES, as_float, is_packed
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 
+@places_errors
 def merge(
     model: Model,
     adapters: Source | Sequence[Source],
@@ -83,10 +85,15 @@ def merge(
         if check is not False:
             given = None if isinstance(check, bool) else check
             told = checked_merge(model, read, factors, base_weights, place.path, quantized, given)
+        warnings = clipping(told.saturation, source.model)
     found = tuple(found for found, _ in folds)
-    return Report(target, place.files, found, told.difference, told.note, damage, told.reference)
+    return Report(
+        target, place.files, found, told.difference, told.note, damage, told.reference, saturation=told.saturation,
+        warnings=warnings,
+    )  # fmt: skip
 
 
+@places_errors
 def plan(
     model: Model,
     adapters: Source | Sequence[Source],
