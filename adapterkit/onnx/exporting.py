@@ -106,8 +106,7 @@ def export(
     examples = [(tuple(args), dict(kwargs or {})), *((tuple(one), dict[str, Any]()) for one in also)]
     told = Outcome(None)
     stays: tuple[Path, ...] = () if share is None else opened_base(share).files
-    inputs = [file for one in named.values() for file in inputs_of(one, None)]
-    with placing(target, stays=stays, inputs=inputs) as place:
+    with placing(target, stays=stays, inputs=files_of_adapters(named)) as place:
         path = place.path
         plain = path if quantize is None else place.scratch / "float.onnx"
         with attached(held, adapters, mode):
@@ -127,6 +126,11 @@ def export(
         if check:
             told = _checked(torch_model, examples, plain, path, runs, quantize)
     return Report(target, place.files, tuple(found), told.difference, told.note, damage, told.reference)
+
+
+def files_of_adapters(adapters: Adapters) -> list[Path]:
+    """The files that the adapters of an export are read from."""
+    return [file for one in _named(adapters).values() for file in inputs_of(one, None)]
 
 
 def _first_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

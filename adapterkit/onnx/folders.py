@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,12 +47,12 @@ def check_folder(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def published(target: Path, made_from: str | None = None) -> Iterator[Path]:
+def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None = None) -> Iterator[Path]:
     """Give a folder to write an export to; it takes the place of `target` at the end.
 
-    Files in `target` that no export writes stay there.
+    Files in `target` that no export writes stay there; none of the inputs is replaced.
     """
-    with staged(target, owns=OWNS, made_from=made_from) as folder:
+    with staged(target, owns=OWNS, inputs=inputs, made_from=made_from) as folder:
         folder.mkdir(exist_ok=True)
         yield folder
 

@@ -28,7 +28,7 @@ from ..errors import (
 )
 from ..tensors.locations import located
 from .calling import INSIDE, words_of
-from .exporting import export
+from .exporting import export, files_of_adapters
 from .folders import CARRIED, check_folder, moved, published
 from .injecting import Report
 from .tracing import quiet
@@ -92,7 +92,7 @@ def export_pretrained(
 
     if share_weights:
         return written(target)
-    with published(target, made_from) as scratch:
+    with published(target, files_of_adapters(adapter), made_from) as scratch:
         report = written(scratch)
         carried = _carried(source, scratch)
     return moved(report, target, carried)
