@@ -263,7 +263,7 @@ def test_the_second_oracle_is_heard(tmp_path, monkeypatch):
     merged.with_name("merged.onnx.data").unlink()
     before = merged.read_bytes()
     ak.write(lora(), tmp_path / "a.safetensors", format="adapterkit")
-    for words, place, held in ((("inject",), out, b"before"), (("merge", "--overwrite"), merged, before)):
+    for words, place, held in ((("inject", "--overwrite"), out, b"before"), (("merge", "--overwrite"), merged, before)):
         done = run(*words, path, tmp_path / "a.safetensors", "-o", place)
         assert done.exit_code == 1, done
         assert "reference implementation differ" in done.stderr
