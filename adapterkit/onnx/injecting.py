@@ -25,7 +25,7 @@ from .calls import Words
 from .contexts import of_attention, parted, place
 from .experts import with_experts
 from .fitting import write_adapter
-from .model_file import Source, kept, opened, save
+from .model_file import Source, inside, kept, opened, save
 from .reading import loaded
 from .resolving import Found, resolve
 from .saturation import Saturation, clipping
@@ -125,17 +125,19 @@ def inject(
     if context and mode == "slots":
         cure = "Inject it as constants: a run without its tokens, or with a past, is the base's"
         raise Unsupported("slots for context", where=str(context[0][0]), cure=cure)
-    building = Building(source.model)
-    used = place(context, building)
-    found = resolve(source.model, rest, base)
-    slots = _slots(mode, building)
-    words = Words(building, [update for _, update in rest], call, partial(config_of, base, source.path))
-    attach(found, building, slots, words)
-    building.settle()
-    keep_original(source)
+    with inside(source.path):
+        building = Building(source.model)
+        used = place(context, building)
+        found = resolve(source.model, rest, base)
+        slots = _slots(mode, building)
+        words = Words(building, [update for _, update in rest], call, partial(config_of, base, source.path))
+        attach(found, building, slots, words)
+        building.settle()
+        keep_original(source)
     target = Path(out)
     beside = None if slots is None else _beside(target, adapter)
-    with kept(target, *([] if beside is None else [beside, sidecar(beside)])) as files:
+    outs = [target] if beside is None else [target, beside, sidecar(beside)]
+    with inside(source.path), kept(*outs) as files:
         if slots is not None:
             slots.record()
         files += save(source.model, source, target, building.tensors.values())

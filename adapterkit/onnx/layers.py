@@ -7,7 +7,7 @@ formula makes of them takes the output's place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ class Layer:
     Class attributes:
         op_type: what the node is called.
         position: which of its inputs is the weight.
+        axes: how many axes the weight may have.
         merge_only: its output is no function of `x @ W` alone, so that no branch beside it says a change.
 
     Args:
@@ -39,6 +40,7 @@ class Layer:
 
     op_type: ClassVar[str] = ""
     position: ClassVar[int] = 1
+    axes: ClassVar[Container[int]] = (2,)
     merge_only: ClassVar[bool] = False
     moved: ClassVar[Value | None] = None
 
@@ -56,7 +58,8 @@ class Layer:
     def takes(cls, node: ir.Node) -> bool:
         """Whether a node is such a layer: its weight does not depend on the input."""
         known = node.op_type == cls.op_type and node.domain in ("", "ai.onnx") and len(node.inputs) > cls.position
-        return known and is_constant(node.inputs[cls.position])
+        weight = node.inputs[cls.position] if known else None
+        return weight is not None and is_constant(weight) and len(shape_of(weight)) in cls.axes
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
         """What it reads and gives, where exporters fold the axes of rows and positions into one around the node."""
@@ -198,7 +201,7 @@ class MatMul(Layer):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        return super().takes(node) and len(shape_of(node.inputs[1])) == 2 and not is_constant(node.inputs[0])  # type: ignore[arg-type]
+        return super().takes(node) and not is_constant(node.inputs[0])
 
 
 class Gemm(Layer):

@@ -11,12 +11,14 @@ from ..errors import TargetNotFound
 from ..tensors.checkpoint import opened as opened_base
 from ..tensors.lazy import as_array
 from .matching import distance, nearest
-from .model_file import opened
+from .model_file import inside, opened
 from .norms import NEAR
 from .resolving import METHODS, Known, Spot, by_name, spots_of
 from .scopes import same_end
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from ..tensors.checkpoint import Checkpoint
     from .reading import Base, Model
 
@@ -70,7 +72,13 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     Raises:
         Malformed, StorageError: as `inject`.
     """
-    spots = spots_of(opened(model).model)
+    source = opened(model)
+    with inside(source.path):
+        return _layers(source.model, base_weights)
+
+
+def _layers(model: ir.Model, base_weights: Base | None) -> list[Place]:
+    spots = spots_of(model)
     if base_weights is None:
         return _named(spots)
     known, found = by_name(spots), []
