@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import Corrupt, Malformed, Unsupported, UsageError, storage_error
+from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
 from ..formats.onnx_adapter import sidecar
 from ..tensors.atomic import write_bytes
 from .attaching import attach
@@ -25,7 +25,7 @@ from .calls import Words
 from .contexts import of_attention, parted, place
 from .experts import with_experts
 from .fitting import write_adapter
-from .model_file import Source, inside, kept, opened, save
+from .model_file import Source, kept, opened, save
 from .reading import loaded
 from .resolving import Found, resolve
 from .saturation import Saturation, clipping
@@ -80,6 +80,7 @@ class Report:
         }  # fmt: skip
 
 
+@places_errors
 def inject(
     model: Model,
     adapter: Adapter | str | PathLike[str],
@@ -125,19 +126,18 @@ def inject(
     if context and mode == "slots":
         cure = "Inject it as constants: a run without its tokens, or with a past, is the base's"
         raise Unsupported("slots for context", where=str(context[0][0]), cure=cure)
-    with inside(source.path):
-        building = Building(source.model)
-        used = place(context, building)
-        found = resolve(source.model, rest, base)
-        slots = _slots(mode, building)
-        words = Words(building, [update for _, update in rest], call, partial(config_of, base, source.path))
-        attach(found, building, slots, words)
-        building.settle()
-        keep_original(source)
+    building = Building(source.model)
+    used = place(context, building)
+    found = resolve(source.model, rest, base)
+    slots = _slots(mode, building)
+    words = Words(building, [update for _, update in rest], call, partial(config_of, base, source.path))
+    attach(found, building, slots, words)
+    building.settle()
+    keep_original(source)
     target = Path(out)
     beside = None if slots is None else _beside(target, adapter)
     outs = [target] if beside is None else [target, beside, sidecar(beside)]
-    with inside(source.path), kept(*outs) as files:
+    with kept(*outs) as files:
         if slots is not None:
             slots.record()
         files += save(source.model, source, target, building.tensors.values())
@@ -214,6 +214,7 @@ def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
     ]
 
 
+@places_errors
 def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
     """Writes the model as it was before `inject`, byte for byte.
 

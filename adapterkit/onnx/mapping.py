@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TargetNotFound
+from ..errors import TargetNotFound, places_errors
 from ..tensors.checkpoint import opened as opened_base
 from ..tensors.lazy import as_array
 from .matching import distance, nearest
-from .model_file import inside, opened
+from .model_file import opened
 from .norms import NEAR
 from .resolving import METHODS, Known, Spot, by_name, spots_of
 from .scopes import same_end
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from ..tensors.checkpoint import Checkpoint
     from .reading import Base, Model
 
@@ -58,6 +56,7 @@ class Place:
         }  # fmt: skip
 
 
+@places_errors
 def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     """Every layer of a graph that an adapter can name.
 
@@ -72,13 +71,7 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     Raises:
         Malformed, StorageError: as `inject`.
     """
-    source = opened(model)
-    with inside(source.path):
-        return _layers(source.model, base_weights)
-
-
-def _layers(model: ir.Model, base_weights: Base | None) -> list[Place]:
-    spots = spots_of(model)
+    spots = spots_of(opened(model).model)
     if base_weights is None:
         return _named(spots)
     known, found = by_name(spots), []

@@ -16,13 +16,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import NotMergeable, UsageError
-from . import model_file
+from ..errors import NotMergeable, UsageError, places_errors
 from .building import Building
 from .changes import settle
 from .folding import Fold, Folding
 from .injecting import Report
-from .model_file import inside, kept, opened, save_merged
+from .model_file import kept, opened, save_merged
 from .reading import loaded
 from .resolving import Found, resolve
 from .saturation import clipping
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     Source = Adapter | str | PathLike[str]
 
 
+@places_errors
 def merge(
     model: Model,
     adapters: Source | Sequence[Source],
@@ -68,12 +68,11 @@ def merge(
     if quantized is not None and quantized not in CHOICES:
         raise UsageError(f"unknown choice {quantized!r}", where="quantized", cure=f"Known: {', '.join(CHOICES)}")
     source = opened(model)
-    read, factors, folds = _resolved(source, adapters, weights, base_weights)
+    read, factors, folds = _resolved(source.model, adapters, weights, base_weights)
     building, damage = Building(source.model), dict[str, Mapping[str, float]]()
-    with inside(source.path):
-        changed = fold(folds, building, quantized, damage)
-        building.settle()
-    with inside(source.path), kept(Path(out)) as files:
+    changed = fold(folds, building, quantized, damage)
+    building.settle()
+    with kept(Path(out)) as files:
         files += save_merged(source.model, source, Path(out), changed)
         report = Report(Path(out), tuple(files), tuple(place for place, _ in folds), damage=damage)
         if check is False:
@@ -88,6 +87,7 @@ def merge(
     )  # fmt: skip
 
 
+@places_errors
 def plan(
     model: Model,
     adapters: Source | Sequence[Source],
@@ -100,11 +100,11 @@ def plan(
     Raises:
         TargetNotFound, ShapeMismatch, NotMergeable, Malformed: as `merge`.
     """
-    return tuple(place for place, _ in _resolved(opened(model), adapters, weights, base_weights)[2])
+    return tuple(place for place, _ in _resolved(opened(model).model, adapters, weights, base_weights)[2])
 
 
 def _resolved(
-    source: model_file.Source,
+    model: ir.Model,
     adapters: Source | Sequence[Source],
     weights: Sequence[float] | None,
     base_weights: Base | None,
@@ -120,8 +120,7 @@ def _resolved(
         known, base = loaded(adapter, base_weights)
         _refuse(known)
         read.append(known)
-        with inside(source.path):
-            folds += [(place, factor) for place in resolve(source.model, known, base)]
+        folds += [(place, factor) for place in resolve(model, known, base)]
     return read, factors, folds
 
 

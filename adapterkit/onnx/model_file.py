@@ -202,15 +202,6 @@ def save_fresh(graph: ir.Model, out: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def inside(path: Path | None) -> Iterator[None]:
-    """Name a model's file in the errors that are raised in the block and know no file."""
-    try:
-        yield
-    except AdapterkitError as error:
-        raise error.at(path=path) from error.__cause__
-
-
-@contextlib.contextmanager
 def folder_beside(out: Path) -> Iterator[Path]:
     """A hidden folder in an output's own, for files on the way; gone at the end."""
     try:

@@ -65,6 +65,8 @@ def _check_graph(graph: Any, opsets: dict[str, int], outer: frozenset[str], path
         if not tensor.name:
             raise Malformed("an initializer without a name", path=path, where=graph.name, cure=_AGAIN)
     sparse = [one.values.name for one in graph.sparse_initializer]
+    for tensor in (each for one in graph.sparse_initializer for each in (one.values, one.indices)):
+        _check_tensor(tensor, tensor.name, path)
     given = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer} | set(sparse)
     for names in (value.name for value in (*graph.input, *graph.output, *graph.value_info)):
         _check_text(names, "a value", path)
@@ -138,9 +140,13 @@ def _check_node(node: Any, opsets: dict[str, int], path: Path | None) -> None:
         tensors = [attribute.t] if attribute.HasField("t") else []
         for tensor in (*tensors, *attribute.tensors):
             _check_tensor(tensor, f"{where}: {attribute.name}", path)
+    if not node.op_type:
+        raise Malformed("a node without an operator", path=path, where=where, cure=_AGAIN)
+    names = [attribute.name for attribute in node.attribute]
     for attribute in node.attribute:
-        if not attribute.type or not attribute.name:
-            raise Malformed("an attribute without a name or a type", path=path, where=where, cure=_AGAIN)
+        if not attribute.type or not attribute.name or names.count(attribute.name) > 1:
+            why = f"the attribute {attribute.name!r} twice, or without a name or a type"
+            raise Malformed(why, path=path, where=where, cure=_AGAIN)
     positive = POSITIVE.get(node.op_type, ())
     for attribute in node.attribute:
         if attribute.name in positive and any(number < 1 for number in (*attribute.ints, *_number(attribute))):
