@@ -204,7 +204,7 @@ class Slots:
     def _slots(self, update: Update, layer: Layer, place: Found, position: int) -> dict[str, Slot]:
         """Field -> slot."""
         shapes, dtype = {name: self._shape(update, name, leaf) for name, leaf in update.tensors.items()}, layer.dtype
-        # onnxruntime does not fill the output of a Conv over no channels, nor of a product with a left matrix of rank 0.
+        # onnxruntime does not fill the output of a Conv over no channels, or of a product with a left matrix of none.
         inner = int(any(issubclass(spot.kind, Conv | LeftMatMul) for spot in place.spots))
         defaults = _neutral(update, shapes, place, inner)
         stem = _stem(place, position)
