@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import Malformed, StorageError, Unsupported, UsageError, first_line, storage_error
+from ..errors import AdapterkitError, Malformed, StorageError, Unsupported, UsageError, first_line, storage_error
 from ..tensors.atomic import replacing, write_bytes
 from ..tensors.locations import located
 from ..tensors.staging import Staging, check_free, check_inputs, clear, files_below, staged
@@ -26,7 +26,7 @@ from .building import OPSET
 from .changes import Changed
 from .data_files import checked_data, external
 from .streaming import alignment, placed, streamed, worked_out
-from .wellformed import check_parts
+from .validating import check_model
 
 INLINE = 1024
 """Bytes of a new tensor up to which it stays in the model's own file."""
@@ -89,14 +89,15 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
-        model = ir.from_proto(proto)
+        if not proto.HasField("graph") or not proto.opset_import:
+            raise Malformed("not an ONNX model: no graph", path=path, cure="Export it again")
+        check_model(proto, path)
+        return ir.from_proto(proto)
+    except AdapterkitError:
+        raise
     except Exception as error:  # protobuf and onnx-ir raise whatever the damage leads to.
         first = first_line(error)
         raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export it again") from None
-    if not proto.HasField("graph") or not proto.opset_import:
-        raise Malformed("not an ONNX model: no graph", path=path, cure="Export it again")
-    check_parts(proto, path)
-    return model
 
 
 def _modern(model: ir.Model, path: Path | None) -> ir.Model:
@@ -110,7 +111,11 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
     from onnx import version_converter
 
     try:
-        return ir.from_proto(version_converter.convert_version(ir.to_proto(model), OPSET))
+        converted = version_converter.convert_version(ir.to_proto(model), OPSET)
+        check_model(converted, path)
+        return ir.from_proto(converted)
+    except AdapterkitError:
+        raise
     except Exception as error:  # The converter raises RuntimeError and more.
         first = first_line(error)
         why = f"operator set {version}, and no way to {OPSET} ({first})"
