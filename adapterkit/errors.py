@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from inspect import signature
 from os import PathLike
 from reprlib import Repr
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 Path = str | PathLike[str]
 
@@ -58,6 +60,8 @@ def _without_secrets(match: re.Match[str]) -> str:
 
 def brief(text: str) -> str:
     """The text with long lines cut in the middle, and what is beyond `MAX_LINES` lines cut off."""
+    if not text.isascii():  # Lone surrogates, which JSON can hold, cannot be printed.
+        text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) <= MAX_LINE:
         return text
     lines = text.split("\n")
@@ -251,6 +255,32 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     """The typed form of an `OSError` met while reading or writing `path`."""
     reason = (error.strerror or str(error)).lower()
     return StorageError(reason, path=path, cure=_CURES.get(error.errno or 0, "Check the disk and its file system"))
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def places_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function of a file so that its errors name that file.
+
+    The first argument is the file: a path, or an object with a `root`. An error that names another file keeps it. A
+    `UsageError` is about the call, not about a file, and is left as it is.
+    """
+    name = next(iter(signature(function).parameters))
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except AdapterkitError as error:
+            given: Any = args[0] if args else kwargs.get(name)
+            path = given if isinstance(given, (str, PathLike)) else getattr(given, "root", None)
+            if path is not None and not isinstance(error, UsageError):
+                error.at(path=path)
+            raise
+
+    return run
 
 
 def shown(value: object, most: int = 120) -> str:

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import onnx
+import onnx_graphs as graphs
 import onnxruntime
 import peft
 import pytest
@@ -148,6 +149,17 @@ def test_both_branches_of_an_if(inside, tmp_path):
             np.testing.assert_allclose(session.run(feeds, name)["y"], sign * (X @ weight), rtol=1e-4, atol=1e-4)
         got = by_onnxruntime(report.out, report.files[-2], feeds)
         np.testing.assert_allclose(got, sign * (X @ V), rtol=1e-4, atol=1e-4)
+
+
+def test_empty_slots_of_a_convolution_have_a_channel(tmp_path):
+    """onnxruntime leaves the output of a convolution over no channels as its memory was."""
+    path = graphs.saved(graphs.built("conv1d")[2], tmp_path / "base.onnx")
+    adapter = ak.Adapter({ak.Target("0"): (ak.METHODS["lora"](A=torch.randn(2, 16, 3), B=torch.randn(8, 2)),)})
+    report = ak.onnx.inject(path, adapter, tmp_path / "slots.onnx", mode="slots")
+    held = {i.name: numpy_helper.to_array(i) for i in onnx.load(report.out).graph.initializer}
+    assert (held["0.lora.A"].shape, held["0.lora.B"].shape) == ((1, 16, 3), (8, 1))
+    x = np.random.default_rng(0).normal(size=(2, 16, 6)).astype("f4")
+    np.testing.assert_allclose(graphs.run(report.out, x), graphs.run(path, x), atol=1e-5)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import Corrupt, Malformed, Unsupported, UsageError, storage_error
+from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
 from ..formats.onnx_adapter import sidecar
 from ..tensors.atomic import write_bytes
 from .attaching import attach
@@ -28,6 +28,7 @@ from .fitting import write_adapter
 from .model_file import Source, kept, opened, save
 from .reading import loaded
 from .resolving import Found, resolve
+from .saturation import Saturation, clipping
 from .shadows import config_of
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class Report:
             weight, and `kept`, the part of the change that is left.
         reference: the largest difference of ONNX's reference implementation from onnxruntime on what was written; None
             where it did not run, as of operators that are not ONNX's own.
+        saturation: of a graph with static quantization, how many values it clips without and with the adapter; None
+            where the check did not run.
+        warnings: what the user should know, each with what to do about it.
     """
 
     out: Path
@@ -62,17 +66,21 @@ class Report:
     note: str | None = None
     damage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     reference: float | None = None
+    saturation: Saturation | None = None
+    warnings: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """As plain data."""
         return {
             "out": str(self.out), "files": [file.name for file in self.files],
             "targets": [place.record() for place in self.found], "difference": self.difference, "note": self.note,
-            "reference": self.reference,
+            "reference": self.reference, "warnings": list(self.warnings),
+            **({"saturation": self.saturation.record()} if self.saturation else {}),
             **({"damage": dict(self.damage)} if self.damage else {}),
         }  # fmt: skip
 
 
+@places_errors
 def inject(
     model: Model,
     adapter: Adapter | str | PathLike[str],
@@ -135,14 +143,18 @@ def inject(
         if beside is not None:
             files += [write_adapter(target, rest, beside), sidecar(beside)]
         if check is False:
-            return Report(target, tuple(files), tuple(found), note="; ".join(filter(None, [used, words.note])) or None)
+            note = "; ".join(filter(None, [used, words.note])) or None
+            return Report(target, tuple(files), tuple(found), note=note, warnings=clipping(None, source.model))
         given = None if isinstance(check, bool) else check
         from .checking import checked_injection
 
         alone = any(of_attention(*each) for each in context)
         told = checked_injection(model, rest, base, target, beside, given, alone=alone)
     note = "; ".join(filter(None, [used, words.note, told.note])) or None
-    return Report(target, tuple(files), tuple(found), told.difference, note, reference=told.reference)
+    return Report(
+        target, tuple(files), tuple(found), told.difference, note, reference=told.reference, saturation=told.saturation,
+        warnings=clipping(told.saturation, source.model),
+    )  # fmt: skip
 
 
 def _beside(out: Path, adapter: Any) -> Path:
@@ -201,6 +213,7 @@ def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
     ]
 
 
+@places_errors
 def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
     """Writes the model as it was before `inject`, byte for byte.
 

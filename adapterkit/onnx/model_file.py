@@ -26,6 +26,7 @@ from .building import OPSET
 from .changes import Changed
 from .data_files import checked_data, external
 from .streaming import alignment, placed, streamed, worked_out
+from .wellformed import check_parts
 
 INLINE = 1024
 """Bytes of a new tensor up to which it stays in the model's own file."""
@@ -94,6 +95,7 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
         raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export it again") from None
     if not proto.HasField("graph") or not proto.opset_import:
         raise Malformed("not an ONNX model: no graph", path=path, cure="Export it again")
+    check_parts(proto, path)
     return model
 
 
@@ -113,6 +115,18 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
         first = first_line(error)
         why = f"operator set {version}, and no way to {OPSET} ({first})"
         raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
+
+
+def inline(model: ir.Model) -> bytes:
+    """Serialize a model with all of its numbers in it."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
+                array = np.array(tensor.numpy())
+                value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=value.name)
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
 
 
 def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> list[Path]:

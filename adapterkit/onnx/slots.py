@@ -1,8 +1,8 @@
 """Slots: an adapter's tensors as graph inputs that may be left out, so that adapters can be exchanged at run time.
 
-The default of a slot changes nothing: inner sizes, such as the rank, are 0 there, and are open at run time. Numbers
-such as `scaling` are slots of shape `[1]`. A formula runs over such values while the graph is built; each open size
-is represented by a number that no real size has.
+The default of a slot changes nothing: inner sizes, such as the rank, are 0 there (1 at convolutions), and are open at
+run time. Numbers such as `scaling` are slots of shape `[1]`. A formula runs over such values while the graph is built;
+each open size is represented by a number that no real size has.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..shapes import Axes
 from ..tensors.lazy import as_array, from_numpy
 from ..updates import OutputUpdate, Update
 from .building import Array, Building
+from .convolutions import Conv
 from .layers import Layer
 from .resolving import Found
 from .sizes import FREE
@@ -182,7 +183,7 @@ class Slots:
             raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
         key = self.building.keep(place), position
         if key not in self.made:
-            self.made[key] = place, self._slots(update, layer.dtype, place, position)
+            self.made[key] = place, self._slots(update, layer, place, position)
         slots = self.made[key][1]
         values = {name: Value(layer.branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
         # A module may be called in several float types; its slots have the type of the first call.
@@ -200,10 +201,12 @@ class Slots:
         listed = [record.plain() for record in targets.values()]
         self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
 
-    def _slots(self, update: Update, dtype: np.dtype[Any], place: Found, position: int) -> dict[str, Slot]:
+    def _slots(self, update: Update, layer: Layer, place: Found, position: int) -> dict[str, Slot]:
         """Field -> slot."""
-        shapes = {name: self._shape(update, name, leaf) for name, leaf in update.tensors.items()}
-        defaults = _neutral(update, shapes, place)
+        shapes, dtype = {name: self._shape(update, name, leaf) for name, leaf in update.tensors.items()}, layer.dtype
+        # onnxruntime 1.32 fills the output of a Conv over no channels with whatever its memory held.
+        inner = int(any(issubclass(spot.kind, Conv) for spot in place.spots))
+        defaults = _neutral(update, shapes, place, inner)
         stem = _stem(place, position)
         made = {
             name: self._slot(f"{stem}.{name}", update.tensors[name], shapes[name], default, dtype)
@@ -246,7 +249,7 @@ def _stem(place: Found, position: int) -> str:
     return f"{place.target}{one}.{place.updates[position].method}"
 
 
-def _neutral(update: Update, shapes: dict[str, tuple[int, ...]], place: Found) -> dict[str, Array]:
+def _neutral(update: Update, shapes: dict[str, tuple[int, ...]], place: Found, inner: int) -> dict[str, Array]:
     """Numbers for an update's tensors with which it changes nothing, bit for bit.
 
     Raises:
@@ -254,8 +257,8 @@ def _neutral(update: Update, shapes: dict[str, tuple[int, ...]], place: Found) -
     """
     for fill in (0.0, 1.0):
         # Where a formula's own arithmetic has no words for nothing, a single row of zeros stands for it.
-        if any(_changes_nothing(update, _filled(update, shapes, inner, fill), place) for inner in (0, 1)):
-            return _filled(update, shapes, 0, fill)
+        if any(_changes_nothing(update, _filled(update, shapes, size, fill), place) for size in (0, 1)):
+            return _filled(update, shapes, inner, fill)
     why = f"no tensors of {update.method} leave the base as it is"
     raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
 

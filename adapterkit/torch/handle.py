@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..adapter import Adapter, Target
 from ..errors import NotMergeable, ShapeMismatch, UsageError, nearest
@@ -19,6 +22,7 @@ from .leaves import Leaf, LiveUpdates, is_leaf_name
 from .outputs import Switch
 from .scopes import switched
 from .station import Part, Station
+from .watch import Watch
 from .weights import tensor_at
 
 
@@ -35,7 +39,8 @@ class Handle:
     ) -> None:  # fmt: skip
         self._source, self._bound, self._switch = adapter, dict(bound), switch
         self._stations, self._model, self._leaves = stations, model, leaves
-        self._removed = False
+        self._state, self._merged = "attached", list[Merged]()
+        self._parts: list[tuple[Station, list[Part]]] = []
         self.frozen: tuple[str, ...] = ()
 
     @property
@@ -45,8 +50,9 @@ class Handle:
         return self._source.replace(updates=now)
 
     def _enter(self, frozen: bool) -> None:
-        """Take the place in the list of the model's handles, and freeze the base if asked to."""
+        """Take the place in the list of the model's handles, watch its modules, and freeze the base if asked to."""
         self._model.__dict__.setdefault(HANDLES, []).append(self)
+        self._watch = Watch(self._model, self.name, (station.module for station in self._stations))
         if frozen:
             held = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad and not is_leaf_name(n)]
             for _, parameter in held:
@@ -55,6 +61,7 @@ class Handle:
 
     def _leave(self) -> None:
         """Take this handle's traces off the model; another trained adapter keeps the base frozen."""
+        self._watch.remove()
         for leaf in self._leaves:
             leaf.release()
         held = self._model.__dict__[HANDLES]
@@ -69,7 +76,6 @@ class Handle:
                     parameters[name].requires_grad_(True)
         if not held:
             del self._model.__dict__[HANDLES]
-        self._removed = True
 
     @property
     def name(self) -> str:
@@ -160,39 +166,153 @@ class Handle:
         return self._adapter.map(_copy)
 
     def remove(self) -> None:
-        """Takes the adapter off; the model's modules are what they were before."""
+        """Take the adapter off; the model's modules are what they were before."""
         self._check()
         for station in self._stations:
             station.detach(self._switch)
         self._leave()
+        self._state = "removed"
 
-    def merge_(self) -> None:
-        """Folds the adapter into the base in place, computed in float64 and rounded at the end, and takes it off.
+    @torch.no_grad()
+    def merge_(self, keep: bool = False) -> None:
+        """Fold the adapter into the base in place, computed in float64 and rounded at the end, and take it off.
+
+        It holds a copy of the weights that it changes until it is done, and puts them back if anything fails.
+
+        Args:
+            keep: hold that copy for `unmerge_`.
 
         Raises:
-            NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
+            NotMergeable: a formula is not one of weights, a bias to change is missing, a weight shares its memory with
+                another, or its type is not a plain tensor (sharded, or quantized by a library).
         """
+        self._watch.check()
         foldable = _foldable([self])
-        for station, parts in foldable:
-            _fold(station, parts)
+        kept: list[Merged] = []
+        try:
+            for station, parts in foldable:
+                for path in _changed(parts):
+                    parameter = tensor_at(station.module, path)
+                    kept.append(Merged(parameter, parameter.detach().clone()))
+                _fold(station, parts)
+        except BaseException:
+            for each in kept:
+                each.parameter.copy_(each.before)
+            raise
+        held = [(station, [p for p in station.parts if p.switch is self._switch]) for station in self._stations]
         self.remove()
+        self._state = "merged"
+        if keep:
+            self._merged, self._parts = kept, held
+            for each in kept:
+                each.push()
 
-    def _check_parts(self, station: Station, parts: list[Part], shared: set[int]) -> None:
+    @torch.no_grad()
+    def unmerge_(self) -> None:
+        """Give the base the exact bits back that it had before `merge_(keep=True)`, and attach the adapter again.
+
+        Raises:
+            UsageError: the adapter was not merged with `keep=True`, or its weights were changed since.
+        """
+        if self._state != "merged" or not self._merged:
+            why = "there are no weights from before a merge"
+            raise UsageError(why, where=self.name, cure="Merge with handle.merge_(keep=True)")
+        if not all(each.is_last for each in self._merged):
+            why = "the merged weights were changed after the merge"
+            raise UsageError(why, where=self.name, cure="Undo that first: the last merge is unmerged first")
+        for each in self._merged:
+            each.pop()
+        for leaf in self._leaves:
+            leaf.register()
+        for station, parts in self._parts:
+            for part in parts:
+                station.attach(part)
+        self._state, self._merged = "attached", []
+        self._enter(frozen=bool(self.frozen))
+
+    def _check_parts(self, station: Station, parts: list[Part], shared: set[int], memory: Memory) -> None:
         for part in parts:
             if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
                 raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
             if isinstance(station.layer, Quantized):
                 raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=_KEEP)
-        changed = {p.weight for p in parts if any(u.changes_weight for u in p.updates)}
-        changed |= {p.bias for p in parts if any(u.changes_bias for u in p.updates)}
-        for parameter in (tensor_at(station.module, path) for path in changed if path):
-            names = [n for n, p in self._model.named_parameters(remove_duplicate=False) if p is parameter]
+        for path in _changed(parts):
+            parameter, where = tensor_at(station.module, path), str(parts[0].target)
+            if type(parameter) not in (Tensor, nn.Parameter):
+                kind = type(parameter.data).__name__
+                cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
+                raise NotMergeable(f"a weight that is a {kind}, no plain tensor", where=where, cure=cure)
+            names = memory.beside(parameter)
             if len(names) > 1 and id(parameter) not in shared:
-                raise NotMergeable(f"one tensor under the names {', '.join(names)}", cure=_KEEP)
+                raise NotMergeable(f"the same memory under the names {', '.join(names)}", where=where, cure=_KEEP)
 
     def _check(self) -> None:
-        if self._removed:
+        if self._state != "attached":
             raise UsageError("this handle was removed or merged", where=self.name, cure="Inject the adapter again")
+
+
+@dataclass(eq=False)
+class Merged:
+    """A parameter that a merge changed, its bits from before, and torch's count of its changes after the merge."""
+
+    parameter: Tensor
+    before: Tensor
+    version: int = -1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing changed the parameter since."""
+        return _MERGES[self.parameter][-1] is self and self.parameter._version == self.version
+
+    def push(self) -> None:
+        """Note the merge as the last change of the parameter."""
+        self.version = self.parameter._version
+        _MERGES.setdefault(self.parameter, []).append(self)
+
+    def pop(self) -> None:
+        """Give the parameter its bits back; the merge before this one is then its last change."""
+        self.parameter.copy_(self.before)
+        merges = _MERGES[self.parameter]
+        merges.pop()
+        if merges:
+            merges[-1].version = self.parameter._version
+
+
+_MERGES: Any = WeakIdKeyDictionary()
+"""Parameter -> the merges that can be undone, in their order."""
+
+
+class Memory:
+    """The bytes that a model's parameters lie in, to find those that share some: tied names, and views of one tensor.
+
+    Ranges are compared, not storages: cuDNN keeps all weights of an LSTM side by side in one storage.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        held = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if type(p) is nn.Parameter]
+        self._ranges = sorted((*_range(p), name) for name, p in held if p.numel() and p.device.type != "meta")
+        self._longest = max((stop - start for start, stop, _ in self._ranges), default=0)
+
+    def beside(self, tensor: Tensor) -> list[str]:
+        """The names of all parameters that share memory with a tensor; its own are among them."""
+        start, stop = _range(tensor)
+        first = bisect.bisect_left(self._ranges, (start - self._longest,))
+        last = bisect.bisect_left(self._ranges, (stop,))
+        return [name for begin, end, name in self._ranges[first:last] if end > start and begin < stop]
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor and the one behind its last, on all devices together."""
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.data_ptr()
+    return start, start + span * tensor.element_size()
+
+
+def _changed(parts: Sequence[Part]) -> list[str]:
+    """The paths of the parameters that parts change, below their station's module."""
+    weights = [p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)]
+    biases = [p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)]
+    return list(dict.fromkeys((*weights, *biases)))
 
 
 @torch.no_grad()
@@ -233,8 +353,9 @@ def _foldable(handles: Sequence[Handle]) -> list[tuple[Station, list[Part]]]:
     stations = dict.fromkeys(station for handle in handles for station in handle._stations)
     found = [(station, [part for part in station.parts if part.switch in switches]) for station in stations]
     found, shared = _once(handles[0]._model, found)
+    memory = Memory(handles[0]._model)
     for station, parts in found:
-        handles[0]._check_parts(station, parts, shared)
+        handles[0]._check_parts(station, parts, shared, memory)
     return found
 
 

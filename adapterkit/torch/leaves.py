@@ -68,6 +68,7 @@ class Leaf:
 
     def release(self) -> None:
         """Take the tensor off the module, and its hooks with the last one."""
+        self.staged = self.tensor
         self.module._parameters.pop(self.name, None)
         self.module._buffers.pop(self.name, None)
         self.module._non_persistent_buffers_set.discard(self.name)

@@ -99,6 +99,11 @@ def load(folder: Path) -> Case:
     return Case(folder.name, note["kind"], files, note["subject"], note.get("format", ""), note.get("base", ""))
 
 
+def seed_of(folder: Path) -> str:
+    """The name of the seed that a kept case comes from."""
+    return str(json.loads((folder / NOTE).read_text("utf-8")).get("seed", ""))
+
+
 def located(base: str) -> Path:
     """Where a base named by a case lies."""
     return REPOSITORY / base

@@ -126,7 +126,8 @@ class Exercise:
             self._raised("long", name, error, f"{len(text)} characters")
         if type(error).__name__ == "AdapterkitError" or not error.why:
             self._raised("untyped", name, error, "a bare error")
-        if name.partition(" ")[0] in _OF_FILES and error.path is None and scratch not in text:
+        about_a_file = name.partition(" ")[0] in _OF_FILES and type(error).__name__ != "UsageError"
+        if about_a_file and error.path is None and scratch not in text:
             self._raised("pathless", name, error)
 
     def _raised(self, kind: str, step: str, error: BaseException, more: str = "") -> None:

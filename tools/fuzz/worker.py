@@ -6,14 +6,14 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import containers
 import trees
-from cases import Case, Content, Special, load
+from cases import Case, Content, Special, load, seed_of
 from exercise import Exercise, Finding
 from sandbox import Sandbox
 from seeds import seeds, with_partner
@@ -142,12 +142,13 @@ def say(**record: Any) -> None:
 _CHANNEL = sys.stdout
 
 
-def replay(folders: Iterable[Path], exercise: Exercise) -> None:
+def replay(folders: Iterable[Path], exercise: Exercise, groups: dict[str, list[Case]]) -> None:
     """Runs kept cases instead of new ones."""
+    partners = {case.name: case.partner for cases in groups.values() for case in cases}
     for folder in folders:
         say(start=folder.name)
         findings: dict[str, Finding] = {}
-        case = with_partner(load(folder), exercise.scratch / "partners")
+        case = replace(load(folder), partner=partners.get(seed_of(folder), ""))
         for attempt in range(3):
             findings |= {found.key: found for found in exercise.run(case, Random(attempt))}
         say(done=folder.name, steps=exercise.done, findings=[{"key": key, **asdict(f)} for key, f in findings.items()])
@@ -186,7 +187,7 @@ def main(options: dict[str, Any]) -> None:
         say(ready=sum(map(len, groups.values())))
         if options["replay"]:
             exercise.commands = 1
-            replay([Path(path) for path in options["replay"]], exercise)
+            replay([Path(path) for path in options["replay"]], exercise, groups)
         else:
             numbers = range(options["first"], options["stop"], options["jobs"])
             loop(Maker(groups, options["seed"], options["only"]), exercise, numbers, keep)
