@@ -6,7 +6,8 @@ diffusers' `lora_conversion_utils.py` and ComfyUI's key maps have them. Shapes a
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
+from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.errors import Unrepresentable, UsageError
@@ -160,6 +161,46 @@ def test_a_base_makes_its_names_known_to_kohya(tmp_path):
     assert ak.write(adapter, tmp_path / "b.safetensors", "kohya", tmp_path / "base.safetensors") == []
     again = ak.read(tmp_path / "b.safetensors", base=tmp_path / "base.safetensors")
     assert {str(target) for target in again.updates} == set(names)
+
+
+def test_control_loras_of_flux_become_what_diffusers_makes_of_them(tmp_path):
+    """All 19 and 38 blocks, as its converter wants them; its rank-1 factors keep the file small."""
+    from diffusers.loaders.lora_conversion_utils import _convert_bfl_flux_control_lora_to_diffusers as theirs
+
+    rng, held, h = np.random.default_rng(0), {}, 3072
+    shapes = {
+        **{f"{x}_in.{y}_layer": (h, h) for x in ("time", "vector", "guidance") for y in ("in", "out")},
+        "img_in": (h, 128), "txt_in": (h, 4096), "final_layer.linear": (64, h),
+        "final_layer.adaLN_modulation.1": (2 * h, h),
+    }  # fmt: skip
+    for n in range(19):
+        for x in ("img", "txt"):
+            block = f"double_blocks.{n}.{x}"
+            shapes |= {f"{block}_attn.qkv": (3 * h, h), f"{block}_attn.proj": (h, h), f"{block}_mod.lin": (6 * h, h)}
+            shapes |= {f"{block}_mlp.0": (4 * h, h), f"{block}_mlp.2": (h, 4 * h)}
+            held |= {f"{block}_attn.norm.{y}_norm.scale": (128,) for y in ("query", "key")}
+    for n in range(38):
+        block = f"single_blocks.{n}"
+        shapes |= {
+            f"{block}.linear1": (7 * h, h),
+            f"{block}.linear2": (h, 5 * h),
+            f"{block}.modulation.lin": (3 * h, h),
+        }
+        held |= {f"{block}.norm.{y}_norm.scale": (128,) for y in ("query", "key")}
+    for name, (out, in_) in shapes.items():
+        rank = 2 if "adaLN" in name else 1
+        held |= {f"{name}.lora_A.weight": (rank, in_), f"{name}.lora_B.weight": (out, rank)}
+        held |= {f"{name}.lora_B.bias": (out,)}
+    tensors = {key: rng.integers(-8, 8, size=shape).astype("f2") for key, shape in held.items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert ak.write(ak.read(tmp_path / "lora.safetensors"), tmp_path / "out.safetensors", "diffusers") == []
+    ours = load_file(tmp_path / "out.safetensors")
+    wanted = theirs({key: torch.from_numpy(value) for key, value in tensors.items()})
+    assert ours.keys() == wanted.keys()
+    # Its converter swaps the halves of A as well (diffusers issue 13998); A is what the rows of B have in common.
+    assert all(
+        np.array_equal(ours[key], value.numpy()) for key, value in wanted.items() if "norm_out.linear.lora_A" not in key
+    )
 
 
 # Arithmetic.

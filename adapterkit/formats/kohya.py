@@ -6,7 +6,7 @@ A key is a module's path with underscores for dots, behind a word for the part o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -77,7 +77,7 @@ class Kohya(ImageFormat):
         rows = turned.rows_of(modules)
         return {stem: Target(paths[stem.partition(".")[0]], rows=rows.get(stem)) for stem in modules}
 
-    def renamed(self, updates: Updates, kept: Iterable[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
+    def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """XL's U-Net in LDM's naming, that of SD 1 and 2 in diffusers', transformers in their authors'."""
         from ._image.translate import in_diffusers, in_native
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -72,7 +72,7 @@ class ImageFormat(Format, ABC):
         """An update with a scaling that stands elsewhere than in the slots."""
         return found
 
-    def renamed(self, updates: Updates, kept: Iterable[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
+    def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """The updates in the naming of its files, and those that cannot be; targets that are kept stay as they are."""
         from .translate import in_diffusers, in_native
 

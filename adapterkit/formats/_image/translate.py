@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from ...adapter import Target, Updates
 from ...methods.oft import OFT
-from ...names.image import Family, is_not_xl, is_xl, rooted, to_diffusers, to_native
+from ...names.image import Family, families_of, is_not_xl, is_xl, rooted, to_diffusers, to_native
 from ...names.pieces import Piece
 from ...updates import Update
 from .deciding import UNKNOWN, Origin, decide, denoiser_targets
@@ -17,7 +17,7 @@ Changed = dict[Target, tuple[Update, ...]]
 Losses = list[tuple[Target, str]]
 
 
-def in_diffusers(updates: Updates, kept: Iterable[str] = (), origin: Origin = UNKNOWN) -> tuple[Changed, Losses]:
+def in_diffusers(updates: Updates, kept: Collection[str] = (), origin: Origin = UNKNOWN) -> tuple[Changed, Losses]:
     """Updates at modules of the native namings moved to those of diffusers; and those that cannot be, with the reason.
 
     Args:
@@ -27,6 +27,7 @@ def in_diffusers(updates: Updates, kept: Iterable[str] = (), origin: Origin = UN
     """
     changed: Changed = {}
     losses: Losses = []
+    updates = {_module(target, kept): found for target, found in updates.items()}
     targets = set(denoiser_targets(updates, set(kept)))
     family, why = decide(updates, targets, "diffusers", origin) if targets else (None, "")
     for target, found in updates.items():
@@ -42,6 +43,13 @@ def in_diffusers(updates: Updates, kept: Iterable[str] = (), origin: Origin = UN
         for place, update in moved:
             _add(changed, place, (update,))
     return changed, losses
+
+
+def _module(target: Target, kept: Collection[str]) -> Target:
+    """The module of a norm's scale: BFL's norms hold a `scale`, those of diffusers a `weight`."""
+    path = target.path.removesuffix(".scale")
+    scale = path != target.path and str(target) not in kept and families_of(rooted(path)[1], "native")
+    return replace(target, path=path) if scale else target
 
 
 def _parted(target: Target, found: tuple[Update, ...], family: Family) -> tuple[list[tuple[Target, Update]], str]:
