@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from inspect import signature
 from os import PathLike
-from typing import Any, ClassVar
+from reprlib import Repr
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 Path = str | PathLike[str]
 
@@ -57,6 +60,8 @@ def _without_secrets(match: re.Match[str]) -> str:
 
 def brief(text: str) -> str:
     """The text with long lines cut in the middle, and what is beyond `MAX_LINES` lines cut off."""
+    if not text.isascii():  # Lone surrogates, which JSON can hold, cannot be printed.
+        text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) <= MAX_LINE:
         return text
     lines = text.split("\n")
@@ -194,6 +199,12 @@ class CheckFailed(AdapterkitError):
     exit_code = 1
 
 
+class Miswritten(CheckFailed):
+    """A format's writer wrote something else than it was asked to: read back, it is another adapter."""
+
+    code = "miswritten"
+
+
 class Corrupt(AdapterkitError):
     """Bytes are not the ones that were promised: a digest, a length or a journal disagrees."""
 
@@ -246,16 +257,51 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     return StorageError(reason, path=path, cure=_CURES.get(error.errno or 0, "Check the disk and its file system"))
 
 
-def shown(value: object) -> str:
-    """A value out of a file as an error quotes it: at most 80 characters, and no failure.
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    Python refuses to write integers of more than 4,300 digits in decimal, and values can be nested too deeply.
+
+def places_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function of a file so that its errors name that file.
+
+    The first argument is the file: a path, or an object with a `root`. An error that names another file keeps it. A
+    `UsageError` is about the call, not about a file, and is left as it is.
     """
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        text = f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    name = next(iter(signature(function).parameters))
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except AdapterkitError as error:
+            given: Any = args[0] if args else kwargs.get(name)
+            path = given if isinstance(given, (str, PathLike)) else getattr(given, "root", None)
+            if path is not None and not isinstance(error, UsageError):
+                error.at(path=path)
+            raise
+
+    return run
+
+
+def shown(value: object, most: int = 120) -> str:
+    """`repr` of a value from a file, for a message, in at most `most` characters.
+
+    Python refuses to print an integer of more than 4300 digits, which YAML and numpy headers can hold in hexadecimal.
+    """
+    return _cut(_SHOWN.repr(value), most)
+
+
+class _Repr(Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+
+    def repr_int(self, value: int, level: int) -> str:
+        bits = value.bit_length()
+        return repr(value) if bits <= 128 else f"an integer of {bits} bits"
+
+
+_SHOWN = _Repr()
 
 
 def first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from adapterkit.adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target
 from adapterkit.binding import fits
-from adapterkit.binding.layouts import viewed
+from adapterkit.binding.fitting import viewed
 from adapterkit.errors import AdapterkitError, Malformed
 from adapterkit.methods import METHODS
 from adapterkit.shapes import Axes

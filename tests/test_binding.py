@@ -71,8 +71,9 @@ def test_a_prefix_is_the_same_for_all_or_for_none(base):
 
 def test_two_prefixes_that_would_do_are_no_answer(base):
     opened = base({"a.q.weight": normal(3, 4), "b.q.weight": normal(3, 4)})
-    with pytest.raises(TargetNotFound, match="the target not in the base: q"):
+    with pytest.raises(TargetNotFound, match=r"it could be a\.q or b\.q") as raised:
         bind(adapter(q=lora(3, 4)), opened)
+    assert "--rename 'q=a.q'" in raised.value.cure
 
 
 def test_what_is_not_there_is_named_with_the_nearest(base):

@@ -1,29 +1,32 @@
 """Binding: where each target of an adapter lies in a base, and whether its shapes fit there.
 
-Names resolve exactly, or by one prefix that is added to or taken off all of them alike; never by guessing. Storage
+`names.resolver` maps the names; `moving` cuts and joins updates where the base stores weights in other parts. Storage
 layouts are proven by shapes, then by the family's table, then by the adapter's own word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, Target
 from ..errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound
+from ..names.resolver import Rule
 from ..tensors.checkpoint import opened
 from ..updates import Update
 from .deltas import delta, fold, view, view_shape
-from .layouts import fits, viewed, with_layouts
-from .sites import Shapes, Site, apart, find_parts, find_sites
+from .fitting import Shapes, fits, viewed
+from .layouts import with_layouts
+from .sites import Bound, Site, apart, find_parts, find_sites
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
 
 __all__ = [
     "Binding",
+    "Bound",
     "Site",
     "apart",
     "bind",
@@ -48,16 +51,25 @@ class Binding:
         sites: one an entry, in the adapter's order; context updates have none.
         missing: targets without a place, when partial binding was allowed.
         renamed: the prefix that was (taken off, added), if any.
+        rules: the rules by which the adapter's names became the base's.
+        origins: for each site, the target of the adapter as it was given.
     """
 
     adapter: Adapter
     sites: tuple[Site, ...]
     missing: tuple[Target, ...]
     renamed: tuple[str, str] | None
+    rules: tuple[Rule, ...] = ()
+    origins: tuple[Target, ...] = ()
 
 
 def bind(
-    adapter: Adapter, base: Checkpoint | str | PathLike[str], *, partial: bool = False, aliases: Mapping[str, str] = {}
+    adapter: Adapter,
+    base: Checkpoint | str | PathLike[str],
+    *,
+    partial: bool = False,
+    aliases: Mapping[str, str] = {},
+    rename: Sequence[str] = (),
 ) -> Binding:
     """Binds an adapter to a base.
 
@@ -66,6 +78,7 @@ def bind(
         base: an open checkpoint or the path of one.
         partial: leave targets without a place out instead of refusing; at least one must have a place.
         aliases: further names of stored tensors (a tied head), alias -> stored name.
+        rename: rules for names, each `FROM=TO`; the first that matches a target's name is used.
 
     Raises:
         TargetNotFound: targets without a place; names the nearest.
@@ -75,15 +88,18 @@ def bind(
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     shapes |= {alias: shapes[name] for alias, name in aliases.items()}
     weights, context = apart(adapter)
-    placed, missing, renamed = find_sites(weights, shapes, partial=partial)
-    sites = with_layouts(placed, shapes, base.config)
+    found = find_sites(weights, shapes, partial=partial, config=base.config, rename=rename)
+    sites = with_layouts(found.sites, shapes, base.config)
     for site in sites:
         check_site(site, shapes)
     updates: dict[Target, tuple[Update, ...]] = {}
     for site in sites:
         updates[site.target] = (*updates.get(site.target, ()), *site.updates)
-    updates |= find_parts(context, shapes, renamed)
-    return Binding(adapter.replace(updates=updates), tuple(sites), tuple(missing), renamed)
+    updates |= find_parts(context, shapes, found.renamed)
+    return Binding(
+        adapter.replace(updates=updates), tuple(sites), tuple(found.missing), found.renamed, found.rules,
+        tuple(found.origins),
+    )  # fmt: skip
 
 
 def check_site(site: Site, shapes: Shapes, *, biasless: bool = False) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..adapter import LAYOUTS, Target
+from ..adapter import LAYOUTS
 from ..errors import ShapeMismatch
 from ..names.layouts import stored_in_out
-from ..updates import Update
-from .sites import Shapes, Site
+from .fitting import Shapes, fits
+from .sites import Site
 
 
 def with_layouts(sites: list[Site], shapes: Shapes, config: Mapping[str, Any] | None) -> list[Site]:
@@ -26,35 +25,6 @@ def with_layouts(sites: list[Site], shapes: Shapes, config: Mapping[str, Any] | 
         replace(site, target=replace(site.target, layout=_choose(site, fits, proven, config)))
         for site, fits in zip(sites, fitting, strict=True)
     ]
-
-
-def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a stored weight of `shape` is one that the updates were made for, in the target's layout."""
-    seen = viewed(shape, target)
-    if seen is None:
-        return False
-    offset = int(target.stacked)
-    for update in updates:
-        dims = update.dims(target.stacked)
-        if target.stacked and dims.get("e") != seen[0]:
-            return False
-        out, rest = seen[offset], seen[offset + 1 :]
-        if target.rows is not None:
-            out = target.rows[1] - target.rows[0] if target.rows[1] <= out else -1
-        if dims.get("out", out) != out or not _rest_fits(dims, rest):
-            return False
-    return True
-
-
-def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
-    """A stored shape as the target's updates see it, `[out, in, *k]`; None where it has too few axes."""
-    if target.layout.startswith("out"):
-        return shape or None
-    if target.layout == "in out *k":
-        return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else None
-    if len(shape) < 3:
-        return None
-    return shape if target.layout == "e out *in" else (shape[0], shape[2], shape[1], *shape[3:])
 
 
 def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
@@ -72,25 +42,6 @@ def _product_alone(site: Site) -> bool:
     """Whether all that the updates say of the weight's inputs is how many there are, the kernel's axes included."""
     dims = [update.dims(site.target.stacked) for update in site.updates]
     return any("columns" in each for each in dims) and not any({"in", "out", "rest"} & each.keys() for each in dims)
-
-
-def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:
-    if "rest" in dims:
-        return bool(dims["rest"] == rest)
-    if dims.get("columns", math.prod(rest)) != math.prod(rest):
-        return False
-    if "in" not in dims:
-        return True
-    if not rest or dims["in"] != rest[0]:
-        return False
-    return "k" not in dims or _without_ones(dims["k"]) == _without_ones(rest[1:])
-
-
-def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    """A kernel's sizes up to the last that is not 1: tools write a kernel of one axis as one of two."""
-    while kernel and kernel[-1] == 1:
-        kernel = kernel[:-1]
-    return kernel
 
 
 def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: Mapping[str, Any] | None) -> str:

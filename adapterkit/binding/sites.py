@@ -1,19 +1,19 @@
-"""Sites: where a target lies in a base, by its names alone.
-
-A name resolves exactly, or by one prefix that is added to or taken off all of them alike; never by guessing.
-"""
+"""Sites: the stored tensors of each target of an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..adapter import Adapter, Target
+from ..adapter import LAYOUTS, Adapter, Target
 from ..errors import TargetNotFound, nearest
+from ..names.architectures import architecture_of
+from ..names.renames import parse_renames
+from ..names.resolver import Names, Rule, resolve
 from ..updates import Update
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Names of stored tensors -> their shapes."""
+from .fitting import Shapes, fits
+from .moving import moved
 
 Prefix = tuple[str, str]
 """What is taken off the front of each path, and what is put there."""
@@ -64,55 +64,92 @@ def _part_change(path: str, modules: set[str]) -> Prefix:
     return changes[0] if len(changes) == 1 else ("", "")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """What the resolver made of an adapter's names.
+
+    Attributes:
+        sites: one or more a target, in the adapter's order.
+        origins: for each site, the target of the adapter that it comes from; of a stack, the first one.
+        missing: targets without a place.
+        rules: the rules that were used.
+        renamed: the first change of prefixes among them, as (taken off, put on).
+    """
+
+    sites: list[Site]
+    origins: list[Target]
+    missing: list[Target]
+    rules: tuple[Rule, ...] = ()
+    renamed: Prefix | None = None
+
+
 def find_sites(
-    adapter: Adapter, shapes: Shapes, *, partial: bool, modules: Iterable[str] = ()
-) -> tuple[list[Site], list[Target], Prefix | None]:
-    """Every target's site, the targets that have none, and the prefix change that was needed.
+    adapter: Adapter,
+    shapes: Shapes,
+    *,
+    partial: bool,
+    modules: Iterable[str] = (),
+    config: Mapping[str, Any] | None = None,
+    rename: Sequence[str] = (),
+) -> Bound:
+    """Find the stored tensors of every target; see `names.resolver` for the order in which rules are tried.
 
     A target whose updates are all of outputs may be any module: one that stored tensors lie below, or one of `modules`.
 
+    Args:
+        adapter: the adapter.
+        shapes: the base's stored tensors.
+        partial: leave out targets that have no place.
+        modules: further modules of the base.
+        config: the base's config, for its `model_type`.
+        rename: the user's rules, each `FROM=TO`.
+
     Raises:
-        TargetNotFound: some have none and `partial` is off, or all have none; names the nearest.
+        TargetNotFound: some targets have no place and `partial` is off, or none has one, or two readings of a name fit.
+        ShapeMismatch, NotMergeable, Unsupported: a target cannot be cut or joined as the base stores it.
     """
     if not adapter.updates:
-        return [], [], None
+        return Bound([], [], [])
     outer = {target.path for target, updates in adapter.updates.items() if all(u.kind == "output" for u in updates)}
     below = {name[:at] for name in shapes for at, letter in enumerate(name) if letter == "."} if outer else set()
-    places = _Places(shapes, frozenset({*below, *modules}), frozenset(outer))
-    renamed = _prefix_change([target.path for target in adapter.updates], places, partial)
-    placed, missing = _place(adapter, places, renamed)
-    if missing and not (partial and placed):
-        raise _not_found(missing, adapter, places)
-    return placed, missing, renamed
+    names = Names(_paths(shapes), frozenset({*below, *modules}), frozenset(outer))
+    by_path: dict[str, Target] = {}
+    for target in adapter.updates:
+        by_path.setdefault(target.path, target)
+
+    def fitting(path: str, place: str) -> bool:
+        target = by_path[path]
+        name = f"{place}.weight" if f"{place}.weight" in shapes else place
+        return name not in shapes or any(
+            fits(replace(target, layout=layout), adapter.updates[target], shapes[name])
+            for layout in LAYOUTS
+            if layout.startswith("e ") == target.stacked
+        )
+
+    found = resolve(
+        list(by_path), names, architecture=architecture_of(config), renames=parse_renames(rename), partial=partial,
+        fits=fitting,
+    )  # fmt: skip
+    lost = set(found.missing)
+    missing = [target for target in adapter.updates if target.path in lost]
+    if missing and (not partial or len(missing) == len(adapter.updates)):
+        raise _not_found(missing, adapter, names)
+    sites, origins = [], []
+    for origin, target, updates in moved(adapter.updates, found.moves, shapes):
+        keys = _keys(target.path, shapes) if target.path in names.paths else (None, None)
+        if origin.path in outer:
+            weight, bias = f"{target.path}.weight", f"{target.path}.bias"
+            keys = weight if weight in shapes else None, bias if bias in shapes else None
+        sites.append(Site(target, updates, *(keys or (None, None))))
+        origins.append(origin)
+    return Bound(sites, origins, missing, tuple(found.rules), found.prefixes[0] if found.prefixes else None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """What targets are looked up in: stored tensors and modules, and which targets may be any module."""
-
-    shapes: Shapes
-    modules: frozenset[str]
-    outer: frozenset[str]
-
-    def keys(self, path: str, target: str) -> tuple[str | None, str | None] | None:
-        """(weight, bias) names at the path that a target's has become; None where it has no place."""
-        if target not in self.outer:
-            return _keys(path, self.shapes)
-        weight, bias = f"{path}.weight", f"{path}.bias"
-        held = weight if weight in self.shapes else None, bias if bias in self.shapes else None
-        return held if path in self.modules else None
-
-
-def _place(adapter: Adapter, places: _Places, renamed: tuple[str, str] | None) -> tuple[list[Site], list[Target]]:
-    placed, missing = [], []
-    for target, updates in adapter.updates.items():
-        path = target.path if renamed is None else _rename(target.path, *renamed)
-        keys = places.keys(path, target.path)
-        if keys is None:
-            missing.append(target)
-        else:
-            placed.append(Site(replace(target, path=path), updates, *keys))
-    return placed, missing
+def _paths(shapes: Shapes) -> set[str]:
+    """Paths of modules with a weight or a bias, and of tensors."""
+    paths = set(shapes)
+    paths.update(name.rpartition(".")[0] for name in shapes if name.endswith((".weight", ".bias")))
+    return paths
 
 
 def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
@@ -127,40 +164,18 @@ def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:
     return path, bias if found and bias in shapes else None
 
 
-def _prefix_change(paths: list[str], places: _Places, partial: bool) -> Prefix | None:
-    """The one prefix change that gives every path a place, or most of them where a part will do; None without one."""
-    lost = [path for path in paths if places.keys(path, path) is None]
-    if not lost:
-        return None
-    trials = {c for path in (lost if partial else lost[:1]) for c in _prefix_candidates(path, places)}
-    placed = {c: sum(places.keys(_rename(path, *c), path) is not None for path in paths) for c in trials}
-    most = max(placed.values(), default=0)
-    best = [c for c, count in placed.items() if count == most]
-    wanted = len(paths) if not partial else len(paths) - len(lost) + 1
-    return best[0] if len(best) == 1 and most >= wanted else None
-
-
-def _prefix_candidates(path: str, places: _Places) -> Iterator[Prefix]:
-    parts = path.split(".")
-    for cut in range(1, len(parts)):
-        if places.keys(".".join(parts[cut:]), path):
-            yield ".".join(parts[:cut]) + ".", ""
-    outer = path in places.outer
-    for name in places.modules if outer else places.shapes:
-        for tail in (f".{path}",) if outer else (f".{path}.weight", f".{path}"):
-            if name.endswith(tail):
-                yield "", name.removesuffix(tail) + "."
-
-
 def _rename(path: str, off: str, on: str) -> str:
     return on + path.removeprefix(off) if path.startswith(off) else on + path
 
 
-def _not_found(missing: list[Target], adapter: Adapter, places: _Places) -> TargetNotFound:
-    stored = (name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in places.shapes)
-    modules = {*stored, *(places.modules if places.outer else ())}
+def _not_found(missing: list[Target], adapter: Adapter, names: Names) -> TargetNotFound:
+    stored = (name.rpartition(".")[0] if name.endswith((".weight", ".bias")) else name for name in names.paths)
+    modules = {*stored, *(names.outer if names.anywhere else ())}
     count = f"{len(missing)} of {len(adapter.updates)} targets" if len(adapter.updates) > 1 else "the target"
     shown = ", ".join(str(target) for target in missing[:3]) + (", ..." if len(missing) > 3 else "")
-    partly = "" if len(missing) == len(adapter.updates) else "; allow a partial match to leave them out"
+    partly = "" if len(missing) == len(adapter.updates) else _PARTLY
     near = nearest(missing[0].path, modules) or "Nothing in the base has a similar name: is it the right base?"
     return TargetNotFound(f"{count} not in the base: {shown}", where=str(missing[0]), cure=near + partly)
+
+
+_PARTLY = "; allow a partial match to leave them out: --allow-partial (allow_partial=True)"

@@ -26,7 +26,7 @@ class Bug(AdapterkitError):
 
 
 class Interrupted(AdapterkitError):
-    """The user pressed Ctrl-C."""
+    """The user pressed Ctrl-C, or the process was told to end by SIGTERM or SIGHUP."""
 
     code = "interrupted"
     exit_code = 130

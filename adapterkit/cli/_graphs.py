@@ -22,7 +22,8 @@ ONLY_FOLDERS = {
     "seed": "A graph is rounded to the nearest", "memory": "A graph is merged in blocks as it is",
     "link": "A graph's numbers are written anew", "stream": "Fetch the graph first",
     "allow_partial": "Take the targets that the graph has", "parameters": "--set is of a --method",
-    "checksums": "A graph gets no sums",
+    "checksums": "A graph gets no sums", "tokenizer": "Copy the tokenizer beside the graph",
+    "strict_base": "Compare the base's weights before it is exported",
     "verified": "The result is run and compared anyway; --no-check leaves that out",
 }  # fmt: skip
 """Options of folders of weights alone, by parameter -> what to do instead for a graph."""
@@ -45,7 +46,7 @@ def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]
 
 
 def merge_graph(
-    ctx: click.Context, model: str, adapters: Sequence[str], out: str | None, weights: Sequence[float],
+    ctx: click.Context, model: str, adapters: Sequence[Any], out: str | None, weights: Sequence[float],
     base_weights: str | None, quantized: str | None, check: bool, overwrite: bool, only_plan: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""
@@ -73,6 +74,7 @@ def merge_graph(
     report = merge(
         model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized, check=check
     )  # fmt: skip
+    warn(report.warnings)
     show(settings, report.record(), _merged_view)
 
 
@@ -97,6 +99,12 @@ def refuse(
 
     for _, option in given(ctx, names):
         raise UsageError(f"{option} {why}", path=path, cure=cure)
+
+
+def warn(warnings: Sequence[str]) -> None:
+    """Print what a report warns of to stderr; `--json` has it in the record as well."""
+    for line in warnings:
+        click.echo(f"warning: {line}", err=True)
 
 
 def targets_table(record: Mapping[str, Any]) -> Table:

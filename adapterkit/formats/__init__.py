@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import StorageError, UnknownFormat, UsageError, nearest
+from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.inputs import inputs_kept
-from ..tensors.locations import located, source_of
+from ..tensors.lazy import Lazy
+from ..tensors.locations import NOTE, exists, is_remote, located, source_of
+from ..tensors.safetensors import sources_remembered
+from ..tensors.staging import files_below, matches, staged
 from ._format import ON_LOSS, TENSORS, Format
 
 if TYPE_CHECKING:
@@ -48,7 +52,8 @@ def read(
         path: file or folder, or a place on a hub: `hf://org/repo[@revision][/path]`, `org/repo`.
         format: its format; found from its headers when not given.
         base: the base, for formats that need one to resolve names.
-        compat: reproduce the known faults of the named tool, e.g. `"peft"`.
+        compat: `"formula"` reads the paper's formula where the tool that trained the adapter computed another. Some
+            formats have further readings, for files that do not say which of two things they hold.
 
     Returns:
         the adapter; what came from a hub says so in its lineage, with the commit.
@@ -60,13 +65,15 @@ def read(
     reader = FORMATS[name]()
     if compat is not None and compat not in reader.compat:
         known = ", ".join(sorted(reader.compat)) or "none"
-        raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=f"Known: {known}")
+        cure = f"Known: {known}. Without compat=/--compat a file means what its trainer computed"
+        raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=cure)
     checkpoint = None if base is None else opened(base)
-    adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)
     try:
+        adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)
         adapter.validate()
-    except Exception as error:
-        raise _placed(error, path) from None
+    except AdapterkitError as error:
+        # A reader names the file where it knows a better one than the path that was given.
+        raise error.at(path=path) from None
     return adapter
 
 
@@ -79,8 +86,17 @@ def write(
     *,
     profile: str | None = None,
     max_error: float | None = None,
+    overwrite: bool = True,
+    made_from: str | None = None,
 ) -> list[str]:
-    """Writes an adapter; see `Format.write`. Validates it first, and returns what was left out or rewritten.
+    """Write an adapter; see `Format.write`. Validates it first, and returns what was left out or rewritten.
+
+    The output is staged beside `path` and renamed into place when it is whole, whatever the format: after an error
+    `path` is what it was. Where `path` is a folder that holds an adapter already, the files that the format owns are
+    replaced and all others stay.
+
+    Before that the output is read back and compared with the adapter: a writer that wrote anything else, whatever the
+    format, is an error.
 
     Args:
         adapter: what to write.
@@ -92,8 +108,14 @@ def write(
             heed are folded for it, what it cannot run is refused.
         max_error: with `on_loss="promote"`, the relative Frobenius error that a change may suffer where the format has
             nothing but low ranks for it; None accepts none.
+        overwrite: replace what is at `path`; False refuses where something is there.
+        made_from: a digest of what decides the output, kept with it for a later run; see `adapterkit.tensors.records`.
 
     Raises:
+        StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
+            disk is full.
+        Miswritten: what the writer wrote is not what the adapter says; names target and field.
+        UsageError: the format needs the base to be read, so that without it nothing proves what was written.
         AdapterkitError: see `Format.write`.
     """
     if on_loss not in ON_LOSS:
@@ -106,16 +128,50 @@ def write(
         known = ", ".join(sorted(writer.profiles)) or "none"
         raise UsageError(f"{format} has no profile {profile!r}", path=path, cure=f"Known: {known}")
     below = None if base is None else opened(base)
+    from ._proof import prove
 
     def once(adapter: Adapter) -> list[str]:
         fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
-        return lines + writer.write(fitted, Path(path), on_loss=on_loss, base=below)
+        inputs = [*files_of(adapter), *(() if below is None else below.files)]
+        with (
+            staged(
+                Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs, made_from=made_from
+            ) as stage,
+            sources_remembered() as files,
+        ):
+            lines += writer.write(fitted, stage, on_loss=on_loss, base=below)
+            prove(format, writer, adapter, stage, lines, below, files)
+        return lines
 
     if on_loss != "promote":
         return once(adapter)
     from ._promotion import Promotion
 
     return Promotion.into(writer, max_error, below).ask(adapter, once)
+
+
+def files_of(adapter: Adapter) -> set[Path]:
+    """The files that tensors of an adapter are still to be read from."""
+    leaves = [leaf for _, update in adapter for leaf in update.tensors.values()]
+    leaves += [] if adapter.foreign is None else adapter.foreign.tensors.values()
+    spans = [leaf.span for leaf in leaves if isinstance(leaf, Lazy)]
+    return {Path(span.path) for span in spans if span is not None}
+
+
+def files_read(source: str | PathLike[str]) -> list[Path]:
+    """The files that reading an adapter or a base at a local path can touch; of a place on a hub there are none.
+
+    In a folder these are the files of tensors and those that some format or a base keeps beside them.
+    """
+    if is_remote(source):
+        return []
+    path = Path(source)
+    named = [*chain.from_iterable(FORMATS[name].owns for name in FORMATS), "config.json", "*.index.json"]
+    if path.is_dir():
+        tensors = [f"*{suffix}" for suffix in TENSORS]
+        return [f for f in files_below(path) if matches(f.name, [*named, *tensors]) and f.is_file()]
+    beside = sorted(path.parent.iterdir()) if path.is_file() else ()
+    return [f for f in (path, *(other for other in beside if matches(other.name, named))) if f.is_file()]
 
 
 @inputs_kept()
@@ -146,7 +202,7 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
 
 def _existing(path: str | PathLike[str]) -> Path:
     source = located(path)
-    if source.exists():
+    if exists(source):
         return source
     siblings: Mapping[str, None] = {}
     if source.parent.is_dir():
@@ -168,9 +224,3 @@ def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
     if below is not None and known.id in (None, below.repo) and known.revision is None:
         adapter = adapter.replace(base=BaseRef(below.repo, below.commit, known.config_hash))
     return adapter
-
-
-def _placed(error: Exception, path: str | PathLike[str]) -> Exception:
-    from ..errors import AdapterkitError
-
-    return error.at(path=path) if isinstance(error, AdapterkitError) else error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
@@ -17,8 +18,28 @@ T = TypeVar("T")
 
 ON_LOSS = ("refuse", "fold", "promote", "drop")
 
+LEFT_OUT, CHANGED = "left out ", "changed "
+"""How lines begin that report a loss; see `Format.write`."""
+
 TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
 """Endings of files of tensors: hubs keep an adapter of one file in a folder, beside a card. A base's are not meant."""
+
+
+FORMULA = "formula"
+"""The value of `compat` that reads a file by the paper's formula, where the tool that trained it computed another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """One place where a tool's forward departs from the paper's formula, and so one place with two readings.
+
+    Attributes:
+        trained: what the tool's forward computed in training; the default reading.
+        formula: what `compat="formula"` reads.
+    """
+
+    trained: str
+    formula: str
 
 
 def derived(compute: Callable[[], T]) -> T:
@@ -48,19 +69,29 @@ class Format:
         url: where the dialect is described.
         description: one line for tables.
         methods: names of the methods it can express.
-        compat: names of foreign tools whose known faults the reader can reproduce on request.
+        departures: where the tool's forward departs from the paper's formula, by name. The format's entry in
+            spec/formats lists the same, each with the test that runs the tool's forward.
+        compat: the readings that can be asked for beside the default one, which is what the tool's forward computed:
+            `"formula"`, and names for what a file does not say about itself.
         differences: whether it holds a difference of any weight, so that laws may be written as that.
         profiles: names of consumers that take only a part of the dialect, for which can be written.
+        dtypes: element types that it holds, if it does not hold all: tensors of others may be rounded to one of these.
         file: what its one file is called where only a folder is named; empty where the dialect sees to that itself.
+        owns: names, or patterns of names, of the files that an adapter of this format can have in its folder, and of
+            those that it has beside its file of tensors. When an adapter in a folder is replaced these go, even if
+            the new one does not have them; all other files in the folder stay.
     """
 
     url: ClassVar[str] = ""
     description: ClassVar[str] = ""
     methods: ClassVar[frozenset[str]] = frozenset()
+    departures: ClassVar[Mapping[str, Departure]] = {}
     compat: ClassVar[frozenset[str]] = frozenset()
     differences: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()
+    dtypes: ClassVar[frozenset[str]] = frozenset()
     file: ClassVar[str] = ""
+    owns: ClassVar[frozenset[str]] = frozenset()
 
     def sniff(self, path: Path) -> bool:
         """Whether the headers at `path` are this dialect's: no false negatives, no data read, no error raised."""
@@ -71,7 +102,8 @@ class Format:
 
         Args:
             path: file or folder.
-            compat: reproduce the known faults of this tool instead of following the formula.
+            compat: another reading than what the tool's forward computed: `"formula"` for the paper's, or one of
+                `self.compat` that says what the file does not.
             base: the base, where the dialect alone does not tell names or layouts.
 
         Raises:
@@ -83,7 +115,11 @@ class Format:
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        """Writes an adapter, atomically, and returns one line for each thing that was left out or rewritten.
+        """Write an adapter, atomically, and return one line for each thing that was left out or rewritten.
+
+        `formats.write` reads back what was written: it must be the same targets with the same function. Two kinds of
+        lines report a loss: `left out TARGET: why` an update that is not in the file, `changed TARGET:METHOD.FIELD why`
+        a field of no consequence for the function that has another value there.
 
         Args:
             adapter: what to write.

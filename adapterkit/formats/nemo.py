@@ -23,10 +23,10 @@ from ..adapter import Adapter, Foreign, Step
 from ..errors import AdapterkitError, Malformed, Unsupported, first_line, shown, storage_error
 from ..names.heads import Heads, heads_of
 from ..names.megatron import NEMO
-from ..tensors.atomic import replacing
 from ..tensors.dtypes import DTYPES
 from ..tensors.inputs import open_input
 from ..tensors.lazy import Lazy
+from ..tensors.staging import staged
 from ..tensors.torch_file import read_torch_file
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
@@ -261,13 +261,15 @@ def _target_modules(keys: list[str]) -> list[str]:
 
 
 def _save(path: Path, text: bytes, tensors: Mapping[str, Lazy]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, TENSORS)
+    with staged(path) as part:
+        file = part.with_name(".content") / TENSORS
         save(file, tensors)
-        with replacing(path) as out, tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        with open(part, "wb") as out, tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
             _add(archive, f"./{CONFIG}", io.BytesIO(text), len(text))
             with open(file, "rb") as content:
                 _add(archive, f"./{TENSORS}", content, file.stat().st_size)
+        file.unlink()
+        file.parent.rmdir()
 
 
 def _add(archive: tarfile.TarFile, name: str, content: Any, size: int) -> None:

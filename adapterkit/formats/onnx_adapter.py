@@ -45,6 +45,7 @@ class OnnxAdapter(Format):
     description = "onnxruntime: an .onnx_adapter file beside a record of what its values mean"
     file = "adapter.onnx_adapter"
     methods = frozenset(METHODS)
+    owns = frozenset({"*.onnx_adapter.json"})
 
     def sniff(self, path: Path) -> bool:
         if not is_ort_adapter(path):

@@ -23,7 +23,7 @@ from .planned import Output
 
 if TYPE_CHECKING:
     from .arrays import Workspace
-    from .folds import Fold
+    from .fold import Fold
 
 HELD = 1 << 24
 """Numbers of one merged weight that are kept; of larger weights blocks are merged each time that they are needed."""
@@ -216,7 +216,7 @@ def repacked(
     twice = next((name for name, source in names.items() if name != source and source in base.packed), None)
     if twice is not None:
         why = f"it is {names[twice]}, which is packed, under another name"
-        raise Unsupported(why, where=twice, cure="Choose --tied merge, or --quantized dequantize")
+        raise Unsupported(why, where=twice, cure='Choose --tied merge (tied="merge"), or --quantized dequantize')
     stored = base.written
     tensors = stored | {n: stored[s] for n, s in names.items() if s not in base.packed}
     moved: dict[str, tuple[Fold, ...]] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Target
 from ..binding import bind
-from ..binding.layouts import viewed
+from ..binding.fitting import viewed
 from ..errors import NotMergeable, UsageError
 from ..methods.dense import Dense
 from ..names.ties import aliases

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..binding import view_shape
-from ..binding.layouts import viewed
+from ..binding.fitting import viewed
 from ..errors import AdapterkitError, UsageError
 from ..names.ties import aliases
 from ..tensors.checkpoint import opened

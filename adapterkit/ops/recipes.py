@@ -22,7 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import Malformed, StorageError, UsageError, nearest
+from ..errors import Malformed, StorageError, UsageError, nearest, places_errors, shown
 
 SPELLINGS = {
     "lambda": "scale",
@@ -52,6 +52,9 @@ TOP = (
     "merge_method", "models", "adapters", "parameters", "base_model", "dtype", "out_dtype", "compat", "seed", "rank",
     "disjoint",
 )  # fmt: skip
+WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
+"""Keys whose values are text; YAML takes `on` or `1e3` for something else."""
+
 MODEL = ("model", "adapter", "parameters")
 
 
@@ -68,6 +71,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@places_errors
 def read_recipe(path: str | PathLike[str]) -> Recipe:
     """A recipe from a file; relative paths in it are relative to where the process runs, as on the command line.
 
@@ -88,6 +92,10 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
 def recipe(found: Any, path: Path | None = None) -> Recipe:
     """A recipe from plain data; see `read_recipe`."""
     top = _mapping(found, "recipe", TOP, path)
+    for name in WORDS:
+        if not isinstance(top.get(name), str | None):
+            why = f"{name} is {shown(top[name])}, not text"
+            raise Malformed(why, where=name, path=path, cure="See adapterkit combine --help")
     key = "adapters" if "adapters" in top else "models"
     entries = top.get(key)
     if "merge_method" not in top or not isinstance(entries, list) or not entries:

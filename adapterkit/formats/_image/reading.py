@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...adapter import Adapter, Foreign, Step, Target
-from ...errors import Malformed
+from ...errors import AdapterkitError, Malformed
 from ...tensors.scalars import at_once
 from .biases import check_biases
+from .file import rules_for
 from .laws import decode
 from .leftovers import Leftovers
 from .placing import placed
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ...updates import Update
     from .container import Metadata
     from .dialect import ImageFormat
-    from .file import Rules
+    from .file import Found
 
 
 def decoded(
@@ -36,9 +36,10 @@ def decoded(
     targets = dialect.targets(modules, dict(metadata), base)
     _check_distinct(targets)
     check_biases(modules, dialect.switch)
-    rules, updates, hints = _rules(dialect, compat), dict[Target, tuple["Update", ...]](), Leftovers()
+    rules, updates, hints = rules_for(dialect.rules, compat), dict[Target, tuple["Update", ...]](), Leftovers()
     for stem, module in modules.items():
         found = [dialect.rescaled(each, stem, dict(metadata)) for each in decode(module, rules)]
+        _check_shapes(stem, found)
         updates[targets[stem]] = tuple(each.update for each in found)
         hints.add(dialect.spell, targets[stem], module, found, rules)
     placed_there = updates if base is None else placed(updates, base)
@@ -49,8 +50,14 @@ def decoded(
     return Adapter(placed_there, None, (Step("read", {"format": name}),), Foreign(name, data, kept))
 
 
-def _rules(dialect: ImageFormat, compat: str | None) -> Rules:
-    return replace(dialect.rules, lenient=True) if compat else dialect.rules
+def _check_shapes(stem: str, found: list[Found]) -> None:
+    """Check tensors against their method's shapes at once: `Leftovers` compares them with what would be written."""
+    for each in found:
+        try:
+            each.update.dims()
+        except AdapterkitError as error:
+            error.where = f"{stem}: {error.where}"
+            raise
 
 
 def _check_distinct(targets: Mapping[str, Target]) -> None:

@@ -14,7 +14,7 @@ from ...tensors.checkpoint import read_json
 from ...tensors.inputs import read_input
 from .._folders import folder_of
 from .._format import Format
-from .container import CONFIG, save, sniff, tensors_of
+from .container import CONFIG, TENSORS, save, sniff, tensors_of
 
 if TYPE_CHECKING:
     from ...adapter import Adapter
@@ -27,6 +27,7 @@ class Mlx(Format):
     url = "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md"
     description = "MLX-LM: adapter_config.json beside adapters.safetensors"
     methods = frozenset({"lora", "dora", "replacement"})
+    owns = frozenset({CONFIG, TENSORS})
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)

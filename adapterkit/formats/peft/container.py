@@ -14,7 +14,7 @@ from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
 from ...tensors.inputs import open_input
 from ...tensors.lazy import Lazy
-from .._folders import emptied, folder_of, read_tensors
+from .._folders import folder_of, make_folder, read_tensors
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -60,15 +60,24 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
     return read_json(folder / CONFIG, strict=True), read_tensors(weights)
 
 
-def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> None:
-    """Writes the folder. Its config goes away first and comes back last: without one it is no adapter.
+def header_of(path: Path) -> dict[str, str]:
+    """The strings in the header of a folder's safetensors file. PEFT ignores them; other tools leave notes there."""
+    folder = folder_of(path)
+    weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
+    return dict(safetensors.read_header(weights).metadata) if weights.suffix == ".safetensors" else {}
+
+
+def save(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy], header: Mapping[str, str] = METADATA
+) -> None:
+    """Write the folder, its config last: without one it is no adapter.
 
     Raises:
         StorageError: the folder cannot be made or written.
     """
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
-    emptied(folder, CONFIG)
-    safetensors.write(folder / SAFETENSORS, tensors, METADATA)
+    make_folder(folder)
+    safetensors.write(folder / SAFETENSORS, tensors, header)
     write_bytes(folder / CONFIG, text.encode())
 
 

@@ -1,0 +1,61 @@
+"""Fitting: whether a stored shape is one that updates were made for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..adapter import Target
+from ..updates import Update
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Names of stored tensors -> their shapes."""
+
+
+def fits(target: Target, updates: tuple[Update, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a stored weight of `shape` is one that the updates were made for, in the target's layout."""
+    seen = viewed(shape, target)
+    if seen is None:
+        return False
+    offset = int(target.stacked)
+    for update in updates:
+        dims = update.dims(target.stacked)
+        if target.stacked and dims.get("e") != seen[0]:
+            return False
+        out, rest = seen[offset], seen[offset + 1 :]
+        if target.rows is not None:
+            out = target.rows[1] - target.rows[0] if target.rows[1] <= out else -1
+        if dims.get("out", out) != out or not _rest_fits(dims, rest):
+            return False
+    return True
+
+
+def viewed(shape: tuple[int, ...], target: Target) -> tuple[int, ...] | None:
+    """A stored shape as the target's updates see it, `[out, in, *k]`; None where it has too few axes."""
+    if target.layout.startswith("out"):
+        return shape or None
+    if target.layout == "in out *k":
+        return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else None
+    if len(shape) < 3:
+        return None
+    return shape if target.layout == "e out *in" else (shape[0], shape[2], shape[1], *shape[3:])
+
+
+def _rest_fits(dims: Mapping[str, Any], rest: tuple[int, ...]) -> bool:
+    if "rest" in dims:
+        return bool(dims["rest"] == rest)
+    if dims.get("columns", math.prod(rest)) != math.prod(rest):
+        return False
+    if "in" not in dims:
+        return True
+    if not rest or dims["in"] != rest[0]:
+        return False
+    return "k" not in dims or _without_ones(dims["k"]) == _without_ones(rest[1:])
+
+
+def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """A kernel's sizes up to the last that is not 1: tools write a kernel of one axis as one of two."""
+    while kernel and kernel[-1] == 1:
+        kernel = kernel[:-1]
+    return kernel

@@ -1,0 +1,193 @@
+"""Moves of updates: parts of a fused weight, and experts into or out of a stack. Factors are sliced, never multiplied.
+
+An update that goes to several places is cut into one update a place: rows of its outputs, or one expert's slice.
+Updates of one expert each that go to one stack become one update of the stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Target
+from ..errors import NotMergeable, ShapeMismatch, Unsupported
+from ..names.resolver import Move
+from ..tensors import arrange
+from ..tensors.lazy import Lazy, as_lazy
+from ..updates import Update
+
+if TYPE_CHECKING:
+    from .fitting import Shapes
+
+Placed = tuple[Target, Target, tuple[Update, ...]]
+"""(the adapter's target, the base's target, the updates there)."""
+
+_LAYOUT_OF_ONE = {"e out *in": "out *in", "e in out *k": "in out *k"}
+_LAYOUT_OF_STACK = {"out *in": "e out *in", "in out *k": "e in out *k"}
+
+
+def moved(
+    updates: Mapping[Target, tuple[Update, ...]], moves: Mapping[str, tuple[Move, ...]], shapes: Shapes
+) -> list[Placed]:
+    """Apply moves to an adapter's updates.
+
+    Args:
+        updates: target -> updates.
+        moves: path of a target -> where its parts go; targets without moves are left out.
+        shapes: of the base's tensors.
+
+    Raises:
+        NotMergeable: the formula of an update cannot be cut into rows.
+        ShapeMismatch: the parts of a fused weight are not equal, or the base has another number of experts.
+        Unsupported: updates of single experts cannot be put into one stack.
+    """
+    placed: list[Placed | tuple[str, tuple[int, int] | None]] = []
+    stacks: dict[tuple[str, tuple[int, int] | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
+    for target, given in updates.items():
+        for move in moves.get(target.path, ()):
+            if move.plain:
+                placed.append((target, replace(target, path=move.path), given))
+                continue
+            there, part = _taken(target, given, move)
+            if move.slot is None:
+                placed.append((target, _into(there, part, move, shapes), part))
+                continue
+            key = move.path, move.into
+            if key not in stacks:
+                stacks[key] = {}
+                placed.append(key)
+            if move.slot in stacks[key]:
+                raise Unsupported("two targets are the same expert", where=str(target), cure="Take one of them out")
+            stacks[key][move.slot] = there, part
+    return [_stacked(each, stacks[each], shapes) if len(each) == 2 else each for each in placed]
+
+
+def _taken(target: Target, updates: tuple[Update, ...], move: Move) -> tuple[Target, tuple[Update, ...]]:
+    """The part of a target that one move takes, with the layout that is left of the target's."""
+    if target.rows is not None:
+        raise Unsupported(
+            "updates of some rows of a weight that the base stores in parts", where=str(target),
+            cure="Target the parts by their own names",
+        )  # fmt: skip
+    layout, stack = target.layout, target.stacked
+    if move.expert is not None:
+        count = updates[0].dims(stack).get("e") if stack else 0
+        if not isinstance(count, int) or move.expert >= count:
+            why = f"the base has an expert {move.expert}, and the update is for {count or 'no'} experts"
+            raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
+        updates = tuple(update.map(lambda leaf: _slice(leaf, move.expert or 0)) for update in updates)
+        layout, stack = _LAYOUT_OF_ONE[layout], False
+    if move.take is not None:
+        updates = tuple(_rows(update, move.take, stack, target) for update in updates)
+    return replace(target, path=move.path, layout=layout), updates
+
+
+def _slice(leaf: Any, index: int) -> Any:
+    return arrange.item(leaf, index) if isinstance(leaf, Lazy) else leaf[index]
+
+
+def _rows(update: Update, part: tuple[int, int], stack: bool, target: Target) -> Update:
+    """One of several equal runs of an update's outputs."""
+    out = update.dims(stack).get("out")
+    if not isinstance(out, int) or not update.cuts("out"):
+        why = f"{update.method} changes all outputs of a weight together, and the base stores it in parts"
+        raise NotMergeable(why, where=str(target), cure="Inject it into a live model instead")
+    start, stop = _run(out, part, target)
+    changes: dict[str, Any] = {}
+    for name, leaf in update.tensors.items():
+        axis = update.tensor_fields()[name].metadata["axes"].index("out")
+        if axis is not None:
+            at = axis + stack if axis >= 0 else len(leaf.shape) + axis
+            cut = (
+                arrange.part(leaf, start, stop, at) if isinstance(leaf, Lazy) else leaf.narrow(at, start, stop - start)
+            )
+            changes[name] = cut
+    return update.replace(**changes)
+
+
+def _run(size: int, part: tuple[int, int], target: Target) -> tuple[int, int]:
+    index, of = part
+    if size % of:
+        raise ShapeMismatch(f"{size} outputs are not {of} equal parts", where=str(target), cure=_WRONG_BASE)
+    return index * size // of, (index + 1) * size // of
+
+
+def _into(there: Target, updates: tuple[Update, ...], move: Move, shapes: Shapes) -> Target:
+    """The target with the rows of the base's weight that it is."""
+    if move.into is None:
+        return there
+    outs = {out for update in updates if isinstance(out := update.dims(there.stacked).get("out"), int)}
+    shape = next((shapes[name] for name in (f"{move.path}.weight", move.path) if name in shapes), ())
+    sizes = {out * move.into[1] for out in outs} or {shape[int(there.stacked)]}
+    if len(sizes) != 1 or not sizes <= set(shape):
+        why = f"made for {sorted(outs)} outputs, one of {move.into[1]} equal parts; the base has {list(shape)}"
+        raise ShapeMismatch(why, where=str(there), cure=_WRONG_BASE)
+    return replace(there, rows=_run(sizes.pop(), move.into, there))
+
+
+def _stacked(
+    key: tuple[str, tuple[int, int] | None], slots: Mapping[int, tuple[Target, tuple[Update, ...]]], shapes: Shapes
+) -> Placed:
+    """Updates of single experts as updates of the stack they belong to."""
+    path, into = key
+    shape = next(shapes[name] for name in (path, f"{path}.weight") if name in shapes)
+    first, *_ = slots.values()
+    if len(shape) < 3 or max(slots) >= shape[0]:
+        why = f"updates of {max(slots) + 1} experts; the base has {list(shape)}"
+        raise ShapeMismatch(why, where=str(first[0]), cure=_WRONG_BASE)
+    counts = {len(updates) for _, updates in slots.values()}
+    if len(counts) > 1:
+        raise Unsupported("experts with different numbers of updates", where=str(first[0]), cure=_ALIKE)
+    columns = [[slots[e][1][n] if e in slots else None for e in range(shape[0])] for n in range(counts.pop())]
+    layout = _LAYOUT_OF_STACK[first[0].layout]
+    updates = tuple(_one(column, first[0]) for column in columns)
+    there = _into(Target(path, layout), updates, Move(path, into=into), shapes)
+    return first[0], there, updates
+
+
+def _one(updates: list[Update | None], target: Target) -> Update:
+    """One update of a stack from one of each expert; an expert without one gets a change of zero."""
+    given = [update for update in updates if update is not None]
+    first = given[0]
+    kinds = {type(update) for update in given}
+    scalings = {update.attributes.get("scaling") for update in given}
+    others = [{k: v for k, v in update.attributes.items() if k != "scaling"} for update in given]
+    if len(kinds) > 1 or any(other != others[0] for other in others):
+        raise Unsupported("experts with updates of different methods or settings", where=str(target), cure=_ALIKE)
+    if first.method == "lora":
+        return _one_lora(updates, first, scalings)
+    shapes = {tuple((name, leaf.shape) for name, leaf in update.tensors.items()) for update in given}
+    if len(given) < len(updates) or len(shapes) > 1 or len(scalings) > 1:
+        why = f"{first.method} of {len(given)} of {len(updates)} experts, of {len(shapes)} shapes"
+        raise Unsupported(why, where=str(target), cure=_ALIKE)
+    return first.replace(
+        **{name: arrange.stacked([as_lazy(update.tensors[name]) for update in given]) for name in first.tensors}
+    )
+
+
+def _one_lora(updates: Iterable[Update | None], first: Update, scalings: set[Any]) -> Update:
+    """A stack of pairs of factors. Ranks are filled up with zeros, and unequal scalings go into B."""
+    given = [update for update in updates if update is not None]
+    rank = max(int(update.tensors["A"].shape[0]) for update in given)
+    scaling = first.attributes["scaling"] if len(scalings) == 1 else 1.0
+    held: dict[str, list[Lazy]] = {name: [] for update in given for name in update.tensors}
+    for update in updates:
+        for name, leaves in held.items():
+            leaf = None if update is None else update.tensors.get(name)
+            like = next(each.tensors[name] for each in given if name in each.tensors)
+            tensor = arrange.zeros(tuple(like.shape), as_lazy(like).dtype) if leaf is None else as_lazy(leaf)
+            if name == "A":
+                tensor = arrange.padded(tensor, rank, 0)
+            elif name == "B":
+                tensor = arrange.padded(tensor, rank, 1)
+            if name != "A" and update is not None and update.attributes["scaling"] != scaling:
+                # Two scalings in one stack: what differs goes into the factor, in float32 at least.
+                wide = arrange.widened(tensor, "F64" if tensor.dtype.name == "F64" else "F32")
+                tensor = arrange.times(wide, update.attributes["scaling"] / scaling)
+            leaves.append(tensor)
+    return first.replace(scaling=scaling, **{name: arrange.stacked(leaves) for name, leaves in held.items()})
+
+
+_WRONG_BASE = "Is this the base that the adapter was trained on?"
+_ALIKE = "Convert the adapter to one method with the same settings for all experts of a layer"

@@ -1,0 +1,218 @@
+"""Architectures as data: what each tool calls the weights of a model family, and how the layouts relate.
+
+One TOML file a family, `spec/architectures/<family>.toml`; its format is in `spec/architectures/README.md`. A file is
+read when a base of its family is bound, and no other file is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..errors import Malformed
+
+FORMAT = 1
+"""Version of the file format that this code reads."""
+
+
+class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Where one naming keeps a weight.
+
+    Attributes:
+        name: template of a module, or of a parameter, with holes such as `{n}` for numbers; `{e}` is an expert's.
+        stacked: all experts lie in one tensor, along its first axis.
+        part: which of `of` equal runs of rows of the tensor the weight is; None where it is the whole tensor.
+        of: how many equal runs of rows the tensor has.
+        transposed: the tensor is stored with inputs before outputs.
+        rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side.
+        heads: which heads share the rows, `query` or `kv`; only with `rows`.
+    """
+
+    name: str
+    stacked: bool = False
+    part: int | None = None
+    of: int | None = None
+    transposed: bool = False
+    rows: str | None = None
+    heads: str | None = None
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file. The README beside the files says what each field means."""
+
+    format: int
+    family: str
+    model_types: list[str]
+    weights: dict[str, dict[str, str | Place]]
+    sources: list[str] = []
+    keyed: list[str] = []
+    vocabulary: list[str] = []
+    tied: dict[str, str] = {}
+
+
+class Architecture:
+    """The namings of one family, to be looked up by a name in any of them.
+
+    Args:
+        record: the content of its file.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.family = record.family
+
+    @cached_property
+    def namings(self) -> tuple[str, ...]:
+        """The namings that the file has, in order of first use."""
+        named = (naming for places in self.record.weights.values() for naming in places)
+        return tuple(dict.fromkeys([*self.record.keyed, *named]))
+
+    def place(self, weight: str, naming: str) -> Place | None:
+        """Where a naming keeps a weight; None where it has no such weight."""
+        found = self.record.weights[weight].get(naming)
+        if found is None:
+            return Place(weight) if naming in self.record.keyed else None
+        return Place(found) if isinstance(found, str) else found
+
+    def find(self, name: str, naming: str) -> list[tuple[str, Place, dict[str, str]]]:
+        """The weights that a naming keeps under a concrete name, each with its place and the numbers in the holes."""
+        found = []
+        for weight, place, words in self._index(naming).get(shape_of(name), ()):
+            numbers = _numbers(words, name.split("."))
+            if numbers is not None:
+                found.append((weight, place, numbers))
+        return found
+
+    def templates(self, naming: str) -> Iterator[str]:
+        """The names of a naming, with `#` in every hole."""
+        return iter(self._index(naming))
+
+    def _index(self, naming: str) -> Mapping[str, list[tuple[str, Place, tuple[str, ...]]]]:
+        if naming not in self._indexes:
+            index: dict[str, list[tuple[str, Place, tuple[str, ...]]]] = {}
+            for weight in self.record.weights:
+                place = self.place(weight, naming)
+                if place is not None:
+                    key = shape_of(_HOLE.sub("0", place.name))
+                    index.setdefault(key, []).append((weight, place, tuple(place.name.split("."))))
+            self._indexes[naming] = index
+        return self._indexes[naming]
+
+    @cached_property
+    def _indexes(self) -> dict[str, Mapping[str, list[tuple[str, Place, tuple[str, ...]]]]]:
+        return {}
+
+
+def architecture_of(config: Mapping[str, Any] | None) -> Architecture | None:
+    """The architecture of a base by the `model_type` of its config; None where no file is for it.
+
+    Raises:
+        Malformed: the file is damaged.
+    """
+    kind = (config or {}).get("model_type")
+    return _of_type(kind) if isinstance(kind, str) and _WORD.fullmatch(kind) else None
+
+
+@cache
+def _of_type(model_type: str) -> Architecture | None:
+    own = folder() / f"{model_type}.toml"
+    if own.exists():
+        return load(own)
+    for file in sorted(folder().glob("*.toml")):
+        # A family's name is mostly its first model type. Only the head of the other files is read to find the rest.
+        with file.open("rb") as stream:
+            listed = _TYPES.search(stream.read(1 << 12).decode("utf-8", "replace"))
+        if listed and f'"{model_type}"' in listed[1]:
+            return load(file)
+    return None
+
+
+def load(path: Path) -> Architecture:
+    """Read one file and check it.
+
+    Raises:
+        Malformed: it does not have the form of the README, or a naming is not one to one.
+    """
+    try:
+        record = msgspec.toml.decode(path.read_bytes(), type=Record)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise Malformed(f"not an architecture file ({error})", path=path, cure="Correct the file") from error
+    why = next(faults(record), None)
+    if why is not None:
+        raise Malformed(why, path=path, cure="Correct the file")
+    return Architecture(record)
+
+
+def faults(record: Record) -> Iterator[str]:
+    """What is wrong with a file beyond its form: every naming must be one to one with the weights."""
+    if record.format != FORMAT:
+        yield f"format {record.format}, and this version reads format {FORMAT}"
+    architecture = Architecture(record)
+    for naming in architecture.namings:
+        taken: dict[tuple[str, int | None], str] = {}
+        parts: dict[str, set[int | None]] = {}
+        for weight in record.weights:
+            place = architecture.place(weight, naming)
+            if place is None:
+                continue
+            yield from _place_faults(weight, naming, place)
+            other = taken.setdefault((place.name, place.part), weight)
+            if other != weight:
+                yield f"{naming}: {weight} and {other} are both {place.name}"
+            parts.setdefault(place.name, set()).add(place.of)
+        yield from (f"{naming}: {name} is divided in different ways" for name, of in parts.items() if len(of) > 1)
+    for name in (*record.vocabulary, *record.tied, *record.tied.values()):
+        if name not in record.weights:
+            yield f"{name} is not one of the weights"
+
+
+def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
+    own, there = set(_HOLE.findall(weight)), set(_HOLE.findall(place.name))
+    if own - {"{e}"} != there - {"{e}"}:
+        yield f"{naming}: {place.name} does not have the holes of {weight}"
+    if ("{e}" in own) != (place.stacked or "{e}" in there) or (place.stacked and "{e}" in there):
+        yield f"{naming}: {place.name} does not say where the experts of {weight} are"
+    if (place.part is None) != (place.of is None) or (place.of is not None and not 0 <= (place.part or 0) < place.of):
+        yield f"{naming}: {place.name} has part {place.part} of {place.of}"
+    if (place.rows is None) != (place.heads is None):
+        yield f"{naming}: {place.name} needs both rows and heads, or neither"
+
+
+@cache
+def folder() -> Path:
+    """Where the files are: in an installed package beside this module, in a checkout in `spec`."""
+    installed = Path(__file__).parent / "data"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "architectures"
+
+
+def shape_of(name: str) -> str:
+    """A name with `#` for each number that is a word of its own."""
+    return _NUMBER.sub("#", name)
+
+
+def fill(template: str, numbers: Mapping[str, str]) -> str:
+    """A template with numbers in its holes."""
+    return _HOLE.sub(lambda hole: numbers[hole[0]], template)
+
+
+def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | None:
+    """The number in each hole; None where a word that is no hole differs."""
+    numbers: dict[str, str] = {}
+    for pattern, word in zip(template, words, strict=True):
+        if pattern.startswith("{"):
+            if numbers.setdefault(pattern, word) != word:
+                return None
+        elif pattern != word:
+            return None
+    return numbers
+
+
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
+_HOLE = re.compile(r"\{[a-z]\}")
+_WORD = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+_TYPES = re.compile(r"^model_types\s*=\s*\[(.*?)\]", re.DOTALL | re.MULTILINE)

@@ -1,0 +1,417 @@
+"""The resolver: from the names of an adapter to those of a base, proven by names and shapes, never guessed.
+
+For each target it tries, in this order: a rule of the user; the name as it is; the name without what training wraps
+around modules; the architecture of the base's family; a change of prefixes that gives every target a place. Two
+readings that both fit are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..errors import TargetNotFound
+from .architectures import Architecture, Place, fill, shape_of
+from .renames import Rename
+
+Fits = Callable[[str, str], bool]
+"""(name in the adapter, name in the base) -> whether the shapes there fit each other."""
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+"""Words that torch.compile, FSDP, activation checkpointing and Fabric put into paths; no model has them itself."""
+
+PERHAPS = frozenset({"module", "default"})
+"""Words of DistributedDataParallel and of adapters' names, which a model may have itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Where one part of a target goes.
+
+    Attributes:
+        path: the name in the base.
+        take: which equal part of the target's rows goes there, as (part, of); None for all.
+        into: which equal part of the rows there it is, likewise.
+        expert: which slice of a target that is a stack; None for all of it.
+        slot: which slice of a stack in the base; None for all of it.
+    """
+
+    path: str
+    take: tuple[int, int] | None = None
+    into: tuple[int, int] | None = None
+    expert: int | None = None
+    slot: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a change of the name alone."""
+        return (self.take, self.into, self.expert, self.slot) == (None, None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule that was used.
+
+    Attributes:
+        kind: `user`, `exact`, `wrapper`, `architecture` or `prefix`.
+        text: the rule in words; empty for `exact`.
+        targets: how many targets it placed.
+    """
+
+    kind: str
+    text: str
+    targets: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.text}".strip()
+
+
+@dataclass(slots=True)
+class Resolution:
+    """The map from an adapter to a base.
+
+    Attributes:
+        moves: name in the adapter -> where its parts go.
+        missing: names without a place.
+        rules: the rules that were used, in the order in which they were tried.
+        prefixes: the changes of prefixes among them, as (taken off, put on).
+    """
+
+    moves: dict[str, tuple[Move, ...]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    rules: list[Rule] = field(default_factory=list)
+    prefixes: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """The names of a base.
+
+    Attributes:
+        paths: dotted paths of its modules with a weight or a bias, and of its parameters.
+        outer: paths of any modules, for the targets in `anywhere`.
+        anywhere: targets that may be any module.
+        shapes: the templates of `paths`, each with one path as an example.
+    """
+
+    paths: Collection[str]
+    outer: Collection[str] = ()
+    anywhere: Collection[str] = ()
+    shapes: dict[str, str] = field(default_factory=dict)
+
+    def has(self, path: str, target: str) -> bool:
+        """Whether a target may be at a path."""
+        return path in (self.outer if target in self.anywhere else self.paths)
+
+
+def resolve(
+    targets: Sequence[str],
+    base: Names,
+    *,
+    architecture: Architecture | None = None,
+    renames: Sequence[Rename] = (),
+    partial: bool = False,
+    fits: Fits = lambda *_: True,
+) -> Resolution:
+    """Map an adapter's names to a base's.
+
+    Args:
+        targets: the names in the adapter.
+        base: the names in the base.
+        architecture: of the base's family, where there is a file for it.
+        renames: the user's rules; the first that matches a name is used.
+        partial: targets may be left without a place.
+        fits: whether the shapes of a target and of a place fit; asked where names alone leave more than one reading.
+
+    Returns:
+        the moves of all targets that have a place.
+
+    Raises:
+        TargetNotFound: two readings of a target's name fit, or a user's rule leads nowhere.
+    """
+    resolution = Resolution()
+    left = _by_renames(targets, base, renames, resolution, partial)
+    left = _exact(left, base, resolution)
+    left = _unwrapped(left, base, resolution)
+    if left and architecture is not None:
+        left = _by_architecture(left, base, architecture, resolution)
+    if left:
+        left = _by_prefixes(left, base, resolution, partial, fits)
+    resolution.missing = [target for target, _ in left]
+    return resolution
+
+
+Left = list[tuple[str, str]]
+"""(target, its name so far): what is still without a place."""
+
+
+def _by_renames(
+    targets: Sequence[str], base: Names, renames: Sequence[Rename], resolution: Resolution, partial: bool
+) -> Left:
+    if not renames:
+        return [(target, target) for target in targets]
+    left, counts = list[tuple[str, str]](), dict[str, int]()
+    for target in targets:
+        name = target
+        for rename in renames:
+            renamed = rename.apply(target)
+            if renamed is not None:
+                name = renamed
+                counts[rename.text] = counts.get(rename.text, 0) + 1
+                break
+        if name != target and base.has(name, target):
+            resolution.moves[target] = (Move(name),)
+        else:
+            left.append((target, name))
+    resolution.rules += [Rule("user", text, count) for text, count in counts.items()]
+    unused = [rename.text for rename in renames if rename.text not in counts]
+    if unused and not partial:
+        raise TargetNotFound(
+            f"the rule {unused[0]!r} matches no target", where=targets[0] if targets else None,
+            cure="Correct --rename (rename=), or leave the rule out",
+        )  # fmt: skip
+    return left
+
+
+def _exact(left: Left, base: Names, resolution: Resolution) -> Left:
+    rest = []
+    for target, name in left:
+        if base.has(name, target):
+            resolution.moves[target] = (Move(name),)
+        else:
+            rest.append((target, name))
+    if len(rest) < len(left):
+        resolution.rules.append(Rule("exact", "", len(left) - len(rest)))
+    return rest
+
+
+def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
+    """Take wrappers' words off; what then has a place is placed, what has none goes on without them."""
+    if not left:
+        return left
+    known = {word for shape in _shapes(base) for word in shape.split(".")}
+    off = WRAPPERS | (PERHAPS - known)
+    rest, seen, placed = list[tuple[str, str]](), set[str](), 0
+    for target, name in left:
+        words = name.split(".")
+        if not off.isdisjoint(words):
+            seen |= off.intersection(words)
+            name = ".".join(word for word in words if word not in off)
+            if base.has(name, target):
+                resolution.moves[target] = (Move(name),)
+                placed += 1
+                continue
+        rest.append((target, name))
+    if seen:
+        resolution.rules.append(Rule("wrapper", " ".join(f"{word}." for word in sorted(seen)), placed))
+    return rest
+
+
+def _by_architecture(left: Left, base: Names, architecture: Architecture, resolution: Resolution) -> Left:
+    known = _Known(base, architecture)
+    rest, counts = list[tuple[str, str]](), dict[tuple[str, str], int]()
+    for target, name in left:
+        readings = known.readings(name)
+        if len(readings) > 1:
+            raise _ambiguous(target, [moves[0].path for moves in readings])
+        if not readings:
+            rest.append((target, name))
+            continue
+        moves, used = next(iter(readings.items()))
+        resolution.moves[target] = moves
+        counts[used] = counts.get(used, 0) + 1
+    for (ours, theirs), count in counts.items():
+        text = f"{architecture.family}: {ours} -> {theirs}"
+        resolution.rules.append(Rule("architecture", text, count))
+    return rest
+
+
+class _Known:
+    """What a family's file says of a base: the names of each naming, moved by the base's own prefix."""
+
+    def __init__(self, base: Names, architecture: Architecture) -> None:
+        self.base, self.architecture = base, architecture
+        self.shapes = _shapes(base)
+        self.prefixes = {naming: self._prefix(naming) for naming in architecture.namings}
+        self.counts: dict[str, int] = {}
+
+    def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
+        """Every distinct way to place a name, with the namings that it goes from and to."""
+        found: dict[tuple[Move, ...], tuple[str, str]] = {}
+        for own in _variants(name):
+            for ours in self.architecture.namings:
+                weights = self.architecture.find(own, ours)
+                for theirs in self.architecture.namings if weights else ():
+                    moves = self._moves(weights, theirs)
+                    if moves is not None:
+                        found.setdefault(moves, (ours, theirs))
+            if found:
+                break
+        return found
+
+    def _prefix(self, naming: str) -> tuple[str, str]:
+        """What the base has taken off the names of a naming, or put before them: a model saved without its head."""
+        templates = list(self.architecture.templates(naming))
+        best, most = ("", ""), sum(template in self.shapes for template in templates)
+        trials = {(off, on) for template in templates for off, on in _ends(template, self.shapes)}
+        for off, on in sorted(trials):
+            count = sum(_swap(template, off, on) in self.shapes for template in templates)
+            if count > most:
+                best, most = (off, on), count
+        return best
+
+    def _moves(self, weights: Sequence[tuple[str, Place, dict[str, str]]], naming: str) -> tuple[Move, ...] | None:
+        moves: list[Move] = []
+        for weight, ours, numbers in weights:
+            theirs = self.architecture.place(weight, naming)
+            if theirs is None:
+                return None
+            take = None if ours.part is None or ours.of is None else (ours.part, ours.of)
+            into = None if theirs.part is None or theirs.of is None else (theirs.part, theirs.of)
+            if ours.stacked and not theirs.stacked:
+                for expert in range(self._experts(theirs, numbers, naming)):
+                    path = self._path(theirs, {**numbers, "{e}": str(expert)}, naming)
+                    moves.append(Move(path, take, into, expert=expert))
+            else:
+                slot = int(numbers["{e}"]) if theirs.stacked and not ours.stacked else None
+                moves.append(Move(self._path(theirs, numbers, naming), take, into, slot=slot))
+        if not moves or not all(move.path in self.base.paths for move in moves):
+            return None
+        return _joined(moves)
+
+    def _path(self, place: Place, numbers: Mapping[str, str], naming: str) -> str:
+        return _swap(fill(place.name, numbers), *self.prefixes[naming])
+
+    def _experts(self, place: Place, numbers: Mapping[str, str], naming: str) -> int:
+        """How many experts the base has there."""
+        first = self._path(place, {**numbers, "{e}": "0"}, naming)
+        if first not in self.counts:
+            count = 0
+            while self._path(place, {**numbers, "{e}": str(count)}, naming) in self.base.paths:
+                count += 1
+            self.counts[first] = count
+        return self.counts[first]
+
+
+def _joined(moves: list[Move]) -> tuple[Move, ...]:
+    """Parts that lie side by side in one tensor on both sides are not taken apart."""
+    first = moves[0]
+    same = all((m.path, m.take, m.expert, m.slot) == (first.path, m.into, first.expert, first.slot) for m in moves)
+    if same and first.take is not None and len(moves) == first.take[1]:
+        return (Move(first.path, expert=first.expert, slot=first.slot),)
+    return tuple(moves)
+
+
+def _variants(name: str) -> Iterator[str]:
+    """A name, and what it is under another head or under none: prefixes off, then `model.` on."""
+    yield name
+    words = name.split(".")
+    for cut in range(1, min(len(words), 4)):
+        if words[cut - 1].isdigit():
+            return
+        yield ".".join(words[cut:])
+    yield f"model.{name}"
+
+
+def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits) -> Left:
+    """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it."""
+    templates = {template: _ends(template, _shapes(base)) for template in {_template(name) for _, name in left}}
+    prefixes = {off for trials in templates.values() for off, _ in trials}
+    rest = left
+    for off in sorted(prefixes, key=lambda prefix: (-prefix.count("."), prefix)):
+        group = [(target, name) for target, name in rest if name.startswith(off)]
+        if not group:
+            continue
+        ours = sorted({_template(name) for _, name in group})
+        tried = {on: 0 for template in ours for prefix, on in sorted(templates[template]) if prefix == off}
+        for on in tried:
+            tried[on] = sum(_lands(target, name, off, on, base) for target, name in group)
+        full = [on for on, count in tried.items() if count == len(group)]
+        if len(full) > 1:
+            full = [on for on in full if all(fits(target, _swap(name, off, on)) for target, name in group)] or full
+        if len(full) > 1:
+            target, name = group[0]
+            raise _ambiguous(target, [_swap(name, off, on) for on in full])
+        if not full and partial and not off:
+            most = max(tried.values())
+            full = [on for on, count in tried.items() if count == most] if most else []
+            full = full if len(full) == 1 else []
+        if not full:
+            continue
+        on, placed = full[0], 0
+        for target, name in group:
+            if _lands(target, name, off, on, base):
+                resolution.moves[target] = (Move(_swap(name, off, on)),)
+                placed += 1
+        resolution.prefixes.append((off, on))
+        resolution.rules.append(Rule("prefix", f"{off or '(none)'} -> {on or '(none)'}", placed))
+        rest = [(target, name) for target, name in rest if target not in resolution.moves]
+    return rest
+
+
+def _lands(target: str, name: str, off: str, on: str, base: Names) -> bool:
+    return base.has(_swap(name, off, on), target)
+
+
+def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
+    """Changes of prefixes that make one template another: their longest common end stays.
+
+    A prefix has no layer's number in it, and the word before the first number stays: only what holds a model's
+    layers is renamed, not the layers.
+    """
+    words = template.split(".")
+    keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)
+    found = set()
+    for cut in range(min(keep + 2, len(words))):
+        end = ".".join(words[cut:])
+        for shape in _ending(shapes).get(end, ()):
+            on = shape[: len(shape) - len(end)]
+            off = template[: len(template) - len(end)]
+            # A model that is nothing but its layers has no word before their numbers: there all before it may go.
+            whole = cut <= keep or not on
+            if whole and "#" not in on and (not on or not off or on.split(".")[-2] != off.split(".")[-2]):
+                found.add((off, on))
+    return found
+
+
+_ENDINGS: dict[int, tuple[Mapping[str, str], dict[str, list[str]]]] = {}
+
+
+def _ending(shapes: Mapping[str, str]) -> dict[str, list[str]]:
+    """End of a template -> the templates that have it; made once for each set of names."""
+    known = _ENDINGS.get(id(shapes))
+    if known is None or known[0] is not shapes:
+        ends: dict[str, list[str]] = {}
+        for shape in shapes:
+            words = shape.split(".")
+            for cut in range(len(words)):
+                ends.setdefault(".".join(words[cut:]), []).append(shape)
+        _ENDINGS.clear()
+        known = _ENDINGS[id(shapes)] = (shapes, ends)
+    return known[1]
+
+
+def _shapes(base: Names) -> dict[str, str]:
+    """Template -> one name that has it."""
+    if not base.shapes:
+        for path in (*base.paths, *base.outer):
+            base.shapes.setdefault(_template(path), path)
+    return base.shapes
+
+
+def _template(name: str) -> str:
+    """A name with `#` for its numbers, but for a first word that is a number: that one names a part of a pipeline."""
+    head, dot, rest = name.partition(".")
+    return f"{head}.{shape_of(rest)}" if dot and head.isdigit() else shape_of(name)
+
+
+def _swap(name: str, off: str, on: str) -> str:
+    return on + name[len(off) :] if name.startswith(off) else name
+
+
+def _ambiguous(target: str, readings: Sequence[str]) -> TargetNotFound:
+    shown = " or ".join(sorted(readings)[:4])
+    return TargetNotFound(
+        f"two readings fit: it could be {shown}", where=target,
+        cure=f"Say which with --rename '{target}={sorted(readings)[0]}' (rename=), or by a shorter prefix of both",
+    )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Makes spec/architectures/*.toml from the tools that know: transformers' models as they are saved, and gguf-py.
+
+    python tools/foreign/architectures [MODEL_TYPE...]      write the files (of all model types in FAMILIES)
+    python tools/foreign/architectures --check              compare the files with the tools; exits 1 on a difference
+
+Needs transformers 5.24 and gguf 0.19. Correspondences are found by values (`pairing.py`), not read off anybody's rules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import transformers
+from entries import Entries, entries_of
+from families import FAMILIES
+from foreign_names import gguf_names, mlx_names
+from writing import toml_of
+
+ROOT = Path(__file__).resolve().parents[3]
+OUT = ROOT / "spec" / "architectures"
+
+
+def main() -> int:
+    """Write or check the files of the model types that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    wanted = {t for types in FAMILIES.values() for t in types} if not arguments.types else set(arguments.types)
+    sources = [f"transformers {version('transformers')}: save_pretrained of tiny models"]
+    failed = 0
+    for family, types in FAMILIES.items():
+        if wanted.isdisjoint(types):
+            continue
+        made: dict[str, Entries] = {}
+        for model_type in types:
+            try:
+                made[model_type] = entries_of(model_type)
+            except Exception as error:  # One model type that fails must not stop the others.
+                failed += 1
+                print(f"{model_type}: {type(error).__name__}: {str(error)[:150]}", file=sys.stderr)
+        if not made:
+            continue
+        joined = Entries.joined(made)
+        used = list(sources)
+        used += [f"gguf {version('gguf')}: TensorNameMap"] if gguf_names(joined, types) else []
+        used += ["mlx-lm: sanitize of its models"] if mlx_names(joined) else []
+        text = toml_of(family, list(made), joined, used)
+        path = OUT / f"{family}.toml"
+        if arguments.check:
+            same = path.exists() and path.read_text() == text
+            failed += not same
+            print(f"{family}: {'same' if same else 'DIFFERENT'}")
+        else:
+            path.write_text(text)
+            print(f"{family}: {len(joined.weights)} weights, {len(made)} model types")
+    return 1 if failed and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+"""Which model types the files are for: those of `families.txt`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def _types() -> list[str]:
+    lines = Path(__file__).with_name("families.txt").read_text().splitlines()
+    return [word for line in lines if not line.startswith("#") for word in line.split()]
+
+
+FAMILIES: dict[str, list[str]] = {name: [name] for name in _types()}
+"""Name of a file -> its model types."""

@@ -1,0 +1,218 @@
+"""Tiny random models of transformers' model types: a config made small, every parameter a random number of its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embed_dim": 32, "embedding_size": 32,
+    "word_embed_proj_dim": 32, "projection_dim": 32, "mm_hidden_size": 32, "out_hidden_size": 32,
+    "text_embed_dim": 32, "output_dim": 32, "intermediate_size": 48, "ffn_dim": 48, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "n_inner": 48, "d_ff": 48, "ffn_hidden_size": 48, "hidden_dim": 48,
+    "feed_forward_proj_dim": 48, "mlp_dim": 48, "shared_intermediate_size": 40, "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40, "expert_ffn_hidden_size": 24, "intermediate_size_mlp": 56,
+    "expert_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40, "block_ff_dim": 48,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "encoder_layers": 2, "decoder_layers": 2,
+    "depth": 2, "num_decoder_layers": 2, "num_encoder_layers": 2, "num_attention_heads": 4, "n_head": 4, "n_heads": 4,
+    "num_heads": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2,
+    "num_kv_heads": 2, "head_dim": 8, "global_head_dim": 8, "d_kv": 8, "attention_head_size": 8, "vocab_size": 96,
+    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_source_positions": 64,
+    "max_target_positions": 64, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "top_k_experts": 2, "n_group": 1, "topk_group": 1,
+    "n_shared_experts": 1, "moe_num_shared_experts": 1, "first_k_dense_replace": 1, "moe_layer_start_index": 1,
+    "num_dense_layers": 1, "q_lora_rank": 12, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+    "v_head_dim": 8, "image_size": 16, "patch_size": 4, "spatial_patch_size": 4, "num_channels": 3,
+    "num_mel_bins": 16, "window_size": 8, "mamba_d_state": 4, "mamba_d_conv": 4, "mamba_expand": 2,
+    "mamba_dt_rank": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "pooler_output_size": 32, "query_pre_attn_scalar": 8,
+    "sliding_window": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "laurel_rank": 4,
+    "index_head_dim": 8, "index_n_heads": 2, "index_topk": 4, "resampler_n_latents": 4, "mm_tokens_per_image": 4,
+    "pixel_shuffle_ratio": 0.5, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "max_window_layers": 1,
+    "rotary_dim": 4, "num_global_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "moe_latent_size": None,
+}  # fmt: skip
+"""Field of a config -> a small value; fields that a config does not have are left out."""
+
+TOKENS = (
+    "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "image_token_id", "image_token_index",
+    "video_token_id", "video_token_index", "vision_start_token_id", "vision_end_token_id", "audio_token_id",
+    "audio_token_index", "boi_token_id", "eoi_token_id", "boi_token_index", "eoi_token_index", "sep_token_id",
+    "image_start_token_id", "image_end_token_id", "unk_token_id", "mask_token_id", "image_break_token_id",
+)  # fmt: skip
+
+OWN: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 32},
+    "falcon": {"num_kv_heads": 4, "ffn_hidden_size": 48},
+    "mpt": {"expansion_ratio": 2},
+    "xlm": {"emb_dim": 32, "n_words": 96},
+    "ctrl": {"n_embd": 32, "dff": 48},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "phi3": {"original_max_position_embeddings": 64},
+    "qwen2_moe": {"decoder_sparse_step": 1},
+    "qwen3_moe": {"decoder_sparse_step": 1},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "llama4_text": {
+        "interleave_moe_layer_step": 1,
+        "intermediate_size": 24,
+        "moe_layers": None,
+        "no_rope_layers": [1, 0],
+    },
+    "mllama_text_model": {"cross_attention_layers": [1]},
+    "mllama_vision_model": {
+        "num_global_layers": 1,
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 64,
+        "max_num_tiles": 1,
+        "supported_aspect_ratios": [[1, 1]],
+    },
+    "idefics2_perceiver": {"resampler_n_heads": 4, "resampler_head_dim": 8},
+    "idefics": {"vision_config": None},
+    "idefics_vision": {"embed_dim": 32},
+    "idefics_perciever": {"resampler_depth": 1, "resampler_n_heads": 4, "resampler_head_dim": 8},
+    "qwen2_5_vl_vision": {"fullatt_block_indexes": [1], "out_hidden_size": 32},
+    "qwen3_vl_vision": {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_layer_end_index": 1, "moe_k": 2, "moe_capacity": [4, 4, 4]},
+    "granitemoehybrid": {"layer_types": ["attention", "mamba"], "mamba_n_groups": 1},
+    "dbrx": {"max_seq_len": 64},
+    "llava": {"vision_feature_layer": -1},
+    "vipllava": {"vision_feature_layers": [-1, -1]},
+    "llava_onevision": {"vision_feature_layer": -1},
+    "llava_next": {"vision_feature_layer": -1, "image_grid_pinpoints": [[16, 16]]},
+    "got_ocr2": {"image_seq_length": 4},
+    "internvl_vision": {"image_size": [16, 16], "patch_size": [4, 4]},
+    "internvl": {"vision_feature_layer": -1, "image_seq_length": 4},
+    "mistral3": {"spatial_merge_size": 2, "vision_feature_layer": -1},
+    "t5": {"d_ff": 48},
+    "gemma3n_text": {
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+    },
+    "nemotron_h": {"hybrid_override_pattern": "M*"},
+    "zamba2": {"hybrid_layer_ids": [1]},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 8},
+    "vit_mae": {
+        "decoder_hidden_size": 32,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 4,
+        "decoder_intermediate_size": 48,
+    },
+    "wav2vec2": {
+        "conv_dim": [16, 16],
+        "conv_kernel": [3, 3],
+        "conv_stride": [2, 2],
+        "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 4,
+        "num_conv_pos_embedding_groups": 2,
+    },
+    "opt": {"ffn_dim": 48},
+    "gptj": {"rotary_dim": 4},
+    "deepseek_v3": {"n_group": 1},
+    "phi": {"partial_rotary_factor": 0.5},
+    "llama4_vision_model": {
+        "vision_output_dim": 32,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "intermediate_size": 128,
+    },
+}
+"""model_type -> fields with values of their own, over those above."""
+
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layer_freq", "layers_block_type", "rope_layers")
+"""Fields with one entry a layer: cut to as many as there are layers."""
+
+CLASSES = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_CTC_MAPPING_NAMES", "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES", "MODEL_MAPPING_NAMES",
+)  # fmt: skip
+ENCODERS = ("bert", "roberta", "electra", "vit", "clip", "siglip")
+FIRST = {"clip": "CLIPModel", "siglip": "SiglipModel", "bart": "BartForConditionalGeneration"}
+
+
+def small_config(model_type: str) -> PretrainedConfig:
+    """The default config of a model type, made small."""
+    config = AutoConfig.for_model(model_type)
+    _shrink(config)
+    return config
+
+
+def _shrink(config: PretrainedConfig) -> None:
+    names = [name for name in vars(config) if not name.startswith("_")]
+    mapped = getattr(type(config), "attribute_map", {})
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, PretrainedConfig):
+            _shrink(value)
+    for name, value in SIZES.items():
+        if (name in names or name in mapped) and isinstance(getattr(config, name, None), (int, float)):
+            _set(config, name, value)
+    for name in TOKENS:
+        if isinstance(getattr(config, name, None), int):
+            _set(config, name, TOKENS.index(name) + 1 if getattr(config, name) >= 0 else getattr(config, name))
+        elif isinstance(getattr(config, name, None), list):
+            _set(config, name, [TOKENS.index(name) + 1])
+    layers = getattr(config, "num_hidden_layers", None)
+    for name in PER_LAYER:
+        if isinstance(getattr(config, name, None), list) and isinstance(layers, int):
+            kinds = list(dict.fromkeys(getattr(config, name)))
+            _set(config, name, (kinds * layers)[:layers] if len(kinds) > 1 else getattr(config, name)[:layers])
+    for name, value in OWN.get(config.model_type, {}).items():
+        if value is not None or not isinstance(getattr(config, name, None), PretrainedConfig):
+            _set(config, name, copy.deepcopy(value))
+    parameters = getattr(config, "rope_parameters", None)
+    if isinstance(parameters, dict) and isinstance(parameters.get("mrope_section"), list):
+        parameters["mrope_section"] = [1, 1, 2]
+
+
+def _set(config: PretrainedConfig, name: str, value: Any) -> None:
+    try:
+        setattr(config, name, value)
+    except (AttributeError, NotImplementedError):
+        return
+
+
+def class_of(model_type: str) -> type[PreTrainedModel]:
+    """The class with a head that its models are mostly loaded as."""
+    import transformers
+
+    if model_type in FIRST:
+        return getattr(transformers, FIRST[model_type])  # type: ignore[no-any-return]
+    for mapping in CLASSES:
+        name = getattr(modeling_auto, mapping).get(model_type)
+        if name is not None:
+            return getattr(transformers, name if isinstance(name, str) else name[0])  # type: ignore[no-any-return]
+    raise KeyError(model_type)
+
+
+def tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model in float32 with random parameters, ready to run."""
+    torch.manual_seed(seed)
+    kind = class_of(model_type)
+    config = small_config(model_type)
+    wanted = kind.config_class
+    if wanted is not None and not isinstance(config, wanted):
+        config = getattr(config, "text_config", config)
+    config._attn_implementation = "eager"
+    model = kind(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                scale = 0.1 if parameter.ndim > 1 else 0.05
+                noise = torch.randn(parameter.shape) * scale
+                norm = parameter.ndim == 1 and name.endswith("weight")
+                parameter.copy_(1 + noise if norm else noise)
+    return model
