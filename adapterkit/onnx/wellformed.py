@@ -55,6 +55,8 @@ def _check_node(node: Any, depth: int) -> None:
     where = node.name or ", ".join(node.output) or "a node without a name"
     if not node.op_type:
         raise Malformed("a node without an operator", where=where, cure=_AGAIN)
+    if not node.output:
+        raise Malformed("a node without outputs", where=where, cure=_AGAIN)
     seen = set()
     for attribute in node.attribute:
         if not attribute.name or attribute.name in seen:
