@@ -42,6 +42,8 @@ def command(
         with inputs_kept():
             name = source_format or detect(src)
             destination = _writing.Destination(dst, [src], overwrite, target_format=target_format, base=base)
+            if destination.is_done(settings):
+                return
             adapter = read(src, name, base, compat=compat)
         written = destination.write(adapter, on_loss, profile, max_error)
     record = {"source": src, "from": name, **written}

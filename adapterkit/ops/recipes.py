@@ -39,6 +39,12 @@ FLAGS: Mapping[str, tuple[str, str, str]] = {
 }
 """mergekit's switches -> our parameter, its value for true and for false."""
 
+_TASK_ARITHMETIC = frozenset({
+    "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
+})  # fmt: skip
+READERS = {"normalize": _TASK_ARITHMETIC | {"linear"}, "rescale": _TASK_ARITHMETIC}
+"""mergekit's switches -> its methods that look at them; the others ignore them (mergekit 0.1.5)."""
+
 HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
 """Parameters of mergekit's that change nothing here -> the values for which that is so."""
 
@@ -130,7 +136,7 @@ def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
     return said[0]
 
 
-def _translated(found: Any, where: str, switches: frozenset[str], path: Path | None) -> dict[str, Any]:
+def _translated(found: Any, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, Any]:
     """Parameters in our spelling."""
     if found is None:
         return {}
@@ -142,22 +148,34 @@ def _translated(found: Any, where: str, switches: frozenset[str], path: Path | N
             if value not in HARMLESS[key]:
                 raise UsageError(f"{key}={value!r} is not known here", where=where, path=path, cure="Leave it out")
             continue
+        if key in FLAGS and not switches.get(key, True):
+            continue
         name, said = _spelled(str(key), _filtered(value, f"{where}.{key}", path), switches)
         made[name] = said
     return made
 
 
-def _switches(method: Any, compat: Any) -> frozenset[str]:
-    """The method's own parameters that are true or false."""
+def _switches(method: Any, compat: Any) -> Mapping[str, bool]:
+    """The method's own parameters that are true or false, and mergekit's switches that it does not look at.
+
+    Returns:
+        name -> whether it means something. A recipe of mergekit's may set `normalize` and `rescale` for any method, and
+        those that do not know them ignore them.
+    """
     from .methods import COMBINERS
     from .peers import resolved
 
     name, values = resolved(str(method), compat)
     classes = [COMBINERS[each] for each in (name, values.get("then")) if each is not None]
-    return frozenset(n for cls in classes for n, f in cls.parameters().items() if f.metadata["kind"] is bool)
+    fields = {n: f.metadata["kind"] for cls in classes for n, f in cls.parameters().items()}
+    ignored = [
+        key for key, (ours, _, _) in FLAGS.items()
+        if compat == "mergekit" and (method not in READERS[key] or not {key, ours} & fields.keys())
+    ]  # fmt: skip
+    return {n: True for n, kind in fields.items() if kind is bool} | dict.fromkeys(ignored, False)
 
 
-def _spelled(key: str, value: Any, switches: frozenset[str]) -> tuple[str, Any]:
+def _spelled(key: str, value: Any, switches: Mapping[str, bool]) -> tuple[str, Any]:
     if key in FLAGS and isinstance(value, bool) and key not in switches:
         name, yes, no = FLAGS[key]
         return name, yes if value else no
