@@ -91,6 +91,10 @@ source_format = click.option(
 )  # fmt: skip
 compat = click.option("--compat", metavar="NAME", help="Reproduce the known faults of the named tool, e.g. peft.")
 allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
+rename = click.option(
+    "--rename", multiple=True, metavar="FROM=TO",
+    help="What a name of the adapter, or the front of it, is in the base; {n} is a number. May be given several times.",
+)  # fmt: skip
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what is already there.")
 weights = click.option(
     "--weight", "weights", type=float, multiple=True, metavar="W",

@@ -27,13 +27,14 @@ from ._render import Table, View, counted, show
 )  # fmt: skip
 @_options.weights
 @_options.allow_partial
+@_options.rename
 @click.option("--seed", type=int, help="The seed that the merge was rounded with.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Only N tensors that adapters touch and N others.")
 @_options.flags
 @click.pass_context
 def command(
     ctx: click.Context, merged: str, more: tuple[str, ...], base: str | None, adapters: tuple[str, ...],
-    weights: tuple[float, ...], allow_partial: bool, seed: int | None, sample: int | None,
+    weights: tuple[float, ...], allow_partial: bool, rename: tuple[str, ...], seed: int | None, sample: int | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.verify`."""
     if more and len(adapters) > 1:
@@ -42,7 +43,7 @@ def command(
         raise click.UsageError("give --base and --adapter both, or neither")
     settings: _options.Settings = ctx.obj
     chosen = list(weights) or None
-    record = record_of(settings, merged, base, (*adapters, *more), chosen, allow_partial, seed, sample)
+    record = record_of(settings, merged, base, (*adapters, *more), chosen, allow_partial, seed, sample, rename)
     show(settings, record, verdict)
     if not record["ok"]:
         ctx.exit(1)
@@ -50,13 +51,13 @@ def command(
 
 def record_of(
     settings: _options.Settings, merged: str, base: str | None, adapters: Sequence[str], weights: list[float] | None,
-    allow_partial: bool, seed: int | None = None, sample: int | None = None,
+    allow_partial: bool, seed: int | None = None, sample: int | None = None, rename: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Verifies with a progress meter; the verification as plain data."""
     from ..merging import verify
 
     with progress(settings, "verify") as meter:
-        options = {"allow_partial": allow_partial, "seed": seed, "sample": sample}
+        options = {"allow_partial": allow_partial, "seed": seed, "sample": sample, "rename": rename}
         verification = verify(merged, base, adapters, weights=weights, progress=meter, **options)  # type: ignore[arg-type]
     return dict(verification.record())
 

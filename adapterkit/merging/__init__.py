@@ -44,6 +44,7 @@ def plan(
     seed: int | None = None,
     memory: int | None = None,
     link: bool = False,
+    rename: Sequence[str] = (),
 ) -> Plan:
     """What `merge` would do with the same arguments, made from headers; `plan(...).record()` is plain data.
 
@@ -55,7 +56,8 @@ def plan(
 
     checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
-    return make_plan(checkpoint, named, Options(dtype, shard_size, tied, allow_partial, seed, memory, link))
+    options = Options(dtype, shard_size, tied, allow_partial, seed, memory, link, rename=tuple(rename))
+    return make_plan(checkpoint, named, options)
 
 
 def merge(
@@ -80,6 +82,7 @@ def merge(
     link: bool = False,
     stream: bool = False,
     checksums: bool = False,
+    rename: Sequence[str] = (),
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
 
@@ -110,6 +113,8 @@ def merge(
         memory: bytes to hold beyond the imports at most; half of what is free when not given.
         link: make files of the base that nothing touches hard links instead of copies; never write into such an output.
         checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
+        rename: rules for names that cannot be told, each `FROM=TO`: dotted names, with `{n}` and other holes for
+            numbers, whole or from the front. The first rule that matches a target's name is used.
         stream: of a base on a hub, fetch one weight file at a time, verified, and give its space back after its use.
 
     Raises:
@@ -126,10 +131,10 @@ def merge(
                 base, adapters, there, weights=weights, device=device, dtype=dtype, shard_size=shard_size,
                 engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
                 overwrite=True, quantized=quantized, onto=onto, seed=seed, memory=memory, link=link, stream=stream,
-                checksums=checksums,
+                checksums=checksums, rename=rename,
             )  # fmt: skip
         return replace(report, out=str(out))
-    options = Options(dtype, shard_size, tied, allow_partial, seed, memory, link, checksums)
+    options = Options(dtype, shard_size, tied, allow_partial, seed, memory, link, checksums, tuple(rename))
     _check_engine(engine, address, stream)
     with _supplied(base, Path(out), stream) as (checkpoint, supply):
         _check_target(Path(out), checkpoint, adapters, onto, overwrite)
@@ -165,6 +170,7 @@ def verify(
     progress: Progress | None = None,
     seed: int | None = None,
     sample: int | None = None,
+    rename: Sequence[str] = (),
 ) -> Verification:
     """Computes the merge again and compares every element with what is on disk; writes nothing.
 
@@ -179,6 +185,7 @@ def verify(
         progress: called with (bytes done, bytes in all).
         seed: as in `merge`.
         sample: compare so many tensors that adapters touch and so many others, drawn at random; all when not given.
+        rename: as in `merge`.
 
     Returns:
         what was compared and every difference found; a difference is not an error.
@@ -198,7 +205,8 @@ def verify(
 
     found = opened(merged)
     checkpoint = as_read(opened(base), found)
-    return compare(found, checkpoint, _named(adapters, weights, checkpoint), allow_partial, progress, seed, sample)
+    named = _named(adapters, weights, checkpoint)
+    return compare(found, checkpoint, named, allow_partial, progress, seed, sample, tuple(rename))
 
 
 def _check_engine(engine: str, address: str | None, stream: bool) -> None:

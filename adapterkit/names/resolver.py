@@ -232,8 +232,12 @@ class _Known:
     def __init__(self, base: Names, architecture: Architecture) -> None:
         self.base, self.architecture = base, architecture
         self.shapes = _shapes(base)
-        self.prefixes = {naming: self._prefix(naming) for naming in architecture.namings}
         self.counts: dict[str, int] = {}
+        templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
+        covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
+        # A base that has the names of one naming as they are needs no prefix; looking for one could only mislead.
+        plain = any(2 * count > len(templates[naming]) for naming, count in covered.items())
+        self.prefixes = {n: ("", "") if plain else self._prefix(known) for n, known in templates.items()}
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
         """Every distinct way to place a name, with the namings that it goes from and to."""
@@ -249,9 +253,8 @@ class _Known:
                 break
         return found
 
-    def _prefix(self, naming: str) -> tuple[str, str]:
+    def _prefix(self, templates: Sequence[str]) -> tuple[str, str]:
         """What the base has taken off the names of a naming, or put before them: a model saved without its head."""
-        templates = list(self.architecture.templates(naming))
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in _ends(template, self.shapes)}
         for off, on in sorted(trials):
