@@ -66,7 +66,7 @@ def test_an_adapter_of_a_live_model_finds_its_place_in_the_base_as_it_is_stored(
         where = site.target.rows[0] if site.target.rows else 0
         found.setdefault(origin.path, set()).add((*place, site.target.path, where))
     for path, each in vector["targets"].items():
-        expected = {tuple(piece[:4]) + (piece[5],) for piece in each["pieces"]}
+        expected = {(*piece[:4], piece[5]) for piece in each["pieces"]}
         if len(each["shape"]) == 3 and each["pieces"][0][0] is None:  # A stack that goes to a stack, whole.
             expected = {(None, 0, each["shape"][1], piece[3], 0) for piece in each["pieces"]}
         assert found[path] == expected
@@ -99,11 +99,11 @@ def test_a_damaged_file_is_refused_with_the_place(change, why, tmp_path):
     assert raised.value.path == str(file)
 
 
-def test_a_family_that_nothing_names_takes_one_file_and_no_code(base, tmp_path, monkeypatch):
+def test_a_family_that_nothing_names_takes_one_file_and_no_code(tmp_path, monkeypatch):
     (tmp_path / "zebra.toml").write_text(
         'format = 1\nfamily = "zebra"\nmodel_types = ["zebra", "zebra_2"]\nkeyed = []\n[weights]\n'
-        '"s.{n}.up.{e}" = { live = { name = "s.{n}.both", stacked = true, part = 0, of = 2 }, hub = "z.{n}.x.{e}.u" }\n'
-        '"s.{n}.gate.{e}" = { live = { name = "s.{n}.both", stacked = true, part = 1, of = 2 }, hub = "z.{n}.x.{e}.g" }\n'
+        '"s.{n}.u.{e}" = { live = { name = "s.{n}.both", stacked = true, part = 0, of = 2 }, hub = "z.{n}.x.{e}.u" }\n'
+        '"s.{n}.g.{e}" = { live = { name = "s.{n}.both", stacked = true, part = 1, of = 2 }, hub = "z.{n}.x.{e}.g" }\n'
     )
     monkeypatch.setattr(architectures, "folder", lambda: tmp_path)
     architectures._of_type.cache_clear()

@@ -51,9 +51,9 @@ def _view(record: Mapping[str, Any]) -> View:
         return
     groups: dict[tuple[str, str, str, str], int] = {}
     for each in record["targets"]:
-        rows = "" if each["rows"] is None else f"[{each['rows'][0]}:{each['rows'][1]}]"
+        cut = "" if each["rows"] is None else f"[{each['rows'][0]}:{each['rows'][1]}]"
         layout = "" if each["layout"] == "out *in" else each["layout"]
-        key = _template(each["target"]), _template(each["path"]), rows, layout
+        key = _template(each["target"]), _template(each["path"]), cut, layout
         groups[key] = groups.get(key, 0) + 1
     yield Table(("adapter", "base", "rows", "layout", "places"), [[*key, count] for key, count in groups.items()])
     for rule in record["rules"]:

@@ -164,7 +164,7 @@ def _by_renames(
         else:
             left.append((target, name))
     resolution.rules += [Rule("user", text, count) for text, count in counts.items()]
-    unused = [rename.text for rename in renames if rename.text not in counts]
+    unused = [each.text for each in renames if not any(each.apply(target) is not None for target in targets)]
     if unused and not partial:
         raise TargetNotFound(
             f"the rule {unused[0]!r} matches no target", where=targets[0] if targets else None,
