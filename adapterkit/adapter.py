@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .errors import AdapterkitError, Malformed, ShapeMismatch, TargetNotFound, UsageError, nearest
+from .errors import AdapterkitError, Malformed, ShapeMismatch, TargetNotFound, UsageError, nearest, public, shown
 from .tensors.lazy import Lazy, as_lazy, as_torch
 from .updates import Update
 
@@ -70,10 +71,24 @@ class BaseRef:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of an adapter's lineage: what was done, and with which plain values."""
+    """One step of an adapter's lineage: what was done, and with which plain values.
+
+    Lineage travels in files, so addresses in the values are kept without their secrets.
+    """
 
     op: str
     args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "args", _public(self.args))
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, str):
+        return public(value)
+    if isinstance(value, Mapping):
+        return {key: _public(entry) for key, entry in value.items()}
+    return [_public(entry) for entry in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,10 +164,13 @@ class Adapter:
         return self.replace(recipe=(*self.recipe, Step(op, args)))
 
     def validate(self) -> None:
-        """Checks every update against its shape strings and its method's rules, and updates of one target together.
+        """Check every update against its shape strings and its method's rules, and updates of one target together.
+
+        Also checks that what travels along (lineage, base, leftovers) is plain JSON, so that every adapter can be
+        written in the native format and has a digest.
 
         Raises:
-            AdapterkitError: the first fault, with the target as its place.
+            AdapterkitError: the first fault, with the target or the field as its place.
         """
         if not self.updates:
             raise UsageError("the adapter holds no updates", cure="It was saved before training, or key by key renamed")
@@ -161,6 +179,18 @@ class Adapter:
             together = {} if target.rows is None else {"out": target.rows[1] - target.rows[0]}
             for update in updates:
                 _check_update(target, update, together)
+        self._check_records()
+
+    def _check_records(self) -> None:
+        base, foreign = self.base, self.foreign
+        if base is not None:
+            check_json([base.id, base.revision, base.config_hash], "base")
+        for number, step in enumerate(self.recipe):
+            check_json([step.op, step.args], f"recipe[{number}]")
+        if foreign is not None:
+            check_json([foreign.format, foreign.data, *foreign.tensors], "foreign")
+        check_json(self.extensions, "extensions")
+        check_json([target.path for target in self.updates], "targets")
 
     def check_values(self) -> None:
         """Reads every tensor, one at a time, and checks what shapes do not show: NaN, infinities, indices.
@@ -234,6 +264,61 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
+DEEPEST = 100
+"""Levels of nesting in what travels along; Python's JSON encoder ends at about 1000."""
+
+MOST_VALUES = 1 << 22
+"""Values in one such record. An alias in YAML may stand for a list of aliases: a few bytes become billions."""
+
+MOST_BITS = 1 << 13
+"""Bits of an integer: Python prints and reads no more than 4300 decimal digits."""
+
+
+def check_json(value: Any, where: str) -> None:
+    """Check that a value is plain JSON: YAML and pickles hold dates, NaN, keys of any type and lone surrogates.
+
+    Raises:
+        Malformed: it is not; names the place inside it.
+    """
+    left = [MOST_VALUES]
+    _check_json(value, where, 0, left)
+
+
+def _check_json(value: Any, where: str, depth: int, left: list[int]) -> None:
+    left[0] -= 1
+    if depth > DEEPEST or left[0] < 0:
+        why = f"nested more than {DEEPEST} levels deep" if depth > DEEPEST else f"more than {MOST_VALUES} values"
+        raise Malformed(why, where=where, cure=_CORRECT)
+    if isinstance(value, str):
+        if not value.isascii() and not _encodes(value):
+            raise Malformed(f"text with half of a surrogate pair: {value!a}", where=where, cure=_CORRECT)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str) or not (key.isascii() or _encodes(key)):
+                raise Malformed(f"the key {shown(key)} is not text", where=where, cure=_CORRECT)
+            _check_json(inner, f"{where}.{key}", depth + 1, left)
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            _check_json(inner, where if isinstance(inner, str) else f"{where}[{number}]", depth + 1, left)
+    elif not _plain_number(value):
+        raise Malformed(f"{shown(value)} has no form in JSON", where=where, cure=_CORRECT)
+
+
+def _plain_number(value: Any) -> bool:
+    """Whether a value is null, true, false or a number that JSON has."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or (isinstance(value, int) and value.bit_length() <= MOST_BITS)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
     context = [update.kind == "context" for update in updates]
     whole = [update.kind == "context" or getattr(update, "of_model", False) for update in updates]
@@ -241,6 +326,12 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
         raise Malformed("a target without a path", where="path", cure=_REWRITE)
     if any(context) and (target.layout, target.rows) != (LAYOUTS[0], None):
         raise Malformed("context has no layout and no rows", where=f"{target}: layout", cure=_REWRITE)
+    kinds = [update.kind for update in updates]
+    if "output" in kinds and set(kinds[kinds.index("output") :]) & {"additive", "weight"}:
+        why = "an update of the weight after one of the output"
+        raise Malformed(
+            why, where=str(target), cure="Put updates of the weight first: the output is computed with them"
+        )
     if target.layout not in LAYOUTS:
         known = f"Known: {', '.join(LAYOUTS)}"
         raise Malformed(f"unknown layout {target.layout!r}", where=f"{target}: layout", cure=known)
@@ -277,4 +368,5 @@ def _source(update: Update) -> str | None:
     return next((span.path for span in spans if span), None)
 
 
+_CORRECT = "Correct it in the file, or write the file again with the tool that made it"
 _REWRITE = "Write the adapter again with the tool that made it"

@@ -6,15 +6,81 @@ The library never prints, exits or asks; the command line turns a leaf into one 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from inspect import signature
 from os import PathLike
-from typing import Any, ClassVar
+from reprlib import Repr
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 Path = str | PathLike[str]
+
+MAX_LINE = 800
+"""Characters of one line of an error: names and values of files were quoted in errors of 70,000 characters."""
+
+MAX_LINES = 200
+MAX_PATH = 4096
+"""Characters of a path: the longest that Linux takes."""
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/{1,2})(\S+)")
+"""An address; one slash is enough, as `pathlib` makes one of two. A drive (`C:/`) has one letter and is none."""
+
+_USER = re.compile(r"(?!\[)[^/@]*:(?!\d{1,5}/)[^@]*@|[^/?#@]*@")
+"""A user's name and password before a host. `host:5000/name@sha256:...` has none."""
+
+_QUERY = re.compile(r"\?[^#]*")
+_FRAGMENT = re.compile(r"#(?![\w.-]*$).*", re.DOTALL)
+_PARAMETER = re.compile(r"(?i)([?&][\w-]*(?:token|sig|signature|key|secret|password|credential|auth)[\w-]*=)[^\s&#/]+")
+"""A secret in a part of an address, such as the path of a file in a place that is named with a query."""
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+
+
+def public(text: str) -> str:
+    """The text with the secrets of all addresses in it replaced by `...`.
+
+    This is the one place where secrets are taken out. Errors, lineage, notes, reports and all that the command line
+    prints pass through it. Removed are the user's name and password before the host, and the whole query (`?token=`,
+    `X-Amz-Signature`, ...): no list of names could know all secret parameters.
+    """
+    if ":/" in text:
+        text = _ADDRESS.sub(_without_secrets, text)
+    if "=" in text:
+        text = _PARAMETER.sub(r"\1...", text)
+    return _TOKEN.sub("<token>", text) if "hf_" in text else text
+
+
+def _without_secrets(match: re.Match[str]) -> str:
+    rest = match[2].rstrip("'\")].,;:>")
+    end = match[2][len(rest) :]
+    rest = _USER.sub("...@", rest, count=1) if _USER.match(rest) else rest
+    return match[1] + _FRAGMENT.sub("#...", _QUERY.sub("?...", rest, count=1)) + end
+
+
+def brief(text: str) -> str:
+    """The text with long lines cut in the middle, and what is beyond `MAX_LINES` lines cut off."""
+    if not text.isascii():  # Lone surrogates, which JSON can hold, cannot be printed.
+        text = text.encode("utf-8", "backslashreplace").decode()
+    if len(text) <= MAX_LINE:
+        return text
+    lines = text.split("\n")
+    shown = [_cut(line, MAX_LINE) for line in lines[:MAX_LINES]]
+    return "\n".join([*shown, *([f"... and {len(lines) - MAX_LINES:,} more lines"] if len(lines) > MAX_LINES else [])])
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    start = limit * 3 // 4
+    end = limit - start - 40
+    return f"{text[:start]} ... ({len(text) - start - end:,} characters) ... {text[len(text) - end :]}"
 
 
 class AdapterkitError(Exception):
     """Root of all errors raised on purpose.
+
+    Texts are kept without the secrets of addresses (`public`) and without long quotations (`brief`), whoever sets them.
 
     Attributes:
         why: what is wrong, in one sentence without a full stop.
@@ -31,11 +97,19 @@ class AdapterkitError(Exception):
     def __init__(
         self, why: str, *, path: Path | None = None, where: str | None = None, cure: str | None = None
     ) -> None:
-        super().__init__(why)
         self.why = why
+        super().__init__(self.why)
         self.path = None if path is None else str(path)
         self.where = where
         self.cure = cure
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, str):
+            if name in ("why", "where", "cure"):
+                value = brief(public(value))
+            elif name == "path":
+                value = _cut(public(value), MAX_PATH)
+        super().__setattr__(name, value)
 
     def __str__(self) -> str:
         place = ": ".join(part for part in (self.path, self.where) if part)
@@ -114,7 +188,7 @@ class Unrepresentable(AdapterkitError):
         places: Iterable[tuple[Any, int]] = (),
     ):  # fmt: skip
         super().__init__(why + "".join(f"\n  - {item}" for item in items), path=path, cure=cure)
-        self.items = tuple(items)
+        self.items = tuple(map(public, items))
         self.places = tuple(places)
 
 
@@ -123,6 +197,12 @@ class CheckFailed(AdapterkitError):
 
     code = "check-failed"
     exit_code = 1
+
+
+class Miswritten(CheckFailed):
+    """A format's writer wrote something else than it was asked to: read back, it is another adapter."""
+
+    code = "miswritten"
 
 
 class Corrupt(AdapterkitError):
@@ -175,6 +255,53 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     """The typed form of an `OSError` met while reading or writing `path`."""
     reason = (error.strerror or str(error)).lower()
     return StorageError(reason, path=path, cure=_CURES.get(error.errno or 0, "Check the disk and its file system"))
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def places_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function of a file so that its errors name that file.
+
+    The first argument is the file: a path, or an object with a `root`. An error that names another file keeps it. A
+    `UsageError` is about the call, not about a file, and is left as it is.
+    """
+    name = next(iter(signature(function).parameters))
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except AdapterkitError as error:
+            given: Any = args[0] if args else kwargs.get(name)
+            path = given if isinstance(given, (str, PathLike)) else getattr(given, "root", None)
+            if path is not None and not isinstance(error, UsageError):
+                error.at(path=path)
+            raise
+
+    return run
+
+
+def shown(value: object, most: int = 120) -> str:
+    """`repr` of a value from a file, for a message, in at most `most` characters.
+
+    Python refuses to print an integer of more than 4300 digits, which YAML and numpy headers can hold in hexadecimal.
+    """
+    return _cut(_SHOWN.repr(value), most)
+
+
+class _Repr(Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+
+    def repr_int(self, value: int, level: int) -> str:
+        bits = value.bit_length()
+        return repr(value) if bits <= 128 else f"an integer of {bits} bits"
+
+
+_SHOWN = _Repr()
 
 
 def first_line(error: BaseException) -> str:

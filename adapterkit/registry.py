@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from .errors import Unsupported, nearest
+from .errors import Unsupported, nearest, shown
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -44,6 +44,8 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             Unsupported: there is none of that name.
         """
+        if not isinstance(name, str):
+            raise Unsupported(f"{shown(name)} is no name of a {self.noun}", cure=f"Known: {', '.join(self)}")
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         return self._loaded[name]

@@ -1,6 +1,7 @@
 # ruff: noqa: F811, ARG001 - a fixture is imported and then named
 """ModelScope through its own light client, against an imitation of the two routes by which that reads a repository."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -51,6 +52,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault and fault.kind == "status":
             self._send(int(fault.value), b"{}")
+        elif fault and fault.kind == "redirect":
+            self._send(302, b"", {"Location": str(fault.value)})
         elif files is None or asked["Revision"][0] not in ("master", "v1"):
             self._send(404, json.dumps({"Code": 10010205001, "Message": "not found", "Success": False}).encode())
         elif verb == "/files":
@@ -135,3 +138,37 @@ def test_what_is_not_there_and_what_cannot_be_done(scope: ModelScope, tmp_path: 
     scope.repos["org/lora"]["../x"] = b"x"
     assert run("pull", "modelscope://org/lora", tmp_path / "out").exit_code == 2
     assert run("push", lay(tmp_path / "lora", peft_files()), "modelscope://org/new").exit_code == 3
+
+
+@pytest.mark.parametrize("route", ["/files", "FilePath="])
+def test_no_redirect_takes_the_token_to_another_port(scope: ModelScope, tmp_path: Path, route: str) -> None:
+    """The client sends the token as a cookie too, and cookies are of a host, whatever its ports."""
+    other = ModelScope(scope.repos)
+    scope.faults = [Fault(route, "redirect", 99, f"{other.url}{ROUTE}org/lora/repo/files?Revision=master")]
+    run("pull", "modelscope://org/lora", tmp_path / "out")
+    assert TOKEN in str(scope.requests)
+    assert other.requests
+    assert TOKEN not in str(other.requests)
+    other.http.shutdown()
+    other.http.server_close()
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_list_without_an_end_is_refused(
+    scope: ModelScope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr("adapterkit.hub.hubs.modelscope.MAX_TOLD", 1 << 16)
+    sent: list[int] = []
+
+    def endless(handler: _Handler) -> None:
+        handler.send_response(status)
+        handler.end_headers()
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            for _ in range(512):
+                handler.wfile.write(b" " * 65536)
+                sent.append(65536)
+
+    monkeypatch.setattr(_Handler, "do_GET", endless)
+    assert record("pull", "modelscope://org/lora", tmp_path / "out", code=5)["error"]["path"]
+    assert 0 < sum(sent) < 32 << 20

@@ -65,7 +65,7 @@ def test_native_and_back_gives_the_same_bytes(name, tmp_path):
     ak.write(llama(dtype="f2"), path, name, BASE, "fold")
     read = ak.read(path, name, BASE)
     ak.write(read, tmp_path / "native")
-    ak.write(ak.read(tmp_path / "native"), again, name)
+    ak.write(ak.read(tmp_path / "native"), again, name, BASE)
     assert content(again) == content(path)
     assert {as_lazy(leaf).dtype.name for _, u in read for leaf in u.tensors.values()} == {"F16"}
 

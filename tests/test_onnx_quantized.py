@@ -1,5 +1,6 @@
 """Adapters on graphs that onnxruntime's own quantizers made: the quantized model's output, and the branch in float."""
 
+import json
 import warnings
 
 import numpy as np
@@ -7,6 +8,7 @@ import onnx
 import onnx_graphs as graphs
 import pytest
 import torch
+from command_line import run
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer, QuantFormat
@@ -174,6 +176,100 @@ def test_another_checkpoint_is_no_neighbour(name, exported, tmp_path):
             exported / f"dynamo-{name}.onnx", Adapter({Target("up"): (lora(),)}), tmp_path / "o.onnx",
             base_weights=tmp_path / "other.safetensors",
         )  # fmt: skip
+
+
+class Deep(nn.Module):
+    """A layer whose output is rounded before another one reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(IN, OUT), nn.Linear(OUT, IN)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.fixture(scope="module")
+def ranges(tmp_path_factory):
+    """Such a model, quantized by ranges that were calibrated without an adapter, with its adapters on disk."""
+    torch.manual_seed(0)
+    folder, model = tmp_path_factory.mktemp("ranges"), Deep().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        words = {"input_names": ["x"], "output_names": ["y"], "dynamo": False, "opset_version": 17}
+        torch.onnx.export(model, (torch.tensor(X),), str(folder / "float.onnx"), **words)
+        static(folder / "float.onnx", folder / "qdq.onnx")
+    np.savez(folder / "inputs.npz", x=X)
+    ak.write(Adapter({Target("up"): (lora(),)}), folder / "a.safetensors", format="adapterkit")
+    return folder, model
+
+
+def test_values_that_static_quantization_clips_are_counted_and_told(ranges, tmp_path):
+    """By torch: what the layers give with the adapter, beyond the ranges that the graph has."""
+    folder, model = ranges
+    path, out, small = folder / "qdq.onnx", tmp_path / "out.onnx", lora().replace(scaling=0.0)
+    report = ak.onnx.inject(path, Adapter({Target("up"): (lora(),)}), out, check={"x": X})
+    proto = onnx.load(path)
+    held = {i.name: numpy_helper.to_array(i).astype("f8") for i in proto.graph.initializer}
+    (node,) = (node for node in proto.graph.node if node.input[0] == "/Relu_output_0")
+    scale, zero = held[node.input[1]], held[node.input[2]]
+    kind = next(i.data_type for i in proto.graph.initializer if i.name == node.input[2])
+    low, high = {TensorProto.INT8: (-128, 127), TensorProto.UINT8: (0, 255)}[kind]
+    with torch.no_grad():
+        h = model.up(torch.tensor(X)) + torch.tensor(X) @ (0.5 * (lora().B @ lora().A)).T
+        q = np.rint(torch.relu(h).double().numpy() / scale) + zero
+    assert zero == low
+    wanted = (q > high).sum()
+    found = report.saturation
+    assert found.nodes[node.name] == (0, pytest.approx(wanted, rel=0.1))
+    assert wanted > 20
+    assert found.after == sum(after for _, after in found.nodes.values())
+    (warning,) = report.warnings
+    assert f"clips {found.after} of {found.values} values with the adapter, {found.before} without it" in warning
+    assert "merge the adapter into the floating-point model" in warning
+    assert report.record()["saturation"]["nodes"][node.name] == list(found.nodes[node.name])
+    assert ak.onnx.inject(path, Adapter({Target("up"): (small,)}), out, check={"x": X}).warnings == ()
+    (unknown,) = ak.onnx.inject(path, Adapter({Target("up"): (lora(),)}), out, check=False).warnings
+    assert "did not run" in unknown
+    assert ak.onnx.inject(folder / "float.onnx", Adapter({Target("up"): (lora(),)}), out, check=False).warnings == ()
+    merged = ak.onnx.merge(path, Adapter({Target("up"): (lora(),)}), tmp_path / "m.onnx", quantized="requantize")
+    assert merged.saturation.after > merged.saturation.before
+
+
+@pytest.mark.parametrize("target", ["up", "down"])
+def test_a_range_that_stands_for_a_relu_stays_one(target, ranges, tmp_path):
+    """onnxruntime's quantizer left the Relu out: one layer's output is clipped at 0, and the next layer reads that."""
+    folder, model = ranges
+    assert "Relu" not in {node.op_type for node in onnx.load(folder / "qdq.onnx").graph.node}
+    g = torch.Generator().manual_seed(7)
+    out, into = model.get_submodule(target).weight.shape
+    A, B = torch.randn(2, into, generator=g) / 8, torch.randn(out, 2, generator=g) / (12 if target == "up" else 4)
+    adapter = Adapter({Target(target): (METHODS["lora"](A=A, B=B),)})
+    with torch.no_grad():
+        before = model(torch.tensor(X)).numpy()
+        layer = model.get_submodule(target)
+        layer.weight += B @ A
+        wanted = model(torch.tensor(X)).numpy()
+        layer.weight -= B @ A
+    size = abs(wanted).max()
+    rounding = abs(graphs.run(folder / "qdq.onnx", X) - before).max() / size
+    assert abs(wanted - before).max() > 0.1 * size
+    found = [ak.onnx.inject(folder / "qdq.onnx", adapter, tmp_path / "out.onnx")]
+    found.append(ak.onnx.merge(folder / "qdq.onnx", adapter, tmp_path / "m.onnx", quantized="dequantize"))
+    for report in found:
+        assert abs(graphs.run(report.out, X) - wanted).max() / size < 3 * rounding + 0.02 < 0.1
+
+
+def test_the_command_line_warns_of_clipping(ranges, tmp_path):
+    folder, _ = ranges
+    words = ("inject", folder / "qdq.onnx", folder / "a.safetensors", "-o", tmp_path / "out.onnx")
+    done = run(*words, "--calibration", folder / "inputs.npz", "--json")
+    assert done.exit_code == 0, done
+    told = json.loads(done.stdout)
+    assert "warning: static quantization clips" in done.stderr
+    assert told["warnings"][0] in done.stderr
+    assert told["saturation"]["after"] > told["saturation"]["before"]
+    assert run(*words, "--calibration", folder / "inputs.npz", "--no-check").exit_code == 2
 
 
 @pytest.mark.parametrize("method", ["dora", "ia3", "bottleneck"])

@@ -138,10 +138,10 @@ def test_computes_what_peft_computes(case, made, bases):
 def test_writes_back_the_bytes_of_peft(case, made, bases, tmp_path):
     model, folder, _ = made(case)
     adapter = read(folder, bases[model])
-    assert ak.write(adapter, tmp_path / "again", "peft") == []
+    assert ak.write(adapter, tmp_path / "again", "peft", bases[model]) == []
     assert contents(tmp_path / "again") == contents(folder)
     ak.write(adapter, tmp_path / "native.safetensors")
-    ak.write(ak.read(tmp_path / "native.safetensors"), tmp_path / "from native", "peft")
+    ak.write(ak.read(tmp_path / "native.safetensors"), tmp_path / "from native", "peft", bases[model])
     assert contents(tmp_path / "from native") == contents(folder)
 
 

@@ -192,7 +192,7 @@ def test_what_is_not_a_torch_file(tmp_path):
     assert not is_torch_file(tmp_path / "nowhere")
     with pytest.raises(StorageError):
         read_torch_file(tmp_path / "nowhere")
-    with pytest.raises(Malformed):
+    with pytest.raises(StorageError, match="Name a file"):
         read_torch_file(tmp_path)
 
 
@@ -546,7 +546,7 @@ for path in paths:
         pass
     else:
         seen.append("read")
-    assert set(seen) == {("open", path, "r")}, (path, seen)
+    assert {event[:2] for event in seen} == {("open", path)}, (path, seen)
 print(len(paths), "torch" in sys.modules, "numpy" in sys.modules)
 """
 

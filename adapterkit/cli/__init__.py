@@ -6,6 +6,9 @@ Only click and the standard library are imported before a command is named.
 from __future__ import annotations
 
 import gc
+import signal
+from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -39,8 +42,18 @@ def adapterkit(ctx: click.Context) -> None:
 
 def main() -> None:
     """The console script."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores the second.
+            signal.signal(number, _interrupted)
     try:
         adapterkit()
     finally:
         # The interpreter would look for cycles among all that is left, which takes a tenth of a short command's time.
         gc.freeze()
+
+
+def _interrupted(number: int, _frame: FrameType | None) -> NoReturn:
+    """End as Ctrl-C does, so that what is half written is removed; a second such signal does not disturb that."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt

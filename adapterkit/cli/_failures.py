@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..errors import AdapterkitError, StorageError, UsageError, storage_error
+from ..errors import AdapterkitError, StorageError, UsageError, public, storage_error
 from ._options import Settings
 from ._render import as_json, printable
 
@@ -26,7 +26,7 @@ class Bug(AdapterkitError):
 
 
 class Interrupted(AdapterkitError):
-    """The user pressed Ctrl-C."""
+    """The user pressed Ctrl-C, or the process was told to end by SIGTERM or SIGHUP."""
 
     code = "interrupted"
     exit_code = 130
@@ -96,7 +96,7 @@ def _say(error: BaseException, settings: Settings) -> int:
     if settings.debug:
         import traceback
 
-        traceback.print_exception(error)
+        click.echo(public("".join(traceback.format_exception(error))), err=True, nl=False)
     try:
         click.echo(printable(text_of(known), keep="\n"), err=True)
         if settings.json:

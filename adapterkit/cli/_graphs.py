@@ -73,6 +73,7 @@ def merge_graph(
     report = merge(
         model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized, check=check
     )  # fmt: skip
+    warn(report.warnings)
     show(settings, report.record(), _merged_view)
 
 
@@ -97,6 +98,12 @@ def refuse(
 
     for _, option in given(ctx, names):
         raise UsageError(f"{option} {why}", path=path, cure=cure)
+
+
+def warn(warnings: Sequence[str]) -> None:
+    """Print what a report warns of to stderr; `--json` has it in the record as well."""
+    for line in warnings:
+        click.echo(f"warning: {line}", err=True)
 
 
 def targets_table(record: Mapping[str, Any]) -> Table:

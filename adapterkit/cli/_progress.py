@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import click
 
 from ._options import Settings
-from ._render import size
+from ._render import printable, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -73,6 +73,7 @@ def progress(settings: Settings, label: str) -> Iterator[Meter | None]:
     if settings.quiet:
         yield None
         return
+    label = printable(label)
     meter: Meter = Bar(label) if sys.stderr.isatty() else Lines(label)
     try:
         yield meter

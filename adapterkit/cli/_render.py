@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..errors import public
 from ._options import Settings
 
 
@@ -54,8 +55,11 @@ def as_json(value: Any) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text with control characters escaped: names come from files that may want to drive a terminal."""
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+    """Text without secrets, and with control characters escaped: names in files may hold codes for a terminal."""
+    shown = public(text)
+    if shown.isprintable():
+        return shown
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in shown)
 
 
 def cell(value: Any) -> str:
@@ -86,12 +90,12 @@ def counted(count: int, noun: str) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {public(str(key)): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    return value if value is None or isinstance(value, bool | int | float) else public(str(value))
 
 
 def _aligned(table: Table) -> list[str]:

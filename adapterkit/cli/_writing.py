@@ -51,38 +51,48 @@ class Destination:
         out: the path or uri.
         sources: what is read; a licence that all their model cards name is passed on to a hub.
         overwrite: replace what is there.
+        target_format: the format to write.
+        base: the base that is read, too.
+        inputs: other files that are read.
 
     Raises:
         UsageError: the destination is a source.
         StorageError: something is there.
     """
 
-    def __init__(self, out: str, sources: Sequence[str], overwrite: bool) -> None:
+    def __init__(
+        self, out: str, sources: Sequence[str], overwrite: bool, *, target_format: str, base: str | None = None,
+        inputs: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         from ..tensors.locations import is_address
 
-        self.out, self.sources, self.overwrite = out, sources, overwrite
+        self.out, self.sources, self.overwrite, self.base = out, sources, overwrite, base
+        self.target_format = target_format
+        self.inputs = [*sources, *inputs, *([] if base is None else [base])]
         self.remote = is_address(out)
         if self.remote:
             _check_place(sources, out)
         else:
-            _check_path(sources, Path(out), overwrite)
+            self._check_path()
 
     def write(
-        self, adapter: Adapter, target_format: str, base: str | None, on_loss: str, profile: str | None = None,
-        max_error: float | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+        self, adapter: Adapter, on_loss: str, profile: str | None = None, max_error: float | None = None
+    ) -> dict[str, Any]:
         """Writes the adapter, and pushes it where it is to be on a hub; what was written as plain data."""
         from .. import write
 
-        with self._path(target_format) as path:
-            losses = write(adapter, path, target_format, base, on_loss, profile=profile, max_error=max_error)
+        with self._path() as path:
+            losses = write(
+                adapter, path, self.target_format, self.base, on_loss, profile=profile, max_error=max_error,
+                overwrite=self.overwrite or self.remote,
+            )  # fmt: skip
         return {
-            "out": self.out, "to": target_format, "targets": len(adapter.updates), "updates": len(adapter),
+            "out": self.out, "to": self.target_format, "targets": len(adapter.updates), "updates": len(adapter),
             "losses": losses,
         }  # fmt: skip
 
     @contextmanager
-    def _path(self, target_format: str) -> Iterator[Path]:
+    def _path(self) -> Iterator[Path]:
         import shutil
 
         from ..formats import FORMATS
@@ -95,7 +105,22 @@ class Destination:
             # What an interrupted command left may be of another format: it is made anew, not gone on with.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            yield folder / FORMATS[target_format].file
+            yield folder / FORMATS[self.target_format].file
+
+    def _check_path(self) -> None:
+        """Refuse, before any work, what is taken and what would replace a source."""
+        from ..errors import UsageError
+        from ..formats import FORMATS, files_read
+        from ..tensors.staging import check_free, check_inputs, replaced_at, take_over
+
+        path = Path(self.out)
+        if path.exists() and any(Path(source).exists() and Path(source).samefile(path) for source in self.inputs):
+            raise UsageError("source and destination are the same", path=path, cure="Write to another path")
+        take_over(path)
+        check_free(path, self.overwrite)
+        if path.exists():
+            inputs = [file for source in self.inputs for file in files_read(source)]
+            check_inputs(replaced_at(path, FORMATS[self.target_format].owns), inputs)
 
 
 def refuse_place(out: str) -> None:
@@ -118,16 +143,6 @@ def _check_place(sources: Iterable[str], out: str) -> None:
 
     if any(is_remote(source) and parse(source) == parse(out) for source in sources):
         raise UsageError("source and destination are the same", path=out, cure="Write to another place")
-
-
-def _check_path(sources: Iterable[str], dst: Path, overwrite: bool) -> None:
-    from ..errors import StorageError, UsageError
-
-    if dst.exists() and any(Path(src).exists() and Path(src).samefile(dst) for src in sources):
-        raise UsageError("source and destination are the same", path=dst, cure="Write to another path")
-    taken = any(dst.iterdir()) if dst.is_dir() else dst.exists()
-    if taken and not overwrite:
-        raise StorageError("already there", path=dst, cure="Write to another path, or pass --overwrite")
 
 
 def outcome(record: Mapping[str, Any]) -> Iterable[str]:

@@ -43,9 +43,13 @@ def command(
         "rank": rank, "seed": seed, "disjoint": disjoint or None, "dtype": dtype, "base": base, "compat": compat,
     }  # fmt: skip
     sources, options = combination(adapters, method, weights, parameters, given, recipe)
-    destination = _writing.Destination(out, sources, overwrite)
+    target_format = target_format or _format_of(sources, detect)
+    destination = _writing.Destination(
+        out, sources, overwrite, target_format=target_format, base=options.get("base"),
+        inputs=[] if recipe is None else [recipe],
+    )  # fmt: skip
     made = ops.combine(sources, **options)
-    record = destination.write(made, target_format or _format_of(sources, detect), options.get("base"), on_loss)
+    record = destination.write(made, on_loss)
     show(settings, record | said(made), _view)
 
 

@@ -36,14 +36,14 @@ def command(
 ) -> None:  # fmt: skip
     """Runs `adapterkit.read` and `adapterkit.write`."""
     from .. import detect, read
-    from ..tensors.safetensors import headers_kept
+    from ..tensors.inputs import inputs_kept
 
     with _without_collection():
-        with headers_kept():
+        with inputs_kept():
             name = source_format or detect(src)
-            destination = _writing.Destination(dst, [src], overwrite)
+            destination = _writing.Destination(dst, [src], overwrite, target_format=target_format, base=base)
             adapter = read(src, name, base, compat=compat)
-        written = destination.write(adapter, target_format, base, on_loss, profile, max_error)
+        written = destination.write(adapter, on_loss, profile, max_error)
     record = {"source": src, "from": name, **written}
     show(settings, record, _view)
 

@@ -44,14 +44,15 @@ def command(
     """Runs `adapterkit.ops.extract`."""
     from .. import ops
 
-    destination = _writing.Destination(out, [tuned, base], overwrite)
+    target_format = target_format or "adapterkit"
+    destination = _writing.Destination(out, [tuned], overwrite, target_format=target_format, base=base)
     cuts: list[ops.Cut] = []
     with progress(settings, "extract") as meter:
         made = ops.extract(
             tuned, base, rank, energy=energy, error=error, targets=targets, embeddings=embeddings, method=method,
             dtype=dtype, report=cuts.append, progress=meter,
         )  # fmt: skip
-    record = destination.write(made, target_format or "adapterkit", base, on_loss)
+    record = destination.write(made, on_loss)
     record |= {"tuned": tuned, "base": base, "relative_error": _error(cuts), "cuts": [cut.record() for cut in cuts]}
     show(settings, record, _view)
 

@@ -6,12 +6,13 @@ against the same change made another way, unless --no-check is given.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from . import _options
-from ._graphs import checked, targets_table
+from ._graphs import checked, targets_table, warn
 from ._render import View, show
 from ._writing import refuse_place
 
@@ -39,12 +40,16 @@ from ._writing import refuse_place
     multiple=True,
     help="An expert of a router whose file does not hold it, in order.",
 )
+@click.option(
+    "--calibration", metavar="FILE.npz",
+    help="Inputs to run the check on, an array for each input's name, such as those that a quantizer was given.",
+)  # fmt: skip
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
 @_options.flags
 @click.pass_context
 def command(
     ctx: click.Context, model: str, adapter: str, out: str, mode: str, base_weights: str | None,
-    words: tuple[str, ...], experts: tuple[str, ...], check: bool,
+    words: tuple[str, ...], experts: tuple[str, ...], calibration: str | None, check: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.inject`."""
     refuse_place(out)
@@ -52,9 +57,21 @@ def command(
 
     settings: _options.Settings = ctx.obj
     report = inject(
-        model, adapter, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts, check=check
-    )
+        model, adapter, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts,
+        check=check if calibration is None else _inputs(calibration, check),
+    )  # fmt: skip
+    warn(report.warnings)
     show(settings, report.record(), _view)
+
+
+def _inputs(path: str, check: bool) -> dict[str, Any]:
+    """The arrays of a file, by name."""
+    if not check:
+        raise click.UsageError("--calibration has the inputs of the check, which --no-check leaves out")
+    from ..tensors.lazy import as_array
+    from ..tensors.numpy_files import read_npz
+
+    return {name: as_array(leaf) for name, leaf in read_npz(Path(path)).items()}
 
 
 def _call(words: tuple[str, ...]) -> dict[str, str | int]:

@@ -39,8 +39,9 @@ from .verify import record_of, verdict
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="What runs it.")
 @click.option("--address", metavar="HOST:PORT", help="Of the Ray cluster; one on this machine if absent.")
 @click.option(
-    "--tied", type=click.Choice(["merge", "untie"]),
-    help="Where a touched head shares its weight with the embedding: merge into both, or untie them.",
+    "--tied", metavar="CHOICE",
+    help="Where the head shares its weight with the embedding: merge (updates change both), untie (each changes the "
+    "layer it names, token rows both), or by kind, e.g. rows=untie,embedding=merge. If absent, as PEFT trained.",
 )  # fmt: skip
 @click.option(
     "--quantized", type=click.Choice(["dequantize", "requantize", "original"]),
@@ -188,5 +189,6 @@ def _warnings(record: Mapping[str, Any]) -> Iterator[str]:
         if adapter["missing"]:
             names = ", ".join(adapter["missing"])
             yield f"warning: {adapter['name']}: not in the base, left out: {names}"
+    yield from (f"warning: {warning}" for warning in record["warnings"])
     if record.get("left_out"):
         yield f"warning: other forms of the base's weights, left out: {', '.join(record['left_out'])}"

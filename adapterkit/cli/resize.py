@@ -40,13 +40,13 @@ def command(
     from .. import detect, ops, read
 
     name = source_format or detect(src)
-    destination = _writing.Destination(out, [src], overwrite)
+    destination = _writing.Destination(out, [src], overwrite, target_format=target_format or name, base=base)
     cuts: list[ops.Cut] = []
     made = (ops.promote if promoted else ops.resize)(
         read(src, name, base, compat=compat), rank, energy=energy, error=error, frobenius=frobenius, scope=scope,
         base=base, dtype=dtype, report=cuts.append,
     )  # fmt: skip
-    record = destination.write(made, target_format or name, base, on_loss)
+    record = destination.write(made, on_loss)
     error_of_all = made.recipe[-1].args["error_of_all"]
     record |= {"source": src, "from": name, "relative_error": error_of_all, "cuts": [cut.record() for cut in cuts]}
     show(settings, record, _view)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import StorageError, UnknownFormat, UsageError, nearest
+from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
-from ..tensors.locations import located, source_of
-from ..tensors.safetensors import headers_kept
+from ..tensors.inputs import inputs_kept
+from ..tensors.lazy import Lazy
+from ..tensors.locations import NOTE, is_remote, located, source_of
+from ..tensors.safetensors import sources_remembered
+from ..tensors.staging import files_below, matches, staged
 from ._format import ON_LOSS, TENSORS, Format
 
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ __all__ = ["FORMATS", "Format", "detect", "read", "recognised", "write"]
 FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.formats", Format)
 
 
-@headers_kept()
+@inputs_kept()
 def detect(path: str | PathLike[str]) -> str:
     """The name of the one format whose headers are at `path`, or in the one file of tensors of a folder.
 
@@ -34,7 +38,7 @@ def detect(path: str | PathLike[str]) -> str:
     return _identified(path)[1]
 
 
-@headers_kept()
+@inputs_kept()
 def read(
     path: str | PathLike[str],
     format: str | None = None,  # noqa: A002 - the public contract's word
@@ -62,11 +66,12 @@ def read(
         known = ", ".join(sorted(reader.compat)) or "none"
         raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=f"Known: {known}")
     checkpoint = None if base is None else opened(base)
-    adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)
     try:
+        adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)
         adapter.validate()
-    except Exception as error:
-        raise _placed(error, path) from None
+    except AdapterkitError as error:
+        # A reader names the file where it knows a better one than the path that was given.
+        raise error.at(path=path) from None
     return adapter
 
 
@@ -79,8 +84,16 @@ def write(
     *,
     profile: str | None = None,
     max_error: float | None = None,
+    overwrite: bool = True,
 ) -> list[str]:
-    """Writes an adapter; see `Format.write`. Validates it first, and returns what was left out or rewritten.
+    """Write an adapter; see `Format.write`. Validates it first, and returns what was left out or rewritten.
+
+    The output is staged beside `path` and renamed into place when it is whole, whatever the format: after an error
+    `path` is what it was. Where `path` is a folder that holds an adapter already, the files that the format owns are
+    replaced and all others stay.
+
+    Before that the output is read back and compared with the adapter: a writer that wrote anything else, whatever the
+    format, is an error.
 
     Args:
         adapter: what to write.
@@ -92,8 +105,13 @@ def write(
             heed are folded for it, what it cannot run is refused.
         max_error: with `on_loss="promote"`, the relative Frobenius error that a change may suffer where the format has
             nothing but low ranks for it; None accepts none.
+        overwrite: replace what is at `path`; False refuses where something is there.
 
     Raises:
+        StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
+            disk is full.
+        Miswritten: what the writer wrote is not what the adapter says; names target and field.
+        UsageError: the format needs the base to be read, so that without it nothing proves what was written.
         AdapterkitError: see `Format.write`.
     """
     if on_loss not in ON_LOSS:
@@ -106,10 +124,18 @@ def write(
         known = ", ".join(sorted(writer.profiles)) or "none"
         raise UsageError(f"{format} has no profile {profile!r}", path=path, cure=f"Known: {known}")
     below = None if base is None else opened(base)
+    from ._proof import prove
 
     def once(adapter: Adapter) -> list[str]:
         fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
-        return lines + writer.write(fitted, Path(path), on_loss=on_loss, base=below)
+        inputs = [*files_of(adapter), *(() if below is None else below.files)]
+        with (
+            staged(Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs) as stage,
+            sources_remembered() as files,
+        ):
+            lines += writer.write(fitted, stage, on_loss=on_loss, base=below)
+            prove(format, writer, adapter, stage, lines, below, files)
+        return lines
 
     if on_loss != "promote":
         return once(adapter)
@@ -118,7 +144,31 @@ def write(
     return Promotion.into(writer, max_error, below).ask(adapter, once)
 
 
-@headers_kept()
+def files_of(adapter: Adapter) -> set[Path]:
+    """The files that tensors of an adapter are still to be read from."""
+    leaves = [leaf for _, update in adapter for leaf in update.tensors.values()]
+    leaves += [] if adapter.foreign is None else adapter.foreign.tensors.values()
+    spans = [leaf.span for leaf in leaves if isinstance(leaf, Lazy)]
+    return {Path(span.path) for span in spans if span is not None}
+
+
+def files_read(source: str | PathLike[str]) -> list[Path]:
+    """The files that reading an adapter or a base at a local path can touch; of a place on a hub there are none.
+
+    In a folder these are the files of tensors and those that some format or a base keeps beside them.
+    """
+    if is_remote(source):
+        return []
+    path = Path(source)
+    named = [*chain.from_iterable(FORMATS[name].owns for name in FORMATS), "config.json", "*.index.json"]
+    if path.is_dir():
+        tensors = [f"*{suffix}" for suffix in TENSORS]
+        return [file for file in files_below(path) if matches(file.name, [*named, *tensors])]
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return [path, *(file for file in beside if matches(file.name, named))]
+
+
+@inputs_kept()
 def recognised(path: str | PathLike[str]) -> tuple[str, ...]:
     """The names of all formats whose headers are at `path`, or in the one file of tensors of a folder."""
     return tuple(_recognised(_existing(path), FORMATS)[1])
@@ -168,9 +218,3 @@ def _sourced(adapter: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
     if below is not None and known.id in (None, below.repo) and known.revision is None:
         adapter = adapter.replace(base=BaseRef(below.repo, below.commit, known.config_hash))
     return adapter
-
-
-def _placed(error: Exception, path: str | PathLike[str]) -> Exception:
-    from ..errors import AdapterkitError
-
-    return error.at(path=path) if isinstance(error, AdapterkitError) else error

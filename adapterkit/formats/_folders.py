@@ -32,19 +32,17 @@ def read_tensors(path: Path) -> dict[str, Lazy]:
     return safetensors.read(path)
 
 
-def emptied(folder: Path, *names: str) -> None:
-    """Makes a folder without these files: its config goes away first and comes back last, as without it is no adapter.
+def make_folder(folder: Path) -> None:
+    """Make the folder of an adapter, with its parents.
 
     Raises:
         UsageError: it has the name of a file of tensors.
-        StorageError: the folder cannot be made or written.
+        StorageError: the folder cannot be made.
     """
     if folder.suffix.lower() in TENSORS and not folder.is_dir():
         why = "the name of a file, where this format has a folder"
         raise UsageError(why, path=folder, cure="Name a folder, or a format of one file: --to adapterkit, kohya, ...")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(error, folder) from error

@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 ON_LOSS = ("refuse", "fold", "promote", "drop")
 
+LEFT_OUT, CHANGED = "left out ", "changed "
+"""How lines begin that report a loss; see `Format.write`."""
+
 TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
 """Endings of files of tensors: hubs keep an adapter of one file in a folder, beside a card. A base's are not meant."""
 
@@ -51,7 +54,11 @@ class Format:
         compat: names of foreign tools whose known faults the reader can reproduce on request.
         differences: whether it holds a difference of any weight, so that laws may be written as that.
         profiles: names of consumers that take only a part of the dialect, for which can be written.
+        dtypes: element types that it holds, if it does not hold all: tensors of others may be rounded to one of these.
         file: what its one file is called where only a folder is named; empty where the dialect sees to that itself.
+        owns: names, or patterns of names, of the files that an adapter of this format can have in its folder, and of
+            those that it has beside its file of tensors. When an adapter in a folder is replaced these go, even if
+            the new one does not have them; all other files in the folder stay.
     """
 
     url: ClassVar[str] = ""
@@ -60,7 +67,9 @@ class Format:
     compat: ClassVar[frozenset[str]] = frozenset()
     differences: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()
+    dtypes: ClassVar[frozenset[str]] = frozenset()
     file: ClassVar[str] = ""
+    owns: ClassVar[frozenset[str]] = frozenset()
 
     def sniff(self, path: Path) -> bool:
         """Whether the headers at `path` are this dialect's: no false negatives, no data read, no error raised."""
@@ -83,7 +92,11 @@ class Format:
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
-        """Writes an adapter, atomically, and returns one line for each thing that was left out or rewritten.
+        """Write an adapter, atomically, and return one line for each thing that was left out or rewritten.
+
+        `formats.write` reads back what was written: it must be the same targets with the same function. Two kinds of
+        lines report a loss: `left out TARGET: why` an update that is not in the file, `changed TARGET:METHOD.FIELD why`
+        a field of no consequence for the function that has another value there.
 
         Args:
             adapter: what to write.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported
+from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, shown
 from ..methods.alora import ALoRA
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
@@ -27,6 +27,11 @@ Pair = LoRA | DoRA | ALoRA
 Pairs = dict["Target", Pair]
 Slots = dict[str, Any]
 """Field -> tensor."""
+
+EXACT = 1 << 53
+"""Up to here a float holds every integer; JSON and YAML allow integers of any length."""
+
+LARGEST_RANK = 1 << 31
 
 DAMAGED = "Write the file again with the tool that made it"
 
@@ -167,14 +172,31 @@ def over_rows(updates: Iterable[Pair]) -> Pair:
 
 
 def finite(value: Any, where: str) -> float:
-    """A number out of a file's settings.
+    """Check a number from a file's settings, such as alpha or a scale.
+
+    Returns:
+        the number as a float, exactly.
 
     Raises:
-        Malformed: it is none, or not finite.
+        Malformed: it is no number, not finite, or an integer that a float does not hold exactly.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise Malformed(f"{value!r} is no number", where=where, cure="Correct it, or write the file again")
+    exact = (type(value) is int and abs(value) <= EXACT) or (isinstance(value, float) and math.isfinite(value))
+    if not exact:
+        cure = f"Write a finite number there, if whole then of at most {EXACT}"
+        raise Malformed(f"{shown(value)} is not a finite number", where=where, cure=cure)
     return float(value)
+
+
+def whole_rank(value: Any, where: str) -> int:
+    """Check a rank from a file's settings.
+
+    Raises:
+        Malformed: it is no integer from 1 to 2 ** 31.
+    """
+    if type(value) is not int or not 1 <= value <= LARGEST_RANK:
+        cure = f"Write an integer from 1 to {LARGEST_RANK} there"
+        raise Malformed(f"{shown(value)} is not a rank", where=where, cure=cure)
+    return value
 
 
 def stored_layout(path: str, update: Pair, base: Checkpoint | None) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterkitError, Malformed, UsageError, storage_error
+from ..errors import AdapterkitError, Malformed, UsageError
 from ..tensors import safetensors
-from ..tensors.atomic import sync_folder, write_bytes
+from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import read_json
 from ..tensors.lazy import Lazy, as_torch
+from ..tensors.staging import staged, unwritten
 from ..tensors.torch_file import is_torch_file, read_torch_file
 from ._pairs import finite
 
@@ -51,26 +51,17 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
     """
     if path.suffix == ".safetensors":
         return safetensors.write(path, tensors, {"format": "pt"})
-    import shutil
-
     import torch
 
     loaded: dict[int, torch.Tensor] = {}
     state = {key: loaded.setdefault(id(leaf), as_torch(leaf)) for key, leaf in tensors.items()}
-    # The archive's root is called after the file, so that the part must have its name.
-    folder = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        torch.save(state if wrapper is None else {wrapper: state}, folder / path.name)
-        with open(folder / path.name, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(folder / path.name, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise storage_error(error, path) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    # The archive's root is called after the file, so that the staged file must have its name.
+    with staged(path) as part:
+        try:
+            torch.save(state if wrapper is None else {wrapper: state}, part)
+        except RuntimeError as error:
+            # torch's zip writer is C++ and hides the errno. Plain tensors in memory leave it no other reason to fail.
+            raise unwritten(error, part) from error
     return None
 
 

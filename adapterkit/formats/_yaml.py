@@ -1,31 +1,24 @@
-"""YAML out of untrusted files: plain values of bounded size."""
+"""YAML of adapters' configs: a mapping of names, read and written."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..errors import Malformed
+from ..tensors import strict_yaml
 
-LIMIT = 1 << 20
+LIMIT = strict_yaml.MAX_BYTES
 
 
 def load_yaml(data: bytes, where: str) -> dict[str, Any]:
     """A mapping with text for keys.
 
     Raises:
-        Malformed: it is none, too large, or asks for more than plain values.
+        Malformed: it is not one, is too large, or asks for more than plain values.
     """
-    import yaml
-
-    cure = "Fetch or write the file again"
-    if len(data) > LIMIT:
-        raise Malformed(f"more than {LIMIT} bytes of YAML", where=where, cure=cure)
-    try:
-        value = yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Malformed(f"not plain YAML ({str(error).partition(chr(10))[0]})", where=where, cure=cure) from None
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise Malformed("no mapping of names", where=where, cure=cure)
+    value = strict_yaml.load_yaml(data, where=where)
+    if not isinstance(value, dict):
+        raise Malformed("not a mapping of names", where=where, cure="Fetch or write the file again")
     return value
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from ..adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target, canonical
-from ..errors import AdapterkitError, Malformed, Unrepresentable, Unsupported
+from ..errors import AdapterkitError, Malformed, Unrepresentable, Unsupported, shown
 from ..methods import METHODS
 from ..tensors import safetensors
 from ..tensors.lazy import as_lazy
@@ -30,7 +30,10 @@ MAX_RECORD = 256 << 20
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Layout = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(LAYOUTS)})]
-Version = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^1\.[0-9]{1,4}$"})]
+NUMBER = "(0|[1-9][0-9]{0,3})"
+"""A MAJOR or MINOR; without leading zeros, so that one version has one spelling."""
+
+Version = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^1\.{NUMBER}$"})]
 Row = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -93,6 +96,7 @@ class Native(Format):
     url = "https://github.com/adapterkit/adapterkit/blob/main/spec/README.md"
     description = f"adapterkit's own: one safetensors file, spec {SPEC}"
     methods = frozenset(METHODS)
+    owns = frozenset({FILE})
 
     def sniff(self, path: Path) -> bool:
         try:
@@ -209,8 +213,8 @@ def _keep_unknown(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _check_version(version: Any) -> bool:
     """Whether a version is a newer MINOR than this one's."""
-    if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,4}\.[0-9]{1,4}", version):
-        why = f"no version of the form MAJOR.MINOR, but {version!r}"
+    if not isinstance(version, str) or not re.fullmatch(rf"{NUMBER}\.{NUMBER}", version):
+        why = f"{shown(version)} is not a version of the form MAJOR.MINOR, such as 1.0"
         raise Malformed(why, where=f"metadata {KEY}: version", cure=_REWRITE)
     (major, minor), (own_major, own_minor) = (map(int, v.split(".")) for v in (version, SPEC))
     if major != own_major:

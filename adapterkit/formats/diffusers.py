@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -54,6 +55,7 @@ class Diffusers(ImageFormat):
     url = "https://huggingface.co/docs/diffusers/main/en/api/loaders/lora"
     description = "diffusers' pipelines: LoRA and DoRA by part, scalings in the header; all three generations of keys"
     methods = frozenset({"dora", "lora"})
+    owns = frozenset(FILES)
     rules = Rules(peft=True, slots=tuple(SLOTS))
     naming = "diffusers"
 
@@ -61,6 +63,12 @@ class Diffusers(ImageFormat):
         if write:
             return path / FILES[0] if path.is_dir() or not path.suffix else path
         return folder_file(path, FILES)
+
+    def rules_in(self, file: Path, hints: Hints) -> Rules:
+        """Torch files have no header for scalings; alphas are written where the file that was read had them."""
+        if file.suffix not in container.TORCH or len(hints.without_alpha) < len(hints.stems):
+            return self.rules
+        return replace(self.rules, slots=tuple(slot for slot in self.rules.slots if slot != "alpha"))
 
     def sniff(self, path: Path) -> bool:
         try:

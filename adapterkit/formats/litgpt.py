@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, BaseRef, Foreign, Step, Target
-from ..errors import AdapterkitError, Malformed, ShapeMismatch, StorageError, Unsupported, UsageError, storage_error
+from ..errors import AdapterkitError, Malformed, ShapeMismatch, StorageError, Unsupported, UsageError
 from ..methods.lora import LoRA
 from ..names.heads import Heads, heads_of
 from ..names.litgpt import FLAGS, MLP, PARTS, QKV, TABLE, is_litgpt
 from ..names.tables import Table, without_prefix
 from ..tensors.arrange import joined, part, zeros
 from ..tensors.atomic import write_bytes
+from ..tensors.inputs import read_input
 from ..tensors.lazy import Lazy, as_lazy
-from ._folders import emptied
+from ._folders import make_folder
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._one_number import of_one_alpha, whole_number
-from ._pairs import DAMAGED, Pairs, check_factors, finite, grouped, rank_of, unfit
+from ._pairs import DAMAGED, Pairs, check_factors, finite, grouped, rank_of, unfit, whole_rank
 from ._state_dicts import keys_of, load, save
 from ._yaml import LIMIT, dump_yaml, load_yaml
 
@@ -52,6 +53,7 @@ class Litgpt(Format):
     url = "https://github.com/Lightning-AI/litgpt"
     description = "litgpt: lit_model.pth.lora beside hyperparameters.yaml and model_config.yaml"
     methods = frozenset({"lora"})
+    owns = frozenset({TENSORS, SETTINGS, MODEL})
 
     def sniff(self, path: Path) -> bool:
         return is_litgpt(keys_of(path / TENSORS if path.is_dir() else path))
@@ -59,8 +61,8 @@ class Litgpt(Format):
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         folder, file = (path, path / TENSORS) if path.is_dir() else (path.parent, path)
         texts = {name: _text(folder / name, needed=name == SETTINGS) for name in (SETTINGS, MODEL)}
-        settings, model = (load_yaml(text.encode(), name) if text else {} for name, text in texts.items())
         try:
+            settings, model = (load_yaml(text.encode(), name) if text else {} for name, text in texts.items())
             tensors = load(file)
             updates = {t: (u,) for t, u in _decode(tensors, settings, model, base)}
         except AdapterkitError as error:
@@ -100,10 +102,10 @@ def _decode(
     if kind not in MLP:
         why = f"a model with {kind}, for whose names there is no table"
         raise Unsupported(why, where=f"{MODEL}: mlp_class_name", cure=f"Known: {', '.join(MLP)}")
-    rank, alpha = settings.get("lora_r"), finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
-    if type(rank) is not int or rank < 1 or not alpha:
-        why = f"lora_r is {rank!r}, lora_alpha {alpha!r}: no rank, or no effect"
-        raise Malformed(why, where=SETTINGS, cure=DAMAGED)
+    rank = whole_rank(settings.get("lora_r"), f"{SETTINGS}: lora_r")
+    alpha = finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
+    if not alpha:
+        raise Malformed("lora_alpha is 0: the adapter would do nothing", where=SETTINGS, cure=DAMAGED)
     enabled = [name for name in PARTS if settings.get(f"lora_{name}")]
     for module, slots in grouped(tensors, _SLOTS, FORMAT).items():
         if module.endswith(QKV):
@@ -253,16 +255,13 @@ def _count(hints: Mapping[str, Any], base: Checkpoint | None, pairs: Pairs) -> i
 
 def _text(path: Path, *, needed: bool) -> str:
     """A file of settings; nothing where there is none and it can be done without."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(LIMIT + 1).decode("utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         if needed:
             cure = "Fetch it: it says rank, alpha and what is adapted"
-            raise StorageError("not there", path=path, cure=cure) from None
+            raise StorageError("not there", path=path, cure=cure)
         return ""
-    except OSError as error:
-        raise storage_error(error, path) from error
+    try:
+        return read_input(path, LIMIT).decode("utf-8")
     except UnicodeDecodeError:
         raise Malformed("not UTF-8", path=path, cure=DAMAGED) from None
 
@@ -270,7 +269,7 @@ def _text(path: Path, *, needed: bool) -> str:
 def _save(path: Path, tensors: Mapping[str, Lazy], settings: dict[str, Any], hints: Mapping[str, Any]) -> None:
     """Writes the folder; without its settings, which come last, it is no adapter."""
     folder, file = (path.parent, path) if path.name.endswith(".lora") else (path, path / TENSORS)
-    emptied(folder, SETTINGS)
+    make_folder(folder)
     save(file, tensors, "model")
     texts = hints.get("texts", {})
     if hints.get("model"):

@@ -55,6 +55,7 @@ class LoraLib(Format):
     description = "loralib: a torch file of lora_state_dict, beside loralib.json"
     file = "lora.pt"
     methods = frozenset({"lora"})
+    owns = frozenset({SETTINGS})
 
     def sniff(self, path: Path) -> bool:
         keys = keys_of(path) if path.suffix != ".safetensors" else []

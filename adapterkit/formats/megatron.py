@@ -42,6 +42,7 @@ class Megatron(Format):
     description = "Megatron-Bridge and NeMo 2: a state dict of adapter.linear_in and linear_out, beside megatron.json"
     file = "adapter.pt"
     methods = frozenset({"lora"})
+    owns = frozenset({SETTINGS})
 
     def sniff(self, path: Path) -> bool:
         return is_of(keys_of(path), BRIDGE)

@@ -45,6 +45,7 @@ class MinLora(Format):
     description = "minLoRA: a torch file of get_lora_state_dict, beside minlora.json"
     file = "lora.pt"
     methods = frozenset({"lora"})
+    owns = frozenset({SETTINGS})
 
     def sniff(self, path: Path) -> bool:
         keys = keys_of(path) if path.suffix != ".safetensors" else []

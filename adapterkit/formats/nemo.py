@@ -5,23 +5,28 @@ The archive's config says alpha and heads. One that is split over ranks is to be
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import lzma
+import os
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Foreign, Step
-from ..errors import AdapterkitError, Malformed, Unsupported, storage_error
+from ..errors import AdapterkitError, Malformed, Unsupported, first_line, shown, storage_error
 from ..names.heads import Heads, heads_of
 from ..names.megatron import NEMO
-from ..tensors.atomic import replacing
 from ..tensors.dtypes import DTYPES
+from ..tensors.inputs import open_input
 from ..tensors.lazy import Lazy
+from ..tensors.staging import staged
 from ..tensors.torch_file import read_torch_file
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
@@ -42,6 +47,9 @@ LARGEST = 8 << 30
 EXPANDED = 64
 """How many times the archive's own size its tensors may take."""
 MEMBERS = 64
+PIECE = 2 << 20
+"""Bytes that are read at once; headers of members take a few hundred."""
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
 
 
@@ -66,11 +74,11 @@ class Nemo(Format):
 
     def sniff(self, path: Path) -> bool:
         try:
-            if not path.is_file() or not tarfile.is_tarfile(path):
+            if not path.is_file():
                 return False
-            with tarfile.open(path) as archive:
+            with _archive(path) as archive:
                 return any(_name(member) == CONFIG for member in islice(archive, MEMBERS))
-        except (OSError, *_DAMAGE):
+        except (OSError, AdapterkitError, *_DAMAGE):
             return False
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
@@ -111,7 +119,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
     """The config and the tensors; these are in memory, as the archive has no place to leave them in."""
     parts: dict[str, bytes] = {}
     try:
-        with tarfile.open(path) as archive, tempfile.TemporaryDirectory() as folder:
+        with _archive(path) as archive, tempfile.TemporaryDirectory() as folder:
             for count, member in enumerate(archive):
                 name = _name(member)
                 if count >= MEMBERS or not (member.isfile() or member.isdir()):
@@ -127,7 +135,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
                     why = "tensors that are split over ranks"
                     raise Unsupported(why, where=name, cure="Merge the ranks with NeMo first")
     except _DAMAGE as error:
-        raise Malformed(f"no archive, or a damaged one ({error})", path=path, cure=DAMAGED) from None
+        raise Malformed(f"no archive, or a damaged one ({first_line(error)})", path=path, cure=DAMAGED) from None
     except OSError as error:
         raise storage_error(error, path) from error
     if CONFIG not in parts or "held" not in locals():
@@ -137,8 +145,55 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
     content = archive.extractfile(member)
-    assert content is not None
+    if content is None:
+        raise Malformed("not a file", where=_name(member), cure=DAMAGED)
     return content
+
+
+class _Bounded(io.RawIOBase):
+    """The content of an archive, decompressed: no large piece at once, and not far beyond the archive's own size.
+
+    `tarfile` reads the header of a member whole, whatever size that claims, and skips a member by reading it.
+    """
+
+    def __init__(self, source: Any, limit: int) -> None:
+        self.source, self.limit = source, limit
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self.source.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET or offset > self.limit:
+            raise Malformed(f"it goes on beyond {self.limit:,} bytes", cure=DAMAGED)
+        return int(self.source.seek(offset))
+
+    def read(self, size: int = -1, /) -> bytes:
+        if not 0 <= size <= PIECE or self.tell() > self.limit:
+            raise Malformed(f"{size:,} bytes to be read at once, or beyond {self.limit:,}", cure=DAMAGED)
+        return bytes(self.source.read(size))
+
+    def close(self) -> None:
+        self.source.close()
+        super().close()
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[tarfile.TarFile]:
+    """The archive in a file, which may be compressed as `tarfile` knows it."""
+    with open_input(path) as file:
+        head = file.read(6)
+        file.seek(0)
+        kind: Any = next((kind for mark, kind in _COMPRESSED.items() if head.startswith(mark)), None)
+        limit = EXPANDED * os.fstat(file.fileno()).st_size + LIMIT
+        source = file if kind is None else kind(file)
+        with _Bounded(source, limit) as bounded, tarfile.open(fileobj=bounded, mode="r:") as archive:
+            yield archive
 
 
 def _copy(source: Any, copy: Any, size: int) -> None:
@@ -159,7 +214,7 @@ def _check(config: Mapping[str, Any]) -> float:
         raise Malformed("no peft.lora_tuning", where=CONFIG, cure="Give an archive of a LoRA")
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if config.get(name, 1) != 1:
-            raise Unsupported(f"{name} is {config[name]!r}", where=CONFIG, cure="Merge the ranks with NeMo first")
+            raise Unsupported(f"{name} is {shown(config[name])}", where=CONFIG, cure="Merge the ranks with NeMo first")
     alpha = finite(tuning.get("alpha", tuning.get("adapter_dim")), f"{CONFIG}: peft.lora_tuning.alpha")
     if not alpha:
         raise Malformed("alpha is zero", where=f"{CONFIG}: peft.lora_tuning.alpha", cure="Correct it")
@@ -206,13 +261,15 @@ def _target_modules(keys: list[str]) -> list[str]:
 
 
 def _save(path: Path, text: bytes, tensors: Mapping[str, Lazy]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, TENSORS)
+    with staged(path) as part:
+        file = part.with_name(".content") / TENSORS
         save(file, tensors)
-        with replacing(path) as out, tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        with open(part, "wb") as out, tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
             _add(archive, f"./{CONFIG}", io.BytesIO(text), len(text))
             with open(file, "rb") as content:
                 _add(archive, f"./{TENSORS}", content, file.stat().st_size)
+        file.unlink()
+        file.parent.rmdir()
 
 
 def _add(archive: tarfile.TarFile, name: str, content: Any, size: int) -> None:

@@ -71,6 +71,7 @@ class Nola(Format):
     url = "https://github.com/UCDvision/NOLA"
     description = "NOLA's reference implementation: a torch file beside nola.json"
     methods = frozenset({"nola"})
+    owns = frozenset({SETTINGS})
 
     def sniff(self, path: Path) -> bool:
         try:

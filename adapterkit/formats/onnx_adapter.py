@@ -16,6 +16,7 @@ from ..adapter import Adapter, Foreign, canonical
 from ..errors import AdapterkitError, UsageError, storage_error
 from ..methods import METHODS
 from ..tensors.atomic import write_bytes
+from ..tensors.inputs import read_input
 from ..tensors.lazy import as_lazy
 from ..tensors.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, write_ort_adapter
 from ._format import Format
@@ -44,6 +45,7 @@ class OnnxAdapter(Format):
     description = "onnxruntime: an .onnx_adapter file beside a record of what its values mean"
     file = "adapter.onnx_adapter"
     methods = frozenset(METHODS)
+    owns = frozenset({"*.onnx_adapter.json"})
 
     def sniff(self, path: Path) -> bool:
         if not is_ort_adapter(path):
@@ -59,7 +61,7 @@ class OnnxAdapter(Format):
         try:
             if record.stat().st_size > MAX_RECORD:
                 raise UsageError(f"more than {MAX_RECORD} bytes", path=record, cure="Fetch it again")
-            adapter = decode_record(record.read_text("utf-8"), file.tensors)
+            adapter = decode_record(read_input(record).decode("utf-8"), file.tensors)
         except (OSError, UnicodeDecodeError) as error:
             raise storage_error(error, record) if isinstance(error, OSError) else _not_text(record) from error
         except AdapterkitError as error:

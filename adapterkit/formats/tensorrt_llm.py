@@ -31,7 +31,7 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy, as_lazy
 from ..tensors.marks import is_npy
 from ..tensors.numpy_files import read_npy, write_npy
-from ._folders import emptied, folder_of
+from ._folders import folder_of, make_folder
 from ._format import Format
 from ._leftovers import Leftovers, remembered
 from ._one_number import of_no_number
@@ -61,6 +61,7 @@ class TensorRtLlm(Format):
     url = "https://github.com/NVIDIA/TensorRT-LLM/blob/v0.12.0/examples/hf_lora_convert.py"
     description = "TensorRT-LLM: model.lora_weights.npy beside model.lora_config.npy"
     methods = frozenset({"lora"})
+    owns = frozenset({WEIGHTS, CONFIG})
 
     def sniff(self, path: Path) -> bool:
         folder = folder_of(path)
@@ -199,7 +200,7 @@ def _why_not(target: Target, update: Pair) -> str:
 
 def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
     """Writes the folder; without its config, which comes last, it is no adapter."""
-    emptied(folder, CONFIG)
+    make_folder(folder)
     write_npy(folder / WEIGHTS, weights)
     write_npy(folder / CONFIG, config)
 

@@ -18,7 +18,7 @@ from ..names.image import rooted
 from ..tensors.atomic import write_bytes
 from ..tensors.lazy import Lazy, as_lazy, as_torch
 from ..tensors.torch_file import is_torch_file, read_torch_value
-from ._format import Format
+from ._format import CHANGED, Format
 from ._image import container
 from ._image.container import TORCH, Metadata
 from ._image.dialect import folder_file
@@ -45,6 +45,7 @@ class TextualInversionFiles(Format):
     url = "https://huggingface.co/docs/diffusers/main/en/using-diffusers/textual_inversion_inference"
     description = "Embeddings of new tokens: AUTOMATIC1111's .pt, diffusers' learned_embeds, kohya's, SDXL's"
     methods = frozenset({"textual_inversion"})
+    owns = frozenset(FILES)
 
     def sniff(self, path: Path) -> bool:
         try:
@@ -71,13 +72,14 @@ class TextualInversionFiles(Format):
         data = adapter.foreign.data if adapter.foreign and adapter.foreign.format == FORMAT else {}
         file = path / FILES[0] if path.is_dir() or not path.suffix else path
         file.parent.mkdir(parents=True, exist_ok=True)
-        wrapper = data.get("wrapper")
-        if wrapper is None or file.suffix not in TORCH:
-            metadata = [(str(k), str(v)) for k, v in data.get("metadata", [("format", "pt")])]
-            container.save(file, _keys(found, data), metadata)
-        else:
-            _save_wrapped(file, found, wrapper)
-        return lines
+        wrapper = data.get("wrapper") if file.suffix in TORCH else None
+        tensors = _keys(found, data, wrapped=wrapper is not None)
+        if wrapper is not None:
+            _save_wrapped(file, tensors, {**wrapper, "name": _token_of(found)})
+            return lines
+        metadata = [(str(k), str(v)) for k, v in data.get("metadata", [("format", "pt")])]
+        container.save(file, tensors, metadata)
+        return lines + _renamed(found, tensors, file)
 
 
 FORMAT = "textual_inversion"
@@ -181,27 +183,38 @@ def _expressible(adapter: Adapter, on_loss: str) -> tuple[dict[str, TextualInver
     return found, [f"left out {item}" for item in items]
 
 
-def _keys(found: Mapping[str, TextualInversion], data: Mapping[str, Any]) -> dict[str, Lazy]:
+def _token_of(found: Mapping[str, TextualInversion]) -> str:
+    return next(iter(found.values())).token
+
+
+def _keys(found: Mapping[str, TextualInversion], data: Mapping[str, Any], *, wrapped: bool) -> dict[str, Lazy]:
+    """The tensors under the keys and in the shapes that were read, where those are a file's of this kind."""
     words = {part: name for name, part in ENCODERS.items()}
-    old, flat = ({}, []) if "wrapper" in data else (data.get("keys", {}), data.get("flat", []))
+    kept = wrapped or "wrapper" not in data
+    old, flat = (data.get("keys", {}), data.get("flat", [])) if kept else ({}, [])
     several = len(found) > 1 or set(found) != {"text_encoder"}
     tensors = {}
     for part, update in found.items():
-        own = old.get(part, words[part] if several else update.token or TOKEN)
+        own = old.get(part, words[part] if several else TOKEN if wrapped else update.token or TOKEN)
         leaf = as_lazy(update.P)
         tensors[own] = leaf.reshape(leaf.shape[1]) if own in flat and leaf.shape[0] == 1 else leaf
     return tensors
 
 
-def _save_wrapped(path: Path, found: Mapping[str, TextualInversion], wrapper: Mapping[str, Any]) -> None:
+def _save_wrapped(path: Path, tensors: Mapping[str, Lazy], around: Mapping[str, Any]) -> None:
     import torch
 
-    (update,) = found.values()
     buffer = io.BytesIO()
-    names = wrapper.get("string_to_token")
-    key = next(iter(names)) if isinstance(names, Mapping) and names else TOKEN
-    torch.save({**wrapper, WRAPPED: {key: as_torch(update.P)}}, buffer)
+    torch.save({**around, WRAPPED: {name: as_torch(leaf) for name, leaf in tensors.items()}}, buffer)
     write_bytes(path, buffer.getvalue())
+
+
+def _renamed(found: Mapping[str, TextualInversion], tensors: Mapping[str, Lazy], file: Path) -> list[str]:
+    """A line for each part, where the file's name is the token: only diffusers' files hold it."""
+    token = next(iter(tensors)) if _dialect(tensors) == "diffusers" else file.stem
+    why = f"is {token!r}, the name of the file, not {_token_of(found)!r}"
+    changed = [part for part, update in found.items() if update.token != token]
+    return [f"{CHANGED}{part}.{EMBEDDING}:textual_inversion.token {why}" for part in changed]
 
 
 _AGAIN = "Write the file again with the tool that made it"

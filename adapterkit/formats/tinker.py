@@ -22,7 +22,7 @@ from ._folders import folder_of
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._one_number import of_one_alpha, whole_number
-from ._pairs import DAMAGED, Pairs, check_factors, finite, grouped, rank_of, unfit
+from ._pairs import DAMAGED, Pairs, check_factors, finite, grouped, rank_of, unfit, whole_rank
 from .peft.container import CONFIG, SAFETENSORS, load, save
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Tinker(Format):
     url = "https://tinker-docs.thinkingmachines.ai/download-weights"
     description = "Tinker: PEFT's folder with experts in stacks and the head as unembed_tokens"
     methods = frozenset({"lora"})
+    owns = frozenset({CONFIG, SAFETENSORS})
 
     def sniff(self, path: Path) -> bool:
         folder = folder_of(path)
@@ -95,9 +96,10 @@ def _numbers(config: Mapping[str, Any]) -> tuple[int, float]:
     if wrong is not None:
         cure = "Tinker writes no such field"
         raise Unsupported(f"{wrong} is {config[wrong]!r}", where=f"{CONFIG}: {wrong}", cure=cure)
-    rank, alpha = config.get("r"), finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
-    if type(rank) is not int or rank < 1 or not alpha:
-        raise Malformed(f"r is {rank!r}, lora_alpha {alpha!r}: no rank, or no effect", where=CONFIG, cure=DAMAGED)
+    rank = whole_rank(config.get("r"), f"{CONFIG}: r")
+    alpha = finite(config.get("lora_alpha"), f"{CONFIG}: lora_alpha")
+    if not alpha:
+        raise Malformed("lora_alpha is 0: the adapter would do nothing", where=CONFIG, cure=DAMAGED)
     return rank, alpha
 
 

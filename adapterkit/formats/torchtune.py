@@ -47,6 +47,7 @@ class Torchtune(Format):
     description = "torchtune: adapter_model.pt in its own names, beside torchtune.json or adapter_config.json"
     file = "adapter_model.pt"
     methods = frozenset({"lora", "dora"})
+    owns = frozenset({SETTINGS, CONFIG})
 
     def sniff(self, path: Path) -> bool:
         return any(key.endswith((".lora_a.weight", ".lora_b.weight")) for key in keys_of(path))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterkitError, RemoteNotFound, StorageError, storage_error
+from ..errors import AdapterkitError, RemoteNotFound, StorageError, public, storage_error
 from ..tensors.atomic import sync_folder, write_bytes
 from ..tensors.locations import NOTE, Source, source_of
 from .folders import locked
@@ -110,7 +110,7 @@ def pull(
 
 def source_at(remote: Remote) -> Source:
     """The note of where files came from, at the commit."""
-    return Source(str(remote.uri.at(remote.commit)), remote.uri.name, remote.commit)
+    return Source(public(str(remote.uri.at(remote.commit))), public(remote.uri.name), remote.commit)
 
 
 def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]:

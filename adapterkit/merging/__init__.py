@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterkitError, Unsupported, UsageError
+from ..errors import Unsupported, UsageError, places_errors
 from ..tensors.checkpoint import Checkpoint, opened
 from ..tensors.locations import is_address, outgoing, streamed
 from .options import Options
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["merge", "plan", "verify"]
 
 
+@places_errors
 def plan(
     base: Base,
     adapters: Source | Sequence[Source],
@@ -37,7 +38,7 @@ def plan(
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     shard_size: int | None = None,
-    tied: str | None = None,
+    tied: str | Mapping[str, str] | None = None,
     allow_partial: bool = False,
     quantized: str | None = None,
     onto: Base | None = None,
@@ -53,13 +54,15 @@ def plan(
     """
     from .planning import make_plan
     from .quantized import as_merged
+    from .ties import parse_tied
 
     checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
-    options = Options(dtype, shard_size, tied, allow_partial, seed, memory, link, rename=tuple(rename))
+    options = Options(dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, rename=tuple(rename))
     return make_plan(checkpoint, named, options)
 
 
+@places_errors
 def merge(
     base: Base,
     adapters: Source | Sequence[Source],
@@ -72,7 +75,7 @@ def merge(
     engine: str = "local",
     address: str | None = None,
     progress: Progress | None = None,
-    tied: str | None = None,
+    tied: str | Mapping[str, str] | None = None,
     allow_partial: bool = False,
     overwrite: bool = False,
     quantized: str | None = None,
@@ -103,7 +106,11 @@ def merge(
             see the base, the adapters and the output under the same paths.
         address: of the Ray cluster; the one that this process is connected to, or one of its own, when not given.
         progress: called with (bytes done, bytes in all) from the calling thread.
-        tied: what to do where the base ties its head to its embedding and an adapter changes one: `merge` or `untie`.
+        tied: which layers an update changes where the base ties its head to its embedding. When not given, the layers
+            that the tool which trained the adapter changed: PEFT's token rows change both, its other updates the one
+            that they name. `untie`: as PEFT, and the head is written apart. `merge`: every update changes both. Or by
+            kind, `rows=untie,embedding=merge` or a mapping, of `rows`, `embedding` and `head` (updates at either that
+            are neither rows nor replacements), and `replacement` (`modules_to_save`).
         allow_partial: leave targets that the base does not have out instead of refusing.
         overwrite: replace what is at `out`.
         quantized: of a quantized base, `dequantize`: fold into the dequantized weights and write 16 bits; `requantize`:
@@ -121,7 +128,7 @@ def merge(
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
         NotMergeable: an update's law is not one of weights.
         Unsupported: the base cannot be streamed, or it is quantized and `quantized` does not say what to do.
-        UsageError: arguments that make no sense together; a tied weight without a choice.
+        UsageError: arguments that make no sense together; a tied weight, and no choice nor file that tells.
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
         StorageError: no space, no permission, or `out` is taken.
     """
@@ -134,7 +141,9 @@ def merge(
                 checksums=checksums, rename=rename,
             )  # fmt: skip
         return replace(report, out=str(out))
-    options = Options(dtype, shard_size, tied, allow_partial, seed, memory, link, checksums, tuple(rename))
+    from .ties import parse_tied
+
+    options = Options(dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, checksums, tuple(rename))
     _check_engine(engine, address, stream)
     with _supplied(base, Path(out), stream) as (checkpoint, supply):
         _check_target(Path(out), checkpoint, adapters, onto, overwrite)
@@ -160,6 +169,7 @@ def merge(
         return carry_out(planned, Path(out), chosen, progress, started, overwrite)
 
 
+@places_errors
 def verify(
     merged: Base,
     base: Base | None = None,
@@ -277,5 +287,5 @@ def _within(inner: Path, outer: Path) -> bool:
     try:
         inner, outer = inner.resolve(), outer.resolve()
     except (OSError, RuntimeError) as error:
-        raise AdapterkitError(f"cannot resolve ({error})", path=inner, cure="Check the path") from error
+        raise UsageError(f"cannot resolve ({error})", path=inner, cure="Check the path") from error
     return inner == outer or (outer.is_dir() and outer in inner.parents)

@@ -12,7 +12,7 @@ from .planned import BLOCK_ELEMENTS, Output
 
 if TYPE_CHECKING:
     from ..updates import Update
-    from .folds import Fold
+    from .fold import Fold
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,11 +42,13 @@ class Folder:
 
     def norms(self) -> dict[int, float]:
         """Squared norms of the changes that need no look at the base, by fold."""
-        return {
-            position: (fold.weight * norm_of(updates, fold)) ** 2
+        norms = {
+            position: fold.weight * norm_of(updates, fold)
             for position, (fold, updates) in enumerate(self.folds)
             if fold.additive and not fold.bias
         }
+        # A norm above 1e154, which only float64 weights can have, is reported as infinite; `** 2` would raise.
+        return {position: norm * norm for position, norm in norms.items()}
 
     def compute(self, raw: Any, out: Any, block: Block) -> dict[int, float]:
         """Computes one block from the base's values `raw` into `out`, both flat; returns squared norms by fold.

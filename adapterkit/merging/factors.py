@@ -14,7 +14,7 @@ from .blocks import logical
 if TYPE_CHECKING:
     from ..tensors.lazy import Leaf
     from .arrays import Arrays, Workspace
-    from .folds import Fold
+    from .fold import Fold
 
 Term = tuple["Fold", list[Update], float]
 
@@ -64,15 +64,16 @@ def norm_of(updates: list[Update], fold: Fold) -> float:
     """The Frobenius norm of what additive updates add."""
     shape = logical(fold)
     experts = range(fold.shape[0]) if fold.target.stacked else (None,)
-    squares = 0.0
+    norms = []
     for expert in experts:
         parts = [u if expert is None else u.expert(expert) for u in updates]
         if len(parts) == 1 and isinstance(parts[0], Additive):
-            squares += parts[0].delta_norm(shape) ** 2
+            norms.append(parts[0].delta_norm(shape))
         else:
             total: Any = sum(part.delta(shape) for part in parts if isinstance(part, Additive))
-            squares += float((total * total).sum())
-    return math.sqrt(squares)
+            norms.append(math.sqrt(float((total * total).sum())))
+    # The square of a norm above 1e154 is no float any more; hypot scales first.
+    return math.hypot(*norms)
 
 
 def is_thin(fold: Fold, updates: Sequence[Update]) -> bool:

@@ -15,7 +15,8 @@ from ..tensors.checkpoint import Checkpoint
 from ..tensors.direct import HELD
 from ..tensors.dtypes import DType
 from ..tensors.lazy import Lazy, Shape
-from .folds import Fold, Source
+from .fold import Fold
+from .folds import Source
 from .memory import workers_within
 from .quantized import quantized_record
 
@@ -93,7 +94,7 @@ class Plan:
         base: the open base.
         sources: the adapters.
         files: the weight files of the output.
-        tied: `merge` or `untie` where the base ties its head to its embedding and that was chosen.
+        tied: the choice for weights that the base ties, see `parse_tied`; None where the adapters' files decide.
         config_changes: keys of `config.json` that the output changes; None where it leaves one out.
         dtype: the dtype all floating tensors are cast to, if any.
         seed: of stochastic rounding; None rounds to the nearest.
@@ -101,6 +102,7 @@ class Plan:
         link: whether files of the base that nothing touches become hard links.
         origin: the uri that the base came from, if it came from a hub; its folder may be gone by the time of a report.
         checksums: whether sums are taken of what is written.
+        warnings: what the caller should look at, one sentence each.
     """
 
     base: Checkpoint
@@ -114,6 +116,7 @@ class Plan:
     link: bool = False
     origin: str | None = None
     checksums: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -172,7 +175,7 @@ class Plan:
             **({} if self.origin is None else {"base_uri": self.origin}),
             "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
             "dtype": self.dtype and self.dtype.name, "seed": self.seed, "tied": self.tied,
-            "quantized": quantized_record(self.base),
+            "quantized": quantized_record(self.base), "warnings": list(self.warnings),
         }  # fmt: skip
 
     def record(self) -> dict[str, Any]:

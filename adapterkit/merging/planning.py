@@ -21,7 +21,8 @@ from ..tensors.dtypes import BY_TORCH, DTYPES, DType
 from ..tensors.lazy import ELSEWHERE, Lazy, Shape, Span, read_span
 from ..tensors.locations import source_of
 from ..tensors.safetensors import encode_header
-from .folds import Fold, folds_by_tensor
+from .fold import Fold
+from .folds import folds_by_tensor
 from .memory import allowed
 from .options import Options
 from .planned import Output, OutputFile, Plan
@@ -45,7 +46,7 @@ def make_plan(
         Unsupported: a targeted weight is not of a floating dtype.
     """
     cast = None if is_gguf_output(base) else _dtype(options.dtype)
-    sources, folds, names, changes = folds_by_tensor(
+    sources, folds, names, changes, warnings = folds_by_tensor(
         base, adapters, options.tied, options.allow_partial, options.rename
     )
     tensors = {name: base.tensors[stored] for name, stored in names.items()}
@@ -69,7 +70,7 @@ def make_plan(
     uri = None if origin is None else origin.uri
     planned = Plan(
         base, sources, files, options.tied, changes, cast, options.seed, allowed(options.memory), options.link, uri,
-        options.checksums,
+        options.checksums, tuple(warnings),
     )  # fmt: skip
     planned.workers  # noqa: B018 - says before any work that the memory is too small
     return planned

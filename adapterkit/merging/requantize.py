@@ -23,7 +23,7 @@ from .planned import Output
 
 if TYPE_CHECKING:
     from .arrays import Workspace
-    from .folds import Fold
+    from .fold import Fold
 
 HELD = 1 << 24
 """Numbers of one merged weight that are kept; of larger weights blocks are merged each time that they are needed."""

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
-from ..errors import UsageError
+from ..errors import AdapterkitError, UsageError
+from ..names.ties import find_tie
+from ..tensors.checkpoint import read_json
 from ..tensors.dtypes import DType
 from ..tensors.lazy import Lazy
 from .arrays import Arrays, NumpyArrays, Workspace
 from .options import Options
-from .planned import Output, Plan
+from .planned import REPORT, Output, Plan
 from .planning import make_plan
+from .ties import parse_tied
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,8 +132,13 @@ def _names(plan: Plan) -> set[str]:
 
 
 def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
-    """How the merge must have treated a tie, read off the merged weights: an untied head is there by name."""
-    return "untie" if set(merged.tensors) - set(base.tensors) else "merge"
+    """How the merge treated a tie: by its own record, or else by the names in its output."""
+    try:
+        return parse_tied(read_json(merged.folder / REPORT)["tied"])
+    except (AdapterkitError, KeyError):
+        pass
+    tie = find_tie(base.tensors, base.config)
+    return "untie" if tie is not None and tie.head in merged.tensors else "merge"
 
 
 def _compare(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:

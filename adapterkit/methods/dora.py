@@ -1,7 +1,7 @@
 """DoRA: W' = magnitude * V / |V| with V = W + scaling * B @ A.  Liu et al. 2024, https://arxiv.org/abs/2402.09353
 
 The norm is taken over everything but `out`: a row of a linear layer, an output channel's kernel of a convolution, a
-dimension of an embedding.
+dimension of an embedding. Training takes it as a constant (section 4.3 of the paper; PEFT and every trainer after it).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self
 
+from ..tensors.namespace import constant
 from ..updates import WeightUpdate, tensor
 
 if TYPE_CHECKING:
@@ -36,5 +37,5 @@ class DoRA(WeightUpdate):
 
     def new_weight(self, W: Tensor) -> Tensor:
         V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)
-        norm = (V * V).sum(1) ** 0.5
+        norm: Tensor = constant((V * V).sum(1) ** 0.5)
         return (V * (self.magnitude / norm)[:, None]).reshape(W.shape)

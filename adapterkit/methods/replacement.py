@@ -23,6 +23,7 @@ class Replacement(WeightUpdate):
     """W' = weight, b' = bias; what is absent stays as it is, and at least one is present."""
 
     blocks = frozenset({"out"})
+    shared_as = "replacement"
     paper = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
 
     weight: Tensor | None = tensor("out *rest", optional=True)

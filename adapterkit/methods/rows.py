@@ -25,6 +25,7 @@ class Rows(WeightUpdate):
     """W'[:, index[i]] = values[i] for every i; indices are distinct."""
 
     linear_only = True
+    shared_as = "rows"
     blocks = frozenset({"out", "in"})
     paper = "https://huggingface.co/docs/peft/package_reference/trainable_tokens"
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed, ShapeMismatch, UsageError
+from ..errors import Malformed, ShapeMismatch, UsageError, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +64,9 @@ def _count(config: Any, names: tuple[str, ...], where: str, default: int | None 
     if type(value) is not int or not 0 < value <= _LARGEST:
         if value == 0 == default:
             return 0
-        raise Malformed(f"{names[0]} is {value!r} in the base's config", where=where, cure="Fetch config.json again")
+        raise Malformed(
+            f"{names[0]} is {shown(value)} in the base's config", where=where, cure="Fetch config.json again"
+        )
     return value
 
 

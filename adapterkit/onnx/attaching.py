@@ -21,7 +21,7 @@ from .fused import Attention, taken_apart
 from .inserting import before, behind
 from .layers import Layer, MatMul
 from .outlets import Ended
-from .parts import Slice, Turned
+from .parts import Normed, Slice, Turned
 from .resolving import Found, Spot
 from .sizes import Unsayable
 from .values import Value
@@ -62,12 +62,14 @@ def _attach(place: Found, spot: Spot | None, building: Building, slots: Any, wor
     branch = Branch(building, f"adapterkit/{place.target}")
     layer = _layer(place, spot, branch)
     layer.call = words.at(layer)
-    _check(place, layer)
-    seen: Any = Slice(layer, place.target.rows) if place.target.rows else Turned(layer) if place.turned else layer
+    core: Any = layer if place.norm is None else Normed(layer, place.norm)
+    seen: Any = Slice(core, place.target.rows) if place.target.rows else Turned(core) if place.turned else core
+    _check(place, layer, core.bias)
     given = [_valued(update, layer, place, position, slots) for position, update in enumerate(place.updates)]
     try:
         y = _output(seen, [_sayable(update, seen, branch, slots is None) for update in given], added=slots is not None)
-        y = seen.around(layer.y, y) if isinstance(seen, Slice) else y
+        y = seen.around(core(core.x), y) if isinstance(seen, Slice) else y
+        y = core.around(y) if isinstance(core, Normed) else y
     except (AttributeError, TypeError) as error:  # What arrays can do and values cannot, said so or not.
         outer = any(isinstance(update, OutputUpdate) for update in place.updates)
         cure = "Inject it as constants" if slots is not None else _KEEP if outer else "Merge it instead"
@@ -103,6 +105,9 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
     if spot is None:
         assert place.outlet is not None
         return Ended(place.outlet, branch)
+    if place.norm is not None and place.outlet is not None:
+        why = f"a residual or norm outside of a layer that the batch normalisation {place.norm.name} is folded into"
+        raise Unsupported(why, where=str(place.asked), cure=_UNFOLDED)
     if spot.kind.merge_only:
         why = f"no branch beside a {spot.node.op_type} says this"
         raise Unsupported(why, where=str(place.asked), cure="Merge it instead")
@@ -110,7 +115,7 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
     return layer if place.outlet is None else Ended(place.outlet, branch, layer)
 
 
-def _check(place: Found, layer: Any) -> None:
+def _check(place: Found, layer: Any, bias: Any) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
     if outer != sorted(outer):
         why = "an update of weights behind one of the output"
@@ -119,7 +124,7 @@ def _check(place: Found, layer: Any) -> None:
         if isinstance(update, OutputUpdate) and place.target.rows:
             why = f"{update.method}, which is of whole outputs, at rows of one"
             raise Unsupported(why, where=str(place.asked), cure="Target the layer as a whole")
-        if update.changes_bias and update.needs_bias and layer.bias is None and not isinstance(update, Additive):
+        if update.changes_bias and update.needs_bias and bias is None and not isinstance(update, Additive):
             why = f"{update.method} changes a bias that the layer does not have"
             raise Unsupported(why, where=str(place.asked), cure="Give the layer a bias")
         if (update.changes_bias or update.kind == "output") and (eaten := _eaten(layer)):
@@ -253,4 +258,5 @@ def _insert(layer: Any, new: ir.Value, branch: Branch) -> None:
             node.graph.remove(node, safe=True)
 
 
+_UNFOLDED = "Export the graph without folding: torch.onnx.export(..., optimize=False)"
 _KEEP = "Keep it in the torch model"

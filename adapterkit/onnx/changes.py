@@ -16,7 +16,7 @@ import onnx_ir as ir
 from ..merging.arrays import NumpyArrays, Workspace
 from ..merging.blocks import blocks
 from ..merging.compute import Folder
-from ..merging.folds import Fold
+from ..merging.fold import Fold
 from ..merging.planned import Output
 from ..tensors.dtypes import DTYPES, DType
 from ..tensors.lazy import Lazy, Span, read_span

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +17,24 @@ import onnx_ir as ir
 
 from ..adapter import Adapter
 from ..errors import CheckFailed, NotMergeable, Unsupported, first_line
+from ..tensors.lazy import as_array
+from ..tensors.ort_adapter import read_ort_adapter
 from .attaching import attach
 from .building import Building
-from .model_file import Source, opened
+from .model_file import Source, inline, opened
 from .operands import attribute
 from .oracle import told_by_reference
-from .providers import best_provider, quiet_options, with_options
+from .providers import session_of
 from .resolving import resolve
 from .rounding import MOST_NOISE, NOISE, TOLERANCE, difference_of, is_narrow, most_of_oracles
+from .saturation import Saturation, quantizers
+from .saturation import compared as saturation
+from .slots import slots_of
 from .trial_inputs import SIZES, made_up
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
-    from .injecting import Base, Model
+    from .reading import Base, Model
 
     Feeds = Mapping[str, np.ndarray[Any, Any]]
 
@@ -46,20 +50,31 @@ class Outcome:
         difference: the largest one, as a share of the largest output.
         note: why there is none.
         reference: the largest difference of ONNX's reference implementation from onnxruntime, where it ran.
+        saturation: values that static quantization clips, where the graph has any.
     """
 
     difference: float | None
     note: str | None = None
     reference: float | None = None
+    saturation: Saturation | None = None
 
 
 def checked_injection(
-    model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, slots: Any, given: Feeds | None = None, *,
-    alone: bool = False,
+    model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
+    given: Feeds | None = None, *, alone: bool = False,
 ) -> Outcome:  # fmt: skip
-    """The written graph against the first one with merged weights; with slots, empty ones against the first one.
+    """Compare the written graph with the first one with merged weights.
 
-    With `alone` there is no second way to make the change, as where attentions got prefixes.
+    Args:
+        model: the first graph.
+        adapter: what was injected.
+        base: the base's weights.
+        out: the graph that was written.
+        beside: of a graph with slots, the `.onnx_adapter` file that fills them. The check feeds that file and nothing
+            else, as a user does, so that a slot that nothing fills shows. It also compares empty slots with the first
+            graph.
+        given: inputs to run on, by name.
+        alone: there is no second way to make the change, as where attentions got prefixes.
 
     Raises:
         CheckFailed: they differ by more than rounding.
@@ -67,8 +82,9 @@ def checked_injection(
     source = opened(model)
     if (why := _too_large(source)) is not None:
         return Outcome(None, why)
-    plain = _inline(source.model)
-    if slots is not None:
+    plain = inline(source.model)
+    fed = {} if beside is None else _fed(beside, out, source)
+    if beside is not None:
         outcome = _compared(plain, out, {}, exact=True, given=given)
         if outcome.difference is None:
             return outcome
@@ -84,8 +100,21 @@ def checked_injection(
         with contextlib.suppress(NotMergeable, Unsupported):  # Biases that are not there, packed weights.
             packed = "dequantize" if _exact(source.model) else None
             fold([(place, 1.0) for place in resolve(source.model, adapter, base)], building, packed)
-            other = _inline(source.model)
-    return _compared(other, out, {} if slots is None else slots.feeds, plain=plain, given=given)
+            other = inline(source.model)
+    return _compared(other, out, fed, plain=plain, given=given)
+
+
+def _fed(beside: Path, out: Path, source: Source) -> Feeds:
+    """What a user feeds: the numbers of the `.onnx_adapter` file beside a graph with slots.
+
+    Raises:
+        CheckFailed: the graph has a slot that the file does not fill.
+    """
+    feeds = {name: as_array(leaf) for name, leaf in read_ort_adapter(beside).tensors.items()}
+    slots = slots_of(opened(out).model).keys() - slots_of(source.model).keys()
+    if empty := sorted(slots - feeds.keys()):
+        raise CheckFailed(f"nothing fills the slot {empty[0]!r}", path=out, cure=_REPORT)
+    return feeds
 
 
 def checked_merge(
@@ -107,7 +136,7 @@ def checked_merge(
     source = opened(model)
     if (why := _too_large(source)) is not None:
         return Outcome(None, why)
-    plain, building = _inline(source.model), Building(source.model)
+    plain, building = inline(source.model), Building(source.model)
     known = None if base is None else opened_base(base)
     found = resolve(source.model, adapters[0], known)
     if quantized == "dequantize":
@@ -120,7 +149,7 @@ def checked_merge(
         return _compared(None, out, {}, plain=plain, given=given)
     building.settle()
     judged = quantized != "requantize"
-    return _compared(_inline(source.model), out, {}, plain=plain, judged=judged, given=given)
+    return _compared(inline(source.model), out, {}, plain=plain, judged=judged, given=given)
 
 
 def _exact(model: ir.Model) -> bool:
@@ -144,18 +173,6 @@ def _too_large(source: Source) -> str | None:
     return f"{total} bytes of numbers are too many to load twice" if total > LARGE else None
 
 
-def _inline(model: ir.Model) -> bytes:
-    """The model with all of its numbers in it."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
-                array = np.array(tensor.numpy())
-                value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=value.name)
-    data: bytes = ir.to_proto(model).SerializeToString()
-    return data
-
-
 def _compared(
     wanted: bytes | None, out: Path, more: Feeds, *, exact: bool = False,
     plain: bytes | None = None, judged: bool = True, given: Feeds | None = None,
@@ -166,7 +183,7 @@ def _compared(
         wanted: a graph that computes the same; None where there is none.
         out: the graph that was written.
         more: what it gets besides.
-        exact: whether not a bit may differ.
+        exact: not a bit may differ where onnxruntime runs both graphs as they are, without optimizations.
         plain: the graph without the adapter, to see whether the inputs show that at all.
         judged: whether a difference is an error.
         given: inputs.
@@ -177,35 +194,52 @@ def _compared(
     unseen: Outcome | None = None
     for sizes in SIZES if given is None else SIZES[:1]:
         try:
-            session = _session(first)
+            session = session_of(first)
             feeds = made_up(session, sizes) if given is None else _of_its_inputs(given, session)
             results = session.run(None, feeds)
         except Exception as error:  # onnxruntime raises RuntimeErrors of its own.
             why = first_line(error)
             continue
         try:
-            written = _session(str(out))
+            written = session_of(str(out))
             both = {**feeds, **_of_new_inputs(written, feeds, sizes, given), **more}
             got = written.run(None, both)
         except Exception as error:
             fails = first_line(error)
             continue
+        clipped = _saturation(plain, out, feeds, both)
         if wanted is None:
             why = "it runs; there is no second way to make this change that it could be held against"
-            return Outcome(None, why, _second(out, plain, both, feeds, got))
+            return Outcome(None, why, _second(out, plain, both, feeds, got), clipped)
         difference = difference_of(got, results)
         if judged:
-            _judge(difference, out, 0.0 if exact else _most(wanted, feeds, results, difference))
+            _judge(difference, out, _most(wanted, feeds, results, difference))
+        if exact and difference > 0:
+            # Beside slots onnxruntime fuses other nodes than in the first graph, and rounds elsewhere.
+            bare = [session_of(model, optimized=False) for model in (wanted, str(out))]
+            results, got = (one.run(None, run) for one, run in zip(bare, (feeds, both), strict=True))
+            difference = difference_of(got, results)
+            _judge(difference, out, 0.0)
         reference = _second(out, wanted, both, feeds, got) if judged else None
-        if plain is None or difference_of(got, _session(plain).run(None, feeds)) > 0:
-            return Outcome(difference, None, reference)
-        unseen = Outcome(difference, "on the inputs that it was run on, the adapter changes nothing", reference)
+        if plain is None or difference_of(got, session_of(plain).run(None, feeds)) > 0:
+            return Outcome(difference, None, reference, clipped)
+        why = "on the inputs that it was run on, the adapter changes nothing"
+        unseen = Outcome(difference, why, reference, clipped)
     if unseen is not None:
         return unseen
     if fails:
         raise CheckFailed(f"the graph does not run ({fails})", path=out, cure=_REPORT)
     kind = "made-up" if given is None else "the given"
     return Outcome(None, f"the graph does not run on {kind} inputs ({why})")
+
+
+def _saturation(plain: bytes | None, out: Path, feeds: Feeds, both: Feeds) -> Saturation | None:
+    """The values that static quantization clips, with and without the adapter."""
+    if plain is None or not quantizers(after := opened(out).model):
+        return None
+    import onnx
+
+    return saturation(ir.from_proto(onnx.ModelProto.FromString(plain)), after, feeds, both)
 
 
 def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, got: Sequence[Any]) -> float | None:
@@ -219,7 +253,7 @@ def _second(out: Path, first: bytes | None, feeds: Feeds, plain_feeds: Feeds, go
     before = None if first is None else told_by_reference(first, plain_feeds)
     if first is None or before is None:
         return None
-    results = _session(first).run(None, plain_feeds)
+    results = session_of(first).run(None, plain_feeds)
     if difference_of(before, results) > most_of_oracles(results):
         return None
     why = f"onnxruntime and ONNX's reference implementation differ by {difference:.3g} of its largest output"
@@ -244,7 +278,7 @@ def _most(wanted: bytes, feeds: Feeds, results: Sequence[Any], difference: float
         return TOLERANCE["V"]
     if difference <= TOLERANCE["f"]:
         return TOLERANCE["f"]
-    noise = difference_of(_session(wanted, optimized=False).run(None, feeds), results)
+    noise = difference_of(session_of(wanted, optimized=False).run(None, feeds), results)
     return min(max(TOLERANCE["f"], NOISE * noise), MOST_NOISE)
 
 
@@ -253,14 +287,6 @@ def _judge(difference: float, out: Path, most: float) -> None:
         return
     why = f"the graph differs by {difference:.3g} of its largest output from the same change made another way"
     raise CheckFailed(why, path=out, cure=_REPORT)
-
-
-def _session(model: bytes | str, optimized: bool = True) -> Any:
-    onnxruntime: Any = import_module("onnxruntime")
-    options = quiet_options()
-    if not optimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model, options, providers=with_options(best_provider()))
 
 
 _REPORT = "Report this; with check off the file is kept"

@@ -25,10 +25,11 @@ from .attaching import attach
 from .building import Building
 from .checking import Outcome
 from .fitting import write_adapter
-from .injecting import Report, loaded
+from .injecting import Report
 from .live import attached, injected
 from .model_file import folder_beside, save_fresh
 from .quantizing import SCHEMES, as_floats, packed, prepare, with_exact_inputs
+from .reading import loaded
 from .resolving import Found, resolve
 from .sharing import share_weights
 from .slots import Slots
@@ -236,8 +237,10 @@ def _opened(graph: ir.Model, adapters: Mapping[str, Adapter]) -> list[Found]:
                 why = f"{name} is of another method, or has other tensors, than another adapter at the same target"
                 raise Unsupported(why, where=str(place.asked), cure="Export a model for each kind of adapter")
     building = Building(graph)
-    attach(list(places.values()), building, Slots(next(iter(adapters.values())), building))
+    slots = Slots(building)
+    attach(list(places.values()), building, slots)
     building.settle()
+    slots.record()
     return list(places.values())
 
 

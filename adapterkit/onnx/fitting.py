@@ -8,28 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..adapter import Adapter
+from ..adapter import Adapter, Target
+from ..binding import find_sites
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, nearest
 from ..tensors.lazy import as_array, from_numpy
 from ..tensors.ort_adapter import OrtAdapter, write_ort_adapter
+from ..updates import Update
 from .building import Array
-from .injecting import loaded
 from .model_file import opened
-from .resolving import Found, resolve
-from .slots import stem_of
+from .reading import loaded
+from .slots import SlotRecord, fixed_attributes, recorded, slots_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from .injecting import Model
+    from .reading import Base, Model
 
 
-def fit(model: Model, adapter: Adapter | str | PathLike[str]) -> dict[str, Array]:
-    """What an adapter puts into the slots of a model.
+def fit(
+    model: Model, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None
+) -> dict[str, Array]:  # fmt: skip
+    """Return what an adapter puts into the slots of a model.
 
     Args:
         model: an ONNX file, or a model in memory, that `inject` or `export` gave slots.
         adapter: the adapter, or its path; of any rank, at all of the slots' targets or at some.
+        base_weights: the base's weights, for adapter files whose values depend on them.
 
     Returns:
         name of a slot -> numbers, in the slot's type.
@@ -38,33 +42,22 @@ def fit(model: Model, adapter: Adapter | str | PathLike[str]) -> dict[str, Array
         TargetNotFound: a target is not in the model, or has no slots of the adapter's method.
         ShapeMismatch: a tensor does not fit its slot.
         Unsupported: one slot would have to hold two tensors.
+        Malformed: the model's list of slots is damaged.
     """
-    return _fitted(model, loaded(adapter, None)[0])[0]
+    return _fitted(model, loaded(adapter, base_weights)[0])[0]
 
 
-def _fitted(model: Model, adapter: Adapter) -> tuple[dict[str, Array], list[dict[str, str]]]:
-    """Slots and numbers; and of each update, field -> slot."""
-    source = opened(model)
-    slots = slots_of(source.model)
-    feeds: dict[str, Array] = {}
-    shared: dict[int, str] = {}
-    names = [
-        _fit(place, position, slots, feeds, shared)
-        for place in resolve(source.model, adapter)
-        for position in range(len(place.updates))
-    ]
-    return feeds, names
-
-
-def write_adapter(model: Model, adapter: Adapter | str | PathLike[str], out: str | PathLike[str]) -> Path:
-    """Writes an `.onnx_adapter` file of an adapter for the slots of a model; see `fit`.
+def write_adapter(
+    model: Model, adapter: Adapter | str | PathLike[str], out: str | PathLike[str], *, base_weights: Base | None = None
+) -> Path:  # fmt: skip
+    """Write an `.onnx_adapter` file of an adapter for the slots of a model; see `fit`.
 
     onnxruntime's `LoraAdapter` and `Session` load it. A record beside it says what its values mean: `adapterkit.read`
     reads them by that.
     """
     from ..formats.onnx_adapter import write_slots_record
 
-    read, _ = loaded(adapter, None)
+    read, _ = loaded(adapter, base_weights)
     feeds, names = _fitted(model, read)
     write_ort_adapter(out, OrtAdapter({name: from_numpy(array) for name, array in feeds.items()}))
     told = {name for fields in names for name in fields.values()}
@@ -72,48 +65,101 @@ def write_adapter(model: Model, adapter: Adapter | str | PathLike[str], out: str
     return Path(out)
 
 
-def slots_of(model: ir.Model) -> dict[str, ir.Value]:
-    """The inputs of a graph that may be left out, by name."""
-    held = model.graph.initializers
-    return {value.name: value for value in model.graph.inputs if value.name is not None and value.name in held}
+def _fitted(model: Model, adapter: Adapter) -> tuple[dict[str, Array], list[dict[str, str]]]:
+    """Slot -> numbers; and for each update of the adapter in order, field -> slot."""
+    source = opened(model)
+    slots, records = slots_of(source.model), recorded(source.model, source.path)
+    feeds: dict[str, Array] = {}
+    names = [
+        _fill(update, fields, target, slots, feeds)
+        for target, record in zip(adapter.updates, _records_of(adapter, records), strict=True)
+        for update, fields in _paired(adapter.updates[target], record, target, slots)
+    ]
+    return feeds, names
 
 
-def _fit(
-    place: Found, position: int, slots: dict[str, ir.Value], feeds: dict[str, Array], shared: dict[int, str]
-) -> dict[str, str]:
-    """Puts an update's numbers into slots; returns field -> slot."""
-    update, stem = place.updates[position], stem_of(place, position)
+def _records_of(adapter: Adapter, records: list[SlotRecord]) -> list[SlotRecord]:
+    """The slots of each of an adapter's targets.
+
+    Raises:
+        TargetNotFound: a target has none; names the nearest.
+    """
+    known: dict[str, list[tuple[Target, SlotRecord]]] = {}
+    for record in records:
+        for name in {record.asked, record.target}:
+            known.setdefault(name.path, []).append((name, record))
+    try:
+        sites = find_sites(adapter, dict.fromkeys(known, ()), partial=False, modules=known).sites
+    except TargetNotFound as error:
+        cure = f"{error.cure}. Give the model slots for this adapter: inject it with --mode slots, mode='slots'"
+        raise TargetNotFound("the model has no slots for this target", where=error.where, cure=cure) from None
+    return [
+        _record_at(site.target, known[site.target.path], asked)
+        for site, asked in zip(sites, adapter.updates, strict=True)
+    ]
+
+
+def _record_at(target: Target, records: list[tuple[Target, SlotRecord]], asked: Target) -> SlotRecord:
+    """The record of a target's own rows: parts of a fused weight have one each."""
+    for name, record in records:
+        if name.rows == target.rows:
+            return record
+    rows = ", ".join(str(name) for name, _ in records)
+    raise TargetNotFound(f"the model has no slots for these rows, but for {rows}", where=str(asked), cure=_MADE)
+
+
+def _paired(
+    updates: tuple[Update, ...], record: SlotRecord, target: Target, slots: dict[str, Any]
+) -> list[tuple[Update, dict[str, str]]]:
+    """Each update with its slots; the methods come in the record's order, and some of the record's may be left out."""
+    pairs, left = [], list(record.updates)
+    for update in updates:
+        while left and left[0].method != update.method:
+            left.pop(0)
+        if not left:
+            methods = ", ".join(each.method for each in record.updates)
+            cure = nearest(f"{record.target}.{update.method}", slots) or _MADE
+            raise TargetNotFound(
+                f"the model has no slots for {update.method} there, but for {methods}", where=str(target), cure=cure
+            )
+        own = left.pop(0)
+        if (fixed := fixed_attributes(update, own.fields)) != own.attributes:
+            name = next(name for name in (fixed | own.attributes) if fixed.get(name) != own.attributes.get(name))
+            why = f"{name} is {fixed.get(name)!r}, and {own.attributes.get(name)!r} in the model's nodes"
+            raise Unsupported(why, where=f"{target}: {update.method}", cure=_MADE)
+        pairs.append((update, own.fields))
+    return pairs
+
+
+def _fill(
+    update: Update, fields: dict[str, str], target: Target, slots: dict[str, ir.Value], feeds: dict[str, Array]
+) -> dict[str, str]:  # fmt: skip
+    """Put an update's numbers into its slots; return field -> slot for its tensors."""
     scaling = update.attributes.get("scaling")
     leaves: dict[str, Any] = dict(update.tensors)
-    names: dict[str, str] = {}
-    if f"{stem}.scaling" in slots:
+    if "scaling" in fields:
         leaves["scaling"] = from_numpy(np.array([1.0 if scaling is None else scaling]))
     for field, leaf in leaves.items():
-        name = f"{stem}.{field}"
-        if name not in slots and id(leaf) in shared:
-            names[field] = shared[id(leaf)]
-            continue
-        if name not in slots:
-            cure = nearest(name, slots) or "Export the model with slots for an adapter of this method"
-            raise TargetNotFound(f"the model has no slot {name}", where=str(place.asked), cure=cure)
-        array = as_array(leaf)
-        shared[id(leaf)] = name
-        if field in update.tensors:
-            names[field] = name
-        _check(name, array, slots[name], place)
+        if field not in fields:
+            raise TargetNotFound(f"the model has no slot for {field}", where=str(target), cure=_MADE)
+        name, array = fields[field], as_array(leaf)
+        _check(name, array, slots[name], target)
         kind = slots[name].dtype
         cast = array if array.dtype.kind in "iu" or kind is None else array.astype(kind.numpy())
         if name in feeds and not np.array_equal(feeds[name], cast):
-            raise Unsupported("two tensors for one slot", where=name, cure="Export the model with this adapter")
+            raise Unsupported("two tensors for one slot", where=name, cure=_MADE)
         feeds[name] = cast
-    return names
+    return {field: fields[field] for field in update.tensors}
 
 
-def _check(name: str, array: Array, slot: ir.Value, place: Found) -> None:
+def _check(name: str, array: Array, slot: ir.Value, target: Target) -> None:
     declared = list(slot.shape or ())
     fits = len(declared) == array.ndim and all(
         not isinstance(size, int) or size == own for size, own in zip(declared, array.shape, strict=True)
     )
     if not fits:
         why = f"{list(array.shape)} for a slot of {[size if isinstance(size, int) else 'any' for size in declared]}"
-        raise ShapeMismatch(why, where=f"{place.asked}: {name}", cure="Is this adapter made for this base?")
+        raise ShapeMismatch(why, where=f"{target}: {name}", cure="Is this adapter made for this base?")
+
+
+_MADE = "Give the model slots for this adapter: inject it with --mode slots, mode='slots'"

@@ -11,12 +11,13 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Malformed, NotMergeable, Unsupported
-from ..merging.folds import Fold as Folded
+from ..merging.fold import Fold as Folded
 from ..tensors.lazy import as_array
 from ..updates import Update
 from .building import Array, Branch, Building, kind_of
 from .changes import Change, Stored, exchange, fresh_value, from_array, lazy_of, stored_behind
 from .layers import Layer
+from .norms import groups_of
 from .operands import held_apart, numbers, shape_of
 from .packing import packing_of
 from .recurrent import Recurrent
@@ -61,6 +62,10 @@ class Folding:
         layer, packed = self.spot.kind(self.spot.node, Branch(self.building, "merge")), is_packed(self.spot)
         if packed and quantized is None:
             raise Unsupported("a quantized weight", where=self.name, cure=EXPLAINED)
+        normed = next((place.norm for place, _ in self.at if place.norm is not None), None)
+        if packed and normed is not None:
+            why = f"a quantized weight that the batch normalisation {normed.name} is folded into, quantized again"
+            raise Unsupported(why, where=self.name, cure="Merge with --quantized dequantize, quantized='dequantize'")
         self._bias(layer)
         if issubclass(self.spot.kind, Recurrent):
             self._recurrent(layer.operand, self.spot.kind)
@@ -68,12 +73,17 @@ class Folding:
             done = self._packed()
             if damage is not None:
                 damage[self.name] = done
+        elif normed is not None and any(update.changes_weight for update in self.updates):
+            make = partial(_behind_norm, self.spot, self.at, self.spot.kind.detached(self.spot.node))
+            new = self._made(layer.operand, make, "weight", id(layer.operand))
+            self.spot.node.replace_input_with(self.spot.kind.position, new)
         elif any(update.changes_weight for update in self.updates):
             self._weight(layer.operand)
 
     def _bias(self, layer: Layer) -> None:
         bias, changing = layer.own_bias if layer.after is None else layer.after[1], self.updates
-        if bias is None and any(update.changes_bias and update.needs_bias for update in changing):
+        own = any(place.norm is not None and place.norm.bias is None for place, _ in self.at)
+        if (bias is None or own) and any(update.changes_bias and update.needs_bias for update in changing):
             cure = "Inject it instead of merging"
             raise NotMergeable("changes a bias that the layer does not have", where=self.name, cure=cure)
         if bias is None or not any(update.changes_bias for update in changing):
@@ -124,9 +134,27 @@ def _bias(spot: Spot, at: list[Fold], held: Callable[[], Array], bias: ir.Value)
     W = _seen(held().astype(np.float64), spot) if needs else None
     for place, factor in at:
         rows = slice(*place.target.rows) if place.target.rows else slice(None)
-        seen = None if W is None else _part(W, place)
-        after[rows] += factor * (_through(place, seen, flat[rows])[1] - flat[rows])
+        norm = place.norm
+        own, scale = (flat, np.ones(1)) if norm is None else (_or_zeros(norm.bias, flat), norm.scale[rows])
+        seen = None if W is None else _part(W if norm is None else norm.weight, place)
+        after[rows] += factor * scale * (_through(place, seen, own[rows])[1] - own[rows])
     return after.reshape(before.shape)
+
+
+def _or_zeros(array: Array | None, like: Array) -> Array:
+    return np.zeros_like(like) if array is None else array
+
+
+def _behind_norm(spot: Spot, at: list[Fold], held: Callable[[], Array]) -> Array:
+    """A weight that a norm is folded into, with what updates make of the base's own; as the node takes it, float64."""
+    V = _seen(held().astype(np.float64), spot).copy()
+    for place, factor in at:
+        assert place.norm is not None
+        D = np.zeros_like(V)
+        W = _part(place.norm.weight, place)
+        _part(D, place)[...] = _through(place, W)[0] - W
+        V += factor * place.norm.factors(groups_of(spot)) * D
+    return _seen(V, spot)
 
 
 def _added(at: list[Fold], W: Array) -> Array:

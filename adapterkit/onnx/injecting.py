@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import Corrupt, Malformed, Unsupported, UsageError, storage_error
+from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
+from ..formats.onnx_adapter import sidecar
 from ..tensors.atomic import write_bytes
-from ..tensors.checkpoint import opened as opened_base
 from .attaching import attach
 from .building import Building
 from .calls import Words
 from .contexts import of_attention, parted, place
 from .experts import with_experts
+from .fitting import write_adapter
 from .model_file import Source, kept, opened, save
+from .reading import loaded
 from .resolving import Found, resolve
+from .saturation import Saturation, clipping
 from .shadows import config_of
 
 if TYPE_CHECKING:
-    from ..tensors.checkpoint import Checkpoint
-
-    Model = ir.Model | str | PathLike[str]
-    Base = Checkpoint | str | PathLike[str]
+    from .reading import Base, Model
 
 ORIGINAL = "adapterkit.original"
 """The metadata key under which a rewritten model keeps what it takes to have the first one back."""
@@ -54,6 +54,9 @@ class Report:
             weight, and `kept`, the part of the change that is left.
         reference: the largest difference of ONNX's reference implementation from onnxruntime on what was written; None
             where it did not run, as of operators that are not ONNX's own.
+        saturation: of a graph with static quantization, how many values it clips without and with the adapter; None
+            where the check did not run.
+        warnings: what the user should know, each with what to do about it.
     """
 
     out: Path
@@ -63,17 +66,21 @@ class Report:
     note: str | None = None
     damage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     reference: float | None = None
+    saturation: Saturation | None = None
+    warnings: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """As plain data."""
         return {
             "out": str(self.out), "files": [file.name for file in self.files],
             "targets": [place.record() for place in self.found], "difference": self.difference, "note": self.note,
-            "reference": self.reference,
+            "reference": self.reference, "warnings": list(self.warnings),
+            **({"saturation": self.saturation.record()} if self.saturation else {}),
             **({"damage": dict(self.damage)} if self.damage else {}),
         }  # fmt: skip
 
 
+@places_errors
 def inject(
     model: Model,
     adapter: Adapter | str | PathLike[str],
@@ -92,7 +99,8 @@ def inject(
         adapter: the adapter, or its path.
         out: the file to write. Numbers that the model keeps in data files stay there, and are copied only where
             `out` is in another folder.
-        mode: `constant` writes the adapter into the graph; `slots` makes its tensors inputs that may be left out.
+        mode: `constant` writes the adapter into the graph. `slots` makes its tensors inputs that may be left out, and
+            writes the adapter itself beside `out`, with the suffix `.onnx_adapter`, for `Session` and onnxruntime.
         base_weights: the weights that the graph was exported from: finds layers whose names are lost. A network beside
             the model is made by the `config.json` there, or by that beside the graph.
         call: what a law asks of the model's call where it is no input of the graph under that name: the name of a
@@ -121,44 +129,54 @@ def inject(
     building = Building(source.model)
     used = place(context, building)
     found = resolve(source.model, rest, base)
-    slots = _slots(mode, rest, building)
+    slots = _slots(mode, building)
     words = Words(building, [update for _, update in rest], call, partial(config_of, base, source.path))
     attach(found, building, slots, words)
     building.settle()
     keep_original(source)
     target = Path(out)
-    with kept(target) as files:
+    beside = None if slots is None else _beside(target, adapter)
+    with kept(target, *([] if beside is None else [beside, sidecar(beside)])) as files:
+        if slots is not None:
+            slots.record()
         files += save(source.model, source, target, building.tensors.values())
+        if beside is not None:
+            files += [write_adapter(target, rest, beside), sidecar(beside)]
         if check is False:
-            return Report(target, tuple(files), tuple(found), note="; ".join(filter(None, [used, words.note])) or None)
+            note = "; ".join(filter(None, [used, words.note])) or None
+            return Report(target, tuple(files), tuple(found), note=note, warnings=clipping(None, source.model))
         given = None if isinstance(check, bool) else check
         from .checking import checked_injection
 
         alone = any(of_attention(*each) for each in context)
-        told = checked_injection(model, rest, base, target, slots, given, alone=alone)
+        told = checked_injection(model, rest, base, target, beside, given, alone=alone)
     note = "; ".join(filter(None, [used, words.note, told.note])) or None
-    return Report(target, tuple(files), tuple(found), told.difference, note, reference=told.reference)
+    return Report(
+        target, tuple(files), tuple(found), told.difference, note, reference=told.reference, saturation=told.saturation,
+        warnings=clipping(told.saturation, source.model),
+    )  # fmt: skip
 
 
-def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) -> tuple[Adapter, Checkpoint | None]:
-    """The adapter, read and valid, and the base's weights, opened."""
-    base = None if base_weights is None else opened_base(base_weights)
-    if not isinstance(adapter, Adapter):
-        from ..formats import read
+def _beside(out: Path, adapter: Any) -> Path:
+    """The file that the adapter itself is written to, for a model with slots.
 
-        adapter = read(adapter, base=base)
-    adapter.validate()
-    for _, update in adapter:
-        update.check_values()
-    return adapter, base
+    Raises:
+        UsageError: it is the model, or the file that the adapter is read from.
+    """
+    file = out.with_name(f"{out.stem}.onnx_adapter")
+    source = None if isinstance(adapter, Adapter) else Path(adapter)
+    if file == out or (source is not None and source.exists() and file.exists() and source.samefile(file)):
+        why = "the adapter for its slots would be written over it"
+        raise UsageError(why, path=file, cure="Give the output another name: -o OUT.onnx, out=")
+    return file
 
 
-def _slots(mode: str, adapter: Adapter, building: Building) -> Any:
+def _slots(mode: str, building: Building) -> Any:
     if mode == "constant":
         return None
     from .slots import Slots
 
-    return Slots(adapter, building)
+    return Slots(building)
 
 
 def keep_original(source: Source) -> None:
@@ -195,6 +213,7 @@ def _inline(model: ir.Model) -> Sequence[tuple[str, bytes]]:
     ]
 
 
+@places_errors
 def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
     """Writes the model as it was before `inject`, byte for byte.
 

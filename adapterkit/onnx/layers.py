@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from ..errors import Unsupported
-from .building import Array, Branch, element_type
+from .building import Array, Branch, element_type, kind_of
 from .operands import attribute, held_apart, is_constant, numbers, shape_of
 from .values import Value
 
@@ -44,7 +45,7 @@ class Layer:
     def __init__(self, node: ir.Node, branch: Branch) -> None:
         self.node, self.branch = node, branch
         plain = dequantized(self.result)
-        self.after = _bias_after(node, plain, self.shape[0]) if self.own_bias is None else None
+        self.after = bias_after(node, plain, self.shape[0]) if self.own_bias is None else None
         end = plain if self.after is None else dequantized(self.after[0].outputs[0])
         self.given, self.end = self.unfolded(self.read, end)
         self.x = self._value(self.given)
@@ -68,7 +69,8 @@ class Layer:
         assert found is not None
         back = found.producer()
         there = back.inputs[0].producer() if _is(back, "DequantizeLinear") and back.inputs[0] is not None else None  # type: ignore[union-attr]
-        return there.inputs[0] if _is(there, "QuantizeLinear") else found  # type: ignore[union-attr, return-value]
+        rounded = _is(there, "QuantizeLinear") and not rectifies(there)  # type: ignore[arg-type]
+        return there.inputs[0] if rounded else found  # type: ignore[union-attr, return-value]
 
     @property
     def result(self) -> ir.Value:
@@ -249,15 +251,32 @@ def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
 def dequantized(value: ir.Value) -> ir.Value:
     """A value behind being rounded to integers and back: a change joins there, where nothing clips it."""
     there = only_reader(value, "QuantizeLinear")
+    there = None if there is None or rectifies(there) else there
     back = None if there is None else only_reader(there.outputs[0], "DequantizeLinear")
     return value if back is None else back.outputs[0]
+
+
+def rectifies(node: ir.Node) -> bool:
+    """Whether a QuantizeLinear may stand for a Relu or a Clip at 0, because its range ends at 0.
+
+    onnxruntime's static quantizer leaves out a Relu or Clip before a range that clips the same.
+    """
+    held = node.inputs[2] if len(node.inputs) > 2 else None
+    if held is not None and not is_constant(held):
+        return True
+    kind = ir.DataType(attribute(node, "output_dtype", 0) or ir.DataType.UINT8) if held is None else kind_of(held)
+    if kind.is_floating_point():
+        return False
+    limits: Any = import_module("ml_dtypes").iinfo(kind.numpy())
+    zeros = np.zeros(1) if held is None else numbers(held).astype(np.int64)
+    return bool(np.isin(zeros, (int(limits.min), int(limits.max))).any())
 
 
 def _is(node: ir.Node | None, op_type: str) -> bool:
     return node is not None and node.op_type == op_type and node.domain in ("", "ai.onnx")
 
 
-def _bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.Value] | None:
+def bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.Value] | None:
     """The Add of a vector that follows a linear layer and nothing else does, and the vector."""
     add = only_reader(out, "Add") if "MatMul" in node.op_type else None
     if add is None:

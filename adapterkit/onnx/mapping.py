@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TargetNotFound
+from ..errors import TargetNotFound, places_errors
 from ..tensors.checkpoint import opened as opened_base
 from ..tensors.lazy import as_array
-from .matching import NEAR, distance, nearest
+from .matching import distance, nearest
 from .model_file import opened
+from .norms import NEAR
 from .resolving import METHODS, Known, Spot, by_name, spots_of
 from .scopes import same_end
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
-    from .injecting import Base, Model
+    from .reading import Base, Model
 
 
 _NUMBERED = re.compile(r"onnx::|val_\d|_v_\d|\d")
@@ -55,6 +56,7 @@ class Place:
         }  # fmt: skip
 
 
+@places_errors
 def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     """Every layer of a graph that an adapter can name.
 

@@ -16,17 +16,12 @@ from ..adapter import Adapter
 from ..binding import find_sites
 from ..errors import TargetNotFound
 from ..tensors.lazy import as_array
+from .norms import APART, NEAR, refuse_folded, with_norms
 from .resolving import Found, Known, Spot
 from .scopes import same_end
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
-
-NEAR = 0.15
-"""The largest relative distance, in the Frobenius norm, of a weight that counts as the same one, rounded."""
-
-APART = 3.0
-"""How many times farther the second nearest must be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +59,26 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
     return known
 
 
-def compare(found: Sequence[Found], base: Checkpoint) -> None:
-    """Checks layers that names told against the base's weights.
+def compare(found: Sequence[Found], base: Checkpoint) -> list[Found]:
+    """Hold layers that names led to against the base's weights; returns them with the norms folded into them.
 
     Raises:
         TargetNotFound: a layer holds other numbers.
+        Unsupported: a norm may be folded into a layer whose weight the base does not have.
     """
+    compared = []
     for place in found:
         own = f"{place.asked.path}.weight"
         alike = [own] if own in base.tensors else [name for name in base.tensors if same_end(name, own)]
         W = base.tensors[alike[0]] if len(alike) == 1 else None
-        if W is None or place.method in ("values", "packed", "nearest") or not W.dtype.floating:
-            continue
-        far = distance(as_array(W).astype(np.float32), place.spots[0])
-        if far is None or not far <= NEAR:
-            how = "another shape" if far is None else f"a distance of {far:.2f}"
-            cure = "Is this the base that the graph was exported from?"
-            raise TargetNotFound(
-                f"the layer of this name holds other numbers ({how})", where=str(place.asked), cure=cure
-            )
+        if place.method in ("values", "packed"):
+            compared.append(place)
+        elif W is None or not W.dtype.floating:
+            refuse_folded([place])
+            compared.append(place)
+        else:
+            compared.append(with_norms(place, base, alike[0]))
+    return compared
 
 
 def _twin(base: Checkpoint, name: str, W: Any) -> str | None:

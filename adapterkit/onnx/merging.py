@@ -16,21 +16,24 @@ import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
-from ..errors import NotMergeable, UsageError
+from ..errors import NotMergeable, UsageError, places_errors
 from .building import Building
 from .changes import settle
 from .folding import Fold, Folding
-from .injecting import Report, loaded
+from .injecting import Report
 from .model_file import kept, opened, save_merged
+from .reading import loaded
 from .resolving import Found, resolve
+from .saturation import clipping
 from .unpacking import CHOICES, as_float, is_packed
 
 if TYPE_CHECKING:
-    from .injecting import Base, Model
+    from .reading import Base, Model
 
     Source = Adapter | str | PathLike[str]
 
 
+@places_errors
 def merge(
     model: Model,
     adapters: Source | Sequence[Source],
@@ -73,14 +76,18 @@ def merge(
         files += save_merged(source.model, source, Path(out), changed)
         report = Report(Path(out), tuple(files), tuple(place for place, _ in folds), damage=damage)
         if check is False:
-            return report
+            return replace(report, warnings=clipping(None, source.model))
         given = None if isinstance(check, bool) else check
         from .checking import checked_merge
 
         told = checked_merge(model, read, factors, base_weights, Path(out), quantized, given)
-    return replace(report, difference=told.difference, note=told.note, reference=told.reference)
+    return replace(
+        report, difference=told.difference, note=told.note, reference=told.reference, saturation=told.saturation,
+        warnings=clipping(told.saturation, source.model),
+    )  # fmt: skip
 
 
+@places_errors
 def plan(
     model: Model,
     adapters: Source | Sequence[Source],

@@ -26,6 +26,7 @@ from .building import OPSET
 from .changes import Changed
 from .data_files import checked_data, external
 from .streaming import alignment, placed, streamed, worked_out
+from .wellformed import check_parts
 
 INLINE = 1024
 """Bytes of a new tensor up to which it stays in the model's own file."""
@@ -94,6 +95,7 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
         raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export it again") from None
     if not proto.HasField("graph") or not proto.opset_import:
         raise Malformed("not an ONNX model: no graph", path=path, cure="Export it again")
+    check_parts(proto, path)
     return model
 
 
@@ -113,6 +115,18 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
         first = first_line(error)
         why = f"operator set {version}, and no way to {OPSET} ({first})"
         raise Unsupported(why, path=path, cure="Export it with a newer operator set") from None
+
+
+def inline(model: ir.Model) -> bytes:
+    """Serialize a model with all of its numbers in it."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
+                array = np.array(tensor.numpy())
+                value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=value.name)
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
 
 
 def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> list[Path]:
@@ -196,22 +210,27 @@ def folder_beside(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def kept(out: Path) -> Iterator[list[Path]]:
-    """Files that are told to it go where the block ends by an error, and `out` is then what it was before."""
+def kept(*outs: Path) -> Iterator[list[Path]]:
+    """Put back what was at `outs` if the block raises.
+
+    The block appends the files that it writes to the list that it gets; after an error they are removed.
+    """
     written: list[Path] = []
     with contextlib.ExitStack() as stack:
-        before = stack.enter_context(folder_beside(out)) / out.name if out.is_file() else None
-        if before is not None:
+        there = [out for out in outs if out.is_file()]
+        folder = stack.enter_context(folder_beside(there[0])) if there else None
+        before = {out: folder / out.name for out in there if folder is not None}
+        for out, copy in before.items():
             try:
-                os.link(out, before)
-            except OSError:  # Not every file system has them.
-                shutil.copy2(out, before)
+                os.link(out, copy)
+            except OSError:  # Not every file system has hard links.
+                shutil.copy2(out, copy)
         try:
             yield written
         except BaseException:
-            _unlink(written)
-            if before is not None:
-                os.replace(before, out)
+            _unlink([*written, *(out for out in outs if out not in before)])
+            for out, copy in before.items():
+                os.replace(copy, out)
             raise
 
 

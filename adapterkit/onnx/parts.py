@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from .building import Array
 from .layers import Layer
+from .norms import FoldedNorm
 from .sizes import Unsayable
 from .values import Value
 
@@ -10,7 +14,7 @@ from .values import Value
 class Slice:
     """The outputs `start` to `stop` of a layer: what an update of a fused weight's rows sees."""
 
-    def __init__(self, layer: Layer, rows: tuple[int, int]) -> None:
+    def __init__(self, layer: Layer | Normed, rows: tuple[int, int]) -> None:
         self.layer, self.rows = layer, slice(*rows)
         self.x, self.branch = layer.x, layer.branch
         self.mix, self.per_channel, self.channel = layer.mix, layer.per_channel, layer.channel
@@ -50,10 +54,57 @@ class Slice:
         return joined
 
 
+class Normed:
+    """A layer with a batch normalisation folded into it, as a formula sees it: the layer before that norm."""
+
+    def __init__(self, layer: Layer, norm: FoldedNorm) -> None:
+        self.layer, self.folded = layer, norm
+        self.x, self.branch, self.node, self.dtype, self.shape = (
+            layer.x,
+            layer.branch,
+            layer.node,
+            layer.dtype,
+            layer.shape,
+        )
+        self.mix, self.per_channel, self.channel = layer.mix, layer.per_channel, layer.channel
+        self.op, self.direct = layer.op, layer.direct
+
+    def __call__(self, x: Value) -> Value:
+        if x is self.x:
+            scale = self.folded.scale
+            # A channel that the norm multiplies by nothing is lost, and is multiplied by nothing again below.
+            back = 1 / np.where(abs(scale) < 1e-30, 1.0, scale)
+            return (self.layer(x) - self._vector(self.folded.shift)) * self._vector(back)
+        y = self.op(x, self.weight)
+        return y if self.bias is None else y + self.per_channel(self.bias)
+
+    def hidden(self, x: Value) -> Value:
+        return self(x)
+
+    @property
+    def weight(self) -> Value:
+        return self._known(self.folded.weight)
+
+    @property
+    def bias(self) -> Value | None:
+        return None if self.folded.bias is None else self._known(self.folded.bias)
+
+    def around(self, new: Value) -> Value:
+        """The output behind the norm, for a new one before it; the graph's own bits where the two are the same."""
+        return self.layer.y + (new - self(self.x)) * self._vector(self.folded.scale)
+
+    def _vector(self, array: Array) -> Value:
+        spread: Value = self.per_channel(self._known(array))
+        return spread
+
+    def _known(self, array: Array) -> Value:
+        return Value(self.branch, array.shape, self.dtype, None, lambda: array)
+
+
 class Turned:
     """A layer seen with its first two axes exchanged, as whole weights of embeddings are stored."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer | Normed) -> None:
         self.layer, self.x, self.branch, self.node = layer, layer.x, layer.branch, layer.node
         self.channel, self.direct, self.per_channel, self.bias = layer.channel, False, layer.per_channel, layer.bias
 

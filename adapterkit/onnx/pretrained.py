@@ -16,7 +16,16 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed, StorageError, Unsupported, UsageError, first_line, nearest, storage_error
+from ..errors import (
+    AdapterkitError,
+    Malformed,
+    StorageError,
+    Unsupported,
+    UsageError,
+    first_line,
+    nearest,
+    storage_error,
+)
 from ..tensors.locations import located
 from .calling import INSIDE, words_of
 from .exporting import export
@@ -61,7 +70,7 @@ def export_pretrained(
         UsageError: the call makes no sense, or transformers is not installed.
         StorageError: `out` is taken, or cannot be written.
         Malformed: transformers cannot load the folder.
-        Unsupported: a kind of model that this does not know.
+        Unsupported: a kind of model that this does not know, or that is code of its own, or names a kernel to fetch.
         And what `export` raises; `out` is left as it was.
     """
     source, target = located(model), Path(out)
@@ -122,13 +131,58 @@ def _loaded(source: Path, dtype: str) -> Any:
         known = nearest(name, [word for word in dir(transformers) if "For" in word or word.endswith("Model")])
         cure = known or "Install a newer transformers, or export the torch model by adapterkit.onnx.export"
         raise Unsupported(f"this transformers has no {name}", path=source, cure=cure)
+    if (source / "adapter_config.json").exists():
+        # transformers would load the base that this file names, whatever it is, instead of the folder that is named.
+        cure = "Name the folder of the base as MODEL, and this one by --adapter (adapter=)"
+        raise Unsupported("the folder holds an adapter", path=source / "adapter_config.json", cure=cure)
+    known_only = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet(), _without_bars():
-            model = built.from_pretrained(str(source), dtype=getattr(torch, dtype), local_files_only=True)
+            kind = getattr(built, "config_class", None) or transformers.AutoConfig
+            config = kind.from_pretrained(str(source), **known_only)
+            _check_no_kernel(config, source)
+            model = built.from_pretrained(str(source), config=config, dtype=getattr(torch, dtype), **known_only)
+    except AdapterkitError:
+        raise
     except Exception as error:  # transformers raises whatever the damage leads to.
         first = first_line(error)
+        if "trust_remote_code" in str(error):
+            raise Unsupported("the model is code of its own, which is not run", path=source, cure=_OWN_CODE) from None
         raise Malformed(f"transformers cannot load it ({first})", path=source, cure="Fetch the folder again") from error
     return model.eval()
+
+
+KERNELS_OF_TORCH = {None, "eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
+"""Implementations of attention and of experts that are part of transformers and torch."""
+
+
+def _check_no_kernel(config: Any, source: Path) -> None:
+    """Check that a config, with all configs inside it, names no kernel that would be fetched from a hub and run.
+
+    transformers takes `org/kernel`, and names such as `flash_attention_2` where that package is not installed, for
+    something to download; `local_files_only` does not hold there. The config object is checked and not config.json,
+    which can name another file to be read instead (`configuration_files`).
+
+    Raises:
+        Unsupported: it names one.
+    """
+    held = config if isinstance(config, dict) else vars(config)
+    for key, value in held.items():
+        if str(key).removesuffix("_internal").endswith("_implementation"):
+            for name in value.values() if isinstance(value, dict) else (value,):
+                if name not in KERNELS_OF_TORCH:
+                    field = str(key).removesuffix("_internal").removeprefix("_")
+                    cure = f'Set {field} to "eager" in config.json, or leave it out'
+                    why = f"{field} {name!r} is a kernel to be fetched and run, which is not done"
+                    raise Unsupported(why, path=source / "config.json", cure=cure)
+        elif isinstance(value, dict) or type(value).__name__.endswith("Config"):
+            _check_no_kernel(value, source)
+
+
+_OWN_CODE = (
+    "If you trust it, write a function that loads the model and returns it with example inputs, and name that by "
+    "--model MODULE:FUNCTION (adapterkit.onnx.export_factory)"
+)
 
 
 @contextmanager

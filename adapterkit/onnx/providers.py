@@ -54,6 +54,20 @@ def quiet_options() -> Any:
     return options
 
 
+def session_of(model: bytes | str, optimized: bool = True) -> Any:
+    """A quiet onnxruntime session on the best provider.
+
+    Args:
+        model: the bytes of a model, or its path.
+        optimized: whether onnxruntime may fuse nodes.
+    """
+    onnxruntime: Any = import_module("onnxruntime")
+    options = quiet_options()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=with_options(best_provider()))
+
+
 def _has_driver() -> bool:
     return os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
 

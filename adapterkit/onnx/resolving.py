@@ -19,6 +19,7 @@ from ..binding import Site, check_site, find_sites, fits
 from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from .kinds import kinds_of
 from .layers import Layer
+from .norms import FoldedNorm, is_norm, refuse_folded
 from .operands import nodes_of, sources
 from .outlets import Outlet, outlet
 from .recurrent import Recurrent
@@ -71,6 +72,7 @@ class Found:
         confidence: 1 where names or equal numbers say it; for the nearest numbers, 1 minus their relative distance.
         turned: the updates see the weight with its first two axes exchanged.
         outlet: where its output ends, where that is not at the node itself; a module that is no layer has no spots.
+        norm: the batch normalisation that an exporter folded into it.
     """
 
     target: Target
@@ -81,6 +83,7 @@ class Found:
     confidence: float
     turned: bool = False
     outlet: Outlet | None = None
+    norm: FoldedNorm | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,6 +110,7 @@ class Found:
             "target": str(self.asked), "name": self.target.path, "nodes": self.nodes,
             "weight": sorted({source.name or "" for spot in self.spots for source in spot.sources}),
             "method": self.method, "confidence": round(self.confidence, 4),
+            **({"folded_norm": self.norm.name} if self.norm is not None else {}),
         }  # fmt: skip
 
 
@@ -121,7 +125,8 @@ def resolve(model: ir.Model, adapter: Adapter, base: Checkpoint | None = None) -
     Raises:
         TargetNotFound: a target has no place, or several that cannot be told apart; names the nearest.
         ShapeMismatch: a shape does not fit.
-        Unsupported: a target of a kind that graphs do not have.
+        Unsupported: a target of a kind that graphs do not have, or a norm may be folded into a layer, which only the
+            base's weights tell.
     """
     _refuse(adapter)
     spots = spots_of(model)
@@ -130,10 +135,12 @@ def resolve(model: ir.Model, adapter: Adapter, base: Checkpoint | None = None) -
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
     sites = _sites(layered, known, spots, base) if layered.updates else []
     found = [_found(site, asked, known) for site, asked in zip(sites, layered.updates, strict=True)]
-    if base is not None:
+    if base is None:
+        refuse_folded(found)
+    else:
         from .matching import compare
 
-        compare(found, base)
+        found = compare(found, base)
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
     # Those inside first: what they exchange is what the modules around them give.
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
@@ -157,6 +164,8 @@ def spots_of(model: ir.Model) -> list[Spot]:
     spots = []
     for node in nodes_of(model):
         for kind in kinds_of(node):
+            if len(kind.held_shape(node)) < 2:
+                continue  # A product with a vector or a number: no layer that an adapter can name.
             stored = tuple(sources(kind.operand_of(node)))
             spots.append(Spot(node, kind, _names(node, kind, stored), _seen(node, kind), stored))
     return spots
@@ -182,12 +191,16 @@ def _names(node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value]) -> dict
         said = kind.name(node)
         return {} if said is None else {"path": (said,)}
     names = {
-        "scopes": tuple(f"{module}.weight" for module in listed(node.metadata_props.get(SCOPES))[-2:-1] if module),
+        "scopes": () if is_norm(node) else _scope_names(node),
         "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
         "initializer": tuple(_MARK.sub(".weight", value.name) for value in stored if value.name),
         "path": _path_names(node.name or ""),
     }
     return {method: said for method, said in names.items() if said}
+
+
+def _scope_names(node: ir.Node) -> tuple[str, ...]:
+    return tuple(f"{module}.weight" for module in listed(node.metadata_props.get(SCOPES))[-2:-1] if module)
 
 
 def _path_names(name: str) -> tuple[str, ...]:

@@ -7,6 +7,9 @@ import ast
 SCOPES = "pkg.torch.onnx.name_scopes"
 """The key of a node's metadata under which the modules that it is in are listed."""
 
+CLASSES = "pkg.torch.onnx.class_hierarchy"
+"""The key under which the classes of these modules are listed."""
+
 _LIST = 1 << 16
 """Letters of such a list at most: an untrusted file may have any number."""
 

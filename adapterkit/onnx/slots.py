@@ -1,71 +1,224 @@
-"""Slots: an adapter's tensors as inputs of the graph that may be left out, so that adapters are exchanged at run time.
+"""Slots: an adapter's tensors as graph inputs that may be left out, so that adapters can be exchanged at run time.
 
-A slot's default changes nothing: inner sizes, such as the rank, are 0 there, and are open at run time. Factors such as
-`scaling` are slots of one number. A formula runs once over such values; sizes that are open in it are told apart by
-numbers that nothing else is.
+The default of a slot changes nothing: inner sizes, such as the rank, are 0 there (1 at convolutions), and are open at
+run time. Numbers such as `scaling` are slots of shape `[1]`. A formula runs over such values while the graph is built;
+each open size is represented by a number that no real size has.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
-from ..adapter import Adapter
-from ..errors import Unsupported
+from ..adapter import Target
+from ..errors import Malformed, TargetNotFound, Unsupported, first_line
 from ..shapes import Axes
 from ..tensors.lazy import as_array, from_numpy
 from ..updates import OutputUpdate, Update
 from .building import Array, Building
+from .convolutions import Conv
 from .layers import Layer
 from .resolving import Found
 from .sizes import FREE
 from .values import Value
 
+RECORD = "adapterkit.slots"
+"""The key of the model's metadata under which each target's slots are listed."""
+
 FIXED = frozenset({"out", "in", "k", "rest", "columns", "hidden", "first", "second", "outs", "ins", "shorts", "longs"})
 """Axes whose size the base gives, or that all layers share."""
 
 
-class Slots:
-    """Makes slots, and keeps what an adapter puts into each.
-
-    Args:
-        adapter: the adapter whose tensors tell which slots there are.
-        building: what the model gets.
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """One overridable input of the graph.
 
     Attributes:
-        feeds: name of a slot -> this adapter's numbers.
+        value: the input, an initializer that is listed among the graph's inputs as well.
+        shape: its sizes; numbers from `FREE` on for open ones.
+        dtype: the type of its elements.
     """
 
-    def __init__(self, adapter: Adapter, building: Building) -> None:
+    value: ir.Value
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRecord:
+    """The slots of one update.
+
+    Attributes:
+        method: the update's method.
+        attributes: its plain values that the graph's nodes fix.
+        fields: field -> name of the slot.
+    """
+
+    method: str
+    attributes: dict[str, Any]
+    fields: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRecord:
+    """The slots of one target.
+
+    Attributes:
+        asked: the target under the name that the adapter has for it.
+        target: the target under the graph's own name.
+        updates: for each update in order, its slots.
+    """
+
+    asked: Target
+    target: Target
+    updates: list[UpdateRecord]
+
+    @classmethod
+    def of(cls, place: Found) -> SlotRecord:
+        """A record of a target without any slots yet."""
+        return cls(
+            Target(place.asked.path, rows=place.asked.rows), Target(place.target.path, rows=place.target.rows), []
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        return {
+            "asked": [self.asked.path, self.asked.rows], "target": [self.target.path, self.target.rows],
+            "updates": [[each.method, each.attributes, each.fields] for each in self.updates],
+        }  # fmt: skip
+
+
+def recorded(model: ir.Model, path: Path | None) -> list[SlotRecord]:
+    """Read the list of a model's slots.
+
+    Args:
+        model: a model that `inject` or `export` gave slots.
+        path: its file, for errors.
+
+    Raises:
+        TargetNotFound: the model has no slots, or none that this version wrote.
+        Malformed: the list is damaged, or names slots that the graph does not have.
+    """
+    text = model.metadata_props.get(RECORD)
+    if text is None:
+        why = f"the model lists no slots under {RECORD!r} in its metadata"
+        cure = "Give it slots: adapterkit inject MODEL.onnx A -o OUT.onnx --mode slots, or inject(..., mode='slots')"
+        raise TargetNotFound(why, path=path, cure=cure)
+    slots = slots_of(model)
+    try:
+        records = [
+            SlotRecord(
+                _target(each["asked"]), _target(each["target"]),
+                [UpdateRecord(str(m), dict(a), dict(f)) for m, a, f in each["updates"]],
+            )
+            for each in json.loads(text)
+        ]  # fmt: skip
+        named = (name for each in records for update in each.updates for name in update.fields.values())
+        missing = [name for name in named if name not in slots]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise Malformed(
+            f"its list of slots is damaged ({first_line(error)})", path=path, where=RECORD, cure=_AGAIN
+        ) from None
+    if missing:
+        raise Malformed(
+            f"it lists a slot {missing[0]!r} that the graph does not have", path=path, where=RECORD, cure=_AGAIN
+        )
+    return records
+
+
+def fixed_attributes(update: Update, fields: Collection[str]) -> dict[str, Any]:
+    """The plain values of an update that no slot holds, as JSON gives them back."""
+    fixed = {name: value for name, value in update.attributes.items() if name not in fields}
+    values: dict[str, Any] = json.loads(json.dumps(fixed))
+    return values
+
+
+def slots_of(model: ir.Model) -> dict[str, ir.Value]:
+    """The inputs of a graph that may be left out, by name."""
+    held = model.graph.initializers
+    return {value.name: value for value in model.graph.inputs if value.name is not None and value.name in held}
+
+
+def _target(plain: Any) -> Target:
+    path, rows = plain
+    return Target(str(path), rows=None if rows is None else (int(rows[0]), int(rows[1])))
+
+
+_AGAIN = "Write the model with slots again"
+
+
+class Slots:
+    """Adds slots to a graph: one for each tensor of an update, however many nodes call the update's module.
+
+    Args:
+        building: the model that is being changed.
+    """
+
+    def __init__(self, building: Building) -> None:
         self.building = building
-        self.feeds: dict[str, Array] = {}
         self.free: dict[str, int] = {}
+        self.made: dict[tuple[int, int], tuple[Found, dict[str, Slot]]] = {}
 
     def opened(self, update: Update, layer: Layer, place: Found, position: int) -> Update:
-        """The update over slots.
+        """Return the update with slots in place of its tensors and its scaling.
+
+        Args:
+            update: the update at `place.updates[position]`.
+            layer: one node that calls the module.
+            place: the target. All of its nodes read the same slots.
+            position: which of the target's updates it is.
 
         Raises:
-            Unsupported: nothing that its tensors could be leaves the base as it is, or its law asks the model's call.
+            Unsupported: no default of its tensors leaves the base as it is, or its formula reads the model's inputs.
         """
         if isinstance(update, OutputUpdate) and update.asks:
             why = f"slots for {update.method}, whose law asks the model's call for {', '.join(update.asks)}"
             raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
-        shapes = {name: self._shape(update, name, leaf) for name, leaf in update.tensors.items()}
-        defaults = _neutral(update, shapes, place)
-        stem = stem_of(place, position)
-        made: dict[str, Any] = {
-            name: self._slot(f"{stem}.{name}", update.tensors[name], shapes[name], default, layer)
+        key = self.building.keep(place), position
+        if key not in self.made:
+            self.made[key] = place, self._slots(update, layer, place, position)
+        slots = self.made[key][1]
+        values = {name: Value(layer.branch, slot.shape, slot.dtype, slot.value) for name, slot in slots.items()}
+        # A module may be called in several float types; its slots have the type of the first call.
+        return update.replace(**{n: v if v.dtype.kind in "iu" else v.cast(layer.dtype) for n, v in values.items()})
+
+    def record(self) -> None:
+        """List in the model's metadata which slots each target has: `fitting.fit` fills them by that list."""
+        targets: dict[int, SlotRecord] = {}
+        for (key, position), (place, slots) in self.made.items():
+            first = SlotRecord.of(place)
+            fields = {field: slot.value.name or "" for field, slot in slots.items()}
+            update = place.updates[position]
+            held = UpdateRecord(update.method, fixed_attributes(update, fields), fields)
+            targets.setdefault(key, first).updates.append(held)
+        listed = [record.plain() for record in targets.values()]
+        self.building.model.metadata_props[RECORD] = json.dumps(listed, separators=(",", ":"))
+
+    def _slots(self, update: Update, layer: Layer, place: Found, position: int) -> dict[str, Slot]:
+        """Field -> slot."""
+        shapes, dtype = {name: self._shape(update, name, leaf) for name, leaf in update.tensors.items()}, layer.dtype
+        # onnxruntime 1.32 fills the output of a Conv over no channels with whatever its memory held.
+        inner = int(any(issubclass(spot.kind, Conv) for spot in place.spots))
+        defaults = _neutral(update, shapes, place, inner)
+        stem = _stem(place, position)
+        made = {
+            name: self._slot(f"{stem}.{name}", update.tensors[name], shapes[name], default, dtype)
             for name, default in defaults.items()
         }
         if isinstance(getattr(update, "scaling", None), float | int):
             number = from_numpy(np.array([update.attributes["scaling"]]))
-            made["scaling"] = self._slot(f"{stem}.scaling", number, (1,), np.ones(1), layer)
-        return update.replace(**made)
+            made["scaling"] = self._slot(f"{stem}.scaling", number, (1,), np.ones(1), dtype)
+        return made
 
     def _shape(self, update: Update, name: str, leaf: Any) -> tuple[int, ...]:
-        """The sizes of a tensor, those that are open as numbers from FREE on."""
+        """The sizes of a tensor; open ones as numbers from FREE on."""
         axes: Axes = update.tensor_fields()[name].metadata["axes"]
         if any(axis.startswith("*") for axis in axes.axes):
             extra = len(leaf.shape) - len(axes.axes) + 1
@@ -81,24 +234,22 @@ class Slots:
     def _open(self, axis: str) -> int:
         return self.free.setdefault(axis, FREE + len(self.free))
 
-    def _slot(self, name: str, leaf: Any, shape: tuple[int, ...], default: Array, layer: Layer) -> Value:
+    def _slot(self, name: str, leaf: Any, shape: tuple[int, ...], default: Array, dtype: np.dtype[Any]) -> Slot:
         names = {size: axis for axis, size in self.free.items()}
         declared = [f"{name}.{names[size]}" if size in names else size for size in shape]
-        array = as_array(leaf)
-        kind = layer.dtype if array.dtype.kind not in "iu" else array.dtype
+        kind = dtype if as_array(leaf).dtype.kind not in "iu" else as_array(leaf).dtype
+        # Updates that share a tensor, such as VeRA's projections, share its slot.
         key = self.building.keep(leaf), kind.str
-        held = self.building.slot(key, name, default.astype(kind), declared)
-        self.feeds[held.name or name] = array.astype(kind)
-        return Value(layer.branch, shape, kind, held)
+        return Slot(self.building.slot(key, name, default.astype(kind), declared), shape, kind)
 
 
-def stem_of(place: Found, position: int) -> str:
-    """The first part of the names of an update's slots; a dot and a tensor's name, or `scaling`, go behind it."""
+def _stem(place: Found, position: int) -> str:
+    """The first part of the names of an update's slots; a dot and the field's name follow it."""
     one = "" if len(place.updates) == 1 else f".{position}"
     return f"{place.target}{one}.{place.updates[position].method}"
 
 
-def _neutral(update: Update, shapes: dict[str, tuple[int, ...]], place: Found) -> dict[str, Array]:
+def _neutral(update: Update, shapes: dict[str, tuple[int, ...]], place: Found, inner: int) -> dict[str, Array]:
     """Numbers for an update's tensors with which it changes nothing, bit for bit.
 
     Raises:
@@ -106,8 +257,8 @@ def _neutral(update: Update, shapes: dict[str, tuple[int, ...]], place: Found) -
     """
     for fill in (0.0, 1.0):
         # Where a formula's own arithmetic has no words for nothing, a single row of zeros stands for it.
-        if any(_changes_nothing(update, _filled(update, shapes, inner, fill), place) for inner in (0, 1)):
-            return _filled(update, shapes, 0, fill)
+        if any(_changes_nothing(update, _filled(update, shapes, size, fill), place) for size in (0, 1)):
+            return _filled(update, shapes, inner, fill)
     why = f"no tensors of {update.method} leave the base as it is"
     raise Unsupported(why, where=str(place.asked), cure="Inject it as constants")
 

@@ -22,7 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import Malformed, UsageError, nearest
+from ..errors import Malformed, StorageError, UsageError, nearest, places_errors
 
 SPELLINGS = {
     "lambda": "scale",
@@ -47,8 +47,6 @@ TOP = (
     "disjoint",
 )  # fmt: skip
 MODEL = ("model", "adapter", "parameters")
-LARGEST = 1 << 20
-"""Bytes of a recipe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +62,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@places_errors
 def read_recipe(path: str | PathLike[str]) -> Recipe:
     """A recipe from a file; relative paths in it are relative to where the process runs, as on the command line.
 
@@ -71,18 +70,14 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
         Malformed: it is no YAML, or no recipe.
         UsageError: an unknown key, method or parameter.
     """
-    import yaml
+    from ..tensors.inputs import read_input
+    from ..tensors.strict_yaml import MAX_BYTES, load_yaml
 
     try:
-        if Path(path).stat().st_size > LARGEST:
-            raise Malformed(f"a recipe of more than {LARGEST} bytes", path=Path(path), cure="Is it a recipe?")
-        found = yaml.load(Path(path).read_text("utf-8"), _loader())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        said = str(error).partition("\n")[0]
-        raise Malformed(f"no YAML: {said}", path=Path(path), cure="Correct the recipe") from None
-    except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", path=Path(path), cure="Name a file") from None
-    return recipe(found, Path(path))
+        data = read_input(path, MAX_BYTES)
+    except StorageError as error:
+        raise UsageError(f"cannot be read: {error.why}", path=path, cure="Name a file") from None
+    return recipe(load_yaml(data, path=path), Path(path))
 
 
 def recipe(found: Any, path: Path | None = None) -> Recipe:
@@ -109,25 +104,6 @@ def recipe(found: Any, path: Path | None = None) -> Recipe:
         options["dtype"] = top["dtype"]
     options |= {name: top[name] for name in ("compat", "seed", "rank", "disjoint") if top.get(name) is not None}
     return Recipe(tuple(names), options)
-
-
-def _loader() -> Any:
-    """YAML without aliases, which grow without bound, and without keys said twice."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("aliases are not part of recipes")
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            if len(keys) > len({repr(key) for key in keys}):
-                raise yaml.YAMLError("a key is there twice")
-            return super().construct_mapping(node, deep)
-
-    return Loader
 
 
 def _mapping(found: Any, where: str, known: Sequence[str], path: Path | None) -> Mapping[str, Any]:

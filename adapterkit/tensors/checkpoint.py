@@ -10,20 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import Malformed, StorageError, UsageError, storage_error
+from ..errors import Malformed, StorageError, UsageError, shown
 from . import safetensors
 from .dtypes import DTYPES
+from .inputs import read_input
 from .lazy import Lazy, Span, read_span
 from .locations import located
 from .marks import is_gguf
-from .strict_json import load_json
+from .strict_json import check_size, load_json
 from .torch_file import is_torch_file, read_torch_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
-MAX_JSON = 256 << 20
+LONGEST_NAME = 255
+"""Bytes of a file's name on every common file system; a longer one makes the system call fail, not answer no."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,13 +104,10 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
         Malformed: it is not one, or is unreasonably large.
         StorageError: it cannot be read.
     """
+    data = read_input(path)
     try:
-        if path.stat().st_size > MAX_JSON:
-            why = f"more than {MAX_JSON} bytes, too large for a JSON file of this kind"
-            raise Malformed(why, path=path, cure="Write or fetch the file again")
-        value = (load_json if strict else json.loads)(path.read_text("utf-8"))
-    except OSError as error:
-        raise storage_error(error, path) from error
+        check_size(data)
+        value = (load_json if strict else json.loads)(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not valid JSON ({error})", path=path, cure="Write or fetch the file again") from error
     if not isinstance(value, dict):
@@ -120,17 +119,27 @@ def contained(folder: Path, name: str) -> Path:
     """`folder / name` for a name out of an untrusted file.
 
     Raises:
-        Malformed: the name is absolute, climbs out of the folder, or is not a plain relative path.
+        Malformed: the name is absolute, climbs out of the folder, is longer than file systems allow, or is not a plain
+            relative path.
     """
     pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name:
+    strange = pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name
+    if not name or strange or not all(map(_is_file_name, pure.parts)):
         raise Malformed(
-            f"{name!r} is not the plain name of a file inside the folder",
+            f"{shown(name)} is not the plain name of a file inside the folder",
             path=folder,
             where=name,
             cure="Do not use this file: repack the model",
         )
     return folder / pure
+
+
+def _is_file_name(part: str) -> bool:
+    """Whether a file system takes it: JSON has lone surrogates, and names of any length."""
+    try:
+        return len(part.encode()) <= LONGEST_NAME
+    except UnicodeEncodeError:
+        return False
 
 
 def _weight_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]] | None]:
@@ -171,6 +180,9 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, 
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         why = "no weight_map of tensor names to file names"
         raise Malformed(why, path=path, where="weight_map", cure="Fetch the index again")
+    if not isinstance(index.get("metadata"), dict | None):
+        why = f"metadata is {shown(index['metadata'])}, not an object"
+        raise Malformed(why, path=path, where="metadata", cure="Fetch the index again")
     names = sorted(set(weight_map.values()))
     files = tuple(contained(path.parent, name) for name in names)
     for file in files:

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from ..errors import Malformed, Unsupported, storage_error
 from .dtypes import DTYPES
+from .inputs import open_input
 from .lazy import Lazy, Span, read_span
 from .marks import GGLA
 
@@ -39,7 +40,7 @@ def read_ggla(path: str | os.PathLike[str]) -> Ggla:
         StorageError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return _read(file, os.fspath(path), os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise storage_error(error, path) from error

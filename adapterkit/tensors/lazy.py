@@ -6,13 +6,15 @@ works on `Lazy` without importing torch.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Corrupt, storage_error
 from .dtypes import BY_TORCH, DTYPES, DType
+from .inputs import open_input
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +48,7 @@ def read_span(span: Span) -> bytearray:
         return ELSEWHERE[span.path](span)
     data = bytearray(span.nbytes)
     try:
-        with open(span.path, "rb", buffering=0) as file:
+        with cast(io.FileIO, open_input(span.path, buffering=0)) as file:
             file.seek(span.offset)
             view, done = memoryview(data), 0
             while done < span.nbytes and (count := file.readinto(view[done:])):

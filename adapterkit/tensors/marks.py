@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+from ..errors import AdapterkitError
+from .inputs import open_input
+
 GGUF = b"GGUF"
 GGLA = b"algg"
 """The number 0x67676c61, little-endian."""
@@ -28,7 +31,7 @@ def is_npy(path: str | os.PathLike[str]) -> bool:
 def has_mark(path: str | os.PathLike[str], mark: bytes, at: int = 0) -> bool:
     """Whether these bytes stand at a place of a file; no error is raised."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return file.read(at + len(mark))[at:] == mark
-    except OSError:
+    except (OSError, AdapterkitError):
         return False

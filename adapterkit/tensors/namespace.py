@@ -24,3 +24,9 @@ def namespace(*arrays: Any) -> Any:
     from array_api_compat import array_namespace
 
     return array_namespace(*present)
+
+
+def constant(array: Any) -> Any:
+    """Return the array as a constant of training: the same numbers, through which no gradient flows."""
+    detach = getattr(array, "detach", None)
+    return array if detach is None else detach()

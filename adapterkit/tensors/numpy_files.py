@@ -15,15 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from ..errors import Malformed, Unsupported, storage_error
+from ..errors import Malformed, Unsupported, shown, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES, DType
+from .inputs import open_input
 from .lazy import Lazy, Span, read_span
 from .marks import NPY
 
 MAX_HEADER = 1 << 16
 MAX_MEMBERS = 1 << 17
 MAX_MEMBER = 8 << 30
+UNPACKED = 64 << 20
+EXPANDED = 64
+"""An archive's arrays take at most `UNPACKED` bytes, or this many times its own size: 1 MB can inflate to 1 GB."""
 
 BY_NUMPY: dict[str, DType] = {}
 for _dtype in DTYPES.values():
@@ -44,7 +48,7 @@ def read_npy(path: Path) -> Lazy:
         StorageError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             shape, dtype, start = _header(file, str(path))
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -70,7 +74,11 @@ def read_npz(path: Path) -> dict[str, Lazy]:
     """
     tensors: dict[str, Lazy] = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_input(path) as file, zipfile.ZipFile(file) as archive:
+            most = max(UNPACKED, EXPANDED * os.fstat(file.fileno()).st_size)
+            total = sum(info.file_size for info in archive.infolist())
+            if total > most:
+                raise _damaged(str(path), f"arrays of {total:,} bytes, more than {most:,}", "directory")
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 if name == info.filename or name in tensors or len(tensors) >= MAX_MEMBERS:
@@ -127,10 +135,14 @@ def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DTy
         shape, descr, fortran = fields["shape"], fields["descr"], fields["fortran_order"]
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
         raise _damaged(path, "a header that is none") from None
-    if not isinstance(shape, tuple) or len(shape) > 32 or any(type(n) is not int or n < 0 for n in shape):
-        raise _damaged(path, f"the shape {str(shape)[:80]}")
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > 32
+        or any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape)
+    ):
+        raise _damaged(path, f"the shape {shown(shape)}")
     if not isinstance(descr, str) or descr not in BY_NUMPY or fortran:
-        why, cure = f"an array of {str(descr)[:80]}{' in Fortran order' if fortran else ''}", "Save plain numbers"
+        why, cure = f"an array of {shown(descr)}{' in Fortran order' if fortran else ''}", "Save plain numbers"
         raise Unsupported(why, path=path, where="header", cure=cure)
     return shape, BY_NUMPY[descr], len(head) + len(length) + count
 

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import Malformed, Unsupported, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES
+from .inputs import open_input
 from .lazy import Lazy, Span, read_span
 from .marks import has_mark
 
@@ -109,7 +110,7 @@ class _Buffer:
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            self.file = open(path, "rb")  # noqa: SIM115 - closed by `close`
+            self.file = open_input(path)
             self.size = os.fstat(self.file.fileno()).st_size
         except OSError as error:
             raise storage_error(error, path) from error

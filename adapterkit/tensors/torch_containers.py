@@ -21,6 +21,16 @@ LIMIT = 32 << 20
 """Bytes that a pickle, or the directory of an archive, may take: some 100,000 tensors."""
 
 
+MAX_ENTRIES = 1 << 17
+"""Entries of an archive, one for each tensor: the largest models have some 100,000."""
+
+_ENTRY = 128
+"""Bytes of the directory for an entry, most of them its name; torch's have 60 to 80."""
+
+_TAIL = (1 << 16) + 22 + 20 + 56
+"""Bytes at the end of an archive where the records about its directory are: the comment takes up to 64 KiB."""
+
+
 class Capped(io.BufferedReader):
     """A file that refuses to read absurd amounts at once: `zipfile` asks for as much as an archive claims."""
 
@@ -80,11 +90,34 @@ def _read_pickle(file: Capped, info: zipfile.ZipInfo, size: int) -> tuple[object
 
 
 def _entries(file: Capped) -> list[zipfile.ZipInfo]:
+    _check_directory(file)
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, struct.error) as error:
         raise damaged(f"a broken zip archive: {short(str(error))}", "directory") from error
+
+
+def _check_directory(file: Capped) -> None:
+    """Check how many entries an archive claims to have: `zipfile` makes an object of each, 600 bytes, before it tells.
+
+    Raises:
+        Malformed: it ends without a directory.
+        Unsupported: there are too many.
+    """
+    size = file.seek(0, io.SEEK_END)
+    start = max(0, size - _TAIL)
+    tail = file.at(start, size - start)
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) - at < 22:
+        raise damaged("a broken zip archive: no directory at the end", "directory")
+    count, length = struct.unpack_from("<HI", tail, at + 10)
+    wide = tail.rfind(b"PK\6\6", 0, at)
+    if wide >= 0 and len(tail) - wide >= 56:
+        count, length = struct.unpack_from("<QQ", tail, wide + 32)
+    # The count can lie, the length cannot: an entry takes at least 46 bytes of it.
+    if max(count, length // _ENTRY) > MAX_ENTRIES:
+        raise refused(f"an archive of {count:,} entries; at most {MAX_ENTRIES:,} are read", "directory")
 
 
 def _distinct(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:

@@ -6,12 +6,11 @@ neither is imported for a file that is no such one.
 
 from __future__ import annotations
 
-import io
 import os
-import stat
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import AdapterkitError, Malformed, Path, storage_error
+from ..errors import AdapterkitError, Path, storage_error
+from .inputs import kept, open_input
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,10 +32,12 @@ def is_torch_file(path: Path) -> bool:
     Raises:
         StorageError: the file cannot be read.
     """
-    if not os.path.isfile(path):
-        return False
+    return os.path.isfile(path) and kept("torch", path, lambda: _is_torch_file(path))
+
+
+def _is_torch_file(path: Path) -> bool:
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             head = file.read(HEAD)
         return _is_legacy(head) or (head[:2] == b"PK" and _is_archive(path))
     except OSError as error:
@@ -60,7 +61,10 @@ def read_torch_file(path: Path) -> dict[str, Lazy]:
     """
     from .torch_state_dict import state_dict
 
-    return _opened(path, lambda value, places: state_dict(os.fspath(path), value, places))
+    def read() -> dict[str, Lazy]:
+        return _opened(path, lambda value, places: state_dict(os.fspath(path), value, places))
+
+    return dict(kept("state dict", path, read))
 
 
 def read_torch_value(path: Path) -> Any:
@@ -81,8 +85,8 @@ def _opened(path: Path, made: Callable[[object, dict[str, int]], T]) -> T:
     from .torch_values import damaged
 
     try:
-        _check_regular(path)
-        with Capped(io.FileIO(path)) as file:
+        # `Capped` wants the bare file.
+        with Capped(open_input(path, 0)) as file:  # type: ignore[arg-type]
             head = file.read(HEAD)
             container = read_zip if head[:2] == b"PK" else read_legacy if _is_legacy(head) else None
             if container is None:
@@ -95,11 +99,6 @@ def _opened(path: Path, made: Callable[[object, dict[str, int]], T]) -> T:
         raise
 
 
-def _check_regular(path: Path) -> None:
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise Malformed("not a regular file", path=path, cure="Give the path of the file itself")
-
-
 def _is_legacy(head: bytes) -> bool:
     return head[:1] == b"\x80" and MAGIC.to_bytes(10, "little") in head[:32]
 
@@ -107,5 +106,5 @@ def _is_legacy(head: bytes) -> bool:
 def _is_archive(path: Path) -> bool:
     from .torch_containers import Capped, is_archive
 
-    with Capped(io.FileIO(path)) as file:
+    with Capped(open_input(path, 0)) as file:  # type: ignore[arg-type]
         return is_archive(file)

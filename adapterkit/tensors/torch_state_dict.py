@@ -15,7 +15,9 @@ Places = Mapping[str, int]
 """Storage -> where its bytes begin in the file."""
 
 _DEEPEST = 8
-"""Dicts inside each other that are read."""
+"""Dicts and lists inside each other that are read."""
+_VALUES = 1 << 20
+"""Values that are read: ten for each tensor of the largest files, whose pickles hold about 100,000."""
 _EXPANDED = 256 << 20
 """Bytes that all tensors with overlapping elements may take together once they are written out."""
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -30,19 +32,28 @@ def state_dict(path: str, value: object, places: Places) -> dict[str, Lazy]:
     return _lazies(path, _checked(value), places)
 
 
-def nested(path: str, value: Any, places: Places, depth: int = 0) -> Any:
+def nested(path: str, value: Any, places: Places) -> Any:
     """Dicts and plain values as they are, with lazy tensors in the place of views.
 
     Raises:
-        Malformed: dicts are too deep inside each other.
+        Malformed: values are too deep inside each other, or too many. A pickle names a value again by its number, so
+            that a few hundred bytes can describe billions of values: those are counted as often as they are named.
     """
-    if depth > _DEEPEST:
-        raise damaged(f"more than {_DEEPEST} dicts inside each other", "top level")
-    if type(value) is View:
-        return _lazies(path, {"tensor": value}, places)["tensor"]
-    if type(value) is dict:
-        return {name: nested(path, inner, places, depth + 1) for name, inner in value.items()}
-    return value
+    left = [_VALUES]
+
+    def made(value: Any, depth: int) -> Any:
+        left[0] -= 1
+        if depth > _DEEPEST or left[0] < 0:
+            raise damaged(f"more than {_DEEPEST} values inside each other, or more than {_VALUES:,}", "top level")
+        if type(value) is View:
+            return _lazies(path, {"tensor": value}, places)["tensor"]
+        if type(value) is dict:
+            return {name: made(inner, depth + 1) for name, inner in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(made(inner, depth + 1) for inner in value)
+        return value
+
+    return made(value, 0)
 
 
 def _checked(value: object) -> dict[str, View]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from . import compose
 from .create import create
-from .handle import Handle
+from .handle import Handle, handles
 from .inject import inject
 from .routing import route
 
-__all__ = ["Handle", "compose", "create", "inject", "route"]
+__all__ = ["Handle", "compose", "create", "handles", "inject", "route"]

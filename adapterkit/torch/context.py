@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ..errors import ShapeMismatch, Unsupported
 from ..updates import ContextUpdate
 from .attention import heads_of
 from .call import Call, Words, encoder_words, extended, present
+from .leaves import LiveUpdates
 from .outputs import Switch
 from .prefixes import is_attention, key_sizes, positions_of, with_prefixes
 from .sizes import embedding_of, is_encoder_decoder, sizes_of
@@ -47,10 +48,16 @@ class ContextPart:
 
     switch: Switch
     target: Target
-    updates: tuple[ContextUpdate, ...]
+    bound: LiveUpdates
     encoder: bool = False
     masks: bool = False
     biased: nn.Module | None = None
+
+    @property
+    def updates(self) -> tuple[ContextUpdate, ...]:
+        """The updates over the tensors that the model holds now."""
+        found: Any = self.bound.updates
+        return cast("tuple[ContextUpdate, ...]", found)
 
 
 def surround(
@@ -94,7 +101,7 @@ def parts_of(model: nn.Module, part: ContextPart) -> list[tuple[nn.Module, Conte
         return [(module, replace(part, biased=positions_of(model, part.target.path)))]
     found = [(module, part)]
     if part.updates[0].place == "embeddings" and is_encoder_decoder(module):
-        found.append((_encoder(module), ContextPart(part.switch, part.target, part.updates, encoder=True)))
+        found.append((_encoder(module), replace(part, encoder=True)))
     return found
 
 

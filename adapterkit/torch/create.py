@@ -18,6 +18,7 @@ from ..names.layouts import stored_in_out
 from ..updates import ContextUpdate, Update
 from .create_context import create_context
 from .layers import Conv1D, Quantized, dequantized, stored_layout, stored_shape
+from .leaves import is_leaf_name
 
 if TYPE_CHECKING:
     from ..updates import Random
@@ -184,7 +185,8 @@ def _matching(model: nn.Module, targets: Choice | Sequence[Choice], outer: bool)
     if outer:
         modules = {n: m for n, m in model.named_modules() if n and type(m).forward is not nn.Module.forward}
     weights = {f"{name}.{kind}" for name in modules for kind in ("weight", "bias")}
-    parameters = [name for name, _ in model.named_parameters() if name not in weights and not outer]
+    held = [name for name, _ in model.named_parameters() if not is_leaf_name(name)]
+    parameters = [name for name in held if name not in weights and not outer]
     names = [*modules, *parameters]
     found = {name for choice in choices for name in _chosen(model, choice, modules, names)}
     return [name for name in names if name in found]

@@ -8,6 +8,7 @@ does not take is kept from it.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -19,6 +20,7 @@ from ..errors import ShapeMismatch, Unsupported
 from ..updates import Update
 from .context import CACHES
 from .outputs import Switch
+from .scopes import Scope, switched
 from .shadows import ShadowState
 
 TOKENS: Final = "input_ids"
@@ -27,18 +29,42 @@ SHADOW: Final = "shadow"
 """The words that are more than what the call said, see `OutputUpdate`."""
 
 
+class Heard(threading.local):
+    """What one thread's call brought, and its networks of Shadow: functional_call exchanges their parameters."""
+
+    def __init__(self) -> None:
+        self.words: Mapping[str, Any] = {}
+        self.networks: dict[Any, nn.Module] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Heard:
+        return Heard()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Heard, ()
+
+
 class Ear:
     """Keeps what one adapter's updates ask for, for the length of a call."""
 
     def __init__(self, switch: Switch, asks: Iterable[str]) -> None:
         self.switch, self.asks = switch, frozenset(asks)
-        self.words: Mapping[str, Any] = {}
-        self.seen: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
-        self.networks: dict[Any, nn.Module] = {}
+        self.heard, self.last = Heard(), dict[str, Any]()
+        self.seen: Any = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Token numbers by cache belong to calls that are going on; a copy starts without any.
+        return {**self.__dict__, "seen": None, "last": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, seen=WeakKeyDictionary())
 
     def take(self) -> dict[str, Any]:
         """The words of the call that is going on."""
-        return dict(self.words)
+        words = self.heard.words
+        if not words and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            # A checkpointed block runs again in the backward pass: on CUDA in a thread of autograd's own.
+            words = self.last
+        return dict(words)
 
     def listen(self, model: nn.Module, words: Mapping[str, Any], first_pass: Callable[[], Tensor]) -> None:
         """Keeps what was asked for of a call's words."""
@@ -46,21 +72,20 @@ class Ear:
         if TOKENS in heard:
             heard[TOKENS] = self._with_earlier(heard[TOKENS], cache_of(words))
         if FIRST_PASS in self.asks:
-            before, self.switch.active = self.switch.active, False
-            try:
+            with switched(self.switch, False):
                 heard[FIRST_PASS] = first_pass()
-            finally:
-                self.switch.active = before
         if SHADOW in self.asks:
             cache = cache_of(words)
             cached = cache is not None and cache.get_seq_length() > 0
-            heard[SHADOW] = ShadowState(model, words, cached, self.networks)
-        self.words = heard
+            heard[SHADOW] = ShadowState(model, words, cached, self.heard.networks)
+        self.heard.words = heard
+        if model.training:
+            self.last = heard
 
     def remember(self, cache: Any) -> None:
         """Keeps the token numbers for calls that go on with a cache."""
-        if cache is not None and TOKENS in self.words:
-            self.seen[cache] = self.words[TOKENS]
+        if cache is not None and TOKENS in self.heard.words:
+            self.seen[cache] = self.heard.words[TOKENS]
 
     def _with_earlier(self, ids: Tensor, cache: Any) -> Tensor:
         earlier = None if cache is None else self.seen.get(cache)
@@ -81,14 +106,14 @@ def words_of(model: nn.Module, update: Update) -> set[str]:
 
 
 def overheard(
-    module: nn.Module, ears: Sequence[Ear], names: Sequence[str], forward: Callable[..., Any], passes: bool, args: Any,
-    kwargs: dict[str, Any],
+    module: nn.Module, ears: Sequence[Ear], names: Sequence[str], forward: Callable[..., Any], passes: bool,
+    scope: Scope, args: Any, kwargs: dict[str, Any],
 ) -> Any:  # fmt: skip
     """The model's forward while its ears listen; `passes` leaves its words whole, for context that reads them too."""
     words = {**dict(zip(names, args, strict=False)), **kwargs}
     asked = {name for ear in ears for name in ear.asks} - set(names)
     kept = kwargs if passes else {name: value for name, value in kwargs.items() if name not in asked}
-    active = [ear for ear in ears if ear.switch.active and ear.switch.weight]
+    active = [ear for ear in ears if ear.switch.acts(scope)]
     try:
         for ear in active:
             ear.listen(module, words, lambda: _first_pass(forward, words, args, kept))
@@ -98,7 +123,7 @@ def overheard(
         return out
     finally:
         for ear in active if not (module.training and torch.is_grad_enabled()) else ():
-            ear.words = {}
+            ear.heard.words = {}
 
 
 def cache_of(words: Any) -> Any:

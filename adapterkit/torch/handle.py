@@ -2,28 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import bisect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..adapter import Adapter, Target
-from ..errors import NotMergeable, UsageError
+from ..errors import NotMergeable, ShapeMismatch, UsageError, nearest
+from ..tensors.lazy import as_torch
 from ..updates import Update
 from .in_place import fits, fold_in_place
 from .layers import Quantized
+from .leaves import Leaf, LiveUpdates, is_leaf_name
 from .outputs import Switch
+from .scopes import switched
 from .station import Part, Station
+from .watch import Watch
 from .weights import tensor_at
 
 
 class Handle:
-    """An adapter attached to a model. After `remove` or `merge_` every use raises `UsageError`."""
+    """An adapter attached to a model. After `remove` or `merge_` every use raises `UsageError`.
 
-    def __init__(self, adapter: Adapter, switch: Switch, stations: list[Station], model: nn.Module) -> None:
-        self._adapter, self._switch, self._stations, self._model = adapter, switch, stations, model
-        self._removed = False
+    Attributes:
+        frozen: names of the base's parameters whose `requires_grad` this handle took away; `remove` gives it back.
+    """
+
+    def __init__(
+        self, adapter: Adapter, bound: Mapping[Target, tuple[LiveUpdates, ...]], switch: Switch,
+        stations: list[Station], model: nn.Module, leaves: list[Leaf],
+    ) -> None:  # fmt: skip
+        self._source, self._bound, self._switch = adapter, dict(bound), switch
+        self._stations, self._model, self._leaves = stations, model, leaves
+        self._state, self._merged = "attached", list[Merged]()
+        self._parts: list[tuple[Station, list[Part]]] = []
+        self.frozen: tuple[str, ...] = ()
+
+    @property
+    def _adapter(self) -> Adapter:
+        """The adapter over the tensors that the model holds now."""
+        now = {target: tuple(u for bound in each for u in bound.updates) for target, each in self._bound.items()}
+        return self._source.replace(updates=now)
+
+    def _enter(self, frozen: bool) -> None:
+        """Take the place in the list of the model's handles, watch its modules, and freeze the base if asked to."""
+        self._model.__dict__.setdefault(HANDLES, []).append(self)
+        self._watch = Watch(self._model, self.name, (station.module for station in self._stations))
+        if frozen:
+            held = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad and not is_leaf_name(n)]
+            for _, parameter in held:
+                parameter.requires_grad_(False)
+            self.frozen = tuple(name for name, _ in held)
+
+    def _leave(self) -> None:
+        """Take this handle's traces off the model; another trained adapter keeps the base frozen."""
+        self._watch.remove()
+        for leaf in self._leaves:
+            leaf.release()
+        held = self._model.__dict__[HANDLES]
+        held.remove(self)
+        heir = next((other for other in held if any(True for _ in other.named_parameters())), None)
+        if heir is not None:
+            heir.frozen = (*heir.frozen, *self.frozen)
+        else:
+            parameters = dict(self._model.named_parameters())
+            for name in self.frozen:
+                if name in parameters:  # A module may have been replaced since.
+                    parameters[name].requires_grad_(True)
+        if not held:
+            del self._model.__dict__[HANDLES]
 
     @property
     def name(self) -> str:
@@ -43,77 +95,224 @@ class Handle:
         self._switch.weight = value
 
     def set_active(self, active: bool) -> None:
-        """Switches the adapter on or off."""
+        """Switch the adapter on or off, in every thread; see `disable` for this one alone."""
         self._check()
         self._switch.active = active
 
     @contextmanager
     def disable(self) -> Iterator[None]:
-        """The model without this adapter, for the length of a `with`."""
+        """Run the model without this adapter for the length of a `with`, in this thread or asyncio task alone."""
         self._check()
-        before, self._switch.active = self._switch.active, False
-        try:
+        with switched(self._switch, False):
             yield
-        finally:
-            self._switch.active = before
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trainable leaves by name, `target.method.field`; empty unless injected with `trainable=True`.
+        """Yield trained tensors by name, `target.method.field`; none unless injected with `trainable=True`."""
+        named = ((name, leaf.tensor) for name, leaf in self._named_leaves())
+        return ((name, tensor) for name, tensor in named if isinstance(tensor, nn.Parameter))
 
-        Give these to the optimizer: the base's own `requires_grad` is left as it is.
-        """
+    def _named_leaves(self) -> Iterator[tuple[str, Leaf]]:
+        """All registered tensors by name, shared ones once."""
         self._check()
         seen: set[int] = set()
-        for target, updates in self._adapter.updates.items():
-            for position, update in enumerate(updates):
-                for field, leaf in update.tensors.items():
-                    if isinstance(leaf, nn.Parameter) and id(leaf) not in seen:
+        for target, each in self._bound.items():
+            updates = tuple(update for bound in each for update in bound.updates)
+            leaves = [fields for bound in each for fields in bound.leaves]
+            for position, fields in enumerate(leaves):
+                for field, leaf in fields.items():
+                    if id(leaf) not in seen:
                         seen.add(id(leaf))
                         yield _name(target, updates, position, field), leaf
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the trained tensors by the names of `named_parameters()`: what a checkpoint of the training needs.
+
+        The tensors are the model's own, detached, as `nn.Module.state_dict` gives them. Under FSDP2 they are DTensors:
+        save them with `torch.distributed.checkpoint`. For a file that other tools read, write `handle.adapter()`.
+        """
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy values from `state_dict()` into the trained tensors, in place: optimizers keep them.
+
+        Raises:
+            UsageError: names are missing or unknown; nothing is changed then.
+            ShapeMismatch: a shape differs; nothing is changed then.
+        """
+        held = dict(self.named_parameters())
+        for names, what in ((held.keys() - state.keys(), "missing"), (state.keys() - held.keys(), "unknown")):
+            if names:
+                first = min(names)
+                cure = nearest(first, {*held, *state} - names) or "Pass what state_dict() of the same adapter returned"
+                raise UsageError(f"{len(names)} tensors are {what} in the state", where=first, cure=cure)
+        for name, parameter in held.items():
+            if state[name].shape != parameter.shape:
+                why = f"{list(state[name].shape)} where the adapter has {list(parameter.shape)}"
+                raise ShapeMismatch(why, where=name, cure="Pass what state_dict() of the same adapter returned")
+        for name, parameter in held.items():
+            parameter.copy_(state[name])
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable leaves, shared ones once."""
         return (parameter for _, parameter in self.named_parameters())
 
     def adapter(self) -> Adapter:
-        """The adapter with the values of now: detached copies, in the model's names and layouts."""
+        """Return the adapter with the values of now: detached copies, in the model's names and layouts.
+
+        Under FSDP2 and tensor parallelism this gathers sharded tensors: call it in every process.
+        """
         self._check()
         return self._adapter.map(_copy)
 
     def remove(self) -> None:
-        """Takes the adapter off; the model's modules are what they were before."""
+        """Take the adapter off; the model's modules are what they were before."""
         self._check()
         for station in self._stations:
             station.detach(self._switch)
-        self._removed = True
+        self._leave()
+        self._state = "removed"
 
-    def merge_(self) -> None:
-        """Folds the adapter into the base in place, computed in float64 and rounded at the end, and takes it off.
+    @torch.no_grad()
+    def merge_(self, keep: bool = False) -> None:
+        """Fold the adapter into the base in place, computed in float64 and rounded at the end, and take it off.
+
+        It holds a copy of the weights that it changes until it is done, and puts them back if anything fails.
+
+        Args:
+            keep: hold that copy for `unmerge_`.
 
         Raises:
-            NotMergeable: a law is not one of weights, a bias to change is missing, or a weight is tied to another.
+            NotMergeable: a formula is not one of weights, a bias to change is missing, a weight shares its memory with
+                another, or its type is not a plain tensor (sharded, or quantized by a library).
         """
+        self._watch.check()
         foldable = _foldable([self])
-        for station, parts in foldable:
-            _fold(station, parts)
+        kept: list[Merged] = []
+        try:
+            for station, parts in foldable:
+                for path in _changed(parts):
+                    parameter = tensor_at(station.module, path)
+                    kept.append(Merged(parameter, parameter.detach().clone()))
+                _fold(station, parts)
+        except BaseException:
+            for each in kept:
+                each.parameter.copy_(each.before)
+            raise
+        held = [(station, [p for p in station.parts if p.switch is self._switch]) for station in self._stations]
         self.remove()
+        self._state = "merged"
+        if keep:
+            self._merged, self._parts = kept, held
+            for each in kept:
+                each.push()
 
-    def _check_parts(self, station: Station, parts: list[Part]) -> None:
+    @torch.no_grad()
+    def unmerge_(self) -> None:
+        """Give the base the exact bits back that it had before `merge_(keep=True)`, and attach the adapter again.
+
+        Raises:
+            UsageError: the adapter was not merged with `keep=True`, or its weights were changed since.
+        """
+        if self._state != "merged" or not self._merged:
+            why = "there are no weights from before a merge"
+            raise UsageError(why, where=self.name, cure="Merge with handle.merge_(keep=True)")
+        if not all(each.is_last for each in self._merged):
+            why = "the merged weights were changed after the merge"
+            raise UsageError(why, where=self.name, cure="Undo that first: the last merge is unmerged first")
+        for each in self._merged:
+            each.pop()
+        for leaf in self._leaves:
+            leaf.register()
+        for station, parts in self._parts:
+            for part in parts:
+                station.attach(part)
+        self._state, self._merged = "attached", []
+        self._enter(frozen=bool(self.frozen))
+
+    def _check_parts(self, station: Station, parts: list[Part], shared: set[int], memory: Memory) -> None:
         for part in parts:
             if part.bias is None and any(u.changes_bias and u.needs_bias for u in part.updates):
                 raise NotMergeable("changes a bias that the base does not have", where=str(part.target), cure=_KEEP)
             if isinstance(station.layer, Quantized):
                 raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=_KEEP)
-        changed = {p.weight for p in parts if any(u.changes_weight for u in p.updates)}
-        changed |= {p.bias for p in parts if any(u.changes_bias for u in p.updates)}
-        for parameter in (tensor_at(station.module, path) for path in changed if path):
-            names = [n for n, p in self._model.named_parameters(remove_duplicate=False) if p is parameter]
-            if len(names) > 1:
-                raise NotMergeable(f"one tensor under the names {', '.join(names)}", cure=_KEEP)
+        for path in _changed(parts):
+            parameter, where = tensor_at(station.module, path), str(parts[0].target)
+            if type(parameter) not in (Tensor, nn.Parameter):
+                kind = type(parameter.data).__name__
+                cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
+                raise NotMergeable(f"a weight that is a {kind}, no plain tensor", where=where, cure=cure)
+            names = memory.beside(parameter)
+            if len(names) > 1 and id(parameter) not in shared:
+                raise NotMergeable(f"the same memory under the names {', '.join(names)}", where=where, cure=_KEEP)
 
     def _check(self) -> None:
-        if self._removed:
+        if self._state != "attached":
             raise UsageError("this handle was removed or merged", where=self.name, cure="Inject the adapter again")
+
+
+@dataclass(eq=False)
+class Merged:
+    """A parameter that a merge changed, its bits from before, and torch's count of its changes after the merge."""
+
+    parameter: Tensor
+    before: Tensor
+    version: int = -1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing changed the parameter since."""
+        return _MERGES[self.parameter][-1] is self and self.parameter._version == self.version
+
+    def push(self) -> None:
+        """Note the merge as the last change of the parameter."""
+        self.version = self.parameter._version
+        _MERGES.setdefault(self.parameter, []).append(self)
+
+    def pop(self) -> None:
+        """Give the parameter its bits back; the merge before this one is then its last change."""
+        self.parameter.copy_(self.before)
+        merges = _MERGES[self.parameter]
+        merges.pop()
+        if merges:
+            merges[-1].version = self.parameter._version
+
+
+_MERGES: Any = WeakIdKeyDictionary()
+"""Parameter -> the merges that can be undone, in their order."""
+
+
+class Memory:
+    """The bytes that a model's parameters lie in, to find those that share some: tied names, and views of one tensor.
+
+    Ranges are compared, not storages: cuDNN keeps all weights of an LSTM side by side in one storage.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        held = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if type(p) is nn.Parameter]
+        self._ranges = sorted((*_range(p), name) for name, p in held if p.numel() and p.device.type != "meta")
+        self._longest = max((stop - start for start, stop, _ in self._ranges), default=0)
+
+    def beside(self, tensor: Tensor) -> list[str]:
+        """The names of all parameters that share memory with a tensor; its own are among them."""
+        start, stop = _range(tensor)
+        first = bisect.bisect_left(self._ranges, (start - self._longest,))
+        last = bisect.bisect_left(self._ranges, (stop,))
+        return [name for begin, end, name in self._ranges[first:last] if end > start and begin < stop]
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor and the one behind its last, on all devices together."""
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.data_ptr()
+    return start, start + span * tensor.element_size()
+
+
+def _changed(parts: Sequence[Part]) -> list[str]:
+    """The paths of the parameters that parts change, below their station's module."""
+    weights = [p.weight for p in parts if p.weight and any(u.changes_weight for u in p.updates)]
+    biases = [p.bias for p in parts if p.bias and any(u.changes_bias for u in p.updates)]
+    return list(dict.fromkeys((*weights, *biases)))
 
 
 @torch.no_grad()
@@ -153,9 +352,49 @@ def _foldable(handles: Sequence[Handle]) -> list[tuple[Station, list[Part]]]:
     switches = [handle._switch for handle in handles]
     stations = dict.fromkeys(station for handle in handles for station in handle._stations)
     found = [(station, [part for part in station.parts if part.switch in switches]) for station in stations]
+    found, shared = _once(handles[0]._model, found)
+    memory = Memory(handles[0]._model)
     for station, parts in found:
-        handles[0]._check_parts(station, parts)
+        handles[0]._check_parts(station, parts, shared, memory)
     return found
+
+
+def _once(
+    model: nn.Module, found: list[tuple[Station, list[Part]]]
+) -> tuple[list[tuple[Station, list[Part]]], set[int]]:
+    """Keep one of the equal parts at layers that share a parameter, where all layers that share it change alike.
+
+    Returns:
+        the stations with the parts that are left, and the ids of those parameters.
+    """
+    names: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    alike: dict[tuple[int, int], list[Part]] = {}
+    for station, parts in found:
+        for part in parts:
+            weight = tensor_at(station.module, part.weight) if part.weight else None
+            if weight is not None and names.get(id(weight), 1) > 1:
+                alike.setdefault((id(weight), id(part.switch)), []).append(part)
+    whole = {key: parts for key, parts in alike.items() if len(parts) == names[key[0]] and _change_alike(parts)}
+    shared = {tensor for tensor, _ in whole if all(key in whole for key in alike if key[0] == tensor)}
+    again = [part for (tensor, _), parts in whole.items() if tensor in shared for part in parts[1:]]
+    return [(station, [part for part in parts if part not in again]) for station, parts in found], shared
+
+
+def _change_alike(parts: list[Part]) -> bool:
+    """Whether parts at several layers that share a parameter are the same change of it."""
+    first, *others = parts
+    return all(
+        (part.target.layout, part.target.rows) == (first.target.layout, first.target.rows)
+        and [update.method for update in part.updates] == [update.method for update in first.updates]
+        and all(
+            a.attributes == b.attributes and a.tensors.keys() == b.tensors.keys()
+            and all(torch.equal(as_torch(a.tensors[n]), as_torch(b.tensors[n])) for n in a.tensors)
+            for a, b in zip(part.updates, first.updates, strict=True)
+        )
+        for part in others
+    )  # fmt: skip
 
 
 def _name(target: Target, updates: tuple[Update, ...], position: int, field: str) -> str:
@@ -165,7 +404,32 @@ def _name(target: Target, updates: tuple[Update, ...], position: int, field: str
 
 def _copy(leaf: object) -> Tensor:
     assert isinstance(leaf, Tensor)
-    return leaf.detach().clone()
+    held: Any = leaf.detach()
+    whole: Tensor = held.full_tensor() if hasattr(held, "full_tensor") else held
+    return whole.clone()
 
+
+def handles(model: nn.Module) -> dict[str, Handle]:
+    """Return the handles of the adapters attached to a model, or to modules inside it, by name.
+
+    A deep copy of a model has handles of its own. Wrappers (DDP, `torch.compile`) are looked through.
+
+    Args:
+        model: the model that `inject` got, or one around it.
+
+    Returns:
+        name -> handle, in the order of injection; names of adapters on parts of the model come after their path
+        (`encoder:default`).
+    """
+    found: dict[str, Handle] = {}
+    for path, module in model.named_modules():
+        for handle in module.__dict__.get(HANDLES, ()):
+            path = ".".join(part for part in path.split(".") if part not in ("_orig_mod", "module", ""))
+            found[f"{path}:{handle.name}" if path else handle.name] = handle
+    return found
+
+
+HANDLES = "_adapterkit_handles"
+"""The attribute of a model that lists the handles of its adapters, so that they are found and copied with it."""
 
 _KEEP = "Keep it injected instead"

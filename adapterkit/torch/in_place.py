@@ -10,7 +10,7 @@ from torch import Tensor
 from ..merging.arrays import TorchArrays, Workspace
 from ..merging.blocks import blocks
 from ..merging.compute import Folder
-from ..merging.folds import Fold
+from ..merging.fold import Fold
 from ..merging.planned import Output
 from ..tensors.lazy import as_lazy, dtype_of
 

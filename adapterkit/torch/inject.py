@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,35 +13,40 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..adapter import Adapter, Target
 from ..binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
 from ..errors import TargetNotFound, Unsupported, UsageError
-from ..tensors.lazy import as_torch
 from ..updates import Update
 from .context import ContextPart, parts_of
 from .ears import Ear, words_of
 from .experts import with_experts
 from .handle import Handle
 from .layers import Quantized, layer_of, stored_layout, stored_shape
+from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name
 from .outputs import Outlet, Switch, outlet
 from .sizes import embedding_of
 from .station import Part, Station, names_of, station_at
 from .weights import tensor_at
 
-if TYPE_CHECKING:
-    from ..tensors.lazy import Leaf
-
 
 def inject(
     model: nn.Module, adapter: Adapter, *, name: str = "default", weight: float = 1.0, trainable: bool = False,
-    experts: Sequence[Adapter] = (),
+    freeze: bool = True, active: bool = True, experts: Sequence[Adapter] = (),
 ) -> Handle:  # fmt: skip
-    """Attaches an adapter: the model computes y + weight * (f(x) - y) at each target.
+    """Attach an adapter: the model computes y + weight * (f(x) - y) at each target.
+
+    The adapter's tensors become parameters (trained ones) and non-persistent buffers (all others) of the model, so
+    that optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and the keys of its state
+    dict stay as they are; save the adapter through the handle.
 
     Args:
-        model: any module tree; targets are its dotted names, or differ from them by one prefix.
+        model: any module tree; targets are its dotted names, or differ from them by one prefix. Token rows of an
+            embedding also change the layers that share its parameter, a tied head, as PEFT's forward does.
         adapter: the adapter.
         name: what `route` calls it; one name, one adapter.
         weight: how much of its change is added.
-        trainable: its leaves, but for those its method calls `frozen`, become float32 (or wider) parameters of the
-            handle, cast to the layer's dtype in forward.
+        trainable: its leaves, but for those its method calls `frozen`, become float32 (or wider) parameters, cast to
+            the layer's dtype in forward.
+        freeze: with `trainable=True`, set `requires_grad` of all parameters of the base to False, as every method
+            assumes; `handle.remove()` restores it. Pass False to train the base along with the adapter.
+        active: False attaches it switched off; see `handle.set_active`.
         experts: what a router routes to, where its own file does not hold it (X-LoRA, Arrow): plain LoRA adapters, in
             the router's order.
 
@@ -61,21 +66,26 @@ def inject(
     weights, context = apart(adapter)
     if weight != 1 and context.updates:
         raise UsageError("context has no half measures", where=name, cure="Leave weight at 1")
-    switch, leaves = Switch(name, weight), dict[Any, Tensor]()
-    around = _contexts(model, context, switch, trainable, leaves)
+    switch, registration = Switch(name, weight, active), Registration(model, name, trainable)
+    around = _contexts(model, context, switch, registration)
     ear = Ear(switch, {word for _, update in weights for word in words_of(model, update)})
     attached: list[tuple[Station, Part]] = []
-    for site in [piece for whole in _sites(model, weights) for piece in _pieces(whole)]:
+    sites = _sites(model, weights)
+    tied = _tied(model, sites)
+    for site in [piece for whole in (*sites, *tied) for piece in _pieces(whole)]:
         holder, part = _part(model, site, switch, ear)
-        like = _like(model, site, holder)
-        part = replace(part, updates=tuple(_owned(u, like, trainable, leaves) for u in site.updates))
+        bound = registration.bind(site.updates, holder, _like(model, site, holder), str(site.target))
+        part = replace(part, bound=bound)
         station = next((s for s, _ in attached if s.module is holder), None) or station_at(holder)
         _check_together(station, [part, *(other for s, other in attached if s is station)])
         attached.append((station, part))
-    loaded: dict[Target, tuple[Update, ...]] = {}
-    for station, part in attached:  # From here on nothing fails: a refused adapter leaves no trace.
+    loaded: dict[Target, tuple[LiveUpdates, ...]] = {}
+    leaves = registration.commit()  # From here on nothing fails: a refused adapter leaves no trace.
+    for station, part in attached:
         station.attach(part)
-        loaded[part.target] = (*loaded.get(part.target, ()), *part.updates)
+        if part.target in (site.target for site in tied):
+            continue
+        loaded[part.target] = (*loaded.get(part.target, ()), part.bound)
     stations = [*(station for station, _ in attached), *_tapped(part.outlet for _, part in attached)]
     if ear.asks:
         stations.append(station_at(model))
@@ -83,28 +93,31 @@ def inject(
     for module, surrounding in around:
         stations.append(station_at(module))
         stations[-1].attach(surrounding)
-        loaded[surrounding.target] = surrounding.updates
-    return Handle(adapter.replace(updates=loaded), switch, list(dict.fromkeys(stations)), model)
+        loaded[surrounding.target] = (surrounding.bound,)
+    handle = Handle(adapter, loaded, switch, list(dict.fromkeys(stations)), model, leaves)
+    handle._enter(frozen=trainable and freeze)
+    return handle
 
 
 def _contexts(
-    model: nn.Module, context: Adapter, switch: Switch, trainable: bool, leaves: dict[Any, Tensor]
+    model: nn.Module, context: Adapter, switch: Switch, registration: Registration
 ) -> list[tuple[nn.Module, ContextPart]]:
     """Context updates by the modules that they are to be attached to."""
     names = {f"{name}.": () for name, _ in model.named_modules() if name}
     found: dict[Any, Any] = find_parts(context, names, None)
     around = []
     for target, updates in found.items():
-        parts_of(model, ContextPart(switch, target, updates))
-        owned: Any = tuple(_owned(u, _met(model, target), trainable, leaves) for u in updates)
-        around += parts_of(model, ContextPart(switch, target, owned))
+        part = ContextPart(switch, target, LiveUpdates(updates))
+        holder = parts_of(model, part)[0][0]
+        bound = registration.bind(updates, holder, _met(model, target), str(target))
+        around += parts_of(model, replace(part, bound=bound))
     return around
 
 
 def _met(model: nn.Module, target: Target) -> Tensor:
     """A tensor of the dtype and on the device of what context meets."""
     part = model.get_submodule(target.path)
-    first = next((p for p in part.parameters() if p.is_floating_point()), None)
+    first = next((p for p in base_parameters(part) if p.is_floating_point()), None)
     like: Any = embedding_of(part).weight if first is None or hasattr(part, "get_input_embeddings") else first
     met: Tensor = like
     return met
@@ -112,7 +125,7 @@ def _met(model: nn.Module, target: Target) -> Tensor:
 
 def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
     held = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
-    shapes = {name: tuple(tensor.shape) for tensors in held for name, tensor in tensors}
+    shapes = {name: tuple(tensor.shape) for tensors in held for name, tensor in tensors if not is_leaf_name(name)}
     shapes |= {f"{name}.weight": stored_shape(m) for name, m in model.named_modules() if Quantized.takes(m)}
     config = getattr(model, "config", None)
     words = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
@@ -133,11 +146,37 @@ def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
     return sites
 
 
+def _tied(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Sites of the layers that share an embedding's parameter and change with its token rows.
+
+    PEFT gives these layers the embedding's rows; one that has rows of its own in the adapter keeps those. Rows of a
+    head change the head alone.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    has_rows = {site.weight for site in sites if any(update.shared_as == "rows" for update in site.updates)}
+    modules = model.named_modules(remove_duplicate=False)
+    embeddings = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
+    found = []
+    for site in sites:
+        if site.weight not in has_rows or site.weight not in embeddings:
+            continue
+        parameter = tensor_at(model, site.weight)
+        others = [name for name, other in named if other is parameter and name != site.weight]
+        if any(name in has_rows and name not in embeddings for name in others):
+            continue
+        rows = tuple(update for update in site.updates if update.shared_as == "rows")
+        for name in others:
+            if name not in has_rows:
+                target = replace(site.target, path=name.removesuffix(".weight"))
+                found.append(Site(target, rows, name, None))
+    return found
+
+
 def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
     modules = dict(model.named_modules())
     for target in adapter.updates:
         module = modules.get(target.path)
-        if module is not None and not list(module.parameters()) and list(module.buffers(recurse=False)):
+        if module is not None and not list(base_parameters(module)) and list(module.buffers(recurse=False)):
             why = f"a {type(module).__name__} keeps its weight in a form of its own"
             raise Unsupported(why, where=str(target), cure=_UNPACKED)
 
@@ -182,22 +221,40 @@ def _outer(model: nn.Module, site: Site, switch: Switch, ear: Ear) -> tuple[nn.M
     )
     asks = any(words_of(model, update) for update in site.updates)
     made = replace(made, hear=ear.take) if asks else made
-    return holder, Part(switch, site.target, site.updates, None, None, False, made)
+    return holder, Part(switch, site.target, LiveUpdates(site.updates), None, None, False, made)
 
 
 def _inner(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Part]:
     """The module that reads the weight, and the part that changes it there."""
     holder, prefix = _holder(model, site)
     below, bias = (path and path.removeprefix(prefix) for path in (site.weight, site.bias))
-    return holder, Part(switch, site.target, site.updates, below, bias, _is_direct(site, holder, prefix))
+    return holder, Part(switch, site.target, LiveUpdates(site.updates), below, bias, _is_direct(site, holder, prefix))
 
 
 def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
     """A tensor whose device and dtype the updates take."""
     if site.weight or site.bias:
-        return tensor_at(model, site.weight or site.bias or "")
-    held = [p for module in (holder, model) for p in module.parameters() if p.is_floating_point()]
-    return held[0] if held else torch.empty(0)
+        return _loaded(holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
+    held = [p for module in (holder, model) for p in base_parameters(module) if p.is_floating_point()]
+    return _loaded(holder, held[0], str(site.target)) if held else torch.empty(0)
+
+
+def _loaded(holder: nn.Module, W: Tensor, where: str) -> Tensor:
+    """Return W, or an empty tensor on the device where an offloaded module computes.
+
+    Raises:
+        Unsupported: W is on the meta device and nothing will load it: computing with it gives uninitialised memory.
+    """
+    if W.device.type != "meta":
+        return W
+    hook = getattr(holder, "_hf_hook", None)
+    devices = [getattr(each, "execution_device", None) for each in (hook, *getattr(hook, "hooks", ()))]
+    device = next((each for each in devices if each is not None), None)
+    if device is None:
+        why = "the module's weight is on the meta device"
+        cure = "Load the weights first: model.load_state_dict(state, assign=True), or from_pretrained"
+        raise Unsupported(why, where=where, cure=cure)
+    return torch.empty(0, dtype=W.dtype, device=device)
 
 
 def _tapped(outlets: Iterable[Outlet | None]) -> Iterator[Station]:
@@ -268,27 +325,6 @@ def _is_direct(site: Site, holder: nn.Module, prefix: str) -> bool:
 
 def _natural(site: Site, layout: str) -> bool:
     return site.target.layout == layout and site.target.rows is None
-
-
-def _owned(update: Update, W: Tensor, trainable: bool, leaves: dict[Any, Tensor]) -> Update:
-    trained = {name for name in update.tensors if trainable and name not in update.frozen}
-    return update.replace(**{n: _own(leaf, W, n in trained, leaves) for n, leaf in update.tensors.items()})
-
-
-def _own(leaf: Leaf, W: Tensor, trained: bool, leaves: dict[Any, Tensor]) -> Tensor:
-    """A leaf on the layer's device, a shared one once: a parameter of at least float32, or as precise as it came."""
-    key = id(leaf), W.device, trained
-    if key not in leaves:
-        value = as_torch(leaf, W.device).detach()
-        if value.is_floating_point():
-            value = value.to(_dtype(value.dtype, W.dtype, trained))
-        leaves[key] = nn.Parameter(value.clone()) if trained and value.is_floating_point() else value.clone()
-    return leaves[key]
-
-
-def _dtype(own: torch.dtype, layers: torch.dtype, trained: bool) -> torch.dtype:
-    wide = torch.float32 if trained or own.itemsize < 2 or not layers.is_floating_point else layers
-    return wide if own.itemsize < 2 else torch.promote_types(own, wide)
 
 
 _UNPACKED = "Load the base unquantized, or quantized by bitsandbytes"

@@ -7,7 +7,9 @@ it adds the residual; an update names the module that reads it, and a tap there 
 
 from __future__ import annotations
 
+import copy
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,9 +23,10 @@ from ..chain import Composed
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from ..updates import Update
 from .layers import Layer, moved
+from .scopes import Scope
 
-Run = Callable[[Sequence[Any], dict[str, Any]], Any]
-"""A module's forward, by positional and named arguments."""
+Run = Callable[[Sequence[Any], dict[str, Any], "str | None"], Any]
+"""A module's forward, by positional and named arguments, and the name of a norm inside it to leave out."""
 
 Beside = tuple[Tensor | None, dict[str, Any]]
 """A residual that a tap kept, and words of the model's call."""
@@ -34,19 +37,39 @@ RESIDUALS = ("input_tensor", "residual")
 
 @dataclass(eq=False)
 class Switch:
-    """What all attached parts of one adapter share."""
+    """What all attached parts of one adapter share.
+
+    Attributes:
+        name: the adapter's name.
+        weight: how much of its change is added.
+        active: whether it is on where a context has not switched it, see scopes.py.
+    """
 
     name: str
     weight: float
     active: bool = True
 
+    def on(self, scope: Scope) -> bool:
+        """Whether the adapter is on in a context."""
+        return scope.active.get(self, self.active)
 
-class Tap:
-    """Keeps what a module reads, until the residual is asked for."""
+    def acts(self, scope: Scope) -> bool:
+        """Whether the adapter changes anything in a context."""
+        return self.on(scope) and self.weight != 0
+
+
+class Tap(threading.local):
+    """Keeps what a module reads, until the residual is asked for: each thread its own."""
 
     def __init__(self, where: str, switch: Switch) -> None:
         self.where, self.switch = where, switch
         self.value: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        return Tap(self.where, copy.deepcopy(self.switch, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tap, (self.where, self.switch)
 
     def take(self) -> Tensor:
         """The residual of this pass.
@@ -226,7 +249,7 @@ class Call:
     def _hidden(self, x: Tensor) -> Tensor:
         args = [x, *self.args[1:]] if self.args else []
         kwargs = self.kwargs if self.args else self.kwargs | dict.fromkeys(list(self.kwargs)[:1], x)
-        out = self._before_the_end(args, kwargs) if self.outlet.own else self.run(args, kwargs)
+        out = self._before_the_end(args, kwargs) if self.outlet.own else self.run(args, kwargs, None)
         self.rest = tuple(out[1:]) if isinstance(out, tuple | list) else None
         h = out[0] if isinstance(out, tuple | list) else out
         if not isinstance(h, Tensor):
@@ -243,18 +266,7 @@ class Call:
             kwargs = kwargs | {name: kwargs[name].new_zeros(())}
         else:
             args[position] = args[position].new_zeros(())
-        norm = self.outlet.own_norm
-        if norm is None:
-            return self.run(args, kwargs)
-        self.module.__dict__[norm] = _same  # An instance's own attribute is found before its child.
-        try:
-            return self.run(args, kwargs)
-        finally:
-            del self.module.__dict__[norm]
-
-
-def _same(h: Tensor) -> Tensor:
-    return h
+        return self.run(args, kwargs, self.outlet.own_norm)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ShapeMismatch, Unsupported, UsageError, nearest
+from .scopes import routed
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def route(model: nn.Module, names: Sequence[str | None], *, flattened: bool = Fa
     """A different adapter for each row of a batch: inside the `with`, row i goes through `names[i]`, or the base.
 
     Rows are the first axis of what each module reads and writes; an argument whose first axis has another length is
-    the same for all rows.
+    the same for all rows. The route holds for this thread (and this task of asyncio) alone.
 
     Args:
         model: the model, with adapters attached.
@@ -54,15 +55,9 @@ def route(model: nn.Module, names: Sequence[str | None], *, flattened: bool = Fa
     for name in names:
         if name is not None and name not in known:
             raise UsageError("no such adapter is attached", where=name, cure=nearest(name, known) or "Inject it first")
-    stations = stations_of(model)
-    before = [station.route for station in stations]
-    try:
-        for station in stations:
-            station.route = Route(tuple(names), flattened)
+    names = tuple(names)
+    with routed(dict.fromkeys(stations_of(model), Route(names, flattened))):
         yield
-    finally:
-        for station, old in zip(stations, before, strict=True):
-            station.route = old
 
 
 def split(route: Route, module: nn.Module, args: Any, kwargs: Any, where: str) -> Iterator[tuple[str | None, Any, Any]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,10 @@ from ..updates import Additive, Update
 from .context import ContextPart, surround
 from .ears import Ear, overheard
 from .layers import Difference, Layer, Quantized, layer_of, moved
+from .leaves import LiveUpdates
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
 from .routing import Route, join, split
+from .scopes import Recall, Scope, current
 from .weights import changed_bias, changed_weight, settled, tensor_at
 
 
@@ -32,11 +35,16 @@ class Part:
 
     switch: Switch
     target: Target
-    updates: tuple[Update, ...]
+    bound: LiveUpdates
     weight: str | None
     bias: str | None
     direct: bool
     outlet: Outlet | None = None
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """The updates over the tensors that the model holds now."""
+        return self.bound.updates
 
     @property
     def foldable(self) -> bool:
@@ -49,15 +57,18 @@ class Station:
     """Stands in for `module.forward`, and leaves the module as it was when its last part goes."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.original = module, module.forward
-        self.before = module.__dict__.get("forward")
+        # accelerate keeps the module's own forward here and calls it between loading and unloading the weights.
+        # Standing outside of that, formulas would see weights on the meta device.
+        self.slot = "_old_forward" if "_old_forward" in module.__dict__ and hasattr(module, "_hf_hook") else "forward"
+        self.module, self.original = module, getattr(module, self.slot)
+        self.before = module.__dict__.get(self.slot)
         self.layer: Layer | None = layer_of(module, self.original)
         self.parts: list[Part] = []
         self.contexts: list[ContextPart] = []
         self.taps: list[Tap] = []
         self.ears: list[Ear] = []
         self.names = tuple(inspect.signature(self.original).parameters)
-        self.route: Route | None = None
+        self.recall = Recall()
 
     @property
     def switches(self) -> list[Switch]:
@@ -72,7 +83,14 @@ class Station:
         self._stand()
 
     def _stand(self) -> None:
-        self.module.__dict__["forward"] = Entry(self) if self.contexts or self.ears else self.forward
+        self.module.__dict__[STATION] = self
+        mine = Entry(self) if self.contexts or self.ears else self.forward
+        self.module.__dict__[self._standing() or self.slot] = mine
+
+    def _standing(self) -> str | None:
+        """The attribute that holds this station's forward; None where another tool has wrapped or removed it."""
+        held = self.module.__dict__
+        return next((n for n in ("forward", "_old_forward") if getattr(held.get(n), "__self__", None) is self), None)
 
     def tap(self, tap: Tap) -> None:
         """Lets a tap keep what the module reads."""
@@ -92,33 +110,50 @@ class Station:
         if self.parts or self.contexts or self.taps or self.ears:
             self._stand()
             return
-        del self.module.__dict__["forward"]
+        del self.module.__dict__[STATION]
+        slot = self._standing()
+        if slot is None:  # Another tool's wrapper calls this station, which now does nothing but call the original.
+            return
         if self.before is not None:
-            self.module.__dict__["forward"] = self.before
+            self.module.__dict__[slot] = self.before
+        elif slot == "forward":
+            del self.module.__dict__[slot]
+        else:  # accelerate wrapped it after it was attached, and calls whatever stands here.
+            self.module.__dict__[slot] = self.original
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        scope = self.recall.scope(self.module.training)
         if not self.ears:
-            return self._surrounded(*args, **kwargs)
-        passes = any(part.switch.active for part in self.contexts)
-        return overheard(self.module, self.ears, self.names, self._surrounded, passes, args, kwargs)
+            return self._surrounded(scope, args, kwargs)
+        passes = any(part.switch.on(scope) for part in self.contexts)
 
-    def _surrounded(self, *args: Any, **kwargs: Any) -> Any:
-        around = [part for part in self.contexts if part.switch.active]
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._surrounded(current(), args, kwargs)
+
+        return overheard(self.module, self.ears, self.names, forward, passes, scope, args, kwargs)
+
+    def _surrounded(self, scope: Scope, args: Any, kwargs: Any) -> Any:
+        around = [part for part in self.contexts if part.switch.on(scope)]
         if not around:
-            return self._inner(*args, **kwargs)
-        if self.route is not None:
+            return self._inner(scope, args, kwargs)
+        if self in scope.routes:
             cure = "Run the rows of each adapter by themselves"
             raise Unsupported("context for some rows of a batch", where=str(around[0].target), cure=cure)
-        return surround(self.module, around, self.names, self._inner, args, kwargs)
 
-    def _inner(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._inner(scope, args, kwargs)
+
+        return surround(self.module, around, self.names, forward, args, kwargs)
+
+    def _inner(self, scope: Scope, args: Any, kwargs: Any) -> Any:
         for tap in self.taps:
-            if tap.switch.active and tap.switch.weight:
+            if tap.switch.acts(scope):
                 tap.value = args[0] if args else next(iter(kwargs.values()))
-        active = [part for part in self.parts if part.switch.active and part.switch.weight]
+        active = [part for part in self.parts if part.switch.acts(scope)]
         beside = {p.switch.name: p.outlet.beside() for p in active if p.outlet}
-        if self.route is not None and active:
-            return self._routed(self.route, active, args, kwargs, beside)
+        route = scope.routes.get(self)
+        if route is not None and active:
+            return self._routed(route, active, args, kwargs, beside)
         return self._run(active, args, kwargs, beside)
 
     def _run(self, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
@@ -127,19 +162,38 @@ class Station:
         if not changes:
             return self._weighed(inner, args, kwargs)
         try:
-            return through(self.module, self.layer, lambda a, k: self._weighed(inner, a, k), args, kwargs, changes)
+            return through(
+                self.module, self.layer, lambda a, k, w: self._weighed(inner, a, k, w), args, kwargs, changes
+            )
         except AdapterkitError as error:
             raise error.at(where=str(next(part.target for part in parts if part.outlet))) from None
 
-    def _weighed(self, parts: list[Part], args: Any, kwargs: Any) -> Any:
-        """The module's own output through updates of its weights."""
-        if not parts:
-            return self.original(*args, **kwargs)
-        if self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
+    def _weighed(self, parts: list[Part], args: Any, kwargs: Any, without: str | None = None) -> Any:
+        """The module's own output through updates of its weights, and with the norm `without` left out."""
+        skipped = {} if without is None else {without: _same}
+        if not parts and not skipped:
+            return self._original(args, kwargs)
+        if not skipped and self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
             x = [*args, *kwargs.values()][0]
             return _direct(self.layer.like(x), parts, x)
-        with self._shadowed(parts):
+        exchanged = {**self.changed(parts), **skipped}
+        if self._rebinds and not torch.compiler.is_compiling():
+            func: Any = self.original.__func__
+            return func(_replica(self.module, exchanged), *args, **kwargs)
+        with nullcontext() if torch.compiler.is_compiling() else _EXCHANGING, _exchanged(self.module, exchanged):
             return self.original(*args, **kwargs)
+
+    def _original(self, args: Any, kwargs: Any) -> Any:
+        if self._rebinds or torch.compiler.is_compiling() or all(part.direct for part in self.parts):
+            return self.original(*args, **kwargs)
+        with _EXCHANGING:
+            return self.original(*args, **kwargs)
+
+    @property
+    def _rebinds(self) -> bool:
+        """Whether the original forward is a plain method, which runs on a replica of the module as well."""
+        own = getattr(self.original, "__self__", None) is self.module and hasattr(self.original, "__func__")
+        return own and not isinstance(self.module, torch.jit.ScriptModule)
 
     def _is_direct(self, parts: list[Part]) -> bool:
         """Whether the parts run as formulas over the layer; else under its own forward, its parameters exchanged.
@@ -158,22 +212,6 @@ class Station:
             for name, (*some, own), named in split(route, self.module, (*args, beside), kwargs, where)
         ]
         return join(route, outputs, where)
-
-    @contextmanager
-    def _shadowed(self, parts: list[Part]) -> Iterator[None]:
-        """Changed tensors in the parameters' places: an instance's own attribute is found before its parameter."""
-        placed = []
-        try:
-            for path, value in self.changed(parts).items():
-                owner, _, name = path.rpartition(".")
-                module = self.module.get_submodule(owner)
-                module.__dict__[name] = value
-                placed.append((module, name))
-            with _listed(self.module):
-                yield
-        finally:
-            for module, name in placed:
-                del module.__dict__[name]
 
     def changed(self, parts: list[Part], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The module's parameters after the parts, by path: in `dtype`, or computed in 32 bits and rounded once."""
@@ -200,29 +238,68 @@ class Station:
         return after if dtype else after.to(before.dtype)
 
 
+def _replica(module: nn.Module, values: Mapping[str, Any]) -> nn.Module:
+    """A module over the same state but for some attributes, by path: other threads go on with the module itself."""
+    replica: nn.Module = object.__new__(type(module))
+    replica.__dict__.update(module.__dict__)
+    inner: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        child, dot, rest = path.partition(".")
+        if dot:
+            inner.setdefault(child, {})[rest] = value
+        else:
+            replica.__dict__[path] = value
+    if inner:
+        children = {child: _replica(getattr(module, child), own) for child, own in inner.items()}
+        replica.__dict__["_modules"] = {**module._modules, **children}
+    if isinstance(module, nn.RNNBase):  # It reads its parameters from a list that it keeps.
+        replica.__dict__["_flat_weights"] = [getattr(replica, name) for name in module._flat_weights_names]
+    return replica
+
+
 @contextmanager
-def _listed(module: nn.Module) -> Iterator[None]:
-    """A recurrent module reads its parameters from a list that it keeps."""
-    if not isinstance(module, nn.RNNBase):
-        yield
-        return
-    kept = module._flat_weights
-    module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+def _exchanged(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    """The module itself with other values for a while: an instance's own attribute is found before its parameter.
+
+    For compilers, which cannot trace `_replica`, and for forwards that are bound to the module in a way of their own.
+    """
+    placed = []
+    flat = module._flat_weights if isinstance(module, nn.RNNBase) else None
     try:
+        for path, value in values.items():
+            owner, _, name = path.rpartition(".")
+            held = module.get_submodule(owner)
+            held.__dict__[name] = value
+            placed.append((held, name))
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
         yield
     finally:
-        module._flat_weights = kept
+        if isinstance(module, nn.RNNBase) and flat is not None:
+            module._flat_weights = flat
+        for held, name in placed:
+            del held.__dict__[name]
+
+
+def _same(h: Tensor) -> Tensor:
+    return h
+
+
+_EXCHANGING = threading.RLock()
+"""Held while a module's own attributes are exchanged, and by forwards that would see them."""
+
+STATION = "_adapterkit_station"
+"""The attribute of a module that holds its station, wherever other tools have moved its forward."""
 
 
 def stations_of(model: nn.Module) -> list[Station]:
     """The stations in a model."""
-    standing = (getattr(m.__dict__.get("forward"), "__self__", None) for m in model.modules())
-    return [station for station in standing if isinstance(station, Station)]
+    return [module.__dict__[STATION] for module in model.modules() if STATION in module.__dict__]
 
 
 def station_at(module: nn.Module) -> Station:
     """The station that stands at a module, or a new one."""
-    standing = getattr(module.__dict__.get("forward"), "__self__", None)
+    standing = module.__dict__.get(STATION)
     return standing if isinstance(standing, Station) else Station(module)
 
 

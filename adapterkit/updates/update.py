@@ -38,6 +38,8 @@ class Update:
         bias_sees_weight: the change to the bias needs the weight, so that `settled` comes before `new_bias`.
         sizes: of a fresh update's own axes, with what they are unless the caller says otherwise.
         starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
+        shared_as: which choice of `tied` decides whether it changes all layers that share a tensor: `rows`,
+            `replacement`, or none of them, `layer`.
         paper: where the formula comes from.
     """
 
@@ -52,6 +54,7 @@ class Update:
     bias_sees_weight: ClassVar[bool] = False
     sizes: ClassVar[Mapping[str, int]] = {}
     starts_at_base: ClassVar[bool] = True
+    shared_as: ClassVar[str] = "layer"
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
     _names: ClassVar[tuple[str, ...]] = ()
@@ -116,8 +119,10 @@ class Update:
             stack: every tensor carries a leading axis `e`: one slice an expert.
 
         Raises:
+            Malformed: tensors that belong together are not all there, so that axes have no size.
             ShapeMismatch: the tensors disagree with their shape strings or with each other, or hold the wrong type.
         """
+        self._check_forms()
         shapes = []
         for name, leaf in self.tensors.items():
             _check_dtype(name, leaf, self._axes[name][1])
@@ -133,13 +138,17 @@ class Update:
         """
         for name, field in self.attribute_fields().items():
             check_attribute(name, getattr(self, name), field)
+        self._check_forms()
+        if not self.tensors:
+            raise Malformed(f"needs at least one of: {', '.join(self._names)}", cure=DAMAGED)
+
+    def _check_forms(self) -> None:
+        """Check that the tensors which are present make up one form of each group, such as `pairs` or `square`."""
         for group in self.forms:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
                 choices = " or ".join(" and ".join(names) or "none" for names in group)
                 raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=DAMAGED)
-        if not self.tensors:
-            raise Malformed(f"needs at least one of: {', '.join(self._names)}", cure=DAMAGED)
 
     def check_values(self) -> None:
         """Reads every tensor and checks its values; methods with rules of their own extend it.

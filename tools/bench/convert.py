@@ -137,7 +137,8 @@ def main() -> int:
     parser.add_argument("--modules", type=int, default=2500)
     parser.add_argument("--work", type=Path, help="where to write; a temporary folder if absent")
     chosen = parser.parse_args()
-    chosen.work.mkdir(parents=True, exist_ok=True)
+    if chosen.work is not None:
+        chosen.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=chosen.work) as folder:
         for count in (chosen.modules, chosen.modules // 10):
             work = Path(folder) / str(count)

@@ -61,7 +61,7 @@ IDS = torch.tensor([[1, 5, 9, 2, 4], [2, 2, 7, 1, 0], [8, 3, 3, 10, 6]])
 def fresh() -> torch.nn.Module:
     """The model with all adapters, in training by none."""
     torch.manual_seed(3)
-    model = AutoModel.from_pretrained(DATA / "adapterhub_outputs" / "models" / "bert").double()
+    model = AutoModel.from_pretrained(DATA / "adapterhub_outputs" / "models" / "bert", trust_remote_code=False).double()
     model.config._name_or_path = model.config.name_or_path = "bert"  # Not the folder, which is another everywhere.
     adapters.init(model)
     for name, config in {**CONFIGS, "d": CONFIGS["c"]}.items():

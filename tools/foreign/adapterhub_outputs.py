@@ -239,7 +239,7 @@ def inputs(kind: str) -> dict[str, Tensor]:
 
 def adapted(folder: Path, config: Any, seed: int) -> Any:
     """The model with a random adapter, in float64."""
-    model = AutoModel.from_pretrained(folder).eval()
+    model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
     adapters.init(model)
     model.add_adapter(NAME, config=config, set_active=True)
     randomize(model, seed, 0.5, NAME)

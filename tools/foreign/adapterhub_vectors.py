@@ -386,7 +386,9 @@ def tell(model: Any, path: Path) -> None:
 def make(name: str, case: Case, dest: Path) -> None:
     """One folder: what the library saved, the native form, and a forward pass."""
     # Under sdpa without a mask the library lets the causal mask begin at the prefix.
-    model = AutoModel.from_pretrained(dest.parent / "models" / case.model, attn_implementation="eager")
+    model = AutoModel.from_pretrained(
+        dest.parent / "models" / case.model, attn_implementation="eager", trust_remote_code=False
+    )
     if case.headed:
         headed = BertForSequenceClassification(model.config)
         headed.bert.load_state_dict(model.state_dict(), strict=False)

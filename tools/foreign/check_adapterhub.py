@@ -38,7 +38,7 @@ def difference(folder: Path, dest: Path) -> float:
     forward, base = load_file(folder / "forward.safetensors"), base_of(folder)
     y = forward.pop("y")
     ak.write(ak.Adapter(native.updates), dest, "adapterhub", base=base)
-    model = AutoModel.from_pretrained(base, attn_implementation="eager")
+    model = AutoModel.from_pretrained(base, attn_implementation="eager", trust_remote_code=False)
     adapters.init(model)
     model.load_adapter(str(dest), set_active=True, use_safetensors=True)
     model.eval()

@@ -103,8 +103,8 @@ def main() -> int:
     options = parser.parse_args()
     places = [options.adapters / options.first, options.adapters / options.second]
     first, second = (results.load(place) for place in places)
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
-    plain = results.ask(model, AutoTokenizer.from_pretrained(options.base))
+    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32, trust_remote_code=False).eval()
+    plain = results.ask(model, AutoTokenizer.from_pretrained(options.base, trust_remote_code=False))
     del model
     differ = not first.same_text(second) and not first.same_text(plain) and not second.same_text(plain)
     print(f"the adapters' texts, and the base's, differ: {differ}")
@@ -118,7 +118,7 @@ def main() -> int:
         session = Session(folder / "model.onnx", names)
         all_of_them = {None: plain, places[0].name: first, places[1].name: second}
         good.append(same(session, all_of_them, "one session, adapters switched at every token"))
-        AutoTokenizer.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return int(not all(good))
 
 

@@ -95,8 +95,8 @@ def merge(command: list[str], base: Path, adapter: Path, out: Path, *options: st
 def compare_float32(verdict: Verdict, base: Path, adapter: Path, merged: Path) -> None:
     """Logits and text of the float32 merge with PEFT's unmerged ones, its weights with PEFT's merge."""
     expected = results.load(adapter)
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-    answers = results.ask(model, AutoTokenizer.from_pretrained(base))
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, trust_remote_code=False).eval()
+    answers = results.ask(model, AutoTokenizer.from_pretrained(base, trust_remote_code=False))
     verdict.logits, verdict.exact = answers.logit_error(expected), answers.exact_error(expected)
     verdict.noise = expected.noise()
     verdict.text = "same" if answers.same_text(expected) else "differs"
@@ -109,7 +109,9 @@ def compare_float32(verdict: Verdict, base: Path, adapter: Path, merged: Path) -
 
 def peft_weights(base: Path, adapter: Path) -> dict[str, Tensor]:
     """What PEFT's own `merge_and_unload` makes of a float32 base."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter))
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False), str(adapter)
+    )
     merged: dict[str, Tensor] = model.merge_and_unload().state_dict()
     return merged
 

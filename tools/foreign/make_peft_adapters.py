@@ -66,7 +66,7 @@ CONFIGS: dict[str, PeftConfig] = {
 
 def load_base(base: Path) -> Any:
     """The base in float32, ready to answer."""
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def make(base: Path, dest: Path, name: str, text: list[Tensor]) -> None:
@@ -87,7 +87,7 @@ def make(base: Path, dest: Path, name: str, text: list[Tensor]) -> None:
 def record(base: Path, folder: Path, plain: results.Results) -> None:
     """Loads the saved adapter afresh, as any user of it would, and records its answers beside it."""
     model = PeftModel.from_pretrained(load_base(base), str(folder)).eval()
-    answers = results.ask(model, AutoTokenizer.from_pretrained(base))
+    answers = results.ask(model, AutoTokenizer.from_pretrained(base, trust_remote_code=False))
     change = answers.logit_error(plain)
     results.save(
         answers,
@@ -103,7 +103,7 @@ def record(base: Path, folder: Path, plain: results.Results) -> None:
 
 def make_all(base: Path, dest: Path) -> None:
     """Makes and records every adapter; `dest` appears whole or not at all."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     plain, text = results.ask(load_base(base), tokenizer), cut(tokenizer, prose())
     scratch = Path(tempfile.mkdtemp(prefix=f".{dest.name}.", dir=dest.parent))
     try:

@@ -79,6 +79,10 @@ class ImageFormat(Format, ABC):
         """The file, where a folder may be named."""
         return path
 
+    def rules_in(self, file: Path, hints: Hints) -> Rules:
+        """The rules for writing a file of this name."""
+        return self.rules
+
     # What is the same for all.
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
@@ -95,8 +99,8 @@ class ImageFormat(Format, ABC):
     ) -> list[str]:
         from .writing import encoded
 
-        tensors, metadata, lines = encoded(self, adapter, on_loss, base)
         there = self.chosen(path, write=True)
+        tensors, metadata, lines = encoded(self, adapter, there, on_loss, base)
         if not there.parent.is_dir():
             there.parent.mkdir(parents=True, exist_ok=True)
         container.save(there, tensors, metadata)

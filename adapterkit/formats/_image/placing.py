@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
 
 
+_DENOISERS = ("unet", "transformer")
+
+
 def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...]]:
     """The updates at the modules of a base, in the naming that it has.
 
@@ -48,7 +51,9 @@ def _placed(target: Target, each: tuple[Update, ...], known: set[str]) -> dict[T
         return {target: each}
     root, rest = rooted(target.path)
     component = ROOTS.get(root[:-1], "")
-    same = [word for word, part in ROOTS.items() if part == component or part == "denoiser"]
+    # ComfyUI's `diffusion_model.` is a U-Net or a transformer: the base tells which.
+    alike = {component, "denoiser", *(_DENOISERS if component in _DENOISERS else ())}
+    same = [word for word, part in ROOTS.items() if part in alike]
     tries = [rest, *(f"{word}.{rest}" for word in same)]
     path = next((path for path in tries if path in known), target.path)
     return {replace(target, path=path): each}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...adapter import Adapter, Foreign, Step, Target
-from ...errors import Malformed
+from ...errors import AdapterkitError, Malformed
 from ...tensors.scalars import at_once
 from .biases import check_biases
 from .laws import decode
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ...updates import Update
     from .container import Metadata
     from .dialect import ImageFormat
-    from .file import Rules
+    from .file import Found, Rules
 
 
 def decoded(
@@ -39,6 +39,7 @@ def decoded(
     rules, updates, hints = _rules(dialect, compat), dict[Target, tuple["Update", ...]](), Leftovers()
     for stem, module in modules.items():
         found = [dialect.rescaled(each, stem, dict(metadata)) for each in decode(module, rules)]
+        _check_shapes(stem, found)
         updates[targets[stem]] = tuple(each.update for each in found)
         hints.add(dialect.spell, targets[stem], module, found, rules)
     placed_there = updates if base is None else placed(updates, base)
@@ -51,6 +52,16 @@ def decoded(
 
 def _rules(dialect: ImageFormat, compat: str | None) -> Rules:
     return replace(dialect.rules, lenient=True) if compat else dialect.rules
+
+
+def _check_shapes(stem: str, found: list[Found]) -> None:
+    """Check tensors against their method's shapes at once: `Leftovers` compares them with what would be written."""
+    for each in found:
+        try:
+            each.update.dims()
+        except AdapterkitError as error:
+            error.where = f"{stem}: {error.where}"
+            raise
 
 
 def _check_distinct(targets: Mapping[str, Target]) -> None:

@@ -16,16 +16,18 @@ from .leftovers import still
 from .placing import kernel_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ...adapter import Adapter, Target, Updates
     from ...tensors.checkpoint import Checkpoint
     from ...updates import Update
     from .container import Metadata
     from .dialect import ImageFormat
-    from .file import Stored
+    from .file import Rules, Stored
 
 
 def encoded(
-    dialect: ImageFormat, adapter: Adapter, on_loss: str, base: Checkpoint | None
+    dialect: ImageFormat, adapter: Adapter, file: Path, on_loss: str, base: Checkpoint | None
 ) -> tuple[dict[str, Lazy], Metadata, list[str]]:
     """The tensors and the metadata of a file, and one line for each thing that was left out or rewritten.
 
@@ -33,14 +35,15 @@ def encoded(
         Unrepresentable: the dialect cannot say it and `on_loss` does not allow otherwise.
     """
     hints = hints_of(adapter, dialect.name())
+    rules = dialect.rules_in(file, hints)
     kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
-    updates, lines = _expressible(dialect, adapter.updates, hints, on_loss)
+    updates, lines = _expressible(dialect, rules, adapter.updates, hints, on_loss)
     stems = _stems(dialect, updates, hints)
     metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
     tensors: dict[str, Lazy] = {}
     for target, found in updates.items():
         for position, update in enumerate(found):
-            for stored in encode(update, dialect.rules, kernel_of(target, base)):
+            for stored in encode(update, rules, kernel_of(target, base)):
                 for key, leaf in _stored(dialect, stems[target, position], stored, update, hints, kept, said).items():
                     if key in tensors and not _same(stored, tensors[key], leaf):
                         why = f"two updates have the key {key}"
@@ -98,12 +101,14 @@ def _stems(dialect: ImageFormat, updates: Updates, hints: Hints) -> dict[tuple[T
     return found
 
 
-def _expressible(dialect: ImageFormat, updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates, list[str]]:
+def _expressible(
+    dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints, on_loss: str
+) -> tuple[Updates, list[str]]:
     """What a file can say, and a line for each thing that was left out or rewritten."""
-    updates, lines = rewritten(updates, dialect.rules, on_loss)
-    places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, dialect.rules)]
+    updates, lines = rewritten(updates, rules, on_loss)
+    places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
     updates, losses = dialect.renamed(updates, hints.stems, fold=on_loss in ("fold", "promote"))
-    losses += list(_losses(dialect, updates, hints))
+    losses += list(_losses(dialect, rules, updates, hints))
     items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
     if items and on_loss != "drop":
         cure = "Drop them with on_loss='drop', or write adapterkit's own format"
@@ -117,7 +122,7 @@ def _expressible(dialect: ImageFormat, updates: Updates, hints: Hints, on_loss: 
     return kept, [*lines, *(f"left out {item}" for item in items)]
 
 
-def _losses(dialect: ImageFormat, updates: Updates, hints: Hints) -> Iterable[tuple[Target, str]]:
+def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) -> Iterable[tuple[Target, str]]:
     paths = [target.path for target in updates]
     yield from mixed_biases(
         updates,
@@ -128,13 +133,13 @@ def _losses(dialect: ImageFormat, updates: Updates, hints: Hints) -> Iterable[tu
     for target, found in updates.items():
         slots: set[str] = set()
         for update in found:
-            why = why_not(update, dialect.rules)
+            why = why_not(update, rules)
             if not why and target.layout != "out *in" and hasattr(update, "A"):
                 why = f"{update.method} on a weight stored as {target.layout}"
             if not why and str(target) not in hints.stems and dialect.stem(target, paths, update) is None:
                 why = "rows of a weight" if target.rows else "a module of no part of an image model"
             if not why:
-                own = {stored.slot for stored in encode(update, dialect.rules)}
+                own = {stored.slot for stored in encode(update, rules)}
                 why = "several updates of one law on one module" if own & slots else ""
                 slots |= own
             if why:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
 from .._format import Format, derived
-from .container import load, save, sniff
+from .container import CONFIG, HEAD_CONFIG, HEADS, INTERFACE, SAFETENSORS, TORCH, load, save, sniff
 
 if TYPE_CHECKING:
     from ...adapter import Adapter
@@ -31,6 +31,7 @@ class AdapterHub(Format):
     description = "AdapterHub's adapters: adapter_config.json beside pytorch_adapter.bin or adapter.safetensors"
     methods = derived(_methods)
     compat = frozenset({"adapters"})
+    owns = frozenset({CONFIG, SAFETENSORS, TORCH, INTERFACE, HEAD_CONFIG, *HEADS})
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)

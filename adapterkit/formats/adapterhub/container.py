@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import Malformed, StorageError, Unsupported
+from ...errors import AdapterkitError, Malformed, StorageError, Unsupported
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
+from ...tensors.inputs import open_input
 from ...tensors.lazy import Lazy, as_torch
 from ...tensors.strict_json import load_json
-from .._folders import emptied, folder_of, read_tensors
+from .._folders import folder_of, make_folder, read_tensors
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter.safetensors"
@@ -107,12 +108,12 @@ def load(path: Path) -> Content:
 
 
 def save(folder: Path, content: Content) -> None:
-    """Writes the folder. Its config goes away first and comes back last: without one it is no adapter.
+    """Write the folder, its config last: without one it is no adapter.
 
     Raises:
         StorageError: the folder cannot be made or written.
     """
-    emptied(folder, CONFIG, *{SAFETENSORS, TORCH} - {content.file})
+    make_folder(folder)
     _write(folder / content.file, content.tensors)
     if content.head_file is not None:
         _write(folder / content.head_file, content.head_tensors)
@@ -140,9 +141,9 @@ def _check_single(folder: Path) -> None:
 
 def _start(path: Path) -> str | None:
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return file.read(MAX_SNIFF).decode("utf-8", "replace")
-    except OSError:
+    except (OSError, AdapterkitError):
         return None
 
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
 from ...tensors.checkpoint import read_json
+from ...tensors.inputs import read_input
 from .._folders import folder_of
 from .._format import Format
-from .container import CONFIG, save, sniff, tensors_of
+from .container import CONFIG, TENSORS, save, sniff, tensors_of
 
 if TYPE_CHECKING:
     from ...adapter import Adapter
@@ -26,6 +27,7 @@ class Mlx(Format):
     url = "https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/LORA.md"
     description = "MLX-LM: adapter_config.json beside adapters.safetensors"
     methods = frozenset({"lora", "dora", "replacement"})
+    owns = frozenset({CONFIG, TENSORS})
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)
@@ -35,7 +37,7 @@ class Mlx(Format):
 
         tensors, config = tensors_of(path), folder_of(path) / CONFIG
         try:
-            return decode(read_json(config, strict=True), config.read_text("utf-8"), tensors, Modules(base))
+            return decode(read_json(config, strict=True), read_input(config).decode("utf-8"), tensors, Modules(base))
         except AdapterkitError as error:
             raise error.at(path=path) from None
 

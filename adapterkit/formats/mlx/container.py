@@ -10,7 +10,7 @@ from ...errors import AdapterkitError, StorageError
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
-from .._folders import emptied, folder_of
+from .._folders import folder_of, make_folder
 
 if TYPE_CHECKING:
     from ...tensors.lazy import Lazy
@@ -44,7 +44,7 @@ def tensors_of(path: Path) -> Path:
 
 
 def save(folder: Path, text: str, tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> None:
-    """Writes the folder. Its config goes away first and comes back last: without one it is no adapter."""
-    emptied(folder, CONFIG)
+    """Write the folder, its config last: without one it is no adapter."""
+    make_folder(folder)
     safetensors.write(folder / TENSORS, tensors, metadata)
     write_bytes(folder / CONFIG, text.encode())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
 from .._format import Format, derived
-from .container import load, save, sniff
+from .container import CONFIG, SAFETENSORS, TORCH, load, save, sniff
 
 if TYPE_CHECKING:
     from ...adapter import Adapter
@@ -39,6 +39,7 @@ class Peft(Format):
     methods = derived(_methods)
     compat = frozenset({"peft"})
     profiles = derived(_profiles)
+    owns = frozenset({CONFIG, SAFETENSORS, TORCH})
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)

@@ -12,8 +12,9 @@ from ...names.tinker import is_tinker
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json
+from ...tensors.inputs import open_input
 from ...tensors.lazy import Lazy
-from .._folders import emptied, folder_of, read_tensors
+from .._folders import folder_of, make_folder, read_tensors
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -31,7 +32,7 @@ def sniff(path: Path) -> bool:
         return False
     config = folder_of(path) / CONFIG
     try:
-        with open(config, "rb") as file:
+        with open_input(config) as file:
             if b'"peft_type"' not in file.read(MAX_SNIFF):
                 return False
         # Tinker has PEFT's config beside tensors that PEFT does not know.
@@ -60,13 +61,13 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
 
 
 def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> None:
-    """Writes the folder. Its config goes away first and comes back last: without one it is no adapter.
+    """Write the folder, its config last: without one it is no adapter.
 
     Raises:
         StorageError: the folder cannot be made or written.
     """
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
-    emptied(folder, CONFIG)
+    make_folder(folder)
     safetensors.write(folder / SAFETENSORS, tensors, METADATA)
     write_bytes(folder / CONFIG, text.encode())
 

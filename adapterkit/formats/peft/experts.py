@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
-from ...errors import Malformed, Unsupported, UsageError
+from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ...tensors.lazy import Lazy, bytes_of
 from .config import names_module
 from .factors import Factors, adapt, check_rank
@@ -46,6 +46,8 @@ def decode(file: File, factors: Iterable[Factors]) -> Findings:
     for each in factors:
         modules.setdefault(each.key.path, []).append(each)
     for path, group in modules.items():
+        for each in group:
+            _check_matrices(each)
         for each, name in zip(group, _assign(file, path, group), strict=True):
             yield _parameter(file, each, f"{path}.{name}")
 
@@ -91,6 +93,13 @@ def _parameter(file: File, factors: Factors, path: str) -> Found:
     tensors = {"A": factors.A.reshape(experts, rank, factors.A.shape[1]), "B": stack(factors.B, experts)}
     turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0]) != shape[:0:-1]
     return Found(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
+
+
+def _check_matrices(factors: Factors) -> None:
+    for field in ("A", "B"):
+        if len(factors.tensors[field].shape) != 2:
+            why = f"a factor of a parameter is a matrix, not {list(factors.tensors[field].shape)}"
+            raise ShapeMismatch(why, where=factors.keys[field].text, cure="Write the adapter again with PEFT")
 
 
 def _names(file: File, path: str) -> list[str]:

@@ -17,9 +17,11 @@ from urllib.parse import urlencode, urlsplit
 
 from ...errors import NetworkError
 from ...tensors.strict_json import load_json
-from ..web import Refused, answered
+from ..web import Refused, answered, body_of
 
 MAX_ANSWER = 1 << 20
+"""Bytes of a token's reply; tokens with many scopes take some 10 KB."""
+
 DOCKER_HUB = {"docker.io", "index.docker.io", "registry-1.docker.io"}
 """What people, the tools that keep credentials, and the network call the same registry."""
 
@@ -81,7 +83,7 @@ class Admission:
         with answered("GET", url, {}, secret, self.place) as response:
             if response.status_code >= 400:
                 raise Refused(401 if response.status_code < 500 else response.status_code)
-            return _token_in(response.read()[:MAX_ANSWER], self.place)
+            return _token_in(body_of(response, self.place, MAX_ANSWER), self.place)
 
 
 def _token_in(body: bytes, place: str) -> str:

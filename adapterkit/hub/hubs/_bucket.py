@@ -10,9 +10,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
-from ...errors import Malformed, Unsupported
+from ...errors import Unsupported
 from .. import retries
-from ..web import CHUNK, Refused, answered
+from ..web import Refused, answered, body_of
 from ._admission import is_near
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 SIGNED = timedelta(minutes=15)
 """How long a signed address holds; each request has one of its own."""
-
-MAX_ANSWER = 64 << 20
 
 
 class Bucket:
@@ -64,7 +62,7 @@ class Bucket:
             Malformed: it is too large to be what it should.
         """
         with self.asked("GET", key, {}) as response:
-            return self._body(response, key), response.headers.get("ETag")
+            return body_of(response, self.place), response.headers.get("ETag")
 
     def page(self, query: Mapping[str, str]) -> bytes:
         """The answer to a query of the bucket itself.
@@ -76,7 +74,7 @@ class Bucket:
         endpoint = f"{bucket}?{urlencode({**query, 'x-id': ''}, quote_via=quote)}"
         url = self._address(self._signer(endpoint=endpoint, virtual_hosted_style_request=True), "GET", "x")
         with self._answered("GET", url, {}) as response:
-            return self._body(response, "the bucket's list")
+            return body_of(response, self.place)
 
     def _signer(self, **more: Any) -> S3Store:
         from obstore.store import S3Store
@@ -97,14 +95,6 @@ class Bucket:
             if response.status_code >= 400:
                 raise Refused(response.status_code)
             yield response
-
-    def _body(self, response: httpx2.Response, what: str) -> bytes:
-        body = b""
-        for chunk in response.iter_raw(CHUNK):
-            body += chunk
-            if len(body) > MAX_ANSWER:
-                raise Malformed("unreasonably large", path=self.place, where=what, cure="Tell the bucket's owner")
-        return body
 
 
 # Where nothing is to be signed, the address is wanted alone.

@@ -8,21 +8,39 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote, urljoin
 
 from ...errors import AccessDenied, Malformed, NetworkError, RemoteNotFound, StorageError, UsageError
+from ...tensors.strict_json import load_json
 from ..names import check_name
 from ..remote import Content, Digests, Remote, RemoteFile
 from ..retries import PASSING, Passing, retry_after
 from ..uris import Uri
-from ..web import CHUNK, answered, begins_at, is_offline, is_transport, offline, range_header, redacted
+from ..web import (
+    CHUNK,
+    answered,
+    begins_at,
+    body_of,
+    guarded,
+    is_offline,
+    is_transport,
+    offline,
+    origin,
+    range_header,
+    redacted,
+    said_in,
+)  # fmt: skip
 from . import _committing
 
 if TYPE_CHECKING:
+    import httpx2
     from huggingface_hub import HfApi
+
+T = TypeVar("T")
 
 _SEGMENT = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?P<repo>{_SEGMENT}/{_SEGMENT})(?:@(?P<revision>[^/@\s]{{1,200}}))?(?:/(?P<path>.*))?")
@@ -53,25 +71,77 @@ class HuggingFace(Remote):
 
     @cached_property
     def commit(self) -> str:
-        found = self.call(lambda: self.api.model_info(self.uri.repo, revision=self.uri.revision)).sha
+        at = "" if self.uri.revision is None else f"/revision/{quote(self.uri.revision, safe='')}"
+        found = self.call(lambda: self._told(f"{self._model}{at}")[0]["sha"])
         if not isinstance(found, str) or not re.fullmatch(r"[0-9a-f]{40,64}", found):
             raise NetworkError("the hub did not say which commit that is", path=str(self.uri), cure=_NOT_A_HUB)
         return found
 
-    def listed(self) -> list[RemoteFile]:
-        return self.call(
-            lambda: [
-                self._file(entry)
-                for entry in self.api.list_repo_tree(self.uri.repo, recursive=True, revision=self.commit)
-                if hasattr(entry, "blob_id")
-            ]
+    def call(self, act: Callable[[], T]) -> T:
+        with guarded(self.endpoint, str(self.uri)):
+            return super().call(act)
+
+    def listed(self) -> Iterator[RemoteFile]:
+        url: str | None = f"{self._model}/tree/{self.commit}?recursive=true&expand=false"
+        while url is not None:
+            here = url
+            found, following = self.call(lambda here=here: self._told(here))  # type: ignore[misc]
+            # A page that is empty and names another one would keep us here for ever.
+            if not isinstance(found, list) or (following and not found):
+                raise NetworkError("the hub's list of files makes no sense", path=str(self.uri), cure=_NOT_A_HUB)
+            yield from (self._file(entry) for entry in found if not _is_folder(entry))
+            url = following
+
+    @property
+    def _model(self) -> str:
+        return f"{self.endpoint}/api/models/{self.uri.repo}"
+
+    def _told(self, url: str) -> tuple[Any, str | None]:
+        """The JSON document at an address of the hub, and the address of the next page, if there is one.
+
+        huggingface_hub's own functions are not used to read: they read replies of any length, and send the token to
+        whatever address a page names as the next one, also where another server answered after a redirect.
+
+        Raises:
+            HfHubHTTPError: the hub refuses.
+            ValueError: the reply is not JSON.
+        """
+        with self._answered(url, {}) as response:
+            document = load_json(body_of(response, str(self.uri)).decode())
+            following = response.links.get("next", {}).get("url")
+            return document, urljoin(str(response.url), following) if following else None
+
+    @contextmanager
+    def _answered(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+        """An open reply that is not a refusal; the token goes to the endpoint only.
+
+        Raises:
+            HfHubHTTPError: the hub refuses.
+        """
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
+
+        sent = {key.lower(): value for key, value in build_hf_headers(token=self.token or False).items()} | dict(
+            headers
         )
+        secret = {key: sent.pop(key) for key in ("authorization",) if key in sent}
+        if origin(url) != origin(self.endpoint):
+            secret = {}
+        with answered("GET", url, sent, secret, str(self.uri)) as response:
+            if response.status_code >= 400:
+                # huggingface_hub reads the whole body of an error to explain it, so it gets a copy with a short one.
+                told = {key: response.headers[key] for key in _EXPLAINING if key in response.headers}
+                copy = httpx.Response(
+                    response.status_code, headers=told, content=said_in(response), request=response.request
+                )
+                hf_raise_for_status(copy)
+            yield response
 
     def _file(self, entry: Any) -> RemoteFile:
-        digest = f"git:{entry.blob_id}" if entry.lfs is None else f"sha256:{entry.lfs.sha256}"
-        size = entry.size if entry.lfs is None else entry.lfs.size
-        path = entry.path
-        told = isinstance(path, str) and isinstance(size, int) and size >= 0
+        path, size, lfs = entry.get("path"), entry.get("size"), entry.get("lfs")
+        digest = f"git:{entry.get('oid')}"
+        if lfs is not None:
+            size, digest = lfs.get("size"), f"sha256:{lfs.get('oid')}"
+        told = isinstance(path, str) and type(size) is int and size >= 0
         if not told or not re.fullmatch(r"git:[0-9a-f]{40}|sha256:[0-9a-f]{64}", digest):
             raise Malformed("the hub lists a file without its size or digest", path=str(self.uri), cure=_NOT_A_HUB)
         return RemoteFile(path, size, digest)
@@ -79,15 +149,9 @@ class HuggingFace(Remote):
     @contextmanager
     def opened(self, file: RemoteFile, start: int, end: int | None) -> Iterator[tuple[int, Iterator[bytes]]]:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         url = hf_hub_url(self.uri.repo, file.path, revision=self.commit, endpoint=self.endpoint)
-        headers = {key.lower(): value for key, value in build_hf_headers(token=self.token or False).items()}
-        secret = {key: headers.pop(key) for key in ("authorization",) if key in headers}
-        with answered("GET", url, {**headers, **range_header(start, end)}, secret, str(self.uri)) as response:
-            if response.status_code >= 400:
-                response.read()
-                hf_raise_for_status(response)
+        with self._answered(url, range_header(start, end)) as response:
             yield begins_at(response), response.iter_raw(CHUNK)
 
     def passing(self, error: Exception) -> Passing | None:
@@ -115,7 +179,7 @@ class HuggingFace(Remote):
         if isinstance(error, (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, Passing, TimeoutError)):
             why = f"cannot reach {_bare(self.endpoint)} ({type(error).__name__.removesuffix('Error')})"
             return NetworkError(str(error) if isinstance(error, Passing) else why, path=place, cure=_REACH)
-        if isinstance(error, (errors.HFValidationError, ValueError, KeyError, TypeError, AttributeError)):
+        if isinstance(error, (ValueError, LookupError, TypeError, AttributeError, RecursionError)):
             why = f"the hub's answer makes no sense ({type(error).__name__})"
             return NetworkError(why, path=place, cure=_NOT_A_HUB)
         return None
@@ -184,8 +248,16 @@ class HuggingFace(Remote):
 
     def _tag(self, name: str) -> str | None:
         """The commit that a tag is on; None where there is no such tag."""
-        tags = self.call(lambda: self.api.list_repo_refs(self.uri.repo)).tags
-        return next((tag.target_commit for tag in tags if tag.name == name), None)
+
+        def act() -> str | None:
+            tags = self._told(f"{self._model}/refs")[0]["tags"]
+            return next((str(tag["targetCommit"]) for tag in tags if tag["name"] == name), None)
+
+        return self.call(act)
+
+
+def _is_folder(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.get("type") == "directory"
 
 
 def _cause(error: Exception) -> Exception:
@@ -198,6 +270,9 @@ def _bare(endpoint: str) -> str:
     """An endpoint without a user's name and password."""
     return re.sub(r"//[^/@]*@", "//", endpoint)
 
+
+_EXPLAINING = ("X-Error-Code", "X-Error-Message", "Content-Type", "Retry-After", "X-Request-Id")
+"""Headers by which huggingface_hub tells refusals apart."""
 
 _LOGIN = "Set HF_TOKEN, or run 'hf auth login'"
 _REACH = "Check the connection and HF_ENDPOINT, then run the same command again: it goes on where it stopped"

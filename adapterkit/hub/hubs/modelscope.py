@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
+from urllib.parse import urlsplit
 
 from ...errors import AccessDenied, AdapterkitError, NetworkError, RemoteNotFound, Unsupported
 from ..remote import RemoteFile
 from ..retries import PASSING, Passing
 from ..uris import Uri
-from ..web import CHUNK, begins_at, range_header
+from ..web import CHUNK, MAX_TOLD, begins_at, range_header
 from ._listings import Listing, unknown
 from .hf import HuggingFace
 
@@ -38,7 +39,9 @@ class ModelScope(Listing):
         except ImportError:
             cure = "pip install modelscope-hub"
             raise Unsupported("modelscope:// needs its own client", path=str(self.uri), cure=cure) from None
-        return HubApi(token=self.token) if self.token else HubApi()
+        api = HubApi(token=self.token) if self.token else HubApi()
+        _guard(api.legacy, str(self.uri))
+        return api
 
     def listed(self) -> list[RemoteFile]:
         revision = self.uri.revision or "master"
@@ -72,6 +75,39 @@ class ModelScope(Listing):
         if status == 404 or type(error).__name__ == "NotExistError":
             return RemoteNotFound("no such repository, revision or file", path=place, cure="Check the spelling")
         return NetworkError(f"the hub cannot be read ({type(error).__name__})", path=place, cure="Try again")
+
+
+def _guard(client: Any, place: str) -> None:
+    """Keep the token at the hub's own origin, and bound all replies but files.
+
+    The client also sends its token as a cookie for the host. A cookie knows neither port nor scheme by itself, so that
+    requests would send it to another port, or without encryption, after a redirect. It drops the `Authorization` header
+    there by itself.
+    """
+    home = urlsplit(client._endpoint)
+
+    def bounded(response: Any, **_: Any) -> None:
+        is_file = response.status_code < 400 and urlsplit(response.url).path.endswith("/repo")
+        if not is_file:
+            raw, left = response.raw, [MAX_TOLD]
+            read1, stream = raw.read1, raw.stream
+            raw.read1 = lambda *args, **options: _counted(read1(*args, **options), left, place)
+            raw.stream = lambda *args, **options: (_counted(c, left, place) for c in stream(*args, **options))
+
+    client._ensure_session_auth()
+    for session in (client._session, client._read_session):
+        session.hooks["response"].append(bounded)
+        for cookie in session.cookies:
+            # http.cookiejar takes 80 for the port of an address that names none, with https too.
+            cookie.port, cookie.port_specified, cookie.secure = str(home.port or 80), True, home.scheme == "https"
+
+
+def _counted(chunk: bytes, left: list[int], place: str) -> bytes:
+    left[0] -= len(chunk)
+    if left[0] < 0:
+        cure = "Check MODELSCOPE_ENDPOINT, and tell the hub's owner"
+        raise NetworkError(f"the hub's reply is longer than {MAX_TOLD:,} bytes", path=place, cure=cure)
+    return chunk
 
 
 _LOST = {"ConnectionError", "ConnectTimeout", "ReadTimeout", "ChunkedEncodingError", "NetworkError"}

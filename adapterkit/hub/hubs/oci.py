@@ -18,7 +18,6 @@ from ...errors import (
     AccessDenied,
     AdapterkitError,
     Corrupt,
-    Malformed,
     NetworkError,
     RemoteNotFound,
     StorageError,
@@ -29,7 +28,20 @@ from ..digests import digests_of
 from ..remote import Content, Digests, Remote, RemoteFile, unreachable
 from ..retries import Passing
 from ..uris import Uri
-from ..web import CHUNK, Refused, answered, begins_at, is_offline, is_transport, offline, origin, range_header, redacted
+from ..web import (
+    CHUNK,
+    Refused,
+    answered,
+    begins_at,
+    body_of,
+    is_offline,
+    is_transport,
+    offline,
+    origin,
+    range_header,
+    redacted,
+    said_in,
+)  # fmt: skip
 from . import _modelpack, _uploads
 from ._admission import DOCKER_HUB, Admission, is_near
 
@@ -43,6 +55,8 @@ _NAME = re.compile(
 )
 LATEST = "latest"
 MAX_MANIFEST = 4 << 20
+"""The size up to which registries must take a manifest (OCI distribution specification)."""
+
 TRIES = 3
 """How often a manifest whose bytes came wrong is asked for."""
 
@@ -97,11 +111,7 @@ class Distribution(Remote):
     def _manifest(self) -> tuple[bytes, str]:
         revision = self.uri.revision or LATEST
         with self.asked("GET", f"{self.url}/manifests/{revision}", {"Accept": _modelpack.ACCEPTED}) as response:
-            body = b""
-            for chunk in response.iter_raw(CHUNK):
-                body += chunk
-                if len(body) > MAX_MANIFEST:
-                    raise Malformed("the manifest is unreasonably large", path=str(self.uri), cure="Use another tag")
+            body = body_of(response, str(self.uri), MAX_MANIFEST)
             told = response.headers.get("Docker-Content-Digest", "")
         promised = revision if revision.startswith("sha256:") else told
         return body, promised if promised.startswith("sha256:") else ""
@@ -123,12 +133,15 @@ class Distribution(Remote):
         Raises:
             Refused: the registry says no.
         """
+        registry = origin(self.url)
         for attempt in range(2):
-            home = origin(url) == origin(self.url)
-            secret = self.admission.headers if home else {}
+            secret = self.admission.headers if origin(url) == registry else {}
             with answered(method, url, headers or {}, secret, str(self.uri), content) as response:
+                # Only the registry itself may ask for credentials. After a redirect another server answers, and its
+                # challenge would name a realm of its own: containerd sent the password there (CVE-2020-15157).
+                is_registry = origin(str(response.url)) == registry
                 challenge = response.headers.get("WWW-Authenticate", "")
-                if response.status_code == 401 and home and attempt == 0 and self.admission.ask(challenge):
+                if response.status_code == 401 and is_registry and attempt == 0 and self.admission.ask(challenge):
                     continue
                 if response.status_code >= 400:
                     raise self._refused(response)
@@ -137,7 +150,7 @@ class Distribution(Remote):
 
     def _refused(self, response: httpx2.Response) -> Refused:
         try:
-            told = load_json(response.read()[:10_000].decode()) or {}
+            told = load_json(said_in(response).decode()) or {}
             first = told["errors"][0]
             code, said = str(first.get("code", "")), str(first.get("message", ""))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

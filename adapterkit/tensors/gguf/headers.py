@@ -9,19 +9,24 @@ from typing import Any, BinaryIO
 from ...errors import Malformed, Unsupported
 from ..ggml_blocks import BLOCKS, NUMBERS
 from ..marks import GGUF
-from .layout import ARRAY, SCALARS, STRING, VALUE_NAMES, Value, alignment_of, size_of, up
+from .layout import ARRAY, SCALARS, STRING, VALUE_NAMES, Value, alignment_of, numbers, size_of, up
 
 MAX_HEADER = 256 << 20
 MAX_TENSORS = 1 << 20
 MAX_NAME = 1 << 16
 MAX_DEPTH = 4
+MAX_LISTED = 1 << 20
+"""Numbers of an array that become a list: of 250 MB of them, Python's objects took 4 GB. Larger ones stay bytes."""
+
+MAX_ITEMS = 1 << 22
+"""Texts in all arrays together. The largest vocabularies have 262,144 tokens and about as many merges."""
 
 
 class Reader:
     """A file that is read from the front, never beyond its end, never more than a header may take."""
 
     def __init__(self, file: BinaryIO, path: str, size: int) -> None:
-        self.file, self.path, self.size, self.at = file, path, size, 0
+        self.file, self.path, self.size, self.at, self.items = file, path, size, 0, 0
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.size - self.at:
@@ -87,9 +92,14 @@ def _value(reader: Reader, number: int, key: str, depth: int = 0) -> Value:
         name, code = SCALARS[inner]
         size = struct.calcsize(code)
         data = reader.take(length * size, f"an array at {key!r}")
+        if length > MAX_LISTED:
+            return Value(f"[{name}]", numbers(data, code))
         return Value(f"[{name}]", list(struct.unpack(f"<{length}{code[1]}", data)))
     if length * 8 > reader.size - reader.at:
         raise reader.damaged(f"an array of {length} at {key!r}, more than the file could hold")
+    reader.items += length
+    if reader.items > MAX_ITEMS:
+        raise reader.damaged(f"arrays of more than {MAX_ITEMS:,} texts and arrays")
     return Value(
         f"[{VALUE_NAMES.get(inner, 'array')}]", [_value(reader, inner, key, depth + 1).value for _ in range(length)]
     )

@@ -32,10 +32,20 @@ TYPES = {name: number for number, name in PLAIN.items()} | {name: number for nam
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One value: `type` is a name such as `u32` or `string`; of an array `[type]`."""
+    """One value: `type` is a name such as `u32` or `string`; of an array `[type]`.
+
+    The value of an array is a list; more than a million numbers are an array of numpy.
+    """
 
     type: str
     value: Any
+
+
+def numbers(data: bytes, code: str) -> Any:
+    """An array's numbers from little-endian bytes, as a read-only array of numpy: a sequence without an object each."""
+    import numpy as np
+
+    return np.frombuffer(data, np.dtype(code))
 
 
 def raw_size(kind: str, shape: Sequence[int]) -> int:

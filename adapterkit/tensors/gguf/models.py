@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ...errors import AdapterkitError, Unsupported, storage_error
 from ..ggml_blocks import BLOCKS, NUMBERS
+from ..inputs import open_input
 from ..lazy import Span
 from .headers import Reader, check_apart, check_place, read_entries, read_keys
 from .layout import PLAIN, TYPES, Value, raw_size, size_of, up
@@ -79,7 +80,7 @@ def read_model(path: str | os.PathLike[str]) -> Model:
         StorageError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             reader = Reader(file, os.fspath(path), os.fstat(file.fileno()).st_size)
             values, count, _, places = read_keys(reader)
             found, entries, start, alignment = read_entries(reader, values, count)

@@ -10,6 +10,7 @@ from functools import partial
 from ...errors import AdapterkitError, Unsupported, storage_error
 from ..dtypes import DTYPES
 from ..ggml_blocks import decoded
+from ..inputs import open_input
 from ..lazy import Lazy, Span, read_span
 from .headers import Reader, check_apart, check_place, read_entries, read_keys
 from .layout import PLAIN, Q8_0, Value, size_of
@@ -45,7 +46,7 @@ def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
         StorageError: the file cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return _read(Reader(file, os.fspath(path), os.fstat(file.fileno()).st_size), tensors)
     except OSError as error:
         raise storage_error(error, path) from error
@@ -55,6 +56,10 @@ def read_gguf(path: str | os.PathLike[str], *, tensors: bool = True) -> Gguf:
 
 def _read(reader: Reader, tensors: bool) -> Gguf:
     values, count, version, _ = read_keys(reader)
+    for key, value in values.items():
+        if value.type.startswith("[") and not isinstance(value.value, list):
+            why, cure = f"an array of {len(value.value):,} numbers in the header of an adapter", "Leave it out"
+            raise Unsupported(why, path=reader.path, where=key, cure=cure)
     return _with_tensors(reader, values, count if tensors else 0, version)
 
 

@@ -72,9 +72,11 @@ class Texts:
 
     def __init__(self, folder: Path, work: Path, steps: int, rank: int, seed: int) -> None:
         self.folder, self.work, self.steps, self.rank, self.seed = folder, work, steps, rank, seed
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.pieces = {name: cut(tokenizer, read()) for name, read in KINDS.items()}
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        ).eval()
 
     def adapter(self, name: str) -> ak.Adapter:
         """The LoRA of one task, or of both (`joint`); trained if it is not there yet."""
@@ -87,7 +89,7 @@ class Texts:
 
     def _train(self, pieces: list[Tensor], steps: int, folder: Path) -> None:
         torch.manual_seed(self.seed)
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False)
         config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=["q_proj", "v_proj"])
         adapted = get_peft_model(model, config)
         adam = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], RATE)

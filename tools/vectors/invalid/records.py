@@ -65,6 +65,8 @@ def _records() -> Iterator[Invalid]:
     yield Invalid("version_major_alone", _record(lambda r: r.update(version="1")), where="version")
     yield Invalid("version_three_parts", _record(lambda r: r.update(version="1.0.0")), where="version")
     yield Invalid("version_other_digits", _record(lambda r: r.update(version="1.\u0661")), where="version")
+    yield Invalid("version_leading_zero", _record(lambda r: r.update(version="01.0")), where="version")
+    yield Invalid("version_minor_leading_zero", _record(lambda r: r.update(version="1.00")), where="version")
     yield Invalid("version_newer_major", _record(lambda r: r.update(version="2.0")), "Unsupported", "version")
     yield Invalid("version_older_major", _record(lambda r: r.update(version="0.9")), "Unsupported", "version")
     yield Invalid("requires_unknown", _record(lambda r: r.update(requires=["fp4-factors"])), "Unsupported", "requires")
@@ -131,6 +133,17 @@ def _methods() -> Iterator[Invalid]:
     yield Invalid("ia3_neither", _with("ia3", {}), where="q: ia3")
     yield Invalid("dense_neither", _with("dense", {"scaling": 1.0}), where="q: dense")
     yield Invalid("replacement_neither", _with("replacement", {}), where="q: replacement")
+    rescale = stored(numbers("invalid.rescale", 3), "F32")
+    yield Invalid("oft_neither", _with("oft", {"side": "out"}, rescale=rescale), where="q: oft")
+    yield Invalid("output_before_weight", _output_before_weight(), where="q")
+
+
+def _output_before_weight() -> bytes:
+    """A bottleneck on the output of q, and a LoRA on its weight behind it."""
+    down, up = stored(numbers("invalid.down", 2, 3), "F32"), stored(numbers("invalid.up", 3, 2), "F32")
+    names = {"down": "q.down", "up": "q.up"}
+    bottleneck = {"target": {"path": "q"}, "method": "bottleneck", "version": 1, "tensors": names, "attributes": {}}
+    return native({"version": "1.0", "updates": [bottleneck, LORA]}, TENSORS | {"q.down": down, "q.up": up})
 
 
 def _tensors() -> Iterator[Invalid]:

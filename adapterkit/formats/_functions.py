@@ -1,0 +1,233 @@
+"""Two groups of updates of one weight, compared as functions without dense matrices.
+
+Additive updates answer a few fixed random inputs, B @ (A @ x); others a fixed random weight. All in float64. The error
+that is allowed is what rounding to the element types explains: roundings of single elements are independent, so they
+add up as the root of a sum of squares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AdapterkitError, UsageError
+from ..tensors.lazy import as_array, as_lazy
+from ..updates import Additive
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..adapter import Target, Updates
+    from ..tensors.checkpoint import Checkpoint
+    from ..updates import Update
+
+    Array = np.ndarray[Any, Any]
+
+PROBES = 4
+"""Random inputs."""
+
+SIGMAS = 8.0
+"""Multiple of the expected rounding error that is allowed; chance reaches about five in a million numbers."""
+
+ALONE = 2.0**-20
+"""Relative error of a whole change that is allowed: scalings and alphas pass through float32 several times."""
+
+_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
+_LEAST = {"F16": 2.0**-14, "F8_E4M3": 2.0**-6, "F8_E5M2": 2.0**-14}
+"""Smallest normal numbers: below them, precision is absolute."""
+
+
+def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozenset[str]) -> str:
+    """Why two groups of updates of one weight are not the same function; empty where they are.
+
+    Args:
+        asked: target -> updates, as they were to be written.
+        got: as they were read back.
+        base: tells shapes that updates do not.
+        dtypes: element types of the format, if it does not have all: others are rounded to these.
+    """
+    targets = [*asked, *got]
+    layouts = {target.layout for target in targets}
+    if len(layouts) > 1:
+        return f"the weight is stored as [{targets[-1].layout}], not [{targets[0].layout}]"
+    unit, least = _rounding(asked, got, dtypes)
+    updates = [update for group in (asked, got) for found in group.values() for update in found]
+    if any(update.kind not in ("additive", "weight") for update in updates):
+        return _unlike_fields([*_in_order(asked)], [*_in_order(got)], unit, least)
+    try:
+        weight = _Weight(asked, got, base, unit, least)
+        return _compared(weight.answers(asked), weight.answers(got))
+    except AdapterkitError as error:
+        return f"the two cannot be compared ({error.why})"
+
+
+def _in_order(group: Updates) -> Iterator[Update]:
+    return (update for found in group.values() for update in found)
+
+
+def _rounding(asked: Updates, got: Updates, dtypes: frozenset[str]) -> tuple[float, float]:
+    """Relative rounding error of a stored number, and the smallest number for which it holds.
+
+    Writers that compute round to the type that a tensor has; a format that lacks this type rounds to one of its own.
+    """
+    kinds = _kinds(asked) or _kinds(got)
+    if dtypes and not kinds <= dtypes:
+        kinds |= _kinds(got) & dtypes
+    bits = min((_BITS[kind] for kind in kinds if kind in _BITS), default=23)
+    return 2.0 ** -(bits + 1), max((_LEAST.get(kind, 0.0) for kind in kinds), default=0.0)
+
+
+def _kinds(group: Updates) -> set[str]:
+    leaves = (as_lazy(leaf) for update in _in_order(group) for leaf in update.tensors.values())
+    return {leaf.dtype.name for leaf in leaves if leaf.dtype.floating}
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """What a group makes of the probes, and the expected square of its rounding error; rows are outputs."""
+
+    value: Array
+    squares: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Weight:
+    """The weight that both groups change, which answers the probes for each of them."""
+
+    asked: Updates
+    got: Updates
+    base: Checkpoint | None
+    unit: float
+    least: float
+
+    def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
+        """("weight" or "bias", expert) -> answer; targets that are rows of the weight are put together."""
+        found: dict[tuple[str, int], _Answer] = {}
+        for target, updates in group.items():
+            loaded = [update.map(_values) for update in updates]
+            experts = int(updates[0].dims(True)["e"]) if target.stacked else 1  # type: ignore[arg-type]
+            for expert in range(experts):
+                each = [update.expert(expert) for update in loaded] if target.stacked else loaded
+                for part, answer in self._answers(target, each):
+                    self._place(found, (part, expert), target, answer)
+        return found
+
+    def _answers(self, target: Target, updates: list[Update]) -> Iterator[tuple[str, _Answer]]:
+        shape = self._shape(target)
+        changing = [update for update in updates if update.changes_weight]
+        if changing:
+            yield "weight", self._sum(changing, shape) if self._additive else self._change(changing, _random(shape))
+        if any(update.changes_bias for update in updates):
+            b: Any = _random(shape[:1])
+            new = b
+            for update in updates:
+                settled = update.settled(_random(shape)) if update.bias_sees_weight else update
+                new = settled.new_bias(new)
+            yield "bias", self._rounded(new - b, new)
+
+    @property
+    def _additive(self) -> bool:
+        return all(isinstance(update, Additive) for group in (self.asked, self.got) for update in _in_order(group))
+
+    def _sum(self, updates: list[Any], shape: tuple[int, ...]) -> _Answer:
+        """D @ x of additive updates; of thin ones by their factors."""
+        import numpy as np
+
+        x = _random((math.prod(shape[1:]), PROBES))
+        answer = _Answer(np.zeros((shape[0], PROBES)), np.zeros((shape[0], PROBES)))
+        for update in updates:
+            factors = update.pair(shape) or (update.delta(shape).reshape(shape[0], -1),)
+            value, squares = x, x * x
+            for factor in reversed(factors):
+                value, squares = factor @ value, np.maximum(factor * factor, self.least**2) @ squares
+            answer.value += value
+            answer.squares += squares * self.unit**2
+        return answer
+
+    def _change(self, updates: list[Any], W: Array) -> _Answer:
+        """W' - W of updates that see the weight."""
+        new: Any = W
+        for update in updates:
+            new = update.new_weight(new)
+        return self._rounded((new - W).reshape(len(W), -1), new)
+
+    def _rounded(self, value: Array, numbers: Array) -> _Answer:
+        import numpy as np
+
+        return _Answer(value, np.full(value.shape, (self.unit * float(np.abs(numbers).max(initial=0.0))) ** 2))
+
+    def _place(self, found: dict[tuple[str, int], _Answer], key: tuple[str, int], target: Target, own: _Answer) -> None:
+        import numpy as np
+
+        start = 0 if target.rows is None else target.rows[0]
+        size = (self._outputs, *own.value.shape[1:])
+        whole = found.setdefault(key, _Answer(np.zeros(size), np.zeros(size)))
+        whole.value[start : start + len(own.value)] += own.value
+        whole.squares[start : start + len(own.value)] += own.squares
+
+    @property
+    def _outputs(self) -> int:
+        """How many outputs the weight has, as far as the targets of both groups tell it: some are rows of it."""
+        targets = (target for group in (self.asked, self.got) for target in group)
+        return max(self._shape(t)[0] if t.rows is None else t.rows[1] for t in targets)
+
+    def _shape(self, target: Target) -> tuple[int, ...]:
+        from ..ops.lowering import shape_of
+
+        every = [update for group in (self.asked, self.got) for update in _in_order(group)]
+        for updates in (self.asked.get(target, ()), self.got.get(target, ()), every):
+            shape = shape_of(target, updates, self.base) if updates else None
+            if shape is not None:
+                return shape
+        raise UsageError("the shape of its weight is known to the base only", cure="Give the base by base= or --base")
+
+
+def _random(shape: tuple[int, ...]) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(7).normal(size=shape)
+
+
+def _values(leaf: Any) -> Any:
+    array = as_array(leaf)
+    return array.astype("<f8") if as_lazy(leaf).dtype.floating else array
+
+
+def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int], _Answer]) -> str:
+    import numpy as np
+
+    for key in dict.fromkeys((*ours, *theirs)):
+        # A group that leaves a part alone changes it by zero.
+        known = ours.get(key) or theirs[key]
+        none = _Answer(np.zeros_like(known.value), np.zeros_like(known.squares))
+        one, other = ours.get(key, none), theirs.get(key, none)
+        if one.value.shape != other.value.shape:
+            return f"its {key[0]} is {list(other.value.shape)}, not {list(one.value.shape)}"
+        a, b = one.value, other.value
+        error = np.abs(a - b)
+        allowed = SIGMAS * np.sqrt(np.maximum(one.squares, other.squares)) + ALONE * np.maximum(np.abs(a), np.abs(b))
+        if not ((error <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))).all():
+            size, worst = float(np.nan_to_num(np.abs(a)).max()), float(np.nan_to_num(error).max())
+            return f"the change of its {key[0]} is another, by {worst / size if size else math.inf:.1e} of it"
+    return ""
+
+
+def _unlike_fields(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
+    """Why updates that no weight tells apart differ: those of outputs and of context, field by field."""
+    import numpy as np
+
+    if [update.method for update in asked] != [update.method for update in got]:
+        return f"it is {' and '.join(update.method for update in got) or 'nothing'}"
+    for one, other in zip(asked, got, strict=True):
+        if one.attributes != other.attributes:
+            return "another attribute"
+        if one.tensors.keys() != other.tensors.keys():
+            return "other tensors"
+        for name, leaf in one.tensors.items():
+            a, b = _values(leaf), _values(other.tensors[name])
+            same = a.shape == b.shape and (np.abs(a - b) <= 2 * unit * np.maximum(np.abs(a), least)).all()
+            if not same:
+                return f"its {name} is another"
+    return ""

@@ -1,0 +1,332 @@
+"""Tied weights in a merge: which layers each update changes, and whether the output keeps one tensor for all of them.
+
+PEFT (0.21.2) attaches an update to the module that it names, so that the change at a tied embedding does not reach the
+head; its token rows are the exception and change both. `tied` overrides that, for all updates or by kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Target
+from ..errors import UsageError
+from ..names.ties import Tie, kept_tied, untied, untied_scale
+from ..tensors.lazy import as_lazy
+from ..updates import Additive, Update
+from .fold import Fold
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..tensors.lazy import Leaf
+
+Folds = dict[str, list[Fold]]
+"""Name of a layer's weight -> what is folded into it."""
+
+KINDS = ("rows", "embedding", "head", "replacement")
+"""Kinds of update that `tied` may speak of one by one."""
+
+MERGE, UNTIE = "merge", "untie"
+
+GRAMMAR = "merge, untie, or KIND=merge|untie with KIND one of rows, embedding, head, replacement, joined by commas"
+
+
+def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
+    """The canonical text of a choice for tied weights; None where the adapters' files decide.
+
+    Args:
+        tied: `"merge"`, `"untie"`, `"rows=untie,embedding=merge"`, or a mapping of kinds to choices.
+
+    Raises:
+        UsageError: an unknown kind or choice.
+    """
+    if tied is None or tied in (MERGE, UNTIE):
+        return tied
+    if isinstance(tied, Mapping):
+        pairs = [(str(kind), str(choice)) for kind, choice in tied.items()]
+    else:
+        pairs = [(kind.strip(), choice.strip()) for kind, _, choice in (p.partition("=") for p in str(tied).split(","))]
+    if not pairs or any(kind not in KINDS or choice not in (MERGE, UNTIE) for kind, choice in pairs):
+        raise UsageError(f"unknown choice {tied!r} for tied weights", cure=f"Give --tied (tied=) {GRAMMAR}")
+    return ",".join(f"{kind}={choice}" for kind, choice in sorted(dict(pairs).items()))
+
+
+def settle_tie(
+    tie: Tie, folds: Folds, names: dict[str, str], adapters: Sequence[Adapter], tied: str | None,
+    config: Mapping[str, Any] | None, warnings: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Puts every fold on the tensors of the output that it changes.
+
+    Args:
+        tie: the base's tie.
+        folds: by the names of the layers that the adapters name; in place, by the names of the output's tensors.
+        names: output name -> stored name; the head is added where the output has a tensor of its own for it.
+        adapters: those of the merge, in order, as `Fold.source` counts them.
+        tied: the canonical text of the choice, see `parse_tied`.
+        config: the base's config.
+        warnings: gets a sentence for what is left out.
+
+    Returns:
+        changes to the config, which must say that the head is no longer tied.
+
+    Raises:
+        UsageError: nothing tells what training did, or the changes do not fit on the tensors that there are.
+    """
+    own = {name: folds.pop(name) for name in dict.fromkeys((tie.stored, *tie.layers)) if name in folds}
+    if not own:
+        return {}
+    acting: Folds = {layer: [] for layer in tie.layers}
+    for position, adapter in enumerate(adapters):
+        part = {name: [fold for fold in found if fold.source == position] for name, found in own.items()}
+        part = {name: found for name, found in part.items() if found}
+        for layer, found in _acting(tie, part, adapter, tied, warnings).items():
+            acting[layer] += found
+    inputs, head = acting[tie.inputs[0]], acting[tie.head]
+    if not all(_equal(acting[layer], inputs) for layer in tie.inputs):
+        why = f"the adapter changes {' and '.join(tie.inputs)} differently, and a model stores one tensor for both"
+        cure = f"Inject it into a live model, which has both; {_MERGE} puts every change on that tensor and on the head"
+        raise UsageError(why, where=tie.stored, cure=cure)
+    if tied != UNTIE and _equal(inputs, head):
+        folds |= dict.fromkeys((tie.stored, tie.head) if tie.apart else (tie.stored,), inputs)
+        return kept_tied(config)
+    names[tie.head] = tie.head if tie.apart else tie.stored
+    changed = {tie.stored: inputs, tie.head: _unscaled(head, own, tie, untied_scale(config))}
+    folds |= {name: found for name, found in changed.items() if found}
+    return untied(config)
+
+
+def _acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: list[str]) -> Folds:
+    """What one adapter does to each layer that reads the tied tensor.
+
+    Args:
+        tie: the base's tie.
+        own: the adapter's folds, by the names that it has for the layers.
+        adapter: the adapter.
+        tied: the canonical text of the choice.
+        warnings: gets a sentence for what is left out.
+    """
+    if not own:
+        return {}
+    first = next(iter(own.values()))
+    if tied is None and own.keys() >= set(tie.layers) and all(_equal(found, first) for found in own.values()):
+        return {layer: own[layer] for layer in tie.layers}
+    choice = _Choice(tie, own, adapter, tied)
+    found: Folds = {layer: [] for layer in tie.layers}
+    for name, folds in own.items():
+        if name not in tie.layers and all(_equal(own.get(layer, []), folds) for layer in tie.inputs):
+            continue
+        if name not in tie.layers and choice.is_idle(folds):
+            readers = " and ".join(layer.removesuffix(".weight") for layer in tie.inputs)
+            module = name.removesuffix(".weight")
+            warnings.append(
+                f"the update at {module} is left out: it had no effect while PEFT trained it, since the model calls "
+                f"{readers} instead; {_flag('embedding=untie,replacement=untie')} applies it there"
+            )
+            continue
+        for fold in folds:
+            shared = tuple(update for update in fold.updates if choice.of(update, name) == MERGE)
+            for layer in tie.layers:
+                is_named = layer == name or (name == tie.stored and layer in tie.inputs)
+                updates = fold.updates if is_named else shared
+                if updates:
+                    found[layer].append(replace(fold, updates=updates))
+    return {layer: _together(folds, tie) for layer, folds in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Whether an update changes all layers that read the tied tensor (`merge`) or the one that it names (`untie`)."""
+
+    tie: Tie
+    own: Folds
+    adapter: Adapter
+    tied: str | None
+
+    def of(self, update: Update, name: str) -> str:
+        """The choice for an update at the layer `name`.
+
+        Raises:
+            UsageError: neither the caller nor the adapter's file tells.
+        """
+        kind = update.shared_as if update.shared_as != "layer" else "head" if name == self.tie.head else "embedding"
+        if self.tied == MERGE:
+            return MERGE
+        if self.tied is not None and self.tied != UNTIE:
+            chosen = dict(pair.split("=") for pair in self.tied.split(","))
+            if kind in chosen:
+                return chosen[kind]
+        if kind == "rows" and name != self.tie.head and not self._has_rows(self.tie.head):
+            return MERGE
+        if self.tied == UNTIE:
+            return UNTIE
+        return self._by_file(kind, name)
+
+    def is_idle(self, folds: list[Fold]) -> bool:
+        """Whether updates at a module that no layer calls, the `shared` of T5 and BART, did nothing in training.
+
+        PEFT puts its layer in the place of `shared`; the encoder and the decoder keep embeddings of their own. Token
+        rows are the exception: PEFT attaches them to every layer that is tied to it.
+        """
+        if self.tied not in (None, UNTIE) or _tools(self.adapter.recipe) != {"peft"}:
+            return False
+        rows = any(update.shared_as == "rows" for fold in folds for update in fold.updates)
+        return not rows or self._has_rows(self.tie.head)
+
+    def _by_file(self, kind: str, name: str) -> str:
+        """What the tool that trained the adapter does."""
+        tools = _tools(self.adapter.recipe)
+        if kind == "rows" or tools == {"create"}:
+            return UNTIE
+        if tools == {"mlx"} and kind == "embedding":
+            # LoRAEmbedding.as_linear of mlx-lm adds the same factors where the tied embedding serves as the head.
+            return MERGE
+        if tools != {"peft"}:
+            raise self._unknown(name, "its file does not say which of them training changed")
+        foreign = self.adapter.foreign.data if self.adapter.foreign else {}
+        config = foreign.get("config")
+        config = config if isinstance(config, dict) else {}
+        alone = not any(layer in self.own for layer in self.tie.layers if layer != name)
+        if config.get("ensure_weight_tying") and alone:
+            if name == self.tie.head:
+                raise self._unknown(name, "its config has ensure_weight_tying, but the embedding's part is not there")
+            # PEFT looks for the words embed_tokens and lm_head; `wte` and others stay untied.
+            return MERGE if name.endswith("embed_tokens.weight") else UNTIE
+        return UNTIE
+
+    def _has_rows(self, name: str) -> bool:
+        return any(update.shared_as == "rows" for fold in self.own.get(name, ()) for update in fold.updates)
+
+    def _unknown(self, name: str, why: str) -> UsageError:
+        touched = " and ".join(layer for layer in (self.tie.stored, *self.tie.layers) if layer in self.own)
+        one = f"the base ties {self.tie.head} to {self.tie.stored}: one tensor"
+        return UsageError(f"{one}. The adapter changes {touched}, and {why}", where=name, cure=_ADVICE)
+
+
+def _tools(recipe: Iterable[Any]) -> set[str]:
+    """The formats that an adapter was read from, by its lineage; `create` for one that was made here."""
+    found: set[str] = set()
+    for step in recipe:
+        op, args = (step["op"], step["args"]) if isinstance(step, Mapping) else (step.op, step.args)
+        if op == "read":
+            found.add(str(args.get("format")))
+        elif op in ("create", "extract"):
+            found.add(op)
+        for one in args.get("of") or ():
+            found |= _tools(one.get("recipe", ()) if isinstance(one, Mapping) else ())
+    return found
+
+
+def _together(folds: list[Fold], tie: Tie) -> list[Fold]:
+    """One adapter's folds of one layer, the same change once.
+
+    Raises:
+        UsageError: they are not sums, so that the order in which they are applied would decide.
+    """
+    kept: list[Fold] = []
+    for fold in folds:
+        if any(_same(fold, other) for other in kept):
+            continue
+        if kept and _starts_alike(fold, kept[0]):
+            # PEFT saves the base's weight beside the factors of an adapted embedding and of an adapted head.
+            fold = replace(fold, updates=fold.updates[1:])
+        kept.append(fold)
+    if len(kept) > 1 and not all(_without_start(fold).additive for fold in kept):
+        rows = any(update.shared_as == "rows" for fold in kept for update in fold.updates)
+        flag = _flag("rows=untie,embedding=untie,head=untie,replacement=untie" if rows else UNTIE)
+        why = f"the adapter changes {tie.head} and {tie.stored} in ways that cannot share one tensor"
+        raise UsageError(why, where=tie.head, cure=f"{flag} lets each update change only the layer that it names")
+    return kept
+
+
+def _unscaled(head: list[Fold], own: Folds, tie: Tie, scale: float) -> list[Fold]:
+    """The folds of an untied head, with the factor that the model applies only while the head is tied."""
+    if scale == 1:
+        return head
+    import numpy as np
+
+    from ..methods.ia3 import IA3
+    from ..tensors.lazy import from_numpy
+
+    shape = next(fold.shape for folds in own.values() for fold in folds)
+    factor = IA3(l=from_numpy(np.full(shape[0], scale)), l_in=None)  # type: ignore[arg-type]
+    scaled = Fold(Target(tie.head.removesuffix(".weight")), (factor,), 1.0, -1, False, shape)
+    return [*(replace(fold, weight=fold.weight * scale) for fold in head), scaled]
+
+
+def _equal(one: Sequence[Fold], other: Sequence[Fold]) -> bool:
+    """Whether two layers go through the same changes."""
+    return one is other or (len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True)))
+
+
+def _same(one: Fold, other: Fold) -> bool:
+    """Whether two folds change a stored tensor in the same way."""
+    if (one.source, one.weight, len(one.updates)) != (other.source, other.weight, len(other.updates)):
+        return False
+    pairs = zip(one.updates, other.updates, strict=True)
+    return all((a is b and one.axis == other.axis) or _same_update(a, one, b, other) for a, b in pairs)
+
+
+def _same_update(a: Update, one: Fold, b: Update, other: Fold) -> bool:
+    """Whether two updates, each in the view of its fold, change a stored tensor in the same way."""
+    import numpy as np
+
+    if a.method != b.method or a.attributes != b.attributes or a.tensors.keys() != b.tensors.keys():
+        return False
+    if one.axis == other.axis:
+        return all(_same_leaf(a.tensors[name], b.tensors[name]) for name in a.tensors)
+    if set(a.tensors) == {"weight"} and a.shared_as == "replacement":
+        return bool(np.array_equal(_bits(a.tensors["weight"]), _bits(b.tensors["weight"]).T))
+    factors = [_factors(update, fold) for update, fold in ((a, one), (b, other))]
+    if factors[0] is None or factors[1] is None:
+        return False
+    return all(np.array_equal(x, y) for x, y in zip(*factors, strict=True))
+
+
+def _factors(update: Update, fold: Fold) -> tuple[Any, Any] | None:
+    """Left and right with W + left @ right as stored, the scaling left out; None where the law has no such factors."""
+    from .arrays import NumpyArrays
+    from .blocks import logical
+
+    if not isinstance(update, Additive) or update.changes_bias or len(fold.shape) != 2:
+        return None
+    plain = update.replace(scaling=1.0) if "scaling" in update.attributes else update
+    pair: Any = plain.map(NumpyArrays().load).pair(logical(fold))
+    if pair is None:
+        return None
+    B, A = pair
+    return (B, A) if fold.axis == "out" else (A.T, B.T)
+
+
+def _same_leaf(one: Leaf, other: Leaf) -> bool:
+    a, b = as_lazy(one), as_lazy(other)
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and (one is other or bytes(a.fetch()) == bytes(b.fetch()))
+
+
+def _bits(leaf: Leaf) -> Any:
+    import numpy as np
+
+    lazy = as_lazy(leaf)
+    return np.frombuffer(lazy.fetch(), f"<u{lazy.dtype.itemsize}").reshape(lazy.shape)
+
+
+def _starts_alike(fold: Fold, first: Fold) -> bool:
+    """Whether both begin with the same replacement and go on from it."""
+    alike = len(fold.updates) > 1 and fold.updates[0].shared_as == first.updates[0].shared_as == "replacement"
+    return alike and _same_update(fold.updates[0], fold, first.updates[0], first)
+
+
+def _without_start(fold: Fold) -> Fold:
+    is_replaced = len(fold.updates) > 1 and fold.updates[0].shared_as == "replacement"
+    return replace(fold, updates=fold.updates[1:]) if is_replaced else fold
+
+
+def _flag(choice: str) -> str:
+    return f'--tied {choice} (tied="{choice}")'
+
+
+_MERGE = _flag(MERGE)
+_ADVICE = (
+    f"{_flag(UNTIE)} lets each update change the layer that it names and writes the head apart; {_MERGE} puts every "
+    "change on the shared tensor, which changes all layers"
+)

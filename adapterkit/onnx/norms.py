@@ -1,0 +1,241 @@
+"""Batch normalisations that exporters folded into the layer before them.
+
+torch's exporters, onnxruntime and onnxsim fold `y' = s * (y - mean) + beta` with `s = gamma / sqrt(var + eps)` into a
+convolution or a linear layer: the graph then holds `s * W` where the base holds `W`. An adapter's change is one of `W`,
+so the graph needs it times `s`. The base's own statistics tell `s`; the kernel that the graph holds proves it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from ..errors import TargetNotFound, Unsupported
+from ..tensors.lazy import as_array
+from .building import Array
+from .layers import Gemm, MatMul, bias_after, dequantized, only_reader
+from .operands import attribute, is_constant, numbers, sources
+from .scopes import CLASSES, SCOPES, listed, same_end
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from .resolving import Found, Spot
+
+NEAR = 0.15
+"""The largest relative distance, in the Frobenius norm, of a weight that counts as the same one, rounded."""
+
+APART = 3.0
+"""How many times farther the second nearest must be."""
+
+ALIKE = 1e-3
+"""The largest relative difference of factors that need not be told apart."""
+
+EPSILONS = (1e-5, 1e-3, 1e-4, 1e-6, 1e-2, 1e-8)
+"""What `eps` may be: torch's default first, then that of models ported from TensorFlow. No file of weights holds it."""
+
+_FUSED = re.compile(r"bn_?fusion|fuse_?bn|bn_?fuse", re.IGNORECASE)
+_PARAMETER = re.compile(r"(?:.*\.)?(?:weight|bias)$")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FoldedNorm:
+    """A batch normalisation inside a layer: the graph's output is `scale * y + shift` of the base's own `y`.
+
+    Attributes:
+        name: the norm's name in the base.
+        scale: `gamma / sqrt(var + eps)`, `[out]`, float64.
+        shift: `beta - scale * mean`, `[out]`, float64.
+        weight: the base's weight as formulas see it, `[out, in, *k]`, float64.
+        bias: the base's bias, `[out]`, float64; None where the module has none.
+    """
+
+    name: str
+    scale: Array
+    shift: Array
+    weight: Array
+    bias: Array | None
+
+    def factors(self, groups: int) -> Array:
+        """The scale, in a shape that multiplies a weight `[out, in, *k]`.
+
+        Args:
+            groups: of a transposed convolution, whose weight has `out / groups` outputs for each of all inputs.
+        """
+        rest = self.weight.ndim - 2
+        if groups == 1:
+            return self.scale.reshape(-1, *[1] * (rest + 1))
+        each = np.repeat(self.scale.reshape(groups, -1).T, self.weight.shape[1] // groups, axis=1)
+        return each.reshape(*each.shape, *[1] * rest)
+
+
+def groups_of(spot: Spot) -> int:
+    """The groups of a transposed convolution; 1 for other layers, whose weights have an output axis of their own."""
+    return int(attribute(spot.node, "group", 1)) if spot.kind.op_type == "ConvTranspose" else 1
+
+
+def refuse_folded(found: Sequence[Found]) -> None:
+    """Refuse layers that a norm may be folded into, where no base's weights are at hand to tell.
+
+    Raises:
+        Unsupported: the graph shows traces of such a fold.
+    """
+    for place in found:
+        for spot in place.spots:
+            if (trace := _trace(spot, place.target.path)) is not None:
+                why = f"a batch normalisation may be folded into this layer ({trace}), which scales the change"
+                cure = "Pass the weights of the base, which tell: --base-weights DIR, base_weights="
+                raise Unsupported(why, where=str(place.asked), cure=cure)
+
+
+def is_norm(node: ir.Node) -> bool:
+    """Whether the exporter's notes say that a node computes a batch normalisation, whatever else it computes."""
+    notes = [*listed(node.metadata_props.get(CLASSES)), *listed(node.metadata_props.get(SCOPES))[-1:]]
+    return any("batchnorm" in word.lower() or "batch_norm" in word.lower() for word in notes[-3:])
+
+
+def _trace(spot: Spot, path: str) -> str | None:
+    """What shows that a norm may be folded into a layer; None where nothing does."""
+    bias = _bias_of(spot)
+    if spot.kind.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or bias is None:
+        return None  # A fold always leaves a bias.
+    if only_reader(dequantized(spot.node.outputs[0]), "BatchNormalization") is not None:
+        return None
+    if is_norm(spot.node):
+        return "the exporter notes it at the node"
+    names = [*spot.names.get("initializer", ()), *spot.names.get("folded_from", ())]
+    biases = [source.name or "" for source in sources(bias)]
+    if any(_FUSED.search(name) for name in (*names, *biases, spot.node.name or "")):
+        return "a name says so"
+    # Exporters keep the names of a convolution's parameters; a fold writes new tensors, whose names they make up.
+    # Weights of linear layers lose their names without any fold, when they are transposed.
+    if spot.kind.op_type not in ("Conv", "ConvTranspose") or path in names:  # The target is the stored tensor itself.
+        return None
+    if not any(same_end(name, f"{path}.weight") for name in names):
+        return f"its weight is called {names[0] if names else 'nothing'}"
+    if not numbers(bias).any():
+        return None
+    plain = [re.sub(r"_(?:quantized|q|scale|zero_point)(?:_scale|_zero_point)?$", "", name) for name in biases]
+    return None if all(_PARAMETER.match(name) for name in plain) else f"its bias is called {biases[0]}"
+
+
+def _bias_of(spot: Spot) -> ir.Value | None:
+    """The constant vector that a layer adds, by itself or by a node behind it."""
+    if issubclass(spot.kind, MatMul) and not issubclass(spot.kind, Gemm):
+        after = bias_after(spot.node, dequantized(spot.node.outputs[0]), spot.shape[0])
+        return None if after is None else after[1]
+    held = spot.node.inputs[2] if len(spot.node.inputs) > 2 else None
+    return held if is_constant(held) else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Guess:
+    """A norm of the base with one `eps`, and how far the graph's weight and bias are from it."""
+
+    name: str
+    scale: Array
+    shift: Array
+    distance: float
+
+
+def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
+    """Hold a layer that its name led to against the base's weight; find a norm that is folded into it.
+
+    Args:
+        place: the target.
+        base: the base's weights.
+        name: the name of the target's weight in the base.
+
+    Raises:
+        TargetNotFound: the layer holds other numbers, or two readings of them are about as near.
+    """
+    from .matching import distance
+
+    spot, stored = place.spots[0], as_array(base.tensors[name]).astype(np.float64)
+    far = distance(stored.astype(np.float32), spot)
+    if spot.kind.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or (bias := _bias_of(spot)) is None:
+        return _plain(place, far)
+    W = stored.swapaxes(0, 1) if spot.kind.op_type == "ConvTranspose" else stored
+    if W.shape != spot.shape:
+        return _plain(place, far)
+    b = _own_bias(base, name)
+    guesses = sorted(_guesses(base, spot, W, b, numbers(bias).reshape(-1)), key=lambda guess: guess.distance)
+    best = guesses[0] if guesses else None
+    if best is None or best.distance > NEAR or (far is not None and far <= best.distance):
+        return _plain(place, far, _scaled(spot, W))
+    alike = abs(best.scale - 1).max() <= ALIKE
+    if far is not None and far <= NEAR and far < APART * best.distance:
+        if alike:
+            return place
+        why = f"the layer is about as near to the base's weight ({far:.3f}) as to it times {best.name}"
+        raise TargetNotFound(why, where=str(place.asked), cure="Use a graph whose weights are not rounded as much")
+    return replace(place, norm=FoldedNorm(best.name, best.scale, best.shift, W, b))
+
+
+def _plain(place: Found, far: float | None, scaled: bool = False) -> Found:
+    if far is not None and far <= NEAR:
+        return place
+    how = "another shape" if far is None else f"a distance of {far:.2f}"
+    cure = "Is this the base that the graph was exported from?"
+    if scaled:
+        how = "the base's, each channel times a factor that no batch normalisation of the base has"
+        cure = "Pass the weights with the statistics of the norms (running_mean, running_var): --base-weights DIR"
+    raise TargetNotFound(f"the layer of this name holds other numbers ({how})", where=str(place.asked), cure=cure)
+
+
+def _own_bias(base: Checkpoint, weight: str) -> Array | None:
+    found = base.tensors.get(f"{weight.removesuffix('weight')}bias") if weight.endswith("weight") else None
+    return None if found is None else as_array(found).astype(np.float64)
+
+
+def _by_channel(spot: Spot, W: Array) -> Array:
+    """A weight `[out, in, *k]` as rows, one for each channel of the output."""
+    groups = groups_of(spot)
+    if groups == 1:
+        return W.reshape(len(W), -1)
+    parts = W.reshape(len(W), groups, W.shape[1] // groups, -1)
+    return parts.swapaxes(0, 1).reshape(groups * len(W), -1)
+
+
+def _held(spot: Spot) -> Array:
+    held = spot.kind.held(spot.node).astype(np.float64)
+    return _by_channel(spot, held.swapaxes(0, 1) if spot.kind.turns(spot.node) else held)
+
+
+def _scaled(spot: Spot, W: Array) -> bool:
+    """Whether a layer holds a weight with each channel times any factor."""
+    V, rows = _held(spot), _by_channel(spot, W)
+    factors = (V * rows).sum(1) / np.maximum((rows * rows).sum(1), 1e-300)
+    return bool(np.linalg.norm(V - factors[:, None] * rows) <= 1e-3 * np.linalg.norm(V))
+
+
+def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None, held: Array) -> Iterator[_Guess]:
+    V, rows = _held(spot), _by_channel(spot, W)
+    size, most = max(float(np.linalg.norm(V)), 1e-300), max(float(abs(held).max()), 1e-300)
+    for name, gamma, beta, mean, var in _norms(base, len(V)):
+        for eps in EPSILONS:
+            scale = gamma / np.sqrt(np.maximum(var, 0) + eps)
+            shift = beta - scale * mean
+            by_weight = float(np.linalg.norm(V - scale[:, None] * rows)) / size
+            wanted = shift if b is None else scale * b + shift
+            by_bias = float(abs(held - wanted).max()) / most
+            yield _Guess(name, scale, shift, max(by_weight, by_bias))
+
+
+def _norms(base: Checkpoint, channels: int) -> Iterator[tuple[str, Array, Array, Array, Array]]:
+    """Name, gamma, beta, mean and variance of the base's batch normalisations of so many channels."""
+    for key, leaf in base.tensors.items():
+        name, _, field = key.rpartition(".")
+        mean = base.tensors.get(f"{name}.running_mean")
+        if field != "running_var" or mean is None or leaf.shape != (channels,) or mean.shape != (channels,):
+            continue
+        affine = [base.tensors.get(f"{name}.{word}") for word in ("weight", "bias")]
+        gamma, beta = (
+            np.full(channels, fill) if one is None else as_array(one).astype(np.float64)
+            for one, fill in zip(affine, (1.0, 0.0), strict=True)
+        )
+        yield name, gamma, beta, as_array(mean).astype(np.float64), as_array(leaf).astype(np.float64)

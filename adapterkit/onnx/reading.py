@@ -1,0 +1,30 @@
+"""What every function here is given: a model, an adapter, and the base's weights."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from ..adapter import Adapter
+from ..tensors.checkpoint import opened as opened_base
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+    Model = ir.Model | str | PathLike[str]
+    Base = Checkpoint | str | PathLike[str]
+
+
+def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) -> tuple[Adapter, Checkpoint | None]:
+    """Read and validate an adapter, and open the base's weights."""
+    base = None if base_weights is None else opened_base(base_weights)
+    if not isinstance(adapter, Adapter):
+        from ..formats import read
+
+        adapter = read(adapter, base=base)
+    adapter.validate()
+    for _, update in adapter:
+        update.check_values()
+    return adapter, base

@@ -1,0 +1,152 @@
+"""Values that static quantization clips: its ranges were calibrated without the adapter.
+
+A QuantizeLinear with a stored scale holds numbers of a fixed range. A layer that gives larger ones with the adapter is
+clipped there, and nothing in the graph says so. The values are counted by running both graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .building import Array
+from .model_file import inline
+from .operands import attribute, is_constant, numbers
+from .providers import session_of
+
+CURE = (
+    "Its ranges were calibrated without the adapter: merge the adapter into the floating-point model, and quantize "
+    "that with the same calibration data"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Saturation:
+    """Values that quantization clips.
+
+    Attributes:
+        nodes: QuantizeLinear node -> how many values it clips without the adapter, and with it; those that clip any.
+        values: how many values there are in all.
+    """
+
+    nodes: Mapping[str, tuple[int, int]]
+    values: int
+
+    @property
+    def before(self) -> int:
+        """How many values are clipped without the adapter."""
+        return sum(before for before, _ in self.nodes.values())
+
+    @property
+    def after(self) -> int:
+        """How many values are clipped with the adapter."""
+        return sum(after for _, after in self.nodes.values())
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell the user; None where the adapter has no more values clipped than there were."""
+        if self.after <= self.before:
+            return None
+        worst = max(self.nodes, key=lambda name: self.nodes[name][1] - self.nodes[name][0])
+        return (
+            f"static quantization clips {self.after} of {self.values} values with the adapter, {self.before} without "
+            f"it, most of them at {worst}. {CURE}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The numbers as plain data."""
+        nodes = {name: list(counts) for name, counts in self.nodes.items()}
+        return {"before": self.before, "after": self.after, "values": self.values, "nodes": nodes}
+
+
+def quantizers(model: ir.Model) -> list[ir.Node]:
+    """The nodes of the main graph that quantize what depends on the model's inputs by a stored scale."""
+    return [
+        node
+        for node in model.graph
+        if node.op_type == "QuantizeLinear" and node.domain in ("", "ai.onnx") and len(node.inputs) > 1
+        and not is_constant(node.inputs[0]) and is_constant(node.inputs[1])
+    ]  # fmt: skip
+
+
+def compared(before: ir.Model, after: ir.Model, feeds: Mapping[str, Array], more: Mapping[str, Array]) -> Saturation:
+    """Count clipped values without and with the adapter.
+
+    Args:
+        before: the first graph.
+        after: the graph with the adapter.
+        feeds: inputs of the first graph.
+        more: what the other one gets besides.
+    """
+    without, _ = _clipped(before, feeds)
+    counts, values = _clipped(after, {**feeds, **more})
+    both = {name: (without.get(name, 0), count) for name, count in counts.items()}
+    return Saturation({name: each for name, each in both.items() if any(each)}, values)
+
+
+def clipping(found: Saturation | None, model: ir.Model) -> tuple[str, ...]:
+    """The warnings about static quantization in a graph that got an adapter; none if it clips no more than before."""
+    if found is not None:
+        return () if found.warning is None else (found.warning,)
+    if not quantizers(model):
+        return ()
+    how = "The check, which counts them, did not run: leave --no-check, check=False away, or pass inputs, check={...}"
+    return (f"static quantization may clip values that are larger with the adapter. {CURE}. {how}",)
+
+
+def _clipped(model: ir.Model, feeds: Mapping[str, Array]) -> tuple[dict[str, int], int]:
+    """Node -> clipped values; and how many values there are."""
+    nodes, outputs = quantizers(model), list(model.graph.outputs)
+    seen = list(dict.fromkeys(node.inputs[0] for node in nodes))
+    model.graph.outputs.extend(value for value in seen if value is not None and value not in outputs)
+    try:
+        told = _run(model, [value.name or "" for value in seen if value is not None], feeds)
+    finally:
+        del model.graph.outputs[len(outputs) :]
+    counts: dict[str, int] = {}
+    for node in nodes:
+        x = told[node.inputs[0].name or ""]  # type: ignore[union-attr]
+        counts[node.name or node.outputs[0].name or ""] = _beyond(node, x)
+    sizes: int = sum(told[node.inputs[0].name or ""].size for node in nodes if node.inputs[0] is not None)
+    return counts, sizes
+
+
+def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    taken = {value.name for value in model.graph.inputs}
+    names = list(dict.fromkeys(names))
+    inputs = [name for name in names if name in taken]  # onnxruntime has no outputs that are inputs.
+    wanted = [name for name in names if name not in taken]
+    for value in [value for value in model.graph.outputs if value.name in inputs]:
+        model.graph.outputs.remove(value)
+    session = session_of(inline(model), optimized=False)
+    results = session.run(wanted, {name: array for name, array in feeds.items() if name in taken})
+    return {**{name: np.asarray(feeds[name]) for name in inputs}, **dict(zip(wanted, results, strict=True))}
+
+
+def _beyond(node: ir.Node, x: Array) -> int:
+    """How many values of x the node clips."""
+    scale, zero = (None if one is None else numbers(one) for one in (*node.inputs[1:3], None)[:2])
+    kind = np.dtype(np.uint8) if zero is None else zero.dtype
+    if zero is None and (told := attribute(node, "output_dtype", 0)):
+        kind = ir.DataType(told).numpy()
+    if kind.kind not in "iu" and not kind.name.startswith(("int", "uint")):
+        return 0  # Types of floating point saturate by rules of their own.
+    limits: Any = import_module("ml_dtypes").iinfo(kind)
+    assert scale is not None
+    axis = attribute(node, "axis", 1)
+    if scale.size > 1 and (attribute(node, "block_size", 0) or not -x.ndim <= axis < x.ndim):
+        return 0
+    spread = [1] * x.ndim
+    if scale.size > 1:
+        spread[axis] = scale.size
+    zeros = np.zeros(1) if zero is None else zero.astype(np.float64)
+    steps, middle = (array.astype(np.float64).reshape(spread if array.size > 1 else -1) for array in (scale, zeros))
+    low, high = float(limits.min), float(limits.max)
+    q = np.rint(x.astype(np.float64) / steps) + middle
+    # A range that ends at 0 stands for a Relu: clipping there is what it is for.
+    return int((((q < low) & (middle > low)) | ((q > high) & (middle < high))).sum())

@@ -1,0 +1,104 @@
+"""Files from outside: only regular files are opened, and documents are read only up to a stated size."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, BinaryIO, TypeVar, cast
+
+from ..errors import Malformed, Path, storage_error
+
+T = TypeVar("T")
+
+MAX_DOCUMENT = 64 << 20
+"""Bytes of a JSON document. The index of a model of 100,000 tensors, the largest kind of them, takes about 10 MB."""
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def open_input(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open a regular file for reading in binary mode.
+
+    A pipe would block for ever, a device such as /dev/zero has no end, and opening some devices changes them. They are
+    found with `stat`, before anything is opened; links are followed.
+
+    Raises:
+        Malformed: the path is a pipe, a socket or a device.
+        OSError: it is a folder, or cannot be opened.
+    """
+    _check_regular(os.stat(path).st_mode, path)
+
+    def opener(name: str, flags: int) -> int:
+        # Without O_NONBLOCK, a pipe that has taken the file's place since would block here.
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    file = open(path, "rb", buffering, opener=opener)  # noqa: SIM115 - returned open
+    try:
+        _check_regular(os.fstat(file.fileno()).st_mode, path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_input(path: Path, limit: int = MAX_DOCUMENT) -> bytes:
+    """Read a whole regular file of at most `limit` bytes.
+
+    Raises:
+        Malformed: the file is longer, or is not a regular file.
+        StorageError: it cannot be read.
+    """
+    try:
+        with open_input(path) as file:
+            # The size that `stat` tells is not used: a file may grow, and those of /proc tell 0.
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    if len(data) > limit:
+        why = f"more than {limit:,} bytes, too large for a file of this kind"
+        raise Malformed(why, path=path, cure="Write or fetch the file again")
+    return data
+
+
+def _check_regular(mode: int, path: Path) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "not a file")
+        raise Malformed(f"{kind}, not a regular file", path=path, cure="Save its content to a file, and name that")
+
+
+@contextmanager
+def inputs_kept() -> Iterator[None]:
+    """Inside the block, `kept` computes each value once: to detect a format, many modules ask for the same header."""
+    token = _KEPT.set({} if _KEPT.get() is None else _KEPT.get())
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+def kept(what: str, path: Path, read: Callable[[], T]) -> T:
+    """What `read` returns for a file; inside `inputs_kept` it is called once, and its error is raised again."""
+    known = _KEPT.get()
+    if known is None:
+        return read()
+    key = (what, os.fspath(path))
+    if key not in known:
+        try:
+            known[key] = (read(), None)
+        except Exception as error:
+            known[key] = (None, error)
+    value, failure = known[key]
+    if failure is not None:
+        raise failure
+    return cast(T, value)
+
+
+_KEPT: ContextVar[dict[tuple[str, str], tuple[Any, Exception | None]] | None] = ContextVar("_KEPT", default=None)

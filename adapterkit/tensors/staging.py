@@ -1,0 +1,479 @@
+"""Output that appears by rename: it is built in a hidden folder beside its target, and swapped in when it is whole.
+
+Every command and function that writes an output goes through `Staging`. It gives four guarantees:
+
+* Until the new output is whole and durable, nothing at the target changes. A full disk, a signal or a fault of a
+  writer leaves what was there before.
+* A process that is killed between two renames leaves a journal. The next run at the same target reads it and undoes,
+  or ends, what the killed one began. It finds the folder because its name is derived from the target's name.
+* A lock in the folder lets one process at a time write to a target.
+* Only files and folders are replaced. Device nodes, pipes and sockets are refused: `rename` would replace them, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import AdapterkitError, StorageError, UsageError, first_line, storage_error
+from .atomic import lock, sync_folder, write_bytes
+
+OVERWRITE = "Write to another path, or pass --overwrite (in Python overwrite=True)"
+
+WRITING = "writing"
+"""Ends the name of a stage of no particular kind of work."""
+
+LONGEST = 200
+"""Bytes of a target's name that fit into the name of its stage; file systems allow 255 bytes in all."""
+
+Move = tuple[Path, Path]
+"""What lies in the stage, and where it goes."""
+
+
+class Staging:
+    """The hidden folder in which one output is built.
+
+    Args:
+        target: where the output will appear. A link to a folder is followed; a link to a file is replaced itself.
+        suffix: ends the name of the hidden folder; says what kind of work it belongs to.
+        noun: what another process is doing where it holds the lock, for the message.
+    """
+
+    def __init__(self, target: Path, suffix: str = WRITING, noun: str = "process") -> None:
+        self.target, self.noun = settled(target), noun
+        # A mount point cannot be renamed, and a folder that is not ours to rename may still be ours to fill.
+        self.inside = self.target.is_dir() and not _can_rename(self.target)
+        self.place = self.target if self.inside else self.target.parent
+        self.folder = self.place / (f".{suffix}" if self.inside else hidden_name(self.target.name, suffix))
+        self.out = self.folder / "out"
+        self._journal = self.folder / "publishing"
+        self._replaced = self.folder / "replaced"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the stage for this process; undo what a killed run left half published.
+
+        Raises:
+            StorageError: another process is writing to the same target, or the stage cannot be written.
+        """
+        made = [folder for folder in self.folder.parents if not folder.exists()]
+        try:
+            self.place.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            if self.folder.is_symlink():  # What it leads to is not ours to clear.
+                raise StorageError("a link where a folder of work should be", path=self.folder, cure="Remove it")
+            with self._open_lock() as held:
+                self._hold(held.fileno())
+                self.recover()
+                yield
+        except OSError as error:
+            raise storage_error(error, error.filename or self.target) from error
+        finally:
+            remove_empty(self.folder, *made)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether a run moved everything into place and only its stage was left behind."""
+        moves = self._journaled()
+        return bool(moves) and not any(_exists(staged) for staged, _ in moves) and _exists(moves[-1][1])
+
+    def publish(self, moves: Sequence[Move], gone: Iterable[Path] = ()) -> None:
+        """Move what was staged to its places, all of it or nothing.
+
+        Args:
+            moves: what goes where, the main file last. It leaves first and comes last, so that no reader finds it
+                beside another output's files.
+            gone: more of the old output that is to go.
+
+        Raises:
+            OSError: a rename failed; what was there before is there again.
+        """
+        _sync(staged for staged, _ in moves)
+        old = [end for _, end in reversed(moves) if _exists(end)] + [path for path in gone if _exists(path)]
+        if len(moves) == 1 and old == [moves[0][1]] and not moves[0][0].is_dir() and not old[0].is_dir():
+            old = []  # A file replaces a file in one step, so that readers always find one of the two.
+        kept = [(self._kept(path, old), path) for path in old]
+        remove(self._replaced)
+        self._write_journal(moves, kept)
+        try:
+            for place, path in kept:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+            for staged, end in moves:
+                end.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staged, end)
+            for folder in {end.parent for _, end in moves}:
+                sync_folder(folder)
+        except BaseException:
+            self.recover()
+            raise
+
+    def recover(self) -> None:
+        """Undo a publication that did not reach its end; keep one that did.
+
+        Raises:
+            StorageError: the old output cannot be moved back; it stays in the stage.
+        """
+        moves = self._journaled()
+        if not moves or self.is_published:
+            return
+        try:
+            for staged, end in reversed(moves):
+                if not _exists(staged) and _exists(end):
+                    os.replace(end, staged)
+            for kept, path in reversed(self._journaled("old")):
+                if _exists(kept) and not _exists(path):
+                    os.replace(kept, path)
+            self._journal.unlink()
+        except OSError as error:
+            why = f"what was here before lies in {self._replaced} and cannot be moved back ({error.strerror})"
+            cure = "Move it back yourself, then run the same command again"
+            raise StorageError(why, path=self.target, cure=cure) from error
+
+    def discard(self, keep: Collection[str] = ()) -> None:
+        """Remove the stage; an old output that was moved out of the way is moved back first.
+
+        Args:
+            keep: names in the stage that go last: they tell a later run how far this one came.
+        """
+        try:
+            self._remove(keep)
+        except KeyboardInterrupt:  # It came while this was cleaning up: clean up all the same.
+            self._remove(keep)
+            raise
+
+    def _remove(self, keep: Collection[str]) -> None:
+        try:
+            self.recover()
+        except StorageError:
+            return  # The only copy of the old output is in the stage.
+        with contextlib.suppress(OSError):
+            clear(self.folder, keep={"lock", self._journal.name, *keep})
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _kept(self, path: Path, old: Sequence[Path]) -> Path:
+        """Where something of the old output waits until the new one is in place."""
+        return self._replaced if len(old) == 1 else self._replaced / os.path.relpath(path, self.place)
+
+    def _write_journal(self, moves: Iterable[Move], old: Iterable[Move]) -> None:
+        told = {
+            key: [[os.path.relpath(inside, self.folder), os.path.relpath(end, self.place)] for inside, end in pairs]
+            for key, pairs in (("moves", moves), ("old", old))
+        }
+        write_bytes(self._journal, json.dumps(told).encode())
+
+    def _journaled(self, key: str = "moves") -> list[Move]:
+        try:
+            found = json.loads(self._journal.read_bytes())[key]
+        except (OSError, ValueError, TypeError, KeyError):  # There is none: nothing was being published.
+            return []
+        return [(self.folder / inside, self.place / end) for inside, end in found]
+
+    def _open_lock(self) -> BinaryIO:
+        try:
+            return open(self.folder / "lock", "wb")
+        except FileNotFoundError:  # Another process has just ended and removed the stage.
+            raise self._taken() from None
+
+    def _hold(self, handle: int) -> None:
+        if not lock(handle):
+            raise self._taken()
+        try:
+            same = os.path.samestat(os.fstat(handle), os.stat(self.folder / "lock"))
+        except FileNotFoundError:
+            same = False
+        if not same:  # The process that held the lock ended after this one opened the file, and removed it.
+            raise self._taken()
+
+    def _taken(self) -> StorageError:
+        why, cure = f"another {self.noun} is writing here", "Wait for it, or write elsewhere"
+        return StorageError(why, path=self.target, cure=cure)
+
+
+@contextlib.contextmanager
+def staged(
+    target: Path, *, overwrite: bool = True, owns: Collection[str] | None = (), inputs: Iterable[Path] = ()
+) -> Iterator[Path]:
+    """Give a path to write to; at the end of the block what was written there takes the place of `target`.
+
+    The path has the target's name, and files that are written beside it go beside the target. Where `target` is a
+    folder, the path is an empty folder. After an error nothing is left and the target is what it was.
+
+    A folder that is replaced may hold files that the new output does not: a README, a tokenizer, notes. Those of the
+    old output must not mix with the new one, all others must not be lost. So `owns` names the files that belong to
+    such an output; they go, and everything else is kept.
+
+    Args:
+        target: a file or a folder.
+        overwrite: replace what is at `target`.
+        owns: patterns of names in a folder that belong to the output; None means everything.
+        inputs: the files that the output is made from; none of them is replaced.
+
+    Raises:
+        StorageError: the target is taken, or not a file or folder; another process is writing there; the disk is full.
+        UsageError: a file would be replaced that belongs to another output, or from which this one is made.
+    """
+    inputs = list(inputs)
+    take_over(target)
+    check_free(target, overwrite)
+    check_inputs(replaced_at(target, owns), inputs)
+    stage = Staging(target)
+    with stage.locked():
+        try:
+            check_free(stage.target, overwrite)
+            clear(stage.folder, keep={"lock"})
+            stage.out.mkdir()
+            path = stage.out / stage.target.name
+            if stage.target.is_dir():
+                path.mkdir()
+            yield path
+            moves, gone = _planned(stage, path, owns, overwrite)
+            check_inputs([*(end for _, end in moves), *gone, *replaced_at(stage.target, owns, path)], inputs)
+            if path.is_dir() and stage.target.is_dir() and not stage.inside:
+                _keep(stage.target, path, owns)
+            stage.publish(moves, gone)
+        except OSError as error:
+            raise storage_error(error, _outside(stage, error.filename)) from error
+        except AdapterkitError as error:
+            error.path = _outside(stage, error.path)
+            raise
+        finally:
+            stage.discard()
+
+
+def take_over(target: Path) -> None:
+    """Put back, or remove, what a killed run left at a target; without one this only looks.
+
+    Raises:
+        StorageError: another process is writing there.
+    """
+    stage = Staging(target)
+    if stage.folder.is_dir():
+        with stage.locked():
+            stage.discard()
+
+
+def unwritten(error: Exception, path: Path) -> StorageError:
+    """The typed form of a failed write whose reason another library hides: `path` could not be written."""
+    free = shutil.disk_usage(path.parent).free
+    why = f"it could not be written ({first_line(error)}); {free:,} bytes are free"
+    return StorageError(why, path=path, cure="Free some space, raise the limit of file sizes, or write elsewhere")
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Refuse a target that is taken.
+
+    Raises:
+        StorageError: it is neither a file nor a folder, or it is there and `overwrite` is not set.
+    """
+    try:
+        mode = os.stat(target).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            why = "neither a file nor a folder, so it is not replaced"
+            raise StorageError(why, path=target, cure="Write to another path")
+        taken = not stat.S_ISDIR(mode) or bool({*os.listdir(target)} - {f".{WRITING}"})
+    except (FileNotFoundError, NotADirectoryError):
+        taken = os.path.lexists(target)
+    except OSError as error:
+        raise storage_error(error, target) from error
+    if taken and not overwrite:
+        raise StorageError("already there", path=target, cure=OVERWRITE)
+
+
+def settled(target: Path) -> Path:
+    """A target by the name under which it can be renamed: links to folders and `.` are followed."""
+    return Path(os.path.realpath(target)) if target.is_dir() or target.name in ("", "..") else target
+
+
+def hidden_name(name: str, suffix: str) -> str:
+    """The name of a hidden folder beside `name`; always the same, and never longer than file systems allow."""
+    if len(os.fsencode(name)) > LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return f".{name}.{suffix}"
+
+
+def clear(folder: Path, keep: Collection[str] = ()) -> None:
+    """Remove everything in a folder but these names."""
+    for entry in folder.iterdir():
+        if entry.name not in keep:
+            remove(entry)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there; a link is removed, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_empty(*folders: Path) -> None:
+    """Remove folders that were made for an output that came to nothing, innermost first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _outside(stage: Staging, path: str | None) -> str:
+    """A path of the stage, which will be gone, as the place that it stands for."""
+    return str(stage.target) if path is None else str(path).replace(str(stage.out), str(stage.target.parent))
+
+
+def check_inputs(replaced: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse to replace a file that is read, by whatever name or link.
+
+    Raises:
+        UsageError: a file is in both.
+    """
+    read = {identity: file for file in inputs if (identity := _identity(file)) is not None}
+    for path in replaced if read else ():
+        file = read.get(_identity(path) or (-1, -1))
+        if file is not None:
+            why = f"source and destination are the same file: the output would replace {file}, which is read"
+            raise UsageError(why, path=path, cure="Write to another path")
+
+
+def replaced_at(target: Path, owns: Collection[str] | None, new: Path | None = None) -> Iterator[Path]:
+    """The files at a target that an output replaces: a file, or those in a folder that it owns or has itself.
+
+    Args:
+        target: the target, which may be absent.
+        owns: as for `staged`.
+        new: the output that is to go there, where there is one already.
+    """
+    if not target.is_dir():
+        yield target
+        return
+    for entry in target.iterdir():
+        if _owned(entry.name, owns):
+            yield from files_below(entry) if entry.is_dir() and not entry.is_symlink() else [entry]
+    if new is not None and new.is_dir():
+        yield from (target / file.relative_to(new) for file in files_below(new))
+
+
+def is_within(inner: Path, outer: Path) -> bool:
+    """Whether a path is another, or lies in it, by identity on disk: links and mounts do not hide it."""
+    there = _identity(outer)
+    if there is None:
+        return inner.resolve() == outer.resolve()
+    real = inner.resolve()
+    return _identity(inner) == there or (outer.is_dir() and any(_identity(path) == there for path in real.parents))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _planned(
+    stage: Staging, path: Path, owns: Collection[str] | None, overwrite: bool
+) -> tuple[list[Move], list[Path]]:
+    """What goes where, and what else of the old output goes."""
+    target = stage.target
+    if path.is_dir() and target.exists() and not target.is_dir():
+        raise StorageError("a file is in the way of a folder", path=target, cure="Remove it, or write to another path")
+    gone: list[Path] = []
+    if path.is_dir() and stage.inside:
+        moves = [(entry, target / entry.name) for entry in sorted(path.iterdir())]
+        others = [entry for entry in target.iterdir() if entry != stage.folder and not _exists(path / entry.name)]
+        gone = [entry for entry in others if _owned(entry.name, owns)]
+    elif path.is_dir():
+        moves = [(path, target)]
+    else:
+        moves = [(path, target)] if _exists(path) else []
+    if not stage.inside:
+        beside = [file for file in files_below(stage.out) if path not in (file, *file.parents)]
+        sides = [(file, stage.place / file.relative_to(stage.out)) for file in beside]
+        for file, end in sides:
+            _check_beside(file, end, target, overwrite)
+        moves = [*sides, *moves]
+    return moves, gone
+
+
+def _check_beside(file: Path, end: Path, target: Path, overwrite: bool) -> None:
+    """Refuse to replace a file beside the target that says something else, where it may be of another output.
+
+    Several formats keep a number such as alpha in a file of a fixed name beside their tensors.
+    """
+    if not _exists(end) or (end.is_file() and end.read_bytes() == file.read_bytes()):
+        return
+    if not overwrite:
+        raise StorageError("already there, with other contents", path=end, cure=OVERWRITE)
+    if not _exists(target):
+        why = f"already there, with other contents: it belongs to another file than {target.name}"
+        raise UsageError(why, path=end, cure="Write to another folder")
+
+
+def _keep(old: Path, new: Path, owns: Collection[str] | None) -> None:
+    """Carry what is not of the old output into the new folder, by hard links: nothing is copied or missing."""
+    for entry in old.iterdir():
+        if not _exists(new / entry.name) and not _owned(entry.name, owns):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+            else:
+                _link(str(entry), str(new / entry.name))
+
+
+def _owned(name: str, owns: Collection[str] | None) -> bool:
+    return owns is None or matches(name, owns)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name of a file fits one of some patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _link(source: str, target: str) -> str:
+    """A hard link; a copy where the file system has none. Links themselves are made anew."""
+    if os.path.islink(source):
+        os.symlink(os.readlink(source), target)
+        return target
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            raise
+        shutil.copy2(source, target)
+    return target
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, in order of their names."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            yield from files_below(entry)
+        else:
+            yield entry
+
+
+def _sync(paths: Iterable[Path]) -> None:
+    """Make files, and all files in folders, durable."""
+    for path in paths:
+        if path.is_symlink():
+            continue
+        if path.is_dir():
+            _sync(path.iterdir())
+            sync_folder(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _can_rename(folder: Path) -> bool:
+    return not os.path.ismount(folder) and os.access(folder.parent, os.W_OK | os.X_OK)
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)

@@ -1,0 +1,117 @@
+"""YAML from untrusted files: plain values only, in bounded time and memory."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+from ..errors import Malformed, Path
+
+MAX_BYTES = 256 << 10
+"""Bytes of a document. Configs of NeMo take some 10 KB; PyYAML reads about 200 KB a second."""
+
+MAX_NODES = 20_000
+"""Values of a document: with hundreds of thousands of items, PyYAML takes minutes."""
+
+MAX_DEPTH = 32
+MAX_DIGITS = 40
+
+
+def load_yaml(data: bytes, *, path: Path | None = None, where: str | None = None) -> Any:
+    """The value of a YAML document: text, numbers, booleans, null, lists, and mappings whose keys are text.
+
+    Refused are aliases (a few of them describe gigabytes), tags, keys that are there twice, numbers that are not finite
+    or have more than 40 digits, and half surrogate pairs: JSON, in which native files carry such documents, cannot say
+    them. YAML 1.1's numbers with colons (`1:30`), for which PyYAML takes quadratic time, and its dates are text here.
+
+    Args:
+        data: UTF-8.
+        path: of the file, for errors.
+        where: its place inside the file, for errors.
+
+    Raises:
+        Malformed: it is not such a document, or is too large.
+    """
+    import yaml
+
+    def fault(why: str) -> Malformed:
+        return Malformed(why, path=path, where=where, cure="Correct the file: plain names, numbers, lists and mappings")
+
+    if len(data) > MAX_BYTES:
+        raise fault(f"more than {MAX_BYTES:,} bytes of YAML")
+    try:
+        return yaml.load(data.decode("utf-8"), _loader())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        place = getattr(error, "problem_mark", None)
+        said = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise fault(f"not plain YAML: {said}{f' in line {place.line + 1}' if place else ''}") from None
+
+
+@cache
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        nodes = depth = 0
+        yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML declares it so
+            first: [entry for entry in entries if not entry[0].endswith(":timestamp")]
+            for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            self.nodes += 1
+            if isinstance(event, yaml.AliasEvent):
+                raise _fault("aliases are not read", event)
+            # A tag that is written out asks for a type; `!` alone asks for text.
+            if event.tag not in (None, "!"):
+                raise _fault(f"the tag {event.tag!r} is not read", event)
+            if self.nodes > MAX_NODES or self.depth >= MAX_DEPTH:
+                raise _fault(f"more than {MAX_NODES:,} values, or more than {MAX_DEPTH} inside each other", event)
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            made: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, str):
+                    raise _fault(f"the key {str(key)[:80]!r} is not text", key_node)
+                if key in made:
+                    raise _fault(f"the key {key[:80]!r} is there twice", key_node)
+                made[key] = self.construct_object(value_node, deep=deep)
+            return made
+
+        def construct_yaml_map(self, node: Any) -> Any:
+            yield self.construct_mapping(node, deep=True)
+
+        def construct_scalar(self, node: Any) -> Any:
+            text = super().construct_scalar(node)
+            text.encode()  # Half of a surrogate pair has no encoding.
+            return text
+
+        def construct_yaml_int(self, node: Any) -> int:
+            if len(node.value) > MAX_DIGITS:
+                raise _fault(f"a number of {len(node.value)} digits", node)
+            return int(super().construct_yaml_int(node))
+
+        def construct_yaml_float(self, node: Any) -> float:
+            value = super().construct_yaml_float(node)
+            if not math.isfinite(value):
+                raise _fault(f"{node.value[:40]} is not a finite number", node)
+            return float(value)
+
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+            number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+            return "tag:yaml.org,2002:str" if number and ":" in value else tag
+
+    def _fault(why: str, at: Any) -> Exception:
+        return yaml.constructor.ConstructorError(None, None, why, at.start_mark)
+
+    for kind in ("map", "int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", getattr(Loader, f"construct_yaml_{kind}"))
+    return Loader

@@ -1,0 +1,229 @@
+"""Register the tensors of attached adapters with the model, so that every framework finds them.
+
+Optimizers, Trainers, DDP, FSDP2, ZeRO, `model.to()` and `torch.compile` know one thing: `model.parameters()` and
+`model.buffers()`. Trained tensors are therefore parameters and all others are non-persistent buffers of modules that
+the model already has. Each tensor is read back from its module at every forward, because FSDP2, `functional_call`
+and `model.to()` put other tensor objects under the same name.
+
+Why not ...
+* a child module of the model's own: `named_modules()` and every walk over it would change.
+* parametrizations: they rename the base's keys in the state dict.
+* the root module: `parameters()` yields a module's own parameters before those of its children, so that a bf16 model
+  would report the adapter's float32 as its dtype (transformers' `model.dtype` is the dtype of the first parameter).
+
+The base's state dict keeps its keys: a hook takes ours out of `state_dict()`, another one takes them off the list of
+missing keys in `load_state_dict()`. Both are functions of this module, so they survive `deepcopy` and `pickle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..updates import Update
+
+PREFIX = "adapterkit:"
+"""What the names of registered tensors start with. No attribute in Python source can be called so."""
+
+
+def is_leaf_name(name: str) -> bool:
+    """Return whether a dotted name from `named_parameters()` or `named_buffers()` belongs to an attached adapter."""
+    return name.rpartition(".")[2].startswith(PREFIX)
+
+
+@dataclass(eq=False)
+class Leaf:
+    """One tensor of an attached adapter: the module that holds it and the name it has there.
+
+    Attributes:
+        staged: the tensor, before it is registered.
+    """
+
+    module: nn.Module
+    name: str
+    staged: Tensor | None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor that the module holds under that name now."""
+        found: Tensor = getattr(self.module, self.name) if self.staged is None else self.staged
+        return found
+
+    def register(self) -> None:
+        """Hand the tensor to the module."""
+        assert self.staged is not None
+        if isinstance(self.staged, nn.Parameter):
+            self.module.register_parameter(self.name, self.staged)
+        else:
+            self.module.register_buffer(self.name, self.staged, persistent=False)
+        if _leave_out not in self.module._state_dict_hooks.values():
+            module: Any = self.module
+            module.register_state_dict_post_hook(_leave_out)
+            module.register_load_state_dict_post_hook(_forgive)
+        self.staged = None
+
+    def release(self) -> None:
+        """Take the tensor off the module, and its hooks with the last one."""
+        self.staged = self.tensor
+        self.module._parameters.pop(self.name, None)
+        self.module._buffers.pop(self.name, None)
+        self.module._non_persistent_buffers_set.discard(self.name)
+        if not any(map(is_leaf_name, (*self.module._parameters, *self.module._buffers))):
+            for hooks, hook in (
+                (self.module._state_dict_hooks, _leave_out),
+                (self.module._load_state_dict_post_hooks, _forgive),
+            ):
+                for key in [key for key, value in hooks.items() if value is hook]:
+                    del hooks[key]
+
+
+class LiveUpdates:
+    """Updates whose tensors are read from the model each time they are asked for.
+
+    Args:
+        updates: the updates with the tensors they were attached with.
+        leaves: for each update, field -> where its tensor is registered; None before that is known.
+    """
+
+    def __init__(self, updates: Sequence[Update], leaves: Sequence[dict[str, Leaf]] | None = None) -> None:
+        self._updates, self.leaves = tuple(updates), tuple(leaves or [{} for _ in updates])
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """The updates over the tensors that the model holds now."""
+        now = [{name: leaf.tensor for name, leaf in leaves.items()} for leaves in self.leaves]
+        same = all(
+            update.tensors[name] is tensor
+            for update, tensors in zip(self._updates, now, strict=True)
+            for name, tensor in tensors.items()
+        )
+        if same:
+            return self._updates
+        found = tuple(update.replace(**tensors) for update, tensors in zip(self._updates, now, strict=True))
+        # Under FSDP2 and functional_call the tensors live for one forward only: keeping them would keep their memory.
+        if not torch.compiler.is_compiling() and all(type(t) in _KEPT for tensors in now for t in tensors.values()):
+            self._updates = found
+        return found
+
+
+_KEPT = (Tensor, nn.Parameter)
+
+
+@dataclass(eq=False)
+class Registration:
+    """The tensors of one adapter on their way into a model: collected first, registered when nothing can fail any more.
+
+    Args:
+        model: the model.
+        adapter: the adapter's name.
+        trainable: whether leaves that the method does not call `frozen` become parameters.
+    """
+
+    model: nn.Module
+    adapter: str
+    trainable: bool
+    _staged: dict[Any, Leaf] = field(default_factory=dict)
+    _names: set[str] = field(default_factory=set)
+
+    def bind(self, updates: Sequence[Update], holder: nn.Module, like: Tensor, where: str) -> LiveUpdates:
+        """Give the updates tensors of their own on the device of `like`, to be registered near `holder`.
+
+        A leaf that several updates share is copied and registered once.
+
+        Args:
+            updates: with leaves of any kind.
+            holder: the module whose forward uses them.
+            like: a tensor on the device and of the dtype to compute with.
+            where: the target, for names.
+        """
+        bound, leaves = [], []
+        home = home_of(self.model, holder)
+        for position, update in enumerate(updates):
+            mine, tensors = {}, {}
+            for name, value in update.tensors.items():
+                trained = self.trainable and name not in update.frozen
+                key = id(value), like.device, trained
+                if key not in self._staged:
+                    label = f"{where}/{position}/{name}" if len(updates) > 1 else f"{where}/{name}"
+                    self._staged[key] = Leaf(home, self._free(home, label), owned(value, like, trained))
+                mine[name] = self._staged[key]
+                tensors[name] = mine[name].tensor
+                if mine[name].module is not home:
+                    # FSDP2 frees the weights of a block after its forward: what several blocks share belongs to none.
+                    mine[name].module = home_of(self.model, self.model)
+            bound.append(update.replace(**tensors))
+            leaves.append(mine)
+        return LiveUpdates(bound, leaves)
+
+    def commit(self) -> list[Leaf]:
+        """Register all that was bound."""
+        for leaf in self._staged.values():
+            leaf.register()
+        return list(self._staged.values())
+
+    def _free(self, home: nn.Module, label: str) -> str:
+        # Dots would make functional_call and get_parameter look for submodules.
+        wanted = PREFIX + f"{self.adapter}:{label}".replace(".", "/")
+        name, count = wanted, 1
+        while name in self._names or name in home._parameters or name in home._buffers:
+            count += 1
+            name = f"{wanted}#{count}"
+        self._names.add(name)
+        return name
+
+
+def home_of(model: nn.Module, holder: nn.Module) -> nn.Module:
+    """Return the module that a leaf used by `holder` is registered with.
+
+    It is `holder` where that has parameters of its own, so that FSDP2 and ZeRO gather the leaf with the weight it
+    changes. Otherwise the leaf would come before the first parameter of the base (see above), and the first module
+    inside that has one takes it. accelerate's offloading hooks look up every parameter of their module in a map of
+    the base's weights and fail on ours: there the nearest module above without such a hook takes it.
+    """
+    home = next((m for m in holder.modules() if any(not is_leaf_name(n) for n in m._parameters)), holder)
+    if not _offloads(home):
+        return home
+    chain = _above(model, home)
+    return next((module for module in chain if not _offloads(module)), model)
+
+
+def owned(value: Any, like: Tensor, trained: bool) -> Tensor:
+    """Return a leaf's own copy on a device: a float32 (or wider) parameter, or a tensor as precise as it came."""
+    from ..tensors.lazy import as_torch
+
+    tensor = as_torch(value, like.device).detach()
+    if tensor.is_floating_point():
+        wide = torch.float32 if trained or tensor.element_size() < 2 or not like.is_floating_point() else like.dtype
+        tensor = tensor.to(wide if tensor.element_size() < 2 else torch.promote_types(tensor.dtype, wide))
+    return nn.Parameter(tensor.clone()) if trained and tensor.is_floating_point() else tensor.clone()
+
+
+def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the base: all but those of attached adapters."""
+    return (parameter for name, parameter in model.named_parameters() if not is_leaf_name(name))
+
+
+def _offloads(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ())))
+
+
+def _above(model: nn.Module, module: nn.Module) -> list[nn.Module]:
+    """The modules around one, from the inside out."""
+    path = next(name for name, each in model.named_modules() if each is module)
+    parts = path.split(".")[:-1] if path else []
+    return [model.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1)]
+
+
+def _leave_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    for name in (*module._parameters, *module._buffers):
+        if is_leaf_name(name):
+            state_dict.pop(prefix + name, None)
+
+
+def _forgive(_module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not is_leaf_name(key)]

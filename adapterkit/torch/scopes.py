@@ -1,0 +1,116 @@
+"""What one thread or one asyncio task has switched: the route of its rows, adapters it has disabled.
+
+`handle.weight = ...` and `handle.set_active(...)` change the model for everybody. `with route(...)` and
+`with handle.disable()` hold for the context that entered them: a server answers many threads with one model.
+
+Two stores hold the same value. A `ContextVar` is right for threads and for tasks of asyncio, but torch.compile cannot
+trace it (torch 2.13: "does not know how to trace method get"). It does trace and guard a `threading.local`, so compiled
+code reads that one. A task that awaits inside the `with` and runs a *compiled* model is the one case it cannot tell.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import Unsupported
+
+if TYPE_CHECKING:
+    from .routing import Route
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Settings of one context: station -> its route, switch -> whether its adapter is on."""
+
+    routes: Mapping[Any, Route] = field(default_factory=dict)
+    active: Mapping[Any, bool] = field(default_factory=dict)
+
+
+class _Local(threading.local):
+    scope = Scope()
+
+
+_EVERYWHERE = _Local.scope
+_SCOPE: ContextVar[Scope] = ContextVar("adapterkit.torch.scope", default=_EVERYWHERE)
+_LOCAL = _Local()
+
+
+def current() -> Scope:
+    """The scope of this context."""
+    return _LOCAL.scope if torch.compiler.is_compiling() else _SCOPE.get()
+
+
+@contextmanager
+def within(scope: Scope) -> Iterator[None]:
+    """Run the `with` in this scope, in this context alone."""
+    before = _LOCAL.scope
+    token = None if torch.compiler.is_compiling() else _SCOPE.set(scope)
+    _LOCAL.scope = scope
+    try:
+        yield
+    finally:
+        _LOCAL.scope = before
+        if token is not None:
+            _SCOPE.reset(token)
+
+
+def routed(routes: Mapping[Any, Route]) -> Any:
+    """The context's scope with these routes besides its own; see `within`."""
+    scope = current()
+    return within(Scope({**scope.routes, **routes}, scope.active))
+
+
+def switched(switch: Any, active: bool) -> Any:
+    """The context's scope with one adapter on or off; see `within`."""
+    scope = current()
+    return within(Scope(scope.routes, {**scope.active, switch: active}))
+
+
+class Recall:
+    """Gives a recomputed forward the scope that the first one had.
+
+    Activation checkpointing runs a block again in the backward pass: often outside the `with` that the forward ran
+    in, and on CUDA in a thread of autograd's own. Gradients would silently be those of another function.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[bool, list[Scope]] = {True: [], False: []}
+        self._task = -1
+
+    def scope(self, training: bool) -> Scope:
+        """The scope to run in.
+
+        Raises:
+            Unsupported: recomputing, where several scopes have run since the last backward pass.
+        """
+        scope = current()
+        if not training or torch.compiler.is_compiling():
+            return scope
+        task = torch._C._current_graph_task_id()
+        if task != -1:
+            self._task = task
+            return self._recalled(scope)
+        if self._task != -1:
+            self._seen, self._task = {True: [], False: []}, -1
+        seen = self._seen[torch.is_grad_enabled()]
+        if scope not in seen:
+            seen.append(scope)
+        return scope
+
+    def _recalled(self, scope: Scope) -> Scope:
+        # Reentrant checkpointing runs its first forward without gradients, as a reference model is run too (DPO).
+        with_gradients, without = self._seen[True], self._seen[False]
+        found = with_gradients or without
+        if len(found) < 2:
+            return found[0] if found else scope
+        if not with_gradients and scope in found:
+            return scope
+        why = "a checkpointed block is recomputed after forwards with several routes or switches"
+        raise Unsupported(why, cure="Call backward() inside the `with` of its forward, or after each forward")

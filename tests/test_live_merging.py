@@ -1,0 +1,174 @@
+"""Folding a live adapter in: whole or not at all, undone to the bit; and modules that other tools replace."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import adapterkit as ak
+from adapterkit.adapter import Adapter, Target
+from adapterkit.errors import NotMergeable, Unsupported, UsageError
+from adapterkit.methods import METHODS
+from adapterkit.torch import handle as handles
+
+
+def lora(seed, inputs=16, outputs=8):
+    g = torch.Generator().manual_seed(seed)
+    return METHODS["lora"](A=torch.randn(2, inputs, generator=g), B=torch.randn(outputs, 2, generator=g))
+
+
+def two_layers(dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)).to(dtype)
+
+
+def adapter(seed=1):
+    return Adapter({Target("0"): (lora(seed),), Target("1"): (lora(seed + 1, 8),)})
+
+
+def bits(model):
+    return {name: value.view(torch.int16).clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_unmerging_gives_back_every_bit(trainable):
+    model, x = two_layers(), torch.randn(3, 16, dtype=torch.bfloat16)
+    before = bits(model)
+    one = ak.torch.inject(model, adapter(1), name="one", trainable=trainable)
+    attached = model(x)
+    one.merge_(keep=True)
+    merged = bits(model)
+    two = ak.torch.inject(model, adapter(5), name="two")
+    two.merge_(keep=True)
+    with pytest.raises(UsageError, match="changed after the merge"):
+        one.unmerge_()
+    two.unmerge_()
+    two.remove()
+    assert same(bits(model), merged)
+    one.unmerge_()
+    assert same(bits(model), before)
+    assert torch.equal(model(x), attached)
+    assert len(list(one.parameters())) == (4 if trainable else 0)
+    assert [p.requires_grad for n, p in model.named_parameters() if "adapterkit" not in n] == [not trainable] * 4
+    one.remove()
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(UsageError, match="keep=True"):
+        one.unmerge_()
+
+
+def test_weights_changed_after_a_merge_are_not_overwritten():
+    model = two_layers()
+    handle = ak.torch.inject(model, adapter())
+    handle.merge_(keep=True)
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    changed = bits(model)
+    with pytest.raises(UsageError, match="changed after the merge"):
+        handle.unmerge_()
+    assert same(bits(model), changed)
+
+
+def test_a_merge_that_fails_half_way_changes_nothing(monkeypatch):
+    model, x = two_layers(), torch.randn(3, 16, dtype=torch.bfloat16)
+    handle = ak.torch.inject(model, adapter())
+    before, y, fold, calls = bits(model), model(x), handles._fold, []
+
+    def failing(station, parts):
+        calls.append(station)
+        fold(station, parts)
+        if len(calls) == 2:
+            raise MemoryError
+
+    monkeypatch.setattr(handles, "_fold", failing)
+    with pytest.raises(MemoryError):
+        handle.merge_()
+    assert same(bits(model), before)
+    assert torch.equal(model(x), y)
+    monkeypatch.undo()
+    handle.merge_()
+    assert not same(bits(model), before)
+
+
+def test_parameters_on_one_memory_are_not_merged():
+    model = two_layers(torch.float32)
+    model[1].weight = nn.Parameter(model[0].weight.data[:, :8])
+    with pytest.raises(NotMergeable, match="same memory"):
+        ak.torch.inject(model, Adapter({Target("0"): (lora(1),)})).merge_()
+    # Side by side in one tensor is no sharing.
+    flat = torch.randn(8 * 16 + 8 * 8)
+    model[0].weight, model[1].weight = nn.Parameter(flat[:128].view(8, 16)), nn.Parameter(flat[128:].view(8, 8))
+    ak.torch.inject(model, Adapter({Target("0"): (lora(1),)}), name="again").merge_()
+
+
+def test_a_weight_of_a_librarys_own_type_is_not_merged():
+    class Packed(torch.Tensor):
+        pass
+
+    model = two_layers(torch.float32)
+    handle = ak.torch.inject(model, Adapter({Target("0"): (lora(1),)}))
+    model[0].weight = nn.Parameter(torch.randn(8, 16).as_subclass(Packed))
+    with pytest.raises(NotMergeable, match="Packed"):
+        handle.merge_()
+
+
+def test_a_replaced_module_is_noticed():
+    model, x = two_layers(torch.float32), torch.randn(3, 16)
+    handle = ak.torch.inject(model, adapter())
+    before = model(x)
+    kept = model[1]
+    model[1] = nn.Linear(8, 8)
+    with pytest.raises(Unsupported, match="no longer in the model") as caught:
+        model(x)
+    assert "handle.remove()" in caught.value.cure
+    with pytest.raises(Unsupported, match="no longer in the model"):
+        handle.merge_()
+    model[1] = nn.Sequential(kept)  # A wrapper still calls the module.
+    assert torch.equal(model(x), before)
+    handle.remove()
+    assert not model._forward_pre_hooks
+
+
+def test_dynamic_quantization_is_noticed_in_the_copy_it_makes():
+    torch.backends.quantized.engine = "fbgemm"
+    model, x = two_layers(torch.float32), torch.randn(3, 16)
+    ak.torch.inject(model, adapter())
+    quantized = copy.deepcopy(model)
+    quantized[0] = nn.Linear(16, 8)
+    with pytest.raises(Unsupported, match="no longer in the model"):
+        quantized(x)
+    model(x)
+
+
+def test_fused_projections_are_noticed():
+    from diffusers.models.attention_processor import Attention
+
+    torch.manual_seed(0)
+    attention = Attention(query_dim=16, heads=2, dim_head=8)
+    model, x = nn.ModuleDict({"attn": attention}), torch.randn(2, 3, 16)
+    model.forward = lambda x: model["attn"](x)
+    ak.torch.inject(model, Adapter({Target("attn.to_q"): (lora(1, 16, 16),)}))
+    model(x)
+    attention.fuse_projections()
+    with pytest.raises(Unsupported, match="fused projections"):
+        model(x)
+
+
+def test_a_real_model_merges_and_unmerges():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "tie_word_embeddings": True}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(torch.bfloat16)
+    before = bits(model)
+    fresh = ak.torch.create(model, "dora", rank=2)
+    g = torch.Generator().manual_seed(1)
+    handle = ak.torch.inject(model, fresh.map(lambda leaf: leaf + 0.1 * torch.randn(leaf.shape, generator=g)))
+    handle.merge_(keep=True)
+    assert not same(bits(model), before)
+    handle.unmerge_()
+    assert same(bits(model), before)

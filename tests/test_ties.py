@@ -1,0 +1,269 @@
+"""Tied embeddings and heads: merged and live models compute what PEFT's forward computed while it trained."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapterkit as ak
+from adapterkit.adapter import Target
+from adapterkit.errors import UsageError
+from adapterkit.methods.lora import LoRA
+
+VOCABULARY = 12
+TOKENS = torch.tensor([[1, 2, 5, 7, 3, 0]])
+
+
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True))
+
+
+def gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+
+
+def t5() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": VOCABULARY, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+BASES: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "llama": (llama, "embed_tokens", "q_proj"),
+    "gpt2": (gpt2, "wte", "c_attn"),
+    "t5": (t5, "shared", "q"),
+}
+"""Name -> the model, its embedding, a layer inside."""
+
+
+def lora(**settings: Any) -> Callable[[str, str], Any]:
+    """A config whose words E and Q stand for the embedding and the layer inside."""
+
+    def make(embedding: str, inside: str) -> Any:
+        from peft import LoraConfig
+
+        words = {"E": embedding, "Q": inside}
+        named = dict(settings)
+        for key in {"target_modules", "modules_to_save"} & settings.keys():
+            named[key] = [words.get(word, word) for word in settings[key]]
+        rows = settings.get("trainable_token_indices")
+        if isinstance(rows, dict):
+            named["trainable_token_indices"] = {words.get(word, word): index for word, index in rows.items()}
+        return LoraConfig(r=2, init_lora_weights=False, **named)
+
+    return make
+
+
+def tokens(**settings: Any) -> Callable[[str, str], Any]:
+    def make(*_: str) -> Any:
+        from peft import TrainableTokensConfig
+
+        return TrainableTokensConfig(token_indices=[1, 5, 7], init_weights=False, **settings)
+
+    return make
+
+
+KINDS = {
+    "lora at the embedding": lora(target_modules=["Q", "E"]),
+    "lora at the head": lora(target_modules=["Q", "lm_head"]),
+    "lora at both": lora(target_modules=["E", "lm_head"]),
+    "lora at the embedding, tied": lora(target_modules=["Q", "E"], ensure_weight_tying=True),
+    "lora at the head, tied": lora(target_modules=["Q", "lm_head"], ensure_weight_tying=True),
+    "dora at the embedding": lora(target_modules=["E"], use_dora=True),
+    "dora at the embedding, tied": lora(target_modules=["E"], use_dora=True, ensure_weight_tying=True),
+    "whole embedding": lora(target_modules=["Q"], modules_to_save=["E"]),
+    "whole head": lora(target_modules=["Q"], modules_to_save=["lm_head"]),
+    "whole both": lora(target_modules=["Q"], modules_to_save=["E", "lm_head"]),
+    "whole embedding, tied": lora(target_modules=["Q"], modules_to_save=["E"], ensure_weight_tying=True),
+    "rows": lora(target_modules=["Q"], trainable_token_indices=[1, 5, 7]),
+    "rows by name": lora(target_modules=["Q"], trainable_token_indices={"E": [1, 5, 7]}),
+    "rows of both": lora(target_modules=["Q"], trainable_token_indices={"E": [1, 5, 7], "lm_head": [1, 5, 7]}),
+    "other rows of the head": lora(target_modules=["Q"], trainable_token_indices={"E": [1, 7], "lm_head": [2]}),
+    "rows of the head": lora(target_modules=["Q"], trainable_token_indices={"lm_head": [2, 5]}),
+    "rows, tied": lora(target_modules=["Q"], trainable_token_indices=[1, 5, 7], ensure_weight_tying=True),
+    "trainable tokens": tokens(),
+    "trainable tokens of the head": tokens(target_modules=["lm_head"]),
+}
+
+CELLS = [
+    *(("llama", kind) for kind in KINDS),
+    *(("gpt2", kind) for kind in ("lora at both", "lora at the embedding, tied", "whole embedding", "rows of both")),
+    *(("t5", kind) for kind in ("lora at the embedding", "dora at the embedding", "whole head", "whole both", "rows")),
+    *(("t5", kind) for kind in ("other rows of the head", "trainable tokens", "trainable tokens of the head")),
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for name, (make, _, _) in BASES.items():
+        torch.manual_seed(0)
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+        made[name] = tmp_path_factory.mktemp(name) / "base"
+        model.save_pretrained(made[name])
+    return made
+
+
+def loaded(name: str, folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return BASES[name][0]().__class__.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    inputs = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
+    return model(input_ids=TOKENS, **inputs).logits.double()
+
+
+def trained(name: str, base: Path, kind: str, folder: Path) -> torch.Tensor:
+    """Saves an adapter of PEFT's with random values; returns the logits of its model."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(loaded(name, base), KINDS[kind](*BASES[name][1:])).eval()
+        random, seen = torch.Generator().manual_seed(1), set()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.data_ptr() not in seen:
+                    seen.add(parameter.data_ptr())
+                    parameter.add_(torch.randn(parameter.shape, generator=random) * 0.3)
+        model.save_pretrained(folder)
+    return logits(model)
+
+
+def error(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.parametrize(("name", "kind"), CELLS, ids=lambda value: value.replace(" ", "_"))
+def test_merged_and_live_models_compute_what_peft_did(
+    name: str, kind: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base, adapter = bases[name], tmp_path / "adapter"
+    expected = trained(name, base, kind, adapter)
+    named = ak.read(adapter).updates
+    for tied in (None, "untie"):
+        out = tmp_path / str(tied)
+        report = ak.merge(base, adapter, out, tied=tied)
+        merged = loaded(name, out)
+        assert error(logits(merged), expected) < 3e-6
+        says_tied = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+        assert says_tied == ("lm_head.weight" not in load_file(out / "model.safetensors"))
+        assert ak.verify(out, base, adapter).ok
+        idle = name == "t5" and any(target.path == "shared" for target in named)
+        assert bool(report.record()["warnings"]) == (idle and kind not in ("rows", "trainable tokens"))
+
+    model = loaded(name, base)
+    before = logits(model)
+    handle = ak.torch.inject(model, ak.read(adapter))
+    assert error(logits(model), expected) < 3e-6
+    assert set(handle.adapter().updates) == set(named)
+    handle.remove()
+    assert torch.equal(logits(model), before)
+
+
+def test_rows_of_a_tied_embedding_train_and_merge_once(bases: dict[str, Path], tmp_path: Path) -> None:
+    """One leaf serves both layers: its gradient is the sum over both, as autograd has it for a tied parameter."""
+    trained("llama", bases["llama"], "rows", tmp_path)
+    rows = ak.read(tmp_path)
+    rows = rows.replace(updates={target: us for target, us in rows.updates.items() if "embed" in target.path})
+    model = loaded("llama", bases["llama"])
+    handle = ak.torch.inject(model, rows, weight=0.5, trainable=True)
+    (leaf,) = handle.parameters()
+    model(input_ids=TOKENS).logits.square().sum().backward()
+
+    W = loaded("llama", bases["llama"]).model.embed_tokens.weight.detach().double()
+    tied = loaded("llama", bases["llama"]).double()
+    changed = W.clone()
+    changed[[1, 5, 7]] = 0.5 * W[[1, 5, 7]] + 0.5 * leaf.detach().double()
+    with torch.no_grad():
+        tied.model.embed_tokens.weight.copy_(changed)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    tied(input_ids=TOKENS).logits.square().sum().backward()
+    assert torch.allclose(
+        leaf.grad.double(), 0.5 * tied.model.embed_tokens.weight.grad[[1, 5, 7]], rtol=1e-4, atol=1e-5
+    )
+
+    handle.merge_()
+    assert torch.allclose(model.lm_head.weight.double(), changed, atol=1e-7)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_head_that_is_stored_beside_its_embedding_is_tied_all_the_same(
+    silent: bool, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = load_file(bases["gpt2"] / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((bases["gpt2"] / "config.json").read_text())
+    if silent:
+        del config["tie_word_embeddings"]
+    (base / "config.json").write_text(json.dumps(config))
+    for kind in ("lora at the embedding", "rows"):
+        expected = trained("gpt2", base, kind, tmp_path / kind)
+        ak.merge(base, tmp_path / kind, tmp_path / f"{kind} merged")
+        said = json.loads((tmp_path / f"{kind} merged" / "config.json").read_text())
+        assert said.get("tie_word_embeddings") == (config.get("tie_word_embeddings") if kind == "rows" else False)
+        assert error(logits(loaded("gpt2", tmp_path / f"{kind} merged")), expected) < 3e-6
+        assert ak.verify(tmp_path / f"{kind} merged", base, tmp_path / kind).ok
+
+
+def test_kinds_are_chosen_one_by_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    """`rows=untie` leaves the head alone; `embedding=merge` is PEFT's own merge into the shared tensor."""
+    from peft import PeftModel
+
+    base = bases["llama"]
+    trained("llama", base, "rows", tmp_path / "rows")
+    ak.merge(base, tmp_path / "rows", tmp_path / "apart", tied={"rows": "untie"})
+    apart = load_file(tmp_path / "apart" / "model.safetensors")
+    rows = load_file(tmp_path / "rows" / "adapter_model.safetensors")
+    original = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(apart["lm_head.weight"], original)
+    values = next(value for key, value in rows.items() if "trainable_tokens_delta" in key)
+    assert torch.equal(apart["model.embed_tokens.weight"][[1, 5, 7]], values)
+    assert ak.verify(tmp_path / "apart", base, tmp_path / "rows").ok
+
+    trained("llama", base, "lora at the embedding", tmp_path / "lora")
+    ak.merge(base, tmp_path / "lora", tmp_path / "shared", tied="embedding=merge,replacement=merge")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = PeftModel.from_pretrained(loaded("llama", base), tmp_path / "lora").merge_and_unload()
+    assert error(logits(loaded("llama", tmp_path / "shared")), logits(merged)) < 3e-6
+    for wrong in ("cut", "rows", "rows=cut", "tail=merge", {"rows": "cut"}, {}):
+        with pytest.raises(UsageError, match="rows, embedding, head, replacement"):
+            ak.merge(base, tmp_path / "lora", tmp_path / "wrong", tied=wrong)
+
+
+def test_what_the_file_does_not_tell_is_asked(bases: dict[str, Path], tmp_path: Path) -> None:
+    table = Target("model.embed_tokens", "in out *k")
+    made = ak.Adapter({table: (LoRA(A=torch.randn(2, VOCABULARY), B=torch.randn(8, 2)),)})
+    with pytest.raises(UsageError, match=r"tied=\"untie\".*tied=\"merge\"") as raised:
+        ak.merge(bases["llama"], made, tmp_path / "out")
+    assert raised.value.where == "model.embed_tokens.weight"
+    for tied in ("untie", "merge"):
+        ak.merge(bases["llama"], made, tmp_path / tied, tied=tied)
+    trained("llama", bases["llama"], "lora at the embedding", tmp_path / "peft")
+    ak.write(ak.read(tmp_path / "peft"), tmp_path / "native.safetensors", format="adapterkit")
+    ak.merge(bases["llama"], tmp_path / "native.safetensors", tmp_path / "lineage")
+    assert "lm_head.weight" in load_file(tmp_path / "lineage" / "model.safetensors")

@@ -1,0 +1,172 @@
+"""Values from untrusted files: numbers that no float holds, text that no file holds, long file names."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import adapterkit as ak
+from adapterkit.adapter import Adapter, BaseRef, Foreign, Step, Target, check_json
+from adapterkit.errors import (
+    AdapterkitError,
+    Malformed,
+    TargetNotFound,
+    Unrepresentable,
+    Unsupported,
+    UsageError,
+    shown,
+)
+from adapterkit.formats import FORMATS
+from adapterkit.formats._pairs import finite, whole_rank
+from adapterkit.methods.lora import LoRA
+from adapterkit.tensors.checkpoint import open_checkpoint
+from adapterkit.tensors.lazy import from_numpy
+
+HUGE = 16**5000
+CORPUS = Path(__file__).parent / "fuzz" / "corpus"
+
+
+def lora(**more):
+    factors = {"A": from_numpy(np.ones((2, 4), "f4")), "B": from_numpy(np.ones((3, 2), "f4"))}
+    return Adapter({Target("q"): (LoRA(**factors),)}, **more)
+
+
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), 2**53 + 1, HUGE, True, None, "1", [1], float("nan"), float("inf")], ids=shown
+)
+def test_a_number_must_be_finite_and_held_exactly_by_a_float(value):
+    with pytest.raises(Malformed, match="is not a finite number") as raised:
+        finite(value, "config: alpha")
+    assert raised.value.where == "config: alpha"
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("value", [0, 16, -3, 2**53, 0.5, 1e308, 5e-324])
+def test_other_numbers_are_taken_as_they_are(value):
+    assert finite(value, "alpha") == value
+    assert isinstance(finite(value, "alpha"), float)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2**31 + 1, 10**400, HUGE, 2.0, True, "2", None], ids=shown)
+def test_a_rank_is_an_integer_from_one_to_two_to_the_31(value):
+    with pytest.raises(Malformed, match="is not a rank"):
+        whole_rank(value, "config: r")
+    assert whole_rank(2**31, "r") == 2**31
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        ({"a": [1, {"b": float("nan")}]}, "foreign.a[1].b"),
+        ({"a": {1: 2}}, "foreign.a"),
+        ({"\udc80": 1}, "foreign"),
+        ({"a": "\ud800"}, "foreign.a"),
+        ({"a": HUGE}, "foreign.a"),
+        ({"a": {1, 2}}, "foreign.a"),
+        ({"a": b"x"}, "foreign.a"),
+    ],
+    ids=shown,
+)
+def test_what_travels_along_is_plain_json(value, place, tmp_path):
+    with pytest.raises(Malformed) as raised:
+        check_json(value, "foreign")
+    assert raised.value.where == place
+    adapter = lora(foreign=Foreign("x", value))
+    with pytest.raises(Malformed):
+        adapter.validate()
+    with pytest.raises(Malformed):
+        ak.write(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nesting_and_size_are_bounded():
+    deep, wide = [], ["x"]
+    for _ in range(200):
+        deep = [deep]
+    for _ in range(7):
+        wide = [wide] * 60
+    ring = []
+    ring.append(ring)
+    for value, words in ((deep, "levels deep"), (wide, "values"), (ring, "levels deep")):
+        with pytest.raises(Malformed, match=words):
+            check_json(value, "x")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"recipe": (Step("x", {"a": float("inf")}),)},
+        {"base": BaseRef("\ud800")},
+        {"extensions": {"a": HUGE}},
+    ],
+)
+def test_every_record_is_checked(more):
+    with pytest.raises(Malformed):
+        lora(**more).validate()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_refused_output_leaves_nothing_behind(name, tmp_path):
+    adapter = lora(foreign=Foreign(name, {"a": float("nan")}))
+    with pytest.raises(AdapterkitError):
+        ak.write(adapter, tmp_path / "out", name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_value_is_shown_short_whatever_it_is():
+    assert shown("abc") == "'abc'"
+    assert shown([1, None, 0.5]) == "[1, None, 0.5]"
+    for value in (HUGE, [HUGE], {"a": {"b": HUGE}}, "x" * 9999, ["x" * 9999] * 9999):
+        assert len(shown(value)) <= 120
+
+
+def test_an_error_has_a_bounded_length_and_prints():
+    long, strange = "x" * 70_000, "a\ud800b"
+    error = Malformed(long, where=long, cure=long)
+    assert len(str(error)) < 3200
+    assert len(str(Malformed("x").at(where=long))) < 1100
+    str(Malformed(strange, where=strange, cure=strange)).encode()
+    items = [f"target {n}" for n in range(5000)]
+    assert all(item in str(Unrepresentable("no words", items=items)) for item in items)
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "\ud800", "a/" + "y" * 300, "é" * 200], ids=ascii)
+def test_an_index_names_files_that_a_file_system_takes(name, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": f"{name}.safetensors"}}))
+    with pytest.raises(Malformed, match="not the plain name of a file") as raised:
+        open_checkpoint(tmp_path)
+    str(raised.value).encode()
+
+
+def test_an_indexs_metadata_is_an_object(tmp_path):
+    save_file({"a": np.ones(2, "f4")}, tmp_path / "x.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": 1, "weight_map": {"a": "x.safetensors"}}')
+    with pytest.raises(Malformed, match="metadata is 1") as raised:
+        open_checkpoint(tmp_path)
+    assert raised.value.where == "metadata"
+
+
+def test_a_name_that_is_no_text_is_no_entry_of_a_registry():
+    with pytest.raises(Unsupported, match="is no name of a format"):
+        FORMATS[["x"]]
+
+
+def test_errors_of_a_merge_name_the_base_and_those_of_a_call_do_not(tmp_path):
+    save_file({"other.weight": np.ones((3, 4), "f4")}, tmp_path / "base.safetensors")
+    with pytest.raises(TargetNotFound) as raised:
+        ak.merge(tmp_path / "base.safetensors", lora(), tmp_path / "out.safetensors")
+    assert raised.value.path == str(tmp_path / "base.safetensors")
+    with pytest.raises(UsageError) as raised:
+        ak.merge(base=tmp_path / "base.safetensors", adapters=[lora()], out=tmp_path / "out", weights=[1, 2])
+    assert raised.value.path is None
+
+
+def test_a_change_whose_squared_norm_is_no_float_is_merged(tmp_path):
+    save_file({"q.weight": np.zeros((3, 4), "f8")}, tmp_path / "base.safetensors")
+    adapter = lora()
+    big = adapter.replace(updates={Target("q"): tuple(u.replace(scaling=1e200) for u in adapter.updates[Target("q")])})
+    report = ak.merge(tmp_path / "base.safetensors", big, tmp_path / "out.safetensors", device="cpu")
+    assert np.array_equal(load_file(tmp_path / "out.safetensors")["q.weight"], np.full((3, 4), 2e200))
+    assert report.norms == {"q.weight": [float("inf")]}
