@@ -11,8 +11,9 @@ from adapterkit.adapter import Adapter, Target
 from adapterkit.binding import find_sites
 from adapterkit.errors import Malformed
 from adapterkit.methods import METHODS
-from adapterkit.names import architectures
+from adapterkit.names import architectures, mlx
 from adapterkit.names.architectures import architecture_of, faults, fill, folder, load
+from adapterkit.names.gguf import ARCHITECTURES, OF_MODEL
 from adapterkit.tensors.lazy import from_numpy
 
 LoRA = METHODS["lora"]
@@ -72,6 +73,39 @@ def test_an_adapter_of_a_live_model_finds_its_place_in_the_base_as_it_is_stored(
         assert found[path] == expected
 
 
+@pytest.mark.parametrize("model_type", BASES)
+def test_an_adapter_in_stored_names_finds_its_place_in_a_live_model(model_type):
+    """The other way: rows of B are numbered through all stored weights, and must come out where the live ones are."""
+    vector, updates, expected = BASES[model_type], {}, {}
+    first = 0
+    for path, each in vector["targets"].items():
+        *lead, out, into = each["shape"]
+        expected[path] = np.full((*lead, out), -1)
+        for expert, start, stop, other, there, row, of in each["pieces"]:
+            stacked = len(lead) == 1 and expert is None
+            if other not in updates:
+                lead_there = tuple(lead) if stacked or there is not None else ()
+                rows = out if stacked else of
+                ids = np.arange(first, first + np.prod(lead_there, dtype=int) * rows).reshape(*lead_there, rows)
+                first += ids.size
+                B = from_numpy(ids[..., None].astype("f8"))
+                A = from_numpy(np.zeros((*lead_there, 1, into), "f8"))
+                updates[other] = ids, "e out *in" if lead_there else "out *in", LoRA(A=A, B=B)
+            ids = updates[other][0]
+            where = (slice(None),) if stacked else (() if expert is None else (expert,)) + (slice(start, stop),)
+            found = ids if stacked else ids[() if there is None else there][row : row + stop - start]
+            expected[path][where] = found
+    names = {name for path in vector["targets"] for name in (path, f"{path}.weight")}
+    shapes = {name: tuple(vector["live"][name]) for name in names if name in vector["live"]}
+    adapter = Adapter({Target(path, layout): (update,) for path, (_, layout, update) in updates.items()})
+    found = {path: np.full(ids.shape, -1) for path, ids in expected.items()}
+    for site in find_sites(adapter, shapes, partial=False, config={"model_type": model_type}).sites:
+        rows = slice(None) if site.target.rows is None else slice(*site.target.rows)
+        found[site.target.path][..., rows] = site.updates[0].B.numpy()[..., 0]
+    for path, ids in expected.items():
+        np.testing.assert_array_equal(found[path], ids, err_msg=path)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -121,3 +155,29 @@ def test_a_family_that_nothing_names_takes_one_file_and_no_code(tmp_path, monkey
         "z.0.x.1.u.weight": [6, 7, 8], "z.0.x.1.g.weight": [9, 10, 11],
     }  # fmt: skip
     assert [str(rule) for rule in bound.rules] == ["architecture zebra: live -> hub"]
+
+
+@pytest.mark.parametrize("model_type", [each for each in OF_MODEL if architecture_of({"model_type": each})])
+def test_the_tables_of_the_gguf_format_say_the_same(model_type):
+    table, architecture = ARCHITECTURES[OF_MODEL[model_type]], architecture_of({"model_type": model_type})
+    agreed = 0
+    for own, foreign in {**table.pairs, **table.experts}.items():
+        for weight, _, _ in architecture.find(fill(own, NUMBERS), "hub"):
+            place = architecture.place(weight, "gguf")
+            assert place is None or place.name == foreign
+            if place is not None:
+                assert place.stacked == (own in table.experts)
+                assert place.heads == table.turned.get(foreign)
+                agreed += 1
+    assert agreed or "gguf" not in architecture.namings
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"])
+def test_the_tables_of_the_mlx_format_say_the_same(model_type):
+    architecture = architecture_of({"model_type": model_type})
+    agreed = 0
+    for own, stack in mlx.EXPERTS.items():
+        for weight, _, _ in architecture.find(fill(own, NUMBERS), "hub"):
+            assert architecture.place(weight, "mlx").name == stack
+            agreed += 1
+    assert agreed == 3

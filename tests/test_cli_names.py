@@ -99,3 +99,19 @@ def test_rules_of_the_user(base: Path, tmp_path: Path) -> None:
     wrong = run("names", base, adapter, "--rename", "net")
     assert wrong.exit_code == 2
     assert "--rename 'FROM=TO'" in wrong.stderr
+
+
+def test_an_adapter_is_converted_into_the_names_of_a_base_and_is_the_same_function(
+    base: Path, live: Path, tmp_path: Path
+) -> None:
+    refused = run("convert", live, tmp_path / "a", "--to", "peft", "--match-base")
+    assert (refused.exit_code, "--match-base requires --base" in refused.stderr) == (2, True)
+    refused = run("convert", live, tmp_path / "a", "--to", "peft", "--base", base, "--rename", "a=b")
+    assert (refused.exit_code, "--rename requires --match-base" in refused.stderr) == (2, True)
+    for to in ("peft", "adapterkit"):
+        out = tmp_path / to
+        record("convert", live, out, "--to", to, "--base", base, "--match-base")
+        found = record("inspect", out)
+        assert f"{STORED}.1.w3" in {update["target"] for update in found["updates"]}
+        assert record("diff", live, out, "--base", base)["equal"] is True
+    assert found["recipe"][-1] == {"op": "bind", "args": {"rules": ["architecture mixtral: transformers5 -> hub"]}}

@@ -24,15 +24,20 @@ from families import FAMILIES  # noqa: E402
 from pairing import live, pair, stored  # noqa: E402
 from tiny import tiny  # noqa: E402
 
+LARGEST = 3_000_000
+"""Parameters of a model that is still compared row by row."""
+
 OUT = ROOT / "tests" / "data" / "bases.json.gz"
 
 
 def vector(model_type: str) -> dict[str, Any]:
-    """The base's names and shapes, and each target's shape in the live model with its pieces.
+    """Names and shapes of the base and of the live model, and each target's shape there with its pieces.
 
     A piece is [expert of the target, first row, end of rows, name in the base, its expert, first row there, all rows].
     """
     model = tiny(model_type)
+    if sum(parameter.numel() for parameter in model.parameters()) > LARGEST:
+        raise ValueError("its config does not become small")
     ours, theirs = live(model), stored(model)
     wanted = {*linears_of(model), *experts_of(model)}
     targets: dict[str, Any] = {}
@@ -43,7 +48,9 @@ def vector(model_type: str) -> dict[str, Any]:
         shape = next(list(ours[each].shape) for each in (f"{name}.weight", name) if each in ours)
         pieces = targets.setdefault(name, {"shape": shape, "pieces": []})["pieces"]
         pieces.append([a.expert, a.start, a.stop, module_of(b.name), b.expert, b.start, b.of])
-    return {"base": {name: list(tensor.shape) for name, tensor in theirs.items()}, "targets": targets}
+    shapes = {"base": theirs, "live": ours}
+    found = {side: {name: list(each.shape) for name, each in tensors.items()} for side, tensors in shapes.items()}
+    return {**found, "targets": targets}
 
 
 def main() -> None:
@@ -52,7 +59,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     found = {}
-    for model_type in (each for types in FAMILIES.values() for each in types):
+    for model_type in sys.argv[1:] or (each for types in FAMILIES.values() for each in types):
         try:
             found[model_type] = vector(model_type)
         except Exception as error:  # A model type that cannot be made small is left out, and named.
