@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .errors import AdapterkitError, Malformed, ShapeMismatch, TargetNotFound, UsageError, nearest, public, shown
+from .errors import (
+    AdapterkitError,
+    Malformed,
+    ShapeMismatch,
+    TargetNotFound,
+    UsageError,
+    first_line,
+    nearest,
+    public,
+    shown,
+)
 from .tensors.lazy import Lazy, as_lazy, as_torch
 from .updates import Update
 
@@ -271,8 +281,27 @@ class Adapter:
 
 
 def canonical(value: Any) -> str:
-    """Canonical JSON: keys sorted, no spaces, no escapes beyond JSON's own, no NaN or infinity."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """Canonical JSON: keys sorted, no spaces, no escapes beyond JSON's own, no NaN or infinity.
+
+    Raises:
+        Malformed: JSON cannot say the value: a number that is not finite, keys of several types, half of a surrogate
+            pair, or an object of Python.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        why = f"a value that JSON cannot say ({first_line(error)})"
+        raise Malformed(why, where="lineage, or what its source format holds beside the updates", cure=_PLAIN) from None
+    return text
+
+
+def config_hash(config: Mapping[str, Any]) -> str | None:
+    """The sha256 of the canonical JSON of a base's config; None where it holds NaN or an infinity."""
+    try:
+        return hashlib.sha256(canonical(config).encode()).hexdigest()
+    except Malformed:
+        return None
 
 
 DEEPEST = 100
@@ -381,3 +410,4 @@ def _source(update: Update) -> str | None:
 
 _CORRECT = "Correct it in the file, or write the file again with the tool that made it"
 _REWRITE = "Write the adapter again with the tool that made it"
+_PLAIN = "Correct the file that it was read from: text, finite numbers, and keys that are text"

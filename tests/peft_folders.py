@@ -30,6 +30,11 @@ def merged(model, folder):
     return PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).merge_and_unload().state_dict()
 
 
+def contents(folder):
+    """The bytes of a folder's config and tensors."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith("adapter_")}
+
+
 def edit(folder, **changes):
     """Changes fields of a folder's config."""
     path = folder / "adapter_config.json"

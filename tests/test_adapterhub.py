@@ -118,8 +118,8 @@ def test_loras_of_adapters_before_1_1_were_trained_without_their_scaling(version
     ).read_bytes()
 
 
-@pytest.mark.parametrize(("compat", "scaling"), [(None, 1.0), ("adapters", 2.0)])
-def test_inside_a_union_the_library_forgets_that_rule(compat, scaling, changed):
+@pytest.mark.parametrize(("compat", "scaling"), [(None, 1.0), ("formula", 2.0)])
+def test_inside_a_union_that_rule_holds_too_though_the_library_forgets_it(compat, scaling, changed):
     folder = changed("union_bert", top(version="adapters.1.0.0"))
     found = {update.scaling for _, update in ak.read(folder, compat=compat) if update.method == "lora"}
     assert found == {scaling}
@@ -147,11 +147,17 @@ def test_keys_of_adapter_transformers_1_are_read_and_written_again(changed, tmp_
     assert tensors_of(tmp_path / "again").keys() == tensors_of(folder).keys()
 
 
-def test_a_file_that_does_not_tell_noreft_from_direft_is_refused_but_for_the_librarys_own_reading():
+def test_a_file_that_does_not_tell_noreft_from_direft_is_refused_until_the_caller_says_it(tmp_path):
     with pytest.raises(Unsupported, match="NoReFT") as raised:
         ak.read(VECTORS / "noreft_gpt2")
     assert raised.value.where == "config.subtract_projection"
-    assert {u.subtract_projection for _, u in ak.read(VECTORS / "noreft_gpt2", compat="adapters")} == {True}
+    assert "--compat noreft" in raised.value.cure
+    for compat, subtracted in (("noreft", True), ("direft", False)):
+        adapter = ak.read(VECTORS / "noreft_gpt2", compat=compat)
+        assert {update.subtract_projection for _, update in adapter} == {subtracted}
+        ak.write(adapter, tmp_path / compat, "adapterhub")
+        config = "adapter_config.json"
+        assert (tmp_path / compat / config).read_bytes() == (VECTORS / "noreft_gpt2" / config).read_bytes()
     assert {u.subtract_projection for _, u in ak.read(VECTORS / "direft_gpt2")} == {False}
 
 
@@ -451,7 +457,7 @@ LOSSES = {
     "whole_fused": (adapter(**{GPT2: lora(24)}), "all of a fused weight"),
     "direft": (ak.Adapter(ak.read(VECTORS / "direft_gpt2").updates), "DiReFT"),
     "bottleneck": (ak.Adapter(ak.read(VECTORS / "pfeiffer_bert").updates), "only the base tells"),
-    "dora": (ak.Adapter(ak.read(VECTORS / "dora_llama").updates), "only the base tells"),
+    "dora": (ak.Adapter(ak.read(VECTORS / "dora_llama", compat="formula").updates), "only the base tells"),
     "two_kinds": (ak.Adapter(ak.read(VECTORS / "two_kinds_bert").updates), "only the base tells"),
 }
 
@@ -513,7 +519,7 @@ def test_with_the_base_new_folders_say_what_vectors_say(name, tmp_path):
 
 
 def test_a_dora_whose_bias_the_library_would_scale_is_not_written(tmp_path):
-    source = ak.Adapter(ak.read(VECTORS / "dora_bert").updates)
+    source = ak.Adapter(ak.read(VECTORS / "dora_bert", compat="formula").updates)
     plain = source.replace(updates={t: (us[0].replace(scaling=1.0),) for t, us in source.updates.items()})
     with pytest.raises(Unrepresentable, match="other than 1"):
         ak.write(source, tmp_path / "a", "adapterhub", base=VECTORS / "models" / "bert")

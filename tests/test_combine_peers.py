@@ -127,6 +127,75 @@ def test_peft_makes_the_same(peft_model, kind, weights):
         model.delete_adapter("made")
 
 
+KINDS = ("linear", "cat", "svd", "ties", "ties_svd", "magnitude_prune", "magnitude_prune_svd")
+
+
+@pytest.mark.parametrize("where", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_peft_makes_the_same_of_rslora(tmp_path, where, rank):
+    """The result has the first adapter's config, and with it the root in its scaling: also where alpha is the rank."""
+    torch.manual_seed(1)
+    ranks = {"q": 6} if rank is None else {}
+    settings = [
+        {"r": RANK, "lora_alpha": 3 + n, "use_rslora": on, "rank_pattern": ranks, "target_modules": ["q", "v"]}
+        for n, on in enumerate(where)
+    ]
+    model = peft.get_peft_model(Model(), peft.LoraConfig(**settings[0]), adapter_name="one")
+    model.add_adapter("two", peft.LoraConfig(**settings[1]))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                tensor.copy_(torch.randn_like(tensor))
+    model.save_pretrained(tmp_path)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for kind in KINDS:
+        # PEFT cannot combine A and B apart where ranks differ from module to module.
+        if rank is not None and not kind.endswith("svd"):
+            continue
+        if ranks and kind in ("linear", "ties", "magnitude_prune"):
+            continue
+        for count in (1, 2):
+            pruned = {"density": 0.4} if "ties" in kind or "prune" in kind else {}
+            names, weights = ["one", "two"][:count], [0.7, -0.4][:count]
+            if count == 1 and ranks:
+                continue
+            cut = {} if rank is None else {"svd_rank": rank}
+            model.add_weighted_adapter(names, weights, "made", combination_type=kind, **cut, **pruned)
+            ours = {} if rank is None or count == 1 else {"rank": rank}
+            made = ak.ops.combine(
+                folders[:count], kind, weights, compat="peft", **ours, **({} if count == 1 else pruned)
+            )
+            for path in ("q", "v"):
+                expected = peft_delta(model, path)
+                close = np.abs(made.delta(path).numpy() - expected).max() <= 2e-5 * np.abs(expected).max()
+                assert close, (kind, count, path)
+            model.delete_adapter("made")
+
+
+@pytest.mark.parametrize("where", [(True, False), (False, True), (True, True)])
+def test_peft_makes_the_same_of_rslora_on_factors(tmp_path, where):
+    torch.manual_seed(2)
+    model = peft.get_peft_model(
+        Model(),
+        peft.LoraConfig(r=RANK, lora_alpha=3, use_rslora=where[0], target_modules=["q", "v"]),
+        adapter_name="one",
+    )
+    model.add_adapter("two", peft.LoraConfig(r=RANK, lora_alpha=7, use_rslora=where[1], target_modules=["q", "v"]))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name:
+                tensor.copy_(torch.randn_like(tensor))
+    model.save_pretrained(tmp_path)
+    for kind in ("linear", "ties", "magnitude_prune"):
+        pruned = {} if kind == "linear" else {"density": 0.4}
+        model.add_weighted_adapter(["one", "two"], [0.7, -0.4], "made", combination_type=kind, **pruned)
+        made = ak.ops.combine([tmp_path / "one", tmp_path / "two"], kind, [0.7, -0.4], compat="peft", **pruned)
+        for path in ("q", "v"):
+            expected = peft_delta(model, path)
+            assert np.abs(made.delta(path).numpy() - expected).max() <= 2e-5 * np.abs(expected).max(), kind
+        model.delete_adapter("made")
+
+
 @pytest.mark.parametrize("kind", ["svd", "ties_svd"])
 def test_peft_cuts_to_the_same_rank(peft_model, kind):
     model, folders = peft_model

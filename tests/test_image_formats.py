@@ -99,12 +99,12 @@ def test_an_adapter_computes_what_its_tool_computed(folder):
     held = load_file(folder / "forward.safetensors")
     adapter = ak.read(file_of(folder))
     assert {key.partition("|")[0] for key in held} == {target.path for target in adapter.updates}
-    for target, update in adapter:
+    for target, updates in adapter.updates.items():
         W, x, y = (held[f"{target}|{field}"].double() for field in "Wxy")
-        b = held.get(f"{target}|b", torch.zeros(len(W))).double()
-        law = loaded(update)
-        new = law.new_weight(W) if law.changes_weight else W
-        bias = law.new_bias(b) if law.changes_bias else b
+        new, bias = W, held.get(f"{target}|b", torch.zeros(len(W))).double()
+        for law in map(loaded, updates):
+            new = law.new_weight(new) if law.changes_weight else new
+            bias = law.new_bias(bias) if law.changes_bias else bias
         if W.ndim == 1:
             got = functional.layer_norm(x, W.shape, new, bias)
         else:
@@ -370,21 +370,19 @@ def test_a_factor_without_its_partner_is_refused(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["kohya", "lycoris"])
-def test_an_alpha_that_is_missing_is_refused_unless_the_tools_way_is_asked_for(kind, tmp_path):
+def test_an_alpha_that_is_missing_stands_for_the_rank_as_in_the_tools(kind, tmp_path):
     path = written(tmp_path, {k: v for k, v in GOOD[kind].items() if not k.endswith("alpha")})
-    with pytest.raises(Malformed, match="no alpha"):
-        ak.read(path, format=kind)
-    adapter = ak.read(path, format=kind, compat="kohya")
+    with pytest.raises(Malformed, match="no alpha") as raised:
+        ak.read(path, format=kind, compat="formula")
+    assert "--compat formula" in raised.value.cure
+    adapter = ak.read(path, format=kind)
     assert [update.scaling for _, update in adapter] == [1.0]
     ak.write(adapter, tmp_path / "b.safetensors", format=kind)
     assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["kohya", "lycoris", "comfyui"])
-@pytest.mark.parametrize(
-    ("value", "why"),
-    [(torch.tensor(0.0), "is 0"), (torch.tensor(float("nan")), "finite"), (torch.ones(2), "one number")],
-)
+@pytest.mark.parametrize(("value", "why"), [(torch.tensor(float("nan")), "finite"), (torch.ones(2), "one number")])
 def test_an_alpha_that_is_no_use_is_refused(kind, value, why, tmp_path):
     alpha = next(key for key in GOOD[kind] if key.endswith("alpha"))
     with pytest.raises(Malformed, match=why) as raised:
@@ -392,12 +390,23 @@ def test_an_alpha_that_is_no_use_is_refused(kind, value, why, tmp_path):
     assert raised.value.where == alpha
 
 
-def test_an_alpha_of_zero_keeps_its_bits_where_the_tools_way_is_asked_for(tmp_path):
-    path = written(tmp_path, GOOD["kohya"] | {f"{STEM}.alpha": torch.tensor(0.0)})
-    adapter = ak.read(path, compat="kohya")
-    assert [update.scaling for _, update in adapter] == [1.0]
-    ak.write(adapter, tmp_path / "b.safetensors", format="kohya")
+@pytest.mark.parametrize(("compat", "scaling"), [(None, 1.0), ("formula", 0.0)])
+@pytest.mark.parametrize("kind", ["kohya", "lycoris"])
+def test_an_alpha_of_zero_stands_for_the_rank_and_keeps_its_bits(kind, compat, scaling, tmp_path):
+    """sd-scripts' and LyCORIS' modules: `alpha = lora_dim if alpha is None or alpha == 0 else alpha`."""
+    alpha = next(key for key in GOOD[kind] if key.endswith("alpha"))
+    path = written(tmp_path, GOOD[kind] | {alpha: torch.tensor(0.0)})
+    adapter = ak.read(path, format=kind, compat=compat)
+    assert [update.scaling for _, update in adapter] == [scaling]
+    ak.write(adapter, tmp_path / "b.safetensors", format=kind)
     assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_an_alpha_of_zero_is_refused_where_no_tool_takes_it_for_the_rank(tmp_path):
+    alpha = next(key for key in GOOD["comfyui"] if key.endswith("alpha"))
+    with pytest.raises(Malformed, match="is 0") as raised:
+        ak.read(written(tmp_path, GOOD["comfyui"] | {alpha: torch.tensor(0.0)}), format="comfyui")
+    assert raised.value.where == alpha
 
 
 @pytest.mark.parametrize(
@@ -408,7 +417,8 @@ def test_an_alpha_of_zero_keeps_its_bits_where_the_tools_way_is_asked_for(tmp_pa
         (GOOD["kohya"] | {"lora_te_x.foo": torch.ones(1)}, Malformed, "lora_te_x.foo"),
         (lora(f"lora_te_{FC1}") | lora(f"lora_te1_{FC1}"), Malformed, "lora_te"),
         ({f"{STEM}.alpha": torch.tensor(1.0)}, Malformed, f"{STEM}.alpha"),
-        (GOOD["kohya"] | {f"{STEM}.dora_scale": torch.ones(1, 7)}, Unsupported, f"{STEM}.dora_scale"),
+        (GOOD["kohya"] | {f"{STEM}.dora_scale": torch.ones(1, 7)}, ShapeMismatch, f"{STEM}.dora_scale"),
+        (GOOD["kohya"] | {f"{STEM}.dora_scale": torch.ones(3, 7)}, Unsupported, f"{STEM}.dora_scale"),
         (GOOD["kohya"] | {f"{STEM}.lora_up.weight": torch.ones(8, 3)}, ShapeMismatch, "lora"),
         (GOOD["kohya"] | {f"{STEM}.lora_up.weight": torch.ones(8, 2, 3, 3)}, ShapeMismatch, f"{STEM}.lora_up.weight"),
         (GOOD["kohya"] | {f"{STEM}.lora_mid.weight": torch.ones(2, 3, 3, 3)}, ShapeMismatch, f"{STEM}.lora_mid.weight"),

@@ -20,6 +20,7 @@ LAYERS = [
     {"shapes"},
     {"updates"},
     {"adapter", "chain"},
+    {"metadata"},
     {"registry", "names"},
     {"binding"},
     {"methods"},

@@ -9,7 +9,7 @@ from adapterkit import merge, verify
 from adapterkit.adapter import Adapter, Target
 from adapterkit.binding import bind
 from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, UsageError
-from adapterkit.merging.planned import REPORT
+from adapterkit.merging.companions import REPORT
 from adapterkit.methods import METHODS
 from adapterkit.tensors.checkpoint import open_checkpoint
 from adapterkit.tensors.lazy import from_numpy
@@ -165,6 +165,14 @@ def test_shapes_tell_which_of_two_towers_is_meant_and_nothing_else_does(base):
 def both_of(tensors, like):
     """The same base with other tensors."""
     return replace(like, tensors={name: from_numpy(value) for name, value in tensors.items()})
+
+
+def test_two_targets_do_not_share_a_place(base):
+    """A speech decoder has no place for the encoder of a text model, though the layers have the same shapes."""
+    opened = base({"model.decoder.layers.0.q.weight": normal(3, 4)})
+    given = Adapter({Target(f"model.{part}.layers.0.q"): (lora(3, 4),) for part in ("encoder", "decoder")})
+    with pytest.raises(TargetNotFound, match=r"1 of 2 targets not in the base: model\.encoder\.layers\.0\.q"):
+        bind(given, opened)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
-from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.errors import Malformed, NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.tensors.activations import ACTIVATIONS
 from adapterkit.tensors.checkpoint import open_checkpoint
@@ -408,12 +408,13 @@ def test_order_and_places_that_contradict_each_other_are_refused():
     reft = METHODS["reft"](source=torch.randn(2, 8).double(), projection=torch.randn(2, 8).double())
     placed = bottleneck(residual="first")
     for updates, why in (
-        ((bottleneck(), lora), "behind one of the output"),
         ((placed, bottleneck()), "several places"),
         ((reft, placed), "before one inside it"),
     ):
         with pytest.raises(Unsupported, match=why):
             ak.torch.inject(model, Adapter({Target("m.dense"): updates}))
+    with pytest.raises(Malformed, match="an update of the weight after one of the output"):
+        ak.torch.inject(model, Adapter({Target("m.dense"): (bottleneck(), lora)}))
 
 
 def test_faults_that_only_a_pass_can_show_name_the_target():

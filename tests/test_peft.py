@@ -17,7 +17,7 @@ from peft_cases.built_in import lora
 from safetensors.torch import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.errors import UsageError
+from adapterkit.errors import Unrepresentable, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """PEFT warns about much that is asked of it here; none of it comes from adapterkit."""
@@ -111,7 +111,7 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_merges_to_the_weights_of_peft(case, made, bases, tmp_path):
     model, folder, expected = made(case)
-    adapter = ak.read(folder, base=bases[model], compat="peft")
+    adapter = ak.read(folder, base=bases[model])
     got = merged_by_adapterkit(adapter, bases[model], tmp_path / "out")
     assert_same_weights(got, expected, base_of(model).state_dict())
     assert any(not torch.equal(got[name], tensor) for name, tensor in base_of(model).state_dict().items())
@@ -124,7 +124,7 @@ def test_computes_what_peft_computes(case, made, bases):
     base, mine = base_of(model), fresh(model)
     theirs = PeftModel.from_pretrained(fresh(model), str(folder)).eval()
     plain = outputs(base, mine)
-    handle = ak.torch.inject(mine, ak.read(folder, base=bases[model], compat="peft"))
+    handle = ak.torch.inject(mine, ak.read(folder, base=bases[model]))
     with torch.no_grad():
         got, expected = outputs(base, mine), outputs(base, theirs.base_model.model)
     assert any(not torch.equal(one, other) for one, other in zip(got, plain, strict=True))
@@ -175,11 +175,10 @@ def test_the_difference_at_one_target(case, path, name, made, bases):
     torch.testing.assert_close(got, difference, rtol=0, atol=1e-6)
 
 
-def test_peft_adds_the_output_projection_of_an_attention_twice(made, bases, tmp_path):
-    """The formula adds it once; `compat="peft"` is for whoever needs what PEFT computed."""
+def test_the_output_projection_of_an_attention_is_added_twice_as_peft_trained_it(made, bases, tmp_path):
     model, folder, expected = made("attention")
-    once = merged_by_adapterkit(ak.read(folder), bases[model], tmp_path / "once")
-    twice = merged_by_adapterkit(ak.read(folder, compat="peft"), bases[model], tmp_path / "twice")
+    once = merged_by_adapterkit(ak.read(folder, compat="formula"), bases[model], tmp_path / "once")
+    twice = merged_by_adapterkit(ak.read(folder), bases[model], tmp_path / "twice")
     name, tensors = "attn.out_proj.weight", load_file(folder / "adapter_model.safetensors")
     inner = "base_model.model.attn.base_layer.out_proj.lora_"
     change = 6 / 3 * tensors[f"{inner}B.weight"] @ tensors[f"{inner}A.weight"]
@@ -187,18 +186,24 @@ def test_peft_adds_the_output_projection_of_an_attention_twice(made, bases, tmp_
     torch.testing.assert_close(expected[name], weight + 2 * change)
     torch.testing.assert_close(twice[name], weight + 2 * change)
     torch.testing.assert_close(once[name], weight + change)
+    for compat in (None, "formula"):
+        ak.write(ak.read(folder, compat=compat), tmp_path / f"again {compat}", "peft")
+        assert contents(tmp_path / f"again {compat}") == contents(folder)
 
 
-def test_peft_forgets_the_adapters_bias_of_an_attention(bases, tmp_path):
+def test_the_adapters_bias_of_an_attention_has_no_effect_as_in_peft(bases, tmp_path):
     folder = save(Layers, lora(target_modules=["attn"], lora_bias=True), tmp_path / "a")
     name = "attn.in_proj_bias"
     bias = load_file(folder / "adapter_model.safetensors")["base_model.model.attn.lora_B.bias"]
     before = base_of(Layers).state_dict()[name]
     assert torch.equal(merged_by_peft(Layers, folder)[name], before)
-    with_compat = ak.read(folder, compat="peft")
-    assert torch.equal(merged_by_adapterkit(with_compat, bases[Layers], tmp_path / "out")[name], before)
-    by_formula = merged_by_adapterkit(ak.read(folder), bases[Layers], tmp_path / "out")[name]
+    assert torch.equal(merged_by_adapterkit(ak.read(folder), bases[Layers], tmp_path / "out")[name], before)
+    formula = ak.read(folder, compat="formula")
+    by_formula = merged_by_adapterkit(formula, bases[Layers], tmp_path / "formula")[name]
     torch.testing.assert_close(by_formula, before + 6 / 4 * bias)
+    for number, adapter in enumerate((ak.read(folder), formula)):
+        ak.write(adapter, tmp_path / f"again {number}", "peft")
+        assert contents(tmp_path / f"again {number}") == contents(folder)
 
 
 def test_reads_bin_files_as_safetensors(made, tmp_path):
@@ -225,7 +230,7 @@ def test_a_scaled_adapter_is_not_written_with_its_old_alpha(case, made, bases, t
     config, before = (json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path / "scaled", folder))
     numbers = dict.fromkeys(["r", "lora_alpha", "rank_pattern", "alpha_pattern"])
     assert config | numbers == before | numbers
-    read = ak.read(tmp_path / "scaled", base=bases[model], compat="peft")
+    read = ak.read(tmp_path / "scaled", base=bases[model])
     expected = merged_by_adapterkit(read, bases[model], tmp_path / "out")
     assert_same_weights(merged_by_peft(model, tmp_path / "scaled"), expected, base_of(model).state_dict())
 
@@ -276,11 +281,11 @@ def test_what_else_lies_in_a_wrapped_module_is_loaded_too(bases, tmp_path):
             ak.Target("attn.out_proj"): (methods["lora"](A=random(2, 8), B=random(8, 2), scaling=3.0),),
         }
     )  # fmt: skip
-    ak.write(adapter, tmp_path / "a", "peft", base=bases[Layers])
-    expected = merged_by_adapterkit(ak.read(tmp_path / "a", compat="peft"), bases[Layers], tmp_path / "out")
+    with pytest.raises(Unrepresentable, match="alpha"):
+        ak.write(adapter, tmp_path / "a", "peft", base=bases[Layers])
+    ak.write(adapter, tmp_path / "a", "peft", base=bases[Layers], on_loss="fold")
+    expected = merged_by_adapterkit(adapter, bases[Layers], tmp_path / "out")
     assert_same_weights(merged_by_peft(Layers, tmp_path / "a"), expected, base_of(Layers).state_dict())
-    once = merged_by_adapterkit(adapter, bases[Layers], tmp_path / "once")
-    assert_same_weights({**once, "attn.out_proj.weight": expected["attn.out_proj.weight"]}, expected, once)
 
 
 def test_what_peft_cannot_wrap_is_loaded_by_its_name(bases, tmp_path):

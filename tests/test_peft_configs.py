@@ -167,7 +167,7 @@ def test_the_specification_has_a_file_for_each_family():
     for name, family in FAMILIES.items():
         entry = tomllib.loads((folder / f"{name}.toml").read_text("utf-8"))
         assert entry["type"] == family.peft_type
-        assert entry["methods"] == [family.method.__module__.rpartition(".")[2]]
+        assert entry["methods"] == [method.__module__.rpartition(".")[2] for method in family.methods()]
         assert entry.get("read", {}) == family.read
         assert entry.get("harmless", {}) == family.harmless
         words = {word for tensors in entry["tensors"] for word in re.findall(r"[\w.*]+", tensors["key"])}

@@ -107,7 +107,7 @@ def test_what_peft_adapts_is_merged_and_runs_alike(peft_type, kind, tmp_path):
         return
     y, merged = outcome(PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "a")).eval(), kind)
     save_file(model.state_dict(), tmp_path / "base.safetensors")
-    adapter = ak.read(tmp_path / "a", base=tmp_path / "base.safetensors", compat="peft")
+    adapter = ak.read(tmp_path / "a", base=tmp_path / "base.safetensors")
     if merged is None and (y is None or (peft_type, kind) in OTHERWISE):
         with pytest.raises(ShapeMismatch):
             ak.torch.inject(model, adapter)

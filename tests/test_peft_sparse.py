@@ -1,5 +1,6 @@
 """What PEFT leaves out of its files and draws again, what its numbers get wrong, and what is refused."""
 
+import copy
 import json
 from itertools import pairwise
 
@@ -77,16 +78,21 @@ def test_filters_are_orthonormal_and_have_their_vanishing_moments(name):
         assert moments(taps, vanishing) < 1e-11
 
 
-def test_the_filter_that_is_no_wavelets_is_read_as_what_peft_computes_only_when_asked(base, tmp_path):
+def test_the_filter_that_is_no_wavelets_is_read_as_what_peft_trained_with(base, tmp_path):
     config = WaveFTConfig(n_frequency=20, wavelet_family=FAULTY, target_modules=["up"], init_weights=False)
     folder, expected = saved(config, base[1], tmp_path / "a")
-    with pytest.raises(Unsupported, match="not the wavelet of that name") as raised:
-        ak.read(folder, base=base[1])
-    assert "compat='peft'" in raised.value.cure
-    ak.merge(base[1], ak.read(folder, base=base[1], compat="peft"), tmp_path / "out.safetensors")
+    adapter = ak.read(folder, base=base[1])
+    ak.merge(base[1], adapter, tmp_path / "out.safetensors")
     got = load_file(tmp_path / "out.safetensors")
     for name, weight in expected.items():
         torch.testing.assert_close(got[name], weight, rtol=1e-6, atol=1e-6)
+    formula = ak.read(folder, base=base[1], compat="formula")
+    (taps,) = {tuple(update.low_pass.numpy().tolist()) for _, update in formula}
+    assert moments(np.array(taps), 8) < 1e-9
+    for number, read in enumerate((adapter, formula)):
+        ak.write(read, tmp_path / f"again {number}", "peft", base=base[1])
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / f"again {number}" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_wavelets_that_peft_itself_cannot_compute_are_refused(base, tmp_path):
@@ -96,9 +102,26 @@ def test_wavelets_that_peft_itself_cannot_compute_are_refused(base, tmp_path):
     folder, _ = saved(config, base[1], tmp_path / "a")
     for name in ("coif5", "db11"):
         with pytest.raises(Unsupported, match=name) as raised:
-            ak.read(rewritten(folder, wavelet_family=name), base=base[1], compat="peft")
+            ak.read(rewritten(folder, wavelet_family=name), base=base[1])
         assert raised.value.where == "wavelet_family"
         assert "sym10" in raised.value.cure
+
+
+def test_the_order_of_modules_of_any_model_is_that_of_a_torch_file_of_it(tmp_path):
+    """Uni-LoRA without its positions draws them in the order of the modules, which no table has of this model."""
+    torch.manual_seed(3)
+    model = nn.ModuleDict({name: nn.Linear(6, 6) for name in ("z", "a", "m")}).eval()
+    wrapped = get_peft_model(copy.deepcopy(model), unilora(target_modules=["z", "a", "m"])).eval()
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    torch.save(model.state_dict(), tmp_path / "base.bin")
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    with pytest.raises(Unsupported, match="order of the modules") as raised:
+        ak.read(tmp_path / "a", base=tmp_path / "base.safetensors")
+    assert "--base model.bin" in raised.value.cure
+    ak.torch.inject(model, ak.read(tmp_path / "a", base=tmp_path / "base.bin"))
+    x = torch.randn(3, 6)
+    for name, layer in model.items():
+        torch.testing.assert_close(layer(x), wrapped.base_model.model[name](x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [fourierft(target_modules=["q"]), WaveFTConfig(n_frequency=9, target_modules=["q"])])

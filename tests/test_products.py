@@ -10,7 +10,7 @@ import torch
 from peft import AdaLoraConfig, LoKrConfig
 from peft.tuners.lokr.layer import factorization
 from peft_cases import Layers
-from peft_folders import edit, merged, random, train
+from peft_folders import contents, edit, merged, random, train
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -37,8 +37,8 @@ def test_sides_are_split_as_peft_splits_them():
             assert even_split(size, factor) == factorization(size, factor)
 
 
-def test_peft_scrambles_whole_kernels_of_one_axis(trained):
-    """LyCORIS multiplies each place of the kernel by itself; PEFT takes a matrix for a stack of kernels."""
+def test_whole_kernels_of_one_axis_mean_what_peft_trained(trained, tmp_path):
+    """LyCORIS multiplies each place of the kernel by itself; PEFT takes w2 for a stack of matrices."""
     model, folder, base = trained(Layers, LoKrConfig(r=8, alpha=4, target_modules=["conv1"], init_weights=False))
     tensors = load_file(folder / "adapter_model.safetensors")
     w1, w2 = (tensors[f"base_model.model.conv1.lokr_{name}"] for name in ("w1", "w2"))
@@ -47,9 +47,17 @@ def test_peft_scrambles_whole_kernels_of_one_axis(trained):
     wrong = W + 0.5 * torch.kron(w1, w2).reshape(W.shape)
     torch.testing.assert_close(merged(model, folder)["conv1.weight"], wrong)
     assert not torch.allclose(right, wrong, atol=0.05)
-    for compat, expected in ((None, right), ("peft", wrong)):
-        got = W + ak.read(folder, compat=compat).delta("conv1", base)
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    for compat, expected in ((None, wrong), ("formula", right)):
+        adapter = ak.read(folder, compat=compat, base=base)
+        torch.testing.assert_close(W + adapter.delta("conv1", base), expected, rtol=1e-6, atol=1e-6)
+        ak.write(adapter, tmp_path / f"again {compat}", "peft")
+        assert contents(tmp_path / f"again {compat}") == contents(folder)
+
+
+def test_a_kernel_of_one_axis_from_elsewhere_is_not_written_as_what_peft_takes_for_another(tmp_path):
+    elsewhere = ak.Adapter({ak.Target("c"): (METHODS["lokr"](w1=random(2, 2), w2=random(2, 2, 3)),)})
+    with pytest.raises(Unrepresentable):
+        ak.write(elsewhere, tmp_path / "a", "peft")
 
 
 @pytest.mark.parametrize(
@@ -103,8 +111,8 @@ def test_lokr_made_elsewhere_is_what_peft_loads(kind, tmp_path):
     torch.testing.assert_close(merged(model, tmp_path / "a")[f"{path}.weight"] - W, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_peft_loads_a_pruned_adalora_without_alpha_with_another_factor(trained):
-    """It trains with init_r for the factor, and loads what is left of it with the rank that is left."""
+def test_a_pruned_adalora_without_alpha_is_what_was_trained_not_what_peft_loads(trained):
+    """PEFT trains with init_r for the factor, and loads what is left of it with the rank that is left."""
     left = {f"block.{n}.q.lora_E": [True, False, True, False] for n in (0, 1)}
     config = AdaLoraConfig(
         init_r=4, total_step=9, lora_alpha=0, target_modules=["q"], rank_pattern=left, init_lora_weights=False
@@ -114,10 +122,9 @@ def test_peft_loads_a_pruned_adalora_without_alpha_with_another_factor(trained):
     A, B, E = (tensors[f"base_model.model.block.1.q.lora_{name}"].double() for name in "ABE")
     assert E.shape == (2, 1)
     loaded = merged(model, folder)["block.1.q.weight"] - model.block[1]["q"].weight
-    for compat, alpha in ((None, 4), ("peft", 2)):
-        expected = (alpha / 4.00001 * B @ (A * E)).float()
-        torch.testing.assert_close(ak.read(folder, compat=compat).delta("block.1.q"), expected)
-        assert torch.allclose(loaded, expected, rtol=1e-4, atol=1e-5) == (compat == "peft")
+    trained_with, loaded_with = ((alpha / 4.00001 * B @ (A * E)).float() for alpha in (4, 2))
+    torch.testing.assert_close(ak.read(folder).delta("block.1.q"), trained_with)
+    torch.testing.assert_close(loaded, loaded_with, rtol=1e-4, atol=1e-5)
 
 
 def test_a_rank_pattern_of_another_length_is_refused(trained):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -283,7 +284,6 @@ BROKEN = [
     (OFT | {"oft_block_size": 2}, {"oft_R.weight": (2, 6)}, "is not what r, oft_block_size and block_share say"),
     (OFT | {"block_share": True}, {"oft_R.weight": (2, 6)}, "is not what r, oft_block_size and block_share say"),
     (OFT, {"oft_R.weight": (2, 5)}, "is not what r, oft_block_size and block_share say"),
-    (OFT | {"peft_version": "0.17.1"}, {"oft_R.weight": (2, 6)}, "ended the series otherwise"),
     (OFT, {"oft_R.weight": (2, 6), "oft_embedding_R.weight": (2, 6)}, "another form than its partners"),
     (BOFT | {"boft_block_num": 2}, {"boft_R": (1, 2, 4, 4), "boft_s": (6, 1)}, "one must be 0"),
     (BOFT, {"boft_R": (1, 4, 2, 2), "boft_s": (6, 1)}, "is not what boft_block_size"),
@@ -314,8 +314,26 @@ def test_files_that_disagree_with_their_config(config, parts, why, tmp_path):
     assert why in str(raised.value)
 
 
-def test_a_series_of_before_0_18_is_read_as_peft_reads_it_today(tmp_path):
-    save_file({"base_model.model.q.oft_R.weight": torch.ones(2, 6)}, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", "oft_block_size": 4}))
-    ((_, update),) = ak.read(tmp_path, compat="peft")
-    assert update.terms == 5
+VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "formats" / "peft"
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 4, 6])
+def test_a_series_of_before_0_18_is_what_that_release_computed(terms, tmp_path):
+    """Outputs of PEFT 0.17.1's forward, written by tools/foreign/peft_old_oft.py; 0.18 ends the series otherwise."""
+    folder = VECTORS / f"oft_before_0_18_terms_{terms}"
+    forward = load_file(folder / "forward.safetensors")
+    model = nn.ModuleDict({"q": nn.Linear(8, 6)})
+    model.load_state_dict({"q.weight": forward["W"], "q.bias": forward["b"]})
+    base = tmp_path / "base.safetensors"
+    save_file(model.state_dict(), base)
+    got = {}
+    for compat in (None, "formula"):
+        adapter = ak.read(folder, compat=compat)
+        handle = ak.torch.inject(model, adapter)
+        got[compat] = model["q"](forward["x"])
+        handle.remove()
+        ak.write(adapter, tmp_path / f"again {compat}", "peft")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / f"again {compat}" / name).read_bytes() == (folder / name).read_bytes()
+    torch.testing.assert_close(got[None], forward["y"], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(got["formula"], forward["y"], rtol=1e-5, atol=1e-5) == (terms < 3)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.adapter import Target
-from adapterkit.errors import UsageError
+from adapterkit.errors import Unsupported, UsageError
 from adapterkit.methods.lora import LoRA
 
 VOCABULARY = 12
@@ -267,3 +267,29 @@ def test_what_the_file_does_not_tell_is_asked(bases: dict[str, Path], tmp_path: 
     ak.write(ak.read(tmp_path / "peft"), tmp_path / "native.safetensors", format="adapterkit")
     ak.merge(bases["llama"], tmp_path / "native.safetensors", tmp_path / "lineage")
     assert "lm_head.weight" in load_file(tmp_path / "lineage" / "model.safetensors")
+
+
+def test_a_gguf_base_without_a_head_is_tied(tmp_path: Path) -> None:
+    """llama.cpp reads token_embd.weight where there is no output.weight."""
+    import numpy as np
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(str(tmp_path / "base.gguf"), "llama")
+    writer.add_block_count(1)
+    table = np.random.default_rng(0).standard_normal((VOCABULARY, 32)).astype(np.float32)
+    writer.add_tensor("token_embd.weight", table)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    made = ak.Adapter(
+        {Target("model.embed_tokens", "in out *k"): (LoRA(A=torch.randn(2, VOCABULARY), B=torch.randn(32, 2)),)}
+    )
+    with pytest.raises(UsageError, match=r"ties lm_head\.weight"):
+        ak.merge(tmp_path / "base.gguf", made, tmp_path / "out.gguf")
+    with pytest.raises(Unsupported, match=r"tied=.merge.*dequantize"):
+        ak.merge(tmp_path / "base.gguf", made, tmp_path / "out.gguf", tied="untie")
+    ak.merge(tmp_path / "base.gguf", made, tmp_path / "out.gguf", tied="merge")
+    ak.merge(tmp_path / "base.gguf", made, tmp_path / "out.safetensors", tied="untie", quantized="dequantize")
+    head = load_file(tmp_path / "out.safetensors")["lm_head.weight"]
+    assert torch.equal(head.float(), torch.tensor(table).to(head.dtype).float())

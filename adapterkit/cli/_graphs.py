@@ -22,7 +22,8 @@ ONLY_FOLDERS = {
     "seed": "A graph is rounded to the nearest", "memory": "A graph is merged in blocks as it is",
     "link": "A graph's numbers are written anew", "stream": "Fetch the graph first",
     "allow_partial": "Take the targets that the graph has", "parameters": "--set is of a --method",
-    "checksums": "A graph gets no sums",
+    "checksums": "A graph gets no sums", "tokenizer": "Copy the tokenizer beside the graph",
+    "strict_base": "Compare the base's weights before it is exported",
     "verified": "The result is run and compared anyway; --no-check leaves that out",
 }  # fmt: skip
 """Options of folders of weights alone, by parameter -> what to do instead for a graph."""
@@ -45,7 +46,7 @@ def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]
 
 
 def merge_graph(
-    ctx: click.Context, model: str, adapters: Sequence[str], out: str | None, weights: Sequence[float],
+    ctx: click.Context, model: str, adapters: Sequence[Any], out: str | None, weights: Sequence[float],
     base_weights: str | None, quantized: str | None, check: bool, overwrite: bool, only_plan: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""

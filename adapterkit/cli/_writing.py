@@ -11,6 +11,7 @@ import click
 
 from ..formats._format import ON_LOSS
 from . import _options
+from ._done import is_done, made_from
 from ._render import Table, counted
 
 if TYPE_CHECKING:
@@ -70,10 +71,28 @@ class Destination:
         self.target_format = target_format
         self.inputs = [*sources, *inputs, *([] if base is None else [base])]
         self.remote = is_address(out)
+        self.made_from: str | None = None
         if self.remote:
             _check_place(sources, out)
-        else:
-            self._check_path()
+
+    def is_done(self, settings: _options.Settings) -> bool:
+        """Whether an earlier run made the same output from the same inputs; then this says so.
+
+        Raises:
+            UsageError: the destination is a source.
+            StorageError: something else is there.
+        """
+        from ..formats import files_read
+        from ..tensors.locations import located
+
+        if self.remote:
+            return False
+        files = [file for source in self.inputs for file in files_read(located(source))]
+        self.made_from = made_from(files)
+        if is_done(settings, self.out, self.made_from, self.overwrite):
+            return True
+        self._check_path(files)
+        return False
 
     def write(
         self, adapter: Adapter, on_loss: str, profile: str | None = None, max_error: float | None = None
@@ -84,7 +103,7 @@ class Destination:
         with self._path() as path:
             losses = write(
                 adapter, path, self.target_format, self.base, on_loss, profile=profile, max_error=max_error,
-                overwrite=self.overwrite or self.remote,
+                overwrite=self.overwrite or self.remote, made_from=self.made_from,
             )  # fmt: skip
         return {
             "out": self.out, "to": self.target_format, "targets": len(adapter.updates), "updates": len(adapter),
@@ -107,10 +126,10 @@ class Destination:
             folder.mkdir()
             yield folder / FORMATS[self.target_format].file
 
-    def _check_path(self) -> None:
+    def _check_path(self, files: Sequence[Path]) -> None:
         """Refuse, before any work, what is taken and what would replace a source."""
         from ..errors import UsageError
-        from ..formats import FORMATS, files_read
+        from ..formats import FORMATS
         from ..tensors.staging import check_free, check_inputs, replaced_at, take_over
 
         path = Path(self.out)
@@ -118,9 +137,7 @@ class Destination:
             raise UsageError("source and destination are the same", path=path, cure="Write to another path")
         take_over(path)
         check_free(path, self.overwrite)
-        if path.exists():
-            inputs = [file for source in self.inputs for file in files_read(source)]
-            check_inputs(replaced_at(path, FORMATS[self.target_format].owns), inputs)
+        check_inputs(replaced_at(path, FORMATS[self.target_format].owns), files)
 
 
 def refuse_place(out: str) -> None:

@@ -48,6 +48,8 @@ def command(
         out, sources, overwrite, target_format=target_format, base=options.get("base"),
         inputs=[] if recipe is None else [recipe],
     )  # fmt: skip
+    if destination.is_done(settings):
+        return
     made = ops.combine(sources, **options)
     record = destination.write(made, on_loss)
     show(settings, record | said(made), _view)

@@ -49,6 +49,8 @@ def command(
         with inputs_kept():
             name = source_format or detect(src)
             destination = _writing.Destination(dst, [src], overwrite, target_format=target_format, base=base)
+            if destination.is_done(settings):
+                return
             adapter = read(src, name, base, compat=compat)
             if base is not None and match_base:
                 adapter = adapter.bind(base, rename=rename)

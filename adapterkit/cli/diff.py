@@ -25,6 +25,7 @@ COLUMNS = {
 @click.argument("a")
 @click.argument("b")
 @_options.base
+@_options.compat
 @click.option(
     "--tolerance", type=float, default=1e-6, show_default=True, metavar="E",
     help="Relative error up to which changes are the same.",
@@ -32,11 +33,13 @@ COLUMNS = {
 @click.option("--signs/--no-signs", default=True, help="Compare single elements, which takes longer; on if absent.")
 @_options.flags
 @click.pass_context
-def command(ctx: click.Context, a: str, b: str, base: str | None, tolerance: float, signs: bool) -> None:
+def command(
+    ctx: click.Context, a: str, b: str, base: str | None, tolerance: float, signs: bool, compat: str | None
+) -> None:
     """Runs `adapterkit.ops.compare`."""
     from .. import ops
 
-    found = ops.compare(a, b, base=base, tolerance=tolerance, signs=signs)
+    found = ops.compare(*_options.in_reading((a, b), compat, base), base=base, tolerance=tolerance, signs=signs)
     show(ctx.obj, {"a": a, "b": b, **found.record()}, _view)
     if found.equal is not True:
         ctx.exit(1 if found.equal is False else 3)

@@ -47,6 +47,7 @@ ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
     help="Write into MODEL itself: the graph names the bytes of its safetensors files, and no second copy is made.",
 )  # fmt: skip
 @click.option("--opset", type=int, metavar="N", help="Operator set; torch's own choice if absent.")
+@_options.compat
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
 @_options.overwrite
 @_options.flags
@@ -54,13 +55,15 @@ ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
 def command(
     ctx: click.Context, model: str | None, out: str, factory: str | None, adapters: tuple[str, ...], mode: str,
     dtype: str, quantize: str | None, share_weights: bool, opset: int | None, check: bool, overwrite: bool,
+    compat: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.export_pretrained`, or `adapterkit.onnx.export_factory`."""
     refuse_place(out)
     from ..onnx import export_factory, export_pretrained
 
     options: dict[str, Any] = {
-        "adapter": adapters or None, "mode": mode, "opset": opset, "quantize": quantize, "check": check,
+        "adapter": _options.in_reading(adapters, compat, None if factory else model) or None,
+        "mode": mode, "opset": opset, "quantize": quantize, "check": check,
     }  # fmt: skip
     if factory is not None:
         refuse(ctx, ONLY_FOLDERS_OF_TRANSFORMERS, "is for a folder of a transformers model")

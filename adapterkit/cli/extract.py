@@ -46,6 +46,8 @@ def command(
 
     target_format = target_format or "adapterkit"
     destination = _writing.Destination(out, [tuned], overwrite, target_format=target_format, base=base)
+    if destination.is_done(settings):
+        return
     cuts: list[ops.Cut] = []
     with progress(settings, "extract") as meter:
         made = ops.extract(

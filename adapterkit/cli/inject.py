@@ -44,20 +44,23 @@ from ._writing import refuse_place
     "--calibration", metavar="FILE.npz",
     help="Inputs to run the check on, an array for each input's name, such as those that a quantizer was given.",
 )  # fmt: skip
+@_options.compat
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
 @_options.flags
 @click.pass_context
 def command(
     ctx: click.Context, model: str, adapter: str, out: str, mode: str, base_weights: str | None,
     words: tuple[str, ...], experts: tuple[str, ...], calibration: str | None, check: bool,
+    compat: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.inject`."""
     refuse_place(out)
     from ..onnx import inject
 
     settings: _options.Settings = ctx.obj
+    (held,) = _options.in_reading((adapter,), compat, base_weights)
     report = inject(
-        model, adapter, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts,
+        model, held, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts,
         check=check if calibration is None else _inputs(calibration, check),
     )  # fmt: skip
     warn(report.warnings)

@@ -58,7 +58,15 @@ from .verify import record_of, verdict
 )
 @click.option("--link", is_flag=True, help="Hard links instead of copies of files that no adapter touches.")
 @click.option("--checksums", is_flag=True, help="Take sums of what is written, for verify without the base.")
+@click.option(
+    "--tokenizer", metavar="base|adapter|DIR",
+    help="Whose tokenizer and chat template go along, whole; if absent, an adapter's own where it fits the base.",
+)  # fmt: skip
+@click.option(
+    "--strict-base", is_flag=True, help="Refuse a base that is not the one that an adapter names, instead of a warning."
+)
 @click.option("--stream", is_flag=True, help="Fetch a base from a hub one weight file at a time, never all of it.")
+@_options.compat
 @_options.allow_partial
 @_options.rename
 @_options.overwrite
@@ -71,21 +79,25 @@ from .verify import record_of, verdict
 @_options.flags
 @click.pass_context
 def command(
-    ctx: click.Context, base: str, adapters: tuple[str, ...], out: str | None, weights: tuple[float, ...],
+    ctx: click.Context, base: str, adapters: tuple[Any, ...], out: str | None, weights: tuple[float, ...],
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
     engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
-    memory: int | None, link: bool, checksums: bool, base_weights: str | None, check: bool,
+    memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
+    check: bool, compat: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     if is_graph(base):
-        merge_graph(ctx, base, adapters, out, weights, base_weights, quantized, check, overwrite, only_plan)
+        held = _options.in_reading(adapters, compat, base_weights)
+        merge_graph(ctx, base, held, out, weights, base_weights, quantized, check, overwrite, only_plan)
         return
     refuse_graph_options(ctx, base)
     from ..merging import merge, plan
 
     settings: _options.Settings = ctx.obj
     chosen = list(weights) or None
+    named = adapters
+    adapters = _options.in_reading(adapters, compat, base)
     if method is not None:
         adapters, chosen = _combined(base, adapters, method, weights, parameters), None
     elif parameters:
@@ -93,7 +105,8 @@ def command(
     if only_plan:
         planned = plan(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
-            onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link, rename=rename,
+            onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
+            tokenizer=tokenizer, strict_base=strict_base, rename=rename,
         )  # fmt: skip
         show(settings, planned.record(), _plan_view)
         return
@@ -104,9 +117,11 @@ def command(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
-            checksums=checksums, rename=rename,
+            checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, rename=rename,
         )  # fmt: skip
     record = dict(report.record())
+    if method is not None and tokenizer is None:
+        record["warnings"] = [*record["warnings"], *_tokenizers_of(named)]
     if verified:
         record["verification"] = record_of(
             settings, out, onto or base, adapters, chosen, allow_partial, seed, rename=rename
@@ -117,13 +132,24 @@ def command(
 
 
 def _combined(
-    base: str, adapters: Sequence[str], method: str, weights: Sequence[float], parameters: Sequence[str]
+    base: str, adapters: Sequence[Any], method: str, weights: Sequence[float], parameters: Sequence[str]
 ) -> tuple[Any, ...]:
     """The adapters as one, to merge in their place."""
     from .. import ops
 
     sources, options = combination(adapters, method, weights, parameters, {"base": base})
     return (ops.combine(sources, **options),)
+
+
+def _tokenizers_of(adapters: Sequence[str]) -> Iterator[str]:
+    """A warning where adapters that were combined have tokenizers, of which none was taken."""
+    from pathlib import Path
+
+    from ..merging.companions import has_tokenizer
+
+    found = [name for name in adapters if has_tokenizer(Path(name))]
+    if found:
+        yield f"the tokenizer of the base is kept; {', '.join(found)} have their own: --tokenizer DIR takes one"
 
 
 def _plan_view(record: Mapping[str, Any]) -> View:
@@ -142,6 +168,8 @@ def _plan_view(record: Mapping[str, Any]) -> View:
 
 
 def _report_view(record: Mapping[str, Any]) -> View:
+    if record.get("already_done"):
+        yield f"already done: {record['out']} was made from the same inputs and is unchanged"
     targets, seconds = counted(record["targets"], "target"), f"{record['seconds']:.2f} s"
     files = counted(len(record["files"]), "file")
     yield f"{record['out']}: {targets} merged, {files} of {size(record['bytes'])} in {seconds}"
@@ -191,4 +219,4 @@ def _warnings(record: Mapping[str, Any]) -> Iterator[str]:
             yield f"warning: {adapter['name']}: not in the base, left out: {names}"
     yield from (f"warning: {warning}" for warning in record["warnings"])
     if record.get("left_out"):
-        yield f"warning: other forms of the base's weights, left out: {', '.join(record['left_out'])}"
+        yield f"warning: files of the base, left out: {', '.join(record['left_out'])}"

@@ -43,6 +43,9 @@ def _view(record: Mapping[str, Any]) -> View:
     if record["dry_run"]:
         yield f"{record['uri']}: {files} to fetch"
         return
+    if record["already_done"]:
+        yield f"already done: {record['out']} holds {files} from {record['uri']}, unchanged"
+        return
     plain = sum(file["digest"].startswith("unknown:") for file in record["files"])
     verified = f"{plain} by their sizes alone, no digests are told" if plain else "all verified"
     yield f"{record['out']}: {files} from {record['uri']}, {size(record['fetched'])} fetched, {verified}"

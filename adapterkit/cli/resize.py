@@ -41,6 +41,8 @@ def command(
 
     name = source_format or detect(src)
     destination = _writing.Destination(out, [src], overwrite, target_format=target_format or name, base=base)
+    if destination.is_done(settings):
+        return
     cuts: list[ops.Cut] = []
     made = (ops.promote if promoted else ops.resize)(
         read(src, name, base, compat=compat), rank, energy=energy, error=error, frobenius=frobenius, scope=scope,

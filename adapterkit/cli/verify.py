@@ -26,6 +26,7 @@ from ._render import Table, View, counted, show
     help="An adapter that was merged; give one --adapter each, or name the others after the first.",
 )  # fmt: skip
 @_options.weights
+@_options.compat
 @_options.allow_partial
 @_options.rename
 @click.option("--seed", type=int, help="The seed that the merge was rounded with.")
@@ -35,6 +36,7 @@ from ._render import Table, View, counted, show
 def command(
     ctx: click.Context, merged: str, more: tuple[str, ...], base: str | None, adapters: tuple[str, ...],
     weights: tuple[float, ...], allow_partial: bool, rename: tuple[str, ...], seed: int | None, sample: int | None,
+    compat: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.verify`."""
     if more and len(adapters) > 1:
@@ -43,14 +45,15 @@ def command(
         raise click.UsageError("give --base and --adapter both, or neither")
     settings: _options.Settings = ctx.obj
     chosen = list(weights) or None
-    record = record_of(settings, merged, base, (*adapters, *more), chosen, allow_partial, seed, sample, rename)
+    held = _options.in_reading((*adapters, *more), compat, base)
+    record = record_of(settings, merged, base, held, chosen, allow_partial, seed, sample, rename)
     show(settings, record, verdict)
     if not record["ok"]:
         ctx.exit(1)
 
 
 def record_of(
-    settings: _options.Settings, merged: str, base: str | None, adapters: Sequence[str], weights: list[float] | None,
+    settings: _options.Settings, merged: str, base: str | None, adapters: Sequence[Any], weights: list[float] | None,
     allow_partial: bool, seed: int | None = None, sample: int | None = None, rename: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Verifies with a progress meter; the verification as plain data."""
@@ -69,6 +72,11 @@ def verdict(record: Mapping[str, Any]) -> View:
     checked = counted(files or record["tensors"], kind)
     if record["ok"]:
         yield f"verified: {checked} checked, all {'as written' if files else 'equal bit by bit'}"
+        return
+    for base in record.get("base", ()):
+        yield f"not verified: {base['named_by']} names a base with the fingerprint {base['expected']}"
+        yield f"              the base that was given has {base['given']}"
+    if not record["differences"]:
         return
     yield f"not verified: {len(record['differences']):,} of {checked} differ"
     rows = [[d["tensor"], d["why"], d["elements"] or None, d["largest"] or None] for d in record["differences"]]

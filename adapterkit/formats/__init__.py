@@ -13,7 +13,7 @@ from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.inputs import inputs_kept
 from ..tensors.lazy import Lazy
-from ..tensors.locations import NOTE, is_remote, located, source_of
+from ..tensors.locations import NOTE, exists, is_remote, located, source_of
 from ..tensors.safetensors import sources_remembered
 from ..tensors.staging import files_below, matches, staged
 from ._format import ON_LOSS, TENSORS, Format
@@ -52,7 +52,8 @@ def read(
         path: file or folder, or a place on a hub: `hf://org/repo[@revision][/path]`, `org/repo`.
         format: its format; found from its headers when not given.
         base: the base, for formats that need one to resolve names.
-        compat: reproduce the known faults of the named tool, e.g. `"peft"`.
+        compat: `"formula"` reads the paper's formula where the tool that trained the adapter computed another. Some
+            formats have further readings, for files that do not say which of two things they hold.
 
     Returns:
         the adapter; what came from a hub says so in its lineage, with the commit.
@@ -64,7 +65,8 @@ def read(
     reader = FORMATS[name]()
     if compat is not None and compat not in reader.compat:
         known = ", ".join(sorted(reader.compat)) or "none"
-        raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=f"Known: {known}")
+        cure = f"Known: {known}. Without compat=/--compat a file means what its trainer computed"
+        raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=cure)
     checkpoint = None if base is None else opened(base)
     try:
         adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)
@@ -85,6 +87,7 @@ def write(
     profile: str | None = None,
     max_error: float | None = None,
     overwrite: bool = True,
+    made_from: str | None = None,
 ) -> list[str]:
     """Write an adapter; see `Format.write`. Validates it first, and returns what was left out or rewritten.
 
@@ -106,6 +109,7 @@ def write(
         max_error: with `on_loss="promote"`, the relative Frobenius error that a change may suffer where the format has
             nothing but low ranks for it; None accepts none.
         overwrite: replace what is at `path`; False refuses where something is there.
+        made_from: a digest of what decides the output, kept with it for a later run; see `adapterkit.tensors.records`.
 
     Raises:
         StorageError: `path` is taken, is neither a file nor a folder, is being written by another process, or the
@@ -130,7 +134,9 @@ def write(
         fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
         inputs = [*files_of(adapter), *(() if below is None else below.files)]
         with (
-            staged(Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs) as stage,
+            staged(
+                Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs, made_from=made_from
+            ) as stage,
             sources_remembered() as files,
         ):
             lines += writer.write(fitted, stage, on_loss=on_loss, base=below)
@@ -163,9 +169,9 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
     named = [*chain.from_iterable(FORMATS[name].owns for name in FORMATS), "config.json", "*.index.json"]
     if path.is_dir():
         tensors = [f"*{suffix}" for suffix in TENSORS]
-        return [file for file in files_below(path) if matches(file.name, [*named, *tensors])]
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    return [path, *(file for file in beside if matches(file.name, named))]
+        return [f for f in files_below(path) if matches(f.name, [*named, *tensors]) and f.is_file()]
+    beside = sorted(path.parent.iterdir()) if path.is_file() else ()
+    return [f for f in (path, *(other for other in beside if matches(other.name, named))) if f.is_file()]
 
 
 @inputs_kept()
@@ -196,7 +202,7 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
 
 def _existing(path: str | PathLike[str]) -> Path:
     source = located(path)
-    if source.exists():
+    if exists(source):
         return source
     siblings: Mapping[str, None] = {}
     if source.parent.is_dir():

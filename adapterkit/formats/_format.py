@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
@@ -22,6 +23,23 @@ LEFT_OUT, CHANGED = "left out ", "changed "
 
 TENSORS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".nemo", ".onnx_adapter"}
 """Endings of files of tensors: hubs keep an adapter of one file in a folder, beside a card. A base's are not meant."""
+
+
+FORMULA = "formula"
+"""The value of `compat` that reads a file by the paper's formula, where the tool that trained it computed another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """One place where a tool's forward departs from the paper's formula, and so one place with two readings.
+
+    Attributes:
+        trained: what the tool's forward computed in training; the default reading.
+        formula: what `compat="formula"` reads.
+    """
+
+    trained: str
+    formula: str
 
 
 def derived(compute: Callable[[], T]) -> T:
@@ -51,7 +69,10 @@ class Format:
         url: where the dialect is described.
         description: one line for tables.
         methods: names of the methods it can express.
-        compat: names of foreign tools whose known faults the reader can reproduce on request.
+        departures: where the tool's forward departs from the paper's formula, by name. The format's entry in
+            spec/formats lists the same, each with the test that runs the tool's forward.
+        compat: the readings that can be asked for beside the default one, which is what the tool's forward computed:
+            `"formula"`, and names for what a file does not say about itself.
         differences: whether it holds a difference of any weight, so that laws may be written as that.
         profiles: names of consumers that take only a part of the dialect, for which can be written.
         dtypes: element types that it holds, if it does not hold all: tensors of others may be rounded to one of these.
@@ -64,6 +85,7 @@ class Format:
     url: ClassVar[str] = ""
     description: ClassVar[str] = ""
     methods: ClassVar[frozenset[str]] = frozenset()
+    departures: ClassVar[Mapping[str, Departure]] = {}
     compat: ClassVar[frozenset[str]] = frozenset()
     differences: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()
@@ -80,7 +102,8 @@ class Format:
 
         Args:
             path: file or folder.
-            compat: reproduce the known faults of this tool instead of following the formula.
+            compat: another reading than what the tool's forward computed: `"formula"` for the paper's, or one of
+                `self.compat` that says what the file does not.
             base: the base, where the dialect alone does not tell names or layouts.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from ..adapter import LAYOUTS, Adapter, BaseRef, Foreign, Step, Target, canonical
-from ..errors import AdapterkitError, Malformed, Unrepresentable, Unsupported, shown
+from ..errors import AdapterkitError, Malformed, Unrepresentable, Unsupported, first_line, shown
 from ..methods import METHODS
 from ..tensors import safetensors
 from ..tensors.lazy import as_lazy
@@ -124,7 +124,13 @@ class Native(Format):
             cure = "Write what it is made of, each by itself"
             raise Unrepresentable("a file holds updates of methods alone", items=unknown, cure=cure)
         tensors: dict[str, Leaf] = {}
-        text = canonical(msgspec.to_builtins(encode_record(adapter, tensors)))
+        record = encode_record(adapter, tensors)
+        try:
+            plain = msgspec.to_builtins(record)
+        except (TypeError, RecursionError) as error:
+            why = f"a value that JSON cannot say ({first_line(error)})"
+            raise Malformed(why, where=f"metadata {KEY}", cure="Leave it out, or give plain values") from None
+        text = canonical(plain)
         safetensors.write(_file(path), {name: as_lazy(leaf) for name, leaf in tensors.items()}, {KEY: text})
         return []
 

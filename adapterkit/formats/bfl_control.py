@@ -37,7 +37,6 @@ class BflControl(ImageFormat):
     description = "Black Forest Labs' control LoRA for FLUX: their names, biases, scales of norms"
     file = "lora.safetensors"
     methods = frozenset({"lora", "replacement"})
-    compat = frozenset()
     rules = Rules(slots=(*SLOTS, "set_weight"))
     naming = "native"
 

@@ -50,7 +50,7 @@ class Comfyui(ImageFormat):
     description = "ComfyUI's own names behind diffusion_model., as ai-toolkit and others write them too"
     file = "lora.safetensors"
     differences = True
-    methods = frozenset({"dense", "dora", "loha", "lokr", "lora", "replacement"})
+    methods = frozenset({"dense", "dora", "loha", "lokr", "lora", "replacement", "weight_norm"})
     rules = Rules(slots=(*SLOTS, "hada_", "lokr_"))
     naming = "native"
 

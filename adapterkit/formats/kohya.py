@@ -8,14 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..adapter import Target, Updates
 from ..methods.oft import OFT
 from ..names.image import component_of, is_not_xl, is_xl, rooted
+from ._format import FORMULA, Departure
 from ._image import container, turned
 from ._image.container import Metadata
-from ._image.dialect import ImageFormat
+from ._image.dialect import ALPHAS, ImageFormat
 from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
 from ._image.underscores import resolve, stem_of
@@ -41,8 +42,10 @@ class Kohya(ImageFormat):
 
     url = "https://github.com/kohya-ss/sd-scripts"
     description = "kohya's sd-scripts: LoRA, LoCon, DoRA and OFT for image models, modules named with underscores"
+    departures: ClassVar[Mapping[str, Departure]] = ALPHAS
+    compat = frozenset({FORMULA})
     file = "lora.safetensors"
-    methods = frozenset({"dora", "lora", "oft"})
+    methods = frozenset({"dora", "lora", "oft", "weight_norm"})
     rules = Rules(alpha_needed=True, oft_zero=False, slots=tuple(SLOTS))
 
     def sniff(self, path: Path) -> bool:

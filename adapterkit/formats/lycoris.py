@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..adapter import Target
+from ._format import FORMULA, Departure
 from ._image import container
 from ._image.container import Metadata
-from ._image.dialect import ImageFormat
+from ._image.dialect import ALPHAS, ImageFormat
 from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
 from ._image.underscores import resolve, stem_of
@@ -41,10 +42,12 @@ class Lycoris(ImageFormat):
 
     url = "https://github.com/KohakuBlueleaf/LyCORIS"
     description = "LyCORIS: LoHa, LoKr, OFT, BOFT, GLoRA, IA3 and whole differences for image models"
+    departures: ClassVar[Mapping[str, Departure]] = ALPHAS
+    compat = frozenset({FORMULA})
     file = "lycoris.safetensors"
     differences = True
     methods = frozenset(
-        {"boft_outputs", "dense", "dora", "glora_products", "ia3_weights", "loha", "lokr", "lora", "oft"}
+        {"boft_outputs", "dense", "dora", "glora_products", "ia3_weights", "loha", "lokr", "lora", "oft", "weight_norm"}
     )
     rules = Rules(alpha_needed=True, norms=True, slots=(*SLOTS, "hada_", "lokr_"))
 

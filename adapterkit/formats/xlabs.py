@@ -41,7 +41,6 @@ class Xlabs(ImageFormat):
     description = "XLabs' LoRA for FLUX: in the processors of attentions, with no scaling"
     file = "lora.safetensors"
     methods = frozenset({"lora"})
-    compat = frozenset()
     rules = Rules(slots=("down", "up"))
     naming = "native"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnknownFormat, UsageError
-from ..merging.planned import CARD, REPORT
+from ..merging.companions import CARD, REPORT
 from ..tensors.locations import source_of
 from .card import Model
 from .digests import digests

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import RemoteNotFound, StorageError, UnknownFormat, UsageError
-from ..merging.planned import CARD, REPORT
+from ..merging.companions import CARD, REPORT
 from ..tensors.atomic import write_bytes
 from ..tensors.locations import located
 from .card import adapter_card, model_card

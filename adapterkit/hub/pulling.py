@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterkitError, RemoteNotFound, StorageError, public, storage_error
-from ..tensors.atomic import sync_folder, write_bytes
+from ..errors import AdapterkitError, RemoteNotFound, StorageError, public
+from ..tensors.atomic import write_bytes
 from ..tensors.locations import NOTE, Source, source_of
-from .folders import locked
+from ..tensors.staging import Staging, check_free, clear, take_over
 from .hubs import remote_at
 from .remote import Remote, RemoteFile, largest_first
 from .transfer import ASKED, fetch
@@ -27,6 +27,7 @@ from .uris import Uri, parse
 
 Progress = Callable[[int, int], None]
 
+SUFFIX = "pulling"
 CONNECTIONS = 4
 HEADROOM = 1 << 20
 """Bytes that must be free beyond the files themselves, for folders and the note."""
@@ -42,6 +43,7 @@ class Pulled:
         files: name in the folder -> (bytes, digest).
         fetched: bytes that had to be sent; what an interrupted run had left is not in it.
         dry: nothing was written.
+        already: an earlier pull had put the same files there, and they are unchanged.
     """
 
     uri: str
@@ -49,13 +51,14 @@ class Pulled:
     files: Mapping[str, tuple[int, str]]
     fetched: int
     dry: bool = False
+    already: bool = False
 
     def record(self) -> dict[str, Any]:
         """The same as plain data."""
         files = [{"name": name, "bytes": size, "digest": digest} for name, (size, digest) in self.files.items()]
         return {
             "uri": self.uri, "out": str(self.out), "files": files, "bytes": sum(file["bytes"] for file in files),
-            "fetched": self.fetched, "dry_run": self.dry,
+            "fetched": self.fetched, "dry_run": self.dry, "already_done": self.already,
         }  # fmt: skip
 
 
@@ -102,9 +105,10 @@ def pull(
     if dry_run:
         return Pulled(source.uri, target, told, sum(size for size, _ in told.values()), dry=True)
     if not overwrite and _is_there(target, source, told):
-        return Pulled(source.uri, target, told, 0)
-    _check_free(target, overwrite)
-    fetched = bring(remote, source, wanted, target, progress)
+        take_over(target, SUFFIX)
+        return Pulled(source.uri, target, told, 0, already=True)
+    check_free(target, overwrite or Staging(target, SUFFIX).folder.is_dir())
+    fetched = bring(remote, source, wanted, target, progress, overwrite=overwrite)
     return Pulled(source.uri, target, told, fetched)
 
 
@@ -133,21 +137,26 @@ def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]
 
 
 def bring(
-    remote: Remote, source: Source, wanted: Mapping[str, RemoteFile], target: Path, progress: Progress | None
-) -> int:
-    """Fetches files by way of a stage and renames it to `target`; returns the bytes that were sent."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stage = target.parent / f".{target.name}.pulling"
-        with locked(stage):
-            _lay_out(stage, wanted)
-            _check_space(stage, wanted)
-            sent = _Transfer(remote, stage, wanted, progress).run()
-            source.save(stage / "out")
-            _publish(stage, target)
-            return sent
-    except OSError as error:
-        raise storage_error(error, error.filename or target) from error
+    remote: Remote, source: Source, wanted: Mapping[str, RemoteFile], target: Path, progress: Progress | None,
+    *, overwrite: bool = True,
+) -> int:  # fmt: skip
+    """Fetch files by way of a stage and rename it to `target`; returns the bytes that were sent."""
+    stage = Staging(target, SUFFIX)
+    with stage.locked():
+        check_free(stage.target, overwrite)
+        if stage.is_published:  # An earlier run was killed when its work was done.
+            clear(stage.folder, keep={"lock"})
+        _lay_out(stage.folder, wanted)
+        _check_space(stage.folder, wanted)
+        sent = _Transfer(remote, stage.folder, wanted, progress).run()
+        source.save(stage.out)
+        if stage.inside:
+            old = [entry for entry in stage.target.iterdir() if entry != stage.folder]
+            stage.publish([(entry, stage.target / entry.name) for entry in sorted(stage.out.iterdir())], old)
+        else:
+            stage.publish([(stage.out, stage.target)])
+        stage.discard()
+        return sent
 
 
 class _Transfer:
@@ -236,35 +245,6 @@ def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
     if needed > free:
         cure = "Free some space, write elsewhere, or fetch less with --include"
         raise StorageError(f"needs {needed:,} bytes more, {free:,} are free", path=stage.parent, cure=cure)
-
-
-def _publish(stage: Path, target: Path) -> None:
-    for folder, _, names in os.walk(stage / "out"):
-        for name in names:
-            _sync(Path(folder) / name)
-        sync_folder(Path(folder))
-    if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
-        target.rmdir()
-    elif target.exists():
-        shutil.rmtree(stage / "replaced", ignore_errors=True)
-        os.replace(target, stage / "replaced")
-    os.replace(stage / "out", target)
-    sync_folder(target.parent)
-    shutil.rmtree(stage, ignore_errors=True)
-
-
-def _sync(file: Path) -> None:
-    with open(file, "r+b") as handle:
-        os.fsync(handle.fileno())
-
-
-def _check_free(target: Path, overwrite: bool) -> None:
-    try:
-        taken = any(target.iterdir()) if target.is_dir() else target.exists() or target.is_symlink()
-    except OSError as error:
-        raise storage_error(error, target) from error
-    if taken and not overwrite:
-        raise StorageError("already there", path=target, cure="Choose another path, or allow overwriting")
 
 
 def _is_there(target: Path, source: Source, told: Mapping[str, tuple[int, str]]) -> bool:

@@ -11,10 +11,12 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Unsupported, UsageError, places_errors
+from ..errors import Unsupported, UsageError, places_errors, storage_error
 from ..tensors.checkpoint import Checkpoint, opened
-from ..tensors.locations import is_address, outgoing, streamed
+from ..tensors.locations import is_address, located, outgoing, streamed
+from ..tensors.staging import Staging, check_free, is_within
 from .options import Options
+from .stage import SUFFIX
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
@@ -46,6 +48,8 @@ def plan(
     memory: int | None = None,
     link: bool = False,
     rename: Sequence[str] = (),
+    tokenizer: str | PathLike[str] | None = None,
+    strict_base: bool = False,
 ) -> Plan:
     """What `merge` would do with the same arguments, made from headers; `plan(...).record()` is plain data.
 
@@ -59,7 +63,8 @@ def plan(
     checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
     options = Options(dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, rename=tuple(rename))
-    return make_plan(checkpoint, named, options)
+    planned = make_plan(checkpoint, named, options)
+    return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base)
 
 
 @places_errors
@@ -86,6 +91,8 @@ def merge(
     stream: bool = False,
     checksums: bool = False,
     rename: Sequence[str] = (),
+    tokenizer: str | PathLike[str] | None = None,
+    strict_base: bool = False,
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
 
@@ -119,6 +126,11 @@ def merge(
         seed: round stochastically, the draws being a function of this number, the tensor and the element.
         memory: bytes to hold beyond the imports at most; half of what is free when not given.
         link: make files of the base that nothing touches hard links instead of copies; never write into such an output.
+        tokenizer: `base`, `adapter` or a folder: whose vocabulary, added tokens and chat template go along, whole. When
+            not given, those of the adapter where its folder has a whole tokenizer that differs from the base's and
+            has no token beyond the base's embeddings; the report then warns.
+        strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
+            a warning in the report.
         checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
         rename: rules for names that cannot be told, each `FROM=TO`: dotted names, with `{n}` and other holes for
             numbers, whole or from the front. The first rule that matches a target's name is used.
@@ -128,6 +140,7 @@ def merge(
         TargetNotFound, ShapeMismatch: an adapter does not fit the base.
         NotMergeable: an update's law is not one of weights.
         Unsupported: the base cannot be streamed, or it is quantized and `quantized` does not say what to do.
+        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
         UsageError: arguments that make no sense together; a tied weight, and no choice nor file that tells.
         Malformed: a factor holds a NaN or an infinity, or a result does not fit its dtype.
         StorageError: no space, no permission, or `out` is taken.
@@ -138,7 +151,8 @@ def merge(
                 base, adapters, there, weights=weights, device=device, dtype=dtype, shard_size=shard_size,
                 engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
                 overwrite=True, quantized=quantized, onto=onto, seed=seed, memory=memory, link=link, stream=stream,
-                checksums=checksums, rename=rename,
+                checksums=checksums, tokenizer=tokenizer, strict_base=strict_base,
+                rename=rename,
             )  # fmt: skip
         return replace(report, out=str(out))
     from .ties import parse_tied
@@ -148,13 +162,18 @@ def merge(
     with _supplied(base, Path(out), stream) as (checkpoint, supply):
         _check_target(Path(out), checkpoint, adapters, onto, overwrite)
         from .planning import make_plan
-        from .quantized import as_merged
+        from .quantized import Original, as_merged
         from .report import carry_out, local
 
         read = as_merged(checkpoint, quantized, onto, dtype)
         named = _named(adapters, weights, read)
         started = time.perf_counter()
+        from ..tensors.fingerprint import fingerprint
+
+        # A streamed base is not here yet; of one that is quantized, the weights that are merged into count.
+        taken = None if stream else fingerprint(read if isinstance(read, Original) else checkpoint)
         planned = make_plan(read, named, options)
+        planned = _accompanied(planned, named, _folders(adapters), taken, tokenizer, strict_base)
         if engine == "ray":
             from .cluster import on_ray, recipe_of
 
@@ -198,7 +217,8 @@ def verify(
         rename: as in `merge`.
 
     Returns:
-        what was compared and every difference found; a difference is not an error.
+        what was compared and every difference found; a difference is not an error. A base whose fingerprint is not the
+        one that the merge's record or an adapter names is one of them.
 
     Raises:
         UsageError: adapters or a sample without a base; there are no checksums.
@@ -211,12 +231,13 @@ def verify(
             raise UsageError("no base to compute the merge from", cure="Give the base, or the output alone")
         return check_written(merged, progress)
     from .quantized import as_read
-    from .verification import compare
+    from .verification import compare, compare_bases
 
-    found = opened(merged)
-    checkpoint = as_read(opened(base), found)
+    found, given = opened(merged), opened(base)
+    checkpoint = as_read(given, found)
     named = _named(adapters, weights, checkpoint)
-    return compare(found, checkpoint, named, allow_partial, progress, seed, sample, tuple(rename))
+    wrong = compare_bases(found, given, named)
+    return compare(found, checkpoint, named, allow_partial, progress, seed, sample, wrong, tuple(rename))
 
 
 def _check_engine(engine: str, address: str | None, stream: bool) -> None:
@@ -260,6 +281,38 @@ def _named(
     ]
 
 
+def _folders(adapters: Source | Sequence[Source]) -> list[Path | None]:
+    """The folder of each adapter, where it is one on this disk; of one that was read already, where its tensors lie."""
+    from ..adapter import Adapter
+    from ..tensors.lazy import Lazy
+
+    found = []
+    for each in _several(adapters):
+        if not isinstance(each, Adapter):
+            path = located(each)
+            found.append(path if path.is_dir() else None)
+            continue
+        leaves = (leaf for _, update in each for leaf in update.tensors.values())
+        spans = (leaf.span for leaf in leaves if isinstance(leaf, Lazy))
+        folder = next((Path(span.path).parent for span in spans if span is not None), None)
+        found.append(folder if folder is not None and (folder / "adapter_config.json").is_file() else None)
+    return found
+
+
+def _accompanied(
+    planned: Plan, named: list[tuple[str, Adapter, float]], folders: list[Path | None], fingerprint: str | None,
+    tokenizer: str | PathLike[str] | None, strict_base: bool,
+) -> Plan:  # fmt: skip
+    """The plan with the files beside the weights, and with what is wrong about the base."""
+    from .bases import check_bases
+    from .companions import companions
+
+    known = [(name, folder) for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None]
+    beside = companions(planned.base, known, tokenizer)
+    warnings = (*check_bases(named, planned.base, fingerprint, strict_base), *planned.warnings, *beside.warnings)
+    return replace(planned, companions=beside, fingerprint=fingerprint, warnings=warnings)
+
+
 def _several(adapters: Source | Sequence[Source]) -> list[Source]:
     from ..adapter import Adapter
 
@@ -270,22 +323,18 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
     others = [*_listed(adapters), onto.root if isinstance(onto, Checkpoint) else onto]
     paths = [base.root, *(Path(a) for a in others if isinstance(a, (str, PathLike)))]
-    for path in paths:
-        if _within(out, path) or _within(path, out):
-            raise UsageError(f"the output overlaps the input {path}", path=out, cure="Write to another folder")
-    if not overwrite and not (out.parent / f".{out.name}.merging").exists():
-        from .report import check_free
-
-        check_free(out)
+    try:
+        overlapped = next((path for path in paths if is_within(out, path) or is_within(path, out)), None)
+    except OSError as error:
+        raise storage_error(error, error.filename or out) from error
+    except RuntimeError as error:
+        raise UsageError(f"cannot resolve ({error})", path=out, cure="Check the path") from error
+    if overlapped is not None:
+        raise UsageError(f"the output overlaps the input {overlapped}", path=out, cure="Write to another folder")
+    stage = Staging(out, SUFFIX)
+    # Whether what is there is this very merge, done or nearly so, is known when it is planned.
+    check_free(out, overwrite or stage.folder.is_dir() or stage.has_record())
 
 
 def _listed(adapters: object) -> list[object]:
     return list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
-
-
-def _within(inner: Path, outer: Path) -> bool:
-    try:
-        inner, outer = inner.resolve(), outer.resolve()
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"cannot resolve ({error})", path=inner, cure="Check the path") from error
-    return inner == outer or (outer.is_dir() and outer in inner.parents)

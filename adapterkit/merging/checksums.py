@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from ..errors import Malformed, UsageError, storage_error
 from ..tensors.checkpoint import Checkpoint
 from ..tensors.copying import CHUNK, read_all
+from .companions import REPORT
 from .memory import most_workers
-from .planned import REPORT
 from .verification import Difference, Verification
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ the change nearly cancel, which float32 does not; the casts to bf16 and fp8 go b
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,10 @@ from .rounding import key_of, stochastic
 
 if TYPE_CHECKING:
     from .arrays import Workspace
+    from .fold import Fold
+
+LARGE = 1e30
+"""Norm of a change from which on results are checked, also where the output has float32's range."""
 
 
 class Folder:
@@ -36,19 +41,26 @@ class Folder:
     @cached_property
     def watched(self) -> bool:
         """Whether a result could be NaN or infinite although base and factors are finite."""
-        return (self.output.dtype.itemsize < 4 and self.output.dtype.name != "BF16") or any(
-            not fold.additive for fold, _ in self.folds
-        )
+        narrow = self.output.dtype.itemsize < 4 and self.output.dtype.name != "BF16"
+        return narrow or any(not fold.additive or not self._is_small(fold, us) for fold, us in self.folds)
+
+    def _is_small(self, fold: Fold, updates: list[Update]) -> bool:
+        """Whether a sum is far from the largest float32, as far as that is cheap to tell.
+
+        The norm of a product of thin factors bounds each of its elements; an alpha of 1e308 is a finite number, too.
+        """
+        thin = not fold.bias and is_thin(fold, updates)
+        return thin and abs(fold.weight) * norm_of(updates, fold) < LARGE
 
     def norms(self) -> dict[int, float]:
         """Squared norms of the changes that need no look at the base, by fold."""
-        norms = {
-            position: fold.weight * norm_of(updates, fold)
+        # `**` raises where the square is no float any more; the product is infinite, and a report needs a number.
+        largest = sys.float_info.max
+        return {
+            position: min((size := fold.weight * norm_of(updates, fold)) * size, largest)
             for position, (fold, updates) in enumerate(self.folds)
             if fold.additive and not fold.bias
         }
-        # A norm above 1e154, which only float64 weights can have, is reported as infinite; `** 2` would raise.
-        return {position: norm * norm for position, norm in norms.items()}
 
     def compute(self, raw: Any, out: Any, block: Block) -> dict[int, float]:
         """Computes one block from the base's values `raw` into `out`, both flat; returns squared norms by fold.

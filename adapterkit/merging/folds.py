@@ -10,6 +10,7 @@ from ..binding import Site, bind
 from ..errors import NotMergeable
 from ..names.resolver import Rule
 from ..names.ties import find_tie
+from ..quant import Dequantized
 from ..tensors.locations import is_repo
 from .fold import Fold
 from .ties import parse_tied, settle_tie
@@ -62,7 +63,11 @@ def folds_by_tensor(
         warnings.
     """
     tied = parse_tied(tied)
-    tie = find_tie(base.tensors, base.config)
+    config = base.config
+    if isinstance(base, Dequantized) and base.scheme == "gguf" and "lm_head.weight" not in base.tensors:
+        # llama.cpp computes with token_embd.weight where output.weight is missing, whatever else says so.
+        config = {**(config or {}), "tie_word_embeddings": True}
+    tie = find_tie(base.tensors, config)
     aliases = {} if tie is None else tie.aliases
     sources, folds = [], dict[str, list[Fold]]()
     for position, (name, adapter, weight) in enumerate(adapters):
@@ -76,7 +81,7 @@ def folds_by_tensor(
     names = {name: name for name in base.tensors}
     bound_adapters = [source.adapter for source in sources]
     warnings: list[str] = []
-    changes = {} if tie is None else settle_tie(tie, folds, names, bound_adapters, tied, base.config, warnings)
+    changes = {} if tie is None else settle_tie(tie, folds, names, bound_adapters, tied, config, warnings)
     return tuple(sources), {name: tuple(found) for name, found in folds.items()}, names, changes, warnings
 
 

@@ -15,6 +15,7 @@ from ..tensors.checkpoint import Checkpoint
 from ..tensors.direct import HELD
 from ..tensors.dtypes import DType
 from ..tensors.lazy import Lazy, Shape
+from .companions import Companions
 from .fold import Fold
 from .folds import Source
 from .memory import workers_within
@@ -28,9 +29,6 @@ BLOCK_ELEMENTS = 3 << 17
 
 STEPS = 4
 """Arrays of a block's size that a law which sees the weight holds on its way, beside the block."""
-
-REPORT = "adapterkit_merge.json"
-CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,6 +101,8 @@ class Plan:
         origin: the uri that the base came from, if it came from a hub; its folder may be gone by the time of a report.
         checksums: whether sums are taken of what is written.
         warnings: what the caller should look at, one sentence each.
+        companions: the files beside the weights.
+        fingerprint: of the base's weights, see `tensors/fingerprint.py`; None where it was not taken.
     """
 
     base: Checkpoint
@@ -117,6 +117,8 @@ class Plan:
     origin: str | None = None
     checksums: bool = False
     warnings: tuple[str, ...] = ()
+    companions: Companions = field(default_factory=Companions)
+    fingerprint: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -176,6 +178,7 @@ class Plan:
             "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
             "dtype": self.dtype and self.dtype.name, "seed": self.seed, "tied": self.tied,
             "quantized": quantized_record(self.base), "warnings": list(self.warnings),
+            "base_fingerprint": self.fingerprint, "tokenizer": self.companions.tokenizer,
         }  # fmt: skip
 
     def record(self) -> dict[str, Any]:

@@ -7,30 +7,26 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
-from ..quant import SIDE_FILES, Dequantized
 from ..tensors.atomic import write_bytes
-from ..tensors.checkpoint import INDEX, TORCH_INDEX
-from ..tensors.locations import NOTE
+from ..tensors.checkpoint import INDEX
+from ..tensors.records import digest_of, listed
+from ..tensors.staging import check_free
 from .arrays import devices_for
 from .checksums import KEY, record_of
-from .planned import CARD, REPORT, Plan
+from .companions import CARD, REPORT
+from .planned import Plan
 from .planning import index_of
 from .requantize import damage_of
 from .stage import Norms, Stage
 
 if TYPE_CHECKING:
     from .execute import Progress
-
-WEIGHT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
-}  # fmt: skip
-"""Other forms of the base's weights: left out of the output, where they would be stale."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,9 +39,11 @@ class Report:
         norms: Frobenius norm of each change, by tensor: one number an adapter that touches it.
         damage: of each weight that was quantized again, what that did to it: `error` and `kept`, see `damage_of`.
         resumed: names of files that an earlier, interrupted run had finished.
-        carried: the base's other files in the output.
-        left_out: files of the base that are not in the output, because they hold its weights in another form.
+        carried: the files beside the weights: the base's, and the tokenizer of an adapter where that was taken.
+        left_out: files of the base that are not in the output: its weights in another form, a tokenizer that was
+            not taken.
         seconds: from the start of planning to the output being durable in place.
+        already: an earlier run made the same output from the same inputs; nothing was written.
     """
 
     out: Path | str
@@ -56,6 +54,7 @@ class Report:
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
     seconds: float
+    already: bool = False
 
     def record(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -64,6 +63,7 @@ class Report:
             "targets": self.plan.targets, "files": [file.name for file in self.plan.files],
             "resumed": list(self.resumed), "carried": list(self.carried), "left_out": list(self.left_out),
             **self.plan.lineage(), "norms": dict(self.norms), **_damaged(self.damage),
+            **({"already_done": True} if self.already else {}),
         }  # fmt: skip
 
 
@@ -93,13 +93,13 @@ def carry_out(
     stage = Stage(out, plan.digest, names, single=one)
     with stage.locked():
         try:
-            if stage.was_completed:
+            decided = _decided(plan)
+            if stage.was_completed or (not overwrite and stage.is_finished(decided)):
                 return _completed(plan, stage, started)
-            if not overwrite:
-                check_free(out)
+            check_free(out, overwrite)
             resumed = tuple(name for name in names if stage.finished(name))
             _check_space(plan, out, resumed)
-            return _write(plan, stage, engine, progress, started, resumed)
+            return _write(plan, stage, engine, progress, started, resumed, decided)
         except NetworkError:
             # What is finished stays: the same command goes on with it.
             raise
@@ -108,22 +108,18 @@ def carry_out(
             raise
 
 
-def check_free(out: Path) -> None:
-    """Asked before any work, and again when no other merge can be at work here any more.
-
-    Raises:
-        StorageError: something is at the output.
-    """
+def _decided(plan: Plan) -> str:
+    """A digest of what decides the whole output folder: the plan's own, and the files that are copied beside."""
+    copies = plan.companions.copies
     try:
-        taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+        beside = [[name, *listed([file])] for file, name in copies]
     except OSError as error:
-        raise storage_error(error, out) from error
-    if taken:
-        raise StorageError("already there", path=out, cure="Choose another path, or allow overwriting")
+        raise storage_error(error, error.filename or plan.base.root) from error
+    return digest_of([plan.digest, plan.lineage(), plan.checksums, beside])
 
 
 def _completed(plan: Plan, stage: Stage, started: float) -> Report:
-    """The report of an earlier run that was killed after its output was in place."""
+    """The report of an earlier run, whose output is in place and unchanged."""
     record = stage.target / REPORT
     said = json.loads(record.read_text()) if record.exists() else {"norms": {}}
     stage.discard()
@@ -136,20 +132,23 @@ def _completed(plan: Plan, stage: Stage, started: float) -> Report:
         (),
         (),
         time.perf_counter() - started,
+        already=True,
     )
 
 
 def _write(
-    plan: Plan, stage: Stage, engine: Engine, progress: Progress | None, started: float, resumed: tuple[str, ...]
-) -> Report:
+    plan: Plan, stage: Stage, engine: Engine, progress: Progress | None, started: float, resumed: tuple[str, ...],
+    decided: str,
+) -> Report:  # fmt: skip
     found = engine(plan, stage, progress)
     norms, damage = _apart(plan, {name: values for file in plan.files for name, values in found[file.name].items()})
     carried: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     if plan.base.root.is_dir():
-        carried, left_out = _carry(plan, stage.out)
+        _carry(plan, stage.out)
+        carried, left_out = tuple(name for _, name in plan.companions.copies), plan.companions.left_out
         _write_records(plan, stage, norms, damage)
-    stage.publish()
+    stage.publish_all(decided)
     return Report(stage.target, plan, norms, damage, resumed, carried, left_out, time.perf_counter() - started)
 
 
@@ -171,23 +170,14 @@ def _damaged(damage: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     return {"damage": dict(damage)} if damage else {}
 
 
-def _carry(plan: Plan, out: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copies the base's other files; returns the names copied and left out."""
-    carried, left_out = [], []
-    for file in sorted(_files(plan.base.root)):
-        name = file.relative_to(plan.base.root).as_posix()
-        if file in plan.base.files or name in (INDEX, TORCH_INDEX, REPORT, NOTE):
-            continue
-        if file.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json") or _stale(plan, name):
-            left_out.append(name)
-            continue
-        carried.append(name)
+def _carry(plan: Plan, out: Path) -> None:
+    """Copies the files that go along with the weights."""
+    for file, name in plan.companions.copies:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             _copy(file, out / name)
         except OSError as error:
             raise storage_error(error, file) from error
-    return tuple(carried), tuple(left_out)
 
 
 def _copy(file: Path, to: Path) -> None:
@@ -195,20 +185,6 @@ def _copy(file: Path, to: Path) -> None:
     shutil.copyfile(file, to)
     with open(to, "r+b") as copied:
         os.fsync(copied.fileno())
-
-
-def _stale(plan: Plan, name: str) -> bool:
-    """Whether a file describes packed weights that the output does not have."""
-    return isinstance(plan.base, Dequantized) and not plan.base.packs and name in SIDE_FILES
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Files below a folder, hidden folders left out; links to files count, links to folders do not."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
-            yield from _files(entry)
-        elif entry.is_file():
-            yield entry
 
 
 def _write_records(plan: Plan, stage: Stage, norms: Norms, damage: Mapping[str, Mapping[str, float]]) -> None:

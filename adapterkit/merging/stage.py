@@ -1,7 +1,7 @@
-"""The stage: a hidden folder beside the output where a merge is built and resumed, and from where it is renamed.
+"""The stage of a merge: a hidden folder beside the output where a merge is built and resumed.
 
 A finished file lies under `out/`, its norms and checksums under `norms/`; whatever else is there is unfinished and
-written again.
+written again. How the output gets into place is told in `tensors/staging.py`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import errno
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from ..errors import AdapterkitError, StorageError, storage_error
+from ..errors import AdapterkitError
 from ..tensors.atomic import sync_folder, write_bytes
+from ..tensors.records import record_of
+from ..tensors.staging import Move, Staging, clear, files_below
 
 Norms = dict[str, list[float]]
 
+SUFFIX = "merging"
 
-class Stage:
+
+class Stage(Staging):
     """The stage of one output path.
 
     Args:
@@ -33,40 +36,30 @@ class Stage:
     """
 
     def __init__(self, out: Path, digest: str, files: Collection[str], *, single: bool = False) -> None:
-        self.target, self.files, self.single = out, files, single
-        self.digest = digest
-        self.folder = out.parent / f".{out.name}.merging"
-        self.out = self.folder / "out"
+        super().__init__(out, SUFFIX, "merge")
+        self.files, self.single, self.digest = files, single, digest
         self.parts = self.folder / "parts"
         self._norms = self.folder / "norms"
-        self._marker = self.folder / "publishing"
-        self._old = self.folder / "replaced"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the stage for this process; lays it out, or takes over what an interrupted merge left.
+        """Hold the stage for this process; lay it out, or take over what an interrupted merge left.
 
         Raises:
             StorageError: another process is merging to the same output, or the folder cannot be written.
         """
-        made = [folder for folder in self.folder.parents if not folder.exists()]
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(exist_ok=True)
-            with self._open_lock() as lock:
-                self._hold(lock.fileno())
-                self._lay_out_or_discard()
-                yield
-        except OSError as error:
-            raise storage_error(error, error.filename or self.target) from error
-        finally:
-            _remove_empty(self.folder, *made)
+        with super().locked():
+            try:
+                self._lay_out()
+            except (AdapterkitError, OSError):
+                self.discard()
+                raise
+            yield
 
     @property
     def was_completed(self) -> bool:
         """The output is in place and only the stage was left behind."""
-        published = self._marker.exists() and not (self.out.exists() and any(self.out.iterdir()))
-        return published and self.target.exists() and self._journal() == self.digest
+        return self.is_published and self._plan() == self.digest
 
     def finished(self, name: str) -> bool:
         """Whether an earlier run finished this file."""
@@ -111,111 +104,49 @@ class Stage:
         self.finish(name, {})
         return True
 
-    def publish(self) -> None:
-        """Makes the whole output durable, renames it into place and removes the stage.
+    def publish_all(self, made_from: str | None = None) -> None:
+        """Make the whole output durable, rename it into place and remove the stage.
+
+        Args:
+            made_from: a digest of what decided the output, kept with it for a later run.
 
         Raises:
             OSError: it cannot be; what was there before is there again.
         """
         for folder, _, _ in os.walk(self.out):
             sync_folder(Path(folder))
-        write_bytes(self._marker, b"")
         single = next(self.out.iterdir()) if self.single else self.out
-        shutil.rmtree(self._old, ignore_errors=True)
-        if self.target.exists():
-            os.replace(self.target, self._old)
-        try:
-            os.replace(single, self.target)
-            sync_folder(self.target.parent)
-        except OSError:
-            self._take_back()
-            raise
+        moves: list[Move] = [(single, self.target)]
+        gone: list[Path] = []
+        if self.inside:
+            moves = [(entry, self.target / entry.name) for entry in sorted(self.out.iterdir())]
+            gone = [entry for entry in self.target.iterdir() if entry != self.folder]
+        files = {str(moves[-1][1].relative_to(self.place)): single} if self.single else self._files()
+        record = None if made_from is None else record_of(made_from, files)
+        # Every file was made durable when it was finished: to ask the disk for each once more takes time.
+        self.publish(moves, gone, durable=True, record=record)
         self.discard()
 
-    def discard(self) -> None:
-        """Removes the stage and all that is in it, but never what was at the output before and is there no more."""
-        if self._put_back():
-            # Last what says that the output is in place: until then a run that is killed here is known to be done.
-            with contextlib.suppress(OSError):
-                _clear(self.folder, keep={"lock", self._marker.name, "plan"})
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def discard(self, keep: Collection[str] = ()) -> None:
+        """Remove the stage; what says that the output is in place goes last, so that a kill here is understood."""
+        super().discard({"plan", *keep})
 
-    def _take_back(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.target.exists():
-                os.replace(self.target, self.folder / "undone")
-
-    def _put_back(self) -> bool:
-        """Whether the output is what it was, or what it became; a run that ended between two renames left neither."""
-        if self._old.exists() and not self.target.exists():
-            with contextlib.suppress(OSError):
-                os.replace(self._old, self.target)
-        return self.target.exists() or not self._old.exists()
-
-    def _open_lock(self) -> BinaryIO:
-        try:
-            return open(self.folder / "lock", "wb")
-        except FileNotFoundError:  # another merge has just ended and removed its stage
-            raise _taken(self.target) from None
-
-    def _hold(self, handle: int) -> None:
-        _lock(handle, self.target)
-        try:
-            same = os.path.samestat(os.fstat(handle), os.stat(self.folder / "lock"))
-        except FileNotFoundError:
-            same = False
-        if not same:  # whoever held it has ended since it was opened here, and removed it
-            raise _taken(self.target)
-
-    def _lay_out_or_discard(self) -> None:
-        try:
-            self._lay_out()
-        except (AdapterkitError, OSError):
-            self.discard()
-            raise
+    def _files(self) -> dict[str, Path]:
+        """The files of a folder, by the names that the record has for them."""
+        folder = Path() if self.inside else Path(self.target.name)
+        return {str(folder / file.relative_to(self.out)): file for file in files_below(self.out)}
 
     def _lay_out(self) -> None:
-        if not self._put_back():
-            why = f"what was here before lies in {self._old} and cannot be moved back"
-            raise StorageError(why, path=self.target, cure="Move it back, then run the same command again")
-        resumable = self._journal() == self.digest and self.out.exists()
+        resumable = self._plan() == self.digest and self.out.exists()
         if not resumable and not self.was_completed:
-            _clear(self.folder, keep={"lock"})
+            clear(self.folder, keep={"lock"})
             for folder in (self.out, self.parts, self._norms):
                 folder.mkdir()
             write_bytes(self.folder / "plan", self.digest.encode())
         elif self.out.exists():
-            _clear(self.out, keep=self.files)
+            clear(self.out, keep=self.files)
 
-    def _journal(self) -> str | None:
+    def _plan(self) -> str | None:
         with contextlib.suppress(OSError):
             return (self.folder / "plan").read_text()
         return None
-
-
-def _clear(folder: Path, keep: Collection[str]) -> None:
-    for entry in folder.iterdir():
-        if entry.name not in keep:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def _lock(handle: int, out: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: os.replace onto an open file fails there, which serves the same end
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _taken(out) from None
-
-
-def _taken(out: Path) -> StorageError:
-    return StorageError("another merge is writing here", path=out, cure="Wait for it, or write elsewhere")
-
-
-def _remove_empty(*folders: Path) -> None:
-    """Removes folders made for a stage that came to nothing, innermost first."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()

@@ -156,6 +156,9 @@ class _Choice:
             chosen = dict(pair.split("=") for pair in self.tied.split(","))
             if kind in chosen:
                 return chosen[kind]
+        extracted = _extracted(self.adapter)
+        if extracted is not None and (self.tied is None or extracted == UNTIE):
+            return extracted
         if kind == "rows" and name != self.tie.head and not self._has_rows(self.tie.head):
             return MERGE
         if self.tied == UNTIE:
@@ -198,9 +201,15 @@ class _Choice:
         return any(update.shared_as == "rows" for fold in self.own.get(name, ()) for update in fold.updates)
 
     def _unknown(self, name: str, why: str) -> UsageError:
-        touched = " and ".join(layer for layer in (self.tie.stored, *self.tie.layers) if layer in self.own)
+        touched = " and ".join(self.own)
         one = f"the base ties {self.tie.head} to {self.tie.stored}: one tensor"
         return UsageError(f"{one}. The adapter changes {touched}, and {why}", where=name, cure=_ADVICE)
+
+
+def _extracted(adapter: Adapter) -> str | None:
+    """What two models say, where the adapter is their difference: whether the tuned one has a head of its own."""
+    said = [step.args.get("tied") for step in adapter.recipe if step.op == "extract"]
+    return str(said[0]) if said and said[0] in (MERGE, UNTIE) else None
 
 
 def _tools(recipe: Iterable[Any]) -> set[str]:

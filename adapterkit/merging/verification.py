@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError, UsageError
+from ..metadata import fingerprints_of
 from ..names.ties import find_tie
 from ..tensors.checkpoint import read_json
 from ..tensors.dtypes import DType
+from ..tensors.fingerprint import fingerprint
 from ..tensors.lazy import Lazy
 from .arrays import Arrays, NumpyArrays, Workspace
+from .companions import REPORT
 from .options import Options
-from .planned import REPORT, Output, Plan
+from .planned import Output, Plan
 from .planning import make_plan
 from .ties import parse_tied
 
@@ -57,6 +60,24 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseDifference:
+    """A base that is not the one that was named.
+
+    Attributes:
+        named_by: the adapter, or the merge's own record.
+        expected: the fingerprint that it names.
+        given: the fingerprint of the base that was given.
+    """
+
+    named_by: str
+    expected: str
+    given: str
+
+    def record(self) -> dict[str, Any]:
+        return {"named_by": self.named_by, "expected": self.expected, "given": self.given}
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """What a verification compared and found.
 
@@ -65,21 +86,24 @@ class Verification:
         targets: how many of them, or of the plan, adapters touch.
         differences: what is wrong; of a comparison with checksums, files in place of tensors.
         files: how many were compared with the checksums that were taken when they were written.
+        base: who names another base than the one that was given.
     """
 
     tensors: int
     targets: int
     differences: tuple[Difference, ...]
     files: int = 0
+    base: tuple[BaseDifference, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return not self.differences
+        return not self.differences and not self.base
 
     def record(self) -> dict[str, Any]:
         found = [difference.record() for difference in self.differences]
         counts = {"tensors": self.tensors, "targets": self.targets} | ({"files": self.files} if self.files else {})
-        return {"ok": self.ok, **counts, "differences": found}
+        base = {"base": [difference.record() for difference in self.base]} if self.base else {}
+        return {"ok": self.ok, **counts, "differences": found, **base}
 
 
 def compare(
@@ -90,6 +114,7 @@ def compare(
     progress: Progress | None,
     seed: int | None = None,
     sample: int | None = None,
+    base_differences: Sequence[BaseDifference] = (),
     rename: tuple[str, ...] = (),
 ) -> Verification:
     """Compares a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
@@ -112,7 +137,31 @@ def compare(
             done += output.nbytes
             if progress is not None:
                 progress(done, total)
-    return Verification(len(outputs), sum(bool(output.folds) for output in outputs), tuple(differences))
+    targets = sum(bool(output.folds) for output in outputs)
+    return Verification(len(outputs), targets, tuple(differences), base=tuple(base_differences))
+
+
+def compare_bases(
+    merged: Checkpoint, base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]]
+) -> list[BaseDifference]:
+    """Where the merge's own record, or an adapter, names another base by its fingerprint."""
+    found, given = [], fingerprint(base)
+    recorded = _record_of(merged).get("base_fingerprint")
+    if isinstance(recorded, str) and recorded != given:
+        found.append(BaseDifference(REPORT, recorded, given))
+    for name, adapter, _ in adapters:
+        known = fingerprints_of(adapter)
+        if known and given not in known:
+            found.append(BaseDifference(name, ", ".join(known), given))
+    return found
+
+
+def _record_of(merged: Checkpoint) -> dict[str, Any]:
+    """What a merge by this library said of itself; empty for other tools' output."""
+    try:
+        return read_json(merged.folder / REPORT)
+    except AdapterkitError:
+        return {}
 
 
 def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
@@ -133,10 +182,9 @@ def _names(plan: Plan) -> set[str]:
 
 def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
     """How the merge treated a tie: by its own record, or else by the names in its output."""
-    try:
-        return parse_tied(read_json(merged.folder / REPORT)["tied"])
-    except (AdapterkitError, KeyError):
-        pass
+    record = _record_of(merged)
+    if "tied" in record:
+        return parse_tied(record["tied"])
     tie = find_tie(base.tensors, base.config)
     return "untie" if tie is not None and tie.head in merged.tensors else "merge"
 

@@ -1,7 +1,9 @@
 """LoKr: W' = W + scaling * kron(w1, w2).  Yeh et al. 2023, https://arxiv.org/abs/2309.14859
 
 Either factor may itself be a low-rank product; w2, which has the kernel of a convolution, may have a Tucker core.
-Output a * m + i belongs to row a of w1 and row i of the m rows of w2, inputs likewise, as in LyCORIS.
+Output a * m + i belongs to row a of w1 and row i of the m rows of w2, inputs likewise, as in LyCORIS. With `stacked`
+w2 [m, n, k] is taken for a stack of m matrices [n, k], w1 times each of them is [m, a * n, c * k], and that is read in
+the weight's shape: PEFT trains LoKr on `nn.Conv1d` so.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from ..errors import Malformed
 from ..tensors.products import contracted, even_split, kron, sides, tucker
 from ..updates import Additive, tensor
 from .dense import Dense
@@ -35,6 +38,7 @@ class LoKr(Additive):
     t2: Tensor | None = tensor("r r *k", optional=True)
     w2_in: Tensor | None = tensor("r in/c", optional=True)
     scaling: float = 1.0
+    stacked: bool = False
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
@@ -46,12 +50,20 @@ class LoKr(Additive):
         w2_a, w2_b = random((rows, rank)) / rank**0.5, random((rank, columns)) / columns**0.5
         return cls(w1=w1, w2_a=w2_a, w2_b=w2_b, **attributes)
 
+    def check(self) -> None:
+        super().check()
+        if self.stacked and (self.w2 is None or len(self.w2.shape) < 3):
+            why = "no stack of matrices: w2 is not whole, or has no kernel"
+            raise Malformed(why, where="stacked", cure="Write the adapter again")
+
     def delta(self, shape: tuple[int, ...]) -> Tensor:
-        D: Tensor = kron(self.scaling * self._first, self._second).reshape(shape)
+        D: Tensor = self._product.reshape(shape)
         return D
 
-    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """The Kronecker products of the left and of the right sides of w1 and w2."""
+        if self.stacked:
+            return None
         left_1, right_1 = sides(self.w1_a, self.w1_b, self.w1)
         right = self.w2_b if self.t2 is None else contracted(self.t2, self.w2_in)
         left_2, right_2 = sides(self.w2_a, right, None if self.w2 is None else self._second)
@@ -63,9 +75,21 @@ class LoKr(Additive):
 
     def block(self, axis: str, start: int, stop: int) -> Self:
         w1, w2 = self._first, self._second
+        if self.stacked:
+            return cast(Self, Dense(D=self._product.reshape(len(w1) * len(w2), -1)[start:stop], d=None))
         first, last = start // len(w2), -(-stop // len(w2))
         rows = kron(self.scaling * w1[first:last], w2)[start - first * len(w2) : stop - first * len(w2)]
         return cast(Self, Dense(D=rows, d=None))  # a part of a Kronecker product is none
+
+    @property
+    def _product(self) -> Any:
+        """The scaled product of both factors, of as many numbers as the weight."""
+        w1: Any = self.scaling * self._first
+        if not self.stacked:
+            return kron(w1, self._second)
+        w2: Any = self.w2
+        inner = w2.reshape(len(w2), 1, w2.shape[1], 1, -1)
+        return w1.reshape(1, len(w1), 1, -1, 1) * inner
 
     @property
     def _first(self) -> Any:

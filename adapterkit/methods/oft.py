@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import Malformed, ShapeMismatch
 from ..shapes import Dims
-from ..tensors.rotations import block_size, cayley, neumann, shortened, skew, turn_columns, turn_rows
+from ..tensors.rotations import block_size, shortened, shortened_blocks, skew, turn_columns, turn_rows, turned
 from ..updates import WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class OFT(WeightUpdate):
     rescale: Tensor | None = tensor("out", optional=True)
     side: str = attribute("in", among=("in", "out"))
     terms: int = attribute(0, least=0, most=100)
+    doubled: bool = False
     coft: bool = False
     eps: float = 6e-5
     constraint: float = 0.0
@@ -69,12 +70,12 @@ class OFT(WeightUpdate):
 
     def new_weight(self, W: Tensor) -> Any:
         Q = self._constrained(skew(self.pairs) if self.square is None else self.square.mT - self.square)
-        R = neumann(Q, self.terms) if self.terms else cayley(Q)
-        turned = turn_rows(W, R) if self.side == "out" else turn_columns(W.reshape(len(W), -1), R).reshape(W.shape)
-        return turned if self.rescale is None else turned * self.rescale.reshape(-1, *[1] * (W.ndim - 1))
+        R = turned(Q, self.terms, self.doubled)
+        new = turn_rows(W, R) if self.side == "out" else turn_columns(W.reshape(len(W), -1), R).reshape(W.shape)
+        return new if self.rescale is None else new * self.rescale.reshape(-1, *[1] * (W.ndim - 1))
 
     def _constrained(self, Q: Any) -> Any:
         """Q, shortened where it is longer than allowed: each block (COFT), or all of them together (LyCORIS)."""
         if self.coft:
-            Q = shortened(Q, (Q * Q).sum((1, 2))[:, None, None], self.eps / len(Q) ** 0.5, 0.0)
+            Q = shortened_blocks(Q, self.eps)
         return shortened(Q, (Q * Q).sum(), self.constraint, 1e-8) if self.constraint > 0 else Q

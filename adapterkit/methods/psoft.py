@@ -3,7 +3,8 @@
 W' = W + B (R - I) A, where B @ A is W's part of its r largest singular values: A = V^T and B = U S, or both with the
 root of S. PEFT stores R alone and takes A and B from its base. Singular vectors have signs that only the library which
 computes them decides, and the law depends on them, so A and B that are not stored are computed as PEFT does it: by
-torch's decomposition in float32 on the CPU. Adapters made here hold A and B, and need none.
+torch's decomposition in float32 on the CPU; with `steps`, by its randomised one. Adapters made here hold A and B, and
+need none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ShapeMismatch
 from ..shapes import Dims
-from ..tensors.rotations import block_size, cayley, identity, neumann, shortened, singular, skew
+from ..tensors.rotations import block_size, cayley, identity, neumann, shortened, singular, singular_by_sketch, skew
 from ..updates import WeightUpdate, attribute, tensor
 from ._in_place import check_rank
 
@@ -37,6 +38,8 @@ class PSOFT(WeightUpdate):
     A: Tensor | None = tensor("r in", optional=True)
     B: Tensor | None = tensor("out r", optional=True)
     symmetric: bool = False
+    steps: int = attribute(0, least=0, most=1000)
+    seed: int = 0
     terms: int = attribute(0, least=0, most=100)
     eps: float = 0.0
 
@@ -62,9 +65,15 @@ class PSOFT(WeightUpdate):
         R: Any = self._rotation() if self.R is None else self.R
         turned = R if self.b is None else R * self.b[:, None]
         turned = turned if self.a is None else turned * self.a
-        A, B = _principal(W, len(R), self.symmetric) if self.A is None else (self.A, self.B)
+        A, B = self._own(W, len(R)) if self.A is None else (self.A, self.B)
         changed: Tensor = W + B @ (turned - identity(R)) @ A
         return changed
+
+    def _own(self, W: Tensor, r: int) -> tuple[Any, Any]:
+        """A and B out of W; `steps` counts from one, so that 0 is the exact decomposition."""
+        if not self.steps:
+            return _principal(W, r, self.symmetric)
+        return _split(*singular_by_sketch(W, r, self.steps - 1, self.seed), self.symmetric)
 
     def _rotation(self) -> Any:
         Q = skew(self.pairs)
@@ -75,5 +84,9 @@ class PSOFT(WeightUpdate):
 def _principal(W: Any, r: int, symmetric: bool) -> tuple[Any, Any]:
     """A `[r, in]` and B `[out, r]`."""
     U, S, V = singular(W)
-    left, right = (S[:r] ** 0.5, S[:r, None] ** 0.5) if symmetric else (S[:r], 1)
-    return right * V[:r], U[:, :r] * left
+    return _split(U[:, :r], S[:r], V[:r], symmetric)
+
+
+def _split(U: Any, S: Any, V: Any, symmetric: bool) -> tuple[Any, Any]:
+    left, right = (S**0.5, S[:, None] ** 0.5) if symmetric else (S, 1)
+    return right * V, U * left

@@ -7,9 +7,22 @@ the modelling files of transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+
+def declared_by(base: Checkpoint | None) -> tuple[str, ...]:
+    """Names of a base's tensors in the order in which its model declares them; empty where its files do not keep it."""
+    one = base is not None and len(base.files) == 1 and base.files[0].suffix in TORCH
+    return tuple(base.tensors) if base is not None and one else ()
+
+
+TORCH = frozenset({".bin", ".pt", ".pth"})
+"""Endings of torch files, which hold a state dict as it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +81,22 @@ ORDERS = {
 """model_type -> the order of its modules."""
 
 
-def in_order(paths: Collection[str], config: Mapping[str, Any] | None) -> list[str] | None:
-    """The paths as the base's model declares them; None where the family, or one of them, is not in the table."""
+def in_order(
+    paths: Collection[str], config: Mapping[str, Any] | None, declared: Sequence[str] = ()
+) -> list[str] | None:
+    """The paths as the base's model declares them; None where nothing tells.
+
+    Args:
+        paths: of modules.
+        config: the base's config, whose family the table may have.
+        declared: names of the base's tensors in the order of a state dict, see `declared_by`; safetensors files are
+            sorted instead.
+    """
     if len(paths) == 1:
         return list(paths)
+    if declared:
+        position = {name.rpartition(".")[0]: i for i, name in reversed(list(enumerate(declared)))}
+        return sorted(paths, key=position.__getitem__) if set(paths) <= position.keys() else None
     order = ORDERS.get(str((config or {}).get("model_type")))
     places = {} if order is None else {path: order.place(path) for path in paths}
     known = {path: place for path, place in places.items() if place is not None}

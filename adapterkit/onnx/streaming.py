@@ -39,7 +39,7 @@ def streamed(values: Sequence[ir.Value], out: Path) -> list[Path]:
     with stage.locked():
         try:
             execute([planned], stage, [NumpyArrays()], None, most_workers(), checksums=False)
-            stage.publish()
+            stage.publish_all()
         except BaseException:
             stage.discard()
             raise

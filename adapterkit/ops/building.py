@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Step
 from ..errors import Unsupported
+from ..metadata import METADATA, merged_metadata
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 from ..tensors.computed import held
@@ -84,6 +85,9 @@ def of_several(
     base = bases[0] if all(other == bases[0] for other in bases) else None
     lineages = [[_plain(step) for step in adapter.recipe] for adapter in adapters]
     named = [None if each is None else each.id for each in bases]
+    carried = merged_metadata(adapters)
+    if carried:
+        args |= {METADATA: carried}
     step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})
     return Adapter(updates, base, (step,))
 

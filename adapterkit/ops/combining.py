@@ -15,7 +15,7 @@ from .building import of_several, result_type
 from .evaluating import Evaluation
 from .methods import COMBINERS
 from .methods._method import made
-from .peers import resolved
+from .peers import peft_result, resolved
 from .places import places
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def combine(
     """
     if isinstance(adapters, (str, PathLike, Adapter)):
         raise UsageError("one adapter where a list belongs", cure="Pass a list of adapters")
-    name, values = resolved(method, compat)
+    name, values = resolved(method, compat, len(adapters))
     values |= parameters
     peers_rank = values.pop("rank", None)
     cut = peers_rank if rank is None else rank
@@ -82,7 +82,10 @@ def combine(
     asked = Asked(name, values, weights, each, found, len(read))
     own = {place.target: place.updates[0] for place in found}
     seen = None if base is None or not first.based else Weights(own, base)
-    work = Evaluation(asked, found, result_type(read, dtype), cut, seed, data, seen)
+    factor = 1.0
+    if compat == "peft":
+        cut, factor = peft_result(method, read, rank)
+    work = Evaluation(asked, found, result_type(read, dtype), cut, seed, data, seen, factor)
     updates = work.updates(read)
     said = {
         "method": name, "parameters": asked.record(first), "weights": asked.weights, "seed": seed,

@@ -34,10 +34,10 @@ class Evaluation:
 
     def __init__(
         self, asked: Asked, found: Sequence[Place], dtype: DType, rank: int | str | None, seed: int,
-        data: Callable[..., Any] | None, base: Weights | None,
+        data: Callable[..., Any] | None, base: Weights | None, factor: float = 1.0,
     ) -> None:  # fmt: skip
         self.asked, self.found, self.dtype, self.rank, self.seed, self.data = asked, found, dtype, rank, seed, data
-        self.base = base
+        self.base, self.factor = base, factor
         self.census = Census()
         self.learned: Mapping[Target, Array] | None = None
         self.asks: Callable[..., Any] | None = None
@@ -172,7 +172,7 @@ class Evaluation:
 
     def _weights(self, target: Target) -> list[float]:
         if self.learned is None:
-            return self.asked.weights_at(target)
+            return [weight * self.factor for weight in self.asked.weights_at(target)]
         return [w * float(c) for w, c in zip(self.asked.weights_at(target), self.learned[target], strict=True)]
 
     def _trial(self, read: Sequence[Adapter]) -> Trial:

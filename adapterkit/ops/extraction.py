@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
-from ..adapter import Adapter, BaseRef, Step, Target, canonical
+from ..adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
+from ..metadata import FINGERPRINT, METADATA, metadata_of
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
 from ..names.layouts import stored_in_out
-from ..names.ties import aliases, is_embedding
+from ..names.ties import aliases, find_tie, is_embedding
 from ..tensors.checkpoint import opened
 from ..tensors.dtypes import DTYPES
+from ..tensors.fingerprint import fingerprint
 from ..tensors.lazy import Lazy, from_numpy
 from .ahead import ahead
 from .at_base import view_of
@@ -127,7 +129,9 @@ def extract(
     if not updates:
         raise UsageError("the tuned model is the base, bit by bit", path=job.tuned.root, cure="Check the two paths")
     args = {**criterion.record(), "method": method, "embeddings": embeddings, "targets": list(targets)}
-    return Adapter(updates, _reference(job.base), (Step("extract", args),))
+    known = {FINGERPRINT: fingerprint(job.base), **job.tied()}
+    carried = _carried(job.tuned)
+    return Adapter(updates, _reference(job.base), (Step("extract", {**args, **known, **carried}),))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,6 +149,14 @@ class _Extraction:
     def aliases(self) -> Mapping[str, str]:
         """A head that the base ties to its embedding, by the name that the tuned model may store it under."""
         return aliases(self.base.tensors, self.base.config)
+
+    def tied(self) -> dict[str, str]:
+        """Which layers the changes are of, where the base ties its head to its embedding; an argument of the lineage.
+
+        A tuned model that has one tensor for both changed both by it.
+        """
+        tie = find_tie(self.base.tensors, self.base.config)
+        return {} if tie is None else {"tied": "untie" if tie.head in self.tuned.tensors else "merge"}
 
     def names(self, globs: tuple[str, ...]) -> list[str]:
         """The tuned tensors to look at, file by file.
@@ -273,10 +285,15 @@ def _exact_type(pairs: list[tuple[Array, Array]]) -> DType:
     return DTYPES["F64" if exact else "F32"]
 
 
+def _carried(tuned: Checkpoint) -> dict[str, dict[str, str]]:
+    """The strings in the headers of a tuned model's files, as an argument of the lineage; empty without any."""
+    pairs = [[key, value] for file in tuned.files for key, value in tuned.metadata.get(file, {}).items()]
+    found = metadata_of(Adapter({}, foreign=Foreign("", {METADATA: pairs})))
+    return {METADATA: found} if found else {}
+
+
 def _reference(base: Checkpoint) -> BaseRef:
     """What the adapter says of its base."""
-    import hashlib
-
     config = base.config
-    digest = None if config is None else hashlib.sha256(canonical(config).encode()).hexdigest()
+    digest = None if config is None else config_hash(config)
     return BaseRef(id=str((config or {}).get("_name_or_path") or base.root.name), config_hash=digest)

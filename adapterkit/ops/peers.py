@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported, UsageError, nearest
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
 
 Known = Mapping[str, tuple[str, Mapping[str, Any]]]
 
@@ -51,8 +55,13 @@ MERGEKIT: Known = {
 PEERS: Mapping[str, Known] = {"mergekit": MERGEKIT, "peft": PEFT}
 
 
-def resolved(name: str, compat: str | None) -> tuple[str, dict[str, Any]]:
+def resolved(name: str, compat: str | None, count: int = 0) -> tuple[str, dict[str, Any]]:
     """A method's name and the parameters with it, of a peer's name, one put together (`knots_ties`), or its own.
+
+    Args:
+        name: as the peer, or adapterkit, calls it.
+        compat: the peer.
+        count: how many adapters there are; PEFT takes one alone as `linear`, whatever is asked for.
 
     Raises:
         Unsupported: no method, or no peer, of that name.
@@ -60,7 +69,7 @@ def resolved(name: str, compat: str | None) -> tuple[str, dict[str, Any]]:
     from .methods import COMBINERS
 
     if compat is not None:
-        return _of_peer(name, compat)
+        return _of_peer("linear" if compat == "peft" and count == 1 and name in PEFT else name, compat)
     plug, _, rest = name.partition("_")
     if name not in COMBINERS and plug in COMBINERS and rest in COMBINERS and COMBINERS[plug].plug:
         return plug, {"then": rest}
@@ -79,3 +88,40 @@ def _of_peer(name: str, compat: str) -> tuple[str, dict[str, Any]]:
     method, values = known[name]
     inner = COMBINERS[values["then"]] if "then" in values else COMBINERS[method]
     return method, {**inner.compat.get(compat, {}), **values}
+
+
+def peft_result(name: str, adapters: Sequence[Adapter], rank: int | None) -> tuple[int | None, float]:
+    """What PEFT makes of a combination beside its formula: the rank it cuts to, and a factor of the result.
+
+    `add_weighted_adapter` copies the first adapter's config and sets alpha to the rank, so that the scaling is to be 1.
+    Where that config has `use_rslora`, the scaling is alpha / sqrt(rank), and the result is sqrt(rank) times as large
+    (PEFT 0.21.2). This is what the model then computes, and so it is computed here.
+
+    Args:
+        name: the combination type.
+        adapters: in their order.
+        rank: the rank that was asked for.
+
+    Returns:
+        the rank to cut to, None for none; and the factor.
+    """
+    ranks = [_rank(adapter) for adapter in adapters]
+    is_cut = name.endswith("svd") and len(adapters) > 1
+    cut = (rank or max(ranks)) if is_cut else rank
+    new_rank = sum(ranks) if name == "cat" and len(adapters) > 1 else cut if is_cut and cut else ranks[0]
+    return cut, math.sqrt(new_rank) if _config(adapters[0]).get("use_rslora") else 1.0
+
+
+def _config(adapter: Adapter) -> Mapping[str, Any]:
+    """The config of PEFT that an adapter was read with; only there it says whether its scalings were rsLoRA's."""
+    foreign = adapter.foreign
+    config = foreign.data.get("config") if foreign is not None and foreign.format == "peft" else None
+    return config if isinstance(config, Mapping) else {}
+
+
+def _rank(adapter: Adapter) -> int:
+    """The rank that PEFT allocates for an adapter: its config's largest."""
+    config = _config(adapter)
+    pattern = config.get("rank_pattern")
+    told = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
+    return max([rank for rank in told if isinstance(rank, int)], default=max(adapter.ranks, default=1))

@@ -22,7 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..errors import Malformed, StorageError, UsageError, nearest, places_errors
+from ..errors import Malformed, StorageError, UsageError, nearest, places_errors, shown
 
 SPELLINGS = {
     "lambda": "scale",
@@ -39,6 +39,12 @@ FLAGS: Mapping[str, tuple[str, str, str]] = {
 }
 """mergekit's switches -> our parameter, its value for true and for false."""
 
+_TASK_ARITHMETIC = frozenset({
+    "task_arithmetic", "ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
+})  # fmt: skip
+READERS = {"normalize": _TASK_ARITHMETIC | {"linear"}, "rescale": _TASK_ARITHMETIC}
+"""mergekit's switches -> its methods that look at them; the others ignore them (mergekit 0.1.5)."""
+
 HARMLESS = {"int8_mask": (True, False), "filter_wise": (False,)}
 """Parameters of mergekit's that change nothing here -> the values for which that is so."""
 
@@ -46,6 +52,9 @@ TOP = (
     "merge_method", "models", "adapters", "parameters", "base_model", "dtype", "out_dtype", "compat", "seed", "rank",
     "disjoint",
 )  # fmt: skip
+WORDS = ("merge_method", "base_model", "dtype", "out_dtype", "compat")
+"""Keys whose values are text; YAML takes `on` or `1e3` for something else."""
+
 MODEL = ("model", "adapter", "parameters")
 
 
@@ -83,6 +92,10 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
 def recipe(found: Any, path: Path | None = None) -> Recipe:
     """A recipe from plain data; see `read_recipe`."""
     top = _mapping(found, "recipe", TOP, path)
+    for name in WORDS:
+        if not isinstance(top.get(name), str | None):
+            why = f"{name} is {shown(top[name])}, not text"
+            raise Malformed(why, where=name, path=path, cure="See adapterkit combine --help")
     key = "adapters" if "adapters" in top else "models"
     entries = top.get(key)
     if "merge_method" not in top or not isinstance(entries, list) or not entries:
@@ -123,7 +136,7 @@ def _name(model: Mapping[str, Any], where: str, path: Path | None) -> str:
     return said[0]
 
 
-def _translated(found: Any, where: str, switches: frozenset[str], path: Path | None) -> dict[str, Any]:
+def _translated(found: Any, where: str, switches: Mapping[str, bool], path: Path | None) -> dict[str, Any]:
     """Parameters in our spelling."""
     if found is None:
         return {}
@@ -135,22 +148,34 @@ def _translated(found: Any, where: str, switches: frozenset[str], path: Path | N
             if value not in HARMLESS[key]:
                 raise UsageError(f"{key}={value!r} is not known here", where=where, path=path, cure="Leave it out")
             continue
+        if key in FLAGS and not switches.get(key, True):
+            continue
         name, said = _spelled(str(key), _filtered(value, f"{where}.{key}", path), switches)
         made[name] = said
     return made
 
 
-def _switches(method: Any, compat: Any) -> frozenset[str]:
-    """The method's own parameters that are true or false."""
+def _switches(method: Any, compat: Any) -> Mapping[str, bool]:
+    """The method's own parameters that are true or false, and mergekit's switches that it does not look at.
+
+    Returns:
+        name -> whether it means something. A recipe of mergekit's may set `normalize` and `rescale` for any method, and
+        those that do not know them ignore them.
+    """
     from .methods import COMBINERS
     from .peers import resolved
 
     name, values = resolved(str(method), compat)
     classes = [COMBINERS[each] for each in (name, values.get("then")) if each is not None]
-    return frozenset(n for cls in classes for n, f in cls.parameters().items() if f.metadata["kind"] is bool)
+    fields = {n: f.metadata["kind"] for cls in classes for n, f in cls.parameters().items()}
+    ignored = [
+        key for key, (ours, _, _) in FLAGS.items()
+        if compat == "mergekit" and (method not in READERS[key] or not {key, ours} & fields.keys())
+    ]  # fmt: skip
+    return {n: True for n, kind in fields.items() if kind is bool} | dict.fromkeys(ignored, False)
 
 
-def _spelled(key: str, value: Any, switches: frozenset[str]) -> tuple[str, Any]:
+def _spelled(key: str, value: Any, switches: Mapping[str, bool]) -> tuple[str, Any]:
     if key in FLAGS and isinstance(value, bool) and key not in switches:
         name, yes, no = FLAGS[key]
         return name, yes if value else no

@@ -15,7 +15,7 @@ from . import safetensors
 from .dtypes import DTYPES
 from .inputs import read_input
 from .lazy import Lazy, Span, read_span
-from .locations import located
+from .locations import exists, located
 from .marks import is_gguf
 from .strict_json import check_size, load_json
 from .torch_file import is_torch_file, read_torch_file
@@ -65,7 +65,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         UsageError: the folder holds no weights, or more than one set of them.
     """
     root = located(path)
-    if not root.exists():
+    if not exists(root):
         raise StorageError("no such file or folder", path=path, cure="Check the spelling of the path")
     files, index = _weight_files(root) if root.is_dir() else (_splits(root), None)
     tensors: dict[str, Lazy] = {}
@@ -186,7 +186,7 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, 
     names = sorted(set(weight_map.values()))
     files = tuple(contained(path.parent, name) for name in names)
     for file in files:
-        if not file.exists():
+        if not exists(file):
             why = f"names {file.name}, which is not there"
             raise Malformed(why, path=path, where="weight_map", cure="Fetch the missing shard")
     return files, (path, index)

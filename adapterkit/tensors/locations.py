@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterkitError, UsageError
+from ..errors import AdapterkitError, UsageError, storage_error
 from .atomic import write_bytes
 from .strict_json import load_json
 
@@ -54,6 +54,18 @@ def source_of(path: Path) -> Source | None:
         return None
     fits = isinstance(told, dict) and set(told) == {"uri", "repo", "commit"}
     return Source(**told) if fits and all(isinstance(value, str) for value in told.values()) else None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at a path.
+
+    Raises:
+        StorageError: the file system cannot tell: the name is too long, or a folder above may not be read.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise storage_error(error, path) from error
 
 
 def is_repo(name: str | None) -> bool:

@@ -42,11 +42,18 @@ def orthonormal_rows(R: Any) -> Any:
     return in_float32(lambda R: namespace(R).linalg.solve(namespace(R).linalg.cholesky(R @ R.mT), R), R)
 
 
-def neumann(Q: Any, terms: int) -> Any:
+def neumann(Q: Any, terms: int, doubled: bool = False) -> Any:
     """The first terms of the series of (I + Q) @ inverse(I - Q), the last of them once.
 
-    I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3; for three as for four.
+    I for one term, I + 2 Q for two, and I + 2 Q + ... + 2 Q^(n-2) + Q^(n-1) for n > 3; for three as for four. With
+    `doubled` the last term is taken twice, as the others are, and three terms are three.
     """
+    if doubled:
+        R = power = identity(Q)
+        for _ in range(1, terms):
+            power = power @ Q
+            R = R + 2 * power
+        return R
     R = identity(Q) + (2 * Q if terms > 1 else 0 * Q)
     power, count = Q, max(terms, 4) if terms > 2 else 2
     for exponent in range(2, count):
@@ -60,6 +67,16 @@ def shortened(Q: Any, square: Any, most: float, more: float) -> Any:
     where, long = namespace(Q).where, square > max(most - more, 0.0) ** 2
     norm = where(long, square, square * 0 + 1) ** 0.5
     return Q * where(long, most / (norm + more), norm * 0 + 1)
+
+
+def shortened_blocks(Q: Any, eps: float) -> Any:
+    """COFT: each block of Q held within its share of eps."""
+    return shortened(Q, (Q * Q).sum((1, 2))[:, None, None], eps / len(Q) ** 0.5, 0.0)
+
+
+def turned(Q: Any, terms: int, doubled: bool) -> Any:
+    """Rotations of skew-symmetric Q: the exact transform for 0 terms, else `neumann`."""
+    return neumann(Q, terms, doubled) if terms else cayley(Q)
 
 
 def turn_columns(X: Any, R: Any) -> Any:
@@ -108,6 +125,25 @@ def singular(W: Any) -> tuple[Any, Any, Any]:
         for part in torch.linalg.svd(host, full_matrices=False)
     )
     return U, S, V
+
+
+def singular_by_sketch(W: Any, r: int, steps: int, seed: int) -> tuple[Any, Any, Any]:
+    """U `[out, r]`, S `[r]` and V^T `[r, in]` of W's r largest singular values, as `torch.svd_lowrank` finds them.
+
+    It starts from random numbers: here those that torch's generator on the CPU draws from `seed`, whatever library W is
+    of, which is what PEFT seeds it with.
+    """
+    import numpy as np
+    import torch
+
+    live = isinstance(W, torch.Tensor)
+    host = (W.detach() if live else torch.tensor(np.asarray(W))).to("cpu", torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        U, S, V = torch.svd_lowrank(host, q=r, niter=steps)
+    return tuple(
+        part.to(W.device, W.dtype) if live else part.numpy().astype(W.dtype) for part in (U, S, V.T.contiguous())
+    )  # type: ignore[return-value]
 
 
 def _kind(array: Any) -> dict[str, Any]:

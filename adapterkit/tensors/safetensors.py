@@ -120,14 +120,22 @@ def lazy(path: str, entry: Entry) -> Lazy:
 
 
 def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:
-    """The header bytes, length prefix and padding included, for tensors laid out in the given order without gaps."""
+    """The header bytes, length prefix and padding included, for tensors laid out in the given order without gaps.
+
+    Raises:
+        Malformed: a name or the metadata is not text that UTF-8 can say.
+    """
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, dtype, shape in tensors:
         end = offset + math.prod(shape) * dtype.itemsize
         fields[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        why = f"a name or metadata with half of a surrogate pair ({error.object[error.start : error.end]!r})"
+        raise Malformed(why, where="header", cure="Rename it, or leave it out") from None
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 

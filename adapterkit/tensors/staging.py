@@ -26,11 +26,15 @@ from typing import BinaryIO
 
 from ..errors import AdapterkitError, StorageError, UsageError, first_line, storage_error
 from .atomic import lock, sync_folder, write_bytes
+from .records import attach, has_record, is_finished, record_of
 
 OVERWRITE = "Write to another path, or pass --overwrite (in Python overwrite=True)"
 
 WRITING = "writing"
 """Ends the name of a stage of no particular kind of work."""
+
+STAGES = {".writing", ".merging", ".pulling", ".adapterkit"}
+"""Names of stages, and of the record, in a folder that cannot be renamed."""
 
 LONGEST = 200
 """Bytes of a target's name that fit into the name of its stage; file systems allow 255 bytes in all."""
@@ -55,6 +59,7 @@ class Staging:
         self.place = self.target if self.inside else self.target.parent
         self.folder = self.place / (f".{suffix}" if self.inside else hidden_name(self.target.name, suffix))
         self.out = self.folder / "out"
+        self.record = self.place / (".adapterkit" if self.inside else hidden_name(self.target.name, "adapterkit"))
         self._journal = self.folder / "publishing"
         self._replaced = self.folder / "replaced"
 
@@ -80,28 +85,45 @@ class Staging:
         finally:
             remove_empty(self.folder, *made)
 
+    def has_record(self) -> bool:
+        """Whether the target says what it was made from."""
+        return has_record(self.target, self.record)
+
+    def is_finished(self, made_from: str) -> bool:
+        """Whether the target was made from this, and is as it was written."""
+        return is_finished(self.target, self.record, made_from)
+
     @property
     def is_published(self) -> bool:
         """Whether a run moved everything into place and only its stage was left behind."""
         moves = self._journaled()
         return bool(moves) and not any(_exists(staged) for staged, _ in moves) and _exists(moves[-1][1])
 
-    def publish(self, moves: Sequence[Move], gone: Iterable[Path] = ()) -> None:
+    def publish(
+        self, moves: Sequence[Move], gone: Iterable[Path] = (), *, durable: bool = False, record: bytes | None = None
+    ) -> None:
         """Move what was staged to its places, all of it or nothing.
 
         Args:
             moves: what goes where, the main file last. It leaves first and comes last, so that no reader finds it
                 beside another output's files.
             gone: more of the old output that is to go.
+            durable: what was staged is on disk already.
+            record: what the output was made from; see `records`. It is kept with the main file or folder.
 
         Raises:
             OSError: a rename failed; what was there before is there again.
         """
-        _sync(staged for staged, _ in moves)
+        if not durable:
+            _sync(staged for staged, _ in moves)
         old = [end for _, end in reversed(moves) if _exists(end)] + [path for path in gone if _exists(path)]
         if len(moves) == 1 and old == [moves[0][1]] and not moves[0][0].is_dir() and not old[0].is_dir():
             old = []  # A file replaces a file in one step, so that readers always find one of the two.
         kept = [(self._kept(path, old), path) for path in old]
+        if record is not None:
+            # Before the renames: a kill after the last one then finds the output recorded, and one before it finds
+            # a record of files that are not there.
+            attach(record, self.target if self.inside else moves[-1][0], self.record)
         remove(self._replaced)
         self._write_journal(moves, kept)
         try:
@@ -201,7 +223,12 @@ class Staging:
 
 @contextlib.contextmanager
 def staged(
-    target: Path, *, overwrite: bool = True, owns: Collection[str] | None = (), inputs: Iterable[Path] = ()
+    target: Path,
+    *,
+    overwrite: bool = True,
+    owns: Collection[str] | None = (),
+    inputs: Iterable[Path] = (),
+    made_from: str | None = None,
 ) -> Iterator[Path]:
     """Give a path to write to; at the end of the block what was written there takes the place of `target`.
 
@@ -217,6 +244,7 @@ def staged(
         overwrite: replace what is at `target`.
         owns: patterns of names in a folder that belong to the output; None means everything.
         inputs: the files that the output is made from; none of them is replaced.
+        made_from: a digest of what decides the output, by which a later run finds it finished.
 
     Raises:
         StorageError: the target is taken, or not a file or folder; another process is writing there; the disk is full.
@@ -238,9 +266,13 @@ def staged(
             yield path
             moves, gone = _planned(stage, path, owns, overwrite)
             check_inputs([*(end for _, end in moves), *gone, *replaced_at(stage.target, owns, path)], inputs)
+            record = None
+            if made_from is not None and moves:
+                written = {str(file.relative_to(stage.out)): file for file in files_below(stage.out)}
+                record = record_of(made_from, written)
             if path.is_dir() and stage.target.is_dir() and not stage.inside:
                 _keep(stage.target, path, owns)
-            stage.publish(moves, gone)
+            stage.publish(moves, gone, record=record)
         except OSError as error:
             raise storage_error(error, _outside(stage, error.filename)) from error
         except AdapterkitError as error:
@@ -250,13 +282,13 @@ def staged(
             stage.discard()
 
 
-def take_over(target: Path) -> None:
+def take_over(target: Path, suffix: str = WRITING) -> None:
     """Put back, or remove, what a killed run left at a target; without one this only looks.
 
     Raises:
         StorageError: another process is writing there.
     """
-    stage = Staging(target)
+    stage = Staging(target, suffix)
     if stage.folder.is_dir():
         with stage.locked():
             stage.discard()
@@ -280,7 +312,7 @@ def check_free(target: Path, overwrite: bool) -> None:
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             why = "neither a file nor a folder, so it is not replaced"
             raise StorageError(why, path=target, cure="Write to another path")
-        taken = not stat.S_ISDIR(mode) or bool({*os.listdir(target)} - {f".{WRITING}"})
+        taken = not stat.S_ISDIR(mode) or bool({*os.listdir(target)} - STAGES)
     except (FileNotFoundError, NotADirectoryError):
         taken = os.path.lexists(target)
     except OSError as error:

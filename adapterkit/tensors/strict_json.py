@@ -7,12 +7,17 @@ import math
 import re
 from typing import Any, NoReturn
 
-MAX_CONTAINERS = 1 << 22
-"""Objects and lists of a document. A header has three of them for a tensor: room for 1.4 million tensors."""
+MAX_QUOTES = 1 << 23
+"""Quotation marks of a document. A tensor takes ten in a header: room for 800,000 of them, eight times the most."""
+
+MAX_CONTAINERS = 1 << 21
+"""Objects and lists of a document; a tensor takes three."""
 
 MAX_VALUES = 1 << 24
-_UNCHECKED = 4 << 20
-"""Bytes of a document whose values are not counted: whatever it says, it takes less than 200 MB."""
+MAX_DEPTH = 100
+"""Objects and lists inside each other; real documents have about ten."""
+
+_BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def load_json(text: str) -> Any:
@@ -20,10 +25,10 @@ def load_json(text: str) -> Any:
 
     Raises:
         ValueError: not JSON; a key twice in one object; NaN, an infinity or a number too large for a float; half of a
-            surrogate pair; too many values (`check_size`).
-        RecursionError: nested too deeply.
+            surrogate pair; too many values, or nested too deeply (`check_size`).
+        RecursionError: nested so deeply that Python's own reader gives up.
     """
-    check_size(text.encode("utf-8", "surrogatepass") if len(text) > _UNCHECKED else b"")
+    check_size(text.encode("utf-8", "surrogatepass"))
     value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
@@ -31,18 +36,29 @@ def load_json(text: str) -> Any:
 
 
 def check_size(data: bytes) -> None:
-    """Check that a JSON document does not describe more values than a real one, before they are made.
+    """Check that a JSON document has no more values than a real one, and no more inside each other, before it is read.
 
-    Three bytes of text (`{},`) become an object of 64 bytes or more: 93 MB of them took 5 GB.
+    Three bytes of text (`{},`) become an object of 64 bytes or more: 93 MB of them took 5 GB. Depth is limited because
+    all that walks through the values calls itself once or more for each level.
 
     Raises:
-        ValueError: it does.
+        ValueError: there are too many.
     """
-    if len(data) <= _UNCHECKED:
-        return
-    bare = re.sub(rb'"(?:[^"\\]|\\.)*+"', b"", data, flags=re.DOTALL)
+    if data.count(b'"') > MAX_QUOTES:
+        raise ValueError(f"more than {MAX_QUOTES:,} quotation marks")
+    # A string that does not end goes on to the end: to look for its end from each of its quotes would be quadratic.
+    bare = re.sub(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', b"", data, flags=re.DOTALL)
     if bare.count(b"{") + bare.count(b"[") > MAX_CONTAINERS or bare.count(b",") > MAX_VALUES:
         raise ValueError(f"more than {MAX_CONTAINERS:,} objects and lists, or {MAX_VALUES:,} values")
+    brackets = bare.translate(None, _BUT_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        shorter = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        if len(shorter) == len(brackets):
+            break
+        brackets = shorter
+    # Of balanced brackets, those that are too deep are left; the parser refuses those that are not balanced.
+    if len(brackets) > MAX_DEPTH or b"[]" in brackets or b"{}" in brackets:
+        raise ValueError(f"more than {MAX_DEPTH} objects and lists inside each other")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -327,7 +327,8 @@ def of_lora(lora: Any, model: Any) -> Any:
     if isinstance(lora, IA3):
         return METHODS["ia3"](l=lora.lora_B[:, 0] * lora.scaling)
     if lora.use_dora:
-        return METHODS["dora"](A=lora.lora_A, B=lora.lora_B, magnitude=lora.m.weight[:, 0], scaling=lora.scaling)
+        factors = {"A": lora.lora_A, "B": lora.lora_B, "magnitude": lora.m.weight[:, 0]}
+        return METHODS["dora_outputs"](**factors, scaling=lora.scaling)
     return METHODS["lora"](A=lora.lora_A, B=lora.lora_B, scaling=lora.scaling)
 
 

@@ -67,6 +67,34 @@ LYCORIS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "locon_rs": ({"algo": "lora", "linear_dim": 3, "linear_alpha": 2, "rs_lora": True}, [Q, V]),
     "locon_half": ({"algo": "lora", "linear_dim": 3, "linear_alpha": 0.3}, [Q, V]),
     "dora": ({"algo": "lora", "linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "dora_wd": True}, [Q, V, CONV]),
+    "dora_inputs": (
+        {"algo": "lora", "linear_dim": 2, "linear_alpha": 3, "conv_dim": 2, "dora_wd": True, "wd_on_out": False},
+        [Q, V, CONV],
+    ),
+    "loha_dora": (
+        {"algo": "loha", "linear_dim": 2, "linear_alpha": 1, "conv_dim": 2, "conv_alpha": 1, "dora_wd": True},
+        [Q, FF, CONV],
+    ),
+    "loha_dora_inputs": (
+        {"algo": "loha", "linear_dim": 2, "linear_alpha": 1, "conv_dim": 2, "dora_wd": True, "wd_on_out": False},
+        [Q, CONV],
+    ),
+    "lokr_dora": (
+        {
+            "algo": "lokr",
+            "linear_dim": 1,
+            "linear_alpha": 2,
+            "conv_dim": 1,
+            "conv_alpha": 3,
+            "factor": 2,
+            "dora_wd": True,
+        },
+        [Q, FF, CONV],
+    ),
+    "lokr_dora_inputs": (
+        {"algo": "lokr", "linear_dim": 1000, "linear_alpha": 1, "factor": 2, "dora_wd": True, "wd_on_out": False},
+        [Q, FF],
+    ),
     "loha": ({"algo": "loha", "linear_dim": 2, "linear_alpha": 1, "conv_dim": 2, "conv_alpha": 1}, [Q, FF, CONV]),
     "loha_tucker": (
         {"algo": "loha", "linear_dim": 2, "linear_alpha": 1, "conv_dim": 2, "conv_alpha": 1, "use_tucker": True},
@@ -149,7 +177,8 @@ def lycoris(dest: Path) -> None:
         _forward(folder, {f"unet.{path}": (base.get_submodule(path), lora) for path, lora in loras.items()})
         if name not in REFUSED:
             _native(
-                folder, {f"unet.{path}": _update(lora, base.get_submodule(path), dtype) for path, lora in loras.items()}
+                folder,
+                {f"unet.{path}": _updates(lora, base.get_submodule(path), dtype) for path, lora in loras.items()},
             )
 
 
@@ -165,8 +194,17 @@ def _network(settings: dict[str, Any]) -> dict[str, Any]:
     return {names.get(k, k): v for k, v in given.items()}
 
 
+def _updates(lora: Any, layer: Any, dtype: Any) -> list[Any]:
+    """One module of LyCORIS' in native form; norms that are not LoRA's of outputs are an update of their own."""
+    update = _update(lora, layer, dtype)
+    if not getattr(lora, "wd", False) or update.method == "dora":
+        return [update]
+    norms = {"out" if lora.wd_on_out else "into": _as(lora.dora_scale, dtype).flatten()}
+    return [update, METHODS["weight_norm"](**norms, eps=torch.finfo(torch.float32).eps)]
+
+
 def _update(lora: Any, layer: Any, dtype: Any) -> Any:
-    """One module of LyCORIS' in native form."""
+    """The change of one module."""
     at = lambda n: _as(getattr(lora, n), dtype)  # noqa: E731
     kind = type(lora).__name__
     alpha = float(_as(lora.alpha, dtype)) if hasattr(lora, "alpha") else 1.0
@@ -176,7 +214,7 @@ def _update(lora: Any, layer: Any, dtype: Any) -> Any:
         if lora.tucker:
             A = torch.einsum("pqxy,qi->pixy", lora.lora_mid.weight.double(), A.flatten(1).double()).float()
         fields = {"A": A, "B": B.flatten(1), "scaling": alpha / rank}
-        if lora.wd:
+        if lora.wd and lora.wd_on_out:
             return METHODS["dora"](**fields, magnitude=at("dora_scale").flatten())
         return METHODS["lora"](**fields)
     if kind == "LohaModule":
@@ -408,7 +446,9 @@ def _forward(folder: Path, layers: dict[str, tuple[Any, Callable[[Tensor], Tenso
 
 def _native(folder: Path, updates: dict[str, Any]) -> None:
     ak.write(
-        ak.Adapter({ak.Target(path): (update,) for path, update in updates.items()}),
+        ak.Adapter(
+            {ak.Target(p): tuple(found) if isinstance(found, list) else (found,) for p, found in updates.items()}
+        ),
         folder / "expected.native.safetensors",
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.merge_methods import merge_tensors
+from mergekit.merge_methods import get, merge_tensors
 from safetensors.torch import save_file
 
 DEST = Path(__file__).parents[2] / "tests" / "data" / "mergekit.safetensors"
@@ -62,6 +62,23 @@ def cases() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"ramplus {epsilon}", "ramplus_tl", {"epsilon": epsilon}
     yield "ramplus whole", "ramplus_tl", {"epsilon": 0.7, "r": 0.3, "alpha": 10.0}
     yield "arcee fusion", "arcee_fusion", {}
+    # mergekit takes `normalize` and `rescale` of any method, and ignores them where the method does not look at them.
+    for method in sorted(PLAIN):
+        for flag in ("normalize", "rescale"):
+            for value in (True, False):
+                yield f"{method} {flag} {value}".lower(), method, {**PLAIN[method], flag: value}
+
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "arcee_fusion": {}, "breadcrumbs": {"weight": WEIGHTS, "density": 0.5, "gamma": 0.1},
+    "breadcrumbs_ties": {"weight": WEIGHTS, "density": 0.5, "gamma": 0.1},
+    "dare_linear": {"weight": WEIGHTS}, "dare_ties": {"weight": WEIGHTS}, "della": {"weight": WEIGHTS},
+    "della_linear": {"weight": WEIGHTS}, "karcher": {}, "linear": {"weight": WEIGHTS}, "model_stock": {},
+    "multislerp": {"weight": WEIGHTS}, "nearswap": {"t": 0.5}, "nuslerp": {"weight": [1.0, 3.0]},
+    "ram": {"epsilon": 0.7}, "ramplus_tl": {"epsilon": 0.7}, "sce": {"select_topk": 0.3}, "slerp": {"t": 0.3},
+    "task_arithmetic": {"weight": WEIGHTS}, "ties": {"weight": WEIGHTS, "density": 0.5},
+}  # fmt: skip
+"""Parameters of each method with which nothing is drawn at random."""
 
 
 WITHOUT_BASE = {"slerp", "karcher", "nuslerp", "linear"}
@@ -90,7 +107,12 @@ def main() -> None:
 
 
 def merged(tensors: dict[str, torch.Tensor], method: str, parameters: dict[str, Any], taken: list[int]) -> torch.Tensor:
-    """The change that mergekit makes of those taken."""
+    """The change that mergekit makes of those taken.
+
+    Its recipes ignore parameters that a method does not know, which `merge_tensors` refuses.
+    """
+    known = {each.name for each in get(method).spec.parameters}
+    parameters = {name: value for name, value in parameters.items() if name in known}
     changes = [tensors[f"delta.{t}"] for t in taken]
     if method in WITHOUT_BASE:
         base = 0 if method == "slerp" else None

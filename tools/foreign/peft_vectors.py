@@ -156,6 +156,7 @@ CASES = {
     ),
     "miss": Case(Layers, MissConfig(r=4, target_modules=["q", "up"])),
     "miss_mini": Case(Layers, MissConfig(r=2, mini_r=2, target_modules=["q", "up"], init_weights="mini")),
+    "miss_bat": Case(Layers, MissConfig(r=2, target_modules=["q", "up"], init_weights="bat")),
     "modules_to_save": Case(Layers, lora_config("q", modules_to_save=["head"])),
     "trainable_tokens": Case(llama, TrainableTokensConfig(token_indices=[5, 2], target_modules=["embed_tokens"])),
     "lora_tokens": Case(llama, lora_config("q_proj", trainable_token_indices=[8, 0, 3])),
@@ -204,8 +205,8 @@ def updates(model: Any, config: PeftConfig) -> Updates:
         elif isinstance(module, LoHaLayer):
             yield of_loha(path, module)
         elif isinstance(module, MissLayer):
-            field = "mini" if module.miss_fn == "mini" else "D"
-            yield ak.Target(path), METHODS["miss"](**{field: module.miss_block[NAME]})
+            method, field = {"mini": ("miss", "mini"), "bat": ("miss_bat", "B")}.get(module.miss_fn, ("miss", "D"))
+            yield ak.Target(path), METHODS[method](**{field: module.miss_block[NAME]})
         elif isinstance(module, TrainableTokensLayer):
             index = torch.tensor(module.token_indices[NAME])
             target = ak.Target(path.removesuffix(".token_adapter"), "in out *k")
@@ -229,7 +230,9 @@ def of_lora(path: str, module: Any, bias: str) -> Updates:
     if NAME in module.lora_magnitude_vector:
         tensors["magnitude"] = module.lora_magnitude_vector[NAME].weight.flatten()
     method = METHODS["dora" if "magnitude" in tensors else "lora"]
-    yield target, method(**tensors, scaling=module.scaling[NAME])
+    # The forward of an attention adds the change of its output projection twice.
+    times = 2 if path.endswith(".base_layer.out_proj") else 1
+    yield target, method(**tensors, scaling=times * module.scaling[NAME])
 
 
 def place(path: str, module: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import AdapterkitError, Malformed, UsageError
-from .._format import Format
+from .._format import Departure, Format
 from . import container
 from .file import AGAIN, Key, Module, Rules
 
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from .translate import Changed, Losses
 
 
+ALPHAS = {
+    "alpha_missing_or_zero": Departure(
+        "an alpha that is missing or 0 stands for the rank, so that the factor is 1",
+        "alpha / r: without an alpha the file is refused, and an alpha of 0 is the factor 0",
+    )
+}
+"""The rule of the trainers sd-scripts and LyCORIS: `alpha = lora_dim if alpha is None or alpha == 0 else alpha`."""
+
+
 class ImageFormat(Format, ABC):
     """One file of tensors; a subclass says what its keys look like, and how its modules are called.
 
@@ -31,7 +40,6 @@ class ImageFormat(Format, ABC):
         naming: `native` or `diffusers` where its files go by one naming; empty where they go by any.
     """
 
-    compat = frozenset({"kohya"})
     rules: ClassVar[Rules] = Rules()
     naming: ClassVar[str] = ""
 

@@ -15,14 +15,15 @@ from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...methods.replacement import Replacement
+from ...methods.weight_norm import WeightNorm
 from ...tensors.lazy import Lazy, as_lazy, from_numpy
 from ...updates import Update
 from .file import Rules, Stored
-from .laws import number
+from .laws import EPSILON, number
 
 _SLOTS: dict[type[Update], str] = {
     LoRA: "down", DoRA: "dora", LoHa: "hada_", LoKr: "lokr_", OFT: "oft_blocks", GLoRAProducts: "a1",
-    BOFTOutputs: "rescale", IA3Weights: "on_input", Dense: "diff", Replacement: "set_weight",
+    BOFTOutputs: "rescale", WeightNorm: "dora", IA3Weights: "on_input", Dense: "diff", Replacement: "set_weight",
 }  # fmt: skip
 """Method -> a slot that a dialect must have to say it."""
 
@@ -34,13 +35,21 @@ def why_not(update: Update, rules: Rules) -> str:
         return f"{update.method} is not among its methods"
     if isinstance(update, LoRA) and update.bias is not None and "bias" not in rules.slots:
         return "lora with a bias"
-    if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and "alpha" in rules.slots:
+    if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and _rank_for_zero(rules):
         return "a scaling of 0, which it takes for the rank"
     if isinstance(update, OFT):
         return _why_not_oft(update, rules)
+    if isinstance(update, WeightNorm):
+        if rules.peft:
+            return "magnitudes that are not DoRA's"
+        return "" if update.eps == EPSILON else f"norms without an epsilon of {EPSILON}"
     if _unscaled(update, rules) and update.attributes["scaling"] != 1:
         return f"{update.method} with a scaling, for which it has no slot"
     return ""
+
+
+def _rank_for_zero(rules: Rules) -> bool:
+    return "alpha" in rules.slots and not rules.by_formula
 
 
 def _why_not_oft(update: OFT, rules: Rules) -> str:
@@ -107,6 +116,10 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[Stored]:
     if isinstance(update, GLoRAProducts):
         slots = [Stored(name.lower(), leaf, name) for name, leaf in leaves.items()]
         return [*slots, _alpha(update, leaves["A2"].shape[0])]
+    if isinstance(update, WeightNorm):
+        ones = [1] * kernel
+        shapes = {"out": (-1, 1, *ones), "into": (1, -1, *ones)}
+        return [Stored("dora", leaf.reshape(*shapes[name]), name) for name, leaf in leaves.items()]
     if isinstance(update, IA3Weights):
         import numpy as np
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ...errors import Malformed
 from ...tensors.lazy import Lazy
 from ...tensors.scalars import value_of
 from ...updates import Update
+from .._format import FORMULA
 
 if TYPE_CHECKING:
     from ...tensors.lazy import Leaf
@@ -76,8 +77,9 @@ class Rules:
     """How a dialect says scalings.
 
     Attributes:
-        alpha_needed: every module has an alpha, so that one without it is damaged.
-        lenient: an alpha that is missing or zero stands for the rank, as its own tools take it.
+        alpha_needed: its trainers write an alpha for every module, and take one that is missing or 0 for the rank.
+        by_formula: a missing alpha is an error and an alpha of 0 a factor of 0, as in the paper's formula; otherwise
+            both stand for the rank, as in the forward of its tools.
         oft_zero: what an OFT's alpha of 0 is: no constraint (True), or no rotation at all (False).
         norms: changes of vectors have the slots of norms.
         peft: DoRA's magnitude has PEFT's shape, [out], or [1, out, 1, ...] of a convolution; else [out, 1, ...].
@@ -85,11 +87,16 @@ class Rules:
     """
 
     alpha_needed: bool = False
-    lenient: bool = False
+    by_formula: bool = False
     oft_zero: bool = True
     norms: bool = False
     peft: bool = False
     slots: tuple[str, ...] = ()
+
+
+def rules_for(rules: Rules, compat: str | None) -> Rules:
+    """The rules of a dialect in the reading that was asked for."""
+    return replace(rules, by_formula=compat == FORMULA)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -27,7 +27,7 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         shapes: key -> shape that the file had, where the writer would choose another of as many elements.
         without_alpha: modules that had no alpha.
         derived: key of a tensor that is only kept -> fingerprint of the field that was computed from it.
-        compat: the tool whose faults were wanted.
+        compat: the reading that was asked for.
     """
 
     metadata: list[tuple[str, str]] = []

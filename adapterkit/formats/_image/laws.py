@@ -21,6 +21,7 @@ from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...methods.replacement import Replacement
+from ...methods.weight_norm import WeightNorm
 from ...tensors.dtypes import DTYPES
 from ...tensors.lazy import Lazy, as_array
 from ...tensors.scalars import number_of
@@ -42,6 +43,8 @@ def decode(module: Module, rules: Rules) -> list[Found]:
     if not laws:
         raise Malformed("an alpha of nothing", where=module.where, cure=AGAIN)
     found = [law(module, rules) for law in laws]
+    if "dora" in module.tensors and isinstance(found[-1].update, (LoHa, LoKr, LoRA)):
+        found.append(_normed(module, found[-1].update))
     used = {slot for each in found for slot in (*each.fields.values(), *each.kept)}
     left = next((slot for slot in module.tensors if slot not in used and slot not in OTHERS), None)
     if left is not None:
@@ -57,23 +60,23 @@ def _laws(slots: tuple[str, ...]) -> list[Callable[[Module, Rules], Found]]:
 
 
 def scaling(module: Module, rank: int, rules: Rules) -> float:
-    """alpha / rank.
+    """alpha / rank; 1 for an alpha that is missing or 0, unless the formula is wanted.
 
     Raises:
-        Malformed: the alpha is missing where the dialect always has one, or zero.
+        Malformed: the formula is wanted, and the alpha is missing where the dialect always has one; the alpha is 0, and
+            the dialect's tools do not take that for the rank.
     """
     if "alpha" not in module.tensors:
-        if rules.alpha_needed and not rules.lenient:
-            raise Malformed("it has no alpha", where=module.where, cure=_LENIENT)
+        if rules.alpha_needed and rules.by_formula:
+            raise Malformed("it has no alpha", where=module.where, cure=_WITHOUT_ALPHA)
         return 1.0
     alpha = module.number("alpha")
-    if alpha == 0 and not rules.lenient:
-        raise Malformed(
-            "its alpha is 0, so that nothing would be left of it", where=module.keys["alpha"], cure=_LENIENT
-        )
+    if alpha == 0 and not (rules.alpha_needed or rules.by_formula):
+        why = "its alpha is 0, so that nothing would be left of it"
+        raise Malformed(why, where=module.keys["alpha"], cure=AGAIN)
     if rank < 1:
         raise ShapeMismatch("a rank of 0", where=module.where, cure=AGAIN)
-    return alpha / rank if alpha else 1.0
+    return alpha / rank if alpha or rules.by_formula else 1.0
 
 
 def _lora(module: Module, rules: Rules) -> Found:
@@ -88,7 +91,7 @@ def _lora(module: Module, rules: Rules) -> Found:
         derived = {"down": "A", "mid": "A"}
     if "bias" in module.tensors:
         leaves["bias"], fields["bias"] = module.tensors["bias"], "bias"
-    if "dora" in module.tensors:
+    if _is_dora(module):
         if "bias" in module.tensors:
             raise Unsupported("DoRA with a bias of its own", where=module.keys["bias"], cure="Merge it with its tool")
         leaves["magnitude"], fields["magnitude"] = _magnitude(module), "dora"
@@ -123,23 +126,47 @@ LARGEST = 1 << 31
 """Numbers that a kernel made of a core may have."""
 
 
+def _is_dora(module: Module) -> bool:
+    """Whether a LoRA has a magnitude an output, which is DoRA; one an input is a normalisation behind it."""
+    return "dora" in module.tensors and _per_output(module, module.tensors["up"].shape[0])
+
+
+def _per_output(module: Module, out: int) -> bool:
+    """Whether magnitudes are [out, 1, ...], or [1, out, 1, ...] of PEFT's convolutions."""
+    shape = module.tensors["dora"].shape
+    if "lora_magnitude_vector" in module.keys["dora"] and shape[:2] == (1, out):
+        return all(n == 1 for n in shape[2:])
+    return shape[:1] == (out,) and all(n == 1 for n in shape[1:])
+
+
 def _magnitude(module: Module) -> Lazy:
-    """One magnitude an output: [out, 1, ...], or [1, out, 1, ...] of PEFT's convolutions."""
-    leaf, out = module.tensors["dora"], module.tensors["up"].shape[0]
-    behind = leaf.shape[1:] if leaf.shape[:1] == (out,) else (0,)
-    if "lora_magnitude_vector" in module.keys["dora"] and leaf.shape[:2] == (1, out):
-        behind = leaf.shape[2:]
-    if any(n != 1 for n in behind):
-        why = f"magnitudes {list(leaf.shape)}, which are not one for each of {out} outputs"
-        raise Unsupported(why, where=module.keys["dora"], cure="Merge it with LyCORIS; here DoRA has one an output")
-    return leaf.reshape(out)
+    return module.tensors["dora"].reshape(-1)
+
+
+def _normed(module: Module, update: Any) -> Found:
+    """Magnitudes behind a LoHa, a LoKr or a LoRA: [out, 1, ...], or with wd_on_output=False [1, in, 1, ...]."""
+    shape = module.tensors["dora"].shape
+    sizes = [n for n in shape if n != 1]
+    if len(shape) < 2 or len(sizes) > 1 or any(n != 1 for n in shape[2:]):
+        why = f"magnitudes {list(shape)}, which are one for each output or input"
+        raise Unsupported(why.replace("which are", "which are not"), where=module.keys["dora"], cure=AGAIN)
+    inputs, dims = shape[0] == 1 and shape[1] != 1, update.dims()
+    width = dims.get("in" if inputs else "out")
+    if width not in (None, sizes[0] if sizes else 1):
+        why = f"magnitudes {list(shape)} of a module with {width} {'inputs' if inputs else 'outputs'}"
+        raise ShapeMismatch(why, where=module.keys["dora"], cure=AGAIN)
+    leaves: dict[str, Any] = {"into" if inputs else "out": _magnitude(module)}
+    return Found(WeightNorm(**leaves, eps=EPSILON), dict.fromkeys(leaves, "dora"))
+
+
+EPSILON = 2.0**-23
+"""What LyCORIS adds to a norm that it divides by: float32's own epsilon."""
 
 
 def _loha(module: Module, rules: Rules) -> Found:
     needed = [f"hada_w{n}_{x}" for n in (1, 2) for x in "ab"]
     cored = any(slot.startswith("hada_t") for slot in module.tensors)
     module.need(*needed, *(("hada_t1", "hada_t2") if cored else ()))
-    _no_dora(module)
     fields, leaves = dict[str, str](), dict[str, Any]()
     for n in (1, 2):
         a, b = module.tensors[f"hada_w{n}_a"], module.tensors[f"hada_w{n}_b"]
@@ -152,7 +179,6 @@ def _loha(module: Module, rules: Rules) -> Found:
 
 
 def _lokr(module: Module, rules: Rules) -> Found:
-    _no_dora(module)
     slots = [slot for slot in module.tensors if slot.startswith("lokr_")]
     cored = "lokr_t2" in module.tensors
     fields = {slot.removeprefix("lokr_"): slot for slot in slots}
@@ -187,9 +213,7 @@ def _oft(module: Module, rules: Rules) -> Found:
 
 def _constraint(module: Module, rules: Rules) -> float:
     if "alpha" not in module.tensors:
-        if rules.lenient:
-            return 0.0
-        raise Malformed("it has no alpha, which is the constraint", where=module.where, cure=_LENIENT)
+        raise Malformed("it has no alpha, which is the constraint", where=module.where, cure=AGAIN)
     alpha = module.number("alpha")
     if alpha < 0 or (alpha == 0 and not rules.oft_zero):
         why = f"a constraint of {alpha}, under which nothing turns"
@@ -296,4 +320,4 @@ def number(value: float) -> Lazy:
     return number_of(float(value).hex())
 
 
-_LENIENT = "Its tools take the rank instead: allow that with compat='kohya', or write the file again"
+_WITHOUT_ALPHA = 'Read it without --compat formula (compat="formula"): its tools take the rank instead'

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...adapter import Adapter, Foreign, Step, Target
 from ...errors import AdapterkitError, Malformed
 from ...tensors.scalars import at_once
 from .biases import check_biases
+from .file import rules_for
 from .laws import decode
 from .leftovers import Leftovers
 from .placing import placed
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ...updates import Update
     from .container import Metadata
     from .dialect import ImageFormat
-    from .file import Found, Rules
+    from .file import Found
 
 
 def decoded(
@@ -36,7 +36,7 @@ def decoded(
     targets = dialect.targets(modules, dict(metadata), base)
     _check_distinct(targets)
     check_biases(modules, dialect.switch)
-    rules, updates, hints = _rules(dialect, compat), dict[Target, tuple["Update", ...]](), Leftovers()
+    rules, updates, hints = rules_for(dialect.rules, compat), dict[Target, tuple["Update", ...]](), Leftovers()
     for stem, module in modules.items():
         found = [dialect.rescaled(each, stem, dict(metadata)) for each in decode(module, rules)]
         _check_shapes(stem, found)
@@ -48,10 +48,6 @@ def decoded(
     kept = {key: tensors[key] for key in hints.kept}
     name = dialect.name()
     return Adapter(placed_there, None, (Step("read", {"format": name}),), Foreign(name, data, kept))
-
-
-def _rules(dialect: ImageFormat, compat: str | None) -> Rules:
-    return replace(dialect.rules, lenient=True) if compat else dialect.rules
 
 
 def _check_shapes(stem: str, found: list[Found]) -> None:

@@ -7,9 +7,15 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ...errors import Unrepresentable
+from ...metadata import with_metadata
+from ...methods.loha import LoHa
+from ...methods.lokr import LoKr
+from ...methods.lora import LoRA
+from ...methods.weight_norm import WeightNorm
 from ...tensors.lazy import Lazy, as_lazy
 from .biases import mixed_biases
 from .encode import encode, why_not
+from .file import rules_for
 from .folding import rewritten
 from .hints import Hints, fingerprint, hints_of
 from .leftovers import still
@@ -35,11 +41,12 @@ def encoded(
         Unrepresentable: the dialect cannot say it and `on_loss` does not allow otherwise.
     """
     hints = hints_of(adapter, dialect.name())
-    rules = dialect.rules_in(file, hints)
+    rules = rules_for(dialect.rules_in(file, hints), hints.compat)
     kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
     updates, lines = _expressible(dialect, rules, adapter.updates, hints, on_loss)
     stems = _stems(dialect, updates, hints)
     metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
+    metadata = with_metadata(metadata, adapter)
     tensors: dict[str, Lazy] = {}
     for target, found in updates.items():
         for position, update in enumerate(found):
@@ -132,12 +139,16 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) 
     )
     for target, found in updates.items():
         slots: set[str] = set()
+        before: Update | None = None
         for update in found:
             why = why_not(update, rules)
             if not why and target.layout != "out *in" and hasattr(update, "A"):
                 why = f"{update.method} on a weight stored as {target.layout}"
             if not why and str(target) not in hints.stems and dialect.stem(target, paths, update) is None:
                 why = "rows of a weight" if target.rows else "a module of no part of an image model"
+            if isinstance(update, WeightNorm) and not isinstance(before, (LoHa, LoKr, LoRA)):
+                why = "norms that are not behind a LoRA, a LoHa or a LoKr"
+            before = update
             if not why:
                 own = {stored.slot for stored in encode(update, rules)}
                 why = "several updates of one law on one module" if own & slots else ""

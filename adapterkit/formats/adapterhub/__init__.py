@@ -7,13 +7,16 @@ sub-dict `config`. One family an `architecture` turns keys into updates and back
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import AdapterkitError
-from .._format import Format, derived
+from .._format import FORMULA, Departure, Format, derived
 from .container import CONFIG, HEAD_CONFIG, HEADS, INTERFACE, SAFETENSORS, TORCH, load, save, sniff
+from .readings import DEPARTURES, REFT
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ...adapter import Adapter
     from ...tensors.checkpoint import Checkpoint
 
@@ -30,7 +33,8 @@ class AdapterHub(Format):
     url = "https://docs.adapterhub.ml/loading.html"
     description = "AdapterHub's adapters: adapter_config.json beside pytorch_adapter.bin or adapter.safetensors"
     methods = derived(_methods)
-    compat = frozenset({"adapters"})
+    departures: ClassVar[Mapping[str, Departure]] = DEPARTURES
+    compat = frozenset({FORMULA, *REFT})
     owns = frozenset({CONFIG, SAFETENSORS, TORCH, INTERFACE, HEAD_CONFIG, *HEADS})
 
     def sniff(self, path: Path) -> bool:

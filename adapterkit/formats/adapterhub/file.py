@@ -10,6 +10,7 @@ from ...errors import Malformed
 from ...methods import METHODS
 from ...names.layouts import stored_in_out
 from ...tensors.lazy import Lazy
+from .._format import FORMULA
 
 if TYPE_CHECKING:
     from ...adapter import Target
@@ -29,7 +30,7 @@ class Part:
         own: the fields of this config.
         tensors: parsed key -> tensor, in file order.
         base: the base, where one was given.
-        compat: the tool whose faults are wanted, if any.
+        compat: the reading that was asked for, see `Format`.
         at: where this config lies in the file's: `config`, or `config.configs[1]`.
         heads: of the keys and values of a prefix, where that is known without the base.
     """
@@ -41,6 +42,11 @@ class Part:
     compat: str | None = None
     at: str = "config"
     heads: int | None = None
+
+    @property
+    def by_formula(self) -> bool:
+        """Whether the paper's formula is to be read where the library's forward departs from it."""
+        return self.compat == FORMULA
 
     def groups(self, kind: str) -> dict[str, dict[str, Key]]:
         """Module -> slot -> key, for the keys of a kind.

@@ -22,7 +22,7 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         file: name of the file of tensors.
         root: the path of the base model in its keys, where something tells.
         keys: key that the writer would choose -> key that the file had.
-        compat: the tool whose faults were wanted.
+        compat: the reading that was asked for.
         interface: the plugin interface beside it.
         head: config of its prediction head.
         head_file: name of that head's file of tensors.

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..peft.alphas import exact_alpha
+from .file import make
 from .places import family_of_base, model_type_of, role
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def compose(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
         "output_lora": "output" in words,
         "r": rank,
         "selfattn_lora": not words.isdisjoint(QKV),
-        "use_dora": some.method == "dora",
+        "use_dora": some.method in ("dora", "dora_outputs"),
         "use_gating": some.method == "gated_lora",
         "vera_b": 0.0 if vera else None,
         "vera_d": 0.1 if vera else None,
@@ -81,11 +82,13 @@ def _why_not(target: Target, update: Any, base: Checkpoint | None) -> str:
     scaling = float(update.attributes.get("scaling", 1.0))
     if exact_alpha((int(update.A.shape[0]), scaling), rslora=False) is None:
         return "no alpha gives its scaling exactly"
+    if update.method == "dora_outputs":
+        return "dora on a weight stored [in, out]" if target.layout != "out *in" else ""
     return _why_not_dora(target, update, base) if update.method == "dora" else ""
 
 
 def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
-    """The library divides by |W + B A| without the scaling, and multiplies the layer's bias too."""
+    """The library computes dora_outputs: the same function where the scaling is 1 and the layer has no bias."""
     if target.layout != "out *in":
         return "dora on a weight stored [in, out]"
     if update.scaling != 1:
@@ -94,6 +97,17 @@ def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
         return "dora, whose bias the library would scale: whether there is one only the base tells"
     names = [name for name in base.tensors if f".{name}".endswith(f".{target.path}.bias")]
     return "dora on a layer with a bias, which the library would scale" if names else ""
+
+
+def on_outputs(updates: Updates, base: Checkpoint | None) -> Updates:
+    """The same functions, with each DoRA that the library computes alike in the library's own form."""
+    return {target: tuple(_on_outputs(target, update, base) for update in found) for target, found in updates.items()}
+
+
+def _on_outputs(target: Target, update: Any, base: Checkpoint | None) -> Any:
+    if update.method != "dora" or len(update.A.shape) != 2 or _why_not_dora(target, update, base):
+        return update
+    return make("dora_outputs", update.tensors, scaling=update.scaling)
 
 
 def _words(updates: Updates, base: Checkpoint | None) -> set[str]:

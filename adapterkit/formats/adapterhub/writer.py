@@ -16,6 +16,7 @@ from .config import RELEASE
 from .container import SAFETENSORS, Content
 from .families import family_of
 from .hints import FORMAT, HEAD, Hints, hints_of
+from .layers import on_outputs
 from .naming import Naming, root_of
 from .places import family_of_base, model_type_of
 from .proof import says
@@ -43,7 +44,7 @@ def encode(adapter: Adapter, *, on_loss: str, base: Checkpoint | None) -> tuple[
         if says(content, adapter.updates, compat=hints.compat, base=base):
             return content, []
     updates, lines = expressible(
-        adapter.updates, lambda held: _losses(held, base),
+        on_outputs(adapter.updates, base), lambda held: _losses(held, base),
         dialect="AdapterHub", place="an AdapterHub folder", on_loss=on_loss,
     )  # fmt: skip
     content = _content(adapter, updates, hints, _config(adapter, updates, hints, base))

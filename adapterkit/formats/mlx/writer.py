@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...adapter import Adapter, Target
 from ...errors import Malformed, Unrepresentable
+from ...metadata import with_metadata
 from ...methods.dora import DoRA
 from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
@@ -45,7 +46,11 @@ def written(adapter: Adapter, on_loss: str) -> tuple[str, dict[str, Lazy], Mappi
     only = all(isinstance(update, Replacement) for _, update in adapter)
     config, tensors, lines = _whole(adapter, hints) if only else _encode(adapter, hints, on_loss)
     text = json.dumps(dict(sorted(config.items())), indent=4)
-    return _as_read(config, hints) or text, in_order(tensors, hints), hints.get("metadata", METADATA), lines
+    return _as_read(config, hints) or text, in_order(tensors, hints), _metadata(adapter, hints), lines
+
+
+def _metadata(adapter: Adapter, hints: Mapping[str, Any]) -> dict[str, str]:
+    return dict(with_metadata(hints.get("metadata", METADATA).items(), adapter))
 
 
 def _encode(

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import AdapterkitError
-from .._format import Format, derived
-from .container import CONFIG, SAFETENSORS, TORCH, load, save, sniff
+from ...metadata import read_with, with_metadata
+from .._format import FORMULA, Departure, Format, derived
+from .container import CONFIG, METADATA, SAFETENSORS, TORCH, header_of, load, save, sniff
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ...adapter import Adapter
     from ...tensors.checkpoint import Checkpoint
 
@@ -22,7 +25,16 @@ def _methods() -> frozenset[str]:
     from .families import FAMILIES
     from .pairs import BESIDE
 
-    return frozenset(m.__module__.rpartition(".")[2] for m in (*BESIDE, *(f.method for f in FAMILIES.values())))
+    return frozenset(
+        m.__module__.rpartition(".")[2] for m in (*BESIDE, *(m for f in FAMILIES.values() for m in f.methods()))
+    )
+
+
+def _departures() -> Mapping[str, Departure]:
+    from .families import FAMILIES
+    from .lora import DEPARTURES
+
+    return DEPARTURES | {name: each for family in FAMILIES.values() for name, each in family.departures.items()}
 
 
 def _profiles() -> frozenset[str]:
@@ -37,7 +49,8 @@ class Peft(Format):
     url = "https://huggingface.co/docs/peft/developer_guides/checkpoint"
     description = "Hugging Face PEFT: adapter_config.json beside adapter_model.safetensors or .bin"
     methods = derived(_methods)
-    compat = frozenset({"peft"})
+    departures = derived(_departures)
+    compat = frozenset({FORMULA})
     profiles = derived(_profiles)
     owns = frozenset({CONFIG, SAFETENSORS, TORCH})
 
@@ -49,9 +62,11 @@ class Peft(Format):
 
         config, tensors = load(path)
         try:
-            return decode(config, tensors, compat=compat, base=base)
+            adapter = decode(config, tensors, compat=compat, base=base)
         except AdapterkitError as error:
             raise error.at(path=path) from None
+        further = {key: value for key, value in header_of(path).items() if METADATA.get(key) != value}
+        return read_with(adapter, further)
 
     def write(
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
@@ -59,7 +74,7 @@ class Peft(Format):
         from .writer import encode
 
         config, tensors, lines = encode(adapter, on_loss=on_loss, base=base)
-        save(path, config, tensors)
+        save(path, config, tensors, dict(with_metadata(METADATA.items(), adapter)))
         return lines
 
     def fit(self, adapter: Adapter, profile: str, *, on_loss: str = "refuse") -> tuple[Adapter, list[str]]:

@@ -60,7 +60,16 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
     return read_json(folder / CONFIG, strict=True), read_tensors(weights)
 
 
-def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> None:
+def header_of(path: Path) -> dict[str, str]:
+    """The strings in the header of a folder's safetensors file. PEFT ignores them; other tools leave notes there."""
+    folder = folder_of(path)
+    weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
+    return dict(safetensors.read_header(weights).metadata) if weights.suffix == ".safetensors" else {}
+
+
+def save(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy], header: Mapping[str, str] = METADATA
+) -> None:
     """Write the folder, its config last: without one it is no adapter.
 
     Raises:
@@ -68,7 +77,7 @@ def save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Lazy]) -
     """
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     make_folder(folder)
-    safetensors.write(folder / SAFETENSORS, tensors, METADATA)
+    safetensors.write(folder / SAFETENSORS, tensors, header)
     write_bytes(folder / CONFIG, text.encode())
 
 

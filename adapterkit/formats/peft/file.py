@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ...binding.fitting import live_shape
 from ...methods import METHODS
 from ...updates import Update
+from .._format import FORMULA
 from .keys import Key
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class File:
         settings: what its config says.
         tensors: key -> tensor, in file order.
         base: the base, if the caller gave one.
-        compat: whose faults to reproduce.
+        compat: the reading that was asked for, see `Format`.
         parameters: stem -> parameter of the base, where the caller knows what the file does not say.
         known: path -> the update that the file is to say there, when it is read to prove what is written.
         omitted: word -> tensor that all modules share and the file leaves out, where the caller knows it.
@@ -40,6 +41,11 @@ class File:
     parameters: Mapping[str, str] = field(default_factory=dict)
     known: Mapping[str, Update] = field(default_factory=dict)
     omitted: Mapping[str, Lazy] = field(default_factory=dict)
+
+    @property
+    def by_formula(self) -> bool:
+        """Whether the paper's formula is to be read where PEFT's forward departs from it."""
+        return self.compat == FORMULA
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
         """Stem -> (part, leaf) -> key, for the keys of these parts."""

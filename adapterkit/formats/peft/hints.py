@@ -25,12 +25,14 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         targets: fingerprint of the targets that were read: whether the config's lists of modules still hold.
         prefix: what all keys begin with.
         keys: key that the writer would choose -> key that the file had, where nothing in the updates tells.
+        compat: the reading that was asked for; what is written must give the same adapter in the same reading.
         shapes: key -> shape that the file had, where the writer would choose another of as many elements.
     """
 
     config: dict[str, Any] = {}
     targets: str = ""
     prefix: str = PREFIX
+    compat: str | None = None
     keys: dict[str, str] = {}
     shapes: dict[str, list[Size]] = {}
 

@@ -1,7 +1,8 @@
 """LoRA, DoRA and LoRA-XS on modules: linear layers, convolutions, embeddings, attention.
 
 An embedding's factors see the table [vocabulary, dimension] from its other side, which is the layout `in out *k`. Of
-`nn.MultiheadAttention` PEFT adapts both projections by one rank and one alpha, those of the attention's own name.
+`nn.MultiheadAttention` PEFT adapts both projections by one rank and one alpha, those of the attention's own name; its
+forward adds the change of the output projection twice (https://github.com/huggingface/peft/pull/3774).
 """
 
 from __future__ import annotations
@@ -10,12 +11,26 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from ...errors import Malformed, ShapeMismatch, Unsupported
+from .._format import Departure
 from . import experts, merged_linear
 from .factors import Factors, adapt, check_rank, find_factors
 from .file import File, Findings, Found, Kept
+from .pairs import OUTPUT_TIMES
 
 if TYPE_CHECKING:
     from ...tensors.lazy import Lazy
+
+DEPARTURES = {
+    "attention_output_twice": Departure(
+        "the change of the output projection of nn.MultiheadAttention is added twice",
+        "it is added once",
+    ),
+    "attention_input_bias": Departure(
+        "with lora_bias, the bias of the input projection of nn.MultiheadAttention has no effect",
+        "it is added to the projection's bias",
+    ),
+}
+"""Where PEFT's forward departs from the formulas of LoRA and its variants."""
 
 TRAINING = ("lora_monteclora_sampler", "lora_velora_embed")
 """First words of the parts that matter in training only."""
@@ -57,11 +72,11 @@ def _module(file: File, factors: Factors, attentions: Collection[str]) -> Findin
     if "R" in factors.tensors:
         tensors["R"] = factors.tensors["R"]
     keys, times = dict(factors.keys), 1.0
-    if file.compat == "peft" and name in attentions:
+    if name in attentions and not file.by_formula:
         if name == path and "bias" in tensors:
             del tensors["bias"]
             yield Kept(keys.pop("bias"))
-        times = 1.0 if name == path else 2.0
+        times = 1.0 if name == path else OUTPUT_TIMES
     if path == name and path in attentions:
         path = f"{path}.in_proj_weight"
     update = adapt(file.settings, name, tensors, times, embedding=factors.embedding)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
 
 from ...methods.dora import DoRA
 from ...methods.grouped_lora import GroupedLoRA
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from ...updates import Update
 
 
-def find_losses(updates: Updates, base: Checkpoint | None) -> list[Loss]:
-    """Every update that a PEFT file has no words for, each once."""
+def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = False) -> list[Loss]:
+    """Every update that a PEFT file has no words for, each once; `by_formula` as for reading it."""
     found: dict[tuple[Target, int], str] = {}
-    parties = (_biases(updates, base), _attentions(updates), _families(updates, base))
+    parties = (_biases(updates, base, by_formula), _attentions(updates), _families(updates, base))
     for losses in (_alone(updates, base), _together(updates), *parties):
         for target, position, why in losses:
             found.setdefault((target, position), why)
@@ -37,6 +37,12 @@ def acting_method(updates: Updates) -> type[Update] | None:
     """The acting method that most updates are of; None where there is none."""
     count = Counter(type(u) for found in updates.values() for u in found if _acts(type(u)))
     return min(count, key=lambda method: (-count[method], _rank(method)), default=None)
+
+
+def _may_stand(update: Update, method: type[Update] | None) -> bool:
+    """Whether an update may be in a file of which most are of `method`."""
+    family = family_of(update)
+    return may_stand(update, method) or (family is not None and method in family.methods())
 
 
 def _acts(method: type[Update]) -> bool:
@@ -50,7 +56,7 @@ def _rank(method: type[Update]) -> int:
 
 
 def _position(method: type[Update]) -> int:
-    return next(i for i, family in enumerate(FAMILIES.values()) if family.method is method)
+    return next(i for i, family in enumerate(FAMILIES.values()) if method in family.methods())
 
 
 def _alone(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
@@ -67,7 +73,7 @@ def _why_not(target: Target, update: Update, method: type[Update] | None) -> str
         return f"the network of {update.method}; on_loss='fold' writes what it computes"
     if not (type(update) in BESIDE or family_of(update)):
         return f"{update.method} is not among the methods that are written to PEFT files"
-    if _acts(type(update)) and not may_stand(update, method):
+    if _acts(type(update)) and not _may_stand(update, method):
         return f"{update.method} beside {_name(method)}: a PEFT file holds one of them"
     if isinstance(update, Rows) and method not in (*PAIRS, None):
         return f"token rows beside {_name(method)}: its config has no field for them"
@@ -120,15 +126,21 @@ def _order(method: type[Update]) -> int:
     return 2 if method is Rows else int(_acts(method))
 
 
-def _biases(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
-    """`lora_bias` is one switch for all: the smaller of the two parties is lost."""
+def _biases(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
+    """`lora_bias` is one switch for all: the smaller of the two parties is lost.
+
+    PEFT's forward leaves out the bias of an attention's input projection, so that one without a bias goes with both.
+    """
     paths = lora_paths(updates)
     parties: dict[bool, list[Loss]] = {True: [], False: []}
     for target, found in updates.items():
         for position, update in enumerate(found):
             if isinstance(update, BIASED):
                 has = update.bias is not None
-                where = is_parameter(target, paths, base) or is_embedding(target)
+                input_projection = not by_formula and _is_input_projection(target, paths)
+                if input_projection and not has:
+                    continue
+                where = is_parameter(target, paths, base) or is_embedding(target) or input_projection
                 own, others = ("with", "without") if has else ("without", "with")
                 why = f"{update.method} {own} a bias beside others {others}"
                 parties[has].append((target, position, f"{update.method} with a bias there" if has and where else why))
@@ -137,26 +149,31 @@ def _biases(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
     yield from (loss for loss in parties[True] if loss[2].endswith("there"))
 
 
+def _is_input_projection(target: Target, paths: Collection[str]) -> bool:
+    return target.path.endswith(".in_proj_weight") and config_name(target, paths) != target.path
+
+
 def _attentions(updates: Updates) -> Iterator[Loss]:
-    """The two projections of an attention share one rank and one alpha."""
-    paths, first = lora_paths(updates), dict[str, Any]()
+    """The two projections of an attention share one rank."""
+    paths, first = lora_paths(updates), dict[str, int]()
     for target, found in updates.items():
         for position, update in enumerate(found):
             if isinstance(update, LoRA):
-                said = (int(update.A.shape[-2 if target.stacked else 0]), update.scaling)
-                if first.setdefault(config_name(target, paths), said) != said:
-                    yield target, position, "another rank or scaling than the attention's other projection"
+                rank = int(update.A.shape[-2 if target.stacked else 0])
+                if first.setdefault(config_name(target, paths), rank) != rank:
+                    yield target, position, "another rank than the attention's other projection"
 
 
 def _families(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
     """What the config of a family says once for all of its modules."""
     method = acting_method(updates)
     family = family_of_method(method)
-    own = [update for found in updates.values() for update in found if type(update) is method]
+    methods = family.methods() if family else ()
+    own = [update for found in updates.values() for update in found if type(update) in methods]
     if family and not family.empty and any(map(_empty, own)):
         return  # they are lost by themselves; the others are looked at without them
     for target, why in family.apart(updates, base) if family else ():
-        position = next(i for i, update in enumerate(updates[target]) if type(update) is method)
+        position = next(i for i, update in enumerate(updates[target]) if type(update) in methods)
         yield target, position, why
 
 

@@ -55,7 +55,7 @@ def ia3_fields(updates: Updates, base: Checkpoint | None) -> dict[str, Any]:
 
 def family_fields(updates: Updates, family: type[Family], base: Checkpoint | None) -> dict[str, Any]:
     """Which modules a file of one of the `families` has."""
-    paths = sorted(target.path for target, found in updates.items() if _has(found, family.method))
+    paths = sorted(target.path for target, found in updates.items() if _has(found, family.methods()))
     if not family.names_modules:
         saved = saved_modules(updates, (), base)
         pair = base is not None and (base.config or {}).get("is_encoder_decoder")
@@ -140,7 +140,7 @@ def _pattern(modules: Iterable[str]) -> str:
     return "|".join(re.escape(module) for module in modules)
 
 
-def _has(found: tuple[Any, ...], method: type) -> bool:
+def _has(found: tuple[Any, ...], method: type | tuple[type, ...]) -> bool:
     return any(isinstance(update, method) for update in found)
 
 

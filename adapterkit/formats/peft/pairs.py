@@ -41,6 +41,9 @@ BIASED = (LoRA, ALoRA, GroupedLoRA)
 RESIDUAL = (OLoRA, PiSSA)
 """Those that stand for what PEFT takes out of the base of linear layers and Conv1D."""
 
+OUTPUT_TIMES = 2.0
+"""How often PEFT's forward adds the change of an attention's output projection."""
+
 TOGETHER: tuple[tuple[type[Update], ...], ...] = ((LoRA, BDLoRA), (LoRA, OLoRA), (LoRA, PiSSA), (LoRA, GroupedLoRA))
 """Those that one file can hold beside each other."""
 

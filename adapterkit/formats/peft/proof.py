@@ -29,10 +29,11 @@ def says(
     updates: Updates,
     base: Checkpoint | None,
     omitted: Collection[str] = (),
+    compat: str | None = None,
 ) -> bool:
     """Whether PEFT would find these updates in a file of these tensors with this config, as it is written: sorted.
 
-    The tensors of the keys `omitted` are not in the file.
+    The tensors of the keys `omitted` are not in the file; `compat` is the reading.
     """
     written = json.loads(json.dumps(config, sort_keys=True))
     try:
@@ -41,7 +42,7 @@ def says(
         stems = {parse_key(each.key, prefix).stem: each.place[0].path for each in spelled}
         known = {target.path: update for target, found in updates.items() for update in found if family_of(update)}
         out = {parse_key(key, prefix).word: tensors[key] for key in omitted}
-        file = File(fields.parse(written), keys, base, parameters=stems, omitted=out, known=known)
+        file = File(fields.parse(written), keys, base, compat, parameters=stems, omitted=out, known=known)
         read, places, _ = assemble(file)
     except AdapterkitError:
         return False

@@ -53,7 +53,9 @@ def decode(
     file = File(settings, parsed, base, compat)
     updates, places, kept = assemble(file)
     keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)
-    hints = Hints(config=dict(config), targets=fingerprint(updates), prefix=prefix, keys=keys, shapes=shapes)
+    hints = Hints(
+        config=dict(config), targets=fingerprint(updates), prefix=prefix, keys=keys, shapes=shapes, compat=compat
+    )
     foreign = Foreign(FORMAT, msgspec.to_builtins(hints), {key: tensors[key] for key in kept})
     name = settings.base_model_name_or_path
     base_ref = BaseRef(name, settings.revision) if name else None

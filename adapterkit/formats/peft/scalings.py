@@ -6,20 +6,22 @@ looked for; where there is none, the scaling goes into B, if the caller allows i
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, cast
 
 from ...errors import Unrepresentable
 from ...methods.olora import OLoRA
 from ...tensors.lazy import as_torch
+from .._format import FORMULA
 from .alphas import Scale
 from .alphas import number_fields as scale_fields
 from .families import family_of_method
 from .losses import acting_method
-from .pairs import PAIRS, rank_of
+from .pairs import OUTPUT_TIMES, PAIRS, rank_of
 from .spelling import config_name, lora_paths
 
 if TYPE_CHECKING:
-    from ...adapter import Updates
+    from ...adapter import Target, Updates
     from ...tensors.lazy import Leaf
     from ...updates import Update
     from .hints import Hints
@@ -30,17 +32,22 @@ def number_fields(updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates
     updates, lines = _family_folded(updates, on_loss)
     if lines:
         return updates, {}, lines
-    first = hints.config.get("use_rslora") is True
-    numbers, inexact = scale_fields(_scales(updates), (first, not first))
+    first, paths = hints.config.get("use_rslora") is True, lora_paths(updates)
+    once = hints.compat == FORMULA
+    scales, unlike = _scales(updates, once)
+    numbers, inexact = scale_fields(scales, (first, not first))
+    inexact += unlike
     if not inexact:
         return updates, numbers, []
-    paths = lora_paths(updates)
     needy = [target for target in updates if target.path in paths and config_name(target, paths) in inexact]
     items = [f"{target}: no alpha gives its scaling exactly" for target in needy]
     if on_loss not in ("fold", "promote") or any(isinstance(u, OLoRA) for target in needy for u in updates[target]):
         raise Unrepresentable("PEFT says a scaling as alpha / r", items=items, cure="Allow it with on_loss='fold'")
-    changed = {t: tuple(map(_folded, found)) if t in needy else found for t, found in updates.items()}
-    numbers, _ = scale_fields(_scales(changed), (first, not first))
+    changed = {
+        t: tuple(_folded(update, _times_added(t, paths, once)) for update in found) if t in needy else found
+        for t, found in updates.items()
+    }
+    numbers, _ = scale_fields(_scales(changed, once)[0], (first, not first))
     return changed, numbers, [f"folded the scaling into B of {target}" for target in needy]
 
 
@@ -57,7 +64,7 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
 
     def folded(update: Update) -> Update:
         field = next((name for name in family.folds if name in update.tensors), None)
-        if type(update) is not method or field is None:
+        if type(update) not in family.methods() or field is None:
             return update
         scaled = _times(update.tensors[field], update.attributes["scaling"])
         return update.replace(scaling=1.0, **{field: scaled})
@@ -66,22 +73,31 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
     return changed, [f"folded the scaling into a factor of {path}" for path in needy]
 
 
-def _scales(updates: Updates) -> dict[str, Scale]:
-    paths = lora_paths(updates)
-    return {
-        config_name(target, paths): (rank_of(update, target.stacked), float(cast(Any, update).scaling))
-        for target, found in updates.items()
-        for update in found
-        if isinstance(update, PAIRS)
-    }
+def _scales(updates: Updates, once: bool) -> tuple[dict[str, Scale], list[str]]:
+    """Rank and scaling by the name that the config has, and the names whose projections need different alphas."""
+    paths, scales, unlike = lora_paths(updates), dict[str, Scale](), dict[str, None]()
+    for target, found in updates.items():
+        for update in (update for update in found if isinstance(update, PAIRS)):
+            scaling = float(cast(Any, update).scaling) / _times_added(target, paths, once)
+            scale, name = (rank_of(update, target.stacked), scaling), config_name(target, paths)
+            if scales.setdefault(name, scale) != scale:
+                unlike[name] = None
+    return scales, list(unlike)
 
 
-def _folded(update: Update) -> Update:
-    """The same law with a scaling of 1, rounded once to the factors' own type."""
+def _times_added(target: Target, paths: Collection[str], once: bool) -> float:
+    """How often PEFT's forward adds the change at a target; `once` where the formula is meant."""
+    inside = config_name(target, paths) != target.path and target.path.endswith(".out_proj")
+    return OUTPUT_TIMES if inside and not once else 1.0
+
+
+def _folded(update: Update, scaling: float) -> Update:
+    """The same function with another scaling, rounded once to the factors' own type."""
     if not isinstance(update, PAIRS) or isinstance(update, OLoRA):
         return update
     scaled = {name: update.tensors[name] for name in ("B", "B_blocks", "bias") if name in update.tensors}
-    return update.replace(scaling=1.0, **{name: _times(leaf, update.scaling) for name, leaf in scaled.items()})
+    factor = update.scaling / scaling
+    return update.replace(scaling=scaling, **{name: _times(leaf, factor) for name, leaf in scaled.items()})
 
 
 def _times(leaf: Leaf, scaling: float) -> Leaf:

@@ -18,6 +18,7 @@ from ...methods.ia3 import IA3
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...tensors.lazy import as_lazy
+from .._format import FORMULA
 from .._losses import Loss, expressible
 from .compose import configs
 from .encoders import without_encoders
@@ -47,9 +48,10 @@ def encode(
         Unrepresentable: a PEFT file cannot say it and `on_loss` does not allow otherwise.
     """
     hints = hints_of(adapter)
+    by_formula = hints.compat == FORMULA
     plain, computed = without_encoders(adapter.updates) if on_loss == "fold" else (adapter.updates, [])
     updates, lines = expressible(
-        _as_stored(plain), lambda held: (*find_losses(held, base), *_guesses(held, hints, base)),
+        _as_stored(plain), lambda held: (*find_losses(held, base, by_formula), *_guesses(held, hints, base)),
         dialect="PEFT", place="a PEFT file", on_loss=on_loss,
     )  # fmt: skip
     peft_type = _peft_type(updates, hints)
@@ -57,12 +59,12 @@ def encode(
         hints = msgspec.structs.replace(hints, prefix=prefix_of(peft_type))
     updates, numbers, folded = number_fields(updates, hints, on_loss)
     spelled = _spell(updates, hints, peft_type, base)
-    tensors = _by_key(spelled, updates)
+    tensors, kept = _by_key(spelled, updates), _kept(adapter, updates, hints)
     for config in configs(adapter, updates, hints, peft_type, numbers, base):
         omitted = _omitted(config, spelled, updates, peft_type)
-        if says(config, tensors, spelled, updates, base, omitted):
+        if says(config, kept | tensors, spelled, updates, base, omitted, hints.compat):
             written = {key: tensor for key, tensor in tensors.items() if key not in omitted}
-            return config, _kept(adapter, updates, hints) | written, computed + lines + folded
+            return config, kept | written, computed + lines + folded
     places = [(target, position) for target, found in updates.items() for position in range(len(found))]
     cure = "Write adapterkit's own format"
     raise Unrepresentable("PEFT's config has no words for this combination", cure=cure, places=places)
@@ -97,7 +99,7 @@ def _guesses(updates: Updates, hints: Hints, base: Checkpoint | None) -> Iterato
 def _peft_type(updates: Updates, hints: Hints) -> str:
     method = acting_method(updates)
     if method is not None:
-        own = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if f.method is method}
+        own = {} if method in BESIDE else {n: f.peft_type for n, f in FAMILIES.items() if method in f.methods()}
         read = hints.config.get("peft_type")
         # Several types have one law: the one that was read goes on, else the one that is called after it.
         named = own.get(method.__module__.rpartition(".")[2]) or next(iter(own.values()), None)

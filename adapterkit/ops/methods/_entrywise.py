@@ -26,7 +26,9 @@ SIGN = "how signs are elected: by the sum, or by how many there are"
 WEIGHTED_VOTE = "whether weights count in the election"
 ZERO_SIGNS = ("+", "majority")
 ZERO_SIGN = "the sign of an entry whose votes cancel: positive, or that of most entries of its tensor"
-DENOMINATOR = "what a sum is divided by: agreeing adapters, or their weights"
+DENOMINATOR = (
+    "what a sum is divided by: the adapters that have the elected sign, or their weights; all if none is elected"
+)
 DENSITY = "share of the entries that are kept"
 SCALE = "factor of the result, lambda"
 KEPT = "how many entries a density p of n is: int(p n) + 1 (reference), int(p n) (floor), or that but 1 at least"
@@ -105,7 +107,10 @@ class Sparse(Entrywise):
         """The sum over what agrees, over the denominator."""
         import numpy as np
 
-        agree = np.sign(w * kept if self.weighted_vote else kept) == elected if elected is not None else kept != 0
+        # Without an election all agree, also where an entry was dropped: mergekit divides by the sum of all weights.
+        agree = np.ones(kept.shape, bool)
+        if elected is not None:
+            agree = np.sign(w * kept if self.weighted_vote else kept) == elected
         total = self.scale * (w * kept * agree).sum(0)
         if self.denominator == "none":
             return np.asarray(total)

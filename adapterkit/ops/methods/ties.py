@@ -13,6 +13,7 @@ from ._entrywise import (
     DENOMINATORS,
     DENSITY,
     KEPT,
+    RESCALE,
     SIGN,
     SIGNS,
     ZERO_SIGN,
@@ -20,6 +21,7 @@ from ._entrywise import (
     Sparse,
     count_of,
     largest,
+    rescaled,
 )
 from ._method import parameter
 
@@ -51,6 +53,8 @@ class TIES(Sparse):
     zero_sign: str = parameter("majority", ZERO_SIGN, among=ZERO_SIGNS)
     denominator: str = parameter("count", DENOMINATOR, among=DENOMINATORS)
 
+    rescale: str = parameter("none", RESCALE, among=("none", "norm"))
+
     @property
     def counts(self) -> bool:
         return self.scope == "model" and self.density < 1
@@ -62,8 +66,8 @@ class TIES(Sparse):
         if density >= 1:
             return D
         if self.scope == "tensor":
-            return np.where(largest(D, count_of(density, D.size, self.kept)), D, 0.0)
+            return rescaled(D, largest(D, count_of(density, D.size, self.kept)), 1.0, self.rescale)
         if at.census.counting:
             at.census.feed(adapter, D, lambda total: count_of(density, total, self.kept))
             return 0 * D
-        return np.where(np.abs(D) >= at.census.threshold(adapter), D, 0.0)
+        return rescaled(D, np.abs(D) >= at.census.threshold(adapter), 1.0, self.rescale)

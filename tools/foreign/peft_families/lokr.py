@@ -23,7 +23,10 @@ CASES = {
 
 
 def update_of(_path: str, module: Any, _config: Any) -> Any:
-    """The update of a wrapped module; a core swaps the axes of the factor on the side of the outputs."""
+    """The update of a wrapped module; a core swaps the axes of the factor on the side of the outputs.
+
+    PEFT's torch.kron takes a second factor of three axes for a stack of matrices.
+    """
     if not isinstance(module, LoKrLayer):
         return None
     held = {name: getattr(module, f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
@@ -31,4 +34,5 @@ def update_of(_path: str, module: Any, _config: Any) -> Any:
     if "t2" in tensors:
         tensors["w2_in"] = tensors.pop("w2_b")
         tensors["w2_a"] = tensors["w2_a"].T
-    return METHODS["lokr"](**tensors, scaling=module.scaling["default"])
+    stacked = "w2" in tensors and tensors["w2"].ndim == 3
+    return METHODS["lokr"](**tensors, scaling=module.scaling["default"], stacked=stacked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from building import BIASED, CONV1D, CONV2D, EXPERTS, FUSED, IN_OUT, LINEAR, TRANSPOSED, Case, Pair, Update, update
 from layers import Array
@@ -19,10 +21,15 @@ def formula(
     t2: Array | None = None,
     w2_in: Array | None = None,
     scaling: float = 1.0,
+    stacked: bool = False,
 ) -> Pair:
     """Element by element: output o is a * rows + i, input n is c * inner + j."""
     one = w1 if w1 is not None else np.einsum("ar,rc->ac", w1_a, w1_b)
     kernel = W.shape[2:]
+    if stacked:
+        assert w2 is not None
+        products = [np.kron(one, w2[i].reshape(w2.shape[1], -1)) for i in range(len(w2))]
+        return W + scaling * np.stack(products).reshape(W.shape), b
     rows, inner = W.shape[0] // one.shape[0], W.shape[1] // one.shape[1]
     if w2 is not None:
         two = w2.reshape(rows, inner, *kernel)
@@ -47,6 +54,8 @@ def cases() -> list[Case]:
         Case("second", updates=(_made("second", w1=(1, 1), w2_a=(3, 2), w2_b=(2, 5)),), **BIASED),
         Case("both", updates=(_made("both", w1_a=(3, 2), w1_b=(2, 5), w2_a=(1, 2), w2_b=(2, 1)),), **LINEAR),
         Case("conv1d", updates=(_made("conv1d", w1=(3, 2), w2=(1, 1, 3)),), **CONV1D),
+        Case("stacked", updates=(_made("stacked", w1=(3, 2), w2=(1, 1, 3), stacked=True),), **CONV1D),
+        Case("stacked2d", updates=(_made("stacked2d", w1=(3, 2), w2=(1, 1, 2, 3), stacked=True),), **CONV2D),
         Case("conv2d", updates=(_made("conv2d", w1=(1, 2), w2=(3, 1, 2, 3)),), **CONV2D),
         Case("conv2d_second", updates=(_made("conv2d_second", w1=(3, 1), w2_a=(1, 2), w2_b=(2, 12)),), **CONV2D),
         Case("core", updates=(_made("core", w1=(1, 1), **core),), **CONV2D),
@@ -60,5 +69,6 @@ def cases() -> list[Case]:
     ]
 
 
-def _made(seed: str, scaling: float | None = 0.5, **shapes: tuple[int, ...]) -> Update:
-    return update("lokr", f"lokr.{seed}", scaling, **shapes)
+def _made(seed: str, scaling: float | None = 0.5, stacked: bool = False, **shapes: tuple[int, ...]) -> Update:
+    made = update("lokr", f"lokr.{seed}", scaling, **shapes)
+    return replace(made, attributes=made.attributes | {"stacked": True}) if stacked else made

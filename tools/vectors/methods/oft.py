@@ -20,6 +20,7 @@ def formula(
     rescale: Array | None = None,
     side: str = "in",
     terms: int = 0,
+    doubled: bool = False,
     coft: bool = False,
     eps: float = 6e-5,
     constraint: float = 0.0,
@@ -30,7 +31,7 @@ def formula(
         skews = [_limited([Q], eps / math.sqrt(len(skews)), 0.0)[0] for Q in skews]
     if constraint > 0:
         skews = _limited(skews, constraint, 1e-8)
-    rotations = [_series(exact(Q), terms) if terms else _cayley(exact(Q)) for Q in skews]
+    rotations = [_series(exact(Q), terms, doubled) if terms else _cayley(exact(Q)) for Q in skews]
     flat = exact(W.reshape(len(W), -1))
     width = flat.shape[0 if side == "out" else 1]
     if len(rotations) == 1:
@@ -60,7 +61,13 @@ def _cayley(Q: Array) -> Array:
     return (eye(len(Q)) - Q) @ inverse(eye(len(Q)) + Q)
 
 
-def _series(Q: Array, terms: int) -> Array:
+def _series(Q: Array, terms: int, doubled: bool) -> Array:
+    if doubled:
+        R = power = eye(len(Q))
+        for _ in range(terms - 1):
+            power = power @ Q
+            R = R + power + power
+        return R
     powers = [eye(len(Q)), Q]
     while len(powers) < terms or (terms == 3 and len(powers) < 4):
         powers.append(powers[-1] @ Q)
@@ -79,6 +86,7 @@ def cases() -> list[Case]:
         Case("blocks_of_one", updates=(_pairs("oft.ones", 5, 1),), **LINEAR),
         Case("shared", updates=(_pairs("oft.shared", 1, 2),), **six),
         *(Case(f"terms{n}", updates=(_pairs(f"oft.terms{n}", 2, 3, terms=n),), **six) for n in range(1, 7)),
+        *(Case(f"doubled{n}", updates=(_pairs(f"oft.d{n}", 2, 3, terms=n, doubled=True),), **six) for n in (1, 3, 5)),
         Case("coft", updates=(_pairs("oft.coft", 2, 3, coft=True, eps=0.5),), **six),
         Case("coft_default", updates=(_pairs("oft.coftd", 2, 3, coft=True, terms=5),), **six),
         Case("coft_within", updates=(_pairs("oft.within", 2, 3, coft=True, eps=64.0),), **six),

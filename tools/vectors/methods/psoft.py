@@ -26,11 +26,14 @@ def formula(
     A: Array | None = None,
     B: Array | None = None,
     symmetric: bool = False,
+    steps: int = 0,
+    seed: int = 0,
     terms: int = 0,
     eps: float = 0.0,
 ) -> Pair:
-    """W' = W + B (diag(b) R diag(a) - I) A."""
+    """W' = W + B (diag(b) R diag(a) - I) A; a sketch of as many columns as W has finds its exact decomposition."""
     turned = exact(R) if pairs is None else _rotation(pairs, terms, eps)  # type: ignore[arg-type]
+    assert not (steps or seed) or len(turned) == min(W.shape)
     rank = len(turned)
     turned = turned if b is None else exact(b)[:, None] * turned
     turned = turned if a is None else turned * exact(a)[None, :]
@@ -73,6 +76,8 @@ def cases() -> list[Case]:
         Case("limited", updates=(_given("psoft.limited", 3, terms=5, eps=0.875),), **LINEAR),
         Case("own", updates=(_own("psoft.own", 2, **both),), **BIASED),
         Case("own_symmetric", updates=(_own("psoft.ownsym", 3, symmetric=True, a=(3,)),), **LINEAR),
+        # All singular values: a sketch of as many columns finds the same factors as the exact decomposition.
+        Case("own_sketched", updates=(_own("psoft.sketched", 3, steps=3, seed=7, a=(3,)),), **LINEAR),
         Case("own_tall", updates=(_own("psoft.tall", 2, b=(2,), symmetric=False),), weight=(5, 3), x=(2, 3)),
         Case("in_out", updates=(_given("psoft.in_out", 2, **both),), **IN_OUT),
         Case("experts", updates=(_own("psoft.experts", 2, e=(2,), a=(2, 2)),), **EXPERTS),
@@ -88,7 +93,7 @@ def _given(seed: str, rank: int, **others: Any) -> Update:
     return Update("psoft", {name: numbers(f"{seed}.{name}", *shape) for name, shape in shapes.items()}, others)
 
 
-def _own(seed: str, rank: int, e: tuple[int, ...] = (), **others: Any) -> Update:
-    shapes = {name: others.pop(name) for name in ("a", "b") if name in others}
-    tensors = {name: 1 + 2.0**-23 * numbers(f"{seed}.{name}", *shape) for name, shape in shapes.items()}
+def _own(name: str, rank: int, /, e: tuple[int, ...] = (), **others: Any) -> Update:
+    shapes = {field: others.pop(field) for field in ("a", "b") if field in others}
+    tensors = {field: 1 + 2.0**-23 * numbers(f"{name}.{field}", *shape) for field, shape in shapes.items()}
     return Update("psoft", {"pairs": np.zeros((*e, rank * (rank - 1) // 2)), **tensors}, others)

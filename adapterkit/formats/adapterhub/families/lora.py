@@ -45,7 +45,7 @@ class LoraFields(Fields, frozen=True, kw_only=True):
 class LoraFamily(Family):
     """`lora`."""
 
-    methods = frozenset({"dora", "gated_lora", "ia3", "lora", "vera_matrices"})
+    methods = frozenset({"dora", "dora_outputs", "gated_lora", "ia3", "lora", "vera_matrices"})
     fields = LoraFields
     read: ClassVar[Mapping[str, str]] = {
         "alpha": "scaling = alpha / r; 1 in files of adapters before 1.1, which were trained so",
@@ -117,7 +117,7 @@ def _kind(part: Part) -> str:
         raise Unsupported(why, where=f"{part.at}.composition_mode", cure="Known: add, scale")
     on = {
         "ia3": own.composition_mode == "scale",
-        "dora": bool(own.use_dora),
+        "dora" if part.by_formula else "dora_outputs": bool(own.use_dora),
         "gated_lora": bool(own.use_gating),
         "vera_matrices": isinstance(own.vera_d, float) or isinstance(own.vera_b, float),
     }
@@ -131,6 +131,7 @@ def _kind(part: Part) -> str:
 EXTRA = {
     "lora": {},
     "dora": {"m.weight": "magnitude"},
+    "dora_outputs": {"m.weight": "magnitude"},
     "gated_lora": {"gate.weight": "gate", "gate.bias": "gate_bias"},
 }
 """Method -> slot -> field, beside A and B."""
@@ -164,7 +165,7 @@ def _lora(part: Part, path: str, slots: Mapping[str, Key], method: str) -> Itera
 
 def _check_place(part: Part, path: str, slots: Mapping[str, Key], method: str, *, fused: bool) -> None:
     where = slots["lora_A"].text
-    if method == "dora" and (fused or part.layout(path) != "out *in"):
+    if method in ("dora", "dora_outputs") and (fused or part.layout(path) != "out *in"):
         why = "DoRA where the base stores [in, out]: the library takes its norms over the wrong axis there"
         raise Unsupported(why, where=where, cure="Leave those layers out, or use LoRA there")
     if method == "gated_lora" and fused:
@@ -208,9 +209,8 @@ def _ia3(part: Part, path: str, slots: Mapping[str, Key]) -> Iterator[Found]:
 
 
 def _scaling(part: Part) -> float:
-    """alpha / r, or 1 where it was trained without; the library forgets that rule inside a union."""
-    forgets = part.compat == "adapters" and part.at != "config"
-    return 1.0 if part.settings.unscaled and not forgets else part.own.alpha / part.own.r
+    """alpha / r, or 1 where it was trained without. The library forgets that when it loads a union."""
+    return 1.0 if part.settings.unscaled and not part.by_formula else part.own.alpha / part.own.r
 
 
 def _blocks(part: Part, path: str, groups: int) -> list[int] | None:

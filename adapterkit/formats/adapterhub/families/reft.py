@@ -15,6 +15,7 @@ from ....tensors.activations import ACTIVATIONS
 from ....tensors.lazy import Lazy, as_lazy
 from .. import householder
 from ..file import AGAIN, Found, Kept, make, take
+from ..readings import REFT
 from ._family import Family, Fields, Size
 
 if TYPE_CHECKING:
@@ -142,10 +143,11 @@ def _check(part: Part) -> None:
     if word is not None and word.lower() not in ACTIVATIONS:
         why = f"an unknown non_linearity {word[:60]!r}"
         raise Unsupported(why, where=f"{part.at}.non_linearity", cure=f"Known: {', '.join(ACTIVATIONS)}")
-    if part.own.subtract_projection is None and not part.own.orthogonality and part.compat != "adapters":
+    if part.own.subtract_projection is None and not part.own.orthogonality and part.compat not in REFT:
         why = "nothing tells NoReFT from DiReFT: the library does not write whether the projection is subtracted"
         cure = (
-            "Write subtract_projection into `config`: true for NoReFT, which the library takes it for, false for DiReFT"
+            "Say which it is: --compat noreft or --compat direft, compat= in Python; or write subtract_projection into "
+            "`config`, true for NoReFT, false for DiReFT"
         )
         raise Unsupported(why, where=f"{part.at}.subtract_projection", cure=cure)
 
@@ -155,7 +157,7 @@ def _attributes(part: Part) -> dict[str, Any]:
     return {
         "prefix_positions": own.prefix_positions,
         "suffix_positions": own.suffix_positions,
-        "subtract_projection": True if own.subtract_projection is None else own.subtract_projection,
+        "subtract_projection": part.compat != "direft" if own.subtract_projection is None else own.subtract_projection,
         "non_linearity": "linear" if own.non_linearity is None else own.non_linearity.lower(),
         "orthogonality": own.orthogonality,
     }

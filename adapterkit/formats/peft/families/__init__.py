@@ -41,7 +41,7 @@ def family_of_type(peft_type: str) -> type[Family] | None:
 @cache
 def _by_method() -> dict[type[Update], type[Family]]:
     """Where several write one method, the first by name does."""
-    return {family.method: family for family in reversed(list(FAMILIES.values()))}
+    return {method: family for family in reversed(list(FAMILIES.values())) for method in family.methods()}
 
 
 @cache

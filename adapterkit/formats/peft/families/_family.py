@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ....tensors.checkpoint import Checkpoint
     from ....tensors.lazy import Lazy
     from ....updates import Update
+    from ..._format import Departure
     from ..config import Settings
     from ..file import File, Findings, Found
     from ..keys import Key
@@ -34,11 +35,12 @@ class Own(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Family(ABC):
-    """One `peft_type`, of one method. Subclass it in a module of its own.
+    """One `peft_type`. Subclass it in a module of its own.
 
     Class attributes:
         peft_type: its word in the config.
-        method: the class of its updates.
+        method: the class of its updates, or of most.
+        others: further classes of its updates, which a file may hold beside each other.
         parts: what follows a module's path in its keys, `.weight` or `.bias` included; a star stands for one word.
         shared: keys of tensors that all modules share: they stand alone, behind `shared_prefix`.
         shared_prefix: what is written before a shared key; read with and without `base_model.`.
@@ -48,12 +50,14 @@ class Family(ABC):
         read: fields that change what its tensors mean, with what they do; those of all types aside.
         harmless: fields of its own that change nothing, with the reason.
         fresh: what a config says that never was PEFT's.
+        departures: where PEFT's forward departs from the paper's formula, see `Format`.
         empty: tensors of its updates may have no elements.
         folds: tensor fields, of which the first that is present takes in a scaling that the config cannot say.
     """
 
     peft_type: ClassVar[str]
     method: ClassVar[type[Update]]
+    others: ClassVar[tuple[type[Update], ...]] = ()
     parts: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
     shared_prefix: ClassVar[str] = "base_model."
@@ -63,8 +67,14 @@ class Family(ABC):
     read: ClassVar[Mapping[str, str]] = {}
     harmless: ClassVar[Mapping[str, str]] = {}
     fresh: ClassVar[Mapping[str, Any]] = {}
+    departures: ClassVar[Mapping[str, Departure]] = {}
     empty: ClassVar[bool] = False
     folds: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def methods(cls) -> tuple[type[Update], ...]:
+        """All classes of its updates."""
+        return (cls.method, *cls.others)
 
     @classmethod
     def decode(cls, file: File) -> Findings:
@@ -111,7 +121,7 @@ class Family(ABC):
         """Every update of this family encoded, in order; for families whose keys depend on the other updates too."""
         for target, found in updates.items():
             weight = None if base is None else base.tensors.get(f"{target.path}.weight")
-            for update in (update for update in found if type(update) is cls.method):
+            for update in (update for update in found if type(update) in cls.methods()):
                 yield cls.encode_at(update, None if weight is None else weight.shape)
 
     @classmethod
@@ -144,12 +154,12 @@ class Family(ABC):
     @classmethod
     def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
         """Path -> its update, for the updates of this family."""
-        return {t.path: update for t, found in updates.items() for update in found if type(update) is cls.method}
+        return {t.path: update for t, found in updates.items() for update in found if type(update) in cls.methods()}
 
     @classmethod
     def turned(cls, updates: Mapping[Target, tuple[Update, ...]]) -> bool:
         """Whether weights among its targets are stored [in, out]: `fan_in_fan_out`."""
-        own = (target for target, found in updates.items() if any(type(update) is cls.method for update in found))
+        own = (target for target, found in updates.items() if any(type(update) in cls.methods() for update in found))
         return any(target.layout == "in out *k" for target in own)
 
 

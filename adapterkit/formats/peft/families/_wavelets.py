@@ -12,7 +12,17 @@ from ....tensors.dtypes import DTYPES
 from ....tensors.lazy import Lazy
 
 FAULTY = "coif4"
-"""Of PEFT the numbers are no Coiflet's, nor any wavelet's; those are what it computes with."""
+"""PEFT's numbers for this name are no wavelet's. Its forward computes with them; `RIGHT` are the Coiflet's."""
+
+RIGHT = (
+    0.000892313902537003, -0.001629492425226786, -0.007346167936268051, 0.01606894713157503,
+    0.02668230466960483, -0.08126671024919373, -0.05607731960356926, 0.41530842700068227,
+    0.7822389344242826, 0.43438603311435653, -0.06662747236681717, -0.09622042453595264,
+    0.03933442260558915, 0.02508225333794961, -0.015211728187697211, -0.0056582838001308835,
+    0.0037514346971460866, 0.0012665610789256603, -0.0005890202246332165, -0.0002599743371222568,
+    6.233885431278719e-05, 3.1229861599195265e-05, -3.259647940030751e-06, -1.7849909144933469e-06,
+)  # fmt: skip
+"""The Coiflet with 8 vanishing moments."""
 
 FILTERS: dict[str, tuple[float, ...]] = {
     "db1": (
@@ -135,17 +145,18 @@ FILTERS: dict[str, tuple[float, ...]] = {
 
 
 @cache
-def filter_of(name: str, dtype: str = "F64") -> Lazy:
-    """A wavelet's filter, one tensor for all that use it."""
+def filter_of(name: str, dtype: str = "F64", right: bool = False) -> Lazy:
+    """A wavelet's filter, one tensor for all that use it; `right` is for the one that PEFT has other numbers for."""
     import numpy as np
 
     kind = DTYPES[dtype]
-    taps = np.array(FILTERS[name]).astype(kind.array)
+    taps = np.array(RIGHT if right and name == FAULTY else FILTERS[name]).astype(kind.array)
     return Lazy(taps.shape, kind, taps.tobytes)
 
 
 def name_of(taps: Lazy) -> str | None:
     """The wavelet that has these taps, and that a file can name; None where there is none."""
-    fitting = (name for name, known in FILTERS.items() if len(known) == taps.shape[0] and name != FAULTY)
-    held = bytes(taps.fetch())
-    return next((name for name in fitting if bytes(filter_of(name, taps.dtype.name).fetch()) == held), None)
+    held, dtype = bytes(taps.fetch()), taps.dtype.name
+    fitting = [name for name, known in FILTERS.items() if len(known) == taps.shape[0]]
+    named = (n for n in fitting for right in (False, True) if bytes(filter_of(n, dtype, right).fetch()) == held)
+    return next(named, None)

@@ -73,8 +73,9 @@ class AdaloraFamily(Family):
         check_rank(keys["lora_E"], file.tensors[keys["lora_E"]], left)
         tensors = {FIELDS[part]: file.tensors[key] for part, key in keys.items()}
         tensors["E"] = tensors["E"].reshape(left) if tensors["E"].shape == (left, 1) else tensors["E"]
-        # PEFT loads an alpha of 0 as the rank that is left; it trained with the rank from before.
-        alpha = own.lora_alpha if own.lora_alpha > 0 else left if file.compat == "peft" else own.init_r
+        # With an alpha of 0 PEFT trains with init_r in its place. It loads a pruned module with the rank that is left
+        # instead: a fault of loading, which changes what was trained.
+        alpha = own.lora_alpha if own.lora_alpha > 0 else own.init_r
         update = make("adalora", tensors, scaling=alpha / (own.init_r + EPSILON))
         layout = "in out *k" if file.settings.fan_in_fan_out else "out *in"
         return Found(some.path, update, {FIELDS[part]: key for part, key in keys.items()}, layout)

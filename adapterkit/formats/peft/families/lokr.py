@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import ShapeMismatch
 from ....methods.lokr import LoKr
-from ....tensors.dtypes import DTYPES
-from ....tensors.lazy import Lazy, as_array, as_lazy
+from ....tensors.lazy import Lazy, as_lazy
 from ....tensors.products import even_split
+from ..._format import Departure
 from ..file import File, Found, make
 from ._family import Family, Own, Scaled, check_parts, inexact_alphas, scaled_numbers
 
@@ -59,6 +59,13 @@ class LokrFamily(Family):
     }
     fresh: ClassVar[Mapping[str, Any]] = {"init_weights": True, "module_dropout": 0.0, "rank_dropout": 0.0}
     folds = ("w1", "w1_a")
+    departures: ClassVar[Mapping[str, Departure]] = {
+        "lokr_kernel_of_one_axis": Departure(
+            "a whole lokr_w2 [b, d, k] of nn.Conv1d is a stack of b matrices [d, k]: torch.kron multiplies "
+            "lokr_w1 with each of them, and the numbers of the result are read in the shape of the weight",
+            "each place of the kernel is the Kronecker product of lokr_w1 and that place of lokr_w2",
+        )
+    }
 
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
@@ -66,15 +73,13 @@ class LokrFamily(Family):
         check_parts(keys, fields)
         some = next(iter(keys.values()))
         tensors = {fields[part]: _turned(fields[part], file.tensors[key], fields) for part, key in keys.items()}
-        update = make("lokr", tensors, scaling=file.settings.own.scaling(file.settings, some.path))
+        scaling = file.settings.own.scaling(file.settings, some.path)
+        stacked = "w2" in tensors and len(tensors["w2"].shape) == 3 and not file.by_formula
+        update = make("lokr", tensors, scaling=scaling, stacked=stacked)
         assert isinstance(update, LoKr)
         weight = file.base_shape(f"{some.path}.weight")
         _check(update, file, some, math.prod(weight[2:]) if weight else None)
-        places = {fields[part]: key for part, key in keys.items()}
-        if file.compat == "peft" and update.w2 is not None and len(update.w2.shape) == 3:
-            one = make("dense", {"D": _as_peft(update)}, scaling=update.scaling)
-            return Found(some.path, one, places)
-        return Found(some.path, update, places)
+        return Found(some.path, update, {fields[part]: key for part, key in keys.items()})
 
     @classmethod
     def encode(cls, update: LoKr) -> dict[str, tuple[str, Lazy]]:
@@ -206,20 +211,3 @@ def _kernel(base: Checkpoint | None, path: str) -> int:
     """Places of a kernel, as far as the base tells; 1 of a linear layer."""
     weight = None if base is None else base.tensors.get(f"{path}.weight")
     return 1 if weight is None else math.prod(weight.shape[2:])
-
-
-def _as_peft(update: LoKr) -> Lazy:
-    """PEFT's kernel of one axis: it multiplies a matrix with a stack of them, and so takes the axes for others."""
-    held: Any = {name: as_lazy(leaf) for name, leaf in update.tensors.items()}
-    a, c = (held["w1_a"].shape[0], held["w1_b"].shape[1]) if update.w1 is None else held["w1"].shape
-    b, d, k = held["w2"].shape
-    shape = (a * b, c * d, k)
-
-    def fetch() -> bytes:
-        import numpy as np
-
-        values = {name: as_array(leaf).astype(np.float64) for name, leaf in held.items()}
-        w1 = values["w1"] if update.w1 is not None else values["w1_a"] @ values["w1_b"]
-        return np.kron(w1[None], values["w2"]).reshape(shape).tobytes()
-
-    return Lazy(shape, DTYPES["F64"], fetch)

@@ -1,12 +1,13 @@
-"""MiSS: `miss_block` [r, out]; [r, mini_r] where `init_weights` is "mini"."""
+"""MiSS: `miss_block` [r, out]; [r, mini_r] where `init_weights` is "mini", [out / r, r, r] where it is "bat"."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....errors import ShapeMismatch, Unsupported
+from ....errors import ShapeMismatch
 from ....methods.miss import MiSS
+from ....methods.miss_bat import MiSSBat
 from ....tensors.lazy import as_lazy
 from ..file import File, Found, make
 from ._family import Family, Own, check_rank, minority
@@ -34,10 +35,11 @@ class MissFamily(Family):
 
     peft_type = "MISS"
     method = MiSS
+    others = (MiSSBat,)
     parts = (PART,)
     own: ClassVar[type[Own]] = Fields
     read: ClassVar[Mapping[str, str]] = {
-        "init_weights": "mini: the block repeats over the outputs; bat: another law, refused",
+        "init_weights": "mini: the block repeats over the outputs; bat: it is a matrix for each r outputs",
         "mini_r": "width of a mini block",
     }
     harmless: ClassVar[Mapping[str, str]] = {"miss_dropout": "training only"}
@@ -48,8 +50,10 @@ class MissFamily(Family):
         key, own = keys[PART], file.settings.own
         tensor, mini = file.tensors[key], own.init_weights == "mini"
         if own.init_weights == "bat":
-            why = "MiSS's bat form multiplies the base's blocks; not known to this version"
-            raise Unsupported(why, where="init_weights", cure="Merge it with PEFT itself")
+            if len(tensor.shape) != 3 or tensor.shape[1:] != (own.r, own.r):
+                why = f"{list(tensor.shape)} are not the blocks of {own.r} x {own.r} that init_weights and r say"
+                raise ShapeMismatch(why, where=key.text, cure="The config is not of this file")
+            return Found(key.path, make("miss_bat", {"B": tensor}), {"B": key})
         check_rank(key, tensor, own.r)
         if len(tensor.shape) != 2 or (mini and tensor.shape[1] != own.mini_r):
             why = f"{list(tensor.shape)} is not the block that init_weights and mini_r say"
@@ -58,27 +62,33 @@ class MissFamily(Family):
         return Found(key.path, make("miss", {field: tensor}), {field: key})
 
     @classmethod
-    def encode(cls, update: MiSS) -> dict[str, tuple[str, Lazy]]:
+    def encode(cls, update: MiSS | MiSSBat) -> dict[str, tuple[str, Lazy]]:
         return {field: (PART, as_lazy(leaf)) for field, leaf in update.tensors.items()}
 
     @classmethod
     def apart(
         cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
     ) -> Iterator[tuple[Target, str]]:
-        said = {t: _form(update) for t, found in updates.items() for update in found if isinstance(update, MiSS)}
+        said = {
+            t: _form(update) for t, found in updates.items() for update in found if isinstance(update, cls.methods())
+        }
         for target in minority(said):
             yield target, "miss of another rank or form than the others: the config has one for all"
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
         some = next(iter(cls.of_it(updates).values()))
+        if isinstance(some, MiSSBat):
+            return {"r": int(some.B.shape[2]), "mini_r": 1, "init_weights": "bat"}
         r, width = next(iter(some.tensors.values())).shape
         mini = some.mini is not None
         return {"r": int(r), "mini_r": int(width) if mini else 1, "init_weights": "mini" if mini else True}
 
 
-def _form(update: MiSS) -> tuple[str, tuple[int, ...]]:
+def _form(update: Any) -> tuple[str, tuple[int, ...]]:
     """Which form, and the sizes that the config says of it."""
+    if isinstance(update, MiSSBat):
+        return "bat", (int(update.B.shape[2]),)
     if update.mini is not None:
         return "mini", tuple(update.mini.shape)
     return "whole", () if update.D is None else (int(update.D.shape[0]),)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ....errors import Malformed, ShapeMismatch, Unsupported
+from ....errors import Malformed, ShapeMismatch
 from ....methods.oft import OFT
 from ....tensors.lazy import as_lazy
 from ....tensors.rotations import block_size
+from ..._format import Departure
 from ..file import File, Found
 from ._family import Family, Own, Parts, check_parts
 
@@ -42,6 +43,12 @@ class OftFamily(Family):
     parts = (PLAIN, EMBEDDING)
     own: ClassVar[type[Own]] = Fields
     empty = True
+    departures: ClassVar[Mapping[str, Departure]] = {
+        "oft_series_before_0_18": Departure(
+            "in files before PEFT 0.18 the last term of use_cayley_neumann's series is taken twice, as the others are",
+            "the last term is taken once, as PEFT computes such files since",
+        )
+    }
     read: ClassVar[Mapping[str, str]] = {
         "block_share": "one block serves for all",
         "coft": "each block's Q is held within eps",
@@ -61,11 +68,12 @@ class OftFamily(Family):
         part = EMBEDDING if EMBEDDING in keys else PLAIN
         check_parts(keys, (part,))
         key, own = keys[part], file.settings.own
-        _check(own, key, file.tensors[key], file.compat)
+        _check(own, key, file.tensors[key])
         terms = max(own.num_cayley_neumann_terms, 1) if own.use_cayley_neumann else 0
         side = "out" if part == EMBEDDING else "in"
         leaves: Any = {"pairs": file.tensors[key]}
-        update = OFT(**leaves, side=side, terms=terms, coft=own.coft, eps=own.eps)
+        doubled = terms > 0 and _before_018(own.peft_version) and not file.by_formula
+        update = OFT(**leaves, side=side, terms=terms, doubled=doubled, coft=own.coft, eps=own.eps)
         return Found(key.path, update, {"pairs": key}, "in out *k" if part == EMBEDDING else "out *in")
 
     @classmethod
@@ -77,6 +85,8 @@ class OftFamily(Family):
     def why_not(cls, target: Target, update: OFT) -> str:
         if update.pairs is None or update.rescale is not None or update.constraint:
             return "oft in LyCORIS's form"
+        if update.doubled and not update.terms:
+            return "oft of a doubled term without a series"
         stored = "in out *k" if update.side == "out" else "out *in"
         return "" if target.layout == stored else "oft but on the inputs of a layer or the outputs of an embedding"
 
@@ -93,12 +103,9 @@ class OftFamily(Family):
         }
 
 
-def _check(own: Fields, key: Key, tensor: Lazy, compat: str | None) -> None:
+def _check(own: Fields, key: Key, tensor: Lazy) -> None:
     if (own.r > 0) == (own.oft_block_size > 0) or min(own.r, own.oft_block_size) < 0:
         raise Malformed("r and oft_block_size, of which one must be 0", where="oft_block_size", cure=_AGAIN)
-    if own.use_cayley_neumann and _before_018(own.peft_version) and compat != "peft":
-        why = "before 0.18 PEFT ended the series otherwise, and computes such files anew today"
-        raise Unsupported(why, where="use_cayley_neumann", cure='Read it with compat="peft" if that is what is wanted')
     n, size = (tensor.shape[0], block_size(tensor.shape[1])) if len(tensor.shape) == 2 else (0, 0)
     width = n * size
     shared = n == 1 and own.block_share

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from ....errors import ShapeMismatch, Unsupported
+import msgspec
+
+from ....errors import ShapeMismatch
 from ....methods.psoft import PSOFT
 from ....tensors.lazy import as_lazy
 from ....tensors.rotations import block_size
@@ -27,6 +29,8 @@ class Fields(Own, frozen=True, kw_only=True):
     r: int = 32
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
     psoft_svd: Literal["full", "lowrank"] = "full"
+    psoft_svd_lowrank_niter: Annotated[int, msgspec.Meta(ge=0, le=999)] = 10
+    random_seed: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)] = 0
     psoft_orth: bool = True
     psoft_mag_a: bool = True
     psoft_mag_b: bool = True
@@ -55,14 +59,14 @@ class PsoftFamily(Family):
         "psoft_mag_a": "there is a vector_a",
         "psoft_mag_b": "there is a vector_b",
         "psoft_orth": "R is a rotation; without it a free matrix",
-        "psoft_svd": "lowrank: A and B depend on torch's random numbers, refused",
+        "psoft_svd": "lowrank: A and B come from torch.svd_lowrank on the CPU",
+        "psoft_svd_lowrank_niter": "lowrank: its niter",
+        "random_seed": "lowrank: the seed of its random numbers",
         "use_cayley_neumann": "the first terms of a series instead of the exact transform",
     }
     harmless: ClassVar[Mapping[str, str]] = {
         "psoft_alpha": "B is divided by the factor that it makes",
         "psoft_dropout": "training only",
-        "psoft_svd_lowrank_niter": "setting of psoft_svd, see there",
-        "random_seed": "setting of psoft_svd, see there",
     }
     fresh: ClassVar[Mapping[str, Any]] = {
         "ab_svd_init": "psoft_init", "fan_in_fan_out": False, "init_weights": True, "psoft_dropout": 0.0,
@@ -73,9 +77,6 @@ class PsoftFamily(Family):
     @classmethod
     def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
         own = file.settings.own
-        if own.psoft_svd == "lowrank":
-            why = "a random decomposition of the base, which torch's generator of the day makes"
-            raise Unsupported(why, where="psoft_svd", cure="Merge it with PEFT itself")
         check_parts(keys, own.parts)
         fields = dict(zip((WEIGHT, VECTOR_A, VECTOR_B), ("pairs" if own.psoft_orth else "R", "a", "b"), strict=True))
         _check(own, keys[WEIGHT], file.tensors[keys[WEIGHT]])
@@ -84,7 +85,11 @@ class PsoftFamily(Family):
         leaves: Any = {field: file.tensors[key] for field, key in found.items()}
         terms = max(own.num_cayley_neumann_terms, 1) if series else 0
         eps = own.cayley_neumann_eps or 0.0 if series else 0.0
-        update = PSOFT(**leaves, symmetric=own.ab_svd_init == "pissa_init", terms=terms, eps=eps)
+        sketched = own.psoft_svd == "lowrank"
+        update = PSOFT(
+            **leaves, symmetric=own.ab_svd_init == "pissa_init", terms=terms, eps=eps,
+            steps=own.psoft_svd_lowrank_niter + 1 if sketched else 0, seed=own.random_seed if sketched else 0,
+        )  # fmt: skip
         return Found(keys[WEIGHT].path, update, found)
 
     @classmethod
@@ -96,6 +101,8 @@ class PsoftFamily(Family):
     def why_not(cls, target: Target, update: PSOFT) -> str:
         if update.A is not None:
             return "psoft with A and B of its own: PEFT takes them from its base, with the signs of that machine"
+        if update.seed and not update.steps:
+            return "psoft with a seed beside the exact decomposition"
         if update.eps and not update.terms:
             return "psoft with a limit on Q beside the exact transform"
         return super().why_not(target, update)
@@ -107,6 +114,8 @@ class PsoftFamily(Family):
         return {
             "r": rank,
             "ab_svd_init": "pissa_init" if some.symmetric else "psoft_init",
+            "psoft_svd": "lowrank" if some.steps else "full",
+            **({"psoft_svd_lowrank_niter": some.steps - 1, "random_seed": some.seed} if some.steps else {}),
             "psoft_orth": some.R is None,
             "psoft_mag_a": some.a is not None,
             "psoft_mag_b": some.b is not None,

@@ -13,7 +13,7 @@ import msgspec
 
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....methods.tinylora import TinyLoRA
-from ....names.orders import in_order
+from ....names.orders import declared_by, in_order
 from ....tensors.dtypes import DTYPES
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Findings, Found, make
@@ -132,7 +132,7 @@ def _numbers(updates: Mapping[str, Any], file: File) -> dict[str, int] | None:
     by_P = _by_projection(held, file.settings.own.projection_seed) if len(held) == len(updates) else None
     if by_P is not None:
         return by_P
-    ordered = in_order(updates, None if file.base is None else file.base.config)
+    ordered = in_order(updates, None if file.base is None else file.base.config, declared_by(file.base))
     return None if ordered is None else {path: number for number, path in enumerate(ordered)}
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....methods.unilora import UniLoRA
-from ....names.orders import in_order
+from ....names.orders import declared_by, in_order
 from ....tensors.dtypes import DTYPES
 from ....tensors.lazy import Lazy, as_lazy
 from ..config import names_module
@@ -54,7 +54,7 @@ class UniLoRAFamily(Family):
     own: ClassVar[type[Own]] = Fields
     read: ClassVar[Mapping[str, str]] = {
         "proj_seed": "positions: numpy's default_rng shuffles them for all modules together",
-        "save_indices": "whether the file has the positions; else they need the base, whose model_type tells the order",
+        "save_indices": "whether the file has the positions; else the base's model_type or torch file tells the order",
         "theta_d_length": "numbers that are trained",
     }
     harmless: ClassVar[Mapping[str, str]] = {"init_theta_d_bound": "initial values", "unilora_dropout": "training only"}
@@ -136,10 +136,12 @@ def _modules(file: File) -> list[str]:
     weights = (name for name, tensor in base.tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2)
     paths = [name.removesuffix(".weight") for name in weights]
     named = [path for path in paths if names_module(settings.target_modules, path)]
-    ordered = in_order(named, base.config) if named else None
+    ordered = in_order(named, base.config, declared_by(base)) if named else None
     if ordered is None:
         why = "the file leaves the positions out, and nothing tells the order of the modules that they follow"
-        raise Unsupported(why, where=THETA, cure="Save it from PEFT with save_indices=True")
+        cure = "Give the base as a torch file of its state dict, which keeps the order (--base model.bin, base=), or "
+        cure += "save the adapter from PEFT with save_indices=True"
+        raise Unsupported(why, where=THETA, cure=cure)
     return ordered
 
 

@@ -9,11 +9,12 @@ from ....errors import Unsupported
 from ....methods._coefficients import SEED
 from ....methods.waveft import WaveFT
 from ....tensors.lazy import Lazy, as_lazy
+from ..._format import Departure
 from ..file import File, Found, make
 from ..patterns import exactly, first_match
 from ._family import Family, Own, Parts
 from ._positions import drawn, of_one
-from ._wavelets import FAULTY, FILTERS, filter_of, name_of
+from ._wavelets import FILTERS, filter_of, name_of
 from ._weights import check_size, layout, not_linear, side, size_fields, unlike, weight_shape
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class WaveFTFamily(Family):
     method = WaveFT
     parts = (PART,)
     folds = ("spectrum",)
+    departures: ClassVar[Mapping[str, Departure]] = {
+        "waveft_coif4": Departure("PEFT's numbers for coif4, which are no wavelet's", "the Coiflet's numbers")
+    }
     own: ClassVar[type[Own]] = Fields
     read: ClassVar[Mapping[str, str]] = {
         "n_frequency": "how many coefficients there are",
@@ -70,7 +74,7 @@ class WaveFTFamily(Family):
         out, in_ = weight_shape(file, key, "WaveFT's positions depend on the size of the weight")
         tensors = {"index": drawn(own.random_loc_seed, out, in_, count, key), "spectrum": spectrum}
         if own.use_idwt:
-            tensors["low_pass"] = _filter(own.wavelet_family, file.compat, _dtype(file, key.path))
+            tensors["low_pass"] = _filter(own.wavelet_family, _dtype(file, key.path), file.by_formula)
         update = make("waveft", tensors, scaling=own.scaling, outputs=out, inputs=in_)
         return Found(key.path, update, {"spectrum": key}, layout(file, key.path))
 
@@ -105,11 +109,7 @@ def _dtype(file: File, path: str) -> str:
     return "F64" if known is None else as_lazy(known).dtype.name
 
 
-def _filter(name: str, compat: str | None, dtype: str) -> Lazy:
-    if name == FAULTY and compat != "peft":
-        why = f"PEFT's {name} is not the wavelet of that name, so that its adapters are not what they say"
-        raise Unsupported(why, where="wavelet_family", cure="Read it with compat='peft' for what PEFT computes")
+def _filter(name: str, dtype: str, by_formula: bool) -> Lazy:
     if name not in FILTERS:
-        known = ", ".join(known for known in FILTERS if known != FAULTY)
-        raise Unsupported(f"the wavelet {name}", where="wavelet_family", cure=f"Known: {known}")
-    return filter_of(name, dtype)
+        raise Unsupported(f"the wavelet {name}", where="wavelet_family", cure=f"Known: {', '.join(FILTERS)}")
+    return filter_of(name, dtype, by_formula)

@@ -1,0 +1,236 @@
+"""Files that go along with merged weights: the base's own, and the tokenizer of the base or of an adapter.
+
+A tokenizer is all or nothing: vocabulary, added tokens, settings and chat template come from one folder, since ids and
+templates of two folders need not agree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Malformed, UsageError, storage_error
+from ..names.ties import is_embedding
+from ..quant import SIDE_FILES, Dequantized
+from ..tensors.checkpoint import INDEX, TORCH_INDEX
+from ..tensors.locations import NOTE, exists
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+REPORT = "adapterkit_merge.json"
+"""The output's own record."""
+
+CARD = "README.md"
+
+WEIGHT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
+}  # fmt: skip
+"""Other forms of the base's weights: left out of the output, where they would be stale."""
+
+VOCABULARIES = frozenset({
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+    "tekken.json", "tokenizer.tiktoken", "qwen.tiktoken", "source.spm",
+})  # fmt: skip
+"""Files without which there is no tokenizer."""
+
+TOKENIZER = VOCABULARIES | {
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "special_tokens_map.json",
+    "target.spm", "tokenizer_config.json",
+}  # fmt: skip
+"""All files of a tokenizer, as transformers saves them."""
+
+TEMPLATES = "additional_chat_templates"
+"""The folder of further chat templates."""
+
+CHOICES = ("base", "adapter")
+
+
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """What is copied beside the weights.
+
+    Attributes:
+        copies: (file, its name in the output).
+        left_out: files of the base that are not copied.
+        tokenizer: where the tokenizer comes from, plain data; None where there is no choice.
+        warnings: what the caller should look at.
+    """
+
+    copies: tuple[tuple[Path, str], ...] = ()
+    left_out: tuple[str, ...] = ()
+    tokenizer: Mapping[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def companions(
+    base: Checkpoint, adapters: Sequence[tuple[str, Path]], chosen: str | PathLike[str] | None
+) -> Companions:
+    """The files to copy beside the weights of a merge into a folder.
+
+    Args:
+        base: the base as the merge reads it.
+        adapters: the name and the folder of each adapter that is one.
+        chosen: `base`, `adapter`, a folder to take it from, or None: an adapter's tokenizer where it has a whole one
+            that fits the base.
+
+    Raises:
+        UsageError: an unknown choice; `adapter` where no adapter has a whole tokenizer, or several have different ones.
+        Malformed: a file of the base is a link to a place outside of its folder.
+    """
+    if chosen is not None and chosen not in CHOICES:
+        folder = Path(chosen)
+        if not (exists(folder) and folder.is_dir()):
+            why = f"unknown choice {str(chosen)!r} for the tokenizer, and no folder of that name"
+            raise UsageError(why, cure=f"Known: {', '.join(CHOICES)}, or a folder that has one")
+        adapters, chosen = [(folder.name, folder)], "adapter"
+    if not base.root.is_dir():
+        return Companions()
+    tokens, tokenizer, warnings = _tokenizer(base, adapters, None if chosen is None else str(chosen))
+    copies, left_out = [], []
+    for file in sorted(_files(base.root)):
+        name = file.relative_to(base.root).as_posix()
+        if file in base.files or name in (INDEX, TORCH_INDEX, REPORT, NOTE):
+            continue
+        stale = isinstance(base, Dequantized) and not base.packs and name in SIDE_FILES
+        if file.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json") or stale or (tokens and _is_token_file(name)):
+            left_out.append(name)
+        else:
+            _check_inside(file, base.root)
+            copies.append((file, name))
+    return Companions((*copies, *tokens), tuple(left_out), tokenizer, tuple(warnings))
+
+
+def _tokenizer(
+    base: Checkpoint, adapters: Sequence[tuple[str, Path]], chosen: str | None
+) -> tuple[list[tuple[Path, str]], dict[str, Any] | None, list[str]]:
+    """The files of an adapter's tokenizer, where that is taken; what is said of it; warnings."""
+    own = _contents(base.root)
+    found = [(name, folder, _contents(folder)) for name, folder in adapters]
+    whole = [(name, folder, files) for name, folder, files in found if files.keys() & VOCABULARIES]
+    differing = [each for each in whole if each[2] != own]
+    warnings = [
+        f"{name} has {', '.join(sorted(files))} but no vocabulary: left out, since a tokenizer is not mixed from two"
+        for name, _, files in found
+        if files and not files.keys() & VOCABULARIES and any(own.get(key) != value for key, value in files.items())
+    ]
+    if chosen == "adapter" and not whole:
+        raise UsageError("no adapter's folder has a tokenizer", cure=f"{_flag('base')}, or name a folder that has one")
+    if not differing:
+        return [], ({"from": "base", "differs": False} if whole else None), warnings
+    if len(differing) < len(whole) or any(files != differing[0][2] for _, _, files in differing):
+        return [], {"from": "base", "differs": True}, [*warnings, _several(whole, chosen)]
+    name, folder, files = differing[0]
+    changed = ", ".join(sorted(file for file in {*files, *own} if files.get(file) != own.get(file)))
+    differs = f"the tokenizer of {name} differs from the base's ({changed})"
+    beyond = _beyond(folder, base)
+    why = f"it has the token {beyond}, for which the base has no row of embeddings"
+    if chosen == "adapter" and beyond is not None:
+        raise UsageError(f"{differs}, and {why}", path=folder, cure=f"{_flag('base')} keeps the base's")
+    if chosen == "base" or beyond is not None:
+        kept = f"{differs}, which is kept" + (f": {why}" if beyond is not None else "")
+        return [], {"from": "base", "differs": True}, [*warnings, kept]
+    copies = [(folder / file, file) for file in sorted(files)]
+    for file, _ in copies:
+        _check_inside(file, folder)
+    taken = f"{differs} and is taken; {_flag('base')} keeps the base's"
+    return copies, {"from": "adapter", "adapter": name, "differs": True}, [*warnings, taken]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a whole tokenizer."""
+    return exists(folder) and folder.is_dir() and any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def _several(whole: Sequence[tuple[str, Path, Mapping[str, bytes]]], chosen: str | None) -> str:
+    """The warning that tokenizers of several adapters are not taken.
+
+    Raises:
+        UsageError: one of them was asked for.
+    """
+    why = f"the tokenizers of {', '.join(name for name, _, _ in whole)} differ from each other"
+    if chosen == "adapter":
+        raise UsageError(why, cure=f"{_flag('base')} keeps the base's; or merge one adapter at a time")
+    return f"{why}: that of the base is kept"
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder's tokenizer: name -> sha256 of its bytes."""
+    import hashlib
+
+    found = {}
+    templates = folder / TEMPLATES
+    for file in sorted([*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]):
+        name = file.relative_to(folder).as_posix()
+        if _is_token_file(name) and file.is_file():
+            try:
+                found[name] = hashlib.sha256(file.read_bytes()).digest()
+            except OSError as error:
+                raise storage_error(error, file) from error
+    return found
+
+
+def _is_token_file(name: str) -> bool:
+    return name in TOKENIZER or name.startswith(f"{TEMPLATES}/")
+
+
+def _beyond(folder: Path, base: Checkpoint) -> int | None:
+    """The largest token of a folder's added tokens, where the base's embeddings have no row for it."""
+    rows = max((t.shape[0] for name, t in base.tensors.items() if is_embedding(name) and t.shape), default=None)
+    largest = max((token for name in _NUMBERED for token in _tokens(folder / name)), default=-1)
+    return largest if rows is not None and largest >= rows else None
+
+
+_NUMBERED = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def _tokens(file: Path) -> list[int]:
+    """Numbers of tokens that a file names, its largest among them; none where it is not as transformers writes it."""
+    try:
+        said = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    if not isinstance(said, dict):
+        return []
+    if file.name == "added_tokens.json":
+        return [value for value in said.values() if type(value) is int]
+    if file.name == "tokenizer_config.json":
+        decoder = said.get("added_tokens_decoder")
+        return [int(key) for key in decoder if key.isdecimal() and len(key) < 10] if isinstance(decoder, dict) else []
+    added, model = said.get("added_tokens"), said.get("model")
+    found = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    found.append(len(vocabulary) - 1 if isinstance(vocabulary, dict | list) else -1)
+    return [token for token in found if type(token) is int]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files below a folder, hidden folders left out; links to files count, links to folders do not."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
+            yield from _files(entry)
+        elif entry.is_file():
+            yield entry
+
+
+def _check_inside(file: Path, folder: Path) -> None:
+    """Refuses a link that leads out of a folder: a downloaded model could name any file of this disk.
+
+    The cache of huggingface_hub is made of such links: `snapshots/COMMIT/config.json` leads to `blobs/HASH` of the same
+    repository, which is allowed.
+    """
+    if not file.is_symlink() and not file.parent.is_symlink():
+        return
+    home, target = folder.resolve(), file.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+        cure = "Put a copy of the file in its place, if you know what it is, or delete the link"
+        raise Malformed(f"a link to {target}, outside of the folder", path=file, cure=cure)
+
+
+def _flag(choice: str) -> str:
+    return f'--tokenizer {choice} (tokenizer="{choice}")'

@@ -1,0 +1,122 @@
+"""What travels with an adapter beside its tensors: trigger words, training settings, the fingerprint of its base.
+
+It lies in the leftovers of the source format, and after an operation in the lineage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .adapter import Adapter, Step
+
+METADATA = "metadata"
+"""The argument of a lineage step that holds the strings of the files it was made from."""
+
+FINGERPRINT = "base_fingerprint"
+"""The argument of a lineage step that holds the fingerprint of the base it was made at."""
+
+_OF_ONE_FILE = frozenset({
+    "modelspec.hash_sha256", "ss_network_alpha", "ss_network_args", "ss_network_dim", "sshs_hash", "sshs_legacy_hash",
+    "sshs_model_hash",
+})  # fmt: skip
+"""Keys that an operation makes untrue: ranks, scales, and hashes of the file's bytes."""
+
+_STRUCTURAL = _OF_ONE_FILE | {"adapterkit", "format", "lora_adapter_metadata", "ss_network_module"}
+"""Keys that describe the tensors of one file: its container, ranks, scales, and hashes of its bytes."""
+
+_TRIGGERS = ("modelspec.trigger_phrase", "trigger_words", "trigger_word", "trigger_phrase", "activation text")
+"""Keys whose values are lists of words, separated by commas."""
+
+
+def metadata_of(adapter: Adapter) -> dict[str, str]:
+    """The strings that came with an adapter's files: trigger words, `ss_*`, `modelspec.*` and others.
+
+    Keys that describe the tensors of one file (its rank, hashes of its bytes) are left out: they would not be true of
+    another file.
+    """
+    found: dict[str, str] = {}
+    for step in adapter.recipe:
+        found |= _strings(step.args.get(METADATA))
+    if adapter.foreign is not None:
+        found |= _strings(adapter.foreign.data.get(METADATA))
+    return {key: value for key, value in found.items() if key not in _STRUCTURAL}
+
+
+def read_with(adapter: Adapter, metadata: Mapping[str, str]) -> Adapter:
+    """The adapter with strings of its file in the step of its reading, for formats whose leftovers have none."""
+    if not metadata:
+        return adapter
+    *before, read = adapter.recipe
+    return adapter.replace(recipe=(*before, Step(read.op, {**read.args, METADATA: dict(metadata)})))
+
+
+def with_metadata(pairs: Iterable[tuple[str, str]], adapter: Adapter) -> list[tuple[str, str]]:
+    """The pairs of a file's header, with what came with the adapter's files behind them.
+
+    Args:
+        pairs: what the format itself writes, or what was there when the file was read.
+        adapter: what is written. Where it was changed since it was read, ranks and hashes of the old file are left out.
+    """
+    changed = bool(adapter.recipe) and adapter.recipe[-1].op != "read"
+    kept = {key: value for key, value in pairs if not (changed and key in _OF_ONE_FILE)}
+    return list((kept | {key: value for key, value in metadata_of(adapter).items() if key not in kept}).items())
+
+
+def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = None) -> dict[str, str]:
+    """The strings of several adapters as those of one.
+
+    A key on whose value they agree stays. Trigger words are joined. Any other key becomes one for each adapter that has
+    it, with the adapter's name in brackets: `ss_tag_frequency (style)`.
+
+    Args:
+        adapters: in order.
+        names: what to call them; the `ss_output_name` or `modelspec.title` of each, or its number, when not given.
+    """
+    each = [metadata_of(adapter) for adapter in adapters]
+    called = _names(each) if names is None else list(names)
+    merged: dict[str, str] = {}
+    for key in dict.fromkeys(key for strings in each for key in strings):
+        values = {name: strings[key] for name, strings in zip(called, each, strict=True) if key in strings}
+        distinct = list(dict.fromkeys(values.values()))
+        if key in _TRIGGERS:
+            words = (word.strip() for value in distinct for word in value.split(","))
+            merged[key] = ", ".join(dict.fromkeys(word for word in words if word))
+        elif len(distinct) == 1 and len(values) == len(each):
+            merged[key] = distinct[0]
+        else:
+            merged |= {f"{key} ({name})": value for name, value in values.items()}
+    return merged
+
+
+def fingerprints_of(adapter: Adapter) -> tuple[str, ...]:
+    """The fingerprints of the bases that an adapter's lineage names, each once."""
+    return tuple(dict.fromkeys(_fingerprints(adapter.recipe)))
+
+
+def _fingerprints(steps: Iterable[Step | Mapping[str, Any]]) -> Iterator[str]:
+    for step in steps:
+        args = step.args if isinstance(step, Step) else step.get("args", {})
+        if isinstance(args.get(FINGERPRINT), str):
+            yield args[FINGERPRINT]
+        for one in args.get("of") or ():
+            if isinstance(one, Mapping):
+                yield from _fingerprints(one.get("recipe") or ())
+
+
+def _strings(found: Any) -> dict[str, str]:
+    """A mapping or a list of pairs, as formats keep them; what is no string is none of these."""
+    pairs = found.items() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else ()
+    return {
+        pair[0]: pair[1]
+        for pair in pairs
+        if isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+    }
+
+
+def _names(each: Sequence[Mapping[str, str]]) -> list[str]:
+    wanted = [strings.get("ss_output_name") or strings.get("modelspec.title") or "" for strings in each]
+    return [
+        name if name and wanted.count(name) == 1 else str(number)
+        for number, name in enumerate(wanted, 1)
+    ]  # fmt: skip

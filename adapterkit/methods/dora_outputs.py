@@ -1,0 +1,59 @@
+"""DoRA on outputs, as AdapterHub trains it: y' = magnitude / |W + B @ A| * (y + scaling * B @ A @ x).
+
+Liu et al. 2024, https://arxiv.org/abs/2402.09353, but for two things: the norm leaves the scaling out, and the factor
+multiplies the layer's whole output, the bias included.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..errors import UsageError
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class DoRAOutputs(WeightUpdate):
+    """W' = f * (W + scaling * B @ A), b' = f * b, f = magnitude / |W + B @ A| per output."""
+
+    blocks = frozenset({"out"})
+    bias_sees_weight: ClassVar[bool] = True
+    needs_bias = False
+    paper = "https://arxiv.org/abs/2402.09353"
+
+    A: Tensor = tensor("r in *k")
+    B: Tensor = tensor("out r")
+    magnitude: Tensor = tensor("out")
+    factors: Tensor | None = tensor("out", optional=True)
+    scaling: float = 1.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        A = random((rank, *W.shape[1:])) / math.prod(W.shape[1:]) ** 0.5
+        norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
+        return cls(A=A, B=W.new_zeros(len(W), rank), magnitude=norm, **attributes)
+
+    @property
+    def changes_bias(self) -> bool:
+        return True
+
+    def new_weight(self, W: Tensor) -> Any:
+        factors: Any = self.settled(W).factors
+        V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)
+        return (V * factors[:, None]).reshape(W.shape)
+
+    def settled(self, W: Tensor) -> Self:
+        if self.factors is not None:
+            return self
+        V = W.reshape(len(W), -1) + self.B @ self.A.reshape(len(self.A), -1)
+        return self.replace(factors=self.magnitude / (V * V).sum(1) ** 0.5)
+
+    def new_bias(self, b: Tensor) -> Tensor:
+        if self.factors is None:
+            raise UsageError("the bias has the factors of the weight", cure="Call settled(W) first")
+        return b * self.factors

@@ -1,0 +1,88 @@
+"""OFT on patches of a convolution's input, as PEFT trains it: y' = conv(turned(x)).
+
+Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT cuts x into all patches of the kernel's size, one at every place
+and none beyond the border, turns each by OFT's rotations, and adds them up where they overlap. Its merge rotates the
+weight instead, which is another function as soon as two patches overlap; that one is `oft`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ShapeMismatch
+from ..shapes import Dims
+from ..tensors.namespace import namespace
+from ..tensors.rotations import block_size, shortened_blocks, skew, turned
+from ..updates import OutputUpdate, attribute, tensor
+from ._low_rank import block_diagonal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class OFTPatches(OutputUpdate):
+    """The layer of another input: its patches times blockdiag(R), summed."""
+
+    paper = "https://arxiv.org/abs/2306.07280"
+    acts_on = "the input by overlapping patches"
+    moves_input = True
+
+    pairs: Tensor = tensor("n p")
+    terms: int = attribute(0, least=0, most=100)
+    doubled: bool = False
+    coft: bool = False
+    eps: float = 6e-5
+
+    def dims(self, stack: bool = False) -> Dims:
+        dims: Any = super().dims(stack)
+        size = block_size(dims["p"])
+        if not size:
+            why = f"{dims['p']} numbers do not fill one side of a square matrix"
+            raise ShapeMismatch(why, where="pairs", cure="Write the adapter again")
+        return {**dims, "b": size}
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
+        width = math.prod(shape[1:])
+        if len(shape) != 4 or width % block_size(self.pairs.shape[-1]):
+            why = (
+                f"{width} numbers a patch, in blocks of {block_size(self.pairs.shape[-1])}; the weight is {list(shape)}"
+            )
+            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        channels, high, wide = layer.shape[1:]
+        places = [(i, j) for i in range(high) for j in range(wide)]
+        patches = namespace(x).concat([x[(..., *_within(i, j, high, wide))] for i, j in places], axis=-3)
+        patches = layer.mix(patches, self._mix(channels, len(places)))
+        total: Any = 0
+        for position, (i, j) in enumerate(places):
+            part = patches[..., position * channels : (position + 1) * channels, :, :]
+            total = total + _bordered(x, part, i, j, high, wide)
+        return layer(total)
+
+    def _mix(self, channels: int, places: int) -> Any:
+        """What mixes channels of patches, place by place, as the rotations do channel by channel."""
+        Q = skew(self.pairs)
+        R = turned(shortened_blocks(Q, self.eps) if self.coft else Q, self.terms, self.doubled)
+        count = channels * places // R.shape[-1]
+        M = block_diagonal(R if len(R) > 1 else R[[0] * count]).mT
+        order = [channel * places + place for place in range(places) for channel in range(channels)]
+        return M[order][:, order]
+
+
+def _within(i: int, j: int, high: int, wide: int) -> tuple[slice, slice]:
+    """The part of an image that stands at place i, j of all its patches."""
+    return slice(i, i + 1 - high or None), slice(j, j + 1 - wide or None)
+
+
+def _bordered(x: Any, part: Any, i: int, j: int, high: int, wide: int) -> Any:
+    """A part put back where it was taken from, zeros around it."""
+    rows, _ = _within(i, j, high, wide)
+    for axis, before, behind, strip in ((-1, j, wide - 1 - j, x[..., rows, :]), (-2, i, high - 1 - i, x)):
+        whole = (slice(None),) * (-1 - axis)
+        sides = [strip[(..., slice(0, before), *whole)] * 0] if before else []
+        other = [strip[(..., slice(-behind, None), *whole)] * 0] if behind else []
+        part = namespace(x).concat([*sides, part, *other], axis=axis) if sides or other else part
+    return part

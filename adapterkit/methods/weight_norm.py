@@ -1,0 +1,47 @@
+"""Weight normalisation: W' = magnitude * W / |W|, the norms being those of outputs or of inputs.
+
+Salimans and Kingma 2016, https://arxiv.org/abs/1602.07868. Behind a LoHa, a LoKr or a LoRA at the same target it makes
+DoRA of them, as LyCORIS trains it (https://arxiv.org/abs/2402.09353).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from ..updates import WeightUpdate, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class WeightNorm(WeightUpdate):
+    """W'[o] = out[o] * W[o] / (|W[o]| + eps), or W'[:, i] = into[i] * W[:, i] / (|W[:, i]| + eps)."""
+
+    blocks = frozenset({"out", "in"})
+    paper = "https://arxiv.org/abs/1602.07868"
+    forms = ((("out",), ("into",)),)
+
+    out: Tensor | None = tensor("out", optional=True)
+    into: Tensor | None = tensor("in", optional=True)
+    eps: float = 0.0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
+        return cls(out=norm + attributes.get("eps", 0.0), **attributes)
+
+    def cuts(self, axis: str) -> bool:
+        """Along the axis that has the norms."""
+        return axis == ("out" if self.into is None else "in")
+
+    def new_weight(self, W: Tensor) -> Any:
+        if self.into is None:
+            norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
+            lengths: Any = self.out
+            factors = lengths / (norm + self.eps)
+            return W * factors.reshape(-1, *[1] * (W.ndim - 1))
+        norm = (W * W).reshape(len(W), W.shape[1], -1).sum(2).sum(0) ** 0.5
+        factors = self.into / (norm + self.eps)
+        return W * factors.reshape(1, -1, *[1] * (W.ndim - 2))
