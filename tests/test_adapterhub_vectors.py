@@ -84,7 +84,7 @@ def test_writes_as_the_library_wrote_it(folder, by_way_of, tmp_path):
     if by_way_of == "native":
         ak.write(adapter, tmp_path / "native.safetensors")
         adapter = ak.read(tmp_path / "native.safetensors")
-    assert ak.write(adapter, tmp_path / "a", "adapterhub") == []
+    assert ak.write(adapter, tmp_path / "a", "adapterhub", ROOT / "models" / model_of(folder)) == []
     written = {file.name for file in (tmp_path / "a").iterdir()}
     assert written == {f.name for f in folder.iterdir()} - {"expected.native.safetensors", "forward.safetensors"}
     for name in written:

@@ -263,12 +263,14 @@ def test_parts_with_scalings_that_differ_are_folded_where_that_is_allowed(tmp_pa
 def test_names_of_two_models_are_not_guessed(tmp_path):
     made = METHODS["lora"](A=torch.randn(2, 8), B=torch.randn(8, 2))
     adapter = ak.Adapter({ak.Target("transformer.transformer_blocks.0.attn.to_q"): (made,)})
-    with pytest.raises(Unrepresentable, match="its names are the same in each"):
+    with pytest.raises(Unrepresentable, match="flux or sd3 or flux2 or qwen_image, which are translated differently"):
         ak.write(adapter, tmp_path / "x.safetensors", format="kohya")
-    flux = made.replace(A=torch.randn(2, 3072), B=torch.randn(3072, 2))
-    ak.write(
-        adapter.replace(updates={next(iter(adapter.updates)): (flux,)}), tmp_path / "x.safetensors", format="kohya"
-    )
+    # A width is no proof: Qwen-Image is as wide as FLUX.
+    wide = {next(iter(adapter.updates)): (made.replace(A=torch.randn(2, 3072), B=torch.randn(3072, 2)),)}
+    with pytest.raises(Unrepresentable, match="flux or flux2 or qwen_image"):
+        ak.write(adapter.replace(updates=wide), tmp_path / "x.safetensors", format="kohya")
+    wide[ak.Target("transformer.single_transformer_blocks.0.norm.linear")] = (made.replace(B=torch.randn(24, 2)),)
+    ak.write(adapter.replace(updates=wide), tmp_path / "x.safetensors", format="kohya")
     assert "lora_unet_double_blocks_0_img_attn_qkv.alpha" in load_file(tmp_path / "x.safetensors")
 
 

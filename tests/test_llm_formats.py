@@ -196,7 +196,9 @@ def test_olives_factors_are_turned_and_hold_the_scaling(end, tmp_path):
     ak.write(llama(), path, "olive", on_loss="fold")
     same(deltas(llama()), deltas(ak.read(path, "olive")))
     if end == "npz":
-        stored, own = np.load(path), llama().updates[Target("model.layers.0.mlp.down_proj")][0]
+        with np.load(path) as file:
+            stored = dict(file)
+        own = llama().updates[Target("model.layers.0.mlp.down_proj")][0]
         assert np.array_equal(stored["model.layers.0.mlp.down_proj.lora_A.weight"], as_lazy(own.A).numpy().T)
         assert np.array_equal(stored["model.layers.0.mlp.down_proj.lora_B.weight"], 2 * as_lazy(own.B).numpy().T)
         assert ak.detect(path) == "olive"

@@ -91,11 +91,12 @@ def test_a_law_of_the_weight_is_taken_at_the_base(tmp_path):
     ak.write(adapter, tmp_path / "a.onnx_adapter", "olive", BASE, "promote", max_error=0.01)
     got = deltas(ak.read(tmp_path / "a.onnx_adapter", "olive"))[path]
     assert np.linalg.norm(got - expected) <= 0.01 * np.linalg.norm(expected)
-    other = ak.Adapter({Target("unet.x"): (IA3(l_in=from_numpy(factors.astype("f4"))),)})
-    base = write_base(tmp_path / "base", {}, {"unet.x.weight": (6, 24)})
-    W = load_file(base / "model.safetensors")["unet.x.weight"].astype("f8")
+    there = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    other = ak.Adapter({Target(there): (IA3(l_in=from_numpy(factors.astype("f4"))),)})
+    base = write_base(tmp_path / "base", {}, {f"{there}.weight": (6, 24)})
+    W = load_file(base / "model.safetensors")[f"{there}.weight"].astype("f8")
     (line,) = ak.write(other, tmp_path / "d.safetensors", "comfyui", base, "promote")
-    assert line == "wrote ia3 at unet.x as a difference of weights"
+    assert line == f"wrote ia3 at {there} as a difference of weights"
     got = load_file(tmp_path / "d.safetensors")
     assert np.abs(next(v for k, v in got.items() if k.endswith(".diff")) - (W * factors - W)).max() < 1e-6
 

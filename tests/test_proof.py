@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from llm_adapters import BASE, llama, lora
-from method_matrices import IMAGE, LANGUAGE, cases, model
+from method_matrices import LANGUAGE, cases, model
 from safetensors.numpy import save_file
 from test_conversions import where
 from test_format_vectors import EVERY, base, source
@@ -157,6 +157,7 @@ def caught(adapter, name, path, base, faulty, faults=tuple(FAULTS)):
     return found
 
 
+U_NET = "unet.down_blocks.{n}.attentions.0.transformer_blocks.0.attn1.to_q"
 OF_HEADS = {"gguf", "litgpt", "tensorrt_llm", "torchtune"}
 """Formats whose files are read with the heads or sizes of a base."""
 
@@ -192,7 +193,7 @@ def test_a_fault_is_caught_whatever_the_method(name, tmp_path, faulty):
             else []
         )
         if two:
-            pattern = IMAGE if issubclass(FORMATS[name], ImageFormat) else LANGUAGE
+            pattern = U_NET if issubclass(FORMATS[name], ImageFormat) else LANGUAGE
             adapter, below, _ = model(2 * two, pattern, tmp_path / method)
             found += caught(adapter, name, where(tmp_path / method / "out", name), below, faulty)
     assert found or name in ("bfl_control", "xlabs"), "their names are FLUX's alone"

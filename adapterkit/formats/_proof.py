@@ -162,7 +162,7 @@ class _Proof:
         ours, theirs = asked.updates, got.updates
         if ours.keys() == theirs.keys() and all(_same(found, theirs[target]) for target, found in ours.items()):
             return
-        way = max(_ways(self.base), key=lambda way: _shared(way(ours), way(theirs)))
+        way = max(_ways(ours, theirs, self.base), key=lambda way: _shared(way(ours), way(theirs)))
         self.left_out.update(*map(parts_of, self.left_out))
         ours, theirs = way(ours), way(theirs)
         there = _by_path(theirs)
@@ -223,11 +223,13 @@ def _difference(asked: Updates, got: Updates) -> str:
     return str(next(iter(asked or got)))
 
 
-def _ways(base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
+def _ways(asked: Updates, got: Updates, base: Checkpoint | None) -> list[Callable[[Updates], Updates]]:
     """What brings targets of several names for the same modules to one; first of all nothing."""
+    from ._image.deciding import families_of_all
     from ._image.naming import in_components, in_parts
 
-    ways: list[Callable[[Updates], Updates]] = [dict, in_components, in_parts]
+    names = families_of_all(target.path for target in (*asked, *got))
+    ways: list[Callable[[Updates], Updates]] = [dict, in_components, lambda updates: in_parts(updates, names)]
     return ways if base is None else [*ways, lambda updates: _bound(updates, base)]
 
 

@@ -100,6 +100,7 @@ def _path(stem: str, part: str, third: str) -> str:
 
 def _third(rests: Iterable[str]) -> str:
     """Where the T5 is, told by the transformer's names."""
-    fitting = [families_of(rest, "native") for rest in rests]
-    known = {each[0].name for each in fitting if len(each) == 1} & {"flux", "sd3"}
-    return {"flux": "text_encoder_2", "sd3": "text_encoder_3"}.get(next(iter(known)), "") if len(known) == 1 else ""
+    of = {"flux": "text_encoder_2", "sd3": "text_encoder_3"}
+    fitting = [{family.name for family in families_of(rest, "native")} & of.keys() for rest in rests]
+    known = {name for names in fitting if len(names) == 1 for name in names}
+    return of[known.pop()] if len(known) == 1 else ""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..adapter import Target, Updates, canonical
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable
 from ..methods.dora import DoRA
+from ..methods.replacement import Replacement
 from ..names.image import component_of, rooted
 from ..tensors.strict_json import load_json
 from ._image import container
@@ -46,6 +47,11 @@ SLOTS = {
     "alpha": "alpha",
 }  # fmt: skip
 
+SCALE = "set_weight"
+"""Slot of a norm's scale: FLUX's control LoRAs replace the scales of the norms of queries and keys."""
+
+_NORM = re.compile(r"transformer\.(?:single_)?transformer_blocks\.\d+\.attn\.norm_(?:added_)?[qk]")
+
 _WORDS = {word: slot for slot, word in SLOTS.items()} | {"lora_magnitude_vector.weight": "dora"}
 
 
@@ -54,9 +60,9 @@ class Diffusers(ImageFormat):
 
     url = "https://huggingface.co/docs/diffusers/main/en/api/loaders/lora"
     description = "diffusers' pipelines: LoRA and DoRA by part, scalings in the header; all three generations of keys"
-    methods = frozenset({"dora", "lora"})
+    methods = frozenset({"dora", "lora", "replacement"})
     owns = frozenset(FILES)
-    rules = Rules(peft=True, slots=tuple(SLOTS))
+    rules = Rules(peft=True, slots=(*SLOTS, SCALE))
     naming = "diffusers"
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
@@ -78,7 +84,7 @@ class Diffusers(ImageFormat):
         # GPT-2 is a `transformer` too: NOLA's checkpoints of it have these beside lora_A and lora_B.
         if any(key.endswith(".coefficients") for key in keys):
             return False
-        return any(key for key in map(self.parse, keys) if key is not None and key.slot != "alpha")
+        return any(key for key in map(self.parse, keys) if key is not None and key.slot not in ("alpha", SCALE))
 
     def parse(self, key: str) -> Key | None:
         if key.startswith(("double_blocks.", "single_blocks.")):
@@ -90,11 +96,14 @@ class Diffusers(ImageFormat):
             return Key(key, found[1], found[2])
         if found := _THIRD.fullmatch(key):
             return Key(key, found[1], _WORDS[found[2]])
+        stem, _, word = key.rpartition(".")
+        if word == "weight" and _NORM.fullmatch(stem):
+            return Key(key, stem, SCALE)
         found = _ALPHA.fullmatch(key)
         return Key(key, found[1], "alpha") if found else None
 
     def spell(self, stem: str, slot: str) -> str:
-        return f"{stem}.{SLOTS.get(slot, slot)}"
+        return f"{stem}.weight" if slot == SCALE else f"{stem}.{SLOTS.get(slot, slot)}"
 
     def targets(
         self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
@@ -106,13 +115,16 @@ class Diffusers(ImageFormat):
 
     def stem(self, target: Target, paths: Iterable[str], update: Update) -> str | None:
         component, (_, rest) = component_of(target.path), rooted(target.path)
-        return None if component is None or target.rows else f"{component}.{rest}"
+        stem = f"{component}.{rest}"
+        if component is None or target.rows or (isinstance(update, Replacement) and not _NORM.fullmatch(stem)):
+            return None
+        return stem
 
     def rescaled(self, found: Found, stem: str, metadata: Mapping[str, str]) -> Found:
         part, _, name = stem.partition(".")
         settings = _settings(metadata.get(CONFIG, "")).get(part)
         update = cast(Any, found.update)
-        if settings is None:
+        if settings is None or isinstance(update, Replacement):
             return found
         if settings.rank(name) != update.A.shape[0]:
             why = f"rank {update.A.shape[0]}; {CONFIG} says {settings.rank(name)}"
@@ -131,7 +143,8 @@ class Diffusers(ImageFormat):
         old = hints.metadata if hints.stems else [("format", "pt")]
         if hints.stems and len(hints.without_alpha) < len(hints.stems):
             return old, False
-        each: list[tuple[str, Any]] = [(stems[str(t)], u) for t, found in updates.items() for u in found]
+        pairs = ((stems[str(t)], u) for t, found in updates.items() for u in found)
+        each: list[tuple[str, Any]] = [(stem, u) for stem, u in pairs if not isinstance(u, Replacement)]
         scales = {stem: (int(u.A.shape[0]), float(u.scaling), u) for stem, u in each}
         if _say(_settings(dict(old).get(CONFIG, "")), scales):
             return old, True

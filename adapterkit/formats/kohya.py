@@ -6,7 +6,8 @@ A key is a module's path with underscores for dots, behind a word for the part o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
     from ..tensors.lazy import Lazy
     from ..updates import Update
+    from ._image.deciding import Origin
     from ._image.translate import Changed, Losses
 
 
@@ -75,18 +77,20 @@ class Kohya(ImageFormat):
         rows = turned.rows_of(modules)
         return {stem: Target(paths[stem.partition(".")[0]], rows=rows.get(stem)) for stem in modules}
 
-    def renamed(self, updates: Updates, kept: Iterable[str], *, fold: bool) -> tuple[Changed, Losses]:
+    def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """XL's U-Net in LDM's naming, that of SD 1 and 2 in diffusers', transformers in their authors'."""
         from ._image.translate import in_diffusers, in_native
 
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]
-        moved, losses = in_native(others, kept, fold=fold)
+        # A base's names are walked when such a file is read, whatever they are.
+        origin = replace(origin, naming="native") if origin.inside else origin
+        moved, losses = in_native(others, kept, origin, fold=fold)
         if is_xl(paths):
-            unets, more = in_native(inside, kept, fold=fold)
+            unets, more = in_native(inside, kept, origin, fold=fold)
         else:
-            unets, more = in_diffusers(inside, kept) if is_not_xl(paths) else (inside, [])
+            unets, more = in_diffusers(inside, kept, origin) if is_not_xl(paths) else (inside, [])
         changed = {**unets, **moved}
         return changed, [*losses, *more, *turned.uneven(changed)]
 

@@ -53,3 +53,14 @@ TABLE: Table = {
     ),
 }
 """BFL's pattern -> the pieces of it in diffusers."""
+
+RATIOS = {
+    **{f"double_blocks.#.{x}_mlp.0": 4.0 for x in ("img", "txt")},
+    **{f"double_blocks.#.{x}_mlp.2": 1 / 4 for x in ("img", "txt")},
+    "single_blocks.#.linear1": 7.0,
+    "single_blocks.#.linear2": 1 / 5,
+}
+"""BFL's pattern -> outputs by input: FLUX.2 has the same names for weights of other shapes."""
+
+BLOCKS = {"double_blocks": 19, "single_blocks": 38, "transformer_blocks": 19, "single_transformer_blocks": 38}
+"""First word of a name -> how many blocks there are."""

@@ -6,9 +6,10 @@ go by; `diffusers` what diffusers does.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from typing import Any
 
 from .patterns import Names, fill, names_of, numbers
 from .pieces import Piece, Table
@@ -26,6 +27,10 @@ class Family:
         pieces: pattern of the native naming -> its pieces in diffusers'; several may lead to one module there.
         native: the names of the native naming.
         diffusers: the names of diffusers'.
+        ratios: native pattern -> outputs by input, where families share a name for weights of other shapes.
+        widths: how wide its blocks are, where families share names.
+        blocks: first word of a name -> how many blocks there are at most.
+        generic: its names are any numbers of blocks, so that it is meant where no other family has all names.
     """
 
     name: str
@@ -33,6 +38,14 @@ class Family:
     pieces: tuple[tuple[str, tuple[Piece, ...]], ...]
     native: Names
     diffusers: Names
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    widths: frozenset[int] = frozenset()
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    generic: bool = False
+
+    def __contains__(self, path: object) -> bool:
+        """Whether a module is called so in one of the two namings."""
+        return path in self.native or path in self.diffusers
 
     def names(self, naming: str) -> Names:
         return self.native if naming == "native" else self.diffusers
@@ -40,15 +53,33 @@ class Family:
 
 @cache
 def families() -> tuple[Family, ...]:
-    """The families with two namings."""
-    from . import flux, sd3, unet
+    """The families whose names are known. A family that is added here is translated, and no longer refused."""
+    from . import flux, flux2, one_naming, sd3, unet
 
     unets = tuple((ldm, (Piece(theirs),)) for ldm, theirs in unet.pairs())
     return (
         _family("unet", "unet", unets),
-        _family("flux", "transformer", _items(flux.TABLE)),
-        _family("sd3", "transformer", _items(sd3.TABLE), sd3.ALONE),
-    )
+        _family(
+            "flux", "transformer", _items(flux.TABLE), ratios=flux.RATIOS, widths=frozenset({3072}), blocks=flux.BLOCKS
+        ),
+        _family("sd3", "transformer", _items(sd3.TABLE), sd3.ALONE, widths=frozenset({1536, 2432})),
+        _family(
+            "flux2", "transformer", _items(flux2.TABLE), flux2.ALONE, flux2.THEIRS, ratios=flux2.RATIOS,
+            widths=frozenset({3072, 4096, 6144}),
+        ),
+        *(
+            _family(name, "transformer", tuple((path, (Piece(path),)) for path in paths), widths=_WIDTHS[name])
+            for name, paths in one_naming.SAME.items()
+        ),
+        _family("unet of other blocks", "unet", (), (), unet.any_blocks(), generic=True),
+        *(_family(name, "transformer", (), paths) for name, paths in one_naming.RECOGNISED.items()),
+    )  # fmt: skip
+
+
+_WIDTHS = {
+    "qwen_image": frozenset({3072}), "ltx": frozenset({2048, 4096}), "z_image": frozenset({3840}),
+    "hidream": frozenset({2560}),
+}  # fmt: skip
 
 
 @cache
@@ -123,10 +154,14 @@ def component_of(path: str) -> str | None:
     if root:
         component = ROOTS[root[:-1]]
         return denoiser_of([rest]) if component == "denoiser" else component
-    known = {family.component for naming in NAMINGS for family in families_of(path, naming)}
+    known = {family.component for family in families() if family.name in ROOTLESS and path in family}
     if len(known) == 1:
         return next(iter(known))
     return "text_encoder" if path in encoders()["clip"] else None
+
+
+ROOTLESS = ("unet", "flux", "sd3")
+"""Families whose names are like no language model's, so that they tell the part where nothing stands before them."""
 
 
 def denoiser_of(paths: Iterable[str]) -> str:
@@ -162,8 +197,13 @@ def _items(table: Table) -> tuple[tuple[str, tuple[Piece, ...]], ...]:
 
 
 def _family(
-    name: str, component: str, pieces: tuple[tuple[str, tuple[Piece, ...]], ...], alone: tuple[str, ...] = ()
+    name: str,
+    component: str,
+    pieces: tuple[tuple[str, tuple[Piece, ...]], ...],
+    alone: tuple[str, ...] = (),
+    theirs: tuple[str, ...] = (),
+    **evidence: Any,
 ) -> Family:
     native = names_of((*(pattern for pattern, _ in pieces), *alone))
-    diffusers = names_of(piece.pattern for _, found in pieces for piece in found)
-    return Family(name, component, pieces, native, diffusers)
+    diffusers = names_of((*(piece.pattern for _, found in pieces for piece in found), *theirs))
+    return Family(name, component, pieces, native, diffusers, **evidence)

@@ -6,6 +6,7 @@ diffusers. Blocks are counted through in LDM, by level in diffusers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
 
@@ -49,6 +50,12 @@ _ATTENTION = {name: name for name in ("norm", "proj_in", "proj_out")} | {
 def pairs() -> tuple[tuple[str, str], ...]:
     """(LDM's pattern, diffusers' pattern) of every module; an upsampler's convolution is in two LDM places."""
     return (*_ENDS.items(), *_inside(_resnets(), _RESNET), *_inside(_attentions(), _ATTENTION), *_samplers())
+
+
+@cache
+def any_blocks() -> tuple[str, ...]:
+    """diffusers' patterns with any numbers of blocks and layers: U-Nets that are neither of the three."""
+    return tuple(dict.fromkeys(re.sub(r"(?<=s\.)\d+", "#", theirs) for _, theirs in pairs()))
 
 
 def _inside(blocks: Iterator[tuple[str, str]], parts: dict[str, str]) -> Iterator[tuple[str, str]]:

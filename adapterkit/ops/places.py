@@ -102,14 +102,14 @@ def places(
         disjoint: adapters that share no target are no fault.
 
     Raises:
-        UsageError: there is no adapter, or two of them have no target in common.
+        UsageError: there is no adapter, two of them have no target in common, or they are of different image models.
         ShapeMismatch: adapters say differently how the base stores a weight.
         NotMergeable, TargetNotFound: see `at_base.additive` and `Adapter.bind`.
     """
     if not adapters:
         raise UsageError("no adapter was given", cure="Name at least one")
     base = None if base is None else opened(base)
-    read = [_opened(adapter, base) for adapter in adapters]
+    read = _in_one_naming([_opened(adapter, base) for adapter in adapters])
     if lower is not None:
         read = [additive(adapter, base, lower) for adapter in read]
     if not disjoint:
@@ -128,6 +128,16 @@ def _opened(source: Source, base: Base | None) -> Adapter:
 
         adapter = read(source, base=base)
     return adapter if base is None else bound(adapter, opened(base))[0]
+
+
+def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:
+    """The adapters, those of image models in one naming: each tool has names of its own for the same modules."""
+    if len(adapters) < 2:
+        return adapters
+    from ..formats._image.naming import in_one_naming
+
+    named = in_one_naming([adapter.updates for adapter in adapters])
+    return [a if u is a.updates else a.replace(updates=u) for a, u in zip(adapters, named, strict=True)]
 
 
 def _check_common(adapters: Sequence[Adapter]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ...tensors.lazy import Lazy
     from ...updates import Update
     from .container import Metadata
+    from .deciding import Origin
     from .file import Found
     from .hints import Hints
     from .translate import Changed, Losses
@@ -71,13 +72,13 @@ class ImageFormat(Format, ABC):
         """An update with a scaling that stands elsewhere than in the slots."""
         return found
 
-    def renamed(self, updates: Updates, kept: Iterable[str], *, fold: bool) -> tuple[Changed, Losses]:
+    def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """The updates in the naming of its files, and those that cannot be; targets that are kept stay as they are."""
         from .translate import in_diffusers, in_native
 
         if self.naming == "diffusers":
-            return in_diffusers(updates, kept)
-        return in_native(updates, kept, fold=fold) if self.naming else (dict(updates), [])
+            return in_diffusers(updates, kept, origin)
+        return in_native(updates, kept, origin, fold=fold) if self.naming else (dict(updates), [])
 
     def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
         """The metadata to write, and whether they say the scalings, so that alphas are left out."""

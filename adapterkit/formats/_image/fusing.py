@@ -110,6 +110,11 @@ def joined(parts: Sequence[Part], *, fold: bool) -> tuple[Update | None, str]:
             return None, "dora on parts of a fused weight that do not share A, or not on all of them"
         lengths = place([(row, None, u.magnitude) for row, u in zip(rows, updates, strict=True)], (unit * of,))
         return updates[0].replace(B=_under(updates, rows, unit * of), magnitude=lengths), ""
+    if shared and all(isinstance(update, LoRA) and update.bias is not None for update in updates):
+        if sum(part.piece.parts for part in parts) != of:
+            return None, "lora with a bias on some parts of a fused weight"
+        bias = place([(row, None, u.bias) for row, u in zip(rows, updates, strict=True)], (unit * of,))
+        return updates[0].replace(B=_under(updates, rows, unit * of), bias=bias), ""
     if not all(isinstance(update, LoRA) and update.bias is None for update in updates):
         return None, f"{updates[0].method} on parts of a fused weight"
     if shared:

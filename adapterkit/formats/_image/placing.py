@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from ...adapter import Target, Updates
 from ...errors import TargetNotFound, nearest
-from ...names.image import ROOTS, families_of, rooted
+from ...names.image import ROOTS, rooted
 from ...updates import Update
+from .deciding import Origin, families_in
 from .translate import in_diffusers, in_native
 from .underscores import modules_of
 
@@ -34,10 +34,9 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
     lost = next((t for t in found if t.path not in known), None)
     if lost is None:
         return found
-    inside = (rooted(path)[1] for path in known)
-    native = partial(in_native, among={family.name for path in inside for family in families_of(path, "native")})
-    for move in (native, in_diffusers):
-        moved, _ = move({t: u for t, u in found.items() if t.path not in known})
+    origin = Origin(families=families_in(base))
+    for move in (in_native, in_diffusers):
+        moved, _ = move({t: u for t, u in found.items() if t.path not in known}, (), origin)
         there = {place: u for t, each in moved.items() for place, u in _placed(t, each, known).items()}
         if there and all(t.path in known for t in there):
             return {**{t: u for t, u in found.items() if t.path in known}, **there}

@@ -6,43 +6,50 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from ...adapter import Target, Updates
-from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...names.image import Family, families_of, is_not_xl, is_xl, rooted, to_diffusers, to_native
 from ...names.pieces import Piece
 from ...updates import Update
+from .deciding import UNKNOWN, Origin, decide, denoiser_targets
 from .fusing import Part, joined, parted
 
 Changed = dict[Target, tuple[Update, ...]]
 Losses = list[tuple[Target, str]]
 
-WIDTHS = {1536: "sd3", 2432: "sd3", 3072: "flux"}
-"""Width of a transformer's blocks -> which it is, where names are the same in both."""
 
-
-def in_diffusers(updates: Updates, kept: Iterable[str] = ()) -> tuple[Changed, Losses]:
+def in_diffusers(updates: Updates, kept: Collection[str] = (), origin: Origin = UNKNOWN) -> tuple[Changed, Losses]:
     """Updates at modules of the native namings moved to those of diffusers; and those that cannot be, with the reason.
 
     Args:
         updates: the updates.
         kept: targets, as text, that stay as they are.
+        origin: what is known of where their names come from.
     """
     changed: Changed = {}
     losses: Losses = []
-    stay = set(kept)
+    updates = {_module(target, kept): found for target, found in updates.items()}
+    targets = set(denoiser_targets(updates, set(kept)))
+    family, why = decide(updates, targets, "diffusers", origin) if targets else (None, "")
     for target, found in updates.items():
         _, rest = rooted(target.path)
-        families = families_of(rest, "native")
-        if str(target) in stay or not families or families_of(rest, "diffusers"):
+        if target not in targets or family is None or rest in family.diffusers:
+            losses += [(target, why)] if target in targets and why else []
             _add(changed, target, found)
             continue
-        moved, why = _parted(target, found, families[0])
-        if why:
-            losses.append((target, why))
+        moved, reason = _parted(target, found, family)
+        if reason:
+            losses.append((target, reason))
             _add(changed, target, found)
         for place, update in moved:
             _add(changed, place, (update,))
     return changed, losses
+
+
+def _module(target: Target, kept: Collection[str]) -> Target:
+    """The module of a norm's scale: BFL's norms hold a `scale`, those of diffusers a `weight`."""
+    path = target.path.removesuffix(".scale")
+    scale = path != target.path and str(target) not in kept and families_of(rooted(path)[1], "native")
+    return replace(target, path=path) if scale else target
 
 
 def _parted(target: Target, found: tuple[Update, ...], family: Family) -> tuple[list[tuple[Target, Update]], str]:
@@ -50,7 +57,7 @@ def _parted(target: Target, found: tuple[Update, ...], family: Family) -> tuple[
     root = "" if not root else f"{family.component}."
     pieces = to_diffusers(family, rest)
     if not pieces:
-        return [], "diffusers has no such module"
+        return [], f"{family.name}: diffusers' name of this module is not known"
     if len(pieces) == 1 and pieces[0][0].there is None:
         return [(replace(target, path=root + pieces[0][1]), update) for update in found], ""
     if pieces[0][0].there is not None:
@@ -107,38 +114,38 @@ def _reordered(update: Update, moves: list[tuple[int, int]], of: int) -> Update 
 
 
 def in_native(
-    updates: Updates, kept: Iterable[str] = (), *, fold: bool = False, among: Collection[str] = ()
+    updates: Updates, kept: Iterable[str] = (), origin: Origin = UNKNOWN, *, fold: bool = False
 ) -> tuple[Changed, Losses]:
     """Updates at modules of diffusers' naming moved to the native ones; and those that cannot be, with the reason.
 
     Args:
         updates: the updates.
         kept: targets, as text, that stay as they are.
+        origin: what is known of where their names come from.
         fold: scalings of parts that differ may go into B.
-        among: the families that it may be, where a base tells.
     """
     changed: Changed = {}
     losses: Losses = []
-    stay = set(kept)
-    denoiser = [rooted(t.path)[1] for t in updates]
+    targets = denoiser_targets(updates, set(kept))
+    family, why = decide(updates, targets, "native", origin) if targets else (None, "")
+    inside, paths = set(targets), [rooted(target.path)[1] for target in updates]
     groups: dict[tuple[str, str], list[tuple[Target, Piece, tuple[Update, ...]]]] = {}
     for target, found in updates.items():
         root, rest = rooted(target.path)
-        families = families_of(rest, "diffusers")
-        if str(target) in stay or not families or families_of(rest, "native"):
+        if target not in inside or family is None or rest in family.native:
+            losses += [(target, why)] if target in inside and why else []
             _add(changed, target, found)
             continue
-        told = [family for family in families if family.name in among]
-        family = _family(told or families, updates, denoiser)
-        if family is not None and (there := _halves(to_native(family, rest))):
+        if there := _halves(to_native(family, rest)):
             moves, name = there
             turned = [_reordered(update, moves, len(moves)) for update in found]
             if None not in turned and target.rows is None:
                 _add(changed, replace(target, path=root + name), tuple(u for u in turned if u is not None))
                 continue
-        places = [] if family is None else _one_place(to_native(family, rest), denoiser)
+        places = _one_place(to_native(family, rest), paths)
         if len(places) != 1:
-            losses.append((target, "nothing tells which of several models it is of: its names are the same in each"))
+            several = "nothing tells which of several modules it is" if places else "its authors' naming is not known"
+            losses.append((target, f"{family.name}: {several}"))
             _add(changed, target, found)
             continue
         ((piece, name),) = places
@@ -182,22 +189,6 @@ def _one_place(places: list[tuple[Piece, str]], paths: list[str]) -> list[tuple[
     if len(places) < 2 or is_xl(paths) == is_not_xl(paths):
         return places
     return [each for each in places if each[1].endswith(".2.conv") == is_xl(paths)]
-
-
-def _family(families: list[Family], updates: Updates, paths: list[str]) -> Family | None:
-    """The one family of all transformer's names, or of the width of its blocks."""
-    if len(families) == 1:
-        return families[0]
-    sets = [{family.name for family in families_of(path, "diffusers")} for path in paths]
-    common = {family.name for family in families}
-    for names in sets:
-        if names & common:
-            common &= names
-    if len(common) > 1:
-        widths = {update.dims().get("in") for found in updates.values() for update in found if isinstance(update, LoRA)}
-        told = {WIDTHS[width] for width in widths if isinstance(width, int) and width in WIDTHS}
-        common = told if len(told) == 1 else common
-    return next((family for family in families if common == {family.name}), None)
 
 
 def _add(changed: Changed, target: Target, found: tuple[Update, ...]) -> None:

@@ -88,7 +88,8 @@ def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str
 
 
 def _families(flat: str) -> Iterator[Family]:
-    fitting = [family for family in families() if family.native.unflattened(flat)]
+    # FLUX.2 has FLUX.1's names, but no T5.
+    fitting = [family for family in families() if family.name in _ARCHITECTURES and family.native.unflattened(flat)]
     yield from fitting if len(fitting) == 1 else ()
 
 

@@ -14,6 +14,7 @@ from ...methods.lora import LoRA
 from ...methods.weight_norm import WeightNorm
 from ...tensors.lazy import Lazy, as_lazy
 from .biases import mixed_biases
+from .deciding import origin_of
 from .encode import encode, why_not
 from .file import rules_for
 from .folding import rewritten
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
     from ...updates import Update
     from .container import Metadata
+    from .deciding import Origin
     from .dialect import ImageFormat
     from .file import Rules, Stored
 
@@ -43,7 +45,7 @@ def encoded(
     hints = hints_of(adapter, dialect.name())
     rules = rules_for(dialect.rules_in(file, hints), hints.compat)
     kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
-    updates, lines = _expressible(dialect, rules, adapter.updates, hints, on_loss)
+    updates, lines = _expressible(dialect, rules, adapter.updates, hints, origin_of(adapter, base), on_loss)
     stems = _stems(dialect, updates, hints)
     metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
     metadata = with_metadata(metadata, adapter)
@@ -109,16 +111,17 @@ def _stems(dialect: ImageFormat, updates: Updates, hints: Hints) -> dict[tuple[T
 
 
 def _expressible(
-    dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints, on_loss: str
+    dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints, origin: Origin, on_loss: str
 ) -> tuple[Updates, list[str]]:
     """What a file can say, and a line for each thing that was left out or rewritten."""
     updates, lines = rewritten(updates, rules, on_loss)
     places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
-    updates, losses = dialect.renamed(updates, hints.stems, fold=on_loss in ("fold", "promote"))
+    updates, losses = dialect.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
+    named = not losses
     losses += list(_losses(dialect, rules, updates, hints))
     items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
     if items and on_loss != "drop":
-        cure = "Drop them with on_loss='drop', or write adapterkit's own format"
+        cure = "Drop them with on_loss='drop', or write adapterkit's own format" if named else _keeping(origin)
         why = f"{dialect.name()} has no words for these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}
@@ -127,6 +130,12 @@ def _expressible(
         why = f"nothing of this adapter fits a file of {dialect.name()}"
         raise Unrepresentable(why, items=items, cure="Write adapterkit's own format")
     return kept, [*lines, *(f"left out {item}" for item in items)]
+
+
+def _keeping(origin: Origin) -> str:
+    """What to type where names cannot be translated."""
+    keeps = {"native": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
+    return f"Write a format that keeps these names, --to {keeps}; or give the base, whose names decide: base= or --base"
 
 
 def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) -> Iterable[tuple[Target, str]]:
