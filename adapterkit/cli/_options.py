@@ -104,6 +104,10 @@ compat = click.option(
     help="Another reading of the adapter than what its trainer computed; formula: the paper's formula.",
 )
 allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
+rename = click.option(
+    "--rename", multiple=True, metavar="FROM=TO",
+    help="What a name of the adapter, or the front of it, is in the base; {n} is a number. May be given several times.",
+)  # fmt: skip
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what is already there.")
 weights = click.option(
     "--weight", "weights", type=float, multiple=True, metavar="W",

@@ -47,7 +47,23 @@ def command(
             show(settings, _base_record(path, src), _base_view)
             return
         name = source_format or detect(path)
-        show(settings, adapter_record(read(path, name, base, compat=compat), src, name), _adapter_view)
+        adapter = read(path, name, base, compat=compat)
+        record = adapter_record(adapter, src, name)
+        if base is not None:
+            record["names"] = _names(adapter, base)
+        show(settings, record, _adapter_view)
+
+
+def _names(adapter: Adapter, base: str) -> dict[str, Any]:
+    """The rules by which the adapter's names become the base's, or why they do not."""
+    from ..binding.tables import name_map
+    from ..errors import AdapterkitError
+
+    try:
+        found = name_map(base, adapter)
+    except AdapterkitError as error:
+        return {"fits": False, "why": str(error)}
+    return {"fits": True, "family": found["family"], "rules": found["rules"]}
 
 
 def _is_adapter(path: Path) -> bool:
@@ -125,6 +141,10 @@ def _adapter_view(record: Mapping[str, Any]) -> View:
     yield Table(columns, [_update_row(update) for update in record["updates"]])
     methods = ", ".join(f"{count} {method}" for method, count in totals["methods"].items())
     yield f"{counted(totals['targets'], 'target')} ({methods}), {_amounts(totals)}"
+    names = record.get("names")
+    if names:
+        used = "; ".join(f"{each['rule']} ({each['targets']:,})" for each in names.get("rules", ()))
+        yield f"names in the base: {used}" if names["fits"] else f"does not fit the base: {names['why']}"
 
 
 def _update_row(update: Mapping[str, Any]) -> list[Any]:

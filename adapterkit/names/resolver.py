@@ -164,7 +164,7 @@ def _by_renames(
         else:
             left.append((target, name))
     resolution.rules += [Rule("user", text, count) for text, count in counts.items()]
-    unused = [rename.text for rename in renames if rename.text not in counts]
+    unused = [each.text for each in renames if not any(each.apply(target) is not None for target in targets)]
     if unused and not partial:
         raise TargetNotFound(
             f"the rule {unused[0]!r} matches no target", where=targets[0] if targets else None,
@@ -232,8 +232,12 @@ class _Known:
     def __init__(self, base: Names, architecture: Architecture) -> None:
         self.base, self.architecture = base, architecture
         self.shapes = _shapes(base)
-        self.prefixes = {naming: self._prefix(naming) for naming in architecture.namings}
         self.counts: dict[str, int] = {}
+        templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
+        covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
+        # A base that has the names of one naming as they are needs no prefix; looking for one could only mislead.
+        plain = any(2 * count > len(templates[naming]) for naming, count in covered.items())
+        self.prefixes = {n: ("", "") if plain else self._prefix(known) for n, known in templates.items()}
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
         """Every distinct way to place a name, with the namings that it goes from and to."""
@@ -249,9 +253,8 @@ class _Known:
                 break
         return found
 
-    def _prefix(self, naming: str) -> tuple[str, str]:
+    def _prefix(self, templates: Sequence[str]) -> tuple[str, str]:
         """What the base has taken off the names of a naming, or put before them: a model saved without its head."""
-        templates = list(self.architecture.templates(naming))
         best, most = ("", ""), sum(template in self.shapes for template in templates)
         trials = {(off, on) for template in templates for off, on in _ends(template, self.shapes)}
         for off, on in sorted(trials):
@@ -317,6 +320,8 @@ def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool,
     """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it."""
     templates = {template: _ends(template, _shapes(base)) for template in {_template(name) for _, name in left}}
     prefixes = {off for trials in templates.values() for off, _ in trials}
+    # A place that another target has already is no place for this one: an encoder's layers are not the decoder's.
+    taken = {move.path for moves in resolution.moves.values() for move in moves}
     rest = left
     for off in sorted(prefixes, key=lambda prefix: (-prefix.count("."), prefix)):
         group = [(target, name) for target, name in rest if name.startswith(off)]
@@ -325,7 +330,7 @@ def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool,
         ours = sorted({_template(name) for _, name in group})
         tried = {on: 0 for template in ours for prefix, on in sorted(templates[template]) if prefix == off}
         for on in tried:
-            tried[on] = sum(_lands(target, name, off, on, base) for target, name in group)
+            tried[on] = sum(_lands(target, name, off, on, base, taken) for target, name in group)
         full = [on for on, count in tried.items() if count == len(group)]
         if len(full) > 1:
             full = [on for on in full if all(fits(target, _swap(name, off, on)) for target, name in group)] or full
@@ -340,17 +345,19 @@ def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool,
             continue
         on, placed = full[0], 0
         for target, name in group:
-            if _lands(target, name, off, on, base):
+            if _lands(target, name, off, on, base, taken):
                 resolution.moves[target] = (Move(_swap(name, off, on)),)
                 placed += 1
+        taken.update(resolution.moves[target][0].path for target, _ in group if target in resolution.moves)
         resolution.prefixes.append((off, on))
         resolution.rules.append(Rule("prefix", f"{off or '(none)'} -> {on or '(none)'}", placed))
         rest = [(target, name) for target, name in rest if target not in resolution.moves]
     return rest
 
 
-def _lands(target: str, name: str, off: str, on: str, base: Names) -> bool:
-    return base.has(_swap(name, off, on), target)
+def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collection[str]) -> bool:
+    path = _swap(name, off, on)
+    return path not in taken and base.has(path, target)
 
 
 def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:

@@ -7,16 +7,20 @@ once a parameter, in the order in which the module declares them. The config has
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import permutations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
+from ...tensors.lazy import Lazy, bytes_of
 from .config import names_module
 from .factors import Factors, adapt, check_rank
 from .file import File, Findings, Found
 
 if TYPE_CHECKING:
-    from ...tensors.lazy import Lazy
+    import numpy as np
+
+    from ...tensors.lazy import Buffer, Shape
 
 MAX_NAMES = 6
 """Adapted parameters of one module; real ones have two."""
@@ -51,7 +55,25 @@ def decode(file: File, factors: Iterable[Factors]) -> Findings:
 def stack(B: Lazy, experts: int) -> Lazy:
     """PEFT's [out, r * e], expert fastest, as [e, out, r]."""
     out, r = B.shape[0], B.shape[1] // experts
-    return B.map(lambda b: b.reshape(out, r, experts).transpose(2, 0, 1), (experts, out, r))
+
+    def part(first: int, count: int) -> Buffer:
+        """A run of elements; of whole experts, only theirs are put in order."""
+        each = out * r
+        start, stop = first // each, -(-(first + count) // each)
+        slices = _values(B).reshape(out, r, experts)[:, :, start:stop].transpose(2, 0, 1)
+        size = B.dtype.itemsize
+        return bytes_of(slices)[(first - start * each) * size : (first + count - start * each) * size]
+
+    return Lazy((experts, out, r), B.dtype, lambda: part(0, experts * out * r), part=part)
+
+
+@lru_cache(maxsize=2)
+def _values(B: Lazy) -> np.ndarray[Any, Any]:
+    """The numbers of B, kept for the next expert: one expert's columns are all over the file.
+
+    A merge into a base of one tensor an expert asks for the slices one after another, of two parameters in turn.
+    """
+    return B.numpy()
 
 
 def unstack(B: Lazy) -> Lazy:
@@ -109,9 +131,13 @@ def _assign(file: File, path: str, group: Sequence[Factors]) -> tuple[str, ...]:
 
 def _fits(file: File, path: str, group: Sequence[Factors], names: Sequence[str]) -> bool:
     sizes = {name: _size(file, each, f"{path}.{name}") for each, name in zip(group, names, strict=True)}
-    if None in sizes.values() or len({size[0] for size in sizes.values() if size}) > 1:
+    if None in sizes.values():
         return False
-    return all(_fits_base(file, f"{path}.{name}", size) for name, size in sizes.items() if size) and _fits_gate(sizes)
+    shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
+    if any(shapes.values()):
+        # Where the base has any of these parameters, it has all: what it does not have, the file cannot mean.
+        return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
+    return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 
 
 def _size(file: File, factors: Factors, path: str) -> tuple[int, int, int] | None:
@@ -121,10 +147,8 @@ def _size(file: File, factors: Factors, path: str) -> tuple[int, int, int] | Non
     return None if rest or rows != columns else (experts, out, in_)
 
 
-def _fits_base(file: File, path: str, size: tuple[int, int, int]) -> bool:
-    shape, (experts, out, in_) = file.base_shape(path), size
-    if shape is None:
-        return True
+def _fits_base(shape: Shape | None, size: tuple[int, int, int]) -> bool:
+    experts, out, in_ = size
     return shape in ((experts, out, in_), (experts, in_, out)) or (experts == 1 and shape == (out, in_))
 
 
