@@ -177,7 +177,7 @@ def _report_view(record: Mapping[str, Any]) -> View:
     yield from _names(record)
     yield from _extremes(record["norms"])
     yield from _quantized(record)
-    if record["resumed"]:
+    if record["resumed"] and not record.get("already_done"):
         yield f"{counted(len(record['resumed']), 'file')} kept from the interrupted run"
     yield from _warnings(record)
     if "verification" in record:
