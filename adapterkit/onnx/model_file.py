@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from ..errors import AdapterkitError, Malformed, StorageError, Unsupported, UsageError, first_line, storage_error
 from ..tensors.atomic import replacing, write_bytes
+from ..tensors.inputs import open_input
 from ..tensors.locations import located
 from ..tensors.staging import Staging, check_free, check_inputs, clear, files_below, staged
 from .building import OPSET
@@ -75,7 +76,8 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> Source:
         return Source(_modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
     path = located(model)
     try:
-        data = path.read_bytes()
+        with open_input(path) as file:
+            data = file.read()
     except OSError as error:
         raise storage_error(error, path) from error
     loaded = _parsed(data, path)

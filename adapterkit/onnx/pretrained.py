@@ -26,6 +26,7 @@ from ..errors import (
     nearest,
     storage_error,
 )
+from ..tensors.inputs import read_input
 from ..tensors.locations import located
 from .calling import INSIDE, words_of
 from .exporting import export, files_of_adapters
@@ -113,7 +114,7 @@ def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
 def _loaded(source: Path, dtype: str) -> Any:
     transformers, torch = import_module("transformers"), import_module("torch")
     try:
-        config = json.loads((source / "config.json").read_text("utf-8"))
+        config = json.loads(read_input(source / "config.json").decode("utf-8"))
         names = config.get("architectures") or ["AutoModel"]
         name = names[0]
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:

@@ -142,6 +142,8 @@ def _check_node(node: Any, opsets: dict[str, int], path: Path | None) -> None:
             _check_tensor(tensor, f"{where}: {attribute.name}", path)
     if not node.op_type:
         raise Malformed("a node without an operator", path=path, where=where, cure=_AGAIN)
+    if not node.output:
+        raise Malformed("a node without outputs", path=path, where=where, cure=_AGAIN)
     names = [attribute.name for attribute in node.attribute]
     for attribute in node.attribute:
         if not attribute.type or not attribute.name or names.count(attribute.name) > 1:
