@@ -256,7 +256,7 @@ class _Known:
     def _prefix(self, templates: Sequence[str]) -> tuple[str, str]:
         """What the base has taken off the names of a naming, or put before them: a model saved without its head."""
         best, most = ("", ""), sum(template in self.shapes for template in templates)
-        trials = {(off, on) for template in templates for off, on in _ends(template, self.shapes)}
+        trials = {(off, on) for template in templates for off, on in _ends(template, self.shapes) if "#" not in off}
         for off, on in sorted(trials):
             count = sum(_swap(template, off, on) in self.shapes for template in templates)
             if count > most:
@@ -318,7 +318,7 @@ def _variants(name: str) -> Iterator[str]:
 
 def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits) -> Left:
     """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it."""
-    templates = {template: _ends(template, _shapes(base)) for template in {_template(name) for _, name in left}}
+    templates = _trials(left, base)
     prefixes = {off for trials in templates.values() for off, _ in trials}
     # A place that another target has already is no place for this one: an encoder's layers are not the decoder's.
     taken = {move.path for moves in resolution.moves.values() for move in moves}
@@ -355,6 +355,22 @@ def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool,
     return rest
 
 
+def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
+    """Template of a name -> the changes of prefixes to try; a number in a prefix must be the same in all names."""
+    names: dict[str, list[str]] = {}
+    for _, name in left:
+        names.setdefault(_template(name), []).append(name)
+    found: dict[str, set[tuple[str, str]]] = {}
+    for template, several in names.items():
+        found[template] = set()
+        for off, on in _ends(template, _shapes(base)):
+            words = off.count(".")
+            fronts = {".".join(name.split(".", words)[:words]) + "." for name in several} if "#" in off else {off}
+            if len(fronts) == 1:
+                found[template].add((fronts.pop(), on))
+    return found
+
+
 def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collection[str]) -> bool:
     path = _swap(name, off, on)
     return path not in taken and base.has(path, target)
@@ -363,18 +379,18 @@ def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collec
 def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
     """Changes of prefixes that make one template another: their longest common end stays.
 
-    A prefix has no layer's number in it, and the word before the first number stays: only what holds a model's
-    layers is renamed, not the layers.
+    A prefix that is exchanged has no layer's number in it, and the word before the first number stays: only what holds
+    a model's layers is renamed, not the layers.
     """
     words = template.split(".")
     keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)
     found = set()
-    for cut in range(min(keep + 2, len(words))):
-        end = ".".join(words[cut:])
+    for cut in range(len(words)):
+        end = shape_of(".".join(words[cut:]))
         for shape in _ending(shapes).get(end, ()):
-            on = shape[: len(shape) - len(end)]
-            off = template[: len(template) - len(end)]
-            # A model that is nothing but its layers has no word before their numbers: there all before it may go.
+            on = "".join(f"{word}." for word in shape.split(".")[: shape.count(".") + 1 - (len(words) - cut)])
+            off = "".join(f"{word}." for word in words[:cut])
+            # A part of a model, such as one layer of it, has no word before its own names: there all of it may go.
             whole = cut <= keep or not on
             if whole and "#" not in on and (not on or not off or on.split(".")[-2] != off.split(".")[-2]):
                 found.add((off, on))
@@ -392,7 +408,7 @@ def _ending(shapes: Mapping[str, str]) -> dict[str, list[str]]:
         for shape in shapes:
             words = shape.split(".")
             for cut in range(len(words)):
-                ends.setdefault(".".join(words[cut:]), []).append(shape)
+                ends.setdefault(shape_of(".".join(words[cut:])), []).append(shape)
         _ENDINGS.clear()
         known = _ENDINGS[id(shapes)] = (shapes, ends)
     return known[1]
