@@ -91,6 +91,7 @@ def _run(job: dict[str, Any]) -> int:
     from adapterkit import cli
 
     sys.argv = ["adapterkit", *job["words"]]
+    os.environ |= job.get("env", {})
     acts: dict[int | None, Callable[[str, Any], None]] = {signal.SIGKILL: killing, signal.SIGTERM: _ended}
     disk = Disk(Path(job["folder"]), job.get("at"), acts.get(job.get("signal"))) if "folder" in job else None
     with _limited(job.get("limit")), disk.watched() if disk else contextlib.nullcontext():

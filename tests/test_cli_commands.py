@@ -119,6 +119,38 @@ def test_inspect_one_weight_file(base: Path) -> None:
     assert (found["kind"], found["totals"]["tensors"]) == ("base", 1)
 
 
+@pytest.mark.parametrize("command", ["inspect", "validate"])
+def test_a_reading_that_a_format_does_not_have_is_refused_with_those_that_it_has(command: str, peft: Path) -> None:
+    result = run(command, peft, "--compat", "peft")
+    assert result.exit_code == 2
+    assert "Known: formula" in result.stderr
+
+
+def test_merge_verify_and_diff_take_the_reading(tmp_path: Path) -> None:
+    """An attention's output projection, which PEFT's forward adds twice, and the formula once."""
+    save_file(
+        {"a.in_proj_weight": np.zeros((12, 4), np.float32), "a.out_proj.weight": np.zeros((4, 4), np.float32)},
+        tmp_path / "base.safetensors",
+    )
+    (tmp_path / "peft").mkdir()
+    tensors = {
+        f"base_model.model.a.{stem}lora_{name}.weight": np.ones(shape, np.float32)
+        for stem, out in (("", 12), ("base_layer.out_proj.", 4))
+        for name, shape in (("A", (1, 4)), ("B", (out, 1)))
+    }
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["a"]}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    base, peft = tmp_path / "base.safetensors", tmp_path / "peft"
+    for reading, times in ((["--compat", "formula"], 1), ([], 2)):
+        out = tmp_path / f"out{times}.safetensors"
+        assert run("merge", base, peft, "-o", out, *reading).exit_code == 0
+        assert load_file(out)["a.out_proj.weight"].max() == times
+        assert run("verify", out, "--base", base, "--adapter", peft, *reading).exit_code == 0
+        assert run("verify", out, "--base", base, "--adapter", peft, *(["--compat", "formula"] * (times - 1))).exit_code
+        assert run("diff", peft, peft, *reading).exit_code == 0
+
+
 def test_validate(peft: Path, base: Path) -> None:
     found = record("validate", peft, "--base", base)
     assert (found["ok"], found["format"], found["targets"]) == (True, "peft", 2)

@@ -3,6 +3,7 @@
 The files are read in one process with a gigabyte of address space; a case that takes a minute is stopped.
 """
 
+import ast
 import contextlib
 import gzip
 import io
@@ -260,6 +261,30 @@ def test_a_config_that_is_no_file_is_named(tmp_path: Path, kind: str) -> None:
         read_recipe(tmp_path / "recipe.yaml")
 
 
+OWN = {"formats/nemo.py", "tensors/atomic.py", "tensors/inputs.py", "tensors/records.py", "tensors/staging.py"}
+"""Modules that also open what adapterkit itself has written, or has read before."""
+
+
+def test_readers_open_files_by_way_of_inputs() -> None:
+    """A reader that opens by itself would wait for a pipe."""
+    package, opened = ROOT / "adapterkit", []
+    for file in [
+        *(package / "formats").rglob("*.py"),
+        *(package / "tensors").rglob("*.py"),
+        package / "hub/licences.py",
+    ]:
+        name = file.relative_to(package).as_posix()
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(node, ast.Call) or name in OWN:
+                continue
+            words = [ast.unparse(word) for word in (*node.args, *(key.value for key in node.keywords))]
+            called = ast.unparse(node.func)
+            reads = called == "open" and not {"'wb'", "'xb'", "'r+b'", "'ab'", "mode"} & set(words)
+            if reads or called.endswith((".read_text", ".read_bytes")):
+                opened.append(f"{name}:{node.lineno}")
+    assert opened == []
+
+
 def test_yaml_of_the_tools_is_read_as_they_do() -> None:
     import yaml
 
@@ -311,7 +336,7 @@ def test_what_json_cannot_say_is_not_written_into_a_native_file(tmp_path: Path, 
         ak.Adapter({ak.Target("q"): (lora,)}, foreign=ak.Foreign("nemo", {"config": value})),
         ak.Adapter({ak.Target("q"): (lora,)}, recipe=(ak.Step("read", {"said": value}),)),
     ):
-        with pytest.raises(Malformed, match="JSON cannot say"):
+        with pytest.raises(Malformed):
             ak.write(adapter, tmp_path / "a.safetensors", "adapterkit")
     assert not list(tmp_path.iterdir())
 

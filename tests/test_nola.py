@@ -269,3 +269,10 @@ def test_without_coefficients_only_the_starts_are_left():
     empty = torch.zeros(0)
     update = METHODS["nola"](alpha=empty, beta=empty, seeds=torch.tensor([1, 2]), A0=A, B0=B)
     torch.testing.assert_close(update.delta((4, 6)), B @ A)
+
+
+def test_a_name_of_a_safetensors_file_is_refused_before_anything_is_written(spec, tmp_path):
+    adapter = ak.read(spec / "vectors" / "formats" / "nola" / "value" / "model.pt", "nola")
+    with pytest.raises(UsageError, match="do not hold the dict 'model_state_dict'"):
+        ak.write(adapter, tmp_path / "x.safetensors", "nola")
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import numpy as np
 import peft
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from command_line import run
+from doomed_commands import Commands, tree
 
 import adapterkit as ak
 from adapterkit.errors import (
@@ -407,8 +409,33 @@ def test_command_line(tmp_path, folders):
     assert "largest difference" in done.stdout
     file = "bert_first.onnx_adapter"
     assert sorted(os.listdir(out)) == [file, f"{file}.json", "config.json", "model.onnx"]
-    (out / "stale").write_text("")
+    done = run("export", base, "-o", out, "--adapter", first, "--mode", "slots")
+    assert (done.exit_code, done.stdout.startswith("already done: ")) == (0, True), done
+    assert run("export", base, "-o", out, "--adapter", first).exit_code == 6
+    (out / "notes").write_text("mine")
+    (out / "vocab.txt").write_text("of the old export")
     done = run("export", base, "-o", out, "--overwrite", "--no-check", "--json")
     assert json.loads(done.stdout)["mode"] == "merged"
-    assert sorted(os.listdir(out)) == ["config.json", "model.onnx"]
+    assert sorted(os.listdir(out)) == ["config.json", "model.onnx", "notes"]
     assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_an_export_that_is_ended_leaves_nothing(tmp_path, folders):
+    base, _, _ = folders("bert")
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "made").mkdir()
+    words, commands = ["export", base, "-o", tmp_path / "made" / "out", "--no-check"], Commands()
+    fault = {"folder": tmp_path / "made", "env": {"TMPDIR": str(tmp_path / "temporary")}}
+    try:
+        points = commands(*words, **fault).points
+        whole = tree(tmp_path / "made")
+        assert not list((tmp_path / "temporary").iterdir())
+        for number, left in ((signal.SIGTERM, True), (signal.SIGKILL, False)):
+            ended = commands(*words, "--overwrite", **fault, at=len(points) // 2, signal=number)
+            assert ended.code == (130 if left else -number), ended
+            assert (tree(tmp_path / "made") == whole) == left
+            assert not list((tmp_path / "temporary").iterdir())
+        assert "already done" in commands(*words).said
+        assert tree(tmp_path / "made") == whole
+    finally:
+        commands.close()

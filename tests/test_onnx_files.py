@@ -142,6 +142,25 @@ def test_the_type_of_a_weight_that_no_node_tells(tmp_path):
         assert report.difference < 3e-2
 
 
+def test_insides_of_sixteen_bits_behind_outputs_of_thirty_two(tmp_path, monkeypatch):
+    """As converters to float16 leave them: the check allows what float16 rounds, and no more."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    path, out = tmp_path / "half.onnx", tmp_path / "out.onnx"
+    half = convert_float_to_float16(onnx.load(saved(tmp_path / "base")), keep_io_types=True)
+    path.write_bytes(half.SerializeToString())
+    wanted = X @ (W + delta(lora())) @ V
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        report = change(path, lora(), out)
+        got = graphs.run(out, X)
+        assert got.dtype == np.float32
+        assert 1e-5 < abs(got - wanted).max() / abs(wanted).max() < 3e-3
+        assert 1e-5 < report.difference < 3e-3
+    monkeypatch.setitem(rounding.TOLERANCE, "V", 1e-5)
+    with pytest.raises(CheckFailed, match="differs by"):
+        ak.onnx.inject(path, lora(), out)
+
+
 def test_a_model_in_memory_that_is_larger_than_any_file(tmp_path, monkeypatch):
     monkeypatch.setattr(model_file, "LIMIT", 1 << 10)
     model = onnx_ir.load(graphs.saved(graphs.built("matmul")[2], tmp_path / "model.onnx"))
@@ -263,7 +282,7 @@ def test_the_second_oracle_is_heard(tmp_path, monkeypatch):
     merged.with_name("merged.onnx.data").unlink()
     before = merged.read_bytes()
     ak.write(lora(), tmp_path / "a.safetensors", format="adapterkit")
-    for words, place, held in ((("inject",), out, b"before"), (("merge", "--overwrite"), merged, before)):
+    for words, place, held in ((("inject", "--overwrite"), out, b"before"), (("merge", "--overwrite"), merged, before)):
         done = run(*words, path, tmp_path / "a.safetensors", "-o", place)
         assert done.exit_code == 1, done
         assert "reference implementation differ" in done.stderr

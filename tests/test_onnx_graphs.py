@@ -54,6 +54,75 @@ def test_a_layer_in_the_branches_of_an_if(tmp_path):
             np.testing.assert_allclose(got, sign * (X @ W + DELTA), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["left", "ijk,kl->ijl", "...k,lk->...l", "ijk, lk -> ijl"])
+def test_other_ways_to_multiply_by_a_weight(kind, tmp_path):
+    """W @ x, and sums over the last axis; with a bias, which IA3 scales too."""
+    bias = np.random.default_rng(2).normal(size=8).astype("f4")
+    if kind == "left":
+        held = {"q.weight": np.ascontiguousarray(W.T), "b": bias[:, None]}
+        nodes = [
+            helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
+            helper.make_node("MatMul", ["q.weight", "t"], ["h"], "/q/MatMul"),
+            helper.make_node("Add", ["h", "b"], ["a"]),
+            helper.make_node("Transpose", ["a"], ["y"], perm=[0, 2, 1]),
+        ]
+    else:
+        held = {"q.weight": W if "kl" in kind else np.ascontiguousarray(W.T), "b": bias}
+        nodes = [
+            helper.make_node("Einsum", ["x", "q.weight"], ["h"], "/q/Einsum", equation=kind),
+            helper.make_node("Add", ["h", "b"], ["y"]),
+        ]
+    path, out = graphs.saved(model(nodes, held), tmp_path / "base.onnx"), tmp_path / "out.onnx"
+    scale = torch.rand(8, generator=torch.Generator().manual_seed(3)) + 0.5
+    thin = ADAPTER.updates[Target("q")][0]
+    dora = METHODS["dora"](A=A, B=B, magnitude=scale)
+    V = W.T + (B @ A).numpy()
+    for update, wanted in (
+        (thin, X @ W + DELTA + bias),
+        (METHODS["ia3"](l=scale), (X @ W + bias) * scale.numpy()),
+        (dora, X @ (V * (scale.numpy() / np.linalg.norm(V, axis=1))[:, None]).T + bias),
+    ):
+        for change in (ak.onnx.inject, ak.onnx.merge):
+            report = change(path, Adapter({Target("q"): (update,)}), out)
+            assert report.difference < 1e-5
+            np.testing.assert_allclose(graphs.run(out, X), wanted, rtol=1e-4, atol=1e-4)
+    slots = ak.onnx.inject(path, ADAPTER, tmp_path / "slots.onnx", mode="slots")
+    got = ak.onnx.Session(slots.out, {"one": ADAPTER}).run({"x": X}, "one")["y"]
+    np.testing.assert_allclose(got, X @ W + DELTA + bias, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_have_their_activation_inside_are_merged(tmp_path):
+    nodes = [
+        helper.make_node("Reshape", ["x", "flat"], ["f"]),
+        helper.make_node(
+            "FusedGemm", ["f", "q.weight", "b"], ["h"], "/q/Gemm", domain="com.microsoft", activation="Relu"
+        ),
+        helper.make_node("Reshape", ["h", "back"], ["y"]),
+    ]
+    bias = np.random.default_rng(2).normal(size=8).astype("f4")
+    held = {"q.weight": W, "b": bias, "flat": np.array([-1, 16]), "back": np.array([2, 3, 8])}
+    proto, path = model(nodes, held), tmp_path / "base.onnx"
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    path.write_bytes(proto.SerializeToString())
+    ak.onnx.merge(path, ADAPTER, tmp_path / "out.onnx")
+    np.testing.assert_allclose(
+        graphs.run(tmp_path / "out.onnx", X), np.maximum(X @ W + DELTA + bias, 0), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(Unsupported, match=r"FusedGemm says this.*Merge it instead"):
+        ak.onnx.inject(path, ADAPTER, tmp_path / "bad.onnx")
+
+
+@pytest.mark.parametrize("equation", ["ijk,klm->ijlm", "ijk,jk->ij"])
+def test_an_operator_that_is_no_layer_is_named(equation, tmp_path):
+    weight = np.ones((16, 8, 1) if "lm" in equation else (3, 16), "f4")
+    node = helper.make_node("Einsum", ["x", "q.weight"], ["y"], "/q/Einsum", equation=equation)
+    path = tmp_path / "base.onnx"
+    path.write_bytes(model([node], {"q.weight": weight}).SerializeToString())
+    for change in (ak.onnx.inject, ak.onnx.merge):
+        with pytest.raises(Unsupported, match=r"q: its weight is read by a Einsum \(/q/Einsum\)"):
+            change(path, ADAPTER, tmp_path / "out.onnx")
+
+
 def test_a_dequantized_weight_stays_as_it_is(tmp_path):
     scale = np.abs(W).max(0) / 127
     packed = np.round(W / scale).astype(np.int8)

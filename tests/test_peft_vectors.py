@@ -38,7 +38,8 @@ def test_reads_as_peft_held_it(folder):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_writes_as_peft_wrote_it(folder, tmp_path):
-    ak.write(read_folder(folder), tmp_path / "a", "peft")
+    base = folder / "base.safetensors"
+    ak.write(read_folder(folder), tmp_path / "a", "peft", base=base if base.exists() else None)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if (folder / name).exists():
             assert (tmp_path / "a" / name).read_bytes() == (folder / name).read_bytes()

@@ -14,12 +14,13 @@ from peft.tuners.boft import layer as peft_boft
 from peft.tuners.frod.model import _category_from_key
 from peft.tuners.oft.layer import OFTLayer
 from peft_cases.boft import Kernels
+from peft_folders import contents
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
 import adapterkit as ak
-from adapterkit.errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported
+from adapterkit.errors import AdapterkitError, Malformed, NotMergeable, ShapeMismatch, Unrepresentable, Unsupported
 from adapterkit.formats.peft.families.frod import kind
 from adapterkit.formats.peft.families.oft import nearest_divisor
 from adapterkit.tensors.rotations import cayley, neumann, skew
@@ -71,8 +72,8 @@ def test_factors_of_a_butterfly_as_peft_multiplies_them(factors, size, monkeypat
     assert {name: t.shape for name, t in again.items()} == {name: t.shape for name, t in before.items()}
 
 
-def test_peft_turns_the_input_of_a_convolution_otherwise_than_its_weight(tmp_path):
-    """It turns patches and adds them up where they overlap; merged, it is the formula."""
+def test_oft_of_a_convolution_is_what_peft_trained_not_what_it_merges(tmp_path):
+    """Its forward turns patches and adds them up where they overlap; its merge turns the weight, as in the formula."""
     torch.manual_seed(0)
     base, x = Kernels().eval(), torch.randn(2, 4, 5, 5)
     save_file(base.state_dict(), tmp_path / "base.safetensors")
@@ -83,14 +84,24 @@ def test_peft_turns_the_input_of_a_convolution_otherwise_than_its_weight(tmp_pat
     with torch.no_grad():
         unmerged = theirs.base_model.model.conv(x)
         merged = theirs.merge_and_unload().conv
-    ak.merge(tmp_path / "base.safetensors", tmp_path / "a", tmp_path / "out")
+    with pytest.raises(NotMergeable, match="overlapping patches"):
+        ak.merge(tmp_path / "base.safetensors", tmp_path / "a", tmp_path / "out")
+    formula = ak.read(tmp_path / "a", base=tmp_path / "base.safetensors", compat="formula")
+    ak.merge(tmp_path / "base.safetensors", formula, tmp_path / "out")
     got = load_file(tmp_path / "out" / "base.safetensors")["conv.weight"]
     assert relative(got, merged.weight.detach()) < 1e-6
     assert relative(unmerged, merged(x).detach()) > 0.1
     live = Kernels()
     live.load_state_dict(load_file(tmp_path / "base.safetensors"))
-    ak.torch.inject(live, ak.read(tmp_path / "a"))
+    trained = ak.read(tmp_path / "a", base=tmp_path / "base.safetensors")
+    handle = ak.torch.inject(live, trained)
+    assert relative(live.conv(x).detach(), unmerged) < 1e-5
+    handle.remove()
+    ak.torch.inject(live, formula)
     assert relative(live.conv(x).detach(), merged(x).detach()) < 1e-5
+    for place, adapter in (("trained", trained), ("formula", formula)):
+        ak.write(adapter, tmp_path / place, "peft", base=tmp_path / "base.safetensors")
+        assert contents(tmp_path / place) == contents(tmp_path / "a")
 
 
 @pytest.mark.parametrize("width", [1, 6, 7, 12, 36])

@@ -128,8 +128,8 @@ def test_an_error_has_a_bounded_length_and_prints():
     assert len(str(error)) < 3200
     assert len(str(Malformed("x").at(where=long))) < 1100
     str(Malformed(strange, where=strange, cure=strange)).encode()
-    items = [f"target {n}" for n in range(5000)]
-    assert all(item in str(Unrepresentable("no words", items=items)) for item in items)
+    items = tuple(f"target {n}" for n in range(5000))
+    assert Unrepresentable("no words", items=items).items == items
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "\ud800", "a/" + "y" * 300, "é" * 200], ids=ascii)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
     Raises:
         StorageError: a file cannot be read.
     """
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     from .. import __version__
     from ..errors import storage_error
@@ -37,15 +38,21 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
         read = listed(files)
     except OSError as error:
         raise storage_error(error, error.filename or "a file") from error
-    versions = {name: version(name) for name in packages}
+    versions = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):  # onnxruntime has a package of another name for GPUs.
+            versions[name] = version(name)
     return digest_of([__version__, versions, ctx.command.name, words, read])
 
 
 def is_done(settings: Settings, out: str, digest: str | None, overwrite: bool) -> bool:
     """Whether the output stands there, made from the same and unchanged; then this says so on standard output."""
-    from ..tensors.staging import Staging
+    from ..tensors.staging import Staging, take_over
 
-    if overwrite or digest is None or not Staging(Path(out)).is_finished(digest):
+    if overwrite or digest is None:
+        return False
+    take_over(Path(out))  # A run that was killed when its work was done leaves a stage.
+    if not Staging(Path(out)).is_finished(digest):
         return False
     show(settings, {"out": out, "already_done": True}, _view)
     return True

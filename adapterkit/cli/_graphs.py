@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ._damage import damage_lines
+from ._done import is_done, made_from
 from ._options import Settings
 from ._render import Table, View, counted, show
 from ._writing import refuse_place
@@ -50,7 +51,7 @@ def merge_graph(
     base_weights: str | None, quantized: str | None, check: bool, overwrite: bool, only_plan: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""
-    from ..errors import StorageError, UsageError
+    from ..errors import UsageError
 
     for name, option in given(ctx, tuple(ONLY_FOLDERS)):
         raise UsageError(f"{option} is not for an ONNX graph", path=model, cure=ONLY_FOLDERS[name])
@@ -67,15 +68,44 @@ def merge_graph(
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'")
     refuse_place(out)
-    if Path(out).exists() and not overwrite:
-        raise StorageError("already there", path=out, cure="Write to another path, or pass --overwrite")
+    decided, read = decided_by(model, [*ctx.params["adapters"], base_weights])
+    if is_done(settings, out, decided, overwrite):
+        return
+    free(out, overwrite, read)
     from ..onnx import merge
 
     report = merge(
-        model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized, check=check
+        model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized, check=check,
+        overwrite=overwrite, made_from=decided,
     )  # fmt: skip
     warn(report.warnings)
     show(settings, report.record(), _merged_view)
+
+
+def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Path]]:
+    """A digest of what decides the graph that a command writes, see `made_from`; and the files that are read.
+
+    Args:
+        model: the graph that is read.
+        sources: adapters and bases that are read.
+    """
+    from ..formats import files_read
+    from ..onnx.model_file import opened
+    from ..tensors.locations import located
+
+    source = opened(model)
+    files = [] if source.path is None else [source.path, *source.data]
+    files += [file for path in sources if path is not None for file in files_read(located(path))]
+    return made_from(files, ("onnx", "onnx-ir", "numpy")), files
+
+
+def free(out: str, overwrite: bool, read: Sequence[Path]) -> None:
+    """Refuse, before any work, a place that is taken or read; remove first what a killed run left there."""
+    from ..tensors.staging import check_free, check_inputs, take_over
+
+    take_over(Path(out))
+    check_inputs([Path(out)], read)
+    check_free(Path(out), overwrite)
 
 
 def refuse_graph_options(ctx: click.Context, base: str) -> None:

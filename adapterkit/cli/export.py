@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from . import _options
+from ._done import is_done, made_from
 from ._graphs import checked, refuse
 from ._render import View, counted, show
 from ._writing import refuse_place
@@ -65,6 +66,12 @@ def command(
         "adapter": _options.in_reading(adapters, compat, None if factory else model) or None,
         "mode": mode, "opset": opset, "quantize": quantize, "check": check,
     }  # fmt: skip
+    decided = None
+    if factory is None and model is not None and not share_weights:
+        # What a function of the user's makes is decided by code that cannot be told by its files.
+        decided = _decided_by(model, adapters)
+        if is_done(ctx.obj, out, decided, overwrite):
+            return
     if factory is not None:
         refuse(ctx, ONLY_FOLDERS_OF_TRANSFORMERS, "is for a folder of a transformers model")
         report = export_factory(factory, out, weights=model, overwrite=overwrite, **options)
@@ -72,9 +79,24 @@ def command(
         raise click.UsageError("Missing argument 'MODEL', or option '--model'")
     else:
         report = export_pretrained(
-            model, out, dtype=dtype, share_weights=share_weights, overwrite=overwrite, **options
+            model, out, dtype=dtype, share_weights=share_weights, overwrite=overwrite, made_from=decided, **options
         )  # fmt: skip
     show(ctx.obj, {**report.record(), "mode": mode}, _view)
+
+
+def _decided_by(model: str, adapters: tuple[str, ...]) -> str | None:
+    from importlib.util import find_spec
+
+    from ..formats import files_read
+    from ..tensors.locations import located
+    from ..tensors.staging import files_below
+
+    folder = located(model)
+    if find_spec("transformers") is None or not folder.is_dir():
+        return None  # Which the export itself refuses.
+    files = [file for file in files_below(folder) if file.is_file()]
+    files += [file for adapter in adapters for file in files_read(located(adapter))]
+    return made_from(files, ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"))
 
 
 def _view(record: Any) -> View:

@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from . import _options
-from ._graphs import checked, targets_table, warn
+from ._done import is_done
+from ._graphs import checked, decided_by, free, targets_table, warn
 from ._render import View, show
 from ._writing import refuse_place
 
@@ -46,22 +47,27 @@ from ._writing import refuse_place
 )  # fmt: skip
 @_options.compat
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
+@_options.overwrite
 @_options.flags
 @click.pass_context
 def command(
     ctx: click.Context, model: str, adapter: str, out: str, mode: str, base_weights: str | None,
     words: tuple[str, ...], experts: tuple[str, ...], calibration: str | None, check: bool,
-    compat: str | None,
+    compat: str | None, overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.inject`."""
     refuse_place(out)
     from ..onnx import inject
 
     settings: _options.Settings = ctx.obj
+    decided, read = decided_by(model, [adapter, *experts, base_weights, calibration])
+    if is_done(settings, out, decided, overwrite):
+        return
+    free(out, overwrite, read)
     (held,) = _options.in_reading((adapter,), compat, base_weights)
     report = inject(
         model, held, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts,
-        check=check if calibration is None else _inputs(calibration, check),
+        check=check if calibration is None else _inputs(calibration, check), overwrite=overwrite, made_from=decided,
     )  # fmt: skip
     warn(report.warnings)
     show(settings, report.record(), _view)

@@ -48,8 +48,12 @@ def save(path: Path, tensors: Mapping[str, Lazy], wrapper: str | None = None) ->
 
     Raises:
         StorageError: it cannot be written.
+        UsageError: the suffix asks for safetensors, which the format's reader does not take.
     """
     if path.suffix == ".safetensors":
+        if wrapper is not None:
+            why = f"safetensors files do not hold the dict {wrapper!r} around the tensors"
+            raise UsageError(why, path=path, cure="Give the file a name that ends in .pt")
         return safetensors.write(path, tensors, {"format": "pt"})
     import torch
 

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import Malformed
+from ..tensors.inputs import open_input
+from ..tensors.strict_yaml import load_yaml
+
 Licence = Mapping[str, str]
 """`license`: an identifier; where that is `other`, `license_name` and `license_link` say which. Empty for none."""
 
@@ -32,19 +36,17 @@ def licence_at(path: Path) -> Licence:
     """The licence that the card in a folder, or beside a file, names."""
     card = (path if path.is_dir() else path.parent) / "README.md"
     try:
-        with open(card, encoding="utf-8") as file:
-            return licence_of(file.read(MAX_CARD))
-    except (OSError, ValueError):
+        with open_input(card) as file:
+            return licence_of(file.read(MAX_CARD).decode("utf-8", "replace"))
+    except (OSError, Malformed):
         return {}
 
 
 def metadata(card: str) -> Mapping[str, Any]:
     """The metadata at the head of a card; none where they are no YAML mapping."""
-    import yaml
-
     head = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---", card, re.DOTALL)
     try:
-        told = yaml.safe_load(head[1]) if head else None
-    except (yaml.YAMLError, ValueError, RecursionError):
+        told = load_yaml(head[1].encode("utf-8", "replace")) if head else None
+    except Malformed:
         return {}
     return told if isinstance(told, dict) else {}

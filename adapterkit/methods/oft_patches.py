@@ -1,8 +1,9 @@
 """OFT on patches of a convolution's input, as PEFT trains it: y' = conv(turned(x)).
 
 Qiu et al. 2023, https://arxiv.org/abs/2306.07280. PEFT cuts x into all patches of the kernel's size, one at every place
-and none beyond the border, turns each by OFT's rotations, and adds them up where they overlap. Its merge rotates the
-weight instead, which is another function as soon as two patches overlap; that one is `oft`.
+and none beyond the border, turns each by OFT's rotations, and adds them up where they overlap. It reads the numbers of
+each channel, which lie patch by patch, as if they lay place by place, so that they come back elsewhere. Its merge
+rotates the weight instead, which is another function as soon as there are two patches; that one is `oft`.
 """
 
 from __future__ import annotations
@@ -44,18 +45,22 @@ class OFTPatches(OutputUpdate):
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)
-        width = math.prod(shape[1:])
-        if len(shape) != 4 or width % block_size(self.pairs.shape[-1]):
-            why = (
-                f"{width} numbers a patch, in blocks of {block_size(self.pairs.shape[-1])}; the weight is {list(shape)}"
-            )
+        width, (n, size) = math.prod(shape[1:]), (self.pairs.shape[-2], block_size(self.pairs.shape[-1]))
+        if len(shape) not in (2, 4) or width % size or n not in (1, width // size):
+            why = f"{n} blocks of {size} for patches of {width} numbers; the weight is {list(shape)}"
             raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
 
     def forward(self, x: Any, layer: Any) -> Any:
-        channels, high, wide = layer.shape[1:]
+        channels, high, wide = (*layer.shape[1:], 1, 1)[:3]
+        if high * wide == 1:
+            return layer(layer.mix(x, self._mix(channels, 1)))
         places = [(i, j) for i in range(high) for j in range(wide)]
         patches = namespace(x).concat([x[(..., *_within(i, j, high, wide))] for i, j in places], axis=-3)
         patches = layer.mix(patches, self._mix(channels, len(places)))
+        rows, columns = x.shape[-2] + 1 - high, x.shape[-1] + 1 - wide
+        by_patch = patches.reshape(-1, len(places), channels, rows * columns).swapaxes(1, 2).swapaxes(2, 3)
+        by_place = by_patch.reshape(-1, channels, len(places), rows * columns).swapaxes(1, 2)
+        patches = by_place.reshape(-1, len(places) * channels, rows, columns)
         total: Any = 0
         for position, (i, j) in enumerate(places):
             part = patches[..., position * channels : (position + 1) * channels, :, :]

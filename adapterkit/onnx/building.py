@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..errors import Malformed
 from .sizes import FREE
 
 Array = np.ndarray[Any, Any]
@@ -144,16 +145,27 @@ def element_type(value: ir.Value | None) -> np.dtype[Any]:
     """The numpy type of a value's elements, or of those that it is made of; float32 where the graph does not say."""
     while value is not None:
         held = value.const_value.dtype if value.dtype is None and value.const_value is not None else value.dtype
-        if held is not None:
+        if held is not None and held not in _UNKNOWN:
             return held.numpy()
         node = value.producer()
         if node is not None and node.op_type == "Cast":
-            return ir.DataType(node.attributes["to"].as_int()).numpy()
+            return _cast_to(node)
         dequantized = node is not None and node.op_type == "DequantizeLinear"
         value = (
             node.inputs[int(dequantized)] if node is not None and (dequantized or node.op_type in KEEPS_TYPE) else None
         )
     return np.dtype(np.float32)
+
+
+def _cast_to(node: ir.Node) -> np.dtype[Any]:
+    to = node.attributes["to"].as_int()
+    try:
+        return ir.DataType(to).numpy()
+    except (TypeError, ValueError):
+        raise Malformed(f"a Cast to the unknown type {to}", where=node.name, cure="Export the model again") from None
+
+
+_UNKNOWN = (ir.DataType.UNDEFINED, ir.DataType.STRING)
 
 
 def kind_of(value: ir.Value) -> ir.DataType:

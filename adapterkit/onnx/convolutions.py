@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from .building import element_type
 from .layers import Layer
-from .operands import attribute, is_constant, shape_of
+from .operands import attribute, is_constant
 from .values import Value
 
 
@@ -16,6 +16,7 @@ class Conv(Layer):
     """A convolution along any number of axes, in groups or not."""
 
     op_type = "Conv"
+    axes = range(3, 9)
 
     @property
     def channel(self) -> int:
@@ -77,9 +78,7 @@ class Gather(Layer):
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
         plain = super().takes(node) and attribute(node, "axis", 0) == 0 and not is_constant(node.inputs[1])
-        if not plain or node.inputs[0] is None or len(shape_of(node.inputs[0])) != 2:
-            return False
-        return element_type(node.inputs[0]).kind not in "iub"
+        return plain and element_type(node.inputs[0]).kind not in "iub"
 
     @property
     def read(self) -> ir.Value:

@@ -6,10 +6,8 @@ held against: merged weights, nodes and slots are each another way to the same n
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -20,6 +18,7 @@ import onnx_ir as ir
 from ..adapter import Adapter
 from ..errors import StorageError, Unsupported, UsageError
 from ..formats.onnx_adapter import sidecar
+from ..tensors.checkpoint import opened as opened_base
 from .against_torch import Run, by_reference, compared, compared_packed, outputs_of
 from .attaching import attach
 from .building import Building
@@ -27,9 +26,9 @@ from .checking import Outcome
 from .fitting import write_adapter
 from .injecting import Report
 from .live import attached, injected
-from .model_file import folder_beside, save_fresh
+from .model_file import placing, save_fresh
 from .quantizing import SCHEMES, as_floats, packed, prepare, with_exact_inputs
-from .reading import loaded
+from .reading import inputs_of, loaded
 from .resolving import Found, resolve
 from .sharing import share_weights
 from .slots import Slots
@@ -105,8 +104,11 @@ def export(
     }  # fmt: skip
     held = getattr(torch_model, inside) if inside else torch_model
     examples = [(tuple(args), dict(kwargs or {})), *((tuple(one), dict[str, Any]()) for one in also)]
-    with ExitStack() as stack:
-        plain = target if quantize is None else stack.enter_context(folder_beside(target)) / "float.onnx"
+    told = Outcome(None)
+    stays: tuple[Path, ...] = () if share is None else opened_base(share).files
+    with placing(target, stays=stays, inputs=files_of_adapters(named)) as place:
+        path = place.path
+        plain = path if quantize is None else place.scratch / "float.onnx"
         with attached(held, adapters, mode):
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
                 _first_call(torch_model, *examples[0])
@@ -114,18 +116,21 @@ def export(
             found = _opened(graph, adapters) if mode == "slots" else []
             if share is not None:
                 share_weights(graph, share, target)
-            files = _written(graph, plain, _note(mode, adapters, quantize), None if quantize is None else held)
+            _written(graph, plain, _note(mode, adapters, quantize), None if quantize is None else held)
         damage: dict[str, dict[str, float]] = {}
         if quantize is not None:
-            files, damage = packed(plain, quantize, target)
-        try:
-            files += _adapter_files(target, adapters) if mode == "slots" else []
-            runs = _runs(held, target, adapters, mode)
-            told = _checked(torch_model, examples, plain, target, runs, quantize) if check else Outcome(None)
-        except BaseException:
-            _unlink(files)
-            raise
-    return Report(target, tuple(files), tuple(found), told.difference, told.note, damage, told.reference)
+            damage = packed(plain, quantize, path)
+        if mode == "slots":
+            _adapter_files(path, adapters)
+        runs = _runs(held, path, adapters, mode)
+        if check:
+            told = _checked(torch_model, examples, plain, path, runs, quantize)
+    return Report(target, place.files, tuple(found), told.difference, told.note, damage, told.reference)
+
+
+def files_of_adapters(adapters: Adapters) -> list[Path]:
+    """The files that the adapters of an export are read from."""
+    return [file for one in _named(adapters).values() for file in inputs_of(one, None)]
 
 
 def _first_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -257,26 +262,13 @@ def _note(mode: str, adapters: Mapping[str, Adapter], quantize: str | None) -> s
     return json.dumps({"mode": mode, "adapters": digests, **({"quantize": quantize} if quantize else {})})
 
 
-def _written(graph: ir.Model, out: Path, note: str, quantized: nn.Module | None) -> list[Path]:
+def _written(graph: ir.Model, out: Path, note: str, quantized: nn.Module | None) -> None:
     graph.metadata_props[RECORD] = note
     if quantized is not None:
         prepare(graph, set(quantized.state_dict(keep_vars=True)))
-    return save_fresh(graph, out)
+    save_fresh(graph, out)
 
 
-def _adapter_files(out: Path, adapters: Mapping[str, Adapter]) -> list[Path]:
-    written: list[Path] = []
-    try:
-        for name, adapter in adapters.items():
-            written.append(write_adapter(out, adapter, _file(out, name)))
-            written.append(sidecar(written[-1]))
-    except BaseException:
-        _unlink(written)
-        raise
-    return written
-
-
-def _unlink(files: Sequence[Path]) -> None:
-    for file in files:
-        with contextlib.suppress(OSError):
-            file.unlink()
+def _adapter_files(out: Path, adapters: Mapping[str, Adapter]) -> None:
+    for name, adapter in adapters.items():
+        write_adapter(out, adapter, _file(out, name))

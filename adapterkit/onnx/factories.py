@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import AdapterkitError, ShapeMismatch, UsageError
 from ..tensors.checkpoint import opened as opened_base
 from ..tensors.lazy import as_torch
-from .exporting import export
+from .exporting import export, files_of_adapters
 from .folders import check_folder, moved, published
 from .injecting import Report
 
@@ -46,7 +46,7 @@ def export_factory(
     if weights is not None:
         _load(module, weights)
     told = {name: value for name, value in options.items() if value is not None}
-    with published(target) as scratch:
+    with published(target, files_of_adapters(options.get("adapter"))) as scratch:
         report = export(module.eval(), args, scratch / "model.onnx", **{**more, **told})
     return moved(report, target)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..adapter import Adapter, Target
 from ..binding import find_sites
-from ..errors import ShapeMismatch, TargetNotFound, Unsupported, nearest
+from ..errors import ShapeMismatch, TargetNotFound, Unsupported, nearest, places_errors
 from ..tensors.lazy import as_array, from_numpy
 from ..tensors.ort_adapter import OrtAdapter, write_ort_adapter
 from ..updates import Update
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .reading import Base, Model
 
 
+@places_errors
 def fit(
     model: Model, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None
 ) -> dict[str, Array]:  # fmt: skip
@@ -47,6 +48,7 @@ def fit(
     return _fitted(model, loaded(adapter, base_weights)[0])[0]
 
 
+@places_errors
 def write_adapter(
     model: Model, adapter: Adapter | str | PathLike[str], out: str | PathLike[str], *, base_weights: Base | None = None
 ) -> Path:  # fmt: skip

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import AdapterkitError, StorageError, storage_error
+from ..errors import StorageError
+from ..tensors.staging import staged
 from .injecting import Report
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 """How files of weights end that an export does not write, `model.onnx` apart."""
+
+CARRIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
+)  # fmt: skip
+"""Files that come along: what a tokenizer and a config are made of."""
+
+OWNS = frozenset({"model.onnx", "model.onnx.data", "*.onnx_adapter", "*.onnx_adapter.json", *CARRIED})
+"""Files of an export, of which none of an older one stays."""
 
 
 def check_folder(target: Path, overwrite: bool) -> None:
@@ -38,48 +47,17 @@ def check_folder(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def published(target: Path) -> Iterator[Path]:
-    """A scratch folder beside `target`, which takes its place at the end; after a fault nothing is left of it."""
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise storage_error(error, target) from error
-    try:
-        yield scratch
-        _published(scratch, target)
-    except AdapterkitError as error:  # The folder of this name will be gone.
-        error.path = error.path and error.path.replace(str(scratch), str(target))
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def published(target: Path, inputs: Iterable[Path] = (), made_from: str | None = None) -> Iterator[Path]:
+    """Give a folder to write an export to; it takes the place of `target` at the end.
+
+    Files in `target` that no export writes stay there; none of the inputs is replaced.
+    """
+    with staged(target, owns=OWNS, inputs=inputs, made_from=made_from) as folder:
+        folder.mkdir(exist_ok=True)
+        yield folder
 
 
 def moved(report: Report, target: Path, carried: Sequence[Path] = ()) -> Report:
     """A report of what was written into a scratch folder, by the names that it has in `target`."""
     files = tuple(target / file.name for file in (*report.files, *carried))
     return replace(report, out=target / "model.onnx", files=files)
-
-
-def _published(scratch: Path, target: Path) -> None:
-    """The finished folder under its name; one that is there is gone only after."""
-    try:
-        scratch.chmod(0o777 & ~_umask())
-        if not target.exists():
-            scratch.rename(target)
-            return
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            target.rename(old / "old")
-            scratch.rename(target)
-        finally:
-            if not target.exists():  # Whatever came between the two: nothing else holds what was there.
-                (old / "old").rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise storage_error(error, target) from error
-
-
-def _umask() -> int:
-    held = os.umask(0)
-    os.umask(held)
-    return held

@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from ..errors import Unsupported
 from .building import Branch, Building, element_type
+from .convolutions import Conv
 from .inserting import takes_over
-from .layers import Layer
+from .layers import Gemm, Layer
 from .operands import attribute, is_constant, shape_of
 
 KEPT = ("num_heads", "scale", "mask_filter_value", "unidirectional")
@@ -34,6 +35,33 @@ class Attention(Layer):
     def own_bias(self) -> ir.Value | None:
         held = self.node.inputs[2] if len(self.node.inputs) > 2 else None
         return held if is_constant(held) else None
+
+
+class FusedGemm(Gemm):
+    """A Gemm with the activation behind it, as optimized sessions are saved."""
+
+    op_type = "FusedGemm"
+    merge_only = True
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        return _is_fused(node, cls)
+
+
+class FusedConv(Conv):
+    """A Conv with a sum and the activation behind it."""
+
+    op_type = "FusedConv"
+    merge_only = True
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        return _is_fused(node, cls)
+
+
+def _is_fused(node: ir.Node, kind: type[Layer]) -> bool:
+    known = node.op_type == kind.op_type and node.domain == "com.microsoft" and len(node.inputs) > 1
+    return known and is_constant(node.inputs[1]) and len(shape_of(node.inputs[1])) in kind.axes  # type: ignore[arg-type]
 
 
 def taken_apart(node: ir.Node, building: Building) -> ir.Node:

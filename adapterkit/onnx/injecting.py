@@ -17,22 +17,22 @@ import onnx_ir as ir
 
 from ..adapter import Adapter
 from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
-from ..formats.onnx_adapter import sidecar
 from ..tensors.atomic import write_bytes
 from .attaching import attach
 from .building import Building
 from .calls import Words
+from .checking import Outcome, checked_injection
 from .contexts import of_attention, parted, place
 from .experts import with_experts
 from .fitting import write_adapter
-from .model_file import Source, kept, opened, save
-from .reading import loaded
+from .model_file import Source, opened, placing, save
+from .reading import inputs_of, loaded
 from .resolving import Found, resolve
 from .saturation import Saturation, clipping
 from .shadows import config_of
 
 if TYPE_CHECKING:
-    from .reading import Base, Model
+    from .reading import Base, Model, inputs_of
 
 ORIGINAL = "adapterkit.original"
 """The metadata key under which a rewritten model keeps what it takes to have the first one back."""
@@ -91,6 +91,8 @@ def inject(
     call: Mapping[str, Any] | None = None,
     experts: Sequence[Adapter | str | PathLike[str]] = (),
     check: bool | Mapping[str, Any] = True,
+    overwrite: bool = True,
+    made_from: str | None = None,
 ) -> Report:
     """Attaches an adapter to a graph: at each target it computes what the adapter's formulas say.
 
@@ -109,6 +111,8 @@ def inject(
         experts: adapters that a router's file names but does not hold (Arrow, X-LoRA), in the router's order.
         check: run the result with onnxruntime against the model with merged weights; on these inputs, by name, or on
             inputs that are made up.
+        overwrite: replace what is at `out`; False refuses where something is there.
+        made_from: a digest of what decides the output, kept with it for a later run.
 
     Raises:
         TargetNotFound: a target has no place in the graph, or several.
@@ -134,26 +138,26 @@ def inject(
     attach(found, building, slots, words)
     building.settle()
     keep_original(source)
-    target = Path(out)
-    beside = None if slots is None else _beside(target, adapter)
-    with kept(target, *([] if beside is None else [beside, sidecar(beside)])) as files:
+    target, told = Path(out), Outcome(None)
+    if slots is not None:
+        _beside(target, adapter)
+    inputs = [*inputs_of(adapter, base_weights), *(file for one in experts for file in inputs_of(one, None))]
+    with placing(target, source, shares=True, inputs=inputs, overwrite=overwrite, made_from=made_from) as place_:
+        path, beside = place_.path, None
         if slots is not None:
             slots.record()
-        files += save(source.model, source, target, building.tensors.values())
-        if beside is not None:
-            files += [write_adapter(target, rest, beside), sidecar(beside)]
-        if check is False:
-            note = "; ".join(filter(None, [used, words.note])) or None
-            return Report(target, tuple(files), tuple(found), note=note, warnings=clipping(None, source.model))
-        given = None if isinstance(check, bool) else check
-        from .checking import checked_injection
-
-        alone = any(of_attention(*each) for each in context)
-        told = checked_injection(model, rest, base, target, beside, given, alone=alone)
+        save(source.model, source, path, building.tensors.values())
+        if slots is not None:
+            beside = write_adapter(path, rest, path.with_name(f"{path.stem}.onnx_adapter"))
+        if check is not False:
+            given = None if isinstance(check, bool) else check
+            alone = any(of_attention(*each) for each in context)
+            told = checked_injection(model, rest, base, path, beside, given, alone=alone)
+        warnings = clipping(told.saturation, source.model)
     note = "; ".join(filter(None, [used, words.note, told.note])) or None
     return Report(
-        target, tuple(files), tuple(found), told.difference, note, reference=told.reference, saturation=told.saturation,
-        warnings=clipping(told.saturation, source.model),
+        target, place_.files, tuple(found), told.difference, note, reference=told.reference, saturation=told.saturation,
+        warnings=warnings,
     )  # fmt: skip
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from .convolutions import Conv, ConvTranspose, Gather
-from .fused import Attention
-from .layers import Gemm, Layer, MatMul
+from .fused import Attention, FusedConv, FusedGemm
+from .layers import Einsum, Gemm, Layer, LeftMatMul, MatMul
 from .packed import FusedMatMul, MatMulInteger, MatMulNBits
 from .recurrent import RECURRENT
 
 KINDS: tuple[type[Layer], ...] = (
-    MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention,
+    MatMul, Gemm, Conv, ConvTranspose, Gather, FusedMatMul, MatMulNBits, MatMulInteger, Attention, LeftMatMul, Einsum,
+    FusedGemm, FusedConv,
 )  # fmt: skip
 """Kinds of which a node is one at most."""
 

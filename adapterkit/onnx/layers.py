@@ -7,7 +7,8 @@ formula makes of them takes the output's place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Container
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ class Layer:
     Class attributes:
         op_type: what the node is called.
         position: which of its inputs is the weight.
+        axes: how many axes the weight may have.
         merge_only: its output is no function of `x @ W` alone, so that no branch beside it says a change.
 
     Args:
@@ -39,6 +41,7 @@ class Layer:
 
     op_type: ClassVar[str] = ""
     position: ClassVar[int] = 1
+    axes: ClassVar[Container[int]] = (2,)
     merge_only: ClassVar[bool] = False
     moved: ClassVar[Value | None] = None
 
@@ -56,7 +59,8 @@ class Layer:
     def takes(cls, node: ir.Node) -> bool:
         """Whether a node is such a layer: its weight does not depend on the input."""
         known = node.op_type == cls.op_type and node.domain in ("", "ai.onnx") and len(node.inputs) > cls.position
-        return known and is_constant(node.inputs[cls.position])
+        weight = node.inputs[cls.position] if known else None
+        return weight is not None and is_constant(weight) and len(shape_of(weight)) in cls.axes
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
         """What it reads and gives, where exporters fold the axes of rows and positions into one around the node."""
@@ -65,12 +69,7 @@ class Layer:
     @property
     def read(self) -> ir.Value:
         """The value that the node reads, before it is rounded to integers and back."""
-        found = self.node.inputs[0]
-        assert found is not None
-        back = found.producer()
-        there = back.inputs[0].producer() if _is(back, "DequantizeLinear") and back.inputs[0] is not None else None  # type: ignore[union-attr]
-        rounded = _is(there, "QuantizeLinear") and not rectifies(there)  # type: ignore[arg-type]
-        return there.inputs[0] if rounded else found  # type: ignore[union-attr, return-value]
+        return before_rounding(self.node.inputs[0])
 
     @property
     def result(self) -> ir.Value:
@@ -198,7 +197,66 @@ class MatMul(Layer):
 
     @classmethod
     def takes(cls, node: ir.Node) -> bool:
-        return super().takes(node) and len(shape_of(node.inputs[1])) == 2 and not is_constant(node.inputs[0])  # type: ignore[arg-type]
+        return super().takes(node) and not is_constant(node.inputs[0])
+
+
+class LeftMatMul(Layer):
+    """`W @ x`: a linear layer whose channels are the last axis but one."""
+
+    op_type = "MatMul"
+    position = 0
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        return super().takes(node) and not is_constant(node.inputs[1])
+
+    @property
+    def read(self) -> ir.Value:
+        return before_rounding(self.node.inputs[1])
+
+    @property
+    def channel(self) -> int:
+        return -2
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        return False
+
+    def op(self, x: Value, w: Value) -> Value:
+        return self._of(x, w) @ x
+
+    def mix(self, h: Value, w: Value) -> Value:
+        return self._of(h, w) @ h
+
+    def per_channel(self, v: Any) -> Any:
+        return v.reshape(-1, 1)
+
+
+class Einsum(Layer):
+    """`...i,io->...o` or `...i,oi->...o`: a linear layer of the last axis."""
+
+    op_type = "Einsum"
+
+    @classmethod
+    def takes(cls, node: ir.Node) -> bool:
+        return super().takes(node) and len(node.inputs) == 2 and _labels(node) is not None
+
+    @classmethod
+    def turns(cls, node: ir.Node) -> bool:
+        labels = _labels(node)
+        return labels is not None and labels[0] == "io"
+
+
+def _labels(node: ir.Node) -> tuple[str] | None:
+    """Whether the weight of an Einsum is `[in, out]` ("io") or `[out, in]` ("oi"); None for another sum."""
+    equation = str(attribute(node, "equation", "")).replace(" ", "")
+    found = re.fullmatch(r"([A-Za-z.]*)([A-Za-z]),([A-Za-z])([A-Za-z])->([A-Za-z.]*)([A-Za-z])", equation)
+    if found is None:
+        return None
+    lead, into, first, second, left, out = found.groups()
+    if lead != left or into == out or {into, out} & set(lead) or len(set(lead) - {"."}) + lead.count(".") != len(lead):
+        return None
+    return {(into, out): ("io",), (out, into): ("oi",)}.get((first, second))
 
 
 class Gemm(Layer):
@@ -248,6 +306,15 @@ def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
     return uses[0].node if _is(uses[0].node, op_type) else None
 
 
+def before_rounding(found: ir.Value | None) -> ir.Value:
+    """What a node reads, before it is rounded to integers and back."""
+    assert found is not None
+    back = found.producer()
+    there = back.inputs[0].producer() if _is(back, "DequantizeLinear") and back.inputs[0] is not None else None  # type: ignore[union-attr]
+    rounded = _is(there, "QuantizeLinear") and not rectifies(there)  # type: ignore[arg-type]
+    return there.inputs[0] if rounded else found  # type: ignore[union-attr, return-value]
+
+
 def dequantized(value: ir.Value) -> ir.Value:
     """A value behind being rounded to integers and back: a change joins there, where nothing clips it."""
     there = only_reader(value, "QuantizeLinear")
@@ -278,10 +345,11 @@ def _is(node: ir.Node | None, op_type: str) -> bool:
 
 def bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.Value] | None:
     """The Add of a vector that follows a linear layer and nothing else does, and the vector."""
-    add = only_reader(out, "Add") if "MatMul" in node.op_type else None
+    add = only_reader(out, "Add") if "MatMul" in node.op_type or node.op_type == "Einsum" else None
     if add is None:
         return None
     other = add.inputs[1 - list(add.inputs).index(out)]
     if other is None or not is_constant(other):
         return None
-    return (add, other) if shape_of(other) == (outputs,) else None
+    on_the_left = node.op_type == "MatMul" and is_constant(node.inputs[0])
+    return (add, other) if shape_of(other) == ((outputs, 1) if on_the_left else (outputs,)) else None

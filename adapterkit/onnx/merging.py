@@ -19,16 +19,17 @@ from ..adapter import Adapter
 from ..errors import NotMergeable, UsageError, places_errors
 from .building import Building
 from .changes import settle
+from .checking import Outcome, checked_merge
 from .folding import Fold, Folding
 from .injecting import Report
-from .model_file import kept, opened, save_merged
-from .reading import loaded
+from .model_file import opened, placing, save_merged
+from .reading import inputs_of, loaded
 from .resolving import Found, resolve
 from .saturation import clipping
 from .unpacking import CHOICES, as_float, is_packed
 
 if TYPE_CHECKING:
-    from .reading import Base, Model
+    from .reading import Base, Model, inputs_of
 
     Source = Adapter | str | PathLike[str]
 
@@ -43,6 +44,8 @@ def merge(
     base_weights: Base | None = None,
     quantized: str | None = None,
     check: bool | Mapping[str, Any] = True,
+    overwrite: bool = True,
+    made_from: str | None = None,
 ) -> Report:
     """Folds adapters into the weights of a graph: W' = W + sum_i weight_i * (f_i(W) - W), rounded once.
 
@@ -57,6 +60,8 @@ def merge(
             did.
         check: run the result with onnxruntime against the model with the adapters injected; on these inputs, by name,
             or on inputs that are made up.
+        overwrite: replace what is at `out`; False refuses where something is there.
+        made_from: a digest of what decides the output, kept with it for a later run.
 
     Raises:
         TargetNotFound: a target has no place in the graph, or several.
@@ -72,18 +77,19 @@ def merge(
     building, damage = Building(source.model), dict[str, Mapping[str, float]]()
     changed = fold(folds, building, quantized, damage)
     building.settle()
-    with kept(Path(out)) as files:
-        files += save_merged(source.model, source, Path(out), changed)
-        report = Report(Path(out), tuple(files), tuple(place for place, _ in folds), damage=damage)
-        if check is False:
-            return replace(report, warnings=clipping(None, source.model))
-        given = None if isinstance(check, bool) else check
-        from .checking import checked_merge
-
-        told = checked_merge(model, read, factors, base_weights, Path(out), quantized, given)
-    return replace(
-        report, difference=told.difference, note=told.note, reference=told.reference, saturation=told.saturation,
-        warnings=clipping(told.saturation, source.model),
+    target, told = Path(out), Outcome(None)
+    several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else adapters
+    inputs = [file for one in several for file in inputs_of(one, base_weights)]
+    with placing(target, source, inputs=inputs, overwrite=overwrite, made_from=made_from) as place:
+        save_merged(source.model, source, place.path, changed)
+        if check is not False:
+            given = None if isinstance(check, bool) else check
+            told = checked_merge(model, read, factors, base_weights, place.path, quantized, given)
+        warnings = clipping(told.saturation, source.model)
+    found = tuple(found for found, _ in folds)
+    return Report(
+        target, place.files, found, told.difference, told.note, damage, told.reference, saturation=told.saturation,
+        warnings=warnings,
     )  # fmt: skip
 
 

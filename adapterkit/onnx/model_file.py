@@ -10,8 +10,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import Malformed, StorageError, Unsupported, UsageError, first_line, storage_error
+from ..errors import AdapterkitError, Malformed, StorageError, Unsupported, UsageError, first_line, storage_error
 from ..tensors.atomic import replacing, write_bytes
+from ..tensors.inputs import open_input
 from ..tensors.locations import located
+from ..tensors.staging import Staging, check_free, check_inputs, clear, files_below, staged
 from .building import OPSET
 from .changes import Changed
 from .data_files import checked_data, external
 from .streaming import alignment, placed, streamed, worked_out
-from .wellformed import check_parts
+from .validating import check_model
 
 INLINE = 1024
 """Bytes of a new tensor up to which it stays in the model's own file."""
@@ -75,7 +76,8 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> Source:
         return Source(_modern(copy, None), None, (), ir.to_proto(copy).SerializeToString())
     path = located(model)
     try:
-        data = path.read_bytes()
+        with open_input(path) as file:
+            data = file.read()
     except OSError as error:
         raise storage_error(error, path) from error
     loaded = _parsed(data, path)
@@ -89,14 +91,15 @@ def _parsed(data: bytes, path: Path) -> ir.Model:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
-        model = ir.from_proto(proto)
+        if not proto.HasField("graph") or not proto.opset_import:
+            raise Malformed("not an ONNX model: no graph", path=path, cure="Export it again")
+        check_model(proto, path)
+        return ir.from_proto(proto)
+    except AdapterkitError:
+        raise
     except Exception as error:  # protobuf and onnx-ir raise whatever the damage leads to.
         first = first_line(error)
         raise Malformed(f"not an ONNX model ({first})", path=path, cure="Export it again") from None
-    if not proto.HasField("graph") or not proto.opset_import:
-        raise Malformed("not an ONNX model: no graph", path=path, cure="Export it again")
-    check_parts(proto, path)
-    return model
 
 
 def _modern(model: ir.Model, path: Path | None) -> ir.Model:
@@ -110,7 +113,11 @@ def _modern(model: ir.Model, path: Path | None) -> ir.Model:
     from onnx import version_converter
 
     try:
-        return ir.from_proto(version_converter.convert_version(ir.to_proto(model), OPSET))
+        converted = version_converter.convert_version(ir.to_proto(model), OPSET)
+        check_model(converted, path)
+        return ir.from_proto(converted)
+    except AdapterkitError:
+        raise
     except Exception as error:  # The converter raises RuntimeError and more.
         first = first_line(error)
         why = f"operator set {version}, and no way to {OPSET} ({first})"
@@ -129,109 +136,168 @@ def inline(model: ir.Model) -> bytes:
     return data
 
 
-def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> list[Path]:
-    """Writes a model; the data files that it shares are copied only where `out` is in another folder.
+def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) -> None:
+    """Write a model beside the data files that it shares.
 
     Args:
         model: the model.
         source: what it was made from.
-        out: where to; replaced by rename.
+        out: where to, inside `placing`.
         fresh: values whose tensors are new.
-
-    Returns:
-        the files that were written, the model last.
 
     Raises:
         StorageError: it cannot be written.
-        UsageError: `out` is the model itself, or one of its data files.
     """
-    _check_out(source, out)
-    written: list[Path] = []
-    try:
-        written += _carried(source, out)
-        written += _apart(fresh, out, bool(source.data) or _large(model))
-        for tensor in external(model):
-            if "adapterkit.location" in tensor.meta:
-                tensor._location = tensor.meta["adapterkit.location"]
-        data = ir.to_proto(model).SerializeToString()
-        write_bytes(out, data)
-    except BaseException:
-        _unlink(written)
-        raise
-    return [*written, out]
+    _apart(fresh, out, bool(source.data) or _large(model))
+    for tensor in external(model):
+        if "adapterkit.location" in tensor.meta:
+            tensor._location = tensor.meta["adapterkit.location"]
+    write_bytes(out, ir.to_proto(model).SerializeToString())
 
 
-def save_merged(
-    model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value], apart: bool = False
-) -> list[Path]:
-    """Writes a model whose numbers changed: all of them anew, some blocks in memory at a time; see `save`.
+def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value], apart: bool = False) -> None:
+    """Write a model whose numbers changed: all of them anew, some blocks in memory at a time; see `save`.
 
     A model that kept numbers in data files, or is to keep them `apart`, keeps them in one new file, and nothing in it
     that no node reads.
     """
-    _check_out(source, out)
     for graph in model.graphs():
         for name, value in list(graph.initializers.items()):
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
                 graph.initializers.pop(name)
     stored = [v for g in model.graphs() for v in g.initializers.values() if v.const_value is not None]
-    written: list[Path] = []
-    try:
-        moving = [value for value in stored if _moves(value.const_value)]
-        if moving and (apart or source.data or _large(model)):
-            written += streamed(moving, out)
-        _take_in(stored, out)
-        worked_out(value for value in fresh if isinstance(value.const_value, Changed))
-        write_bytes(out, ir.to_proto(model).SerializeToString())
-    except BaseException:
-        _unlink(written)
-        raise
-    return [*written, out]
+    moving = [value for value in stored if _moves(value.const_value)]
+    if moving and (apart or source.data or _large(model)):
+        streamed(moving, out)
+    _take_in(stored, out)
+    worked_out(value for value in fresh if isinstance(value.const_value, Changed))
+    write_bytes(out, ir.to_proto(model).SerializeToString())
 
 
-def save_fresh(graph: ir.Model, out: Path) -> list[Path]:
-    """Writes a model that lay elsewhere, or nowhere; many numbers in one data file beside it."""
+def save_fresh(graph: ir.Model, out: Path) -> None:
+    """Write a model that lay elsewhere, or nowhere; many numbers in one data file beside it."""
     held = [v.const_value for g in graph.graphs() for v in g.initializers.values() if v.const_value is not None]
     apart = sum(tensor.nbytes for tensor in held if STAYS not in tensor.meta) > APART
-    return save_merged(graph, Source(graph, None, (), b""), out, (), apart)
+    save_merged(graph, Source(graph, None, (), b""), out, (), apart)
 
 
-@contextlib.contextmanager
-def folder_beside(out: Path) -> Iterator[Path]:
-    """A hidden folder in an output's own, for files on the way; gone at the end."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise storage_error(error, out) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+@dataclass(slots=True)
+class Placing:
+    """A model on its way to its place.
 
-
-@contextlib.contextmanager
-def kept(*outs: Path) -> Iterator[list[Path]]:
-    """Put back what was at `outs` if the block raises.
-
-    The block appends the files that it writes to the list that it gets; after an error they are removed.
+    Attributes:
+        path: where it is written, and checked.
+        scratch: a folder for files on the way, gone at the end.
+        files: when the model is in place, all files that were written, the model last.
     """
-    written: list[Path] = []
-    with contextlib.ExitStack() as stack:
-        there = [out for out in outs if out.is_file()]
-        folder = stack.enter_context(folder_beside(there[0])) if there else None
-        before = {out: folder / out.name for out in there if folder is not None}
-        for out, copy in before.items():
-            try:
-                os.link(out, copy)
-            except OSError:  # Not every file system has hard links.
-                shutil.copy2(out, copy)
+
+    path: Path
+    scratch: Path
+    files: tuple[Path, ...] = ()
+
+
+@contextlib.contextmanager
+def placing(
+    out: Path, source: Source | None = None, *, shares: bool = False, stays: Iterable[Path] = (),
+    inputs: Iterable[Path] = (), overwrite: bool = True, made_from: str | None = None,
+) -> Iterator[Placing]:  # fmt: skip
+    """Give a path to write a model to; it and the files beside it take their places when the block ends.
+
+    The model is staged. One that names data files which are in the folder of `out` already is written in place: it
+    can be run only beside them, and onnx and onnxruntime follow no link to them. Then what was at `out` waits in the
+    stage, and comes back after an error or, after a kill, with the next run.
+
+    Args:
+        out: the model's place.
+        source: what it is made from.
+        shares: the model names the data files of its source; they are copied to another folder.
+        stays: more files in the folder of `out` that the model names.
+        inputs: other files that are read, none of which is replaced.
+        overwrite: replace a model that is there.
+        made_from: a digest of what decides the output; see `adapterkit.tensors.records`.
+
+    Raises:
+        UsageError: `out` is a folder, the model itself, or a file that is read.
+        StorageError: it cannot be written, or a file beside it is another model's.
+    """
+    _check_out(source, out)
+    named = {}
+    if shares and source is not None and source.path is not None:
+        named = {file.relative_to(source.path.parent): file for file in source.data}
+    read = [] if source is None or source.path is None else [source.path, *source.data]
+    read += inputs
+    if any(True for _ in stays) or any((out.parent / name).exists() for name in named):
+        with _in_place(out, named, read, overwrite, made_from) as place:
+            yield place
+        return
+    with staged(out, overwrite=overwrite, inputs=read, made_from=made_from) as path:
+        place = Placing(path, path.parent.parent / "scratch")
+        place.scratch.mkdir()
+        for name, file in named.items():
+            (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, path.parent / name)
+        yield place
+        names = [file.relative_to(path.parent) for file in files_below(path.parent) if file != path]
+        _check_unshared(path.parent, names, out)
+        place.files = (*(out.parent / name for name in names), out)
+
+
+@contextlib.contextmanager
+def _in_place(
+    out: Path, named: Mapping[Path, Path], read: Sequence[Path], overwrite: bool, made_from: str | None
+) -> Iterator[Placing]:
+    """Write a model beside data files that are there; after a fault all is as it was."""
+    check_free(out, overwrite)
+    check_inputs([out], read)
+    stage = Staging(out)
+    with stage.locked():
+        clear(stage.folder, keep={"lock"})
+        place = Placing(out, stage.folder / "scratch")
+        place.scratch.mkdir()
+        before = set(files_below(out.parent))
         try:
-            yield written
+            stage.set_aside()
+            for name, file in named.items():
+                _copied(file, out.parent / name)
+            yield place
+            fresh = [file for file in files_below(out.parent) if file not in before and _is_of(file, out)]
+            fresh = [file for file in fresh if file != out]
+            place.files = (*fresh, out)
+            stage.keep_new(made_from, place.files)
         except BaseException:
-            _unlink([*written, *(out for out in outs if out not in before)])
-            for out, copy in before.items():
-                os.replace(copy, out)
+            for file in set(files_below(out.parent)) - before - {out}:
+                if _is_of(file, out) or file in {out.parent / name for name in named}:
+                    file.unlink()
             raise
+        finally:
+            stage.discard()
+
+
+def _is_of(file: Path, out: Path) -> bool:
+    """Whether a file beside a model is called after it."""
+    return file.parent == out.parent and file.name.startswith((f"{out.name}.", f"{out.stem}.onnx_adapter"))
+
+
+def _copied(file: Path, there: Path) -> None:
+    if there.exists():
+        if there.samefile(file) or _same(there, file):
+            return
+        raise StorageError("already there, with other contents", path=there, cure="Write to another folder")
+    there.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(there) as target, open(file, "rb") as held:
+        shutil.copyfileobj(held, target, 1 << 22)
+
+
+def _check_unshared(stage: Path, names: Iterable[Path], out: Path) -> None:
+    """Refuse to replace a data file that another model in the folder names."""
+    for name in names:
+        there = out.parent / name
+        if not there.exists() or _same(there, stage / name):
+            continue
+        for other in out.parent.glob("*.onnx"):
+            if other.name != out.name and os.fsencode(name.as_posix()) in other.read_bytes():
+                why = f"already there, and {other.name} names it as its data"
+                raise StorageError(why, path=there, cure="Write to another path")
 
 
 def _take_in(values: Iterable[ir.Value], out: Path) -> None:
@@ -247,38 +313,14 @@ def _moves(tensor: Any) -> bool:
     return tensor.nbytes > INLINE and STAYS not in tensor.meta
 
 
-def _unlink(files: Iterable[Path]) -> None:
-    for file in files:
-        with contextlib.suppress(OSError):
-            file.unlink()
-
-
-def _check_out(source: Source, out: Path) -> None:
+def _check_out(source: Source | None, out: Path) -> None:
     if out.is_dir():
         raise UsageError("a folder where a file is to be written", path=out, cure="Name a .onnx file")
-    for file in (source.path, *source.data):
+    for file in () if source is None else (source.path, *source.data):
         if file is not None and out.exists() and file.exists() and out.samefile(file):
             raise UsageError("the output is one of the model's own files", path=out, cure="Write another file")
     if not out.parent.is_dir():
         raise StorageError("no such folder", path=out.parent, cure="Make the folder first")
-
-
-def _carried(source: Source, out: Path) -> list[Path]:
-    """Data files copied to the output's folder, where that is another one."""
-    if source.path is None or source.path.parent.resolve() == out.parent.resolve():
-        return []
-    copied = []
-    for file in source.data:
-        there = out.parent / file.relative_to(source.path.parent)
-        if there.exists():
-            if there.stat().st_size == file.stat().st_size and _same(there, file):
-                continue
-            raise StorageError("already there, with other contents", path=there, cure="Write to another folder")
-        there.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(there) as target, open(file, "rb") as held:
-            shutil.copyfileobj(held, target, 1 << 22)
-        copied.append(there)
-    return copied
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -291,21 +333,19 @@ def _large(model: ir.Model) -> bool:
     return sum(tensor.nbytes for tensor in held if not isinstance(tensor, ir.ExternalTensor)) > LIMIT
 
 
-def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> list[Path]:
+def _apart(fresh: Iterable[ir.Value], out: Path, wanted: bool) -> None:
     """New tensors in a file of their own; its name tells its contents, so that it never takes another's place."""
     held = [(v, v.const_value) for v in fresh if v.const_value is not None and v.const_value.nbytes > INLINE]
     if not wanted or not held:
-        return []
+        return
     digest = hashlib.sha256()
     for value, tensor in held:
         digest.update(f"{value.name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.tobytes())
     file = out.with_name(f"{out.name}.{digest.hexdigest()[:12]}.data")
-    there = file.exists()
     with replacing(file) as target:
         for value, tensor in held:
             value.const_value = _placed(target, tensor, file)
-    return [] if there else [file]
 
 
 def _placed(target: Any, tensor: Any, file: Path) -> ir.ExternalTensor:

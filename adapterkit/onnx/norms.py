@@ -18,6 +18,7 @@ import onnx_ir as ir
 from ..errors import TargetNotFound, Unsupported
 from ..tensors.lazy import as_array
 from .building import Array
+from .convolutions import Conv, ConvTranspose
 from .layers import Gemm, MatMul, bias_after, dequantized, only_reader
 from .operands import attribute, is_constant, numbers, sources
 from .scopes import CLASSES, SCOPES, listed, same_end
@@ -75,7 +76,7 @@ class FoldedNorm:
 
 def groups_of(spot: Spot) -> int:
     """The groups of a transposed convolution; 1 for other layers, whose weights have an output axis of their own."""
-    return int(attribute(spot.node, "group", 1)) if spot.kind.op_type == "ConvTranspose" else 1
+    return int(attribute(spot.node, "group", 1)) if issubclass(spot.kind, ConvTranspose) else 1
 
 
 def refuse_folded(found: Sequence[Found]) -> None:
@@ -101,7 +102,7 @@ def is_norm(node: ir.Node) -> bool:
 def _trace(spot: Spot, path: str) -> str | None:
     """What shows that a norm may be folded into a layer; None where nothing does."""
     bias = _bias_of(spot)
-    if spot.kind.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or bias is None:
+    if not issubclass(spot.kind, Conv | Gemm | MatMul) or bias is None:
         return None  # A fold always leaves a bias.
     if only_reader(dequantized(spot.node.outputs[0]), "BatchNormalization") is not None:
         return None
@@ -113,7 +114,7 @@ def _trace(spot: Spot, path: str) -> str | None:
         return "a name says so"
     # Exporters keep the names of a convolution's parameters; a fold writes new tensors, whose names they make up.
     # Weights of linear layers lose their names without any fold, when they are transposed.
-    if spot.kind.op_type not in ("Conv", "ConvTranspose") or path in names:  # The target is the stored tensor itself.
+    if not issubclass(spot.kind, Conv) or path in names:  # The target is the stored tensor itself.
         return None
     if not any(same_end(name, f"{path}.weight") for name in names):
         return f"its weight is called {names[0] if names else 'nothing'}"
@@ -157,9 +158,9 @@ def with_norms(place: Found, base: Checkpoint, name: str) -> Found:
 
     spot, stored = place.spots[0], as_array(base.tensors[name]).astype(np.float64)
     far = distance(stored.astype(np.float32), spot)
-    if spot.kind.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or (bias := _bias_of(spot)) is None:
+    if not issubclass(spot.kind, Conv | Gemm | MatMul) or (bias := _bias_of(spot)) is None:
         return _plain(place, far)
-    W = stored.swapaxes(0, 1) if spot.kind.op_type == "ConvTranspose" else stored
+    W = stored.swapaxes(0, 1) if issubclass(spot.kind, ConvTranspose) else stored
     if W.shape != spot.shape:
         return _plain(place, far)
     b = _own_bias(base, name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from ..errors import Malformed, first_line
 from .building import Array
 
 THROUGH = frozenset(
@@ -46,18 +47,26 @@ def sources(value: ir.Value) -> list[ir.Value]:
 
 
 def numbers(value: ir.Value) -> Array:
-    """The numbers of a constant value, by ONNX's own reference implementation of what makes it."""
+    """The numbers of a constant value, by ONNX's own reference implementation of what makes it.
+
+    Raises:
+        Malformed: the nodes that make it do not go together with their inputs.
+    """
     if value.const_value is not None:
         return value.const_value.numpy()
     node = value.producer()
     assert node is not None
     given = [None if one is None else numbers(one) for one in node.inputs]
-    if node.op_type == "Identity":
-        return _some(given[0])
-    if node.op_type == "Transpose":
-        order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
-        return _some(given[0]).transpose(order)
-    return _run(node, given)
+    try:
+        if node.op_type == "Identity":
+            return _some(given[0])
+        if node.op_type == "Transpose":
+            order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
+            return _some(given[0]).transpose(order)
+        return _run(node, given)
+    except Exception as error:  # The reference implementation raises whatever its operators do.
+        why = f"the numbers of {value.name!r} cannot be worked out ({first_line(error)})"
+        raise Malformed(why, where=node.name, cure="Export the model again") from None
 
 
 def held_apart(value: ir.Value) -> ir.Value:
@@ -92,15 +101,28 @@ def shape_of(value: ir.Value) -> tuple[int, ...]:
         return shape_of(node.inputs[0])
     if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
         inner = shape_of(node.inputs[0])
-        order = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(inner))[::-1]
+        order = list(attribute(node, "perm", range(len(inner))[::-1]))
+        if sorted(order) != list(range(len(inner))):
+            why = f"the order {order} of {len(inner)} axes"
+            raise Malformed(why, where=node.name, cure="Export the model again")
         return tuple(inner[axis] for axis in order)
     return tuple(numbers(value).shape)
 
 
 def attribute(node: ir.Node, name: str, default: Any) -> Any:
-    """A node's attribute, or what it means where it is left out."""
+    """A node's attribute, or what it means where it is left out.
+
+    Raises:
+        Malformed: it is of another type than its default.
+    """
     found = node.attributes.get(name)
-    return default if found is None else found.value
+    if found is None:
+        return default
+    kind = Sequence if isinstance(default, Sequence) else type(default)
+    if default is not None and not isinstance(found.value, kind):
+        why = f"a {node.op_type} with another type of the attribute {name}"
+        raise Malformed(why, where=node.name, cure="Export the model again")
+    return found.value
 
 
 def _some(array: Array | None) -> Array:

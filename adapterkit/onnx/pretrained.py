@@ -26,10 +26,11 @@ from ..errors import (
     nearest,
     storage_error,
 )
+from ..tensors.inputs import read_input
 from ..tensors.locations import located
 from .calling import INSIDE, words_of
-from .exporting import export
-from .folders import check_folder, moved, published
+from .exporting import export, files_of_adapters
+from .folders import CARRIED, check_folder, moved, published
 from .injecting import Report
 from .tracing import quiet
 
@@ -38,18 +39,11 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 
-CARRIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "preprocessor_config.json",
-)  # fmt: skip
-"""Files that come along: what a tokenizer and a config are made of."""
-
 
 def export_pretrained(
     model: str | PathLike[str], out: str | PathLike[str], *, adapter: Adapters = None, mode: str = "merged",
     dtype: str = "float32", opset: int | None = None, quantize: str | None = None, share_weights: bool = False,
-    check: bool = True, overwrite: bool = False,
+    check: bool = True, overwrite: bool = False, made_from: str | None = None,
 ) -> Report:  # fmt: skip
     """Writes a folder with `model.onnx`, its adapters as slots take them, config and tokenizer.
 
@@ -65,6 +59,7 @@ def export_pretrained(
             of a second copy of them; weights in 16 bits are cast where it computes in 32.
         check: run the result with onnxruntime against the torch model.
         overwrite: replace a folder that an export wrote.
+        made_from: a digest of what decides the output, kept with it for a later run.
 
     Raises:
         UsageError: the call makes no sense, or transformers is not installed.
@@ -98,7 +93,7 @@ def export_pretrained(
 
     if share_weights:
         return written(target)
-    with published(target) as scratch:
+    with published(target, files_of_adapters(adapter), made_from) as scratch:
         report = written(scratch)
         carried = _carried(source, scratch)
     return moved(report, target, carried)
@@ -119,7 +114,7 @@ def _check_sharing(source: Path, target: Path, share_weights: bool) -> None:
 def _loaded(source: Path, dtype: str) -> Any:
     transformers, torch = import_module("transformers"), import_module("torch")
     try:
-        config = json.loads((source / "config.json").read_text("utf-8"))
+        config = json.loads(read_input(source / "config.json").decode("utf-8"))
         names = config.get("architectures") or ["AutoModel"]
         name = names[0]
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:

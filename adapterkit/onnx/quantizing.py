@@ -92,8 +92,8 @@ def _turned(node: ir.Node, W: ir.Value, building: Building, made: dict[Any, ir.V
     return made[W]
 
 
-def packed(model: Path, scheme: str, out: Path) -> tuple[list[Path], dict[str, dict[str, float]]]:
-    """Writes a graph with its linear layers packed; returns the files, and what rounding did to each weight.
+def packed(model: Path, scheme: str, out: Path) -> dict[str, dict[str, float]]:
+    """Write a graph with its linear layers packed; returns what rounding did to each weight.
 
     Args:
         model: a file that was prepared, in a folder for scratch.
@@ -108,7 +108,8 @@ def packed(model: Path, scheme: str, out: Path) -> tuple[list[Path], dict[str, d
     graph.metadata_props.clear()
     graph.metadata_props.update({key: note for key, note in notes if key not in _PREPARED})
     damage = _damage(model, graph)
-    return save_fresh(graph, out), damage
+    save_fresh(graph, out)
+    return damage
 
 
 def _quantized(model: Path, scheme: str, out: Path) -> ir.Model:

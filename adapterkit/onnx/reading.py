@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -28,3 +29,11 @@ def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) ->
     for _, update in adapter:
         update.check_values()
     return adapter, base
+
+
+def inputs_of(adapter: Adapter | str | PathLike[str], base_weights: Base | None) -> list[Path]:
+    """The files that an adapter and the weights of a base are read from."""
+    from ..formats import files_of, files_read
+
+    files = [] if base_weights is None else list(opened_base(base_weights).files)
+    return files + (list(files_of(adapter)) if isinstance(adapter, Adapter) else files_read(adapter))

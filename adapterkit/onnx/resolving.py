@@ -20,7 +20,7 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported
 from .kinds import kinds_of
 from .layers import Layer
 from .norms import FoldedNorm, is_norm, refuse_folded
-from .operands import nodes_of, sources
+from .operands import THROUGH, is_constant, nodes_of, sources
 from .outlets import Outlet, outlet
 from .recurrent import Recurrent
 from .scopes import SCOPES, listed, same_end
@@ -33,7 +33,7 @@ METHODS = ("scopes", "folded_from", "initializer", "path", "values", "packed", "
 the node's name, equal numbers, equal rows of a weight that several layers are packed into, the nearest numbers."""
 
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"
-_OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
+_OPERATION = re.compile(r"/(?:MatMul|Gemm|Conv|ConvTranspose|Gather|Einsum)(?:_\d+)?(?:_quant|_Q\d|_matmul_Q\d)?$")
 _MARK = re.compile(r"(?:\.(?:MatMul|Gemm|Conv|Gather))?\.weight(?:_quantized|_q|(?:_DQ)?_Q\d)?$")
 _CALL = re.compile(r"_\d+(?=\.weight$)")
 
@@ -133,7 +133,14 @@ def resolve(model: ir.Model, adapter: Adapter, base: Checkpoint | None = None) -
     known = by_name(spots)
     modules = _modules(model, adapter, known)
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
-    sites = _sites(layered, known, spots, base) if layered.updates else []
+    try:
+        sites = _sites(layered, known, spots, base) if layered.updates else []
+    except TargetNotFound as error:
+        if (unknown := _other_operator(model, error.where or "", spots)) is not None:
+            why = f"its weight is read by {unknown}, which is no layer that adapters can be attached to here"
+            cure = "Merge the adapter before the export, or export the model with torch.nn.Linear or Conv layers there"
+            raise Unsupported(why, where=error.where, cure=cure) from None
+        raise
     found = [_found(site, asked, known) for site, asked in zip(sites, layered.updates, strict=True)]
     if base is None:
         refuse_folded(found)
@@ -144,6 +151,24 @@ def resolve(model: ir.Model, adapter: Adapter, base: Checkpoint | None = None) -
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
     # Those inside first: what they exchange is what the modules around them give.
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
+
+
+def _other_operator(model: ir.Model, path: str, spots: Sequence[Spot]) -> str | None:
+    """The node that reads the weight of a target, where it is of an operator that is no layer here."""
+    layers = {spot.node for spot in spots}
+    for node in nodes_of(model):
+        if node in layers or node.op_type in THROUGH or not path:
+            continue
+        held = [one for one in node.inputs if one is not None and one.producer() is not node and is_constant(one)]
+        stored = [source for one in held for source in sources(one)]
+        names = [_MARK.sub(".weight", one.name or "") for one in stored if one.shape is None or len(one.shape) > 1]
+        modules = listed(node.metadata_props.get(SCOPES))[-2:-1] if names else []
+        inside = [(node.name or "").strip("/").replace("/", ".").rpartition(".")[0]] if names else []
+        if any(same_end(name, f"{path}.weight") for name in names) or any(
+            same_end(m, path) for m in (*modules, *inside) if m
+        ):
+            return f"a {node.op_type} ({node.name or node.outputs[0].name})"
+    return None
 
 
 def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, Found]:
@@ -164,8 +189,6 @@ def spots_of(model: ir.Model) -> list[Spot]:
     spots = []
     for node in nodes_of(model):
         for kind in kinds_of(node):
-            if len(kind.held_shape(node)) < 2:
-                continue  # A product with a vector or a number: no layer that an adapter can name.
             stored = tuple(sources(kind.operand_of(node)))
             spots.append(Spot(node, kind, _names(node, kind, stored), _seen(node, kind), stored))
     return spots

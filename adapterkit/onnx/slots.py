@@ -24,7 +24,7 @@ from ..tensors.lazy import as_array, from_numpy
 from ..updates import OutputUpdate, Update
 from .building import Array, Building
 from .convolutions import Conv
-from .layers import Layer
+from .layers import Layer, LeftMatMul
 from .resolving import Found
 from .sizes import FREE
 from .values import Value
@@ -204,8 +204,8 @@ class Slots:
     def _slots(self, update: Update, layer: Layer, place: Found, position: int) -> dict[str, Slot]:
         """Field -> slot."""
         shapes, dtype = {name: self._shape(update, name, leaf) for name, leaf in update.tensors.items()}, layer.dtype
-        # onnxruntime 1.32 fills the output of a Conv over no channels with whatever its memory held.
-        inner = int(any(issubclass(spot.kind, Conv) for spot in place.spots))
+        # onnxruntime does not fill the output of a Conv over no channels, or of a product with a left matrix of none.
+        inner = int(any(issubclass(spot.kind, Conv | LeftMatMul) for spot in place.spots))
         defaults = _neutral(update, shapes, place, inner)
         stem = _stem(place, position)
         made = {

@@ -140,7 +140,9 @@ def shape_of(target: Target, updates: Sequence[Update], base: Base | None) -> Sh
             shape = seen[int(target.stacked) :]
             return shape if rows is None else (rows[1] - rows[0], *shape[1:])
     if not any(update.changes_weight for update in updates):
-        return (int(updates[0].dims(target.stacked)["out"]),)  # type: ignore[arg-type]
+        # Updates of outputs and contexts have no axis `out`.
+        out = updates[0].dims(target.stacked).get("out")
+        return None if out is None else (int(out),)  # type: ignore[arg-type]
     try:
         return view_shape(target, [update for update in updates if update.changes_weight])[int(target.stacked) :]
     except UsageError:

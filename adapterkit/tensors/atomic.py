@@ -22,7 +22,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         StorageError: the folder cannot be written, or there is no space.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     try:
         with _alone(part) as file:
             try:
@@ -40,6 +40,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     except OSError as error:
         raise storage_error(error, path) from error
+
+
+def part_of(path: Path) -> Path:
+    """The temporary file of `replacing`."""
+    return path.with_name(f".{path.name}.part")
 
 
 def _alone(part: Path) -> BinaryIO:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import AdapterkitError, UsageError, storage_error
 from .atomic import write_bytes
+from .inputs import read_input
 from .strict_json import load_json
 
 NOTE = ".adapterkit-source.json"
@@ -48,9 +49,8 @@ def source_of(path: Path) -> Source | None:
     """What the note in a folder, or beside a file, says; None without one that makes sense."""
     note = (path if path.is_dir() else path.parent) / NOTE
     try:
-        with open(note, encoding="utf-8") as file:
-            told = load_json(file.read(MAX_NOTE))
-    except (OSError, ValueError, RecursionError):
+        told = load_json(read_input(note, MAX_NOTE).decode("utf-8"))
+    except (AdapterkitError, ValueError, RecursionError):
         return None
     fits = isinstance(told, dict) and set(told) == {"uri", "repo", "commit"}
     return Source(**told) if fits and all(isinstance(value, str) for value in told.values()) else None

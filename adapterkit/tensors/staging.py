@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import AdapterkitError, StorageError, UsageError, first_line, storage_error
-from .atomic import lock, sync_folder, write_bytes
+from .atomic import lock, part_of, sync_folder, write_bytes
 from .records import attach, has_record, is_finished, record_of
 
 OVERWRITE = "Write to another path, or pass --overwrite (in Python overwrite=True)"
@@ -139,6 +139,22 @@ class Staging:
             self.recover()
             raise
 
+    def set_aside(self) -> None:
+        """Keep a file at the target for `recover`, for an output that can only be written in its place."""
+        kept = self.folder / "before"
+        old = [(kept, self.target)] if _exists(self.target) else []
+        if old:
+            link(str(self.target), str(kept))
+        # The lock is never moved: while it is listed, this counts as a publication that did not reach its end.
+        self._write_journal([(self.folder / "lock", self.folder), (self.folder / "undone", self.target)], old)
+
+    def keep_new(self, made_from: str | None, files: Iterable[Path]) -> None:
+        """Keep what was written in place of what `set_aside` kept."""
+        if made_from is not None:
+            written = {str(file.relative_to(self.place)): file for file in files}
+            attach(record_of(made_from, written), self.target, self.record)
+        self._journal.unlink()
+
     def recover(self) -> None:
         """Undo a publication that did not reach its end; keep one that did.
 
@@ -178,6 +194,7 @@ class Staging:
             self.recover()
         except StorageError:
             return  # The only copy of the old output is in the stage.
+        part_of(self.target).unlink(missing_ok=True)  # Of an output that was written in its place.
         with contextlib.suppress(OSError):
             clear(self.folder, keep={"lock", self._journal.name, *keep})
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -453,9 +470,9 @@ def _keep(old: Path, new: Path, owns: Collection[str] | None) -> None:
     for entry in old.iterdir():
         if not _exists(new / entry.name) and not _owned(entry.name, owns):
             if entry.is_dir() and not entry.is_symlink():
-                shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+                shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=link)
             else:
-                _link(str(entry), str(new / entry.name))
+                link(str(entry), str(new / entry.name))
 
 
 def _owned(name: str, owns: Collection[str] | None) -> bool:
@@ -467,7 +484,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _link(source: str, target: str) -> str:
+def link(source: str, target: str) -> str:
     """A hard link; a copy where the file system has none. Links themselves are made anew."""
     if os.path.islink(source):
         os.symlink(os.readlink(source), target)

@@ -32,7 +32,7 @@ MISDEEDS = {
     "raises a KeyError": ("{}['x']", "untyped"),
     "asserts": ("assertion()", "untyped"),
     "names no file": ("typed('no')", "pathless"),
-    "repeats a file": ("typed('x' * 9999, path='x')", "long"),
+    "repeats a file": ("long()", "long"),
     "leaves half an output": ("half(out)", "leftover"),
     "changes its input": ("(folder / 'in' / 'a').write_bytes(b'other')", "leftover"),
     "does nothing wrong": ("None", None),
@@ -69,6 +69,13 @@ def assertion():
 
 def typed(why, **more):
     raise Malformed(why, **more)
+
+class Long(Malformed):
+    def __str__(self):
+        return "x" * 9999
+
+def long():
+    raise Long("no", path="x")
 
 def half(out):
     (out / "half").write_bytes(b"x")

@@ -43,8 +43,25 @@ from adapterkit.errors import AdapterkitError, NotMergeable
 
 TOLERANCE = 1e-5
 
-LACKING: dict[str, str] = {}
-"""Case -> what its file does not hold and its base does not tell, so that it is refused."""
+_ROWS = (
+    "the rows of each segment: k-means of singular vectors by scikit-learn gives them, which differs between machines"
+)
+_GROUPS = "a weight: A reads all groups, and PEFT divides by the norms of a matrix that is not the change"
+_PATCHES = "a weight that does the same: PEFT's forward turns overlapping patches of the input"
+
+LACKING: dict[str, str] = {
+    "Conv2d Groups LoRA with DoRA": _GROUPS,
+    "Conv2d Groups2 LoRA with DoRA": _GROUPS,
+    **{f"Conv2d {n} OFT": _PATCHES for n in (1, 3, 4, 5)},
+    **{f"Vanilla MLP {n} Adamss": _ROWS for n in (1, 2, 3, 4)},
+    "Vanilla MLP 5 Adamss with custom params": _ROWS,
+    "Vanilla MLP 6 Adamss with ASA": _ROWS,
+    "Vanilla MLP 7 Adamss with dynamic rank": _ROWS,
+}
+"""Case -> what it lacks, so that it is refused; of OFT on convolutions only the merge is."""
+
+FAINT = {"Conv2d 3 OFT", "Conv2d 5 OFT"}
+"""Cases whose adapter can change next to nothing: COFT holds every block within a small eps."""
 
 
 def cases(path: Path) -> tuple[list[tuple[str, str, type, dict[str, Any]]], type]:
@@ -182,7 +199,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             model = models.from_pretrained(model_id).eval()  # type: ignore[attr-defined]
             config = config_cls(base_model_name_or_path=model_id, **copy.deepcopy(kwargs))
-            lines = list(problems(model, config, Path(folder)))
+            lines = [line for line in problems(model, config, Path(folder)) if name not in FAINT or "WEAK" not in line]
         right += not lines
         for line in lines:
             bad.setdefault(name, []).append(line)

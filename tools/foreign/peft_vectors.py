@@ -70,6 +70,14 @@ class Layers(nn.Module):
         self.head = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
 
 
+class Square(nn.Module):
+    """One convolution of a square kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 2)
+
+
 class Grouped(nn.Module):
     """Convolutions in groups, and one that is in none."""
 
@@ -168,6 +176,7 @@ FAMILIES = [import_module(f"peft_families.{m.name}") for m in pkgutil.iter_modul
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "Layers": Layers,
     "Grouped": Grouped,
+    "Square": Square,
     "llama": llama,
     "t5": t5,
     "uncached": uncached,

@@ -186,7 +186,7 @@ class Run:
         from worker import Maker
 
         if not (self.keep / key).exists():
-            note = {"number": number, "run_seed": self.chosen.seed, **finding}
+            note = {"number": number, "run_seed": self.chosen.seed, "finding": finding, "key": key}
             Maker(seeds(), self.chosen.seed, self.chosen.only).make(number).keep(self.keep / key, note)
 
 

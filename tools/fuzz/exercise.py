@@ -33,7 +33,7 @@ class Finding:
     """One fault.
 
     Attributes:
-        kind: `untyped`, `hang`, `memory`, `forbidden`, `pathless`, `long`, `leftover`, `command`, `accepted` or `died`.
+        kind: `untyped`, `hang`, `memory`, `forbidden`, `pathless`, `long`, `leftover`, `miswritten` or `died`.
         error: the exception's type, or what was seen.
         place: file and function of the library where it came from: findings are told apart by kind, error and place.
         step: what was being done.
@@ -122,6 +122,8 @@ class Exercise:
 
     def _check_error(self, name: str, error: Any, scratch: str) -> None:
         text = str(error)
+        if type(error).__name__ == "Miswritten":
+            self._raised("miswritten", name, error)
         if len(text) > LONGEST:
             self._raised("long", name, error, f"{len(text)} characters")
         if type(error).__name__ == "AdapterkitError" or not error.why:

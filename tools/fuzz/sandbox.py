@@ -134,7 +134,7 @@ class Sandbox:
         if event == "import":
             root = str(args[0]).partition(".")[0]
             # Libraries import what they like; adapterkit imports only what it depends on.
-            return "" if root in self._roots or "site-packages" in _caller() else str(args[0])
+            return "" if root in self._roots or "site-packages" in _caller(importer=True) else str(args[0])
         if event == "exec":
             return "" if not isinstance(args[0], CodeType) or _known(args[0].co_filename) else args[0].co_filename
         return ""
@@ -190,9 +190,11 @@ def _known(name: str) -> bool:
     return os.path.realpath(name).startswith(_CODE)
 
 
-def _caller() -> str:
-    """The file of the innermost frame outside this module."""
+def _caller(*, importer: bool = False) -> str:
+    """The file of the innermost frame outside this module; with `importer`, of what has a module imported."""
     frame = sys._getframe(1)
-    while frame is not None and (frame.f_code.co_filename == __file__ or "importlib" in frame.f_code.co_filename):
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame.f_code.co_filename if frame is not None else "?"
+    while frame.f_back is not None and (
+        frame.f_code.co_filename == __file__ or (importer and "importlib" in frame.f_code.co_filename)
+    ):
+        frame = frame.f_back
+    return frame.f_code.co_filename

@@ -166,7 +166,7 @@ def loop(maker: Maker, exercise: Exercise, numbers: Iterable[int], keep: Path) -
             known = (keep / finding.key).exists()
             if finding.key not in seen and not known:
                 small = minimal(exercise, maker, number, finding)
-                note = {"number": number, "run_seed": maker.seed, **asdict(finding), "key": finding.key}
+                note = {"number": number, "run_seed": maker.seed, "finding": asdict(finding), "key": finding.key}
                 small.keep(keep / finding.key, note)
             seen.add(finding.key)
         say(done=number, group=case.name, steps=steps, findings=[{"key": f.key, **asdict(f)} for f in found])

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TypeVar
 
-from ...errors import Malformed
+from ...errors import Malformed, Unsupported
+from .automaton import TooSlow, fits
 
 T = TypeVar("T")
 
@@ -31,9 +32,9 @@ def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
 
     Raises:
         Malformed: it is not a regular expression.
+        Unsupported: it could take hours.
     """
-    compiled = _compiled(pattern)
-    return bool(compiled.fullmatch(name) if whole else compiled.match(name))
+    return _fits(pattern, name, "fullmatch" if whole else "match")
 
 
 def finds(pattern: str, name: str) -> bool:
@@ -41,15 +42,19 @@ def finds(pattern: str, name: str) -> bool:
 
     Raises:
         Malformed: it is not a regular expression.
+        Unsupported: it could take hours.
     """
     literal = _literal(pattern)
-    return literal == name if literal else bool(_compiled(pattern).search(name))
+    return literal == name if literal else _fits(pattern, name, "search")
 
 
-@lru_cache(maxsize=1 << 14)
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _fits(pattern: str, name: str, kind: str) -> bool:
     try:
-        return re.compile(pattern)
+        return fits(pattern, name, kind)
+    except TooSlow:
+        why = "a regular expression that could take hours to match"
+        cure = "Write it without repetitions inside repetitions, or list the names of the modules"
+        raise Unsupported(why, where=pattern[:80], cure=cure) from None
     except (re.error, OverflowError, RecursionError) as error:
         raise Malformed(f"not a regular expression ({error})", where=pattern[:80], cure=_REWRITE) from None
 

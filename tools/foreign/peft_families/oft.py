@@ -23,4 +23,7 @@ def update_of(_path: str, module: Any, config: Any) -> Any:
         return None
     terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
     pairs = module.oft_R["default"].weight
+    kernel = getattr(module.get_base_layer(), "kernel_size", (1, 1))
+    if kernel != (1, 1):
+        return METHODS["oft_patches"](pairs=pairs, terms=terms, coft=config.coft, eps=config.eps)
     return METHODS["oft"](pairs=pairs, terms=terms, coft=config.coft, eps=config.eps)

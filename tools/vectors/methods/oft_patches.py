@@ -1,4 +1,4 @@
-"""OFT on patches of a convolution's input: every patch is turned, and all are added up where they were taken from."""
+"""OFT on patches of a convolution's input: every patch is turned, and all are added up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from building import Case, Update
+from building import IN_OUT, Case, Update
 from container import numbers
 from layers import Array, convolution
 
@@ -16,15 +16,22 @@ from methods import oft
 def output(
     x: Array, layer: Callable[[Array], Array], pairs: Array, high: int = 2, wide: int = 2, **attributes: Any
 ) -> Array:
-    """Patch by patch; the kernel is the largest square that the numbers of a patch make with x's channels."""
+    """Number by number: what lies patch by patch is put back as if it lay place by place."""
     new, channels = np.zeros_like(x), x.shape[1]
-    width = channels * high * wide
+    width = channels * high * wide if x.ndim == 4 else channels
     # Row p of the identity, seen as a weight, comes out as row p of M^T.
     M = oft.formula(np.eye(width), None, pairs=pairs, **attributes)[0].T
-    for i in range(x.shape[2] - high + 1):
-        for j in range(x.shape[3] - wide + 1):
-            patch = x[:, :, i : i + high, j : j + wide]
-            new[:, :, i : i + high, j : j + wide] += (patch.reshape(len(x), -1) @ M).reshape(patch.shape)
+    if x.ndim == 2:
+        return layer(x @ M)
+    places = [(i, j) for i in range(x.shape[2] - high + 1) for j in range(x.shape[3] - wide + 1)]
+    kernel = [(a, b) for a in range(high) for b in range(wide)]
+    for n in range(len(x)):
+        patches = [(x[n, :, i : i + high, j : j + wide].reshape(-1) @ M).reshape(channels, -1) for i, j in places]
+        for c in range(channels):
+            numbers_of = [patch[c][k] for patch in patches for k in range(len(kernel))]
+            for k, (a, b) in enumerate(kernel):
+                for place, (i, j) in enumerate(places):
+                    new[n, c, i + a, j + b] += numbers_of[k * len(places) + place]
     return layer(new)
 
 
@@ -38,6 +45,7 @@ def cases() -> list[Case]:
         Case("doubled", updates=(_made("doubled", 2, 6, terms=3, doubled=True),), **two),
         Case("coft", updates=(_made("coft", 4, 3, coft=True, eps=0.5),), **two),
         Case("one_patch", (2, 1, 2, 2), (_made("one", 2, 2),), x=(1, 1, 2, 2), layer=convolution),
+        Case("in_out", updates=(_made("in_out", 1, 5),), **IN_OUT),
         Case("bf16", updates=(_made("bf16", 3, 4),), dtype="BF16", **two),
     ]
 

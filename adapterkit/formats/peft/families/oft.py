@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ....errors import Malformed, ShapeMismatch
 from ....methods.oft import OFT
+from ....methods.oft_patches import OFTPatches
 from ....tensors.lazy import as_lazy
 from ....tensors.rotations import block_size
 from ..._format import Departure
@@ -15,6 +16,7 @@ from ._family import Family, Own, Parts, check_parts
 
 if TYPE_CHECKING:
     from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
     from ....tensors.lazy import Lazy
     from ....updates import Update
     from ..keys import Key
@@ -40,6 +42,7 @@ class OftFamily(Family):
 
     peft_type = "OFT"
     method = OFT
+    others = (OFTPatches,)
     parts = (PLAIN, EMBEDDING)
     own: ClassVar[type[Own]] = Fields
     empty = True
@@ -47,7 +50,12 @@ class OftFamily(Family):
         "oft_series_before_0_18": Departure(
             "in files before PEFT 0.18 the last term of use_cayley_neumann's series is taken twice, as the others are",
             "the last term is taken once, as PEFT computes such files since",
-        )
+        ),
+        "oft_of_overlapping_patches": Departure(
+            "oft_patches at a convolution with a kernel, which only the base tells: the input's patches are turned and "
+            "added up, so that no weight does the same",
+            "oft: the weight is turned, as PEFT merges it",
+        ),
     }
     read: ClassVar[Mapping[str, str]] = {
         "block_share": "one block serves for all",
@@ -73,22 +81,35 @@ class OftFamily(Family):
         side = "out" if part == EMBEDDING else "in"
         leaves: Any = {"pairs": file.tensors[key]}
         doubled = terms > 0 and _before_018(own.peft_version) and not file.by_formula
+        if part == PLAIN and not file.by_formula and _of_patches(file, key):
+            turned = OFTPatches(**leaves, terms=terms, doubled=doubled, coft=own.coft, eps=own.eps)
+            return Found(key.path, turned, {"pairs": key})
         update = OFT(**leaves, side=side, terms=terms, doubled=doubled, coft=own.coft, eps=own.eps)
         return Found(key.path, update, {"pairs": key}, "in out *k" if part == EMBEDDING else "out *in")
 
     @classmethod
-    def encode(cls, update: OFT) -> Parts:
-        part = EMBEDDING if update.side == "out" else PLAIN
+    def encode(cls, update: OFT | OFTPatches) -> Parts:
+        part = EMBEDDING if isinstance(update, OFT) and update.side == "out" else PLAIN
         return {field: (part, as_lazy(leaf)) for field, leaf in update.tensors.items()}
 
     @classmethod
-    def why_not(cls, target: Target, update: OFT) -> str:
+    def why_not(cls, target: Target, update: OFT | OFTPatches) -> str:
+        if isinstance(update, OFTPatches):
+            return super().why_not(target, update)
         if update.pairs is None or update.rescale is not None or update.constraint:
             return "oft in LyCORIS's form"
         if update.doubled and not update.terms:
             return "oft of a doubled term without a series"
         stored = "in out *k" if update.side == "out" else "out *in"
         return "" if target.layout == stored else "oft but on the inputs of a layer or the outputs of an embedding"
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        for target, found in updates.items() if base is None else ():
+            if any(isinstance(update, OFTPatches) for update in found):
+                yield target, "oft_patches: that it is a convolution only the base tells; pass base=, or --base"
 
     @classmethod
     def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
@@ -101,6 +122,14 @@ class OftFamily(Family):
             "use_cayley_neumann": some.terms > 0,
             "num_cayley_neumann_terms": some.terms or 5,
         }
+
+
+def _of_patches(file: File, key: Key) -> bool:
+    """Whether it is a convolution with a kernel that is adapted, as far as the base tells."""
+    if key.path in file.known:
+        return isinstance(file.known[key.path], OFTPatches)
+    shape = file.base_shape(f"{key.path}.weight")
+    return shape is not None and len(shape) == 4 and shape[2] * shape[3] > 1
 
 
 def _check(own: Fields, key: Key, tensor: Lazy) -> None:

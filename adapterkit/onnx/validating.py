@@ -1,0 +1,230 @@
+"""Validation of a model's file: what every reader here takes for granted is checked once, where the file enters.
+
+Tensors have as many bytes as their shape says, nodes have the inputs and attributes that their operator declares, and
+each name is defined once, before any use goes round in a circle. onnx's own checker is not used: it refuses models that
+runtimes run, and reads no tensor's length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ..errors import Malformed
+from .building import OPSET
+
+MAX_AXES = 64
+"""Axes of a tensor at most."""
+
+MAX_NESTING = 64
+"""Graphs inside graphs at most."""
+
+_FIELDS = {
+    "float_data": ("FLOAT", "COMPLEX64"), "double_data": ("DOUBLE", "COMPLEX128"), "int64_data": ("INT64",),
+    "uint64_data": ("UINT32", "UINT64"), "string_data": ("STRING",),
+}  # fmt: skip
+"""Fields of a tensor's numbers -> the types that lie there; all others lie in `int32_data`."""
+
+POSITIVE = {
+    "Conv": ("group", "strides", "dilations"), "ConvTranspose": ("group", "strides", "dilations"),
+    "MatMulNBits": ("N", "K", "bits", "block_size"), "Attention": ("num_heads",), "MultiHeadAttention": ("num_heads",),
+}  # fmt: skip
+"""Attributes that are never below 1: onnxruntime divides by some of them, and ends the process."""
+
+_AGAIN = "Export the model again, or fetch the file again"
+
+
+def check_model(proto: Any, path: Path | None) -> None:
+    """Check a model's tensors, nodes and names.
+
+    Args:
+        proto: an `onnx.ModelProto`.
+        path: its file, for errors.
+
+    Raises:
+        Malformed: something is wrong; names the node, or the tensor.
+    """
+    opsets: dict[str, int] = {entry.domain: entry.version for entry in proto.opset_import}
+    _check_graph(proto.graph, opsets, frozenset(), path, 0)
+    for function in proto.functions:
+        own = opsets | {entry.domain: entry.version for entry in function.opset_import}
+        for node in function.node:
+            _check_node(node, own, path)
+
+
+def _check_graph(graph: Any, opsets: dict[str, int], outer: frozenset[str], path: Path | None, depth: int) -> None:
+    if depth > MAX_NESTING:
+        raise Malformed(f"more than {MAX_NESTING} graphs inside each other", path=path, where=graph.name, cure=_AGAIN)
+    for tensor in graph.initializer:
+        _check_tensor(tensor, tensor.name, path)
+        if not tensor.name:
+            raise Malformed("an initializer without a name", path=path, where=graph.name, cure=_AGAIN)
+    sparse = [one.values.name for one in graph.sparse_initializer]
+    for tensor in (each for one in graph.sparse_initializer for each in (one.values, one.indices)):
+        _check_tensor(tensor, tensor.name, path)
+    given = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer} | set(sparse)
+    for names in (value.name for value in (*graph.input, *graph.output, *graph.value_info)):
+        _check_text(names, "a value", path)
+    inside = {name for node in graph.node for name in node.output if name}
+    known = frozenset(outer | given | inside)
+    _check_order(graph, given, outer, path)
+    for node in graph.node:
+        _check_node(node, opsets, path)
+        for attribute in node.attribute:
+            for each in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _check_graph(each, opsets, known, path, depth + 1)
+    for value in graph.output:
+        if value.name not in known:
+            raise Malformed(f"nothing gives the output {value.name!r}", path=path, where=graph.name, cure=_AGAIN)
+
+
+def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path | None) -> None:
+    """Every name is defined once, and no value is made of itself; runtimes sort nodes themselves."""
+    made: dict[str, int] = {}
+    for at, node in enumerate(graph.node):
+        for name in node.output:
+            _check_text(name, "an output", path)
+            if name and (name in made or name in given):
+                raise Malformed(f"the value {name!r} is defined twice", path=path, where=_name(node), cure=_AGAIN)
+            made[name] = at
+    made.pop("", None)
+    waits: list[set[int]] = []
+    readers: dict[int, list[int]] = {}
+    for at, node in enumerate(graph.node):
+        own = set()
+        for name in _read(node):
+            if name in made:
+                own.add(made[name])
+            elif name not in given and name not in outer:
+                raise Malformed(f"nothing gives its input {name!r}", path=path, where=_name(node), cure=_AGAIN)
+        for one in own:
+            readers.setdefault(one, []).append(at)
+        waits.append(own)
+    ready = [at for at, own in enumerate(waits) if not own]
+    done = 0
+    while ready:
+        at, done = ready.pop(), done + 1
+        for reader in readers.get(at, ()):
+            waits[reader].discard(at)
+            if not waits[reader]:
+                ready.append(reader)
+    if done < len(waits):
+        node = next(node for node, own in zip(graph.node, waits, strict=True) if own)
+        raise Malformed("its value is made of itself", path=path, where=_name(node), cure=_AGAIN)
+
+
+def _read(node: Any, depth: int = 0) -> Iterator[str]:
+    """Names that a node reads, and the graphs inside it of what is outside of them."""
+    yield from (name for name in node.input if name)
+    if depth > MAX_NESTING:
+        return
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+            own |= {one.values.name for one in graph.sparse_initializer}
+            own |= {name for each in graph.node for name in each.output}
+            yield from (name for each in graph.node for name in _read(each, depth + 1) if name not in own)
+            yield from (value.name for value in graph.output if value.name not in own)
+
+
+def _check_node(node: Any, opsets: dict[str, int], path: Path | None) -> None:
+    for text in (node.name, node.op_type, node.domain, *node.input):
+        _check_text(text, "a node's text", path)
+    where = _name(node)
+    for attribute in node.attribute:
+        tensors = [attribute.t] if attribute.HasField("t") else []
+        for tensor in (*tensors, *attribute.tensors):
+            _check_tensor(tensor, f"{where}: {attribute.name}", path)
+    if not node.op_type:
+        raise Malformed("a node without an operator", path=path, where=where, cure=_AGAIN)
+    if not node.output:
+        raise Malformed("a node without outputs", path=path, where=where, cure=_AGAIN)
+    names = [attribute.name for attribute in node.attribute]
+    for attribute in node.attribute:
+        if not attribute.type or not attribute.name or names.count(attribute.name) > 1:
+            why = f"the attribute {attribute.name!r} twice, or without a name or a type"
+            raise Malformed(why, path=path, where=where, cure=_AGAIN)
+    positive = POSITIVE.get(node.op_type, ())
+    for attribute in node.attribute:
+        if attribute.name in positive and any(number < 1 for number in (*attribute.ints, *_number(attribute))):
+            why = f"a {node.op_type} with an attribute {attribute.name} below 1"
+            raise Malformed(why, path=path, where=where, cure=_AGAIN)
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    schema = _schema(node.op_type, domain, opsets.get(domain, opsets.get(node.domain, 0)))
+    if schema is None:
+        return
+    required, most, attributes = schema
+    if len(node.input) > most or any(at >= len(node.input) or not node.input[at] for at in required):
+        why = f"a {node.op_type} of {sum(bool(name) for name in node.input)} inputs"
+        raise Malformed(why, path=path, where=where, cure=_AGAIN)
+    held = {attribute.name: attribute.type for attribute in node.attribute}
+    for name, (kind, needed) in attributes.items():
+        if (needed and name not in held) or (name in held and held[name] != kind):
+            why = f"a {node.op_type} {'with another type of' if name in held else 'without'} the attribute {name}"
+            raise Malformed(why, path=path, where=where, cure=_AGAIN)
+
+
+@lru_cache(maxsize=4096)
+def _schema(op_type: str, domain: str, version: int) -> Any:
+    """Inputs that an operator must have, how many at most, and attribute -> (type, whether it must be there)."""
+    from onnx import defs
+
+    if domain == "" and version < OPSET:  # onnx's converter reads it first, and what it writes is checked.
+        return None
+    try:
+        schema = defs.get_schema(op_type, version, domain)
+    except (defs.SchemaError, TypeError, ValueError, OverflowError):
+        return None
+    single = defs.OpSchema.FormalParameterOption.Single
+    required = [at for at, each in enumerate(schema.inputs) if each.option == single]
+    attributes = {
+        name: (int(each.type.value), each.required)  # type: ignore[attr-defined]
+        for name, each in schema.attributes.items()
+    }
+    return required, schema.max_input, attributes
+
+
+def _check_tensor(tensor: Any, where: str, path: Path | None) -> None:
+    _check_text(tensor.name, "a tensor's name", path)
+    try:
+        kind = ir.DataType(tensor.data_type)
+    except ValueError:
+        kind = ir.DataType.UNDEFINED
+    if kind == ir.DataType.UNDEFINED:
+        raise Malformed(f"a tensor of the unknown type {tensor.data_type}", path=path, where=where, cure=_AGAIN)
+    dims: Sequence[int] = tensor.dims
+    if len(dims) > MAX_AXES or any(size < 0 for size in dims):
+        raise Malformed(f"a tensor of the shape {list(dims)[:MAX_AXES]}", path=path, where=where, cure=_AGAIN)
+    if tensor.data_location == tensor.EXTERNAL:
+        return  # data_files.py holds the files against it.
+    count = math.prod(dims)
+    if tensor.HasField("raw_data"):
+        held, needed, unit = len(tensor.raw_data), -(-count * kind.bitwidth // 8), "bytes"
+        if kind == ir.DataType.STRING:
+            raise Malformed("text in a tensor of bytes", path=path, where=where, cure=_AGAIN)
+    else:
+        field = next((field for field, kinds in _FIELDS.items() if kind.name in kinds), "int32_data")
+        per = 2 if kind.name.startswith("COMPLEX") else 1
+        held, unit = len(getattr(tensor, field)), "numbers"
+        needed = count * per if kind == ir.DataType.STRING or kind.bitwidth >= 8 else -(-count * kind.bitwidth // 8)
+    if held != needed:
+        why = f"{held} {unit} where the shape {list(dims)} of {kind.name} needs {needed}"
+        raise Malformed(why, path=path, where=where, cure=_AGAIN)
+
+
+def _number(attribute: Any) -> list[int]:
+    return [attribute.i] if attribute.HasField("i") else []
+
+
+def _check_text(text: Any, what: str, path: Path | None) -> None:
+    if not isinstance(text, str):  # protobuf hands out bytes where they are not UTF-8.
+        raise Malformed(f"{what} that is not UTF-8", path=path, where=repr(text)[:80], cure=_AGAIN)
+
+
+def _name(node: Any) -> str:
+    return str(node.name or (node.output[0] if node.output else node.op_type))

@@ -1,0 +1,198 @@
+# ruff: noqa: F811 - a fixture is imported and then named
+"""The same command again: finished output is recognised, changed output and other inputs are not; for all commands."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from command_line import record, run, save_base, save_peft
+from doomed_commands import Commands, tree
+from hub_repository import environment, hub, peft_files  # noqa: F401 - a fixture
+from hub_server import HubServer
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file, save_file
+
+import adapterkit as ak
+from adapterkit.errors import StorageError
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="faults are planted by way of /proc")
+
+COMMANDS = {
+    "convert": "convert {adapter} {out} --to peft",
+    "convert to a file": "convert {adapter} {out} --to adapterkit",
+    "convert with a file beside": "convert {adapter} {out} --to minlora",
+    "combine": "combine {adapter} {other} -o {out} --method linear",
+    "resize": "resize {adapter} --rank 1 -o {out}",
+    "extract": "extract {tuned} --base {base} --rank 1 -o {out}",
+    "merge": "merge {base} {adapter} -o {out}",
+    "merge of a file": "merge {base}/model.safetensors {adapter} -o {out}.safetensors",
+    "merge into a graph": "merge {graph} {adapter} -o {out}.onnx --no-check",
+    "inject": "inject {graph} {adapter} -o {out}.onnx --no-check",
+}
+"""Commands that make an output of an adapter."""
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[Commands]:
+    commands = Commands()
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(params=COMMANDS)
+def words(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    """The words of a command whose inputs are there."""
+    names = {"adapter": save_peft(tmp_path / "adapter"), "other": save_peft(tmp_path / "other")}
+    names |= {"base": save_base(tmp_path / "base"), "tuned": save_base(tmp_path / "tuned")}
+    tuned = tmp_path / "tuned" / "model.safetensors"
+    save_file({"layers.0.q.weight": np.outer(np.arange(8), np.arange(4)).astype("f4")}, tuned, {"format": "pt"})
+    (tmp_path / "made").mkdir()
+    names |= {"graph": graph(tmp_path / "graph"), "out": tmp_path / "made" / "out"}
+    return COMMANDS[request.param].format(**names).split()
+
+
+def graph(folder: Path) -> Path:
+    """`x @ q`, whose weight lies in a data file."""
+    folder.mkdir()
+    weight = numpy_helper.from_array(np.ones((8, 4), "f4"), "layers.0.q.weight")
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", size]) for n, size in (("x", 4), ("y", 8)))
+    node = helper.make_node("Gemm", ["x", "layers.0.q.weight"], ["y"], "/layers.0/q/Gemm", transB=1)
+    model = helper.make_model(
+        helper.make_graph([node], "g", [x], [y], [weight]), opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+    )  # fmt: skip
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="q.data", size_threshold=0)
+    return folder / "model.onnx"
+
+
+def places(folder: Path) -> dict[str, int]:
+    """The files below a folder and their inodes: a file that was written again has another one."""
+    return {name: (folder / name).stat().st_ino for name in tree(folder)}
+
+
+def test_the_same_command_again_is_done(words: list[str], tmp_path: Path) -> None:
+    first = run(*words)
+    assert first.exit_code == 0, first.output
+    assert "already done" not in first.stdout
+    before, inodes = tree(tmp_path), places(tmp_path)
+    again = run(*words)
+    assert again.exit_code == 0, again.output
+    assert again.stdout.startswith("already done: ")
+    assert record(*words)["already_done"] is True
+    assert (tree(tmp_path), places(tmp_path)) == (before, inodes)
+    fresh = run(*words, "--overwrite")
+    assert (fresh.exit_code, "already done" in fresh.stdout) == (0, False), fresh.output
+    assert tree(tmp_path) == before
+    assert run(*words).stdout.startswith("already done: ")
+
+
+def test_other_inputs_are_not_taken_for_the_same(words: list[str], tmp_path: Path) -> None:
+    assert run(*words).exit_code == 0
+    changed = tmp_path / ("tuned/model.safetensors" if "extract" in words else "adapter/adapter_model.safetensors")
+    kept, status = changed.read_bytes(), changed.stat()
+    save_file({name: array + 1 for name, array in load_file(changed).items()}, changed, {"format": "pt"})
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))  # What it holds decides, not when it was written.
+    refused = run(*words)
+    assert refused.exit_code == 6, refused.output
+    assert "already there" in refused.stderr
+    assert "--overwrite" in refused.stderr
+    changed.write_bytes(kept)
+    assert run(*words).stdout.startswith("already done: ")
+    more = {"convert": ["--on-loss", "fold"], "merge": ["--weight", "2"], "inject": ["--mode", "slots"]}
+    assert run(*words, *more.get(words[0], ["--dtype", "F16"])).exit_code == 6
+
+
+def test_an_output_that_was_changed_is_not_finished(words: list[str], tmp_path: Path) -> None:
+    assert run(*words).exit_code == 0
+    for file in [file for file in (tmp_path / "made").rglob("*") if file.is_file()]:
+        kept = file.read_bytes()
+        file.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
+        assert run(*words).exit_code == 6, file
+        file.write_bytes(kept)
+        file.rename(tmp_path / "away")
+        assert run(*words).exit_code in (0, 6), file
+        (tmp_path / "away").rename(file)
+        assert run(*words).exit_code == 0, file
+
+
+def test_a_file_system_without_attributes(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record is then one hidden file beside the output."""
+
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(os, "setxattr", refuses)
+    monkeypatch.setattr(os, "getxattr", refuses)
+    assert run(*words).exit_code == 0
+    hidden = [name for name in os.listdir(tmp_path / "made") if name.startswith(".")]
+    assert len(hidden) == 1
+    assert run(*words).stdout.startswith("already done: ")
+    (tmp_path / "made" / hidden[0]).write_bytes(b"damaged")
+    assert run(*words).exit_code == 6
+
+
+def test_a_command_that_was_killed_when_its_work_was_done(words: list[str], tmp_path: Path, command: Commands) -> None:
+    points = command(*words, folder=tmp_path / "made").points
+    whole = tree(tmp_path / "made")
+    last = max(at for at, point in enumerate(points) if point == "replace")
+    for at in (last, last + 1):
+        for name in os.listdir(tmp_path / "made"):
+            os.rename(tmp_path / "made" / name, tmp_path / f"{at}{name}")
+        killed = command(*words, folder=tmp_path / "made", at=at, signal=signal.SIGKILL)
+        assert killed.code == -signal.SIGKILL, killed
+        again = command(*words)
+        assert again.code == 0, again
+        assert ("already done" in again.said) == (at > last), again
+        assert tree(tmp_path / "made") == whole
+
+
+def test_a_graph_that_is_written_beside_its_data(tmp_path: Path, command: Commands) -> None:
+    """It can be checked only where it will be; a kill brings back what was there."""
+    model, adapter = graph(tmp_path / "graph"), save_peft(tmp_path / "adapter")
+    out = tmp_path / "graph" / "out.onnx"
+    words = ["inject", model, adapter, "-o", out, "--no-check"]
+    done = command(*words, folder=out.parent)
+    assert done.code == 0, done
+    whole = tree(out.parent)
+    assert "already done" in command(*words).said
+    out.write_bytes(b"old")
+    before = tree(out.parent)
+    for at in (len(done.points) // 2, max(n for n, point in enumerate(done.points) if point == "replace") + 1):
+        command(*words, "--overwrite", folder=out.parent, at=at, signal=signal.SIGKILL)
+        assert command(*words).code == 6
+        assert tree(out.parent) == before
+    assert command(*words, "--overwrite").code == 0
+    assert tree(out.parent) == whole
+
+
+def test_a_pull_again_and_after_a_failed_rename(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/lora", peft_files())
+    out = tmp_path / "out"
+    assert "already done" not in run("pull", "org/lora", out).stdout
+    before = tree(tmp_path)
+    assert "already done: " in run("pull", "org/lora", out).stdout
+    assert record("pull", "org/lora", out)["already_done"] is True
+    hub.add("org/lora", {"more.json": b"{}"})
+    real = os.replace
+
+    def failing(source: object, target: object) -> None:
+        if Path(str(target)) == out and Path(str(source)).name == "out":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(str(source), str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(StorageError, match="input/output error"):
+            ak.hub.pull("org/lora", out, overwrite=True)
+    assert tree(out) == {name.removeprefix("out/"): data for name, data in before.items() if name != "out"}
+    ak.hub.pull("org/lora", out, overwrite=True)
+    assert "more.json" in tree(out)
+    assert os.listdir(tmp_path) == ["out"]
