@@ -104,8 +104,9 @@ def stand_in(adapter: Adapter) -> Checkpoint:
     for target, updates in adapter.updates.items():
         if not target.path or target.rows is not None:
             continue
+        shape = updates[0].largest_shape() if len(updates) == 1 else None
         with suppress(AdapterkitError):
-            shape = view_shape(target, updates)
+            shape = view_shape(target, updates) if shape is None else shape
             tensors[f"{target.path}.weight"] = _empty(_stored(shape, target.layout))
         if any(update.changes_bias for update in updates):
             tensors[f"{target.path}.bias"] = _empty((int(updates[0].dims(target.stacked).get("out", 0)),))  # type: ignore[arg-type]
