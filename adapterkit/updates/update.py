@@ -179,6 +179,13 @@ class Update:
         if name := repeated(self):
             raise Malformed(f"{name}: the same position twice", cure=DAMAGED)
 
+    def largest_shape(self) -> tuple[int, ...] | None:
+        """The largest weight `[out, in, *k]` that the update fits, where its tensors allow several shapes.
+
+        Methods whose tensors are shared by weights of several sizes override it. None: the tensors do not tell.
+        """
+        return None
+
     @classmethod
     def check_axes(cls, shape: tuple[int, ...]) -> None:
         """Checks whether the law is one for weights of so many axes.
