@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..binding.fitting import biasless
 from ..errors import AdapterkitError, ShapeMismatch, UsageError
 from ..tensors.lazy import as_array, as_lazy
 from ..updates import Additive, ContextUpdate
@@ -140,13 +141,18 @@ class _Weight:
         changing = [update for update in updates if update.changes_weight]
         if changing:
             yield "weight", self._sum(changing, shape) if self._additive else self._change(changing, _random(shape))
-        if any(update.changes_bias for update in updates):
+        if any(update.changes_bias for update in updates) and self._has_bias(target, updates):
             b: Any = _random(shape[:1])
             new = b
             for update in updates:
                 settled = update.settled(_random(shape)) if update.bias_sees_weight else update
                 new = settled.new_bias(new)
             yield "bias", self._rounded(new - b, new)
+
+    def _has_bias(self, target: Target, updates: list[Update]) -> bool:
+        """Whether there is a bias to compare: a factor on the bias changes nothing where the base has none."""
+        adds = any(update.changes_bias and update.needs_bias for update in updates)
+        return adds or self.base is None or not biasless(self.base, target.path)
 
     @property
     def _additive(self) -> bool:
