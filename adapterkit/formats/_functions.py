@@ -286,9 +286,7 @@ def _tokens(updates: list[Update]) -> dict[str, Array] | None:
 def _near(one: Array, other: Array, unit: float, least: float) -> bool:
     import numpy as np
 
-    return bool(
-        one.shape == other.shape and (np.abs(one - other) <= 2 * unit * np.maximum(np.abs(one), least)).all()
-    )
+    return bool(one.shape == other.shape and (np.abs(one - other) <= 2 * unit * np.maximum(np.abs(one), least)).all())
 
 
 def _unlike_fields(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
