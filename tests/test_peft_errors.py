@@ -209,7 +209,7 @@ FAMILY_FAULTS = {
     "a nested one": (LOHA, {k.replace("q.", "q.base_layer."): t for k, t in HADA.items()}, Malformed, None),
     "a field of another type": (LOHA | {"mini_r": 2}, HADA, Unsupported, "mini_r"),
     "an alpha that is none": (LOHA | {"alpha": "x"}, HADA, Malformed, "alpha"),
-    "bat": (MISS | {"init_weights": "bat"}, BLOCK, Unsupported, "init_weights"),
+    "bat": (MISS | {"init_weights": "bat"}, BLOCK, ShapeMismatch, f"{PREFIX}a.q.miss_block"),
     "another width": (MISS | {"init_weights": "mini", "mini_r": 3}, BLOCK, ShapeMismatch, f"{PREFIX}a.q.miss_block"),
 }
 

@@ -161,7 +161,7 @@ def write(
             ) as stage,
             sources_remembered() as files,
         ):
-            lines += writer.write(fitted, stage, on_loss=on_loss, base=below)
+            lines += writer.write(_in_methods_of(writer, fitted, below), stage, on_loss=on_loss, base=below)
             prove(format, writer, adapter, stage, lines, below, files)
         return lines
 
@@ -170,6 +170,23 @@ def write(
     from ._promotion import Promotion
 
     return Promotion.into(writer, max_error, below).ask(adapter, once)
+
+
+def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
+    """Return the same function at this base, in methods that the format has where a missing bias allows it."""
+    from ..binding.fitting import biasless
+
+    if base is None or all(update.method in writer.methods for _, update in adapter):
+        return adapter
+    return adapter.replace(
+        updates={
+            target: tuple(
+                update if update.method in writer.methods or not biasless(base, target.path) else update.without_bias()
+                for update in updates
+            )
+            for target, updates in adapter.updates.items()
+        }
+    )
 
 
 def files_of(adapter: Adapter) -> set[Path]:
