@@ -15,6 +15,7 @@ from adapterkit.errors import (
     ShapeMismatch,
     StorageError,
     Unsupported,
+    UsageError,
 )
 
 PREFIX = "base_model.model."
@@ -136,7 +137,7 @@ def test_faults_of_configs(fault, tmp_path):
 def test_a_file_without_its_config(tmp_path):
     source = folder(tmp_path / "a")
     (source / "adapter_config.json").unlink()
-    with pytest.raises(StorageError, match="adapter_config"):
+    with pytest.raises(UsageError, match="adapter_config"):
         ak.read(source, format="peft")
 
 
