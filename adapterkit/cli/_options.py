@@ -88,9 +88,11 @@ def in_reading(adapters: Sequence[str], compat: str | None, base: str | None) ->
     """The adapters to pass on: their names, or what they hold in the reading that `--compat` asks for."""
     if compat is None:
         return tuple(adapters)
-    from ..formats import read
+    from ..formats import FORMATS, read
 
-    return tuple(read(adapter, base=base, compat=compat) for adapter in adapters)
+    # One adapter of several may be of a format that has no such layouts; it needs no choice.
+    name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
+    return tuple(read(adapter, base=base, **{name: compat}) for adapter in adapters)
 
 
 base = click.option("--base", metavar="BASE", help="The base that the adapter is for: a folder or a weight file.")
@@ -99,10 +101,10 @@ source_format = click.option(
     help="Format of SRC; found from its headers if absent.",
 )  # fmt: skip
 compat = click.option(
-    "--compat",
-    metavar="NAME",
-    help="Another reading of the adapter than what its trainer computed; formula: the paper's formula.",
-)
+    "--compat", "--experts-order", "compat", metavar="NAME",
+    help="Another reading of the adapter than what its trainer computed; formula: the paper's formula. Layouts of "
+    "stacked experts that a file does not tell: rank_major, grouped_by_expert, peft_0.18.",
+)  # fmt: skip
 allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
 rename = click.option(
     "--rename", multiple=True, metavar="FROM=TO",

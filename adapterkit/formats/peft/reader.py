@@ -13,6 +13,7 @@ from ...methods.replacement import Replacement
 from ...tensors.lazy import as_lazy
 from . import config as fields
 from . import ia3, ln_tuning, lora, replacement, rows
+from .experts import ORDERS
 from .families import family_of_type
 from .file import File, Findings, Found, Kept
 from .hints import FORMAT, Hints, fingerprint
@@ -53,6 +54,8 @@ def decode(
     file = File(settings, parsed, base, compat)
     updates, places, kept = assemble(file)
     keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)
+    if compat in ORDERS:
+        compat = None  # What is written is in PEFT's own order and says so.
     hints = Hints(
         config=dict(config), targets=fingerprint(updates), prefix=prefix, keys=keys, shapes=shapes, compat=compat
     )
