@@ -14,7 +14,11 @@ from command_line import run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
+from adapterkit import ops
+from adapterkit.adapter import Adapter, Target
 from adapterkit.errors import Malformed, UsageError
+from adapterkit.methods import METHODS
+from adapterkit.tensors.lazy import from_numpy
 
 DATA = Path(__file__).parent / "data" / "experts"
 RELEASES = ("peft-0.18.1", "peft-0.21.2")
@@ -186,3 +190,62 @@ def test_the_command_line_says_the_order(tmp_path):
     assert "--experts-order" in refused.output
     assert run(*words, "--experts-order", "grouped_by_expert").exit_code == 0
     assert_changed(load_file(tmp_path / "merged" / "model.safetensors"), before, expected)
+
+
+NAMED = {
+    "mixtral": ("model.layers.0.block_sparse_moe.experts.{e}.", "w1", "w3", "w2"),
+    "qwen": ("model.layers.0.mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def per_expert(case, naming, shift=0.0):
+    """The adapter of PEFT 0.21 with one LoRA an expert, built here from the file's own numbers."""
+    folder, _, _ = written(case)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.0.mlp.experts."
+    pairs = {"down": "", "gate_up": "base_layer."} if case == "pair" else {"gate_up": ""}
+    prefix, gate, up, down = NAMED[naming]
+    updates = {}
+    for parameter, wrapper in pairs.items():
+        A, B = (tensors[f"{stem}{wrapper}lora_{name}.weight"] for name in "AB")
+        A, B = A.reshape(3, 2, -1), B.reshape(len(B), 2, 3).transpose(2, 0, 1)
+        for e in range(3):
+            halves = dict(zip((gate, up), np.split(B[e], 2), strict=True)) if parameter == "gate_up" else {down: B[e]}
+            for name, rows in halves.items():
+                update = METHODS["lora"](
+                    A=from_numpy(A[e]), B=from_numpy(np.ascontiguousarray(rows + shift)), scaling=2.0
+                )
+                updates[Target(prefix.replace("{e}", str(e)) + name)] = (update,)
+    return Adapter(updates)
+
+
+@pytest.mark.parametrize("naming", NAMED)
+@pytest.mark.parametrize("case", ["pair", "single"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_two_layouts_of_one_adapter_are_the_same_function_without_a_base(release, case, naming):
+    order = "peft_0.18" if (release, case) == ("peft-0.18.1", "single") else None
+    stacks = ak.read(written(case, release)[0], experts_order=order)
+    single = per_expert(case, naming)
+    if release == "peft-0.18.1":
+        # Each release drew its own numbers; only the places can be compared.
+        assert {t.target for t in ops.compare(stacks, single).targets} == {t.path for t in single.updates}
+        return
+    for pair in ((stacks, single), (single, stacks)):
+        found = ops.compare(*pair)
+        assert found.equal is True
+        assert found.relative_error < 1e-6
+    assert ops.compare(stacks, per_expert(case, naming, shift=0.1)).equal is False
+
+
+def test_a_missing_expert_is_told():
+    single = per_expert("pair", "qwen")
+    fewer = single.replace(updates={t: u for t, u in single.updates.items() if ".2." not in t.path})
+    with pytest.raises(UsageError, match="no target in common"):
+        ops.compare(ak.read(written("pair")[0]), fewer)
+
+
+def test_diff_on_the_command_line_compares_two_layouts(tmp_path):
+    ak.write(per_expert("pair", "qwen"), tmp_path / "single", format="peft")
+    result = run("diff", str(written("pair")[0]), str(tmp_path / "single"))
+    assert result.exit_code == 0, result.output
+    assert "the same function" in result.output
