@@ -125,12 +125,18 @@ def in_reading(adapters: Sequence[Any], compat: str | None, base: str | None) ->
     options = stated()
     if compat is None and not options:
         return tuple(adapters)
-    from ..formats import read
+    from ..formats import FORMATS, read
 
+<<<<<<< HEAD
     return tuple(
         read(adapter, base=base, compat=compat, **options) if isinstance(adapter, (str, os.PathLike)) else adapter
         for adapter in adapters
     )
+=======
+    # One adapter of several may be of a format that has no such layouts; it needs no choice.
+    name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
+    return tuple(read(adapter, base=base, **{name: compat}) for adapter in adapters)
+>>>>>>> names
 
 
 base = click.option("--base", metavar="BASE", help="The base that the adapter is for: a folder or a weight file.")
@@ -138,6 +144,7 @@ source_format = click.option(
     "--from", "source_format", callback=format_name, metavar="FORMAT",
     help="Format of SRC; found from its headers if absent.",
 )  # fmt: skip
+<<<<<<< HEAD
 _compat = click.option(
     "--compat",
     metavar="NAME",
@@ -154,6 +161,12 @@ _rank = click.option(
 _strict = click.option(
     "--strict", is_flag=True, callback=_state, expose_value=False,
     help="Refuse every setting in a file that its format does not have, also the harmless ones.",
+=======
+compat = click.option(
+    "--compat", "--experts-order", "compat", metavar="NAME",
+    help="Another reading of the adapter than what its trainer computed; formula: the paper's formula. Layouts of "
+    "stacked experts that a file does not tell: rank_major, grouped_by_expert, peft_0.18.",
+>>>>>>> names
 )  # fmt: skip
 allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
 rename = click.option(

@@ -37,6 +37,12 @@ def _departures() -> Mapping[str, Departure]:
     return DEPARTURES | {name: each for family in FAMILIES.values() for name, each in family.departures.items()}
 
 
+def _experts_orders() -> frozenset[str]:
+    from .experts import ORDERS
+
+    return ORDERS
+
+
 def _profiles() -> frozenset[str]:
     from .profiles import PROFILES
 
@@ -51,7 +57,11 @@ class Peft(Format):
     methods = derived(_methods)
     departures = derived(_departures)
     compat = frozenset({FORMULA})
+<<<<<<< HEAD
     options = frozenset({"alpha", "rank", "strict"})
+=======
+    experts_orders = derived(_experts_orders)
+>>>>>>> names
     profiles = derived(_profiles)
     owns = frozenset({CONFIG, SAFETENSORS, TORCH})
 
