@@ -127,16 +127,13 @@ def in_reading(adapters: Sequence[Any], compat: str | None, base: str | None) ->
         return tuple(adapters)
     from ..formats import FORMATS, read
 
-<<<<<<< HEAD
-    return tuple(
-        read(adapter, base=base, compat=compat, **options) if isinstance(adapter, (str, os.PathLike)) else adapter
-        for adapter in adapters
-    )
-=======
     # One adapter of several may be of a format that has no such layouts; it needs no choice.
     name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
-    return tuple(read(adapter, base=base, **{name: compat}) for adapter in adapters)
->>>>>>> names
+    options |= {} if compat is None else {name: compat}
+    return tuple(
+        read(adapter, base=base, **options) if isinstance(adapter, (str, os.PathLike)) else adapter
+        for adapter in adapters
+    )
 
 
 base = click.option("--base", metavar="BASE", help="The base that the adapter is for: a folder or a weight file.")
@@ -144,12 +141,11 @@ source_format = click.option(
     "--from", "source_format", callback=format_name, metavar="FORMAT",
     help="Format of SRC; found from its headers if absent.",
 )  # fmt: skip
-<<<<<<< HEAD
 _compat = click.option(
-    "--compat",
-    metavar="NAME",
-    help="Another reading of the adapter than what its trainer computed; formula: the paper's formula.",
-)
+    "--compat", "--experts-order", "compat", metavar="NAME",
+    help="Another reading of the adapter than what its trainer computed; formula: the paper's formula. Layouts of "
+    "stacked experts that a file does not tell: rank_major, grouped_by_expert, peft_0.18.",
+)  # fmt: skip
 _alpha = click.option(
     "--alpha", type=float, callback=_state, expose_value=False, metavar="A",
     help="LoRA's alpha, for a file that does not tell it.",
@@ -161,12 +157,6 @@ _rank = click.option(
 _strict = click.option(
     "--strict", is_flag=True, callback=_state, expose_value=False,
     help="Refuse every setting in a file that its format does not have, also the harmless ones.",
-=======
-compat = click.option(
-    "--compat", "--experts-order", "compat", metavar="NAME",
-    help="Another reading of the adapter than what its trainer computed; formula: the paper's formula. Layouts of "
-    "stacked experts that a file does not tell: rank_major, grouped_by_expert, peft_0.18.",
->>>>>>> names
 )  # fmt: skip
 allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
 rename = click.option(

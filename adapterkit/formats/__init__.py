@@ -50,13 +50,10 @@ def read(
     base: Checkpoint | str | PathLike[str] | None = None,
     *,
     compat: str | None = None,
-<<<<<<< HEAD
     alpha: float | None = None,
     rank: int | None = None,
     strict: bool = False,
-=======
     experts_order: str | None = None,
->>>>>>> names
 ) -> Adapter:
     """Reads an adapter in any format, lazily, and validates it.
 
@@ -67,15 +64,12 @@ def read(
         base: the base, for formats that need one to resolve names.
         compat: `"formula"` reads the paper's formula where the tool that trained the adapter computed another. Some
             formats have further readings, for files that do not say which of two things they hold.
-<<<<<<< HEAD
         alpha: LoRA's alpha, for a file that does not tell it.
         rank: the rank that is expected; the file tells it, and another is an error.
         strict: refuse every setting of the file that its format does not have, also the harmless ones.
-=======
         experts_order: the layout of stacked experts' factors, where the file and the base do not tell: `"rank_major"`
             (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the outputs).
             Files of a format without stacked experts are read as they are.
->>>>>>> names
 
     Returns:
         the adapter; what came from a hub says so in its lineage, with the commit.
@@ -86,7 +80,6 @@ def read(
     source, found, member = _searched(path, FORMATS if format is None else [format])
     name = _only(found, path) if format is None else format
     reader = FORMATS[name]()
-<<<<<<< HEAD
     options = {"alpha": alpha, "rank": rank, "strict": strict or None}
     options = {option: value for option, value in options.items() if value is not None}
     needless = next((option for option in options if option not in reader.options), None)
@@ -94,10 +87,7 @@ def read(
         raise UsageError(
             f"{name} is read without --{needless} ({needless}=)", path=path, cure="Leave it out: the file tells all"
         )
-    if compat is not None and compat not in reader.compat:
-=======
     if compat is not None and compat not in reader.compat | reader.experts_orders:
->>>>>>> names
         known = ", ".join(sorted(reader.compat)) or "none"
         cure = f"Known: {known}. Without compat=/--compat a file means what its trainer computed"
         raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=cure)

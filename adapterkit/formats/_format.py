@@ -77,11 +77,8 @@ class Format:
             spec/formats lists the same, each with the test that runs the tool's forward.
         compat: the readings that can be asked for beside the default one, which is what the tool's forward computed:
             `"formula"`, and names for what a file does not say about itself.
-<<<<<<< HEAD
         options: what `formats.read` may be told beside these: `alpha`, `rank`, `strict`; `read` takes them by name.
-=======
         experts_orders: layouts of stacked experts that its files do not tell apart; `compat` takes these names, too.
->>>>>>> names
         differences: whether it holds a difference of any weight, so that laws may be written as that.
         profiles: names of consumers that take only a part of the dialect, for which can be written.
         dtypes: element types that it holds, if it does not hold all: tensors of others may be rounded to one of these.
@@ -96,11 +93,8 @@ class Format:
     methods: ClassVar[frozenset[str]] = frozenset()
     departures: ClassVar[Mapping[str, Departure]] = {}
     compat: ClassVar[frozenset[str]] = frozenset()
-<<<<<<< HEAD
     options: ClassVar[frozenset[str]] = frozenset()
-=======
     experts_orders: ClassVar[frozenset[str]] = frozenset()
->>>>>>> names
     differences: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()
     dtypes: ClassVar[frozenset[str]] = frozenset()

@@ -57,11 +57,8 @@ class Peft(Format):
     methods = derived(_methods)
     departures = derived(_departures)
     compat = frozenset({FORMULA})
-<<<<<<< HEAD
     options = frozenset({"alpha", "rank", "strict"})
-=======
     experts_orders = derived(_experts_orders)
->>>>>>> names
     profiles = derived(_profiles)
     owns = frozenset({CONFIG, SAFETENSORS, TORCH})
 
