@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -71,6 +72,11 @@ def read(
     try:
         adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)
         adapter.validate()
+        if compat is not None and adapter.recipe and adapter.recipe[-1].op == "read":
+            last = adapter.recipe[-1]
+            adapter = adapter.replace(
+                recipe=(*adapter.recipe[:-1], replace(last, args={**last.args, "compat": compat}))
+            )
     except AdapterkitError as error:
         # A reader names the file where it knows a better one than the path that was given.
         raise error.at(path=path) from None
