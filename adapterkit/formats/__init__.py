@@ -99,6 +99,11 @@ def read(
         if member is not None:
             adapter = _as_member(adapter, member)
         adapter.validate()
+        if compat is not None and adapter.recipe and adapter.recipe[-1].op == "read":
+            last = adapter.recipe[-1]
+            adapter = adapter.replace(
+                recipe=(*adapter.recipe[:-1], replace(last, args={**last.args, "compat": compat}))
+            )
     except AdapterkitError as error:
         # A reader names the file where it knows a better one than the path that was given.
         raise error.at(path=path) from None

@@ -13,6 +13,7 @@ from ..errors import Unrepresentable
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..tensors.checkpoint import Checkpoint
+    from ..updates import Update
 
 T = TypeVar("T")
 
@@ -40,10 +41,27 @@ class Departure:
     Attributes:
         trained: what the tool's forward computed in training; the default reading.
         formula: what `compat="formula"` reads.
+        at_layer: for a departure that only the adapted layer tells: returns an update as the tool computes it there,
+            or unchanged. Readers without the base read the formula, and the engines ask again; see `_trained`.
     """
 
     trained: str
     formula: str
+    at_layer: Callable[[Update, LayerFacts], Update] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What decides which function a tool trained at a layer.
+
+    Attributes:
+        shape: of its weight, `[out, in, *k]`.
+        padding: how it pads its input, for messages; empty for zeros around an undilated kernel, and where nothing
+            tells, as in a file of weights.
+    """
+
+    shape: tuple[int, ...]
+    padding: str = ""
 
 
 def derived(compute: Callable[[], T]) -> T:
