@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from . import _options
+from ._graphs import warn
 from ._progress import progress
 from ._render import Table, View, counted, show
 
@@ -30,11 +31,13 @@ from ._render import Table, View, counted, show
 @_options.allow_partial
 @click.option("--seed", type=int, help="The seed that the merge was rounded with.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Only N tensors that adapters touch and N others.")
+@_options.strict_base
 @_options.flags
 @click.pass_context
 def command(
     ctx: click.Context, merged: str, more: tuple[str, ...], base: str | None, adapters: tuple[str, ...],
     weights: tuple[float, ...], allow_partial: bool, seed: int | None, sample: int | None, compat: str | None,
+    strict_base: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.verify`."""
     if more and len(adapters) > 1:
@@ -44,7 +47,8 @@ def command(
     settings: _options.Settings = ctx.obj
     chosen = list(weights) or None
     held = _options.in_reading((*adapters, *more), compat, base)
-    record = record_of(settings, merged, base, held, chosen, allow_partial, seed, sample)
+    record = record_of(settings, merged, base, held, chosen, allow_partial, seed, sample, strict_base)
+    warn(record.get("warnings", ()))
     show(settings, record, verdict)
     if not record["ok"]:
         ctx.exit(1)
@@ -52,13 +56,13 @@ def command(
 
 def record_of(
     settings: _options.Settings, merged: str, base: str | None, adapters: Sequence[Any], weights: list[float] | None,
-    allow_partial: bool, seed: int | None = None, sample: int | None = None,
+    allow_partial: bool, seed: int | None = None, sample: int | None = None, strict_base: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Verifies with a progress meter; the verification as plain data."""
     from ..merging import verify
 
     with progress(settings, "verify") as meter:
-        options = {"allow_partial": allow_partial, "seed": seed, "sample": sample}
+        options = {"allow_partial": allow_partial, "seed": seed, "sample": sample, "strict_base": strict_base}
         verification = verify(merged, base, adapters, weights=weights, progress=meter, **options)  # type: ignore[arg-type]
     return dict(verification.record())
 
