@@ -168,3 +168,11 @@ weights = click.option(
     "--weight", "weights", type=float, multiple=True, metavar="W",
     help="Weight of an adapter, in the adapters' order; 1 each if absent.",
 )  # fmt: skip
+tied = click.option(
+    "--tied", metavar="CHOICE",
+    help="Where the head shares its weight with the embedding: merge (updates change both), untie (each changes the "
+    "layer it names, token rows both), or by kind, e.g. rows=untie,embedding=merge. If absent, as PEFT trained.",
+)  # fmt: skip
+strict_base = click.option(
+    "--strict-base", is_flag=True, help="Refuse a base that is not the one that an adapter names, instead of a warning."
+)
