@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import Unsupported, UsageError, places_errors, storage_error
 from ..tensors.checkpoint import Checkpoint, opened
-from ..tensors.locations import is_address, located, outgoing, streamed
+from ..tensors.locations import is_address, local, located, outgoing, streamed
 from ..tensors.staging import Staging, check_free, is_within
 from .options import Options
 from .stage import SUFFIX
@@ -314,6 +314,7 @@ def _accompanied(
     tokenizer: str | PathLike[str] | None, strict_base: bool,
 ) -> Plan:  # fmt: skip
     """The plan with the files beside the weights, and with what is wrong about the base."""
+    from ..formats import warnings_of
     from .bases import check_bases
     from .companions import companions
 
@@ -321,7 +322,9 @@ def _accompanied(
     beside = companions(planned.base, known, tokenizer)
     if planned.vocabulary is not None and planned.vocabulary.get("rows"):
         beside = replace(beside, warnings=(*beside.warnings, *_unnamed_tokens(planned, beside)))
-    warnings = (*check_bases(named, planned.base, fingerprint, strict_base), *planned.warnings, *beside.warnings)
+    told = (f"{name}: {warning}" for name, adapter, _ in named for warning in warnings_of(adapter))
+    bases = check_bases(named, planned.base, fingerprint, strict_base)
+    warnings = (*told, *bases, *planned.warnings, *beside.warnings)
     return replace(planned, companions=beside, fingerprint=fingerprint, warnings=warnings)
 
 
@@ -342,7 +345,7 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
 
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
     others = [*_listed(adapters), onto.root if isinstance(onto, Checkpoint) else onto]
-    paths = [base.root, *(Path(a) for a in others if isinstance(a, (str, PathLike)))]
+    paths = [base.root, *(local(a) for a in others if isinstance(a, (str, PathLike)))]
     try:
         overlapped = next((path for path in paths if is_within(out, path) or is_within(path, out)), None)
     except OSError as error:
