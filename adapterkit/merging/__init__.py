@@ -20,6 +20,7 @@ from .stage import SUFFIX
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
+    from .companions import Companions
     from .execute import Progress
     from .planned import Plan
     from .report import Report
@@ -50,6 +51,7 @@ def plan(
     rename: Sequence[str] = (),
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
+    vocab: str | None = None,
 ) -> Plan:
     """What `merge` would do with the same arguments, made from headers; `plan(...).record()` is plain data.
 
@@ -62,7 +64,9 @@ def plan(
 
     checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
-    options = Options(dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, rename=tuple(rename))
+    options = Options(
+        dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, rename=tuple(rename), vocab=vocab
+    )
     planned = make_plan(checkpoint, named, options)
     return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base)
 
@@ -93,6 +97,7 @@ def merge(
     rename: Sequence[str] = (),
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
+    vocab: str | None = None,
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
 
@@ -131,13 +136,16 @@ def merge(
             has no token beyond the base's embeddings; the report then warns.
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
             a warning in the report.
+        vocab: what to do where an adapter was trained with more tokens than the base has rows. `grow`: add rows to the
+            embedding, the head and the config; rows that no adapter's file holds are the mean of the base's. `keep`:
+            leave the added tokens out. When not given: grow where the files hold all new rows, and refuse otherwise.
         checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
         rename: rules for names that cannot be told, each `FROM=TO`: dotted names, with `{n}` and other holes for
             numbers, whole or from the front. The first rule that matches a target's name is used.
         stream: of a base on a hub, fetch one weight file at a time, verified, and give its space back after its use.
 
     Raises:
-        TargetNotFound, ShapeMismatch: an adapter does not fit the base.
+        TargetNotFound, ShapeMismatch: an adapter does not fit the base, or has more tokens (see `vocab`).
         NotMergeable: an update's law is not one of weights.
         Unsupported: the base cannot be streamed, or it is quantized and `quantized` does not say what to do.
         CheckFailed: the base is not the one that an adapter names, and `strict_base`.
@@ -152,12 +160,14 @@ def merge(
                 engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
                 overwrite=True, quantized=quantized, onto=onto, seed=seed, memory=memory, link=link, stream=stream,
                 checksums=checksums, tokenizer=tokenizer, strict_base=strict_base,
-                rename=rename,
+                rename=rename, vocab=vocab,
             )  # fmt: skip
         return replace(report, out=str(out))
     from .ties import parse_tied
 
-    options = Options(dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, checksums, tuple(rename))
+    options = Options(
+        dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, checksums, tuple(rename), vocab
+    )
     _check_engine(engine, address, stream)
     with _supplied(base, Path(out), stream) as (checkpoint, supply):
         _check_target(Path(out), checkpoint, adapters, onto, overwrite)
@@ -317,10 +327,20 @@ def _accompanied(
 
     known = [(name, folder) for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None]
     beside = companions(planned.base, known, tokenizer)
+    if planned.vocabulary is not None and planned.vocabulary.get("rows"):
+        beside = replace(beside, warnings=(*beside.warnings, *_unnamed_tokens(planned, beside)))
     told = (f"{name}: {warning}" for name, adapter, _ in named for warning in warnings_of(adapter))
     bases = check_bases([(name, adapter) for name, adapter, _ in named], planned.base, fingerprint, strict_base)
     warnings = (*told, *bases, *planned.warnings, *beside.warnings)
     return replace(planned, companions=beside, fingerprint=fingerprint, warnings=warnings)
+
+
+def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:
+    """What is left to do beside the weights of a vocabulary that grew."""
+    if not planned.base.root.is_dir():
+        yield f"the base is one file: set vocab_size to {(planned.vocabulary or {})['rows']} in the config yourself"
+    elif (beside.tokenizer or {}).get("from") != "adapter":
+        yield 'the base\'s tokenizer is kept, which may lack the added tokens: --tokenizer DIR (tokenizer="DIR")'
 
 
 def _several(adapters: Source | Sequence[Source]) -> list[Source]:

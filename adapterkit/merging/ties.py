@@ -54,7 +54,7 @@ def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
 
 def settle_tie(
     tie: Tie, folds: Folds, names: dict[str, str], adapters: Sequence[Adapter], tied: str | None,
-    config: Mapping[str, Any] | None, warnings: list[str],
+    config: Mapping[str, Any] | None, warnings: list[str], rows: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Puts every fold on the tensors of the output that it changes.
 
@@ -66,6 +66,7 @@ def settle_tie(
         tied: the canonical text of the choice, see `parse_tied`.
         config: the base's config.
         warnings: gets a sentence for what is left out.
+        rows: of the tied tensor in the output.
 
     Returns:
         changes to the config, which must say that the head is no longer tied.
@@ -91,7 +92,7 @@ def settle_tie(
         folds |= dict.fromkeys((tie.stored, tie.head) if tie.apart else (tie.stored,), inputs)
         return kept_tied(config)
     names[tie.head] = tie.head if tie.apart else tie.stored
-    written = {tie.stored: inputs, tie.head: _unscaled(head, own, tie, untied_scale(config))}
+    written = {tie.stored: inputs, tie.head: _unscaled(head, own, tie, untied_scale(config), rows)}
     folds |= {name: found for name, found in written.items() if found}
     return untied(config)
 
@@ -254,7 +255,7 @@ def _together(folds: list[Fold], tie: Tie) -> list[Fold]:
     return kept
 
 
-def _unscaled(head: list[Fold], own: Folds, tie: Tie, scale: float) -> list[Fold]:
+def _unscaled(head: list[Fold], own: Folds, tie: Tie, scale: float, rows: int) -> list[Fold]:
     """The folds of an untied head, with the factor that the model applies only while the head is tied."""
     if scale == 1:
         return head
@@ -263,7 +264,7 @@ def _unscaled(head: list[Fold], own: Folds, tie: Tie, scale: float) -> list[Fold
     from ..methods.ia3 import IA3
     from ..tensors.lazy import from_numpy
 
-    shape = next(fold.shape for folds in own.values() for fold in folds)
+    shape = (rows, *next(fold.shape for folds in own.values() for fold in folds)[1:])
     factor = IA3(l=from_numpy(np.full(shape[0], scale)), l_in=None)  # type: ignore[arg-type]
     scaled = Fold(Target(tie.head.removesuffix(".weight")), (factor,), 1.0, -1, False, shape)
     return [*(replace(fold, weight=fold.weight * scale) for fold in head), scaled]

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError, UsageError
 from ..metadata import fingerprints_of
-from ..names.ties import find_tie
+from ..names.ties import find_tie, is_embedding
 from ..tensors.checkpoint import read_json
 from ..tensors.dtypes import DType
 from ..tensors.fingerprint import fingerprint
@@ -121,7 +121,8 @@ def compare(
     rename: tuple[str, ...] = (),
 ) -> Verification:
     """Compares a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
-    options = Options(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed, rename=rename)
+    vocab = _vocab(merged, base)
+    options = Options(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
     plan = make_plan(base, adapters, options)
     differences = [Difference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
     arrays, done = NumpyArrays(), 0
@@ -190,6 +191,16 @@ def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
         return parse_tied(record["tied"])
     tie = find_tie(base.tensors, base.config)
     return "untie" if tie is not None and tie.head in merged.tensors else "merge"
+
+
+def _vocab(merged: Checkpoint, base: Checkpoint) -> str | None:
+    """How the merge treated an adapter's larger vocabulary: by its own record, or else by the rows in its output."""
+    record = _record_of(merged)
+    if record:
+        return (record.get("vocabulary") or {}).get("choice")
+    tables = [name for name in base.tensors if is_embedding(name) and name in merged.tensors]
+    grew = any(merged.tensors[name].shape[:1] > base.tensors[name].shape[:1] for name in tables)
+    return "grow" if grew else "keep" if tables else None
 
 
 def _compare(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:

@@ -120,6 +120,11 @@ def is_embedding(name: str) -> bool:
     return _is(name, EMBEDDINGS)
 
 
+def is_head(name: str) -> bool:
+    """Whether a stored tensor has the name of an output head's weight; other layers may be called `output`, too."""
+    return _is(name, HEADS)
+
+
 def untied(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The changes to a config whose head gets a tensor of its own."""
     changes: dict[str, Any] = {"tie_word_embeddings": False}
