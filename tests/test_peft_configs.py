@@ -96,7 +96,7 @@ def test_the_marks_of_other_tools_are_kept_and_named(tmp_path):
     "field",
     [
         {"use_superlora": True}, {"lora_gain": 2}, {"lora_gain": 0.5}, {"variant": "super"}, {"gain": "0.5"},
-        {"lora_B_layout": "grouped_by_expert"}, {"origin": {"commit": "main", "experts": 4}}, {"tags": ["a", 1]},
+        {"lora_A_layout": "grouped_by_expert"}, {"origin": {"commit": "main", "experts": 4}}, {"tags": ["a", 1]},
         {"router_path": "/tmp/router.pt"},
     ],
 )  # fmt: skip
