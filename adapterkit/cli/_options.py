@@ -125,10 +125,13 @@ def in_reading(adapters: Sequence[Any], compat: str | None, base: str | None) ->
     options = stated()
     if compat is None and not options:
         return tuple(adapters)
-    from ..formats import read
+    from ..formats import FORMATS, read
 
+    # One adapter of several may be of a format that has no such layouts; it needs no choice.
+    name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
+    options |= {} if compat is None else {name: compat}
     return tuple(
-        read(adapter, base=base, compat=compat, **options) if isinstance(adapter, (str, os.PathLike)) else adapter
+        read(adapter, base=base, **options) if isinstance(adapter, (str, os.PathLike)) else adapter
         for adapter in adapters
     )
 
@@ -139,10 +142,10 @@ source_format = click.option(
     help="Format of SRC; found from its headers if absent.",
 )  # fmt: skip
 _compat = click.option(
-    "--compat",
-    metavar="NAME",
-    help="Another reading of the adapter than what its trainer computed; formula: the paper's formula.",
-)
+    "--compat", "--experts-order", "compat", metavar="NAME",
+    help="Another reading of the adapter than what its trainer computed; formula: the paper's formula. Layouts of "
+    "stacked experts that a file does not tell: rank_major, grouped_by_expert, peft_0.18.",
+)  # fmt: skip
 _alpha = click.option(
     "--alpha", type=float, callback=_state, expose_value=False, metavar="A",
     help="LoRA's alpha, for a file that does not tell it.",
@@ -165,3 +168,11 @@ weights = click.option(
     "--weight", "weights", type=float, multiple=True, metavar="W",
     help="Weight of an adapter, in the adapters' order; 1 each if absent.",
 )  # fmt: skip
+tied = click.option(
+    "--tied", metavar="CHOICE",
+    help="Where the head shares its weight with the embedding: merge (updates change both), untie (each changes the "
+    "layer it names, token rows both), or by kind, e.g. rows=untie,embedding=merge. If absent, as PEFT trained.",
+)  # fmt: skip
+strict_base = click.option(
+    "--strict-base", is_flag=True, help="Refuse a base that is not the one that an adapter names, instead of a warning."
+)

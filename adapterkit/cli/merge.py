@@ -38,11 +38,7 @@ from .verify import record_of, verdict
 )  # fmt: skip
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="What runs it.")
 @click.option("--address", metavar="HOST:PORT", help="Of the Ray cluster; one on this machine if absent.")
-@click.option(
-    "--tied", metavar="CHOICE",
-    help="Where the head shares its weight with the embedding: merge (updates change both), untie (each changes the "
-    "layer it names, token rows both), or by kind, e.g. rows=untie,embedding=merge. If absent, as PEFT trained.",
-)  # fmt: skip
+@_options.tied
 @click.option(
     "--quantized", type=click.Choice(["dequantize", "requantize", "original"]),
     help="Where the base is quantized: fold into its dequantized weights and write 16 bits; quantize them again; or "
@@ -62,9 +58,7 @@ from .verify import record_of, verdict
     "--tokenizer", metavar="base|adapter|DIR",
     help="Whose tokenizer and chat template go along, whole; if absent, an adapter's own where it fits the base.",
 )  # fmt: skip
-@click.option(
-    "--strict-base", is_flag=True, help="Refuse a base that is not the one that an adapter names, instead of a warning."
-)
+@_options.strict_base
 @click.option(
     "--vocab", type=click.Choice(["grow", "keep"]),
     help="Where an adapter has more tokens than the base: add their rows, or leave them out. If absent, grow where the "
@@ -94,7 +88,9 @@ def command(
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     if is_graph(base):
         held = _options.in_reading(adapters, compat, base_weights)
-        merge_graph(ctx, base, held, out, weights, base_weights, quantized, check, overwrite, only_plan)
+        merge_graph(
+            ctx, base, held, out, weights, base_weights, quantized, tied, strict_base, check, overwrite, only_plan
+        )
         return
     refuse_graph_options(ctx, base)
     from ..merging import merge, plan

@@ -53,6 +53,7 @@ def read(
     alpha: float | None = None,
     rank: int | None = None,
     strict: bool = False,
+    experts_order: str | None = None,
 ) -> Adapter:
     """Reads an adapter in any format, lazily, and validates it.
 
@@ -66,6 +67,9 @@ def read(
         alpha: LoRA's alpha, for a file that does not tell it.
         rank: the rank that is expected; the file tells it, and another is an error.
         strict: refuse every setting of the file that its format does not have, also the harmless ones.
+        experts_order: the layout of stacked experts' factors, where the file and the base do not tell: `"rank_major"`
+            (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the outputs).
+            Files of a format without stacked experts are read as they are.
 
     Returns:
         the adapter; what came from a hub says so in its lineage, with the commit.
@@ -83,20 +87,39 @@ def read(
         raise UsageError(
             f"{name} is read without --{needless} ({needless}=)", path=path, cure="Leave it out: the file tells all"
         )
-    if compat is not None and compat not in reader.compat:
+    if compat is not None and compat not in reader.compat | reader.experts_orders:
         known = ", ".join(sorted(reader.compat)) or "none"
         cure = f"Known: {known}. Without compat=/--compat a file means what its trainer computed"
         raise UsageError(f"{name} has no compat {compat!r}", path=path, cure=cure)
+    if experts_order is not None:
+        compat = _with_order(compat, experts_order, reader)
     checkpoint = None if base is None else opened(base)
     try:
         adapter = _sourced(reader.read(source, compat=compat, base=checkpoint, **options), source, checkpoint)
         if member is not None:
             adapter = _as_member(adapter, member)
         adapter.validate()
+        if compat is not None and adapter.recipe and adapter.recipe[-1].op == "read":
+            last = adapter.recipe[-1]
+            adapter = adapter.replace(
+                recipe=(*adapter.recipe[:-1], replace(last, args={**last.args, "compat": compat}))
+            )
     except AdapterkitError as error:
         # A reader names the file where it knows a better one than the path that was given.
         raise error.at(path=path) from None
     return adapter
+
+
+def _with_order(compat: str | None, order: str, reader: Format) -> str | None:
+    """The reading that `experts_order` asks for; a format that has no such choice keeps its own."""
+    known = FORMATS["peft"].experts_orders
+    if order not in known:
+        raise UsageError(f"unknown experts_order {order!r}", cure=f"Known: {', '.join(sorted(known))}")
+    if not reader.experts_orders:
+        return compat
+    if compat is not None:
+        raise UsageError("compat and experts_order together", cure="Leave --compat (compat=) out")
+    return order
 
 
 def write(

@@ -13,6 +13,7 @@ from ..errors import Unrepresentable
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..tensors.checkpoint import Checkpoint
+    from ..updates import Update
 
 T = TypeVar("T")
 
@@ -40,10 +41,27 @@ class Departure:
     Attributes:
         trained: what the tool's forward computed in training; the default reading.
         formula: what `compat="formula"` reads.
+        at_layer: for a departure that only the adapted layer tells: returns an update as the tool computes it there,
+            or unchanged. Readers without the base read the formula, and the engines ask again; see `_trained`.
     """
 
     trained: str
     formula: str
+    at_layer: Callable[[Update, LayerFacts], Update] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What decides which function a tool trained at a layer.
+
+    Attributes:
+        shape: of its weight, `[out, in, *k]`.
+        padding: how it pads its input, for messages; empty for zeros around an undilated kernel, and where nothing
+            tells, as in a file of weights.
+    """
+
+    shape: tuple[int, ...]
+    padding: str = ""
 
 
 def derived(compute: Callable[[], T]) -> T:
@@ -78,6 +96,7 @@ class Format:
         compat: the readings that can be asked for beside the default one, which is what the tool's forward computed:
             `"formula"`, and names for what a file does not say about itself.
         options: what `formats.read` may be told beside these: `alpha`, `rank`, `strict`; `read` takes them by name.
+        experts_orders: layouts of stacked experts that its files do not tell apart; `compat` takes these names, too.
         differences: whether it holds a difference of any weight, so that laws may be written as that.
         profiles: names of consumers that take only a part of the dialect, for which can be written.
         dtypes: element types that it holds, if it does not hold all: tensors of others may be rounded to one of these.
@@ -93,6 +112,7 @@ class Format:
     departures: ClassVar[Mapping[str, Departure]] = {}
     compat: ClassVar[frozenset[str]] = frozenset()
     options: ClassVar[frozenset[str]] = frozenset()
+    experts_orders: ClassVar[frozenset[str]] = frozenset()
     differences: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()
     dtypes: ClassVar[frozenset[str]] = frozenset()

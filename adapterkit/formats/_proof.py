@@ -277,7 +277,7 @@ def differing(asked: Update, got: Update) -> str:
         if not _close(getattr(asked, name), getattr(got, name)):
             return name
     for name in asked.tensor_fields():
-        if not _equal(getattr(asked, name), getattr(got, name)):
+        if not equal(getattr(asked, name), getattr(got, name)):
             return name
     return ""
 
@@ -288,7 +288,7 @@ def _close(one: Any, other: Any) -> bool:
     return isinstance(one, float | int) and isinstance(other, float | int) and abs(one - other) <= SINGLE * abs(one)
 
 
-def _equal(one: Leaf | None, other: Leaf | None) -> bool:
+def equal(one: Leaf | None, other: Leaf | None) -> bool:
     """Whether two tensors are of one type and shape and hold the same bits; of large ones, wherever it is looked."""
     if one is other:
         return True

@@ -210,6 +210,7 @@ def verify(
     seed: int | None = None,
     sample: int | None = None,
     rename: Sequence[str] = (),
+    strict_base: bool = False,
 ) -> Verification:
     """Computes the merge again and compares every element with what is on disk; writes nothing.
 
@@ -225,6 +226,8 @@ def verify(
         seed: as in `merge`.
         sample: compare so many tensors that adapters touch and so many others, drawn at random; all when not given.
         rename: as in `merge`.
+        strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
+            a warning in the result.
 
     Returns:
         what was compared and every difference found; a difference is not an error. A base whose fingerprint is not the
@@ -232,6 +235,7 @@ def verify(
 
     Raises:
         UsageError: adapters or a sample without a base; there are no checksums.
+        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
         AdapterkitError: the inputs cannot be read or do not fit together.
     """
     if base is None:
@@ -240,14 +244,17 @@ def verify(
         if adapters or sample is not None:
             raise UsageError("no base to compute the merge from", cure="Give the base, or the output alone")
         return check_written(merged, progress)
+    from .bases import check_base
     from .quantized import as_read
     from .verification import compare, compare_bases
 
     found, given = opened(merged), opened(base)
     checkpoint = as_read(given, found)
     named = _named(adapters, weights, checkpoint)
-    wrong = compare_bases(found, given, named)
-    return compare(found, checkpoint, named, allow_partial, progress, seed, sample, wrong, tuple(rename))
+    warnings = check_base([(name, adapter) for name, adapter, _ in named], given, strict_base)
+    differing = compare_bases(found, given, named)
+    compared = compare(found, checkpoint, named, allow_partial, progress, seed, sample, differing, tuple(rename))
+    return replace(compared, warnings=warnings)
 
 
 def _check_engine(engine: str, address: str | None, stream: bool) -> None:
@@ -323,7 +330,7 @@ def _accompanied(
     if planned.vocabulary is not None and planned.vocabulary.get("rows"):
         beside = replace(beside, warnings=(*beside.warnings, *_unnamed_tokens(planned, beside)))
     told = (f"{name}: {warning}" for name, adapter, _ in named for warning in warnings_of(adapter))
-    bases = check_bases(named, planned.base, fingerprint, strict_base)
+    bases = check_bases([(name, adapter) for name, adapter, _ in named], planned.base, fingerprint, strict_base)
     warnings = (*told, *bases, *planned.warnings, *beside.warnings)
     return replace(planned, companions=beside, fingerprint=fingerprint, warnings=warnings)
 

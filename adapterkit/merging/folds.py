@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..binding import Site, bind
 from ..errors import NotMergeable
+from ..formats._trained import sites_as_trained
 from ..names.resolver import Rule
 from ..names.ties import find_tie
 from ..quant import Dequantized
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..adapter import Adapter, Target
     from ..tensors.checkpoint import Checkpoint
     from ..tensors.lazy import Lazy
+    from ..updates import Update
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +110,10 @@ def folds_by_tensor(
         _refuse_other_laws(adapter)
         resize = partial(vocabulary.settle, position, name)
         bound = bind(adapter, base, partial=allow_partial, aliases=aliases, rename=rename, resize=resize)
+        shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+        shapes |= {alias: shapes[name] for alias, name in aliases.items()}
+        for site in sites_as_trained(bound.sites, bound.adapter.recipe, shapes):
+            _refuse_other_laws((site.target, update) for update in site.updates)
         digest = adapter.digest()
         sources.append(Source(name, bound.adapter, weight, digest, bound.missing, bound.renamed, bound.rules))
         for site in bound.sites:
@@ -127,9 +133,9 @@ def folds_by_tensor(
     return Bindings(base, tuple(sources), sorted_, names, changes, warnings, vocabulary.record())
 
 
-def _refuse_other_laws(adapter: Adapter) -> None:
-    """Before any name is looked up: what is not of weights has no place among them."""
-    for target, update in adapter:
+def _refuse_other_laws(updates: Iterable[tuple[Target, Update]]) -> None:
+    """Refuse updates that are not changes of weights: before any name is looked up, and by the base's shapes."""
+    for target, update in updates:
         if update.kind not in ("additive", "weight"):
             why = f"{update.method} changes {update.acts_on}, not weights"
             raise NotMergeable(why, where=str(target), cure="Inject it into a live model instead")

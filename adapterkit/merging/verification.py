@@ -87,6 +87,7 @@ class Verification:
         differences: what is wrong; of a comparison with checksums, files in place of tensors.
         files: how many were compared with the checksums that were taken when they were written.
         base: who names another base than the one that was given.
+        warnings: what an adapter says of its base that is not true of this one.
     """
 
     tensors: int
@@ -94,6 +95,7 @@ class Verification:
     differences: tuple[Difference, ...]
     files: int = 0
     base: tuple[BaseDifference, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -103,7 +105,8 @@ class Verification:
         found = [difference.record() for difference in self.differences]
         counts = {"tensors": self.tensors, "targets": self.targets} | ({"files": self.files} if self.files else {})
         base = {"base": [difference.record() for difference in self.base]} if self.base else {}
-        return {"ok": self.ok, **counts, "differences": found, **base}
+        warnings = {"warnings": list(self.warnings)} if self.warnings else {}
+        return {"ok": self.ok, **counts, "differences": found, **base, **warnings}
 
 
 def compare(

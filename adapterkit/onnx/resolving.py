@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ..adapter import Adapter, Target
 from ..binding import Site, check_site, find_sites, fits
 from ..errors import AdapterkitError, TargetNotFound, Unsupported
+from ..formats._trained import sites_as_trained
 from .kinds import kinds_of
 from .layers import Layer
 from .norms import FoldedNorm, is_norm, refuse_folded
@@ -27,6 +28,7 @@ from .scopes import SCOPES, listed, same_end
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
+    from .tying import Tying
 
 METHODS = ("scopes", "folded_from", "initializer", "path", "values", "packed", "nearest")
 """How a name was found: the exporter's scopes of modules, its note of a folded parameter, the stored tensor's name,
@@ -114,20 +116,26 @@ class Found:
         }  # fmt: skip
 
 
-def resolve(model: ir.Model, adapter: Adapter, base: Checkpoint | None = None) -> list[Found]:
-    """Where an adapter's targets are in a graph.
+def resolve(
+    model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, tying: Tying | None = None
+) -> list[Found]:
+    """Where an adapter's targets are in a graph, and the layers tied to them that its updates change as well.
 
     Args:
         model: the graph.
         adapter: updates of weights and of outputs of layers.
         base: the weights that the graph was exported from, for graphs without names and to be sure of the others.
+        tying: the caller's choice for tied layers, and the base's config.
 
     Raises:
         TargetNotFound: a target has no place, or several that cannot be told apart; names the nearest.
         ShapeMismatch: a shape does not fit.
         Unsupported: a target of a kind that graphs do not have, or a norm may be folded into a layer, which only the
             base's weights tell.
+        UsageError: nothing tells which of several tied layers an update changes.
     """
+    from .tying import Tying, with_tied
+
     _refuse(adapter)
     spots = spots_of(model)
     known = by_name(spots)
@@ -150,6 +158,7 @@ def resolve(model: ir.Model, adapter: Adapter, base: Checkpoint | None = None) -
         found = compare(found, base)
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
     # Those inside first: what they exchange is what the modules around them give.
+    ended = with_tied(ended, adapter, spots, tying or Tying.of(base, None))
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
@@ -321,7 +330,8 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
 def _placed(adapter: Adapter, known: Known) -> list[Site]:
     shapes = {name: at[0].shape for name, (_, at) in known.items() if len({spot.shape for spot in at}) == 1}
     modules = [name.removesuffix(".weight") for name in shapes]
-    return find_sites(adapter, shapes, partial=False, modules=modules).sites
+    sites = find_sites(adapter, shapes, partial=False, modules=modules).sites
+    return sites_as_trained(sites, adapter.recipe, shapes)
 
 
 def _found(site: Site, asked: Target, known: Known) -> Found:
@@ -348,12 +358,18 @@ def _in_rows(target: Target, spot: Spot) -> Target:
 
 
 def _turned(site: Site, shape: tuple[int, ...], kind: type[Layer]) -> bool:
-    """Whether updates that hold whole weights hold them as the base stores them, `in` first."""
+    """Whether the updates see the weight with its first two axes exchanged.
+
+    Token rows index the tokens, which are the inputs of an embedding and the outputs of a head. Updates that hold whole
+    weights may hold them as the base stores them, `in` first.
+    """
     dims = [update.dims() for update in site.updates if update.kind != "output"]
     whole = any("rest" in each for each in dims) and not any("in" in each for each in dims)
     plain = replace(site.target, layout="out *in")
     natural = fits(plain, site.updates, shape)
     other = len(shape) > 1 and fits(plain, site.updates, (shape[1], shape[0], *shape[2:]))
+    if any(update.shared_as == "rows" for update in site.updates) and kind.op_type != "Gather":
+        return other and (not natural or site.target.layout != "out *in")
     if not whole:
         return not natural and other and kind.op_type == "ConvTranspose"
     declared = site.target.layout == "out *in" and kind.op_type in ("Gather", "ConvTranspose")

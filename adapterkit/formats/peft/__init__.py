@@ -37,6 +37,12 @@ def _departures() -> Mapping[str, Departure]:
     return DEPARTURES | {name: each for family in FAMILIES.values() for name, each in family.departures.items()}
 
 
+def _experts_orders() -> frozenset[str]:
+    from .experts import ORDERS
+
+    return ORDERS
+
+
 def _profiles() -> frozenset[str]:
     from .profiles import PROFILES
 
@@ -52,6 +58,7 @@ class Peft(Format):
     departures = derived(_departures)
     compat = frozenset({FORMULA})
     options = frozenset({"alpha", "rank", "strict"})
+    experts_orders = derived(_experts_orders)
     profiles = derived(_profiles)
     owns = frozenset({CONFIG, SAFETENSORS, TORCH})
 

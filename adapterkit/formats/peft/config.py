@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -29,9 +29,11 @@ READ = {
     "feedforward_modules": "IA3: modules whose inputs are scaled",
     "init_lora_weights": "whether the base was changed when the adapter was made; pissa and olora: laws of their own",
     "kasa_config": "the law is KaSA's",
+    "lora_B_layout": "Unsloth's mark: the order of the columns of lora_B of stacked experts",
     "lora_alpha": "scaling = lora_alpha / r",
     "lora_bias": "the adapter carries a bias of its own",
     "peft_type": "which law",
+    "peft_version": "before 0.19, lora_A and lora_B of stacked experts changed places",
     "r": "rank",
     "rank_pattern": "rank of the modules it matches",
     "target_parameters": "names of the parameters of stacked experts, in no order",
@@ -63,7 +65,6 @@ HARMLESS = {
     "merge_weights": "before 0.3: when to fold; the sum is the same",
     "modules_to_save": "which modules were trained whole; those are in the file",
     "monteclora_config": "noise in training; without it the law is plain LoRA's",
-    "peft_version": "who wrote the file",
     "qalora_group_size": "setting of use_qalora",
     "revision": "revision of the base",
     "runtime_config": "settings of one process",
@@ -178,7 +179,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     feedforward_modules: list[str] | str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    lora_B_layout: Literal["rank_major", "grouped_by_expert"] | None = None
+    peft_version: str | None = None
+    auto_mapping: Any = None
     own: Any = None
+
+    @property
+    def unsloth(self) -> bool:
+        """Whether the config shows that Unsloth wrote it, or that its base is one of Unsloth's copies."""
+        return written_by_unsloth(
+            {"auto_mapping": self.auto_mapping, "base_model_name_or_path": self.base_model_name_or_path}
+        )
+
+    def before(self, release: tuple[int, int]) -> bool:
+        """Whether an older release of PEFT than this wrote the file; False where the config does not say."""
+        return parse_version(self.peft_version) < release
 
     @property
     def residual(self) -> str:
@@ -230,6 +245,19 @@ def parse(config: Mapping[str, Any], *, strict: bool = False) -> Settings:
     _check_init(settings.init_lora_weights)
     _check_laws(settings)
     return settings
+
+
+def written_by_unsloth(config: Mapping[str, Any]) -> bool:
+    """Whether a config shows that Unsloth wrote it, or that its base is one of Unsloth's copies."""
+    mapping = config.get("auto_mapping")
+    marked = isinstance(mapping, Mapping) and bool(mapping.get("unsloth_fixed"))
+    return marked or str(config.get("base_model_name_or_path") or "").startswith("unsloth/")
+
+
+def parse_version(version: str | None) -> tuple[int, ...]:
+    """The first two numbers of a release of PEFT, such as (0, 18); a very large one where it is not said."""
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(found[1]), int(found[2])) if found else (1 << 30,)
 
 
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:

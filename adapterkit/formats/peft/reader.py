@@ -14,6 +14,7 @@ from ...tensors.lazy import as_lazy
 from .._format import UNKNOWN
 from . import config as fields
 from . import ia3, ln_tuning, lora, replacement, rows
+from .experts import ORDERS
 from .families import family_of_type
 from .file import File, Findings, Found, Kept
 from .hints import FORMAT, Hints, fingerprint
@@ -59,6 +60,8 @@ def decode(
     file = File(settings, parsed, base, compat)
     updates, places, kept = assemble(file)
     keys, shapes = _departures(updates, places, tensors, prefix, settings.peft_type)
+    if compat in ORDERS:
+        compat = None  # What is written is in PEFT's own order and says so.
     hints = Hints(
         config=dict(config), targets=fingerprint(updates), prefix=prefix, keys=keys, shapes=shapes, compat=compat
     )
