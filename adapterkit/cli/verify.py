@@ -28,13 +28,15 @@ from ._render import Table, View, counted, show
 @_options.weights
 @_options.compat
 @_options.allow_partial
+@_options.rename
 @click.option("--seed", type=int, help="The seed that the merge was rounded with.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Only N tensors that adapters touch and N others.")
 @_options.flags
 @click.pass_context
 def command(
     ctx: click.Context, merged: str, more: tuple[str, ...], base: str | None, adapters: tuple[str, ...],
-    weights: tuple[float, ...], allow_partial: bool, seed: int | None, sample: int | None, compat: str | None,
+    weights: tuple[float, ...], allow_partial: bool, rename: tuple[str, ...], seed: int | None, sample: int | None,
+    compat: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.verify`."""
     if more and len(adapters) > 1:
@@ -44,7 +46,7 @@ def command(
     settings: _options.Settings = ctx.obj
     chosen = list(weights) or None
     held = _options.in_reading((*adapters, *more), compat, base)
-    record = record_of(settings, merged, base, held, chosen, allow_partial, seed, sample)
+    record = record_of(settings, merged, base, held, chosen, allow_partial, seed, sample, rename)
     show(settings, record, verdict)
     if not record["ok"]:
         ctx.exit(1)
@@ -52,13 +54,13 @@ def command(
 
 def record_of(
     settings: _options.Settings, merged: str, base: str | None, adapters: Sequence[Any], weights: list[float] | None,
-    allow_partial: bool, seed: int | None = None, sample: int | None = None,
+    allow_partial: bool, seed: int | None = None, sample: int | None = None, rename: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Verifies with a progress meter; the verification as plain data."""
     from ..merging import verify
 
     with progress(settings, "verify") as meter:
-        options = {"allow_partial": allow_partial, "seed": seed, "sample": sample}
+        options = {"allow_partial": allow_partial, "seed": seed, "sample": sample, "rename": rename}
         verification = verify(merged, base, adapters, weights=weights, progress=meter, **options)  # type: ignore[arg-type]
     return dict(verification.record())
 

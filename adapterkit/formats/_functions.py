@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterkitError, UsageError
+from ..binding.fitting import biasless
+from ..errors import AdapterkitError, ShapeMismatch, UsageError
 from ..methods.lora import LoRA
 from ..tensors.lazy import as_array, as_lazy
 from ..updates import Additive, ContextUpdate
@@ -48,6 +49,9 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
         got: as they were read back.
         base: tells shapes that updates do not.
         dtypes: element types of the format, if it does not have all: others are rounded to these.
+
+    Raises:
+        ShapeMismatch: what was to be written does not fit the base.
     """
     targets = [*asked, *got]
     layouts = {target.layout for target in targets}
@@ -57,10 +61,12 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
     updates = [update for group in (asked, got) for found in group.values() for update in found]
     if any(update.kind not in ("additive", "weight") for update in updates):
         return _unlike_values([*_in_order(asked)], [*_in_order(got)], unit, least)
+    weight = _Weight(asked, got, base, unit, least)
+    if base is not None:
+        weight.check_base()
     if _same_but_folded(asked, got, unit, least):
         return ""
     try:
-        weight = _Weight(asked, got, base, unit, least)
         return _compared(weight.answers(asked), weight.answers(got))
     except AdapterkitError as error:
         return f"the two cannot be compared ({error.why})"
@@ -125,6 +131,22 @@ class _Weight:
     unit: float
     least: float
 
+    def check_base(self) -> None:
+        """Refuse an adapter that is made for another shape than the base's: writers may not have looked at the base.
+
+        Raises:
+            ShapeMismatch: an update does not fit.
+        """
+        for target, updates in self.asked.items():
+            shape = self._shape(target)
+            for update in updates:
+                dims = update.dims(target.stacked)
+                for axis, size in zip(("out", "in"), shape, strict=False):
+                    if isinstance(dims.get(axis), int) and dims[axis] != size:
+                        why = f"{update.method}: made for {axis}={dims[axis]}; the base has {size}"
+                        cure = "Is this the base that the adapter was trained on?"
+                        raise ShapeMismatch(why, where=str(target), cure=cure)
+
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
         """("weight" or "bias", expert) -> answer; targets that are rows of the weight are put together."""
         found: dict[tuple[str, int], _Answer] = {}
@@ -142,13 +164,18 @@ class _Weight:
         changing = [update for update in updates if update.changes_weight]
         if changing:
             yield "weight", self._sum(changing, shape) if self._additive else self._change(changing, _random(shape))
-        if any(update.changes_bias for update in updates):
+        if any(update.changes_bias for update in updates) and self._has_bias(target, updates):
             b: Any = _random(shape[:1])
             new = b
             for update in updates:
                 settled = update.settled(_random(shape)) if update.bias_sees_weight else update
                 new = settled.new_bias(new)
             yield "bias", self._rounded(new - b, new)
+
+    def _has_bias(self, target: Target, updates: list[Update]) -> bool:
+        """Whether there is a bias to compare: a factor on the bias changes nothing where the base has none."""
+        adds = any(update.changes_bias and update.needs_bias for update in updates)
+        return adds or self.base is None or not biasless(self.base, target.path)
 
     @property
     def _additive(self) -> bool:

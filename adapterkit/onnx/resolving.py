@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ..adapter import Adapter, Target
 from ..binding import Site, check_site, find_sites, fits
 from ..errors import AdapterkitError, TargetNotFound, Unsupported
+from ..formats._trained import sites_as_trained
 from .kinds import kinds_of
 from .layers import Layer
 from .norms import FoldedNorm, is_norm, refuse_folded
@@ -321,7 +322,8 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
 def _placed(adapter: Adapter, known: Known) -> list[Site]:
     shapes = {name: at[0].shape for name, (_, at) in known.items() if len({spot.shape for spot in at}) == 1}
     modules = [name.removesuffix(".weight") for name in shapes]
-    return find_sites(adapter, shapes, partial=False, modules=modules).sites
+    sites = find_sites(adapter, shapes, partial=False, modules=modules).sites
+    return sites_as_trained(sites, adapter.recipe, shapes)
 
 
 def _found(site: Site, asked: Target, known: Known) -> Found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..adapter import Adapter, Target
 from ..binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
 from ..errors import TargetNotFound, Unsupported, UsageError
+from ..formats._trained import as_trained
 from ..updates import Update
 from .context import ContextPart, parts_of
 from .ears import Ear, words_of
@@ -70,12 +71,15 @@ def inject(
     around = _contexts(model, context, switch, registration)
     ear = Ear(switch, {word for _, update in weights for word in words_of(model, update)})
     attached: list[tuple[Station, Part]] = []
-    sites = _sites(model, weights)
+    held: dict[int, LiveUpdates] = {}
+    given: dict[int, Update] = {}
+    sites = [_trained(model, site, adapter, given) for site in _sites(model, weights)]
     tied = _tied(model, sites)
     for site in [piece for whole in (*sites, *tied) for piece in _pieces(whole)]:
         holder, part = _part(model, site, switch, ear)
         bound = registration.bind(site.updates, holder, _like(model, site, holder), str(site.target))
         part = replace(part, bound=bound)
+        held[id(part)] = _as_given(bound, site.updates, given)
         station = next((s for s, _ in attached if s.module is holder), None) or station_at(holder)
         _check_together(station, [part, *(other for s, other in attached if s is station)])
         attached.append((station, part))
@@ -85,7 +89,7 @@ def inject(
         station.attach(part)
         if part.target in (site.target for site in tied):
             continue
-        loaded[part.target] = (*loaded.get(part.target, ()), part.bound)
+        loaded[part.target] = (*loaded.get(part.target, ()), held[id(part)])
     stations = [*(station for station, _ in attached), *_tapped(part.outlet for _, part in attached)]
     if ear.asks:
         stations.append(station_at(model))
@@ -97,6 +101,28 @@ def inject(
     handle = Handle(adapter, loaded, switch, list(dict.fromkeys(stations)), model, leaves)
     handle._enter(frozen=trainable and freeze)
     return handle
+
+
+def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Update]) -> Site:
+    """The site with its updates as the adapter's trainer computes them at this layer; `given` gets what they were."""
+    if site.weight is None or site.target.stacked or site.target.rows is not None:
+        return site
+    module = model.get_submodule(site.weight.rpartition(".")[0])
+    layer = layer_of(module, module.forward)
+    if layer is None:
+        return site
+    updates = as_trained(site.updates, adapter.recipe, layer.shape, site.target, layer.padding)
+    given |= {id(new): old for new, old in zip(updates, site.updates, strict=True)}
+    return replace(site, updates=updates)
+
+
+def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
+    """The bound updates in the methods that the adapter has them in, over the same live tensors."""
+    before = [given.get(id(update), update) for update in updates]
+    if all(old is new for old, new in zip(before, updates, strict=True)):
+        return bound
+    live = zip(before, bound.updates, strict=True)
+    return LiveUpdates([old.replace(**new.tensors) for old, new in live], bound.leaves)
 
 
 def _contexts(

@@ -263,6 +263,10 @@ class Update:
         """b' `[out]`."""
         return b
 
+    def without_bias(self) -> Update:
+        """Return the same function at a layer without a bias, in a method that more formats hold if there is one."""
+        return self
+
     def forward(self, x: Any, layer: Any) -> Any:
         """y' for the input `x` of a layer: a backend's view of the target, over real or symbolic values."""
         raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
