@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -238,16 +238,27 @@ class Adapter:
                 digest.update(tensor.fetch())
         return digest.hexdigest()
 
-    def bind(self, base: Checkpoint | str | PathLike[str]) -> Adapter:
-        """The adapter with targets in the names and layouts of `base`, every shape checked against it.
+    def bind(self, base: Checkpoint | str | PathLike[str], *, rename: Sequence[str] = ()) -> Adapter:
+        """Put the targets into the names and layouts of `base`, with every shape checked against it.
+
+        Updates are cut and joined where the base stores weights in other parts: an adapter of a live model of
+        transformers 5 becomes one of the base as it is on a hub, and the other way round. The lineage says by which
+        rules names were changed.
+
+        Args:
+            base: an open checkpoint or the path of one.
+            rename: rules for names, each `FROM=TO`; the first that matches a target's name is used.
 
         Raises:
-            TargetNotFound: a target has no place in the base.
+            TargetNotFound: a target has no place in the base, or two.
             ShapeMismatch: a shape does not fit.
+            NotMergeable, Unsupported: an update cannot be cut or joined.
         """
         from .binding import bind
 
-        return bind(self, base).adapter
+        bound = bind(self, base, rename=rename)
+        rules = [str(rule) for rule in bound.rules if rule.kind != "exact"]
+        return bound.adapter.step("bind", rules=rules) if rules else bound.adapter
 
     def delta(self, path: str, base: Checkpoint | str | PathLike[str] | None = None) -> torch.Tensor:
         """W' - W at a target.

@@ -53,6 +53,8 @@ def test_a_path_may_be_that_of_a_parameter(base):
         ("model.l.0.q.weight", "l.0.q", ("", "model.")),
         ("a.b.l.0.q.weight", "l.0.q", ("", "a.b.")),
         ("model.l.0.q", "l.0.q", ("", "model.")),
+        ("attn.q.weight", "layers.0.attn.q", ("layers.0.", "")),
+        ("0.q.weight", "model.0.q", ("model.", "")),
     ],
 )
 def test_one_prefix_may_be_added_or_taken_off(stored, asked, renamed, base):

@@ -20,8 +20,8 @@ from adapterkit import __version__
 from adapterkit.cli import _failures, _options, adapterkit
 
 COMMANDS = [
-    "combine", "convert", "demo", "diff", "doctor", "export", "extract", "inject", "inspect", "list", "merge", "pull",
-    "push", "resize", "validate", "verify",
+    "combine", "convert", "demo", "diff", "doctor", "export", "extract", "inject", "inspect", "list", "merge", "names",
+    "pull", "push", "resize", "validate", "verify",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,8 +121,8 @@ def test_only_the_named_command_is_imported() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "inspect {peft}", "inspect {base}", "validate {peft} --base {base}", "list formats", "list methods",
-        "convert {peft} {out} --to adapterkit",
+        "inspect {peft}", "inspect {base}", "validate {peft} --base {base}", "names {base} {peft}", "list formats",
+        "list methods", "convert {peft} {out} --to adapterkit",
     ],
 )  # fmt: skip
 def test_commands_that_move_no_values_import_no_framework(words: str, base: Path, peft: Path, tmp_path: Path) -> None:

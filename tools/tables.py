@@ -145,7 +145,8 @@ def _command_row(parent: click.Context, name: str) -> list[str]:
     ctx = click.Context(command, info_name=name, parent=parent)
     words = [parameter.make_metavar(ctx) for parameter in command.params if isinstance(parameter, click.Argument)]
     everywhere = {"--json", "--quiet", "--debug"}
-    own = [p.opts[-1] for p in command.params if isinstance(p, click.Option) and not everywhere & set(p.opts)]
+    options = [p for p in command.params if isinstance(p, click.Option) and not everywhere & set(p.opts)]
+    own = [opt for p in options for opt in ([o for o in p.opts if o.startswith("--")] or p.opts[-1:])]
     usage = " ".join(word for word in ("adapterkit", name, *words) if word)
     return [f"`{usage}`", (command.help or "").partition("\n")[0], " ".join(f"`{option}`" for option in own)]
 

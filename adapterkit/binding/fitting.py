@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from ..adapter import Target
+from ..names.architectures import architecture_of
+from ..names.resolver import Names, resolve
 from ..updates import Update
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Names of stored tensors -> their shapes."""
@@ -59,3 +65,42 @@ def _without_ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
     while kernel and kernel[-1] == 1:
         kernel = kernel[:-1]
     return kernel
+
+
+def paths_of(names: Iterable[str]) -> set[str]:
+    """Paths that a target may have: modules with a weight or a bias, and tensors."""
+    paths = set(names)
+    paths.update([name.rpartition(".")[0] for name in paths if name.endswith((".weight", ".bias"))])
+    return paths
+
+
+def biasless(base: Checkpoint, path: str) -> bool:
+    """Whether a base has the weight of a module and no bias beside it; False where its weight is not found by name."""
+    weights = [name for name in base.tensors if f".{name}".endswith(f".{path}.weight")]
+    return bool(weights) and not any(f"{name.removesuffix('weight')}bias" in base.tensors for name in weights)
+
+
+def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
+    """The shape of a live model's tensor that a base stores in parts, or as a part; None where its family has none."""
+    architecture = architecture_of(base.config)
+    if architecture is None:
+        return None
+    paths = _names_of(base)
+    path = name.removesuffix(".weight")
+    moves = resolve([path], paths, architecture=architecture, partial=True).moves.get(path)
+    if not moves:
+        return None
+    first = moves[0]
+    shape = next(base.tensors[n].shape for n in (f"{first.path}.weight", first.path) if n in base.tensors)
+    if first.slot is not None:
+        shape = shape[1:]
+    lead = int(first.expert is None and len(shape) > 2)
+    scale = (first.take[1] if first.take else 1), (first.into[1] if first.into else 1)
+    out = shape[lead] * scale[0] // scale[1]
+    experts = () if first.expert is None else (len({move.expert for move in moves}),)
+    return (*experts, *shape[:lead], out, *shape[lead + 1 :])
+
+
+@lru_cache(maxsize=2)
+def _names_of(base: Checkpoint) -> Names:
+    return Names(paths_of(base.tensors))

@@ -12,7 +12,7 @@ from ..names.architectures import architecture_of
 from ..names.renames import parse_renames
 from ..names.resolver import Names, Rule, resolve
 from ..updates import Update
-from .fitting import Shapes, fits
+from .fitting import Shapes, fits, paths_of
 from .moving import moved
 
 Prefix = tuple[str, str]
@@ -112,7 +112,7 @@ def find_sites(
         return Bound([], [], [])
     outer = {target.path for target, updates in adapter.updates.items() if all(u.kind == "output" for u in updates)}
     below = {name[:at] for name in shapes for at, letter in enumerate(name) if letter == "."} if outer else set()
-    names = Names(_paths(shapes), frozenset({*below, *modules}), frozenset(outer))
+    names = Names(paths_of(shapes), frozenset({*below, *modules}), frozenset(outer))
     by_path: dict[str, Target] = {}
     for target in adapter.updates:
         by_path.setdefault(target.path, target)
@@ -143,13 +143,6 @@ def find_sites(
         sites.append(Site(target, updates, *(keys or (None, None))))
         origins.append(origin)
     return Bound(sites, origins, missing, tuple(found.rules), found.prefixes[0] if found.prefixes else None)
-
-
-def _paths(shapes: Shapes) -> set[str]:
-    """Paths of modules with a weight or a bias, and of tensors."""
-    paths = set(shapes)
-    paths.update(name.rpartition(".")[0] for name in shapes if name.endswith((".weight", ".bias")))
-    return paths
 
 
 def _keys(path: str, shapes: Shapes) -> tuple[str | None, str | None] | None:

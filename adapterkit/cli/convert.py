@@ -27,14 +27,21 @@ from ._render import View, counted, show
 @_writing.on_loss
 @_writing.max_error
 @click.option("--profile", metavar="NAME", help="Write for a consumer that takes only a part of the format: vllm, ...")
+@click.option("--match-base", is_flag=True, help="Write the targets in the names and parts that --base stores.")
+@_options.rename
 @_options.overwrite
 @_options.flags
 @click.pass_obj
 def command(
     settings: _options.Settings, src: str, dst: str, target_format: str, source_format: str | None, base: str | None,
-    compat: str | None, on_loss: str, max_error: float | None, profile: str | None, overwrite: bool,
+    compat: str | None, on_loss: str, max_error: float | None, profile: str | None, match_base: bool,
+    rename: tuple[str, ...], overwrite: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.read` and `adapterkit.write`."""
+    if match_base and base is None:
+        raise click.UsageError("--match-base requires --base")
+    if rename and not match_base:
+        raise click.UsageError("--rename requires --match-base")
     from .. import detect, read
     from ..tensors.inputs import inputs_kept
 
@@ -44,9 +51,13 @@ def command(
             destination = _writing.Destination(dst, [src], overwrite, target_format=target_format, base=base)
             if destination.is_done(settings):
                 return
-            adapter = read(src, name, base, compat=compat)
+            adapter = read(src, name, base, compat=compat, **_options.stated())
+            if base is not None and match_base:
+                adapter = adapter.bind(base, rename=rename)
         written = destination.write(adapter, on_loss, profile, max_error)
-    record = {"source": src, "from": name, **written}
+    from ..formats import warnings_of
+
+    record = {"source": src, "from": name, **written, "warnings": warnings_of(adapter)}
     show(settings, record, _view)
 
 
@@ -67,3 +78,4 @@ def _view(record: Mapping[str, Any]) -> View:
     updates, targets = counted(record["updates"], "update"), counted(record["targets"], "target")
     yield f"{record['out']}: {record['to']}, {updates} at {targets} from {record['from']}"
     yield from (f"  {loss}" for loss in record["losses"])
+    yield from (f"warning: {warning}" for warning in record["warnings"])

@@ -62,6 +62,7 @@ from .verify import record_of, verdict
 @click.option("--stream", is_flag=True, help="Fetch a base from a hub one weight file at a time, never all of it.")
 @_options.compat
 @_options.allow_partial
+@_options.rename
 @_options.overwrite
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be written, and write nothing.")
 @click.option("--verify", "verified", is_flag=True, help="Compute every merged tensor again and compare it to OUT.")
@@ -75,9 +76,9 @@ def command(
     ctx: click.Context, base: str, adapters: tuple[Any, ...], out: str | None, weights: tuple[float, ...],
     method: str | None, parameters: tuple[str, ...], device: str, dtype: str | None, shard_size: int | None,
     engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
-    allow_partial: bool, overwrite: bool, only_plan: bool, verified: bool, seed: int | None, memory: int | None,
-    link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None, check: bool,
-    compat: str | None,
+    allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
+    memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
+    check: bool, compat: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     if is_graph(base):
@@ -101,7 +102,7 @@ def command(
         planned = plan(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
             onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
-            tokenizer=tokenizer, strict_base=strict_base,
+            tokenizer=tokenizer, strict_base=strict_base, rename=rename,
         )  # fmt: skip
         show(settings, planned.record(), _plan_view)
         return
@@ -112,13 +113,15 @@ def command(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
-            checksums=checksums, tokenizer=tokenizer, strict_base=strict_base,
+            checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, rename=rename,
         )  # fmt: skip
     record = dict(report.record())
     if method is not None and tokenizer is None:
         record["warnings"] = [*record["warnings"], *_tokenizers_of(named)]
     if verified:
-        record["verification"] = record_of(settings, out, onto or base, adapters, chosen, allow_partial, seed)
+        record["verification"] = record_of(
+            settings, out, onto or base, adapters, chosen, allow_partial, seed, rename=rename
+        )
     show(settings, record, _report_view)
     if verified and not record["verification"]["ok"]:
         ctx.exit(1)
@@ -153,6 +156,7 @@ def _plan_view(record: Mapping[str, Any]) -> View:
     yield Table(
         columns, [[f["name"], f["bytes"], f["copied_bytes"], f["computed_bytes"], f["targets"]] for f in files]
     )  # fmt: skip
+    yield from _names(record)
     held = size(record["peak_memory"])
     yield f"{counted(record['targets'], 'target')}, {size(record['bytes'])} to write, {held} of memory at most"
     yield from _quantized(record)
@@ -166,9 +170,10 @@ def _report_view(record: Mapping[str, Any]) -> View:
     files = counted(len(record["files"]), "file")
     yield f"{record['out']}: {targets} merged, {files} of {size(record['bytes'])} in {seconds}"
     yield _adapters_table(record)
+    yield from _names(record)
     yield from _extremes(record["norms"])
     yield from _quantized(record)
-    if record["resumed"]:
+    if record["resumed"] and not record.get("already_done"):
         yield f"{counted(len(record['resumed']), 'file')} kept from the interrupted run"
     yield from _warnings(record)
     if "verification" in record:
@@ -186,6 +191,14 @@ def _quantized(record: Mapping[str, Any]) -> Iterator[str]:
 def _adapters_table(record: Mapping[str, Any]) -> Table:
     rows = [[a["name"], float(a["weight"]), a["targets"], a["digest"][:12]] for a in record["adapters"]]
     return Table(("adapter", "weight", "targets", "digest"), rows)
+
+
+def _names(record: Mapping[str, Any]) -> Iterator[str]:
+    """The rules by which an adapter's names became the base's, where they are not the same."""
+    for adapter in record["adapters"]:
+        used = "; ".join(f"{each['rule']} ({each['targets']:,})" for each in adapter.get("names", ()))
+        if used:
+            yield f"names of {adapter['name']}: {used}"
 
 
 def _extremes(norms: Mapping[str, Sequence[float]]) -> Iterator[str]:

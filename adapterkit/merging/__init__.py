@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import Unsupported, UsageError, places_errors, storage_error
 from ..tensors.checkpoint import Checkpoint, opened
-from ..tensors.locations import is_address, located, outgoing, streamed
+from ..tensors.locations import is_address, local, located, outgoing, streamed
 from ..tensors.staging import Staging, check_free, is_within
 from .options import Options
 from .stage import SUFFIX
@@ -47,6 +47,7 @@ def plan(
     seed: int | None = None,
     memory: int | None = None,
     link: bool = False,
+    rename: Sequence[str] = (),
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
 ) -> Plan:
@@ -61,7 +62,7 @@ def plan(
 
     checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
-    options = Options(dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link)
+    options = Options(dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, rename=tuple(rename))
     planned = make_plan(checkpoint, named, options)
     return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base)
 
@@ -89,6 +90,7 @@ def merge(
     link: bool = False,
     stream: bool = False,
     checksums: bool = False,
+    rename: Sequence[str] = (),
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
 ) -> Report:
@@ -130,6 +132,8 @@ def merge(
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
             a warning in the report.
         checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
+        rename: rules for names that cannot be told, each `FROM=TO`: dotted names, with `{n}` and other holes for
+            numbers, whole or from the front. The first rule that matches a target's name is used.
         stream: of a base on a hub, fetch one weight file at a time, verified, and give its space back after its use.
 
     Raises:
@@ -148,11 +152,12 @@ def merge(
                 engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
                 overwrite=True, quantized=quantized, onto=onto, seed=seed, memory=memory, link=link, stream=stream,
                 checksums=checksums, tokenizer=tokenizer, strict_base=strict_base,
+                rename=rename,
             )  # fmt: skip
         return replace(report, out=str(out))
     from .ties import parse_tied
 
-    options = Options(dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, checksums)
+    options = Options(dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, checksums, tuple(rename))
     _check_engine(engine, address, stream)
     with _supplied(base, Path(out), stream) as (checkpoint, supply):
         _check_target(Path(out), checkpoint, adapters, onto, overwrite)
@@ -194,6 +199,7 @@ def verify(
     progress: Progress | None = None,
     seed: int | None = None,
     sample: int | None = None,
+    rename: Sequence[str] = (),
     strict_base: bool = False,
 ) -> Verification:
     """Computes the merge again and compares every element with what is on disk; writes nothing.
@@ -209,6 +215,7 @@ def verify(
         progress: called with (bytes done, bytes in all).
         seed: as in `merge`.
         sample: compare so many tensors that adapters touch and so many others, drawn at random; all when not given.
+        rename: as in `merge`.
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
             a warning in the result.
 
@@ -235,8 +242,8 @@ def verify(
     checkpoint = as_read(given, found)
     named = _named(adapters, weights, checkpoint)
     warnings = check_base([(name, adapter) for name, adapter, _ in named], given, strict_base)
-    differing = compare_bases(found, given, named)
-    compared = compare(found, checkpoint, named, allow_partial, progress, seed, sample, differing)
+    wrong = compare_bases(found, given, named)
+    compared = compare(found, checkpoint, named, allow_partial, progress, seed, sample, wrong, tuple(rename))
     return replace(compared, warnings=warnings)
 
 
@@ -304,13 +311,15 @@ def _accompanied(
     tokenizer: str | PathLike[str] | None, strict_base: bool,
 ) -> Plan:  # fmt: skip
     """The plan with the files beside the weights, and with what is wrong about the base."""
+    from ..formats import warnings_of
     from .bases import check_bases
     from .companions import companions
 
     known = [(name, folder) for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None]
     beside = companions(planned.base, known, tokenizer)
-    pairs = [(name, adapter) for name, adapter, _ in named]
-    warnings = (*check_bases(pairs, planned.base, fingerprint, strict_base), *planned.warnings, *beside.warnings)
+    told = (f"{name}: {warning}" for name, adapter, _ in named for warning in warnings_of(adapter))
+    bases = check_bases([(name, adapter) for name, adapter, _ in named], planned.base, fingerprint, strict_base)
+    warnings = (*told, *bases, *planned.warnings, *beside.warnings)
     return replace(planned, companions=beside, fingerprint=fingerprint, warnings=warnings)
 
 
@@ -323,7 +332,7 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
 
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
     others = [*_listed(adapters), onto.root if isinstance(onto, Checkpoint) else onto]
-    paths = [base.root, *(Path(a) for a in others if isinstance(a, (str, PathLike)))]
+    paths = [base.root, *(local(a) for a in others if isinstance(a, (str, PathLike)))]
     try:
         overlapped = next((path for path in paths if is_within(out, path) or is_within(path, out)), None)
     except OSError as error:

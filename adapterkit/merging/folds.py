@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..binding import Site, bind
 from ..errors import NotMergeable
+from ..names.resolver import Rule
 from ..names.ties import find_tie
 from ..quant import Dequantized
 from ..tensors.locations import is_repo
@@ -30,6 +31,7 @@ class Source:
     digest: str
     missing: tuple[Target, ...]
     renamed: tuple[str, str] | None
+    rules: tuple[Rule, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """What it is; of the base it was made for the name on a hub, and no path of somebody's disk."""
@@ -38,12 +40,21 @@ class Source:
             "name": self.name, "digest": self.digest, "weight": self.weight, "targets": len(self.adapter.updates),
             "missing": [str(target) for target in self.missing], "base": made_for if is_repo(made_for) else None,
             "methods": list(self.adapter.methods), "ranks": list(self.adapter.ranks),
-            "lineage": [step.op for step in self.adapter.recipe],
+            "lineage": [step.op for step in self.adapter.recipe], **self._names(),
         }  # fmt: skip
+
+    def _names(self) -> dict[str, Any]:
+        """The rules by which names were changed; nothing where all are the base's own."""
+        used = [rule for rule in self.rules if rule.kind != "exact"]
+        return {"names": [{"rule": str(rule), "targets": rule.targets} for rule in self.rules]} if used else {}
 
 
 def folds_by_tensor(
-    base: Checkpoint, adapters: Sequence[tuple[str, Adapter, float]], tied: str | None, allow_partial: bool
+    base: Checkpoint,
+    adapters: Sequence[tuple[str, Adapter, float]],
+    tied: str | None,
+    allow_partial: bool,
+    rename: Sequence[str] = (),
 ) -> tuple[tuple[Source, ...], dict[str, tuple[Fold, ...]], dict[str, str], dict[str, Any], list[str]]:
     """Binds the adapters and sorts their updates by stored tensor.
 
@@ -61,8 +72,9 @@ def folds_by_tensor(
     sources, folds = [], dict[str, list[Fold]]()
     for position, (name, adapter, weight) in enumerate(adapters):
         _refuse_other_laws(adapter)
-        bound = bind(adapter, base, partial=allow_partial, aliases=aliases)
-        sources.append(Source(name, bound.adapter, weight, adapter.digest(), bound.missing, bound.renamed))
+        bound = bind(adapter, base, partial=allow_partial, aliases=aliases, rename=rename)
+        digest = adapter.digest()
+        sources.append(Source(name, bound.adapter, weight, digest, bound.missing, bound.renamed, bound.rules))
         for site in bound.sites:
             for stored, fold in _folds(site, weight, position, base, aliases):
                 folds.setdefault(stored, []).append(fold)

@@ -17,3 +17,4 @@ class Options:
     memory: int | None = None
     link: bool = False
     checksums: bool = False
+    rename: tuple[str, ...] = ()

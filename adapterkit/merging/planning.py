@@ -46,7 +46,9 @@ def make_plan(
         Unsupported: a targeted weight is not of a floating dtype.
     """
     cast = None if is_gguf_output(base) else _dtype(options.dtype)
-    sources, folds, names, changes, warnings = folds_by_tensor(base, adapters, options.tied, options.allow_partial)
+    sources, folds, names, changes, warnings = folds_by_tensor(
+        base, adapters, options.tied, options.allow_partial, options.rename
+    )
     tensors = {name: base.tensors[stored] for name, stored in names.items()}
     for name in folds:
         _check_floating(name, tensors[name], base)

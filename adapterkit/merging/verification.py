@@ -118,9 +118,11 @@ def compare(
     seed: int | None = None,
     sample: int | None = None,
     base_differences: Sequence[BaseDifference] = (),
+    rename: tuple[str, ...] = (),
 ) -> Verification:
     """Compares a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
-    plan = make_plan(base, adapters, Options(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed))
+    options = Options(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed, rename=rename)
+    plan = make_plan(base, adapters, options)
     differences = [Difference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
     arrays, done = NumpyArrays(), 0
     outputs = _sampled(list(plan.outputs()), sample)

@@ -7,7 +7,7 @@ read when a base of its family is bound, and no other file is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,26 @@ def _of_type(model_type: str) -> Architecture | None:
         if listed and f'"{model_type}"' in listed[1]:
             return load(file)
     return None
+
+
+def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
+    """The families with a naming in which one of these names is a stack of experts, whatever stands before it."""
+    tails = {shape_of(name).rpartition(".#.")[2] for name in names}
+    for file in _files_with_stacks():
+        architecture = _loaded(file)
+        stacks = {t.rpartition(".#.")[2] for naming in architecture.namings for t in architecture.templates(naming)}
+        if tails & stacks:
+            yield architecture
+
+
+@cache
+def _loaded(path: Path) -> Architecture:
+    return load(path)
+
+
+@cache
+def _files_with_stacks() -> tuple[Path, ...]:
+    return tuple(file for file in sorted(folder().glob("*.toml")) if b"stacked = true" in file.read_bytes())
 
 
 def load(path: Path) -> Architecture:

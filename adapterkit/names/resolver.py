@@ -164,7 +164,7 @@ def _by_renames(
         else:
             left.append((target, name))
     resolution.rules += [Rule("user", text, count) for text, count in counts.items()]
-    unused = [rename.text for rename in renames if rename.text not in counts]
+    unused = [each.text for each in renames if not any(each.apply(target) is not None for target in targets)]
     if unused and not partial:
         raise TargetNotFound(
             f"the rule {unused[0]!r} matches no target", where=targets[0] if targets else None,
@@ -232,8 +232,12 @@ class _Known:
     def __init__(self, base: Names, architecture: Architecture) -> None:
         self.base, self.architecture = base, architecture
         self.shapes = _shapes(base)
-        self.prefixes = {naming: self._prefix(naming) for naming in architecture.namings}
         self.counts: dict[str, int] = {}
+        templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
+        covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
+        # A base that has the names of one naming as they are needs no prefix; looking for one could only mislead.
+        plain = any(2 * count > len(templates[naming]) for naming, count in covered.items())
+        self.prefixes = {n: ("", "") if plain else self._prefix(known) for n, known in templates.items()}
 
     def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
         """Every distinct way to place a name, with the namings that it goes from and to."""
@@ -249,11 +253,10 @@ class _Known:
                 break
         return found
 
-    def _prefix(self, naming: str) -> tuple[str, str]:
+    def _prefix(self, templates: Sequence[str]) -> tuple[str, str]:
         """What the base has taken off the names of a naming, or put before them: a model saved without its head."""
-        templates = list(self.architecture.templates(naming))
         best, most = ("", ""), sum(template in self.shapes for template in templates)
-        trials = {(off, on) for template in templates for off, on in _ends(template, self.shapes)}
+        trials = {(off, on) for template in templates for off, on in _ends(template, self.shapes) if "#" not in off}
         for off, on in sorted(trials):
             count = sum(_swap(template, off, on) in self.shapes for template in templates)
             if count > most:
@@ -315,8 +318,10 @@ def _variants(name: str) -> Iterator[str]:
 
 def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits) -> Left:
     """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it."""
-    templates = {template: _ends(template, _shapes(base)) for template in {_template(name) for _, name in left}}
+    templates = _trials(left, base)
     prefixes = {off for trials in templates.values() for off, _ in trials}
+    # A place that another target has already is no place for this one: an encoder's layers are not the decoder's.
+    taken = {move.path for moves in resolution.moves.values() for move in moves}
     rest = left
     for off in sorted(prefixes, key=lambda prefix: (-prefix.count("."), prefix)):
         group = [(target, name) for target, name in rest if name.startswith(off)]
@@ -325,7 +330,7 @@ def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool,
         ours = sorted({_template(name) for _, name in group})
         tried = {on: 0 for template in ours for prefix, on in sorted(templates[template]) if prefix == off}
         for on in tried:
-            tried[on] = sum(_lands(target, name, off, on, base) for target, name in group)
+            tried[on] = sum(_lands(target, name, off, on, base, taken) for target, name in group)
         full = [on for on, count in tried.items() if count == len(group)]
         if len(full) > 1:
             full = [on for on in full if all(fits(target, _swap(name, off, on)) for target, name in group)] or full
@@ -340,34 +345,52 @@ def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool,
             continue
         on, placed = full[0], 0
         for target, name in group:
-            if _lands(target, name, off, on, base):
+            if _lands(target, name, off, on, base, taken):
                 resolution.moves[target] = (Move(_swap(name, off, on)),)
                 placed += 1
+        taken.update(resolution.moves[target][0].path for target, _ in group if target in resolution.moves)
         resolution.prefixes.append((off, on))
         resolution.rules.append(Rule("prefix", f"{off or '(none)'} -> {on or '(none)'}", placed))
         rest = [(target, name) for target, name in rest if target not in resolution.moves]
     return rest
 
 
-def _lands(target: str, name: str, off: str, on: str, base: Names) -> bool:
-    return base.has(_swap(name, off, on), target)
+def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
+    """Template of a name -> the changes of prefixes to try; a number in a prefix must be the same in all names."""
+    names: dict[str, list[str]] = {}
+    for _, name in left:
+        names.setdefault(_template(name), []).append(name)
+    found: dict[str, set[tuple[str, str]]] = {}
+    for template, several in names.items():
+        found[template] = set()
+        for off, on in _ends(template, _shapes(base)):
+            words = off.count(".")
+            fronts = {".".join(name.split(".", words)[:words]) + "." for name in several} if "#" in off else {off}
+            if len(fronts) == 1:
+                found[template].add((fronts.pop(), on))
+    return found
+
+
+def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collection[str]) -> bool:
+    path = _swap(name, off, on)
+    return path not in taken and base.has(path, target)
 
 
 def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
     """Changes of prefixes that make one template another: their longest common end stays.
 
-    A prefix has no layer's number in it, and the word before the first number stays: only what holds a model's
-    layers is renamed, not the layers.
+    A prefix that is exchanged has no layer's number in it, and the word before the first number stays: only what holds
+    a model's layers is renamed, not the layers.
     """
     words = template.split(".")
     keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)
     found = set()
-    for cut in range(min(keep + 2, len(words))):
-        end = ".".join(words[cut:])
+    for cut in range(len(words)):
+        end = shape_of(".".join(words[cut:]))
         for shape in _ending(shapes).get(end, ()):
-            on = shape[: len(shape) - len(end)]
-            off = template[: len(template) - len(end)]
-            # A model that is nothing but its layers has no word before their numbers: there all before it may go.
+            on = "".join(f"{word}." for word in shape.split(".")[: shape.count(".") + 1 - (len(words) - cut)])
+            off = "".join(f"{word}." for word in words[:cut])
+            # A part of a model, such as one layer of it, has no word before its own names: there all of it may go.
             whole = cut <= keep or not on
             if whole and "#" not in on and (not on or not off or on.split(".")[-2] != off.split(".")[-2]):
                 found.add((off, on))
@@ -385,7 +408,7 @@ def _ending(shapes: Mapping[str, str]) -> dict[str, list[str]]:
         for shape in shapes:
             words = shape.split(".")
             for cut in range(len(words)):
-                ends.setdefault(".".join(words[cut:]), []).append(shape)
+                ends.setdefault(shape_of(".".join(words[cut:])), []).append(shape)
         _ENDINGS.clear()
         known = _ENDINGS[id(shapes)] = (shapes, ends)
     return known[1]

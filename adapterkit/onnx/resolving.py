@@ -194,12 +194,35 @@ def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, Fo
 
 def spots_of(model: ir.Model) -> list[Spot]:
     """Every layer of a graph, in graphs inside nodes too."""
+    nodes = list(nodes_of(model))
+    containers = _containers(nodes)
     spots = []
-    for node in nodes_of(model):
+    for node in nodes:
         for kind in kinds_of(node):
             stored = tuple(sources(kind.operand_of(node)))
-            spots.append(Spot(node, kind, _names(node, kind, stored), _seen(node, kind), stored))
+            spots.append(Spot(node, kind, _names(node, kind, stored, containers), _seen(node, kind), stored))
     return spots
+
+
+def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
+    """Module path in the names of nodes -> the prefix that it has in the names of parameters.
+
+    torch's older exporter names nodes after the modules that are called: a ModuleList or ModuleDict, which is not
+    called itself, is missing from `/self_attn/q_proj/Add`. The parameters that kept their names, such as
+    `layers.0.self_attn.q_proj.bias`, tell it. A path with two prefixes is left out: it proves nothing.
+    """
+    found: dict[str, set[str]] = {}
+    for node in nodes:
+        path = (node.name or "").rpartition("/")[0].strip("/").replace("/", ".")
+        for value in node.inputs if path else ():
+            if value is None or value.name is None or value.producer() is not None or not is_constant(value):
+                continue
+            module = value.name.rpartition(".")[0]
+            if module == path or module.endswith(f".{path}"):
+                words = path.split(".")
+                for stop in range(1, len(words) + 1):
+                    found.setdefault(".".join(words[:stop]), set()).add(module.removesuffix(path))
+    return {path: next(iter(prefixes)) for path, prefixes in found.items() if len(prefixes) == 1}
 
 
 def _refuse(adapter: Adapter) -> None:
@@ -217,7 +240,9 @@ def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
     return (second, first, *rest) if kind.turns(node) else (first, second, *rest)
 
 
-def _names(node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value]) -> dict[str, tuple[str, ...]]:
+def _names(
+    node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value], containers: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
     if issubclass(kind, Recurrent):
         said = kind.name(node)
         return {} if said is None else {"path": (said,)}
@@ -225,7 +250,7 @@ def _names(node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value]) -> dict
         "scopes": () if is_norm(node) else _scope_names(node),
         "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
         "initializer": tuple(_MARK.sub(".weight", value.name) for value in stored if value.name),
-        "path": _path_names(node.name or ""),
+        "path": _path_names(node.name or "", containers),
     }
     return {method: said for method, said in names.items() if said}
 
@@ -234,11 +259,14 @@ def _scope_names(node: ir.Node) -> tuple[str, ...]:
     return tuple(f"{module}.weight" for module in listed(node.metadata_props.get(SCOPES))[-2:-1] if module)
 
 
-def _path_names(name: str) -> tuple[str, ...]:
+def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
     if not name.startswith("/") or not _OPERATION.search(name):
         return ()
     path = _OPERATION.sub("", name).strip("/").replace("/", ".")
-    return (f"{path}.weight",) if path else ()
+    words = path.split(".")
+    above = (".".join(words[:stop]) for stop in range(len(words), 0, -1))
+    prefix = next((containers[each] for each in above if each in containers), "")
+    return (f"{prefix}{path}.weight",) if path else ()
 
 
 Known = dict[str, tuple[str, list[Spot]]]

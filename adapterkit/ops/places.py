@@ -10,6 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, Target
+from ..binding.by_expert import by_expert
 from ..errors import ShapeMismatch, UsageError, nearest
 from ..tensors.checkpoint import opened
 from ..updates import Additive
@@ -110,6 +111,8 @@ def places(
         raise UsageError("no adapter was given", cure="Name at least one")
     base = None if base is None else opened(base)
     read = _in_one_naming([_opened(adapter, base) for adapter in adapters])
+    if base is None and len(read) > 1:
+        read = by_expert(read)
     if lower is not None:
         read = [additive(adapter, base, lower) for adapter in read]
     if not disjoint:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .dtypes import DTYPES, DType
-from .lazy import Lazy, as_array, bytes_of
+from .lazy import Lazy, Span, as_array, bytes_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,8 +49,14 @@ def part(leaf: Lazy, start: int, stop: int, axis: int = 0) -> Lazy:
 
 
 def item(leaf: Lazy, index: int) -> Lazy:
-    """One of what is stacked along the first axis."""
-    return leaf.map(lambda a: a[index], leaf.shape[1:])
+    """One of what is stacked along the first axis; of a tensor in a file, no more than that one is read."""
+    shape = leaf.shape[1:]
+    count = math.prod(shape)
+    span = None
+    if leaf.span is not None:
+        size = count * leaf.dtype.itemsize
+        span = Span(leaf.span.path, leaf.span.offset + index * size, size)
+    return Lazy(shape, leaf.dtype, lambda: leaf.read(index * count, count), span)
 
 
 def joined(leaves: Sequence[Lazy], axis: int = 0) -> Lazy:

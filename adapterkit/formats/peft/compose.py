@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...methods.ia3 import IA3
+from .experts import as_written
 from .families import family_of_type
 from .hints import Hints, fingerprint
 from .modules import copy_fields, family_fields, ia3_fields, lora_fields, token_fields
@@ -47,6 +48,8 @@ def configs(
 ) -> Iterator[dict[str, Any]]:
     """What was read; the same with other ranks and alphas; the same with other lists of modules as well."""
     read = hints.config if hints.config.get("peft_type") == peft_type else {}
+    if any(target.stacked for target in updates):
+        read = as_written(read)
     named = _base_fields(adapter, hints)
     family = family_of_type(peft_type)
     as_read = bool(read) and hints.targets == fingerprint(updates)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -28,9 +29,11 @@ READ = {
     "feedforward_modules": "IA3: modules whose inputs are scaled",
     "init_lora_weights": "whether the base was changed when the adapter was made; pissa and olora: laws of their own",
     "kasa_config": "the law is KaSA's",
+    "lora_B_layout": "Unsloth's mark: the order of the columns of lora_B of stacked experts",
     "lora_alpha": "scaling = lora_alpha / r",
     "lora_bias": "the adapter carries a bias of its own",
     "peft_type": "which law",
+    "peft_version": "before 0.19, lora_A and lora_B of stacked experts changed places",
     "r": "rank",
     "rank_pattern": "rank of the modules it matches",
     "target_parameters": "names of the parameters of stacked experts, in no order",
@@ -62,7 +65,6 @@ HARMLESS = {
     "merge_weights": "before 0.3: when to fold; the sum is the same",
     "modules_to_save": "which modules were trained whole; those are in the file",
     "monteclora_config": "noise in training; without it the law is plain LoRA's",
-    "peft_version": "who wrote the file",
     "qalora_group_size": "setting of use_qalora",
     "revision": "revision of the base",
     "runtime_config": "settings of one process",
@@ -78,6 +80,17 @@ REFUSED = {
     "use_qalora": "QA-LoRA averages groups of inputs before A",
 }
 """Fields that must be off, with the reason."""
+
+TOOLS = {
+    "_from_model_config": "transformers: whether a generation config was derived from the model's",
+    "lora_dtype": "ms-swift: element type in training; the file has its own",
+    "lorap_emb_lr": "ms-swift: learning rate of LoRA+",
+    "lorap_lr_ratio": "ms-swift: learning rate of LoRA+",
+    "swift_type": "ms-swift: its name for peft_type",
+    "transformers_version": "transformers: its release",
+    "unsloth_version": "Unsloth: its release",
+}
+"""Fields that other tools add and that change nothing, whatever their values."""
 
 PLAIN_INIT = ("eva", "gaussian", "mica", "orthogonal")
 """Initialisations that leave the base as it is."""
@@ -166,7 +179,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     feedforward_modules: list[str] | str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    lora_B_layout: Literal["rank_major", "grouped_by_expert"] | None = None
+    peft_version: str | None = None
+    auto_mapping: Any = None
     own: Any = None
+
+    @property
+    def unsloth(self) -> bool:
+        """Whether the config shows that Unsloth wrote it, or that its base is one of Unsloth's copies."""
+        return written_by_unsloth(
+            {"auto_mapping": self.auto_mapping, "base_model_name_or_path": self.base_model_name_or_path}
+        )
+
+    def before(self, release: tuple[int, int]) -> bool:
+        """Whether an older release of PEFT than this wrote the file; False where the config does not say."""
+        return parse_version(self.peft_version) < release
 
     @property
     def residual(self) -> str:
@@ -189,18 +216,22 @@ def peft_types() -> tuple[str, ...]:
     return tuple(sorted((*PEFT_TYPES, *(family.peft_type for family in FAMILIES.values()))))
 
 
-def parse(config: Mapping[str, Any]) -> Settings:
-    """The typed settings of a config.
+def parse(config: Mapping[str, Any], *, strict: bool = False) -> Settings:
+    """Check every field of a config and return the typed settings.
+
+    Args:
+        config: the decoded adapter_config.json.
+        strict: refuse every field that PEFT does not have, also the harmless ones.
 
     Raises:
         Malformed: a field is not of its type.
-        Unsupported: a field asks for what this version does not know.
+        Unsupported: a field is set to something that may change the maths and that this version does not know.
     """
     _check_type(config)
     family = family_of_type(config["peft_type"])
     for name, value in config.items():
         if family is None or name not in {**family.read, **family.harmless}:
-            _check_field(name, value)
+            _check_field(name, value, strict)
     own_fields = {"own"} if family is None else {"own", *family.own.__struct_fields__}
     common = {*Settings.__struct_fields__} - own_fields
     known = {name: value for name, value in config.items() if name in common}
@@ -214,6 +245,19 @@ def parse(config: Mapping[str, Any]) -> Settings:
     _check_init(settings.init_lora_weights)
     _check_laws(settings)
     return settings
+
+
+def written_by_unsloth(config: Mapping[str, Any]) -> bool:
+    """Whether a config shows that Unsloth wrote it, or that its base is one of Unsloth's copies."""
+    mapping = config.get("auto_mapping")
+    marked = isinstance(mapping, Mapping) and bool(mapping.get("unsloth_fixed"))
+    return marked or str(config.get("base_model_name_or_path") or "").startswith("unsloth/")
+
+
+def parse_version(version: str | None) -> tuple[int, ...]:
+    """The first two numbers of a release of PEFT, such as (0, 18); a very large one where it is not said."""
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(found[1]), int(found[2])) if found else (1 << 30,)
 
 
 def names_module(target_modules: Iterable[str] | str | None, path: str) -> bool:
@@ -236,13 +280,47 @@ def _check_type(config: Mapping[str, Any]) -> None:
         raise Unsupported(f"PEFT's {found} is not known to this version", where="peft_type", cure=known)
 
 
-def _check_field(name: str, value: Any) -> None:
-    if not value or name in READ or name in HARMLESS:
+def unknown_fields(config: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that are set and that PEFT does not have, sorted; `parse` has found them harmless."""
+    family = family_of_type(config["peft_type"])
+    known = READ.keys() | HARMLESS.keys() | REFUSED.keys()
+    if family is not None:
+        known = known | family.read.keys() | family.harmless.keys()
+    return sorted(name for name, value in config.items() if value and name not in known)
+
+
+def _check_field(name: str, value: Any, strict: bool) -> None:
+    if name in READ or name in HARMLESS:
         return
     if name in REFUSED:
-        raise Unsupported(f"{REFUSED[name]}; not known to this version", where=name, cure=_WITH_PEFT)
-    why = f"a field that this version does not know, set to {str(value)[:60]}: it may change the maths"
-    raise Unsupported(why, where=name, cure="Upgrade adapterkit, or take the field out if it is known to be harmless")
+        if value:
+            raise Unsupported(f"{REFUSED[name]}; not known to this version", where=name, cure=_WITH_PEFT)
+        return
+    if strict:
+        why = "a field that PEFT does not have"
+        cure = "Leave --strict (strict=True) out to accept the fields that cannot change the maths"
+        raise Unsupported(why, where=name, cure=cure)
+    if value and name not in TOOLS and not _is_marker(name, value):
+        why = f"a field that this version does not know, set to {str(value)[:60]}: it may change the maths"
+        raise Unsupported(
+            why, where=name, cure="Upgrade adapterkit, or take the field out if it is known to be harmless"
+        )
+
+
+def _is_marker(name: str, value: Any) -> bool:
+    """Whether an unknown field only records who wrote the file, when, or in which run.
+
+    Text counts by the field's name or by its own form: a release, a date, a digest. Other text does not: Unsloth's
+    `lora_B_layout` has the values `rank_major` and `grouped_by_expert`, which are two orders of the same numbers
+    (unslothai/unsloth-zoo#1232). Numbers and true never count. Lists and dicts count if everything in them does.
+    """
+    if isinstance(value, Mapping):
+        return all(not inner or _is_marker(str(key), inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(not inner or _is_marker(name, inner) for inner in value)
+    if not isinstance(value, str):
+        return False
+    return _RECORD.fullmatch(name) is not None or _STAMP.fullmatch(value) is not None
 
 
 def _check_laws(settings: Settings) -> None:
@@ -275,6 +353,19 @@ def _check_init(value: bool | str | None) -> None:
         )
     raise Unsupported(f"an unknown initialisation {value!r}", where="init_lora_weights", cure=_WITH_PEFT)
 
+
+_RECORD = re.compile(
+    r"(?i)(?:.*_)?(?:version|uuid|run|(?:run|job|trial|experiment|session|commit)_id|commit|sha\d*|hash|digest|date|timestamp"
+    r"|(?:created|saved|trained|written|exported|generated)_(?:at|on|by|with)|author|user|project|experiment|license"
+    r"|description|comments?|notes?|tags?)"
+)
+"""Names of fields whose text is bookkeeping."""
+
+_STAMP = re.compile(
+    r"v?\d+\.\d+\.\d+[\w.+-]*"  # a release: 0.18.1.dev0
+    r"|\d{4}-\d\d-\d\d(?:[T ][\d:.,]+(?:Z|[+-]\d\d:?\d\d)?)?"  # a date, with or without the time
+    r"|(?i:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})"  # a UUID or a digest
+)
 
 _APART = ("lora_bias", "target_parameters")
 _REWRITE = "Write the adapter again with PEFT"

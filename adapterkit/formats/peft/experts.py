@@ -2,21 +2,42 @@
 
 A file says `experts.lora_A` and `experts.base_layer.lora_A`, not which parameter each belongs to: PEFT wraps the module
 once a parameter, in the order in which the module declares them. The config has the names, the shapes tell the rest.
+
+Files differ in two ways that their keys do not show:
+
+* PEFT before 0.19 takes every stack for `[expert, in, out]`. Nearly all models store `[expert, out, in]`: there lora_A
+  has the outputs and lora_B the inputs (peft #3165).
+* Columns of lora_B: PEFT puts the expert fastest (`rank_major`). Unsloth's training read them expert slowest
+  (`grouped_by_expert`) until September 2026, and wrote no marker (unsloth-zoo #1232, #1269).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import permutations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
-from .config import names_module
+from ...names.layouts import stored_in_out
+from ...tensors.lazy import Lazy, bytes_of
+from .config import names_module, parse_version, written_by_unsloth
 from .factors import Factors, adapt, check_rank
 from .file import File, Findings, Found
 
 if TYPE_CHECKING:
-    from ...tensors.lazy import Lazy
+    import numpy as np
+
+    from ...tensors.lazy import Buffer, Shape
+
+RANK_MAJOR, GROUPED, PEFT_0_18 = "rank_major", "grouped_by_expert", "peft_0.18"
+
+ORDERS = frozenset({RANK_MAJOR, GROUPED, PEFT_0_18})
+"""What `experts_order` may say of a file; the first two are also what `lora_B_layout` in a config says."""
+
+SWAPPED_BEFORE = (0, 19)
+"""The first release of PEFT that reads the axes of a stack in the order in which the model uses them."""
 
 MAX_NAMES = 6
 """Adapted parameters of one module; real ones have two."""
@@ -44,14 +65,69 @@ def decode(file: File, factors: Iterable[Factors]) -> Findings:
     for path, group in modules.items():
         for each in group:
             _check_matrices(each)
-        for each, name in zip(group, _assign(file, path, group), strict=True):
-            yield _parameter(file, each, f"{path}.{name}")
+        names = _assign(file, path, group)
+        sizes = {name: _size(file, each, f"{path}.{name}") for each, name in zip(group, names, strict=True)}
+        related = _related(sizes)
+        for each, name in zip(group, names, strict=True):
+            yield _parameter(file, each, f"{path}.{name}", None if related is None else related == "swapped")
 
 
-def stack(B: Lazy, experts: int) -> Lazy:
-    """PEFT's [out, r * e], expert fastest, as [e, out, r]."""
+def stack(B: Lazy, experts: int, order: str = RANK_MAJOR) -> Lazy:
+    """PEFT's [out, r * e] as [e, out, r].
+
+    Args:
+        B: all experts' columns side by side.
+        experts: how many.
+        order: `rank_major`, expert fastest, or `grouped_by_expert`, expert slowest.
+    """
     out, r = B.shape[0], B.shape[1] // experts
-    return B.map(lambda b: b.reshape(out, r, experts).transpose(2, 0, 1), (experts, out, r))
+    if order == GROUPED:
+        return _by_expert(B, (experts, out, r), lambda b, e: b.reshape(out, experts, r)[:, e].transpose(1, 0, 2))
+    return _by_expert(B, (experts, out, r), lambda b, e: b.reshape(out, r, experts)[:, :, e].transpose(2, 0, 1))
+
+
+def stack_swapped(A: Lazy, B: Lazy, experts: int, order: str) -> tuple[Lazy, Lazy]:
+    """[e, r, in] and [e, out, r] of factors that PEFT before 0.19 made for the transposed weight.
+
+    Args:
+        A: [r * e, out], expert slowest.
+        B: [in, r * e].
+        experts: how many.
+        order: of B's columns, as in `stack`.
+    """
+    (rows, out), in_ = A.shape, B.shape[0]
+    r = rows // experts
+    axes = (in_, experts, r) if order == GROUPED else (in_, r, experts)
+    forward = (1, 2, 0) if order == GROUPED else (2, 1, 0)
+
+    def inputs(b: Any, e: slice) -> Any:
+        return b.reshape(axes).transpose(forward)[e]
+
+    def outputs(a: Any, e: slice) -> Any:
+        return a.reshape(experts, r, out)[e].swapaxes(1, 2)
+
+    return _by_expert(B, (experts, r, in_), inputs), _by_expert(A, (experts, out, r), outputs)
+
+
+def _by_expert(leaf: Lazy, shape: Shape, take: Callable[[Any, slice], Any]) -> Lazy:
+    """A stack whose experts lie scattered over a tensor; of whole experts, only theirs are put in order."""
+    each = math.prod(shape[1:])
+
+    def part(first: int, count: int) -> Buffer:
+        start, stop = first // each, -(-(first + count) // each)
+        size, skipped = leaf.dtype.itemsize, first - start * each
+        return bytes_of(take(_values(leaf), slice(start, stop)))[skipped * size : (skipped + count) * size]
+
+    return Lazy(shape, leaf.dtype, lambda: part(0, math.prod(shape)), part=part)
+
+
+@lru_cache(maxsize=4)
+def _values(leaf: Lazy) -> np.ndarray[Any, Any]:
+    """The numbers of a factor, kept for the next expert: one expert's columns are all over the file.
+
+    A merge into a base of one tensor an expert asks for the slices one after another, of two parameters in turn.
+    """
+    return leaf.numpy()
 
 
 def unstack(B: Lazy) -> Lazy:
@@ -60,7 +136,7 @@ def unstack(B: Lazy) -> Lazy:
     return B.map(lambda b: b.transpose(1, 2, 0).reshape(out, r * experts), (out, r * experts))
 
 
-def _parameter(file: File, factors: Factors, path: str) -> Found:
+def _parameter(file: File, factors: Factors, path: str, swaps: bool | None) -> Found:
     rank = file.settings.rank(path)
     experts = max(factors.A.shape[0] // rank, 1)
     check_rank(factors, rank, experts)
@@ -68,9 +144,68 @@ def _parameter(file: File, factors: Factors, path: str) -> Found:
     shape = file.base_shape(path)
     if experts == 1 and (shape is None or len(shape) == 2):
         return Found(path, adapt(file.settings, path, {"A": factors.A, "B": factors.B}), keys)
-    tensors = {"A": factors.A.reshape(experts, rank, factors.A.shape[1]), "B": stack(factors.B, experts)}
+    order = _order(file, factors, experts, rank)
+    if file.compat == PEFT_0_18 or _swaps(file, factors, path, shape, swaps):
+        A, B = stack_swapped(factors.A, factors.B, experts, order)
+        return Found(path, adapt(file.settings, path, {"A": A, "B": B}), keys, "e out *in")
+    tensors = {
+        "A": factors.A.reshape(experts, rank, factors.A.shape[1]), "B": stack(factors.B, experts, order)
+    }  # fmt: skip
     turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0]) != shape[:0:-1]
     return Found(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
+
+
+def _order(file: File, factors: Factors, experts: int, rank: int) -> str:
+    """The order of lora_B's columns.
+
+    Raises:
+        UsageError: Unsloth wrote the file and did not say which.
+    """
+    settings = file.settings
+    if file.compat in ORDERS:
+        return GROUPED if file.compat == GROUPED else RANK_MAJOR
+    if settings.lora_B_layout is not None:
+        return settings.lora_B_layout
+    if settings.unsloth and experts > 1 and rank > 1:
+        raise UsageError(
+            f"Unsloth wrote this adapter without lora_B_layout: columns of {list(factors.B.shape)} are rank_major "
+            "(PEFT's order, and Unsloth's since September 2026) or grouped_by_expert (Unsloth's before)",
+            where=factors.keys["B"].text,
+            cure="Say which with --experts-order grouped_by_expert or --experts-order rank_major (experts_order=)",
+        )
+    return RANK_MAJOR
+
+
+def _swaps(file: File, factors: Factors, path: str, shape: Shape | None, related: bool | None) -> bool:
+    """Whether lora_A has the outputs and lora_B the inputs, as PEFT before 0.19 wrote them.
+
+    Args:
+        file: the file.
+        factors: of one parameter.
+        path: the parameter.
+        shape: the parameter's in the base, if known.
+        related: what the shapes of gate_up_proj and down_proj together say; None where they say nothing.
+
+    Raises:
+        UsageError: PEFT before 0.19 wrote it, and only the base would tell.
+    """
+    if related is not None:
+        return related
+    sides, old = (factors.A.shape[1], factors.B.shape[0]), file.settings.before(SWAPPED_BEFORE)
+    if shape is None:
+        if old and file.compat is None:
+            raise UsageError(
+                "PEFT before 0.19 wrote this: lora_A has the inputs if the model stores experts as [expert, in, out] "
+                "(gpt-oss), and the outputs if it stores them as [expert, out, in] (nearly all others)",
+                where=factors.keys["A"].text,
+                cure="Pass --base (base=), or --experts-order rank_major for inputs in lora_A, peft_0.18 for outputs "
+                "(experts_order=)",
+            )
+        return False
+    in_out = stored_in_out(path, None if file.base is None else file.base.config)
+    if shape[1:] == sides[::-1] != sides:
+        return False
+    return not in_out and (old or (in_out is False and sides[0] != sides[1]))
 
 
 def _check_matrices(factors: Factors) -> None:
@@ -109,9 +244,13 @@ def _assign(file: File, path: str, group: Sequence[Factors]) -> tuple[str, ...]:
 
 def _fits(file: File, path: str, group: Sequence[Factors], names: Sequence[str]) -> bool:
     sizes = {name: _size(file, each, f"{path}.{name}") for each, name in zip(group, names, strict=True)}
-    if None in sizes.values() or len({size[0] for size in sizes.values() if size}) > 1:
+    if None in sizes.values():
         return False
-    return all(_fits_base(file, f"{path}.{name}", size) for name, size in sizes.items() if size) and _fits_gate(sizes)
+    shapes = {name: file.base_shape(f"{path}.{name}") for name in _names(file, path)}
+    if any(shapes.values()):
+        # Where the base has any of these parameters, it has all: what it does not have, the file cannot mean.
+        return all(_fits_base(shapes[name], size) for name, size in sizes.items() if size)
+    return len({size[0] for size in sizes.values() if size}) == 1 and _fits_gate(sizes)
 
 
 def _size(file: File, factors: Factors, path: str) -> tuple[int, int, int] | None:
@@ -121,17 +260,29 @@ def _size(file: File, factors: Factors, path: str) -> tuple[int, int, int] | Non
     return None if rest or rows != columns else (experts, out, in_)
 
 
-def _fits_base(file: File, path: str, size: tuple[int, int, int]) -> bool:
-    shape, (experts, out, in_) = file.base_shape(path), size
-    if shape is None:
-        return True
+def _fits_base(shape: Shape | None, size: tuple[int, int, int]) -> bool:
+    experts, out, in_ = size
     return shape in ((experts, out, in_), (experts, in_, out)) or (experts == 1 and shape == (out, in_))
 
 
 def _fits_gate(sizes: dict[str, tuple[int, int, int] | None]) -> bool:
     """Whether gate and up together are twice as wide as what down reads, and read what down writes."""
     gate_up, down = (sizes.get(name) for name in IN_ORDER)
-    return not gate_up or not down or (gate_up[1] == 2 * down[2] and gate_up[2] == down[1])
+    return not gate_up or not down or _related(sizes) is not None
+
+
+def _related(sizes: Mapping[str, tuple[int, int, int] | None]) -> str | None:
+    """`straight` or `swapped`, as the shapes of gate_up_proj and down_proj prove; None where they do not.
+
+    No shapes fit both: that would take a width that is twice itself.
+    """
+    gate_up, down = (sizes.get(name) for name in IN_ORDER)
+    if not gate_up or not down:
+        return None
+    (_, out, in_), (_, down_out, down_in) = gate_up, down
+    if (out, in_) == (2 * down_in, down_out):
+        return "straight"
+    return "swapped" if (in_, out) == (2 * down_out, down_in) else None
 
 
 def told_apart(names: Sequence[str]) -> bool:
@@ -143,3 +294,16 @@ def depths(names: Sequence[str]) -> Iterator[tuple[str, int]]:
     """Parameter -> wrappers around it, for a module of which all these are adapted; the first declared is innermost."""
     ordered = sorted(names, key=lambda name: (IN_ORDER.index(name) if name in IN_ORDER else -1, name))
     return ((name, len(ordered) - 1 - position) for position, name in enumerate(ordered))
+
+
+def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config for tensors as `unstack` orders them, which is what PEFT reads since 0.19.
+
+    PEFT does not know `lora_B_layout`: a mark of another order would leave it with the wrong experts, without a word.
+    """
+    config = dict(config)
+    if "lora_B_layout" in config or written_by_unsloth(config):
+        config["lora_B_layout"] = RANK_MAJOR
+    if parse_version(config.get("peft_version")) < SWAPPED_BEFORE:
+        config["peft_version"] = None
+    return config

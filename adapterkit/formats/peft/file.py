@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ...binding.fitting import live_shape
 from ...methods import METHODS
 from ...updates import Update
 from .._format import FORMULA
@@ -104,11 +105,14 @@ class Kept:
 
 
 def base_shape(base: Checkpoint, name: str) -> Shape | None:
-    """The shape of a tensor of a base, found by its name or by the one name that ends with it."""
+    """The shape that a live model's tensor has, by its name in a base, the one name that ends with it, or its family.
+
+    A base may store in parts what a live model has in one tensor: then the parts tell its shape.
+    """
     if name in base.tensors:
         return base.tensors[name].shape
     longer = [tensor.shape for other, tensor in base.tensors.items() if other.endswith(f".{name}")]
-    return longer[0] if len(longer) == 1 else None
+    return longer[0] if len(longer) == 1 else live_shape(base, name)
 
 
 Findings = Iterator[Found | Kept]

@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
     "mamba_dt_rank": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "pooler_output_size": 32, "query_pre_attn_scalar": 8,
     "sliding_window": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "laurel_rank": 4,
     "index_head_dim": 8, "index_n_heads": 2, "index_topk": 4, "resampler_n_latents": 4, "mm_tokens_per_image": 4,
-    "pixel_shuffle_ratio": 0.5, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "max_window_layers": 1,
+    "pixel_shuffle_ratio": 0.5,  "max_window_layers": 1,
     "rotary_dim": 4, "num_global_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "moe_latent_size": None,
 }  # fmt: skip
@@ -45,12 +45,22 @@ TOKENS = (
 )  # fmt: skip
 
 OWN: dict[str, dict[str, Any]] = {
+    "longcat_flash": {"zero_expert_num": 2},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "esm": {"vocab_size": 96},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": [2, 2], "num_shared_expert": [1, 1]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "bloom": {"hidden_size": 32},
     "falcon": {"num_kv_heads": 4, "ffn_hidden_size": 48},
     "mpt": {"expansion_ratio": 2},
     "xlm": {"emb_dim": 32, "n_words": 96},
     "ctrl": {"n_embd": 32, "dff": 48},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "phi3": {"original_max_position_embeddings": 64},
     "qwen2_moe": {"decoder_sparse_step": 1},
     "qwen3_moe": {"decoder_sparse_step": 1},
@@ -64,7 +74,7 @@ OWN: dict[str, dict[str, Any]] = {
     "llama4_text": {
         "interleave_moe_layer_step": 1,
         "intermediate_size": 24,
-        "moe_layers": None,
+        "moe_layers": [0, 1],
         "no_rope_layers": [1, 0],
     },
     "mllama_text_model": {"cross_attention_layers": [1]},
@@ -84,7 +94,7 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
     "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_layer_end_index": 1, "moe_k": 2, "moe_capacity": [4, 4, 4]},
-    "granitemoehybrid": {"layer_types": ["attention", "mamba"], "mamba_n_groups": 1},
+    "granitemoehybrid": {"layer_types": ["full_attention", "mamba"], "mamba_n_groups": 1},
     "dbrx": {"max_seq_len": 64},
     "llava": {"vision_feature_layer": -1},
     "vipllava": {"vision_feature_layers": [-1, -1]},
@@ -173,6 +183,11 @@ def _shrink(config: PretrainedConfig) -> None:
     for name, value in OWN.get(config.model_type, {}).items():
         if value is not None or not isinstance(getattr(config, name, None), PretrainedConfig):
             _set(config, name, copy.deepcopy(value))
+    if isinstance(getattr(config, "stage_names", None), list):
+        last = len(config.depths) if hasattr(config, "depths") else layers
+        _set(config, "stage_names", ["stem", *(f"stage{n + 1}" for n in range(last))])
+        _set(config, "_out_features", [f"stage{last}"])
+        _set(config, "_out_indices", [last])
     parameters = getattr(config, "rope_parameters", None)
     if isinstance(parameters, dict) and isinstance(parameters.get("mrope_section"), list):
         parameters["mrope_section"] = [1, 1, 2]

@@ -1,0 +1,76 @@
+"""Show where an adapter's targets lie in a base.
+
+BASE is a folder of weights or one weight file, ADAPTER an adapter in any known format. Only headers are read. The rules
+by which the adapter's names became the base's are shown below the table; --rename adds rules of your own. Without an
+adapter, the base's own names are shown with what other tools call them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from . import _options
+from ._render import Table, View, counted, show
+
+
+@click.command(help=__doc__)
+@click.argument("base")
+@click.argument("adapter", required=False)
+@_options.rename
+@_options.allow_partial
+@_options.stating
+@_options.flags
+@click.pass_obj
+def command(
+    settings: _options.Settings, base: str, adapter: str | None, rename: tuple[str, ...], allow_partial: bool
+) -> None:
+    """Runs `adapterkit.binding.tables.name_map`."""
+    from .. import read
+    from ..binding.tables import name_map
+    from ..tensors.checkpoint import opened
+
+    checkpoint = opened(base)
+    given = None if adapter is None else read(adapter, base=checkpoint, **_options.stated())
+    record = name_map(checkpoint, given, rename=rename, partial=allow_partial)
+    show(settings, {**record, "adapter": adapter}, _view)
+
+
+def _view(record: Mapping[str, Any]) -> View:
+    family = f", architecture {record['family']}" if record["family"] else ", no architecture file"
+    yield f"{record['base']}: model_type {record['model_type'] or 'not given'}{family}"
+    if "weights" in record:
+        namings = list(dict.fromkeys(naming for weight in record["weights"] for naming in weight["names"]))
+        rows = [
+            [_numbered(weight["name"]), weight["tensors"], *(_other(weight, naming) for naming in namings)]
+            for weight in record["weights"]
+        ]
+        yield Table(("name", "modules", *namings), rows)
+        return
+    groups: dict[tuple[str, str, str, str], int] = {}
+    for each in record["targets"]:
+        cut = "" if each["rows"] is None else f"[{each['rows'][0]}:{each['rows'][1]}]"
+        layout = "" if each["layout"] == "out *in" else each["layout"]
+        key = _template(each["target"]), _template(each["path"]), cut, layout
+        groups[key] = groups.get(key, 0) + 1
+    yield Table(("adapter", "base", "rows", "layout", "places"), [[*key, count] for key, count in groups.items()])
+    for rule in record["rules"]:
+        yield f"{rule['rule']}: {counted(rule['targets'], 'target')}"
+    if record["missing"]:
+        yield f"not in the base: {', '.join(record['missing'])}"
+
+
+def _other(weight: Mapping[str, Any], naming: str) -> str:
+    name = weight["names"].get(naming, "")
+    return "" if _numbered(re.sub(r"\{[a-z]\}", "#", name)) == _numbered(weight["name"]) else name
+
+
+def _template(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.\[])", "{n}", name)
+
+
+def _numbered(name: str) -> str:
+    return name.replace("#", "{n}")

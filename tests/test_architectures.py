@@ -1,0 +1,183 @@
+"""Architecture files: their form, one to one in every naming, and against what transformers itself stores where."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adapterkit.adapter import Adapter, Target
+from adapterkit.binding import find_sites
+from adapterkit.errors import Malformed
+from adapterkit.methods import METHODS
+from adapterkit.names import architectures, mlx
+from adapterkit.names.architectures import architecture_of, faults, fill, folder, load
+from adapterkit.names.gguf import ARCHITECTURES, OF_MODEL
+from adapterkit.tensors.lazy import from_numpy
+
+LoRA = METHODS["lora"]
+FILES = sorted(folder().glob("*.toml"))
+BASES = json.loads(gzip.decompress((Path(__file__).parent / "data" / "bases.json.gz").read_bytes()))
+NUMBERS = {"{n}": "3", "{m}": "1", "{k}": "2", "{j}": "0", "{e}": "5"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_naming_of_a_file_is_one_to_one_both_ways(file):
+    architecture = load(file)
+    assert architecture.family == file.stem
+    for naming in architecture.namings:
+        for weight in architecture.record.weights:
+            place = architecture.place(weight, naming)
+            if place is not None:
+                found = architecture.find(fill(place.name, NUMBERS), naming)
+                same = [each for each in found if each[1].part == place.part]
+                assert [each[0] for each in same] == [weight]
+                assert fill(place.name, same[0][2]) == fill(place.name, NUMBERS)
+
+
+def test_a_model_type_has_one_file():
+    types = [each for file in FILES for each in load(file).record.model_types]
+    assert len(types) == len(set(types))
+    for file in FILES:
+        for model_type in load(file).record.model_types:
+            assert architecture_of({"model_type": model_type}).family == file.stem
+    for nothing in (None, {}, {"model_type": None}, {"model_type": "../pyproject"}, {"model_type": "no_such_type"}):
+        assert architecture_of(nothing) is None
+
+
+@pytest.mark.parametrize("model_type", BASES)
+def test_an_adapter_of_a_live_model_finds_its_place_in_the_base_as_it_is_stored(model_type):
+    """Rows of B are numbered, so that it shows which part of a target went where."""
+    vector, updates = BASES[model_type], {}
+    for path, each in vector["targets"].items():
+        *lead, out, into = each["shape"]
+        rows = np.arange(np.prod(lead, dtype=int) * out, dtype="f4").reshape(*lead, out, 1)
+        update = LoRA(A=from_numpy(np.zeros((*lead, 1, into), "f4")), B=from_numpy(rows))
+        updates[Target(path, "e out *in" if lead else "out *in")] = (update,)
+    shapes = {name: tuple(shape) for name, shape in vector["base"].items()}
+    bound = find_sites(Adapter(updates), shapes, partial=False, config={"model_type": model_type})
+    found = {}
+    for origin, site in zip(bound.origins, bound.sites, strict=True):
+        stacked = origin.stacked and not site.target.stacked
+        first = int(site.updates[0].B.numpy().ravel()[0])
+        out = vector["targets"][origin.path]["shape"][-2]
+        size = site.updates[0].B.shape[-2]
+        place = (first // out if stacked else None, first % out, first % out + size)
+        where = site.target.rows[0] if site.target.rows else 0
+        found.setdefault(origin.path, set()).add((*place, site.target.path, where))
+    for path, each in vector["targets"].items():
+        expected = {(*piece[:4], piece[5]) for piece in each["pieces"]}
+        if len(each["shape"]) == 3 and each["pieces"][0][0] is None:  # A stack that goes to a stack, whole.
+            expected = {(None, 0, each["shape"][1], piece[3], 0) for piece in each["pieces"]}
+        assert found[path] == expected
+
+
+@pytest.mark.parametrize("model_type", BASES)
+def test_an_adapter_in_stored_names_finds_its_place_in_a_live_model(model_type):
+    """The other way: rows of B are numbered through all stored weights, and must come out where the live ones are."""
+    vector, updates, expected = BASES[model_type], {}, {}
+    first = 0
+    for path, each in vector["targets"].items():
+        *lead, out, into = each["shape"]
+        expected[path] = np.full((*lead, out), -1)
+        for expert, start, stop, other, there, row, of in each["pieces"]:
+            stacked = len(lead) == 1 and expert is None
+            if other not in updates:
+                lead_there = tuple(lead) if stacked or there is not None else ()
+                rows = out if stacked else of
+                ids = np.arange(first, first + np.prod(lead_there, dtype=int) * rows).reshape(*lead_there, rows)
+                first += ids.size
+                B = from_numpy(ids[..., None].astype("f8"))
+                A = from_numpy(np.zeros((*lead_there, 1, into), "f8"))
+                updates[other] = ids, "e out *in" if lead_there else "out *in", LoRA(A=A, B=B)
+            ids = updates[other][0]
+            where = (slice(None),) if stacked else (() if expert is None else (expert,)) + (slice(start, stop),)
+            found = ids if stacked else ids[() if there is None else there][row : row + stop - start]
+            expected[path][where] = found
+    names = {name for path in vector["targets"] for name in (path, f"{path}.weight")}
+    shapes = {name: tuple(vector["live"][name]) for name in names if name in vector["live"]}
+    adapter = Adapter({Target(path, layout): (update,) for path, (_, layout, update) in updates.items()})
+    found = {path: np.full(ids.shape, -1) for path, ids in expected.items()}
+    for site in find_sites(adapter, shapes, partial=False, config={"model_type": model_type}).sites:
+        rows = slice(None) if site.target.rows is None else slice(*site.target.rows)
+        found[site.target.path][..., rows] = site.updates[0].B.numpy()[..., 0]
+    for path, ids in expected.items():
+        np.testing.assert_array_equal(found[path], ids, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("format = 1->format = 2", "format 2"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = "a.{n}" }', "are both"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = "b" }', "holes"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", part = 2, of = 2 } }', "part 2 of 2"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", stacked = true } }', "experts"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", rows = "rope" } }', "both rows and heads"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = { nam = "b.{n}" } }', "nam"),
+        ('vocabulary = ["a.{n}"]->vocabulary = ["c"]', "c is not one of the weights"),
+        ("[weights]->[weight]", "weight"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_the_place(change, why, tmp_path):
+    text = 'format = 1\nfamily = "x"\nmodel_types = ["x"]\nkeyed = ["hub"]\nvocabulary = ["a.{n}"]\n\n[weights]\n'
+    text += '"a.{n}" = {}\n"b.{n}" = {}\n'
+    file = tmp_path / "x.toml"
+    file.write_text(text)
+    assert not list(faults(load(file).record))
+    old, new = change.split("->")
+    file.write_text(text.replace(old, new))
+    with pytest.raises(Malformed, match=why) as raised:
+        load(file)
+    assert raised.value.path == str(file)
+
+
+def test_a_family_that_nothing_names_takes_one_file_and_no_code(tmp_path, monkeypatch):
+    (tmp_path / "zebra.toml").write_text(
+        'format = 1\nfamily = "zebra"\nmodel_types = ["zebra", "zebra_2"]\nkeyed = []\n[weights]\n'
+        '"s.{n}.u.{e}" = { live = { name = "s.{n}.both", stacked = true, part = 0, of = 2 }, hub = "z.{n}.x.{e}.u" }\n'
+        '"s.{n}.g.{e}" = { live = { name = "s.{n}.both", stacked = true, part = 1, of = 2 }, hub = "z.{n}.x.{e}.g" }\n'
+    )
+    monkeypatch.setattr(architectures, "folder", lambda: tmp_path)
+    architectures._of_type.cache_clear()
+    try:
+        rows = np.arange(2 * 6, dtype="f4").reshape(2, 6, 1)
+        update = LoRA(A=from_numpy(np.ones((2, 1, 4), "f4")), B=from_numpy(rows))
+        shapes = {f"z.0.x.{e}.{name}.weight": (3, 4) for e in range(2) for name in "ug"}
+        adapter = Adapter({Target("s.0.both", "e out *in"): (update,)})
+        bound = find_sites(adapter, shapes, partial=False, config={"model_type": "zebra_2"})
+    finally:
+        architectures._of_type.cache_clear()
+    found = {site.weight: site.updates[0].B.numpy().ravel().tolist() for site in bound.sites}
+    assert found == {
+        "z.0.x.0.u.weight": [0, 1, 2], "z.0.x.0.g.weight": [3, 4, 5],
+        "z.0.x.1.u.weight": [6, 7, 8], "z.0.x.1.g.weight": [9, 10, 11],
+    }  # fmt: skip
+    assert [str(rule) for rule in bound.rules] == ["architecture zebra: live -> hub"]
+
+
+@pytest.mark.parametrize("model_type", [each for each in OF_MODEL if architecture_of({"model_type": each})])
+def test_the_tables_of_the_gguf_format_say_the_same(model_type):
+    table, architecture = ARCHITECTURES[OF_MODEL[model_type]], architecture_of({"model_type": model_type})
+    agreed = 0
+    for own, foreign in {**table.pairs, **table.experts}.items():
+        for weight, _, _ in architecture.find(fill(own, NUMBERS), "hub"):
+            place = architecture.place(weight, "gguf")
+            assert place is None or place.name == foreign
+            if place is not None:
+                assert place.stacked == (own in table.experts)
+                assert place.heads == table.turned.get(foreign)
+                agreed += 1
+    assert agreed or "gguf" not in architecture.namings
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"])
+def test_the_tables_of_the_mlx_format_say_the_same(model_type):
+    architecture = architecture_of({"model_type": model_type})
+    agreed = 0
+    for own, stack in mlx.EXPERTS.items():
+        for weight, _, _ in architecture.find(fill(own, NUMBERS), "hub"):
+            assert architecture.place(weight, "mlx").name == stack
+            agreed += 1
+    assert agreed == 3

@@ -1,0 +1,73 @@
+"""Writes tests/data/bases.json.gz: names and shapes of tiny bases, and where each adapted weight of a live model lies.
+
+    python tools/foreign/base_vectors.py
+
+The places are found by values (`architectures/pairing.py`), not from the files that they test. Needs transformers 5.24.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent / "architectures"))
+
+import transformers  # noqa: E402
+from check_bases import experts_of, linears_of  # noqa: E402
+from entries import module_of  # noqa: E402
+from families import FAMILIES  # noqa: E402
+from pairing import live, pair, stored  # noqa: E402
+from tiny import tiny  # noqa: E402
+
+LARGEST = 3_000_000
+"""Parameters of a model that is still compared row by row."""
+
+OUT = ROOT / "tests" / "data" / "bases.json.gz"
+
+
+def vector(model_type: str) -> dict[str, Any]:
+    """Names and shapes of the base and of the live model, and each target's shape there with its pieces.
+
+    A piece is [expert of the target, first row, end of rows, name in the base, its expert, first row there, all rows].
+    """
+    model = tiny(model_type)
+    if sum(parameter.numel() for parameter in model.parameters()) > LARGEST:
+        raise ValueError("its config does not become small")
+    ours, theirs = live(model), stored(model)
+    wanted = {*linears_of(model), *experts_of(model)}
+    targets: dict[str, Any] = {}
+    for a, b in pair(ours, theirs):
+        name = module_of(a.name)
+        if name not in wanted or a.name.endswith(".bias"):
+            continue
+        shape = next(list(ours[each].shape) for each in (f"{name}.weight", name) if each in ours)
+        pieces = targets.setdefault(name, {"shape": shape, "pieces": []})["pieces"]
+        pieces.append([a.expert, a.start, a.stop, module_of(b.name), b.expert, b.start, b.of])
+    shapes = {"base": theirs, "live": ours}
+    found = {side: {name: list(each.shape) for name, each in tensors.items()} for side, tensors in shapes.items()}
+    return {**found, "targets": targets}
+
+
+def main() -> None:
+    """Write the vectors of all model types that can be made."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    found = {}
+    for model_type in sys.argv[1:] or (each for types in FAMILIES.values() for each in types):
+        try:
+            found[model_type] = vector(model_type)
+        except Exception as error:  # A model type that cannot be made small is left out, and named.
+            print(f"{model_type}: {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)
+    # The time in the header would make the same vectors another file.
+    OUT.write_bytes(gzip.compress(json.dumps(found, separators=(",", ":")).encode(), 9, mtime=0))
+    print(f"{len(found)} model types, {OUT.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
