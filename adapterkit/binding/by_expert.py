@@ -84,11 +84,11 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
     if len(found) > 1:
         why = f"{' and '.join(found.values())} place the experts differently"
         raise UsageError(why, where=str(next(iter(stacks))), cure="Pass --base (base=), which tells the family")
-    ((moves, _),) = found.items()
+    (((*chosen,), _),) = found.items()
     parts: dict[Target, list[Placed]] = {}
-    for each in moved(stacks, dict(moves), shapes):
+    for each in moved(stacks, dict(chosen), shapes):
         parts.setdefault(each[0], []).append(each)
-    updates = {}
+    updates: dict[Target, tuple[Update, ...]] = {}
     for target, given in adapter.updates.items():
         places = parts.get(target, [(target, target, given)])
         updates |= {there: part for _, there, part in places}
