@@ -24,6 +24,9 @@ class Composed:
     def hidden(self, x: Any) -> Any:
         return self.update.inside(x, self.layer) if isinstance(self.update, OutputUpdate) else self(x)
 
+    def zero_padded(self, x: Any, w: Any) -> Any:
+        return self.layer.zero_padded(x, w)
+
     def residual(self, x: Any) -> Any:
         return self.layer.residual(x)
 

@@ -496,9 +496,11 @@ NEW = [
     "normed_bert",
     "parallel_llama",
     "pfeiffer_bert",
+    "prefix_bart",
     "prefix_bert",
     "prefix_flat_llama",
     "prefix_cross_t5",
+    "prefix_gated_bart",
     "prefix_gated_llama",
     "prefix_t5",
     "prompt_bert",
@@ -516,6 +518,35 @@ def test_with_the_base_new_folders_say_what_vectors_say(name, tmp_path):
     assert ak.write(source, tmp_path / "a", "adapterhub", base=base) == []
     again = ak.read(tmp_path / "a", base=base)
     assert again.digest() == source.digest()
+
+
+@pytest.mark.parametrize("name", ["prefix_bart", "prefix_gated_bart"])
+def test_a_decoder_of_another_depth_than_its_config_names_is_counted(name, tmp_path):
+    """BART's default is 12 layers: the base has 2 and 1, and its config need not say so."""
+    base = tmp_path / "base"
+    shutil.copytree(VECTORS / "models" / "bart", base)
+    config = json.loads((base / "config.json").read_text())
+    for field in ("encoder_layers", "decoder_layers", "num_hidden_layers"):
+        del config[field]
+    (base / "config.json").write_text(json.dumps(config))
+    source = ak.Adapter(ak.read(VECTORS / name / "expected.native.safetensors").updates)
+    assert ak.write(source, tmp_path / "a", "adapterhub", base=base) == []
+    assert ak.read(tmp_path / "a", base=base).digest() == source.digest()
+    part = {target: found for target, found in source.updates.items() if "encoder_attn" not in target.path}
+    for lost in ("decoder.layers.0.self_attn", "encoder.layers.1.self_attn"):
+        less = {target: found for target, found in part.items() if target.path != lost}
+        with pytest.raises(Unrepresentable, match=r"(0 of 1|1 of 2) attentions"):
+            ak.write(ak.Adapter(less), tmp_path / "b", "adapterhub", base=base)
+
+
+def test_a_decoder_of_other_heads_is_refused(tmp_path):
+    """The library makes the decoder's keys of as many heads as the encoder has, and then cannot run them."""
+    base = tmp_path / "base"
+    shutil.copytree(VECTORS / "models" / "bart", base)
+    config = json.loads((base / "config.json").read_text()) | {"encoder_attention_heads": 4}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ShapeMismatch, match="4 heads for a decoder of 2"):
+        ak.read(VECTORS / "prefix_bart", base=base)
 
 
 def test_a_dora_whose_bias_the_library_would_scale_is_not_written(tmp_path):

@@ -26,7 +26,7 @@ def where(folder, name):
     if name in FILES:
         return place(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / (name if name in FOLDERS else "a.safetensors")
+    return folder / (name if name in FOLDERS else "a.pt" if name == "nola" else "a.safetensors")
 
 
 def kind(*names):

@@ -500,10 +500,12 @@ def sorted_values(tensors):
     return [tensors[key] for key in sorted(tensors)]
 
 
-def test_automatic1111_s_files_are_read_and_written(tmp_path):
+@pytest.mark.parametrize(("step", "checkpoint"), [(99, None), (500, "cc6cb27103417325"), (None, None)])
+def test_automatic1111_s_files_are_read_and_written(step, checkpoint, tmp_path):
+    vec = torch.randn(2, 8).requires_grad_()  # as its training leaves it
     held = {
-        "string_to_token": {"*": 265}, "string_to_param": {"*": torch.randn(2, 8)}, "name": "cat", "step": 99,
-        "sd_checkpoint": None, "sd_checkpoint_name": None,
+        "string_to_token": {"*": 265}, "string_to_param": {"*": vec}, "name": "cat", "step": step,
+        "sd_checkpoint": checkpoint, "sd_checkpoint_name": None if checkpoint is None else "v1-5-pruned",
     }  # fmt: skip
     torch.save(held, tmp_path / "x.pt")
     assert ak.detect(tmp_path / "x.pt") == "textual_inversion"
@@ -515,6 +517,11 @@ def test_automatic1111_s_files_are_read_and_written(tmp_path):
     back = torch.load(tmp_path / "y.pt", weights_only=True)
     assert torch.equal(back.pop("string_to_param")["*"], held.pop("string_to_param")["*"])
     assert back == held
+    again = ak.read(tmp_path / "y.pt")
+    assert [(str(target), update.token) for target, update in again] == [(target.path, "cat")]
+    assert torch.equal(as_torch(next(iter(again))[1].P), vec)
+    ak.write(again, tmp_path / "x2.pt", format="textual_inversion")
+    assert (tmp_path / "x2.pt").read_bytes() == (tmp_path / "y.pt").read_bytes()
     ak.write(adapter, tmp_path / "z.safetensors", format="textual_inversion")
     assert list(load_file(tmp_path / "z.safetensors")) == ["cat"]
 

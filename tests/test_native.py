@@ -184,9 +184,9 @@ def test_the_same_adapter_gives_the_same_bytes_whichever_way_it_came_to_be(tmp_p
     save_file(load_file(tmp_path / "a"), tmp_path / "d", {KEY: json.dumps(record(tmp_path / "a"))})
     explicit = update | {"target": {"path": "q", "layout": "out *in", "rows": None}}
     save_file(load_file(tmp_path / "a"), tmp_path / "e", {KEY: json.dumps({"version": "1.0", "updates": [explicit]})})
-    for name in "de":
-        ak.write(ak.read(tmp_path / name, format="adapterkit"), tmp_path / name)
-    assert len({(tmp_path / name).read_bytes() for name in "abcde"}) == 1
+    for source, copy in zip("de", "fg", strict=True):
+        ak.write(ak.read(tmp_path / source, format="adapterkit"), tmp_path / copy)
+    assert len({(tmp_path / name).read_bytes() for name in "abcfg"}) == 1
 
 
 @pytest.mark.parametrize(

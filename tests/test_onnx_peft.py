@@ -1,5 +1,6 @@
 """PEFT's own adapters in the graphs of every exporter and quantizer, against torch with PEFT."""
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import adapterkit as ak
+from adapterkit.errors import TargetNotFound
+from adapterkit.methods import METHODS
 
 X = np.random.default_rng(3).normal(size=(2, 3, 32)).astype("f4")
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -119,3 +122,40 @@ def test_peft_adapters_in_any_graph(name, made, tmp_path):
         assert max(report.difference, merged.difference) <= 1e-5
         equal(told(merged.out), told(report.out))
         assert name == "session" or (report.reference <= 1e-5 and merged.reference <= 1e-5)
+
+
+class Layers(Model):
+    """Two layers that torch's older exporter gives the same names: the list that holds them is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"self_attn": Attention()}) for _ in range(2)])
+
+    def forward(self, x):
+        return tuple(one + other for one, other in zip(*(layer["self_attn"](x) for layer in self.layers), strict=True))
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_whose_names_a_legacy_graph_has_lost_are_found_or_refused(layer, name, tmp_path):
+    """Never a layer of another number: what the names do not prove takes the base's numbers."""
+    torch.manual_seed(1)
+    model = Layers().eval()
+    words = {"input_names": ["x"], "output_names": list(NAMES), "dynamo": False, "opset_version": 17}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (torch.tensor(X),), str(tmp_path / "m.onnx"), **words)
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    linear = getattr(model.layers[layer]["self_attn"], name)
+    A, B = torch.randn(2, 32) / 4, torch.randn(linear.out_features, 2) / 4
+    lora = METHODS["lora"](A=A, B=B)
+    adapter = ak.Adapter({ak.Target(f"layers.{layer}.self_attn.{name}"): (lora,)})
+    with torch.no_grad():
+        linear.weight.add_(B @ A)
+        wanted = [y.numpy() for y in model(torch.tensor(X))]
+    with contextlib.suppress(TargetNotFound):
+        equal(told(ak.onnx.inject(tmp_path / "m.onnx", adapter, tmp_path / "named.onnx").out), wanted)
+    out = ak.onnx.inject(
+        tmp_path / "m.onnx", adapter, tmp_path / "out.onnx", base_weights=tmp_path / "base.safetensors"
+    )
+    equal(told(out.out), wanted)

@@ -269,7 +269,7 @@ def test_the_command_line_warns_of_clipping(ranges, tmp_path):
     assert "warning: static quantization clips" in done.stderr
     assert told["warnings"][0] in done.stderr
     assert told["saturation"]["after"] > told["saturation"]["before"]
-    assert run(*words, "--calibration", folder / "inputs.npz", "--no-check").exit_code == 2
+    assert run(*words[:-1], tmp_path / "no.onnx", "--calibration", folder / "inputs.npz", "--no-check").exit_code == 2
 
 
 @pytest.mark.parametrize("method", ["dora", "ia3", "bottleneck"])

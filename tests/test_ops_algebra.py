@@ -79,7 +79,12 @@ def test_a_pair_of_factors_is_the_change(method, library, data, made):
     update = data.draw(made.updates(method=method, kernel=kernel))
     assume(fits(update, kernel))
     update = arrays(update).map(library)
-    B, A = update.pair((OUT, IN, *kernel))
+    pair = update.pair((OUT, IN, *kernel))
+    # Only LoKr of whole factors, which PEFT trains on Conv1d, lies in the weight in an order that no pair has.
+    assert pair is not None or update.attributes.get("stacked")
+    if pair is None:
+        return
+    B, A = pair
     assert (len(B), A.shape[1], B.shape[1]) == (OUT, IN * math.prod(kernel), len(A))
     close(np.asarray(B @ A).reshape(OUT, IN, *kernel), np.asarray(update.delta((OUT, IN, *kernel))), 1e-12)
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import record
 from peft import IA3Config, LoraConfig, TrainableTokensConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft_folders import contents
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -55,6 +57,53 @@ def test_fields_that_change_nothing_are_kept(harmless, tmp_path):
     assert ak.read(source).digest() == ak.read(folder(tmp_path / "plain")).digest()
     ak.write(ak.read(source), tmp_path / "b", "peft")
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text()) == CONFIG | harmless
+
+
+MARKERS = {
+    "unsloth_version": "2026.4.2", "trainer_build": "v1.2.3+cu128", "run_id": "run 7 of may",
+    "tags": ["unsloth", "trl"],
+    "created_at": "Friday", "saved": "2026-09-18T10:00:00Z", "model_sha256": "ab" * 32, "lorap_emb_lr": 1e-6,
+    "origin": {"commit": "main", "uuid": "0f8fad5b-d9cb-469f-a165-70867728950e", "parent": None},
+}  # fmt: skip
+
+
+def test_the_marks_of_other_tools_are_kept_and_named(tmp_path):
+    source = folder(tmp_path / "a", CONFIG | MARKERS)
+    (source / "adapter_config.json").write_text(
+        json.dumps(CONFIG | MARKERS | {"later": None}, indent=2, sort_keys=True)
+    )
+    read = ak.read(source)
+    assert read.digest() == ak.read(folder(tmp_path / "plain")).digest()
+    assert read.recipe[-1].args["unknown_fields"] == sorted(MARKERS)
+    ak.write(read, tmp_path / "native")
+    ak.write(ak.read(tmp_path / "native"), tmp_path / "b", "peft")
+    assert contents(tmp_path / "b") == contents(source)
+    save_arrays({"a.q.weight": ones(4, 6), "b.q.weight": ones(4, 6)}, tmp_path / "base.safetensors")
+    told = [
+        record("inspect", source)["unknown_fields"], record("validate", source)["warnings"],
+        record("convert", source, tmp_path / "c", "--to", "peft")["warnings"],
+        record("merge", tmp_path / "base.safetensors", source, "-o", tmp_path / "m.safetensors")["warnings"],
+    ]  # fmt: skip
+    assert all(name in str(each) for each in told for name in MARKERS)
+    with pytest.raises(Unsupported, match=r"--strict \(strict=True\)"):
+        ak.read(source, strict=True)
+    for command in (["inspect", source], ["merge", tmp_path / "base.safetensors", source, "-o", tmp_path / "n"]):
+        assert record(*command, "--strict", code=3)
+    assert ak.read(folder(tmp_path / "plain"), strict=True)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"use_superlora": True}, {"lora_gain": 2}, {"lora_gain": 0.5}, {"variant": "super"}, {"gain": "0.5"},
+        {"lora_B_layout": "grouped_by_expert"}, {"origin": {"commit": "main", "experts": 4}}, {"tags": ["a", 1]},
+        {"router_path": "/tmp/router.pt"},
+    ],
+)  # fmt: skip
+def test_a_field_that_may_change_the_maths_is_refused(field, tmp_path):
+    (name,) = field
+    with pytest.raises(Unsupported, match=f"{name}: a field that this version does not know"):
+        ak.read(folder(tmp_path / "a", CONFIG | field))
 
 
 def test_tensors_of_training_travel_along(tmp_path):
@@ -157,7 +206,9 @@ def test_merged_linear_of_peft_0_2(enabled, fan_in_fan_out, tmp_path):
 
 def test_the_specification_lists_the_same_fields():
     entry = tomllib.loads((Path(__file__).parent.parent / "spec" / "formats" / "peft.toml").read_text("utf-8"))
-    assert entry["fields"] == {"read": config.READ, "harmless": config.HARMLESS, "refused": config.REFUSED}
+    assert entry["fields"] == {
+        "read": config.READ, "harmless": config.HARMLESS, "refused": config.REFUSED, "tools": config.TOOLS,
+    }  # fmt: skip
     assert tuple(entry["types"]) == config.PEFT_TYPES
 
 

@@ -15,6 +15,7 @@ from adapterkit.errors import (
     ShapeMismatch,
     StorageError,
     Unsupported,
+    UsageError,
 )
 
 PREFIX = "base_model.model."
@@ -136,7 +137,7 @@ def test_faults_of_configs(fault, tmp_path):
 def test_a_file_without_its_config(tmp_path):
     source = folder(tmp_path / "a")
     (source / "adapter_config.json").unlink()
-    with pytest.raises(StorageError, match="adapter_config"):
+    with pytest.raises(UsageError, match="adapter_config"):
         ak.read(source, format="peft")
 
 
@@ -208,7 +209,7 @@ FAMILY_FAULTS = {
     "a nested one": (LOHA, {k.replace("q.", "q.base_layer."): t for k, t in HADA.items()}, Malformed, None),
     "a field of another type": (LOHA | {"mini_r": 2}, HADA, Unsupported, "mini_r"),
     "an alpha that is none": (LOHA | {"alpha": "x"}, HADA, Malformed, "alpha"),
-    "bat": (MISS | {"init_weights": "bat"}, BLOCK, Unsupported, "init_weights"),
+    "bat": (MISS | {"init_weights": "bat"}, BLOCK, ShapeMismatch, f"{PREFIX}a.q.miss_block"),
     "another width": (MISS | {"init_weights": "mini", "mini_r": 3}, BLOCK, ShapeMismatch, f"{PREFIX}a.q.miss_block"),
 }
 

@@ -10,14 +10,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft_cases import every_case
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import adapterkit as ak
-from adapterkit.errors import NotMergeable, ShapeMismatch
+from adapterkit.errors import NotMergeable, ShapeMismatch, Unsupported
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """PEFT warns about much that is asked of it here; none of it comes from adapterkit."""
@@ -142,3 +142,101 @@ def test_every_kind_is_adapted_by_some_type_and_every_type_adapts_some_kind(tmp_
     }
     assert {name for name, _ in able} == set(TYPES)
     assert len({kind for _, kind in able}) == 7
+
+
+PADDED = {
+    "reflect": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    "circular along one axis": lambda: nn.Conv1d(4, 6, 3, padding=2, stride=2, padding_mode="circular", bias=False),
+    "dilated to the same size": lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2),
+    "in groups": lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2, padding_mode="replicate"),
+}
+
+
+def padded(kind, folder, **options):
+    """A model of one such convolution, PEFT's folder for it, an input, and PEFT's output before and after its merge."""
+    torch.manual_seed(3)
+    model = nn.ModuleDict({"m": PADDED[kind]()}).eval()
+    wrapped = get_peft_model(
+        copy.deepcopy(model), LoraConfig(r=4, target_modules=["m"], init_lora_weights=False, **options)
+    )
+    wrapped.save_pretrained(str(folder))
+    x = torch.randn(2, 4, *[7] * (model["m"].weight.ndim - 2))
+    with torch.no_grad():
+        return model, x, wrapped.eval().base_model.model["m"](x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", PADDED)
+def test_lora_reads_zeros_around_the_input_of_a_convolution_as_peft_trained_it(kind, bias, tmp_path):
+    if bias and kind.startswith("circular"):
+        bias = False
+    model, x, wanted = padded(kind, tmp_path / "a", lora_bias=bias)
+    adapter = ak.read(tmp_path / "a")
+    handle = ak.torch.inject(model, adapter)
+    torch.testing.assert_close(model["m"](x), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotMergeable):
+        handle.merge_()
+    # The adapter that comes back is the one that was read, and is written as PEFT wrote it.
+    again = handle.adapter()
+    assert [update.method for _, update in again] == [update.method for _, update in adapter]
+    ak.write(again, tmp_path / "b", "peft")
+    names = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "b" / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, names[name])
+    handle.remove()
+    ak.torch.inject(model, ak.read(tmp_path / "a", compat="formula"))
+    assert (model["m"](x) - wanted).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_convolution_that_pads_nothing_has_one_reading(tmp_path):
+    model = nn.ModuleDict({"m": nn.Conv2d(4, 6, 3, padding_mode="circular", dilation=1)})
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["m"], init_lora_weights=False))
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    x, W = torch.randn(1, 4, 5, 5), model["m"].weight.clone()
+    wanted = wrapped.eval().base_model.model["m"](x)
+    handle = ak.torch.inject(model, ak.read(tmp_path / "a"))
+    torch.testing.assert_close(model["m"](x), wanted, rtol=1e-5, atol=1e-5)
+    handle.merge_()
+    assert not torch.equal(model["m"].weight, W)
+    torch.testing.assert_close(model["m"](x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, None])
+def test_other_methods_of_padded_convolutions_are_refused_with_both_readings(options, tmp_path):
+    torch.manual_seed(3)
+    model = nn.ModuleDict({"m": PADDED["reflect"]()}).eval()
+    own = LoHaConfig(r=2) if options is None else LoraConfig(r=2, init_lora_weights=False, **options)
+    own.target_modules = {"m"}
+    get_peft_model(copy.deepcopy(model), own).save_pretrained(str(tmp_path / "a"))
+    with pytest.raises(Unsupported, match=r"padding_mode='reflect'.*zeros around the input") as raised:
+        ak.torch.inject(model, ak.read(tmp_path / "a"))
+    assert raised.value.where == "m"
+    assert 'compat="formula"' in raised.value.cure
+    assert "--compat formula" in raised.value.cure
+    ak.torch.inject(model, ak.read(tmp_path / "a", compat="formula"))
+
+
+@torch.no_grad()
+def test_oft_of_a_convolution_read_without_the_base_is_still_what_peft_trained(tmp_path):
+    kind = "of a square kernel"
+    model = layer(kind)
+    assert saved(model, "OFT", tmp_path / "a")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "a")).eval()
+    wanted = run(theirs.base_model.model, kind)
+    adapter = ak.read(tmp_path / "a")
+    handle = ak.torch.inject(model, adapter)
+    torch.testing.assert_close(run(model, kind), wanted, rtol=1e-5, atol=1e-5)
+    assert [update.method for _, update in handle.adapter()] == ["oft"]
+    handle.remove()
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    for given in (adapter, tmp_path / "a"):
+        with pytest.raises(NotMergeable, match="overlapping patches"):
+            ak.merge(tmp_path / "base.safetensors", given, tmp_path / "out.safetensors", device="cpu")
+    # The lineage travels in the native file, and with it the reading.
+    ak.write(adapter, tmp_path / "n.safetensors")
+    ak.torch.inject(model, ak.read(tmp_path / "n.safetensors"))
+    torch.testing.assert_close(run(model, kind), wanted, rtol=1e-5, atol=1e-5)
+    formula = ak.read(tmp_path / "a", compat="formula")
+    ak.merge(tmp_path / "base.safetensors", formula, tmp_path / "out.safetensors", device="cpu")

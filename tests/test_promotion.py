@@ -12,12 +12,12 @@ from safetensors.numpy import load_file
 import adapterkit as ak
 from adapterkit.adapter import Target
 from adapterkit.cli import adapterkit
-from adapterkit.errors import Unrepresentable, UsageError
+from adapterkit.errors import Miswritten, Unrepresentable, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.methods.dense import Dense
 from adapterkit.methods.ia3 import IA3
 from adapterkit.methods.lora import LoRA
-from adapterkit.tensors.lazy import from_numpy
+from adapterkit.tensors.lazy import as_lazy, from_numpy
 from adapterkit.updates import Additive
 
 OF_IMAGES = ("diffusers", "kohya")
@@ -145,3 +145,34 @@ def test_the_command_promotes_and_says_so(tmp_path):
     done = CliRunner().invoke(adapterkit, [*words, "--max-error", "0.2"])
     assert done.exit_code == 0, done.output
     assert "relative error" in done.output
+
+
+def spoiled(update):
+    """The same update, times 1.5."""
+    name = "B" if isinstance(update, LoRA) else "D"
+    return update.replace(**{name: from_numpy(1.5 * as_lazy(update.tensors[name]).numpy())})
+
+
+@pytest.mark.parametrize("case", ["thin factors", "a difference", "the nearest LoRA"])
+def test_what_is_promoted_is_compared_with_the_original(case, tmp_path, monkeypatch):
+    """A fault of promotion itself, which the file repeats faithfully."""
+    from adapterkit.ops import building, resizing
+
+    for module, name in ((building, "low_rank"), (building, "dense"), (resizing, "low_rank")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, real=real: spoiled(real(*args)))
+    if case == "thin factors":
+        adapter, base, _ = placed("peft", "loha", tmp_path / "base")
+        words = "torchtune", base, "promote"
+    elif case == "a difference":
+        there = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+        adapter = ak.Adapter({Target(there): (IA3(l_in=from_numpy(np.linspace(0.5, 2, 24).astype("f4"))),)})
+        words = "comfyui", write_base(tmp_path / "base", {}, {f"{there}.weight": (6, 24)}), "promote"
+    else:
+        D = np.random.default_rng(1).normal(size=(16, 24)).astype("f4")
+        adapter = ak.Adapter({Target("model.layers.0.mlp.down_proj"): (Dense(D=from_numpy(D)),)})
+        words = "torchtune", BASE, "promote"
+    error = 0.1 if case == "the nearest LoRA" else None
+    with pytest.raises(Miswritten, match=r"the promoted form of (loha|ia3|dense) is another function"):
+        ak.write(adapter, tmp_path / "out.safetensors", *words, max_error=error)
+    assert not (tmp_path / "out.safetensors").exists()

@@ -22,6 +22,7 @@ from adapterkit.formats import FORMATS
 from adapterkit.formats._format import Format
 from adapterkit.formats._image.dialect import ImageFormat
 from adapterkit.formats._image.naming import in_parts
+from adapterkit.methods import METHODS
 from adapterkit.methods.lora import LoRA
 from adapterkit.methods.replacement import Replacement
 from adapterkit.tensors import safetensors
@@ -316,6 +317,49 @@ def test_what_was_folded_is_the_same_function(tmp_path, monkeypatch):
     plugin(monkeypatch, folded(1.999))
     with pytest.raises(Miswritten, match=r"the change of its weight is another, by [45]"):
         ak.write(biased(), tmp_path / "a.safetensors", "plugin")
+
+
+def test_a_scaling_in_b_alone_is_compared_without_products(tmp_path, monkeypatch):
+    plain = Adapter({t: tuple(u.replace(bias=None) for u in us) for t, us in biased().updates.items()})
+    for factor, worst in ((2, 1), (2, 1.001), (1.999, 1)):
+
+        def folded(tensors, factor=factor, worst=worst):
+            made = {k.replace("|2.0", "|1.0"): v * factor if "|B|" in k else v.copy() for k, v in tensors.items()}
+            next(v for k, v in made.items() if "|B|" in k)[-1, -1] *= worst
+            return made
+
+        plugin(monkeypatch, folded)
+        out = tmp_path / f"{factor}-{worst}.safetensors"
+        if (factor, worst) == (2, 1):
+            assert ak.write(plain, out, "plugin") == []
+            continue
+        with pytest.raises(Miswritten, match="another"):
+            ak.write(plain, out, "plugin")
+
+
+@pytest.mark.parametrize("fault", [None, "value", "token"])
+def test_a_network_is_compared_with_the_tokens_that_it_computes(fault, tmp_path, monkeypatch):
+    """PEFT's files hold the tokens and not the network; other tokens, or fewer, are refused."""
+    from adapterkit.formats.peft import encoders
+
+    rng = np.random.default_rng(3)
+    E, D = (from_numpy(rng.normal(size=(3, 4)).astype("f4")) for _ in range(2))
+    cpt = METHODS["cpt"](E=E, D=D, epsilon=from_numpy(np.full(3, 0.5, "f4")))
+    real = encoders._computed
+
+    def computed(update):
+        made = real(update)
+        P = as_lazy(made.P).numpy().copy()
+        P[1, 2] += 0.01 if fault == "value" else 0
+        return made.replace(P=from_numpy(P[:2].copy() if fault == "token" else P))
+
+    monkeypatch.setattr(encoders, "_computed", computed)
+    adapter = Adapter({Target(""): (cpt,)})
+    if fault is None:
+        assert len(ak.write(adapter, tmp_path / "out", "peft", on_loss="fold")) == 1
+        return
+    with pytest.raises(Miswritten, match="its embeddings are other numbers"):
+        ak.write(adapter, tmp_path / "out", "peft", on_loss="fold")
 
 
 def test_what_cannot_be_read_back_without_the_base_asks_for_it(tmp_path):

@@ -307,7 +307,6 @@ BROKEN = [
     ({"peft_type": "ROAD", "group_size": 3}, {"road_theta": (3,), "road_alpha": (3,)}, "do not go in pairs"),
     ({"peft_type": "OSF", "effective_rank": 5}, OSF, "2 of 6 singular values, where the config says that 5 stay"),
     ({"peft_type": "OSF", "effective_rank": 4, "rank_pattern": {"(": 1}}, OSF, "not a regular expression"),
-    (PSOFT | {"psoft_svd": "lowrank"}, {"psoft_R.weight": (3,)}, "random decomposition"),
     (PSOFT | {"psoft_orth": False}, {"psoft_R.weight": (3,)}, "rank 3"),
     (PSOFT | {"psoft_mag_a": True}, {"psoft_R.weight": (3,)}, "partner is not in the file: psoft_R.vector_a"),
     (FROD | {"save_projection": False}, {"frod_lambda_l": (8,), "frod_lambda_s_values": (4,)}, "not in the file"),

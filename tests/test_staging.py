@@ -134,14 +134,22 @@ def test_a_killed_command_is_taken_over_by_the_next(place: Place, tmp_path: Path
 
 
 @forms
-def test_a_kill_between_two_renames_is_undone_without_leave_to_overwrite(place: Place) -> None:
-    """The next run finds the old output in the stage, puts it back, and refuses as it would have before."""
-    points = place.run(place.empty, folder=place.empty.parent).points
-    swapped = [at for at, point in enumerate(points) if point == "replace"]
-    place.replace(folder=place.old.parent, at=swapped[-1] + 1, signal=signal.SIGKILL)
+def test_a_kill_between_two_renames_is_undone_without_leave_to_overwrite(place: Place, tmp_path: Path) -> None:
+    """A run that was killed before the last rename is undone: the next one puts the old output back and refuses.
+
+    A run that was killed after the last rename had finished: the next one finds the output of the same inputs there.
+    """
+    counted = Place(place.name, _made(tmp_path / "counted"), place.command)
+    points = counted.replace(folder=counted.old.parent).points
+    last = max(at for at, point in enumerate(points) if point == "replace")
+    place.replace(folder=place.old.parent, at=last, signal=signal.SIGKILL)
     done = place.run(place.old)
     assert done.code == 6, done
-    assert tree(place.old.parent) in (place.before, place.after)
+    assert tree(place.old.parent) == place.before
+    place.replace(folder=place.old.parent, at=last + 1, signal=signal.SIGKILL)
+    done = place.run(place.old)
+    assert done.code == 0, done
+    assert tree(place.old.parent) == place.after
 
 
 def _made(folder: Path) -> Path:

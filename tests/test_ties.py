@@ -293,3 +293,34 @@ def test_a_gguf_base_without_a_head_is_tied(tmp_path: Path) -> None:
     ak.merge(tmp_path / "base.gguf", made, tmp_path / "out.safetensors", tied="untie", quantized="dequantize")
     head = load_file(tmp_path / "out.safetensors")["lm_head.weight"]
     assert torch.equal(head.float(), torch.tensor(table).to(head.dtype).float())
+
+
+def test_live_models_take_the_words_of_merges(bases: dict[str, Path], tmp_path: Path) -> None:
+    """As a merge with the same choice, which transformers loads and runs."""
+    for kind, tied in (("rows", "rows=untie"), ("lora at the embedding", "merge"), ("lora at the head", "merge")):
+        trained("llama", bases["llama"], kind, tmp_path / kind)
+        ak.merge(bases["llama"], tmp_path / kind, tmp_path / "out", tied=tied, overwrite=True)
+        model = loaded("llama", bases["llama"])
+        handle = ak.torch.inject(model, ak.read(tmp_path / kind), tied=tied)
+        assert error(logits(model), logits(loaded("llama", tmp_path / "out"))) < 3e-6
+        assert set(handle.adapter().updates) == set(ak.read(tmp_path / kind).updates)
+    with pytest.raises(UsageError, match="rows, embedding, head, replacement"):
+        ak.torch.inject(loaded("llama", bases["llama"]), ak.read(tmp_path / "rows"), tied="cut")
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_difference_of_models_says_whether_the_head_is_its_own(
+    apart: bool, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """The tuned model is the oracle: a live base with the extracted adapter computes what it computes."""
+    tuned = loaded("llama", bases["llama"])
+    if apart:
+        tuned.config.tie_word_embeddings = False
+        tuned.lm_head.weight = torch.nn.Parameter(tuned.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        tuned.model.embed_tokens.weight.add_(torch.randn(VOCABULARY, 8) * 0.1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    adapter = ak.ops.extract(tmp_path / "tuned", bases["llama"], rank=8)
+    model = loaded("llama", bases["llama"])
+    ak.torch.inject(model, adapter)
+    assert error(logits(model), logits(tuned)) < 3e-5

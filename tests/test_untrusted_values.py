@@ -169,4 +169,4 @@ def test_a_change_whose_squared_norm_is_no_float_is_merged(tmp_path):
     big = adapter.replace(updates={Target("q"): tuple(u.replace(scaling=1e200) for u in adapter.updates[Target("q")])})
     report = ak.merge(tmp_path / "base.safetensors", big, tmp_path / "out.safetensors", device="cpu")
     assert np.array_equal(load_file(tmp_path / "out.safetensors")["q.weight"], np.full((3, 4), 2e200))
-    assert report.norms == {"q.weight": [float("inf")]}
+    assert report.norms["q.weight"][0] > 1e154

@@ -6,7 +6,7 @@ layouts are proven by shapes, then by the family's table, then by the adapter's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 
+Resize = Callable[[Sequence[Site], Shapes], tuple[list[Site], dict[str, tuple[int, ...]]]]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Binding:
     """An adapter bound to a base.
@@ -70,6 +73,7 @@ def bind(
     partial: bool = False,
     aliases: Mapping[str, str] = {},
     rename: Sequence[str] = (),
+    resize: Resize | None = None,
 ) -> Binding:
     """Binds an adapter to a base.
 
@@ -79,6 +83,7 @@ def bind(
         partial: leave targets without a place out instead of refusing; at least one must have a place.
         aliases: further names of stored tensors (a tied head), alias -> stored name.
         rename: rules for names, each `FROM=TO`; the first that matches a target's name is used.
+        resize: called with the sites and all shapes before shapes are checked; returns those to go on with.
 
     Raises:
         TargetNotFound: targets without a place; names the nearest.
@@ -89,7 +94,10 @@ def bind(
     shapes |= {alias: shapes[name] for alias, name in aliases.items()}
     weights, context = apart(adapter)
     found = find_sites(weights, shapes, partial=partial, config=base.config, rename=rename)
-    sites = with_layouts(found.sites, shapes, base.config)
+    given: Sequence[Site] = found.sites
+    if resize is not None:
+        given, shapes = resize(given, shapes)
+    sites = with_layouts(list(given), shapes, base.config)
     for site in sites:
         check_site(site, shapes)
     updates: dict[Target, tuple[Update, ...]] = {}

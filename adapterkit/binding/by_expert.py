@@ -84,9 +84,9 @@ def _in_parts(adapter: Adapter, names: Names, shapes: Shapes) -> Adapter:
     if len(found) > 1:
         why = f"{' and '.join(found.values())} place the experts differently"
         raise UsageError(why, where=str(next(iter(stacks))), cure="Pass --base (base=), which tells the family")
-    (((*chosen,), _),) = found.items()
+    (only,) = found
     parts: dict[Target, list[Placed]] = {}
-    for each in moved(stacks, dict(chosen), shapes):
+    for each in moved(stacks, dict(only), shapes):
         parts.setdefault(each[0], []).append(each)
     updates: dict[Target, tuple[Update, ...]] = {}
     for target, given in adapter.updates.items():

@@ -74,6 +74,12 @@ def paths_of(names: Iterable[str]) -> set[str]:
     return paths
 
 
+def biasless(base: Checkpoint, path: str) -> bool:
+    """Whether a base has the weight of a module and no bias beside it; False where its weight is not found by name."""
+    weights = [name for name in base.tensors if f".{name}".endswith(f".{path}.weight")]
+    return bool(weights) and not any(f"{name.removesuffix('weight')}bias" in base.tensors for name in weights)
+
+
 def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
     """The shape of a live model's tensor that a base stores in parts, or as a part; None where its family has none."""
     architecture = architecture_of(base.config)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ._options import Settings
+from ._options import Settings, stated
 from ._render import View, show
 
 PLACES = {"out", "dst", "overwrite"}
@@ -33,7 +33,7 @@ def made_from(files: Iterable[Path], packages: Sequence[str] = ()) -> str:
     from ..tensors.records import digest_of, listed
 
     ctx = click.get_current_context()
-    words = {name: value for name, value in ctx.params.items() if name not in PLACES}
+    words = {name: value for name, value in ctx.params.items() if name not in PLACES} | stated()
     try:
         read = listed(files)
     except OSError as error:

@@ -18,13 +18,12 @@ ONLY_FOLDERS = {
     "method": "Combine the adapters first (adapterkit combine), and merge the result",
     "dtype": "Export the model in that type instead", "device": "A graph is merged on the CPU",
     "shard_size": "A graph's numbers go into one file", "engine": "A graph is merged on this machine",
-    "address": "A graph is merged on this machine", "tied": "Each layer of a graph gets its own weight",
+    "address": "A graph is merged on this machine",
     "onto": "Export the 16-bit weights and merge into that graph",
     "seed": "A graph is rounded to the nearest", "memory": "A graph is merged in blocks as it is",
     "link": "A graph's numbers are written anew", "stream": "Fetch the graph first",
     "allow_partial": "Take the targets that the graph has", "parameters": "--set is of a --method",
     "checksums": "A graph gets no sums", "tokenizer": "Copy the tokenizer beside the graph",
-    "strict_base": "Compare the base's weights before it is exported",
     "verified": "The result is run and compared anyway; --no-check leaves that out",
 }  # fmt: skip
 """Options of folders of weights alone, by parameter -> what to do instead for a graph."""
@@ -48,7 +47,8 @@ def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]
 
 def merge_graph(
     ctx: click.Context, model: str, adapters: Sequence[Any], out: str | None, weights: Sequence[float],
-    base_weights: str | None, quantized: str | None, check: bool, overwrite: bool, only_plan: bool,
+    base_weights: str | None, quantized: str | None, tied: str | None, strict_base: bool, check: bool,
+    overwrite: bool, only_plan: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""
     from ..errors import UsageError
@@ -62,7 +62,7 @@ def merge_graph(
     if only_plan:
         from ..onnx import plan
 
-        found = plan(model, adapters, weights=chosen, base_weights=base_weights)
+        found = plan(model, adapters, weights=chosen, base_weights=base_weights, tied=tied, strict_base=strict_base)
         show(settings, {"base": model, "targets": [place.record() for place in found]}, _plan_view)
         return
     if out is None:
@@ -75,8 +75,8 @@ def merge_graph(
     from ..onnx import merge
 
     report = merge(
-        model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized, check=check,
-        overwrite=overwrite, made_from=decided,
+        model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized, tied=tied,
+        strict_base=strict_base, check=check, overwrite=overwrite, made_from=decided,
     )  # fmt: skip
     warn(report.warnings)
     show(settings, report.record(), _merged_view)
@@ -95,6 +95,8 @@ def decided_by(model: str, sources: Sequence[str | None]) -> tuple[str, list[Pat
 
     source = opened(model)
     files = [] if source.path is None else [source.path, *source.data]
+    beside = [] if source.path is None else [source.path.parent / "config.json"]
+    files += [file for file in beside if file.is_file()]  # It tells whether head and embedding are tied.
     files += [file for path in sources if path is not None for file in files_read(located(path))]
     return made_from(files, ("onnx", "onnx-ir", "numpy")), files
 

@@ -77,22 +77,63 @@ def flags(command: F) -> F:
     return command
 
 
+STATED = "adapterkit.stated"
+"""Key in the context's `meta`: arguments of `adapterkit.read` that say what a file does not."""
+
+
+def _state(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    if value not in (None, False):
+        ctx.meta.setdefault(STATED, {})[param.name] = value
+    return value
+
+
+def stated() -> dict[str, Any]:
+    """What the options `--alpha`, `--rank` and `--strict` of this command say, as arguments of `adapterkit.read`."""
+    return dict(click.get_current_context().meta.get(STATED, {}))
+
+
+def stating(command: F) -> F:
+    """What a file may not tell, and how much of it may be unknown."""
+    for option in (_strict, _alpha):
+        command = option(command)
+    return command
+
+
+def compat(command: F) -> F:
+    """How adapters are read: in which of their meanings, and what their files do not tell."""
+    for option in (_strict, _rank, _alpha, _compat):
+        command = option(command)
+    return command
+
+
 def reading(command: F) -> F:
-    """How an adapter is read."""
+    """How one adapter is read."""
     for option in (compat, base, source_format):
         command = option(command)
     return command
 
 
-def in_reading(adapters: Sequence[str], compat: str | None, base: str | None) -> tuple[Any, ...]:
-    """The adapters to pass on: their names, or what they hold in the reading that `--compat` asks for."""
-    if compat is None:
+def reading_to_cut(command: F) -> F:
+    """How one adapter is read, by a command whose own `--rank` is the result's."""
+    for option in (_strict, _alpha, _compat, base, source_format):
+        command = option(command)
+    return command
+
+
+def in_reading(adapters: Sequence[Any], compat: str | None, base: str | None) -> tuple[Any, ...]:
+    """The adapters to pass on: their names, or what they hold in the reading that the options ask for."""
+    options = stated()
+    if compat is None and not options:
         return tuple(adapters)
     from ..formats import FORMATS, read
 
     # One adapter of several may be of a format that has no such layouts; it needs no choice.
     name = "experts_order" if compat in FORMATS["peft"].experts_orders else "compat"
-    return tuple(read(adapter, base=base, **{name: compat}) for adapter in adapters)
+    options |= {} if compat is None else {name: compat}
+    return tuple(
+        read(adapter, base=base, **options) if isinstance(adapter, (str, os.PathLike)) else adapter
+        for adapter in adapters
+    )
 
 
 base = click.option("--base", metavar="BASE", help="The base that the adapter is for: a folder or a weight file.")
@@ -100,10 +141,22 @@ source_format = click.option(
     "--from", "source_format", callback=format_name, metavar="FORMAT",
     help="Format of SRC; found from its headers if absent.",
 )  # fmt: skip
-compat = click.option(
+_compat = click.option(
     "--compat", "--experts-order", "compat", metavar="NAME",
     help="Another reading of the adapter than what its trainer computed; formula: the paper's formula. Layouts of "
     "stacked experts that a file does not tell: rank_major, grouped_by_expert, peft_0.18.",
+)  # fmt: skip
+_alpha = click.option(
+    "--alpha", type=float, callback=_state, expose_value=False, metavar="A",
+    help="LoRA's alpha, for a file that does not tell it.",
+)  # fmt: skip
+_rank = click.option(
+    "--rank", type=click.IntRange(1), callback=_state, expose_value=False, metavar="R",
+    help="The rank that is expected: an adapter of another is refused.",
+)  # fmt: skip
+_strict = click.option(
+    "--strict", is_flag=True, callback=_state, expose_value=False,
+    help="Refuse every setting in a file that its format does not have, also the harmless ones.",
 )  # fmt: skip
 allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
 rename = click.option(
@@ -115,3 +168,11 @@ weights = click.option(
     "--weight", "weights", type=float, multiple=True, metavar="W",
     help="Weight of an adapter, in the adapters' order; 1 each if absent.",
 )  # fmt: skip
+tied = click.option(
+    "--tied", metavar="CHOICE",
+    help="Where the head shares its weight with the embedding: merge (updates change both), untie (each changes the "
+    "layer it names, token rows both), or by kind, e.g. rows=untie,embedding=merge. If absent, as PEFT trained.",
+)  # fmt: skip
+strict_base = click.option(
+    "--strict-base", is_flag=True, help="Refuse a base that is not the one that an adapter names, instead of a warning."
+)

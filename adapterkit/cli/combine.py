@@ -27,6 +27,7 @@ from ._render import Table, View, show
 @_writing.dtype
 @_options.base
 @click.option("--compat", metavar="NAME", help="Methods, names and choices of another tool: mergekit or peft.")
+@_options.stating
 @_writing.writing
 @_options.flags
 @click.pass_obj
@@ -50,7 +51,7 @@ def command(
     )  # fmt: skip
     if destination.is_done(settings):
         return
-    made = ops.combine(sources, **options)
+    made = ops.combine(_options.in_reading(sources, None, options.get("base")), **options)
     record = destination.write(made, on_loss)
     show(settings, record | said(made), _view)
 

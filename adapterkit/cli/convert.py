@@ -51,11 +51,13 @@ def command(
             destination = _writing.Destination(dst, [src], overwrite, target_format=target_format, base=base)
             if destination.is_done(settings):
                 return
-            adapter = read(src, name, base, compat=compat)
+            adapter = read(src, name, base, compat=compat, **_options.stated())
             if base is not None and match_base:
                 adapter = adapter.bind(base, rename=rename)
         written = destination.write(adapter, on_loss, profile, max_error)
-    record = {"source": src, "from": name, **written}
+    from ..formats import warnings_of
+
+    record = {"source": src, "from": name, **written, "warnings": warnings_of(adapter)}
     show(settings, record, _view)
 
 
@@ -76,3 +78,4 @@ def _view(record: Mapping[str, Any]) -> View:
     updates, targets = counted(record["updates"], "update"), counted(record["targets"], "target")
     yield f"{record['out']}: {record['to']}, {updates} at {targets} from {record['from']}"
     yield from (f"  {loss}" for loss in record["losses"])
+    yield from (f"warning: {warning}" for warning in record["warnings"])

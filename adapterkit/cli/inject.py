@@ -45,6 +45,8 @@ from ._writing import refuse_place
     "--calibration", metavar="FILE.npz",
     help="Inputs to run the check on, an array for each input's name, such as those that a quantizer was given.",
 )  # fmt: skip
+@_options.tied
+@_options.strict_base
 @_options.compat
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
 @_options.overwrite
@@ -53,7 +55,7 @@ from ._writing import refuse_place
 def command(
     ctx: click.Context, model: str, adapter: str, out: str, mode: str, base_weights: str | None,
     words: tuple[str, ...], experts: tuple[str, ...], calibration: str | None, check: bool,
-    compat: str | None, overwrite: bool,
+    compat: str | None, overwrite: bool, tied: str | None, strict_base: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.inject`."""
     refuse_place(out)
@@ -67,6 +69,7 @@ def command(
     (held,) = _options.in_reading((adapter,), compat, base_weights)
     report = inject(
         model, held, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts,
+        tied=tied, strict_base=strict_base,
         check=check if calibration is None else _inputs(calibration, check), overwrite=overwrite, made_from=decided,
     )  # fmt: skip
     warn(report.warnings)

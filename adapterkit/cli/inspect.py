@@ -47,7 +47,7 @@ def command(
             show(settings, _base_record(path, src), _base_view)
             return
         name = source_format or detect(path)
-        adapter = read(path, name, base, compat=compat)
+        adapter = read(path, name, base, compat=compat, **_options.stated())
         record = adapter_record(adapter, src, name)
         if base is not None:
             record["names"] = _names(adapter, base)
@@ -75,10 +75,12 @@ def _is_adapter(path: Path) -> bool:
 
 def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, Any]:
     """An adapter's updates, lineage and totals as plain data; a tensor that updates share counts once in the totals."""
+    from ..formats import unknown_fields
+
     leaves = {id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}
     base = adapter.base
     return {
-        "kind": "adapter", "path": src, "format": source_format,
+        "kind": "adapter", "path": src, "format": source_format, "unknown_fields": unknown_fields(adapter),
         "base": base and {"id": base.id, "revision": base.revision, "config_hash": base.config_hash},
         "updates": [_update_record(target, update) for target, update in adapter],
         "recipe": [{"op": step.op, "args": dict(step.args)} for step in adapter.recipe],
@@ -141,6 +143,11 @@ def _adapter_view(record: Mapping[str, Any]) -> View:
     yield Table(columns, [_update_row(update) for update in record["updates"]])
     methods = ", ".join(f"{count} {method}" for method, count in totals["methods"].items())
     yield f"{counted(totals['targets'], 'target')} ({methods}), {_amounts(totals)}"
+    if record["unknown_fields"]:
+        yield f"kept, unknown to the format: {', '.join(record['unknown_fields'])}"
+    for step in record["recipe"]:
+        if "subfolder" in step["args"]:
+            yield f"read from the subfolder {step['args']['subfolder']}, the only adapter in the folder"
     names = record.get("names")
     if names:
         used = "; ".join(f"{each['rule']} ({each['targets']:,})" for each in names.get("rules", ()))

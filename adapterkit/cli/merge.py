@@ -38,11 +38,7 @@ from .verify import record_of, verdict
 )  # fmt: skip
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="What runs it.")
 @click.option("--address", metavar="HOST:PORT", help="Of the Ray cluster; one on this machine if absent.")
-@click.option(
-    "--tied", metavar="CHOICE",
-    help="Where the head shares its weight with the embedding: merge (updates change both), untie (each changes the "
-    "layer it names, token rows both), or by kind, e.g. rows=untie,embedding=merge. If absent, as PEFT trained.",
-)  # fmt: skip
+@_options.tied
 @click.option(
     "--quantized", type=click.Choice(["dequantize", "requantize", "original"]),
     help="Where the base is quantized: fold into its dequantized weights and write 16 bits; quantize them again; or "
@@ -62,9 +58,12 @@ from .verify import record_of, verdict
     "--tokenizer", metavar="base|adapter|DIR",
     help="Whose tokenizer and chat template go along, whole; if absent, an adapter's own where it fits the base.",
 )  # fmt: skip
+@_options.strict_base
 @click.option(
-    "--strict-base", is_flag=True, help="Refuse a base that is not the one that an adapter names, instead of a warning."
-)
+    "--vocab", type=click.Choice(["grow", "keep"]),
+    help="Where an adapter has more tokens than the base: add their rows, or leave them out. If absent, grow where the "
+    "adapter's file holds all new rows.",
+)  # fmt: skip
 @click.option("--stream", is_flag=True, help="Fetch a base from a hub one weight file at a time, never all of it.")
 @_options.compat
 @_options.allow_partial
@@ -84,12 +83,14 @@ def command(
     engine: str, address: str | None, tied: str | None, quantized: str | None, onto: str | None, stream: bool,
     allow_partial: bool, rename: tuple[str, ...], overwrite: bool, only_plan: bool, verified: bool, seed: int | None,
     memory: int | None, link: bool, checksums: bool, tokenizer: str | None, strict_base: bool, base_weights: str | None,
-    check: bool, compat: str | None,
+    check: bool, compat: str | None, vocab: str | None,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.merge`, `adapterkit.merging.plan`, or what is theirs for graphs."""
     if is_graph(base):
         held = _options.in_reading(adapters, compat, base_weights)
-        merge_graph(ctx, base, held, out, weights, base_weights, quantized, check, overwrite, only_plan)
+        merge_graph(
+            ctx, base, held, out, weights, base_weights, quantized, tied, strict_base, check, overwrite, only_plan
+        )
         return
     refuse_graph_options(ctx, base)
     from ..merging import merge, plan
@@ -106,7 +107,7 @@ def command(
         planned = plan(
             base, adapters, weights=chosen, dtype=dtype, shard_size=shard_size, tied=tied, quantized=quantized,
             onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
-            tokenizer=tokenizer, strict_base=strict_base, rename=rename,
+            tokenizer=tokenizer, strict_base=strict_base, rename=rename, vocab=vocab,
         )  # fmt: skip
         show(settings, planned.record(), _plan_view)
         return
@@ -117,7 +118,7 @@ def command(
             base, adapters, out, weights=chosen, device=device, dtype=dtype, shard_size=shard_size, engine=engine,
             address=address, progress=meter, tied=tied, quantized=quantized, onto=onto, allow_partial=allow_partial,
             overwrite=overwrite, seed=seed, memory=memory, link=link, stream=stream,
-            checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, rename=rename,
+            checksums=checksums, tokenizer=tokenizer, strict_base=strict_base, rename=rename, vocab=vocab,
         )  # fmt: skip
     record = dict(report.record())
     if method is not None and tokenizer is None:

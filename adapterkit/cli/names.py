@@ -22,6 +22,7 @@ from ._render import Table, View, counted, show
 @click.argument("adapter", required=False)
 @_options.rename
 @_options.allow_partial
+@_options.stating
 @_options.flags
 @click.pass_obj
 def command(
@@ -33,7 +34,7 @@ def command(
     from ..tensors.checkpoint import opened
 
     checkpoint = opened(base)
-    given = None if adapter is None else read(adapter, base=checkpoint)
+    given = None if adapter is None else read(adapter, base=checkpoint, **_options.stated())
     record = name_map(checkpoint, given, rename=rename, partial=allow_partial)
     show(settings, {**record, "adapter": adapter}, _view)
 

@@ -27,7 +27,7 @@ from ._render import View, show
 )  # fmt: skip
 @click.option("--promote", "promoted", is_flag=True, help="Make a LoRA of every other additive method, too.")
 @_writing.dtype
-@_options.reading
+@_options.reading_to_cut
 @_writing.writing
 @_options.flags
 @click.pass_obj
@@ -44,8 +44,9 @@ def command(
     if destination.is_done(settings):
         return
     cuts: list[ops.Cut] = []
+    adapter = read(src, name, base, compat=compat, **_options.stated())
     made = (ops.promote if promoted else ops.resize)(
-        read(src, name, base, compat=compat), rank, energy=energy, error=error, frobenius=frobenius, scope=scope,
+        adapter, rank, energy=energy, error=error, frobenius=frobenius, scope=scope,
         base=base, dtype=dtype, report=cuts.append,
     )  # fmt: skip
     record = destination.write(made, on_loss)

@@ -25,9 +25,10 @@ def command(
     """Runs `adapterkit.read`, `Adapter.check_values` and `Adapter.bind`."""
     from .. import detect, read
     from ..errors import AdapterkitError
+    from ..formats import warnings_of
 
     name = source_format or detect(src)
-    adapter = read(src, name, base, compat=compat)
+    adapter = read(src, name, base, compat=compat, **_options.stated())
     try:
         bound = adapter if base is None else adapter.bind(base)
         adapter.check_values()
@@ -35,6 +36,7 @@ def command(
         raise error.at(path=src) from None
     record = {
         "ok": True, "path": src, "format": name, "targets": len(bound.updates), "updates": len(bound), "base": base,
+        "warnings": warnings_of(adapter),
     }  # fmt: skip
     show(settings, record, _view)
 
@@ -43,3 +45,4 @@ def _view(record: Mapping[str, Any]) -> View:
     fits = f", fits {record['base']}" if record["base"] else ""
     targets, updates = counted(record["targets"], "target"), counted(record["updates"], "update")
     yield f"{record['path']}: valid {record['format']}, {updates} at {targets}, all values finite{fits}"
+    yield from (f"warning: {warning}" for warning in record["warnings"])

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from . import _options
+from ._graphs import warn
 from ._progress import progress
 from ._render import Table, View, counted, show
 
@@ -31,12 +32,13 @@ from ._render import Table, View, counted, show
 @_options.rename
 @click.option("--seed", type=int, help="The seed that the merge was rounded with.")
 @click.option("--sample", type=click.IntRange(1), metavar="N", help="Only N tensors that adapters touch and N others.")
+@_options.strict_base
 @_options.flags
 @click.pass_context
 def command(
     ctx: click.Context, merged: str, more: tuple[str, ...], base: str | None, adapters: tuple[str, ...],
     weights: tuple[float, ...], allow_partial: bool, rename: tuple[str, ...], seed: int | None, sample: int | None,
-    compat: str | None,
+    compat: str | None, strict_base: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.verify`."""
     if more and len(adapters) > 1:
@@ -46,7 +48,8 @@ def command(
     settings: _options.Settings = ctx.obj
     chosen = list(weights) or None
     held = _options.in_reading((*adapters, *more), compat, base)
-    record = record_of(settings, merged, base, held, chosen, allow_partial, seed, sample, rename)
+    record = record_of(settings, merged, base, held, chosen, allow_partial, seed, sample, rename, strict_base)
+    warn(record.get("warnings", ()))
     show(settings, record, verdict)
     if not record["ok"]:
         ctx.exit(1)
@@ -55,12 +58,15 @@ def command(
 def record_of(
     settings: _options.Settings, merged: str, base: str | None, adapters: Sequence[Any], weights: list[float] | None,
     allow_partial: bool, seed: int | None = None, sample: int | None = None, rename: Sequence[str] = (),
+    strict_base: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Verifies with a progress meter; the verification as plain data."""
     from ..merging import verify
 
     with progress(settings, "verify") as meter:
-        options = {"allow_partial": allow_partial, "seed": seed, "sample": sample, "rename": rename}
+        options = {
+            "allow_partial": allow_partial, "seed": seed, "sample": sample, "rename": rename, "strict_base": strict_base
+        }  # fmt: skip
         verification = verify(merged, base, adapters, weights=weights, progress=meter, **options)  # type: ignore[arg-type]
     return dict(verification.record())
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest
+from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest, public, storage_error
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.inputs import inputs_kept
 from ..tensors.lazy import Lazy
-from ..tensors.locations import NOTE, exists, is_remote, located, source_of
+from ..tensors.locations import NOTE, exists, is_remote, local, located, source_of
 from ..tensors.safetensors import sources_remembered
 from ..tensors.staging import files_below, matches, staged
-from ._format import ON_LOSS, TENSORS, Format
+from ._format import ON_LOSS, TENSORS, UNKNOWN, Format
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..tensors.checkpoint import Checkpoint
 
 __all__ = ["FORMATS", "Format", "detect", "read", "recognised", "write"]
+
+MEMBER = "adapter_config.json"
+"""The file that makes a subfolder an adapter of its own."""
 
 FORMATS: Registry[type[Format]] = Registry("format", __name__, "adapterkit.formats", Format)
 
@@ -35,7 +40,7 @@ def detect(path: str | PathLike[str]) -> str:
         StorageError: nothing is there.
         UnknownFormat: no format recognises it, or several do; names the candidates.
     """
-    return _identified(path)[1]
+    return _only(_searched(path, FORMATS)[1], path)
 
 
 @inputs_kept()
@@ -45,16 +50,23 @@ def read(
     base: Checkpoint | str | PathLike[str] | None = None,
     *,
     compat: str | None = None,
+    alpha: float | None = None,
+    rank: int | None = None,
+    strict: bool = False,
     experts_order: str | None = None,
 ) -> Adapter:
     """Reads an adapter in any format, lazily, and validates it.
 
     Args:
-        path: file or folder, or a place on a hub: `hf://org/repo[@revision][/path]`, `org/repo`.
+        path: file or folder, or a place on a hub: `hf://org/repo[@revision][/path]`, `org/repo`. `PATH#name` is the
+            adapter that lies in the subfolder `name`.
         format: its format; found from its headers when not given.
         base: the base, for formats that need one to resolve names.
         compat: `"formula"` reads the paper's formula where the tool that trained the adapter computed another. Some
             formats have further readings, for files that do not say which of two things they hold.
+        alpha: LoRA's alpha, for a file that does not tell it.
+        rank: the rank that is expected; the file tells it, and another is an error.
+        strict: refuse every setting of the file that its format does not have, also the harmless ones.
         experts_order: the layout of stacked experts' factors, where the file and the base do not tell: `"rank_major"`
             (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the outputs).
             Files of a format without stacked experts are read as they are.
@@ -65,8 +77,16 @@ def read(
     Raises:
         AdapterkitError: see `Format.read`.
     """
-    source, name = _identified(path) if format is None else (_recognised(_existing(path), [format])[0], format)
+    source, found, member = _searched(path, FORMATS if format is None else [format])
+    name = _only(found, path) if format is None else format
     reader = FORMATS[name]()
+    options = {"alpha": alpha, "rank": rank, "strict": strict or None}
+    options = {option: value for option, value in options.items() if value is not None}
+    needless = next((option for option in options if option not in reader.options), None)
+    if needless is not None:
+        raise UsageError(
+            f"{name} is read without --{needless} ({needless}=)", path=path, cure="Leave it out: the file tells all"
+        )
     if compat is not None and compat not in reader.compat | reader.experts_orders:
         known = ", ".join(sorted(reader.compat)) or "none"
         cure = f"Known: {known}. Without compat=/--compat a file means what its trainer computed"
@@ -75,8 +95,15 @@ def read(
         compat = _with_order(compat, experts_order, reader)
     checkpoint = None if base is None else opened(base)
     try:
-        adapter = _sourced(reader.read(source, compat=compat, base=checkpoint), source, checkpoint)
+        adapter = _sourced(reader.read(source, compat=compat, base=checkpoint, **options), source, checkpoint)
+        if member is not None:
+            adapter = _as_member(adapter, member)
         adapter.validate()
+        if compat is not None and adapter.recipe and adapter.recipe[-1].op == "read":
+            last = adapter.recipe[-1]
+            adapter = adapter.replace(
+                recipe=(*adapter.recipe[:-1], replace(last, args={**last.args, "compat": compat}))
+            )
     except AdapterkitError as error:
         # A reader names the file where it knows a better one than the path that was given.
         raise error.at(path=path) from None
@@ -157,7 +184,7 @@ def write(
             ) as stage,
             sources_remembered() as files,
         ):
-            lines += writer.write(fitted, stage, on_loss=on_loss, base=below)
+            lines += writer.write(_in_methods_of(writer, fitted, below), stage, on_loss=on_loss, base=below)
             prove(format, writer, adapter, stage, lines, below, files)
         return lines
 
@@ -166,6 +193,23 @@ def write(
     from ._promotion import Promotion
 
     return Promotion.into(writer, max_error, below).ask(adapter, once)
+
+
+def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
+    """Return the same function at this base, in methods that the format has where a missing bias allows it."""
+    from ..binding.fitting import biasless
+
+    if base is None or all(update.method in writer.methods for _, update in adapter):
+        return adapter
+    return adapter.replace(
+        updates={
+            target: tuple(
+                update if update.method in writer.methods or not biasless(base, target.path) else update.without_bias()
+                for update in updates
+            )
+            for target, updates in adapter.updates.items()
+        }
+    )
 
 
 def files_of(adapter: Adapter) -> set[Path]:
@@ -183,7 +227,7 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
     """
     if is_remote(source):
         return []
-    path = Path(source)
+    path = local(source)
     named = [*chain.from_iterable(FORMATS[name].owns for name in FORMATS), "config.json", "*.index.json"]
     if path.is_dir():
         tensors = [f"*{suffix}" for suffix in TENSORS]
@@ -194,34 +238,96 @@ def files_read(source: str | PathLike[str]) -> list[Path]:
 
 @inputs_kept()
 def recognised(path: str | PathLike[str]) -> tuple[str, ...]:
-    """The names of all formats whose headers are at `path`, or in the one file of tensors of a folder."""
-    return tuple(_recognised(_existing(path), FORMATS)[1])
+    """The names of all formats whose headers are at `path`, or in the one file of tensors of a folder.
+
+    Raises:
+        StorageError: nothing is there.
+        UnknownFormat: the folder holds several named adapters in subfolders; names them.
+    """
+    return tuple(_searched(path, FORMATS)[1])
 
 
-def _identified(path: str | PathLike[str]) -> tuple[Path, str]:
-    """What to read, and in which format; as for `detect`."""
-    source, found = _recognised(_existing(path), FORMATS)
+def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
+    """The one format that was found at a path."""
     if len(found) == 1:
-        return source, found[0]
+        return found[0]
     if found:
         raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Say which with format=/--from")
     raise UnknownFormat("not an adapter in any known format", path=path, cure=f"Tried: {', '.join(FORMATS)}")
 
 
+def _searched(path: str | PathLike[str], names: Iterable[str]) -> tuple[Path, list[str], str | None]:
+    """What to read, the formats that recognise it, and the subfolder's name where it is the only one of a folder."""
+    source = _existing(path)
+    file, found = _recognised(source, names)
+    members = [] if found or not source.is_dir() else members_of(source)
+    if not members:
+        return file, found, None
+    if len(members) > 1 or not _holds_only(source, members[0]):
+        what = "several adapters" if len(members) > 1 else "an adapter beside other files"
+        named = ", ".join(f"{public(str(path))}#{name}" for name in members)
+        raise UnknownFormat(f"a folder with {what} in subfolders", path=path, cure=f"Name the one to read: {named}")
+    return *_recognised(source / members[0], names), members[0]
+
+
+def members_of(folder: Path) -> list[str]:
+    """The names of the subfolders with an adapter_config.json: PEFT and AdapterHub save each named adapter in its own.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if (entry / MEMBER).is_file())
+    except OSError as error:
+        raise storage_error(error, folder) from error
+
+
+def _holds_only(folder: Path, member: str) -> bool:
+    """Whether a folder holds nothing to read but one subfolder: no other folder, and no file of tensors."""
+    others = [entry for entry in folder.iterdir() if entry.name != member and not entry.name.startswith(".")]
+    return not any(entry.is_dir() or entry.suffix.lower() in {*TENSORS, ".onnx"} for entry in others)
+
+
+def _as_member(adapter: Adapter, member: str) -> Adapter:
+    """Names the subfolder in the lineage's step `read`."""
+    *steps, last = adapter.recipe
+    return adapter.replace(recipe=(*steps, replace(last, args={**last.args, "subfolder": member})))
+
+
+def unknown_fields(adapter: Adapter) -> list[str]:
+    """The names of the settings that the file held, that its format does not have, and that were kept."""
+    return sorted({name for step in adapter.recipe if step.op == "read" for name in step.args.get(UNKNOWN, ())})
+
+
+def warnings_of(adapter: Adapter) -> list[str]:
+    """What the reader of an adapter accepted but its user should know, one sentence each."""
+    names = ", ".join(unknown_fields(adapter))
+    refuse = "--strict (strict=True) refuses them"
+    return [f"fields of the config that its format does not have were kept: {names}; {refuse}"] if names else []
+
+
 def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
     """What is at a path and the formats that recognise it; of a folder that none does, its one file of tensors."""
-    found = [name for name in names if FORMATS[name]().sniff(source)]
-    files = [] if found or not source.is_dir() else [f for f in source.iterdir() if f.suffix.lower() in TENSORS]
-    if len(files) != 1 or files[0].name in (SINGLE, TORCH_SINGLE):
-        return source, found
-    found = [name for name in names if FORMATS[name]().sniff(files[0])]
-    return (files[0] if found else source), found
+    names = tuple(names)
+    files = [source]
+    if source.is_dir():
+        inside = [file for file in source.iterdir() if file.suffix.lower() in TENSORS]
+        files += inside if len(inside) == 1 and inside[0].name not in (SINGLE, TORCH_SINGLE) else []
+    for sniff in (Format.sniff.__name__, Format.sniff_loosely.__name__):
+        for file in files:
+            found = [name for name in names if getattr(FORMATS[name](), sniff)(file)]
+            if found:
+                return file, found
+    return source, []
 
 
 def _existing(path: str | PathLike[str]) -> Path:
     source = located(path)
     if exists(source):
         return source
+    if "#" in os.fspath(path) and source.parent.is_dir() and (members := members_of(source.parent)):
+        why, cure = f"no adapter {source.name!r} in {source.parent}", f"It holds: {', '.join(members)}"
+        raise StorageError(why, path=path, cure=cure)
     siblings: Mapping[str, None] = {}
     if source.parent.is_dir():
         siblings = dict.fromkeys(str(source.parent / entry.name) for entry in source.parent.iterdir())

@@ -13,6 +13,7 @@ from ..errors import Unrepresentable
 if TYPE_CHECKING:
     from ..adapter import Adapter
     from ..tensors.checkpoint import Checkpoint
+    from ..updates import Update
 
 T = TypeVar("T")
 
@@ -29,6 +30,10 @@ FORMULA = "formula"
 """The value of `compat` that reads a file by the paper's formula, where the tool that trained it computed another."""
 
 
+UNKNOWN = "unknown_fields"
+"""In the lineage's step `read`: names of the fields that the reader kept without knowing them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Departure:
     """One place where a tool's forward departs from the paper's formula, and so one place with two readings.
@@ -36,10 +41,27 @@ class Departure:
     Attributes:
         trained: what the tool's forward computed in training; the default reading.
         formula: what `compat="formula"` reads.
+        at_layer: for a departure that only the adapted layer tells: returns an update as the tool computes it there,
+            or unchanged. Readers without the base read the formula, and the engines ask again; see `_trained`.
     """
 
     trained: str
     formula: str
+    at_layer: Callable[[Update, LayerFacts], Update] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What decides which function a tool trained at a layer.
+
+    Attributes:
+        shape: of its weight, `[out, in, *k]`.
+        padding: how it pads its input, for messages; empty for zeros around an undilated kernel, and where nothing
+            tells, as in a file of weights.
+    """
+
+    shape: tuple[int, ...]
+    padding: str = ""
 
 
 def derived(compute: Callable[[], T]) -> T:
@@ -73,6 +95,7 @@ class Format:
             spec/formats lists the same, each with the test that runs the tool's forward.
         compat: the readings that can be asked for beside the default one, which is what the tool's forward computed:
             `"formula"`, and names for what a file does not say about itself.
+        options: what `formats.read` may be told beside these: `alpha`, `rank`, `strict`; `read` takes them by name.
         experts_orders: layouts of stacked experts that its files do not tell apart; `compat` takes these names, too.
         differences: whether it holds a difference of any weight, so that laws may be written as that.
         profiles: names of consumers that take only a part of the dialect, for which can be written.
@@ -88,6 +111,7 @@ class Format:
     methods: ClassVar[frozenset[str]] = frozenset()
     departures: ClassVar[Mapping[str, Departure]] = {}
     compat: ClassVar[frozenset[str]] = frozenset()
+    options: ClassVar[frozenset[str]] = frozenset()
     experts_orders: ClassVar[frozenset[str]] = frozenset()
     differences: ClassVar[bool] = False
     profiles: ClassVar[frozenset[str]] = frozenset()
@@ -98,6 +122,13 @@ class Format:
     def sniff(self, path: Path) -> bool:
         """Whether the headers at `path` are this dialect's: no false negatives, no data read, no error raised."""
         raise Unrepresentable(f"{type(self).__name__} cannot be detected")
+
+    def sniff_loosely(self, path: Path) -> bool:
+        """Whether `path` can be read as this format although its headers are not the format's alone.
+
+        Asked only where no format's `sniff` recognises the path.
+        """
+        return False
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         """Reads an adapter, lazily.

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterkitError, UsageError
+from ..binding.fitting import biasless
+from ..errors import AdapterkitError, ShapeMismatch, UsageError
+from ..methods.lora import LoRA
 from ..tensors.lazy import as_array, as_lazy
-from ..updates import Additive
+from ..updates import Additive, ContextUpdate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +49,9 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
         got: as they were read back.
         base: tells shapes that updates do not.
         dtypes: element types of the format, if it does not have all: others are rounded to these.
+
+    Raises:
+        ShapeMismatch: what was to be written does not fit the base.
     """
     targets = [*asked, *got]
     layouts = {target.layout for target in targets}
@@ -55,12 +60,36 @@ def unlike(asked: Updates, got: Updates, base: Checkpoint | None, dtypes: frozen
     unit, least = _rounding(asked, got, dtypes)
     updates = [update for group in (asked, got) for found in group.values() for update in found]
     if any(update.kind not in ("additive", "weight") for update in updates):
-        return _unlike_fields([*_in_order(asked)], [*_in_order(got)], unit, least)
+        return _unlike_values([*_in_order(asked)], [*_in_order(got)], unit, least)
+    weight = _Weight(asked, got, base, unit, least)
+    if base is not None:
+        weight.check_base()
+    if _same_but_folded(asked, got, unit, least):
+        return ""
     try:
-        weight = _Weight(asked, got, base, unit, least)
         return _compared(weight.answers(asked), weight.answers(got))
     except AdapterkitError as error:
         return f"the two cannot be compared ({error.why})"
+
+
+def _same_but_folded(asked: Updates, got: Updates, unit: float, least: float) -> bool:
+    """Whether the groups are LoRAs of the same A whose scaling * B is the same; False decides nothing.
+
+    Folding a scaling into B is the most frequent rewriting. The products with random inputs would take ten times as
+    long as the conversion itself, and A need not be read for it.
+    """
+    from ._proof import equal
+
+    if asked.keys() != got.keys() or any(len(found) != len(got[target]) for target, found in asked.items()):
+        return False
+    for one, other in zip(_in_order(asked), _in_order(got), strict=True):
+        if type(one) is not LoRA or type(other) is not LoRA or one.bias is not None or other.bias is not None:
+            return False
+        if one.B.shape != other.B.shape or not equal(one.A, other.A):
+            return False
+        if not _near(one.scaling * _values(one.B), other.scaling * _values(other.B), unit + ALONE, least):
+            return False
+    return True
 
 
 def _in_order(group: Updates) -> Iterator[Update]:
@@ -102,6 +131,22 @@ class _Weight:
     unit: float
     least: float
 
+    def check_base(self) -> None:
+        """Refuse an adapter that is made for another shape than the base's: writers may not have looked at the base.
+
+        Raises:
+            ShapeMismatch: an update does not fit.
+        """
+        for target, updates in self.asked.items():
+            shape = self._shape(target)
+            for update in updates:
+                dims = update.dims(target.stacked)
+                for axis, size in zip(("out", "in"), shape, strict=False):
+                    if isinstance(dims.get(axis), int) and dims[axis] != size:
+                        why = f"{update.method}: made for {axis}={dims[axis]}; the base has {size}"
+                        cure = "Is this the base that the adapter was trained on?"
+                        raise ShapeMismatch(why, where=str(target), cure=cure)
+
     def answers(self, group: Updates) -> dict[tuple[str, int], _Answer]:
         """("weight" or "bias", expert) -> answer; targets that are rows of the weight are put together."""
         found: dict[tuple[str, int], _Answer] = {}
@@ -119,13 +164,18 @@ class _Weight:
         changing = [update for update in updates if update.changes_weight]
         if changing:
             yield "weight", self._sum(changing, shape) if self._additive else self._change(changing, _random(shape))
-        if any(update.changes_bias for update in updates):
+        if any(update.changes_bias for update in updates) and self._has_bias(target, updates):
             b: Any = _random(shape[:1])
             new = b
             for update in updates:
                 settled = update.settled(_random(shape)) if update.bias_sees_weight else update
                 new = settled.new_bias(new)
             yield "bias", self._rounded(new - b, new)
+
+    def _has_bias(self, target: Target, updates: list[Update]) -> bool:
+        """Whether there is a bias to compare: a factor on the bias changes nothing where the base has none."""
+        adds = any(update.changes_bias and update.needs_bias for update in updates)
+        return adds or self.base is None or not biasless(self.base, target.path)
 
     @property
     def _additive(self) -> bool:
@@ -181,6 +231,10 @@ class _Weight:
             shape = shape_of(target, updates, self.base) if updates else None
             if shape is not None:
                 return shape
+        # Blocks of equal changes are equal: the largest weight stands for all that the updates fit.
+        for update in every:
+            if (shape := update.largest_shape()) is not None:
+                return shape
         raise UsageError("the shape of its weight is known to the base only", cure="Give the base by base= or --base")
 
 
@@ -214,20 +268,60 @@ def _compared(ours: dict[tuple[str, int], _Answer], theirs: dict[tuple[str, int]
     return ""
 
 
-def _unlike_fields(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
-    """Why updates that no weight tells apart differ: those of outputs and of context, field by field."""
+def _unlike_values(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
+    """Why two groups of updates of outputs or of context differ; empty where they are the same.
+
+    Context is compared as the virtual tokens that it gives, because writers replace networks by what they compute.
+    """
+    if [update.method for update in asked] == [update.method for update in got]:
+        return _unlike_fields(asked, got, unit, least)
+    ours, theirs = _tokens(asked), _tokens(got)
+    if ours is None or theirs is None:
+        return f"it is {' and '.join(update.method for update in got) or 'nothing'}"
+    for place in dict.fromkeys((*ours, *theirs)):
+        if place not in ours or place not in theirs:
+            return f"it {'has no' if place in ours else 'has'} {place}"
+        if not _near(ours[place], theirs[place], unit, least):
+            return f"its {place} are other numbers"
+    return ""
+
+
+def _tokens(updates: list[Update]) -> dict[str, Array] | None:
+    """Formula -> the virtual tokens of all updates in order; None where they depend on a task or on the input."""
     import numpy as np
 
-    if [update.method for update in asked] != [update.method for update in got]:
-        return f"it is {' and '.join(update.method for update in got) or 'nothing'}"
+    found: dict[str, list[Any]] = {}
+    for update in updates:
+        several = update.dims().get("tasks", 1) != 1
+        if not isinstance(update, ContextUpdate) or update.place not in ("embeddings", "past") or several:
+            return None
+        values: Any = update.map(_values)
+        for place in ("embeddings", "decoder_embeddings", "past"):
+            if (each := getattr(values, place)()) is not None:
+                found.setdefault(place, []).append(each)
+    # The tokens' axis is the second from the end in both.
+    try:
+        return {place: np.concatenate(each, axis=-2) for place, each in found.items()}
+    except ValueError:
+        return None
+
+
+def _near(one: Array, other: Array, unit: float, least: float) -> bool:
+    import numpy as np
+
+    if one.shape != other.shape:
+        return False
+    return bool((np.abs(one - other) <= 2 * unit * np.maximum(np.abs(one), least)).all())
+
+
+def _unlike_fields(asked: list[Update], got: list[Update], unit: float, least: float) -> str:
+    """Why updates of the same methods differ, field by field."""
     for one, other in zip(asked, got, strict=True):
         if one.attributes != other.attributes:
             return "another attribute"
         if one.tensors.keys() != other.tensors.keys():
             return "other tensors"
         for name, leaf in one.tensors.items():
-            a, b = _values(leaf), _values(other.tensors[name])
-            same = a.shape == b.shape and (np.abs(a - b) <= 2 * unit * np.maximum(np.abs(a), least)).all()
-            if not same:
+            if not _near(_values(leaf), _values(other.tensors[name]), unit, least):
                 return f"its {name} is another"
     return ""

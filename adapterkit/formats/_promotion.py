@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NotMergeable, Unrepresentable, UsageError
+from ..errors import Miswritten, NotMergeable, Unrepresentable, UsageError
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 from ..tensors.computed import computed, load
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from ._format import Format
 
 ACCEPT = "Accept an error by max_error=/--max-error, give the base to laws that see the weight, or write another format"
+
+_REPORT = "Nothing was written. Report it, or write adapterkit's own format"
+_SLACK = 1e-4
+"""Relative tolerance of a stated error; a hundredth of it is what rounding to float32 explains where none is stated."""
 
 Written = list[str]
 Ask = Callable[["Adapter"], Written]
@@ -91,6 +95,7 @@ class Promotion:
         said = f"wrote {' and '.join(dict.fromkeys(update.method for update in found))} at {target} as"
         exact = _in_factors(target, found, self.base)
         if exact is not None:
+            _check_exact(target, found, exact, self.base)
             return target, exact, f"{said} a LoRA of rank {_rank(exact, target)}"
         alone = adapter.replace(updates={target: found}, foreign=None)
         try:
@@ -110,6 +115,10 @@ class Promotion:
         if len(found) != 1 or not isinstance(found[0], LoRA):
             return None
         lost = cuts[0].error / cuts[0].norm if cuts[0].norm else 0.0
+        if lost > error * (1 + _SLACK) + _SLACK * 1e-2:
+            why = f"its error is {lost:.1e} of the change, and {error:.1e} is accepted"
+            raise _mispromoted(target, next(iter(alone.updates.values())), why)
+        _check_error(alone, target, found[0], lost, self.base)
         return target, found[0], f"{said} a LoRA of rank {_rank(found[0], target)}, relative error {lost:.1e}"
 
 
@@ -152,7 +161,67 @@ def _difference(alone: Adapter, base: Checkpoint | None, said: str) -> Made | No
         whole = [delta.dense() for delta in change.deltas()] if change.changes_weight else None
         return dense(place.target, place.shape, whole, change.bias(), kind)
 
-    return place.target, _when_read(made), f"{said} a difference of weights"
+    promoted = _when_read(made)
+    _check_error(alone, place.target, promoted, 0.0, base)
+    return place.target, promoted, f"{said} a difference of weights"
+
+
+def _check_exact(target: Target, found: Sequence[Update], promoted: Update, base: Checkpoint | None) -> None:
+    """Check by random inputs that the promoted update is the sum of the given ones.
+
+    Raises:
+        Miswritten: it is not.
+    """
+    from ._functions import unlike
+
+    # The promoted update comes first: rounding is judged by its element type, not by the given updates' narrower one.
+    if why := unlike({target: (promoted,)}, {target: tuple(found)}, base, frozenset()):
+        raise _mispromoted(target, found, why)
+
+
+def _check_error(alone: Adapter, target: Target, promoted: Update, stated: float, base: Checkpoint | None) -> None:
+    """Check that a promoted update differs from the adapter's change by no more than the error that is stated.
+
+    The original's formula is applied anew, to the base's weight where it needs one. A stated error of 0 is rounding.
+
+    Args:
+        alone: the adapter with one target.
+        target: where the promoted update goes.
+        promoted: a LoRA or a difference of weights.
+        stated: the relative Frobenius error that is reported.
+        base: the base, for formulas that need the weight.
+
+    Raises:
+        Miswritten: the difference is larger.
+    """
+    import numpy as np
+
+    from ..adapter import Adapter
+
+    (given, found), *_ = alone.updates.items()
+    if not promoted.changes_weight:
+        return
+    D = alone.delta(given.path, None if all(isinstance(u, Additive) for u in found) and _shaped(alone) else base)
+    made = Adapter({target: (promoted,)}).delta(target.path)
+    norm = float(np.linalg.norm(D.numpy().astype("f8")))
+    error = float(np.linalg.norm((D.double() - made.double().reshape(D.shape)).numpy())) / norm if norm else 0.0
+    if error > stated * (1 + _SLACK) + _SLACK * 1e-2:
+        raise _mispromoted(given, found, f"the error is {error:.1e} of the change, not {stated:.1e}")
+
+
+def _shaped(alone: Adapter) -> bool:
+    """Whether the updates tell the shape of their weight without a base."""
+    from ..binding import view_shape
+
+    try:
+        return all(bool(view_shape(target, found)) for target, found in alone.updates.items())
+    except UsageError:
+        return False
+
+
+def _mispromoted(target: Target, found: Sequence[Update], why: str) -> Miswritten:
+    names = " and ".join(dict.fromkeys(update.method for update in found))
+    return Miswritten(f"the promoted form of {names} is another function: {why}", where=str(target), cure=_REPORT)
 
 
 def _type(target: Target, found: Sequence[Update]) -> DType:

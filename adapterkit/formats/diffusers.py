@@ -126,8 +126,9 @@ class Diffusers(ImageFormat):
         update = cast(Any, found.update)
         if settings is None or isinstance(update, Replacement):
             return found
-        if settings.rank(name) != update.A.shape[0]:
-            why = f"rank {update.A.shape[0]}; {CONFIG} says {settings.rank(name)}"
+        rank = update.dims()["r"]  # Raises a typed error for shapes that are no factors.
+        if settings.rank(name) != rank:
+            why = f"rank {rank}; {CONFIG} says {settings.rank(name)}"
             raise ShapeMismatch(why, where=stem, cure="The header is not of these tensors; write the file again")
         if bool(settings.use_dora) != isinstance(update, DoRA):
             why = f"{update.method}, where {CONFIG} says use_dora={settings.use_dora}"

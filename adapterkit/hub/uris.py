@@ -51,7 +51,15 @@ def parse(text: str) -> Uri:
     from .hubs import hub_of
 
     scheme, rest = scheme_of(text)
-    uri = hub_of(scheme or "hf").named(rest.removesuffix("/"))
+    named = hub_of(scheme or "hf").named
+    uri = named(rest.removesuffix("/"))
+    place, mark, member = rest.rpartition("#")
+    # NAME#member is the subfolder `member`; in an address `#` and a digest name a state of the place instead.
+    if mark and not isinstance(uri, Address):
+        check_name(member, UsageError)
+        uri = named(place.removesuffix("/"))
+        if uri is not None:
+            uri = replace(uri, path=f"{uri.path}/{member}" if uri.path else member)
     if uri is None:
         raise UsageError(f"{text!r} is not the name of something on a hub", cure=f"Write {hub_of(scheme or 'hf').form}")
     return uri

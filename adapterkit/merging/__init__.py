@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import Unsupported, UsageError, places_errors, storage_error
 from ..tensors.checkpoint import Checkpoint, opened
-from ..tensors.locations import is_address, located, outgoing, streamed
+from ..tensors.locations import is_address, local, located, outgoing, streamed
 from ..tensors.staging import Staging, check_free, is_within
 from .options import Options
 from .stage import SUFFIX
 
 if TYPE_CHECKING:
     from ..adapter import Adapter
+    from .companions import Companions
     from .execute import Progress
     from .planned import Plan
     from .report import Report
@@ -50,6 +51,7 @@ def plan(
     rename: Sequence[str] = (),
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
+    vocab: str | None = None,
 ) -> Plan:
     """What `merge` would do with the same arguments, made from headers; `plan(...).record()` is plain data.
 
@@ -62,7 +64,9 @@ def plan(
 
     checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
-    options = Options(dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, rename=tuple(rename))
+    options = Options(
+        dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, rename=tuple(rename), vocab=vocab
+    )
     planned = make_plan(checkpoint, named, options)
     return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base)
 
@@ -93,6 +97,7 @@ def merge(
     rename: Sequence[str] = (),
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
+    vocab: str | None = None,
 ) -> Report:
     """Folds adapters into a base: W' = W + sum_i weight_i * (f_i(W) - W), each element rounded from float64.
 
@@ -131,13 +136,16 @@ def merge(
             has no token beyond the base's embeddings; the report then warns.
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
             a warning in the report.
+        vocab: what to do where an adapter was trained with more tokens than the base has rows. `grow`: add rows to the
+            embedding, the head and the config; rows that no adapter's file holds are the mean of the base's. `keep`:
+            leave the added tokens out. When not given: grow where the files hold all new rows, and refuse otherwise.
         checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
         rename: rules for names that cannot be told, each `FROM=TO`: dotted names, with `{n}` and other holes for
             numbers, whole or from the front. The first rule that matches a target's name is used.
         stream: of a base on a hub, fetch one weight file at a time, verified, and give its space back after its use.
 
     Raises:
-        TargetNotFound, ShapeMismatch: an adapter does not fit the base.
+        TargetNotFound, ShapeMismatch: an adapter does not fit the base, or has more tokens (see `vocab`).
         NotMergeable: an update's law is not one of weights.
         Unsupported: the base cannot be streamed, or it is quantized and `quantized` does not say what to do.
         CheckFailed: the base is not the one that an adapter names, and `strict_base`.
@@ -152,12 +160,14 @@ def merge(
                 engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
                 overwrite=True, quantized=quantized, onto=onto, seed=seed, memory=memory, link=link, stream=stream,
                 checksums=checksums, tokenizer=tokenizer, strict_base=strict_base,
-                rename=rename,
+                rename=rename, vocab=vocab,
             )  # fmt: skip
         return replace(report, out=str(out))
     from .ties import parse_tied
 
-    options = Options(dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, checksums, tuple(rename))
+    options = Options(
+        dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, checksums, tuple(rename), vocab
+    )
     _check_engine(engine, address, stream)
     with _supplied(base, Path(out), stream) as (checkpoint, supply):
         _check_target(Path(out), checkpoint, adapters, onto, overwrite)
@@ -200,6 +210,7 @@ def verify(
     seed: int | None = None,
     sample: int | None = None,
     rename: Sequence[str] = (),
+    strict_base: bool = False,
 ) -> Verification:
     """Computes the merge again and compares every element with what is on disk; writes nothing.
 
@@ -215,6 +226,8 @@ def verify(
         seed: as in `merge`.
         sample: compare so many tensors that adapters touch and so many others, drawn at random; all when not given.
         rename: as in `merge`.
+        strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
+            a warning in the result.
 
     Returns:
         what was compared and every difference found; a difference is not an error. A base whose fingerprint is not the
@@ -222,6 +235,7 @@ def verify(
 
     Raises:
         UsageError: adapters or a sample without a base; there are no checksums.
+        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
         AdapterkitError: the inputs cannot be read or do not fit together.
     """
     if base is None:
@@ -230,14 +244,17 @@ def verify(
         if adapters or sample is not None:
             raise UsageError("no base to compute the merge from", cure="Give the base, or the output alone")
         return check_written(merged, progress)
+    from .bases import check_base
     from .quantized import as_read
     from .verification import compare, compare_bases
 
     found, given = opened(merged), opened(base)
     checkpoint = as_read(given, found)
     named = _named(adapters, weights, checkpoint)
-    wrong = compare_bases(found, given, named)
-    return compare(found, checkpoint, named, allow_partial, progress, seed, sample, wrong, tuple(rename))
+    warnings = check_base([(name, adapter) for name, adapter, _ in named], given, strict_base)
+    differing = compare_bases(found, given, named)
+    compared = compare(found, checkpoint, named, allow_partial, progress, seed, sample, differing, tuple(rename))
+    return replace(compared, warnings=warnings)
 
 
 def _check_engine(engine: str, address: str | None, stream: bool) -> None:
@@ -304,13 +321,26 @@ def _accompanied(
     tokenizer: str | PathLike[str] | None, strict_base: bool,
 ) -> Plan:  # fmt: skip
     """The plan with the files beside the weights, and with what is wrong about the base."""
+    from ..formats import warnings_of
     from .bases import check_bases
     from .companions import companions
 
     known = [(name, folder) for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None]
     beside = companions(planned.base, known, tokenizer)
-    warnings = (*check_bases(named, planned.base, fingerprint, strict_base), *planned.warnings, *beside.warnings)
+    if planned.vocabulary is not None and planned.vocabulary.get("rows"):
+        beside = replace(beside, warnings=(*beside.warnings, *_unnamed_tokens(planned, beside)))
+    told = (f"{name}: {warning}" for name, adapter, _ in named for warning in warnings_of(adapter))
+    bases = check_bases([(name, adapter) for name, adapter, _ in named], planned.base, fingerprint, strict_base)
+    warnings = (*told, *bases, *planned.warnings, *beside.warnings)
     return replace(planned, companions=beside, fingerprint=fingerprint, warnings=warnings)
+
+
+def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:
+    """What is left to do beside the weights of a vocabulary that grew."""
+    if not planned.base.root.is_dir():
+        yield f"the base is one file: set vocab_size to {(planned.vocabulary or {})['rows']} in the config yourself"
+    elif (beside.tokenizer or {}).get("from") != "adapter":
+        yield 'the base\'s tokenizer is kept, which may lack the added tokens: --tokenizer DIR (tokenizer="DIR")'
 
 
 def _several(adapters: Source | Sequence[Source]) -> list[Source]:
@@ -322,7 +352,7 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
 
 def _check_target(out: Path, base: Checkpoint, adapters: object, onto: Base | None, overwrite: bool) -> None:
     others = [*_listed(adapters), onto.root if isinstance(onto, Checkpoint) else onto]
-    paths = [base.root, *(Path(a) for a in others if isinstance(a, (str, PathLike)))]
+    paths = [base.root, *(local(a) for a in others if isinstance(a, (str, PathLike)))]
     try:
         overlapped = next((path for path in paths if is_within(out, path) or is_within(path, out)), None)
     except OSError as error:

@@ -51,18 +51,32 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
 
 
 def check_bases(
-    adapters: Sequence[tuple[str, Adapter, float]], base: Checkpoint, fingerprint: str | None, strict: bool
+    adapters: Sequence[tuple[str, Adapter]], base: Checkpoint, fingerprint: str | None, strict: bool
 ) -> tuple[str, ...]:
-    """The warnings of `mismatches` for all adapters.
+    """Return the warnings of `mismatches` for all adapters.
+
+    Args:
+        adapters: (name, adapter) of each.
+        base: the base.
+        fingerprint: of the base's weights; None where it was not taken.
+        strict: refuse instead.
 
     Raises:
         CheckFailed: there are some, and `strict`.
     """
-    found = [why for name, adapter, _ in adapters for why in mismatches(name, adapter, base, fingerprint)]
+    found = [why for name, adapter in adapters for why in mismatches(name, adapter, base, fingerprint)]
     if found and strict:
         cure = "Give the base that the adapter was made for, or leave out --strict-base (strict_base=True)"
         raise CheckFailed("; ".join(found), path=base.root, cure=cure)
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
+
+
+def check_base(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint, strict: bool) -> tuple[str, ...]:
+    """`check_bases` with the fingerprint of the base, which is taken where an adapter has one to compare it with."""
+    from ..tensors.fingerprint import fingerprint
+
+    taken = fingerprint(base) if any(fingerprints_of(adapter) for _, adapter in adapters) else None
+    return check_bases(adapters, base, taken, strict)
 
 
 def names_of(base: Checkpoint) -> tuple[str, ...]:

@@ -82,7 +82,8 @@ def logical(fold: Fold) -> tuple[int, ...]:
 def part_of(fold: Fold, block: Block) -> tuple[int, int] | None:
     """The stored rows of the block that the fold touches; None where it touches none."""
     if fold.target.rows is None or fold.axis == "in":
-        return block.start, block.stop
+        last = block.stop if fold.target.stacked else min(block.stop, fold.shape[0] if fold.shape else block.stop)
+        return (block.start, last) if block.start < last else None
     start, stop = max(block.start, fold.target.rows[0]), min(block.stop, fold.target.rows[1])
     return (start, stop) if start < stop else None
 
@@ -90,7 +91,7 @@ def part_of(fold: Fold, block: Block) -> tuple[int, int] | None:
 def view_of(work: Any, fold: Fold, part: tuple[int, int], block: Block) -> Any:
     """The touched part of a block as the updates see it: `[out, in, *k]`."""
     if fold.bias:
-        return work if fold.target.rows is None else work[slice(*fold.target.rows)]
+        return work[: part[1]] if fold.target.rows is None else work[slice(*fold.target.rows)]
     work = work[part[0] - block.start : part[1] - block.start]
     if fold.axis == "out":
         return work

@@ -106,7 +106,10 @@ class Folder:
     @cached_property
     def _sums(self) -> bool:
         """Whether the folds add up over whole blocks, whatever the base's values."""
-        return all(fold.additive and not fold.bias and fold.target.rows is None for fold, _ in self.folds)
+        return all(
+            fold.additive and not fold.bias and fold.target.rows is None and fold.shape[:1] == self.output.shape[:1]
+            for fold, _ in self.folds
+        )
 
     def _sum(self, block: Block) -> Any:
         """What all folds add to the block, in float64; flat."""

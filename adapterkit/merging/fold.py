@@ -22,7 +22,7 @@ class Fold:
         weight: how much of the change is taken.
         source: position of the adapter in the merge.
         bias: the stored tensor is the target's bias, not its weight.
-        shape: of the stored tensor.
+        shape: of the stored tensor; fewer rows where the adapter was trained on its first rows only.
         seen: the base's weight, where the change to its bias needs it.
     """
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..binding import Site, bind
 from ..errors import NotMergeable
+from ..formats._trained import sites_as_trained
 from ..names.resolver import Rule
 from ..names.ties import find_tie
 from ..quant import Dequantized
 from ..tensors.locations import is_repo
 from .fold import Fold
 from .ties import parse_tied, settle_tie
+from .vocabulary import Vocabulary, parse_vocab
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Target
     from ..tensors.checkpoint import Checkpoint
     from ..tensors.lazy import Lazy
+    from ..updates import Update
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,18 +53,49 @@ class Source:
         return {"names": [{"rule": str(rule), "targets": rule.targets} for rule in self.rules]} if used else {}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Bindings:
+    """The adapters of a merge, bound to the base.
+
+    Attributes:
+        base: the base, with the rows that a vocabulary gains.
+        sources: the bound adapters.
+        folds: output name -> what is folded into it.
+        names: output name -> the stored name that it is made from.
+        config_changes: what the output's config says otherwise.
+        warnings: one sentence each.
+        vocabulary: what became of the vocabulary, plain data; None where it is the base's.
+    """
+
+    base: Checkpoint
+    sources: tuple[Source, ...]
+    folds: dict[str, tuple[Fold, ...]]
+    names: dict[str, str]
+    config_changes: dict[str, Any]
+    warnings: list[str]
+    vocabulary: dict[str, Any] | None
+
+
 def folds_by_tensor(
     base: Checkpoint,
     adapters: Sequence[tuple[str, Adapter, float]],
     tied: str | None,
     allow_partial: bool,
     rename: Sequence[str] = (),
-) -> tuple[tuple[Source, ...], dict[str, tuple[Fold, ...]], dict[str, str], dict[str, Any], list[str]]:
-    """Binds the adapters and sorts their updates by stored tensor.
+    vocab: str | None = None,
+) -> Bindings:
+    """Bind the adapters and sort their updates by stored tensor.
 
-    Returns:
-        the bound sources; output name -> folds; output name -> stored name it is made from; changes to the config;
-        warnings.
+    Args:
+        base: the base.
+        adapters: name, adapter and weight of each.
+        tied: the choice for tied weights, see `parse_tied`.
+        allow_partial: leave out targets that the base does not have.
+        rename: the user's rules for names.
+        vocab: the choice for vocabularies that differ, see `Vocabulary`.
+
+    Raises:
+        AdapterkitError: an adapter does not fit the base.
     """
     tied = parse_tied(tied)
     config = base.config
@@ -69,25 +104,38 @@ def folds_by_tensor(
         config = {**(config or {}), "tie_word_embeddings": True}
     tie = find_tie(base.tensors, config)
     aliases = {} if tie is None else tie.aliases
+    vocabulary = Vocabulary(base, aliases, parse_vocab(vocab))
     sources, folds = [], dict[str, list[Fold]]()
     for position, (name, adapter, weight) in enumerate(adapters):
         _refuse_other_laws(adapter)
-        bound = bind(adapter, base, partial=allow_partial, aliases=aliases, rename=rename)
+        resize = partial(vocabulary.settle, position, name)
+        bound = bind(adapter, base, partial=allow_partial, aliases=aliases, rename=rename, resize=resize)
+        shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+        shapes |= {alias: shapes[name] for alias, name in aliases.items()}
+        for site in sites_as_trained(bound.sites, bound.adapter.recipe, shapes):
+            _refuse_other_laws((site.target, update) for update in site.updates)
         digest = adapter.digest()
         sources.append(Source(name, bound.adapter, weight, digest, bound.missing, bound.renamed, bound.rules))
         for site in bound.sites:
             for stored, fold in _folds(site, weight, position, base, aliases):
-                folds.setdefault(stored, []).append(fold)
+                made_for = replace(fold, shape=vocabulary.rows(position, stored, fold.shape))
+                folds.setdefault(stored, []).append(made_for)
+    base = vocabulary.grown()
     names = {name: name for name in base.tensors}
     bound_adapters = [source.adapter for source in sources]
-    warnings: list[str] = []
-    changes = {} if tie is None else settle_tie(tie, folds, names, bound_adapters, tied, config, warnings)
-    return tuple(sources), {name: tuple(found) for name, found in folds.items()}, names, changes, warnings
+    warnings = list(vocabulary.warnings)
+    changes: dict[str, Any] = {}
+    if tie is not None:
+        rows = base.tensors[tie.stored].shape[0]
+        changes = settle_tie(tie, folds, names, bound_adapters, tied, config, warnings, rows)
+    changes |= vocabulary.config_changes(base.config, changes)
+    sorted_ = {name: tuple(found) for name, found in folds.items()}
+    return Bindings(base, tuple(sources), sorted_, names, changes, warnings, vocabulary.record())
 
 
-def _refuse_other_laws(adapter: Adapter) -> None:
-    """Before any name is looked up: what is not of weights has no place among them."""
-    for target, update in adapter:
+def _refuse_other_laws(updates: Iterable[tuple[Target, Update]]) -> None:
+    """Refuse updates that are not changes of weights: before any name is looked up, and by the base's shapes."""
+    for target, update in updates:
         if update.kind not in ("additive", "weight"):
             why = f"{update.method} changes {update.acts_on}, not weights"
             raise NotMergeable(why, where=str(target), cure="Inject it into a live model instead")

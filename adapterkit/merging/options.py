@@ -18,3 +18,4 @@ class Options:
     link: bool = False
     checksums: bool = False
     rename: tuple[str, ...] = ()
+    vocab: str | None = None

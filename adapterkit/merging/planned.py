@@ -103,6 +103,7 @@ class Plan:
         warnings: what the caller should look at, one sentence each.
         companions: the files beside the weights.
         fingerprint: of the base's weights, see `tensors/fingerprint.py`; None where it was not taken.
+        vocabulary: what became of the vocabulary, plain data; None where it is the base's.
     """
 
     base: Checkpoint
@@ -119,6 +120,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     companions: Companions = field(default_factory=Companions)
     fingerprint: str | None = None
+    vocabulary: Mapping[str, Any] | None = None
 
     @property
     def bytes(self) -> int:
@@ -179,6 +181,7 @@ class Plan:
             "dtype": self.dtype and self.dtype.name, "seed": self.seed, "tied": self.tied,
             "quantized": quantized_record(self.base), "warnings": list(self.warnings),
             "base_fingerprint": self.fingerprint, "tokenizer": self.companions.tokenizer,
+            **({} if self.vocabulary is None else {"vocabulary": dict(self.vocabulary)}),
         }  # fmt: skip
 
     def record(self) -> dict[str, Any]:

@@ -46,9 +46,8 @@ def make_plan(
         Unsupported: a targeted weight is not of a floating dtype.
     """
     cast = None if is_gguf_output(base) else _dtype(options.dtype)
-    sources, folds, names, changes, warnings = folds_by_tensor(
-        base, adapters, options.tied, options.allow_partial, options.rename
-    )
+    bound = folds_by_tensor(base, adapters, options.tied, options.allow_partial, options.rename, options.vocab)
+    base, folds, names, changes = bound.base, bound.folds, bound.names, bound.config_changes
     tensors = {name: base.tensors[stored] for name, stored in names.items()}
     for name in folds:
         _check_floating(name, tensors[name], base)
@@ -69,8 +68,8 @@ def make_plan(
     origin = source_of(base.folder)
     uri = None if origin is None else origin.uri
     planned = Plan(
-        base, sources, files, options.tied, changes, cast, options.seed, allowed(options.memory), options.link, uri,
-        options.checksums, tuple(warnings),
+        base, bound.sources, files, options.tied, changes, cast, options.seed, allowed(options.memory), options.link,
+        uri, options.checksums, tuple(bound.warnings), vocabulary=bound.vocabulary,
     )  # fmt: skip
     planned.workers  # noqa: B018 - says before any work that the memory is too small
     return planned

@@ -68,7 +68,9 @@ def _sources(file: OutputFile) -> set[str]:
         for tensor in tensors:
             if tensor.span is None:
                 cure = "Leave --stream out: it is fetched whole first"
-                raise Unsupported("a packed weight cannot be streamed", where=output.name, cure=cure)
+                raise Unsupported(
+                    "a packed weight, or one that gains rows, cannot be streamed", where=output.name, cure=cure
+                )
             found.add(tensor.span.path)
     return found
 

@@ -54,7 +54,7 @@ def parse_tied(tied: str | Mapping[str, str] | None) -> str | None:
 
 def settle_tie(
     tie: Tie, folds: Folds, names: dict[str, str], adapters: Sequence[Adapter], tied: str | None,
-    config: Mapping[str, Any] | None, warnings: list[str],
+    config: Mapping[str, Any] | None, warnings: list[str], rows: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Puts every fold on the tensors of the output that it changes.
 
@@ -66,6 +66,7 @@ def settle_tie(
         tied: the canonical text of the choice, see `parse_tied`.
         config: the base's config.
         warnings: gets a sentence for what is left out.
+        rows: of the tied tensor in the output.
 
     Returns:
         changes to the config, which must say that the head is no longer tied.
@@ -76,14 +77,14 @@ def settle_tie(
     own = {name: folds.pop(name) for name in dict.fromkeys((tie.stored, *tie.layers)) if name in folds}
     if not own:
         return {}
-    acting: Folds = {layer: [] for layer in tie.layers}
+    changed: Folds = {layer: [] for layer in tie.layers}
     for position, adapter in enumerate(adapters):
         part = {name: [fold for fold in found if fold.source == position] for name, found in own.items()}
         part = {name: found for name, found in part.items() if found}
-        for layer, found in _acting(tie, part, adapter, tied, warnings).items():
-            acting[layer] += found
-    inputs, head = acting[tie.inputs[0]], acting[tie.head]
-    if not all(_equal(acting[layer], inputs) for layer in tie.inputs):
+        for layer, found in acting(tie, part, adapter, tied, warnings).items():
+            changed[layer] += found
+    inputs, head = changed[tie.inputs[0]], changed[tie.head]
+    if not all(_equal(changed[layer], inputs) for layer in tie.inputs):
         why = f"the adapter changes {' and '.join(tie.inputs)} differently, and a model stores one tensor for both"
         cure = f"Inject it into a live model, which has both; {_MERGE} puts every change on that tensor and on the head"
         raise UsageError(why, where=tie.stored, cure=cure)
@@ -91,20 +92,26 @@ def settle_tie(
         folds |= dict.fromkeys((tie.stored, tie.head) if tie.apart else (tie.stored,), inputs)
         return kept_tied(config)
     names[tie.head] = tie.head if tie.apart else tie.stored
-    changed = {tie.stored: inputs, tie.head: _unscaled(head, own, tie, untied_scale(config))}
-    folds |= {name: found for name, found in changed.items() if found}
+    written = {tie.stored: inputs, tie.head: _unscaled(head, own, tie, untied_scale(config), rows)}
+    folds |= {name: found for name, found in written.items() if found}
     return untied(config)
 
 
-def _acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: list[str]) -> Folds:
-    """What one adapter does to each layer that reads the tied tensor.
+def acting(tie: Tie, own: Folds, adapter: Adapter, tied: str | None, warnings: list[str]) -> Folds:
+    """Decide what one adapter does to each layer that reads a tied tensor; merges and injections ask here.
 
     Args:
         tie: the base's tie.
         own: the adapter's folds, by the names that it has for the layers.
-        adapter: the adapter.
-        tied: the canonical text of the choice.
-        warnings: gets a sentence for what is left out.
+        adapter: the adapter; its lineage tells which tool trained it.
+        tied: the canonical text of the choice, see `parse_tied`.
+        warnings: gets a sentence for each update that is left out.
+
+    Returns:
+        for each name of `tie.layers`, the folds that change it; a fold keeps the target that the adapter names.
+
+    Raises:
+        UsageError: neither `tied` nor the adapter's lineage tells, or the changes cannot share one tensor.
     """
     if not own:
         return {}
@@ -234,7 +241,7 @@ def _together(folds: list[Fold], tie: Tie) -> list[Fold]:
     """
     kept: list[Fold] = []
     for fold in folds:
-        if any(_same(fold, other) for other in kept):
+        if any(same(fold, other) for other in kept):
             continue
         if kept and _starts_alike(fold, kept[0]):
             # PEFT saves the base's weight beside the factors of an adapted embedding and of an adapted head.
@@ -248,7 +255,7 @@ def _together(folds: list[Fold], tie: Tie) -> list[Fold]:
     return kept
 
 
-def _unscaled(head: list[Fold], own: Folds, tie: Tie, scale: float) -> list[Fold]:
+def _unscaled(head: list[Fold], own: Folds, tie: Tie, scale: float, rows: int) -> list[Fold]:
     """The folds of an untied head, with the factor that the model applies only while the head is tied."""
     if scale == 1:
         return head
@@ -257,7 +264,7 @@ def _unscaled(head: list[Fold], own: Folds, tie: Tie, scale: float) -> list[Fold
     from ..methods.ia3 import IA3
     from ..tensors.lazy import from_numpy
 
-    shape = next(fold.shape for folds in own.values() for fold in folds)
+    shape = (rows, *next(fold.shape for folds in own.values() for fold in folds)[1:])
     factor = IA3(l=from_numpy(np.full(shape[0], scale)), l_in=None)  # type: ignore[arg-type]
     scaled = Fold(Target(tie.head.removesuffix(".weight")), (factor,), 1.0, -1, False, shape)
     return [*(replace(fold, weight=fold.weight * scale) for fold in head), scaled]
@@ -265,10 +272,10 @@ def _unscaled(head: list[Fold], own: Folds, tie: Tie, scale: float) -> list[Fold
 
 def _equal(one: Sequence[Fold], other: Sequence[Fold]) -> bool:
     """Whether two layers go through the same changes."""
-    return one is other or (len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True)))
+    return one is other or (len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True)))
 
 
-def _same(one: Fold, other: Fold) -> bool:
+def same(one: Fold, other: Fold) -> bool:
     """Whether two folds change a stored tensor in the same way."""
     if (one.source, one.weight, len(one.updates)) != (other.source, other.weight, len(other.updates)):
         return False

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError, UsageError
 from ..metadata import fingerprints_of
-from ..names.ties import find_tie
+from ..names.ties import find_tie, is_embedding
 from ..tensors.checkpoint import read_json
 from ..tensors.dtypes import DType
 from ..tensors.fingerprint import fingerprint
@@ -87,6 +87,7 @@ class Verification:
         differences: what is wrong; of a comparison with checksums, files in place of tensors.
         files: how many were compared with the checksums that were taken when they were written.
         base: who names another base than the one that was given.
+        warnings: what an adapter says of its base that is not true of this one.
     """
 
     tensors: int
@@ -94,6 +95,7 @@ class Verification:
     differences: tuple[Difference, ...]
     files: int = 0
     base: tuple[BaseDifference, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -103,7 +105,8 @@ class Verification:
         found = [difference.record() for difference in self.differences]
         counts = {"tensors": self.tensors, "targets": self.targets} | ({"files": self.files} if self.files else {})
         base = {"base": [difference.record() for difference in self.base]} if self.base else {}
-        return {"ok": self.ok, **counts, "differences": found, **base}
+        warnings = {"warnings": list(self.warnings)} if self.warnings else {}
+        return {"ok": self.ok, **counts, "differences": found, **base, **warnings}
 
 
 def compare(
@@ -118,7 +121,8 @@ def compare(
     rename: tuple[str, ...] = (),
 ) -> Verification:
     """Compares a merged checkpoint with the merge of `adapters` into `base`; see `adapterkit.verify`."""
-    options = Options(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed, rename=rename)
+    vocab = _vocab(merged, base)
+    options = Options(tied=_tied(merged, base), allow_partial=allow_partial, seed=seed, rename=rename, vocab=vocab)
     plan = make_plan(base, adapters, options)
     differences = [Difference(name, "not in the base") for name in merged.tensors if name not in _names(plan)]
     arrays, done = NumpyArrays(), 0
@@ -187,6 +191,16 @@ def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
         return parse_tied(record["tied"])
     tie = find_tie(base.tensors, base.config)
     return "untie" if tie is not None and tie.head in merged.tensors else "merge"
+
+
+def _vocab(merged: Checkpoint, base: Checkpoint) -> str | None:
+    """How the merge treated an adapter's larger vocabulary: by its own record, or else by the rows in its output."""
+    record = _record_of(merged)
+    if record:
+        return (record.get("vocabulary") or {}).get("choice")
+    tables = [name for name in base.tensors if is_embedding(name) and name in merged.tensors]
+    grew = any(merged.tensors[name].shape[:1] > base.tensors[name].shape[:1] for name in tables)
+    return "grow" if grew else "keep" if tables else None
 
 
 def _compare(output: Output, found: Lazy, arrays: Arrays) -> Difference | None:

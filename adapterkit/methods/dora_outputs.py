@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import UsageError
 from ..updates import WeightUpdate, tensor
+from .dora import DoRA
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..updates import Random
+    from ..updates import Random, Update
 
 
 class DoRAOutputs(WeightUpdate):
@@ -37,6 +38,11 @@ class DoRAOutputs(WeightUpdate):
         A = random((rank, *W.shape[1:])) / math.prod(W.shape[1:]) ** 0.5
         norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
         return cls(A=A, B=W.new_zeros(len(W), rank), magnitude=norm, **attributes)
+
+    def without_bias(self) -> Update:
+        if self.scaling != 1 or self.factors is not None:
+            return self
+        return DoRA(A=self.A, B=self.B, magnitude=self.magnitude)
 
     @property
     def changes_bias(self) -> bool:

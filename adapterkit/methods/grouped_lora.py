@@ -3,7 +3,8 @@
 Hu et al. 2021, https://arxiv.org/abs/2106.09685; https://github.com/huggingface/peft/pull/2403.
 A is a convolution without groups: it reads all channels. B mixes within groups: its first rows read the first channels
 of A(x), and so on. So each output depends on channels of other groups, for which W `[out, in / groups, *k]` has no
-place. A LoRA that keeps to the groups is `lora`, and merges.
+place. A LoRA that keeps to the groups is `lora`, and merges. With `zero_padded` A reads zeros around the input and is
+not dilated, whatever the layer does: PEFT makes A with the layer's kernel, stride and padding alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class GroupedLoRA(OutputUpdate):
     B: Tensor = tensor("out share")
     bias: Tensor | None = tensor("out", optional=True)
     scaling: float = 1.0
+    zero_padded: bool = False
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
@@ -64,5 +66,6 @@ class GroupedLoRA(OutputUpdate):
     def forward(self, x: Any, layer: Any) -> Any:
         (out, share), groups = self.B.shape, len(self.A) // self.B.shape[1]
         B = block_diagonal(self.B.reshape(groups, out // groups, share))
-        y = layer(x) + layer.mix(layer.op(x, self.A), B) * self.scaling
+        read = layer.zero_padded(x, self.A) if self.zero_padded else layer.op(x, self.A)
+        y = layer(x) + layer.mix(read, B) * self.scaling
         return y if self.bias is None else y + layer.per_channel(self.scaling * self.bias)

@@ -49,6 +49,9 @@ class RandLoRA(LowRank):
         gamma = W.new_full((n, short), 1 / max(n, short))
         return cls(lam=W.new_zeros(len(fields["A"]), n), gamma=gamma, **fields)
 
+    def largest_shape(self) -> tuple[int, ...]:
+        return self.B.shape[-3], self.gamma.shape[-1]
+
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)
         n, short = self.gamma.shape[-2:]

@@ -43,6 +43,9 @@ class VeRA(LowRank):
         fields = cls.shared([tuple(W.shape)], rank, random) | attributes
         return cls(b=W.new_zeros(len(W)), d=W.new_full((len(fields["A"]),), 0.1), **fields)
 
+    def largest_shape(self) -> tuple[int, ...]:
+        return self.b.shape[-1], self.A.shape[-1]
+
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)
         for name, have, need in (("A", self.A.shape[-1], shape[1]), ("B", self.B.shape[-2], shape[0])):

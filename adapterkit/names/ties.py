@@ -6,7 +6,7 @@ transformers' model families; `_tied_weights_keys` of its model classes is where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +94,35 @@ def aliases(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[
     return {} if tie is None else tie.aliases
 
 
+def says_untied(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config says in so many words that head and embeddings are two tensors."""
+    return _explicit(config or {}) is False
+
+
+def says_tied(config: Mapping[str, Any] | None) -> bool:
+    """Whether a config says in so many words that head and embeddings are one tensor."""
+    return _explicit(config or {}) is True
+
+
+def tie_of(stored: str, inputs: Sequence[str], head: str) -> Tie:
+    """The tie of layers that share their numbers in a live model or in a graph.
+
+    Args:
+        stored: the name of the embedding that an adapter names.
+        inputs: the names of the embeddings that share the numbers.
+        head: the name of the head's weight.
+    """
+    return Tie(stored, tuple(inputs), head, apart=True)
+
+
 def is_embedding(name: str) -> bool:
     """Whether a stored tensor is the table of a model's token embeddings."""
     return _is(name, EMBEDDINGS)
+
+
+def is_head(name: str) -> bool:
+    """Whether a stored tensor has the name of an output head's weight; other layers may be called `output`, too."""
+    return _is(name, HEADS)
 
 
 def untied(config: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -222,7 +222,9 @@ def settle(fresh: Iterable[ir.Value]) -> None:
     """Tensors that nothing reads any more go, and what took their place has their names: tools find it by them."""
     for value in fresh:
         old, graph = value.meta.pop("adapterkit.old"), value.graph
-        lost = old.name in (graph.initializers if graph is not None else ()) and not old.uses()
+        # Two layers that shared `old` get a tensor each; the first to come here has taken its name by then.
+        stored = {} if graph is None else graph.initializers
+        lost = old.name in stored and stored[old.name] is old and not old.uses()
         if lost and graph is not None and not old.is_graph_input() and not old.is_graph_output():
             name = old.name
             graph.initializers.pop(name)

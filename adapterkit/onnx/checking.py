@@ -35,6 +35,7 @@ from .trial_inputs import SIZES, made_up
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
     from .reading import Base, Model
+    from .tying import Tying
 
     Feeds = Mapping[str, np.ndarray[Any, Any]]
 
@@ -61,7 +62,7 @@ class Outcome:
 
 def checked_injection(
     model: Model, adapter: Adapter, base: Checkpoint | None, out: Path, beside: Path | None,
-    given: Feeds | None = None, *, alone: bool = False,
+    given: Feeds | None = None, *, alone: bool = False, tying: Tying | None = None,
 ) -> Outcome:  # fmt: skip
     """Compare the written graph with the first one with merged weights.
 
@@ -75,6 +76,7 @@ def checked_injection(
             graph.
         given: inputs to run on, by name.
         alone: there is no second way to make the change, as where attentions got prefixes.
+        tying: as for the injection.
 
     Raises:
         CheckFailed: they differ by more than rounding.
@@ -99,7 +101,7 @@ def checked_injection(
         building = Building(source.model)
         with contextlib.suppress(NotMergeable, Unsupported):  # Biases that are not there, packed weights.
             packed = "dequantize" if _exact(source.model) else None
-            fold([(place, 1.0) for place in resolve(source.model, adapter, base)], building, packed)
+            fold([(place, 1.0) for place in resolve(source.model, adapter, base, tying)], building, packed)
             other = inline(source.model)
     return _compared(other, out, fed, plain=plain, given=given)
 
@@ -119,7 +121,7 @@ def _fed(beside: Path, out: Path, source: Source) -> Feeds:
 
 def checked_merge(
     model: Model, adapters: Sequence[Adapter], factors: Sequence[float], base: Base | None, out: Path,
-    quantized: str | None = None, given: Feeds | None = None,
+    quantized: str | None = None, given: Feeds | None = None, tying: Tying | None = None,
 ) -> Outcome:  # fmt: skip
     """The merged graph against the first one with the adapter injected.
 
@@ -138,7 +140,7 @@ def checked_merge(
         return Outcome(None, why)
     plain, building = inline(source.model), Building(source.model)
     known = None if base is None else opened_base(base)
-    found = resolve(source.model, adapters[0], known)
+    found = resolve(source.model, adapters[0], known, tying)
     if quantized == "dequantize":
         from .merging import unpacked
 

@@ -39,8 +39,8 @@ def _inside(file: Path, model: Path, where: str) -> Path:
     """The file itself behind links, which may lead to where the model's own link leads, and nowhere else."""
     try:
         real, home = file.resolve(strict=True), model.resolve(strict=True).parent
-    except OSError as error:
-        why = f"its data file {file.name} cannot be read ({(error.strerror or str(error)).lower()})"
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13.
+        why = f"its data file {file.name} cannot be read ({(getattr(error, 'strerror', '') or str(error)).lower()})"
         raise Malformed(why, path=model, where=where, cure="Put the data file beside the model") from None
     if not (real.is_relative_to(model.parent.resolve()) or real.is_relative_to(home)) or not real.is_file():
         why = f"its data file {file.name} is a link out of the model's folder"

@@ -234,10 +234,10 @@ def _file(out: Path, name: str) -> Path:
 
 def _opened(graph: ir.Model, adapters: Mapping[str, Adapter]) -> list[Found]:
     """Gives the graph slots for all adapters: one set at a target, whichever of them has it."""
-    places: dict[str, Found] = {}
+    places: dict[tuple[str, str], Found] = {}
     for name, adapter in adapters.items():
         for place in resolve(graph, adapter):
-            first = places.setdefault(str(place.target), place)
+            first = places.setdefault((str(place.asked), str(place.target)), place)
             if _form(first) != _form(place):
                 why = f"{name} is of another method, or has other tensors, than another adapter at the same target"
                 raise Unsupported(why, where=str(place.asked), cure="Export a model for each kind of adapter")

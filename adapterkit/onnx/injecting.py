@@ -26,13 +26,14 @@ from .contexts import of_attention, parted, place
 from .experts import with_experts
 from .fitting import write_adapter
 from .model_file import Source, opened, placing, save
-from .reading import inputs_of, loaded
+from .reading import base_warnings, inputs_of, loaded, name_of
 from .resolving import Found, resolve
 from .saturation import Saturation, clipping
 from .shadows import config_of
+from .tying import Tying
 
 if TYPE_CHECKING:
-    from .reading import Base, Model, inputs_of
+    from .reading import Base, Model
 
 ORIGINAL = "adapterkit.original"
 """The metadata key under which a rewritten model keeps what it takes to have the first one back."""
@@ -90,6 +91,8 @@ def inject(
     base_weights: Base | None = None,
     call: Mapping[str, Any] | None = None,
     experts: Sequence[Adapter | str | PathLike[str]] = (),
+    tied: str | Mapping[str, str] | None = None,
+    strict_base: bool = False,
     check: bool | Mapping[str, Any] = True,
     overwrite: bool = True,
     made_from: str | None = None,
@@ -109,6 +112,10 @@ def inject(
             value of the graph. `{"task_ids": 1}` fixes the task of all rows, which else becomes an input;
             `{"hidden_states": "NAME"}` is the value that the last layer gives.
         experts: adapters that a router's file names but does not hold (Arrow, X-LoRA), in the router's order.
+        tied: which layers an update changes where embedding and head have equal numbers, as in `adapterkit.merge`. When
+            not given, those that the tool which trained the adapter changed.
+        strict_base: refuse a base whose name, config or fingerprint is not the one that the adapter names, instead of
+            a warning in the report.
         check: run the result with onnxruntime against the model with merged weights; on these inputs, by name, or on
             inputs that are made up.
         overwrite: replace what is at `out`; False refuses where something is there.
@@ -119,12 +126,16 @@ def inject(
         ShapeMismatch: a shape does not fit.
         Unsupported: a layer cannot take the method.
         Malformed: the file is no model, or its data is missing, too short or outside its folder.
-        CheckFailed: the written graph computes something else; nothing is left at `out`.
+        UsageError: nothing tells which of several tied layers an update changes.
+        CheckFailed: the written graph computes something else, or the base is not the one that the adapter names and
+            `strict_base`; nothing is left at `out`.
     """
     if mode not in MODES:
         raise UsageError(f"unknown mode {mode!r}", where="mode", cure=f"Known: {', '.join(MODES)}")
     source = opened(model)
     read, base = loaded(adapter, base_weights)
+    wrong = base_warnings([(name_of(adapter), read)], base, strict_base)
+    tying = Tying.of(base, source.path, tied)
     read = with_experts(read, [loaded(expert, None)[0] for expert in experts])
     rest, context = parted(read)
     if context and mode == "slots":
@@ -132,7 +143,7 @@ def inject(
         raise Unsupported("slots for context", where=str(context[0][0]), cure=cure)
     building = Building(source.model)
     used = place(context, building)
-    found = resolve(source.model, rest, base)
+    found = resolve(source.model, rest, base, tying)
     slots = _slots(mode, building)
     words = Words(building, [update for _, update in rest], call, partial(config_of, base, source.path))
     attach(found, building, slots, words)
@@ -152,8 +163,8 @@ def inject(
         if check is not False:
             given = None if isinstance(check, bool) else check
             alone = any(of_attention(*each) for each in context)
-            told = checked_injection(model, rest, base, path, beside, given, alone=alone)
-        warnings = clipping(told.saturation, source.model)
+            told = checked_injection(model, rest, base, path, beside, given, alone=alone, tying=tying)
+        warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
     note = "; ".join(filter(None, [used, words.note, told.note])) or None
     return Report(
         target, place_.files, tuple(found), told.difference, note, reference=told.reference, saturation=told.saturation,

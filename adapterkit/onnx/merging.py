@@ -17,19 +17,22 @@ import onnx_ir as ir
 
 from ..adapter import Adapter
 from ..errors import NotMergeable, UsageError, places_errors
+from ..tensors.checkpoint import opened as opened_base
 from .building import Building
 from .changes import settle
 from .checking import Outcome, checked_merge
 from .folding import Fold, Folding
 from .injecting import Report
+from .model_file import Source as Opened
 from .model_file import opened, placing, save_merged
-from .reading import inputs_of, loaded
+from .reading import base_warnings, inputs_of, loaded, name_of
 from .resolving import Found, resolve
 from .saturation import clipping
+from .tying import Tying
 from .unpacking import CHOICES, as_float, is_packed
 
 if TYPE_CHECKING:
-    from .reading import Base, Model, inputs_of
+    from .reading import Base, Model
 
     Source = Adapter | str | PathLike[str]
 
@@ -43,6 +46,8 @@ def merge(
     weights: Sequence[float] | None = None,
     base_weights: Base | None = None,
     quantized: str | None = None,
+    tied: str | Mapping[str, str] | None = None,
+    strict_base: bool = False,
     check: bool | Mapping[str, Any] = True,
     overwrite: bool = True,
     made_from: str | None = None,
@@ -58,6 +63,10 @@ def merge(
         quantized: where a weight is packed, `dequantize`: fold into the dequantized numbers and write a layer of
             floating point; `requantize`: quantize the result again in the same scheme; `Report.damage` tells what that
             did.
+        tied: which layers an update changes where embedding and head have equal numbers, as in `adapterkit.merge`. When
+            not given, those that the tool which trained the adapter changed.
+        strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
+            a warning in the report.
         check: run the result with onnxruntime against the model with the adapters injected; on these inputs, by name,
             or on inputs that are made up.
         overwrite: replace what is at `out`; False refuses where something is there.
@@ -69,11 +78,15 @@ def merge(
         NotMergeable: an update's law is not one of weights.
         Unsupported: a weight is packed and `quantized` does not say what to do, or in a way that is not known here.
         Malformed: the file is no model, or a result does not fit its type.
+        UsageError: nothing tells which of several tied layers an update changes.
+        CheckFailed: the written graph computes something else, or the base is not the one that an adapter names and
+            `strict_base`; nothing is left at `out`.
     """
     if quantized is not None and quantized not in CHOICES:
         raise UsageError(f"unknown choice {quantized!r}", where="quantized", cure=f"Known: {', '.join(CHOICES)}")
     source = opened(model)
-    read, factors, folds = _resolved(source.model, adapters, weights, base_weights)
+    tying = _tying(source, base_weights, tied)
+    read, factors, folds, wrong = _resolved(source.model, adapters, weights, base_weights, tying, strict_base)
     building, damage = Building(source.model), dict[str, Mapping[str, float]]()
     changed = fold(folds, building, quantized, damage)
     building.settle()
@@ -84,8 +97,8 @@ def merge(
         save_merged(source.model, source, place.path, changed)
         if check is not False:
             given = None if isinstance(check, bool) else check
-            told = checked_merge(model, read, factors, base_weights, place.path, quantized, given)
-        warnings = clipping(told.saturation, source.model)
+            told = checked_merge(model, read, factors, base_weights, place.path, quantized, given, tying)
+        warnings = (*wrong, *dict.fromkeys(tying.warnings), *clipping(told.saturation, source.model))
     found = tuple(found for found, _ in folds)
     return Report(
         target, place.files, found, told.difference, told.note, damage, told.reference, saturation=told.saturation,
@@ -100,13 +113,22 @@ def plan(
     *,
     weights: Sequence[float] | None = None,
     base_weights: Base | None = None,
+    tied: str | Mapping[str, str] | None = None,
+    strict_base: bool = False,
 ) -> tuple[Found, ...]:
     """Where `merge` would fold adapters into a graph; nothing is written.
 
     Raises:
-        TargetNotFound, ShapeMismatch, NotMergeable, Malformed: as `merge`.
+        TargetNotFound, ShapeMismatch, NotMergeable, Malformed, UsageError, CheckFailed: as `merge`.
     """
-    return tuple(place for place, _ in _resolved(opened(model).model, adapters, weights, base_weights)[2])
+    source = opened(model)
+    tying = _tying(source, base_weights, tied)
+    folds = _resolved(source.model, adapters, weights, base_weights, tying, strict_base)[2]
+    return tuple(place for place, _ in folds)
+
+
+def _tying(source: Opened, base_weights: Base | None, tied: str | Mapping[str, str] | None) -> Tying:
+    return Tying.of(None if base_weights is None else opened_base(base_weights), source.path, tied)
 
 
 def _resolved(
@@ -114,20 +136,23 @@ def _resolved(
     adapters: Source | Sequence[Source],
     weights: Sequence[float] | None,
     base_weights: Base | None,
-) -> tuple[list[Adapter], list[float], list[Fold]]:
-    """The adapters, their weights, and where they go."""
+    tying: Tying,
+    strict_base: bool,
+) -> tuple[list[Adapter], list[float], list[Fold], tuple[str, ...]]:
+    """The adapters, their weights, where they go, and what is wrong about the base."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
     factors = [1.0] * len(several) if weights is None else [float(weight) for weight in weights]
     if not several or len(factors) != len(several) or not np.isfinite(factors).all():
         raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure="Give one number an adapter")
     folds: list[Fold] = []
-    read = []
+    read, named, base = [], [], None
     for adapter, factor in zip(several, factors, strict=True):
         known, base = loaded(adapter, base_weights)
         _refuse(known)
         read.append(known)
-        folds += [(place, factor) for place in resolve(model, known, base)]
-    return read, factors, folds
+        named.append((name_of(adapter), known))
+        folds += [(place, factor) for place in resolve(model, known, base, tying)]
+    return read, factors, folds, base_warnings(named, base, strict_base)
 
 
 def fold(

@@ -18,7 +18,7 @@ from ..errors import Unsupported
 from .building import Branch
 from .copies import Copies, between, copied
 from .modules import Module, module_at
-from .operands import is_constant
+from .operands import attribute, is_constant
 from .sizes import Unsayable
 from .values import Value, plain
 
@@ -215,6 +215,14 @@ class Ended:
             raise Unsayable("no weight to exchange")
         y: Value = self.layer.op(x, w)
         return y
+
+    def zero_padded(self, x: Value, w: Value) -> Value:
+        node = self.layer and self.layer.node
+        own = attribute(node, "dilations", None) if node is not None and node.op_type == "Conv" else None
+        before = None if node is None or node.inputs[0] is None else node.inputs[0].producer()
+        if any(size != 1 for size in own or ()) or (before is not None and before.op_type == "Pad"):
+            raise Unsayable("zeros around an input that the graph pads otherwise, or a kernel without its dilation")
+        return self.op(x, w)
 
     def mix(self, h: Value, w: Any) -> Value:
         if self.layer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,3 +38,21 @@ def inputs_of(adapter: Adapter | str | PathLike[str], base_weights: Base | None)
 
     files = [] if base_weights is None else list(opened_base(base_weights).files)
     return files + (list(files_of(adapter)) if isinstance(adapter, Adapter) else files_read(adapter))
+
+
+def name_of(adapter: Adapter | str | PathLike[str]) -> str:
+    """What messages call an adapter."""
+    return type(adapter).__name__ if isinstance(adapter, Adapter) else Path(adapter).name
+
+
+def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | None, strict: bool) -> tuple[str, ...]:
+    """What adapters say of their base that is not true of this one; none where no base is given.
+
+    Raises:
+        CheckFailed: there is something, and `strict`.
+    """
+    if base is None:
+        return ()
+    from ..merging.bases import check_base
+
+    return check_base(adapters, base, strict)

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ..adapter import Adapter, Target
 from ..binding import Site, check_site, find_sites, fits
 from ..errors import AdapterkitError, TargetNotFound, Unsupported
+from ..formats._trained import sites_as_trained
 from .kinds import kinds_of
 from .layers import Layer
 from .norms import FoldedNorm, is_norm, refuse_folded
@@ -27,6 +28,7 @@ from .scopes import SCOPES, listed, same_end
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
+    from .tying import Tying
 
 METHODS = ("scopes", "folded_from", "initializer", "path", "values", "packed", "nearest")
 """How a name was found: the exporter's scopes of modules, its note of a folded parameter, the stored tensor's name,
@@ -114,20 +116,26 @@ class Found:
         }  # fmt: skip
 
 
-def resolve(model: ir.Model, adapter: Adapter, base: Checkpoint | None = None) -> list[Found]:
-    """Where an adapter's targets are in a graph.
+def resolve(
+    model: ir.Model, adapter: Adapter, base: Checkpoint | None = None, tying: Tying | None = None
+) -> list[Found]:
+    """Where an adapter's targets are in a graph, and the layers tied to them that its updates change as well.
 
     Args:
         model: the graph.
         adapter: updates of weights and of outputs of layers.
         base: the weights that the graph was exported from, for graphs without names and to be sure of the others.
+        tying: the caller's choice for tied layers, and the base's config.
 
     Raises:
         TargetNotFound: a target has no place, or several that cannot be told apart; names the nearest.
         ShapeMismatch: a shape does not fit.
         Unsupported: a target of a kind that graphs do not have, or a norm may be folded into a layer, which only the
             base's weights tell.
+        UsageError: nothing tells which of several tied layers an update changes.
     """
+    from .tying import Tying, with_tied
+
     _refuse(adapter)
     spots = spots_of(model)
     known = by_name(spots)
@@ -150,6 +158,7 @@ def resolve(model: ir.Model, adapter: Adapter, base: Checkpoint | None = None) -
         found = compare(found, base)
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
     # Those inside first: what they exchange is what the modules around them give.
+    ended = with_tied(ended, adapter, spots, tying or Tying.of(base, None))
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
@@ -186,12 +195,35 @@ def _modules(model: ir.Model, adapter: Adapter, known: Known) -> dict[Target, Fo
 
 def spots_of(model: ir.Model) -> list[Spot]:
     """Every layer of a graph, in graphs inside nodes too."""
+    nodes = list(nodes_of(model))
+    containers = _containers(nodes)
     spots = []
-    for node in nodes_of(model):
+    for node in nodes:
         for kind in kinds_of(node):
             stored = tuple(sources(kind.operand_of(node)))
-            spots.append(Spot(node, kind, _names(node, kind, stored), _seen(node, kind), stored))
+            spots.append(Spot(node, kind, _names(node, kind, stored, containers), _seen(node, kind), stored))
     return spots
+
+
+def _containers(nodes: Sequence[ir.Node]) -> dict[str, str]:
+    """Module path in the names of nodes -> the prefix that it has in the names of parameters.
+
+    torch's older exporter names nodes after the modules that are called: a ModuleList or ModuleDict, which is not
+    called itself, is missing from `/self_attn/q_proj/Add`. The parameters that kept their names, such as
+    `layers.0.self_attn.q_proj.bias`, tell it. A path with two prefixes is left out: it proves nothing.
+    """
+    found: dict[str, set[str]] = {}
+    for node in nodes:
+        path = (node.name or "").rpartition("/")[0].strip("/").replace("/", ".")
+        for value in node.inputs if path else ():
+            if value is None or value.name is None or value.producer() is not None or not is_constant(value):
+                continue
+            module = value.name.rpartition(".")[0]
+            if module == path or module.endswith(f".{path}"):
+                words = path.split(".")
+                for stop in range(1, len(words) + 1):
+                    found.setdefault(".".join(words[:stop]), set()).add(module.removesuffix(path))
+    return {path: next(iter(prefixes)) for path, prefixes in found.items() if len(prefixes) == 1}
 
 
 def _refuse(adapter: Adapter) -> None:
@@ -209,7 +241,9 @@ def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
     return (second, first, *rest) if kind.turns(node) else (first, second, *rest)
 
 
-def _names(node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value]) -> dict[str, tuple[str, ...]]:
+def _names(
+    node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value], containers: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
     if issubclass(kind, Recurrent):
         said = kind.name(node)
         return {} if said is None else {"path": (said,)}
@@ -217,7 +251,7 @@ def _names(node: ir.Node, kind: type[Layer], stored: Sequence[ir.Value]) -> dict
         "scopes": () if is_norm(node) else _scope_names(node),
         "folded_from": tuple(n for value in stored for n in listed(value.metadata_props.get(_FOLDED))),
         "initializer": tuple(_MARK.sub(".weight", value.name) for value in stored if value.name),
-        "path": _path_names(node.name or ""),
+        "path": _path_names(node.name or "", containers),
     }
     return {method: said for method, said in names.items() if said}
 
@@ -226,11 +260,14 @@ def _scope_names(node: ir.Node) -> tuple[str, ...]:
     return tuple(f"{module}.weight" for module in listed(node.metadata_props.get(SCOPES))[-2:-1] if module)
 
 
-def _path_names(name: str) -> tuple[str, ...]:
+def _path_names(name: str, containers: Mapping[str, str]) -> tuple[str, ...]:
     if not name.startswith("/") or not _OPERATION.search(name):
         return ()
     path = _OPERATION.sub("", name).strip("/").replace("/", ".")
-    return (f"{path}.weight",) if path else ()
+    words = path.split(".")
+    above = (".".join(words[:stop]) for stop in range(len(words), 0, -1))
+    prefix = next((containers[each] for each in above if each in containers), "")
+    return (f"{prefix}{path}.weight",) if path else ()
 
 
 Known = dict[str, tuple[str, list[Spot]]]
@@ -293,7 +330,8 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
 def _placed(adapter: Adapter, known: Known) -> list[Site]:
     shapes = {name: at[0].shape for name, (_, at) in known.items() if len({spot.shape for spot in at}) == 1}
     modules = [name.removesuffix(".weight") for name in shapes]
-    return find_sites(adapter, shapes, partial=False, modules=modules).sites
+    sites = find_sites(adapter, shapes, partial=False, modules=modules).sites
+    return sites_as_trained(sites, adapter.recipe, shapes)
 
 
 def _found(site: Site, asked: Target, known: Known) -> Found:
@@ -320,12 +358,18 @@ def _in_rows(target: Target, spot: Spot) -> Target:
 
 
 def _turned(site: Site, shape: tuple[int, ...], kind: type[Layer]) -> bool:
-    """Whether updates that hold whole weights hold them as the base stores them, `in` first."""
+    """Whether the updates see the weight with its first two axes exchanged.
+
+    Token rows index the tokens, which are the inputs of an embedding and the outputs of a head. Updates that hold whole
+    weights may hold them as the base stores them, `in` first.
+    """
     dims = [update.dims() for update in site.updates if update.kind != "output"]
     whole = any("rest" in each for each in dims) and not any("in" in each for each in dims)
     plain = replace(site.target, layout="out *in")
     natural = fits(plain, site.updates, shape)
     other = len(shape) > 1 and fits(plain, site.updates, (shape[1], shape[0], *shape[2:]))
+    if any(update.shared_as == "rows" for update in site.updates) and kind.op_type != "Gather":
+        return other and (not natural or site.target.layout != "out *in")
     if not whole:
         return not natural and other and kind.op_type == "ConvTranspose"
     declared = site.target.layout == "out *in" and kind.op_type in ("Gather", "ConvTranspose")

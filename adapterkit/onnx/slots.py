@@ -165,6 +165,7 @@ class Slots:
         self.building = building
         self.free: dict[str, int] = {}
         self.made: dict[tuple[int, int], tuple[Found, dict[str, Slot]]] = {}
+        self.scalings: dict[int, Any] = {}
 
     def opened(self, update: Update, layer: Layer, place: Found, position: int) -> Update:
         """Return the update with slots in place of its tensors and its scaling.
@@ -213,7 +214,9 @@ class Slots:
             for name, default in defaults.items()
         }
         if isinstance(getattr(update, "scaling", None), float | int):
+            # An update that changes two tied layers has one slot for its scaling, as for its tensors.
             number = from_numpy(np.array([update.attributes["scaling"]]))
+            number = self.scalings.setdefault(self.building.keep(update), number)
             made["scaling"] = self._slot(f"{stem}.scaling", number, (1,), np.ones(1), dtype)
         return made
 

@@ -35,8 +35,11 @@ def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]
     Raises:
         TargetNotFound, ShapeMismatch: see `Adapter.bind`.
     """
+    from ..formats._trained import sites_as_trained
+
     found = bind(adapter, base, aliases=aliases(base.tensors, base.config))
-    return found.adapter, found.sites
+    shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
+    return found.adapter, tuple(sites_as_trained(found.sites, adapter.recipe, shapes))
 
 
 def additive(adapter: Adapter, base: Base | None, doing: str) -> Adapter:

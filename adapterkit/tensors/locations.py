@@ -20,7 +20,9 @@ from .strict_json import load_json
 NOTE = ".adapterkit-source.json"
 MAX_NOTE = 1 << 16
 
-_PLAIN = re.compile(r"(?P<folder>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*?(?P<suffix>\.[a-z_]+)?(@[^/@\s]+)?", re.ASCII)
+_PLAIN = re.compile(
+    r"(?P<folder>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*?(?P<suffix>\.[a-z_]+)?(@[^/@\s#]+)?(#[^/#\s]+)?", re.ASCII
+)
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".onnx", ".json", ".nemo"}
 """Endings of local files: `runs/best.safetensors` that is not there is a slip of the pen, not a repository."""
@@ -80,7 +82,7 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
         UsageError: it has a scheme that is not known.
     """
     text = os.fspath(name)
-    if os.path.exists(text):
+    if os.path.exists(text) or _member(text) is not None:
         return False
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)", text)
     if scheme and (scheme[2] == "//" or isinstance(name, os.PathLike)):
@@ -100,6 +102,23 @@ def _has_hub(scheme: str, text: str, *, strict: bool) -> bool:
     return True
 
 
+def local(name: str | os.PathLike[str]) -> Path:
+    """The local path that a name stands for: `FOLDER#name` is the subfolder `name`, unless the whole is a path itself.
+
+    Args:
+        name: of something on this disk; nothing need be there.
+    """
+    text = os.fspath(name)
+    member = None if os.path.exists(text) else _member(text)
+    return Path(name) if member is None else member
+
+
+def _member(text: str) -> Path | None:
+    folder, mark, member = text.rpartition("#")
+    plain = mark and member not in ("", ".", "..") and "/" not in member and os.sep not in member
+    return Path(folder) / member if plain and os.path.isdir(folder) else None
+
+
 def located(name: str | os.PathLike[str]) -> Path:
     """The local path of what is named; what is on a hub is fetched, verified, into a cache first.
 
@@ -108,7 +127,7 @@ def located(name: str | os.PathLike[str]) -> Path:
         NetworkError: it is not on the hub, may not be read, or the hub cannot be reached.
     """
     if not is_remote(name):
-        return Path(name)
+        return local(name)
     path: Path = import_module("adapterkit.hub").fetched(os.fspath(name))
     return path
 
@@ -121,7 +140,7 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
         AdapterkitError: as for `located`; an error met inside names the place on the hub instead of the path.
     """
     if not is_remote(name):
-        yield Path(name)
+        yield local(name)
         return
     text = os.fspath(name)
     with import_module("adapterkit.hub").headers(text) as path:
@@ -130,6 +149,8 @@ def headers_of(name: str | os.PathLike[str]) -> Iterator[Path]:
         except AdapterkitError as error:
             if error.path:
                 error.path = error.path.replace(str(path), text)
+            if error.cure:
+                error.cure = error.cure.replace(str(path), text)
             raise
 
 

@@ -49,7 +49,8 @@ def neumann(Q: Any, terms: int, doubled: bool = False) -> Any:
     `doubled` the last term is taken twice, as the others are, and three terms are three.
     """
     if doubled:
-        R = power = identity(Q)
+        # One identity a block, also where one term leaves nothing to add that has Q's leading axes.
+        R = power = identity(Q) + 0 * Q
         for _ in range(1, terms):
             power = power @ Q
             R = R + 2 * power

@@ -151,7 +151,16 @@ def _ordered() -> dict[str, Any]:
     return {}
 
 
+def _set(items: Any = ()) -> object:
+    """A set as a list: DeepSpeed has one of module names beside the weights. Nothing is hashed."""
+    if type(items) is not list and items != ():
+        raise damaged("a set that is not made from a list")
+    return list(items)
+
+
 CALLS: dict[str, Callable[..., object]] = {
+    "__builtin__ set": _set,
+    "builtins set": _set,
     "collections OrderedDict": _ordered,
     "torch Size": lambda shape: shape,
     "torch._utils _rebuild_parameter": _parameter,

@@ -346,7 +346,15 @@ def _foldable(handles: Sequence[Handle]) -> list[tuple[Station, list[Part]]]:
     """The stations of the handles with their parts of it, all of which can be folded into weights."""
     for handle in handles:
         handle._check()
-        for target, update in handle._adapter:
+        # A LoRA may run as another method at a layer of its own kind; see `formats._trained`.
+        live = [
+            (part.target, update)
+            for station in handle._stations
+            for part in station.parts
+            if part.switch is handle._switch
+            for update in part.updates
+        ]
+        for target, update in (*handle._adapter, *live):
             if update.kind in ("output", "context"):
                 raise NotMergeable("is not a change of weights", where=str(target), cure=_KEEP)
     switches = [handle._switch for handle in handles]

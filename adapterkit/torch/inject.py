@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..adapter import Adapter, Target
 from ..binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
 from ..errors import TargetNotFound, Unsupported, UsageError
+from ..formats._trained import as_trained
+from ..merging.fold import Fold
+from ..merging.ties import UNTIE, acting, parse_tied, same
+from ..names.ties import tie_of
 from ..updates import Update
 from .context import ContextPart, parts_of
 from .ears import Ear, words_of
@@ -29,6 +33,7 @@ from .weights import tensor_at
 def inject(
     model: nn.Module, adapter: Adapter, *, name: str = "default", weight: float = 1.0, trainable: bool = False,
     freeze: bool = True, active: bool = True, experts: Sequence[Adapter] = (),
+    tied: str | Mapping[str, str] | None = None,
 ) -> Handle:  # fmt: skip
     """Attach an adapter: the model computes y + weight * (f(x) - y) at each target.
 
@@ -49,12 +54,15 @@ def inject(
         active: False attaches it switched off; see `handle.set_active`.
         experts: what a router routes to, where its own file does not hold it (X-LoRA, Arrow): plain LoRA adapters, in
             the router's order.
+        tied: which layers an update changes where an embedding and a head share their parameter, as in
+            `adapterkit.merge`: `untie`, `merge`, or by kind. When not given, those that the tool which trained the
+            adapter changed; an update of unknown origin changes the layer that it names.
 
     Raises:
         TargetNotFound: a target has no place in the model; names the nearest.
         ShapeMismatch: a shape does not fit.
         Unsupported: a layer cannot take the method, or not beside what is attached to it already.
-        UsageError: the name is taken, or a router lacks its experts.
+        UsageError: the name is taken, a router lacks its experts, or an unknown choice for `tied`.
 
     After an error nothing is attached.
     """
@@ -70,12 +78,15 @@ def inject(
     around = _contexts(model, context, switch, registration)
     ear = Ear(switch, {word for _, update in weights for word in words_of(model, update)})
     attached: list[tuple[Station, Part]] = []
-    sites = _sites(model, weights)
-    tied = _tied(model, sites)
-    for site in [piece for whole in (*sites, *tied) for piece in _pieces(whole)]:
+    held: dict[int, LiveUpdates] = {}
+    given: dict[int, Update] = {}
+    sites = [_trained(model, site, adapter, given) for site in _sites(model, weights)]
+    shared = _tied(model, sites, adapter, parse_tied(tied))
+    for site in [piece for whole in (*sites, *shared) for piece in _pieces(whole)]:
         holder, part = _part(model, site, switch, ear)
         bound = registration.bind(site.updates, holder, _like(model, site, holder), str(site.target))
         part = replace(part, bound=bound)
+        held[id(part)] = _as_given(bound, site.updates, given)
         station = next((s for s, _ in attached if s.module is holder), None) or station_at(holder)
         _check_together(station, [part, *(other for s, other in attached if s is station)])
         attached.append((station, part))
@@ -83,9 +94,9 @@ def inject(
     leaves = registration.commit()  # From here on nothing fails: a refused adapter leaves no trace.
     for station, part in attached:
         station.attach(part)
-        if part.target in (site.target for site in tied):
+        if part.target in (site.target for site in shared):
             continue
-        loaded[part.target] = (*loaded.get(part.target, ()), part.bound)
+        loaded[part.target] = (*loaded.get(part.target, ()), held[id(part)])
     stations = [*(station for station, _ in attached), *_tapped(part.outlet for _, part in attached)]
     if ear.asks:
         stations.append(station_at(model))
@@ -97,6 +108,28 @@ def inject(
     handle = Handle(adapter, loaded, switch, list(dict.fromkeys(stations)), model, leaves)
     handle._enter(frozen=trainable and freeze)
     return handle
+
+
+def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Update]) -> Site:
+    """The site with its updates as the adapter's trainer computes them at this layer; `given` gets what they were."""
+    if site.weight is None or site.target.stacked or site.target.rows is not None:
+        return site
+    module = model.get_submodule(site.weight.rpartition(".")[0])
+    layer = layer_of(module, module.forward)
+    if layer is None:
+        return site
+    updates = as_trained(site.updates, adapter.recipe, layer.shape, site.target, layer.padding)
+    given |= {id(new): old for new, old in zip(updates, site.updates, strict=True)}
+    return replace(site, updates=updates)
+
+
+def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int, Update]) -> LiveUpdates:
+    """The bound updates in the methods that the adapter has them in, over the same live tensors."""
+    before = [given.get(id(update), update) for update in updates]
+    if all(old is new for old, new in zip(before, updates, strict=True)):
+        return bound
+    live = zip(before, bound.updates, strict=True)
+    return LiveUpdates([old.replace(**new.tensors) for old, new in live], bound.leaves)
 
 
 def _contexts(
@@ -146,30 +179,49 @@ def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
     return sites
 
 
-def _tied(model: nn.Module, sites: list[Site]) -> list[Site]:
-    """Sites of the layers that share an embedding's parameter and change with its token rows.
+def _tied(
+    model: nn.Module, sites: list[Site], adapter: Adapter, tied: str | None
+) -> list[Site]:  # fmt: skip
+    """Sites of the layers that share a parameter with those that the adapter names, and change along with them.
 
-    PEFT gives these layers the embedding's rows; one that has rows of its own in the adapter keeps those. Rows of a
-    head change the head alone.
+    `merging.ties` decides, as for merges, what each update changes. A live model shares the parameter between modules,
+    so that it shows by itself what is tied.
     """
     named = list(model.named_parameters(remove_duplicate=False))
-    has_rows = {site.weight for site in sites if any(update.shared_as == "rows" for update in site.updates)}
     modules = model.named_modules(remove_duplicate=False)
     embeddings = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
-    found = []
-    for site in sites:
-        if site.weight not in has_rows or site.weight not in embeddings:
+    added: list[Site] = []
+    for parameter in list({id(p): p for p in (tensor_at(model, s.weight) for s in sites if s.weight)}.values()):
+        names = [name for name, other in named if other is parameter]
+        inputs, heads = [n for n in names if n in embeddings], [n for n in names if n not in embeddings]
+        if not inputs or len(heads) != 1:
             continue
-        parameter = tensor_at(model, site.weight)
-        others = [name for name, other in named if other is parameter and name != site.weight]
-        if any(name in has_rows and name not in embeddings for name in others):
-            continue
-        rows = tuple(update for update in site.updates if update.shared_as == "rows")
-        for name in others:
-            if name not in has_rows:
-                target = replace(site.target, path=name.removesuffix(".weight"))
-                found.append(Site(target, rows, name, None))
-    return found
+        own: dict[str, list[Fold]] = {}
+        for site in sites:
+            if site.weight in names and (fold := _fold(site, tuple(parameter.shape))) is not None:
+                own.setdefault(site.weight or "", []).append(fold)
+        stored = next((name for name in own if name in inputs), inputs[0])
+        # T5 and BART hold their table as `shared`, which no layer calls while an encoder and a decoder have their own.
+        read = [name for name in inputs if name.split(".")[-2] != "shared"] or inputs
+        choice = tied if tied is not None or _lineage_tells(adapter) else UNTIE
+        changed = acting(tie_of(stored, read, heads[0]), own, adapter, choice, [])
+        for name, folds in changed.items():
+            here = {fold.target for fold in own.get(name, ())}
+            for fold in folds:
+                if fold.target not in here and not any(same(fold, one) for one in own.get(name, ())):
+                    target = replace(fold.target, path=name.removesuffix(".weight"))
+                    added.append(Site(target, fold.updates, name, None))
+    return added
+
+
+def _fold(site: Site, shape: tuple[int, ...]) -> Fold | None:
+    updates = tuple(update for update in site.updates if update.kind != "output" and update.changes_weight)
+    return Fold(site.target, updates, 1.0, 0, False, shape) if updates else None
+
+
+def _lineage_tells(adapter: Adapter) -> bool:
+    """Whether an adapter says which tool trained it; one that was put together in Python does not."""
+    return any(step.op in ("read", "create", "extract") for step in adapter.recipe)
 
 
 def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:

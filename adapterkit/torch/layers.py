@@ -67,6 +67,15 @@ class Layer:
     def op(self, x: Tensor, w: Tensor) -> Tensor:
         return functional.linear(x, w)
 
+    def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
+        """`op` over all channels, with zeros around the input and without dilation."""
+        return self.op(x, w)
+
+    @property
+    def padding(self) -> str:
+        """How `op` differs from `zero_padded`; empty where it does not."""
+        return ""
+
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
         return functional.linear(h, w)
 
@@ -128,6 +137,20 @@ class Conv(Layer):
         exchanged: Any = self.module._conv_forward
         out: Tensor = exchanged(x, w.reshape(len(w), *self.shape[1:]), None)
         return out
+
+    def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
+        module: Any = self.module
+        out: Tensor = self._convolve(x, w, None, module.stride, module.padding)
+        return out
+
+    @property
+    def padding(self) -> str:
+        module: Any = self.module
+        if module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
+            return f"padding_mode={module.padding_mode!r}"
+        # With other paddings a kernel without the dilation gives an output of another size: PEFT cannot train that.
+        dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        return f"dilation={module.dilation} and padding='same'" if dilated and module.padding == "same" else ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
         out: Tensor = self._convolve(h, w.reshape(*w.shape[:2], *[1] * (len(self.shape) - 2)))

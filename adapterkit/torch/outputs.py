@@ -230,6 +230,9 @@ class Call:
             raise Unsupported("no weight to exchange", cure="Order updates of weights before those of outputs")
         return self.layer.op(x, w)
 
+    def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.layer.zero_padded(x, w) if self.layer else self.op(x, w)
+
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
         return self.layer.mix(h, w) if self.layer else functional.linear(h, w)
 

@@ -179,6 +179,13 @@ class Update:
         if name := repeated(self):
             raise Malformed(f"{name}: the same position twice", cure=DAMAGED)
 
+    def largest_shape(self) -> tuple[int, ...] | None:
+        """The largest weight `[out, in, *k]` that the update fits, where its tensors allow several shapes.
+
+        Methods whose tensors are shared by weights of several sizes override it. None: the tensors do not tell.
+        """
+        return None
+
     @classmethod
     def check_axes(cls, shape: tuple[int, ...]) -> None:
         """Checks whether the law is one for weights of so many axes.
@@ -255,6 +262,10 @@ class Update:
     def new_bias(self, b: torch.Tensor) -> torch.Tensor:
         """b' `[out]`."""
         return b
+
+    def without_bias(self) -> Update:
+        """Return the same function at a layer without a bias, in a method that more formats hold if there is one."""
+        return self
 
     def forward(self, x: Any, layer: Any) -> Any:
         """y' for the input `x` of a layer: a backend's view of the target, over real or symbolic values."""

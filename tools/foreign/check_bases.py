@@ -120,7 +120,7 @@ def check(model_type: str, folder: Path) -> tuple[str, str]:
         return "refused", f"{type(error).__name__}: {error}"
     kind = type(model)
     again, told = kind.from_pretrained(
-        merged, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        merged, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, trust_remote_code=False
     )
     lost = sorted({*told["missing_keys"], *told["unexpected_keys"]})
     distance, where = far(whole, dict(again.named_parameters()))

@@ -151,7 +151,9 @@ def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) 
         before: Update | None = None
         for update in found:
             why = why_not(update, rules)
-            if not why and target.layout != "out *in" and hasattr(update, "A"):
+            if not why and target.stacked:
+                why = "a stack of experts"
+            if not why and target.layout != "out *in":
                 why = f"{update.method} on a weight stored as {target.layout}"
             if not why and str(target) not in hints.stems and dialect.stem(target, paths, update) is None:
                 why = "rows of a weight" if target.rows else "a module of no part of an image model"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ...binding.fitting import biasless
 from ..peft.alphas import exact_alpha
 from .file import make
 from .places import family_of_base, model_type_of, role
@@ -95,8 +96,7 @@ def _why_not_dora(target: Target, update: Any, base: Checkpoint | None) -> str:
         return "dora with a scaling other than 1, which the library leaves out of the norm"
     if base is None:
         return "dora, whose bias the library would scale: whether there is one only the base tells"
-    names = [name for name in base.tensors if f".{name}".endswith(f".{target.path}.bias")]
-    return "dora on a layer with a bias, which the library would scale" if names else ""
+    return "" if biasless(base, target.path) else "dora on a layer with a bias, which the library would scale"
 
 
 def on_outputs(updates: Updates, base: Checkpoint | None) -> Updates:

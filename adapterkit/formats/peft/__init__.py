@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ...errors import AdapterkitError
 from ...metadata import read_with, with_metadata
 from .._format import FORMULA, Departure, Format, derived
-from .container import CONFIG, METADATA, SAFETENSORS, TORCH, header_of, load, save, sniff
+from .container import CONFIG, METADATA, SAFETENSORS, TORCH, check_stated, header_of, load, save, sniff
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,6 +57,7 @@ class Peft(Format):
     methods = derived(_methods)
     departures = derived(_departures)
     compat = frozenset({FORMULA})
+    options = frozenset({"alpha", "rank", "strict"})
     experts_orders = derived(_experts_orders)
     profiles = derived(_profiles)
     owns = frozenset({CONFIG, SAFETENSORS, TORCH})
@@ -64,15 +65,43 @@ class Peft(Format):
     def sniff(self, path: Path) -> bool:
         return sniff(path)
 
-    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-        from .reader import decode
+    def sniff_loosely(self, path: Path) -> bool:
+        from .bare import sniff as sniff_bare
 
-        config, tensors = load(path)
+        return sniff_bare(path)
+
+    def read(
+        self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None, alpha: float | None = None,
+        rank: int | None = None, strict: bool = False,
+    ) -> Adapter:  # fmt: skip
+        """Read an adapter, lazily.
+
+        Args:
+            path: as for `Format.read`; also a file of tensors without adapter_config.json, see `bare`.
+            compat: as for `Format.read`.
+            base: as for `Format.read`.
+            alpha: LoRA's alpha, where there is no config and the file does not tell.
+            rank: the rank that is expected; the shapes or the config tell it, and another is an error.
+            strict: refuse every field of the config that PEFT does not have.
+        """
+        from . import bare
+        from .reader import decode, without_config
+
+        alone = bare.is_bare(path) and (path.is_dir() or bare.sniff(path))
+        if alone:
+            config, tensors, header = bare.load(path, alpha, rank)
+        else:
+            config, tensors = load(path)
+            header = header_of(path)
         try:
-            adapter = decode(config, tensors, compat=compat, base=base)
+            if not alone:
+                check_stated(config, alpha, rank)
+            adapter = decode(config, tensors, compat=compat, base=base, strict=strict)
         except AdapterkitError as error:
             raise error.at(path=path) from None
-        further = {key: value for key, value in header_of(path).items() if METADATA.get(key) != value}
+        if alone:
+            adapter = without_config(adapter, config)
+        further = {key: value for key, value in header.items() if METADATA.get(key) != value}
         return read_with(adapter, further)
 
     def write(

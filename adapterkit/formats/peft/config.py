@@ -81,6 +81,17 @@ REFUSED = {
 }
 """Fields that must be off, with the reason."""
 
+TOOLS = {
+    "_from_model_config": "transformers: whether a generation config was derived from the model's",
+    "lora_dtype": "ms-swift: element type in training; the file has its own",
+    "lorap_emb_lr": "ms-swift: learning rate of LoRA+",
+    "lorap_lr_ratio": "ms-swift: learning rate of LoRA+",
+    "swift_type": "ms-swift: its name for peft_type",
+    "transformers_version": "transformers: its release",
+    "unsloth_version": "Unsloth: its release",
+}
+"""Fields that other tools add and that change nothing, whatever their values."""
+
 PLAIN_INIT = ("eva", "gaussian", "mica", "orthogonal")
 """Initialisations that leave the base as it is."""
 
@@ -205,18 +216,22 @@ def peft_types() -> tuple[str, ...]:
     return tuple(sorted((*PEFT_TYPES, *(family.peft_type for family in FAMILIES.values()))))
 
 
-def parse(config: Mapping[str, Any]) -> Settings:
-    """The typed settings of a config.
+def parse(config: Mapping[str, Any], *, strict: bool = False) -> Settings:
+    """Check every field of a config and return the typed settings.
+
+    Args:
+        config: the decoded adapter_config.json.
+        strict: refuse every field that PEFT does not have, also the harmless ones.
 
     Raises:
         Malformed: a field is not of its type.
-        Unsupported: a field asks for what this version does not know.
+        Unsupported: a field is set to something that may change the maths and that this version does not know.
     """
     _check_type(config)
     family = family_of_type(config["peft_type"])
     for name, value in config.items():
         if family is None or name not in {**family.read, **family.harmless}:
-            _check_field(name, value)
+            _check_field(name, value, strict)
     own_fields = {"own"} if family is None else {"own", *family.own.__struct_fields__}
     common = {*Settings.__struct_fields__} - own_fields
     known = {name: value for name, value in config.items() if name in common}
@@ -265,13 +280,47 @@ def _check_type(config: Mapping[str, Any]) -> None:
         raise Unsupported(f"PEFT's {found} is not known to this version", where="peft_type", cure=known)
 
 
-def _check_field(name: str, value: Any) -> None:
-    if not value or name in READ or name in HARMLESS:
+def unknown_fields(config: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that are set and that PEFT does not have, sorted; `parse` has found them harmless."""
+    family = family_of_type(config["peft_type"])
+    known = READ.keys() | HARMLESS.keys() | REFUSED.keys()
+    if family is not None:
+        known = known | family.read.keys() | family.harmless.keys()
+    return sorted(name for name, value in config.items() if value and name not in known)
+
+
+def _check_field(name: str, value: Any, strict: bool) -> None:
+    if name in READ or name in HARMLESS:
         return
     if name in REFUSED:
-        raise Unsupported(f"{REFUSED[name]}; not known to this version", where=name, cure=_WITH_PEFT)
-    why = f"a field that this version does not know, set to {str(value)[:60]}: it may change the maths"
-    raise Unsupported(why, where=name, cure="Upgrade adapterkit, or take the field out if it is known to be harmless")
+        if value:
+            raise Unsupported(f"{REFUSED[name]}; not known to this version", where=name, cure=_WITH_PEFT)
+        return
+    if strict:
+        why = "a field that PEFT does not have"
+        cure = "Leave --strict (strict=True) out to accept the fields that cannot change the maths"
+        raise Unsupported(why, where=name, cure=cure)
+    if value and name not in TOOLS and not _is_marker(name, value):
+        why = f"a field that this version does not know, set to {str(value)[:60]}: it may change the maths"
+        raise Unsupported(
+            why, where=name, cure="Upgrade adapterkit, or take the field out if it is known to be harmless"
+        )
+
+
+def _is_marker(name: str, value: Any) -> bool:
+    """Whether an unknown field only records who wrote the file, when, or in which run.
+
+    Text counts by the field's name or by its own form: a release, a date, a digest. Other text does not: Unsloth's
+    `lora_B_layout` has the values `rank_major` and `grouped_by_expert`, which are two orders of the same numbers
+    (unslothai/unsloth-zoo#1232). Numbers and true never count. Lists and dicts count if everything in them does.
+    """
+    if isinstance(value, Mapping):
+        return all(not inner or _is_marker(str(key), inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(not inner or _is_marker(name, inner) for inner in value)
+    if not isinstance(value, str):
+        return False
+    return _RECORD.fullmatch(name) is not None or _STAMP.fullmatch(value) is not None
 
 
 def _check_laws(settings: Settings) -> None:
@@ -304,6 +353,19 @@ def _check_init(value: bool | str | None) -> None:
         )
     raise Unsupported(f"an unknown initialisation {value!r}", where="init_lora_weights", cure=_WITH_PEFT)
 
+
+_RECORD = re.compile(
+    r"(?i)(?:.*_)?(?:version|uuid|run|(?:run|job|trial|experiment|session|commit)_id|commit|sha\d*|hash|digest|date|timestamp"
+    r"|(?:created|saved|trained|written|exported|generated)_(?:at|on|by|with)|author|user|project|experiment|license"
+    r"|description|comments?|notes?|tags?)"
+)
+"""Names of fields whose text is bookkeeping."""
+
+_STAMP = re.compile(
+    r"v?\d+\.\d+\.\d+[\w.+-]*"  # a release: 0.18.1.dev0
+    r"|\d{4}-\d\d-\d\d(?:[T ][\d:.,]+(?:Z|[+-]\d\d:?\d\d)?)?"  # a date, with or without the time
+    r"|(?i:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64})"  # a UUID or a digest
+)
 
 _APART = ("lora_bias", "target_parameters")
 _REWRITE = "Write the adapter again with PEFT"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import AdapterkitError, StorageError
+from ...errors import AdapterkitError, StorageError, UsageError
 from ...names.tinker import is_tinker
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
@@ -65,6 +65,18 @@ def header_of(path: Path) -> dict[str, str]:
     folder = folder_of(path)
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
     return dict(safetensors.read_header(weights).metadata) if weights.suffix == ".safetensors" else {}
+
+
+def check_stated(config: Mapping[str, Any], alpha: float | None, rank: int | None) -> None:
+    """Check what the caller states about an adapter against its config, which is what counts.
+
+    Raises:
+        UsageError: the config says another alpha or rank.
+    """
+    for name, field, stated in (("alpha", "lora_alpha", alpha), ("rank", "r", rank)):
+        if stated is not None and config.get(field) != stated:
+            why = f"{CONFIG} says {field} {config.get(field)}, --{name} ({name}=) {stated:g}"
+            raise UsageError(why, where=field, cure=f"Leave --{name} ({name}=) out: the config tells it")
 
 
 def save(

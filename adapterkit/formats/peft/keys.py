@@ -22,6 +22,8 @@ LATENT = "lora_latent_mapping"
 SHARED_PREFIX = "base_model."
 
 _SAVED = re.compile(r"(?P<stem>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<rest>.+)", re.DOTALL)
+_COPY = re.compile(r"(?P<stem>.+)\.(?P<copy>modules_to_save|original_module)\.(?P<rest>weight|bias)", re.DOTALL)
+"""Keys that `save_embedding_layers` takes from PEFT's wrapper of a whole trained module, adapter's name taken out."""
 _LATENT = re.compile(r"(?P<stem>.+?)(?:\.default)?_lora_latent_mapping\.weight", re.DOTALL)
 _PLAIN = re.compile(
     rf"{re.escape(PREFIX)}(?P<stem>.+)\.(?P<part>(?:lora|ia3|ln_tuning|trainable_tokens)_\w+)(?:\.(?P<leaf>weight|bias))?",
@@ -43,6 +45,7 @@ class Key:
         part: `lora_A`, `ia3_l`, ...; empty for a parameter of the base.
         leaf: what ends the key behind the part: `weight`, `bias` or nothing.
         adapter: the adapter's name, where the key holds it.
+        copy: `modules_to_save` or `original_module`, where the key is of that part of PEFT's wrapper.
     """
 
     text: str
@@ -50,6 +53,7 @@ class Key:
     part: str = ""
     leaf: str = ""
     adapter: str | None = None
+    copy: str = ""
 
     @property
     def word(self) -> str:
@@ -130,7 +134,9 @@ def parse_by_families(text: str, prefix: str) -> Key:
         names, leaf = _tail(found["rest"])
         return Key(text, found["stem"], found["part"] + names[1], leaf, names[0])
     if found := _SAVED.fullmatch(body):
-        return Key(text, f"{found['stem']}.{found['rest']}", adapter=found["name"])
+        return Key(text, f"{found['stem']}.{found['rest']}", adapter=found["name"], copy="modules_to_save")
+    if found := _COPY.fullmatch(body):
+        return Key(text, f"{found['stem']}.{found['rest']}", copy=found["copy"])
     return Key(text, body)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ...errors import Malformed, ShapeMismatch, Unsupported
 from .._format import Departure
 from . import experts, merged_linear
+from .convolutions import zero_padded
 from .factors import Factors, adapt, check_rank, find_factors
 from .file import File, Findings, Found, Kept
 from .pairs import OUTPUT_TIMES
@@ -28,6 +29,13 @@ DEPARTURES = {
     "attention_input_bias": Departure(
         "with lora_bias, the bias of the input projection of nn.MultiheadAttention has no effect",
         "it is added to the projection's bias",
+    ),
+    "convolution_padding": Departure(
+        "at a convolution whose padding_mode is not zeros, or with a dilation and padding=same, which only a live "
+        "layer tells: lora_A reads zeros around the input and is not dilated; methods other than LoRA are refused "
+        "there",
+        "the change of the weight, with the padding and the dilation of the layer, as PEFT merges it",
+        zero_padded,
     ),
 }
 """Where PEFT's forward departs from the formulas of LoRA and its variants."""

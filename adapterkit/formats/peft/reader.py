@@ -11,6 +11,7 @@ from ...adapter import Adapter, BaseRef, Foreign, Step, Target
 from ...errors import Malformed
 from ...methods.replacement import Replacement
 from ...tensors.lazy import as_lazy
+from .._format import UNKNOWN
 from . import config as fields
 from . import ia3, ln_tuning, lora, replacement, rows
 from .experts import ORDERS
@@ -39,7 +40,12 @@ Places = dict[tuple[Target, int, str], str]
 
 
 def decode(
-    config: Mapping[str, Any], tensors: Mapping[str, Lazy], *, compat: str | None = None, base: Checkpoint | None = None
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Lazy],
+    *,
+    compat: str | None = None,
+    base: Checkpoint | None = None,
+    strict: bool = False,
 ) -> Adapter:
     """The adapter that a config and tensors make up.
 
@@ -49,7 +55,7 @@ def decode(
         ShapeMismatch: shapes disagree with each other or with the config.
         UsageError: the file does not tell which parameters it adapts, and there is no base to tell.
     """
-    settings = fields.parse(config)
+    settings = fields.parse(config, strict=strict)
     prefix, parsed = parse_keys(tensors, prefix_of(settings.peft_type))
     file = File(settings, parsed, base, compat)
     updates, places, kept = assemble(file)
@@ -62,7 +68,21 @@ def decode(
     foreign = Foreign(FORMAT, msgspec.to_builtins(hints), {key: tensors[key] for key in kept})
     name = settings.base_model_name_or_path
     base_ref = BaseRef(name, settings.revision) if name else None
-    return Adapter(updates, base_ref, (Step("read", {"format": FORMAT}),), foreign)
+    unknown = fields.unknown_fields(config)
+    step = Step("read", {"format": FORMAT, UNKNOWN: unknown} if unknown else {"format": FORMAT})
+    return Adapter(updates, base_ref, (step,), foreign)
+
+
+def without_config(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
+    """The same adapter, read with a config that was made up: its lineage says so, and it is not written back.
+
+    PEFT loads only configs that list the modules, so the writer composes one as for an adapter of any other format.
+    """
+    foreign, (step,) = adapter.foreign, adapter.recipe
+    compat = None if foreign is None else foreign.data.get("compat")
+    told = {"alpha": config["lora_alpha"], "config": None}
+    kept = None if compat is None else Foreign(FORMAT, msgspec.to_builtins(Hints(compat=compat)))
+    return adapter.replace(recipe=(Step("read", {**step.args, **told}),), foreign=kept)
 
 
 def assemble(file: File) -> tuple[Updates, Places, list[str]]:

@@ -6,7 +6,7 @@ embedding that PEFT saves beside its factors is one too, and comes before them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from ...errors import Unsupported
 from .file import File, Findings, Found, Kept, make
@@ -20,6 +20,7 @@ def decode(file: File) -> Findings:
         Unsupported: a parameter is a single number.
     """
     whole = {key for key, tensor in file.tensors.items() if not key.part and not tensor.dtype.floating}
+    whole |= set(_unread(file))
     packed = tuple(f"{key.text}." for key in whole)
     attentions = file.attentions()
     modules: dict[str, dict[str, Key]] = {}
@@ -31,6 +32,19 @@ def decode(file: File) -> Findings:
             modules.setdefault(path, {})[field] = key
     for path, keys in modules.items():
         yield replaced(file, path, keys)
+
+
+def _unread(file: File) -> Iterator[Key]:
+    """Yield the copies of a module that PEFT does not compute with after it loads the file.
+
+    With `save_embedding_layers` PEFT 0.21.2 saves a module of `modules_to_save` three times: as `NAME.weight`,
+    `NAME.modules_to_save.weight` and `NAME.original_module.weight`. It loads the trained module from the first.
+    """
+    plain = {key.path for key in file.tensors if not key.part and not key.copy}
+    trained = {key.path for key in file.tensors if key.copy == "modules_to_save"}
+    for key in file.tensors:
+        if key.copy and key.path in (plain if key.copy == "modules_to_save" else plain | trained):
+            yield key
 
 
 def replaced(file: File, path: str, keys: Mapping[str, Key]) -> Found:

@@ -23,7 +23,7 @@ def decode(file: File) -> Findings:
     yield from (Kept(key) for key in file.tensors if key.part == ORIGINAL)
     keys = [slots[PART, ""] for slots in file.groups({PART}).values() if (PART, "") in slots]
     for key in keys:
-        index, values = _index(file.settings, key.path, len(keys)), file.tensors[key]
+        index, values = _index(file.settings, key.path), file.tensors[key]
         if index is None:
             raise Malformed("the config has no token numbers for these rows", where=key.text, cure=_AGAIN)
         if values.shape[:1] != (len(index),) or len(values.shape) != 2:
@@ -38,14 +38,19 @@ def integers(values: list[int]) -> Lazy:
     return Lazy((len(values),), DTYPES["I64"], lambda: b"".join(value.to_bytes(8, "little") for value in values))
 
 
-def _index(settings: Settings, path: str, modules: int) -> list[int] | None:
+def _index(settings: Settings, path: str) -> list[int] | None:
+    """The token numbers of the rows at a module; None where the config does not tell."""
     if settings.peft_type == "TRAINABLE_TOKENS":
         return settings.token_indices
     named = settings.trainable_token_indices
     if not isinstance(named, dict):
-        return named if modules == 1 else None
+        # PEFT attaches one list to the input embeddings and to every layer that is tied to them.
+        return named
     fitting = [name for name in named if path.endswith(name)]
     exact = [name for name in fitting if name == path]
+    if not fitting and len(named) == 1:
+        # A head that is tied to the one embedding has no entry of its own.
+        return next(iter(named.values()))
     return named[(exact or fitting)[0]] if len(exact or fitting) == 1 else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,13 @@ from layers import Array, convolution
 
 
 def output(
-    x: Array, layer: Callable[[Array], Array], A: Array, B: Array, bias: Array | None = None, scaling: float = 1.0
+    x: Array,
+    layer: Callable[[Array], Array],
+    A: Array,
+    B: Array,
+    bias: Array | None = None,
+    scaling: float = 1.0,
+    zero_padded: bool = False,  # noqa: ARG001 - layers of vectors pad nothing
 ) -> Array:
     """Output by output: each reads its own group's share of what A gives."""
     y, h, share = layer(x).copy(), convolution(x, A), B.shape[1]
@@ -30,6 +37,7 @@ def cases() -> list[Case]:
         Case("conv2d", updates=(_made("conv2d", **wide),), **two),
         Case("default_scaling", updates=(_made("default", scaling=None, A=(2, 6, 2, 3), B=(4, 1)),), **two),
         Case("biased", updates=(_made("biased", scaling=-1.5, **wide, bias=(4,)),), **two),
+        Case("zero_padded", updates=(_made("zero_padded", **wide, zero_padded=True),), **two),
         Case("conv1d", (6, 2, 3), (_made("conv1d", A=(2, 4, 3), B=(6, 1)),), x=(2, 4, 5), **one),
         Case("depthwise", (3, 1, 2, 2), (_made("depthwise", A=(6, 3, 2, 2), B=(3, 2)),), x=(1, 3, 3, 4), **one),
         Case("conv3d", (2, 2, 2, 1, 2), (_made("conv3d", A=(2, 4, 2, 1, 2), B=(2, 1)),), x=(1, 4, 3, 2, 3), **one),
@@ -38,5 +46,6 @@ def cases() -> list[Case]:
     ]
 
 
-def _made(seed: str, scaling: float | None = 0.5, **shapes: tuple[int, ...]) -> Update:
-    return update("grouped_lora", f"grouped_lora.{seed}", scaling, **shapes)
+def _made(seed: str, scaling: float | None = 0.5, zero_padded: bool = False, **shapes: tuple[int, ...]) -> Update:
+    made = update("grouped_lora", f"grouped_lora.{seed}", scaling, **shapes)
+    return replace(made, attributes=made.attributes | {"zero_padded": True}) if zero_padded else made

@@ -47,15 +47,31 @@ def why_not(target: Target, update: Any, first: Any, model_type: str | None) -> 
 
 
 def lacking(counts: Mapping[str, int], group: str, base: Checkpoint | None) -> str:
-    """Why a group of a model with an encoder and a decoder is not whole: there the library leaves no layer out."""
+    """Why a group of a model with an encoder and a decoder is not whole: there the library leaves no layer out.
+
+    The base's tensors are counted, because its config need not name a depth that is the default of its family.
+    """
     config = {} if base is None else base.config or {}
-    if config.get("model_type") not in ENCODER_DECODER:
+    model_type = config.get("model_type")
+    if base is None or model_type not in ENCODER_DECODER:
         return ""
-    for name in {group, "self_prefix"}:
-        depth = next((config[word] for word in DEPTHS[name] if isinstance(config.get(word), int)), 0)
+    depths = _depths(base, str(model_type))
+    for name in sorted({group, "self_prefix"}):
+        depth = depths.get(name) or next((config[w] for w in DEPTHS[name] if isinstance(config.get(w), int)), 0)
         if counts.get(name, 0) != depth:
             return f"{counts.get(name, 0)} of {depth} attentions of the library's {name}, which it fills all"
     return ""
+
+
+def _depths(base: Checkpoint, model_type: str) -> dict[str, int]:
+    """Group -> how many attentions the base has of it."""
+    found: dict[str, set[str]] = {}
+    for name in base.tensors:
+        for ending in ATTENTIONS.get(model_type, ()):
+            path, inside, _ = name.rpartition(f"{ending}.")
+            if inside:
+                found.setdefault(group_of(path + ending, model_type), set()).add(path)
+    return {group: len(paths) for group, paths in found.items()}
 
 
 def unlike(update: Any, first: Any) -> str:

@@ -45,7 +45,8 @@ NETWORK = {
 }
 """Slot of a group -> field; the last two hold all layers."""
 
-HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads")
+HEADS = ("num_key_value_heads", "num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
+"""How configs say the heads of keys and values; the library takes the encoder's for the decoder, too."""
 
 
 class PrefixFields(Fields, frozen=True, kw_only=True):
@@ -181,6 +182,12 @@ def _group_updates(part: Part, name: str, paths: Sequence[str], whole: Mapping[s
     keys = tuple(own.values())
     placed = [path for path in paths if layer_of(path) not in part.own.leave_out]
     heads, width = _sizes(part, tensors, len(placed), keys[0])
+    own_heads = (part.base.config or {}).get("decoder_attention_heads", heads) if part.base is not None else heads
+    if name != "encoder_prefix" and own_heads != heads:
+        why = f"keys and values of {heads} heads for a decoder of {own_heads}: the library itself cannot run it"
+        raise ShapeMismatch(
+            why, where=keys[0].text, cure="Give the base that the adapter was trained on by --base (base=)"
+        )
     if "W2" in tensors and (len(tensors["W2"].shape) != 2 or tensors["W2"].shape[:1] != tensors["b2"].shape):
         why = f"{list(tensors['W2'].shape)} does not go with a bias of {list(tensors['b2'].shape)}"
         raise ShapeMismatch(why, where=keys[0].text, cure=AGAIN)

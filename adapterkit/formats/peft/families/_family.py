@@ -153,8 +153,12 @@ class Family(ABC):
 
     @classmethod
     def of_it(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
-        """Path -> its update, for the updates of this family."""
-        return {t.path: update for t, found in updates.items() for update in found if type(update) in cls.methods()}
+        """Path -> its update, for the updates of this family.
+
+        Those of stacked experts are left out: PEFT has no file of them but for LoRA, and the writer refuses them.
+        """
+        whole = {target: found for target, found in updates.items() if not target.stacked}
+        return {t.path: update for t, found in whole.items() for update in found if type(update) in cls.methods()}
 
     @classmethod
     def turned(cls, updates: Mapping[Target, tuple[Update, ...]]) -> bool:

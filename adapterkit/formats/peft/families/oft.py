@@ -11,6 +11,7 @@ from ....methods.oft_patches import OFTPatches
 from ....tensors.lazy import as_lazy
 from ....tensors.rotations import block_size
 from ..._format import Departure
+from ..convolutions import on_patches, turns_patches
 from ..file import File, Found
 from ._family import Family, Own, Parts, check_parts
 
@@ -52,9 +53,10 @@ class OftFamily(Family):
             "the last term is taken once, as PEFT computes such files since",
         ),
         "oft_of_overlapping_patches": Departure(
-            "oft_patches at a convolution with a kernel, which only the base tells: the input's patches are turned and "
-            "added up, so that no weight does the same",
+            "oft_patches at a convolution with a kernel, which only the base or the live layer tells: the input's "
+            "patches are turned and added up, so that no weight does the same",
             "oft: the weight is turned, as PEFT merges it",
+            on_patches,
         ),
     }
     read: ClassVar[Mapping[str, str]] = {
@@ -129,7 +131,7 @@ def _of_patches(file: File, key: Key) -> bool:
     if key.path in file.known:
         return isinstance(file.known[key.path], OFTPatches)
     shape = file.base_shape(f"{key.path}.weight")
-    return shape is not None and len(shape) == 4 and shape[2] * shape[3] > 1
+    return shape is not None and turns_patches(tuple(shape))
 
 
 def _check(own: Fields, key: Key, tensor: Lazy) -> None:

@@ -1,0 +1,76 @@
+"""Departures that only the adapted layer tells: which function a tool trained at a layer of this kernel and padding.
+
+A file of OFT or LoRA does not say whether its layer is a convolution, or how that pads its input. The engines know it,
+so they ask here before they compute. An adapter that was not read from a tool's file, or was read with
+`compat="formula"`, means its formula everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..binding.fitting import viewed
+from ..errors import AdapterkitError
+from . import FORMATS
+from ._format import FORMULA, LayerFacts
+
+if TYPE_CHECKING:
+    from ..adapter import Step, Target
+    from ..binding import Site
+    from ..updates import Update
+
+
+def as_trained(
+    updates: Sequence[Update], recipe: Sequence[Step], shape: tuple[int, ...], target: Target, padding: str = ""
+) -> tuple[Update, ...]:
+    """Return the updates as the tools that trained them computed them at one layer.
+
+    Args:
+        updates: of one target.
+        recipe: the adapter's lineage; it names the formats that the adapter was read from.
+        shape: of the layer's weight, `[out, in, *k]`.
+        target: the target, for errors.
+        padding: how the layer pads its input, where that is known and is not zeros around an undilated kernel.
+
+    Raises:
+        Unsupported: no method here computes what the tool computed at this layer.
+    """
+    names = {
+        str(step.args.get("format"))
+        for step in recipe
+        if step.op == "read" and step.args.get("compat") != FORMULA and step.args.get("format") in FORMATS
+    }
+    facts = LayerFacts(shape, padding)
+    rules = [each.at_layer for name in sorted(names) for each in FORMATS[name].departures.values() if each.at_layer]
+    try:
+        for rule in rules:
+            updates = [rule(update, facts) for update in updates]
+    except AdapterkitError as error:
+        raise error.at(where=str(target)) from None
+    return tuple(updates)
+
+
+def sites_as_trained(
+    sites: Iterable[Site], recipe: Sequence[Step], shapes: Mapping[str, tuple[int, ...]]
+) -> list[Site]:
+    """Return the sites with their updates as trained, by the shapes of the base's tensors alone.
+
+    Args:
+        sites: bound to a base; stacked ones and rows of a weight stay as they are.
+        recipe: the adapter's lineage.
+        shapes: name of a tensor of the base -> its stored shape.
+
+    Raises:
+        Unsupported: see `as_trained`.
+    """
+    found = []
+    for site in sites:
+        plain = not site.target.stacked and site.target.rows is None
+        stored = shapes.get(site.weight) if plain and site.weight is not None else None
+        shape = None if stored is None else viewed(stored, site.target)
+        found.append(
+            site if shape is None else replace(site, updates=as_trained(site.updates, recipe, shape, site.target))
+        )
+    return found

@@ -1,0 +1,271 @@
+"""State dicts of PEFT models without adapter_config.json: bare files of tensors, and checkpoints of DeepSpeed and FSDP.
+
+The keys and shapes tell the method and the ranks, so a config is made from them. They do not tell alpha: it comes from
+the file's metadata, from tensors `<module>.alpha`, or from the caller.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import AdapterkitError, Malformed, ShapeMismatch, Unsupported, UsageError, storage_error
+from ...tensors import safetensors
+from ...tensors.lazy import Lazy
+from ...tensors.torch_file import is_torch_file, read_torch_file, read_torch_value
+from .container import CONFIG, SAFETENSORS, TORCH
+from .container import sniff as sniff_config
+from .keys import PREFIX, Key, parse_key
+
+_LORA = re.compile(r".+\.lora_(?:[AB](?:\.[^.]+)?\.weight|embedding_[AB](?:\.[^.]+)?)", re.DOTALL)
+_ALPHA = ".alpha"
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+_ZERO = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+"""DeepSpeed's file of whole weights, up to ZeRO-2."""
+_ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+"""DeepSpeed's file beside weights that ZeRO-3 has split over ranks."""
+
+_ALPHA_FIELDS = ("lora_alpha", "alpha", "ss_network_alpha")
+_CONFIG_FIELD = "lora_adapter_metadata"
+"""In the header of diffusers' files: PEFT's config as JSON, each field behind the name of the model's part."""
+_SCALING_FIELDS = ("lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora")
+
+_MAX_SCAN = 64 << 20
+
+
+def sniff(path: Path) -> bool:
+    """Whether there are LoRA tensors in PEFT's names at `path`, without a config that says whose they are."""
+    if not is_bare(path):
+        # A file of any name beside a config of PEFT's; other tools have a config of the same name.
+        return path.is_file() and _file(path) is not None and sniff_config(path.parent)
+    try:
+        folder = _tag(path) if path.is_dir() else path
+        if folder.is_dir() and (_is_zero3(folder) or _is_distributed(folder)):
+            return True
+        file = _file(folder)
+        if file is None:
+            return False
+        if _ZERO.fullmatch(file.name) or _ZERO3.fullmatch(file.name):
+            return True
+        return any(_LORA.fullmatch(key) for key in _names(file))
+    except (AdapterkitError, OSError):
+        return False
+
+
+def is_bare(path: Path) -> bool:
+    """Whether no config lies at or beside `path`."""
+    return not ((path if path.is_dir() else path.parent) / CONFIG).exists()
+
+
+def load(path: Path, alpha: float | None, rank: int | None) -> tuple[dict[str, Any], dict[str, Lazy], dict[str, str]]:
+    """The config that the keys and shapes stand for, the tensors by key, and the header's strings.
+
+    Args:
+        path: a file of tensors, or a folder with adapter_model.safetensors or .bin, or with DeepSpeed's model states.
+        alpha: LoRA's alpha, where the file does not tell.
+        rank: the rank that every module is expected to have; None for any.
+
+    Raises:
+        UsageError: the file does not tell alpha, and `alpha` is None; or it tells another.
+        ShapeMismatch: a module has another rank than `rank`.
+        Unsupported: the weights are split over several files that only torch or DeepSpeed can read.
+        Malformed: the file holds the base's weights too, and does not tell which of them were trained.
+    """
+    folder = _tag(path) if path.is_dir() else path
+    _refuse_split(folder)
+    file = _file(folder)
+    if file is None:
+        cure = "Fetch the file of tensors, and adapter_config.json beside it"
+        raise UsageError(f"neither {CONFIG} nor {SAFETENSORS} nor {TORCH}", path=path, cure=cure)
+    header = dict(safetensors.read_header(file).metadata) if file.suffix == ".safetensors" else {}
+    tensors = _without_wrapper(_tensors(file))
+    alphas = {
+        key: tensors.pop(key) for key in list(tensors) if key.endswith(_ALPHA) and math.prod(tensors[key].shape) == 1
+    }
+    try:
+        return _config(tensors, alphas, header, alpha, rank), tensors, header
+    except AdapterkitError as error:
+        raise error.at(path=file) from None
+
+
+def _config(
+    tensors: Mapping[str, Lazy], alphas: Mapping[str, Lazy], header: Mapping[str, str], alpha: float | None,
+    rank: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    prefix = PREFIX if any(key.startswith(PREFIX) for key in tensors) else ""
+    keys = [parse_key(text, prefix) for text in tensors]
+    _check_trained(keys)
+    empty = next((key for key in keys if key.part.startswith("lora_") and not math.prod(tensors[key.text].shape)), None)
+    if empty is not None:
+        why = "a tensor without elements: ZeRO-3 or FSDP held them on other ranks when the adapter was saved"
+        raise Malformed(why, where=empty.text, cure="Gather the parameters before save_pretrained")
+    ranks = {
+        key.module: tensors[key.text].shape[0]
+        for key in keys if key.part in ("lora_A", "lora_embedding_A") and tensors[key.text].shape
+    }  # fmt: skip
+    wrong = next((module for module, size in ranks.items() if rank is not None and size != rank), None)
+    if wrong is not None:
+        cure = "Correct --rank (rank=), or leave it out: the shapes tell the rank"
+        raise ShapeMismatch(f"rank {ranks[wrong]} in the file, not {rank}", where=wrong, cure=cure)
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
+    config: dict[str, Any] = {"peft_type": "LORA", "r": usual}
+    config["rank_pattern"] = {f"^{re.escape(name)}$": size for name, size in ranks.items() if size != usual}
+    parts = {key.part for key in keys}
+    config["use_dora"] = "lora_magnitude_vector" in parts
+    config["lora_bias"] = any(key.part == "lora_B" and key.leaf == "bias" for key in keys)
+    return config | _scaling(alphas, prefix, header, alpha)
+
+
+def _scaling(alphas: Mapping[str, Lazy], prefix: str, header: Mapping[str, str], alpha: float | None) -> dict[str, Any]:
+    """`lora_alpha`, and what goes with it, from the file or from the caller; they must not disagree."""
+    told = _told(header)
+    if alphas:
+        own = {
+            parse_key(key.removesuffix(_ALPHA), prefix).path: float(leaf.numpy().ravel()[0])
+            for key, leaf in alphas.items()
+        }
+        usual = Counter(own.values()).most_common(1)[0][0]
+        pattern = {f"^{re.escape(name)}$": value for name, value in own.items() if value != usual}
+        told = {"lora_alpha": usual, "alpha_pattern": pattern}
+    if alpha is None and not told:
+        why = "without adapter_config.json nothing tells LoRA's alpha, which scales the whole adapter by alpha / rank"
+        cure = "Say it with --alpha A (alpha=A in Python), or put adapter_config.json beside the file"
+        raise UsageError(why, cure=cure)
+    if alpha is None:
+        return told
+    if told and told["lora_alpha"] != alpha:
+        why = f"the file says alpha {told['lora_alpha']:g}, --alpha (alpha=) {alpha:g}"
+        raise UsageError(why, cure="Leave --alpha (alpha=) out")
+    return told or {"lora_alpha": alpha}
+
+
+def _told(header: Mapping[str, str]) -> dict[str, Any]:
+    """The fields about scaling in the header of a safetensors file; empty if it does not tell alpha."""
+    for name in _ALPHA_FIELDS:
+        try:
+            value = float(header[name])
+        except (KeyError, ValueError):
+            continue
+        if math.isfinite(value):
+            return {"lora_alpha": value}
+    try:
+        config = json.loads(header.get(_CONFIG_FIELD, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    fields = {} if not isinstance(config, dict) else {
+        str(name).rpartition(".")[2]: value for name, value in config.items() if value
+    }  # fmt: skip
+    return {name: fields[name] for name in _SCALING_FIELDS if name in fields} if "lora_alpha" in fields else {}
+
+
+def _check_trained(keys: Iterable[Key]) -> None:
+    """Refuse the state dict of a whole model: it does not tell the base's weights from trained ones."""
+    adapted = {key.stem: key for key in keys if key.part == "lora_A"}
+    base = {key.stem.removesuffix(".weight") for key in keys if not key.part}
+    whole = next((key for stem, key in adapted.items() if f"{stem}.base_layer" in base), None)
+    if whole is not None:
+        why = "the file holds the base's weights too, and does not tell which of them were trained"
+        cure = "Save get_peft_model_state_dict(model), or keep only the keys of what was trained"
+        raise Malformed(why, where=f"{whole.stem}.base_layer.weight", cure=cure)
+    stacked = next((key for stem, key in adapted.items() if stem.rpartition(".")[2] in ("experts", "base_layer")), None)
+    if stacked is not None:
+        why = "stacked experts, whose parameter and number only adapter_config.json tells (target_parameters)"
+        raise Unsupported(why, where=stacked.text, cure=f"Put {CONFIG} beside the file")
+
+
+def _file(path: Path) -> Path | None:
+    """The one file of tensors; None where there is none."""
+    if not path.is_dir():
+        return path if path.suffix in _SUFFIXES and path.is_file() else None
+    for name in (SAFETENSORS, TORCH):
+        if (path / name).is_file():
+            return path / name
+    states = sorted(file for file in path.iterdir() if _ZERO.fullmatch(file.name))
+    return states[0] if states else None
+
+
+def _tag(folder: Path) -> Path:
+    """The folder of the newest step, where this one has the file `latest` of a DeepSpeed checkpoint."""
+    latest = folder / "latest"
+    if _file(folder) is not None or not latest.is_file() or latest.stat().st_size > 255:
+        return folder
+    name = latest.read_text("utf-8", "replace").strip()
+    return folder / name if name and Path(name).name == name and (folder / name).is_dir() else folder
+
+
+def _is_zero3(folder: Path) -> bool:
+    return any(_ZERO3.fullmatch(file.name) for file in folder.iterdir())
+
+
+def _is_distributed(folder: Path) -> bool:
+    """Whether torch.distributed.checkpoint wrote LoRA tensors here; scans `.metadata`, a pickle, without loading it."""
+    metadata = folder / ".metadata"
+    if not metadata.is_file() or not any(file.suffix == ".distcp" for file in folder.iterdir()):
+        return False
+    with open(metadata, "rb") as file:
+        return b".lora_A." in file.read(_MAX_SCAN)
+
+
+def _refuse_split(path: Path) -> None:
+    """Refuse weights that are split over ranks, with the command that joins them.
+
+    Raises:
+        Unsupported: they are.
+    """
+    try:
+        zero3 = _is_zero3(path) if path.is_dir() else _ZERO3.fullmatch(path.name) is not None
+        distributed = path.is_dir() and _is_distributed(path)
+        ranks = [f for f in path.iterdir() if _ZERO.fullmatch(f.name)] if path.is_dir() and not zero3 else []
+    except OSError as error:
+        raise storage_error(error, path) from error
+    if distributed:
+        why = "a checkpoint of torch.distributed, whose index is a pickle that runs code when it is loaded"
+        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} adapter_model.bin"
+        raise Unsupported(why, path=path, cure=f"If you trust it, convert it first: {command}")
+    if zero3 or len(ranks) > 1:
+        folder = path if path.is_dir() else path.parent
+        what = "ZeRO-3" if zero3 else "tensor parallelism"
+        why = f"a DeepSpeed checkpoint whose weights {what} has split over ranks"
+        command = f"python zero_to_fp32.py {folder.parent} OUT, with the zero_to_fp32.py that DeepSpeed put there"
+        raise Unsupported(why, path=path, cure=f"If you trust it, join them first: {command}")
+
+
+def _names(file: Path) -> Iterable[str]:
+    if file.suffix == ".safetensors":
+        return safetensors.read_header(file).entries
+    return _tensors(file) if is_torch_file(file) else ()
+
+
+def _tensors(file: Path) -> dict[str, Lazy]:
+    """The tensors of a file by key; of DeepSpeed's model states those that were trained.
+
+    Raises:
+        Malformed: it is no state dict.
+    """
+    if file.suffix == ".safetensors":
+        return safetensors.read(file)
+    if _ZERO.fullmatch(file.name) is None:
+        return read_torch_file(file)
+    states = read_torch_value(file)
+    module = states.get("module") if isinstance(states, dict) else None
+    if not isinstance(module, dict) or not all(isinstance(leaf, Lazy) for leaf in module.values()):
+        raise Malformed(
+            "no dict of tensors", path=file, where="module", cure="Join the checkpoint with zero_to_fp32.py"
+        )
+    groups = states.get("param_shapes")
+    groups = groups if isinstance(groups, list) else [groups]
+    trained = {name for group in groups if isinstance(group, dict) for name in group}
+    return {name: leaf for name, leaf in module.items() if not trained or name in trained}
+
+
+def _without_wrapper(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
+    """The same without the `module.` that DistributedDataParallel puts before every key."""
+    if tensors and all(key.startswith("module.") for key in tensors):
+        return {key.removeprefix("module."): leaf for key, leaf in tensors.items()}
+    return tensors

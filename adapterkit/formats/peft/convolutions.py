@@ -1,0 +1,59 @@
+"""Convolutions that PEFT trains by another function than a change of their weight.
+
+PEFT's LoRA makes `lora_A` of the base's class, kernel, stride and padding alone, so that it reads zeros around the
+input and is not dilated, whatever the base does. Its other methods call `torch.nn.functional.conv2d` with the base's
+padding, which means zeros as well. OFT turns the patches of the input.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ...errors import Unsupported
+from ...methods.grouped_lora import GroupedLoRA
+from ...methods.ia3 import IA3
+from ...methods.lora import LoRA
+from ...methods.oft import OFT
+from ...methods.oft_patches import OFTPatches
+from ...methods.replacement import Replacement
+
+if TYPE_CHECKING:
+    from ...updates import Update
+    from .._format import LayerFacts
+
+UNPADDED = (IA3, OFTPatches, Replacement)
+"""The methods whose forward in PEFT calls the base layer, with its own padding."""
+
+
+def turns_patches(shape: tuple[int, ...]) -> bool:
+    """Whether PEFT's OFT turns patches of the input at a weight of this shape: a Conv2d with a kernel."""
+    return len(shape) == 4 and math.prod(shape[2:]) > 1
+
+
+def on_patches(update: Update, layer: LayerFacts) -> Update:
+    """Return OFT as PEFT's forward computes it at this layer."""
+    if not isinstance(update, OFT) or update.side == "out" or not turns_patches(layer.shape) or update.pairs is None:
+        return update
+    same = {name: getattr(update, name) for name in ("terms", "doubled", "coft", "eps")}
+    return OFTPatches(pairs=update.pairs, **same)
+
+
+def zero_padded(update: Update, layer: LayerFacts) -> Update:
+    """Return the update as PEFT's forward computes it at a convolution that pads otherwise than with zeros.
+
+    Raises:
+        Unsupported: PEFT's forward has no method here.
+    """
+    if not layer.padding or isinstance(update, UNPADDED) or update.kind not in ("additive", "weight", "output"):
+        return update
+    if isinstance(update, LoRA):
+        return GroupedLoRA(A=update.A, B=update.B, bias=update.bias, scaling=update.scaling, zero_padded=True)
+    if isinstance(update, GroupedLoRA):
+        return update.replace(zero_padded=True)
+    why = (
+        f"{update.method} at a convolution with {layer.padding}: PEFT trains it with zeros around the input, "
+        "which no change of the weight does; the formula takes the layer's own padding"
+    )
+    cure = 'Read it by the formula, as PEFT merges it: compat="formula", or --compat formula'
+    raise Unsupported(why, cure=cure)

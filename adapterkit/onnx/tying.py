@@ -1,0 +1,216 @@
+"""Tied layers of a graph: an embedding and a head with equal numbers, and which of them an adapter's updates change.
+
+Exporters store a tied tensor once, or the head's copy transposed, so that equal numbers are what is left of a tie.
+`merging.ties` decides what each update changes, as it does for merges into folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..adapter import Adapter
+from ..errors import UsageError
+from ..merging.fold import Fold
+from ..merging.ties import acting, parse_tied
+from ..names.ties import Tie, says_tied, says_untied, tie_of
+from .building import Array
+from .norms import NEAR
+from .resolving import METHODS, Found, Spot
+from .shadows import config_of
+from .unpacking import is_packed
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Tying:
+    """What is known about the ties of a graph beside its numbers.
+
+    Attributes:
+        tied: the canonical text of the caller's choice; None where the adapter's lineage decides.
+        config: the config of the model that was exported, where there is one.
+        warnings: gets a sentence for each update that is left out.
+    """
+
+    tied: str | None = None
+    config: Mapping[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, base: Checkpoint | None, path: Path | None, tied: str | Mapping[str, str] | None = None) -> Tying:
+        """Take the config of the base, or the one beside the graph.
+
+        Raises:
+            UsageError: an unknown choice.
+        """
+        try:
+            config = config_of(base, path)
+        except UsageError:
+            config = None
+        return cls(parse_tied(tied), config)
+
+
+def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], tying: Tying) -> list[Found]:
+    """The places of an adapter, with those of the tied layers that its updates change beside the ones they name.
+
+    Args:
+        found: the places that the adapter names.
+        adapter: the adapter, whose lineage tells which tool trained it.
+        spots: all layers of the graph.
+        tying: the caller's choice, and the base's config.
+
+    Raises:
+        UsageError: nothing tells which layers an update changes.
+    """
+    if says_untied(tying.config):
+        return list(found)
+    for group in _groups(spots, [spot for place in found if _may_be_tied(place) for spot in place.spots]):
+        found = _with_group(found, adapter, group, tying)
+    return list(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Layers with equal numbers.
+
+    Attributes:
+        lookups: nodes that look tokens up.
+        heads: nodes that multiply by the same table.
+        proven: whether the numbers are equal; those of a quantized layer are only near the others.
+    """
+
+    lookups: tuple[Spot, ...]
+    heads: tuple[Spot, ...]
+    proven: bool
+
+
+def _groups(spots: Sequence[Spot], changed: Sequence[Spot]) -> list[_Group]:
+    """The groups of tied layers that have one of the changed layers among them."""
+    flat = [spot for spot in spots if len(spot.shape) == 2 and spot.rows is None]
+    lookups = [spot for spot in flat if _is_lookup(spot)]
+    heads = [spot for spot in flat if not _is_lookup(spot)]
+    nodes, groups = {spot.node for spot in changed}, list[_Group]()
+    for lookup in lookups:
+        if any(lookup in group.lookups for group in groups):
+            continue
+        known = [lookup, *(other for other in lookups if other is not lookup and _distance(other, lookup) == 0)]
+        sized = [head for head in heads if head.shape == _size(lookup)]
+        if not sized or not nodes & {spot.node for spot in (*known, *sized)}:
+            continue
+        near = {head: distance for head in sized if (distance := _distance(head, lookup)) is not None}
+        if near and nodes & {spot.node for spot in (*known, *near)}:
+            groups.append(_Group(tuple(known), tuple(near), not any(near.values())))
+    return groups
+
+
+def _with_group(found: Sequence[Found], adapter: Adapter, group: _Group, tying: Tying) -> list[Found]:
+    """The places of an adapter, with those of the other layers of a group that its updates change."""
+    nodes = {spot.node for spot in (*group.lookups, *group.heads)}
+    named = [place for place in found if _may_be_tied(place) and place.spots[0].node in nodes]
+    inputs = _by_layer(group.lookups, named)
+    (head, heads), *others = _by_layer(group.heads, named).items()
+    layers = {**inputs, head: [*heads, *(spot for _, more in others for spot in more)]}
+    stored = next((_name(place) for place in named if _is_lookup(place.spots[0])), next(iter(inputs)))
+    tie = tie_of(stored, tuple(inputs), head)
+    own: dict[str, list[Fold]] = {}
+    for place in named:
+        own.setdefault(_name(place), []).append(_fold(place))
+    changed = acting(tie, own, adapter, tying.tied, tying.warnings)
+    added = [each for layer, folds in changed.items() for each in _added(layer, layers[layer], folds, named)]
+    if added and tying.tied is None and not (group.proven or says_tied(tying.config)):
+        raise _unproven(added[0], tie)
+    kept = {fold.target for folds in changed.values() for fold in folds}
+    # The `shared` of T5 is called by no layer: an update there had no effect while PEFT trained it.
+    return [*(place for place in found if place not in named or _fold(place).target in kept), *added]
+
+
+def _may_be_tied(place: Found) -> bool:
+    weights = [update for update in place.updates if update.kind != "output" and update.changes_weight]
+    return bool(weights and place.spots) and len(place.shape) == 2 and place.target.rows is None
+
+
+def _distance(spot: Spot, other: Spot) -> float | None:
+    """The relative distance of two layers' tables; None where they are of another size or are not one table."""
+    if _size(spot) != _size(other):
+        return None
+    if len(spot.sources) == 1 and spot.sources == other.sources:
+        return 0.0
+    one, two = _table(spot), _table(other)
+    if np.array_equal(one, two):
+        return 0.0
+    distance = float(np.linalg.norm(one - two)) / max(float(np.linalg.norm(two)), 1e-30)
+    return distance if distance <= NEAR and (is_packed(spot) or is_packed(other)) else None
+
+
+def _is_lookup(spot: Spot) -> bool:
+    return spot.kind.op_type == "Gather"
+
+
+def _size(spot: Spot) -> tuple[int, ...]:
+    return spot.shape[::-1] if _is_lookup(spot) else spot.shape
+
+
+def _table(spot: Spot) -> Array:
+    held = spot.kind.held(spot.node).astype(np.float32)
+    seen = held.swapaxes(0, 1) if spot.kind.turns(spot.node) else held
+    return seen.T if _is_lookup(spot) else seen
+
+
+def _by_layer(spots: Sequence[Spot], named: Sequence[Found]) -> dict[str, list[Spot]]:
+    """The nodes of each layer, by the name of its weight: the adapter's first, else what the graph tells."""
+    nodes = {spot.node for spot in spots}
+    found: dict[str, list[Spot]] = {
+        _name(place): [] for place in named if place.spots[0].node in nodes and len(place.spots) == 1
+    }
+    for spot in spots:
+        own = (_name(place) for place in named if len(place.spots) == 1 and spot.node is place.spots[0].node)
+        told = (name for method in METHODS for name in spot.names.get(method, ()))
+        found.setdefault(next(own, None) or next(told, spot.node.name or ""), []).append(spot)
+    return found
+
+
+def _name(place: Found) -> str:
+    return f"{place.target.path}.weight"
+
+
+def _fold(place: Found) -> Fold:
+    """A place's updates at the table, whose rows are tokens."""
+    updates = tuple(update for update in place.updates if update.kind != "output" and update.changes_weight)
+    turned = _is_lookup(place.spots[0]) != place.turned
+    target = replace(place.target, layout="in out *k" if turned else "out *in")
+    return Fold(target, updates, 1.0, 0, False, _size(place.spots[0]))
+
+
+def _added(layer: str, spots: list[Spot], folds: Sequence[Fold], named: Sequence[Found]) -> list[Found]:
+    """The places at a layer for the folds that come from another one."""
+    added = []
+    for fold in folds:
+        place = next(place for place in named if _fold(place).target == fold.target)
+        nodes = {spot.node for spot in place.spots}
+        new = [spot for spot in spots if spot.node not in nodes]
+        if not new:
+            continue
+        turned = place.turned != (_is_lookup(new[0]) != _is_lookup(place.spots[0]))
+        target = replace(place.target, path=layer.removesuffix(".weight"))
+        added.append(
+            replace(place, target=target, updates=fold.updates, spots=tuple(new), turned=turned, outlet=None)
+        )  # fmt: skip
+    return added
+
+
+def _unproven(place: Found, tie: Tie) -> UsageError:
+    why = (
+        f"the weights of {tie.head} and {tie.stored} are near each other, and one of them is quantized: "
+        f"either they are tied and the update at {place.asked} changes both, or they are not and it changes one"
+    )
+    cure = (
+        "Give the base's folder, whose config.json tells: --base-weights DIR (base_weights=DIR); or --tied merge "
+        '(tied="merge") for both, --tied rows=untie,embedding=untie,head=untie,replacement=untie for the one it names'
+    )
+    return UsageError(why, where=str(place.asked), cure=cure)
