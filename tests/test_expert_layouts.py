@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import run
+from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
@@ -249,3 +251,89 @@ def test_diff_on_the_command_line_compares_two_layouts(tmp_path):
     result = run("diff", str(written("pair")[0]), str(tmp_path / "single"))
     assert result.exit_code == 0, result.output
     assert "the same function" in result.output
+
+
+class Experts(torch.nn.Module):
+    def __init__(self, stacks):
+        super().__init__()
+        for name, stack in stacks.items():
+            setattr(self, name.rpartition(".")[2], torch.nn.Parameter(torch.from_numpy(stack)))
+
+
+def merged_by_peft(folder, stacks):
+    """What the installed release of PEFT adds to each stack."""
+    root = torch.nn.Module()
+    root.model = torch.nn.Module()
+    layer = torch.nn.Module()
+    layer.mlp = torch.nn.Module()
+    layer.mlp.experts = Experts({name: stacks[name].copy() for name in sorted(stacks, reverse=True)})  # as declared
+    root.model.layers = torch.nn.ModuleList([layer])
+    after = PeftModel.from_pretrained(root, folder).merge_and_unload().state_dict()
+    return {name: after[name].numpy() - stack for name, stack in stacks.items()}
+
+
+def rows_of(single, stacks, naming):
+    """The change of each stack, from one LoRA an expert, in float64."""
+    prefix, gate, up, down = NAMED[naming]
+    changes = {}
+    for name, stack in stacks.items():
+        changes[name] = np.zeros(stack.shape)
+        for e in range(len(stack)):
+            for i, part in enumerate((gate, up) if name.endswith("gate_up_proj") else (down,)):
+                for target, updates in single.updates.items():
+                    if target.path == prefix.replace("{e}", str(e)) + part:
+                        (update,) = updates
+                        rows = slice(i * update.B.shape[0], (i + 1) * update.B.shape[0])
+                        product = update.B.numpy().astype("f8") @ update.A.numpy().astype("f8")
+                        changes[name][e, rows] = update.scaling * product
+    return changes
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["one A", "two As", "ranks", "scalings", "one expert less"])
+def test_single_experts_are_written_as_peft_reads_stacks(kind, tmp_path):
+    _, before, _ = written("pair")
+    base = base_folder(tmp_path, before)
+    rng = np.random.default_rng(3)
+    updates = dict(per_expert("pair", "mixtral").updates)
+    for position, (target, (update,)) in enumerate(list(updates.items())):
+        if kind == "one expert less" and ".1." in target.path:
+            del updates[target]
+        elif kind == "two As":
+            updates[target] = (update.replace(A=from_numpy(rng.normal(size=update.A.shape).astype("f4"))),)
+        elif kind == "ranks":
+            rank = 1 + position % 3
+            A = rng.normal(size=(rank, update.A.shape[1])).astype("f4")
+            B = rng.normal(size=(update.B.shape[0], rank)).astype("f4")
+            updates[target] = (update.replace(A=from_numpy(A), B=from_numpy(B)),)
+        elif kind == "scalings":
+            updates[target] = (update.replace(scaling=1.0 + position),)
+    single = Adapter(updates)
+    ak.write(single, tmp_path / "single", format="peft")
+    words = ["convert", tmp_path / "single", tmp_path / "out", "--to", "peft", "--base", base, "--match-base"]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert ("joined 2 LoRAs on rows" in result.output) == (kind in ("two As", "ranks"))
+    expected = rows_of(single, before, "mixtral")
+    found = merged_by_peft(tmp_path / "out", before)
+    for name, change in expected.items():
+        np.testing.assert_allclose(found[name], change, atol=1e-6 * np.abs(change).max() + 2e-6)
+
+
+def test_stacks_are_written_as_vllm_reads_single_experts(tmp_path):
+    folder, before, expected = written("pair")
+    base = base_folder(tmp_path, one_by_one(before))
+    words = ["convert", folder, tmp_path / "out", "--to", "peft", "--profile", "vllm"]
+    refused = run(*words)
+    assert refused.exit_code == 3
+    assert "--match-base" in refused.output
+    assert run(*words, "--base", base, "--match-base").exit_code == 0
+    keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.0.block_sparse_moe.experts"
+    assert set(keys) == {
+        f"{stem}.{e}.{name}.lora_{side}.weight" for e in range(3) for name in ("w1", "w2", "w3") for side in "AB"
+    }
+    changes = one_by_one(expected)
+    for name, change in changes.items():
+        A, B = (keys[f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight"] for side in "AB")
+        np.testing.assert_allclose(2.0 * B.astype("f8") @ A, change, atol=5e-6)

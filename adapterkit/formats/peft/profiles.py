@@ -93,6 +93,11 @@ def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
 
 
 def _why_not(profile: Profile, target: Target, update: Pair) -> str:
+    if target.stacked:
+        return (
+            "stacked experts, and it reads one LoRA an expert: convert with --match-base and --base BASE (bind(base)), "
+            "where BASE stores its experts one by one"
+        )
     if reason := unfit(target, update):
         return reason
     words = target.path.split(".")

@@ -19,6 +19,7 @@ from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...tensors.lazy import as_lazy
 from .._format import FORMULA
+from .._joining import with_joined_rows
 from .._losses import Loss, expressible
 from .compose import configs
 from .encoders import without_encoders
@@ -50,8 +51,9 @@ def encode(
     hints = hints_of(adapter)
     by_formula = hints.compat == FORMULA
     plain, computed = without_encoders(adapter.updates) if on_loss == "fold" else (adapter.updates, [])
+    whole, joined = with_joined_rows(plain, base)
     updates, lines = expressible(
-        _as_stored(plain), lambda held: (*find_losses(held, base, by_formula), *_guesses(held, hints, base)),
+        _as_stored(whole), lambda held: (*find_losses(held, base, by_formula), *_guesses(held, hints, base)),
         dialect="PEFT", place="a PEFT file", on_loss=on_loss,
     )  # fmt: skip
     peft_type = _peft_type(updates, hints)
@@ -64,7 +66,7 @@ def encode(
         omitted = _omitted(config, spelled, updates, peft_type)
         if says(config, kept | tensors, spelled, updates, base, omitted, hints.compat):
             written = {key: tensor for key, tensor in tensors.items() if key not in omitted}
-            return config, kept | written, computed + lines + folded
+            return config, kept | written, computed + joined + lines + folded
     places = [(target, position) for target, found in updates.items() for position in range(len(found))]
     cure = "Write adapterkit's own format"
     raise Unrepresentable("PEFT's config has no words for this combination", cure=cure, places=places)

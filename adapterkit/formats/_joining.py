@@ -1,0 +1,107 @@
+"""LoRAs on rows of one weight, such as gate and up of a fused weight, as one LoRA of the whole weight.
+
+Factors are put side by side, never multiplied. Rows without an update get zeros.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Target
+from ..binding.fitting import viewed
+from ..methods.lora import LoRA
+from ..tensors import arrange
+from ..tensors.lazy import as_lazy
+from ..updates import Update
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
+    from ..tensors.lazy import Lazy
+
+Updates = Mapping[Target, tuple[Update, ...]]
+
+
+def with_joined_rows(updates: Updates, base: Checkpoint | None) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
+    """Put plain LoRAs on rows of a weight together, for formats that have no words for rows.
+
+    Args:
+        updates: target -> updates.
+        base: tells how many rows a weight has; without it nothing is joined.
+
+    Returns:
+        the updates, in which targets that could not be joined are as they were, and one line for each LoRA whose rank
+        had to grow. Where all parts have the same A, the rank stays.
+    """
+    groups: dict[Target, list[Target]] = {}
+    for target, given in updates.items():
+        if target.rows is not None and len(given) == 1 and type(given[0]) is LoRA and given[0].bias is None:
+            groups.setdefault(replace(target, rows=None), []).append(target)
+    outs = {whole: _rows_of(whole, base) for whole in groups}
+    joined = {
+        whole: _joined([(target, updates[target][0]) for target in parts], outs[whole])
+        for whole, parts in groups.items()
+        if outs[whole] and whole not in updates and _apart(parts)
+    }
+    made: dict[Target, tuple[Update, ...]] = {}
+    for target, given in updates.items():
+        whole = replace(target, rows=None)
+        made |= {whole: (joined[whole],)} if target in groups.get(whole, ()) and whole in joined else {target: given}
+    lines = [
+        f"joined {len(groups[whole])} LoRAs on rows of {whole} to one of rank {_rank(update, whole)}"
+        for whole, update in joined.items()
+        if _rank(update, whole) != _rank(updates[groups[whole][0]][0], whole)
+    ]
+    return made, lines
+
+
+def _rows_of(target: Target, base: Checkpoint | None) -> int:
+    if base is None:
+        return 0
+    stored = next((base.tensors[n] for n in (f"{target.path}.weight", target.path) if n in base.tensors), None)
+    shape = None if stored is None else viewed(stored.shape, target)
+    return 0 if shape is None else shape[int(target.stacked)]
+
+
+def _apart(parts: Sequence[Target]) -> bool:
+    """Whether no row is in two parts."""
+    spans = sorted(target.rows for target in parts if target.rows is not None)
+    return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+
+
+def _joined(parts: Sequence[tuple[Target, Any]], out: int) -> LoRA:
+    parts = sorted(parts, key=lambda part: part[0].rows or (0, 0))
+    axis = int(parts[0][0].stacked)
+    first: LoRA = parts[0][1]
+    scaling = first.scaling
+    As = [as_lazy(update.A) for _, update in parts]
+    Bs = [_scaled(as_lazy(update.B), update.scaling / scaling if scaling else 1.0) for _, update in parts]
+    rows = [target.rows or (0, out) for target, _ in parts]
+    if all(A is As[0] or (A.shape == As[0].shape and A.fetch() == As[0].fetch()) for A in As):
+        pieces, at = [], 0
+        for B, (start, stop) in zip(Bs, rows, strict=True):
+            pieces += [*_zeros(B, start - at, axis), B]
+            at = stop
+        whole = arrange.joined([*pieces, *_zeros(Bs[-1], out - at, axis)], axis)
+        return first.replace(A=As[0], B=whole)
+    columns = [
+        arrange.joined([*_zeros(B, start, axis), B, *_zeros(B, out - stop, axis)], axis)
+        for B, (start, stop) in zip(Bs, rows, strict=True)
+    ]
+    return first.replace(A=arrange.joined(As, axis), B=arrange.joined(columns, axis + 1))
+
+
+def _scaled(B: Lazy, factor: float) -> Lazy:
+    # Two scalings in one pair of factors: the quotient goes into B, in float32 at least.
+    return B if factor == 1 else arrange.times(arrange.widened(B, "F64" if B.dtype.name == "F64" else "F32"), factor)
+
+
+def _zeros(like: Lazy, count: int, axis: int) -> list[Lazy]:
+    shape = (*like.shape[:axis], count, *like.shape[axis + 1 :])
+    return [arrange.zeros(shape, like.dtype)] if count else []
+
+
+def _rank(update: Any, target: Target) -> int:
+    return int(update.A.shape[int(target.stacked)])
