@@ -72,10 +72,10 @@ def test_a_module_that_is_called_again_has_one_slot_a_tensor(dynamo, tmp_path, c
     report = ak.onnx.inject(base, tmp_path / "one", tmp_path / "slots.onnx", mode="slots")
     session = ak.onnx.Session(report.out, {"one": tmp_path / "one", "two": tmp_path / "two"})
     assert len(session.slots) == 6
-    assert [file.name for file in report.files] == ["slots.onnx", "slots.onnx_adapter", "slots.onnx_adapter.json"]
+    assert {file.name for file in report.files} == {"slots.onnx", "slots.onnx_adapter", "slots.onnx_adapter.json"}
     for name, told in (("one", wanted), ("two", other)):
         close(torch.tensor(next(iter(session.run({"x": X}, name).values()))), told)
-    close(torch.tensor(by_onnxruntime(report.out, report.files[1], {"x": X})), wanted)
+    close(torch.tensor(by_onnxruntime(report.out, report.out.with_suffix(".onnx_adapter"), {"x": X})), wanted)
     assert report.difference < 1e-5
 
 
@@ -147,7 +147,7 @@ def test_both_branches_of_an_if(inside, tmp_path):
         feeds = {"x": X, "c": np.array(chosen)}
         for weight, name in ((W, None), (V, "one")):
             np.testing.assert_allclose(session.run(feeds, name)["y"], sign * (X @ weight), rtol=1e-4, atol=1e-4)
-        got = by_onnxruntime(report.out, report.files[-2], feeds)
+        got = by_onnxruntime(report.out, report.out.with_suffix(".onnx_adapter"), feeds)
         np.testing.assert_allclose(got, sign * (X @ V), rtol=1e-4, atol=1e-4)
 
 

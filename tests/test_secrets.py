@@ -36,6 +36,7 @@ COMMANDS = {
     "inspect": ["{}", "lora --format {}"],
     "list": ["{}"],
     "merge": ["{} lora -o out", "base {} -o out", "base lora -o {}", "base lora -o out --method {}", "{} {} --plan"],
+    "names": ["{}", "base {}"],
     "pull": ["{} out", "lora {}"],
     "push": ["lora {}", "{} hf://org/x", "lora hf://org/x --tag {}"],
     "resize": ["{} --rank 1 -o out", "lora --rank 1 -o {}"],

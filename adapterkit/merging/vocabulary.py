@@ -30,7 +30,7 @@ GROW, KEEP = "grow", "keep"
 PADDING = 32
 """A base is taken for a padded one when at most one row in so many is missing from the adapter.
 
-As their configs and tokenizers have it: Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
+By their configs and tokenizers Qwen 2.5 pads 271 of 151,936 rows, Phi-3 53 of 32,064, DeepSeek 2,385 of 102,400.
 """
 
 _BLOCK = 1 << 20
