@@ -123,8 +123,8 @@ def folded(update: Pair, scaling: float) -> Pair:
 
 
 def whole_number(value: float) -> float:
-    """A number as tools write it that have whole ones: 16, not 16.0."""
-    return int(value) if float(value).is_integer() else value
+    """A number as tools write it that have whole ones: 16, not 16.0, while a float holds every whole number."""
+    return int(value) if float(value).is_integer() and abs(value) < 1 << 53 else value
 
 
 FOLDING = ("fold", "promote")

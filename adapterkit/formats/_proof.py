@@ -35,6 +35,9 @@ SINGLE = 2.0**-22
 WHOLE, RUN = 1 << 16, 1 << 12
 """Tensors of at most so many bytes are compared whole; of larger ones, three runs of so many."""
 
+MOST_CHOICES = 256
+"""Ways in which updates that are reported as left out may be missing from one weight."""
+
 SPOTS = 32
 """Places at which a file of tensors is read from disk, however many tensors it has: each takes 70 us."""
 
@@ -216,8 +219,10 @@ class _Proof:
         for target, found in asked.items():
             if str(target) in self.left_out:
                 some = [c for size in range(len(found)) for c in combinations(found, size)]
-                choices += [{k: u for k, u in {**asked, target: c}.items() if u} for c in some]
-        return choices
+                # Rows of one weight may all be left out. Of many, all or none are tried: their choices are too many.
+                before = choices if len(choices) < MOST_CHOICES else [choices[-1]]
+                choices = [*choices, *({**choice, target: c} for choice in before for c in some)]
+        return [{target: left for target, left in choice.items() if left} for choice in choices]
 
 
 def _difference(asked: Updates, got: Updates) -> str:

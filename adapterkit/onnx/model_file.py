@@ -152,7 +152,24 @@ def save(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value]) 
     for tensor in external(model):
         if "adapterkit.location" in tensor.meta:
             tensor._location = tensor.meta["adapterkit.location"]
-    write_bytes(out, ir.to_proto(model).SerializeToString())
+    write_bytes(out, _serialized(model, out))
+
+
+def _serialized(model: ir.Model, out: Path) -> bytes:
+    """The bytes of a model's own file.
+
+    Raises:
+        Malformed: onnx-ir read something in the model that it cannot write.
+    """
+    try:
+        data: bytes = ir.to_proto(model).SerializeToString()
+    except ir.serde.SerdeError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        cure = "Correct the model, or write it again with the tool that made it"
+        raise Malformed(f"the graph cannot be written ({first_line(cause)})", path=out, cure=cure) from None
+    return data
 
 
 def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.Value], apart: bool = False) -> None:
@@ -171,7 +188,7 @@ def save_merged(model: ir.Model, source: Source, out: Path, fresh: Iterable[ir.V
         streamed(moving, out)
     _take_in(stored, out)
     worked_out(value for value in fresh if isinstance(value.const_value, Changed))
-    write_bytes(out, ir.to_proto(model).SerializeToString())
+    write_bytes(out, _serialized(model, out))
 
 
 def save_fresh(graph: ir.Model, out: Path) -> None:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..binding import view_shape
 from ..binding.fitting import viewed
-from ..errors import AdapterkitError, UsageError
+from ..errors import AdapterkitError, Malformed, UsageError
 from ..names.ties import aliases
 from ..tensors.checkpoint import opened
 from ..tensors.computed import load
 from ..updates import Additive, Update
+from ..updates.positions import misplaced
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -153,6 +154,8 @@ def _delta(update: Additive, shape: Shape, weight: float) -> Delta:
     import numpy as np
 
     out, columns = shape[0], math.prod(shape[1:])
+    for name, why in misplaced(update, dict(zip(("out", "in"), shape, strict=False))):
+        raise Malformed(why, where=name, cure="The file is damaged, or the adapter is not of this base")
     pair = update.pair(shape)
     if pair is not None:
         B, A = (np.asarray(factor) for factor in pair)

@@ -10,6 +10,7 @@ import math
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -104,8 +105,11 @@ def write_npz(path: Path, tensors: Mapping[str, Lazy]) -> None:
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy:
     if info.file_size > MAX_MEMBER:
         raise _damaged(str(path), f"an array of {info.file_size} bytes", info.filename)
-    with archive.open(info) as file:
-        shape, dtype, start = _header(file, str(path))
+    try:
+        with archive.open(info) as file:
+            shape, dtype, start = _header(file, str(path))
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise _damaged(str(path), str(error)[:80], info.filename) from None
     size = math.prod(shape) * dtype.itemsize
     if start + size != info.file_size:
         raise _damaged(str(path), f"{info.file_size - start} bytes for {list(shape)} of {dtype}", info.filename)
@@ -115,7 +119,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy
             with zipfile.ZipFile(path) as again, again.open(info.filename) as file:
                 file.read(start)
                 return file.read(size)
-        except (zipfile.BadZipFile, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise _damaged(str(path), str(error)[:80], info.filename) from None
 
     return Lazy(shape, dtype, fetch)

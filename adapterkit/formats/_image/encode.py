@@ -28,6 +28,10 @@ _SLOTS: dict[type[Update], str] = {
 """Method -> a slot that a dialect must have to say it."""
 
 
+LARGEST = 1e290
+"""A scaling times a rank stays below what readers take for a number, 1e300."""
+
+
 def why_not(update: Update, rules: Rules) -> str:
     """Why a dialect has no words for an update; empty where it has."""
     slot = _SLOTS.get(type(update))
@@ -35,6 +39,8 @@ def why_not(update: Update, rules: Rules) -> str:
         return f"{update.method} is not among its methods"
     if isinstance(update, LoRA) and update.bias is not None and "bias" not in rules.slots:
         return "lora with a bias"
+    if abs(update.attributes.get("scaling", 0.0)) > LARGEST:
+        return "a scaling that no alpha holds"
     if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and _rank_for_zero(rules):
         return "a scaling of 0, which it takes for the rank"
     if isinstance(update, OFT):

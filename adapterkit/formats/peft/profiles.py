@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ...adapter import Foreign, Updates
-from .._one_number import one_alpha
+from .._one_number import one_alpha, whole_number
 from .._pairs import expressible, rank_of, to_rank, unfit
 from .compose import COMMON, FRESH
 from .hints import FORMAT, Hints, fingerprint
@@ -81,7 +81,7 @@ def fitted(adapter: Adapter, profile: str, on_loss: str) -> tuple[Adapter, list[
 def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
     """The config that is to be written: some consumers know modules by the last word of their names alone."""
     config = COMMON | FRESH["LORA"] | {
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": whole_number(alpha),
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
