@@ -165,7 +165,8 @@ def _says_tied(config: Mapping[str, Any] | None, has_head: bool) -> bool:
     """The word of the config; else the default of its family; a class with a head and no weight for it must tie."""
     if config is None:
         return False
-    classes = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    listed = config.get("architectures")
+    classes = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     with_head = any(name.endswith(_WITH_HEAD) for name in classes)
     if not has_head and not with_head and any(name.endswith(_HEADLESS) for name in classes):
         return False

@@ -199,7 +199,7 @@ def _lokr(module: Module, rules: Rules) -> Found:
 def _oft(module: Module, rules: Rules) -> Found:
     _no_dora(module)
     (blocks,) = module.need("oft_blocks")
-    if len(blocks.shape) not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
+    if len(blocks.shape) not in (3, 4) or blocks.shape[-1] != blocks.shape[-2] or 0 in blocks.shape:
         raise ShapeMismatch(f"{list(blocks.shape)} are no square blocks", where=module.keys["oft_blocks"], cure=AGAIN)
     fields = {"square": "oft_blocks"}
     leaves: dict[str, Any] = {"square": blocks}
