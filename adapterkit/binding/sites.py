@@ -66,7 +66,7 @@ def _part_change(path: str, modules: set[str]) -> Prefix:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bound:
-    """What the resolver made of an adapter's names.
+    """The result of resolving an adapter's names against a base.
 
     Attributes:
         sites: one or more a target, in the adapter's order.

@@ -88,12 +88,12 @@ def _state(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 
 def stated() -> dict[str, Any]:
-    """What the options `--alpha`, `--rank` and `--strict` of this command say, as arguments of `adapterkit.read`."""
+    """Return the values of `--alpha`, `--rank` and `--strict` of this command as arguments of `adapterkit.read`."""
     return dict(click.get_current_context().meta.get(STATED, {}))
 
 
 def stating(command: F) -> F:
-    """What a file may not tell, and how much of it may be unknown."""
+    """Add the options `--alpha` and `--strict`, for commands whose own `--rank` means something else."""
     for option in (_strict, _alpha):
         command = option(command)
     return command

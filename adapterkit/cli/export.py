@@ -68,7 +68,7 @@ def command(
     }  # fmt: skip
     decided = None
     if factory is None and model is not None and not share_weights:
-        # What a function of the user's makes is decided by code that cannot be told by its files.
+        # A model made by the user's own function depends on code, so its files do not identify it.
         decided = _decided_by(model, adapters)
         if is_done(ctx.obj, out, decided, overwrite):
             return

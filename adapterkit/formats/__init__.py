@@ -300,7 +300,7 @@ def unknown_fields(adapter: Adapter) -> list[str]:
 
 
 def warnings_of(adapter: Adapter) -> list[str]:
-    """What the reader of an adapter accepted but its user should know, one sentence each."""
+    """Return warnings about what the reader accepted, one sentence each."""
     names = ", ".join(unknown_fields(adapter))
     refuse = "--strict (strict=True) refuses them"
     return [f"fields of the config that its format does not have were kept: {names}; {refuse}"] if names else []

@@ -115,7 +115,7 @@ def _kinds(group: Updates) -> set[str]:
 
 @dataclass(slots=True, eq=False)
 class _Answer:
-    """What a group makes of the probes, and the expected square of its rounding error; rows are outputs."""
+    """A group's output for the probes, and the expected square of its rounding error; rows are outputs."""
 
     value: Array
     squares: Array
