@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, DynamicCache
 
 import adapterkit as ak
+from adapterkit.adapter import Step
 from adapterkit.tensors.lazy import as_lazy
 
 ROOT = Path(__file__).parent.parent / "spec" / "vectors" / "formats" / "adapterhub"
@@ -69,7 +70,11 @@ def test_reads_as_the_library_held_it(folder):
     assert {t: [u.attributes for u in us] for t, us in read.updates.items()} == {
         t: [u.attributes for u in us] for t, us in expected.updates.items()
     }
-    assert read.recipe == expected.recipe
+    # The reading that a file without orthogonality needs is said in the lineage; the library has no word for it.
+    told = [
+        Step(step.op, {name: value for name, value in step.args.items() if name != "compat"}) for step in read.recipe
+    ]
+    assert tuple(told) == expected.recipe
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ...errors import AdapterkitError, Malformed, ShapeMismatch, Unsupported, UsageError, storage_error
 from ...tensors import safetensors
+from ...tensors.inputs import open_input, read_input
 from ...tensors.lazy import Lazy
 from ...tensors.torch_file import is_torch_file, read_torch_file, read_torch_value
 from .container import CONFIG, SAFETENSORS, TORCH
@@ -195,7 +196,7 @@ def _tag(folder: Path) -> Path:
     latest = folder / "latest"
     if _file(folder) is not None or not latest.is_file() or latest.stat().st_size > 255:
         return folder
-    name = latest.read_text("utf-8", "replace").strip()
+    name = read_input(latest).decode("utf-8", "replace").strip()
     return folder / name if name and Path(name).name == name and (folder / name).is_dir() else folder
 
 
@@ -208,7 +209,7 @@ def _is_distributed(folder: Path) -> bool:
     metadata = folder / ".metadata"
     if not metadata.is_file() or not any(file.suffix == ".distcp" for file in folder.iterdir()):
         return False
-    with open(metadata, "rb") as file:
+    with open_input(metadata) as file:
         return b".lora_A." in file.read(_MAX_SCAN)
 
 
