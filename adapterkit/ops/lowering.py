@@ -17,7 +17,6 @@ from ..names.ties import aliases
 from ..tensors.checkpoint import opened
 from ..tensors.computed import load
 from ..updates import Additive, Update
-from ..updates.positions import misplaced
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -154,9 +153,11 @@ def _delta(update: Additive, shape: Shape, weight: float) -> Delta:
     import numpy as np
 
     out, columns = shape[0], math.prod(shape[1:])
-    for name, why in misplaced(update, dict(zip(("out", "in"), shape, strict=False))):
-        raise Malformed(why, where=name, cure="The file is damaged, or the adapter is not of this base")
-    pair = update.pair(shape)
+    try:
+        pair = update.pair(shape)
+    except IndexError as error:  # Positions of a file that nobody has validated against their axes.
+        cure = "The file is damaged, or the adapter is not of this base"
+        raise Malformed(f"{update.method}: a position is outside ({error})", cure=cure) from None
     if pair is not None:
         B, A = (np.asarray(factor) for factor in pair)
         if len(A) > min(out, columns):
