@@ -135,7 +135,7 @@ def test_an_error_has_a_bounded_length_and_prints():
 @pytest.mark.parametrize("name", ["x" * 256, "\ud800", "a/" + "y" * 300, "é" * 200], ids=ascii)
 def test_an_index_names_files_that_a_file_system_takes(name, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": f"{name}.safetensors"}}))
-    with pytest.raises(Malformed, match=r"not the plain name of a file|surrogates not allowed") as raised:
+    with pytest.raises(Malformed, match="not the plain name of a file") as raised:
         open_checkpoint(tmp_path)
     str(raised.value).encode()
 

@@ -336,7 +336,7 @@ def _accompanied(
 
 
 def _unnamed_tokens(planned: Plan, beside: Companions) -> Iterator[str]:
-    """What is left to do beside the weights of a vocabulary that grew."""
+    """Return warnings about the steps that a grown vocabulary needs besides its weights."""
     if not planned.base.root.is_dir():
         yield f"the base is one file: set vocab_size to {(planned.vocabulary or {})['rows']} in the config yourself"
     elif (beside.tokenizer or {}).get("from") != "adapter":

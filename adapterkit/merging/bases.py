@@ -20,7 +20,7 @@ _CACHED = re.compile(r"models--(.+)")
 
 
 def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str | None) -> list[str]:
-    """What the adapter says of its base that is not true of this one, a sentence each.
+    """Return the adapter's statements about its base that this base contradicts, a sentence each.
 
     Args:
         name: of the adapter, for the sentences.

@@ -52,7 +52,7 @@ CHOICES = ("base", "adapter")
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """What is copied beside the weights.
+    """The files that are copied beside the weights.
 
     Attributes:
         copies: (file, its name in the output).

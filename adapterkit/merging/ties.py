@@ -184,7 +184,7 @@ class _Choice:
         return not rows or self._has_rows(self.tie.head)
 
     def _by_file(self, kind: str, name: str) -> str:
-        """What the tool that trained the adapter does."""
+        """Decide as the tool that trained the adapter does."""
         tools = _tools(self.adapter.recipe)
         if kind == "rows" or tools == {"create"}:
             return UNTIE

@@ -161,7 +161,7 @@ def compare_bases(
 
 
 def _record_of(merged: Checkpoint) -> dict[str, Any]:
-    """What a merge by this library said of itself; empty for other tools' output."""
+    """Return the record that a merge by this library wrote; empty for other tools' output."""
     try:
         return read_json(merged.folder / REPORT)
     except AdapterkitError:

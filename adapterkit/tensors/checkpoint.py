@@ -108,7 +108,7 @@ def read_json(path: Path, *, strict: bool = False) -> dict[str, Any]:
     try:
         check_size(data)
         value = (load_json if strict else json.loads)(data.decode("utf-8"))
-        if not strict and b"\\ud" in data.lower():
+        if path.name == "config.json" and b"\\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode()  # Half of a surrogate pair could not be written again.
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not valid JSON ({error})", path=path, cure="Write or fetch the file again") from error

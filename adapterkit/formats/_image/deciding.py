@@ -24,7 +24,7 @@ DENOISERS = ("unet", "transformer", "denoiser")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What is known of where an adapter's names come from.
+    """Facts about the naming that an adapter's names come from.
 
     Attributes:
         naming: `native` or `diffusers`; empty where nothing tells.
