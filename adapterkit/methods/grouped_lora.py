@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from ..errors import ShapeMismatch, UsageError
-from ..shapes import Dims
-from ..updates import OutputUpdate, tensor
+from ..updates import OutputUpdate, Rule, attribute, tensor
 from ._low_rank import block_diagonal
 
 if TYPE_CHECKING:
@@ -30,12 +29,16 @@ class GroupedLoRA(OutputUpdate):
     paper = "https://arxiv.org/abs/2106.09685"
     acts_on = "the output by channels of all groups"
     sizes: ClassVar[Mapping[str, int]] = {"groups": 1}
+    since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="share >= 1 and r % share == 0 and out % (r // share) == 0", where="B"),
+    )
 
     A: Tensor = tensor("r inputs *k")
     B: Tensor = tensor("out share")
     bias: Tensor | None = tensor("out", optional=True)
     scaling: float = 1.0
-    zero_padded: bool = False
+    zero_padded: bool = attribute(False, since=2)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
@@ -48,13 +51,6 @@ class GroupedLoRA(OutputUpdate):
     @property
     def channels(self) -> int:
         return cast(int, self.dims()["out"])
-
-    def dims(self, stack: bool = False) -> Dims:
-        dims: Any = super().dims(stack)
-        if not dims["share"] or dims["r"] % dims["share"] or dims["out"] % (dims["r"] // dims["share"]):
-            why = f"rank {dims['r']} and {dims['out']} outputs are not in groups of {dims['share']} of the rank"
-            raise ShapeMismatch(why, where="B", cure="Write the adapter again")
-        return {**dims}
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)

@@ -23,12 +23,13 @@ from safetensors.numpy import load
 from vector import vectors
 
 SPEC = Path(__file__).resolve().parents[2] / "spec"
-SCHEMA = "adapterkit-1.0.schema.json"
-MANIFEST = "1.0/manifest.toml"
+VERSION = "1.1"
+SCHEMA = f"{VERSION}/record.schema.json"
+MANIFEST = f"{VERSION}/manifest.toml"
 LAST = 1e-14
 """A share of a tensor's largest number, within which its last bits may differ."""
 
-ID = "https://github.com/adapterkit/adapterkit/blob/main/spec/" + SCHEMA
+ID = "https://github.com/adapterkit/adapterkit/spec/" + SCHEMA
 
 
 def method_files() -> Iterator[tuple[str, bytes]]:
@@ -70,7 +71,7 @@ def schema() -> dict[str, Any]:
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": ID,
-        "title": "The value of the metadata key `adapterkit`, specification 1.0",
+        "title": f"The value of the metadata key `adapterkit`, specification {VERSION}",
     }
     return head | msgspec.json.schema(Record)
 
@@ -80,7 +81,7 @@ def manifest_files(root: Path) -> Iterator[tuple[str, bytes]]:
     methods = {path.stem: _toml(path)["version"] for path in sorted((root / "methods").glob("*.toml"))}
     known = sorted(path.stem for path in (root / "formats").glob("*.toml"))
     lines = [
-        'version = "1.0"',
+        f'version = "{VERSION}"',
         f"released = {json.dumps(released(root))}",
         f'schema = "{SCHEMA}"',
         f"formats = {json.dumps(known)}",
