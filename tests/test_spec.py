@@ -62,6 +62,7 @@ def test_a_methods_entry_says_what_its_class_does(name):
     assert (said["paper"], said["needs_bias"], said["since"]) == (cls.paper, cls.needs_bias, list(cls.since))
     assert said.get("axes") == ("out in" if cls.linear_only else None)
     assert said.get("bound_to", "") == cls.bound_to
+    assert said.get("of_model", False) == getattr(cls, "of_model", False)
     assert said.get("one_of", []) == [[list(names) for names in group] for group in cls.forms]
     rules = [{k: v for k, v in dataclasses.asdict(rule).items() if v} for rule in cls.rules]
     assert said.get("rules", []) == [
@@ -187,7 +188,7 @@ def test_every_vector_of_a_method_is_listed():
 def test_what_is_made_by_machine_is_what_the_machine_makes():
     root = ROOT.parent
     done = subprocess.run(
-        [sys.executable, root / "tools" / "vectors", "--check", "--methods", "--formats", "--invalid", "--schema"],
+        [sys.executable, root / "tools" / "vectors", "--check", "--methods", "--formats", "--invalid", "--schema", "--tables"],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -62,6 +62,12 @@ def schema_files() -> Iterator[tuple[str, bytes]]:
     yield SCHEMA, (json.dumps(schema(), indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def table_files() -> Iterator[tuple[str, bytes]]:
+    """The entries of all methods as one JSON object, for readers without TOML."""
+    entries = {path.stem: _toml(path) for path in sorted((SPEC / "methods").glob("*.toml"))}
+    yield f"{VERSION}/methods.json", (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def schema() -> dict[str, Any]:
     """The schema, generated from the types that the native reader decodes into."""
     import msgspec
@@ -150,11 +156,14 @@ def refused(root: Path, names: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 1 where a file differs that must not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for part in ("methods", "formats", "invalid", "schema", "manifest"):
+    for part in ("methods", "formats", "invalid", "schema", "tables", "manifest"):
         parser.add_argument(f"--{part}", action="append_const", dest="parts", const=part, help=f"only the {part}")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a file differs")
     options = parser.parse_args(arguments)
-    makers = {"methods": method_files, "formats": format_files, "invalid": invalid_files, "schema": schema_files}
+    makers = {
+        "methods": method_files, "formats": format_files, "invalid": invalid_files, "schema": schema_files,
+        "tables": table_files,
+    }  # fmt: skip
     failed = False
     for part in options.parts or [*makers, "manifest"]:
         files = list(manifest_files(SPEC) if part == "manifest" else makers[part]())
