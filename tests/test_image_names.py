@@ -2,8 +2,8 @@
 
 import pytest
 
-from adapterkit.names import image
-from adapterkit.names.patterns import fill, flatten, names_of
+from adapterkit.naming import image
+from adapterkit.naming.patterns import fill, flatten, names_of
 
 NUMBERS = ("3", "0", "1")
 

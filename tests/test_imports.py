@@ -21,7 +21,7 @@ LAYERS = [
     {"updates"},
     {"adapter", "chain"},
     {"metadata"},
-    {"registry", "names"},
+    {"registry", "naming"},
     {"binding"},
     {"methods"},
     {"formats", "quant", "ops"},

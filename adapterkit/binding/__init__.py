@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, Target
 from ..errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound
-from ..names.resolver import Rule
+from ..naming.resolver import Rule
 from ..tensors.checkpoint import opened
 from ..updates import Update
 from .deltas import delta, fold, view, view_shape

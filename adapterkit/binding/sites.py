@@ -8,9 +8,9 @@ from typing import Any
 
 from ..adapter import LAYOUTS, Adapter, Target
 from ..errors import TargetNotFound, nearest
-from ..names.architectures import architecture_of
-from ..names.renames import parse_renames
-from ..names.resolver import Names, Rule, resolve
+from ..naming.architectures import architecture_of
+from ..naming.renames import parse_renames
+from ..naming.resolver import Names, Rule, resolve
 from ..updates import Update
 from .fitting import Shapes, fits, paths_of
 from .moving import moved

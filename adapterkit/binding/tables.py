@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ..names.architectures import architecture_of, shape_of
-from ..names.ties import aliases
+from ..naming.architectures import architecture_of, shape_of
+from ..naming.ties import aliases
 from ..tensors.checkpoint import opened
 
 if TYPE_CHECKING:

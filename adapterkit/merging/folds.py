@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..binding import Site, bind
 from ..errors import NotMergeable
 from ..formats._trained import sites_as_trained
-from ..names.resolver import Rule
-from ..names.ties import find_tie
+from ..naming.resolver import Rule
+from ..naming.ties import find_tie
 from ..quant import Dequantized
 from ..tensors.locations import is_repo
 from .fold import Fold

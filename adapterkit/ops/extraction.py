@@ -22,8 +22,8 @@ from ..errors import TargetNotFound, Unsupported, UsageError, nearest
 from ..metadata import FINGERPRINT, METADATA, metadata_of
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
-from ..names.layouts import stored_in_out
-from ..names.ties import aliases, find_tie, is_embedding
+from ..naming.layouts import stored_in_out
+from ..naming.ties import aliases, find_tie, is_embedding
 from ..tensors.checkpoint import opened
 from ..tensors.dtypes import DTYPES
 from ..tensors.fingerprint import fingerprint

@@ -16,7 +16,7 @@ from ..errors import TargetNotFound, Unsupported, UsageError
 from ..formats._trained import as_trained
 from ..merging.fold import Fold
 from ..merging.ties import UNTIE, acting, parse_tied, same
-from ..names.ties import tie_of
+from ..naming.ties import tie_of
 from ..updates import Update
 from .context import ContextPart, parts_of
 from .ears import Ear, words_of

@@ -15,7 +15,7 @@ from ...methods.dense import Dense
 from ...methods.dora import DoRA
 from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
-from ...names.pieces import Piece
+from ...naming.pieces import Piece
 from ...tensors.dtypes import DTYPES
 from ...tensors.lazy import Lazy, as_array, as_lazy
 from ...updates import Update

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ...names.image import NAMINGS, component_of, families_of, is_not_xl, is_xl, rooted, to_diffusers
-from ...names.image import families as all_families
+from ...naming.image import NAMINGS, component_of, families_of, is_not_xl, is_xl, rooted, to_diffusers
+from ...naming.image import families as all_families
 from .deciding import Origin, denoiser_targets, families_of_all
 from .translate import in_diffusers
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ...adapter import Target, Updates
-    from ...names.patterns import Names
+    from ...naming.patterns import Names
     from ...updates import Update
 
 

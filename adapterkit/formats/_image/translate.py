@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from ...adapter import Target, Updates
 from ...methods.oft import OFT
-from ...names.image import Family, families_of, is_not_xl, is_xl, rooted, to_diffusers, to_native
-from ...names.pieces import Piece
+from ...naming.image import Family, families_of, is_not_xl, is_xl, rooted, to_diffusers, to_native
+from ...naming.pieces import Piece
 from ...updates import Update
 from .deciding import UNKNOWN, Origin, decide, denoiser_targets
 from .fusing import Part, joined, parted
