@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..adapter import Target, Updates
 from ..methods.oft import OFT
-from ..names.image import KOHYA, component_of, is_not_xl, is_xl, rooted
+from ..naming.image import KOHYA, component_of, is_not_xl, is_xl, rooted
 from ._format import FORMULA, Departure
 from ._image import container, turned
 from ._image.container import Metadata

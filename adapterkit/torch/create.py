@@ -14,7 +14,7 @@ from ..adapter import LAYOUTS, Adapter, Target
 from ..binding import view
 from ..errors import AdapterkitError, TargetNotFound, Unsupported, UsageError, nearest
 from ..methods import METHODS
-from ..names.layouts import stored_in_out
+from ..naming.layouts import stored_in_out
 from ..updates import ContextUpdate, Update
 from .create_context import create_context
 from .layers import Conv1D, Quantized, dequantized, stored_layout, stored_shape
