@@ -16,6 +16,7 @@ from ..adapter import Adapter, Target
 from ..errors import NotMergeable, ShapeMismatch, UsageError, nearest
 from ..tensors.lazy import as_torch
 from ..updates import Update
+from .checkpoints import CHOICES, HANDLES, leave_state, watch_state
 from .in_place import fits, fold_in_place
 from .layers import Quantized
 from .leaves import Leaf, LiveUpdates, is_leaf_name
@@ -42,6 +43,7 @@ class Handle:
         self._state, self._merged = "attached", list[Merged]()
         self._parts: list[tuple[Station, list[Part]]] = []
         self.frozen: tuple[str, ...] = ()
+        self._checkpoint = CHOICES[0]
 
     @property
     def _adapter(self) -> Adapter:
@@ -52,6 +54,7 @@ class Handle:
     def _enter(self, frozen: bool) -> None:
         """Take the place in the list of the model's handles, watch its modules, and freeze the base if asked to."""
         self._model.__dict__.setdefault(HANDLES, []).append(self)
+        watch_state(self._model)
         self._watch = Watch(self._model, self.name, (station.module for station in self._stations))
         if frozen:
             held = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad and not is_leaf_name(n)]
@@ -76,6 +79,7 @@ class Handle:
                     parameters[name].requires_grad_(True)
         if not held:
             del self._model.__dict__[HANDLES]
+            leave_state(self._model)
 
     @property
     def name(self) -> str:
@@ -93,6 +97,24 @@ class Handle:
         if value != 1 and any(update.kind == "context" for _, update in self._adapter):
             raise UsageError("context has no half measures", where=self.name, cure="Use set_active")
         self._switch.weight = value
+
+    @property
+    def checkpoint(self) -> str:
+        """What `model.state_dict()` holds: `base` (the default), `adapter` (this adapter alone) or `all`; may be set.
+
+        Set it to `adapter` and every framework that saves the model's state dict (Trainer, Accelerate, Lightning,
+        `torch.save`) writes checkpoints of the adapter alone. `model.load_state_dict()` takes them back, strictly too,
+        and leaves the base as it is. With `base` such checkpoints do not hold the adapter.
+        """
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: str) -> None:
+        self._check()
+        if value not in CHOICES:
+            cure = f"Choose among {', '.join(CHOICES)}"
+            raise UsageError(f"no such choice: {value!r}", where="checkpoint", cure=cure)
+        self._checkpoint = value
 
     def set_active(self, active: bool) -> None:
         """Switch the adapter on or off, in every thread; see `disable` for this one alone."""
@@ -436,8 +458,5 @@ def handles(model: nn.Module) -> dict[str, Handle]:
             found[f"{path}:{handle.name}" if path else handle.name] = handle
     return found
 
-
-HANDLES = "_adapterkit_handles"
-"""The attribute of a model that lists the handles of its adapters, so that they are found and copied with it."""
 
 _KEEP = "Keep it injected instead"

@@ -39,7 +39,8 @@ def inject(
 
     The adapter's tensors become parameters (trained ones) and non-persistent buffers (all others) of the model, so
     that optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and the keys of its state
-    dict stay as they are; save the adapter through the handle.
+    dict stay as they are; save the adapter through the handle, or set `handle.checkpoint = "adapter"`: then the model's
+    state dict, which training frameworks save and load, holds the adapter instead of the base.
 
     Args:
         model: any module tree; targets are its dotted names, or differ from them by one prefix. Token rows of an
