@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .scopes import switched
 from .station import Part, Station
 from .watch import Watch
 from .weights import tensor_at
+from .wrappers import unwrapped
 
 
 class Handle:
@@ -144,7 +145,7 @@ class Handle:
                 for field, leaf in fields.items():
                     if id(leaf) not in seen:
                         seen.add(id(leaf))
-                        yield _name(target, updates, position, field), leaf
+                        yield _name(self._plain(target), updates, position, field), leaf
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained tensors by the names of `named_parameters()`: what a checkpoint of the training needs.
@@ -182,10 +183,17 @@ class Handle:
     def adapter(self) -> Adapter:
         """Return the adapter with the values of now: detached copies, in the model's names and layouts.
 
+        Names of wrappers (`torch.compile`, DDP, checkpoint wrappers, PEFT) are left out of the targets.
+
         Under FSDP2 and tensor parallelism this gathers sharded tensors: call it in every process.
         """
         self._check()
-        return self._adapter.map(_copy)
+        now = self._adapter.map(_copy)
+        return now.replace(updates={self._plain(target): updates for target, updates in now.updates.items()})
+
+    def _plain(self, target: Target) -> Target:
+        """The target without the wrappers that stand around modules of the model."""
+        return replace(target, path=unwrapped(self._model, target.path))
 
     def remove(self) -> None:
         """Take the adapter off; the model's modules are what they were before."""
@@ -454,7 +462,7 @@ def handles(model: nn.Module) -> dict[str, Handle]:
     found: dict[str, Handle] = {}
     for path, module in model.named_modules():
         for handle in module.__dict__.get(HANDLES, ()):
-            path = ".".join(part for part in path.split(".") if part not in ("_orig_mod", "module", ""))
+            path = unwrapped(model, path)
             found[f"{path}:{handle.name}" if path else handle.name] = handle
     return found
 
