@@ -180,6 +180,42 @@ class Handle:
         """Trainable leaves, shared ones once."""
         return (parameter for _, parameter in self.named_parameters())
 
+    def parameter_groups(
+        self, lr: float, *, ratio: float = 16.0, weight_decay: float = 0.0, embedding_lr: float = 1e-6
+    ) -> list[dict[str, Any]]:
+        """Return the trained tensors as groups for an optimizer, as LoRA+ (https://arxiv.org/abs/2402.12354) has them.
+
+        B, and all tensors of one axis, learn at `lr * ratio`; A at `lr`; both factors of embeddings at `embedding_lr`.
+        Biases have no weight decay.
+
+        Args:
+            lr: learning rate of A.
+            ratio: how many times as fast B learns.
+            weight_decay: of all but biases.
+            embedding_lr: learning rate at embeddings.
+
+        Raises:
+            UsageError: no trained tensor is a factor B.
+        """
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {
+            (lr, weight_decay): [], (embedding_lr, weight_decay): [], (lr * ratio, weight_decay): [],
+            (lr * ratio, 0.0): [],
+        }  # fmt: skip
+        named = list(self.named_parameters())
+        if not any(name.endswith(".B") for name, _ in named):
+            why = "no factor B is trained, for which LoRA+ has a learning rate"
+            raise UsageError(why, where=self.name, cure="Pass handle.parameters() to the optimizer")
+        homes = {id(leaf.tensor): leaf.module for leaf in self._leaves}
+        for name, parameter in named:
+            field = name.rpartition(".")[2]
+            fast = field == "B" or parameter.ndim == 1
+            if field in ("A", "B") and isinstance(homes[id(parameter)], nn.Embedding):
+                groups[embedding_lr, weight_decay].append(parameter)
+            else:
+                groups[lr * ratio if fast else lr, 0.0 if field == "bias" else weight_decay].append(parameter)
+        made = [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+        return [group for group in made if group["params"]]
+
     def adapter(self) -> Adapter:
         """Return the adapter with the values of now: detached copies, in the model's names and layouts.
 
