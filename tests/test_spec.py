@@ -188,7 +188,10 @@ def test_every_vector_of_a_method_is_listed():
 def test_what_is_made_by_machine_is_what_the_machine_makes():
     root = ROOT.parent
     done = subprocess.run(
-        [sys.executable, root / "tools" / "vectors", "--check", "--methods", "--formats", "--invalid", "--schema", "--tables"],
+        [
+            sys.executable, root / "tools" / "vectors", "--check", "--methods", "--formats", "--invalid", "--schema",
+            "--tables",
+        ],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
