@@ -272,8 +272,8 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
 def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Update:
     cls = METHODS[entry.method]
     if entry.version > cls.version or not cls.since[entry.version - 1]:
-        known = ", ".join(str(number) for number, since in enumerate(cls.since, 1) if since)
-        why = f"{entry.method} version {entry.version}; this release knows {known}"
+        versions = ", ".join(str(number) for number, since in enumerate(cls.since, 1) if since)
+        why = f"{entry.method} version {entry.version}; this release knows {versions}"
         raise Unsupported(why, where="version", cure=_UPGRADE)
     known = {n: f for n, f in cls.attribute_fields().items() if f.metadata.get("since", 1) <= entry.version}
     _check_names("tensors", entry.tensors, cls.tensor_fields())

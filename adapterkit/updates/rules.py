@@ -131,8 +131,8 @@ def _evaluator(node: ast.expr) -> Evaluate:
             return lambda _: value
         case ast.Name(id=name):
             return lambda names: names.value(name)
-        case ast.Call(func=ast.Name(id="has" | "axes" | "block" as function), args=[ast.Name(id=argument)]):
-            return lambda names: names.call(function, argument)
+        case ast.Call(func=ast.Name(id="has" | "axes" | "block" as called), args=[ast.Name(id=argument)]):
+            return lambda names: names.call(called, argument)
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             inner = _evaluator(operand)
             return lambda names: not inner(names)
