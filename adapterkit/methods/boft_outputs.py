@@ -1,7 +1,8 @@
 """BOFT as LyCORIS has it: a product of block rotations, butterfly-wise, on the outputs.  https://arxiv.org/abs/2309.14859
 
 BOFT proper (https://arxiv.org/abs/2311.06243) turns inputs, and PEFT's takes other chunks together: here blocks of b
-outputs are made of pairs that lie b / 2 * 2^i apart in factor i, and Q is not halved.
+outputs are made of pairs that lie b / 2 * 2^i apart in factor i, and Q is not halved. In LyCORIS's bypass mode the bias
+is turned, too (`on_output`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..tensors.rotations import cayley, shortened, turn_rows
-from ..updates import Rule, WeightUpdate, tensor
+from ..updates import Rule, WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,9 @@ class BOFTOutputs(WeightUpdate):
     """W' = rescale * M_(m-1) ... M_0 @ W, M_i = P_i^T @ blockdiag(cayley(square^T - square)) @ P_i."""
 
     blocks = frozenset({"in"})
+    needs_bias = False
     paper = "https://arxiv.org/abs/2309.14859"
+    since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(require="m <= n and b % 2 == 0 and n % 2 ** (m - 1) == 0", where="square"),
         Rule(define="out", value="n * b", where="square"),
@@ -30,6 +33,7 @@ class BOFTOutputs(WeightUpdate):
     square: Tensor = tensor("m n b b")
     rescale: Tensor | None = tensor("out", optional=True)
     constraint: float = 0.0
+    on_output: bool = attribute(False, since=2)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
@@ -47,6 +51,13 @@ class BOFTOutputs(WeightUpdate):
             X = turn_rows(X[there], rotation.mT)[back]
         X = X if self.rescale is None else X * self.rescale[:, None]
         return X.reshape(W.shape)
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.on_output
+
+    def new_bias(self, b: Tensor) -> Tensor:
+        return self.new_weight(b[:, None])[:, 0] if self.on_output else b
 
 
 def _paired(width: int, apart: int) -> list[int]:

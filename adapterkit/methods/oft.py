@@ -3,7 +3,8 @@
 Each rotation is the Cayley transform R = (I - Q) inverse(I + Q) of a skew-symmetric Q, or, as in OFT v2
 (https://arxiv.org/abs/2506.19847), the first terms of the series of (I + Q) inverse(I - Q). PEFT turns the inputs of
 linear and convolution layers and the outputs of embeddings, and stores what stands above Q's diagonal; LyCORIS
-(https://arxiv.org/abs/2309.14859) turns outputs, stores whole blocks, and may rescale what comes out.
+(https://arxiv.org/abs/2309.14859) turns outputs, stores whole blocks, and may rescale what comes out; in its bypass
+mode it turns the bias, too (`on_output`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ class OFT(WeightUpdate):
     """W' = W @ blockdiag(R)^T on inputs, rescale * blockdiag(R)^T @ W on outputs; one stored block serves for all."""
 
     blocks = frozenset({"in", "out"})
+    needs_bias = False
     paper = "https://arxiv.org/abs/2306.07280"
     forms = ((("pairs",), ("square",)),)
     since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(require="side == 'out'", when="has(rescale)", where="rescale", error="Malformed"),
+        Rule(require="side == 'out'", when="on_output", where="on_output", error="Malformed"),
         Rule(require="block(p) > 0", when="has(pairs)", where="pairs"),
         Rule(define="b", value="block(p)", when="has(pairs)"),
         Rule(define="out", value="n * b", when="n != 1 and side == 'out'"),
@@ -45,6 +48,7 @@ class OFT(WeightUpdate):
     coft: bool = False
     eps: float = 6e-5
     constraint: float = 0.0
+    on_output: bool = attribute(False, since=2)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
@@ -66,6 +70,13 @@ class OFT(WeightUpdate):
         R = turned(Q, self.terms, self.doubled)
         new = turn_rows(W, R) if self.side == "out" else turn_columns(W.reshape(len(W), -1), R).reshape(W.shape)
         return new if self.rescale is None else new * self.rescale.reshape(-1, *[1] * (W.ndim - 1))
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.on_output
+
+    def new_bias(self, b: Tensor) -> Any:
+        return self.new_weight(b[:, None])[:, 0] if self.on_output else b
 
     def _constrained(self, Q: Any) -> Any:
         """Q, shortened where it is longer than allowed: each block (COFT), or all of them together (LyCORIS)."""

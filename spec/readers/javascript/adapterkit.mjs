@@ -999,7 +999,7 @@ export const FORMULAS = {
   lokr: { weight: lokr },
   lora: { weight: (W, t, a) => plus(W, lowRank(t.B, t.A), a.scaling), bias: biasPlus("bias") },
   nola: { weight: nola },
-  oft: { weight: oft },
+  oft: { weight: oft, bias: (b, t, a) => (a.on_output ? reshape(oft(reshape(b, [b.shape[0], 1]), t, a), b.shape) : b) },
   replacement: { weight: (W, t) => (t.weight ? reshape(t.weight, W.shape) : W), bias: (b, t) => t.bias ?? b },
   rows: { weight: rows },
   vera: { weight: vera },
