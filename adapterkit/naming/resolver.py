@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from ..errors import TargetNotFound
-from .architectures import Architecture, Place, fill, shape_of
+from .architectures import Architecture, Place, fill, is_family, shape_of
 from .renames import Rename, renamed_by
 
 Fits = Callable[[str, str], bool]
@@ -380,9 +381,20 @@ def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
             off = "".join(f"{word}." for word in words[:cut])
             # A part of a model, such as one layer of it, has no word before its own names: there all of it may go.
             whole = cut <= keep or not on
-            if whole and "#" not in on and (not on or not off or on.split(".")[-2] != off.split(".")[-2]):
+            if whole and "#" not in on and (not on or not off or _exchange(off, on)):
                 found.add((off, on))
     return found
+
+
+@lru_cache(maxsize=1 << 10)
+def _exchange(off: str, on: str) -> bool:
+    """Whether one prefix may stand for another: they end in other words, and do not name two families.
+
+    `roberta.` is not `bert.` under another name.
+    """
+    ours, theirs = ({word for word in prefix.split(".") if is_family(word)} for prefix in (off, on))
+    families = bool(ours and theirs) and ours.isdisjoint(theirs)
+    return not families and on.split(".")[-2] != off.split(".")[-2]
 
 
 _ENDINGS: dict[int, tuple[Mapping[str, str], dict[str, list[str]]]] = {}
