@@ -18,7 +18,7 @@ from ..errors import AdapterkitError, TargetNotFound, Unsupported, UsageError, n
 from ..methods import METHODS
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
-from ..names.layouts import stored_in_out
+from ..naming.layouts import stored_in_out
 from ..updates import ContextUpdate, Update
 from .create_context import create_context
 from .dropout import check_dropout

@@ -166,8 +166,9 @@ class Station:
             return self._weighed(inner, args, kwargs)
         try:
             return through(
-                self.module, self.layer, lambda a, k, w: self._weighed(inner, a, k, w), args, kwargs, changes
-            )
+                self.module, self.layer, lambda a, k, w: self._weighed(inner, a, k, w), args, kwargs, changes,
+                lambda: self.changed(inner),
+            )  # fmt: skip
         except AdapterkitError as error:
             raise error.at(where=str(next(part.target for part in parts if part.outlet))) from None
 
