@@ -16,7 +16,7 @@ from ..errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFoun
 from ..names.resolver import Rule
 from ..tensors.checkpoint import opened
 from ..updates import Update
-from .deltas import delta, fold, view, view_shape
+from .deltas import delta, fold, view, view_shape, weight_shape
 from .fitting import Shapes, fits, viewed
 from .layouts import with_layouts
 from .sites import Bound, Site, apart, find_parts, find_sites
@@ -38,6 +38,7 @@ __all__ = [
     "fold",
     "view",
     "view_shape",
+    "weight_shape",
     "with_layouts",
 ]
 

@@ -16,8 +16,8 @@ from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.inputs import inputs_kept
 from ..tensors.lazy import Lazy
 from ..tensors.locations import NOTE, exists, is_remote, local, located, source_of
-from ..tensors.safetensors import sources_remembered
 from ..tensors.staging import files_below, matches, staged
+from ..tensors.written import sources_remembered
 from ._format import ON_LOSS, TENSORS, UNKNOWN, Format
 
 if TYPE_CHECKING:

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Target
 from ..errors import AdapterkitError, Miswritten, UsageError
+from ..tensors.arrange import runs
 from ..tensors.dtypes import DTYPES
 from ..tensors.inputs import inputs_kept
-from ..tensors.lazy import Lazy, Span, as_lazy, read_span
-from ..tensors.safetensors import read_header
+from ..tensors.lazy import Lazy, as_lazy, files_kept_open
 from ._format import CHANGED, LEFT_OUT
 
 if TYPE_CHECKING:
     from ..adapter import Updates
     from ..tensors.checkpoint import Checkpoint
     from ..tensors.lazy import Leaf
+    from ..tensors.written import Written
     from ..updates import Update
     from ._format import Format
 
@@ -35,6 +36,9 @@ SINGLE = 2.0**-22
 WHOLE, RUN = 1 << 16, 1 << 12
 """Tensors of at most so many bytes are compared whole; of larger ones, three runs of so many."""
 
+COMPUTED = 1 << 20
+"""Tensors of at most so many bytes are computed again to compare some of them with what is on the disk."""
+
 MOST_CHOICES = 256
 """Ways in which updates that are reported as left out may be missing from one weight."""
 
@@ -43,6 +47,7 @@ SPOTS = 32
 
 
 @inputs_kept()
+@files_kept_open()
 def prove(
     name: str,
     writer: Format,
@@ -50,7 +55,7 @@ def prove(
     path: Path,
     lines: Iterable[str],
     base: Checkpoint | None,
-    files: Mapping[str, Mapping[str, Lazy]],
+    files: Mapping[str, Written],
 ) -> None:
     """Check that what was written is what was asked for, but for what `lines` report.
 
@@ -61,7 +66,7 @@ def prove(
         path: what was written.
         lines: what the writer returned; see `Format.write`.
         base: the base, where it was given to the writer; reading gets it too.
-        files: safetensors files that were written -> what their tensors were written from.
+        files: files that were written -> what their tensors were written from.
 
     Raises:
         Miswritten: the file is of another adapter, or cannot be read; names target and field.
@@ -82,8 +87,8 @@ def prove(
         with suppress(AdapterkitError):
             got = writer.read(path, base=stand_in(asked))
         proof.check(asked, got)
-    for file, tensors in files.items():
-        _check_bytes(name, file, tensors)
+    for file, written in files.items():
+        _check_bytes(name, file, written)
 
 
 def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
@@ -165,8 +170,6 @@ class _Proof:
         Raises:
             Miswritten: one differs.
         """
-        from ._image.naming import parts_of
-
         ours, theirs = asked.updates, got.updates
         if ours.keys() == theirs.keys() and all(_same(found, theirs[target]) for target, found in ours.items()):
             return
@@ -174,9 +177,13 @@ class _Proof:
             got.validate()
         except AdapterkitError as error:
             raise Miswritten(f"{self.name} wrote what is no adapter: {error.why}", where=error.where) from error
-        way = max(_ways(ours, theirs, self.base), key=lambda way: _shared(way(ours), way(theirs)))
-        self.left_out.update(*map(parts_of, self.left_out))
-        ours, theirs = way(ours), way(theirs)
+        if _shared(ours, theirs) < 1:
+            way = max(_ways(ours, theirs, self.base), key=lambda way: _shared(way(ours), way(theirs)))
+            ours, theirs = way(ours), way(theirs)
+        if self.left_out:
+            from ._image.naming import parts_of
+
+            self.left_out.update(*map(parts_of, self.left_out))
         there = _by_path(theirs)
         for path, group in _by_path(ours).items():
             self._check_path(group, there.pop(path, {}))
@@ -304,28 +311,31 @@ def equal(one: Leaf | None, other: Leaf | None) -> bool:
         return False
     if a.fetch is b.fetch or (a.span is not None and a.span == b.span):
         return True
-    if a.nbytes <= WHOLE or None in (a.part or a.span, b.part or b.span):
-        return bytes(a.fetch()) == bytes(b.fetch())
-    size, count = a.nbytes // a.dtype.itemsize, RUN // a.dtype.itemsize
-    return all(bytes(a.read(at, count)) == bytes(b.read(at, count)) for at in (0, (size - count) // 2, size - count))
+    if a.nbytes > WHOLE:
+        size, count = a.nbytes // a.dtype.itemsize, RUN // a.dtype.itemsize
+        places = [(at, count) for at in (0, (size - count) // 2, size - count)]
+        ours, theirs = runs(a, places), runs(b, places)
+        if ours is not None and theirs is not None:
+            return ours == theirs
+    return bytes(a.fetch()) == bytes(b.fetch())
 
 
-def _check_bytes(name: str, file: str, tensors: Mapping[str, Lazy]) -> None:
+def _check_bytes(name: str, file: str, written: Written) -> None:
     """Compare what is on disk with what was to be written there, here and there.
 
     Raises:
         Miswritten: it differs.
     """
-    entries = [entry for entry in read_header(file).entries.values() if entry.nbytes]
-    for entry in entries[:: -(-len(entries) // SPOTS) or 1]:
-        tensor = tensors[entry.name]
-        if tensor.span is None and entry.nbytes > WHOLE:
+    held = [(key, leaf) for key, leaf in written.on_disk(file).items() if leaf.nbytes and key in written.sources]
+    for key, leaf in held[:: -(-len(held) // SPOTS) or 1]:
+        tensor = written.sources[key]
+        if tensor.span is None and leaf.nbytes > COMPUTED:
             continue  # it would be computed again
-        size = entry.dtype.itemsize
-        count = min(entry.nbytes, RUN) // size
-        first = entry.nbytes // size - count
-        if bytes(read_span(Span(file, entry.offset + first * size, count * size))) != bytes(tensor.read(first, count)):
-            raise Miswritten(f"{name}: other bytes are on the disk", path=file, where=entry.name, cure=_REPORT)
+        size = leaf.dtype.itemsize
+        count = min(leaf.nbytes, RUN) // size
+        first = leaf.nbytes // size - count
+        if bytes(leaf.read(first, count)) != bytes(tensor.read(first, count)):
+            raise Miswritten(f"{name}: other bytes are on the disk", path=file, where=key, cure=_REPORT)
 
 
 _REPORT = "Nothing was written. The format's writer is at fault: report it, or write another format"

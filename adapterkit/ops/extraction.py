@@ -148,7 +148,7 @@ class _Extraction:
     @property
     def aliases(self) -> Mapping[str, str]:
         """A head that the base ties to its embedding, by the name that the tuned model may store it under."""
-        return aliases(self.base.tensors, self.base.config)
+        return aliases(self.base)
 
     def tied(self) -> dict[str, str]:
         """Which layers the changes are of, where the base ties its head to its embedding; an argument of the lineage.

@@ -10,12 +10,13 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, Target
+from ..binding import weight_shape
 from ..binding.by_expert import by_expert
 from ..errors import ShapeMismatch, UsageError, nearest
 from ..tensors.checkpoint import opened
 from ..updates import Additive
 from .at_base import additive, bound
-from .lowering import Change, Delta, shape_of
+from .lowering import Change, Delta
 
 if TYPE_CHECKING:
     from ..tensors.lazy import Shape
@@ -51,7 +52,7 @@ class Place:
             ShapeMismatch: the adapters are of different weights.
             UsageError: nothing tells it.
         """
-        known = [shape_of(self.target, found, self.base) if found else None for found in self.updates]
+        known = [weight_shape(self.target, found, self.base) if found else None for found in self.updates]
         longest = max((shape for shape in known if shape is not None), key=len, default=None)
         if longest is None:
             raise UsageError("the shape of its weight is known to the base only", where=str(self.target), cure=_BASE)
