@@ -7,7 +7,7 @@ they are; where a writer folded, fused or parted them, the functions are compare
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Target
-from ..errors import AdapterkitError, Miswritten, UsageError
+from ..errors import AdapterkitError, Miswritten, TargetNotFound, Unrepresentable, UsageError
 from ..tensors.arrange import runs
 from ..tensors.dtypes import DTYPES
 from ..tensors.inputs import inputs_kept
@@ -70,10 +70,11 @@ def prove(
 
     Raises:
         Miswritten: the file is of another adapter, or cannot be read; names target and field.
+        Unrepresentable: the file does not say how a base stores a weight, and is read as if it were the other way.
         UsageError: the file cannot be read without the base.
     """
     report = list(lines)
-    left_out = {word.rstrip(":") for line in report if line.startswith(LEFT_OUT) for word in line.split()}
+    left_out = {name for line in report if line.startswith(LEFT_OUT) for name in _named(line)}
     changed = {line.removeprefix(CHANGED).partition(" ")[0] for line in report if line.startswith(CHANGED)}
     got = _read_back(name, writer, asked, path, base)
     proof = _Proof(name, base, left_out, changed, writer.dtypes)
@@ -91,11 +92,28 @@ def prove(
         _check_bytes(name, file, written)
 
 
+def _named(line: str) -> Iterator[str]:
+    """What a line may name as left out: its words, and all that stands before a colon, since names may have spaces."""
+    yield from (word.rstrip(":") for word in line.split())
+    *ends, _ = line.removeprefix(LEFT_OUT).strip().split(": ")
+    for count in range(len(ends)):
+        yield ": ".join(ends[: count + 1])
+
+
+def _in_parts(name: str) -> Iterator[str]:
+    """The names of a module in the naming of parts, with the rows of it that are meant."""
+    from ._image.naming import parts_of
+
+    path, bracket, rows = name.partition("[")
+    return (f"{part}{bracket}{rows}" for part in parts_of(path))
+
+
 def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
     """The adapter in the file; without a base, one of the adapter's own names and shapes stands in where it is needed.
 
     Raises:
         Miswritten: it cannot be read.
+        TargetNotFound: the base does not have a target of the adapter.
         UsageError: it cannot be read without the base.
     """
     foreign = asked.foreign
@@ -104,12 +122,17 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
     try:
         return writer.read(path, compat=compat, base=base)
     except AdapterkitError as error:
-        if base is None:
+        readable = None
+        if base is None or isinstance(error, TargetNotFound):
             with suppress(AdapterkitError):
-                return writer.read(path, compat=compat, base=stand_in(asked))
-            if isinstance(error, UsageError):
-                why = f"without the base {name} cannot read back what it writes, so that nothing proves it: {error.why}"
-                raise UsageError(why, where=error.where, cure="Give the base by base= or --base") from error
+                readable = writer.read(path, compat=compat, base=stand_in(asked))
+        if readable is not None and base is None:
+            return readable
+        if readable is not None:
+            raise  # The base lacks a target of the adapter, which is no fault of the writer.
+        if base is None and isinstance(error, UsageError):
+            why = f"without the base {name} cannot read back what it writes, so that nothing proves it: {error.why}"
+            raise UsageError(why, where=error.where, cure="Give the base by base= or --base") from error
         raise Miswritten(f"{name} cannot read what it wrote: {error.why}", where=error.where, cure=_REPORT) from error
 
 
@@ -181,9 +204,7 @@ class _Proof:
             way = max(_ways(ours, theirs, self.base), key=lambda way: _shared(way(ours), way(theirs)))
             ours, theirs = way(ours), way(theirs)
         if self.left_out:
-            from ._image.naming import parts_of
-
-            self.left_out.update(*map(parts_of, self.left_out))
+            self.left_out.update(*map(_in_parts, self.left_out))
         there = _by_path(theirs)
         for path, group in _by_path(ours).items():
             self._check_path(group, there.pop(path, {}))
@@ -203,6 +224,13 @@ class _Proof:
             elif not (why := unlike(choice, got, self.base, self.dtypes)):
                 return
         where = _difference(asked, got)
+        layouts = [{target.layout for target in group} for group in (asked, got)]
+        if asked and got and layouts[0] != layouts[1]:
+            ours, theirs = (" and ".join(f"[{layout}]" for layout in sorted(group)) for group in layouts)
+            items = [f"{target}: its base stores it as {ours}, the file is read as {theirs}" for target in asked]
+            places = [(target, position) for target, found in asked.items() for position in range(len(found))]
+            why = f"{self.name} does not say how a base stores these weights"
+            raise Unrepresentable(why, items=items, cure="Write adapterkit's own format", places=places)
         if not got:
             raise Miswritten(f"{self.name} did not write this target", where=where, cure=_REPORT)
         if not asked:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Malformed
 from .dtypes import DTYPES, DType
+from .finite import first_in, first_not_finite
 from .lazy import Lazy, Span, as_array, bytes_of
 
 if TYPE_CHECKING:
@@ -175,10 +177,23 @@ def zeros(shape: tuple[int, ...], dtype: DType) -> Lazy:
 
 
 def times(leaf: Lazy, factor: float) -> Lazy:
-    """The tensor times a number: computed in float64, rounded once to the tensor's own type."""
-    return Lazy(
-        leaf.shape, leaf.dtype, lambda: bytes_of((as_array(leaf).astype("f8") * factor).astype(leaf.dtype.array))
-    )
+    """The tensor times a number: computed in float64, rounded once to the tensor's own type.
+
+    Reading it raises `Malformed` where a product of a finite number is too large for the type.
+    """
+
+    def fetch() -> memoryview:
+        import numpy as np
+
+        with np.errstate(over="ignore"):
+            made = (as_array(leaf).astype("f8") * factor).astype(leaf.dtype.array)
+        place = first_in(made.view(leaf.dtype.numpy), leaf.dtype)
+        if place is not None and first_not_finite(leaf) is None:
+            why = f"a scaling of {factor:g} takes the number at {list(place)} beyond what {leaf.dtype} holds"
+            raise Malformed(why, cure="Write a format that keeps the scaling apart, such as adapterkit's own")
+        return bytes_of(made)
+
+    return Lazy(leaf.shape, leaf.dtype, fetch)
 
 
 def widened(leaf: Lazy, name: str) -> Lazy:
