@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Target
 from ..errors import NotMergeable, UsageError
-from ..names.ties import aliases
+from ..naming.ties import aliases
 from ..tensors.checkpoint import opened
 from ..tensors.lazy import as_torch
 from ..updates import Additive, Update
