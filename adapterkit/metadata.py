@@ -16,6 +16,9 @@ METADATA = "metadata"
 FINGERPRINT = "base_fingerprint"
 """The argument of a lineage step that holds the fingerprint of the base it was made at."""
 
+REPORT = "adapterkit_merge.json"
+"""The record that a merge leaves in its output."""
+
 _OF_ONE_FILE = frozenset({
     "modelspec.hash_sha256", "ss_network_alpha", "ss_network_args", "ss_network_dim", "sshs_hash", "sshs_legacy_hash",
     "sshs_model_hash",

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..binding.bases import check_base
 from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest, public, storage_error
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
@@ -54,6 +55,7 @@ def read(
     rank: int | None = None,
     strict: bool = False,
     experts_order: str | None = None,
+    strict_base: bool = False,
 ) -> Adapter:
     """Reads an adapter in any format, lazily, and validates it.
 
@@ -70,12 +72,15 @@ def read(
         experts_order: the layout of stacked experts' factors, where the file and the base do not tell: `"rank_major"`
             (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the outputs).
             Files of a format without stacked experts are read as they are.
+        strict_base: refuse a base whose name, config or fingerprint is not the one that the adapter names.
 
     Returns:
         the adapter; what came from a hub says so in its lineage, with the commit.
 
     Raises:
         AdapterkitError: see `Format.read`.
+        CheckFailed: the base is not the one that the adapter names, and `strict_base`.
+        UsageError: `strict_base` without a base.
     """
     source, found, member = _searched(path, FORMATS if format is None else [format])
     name = _only(found, path) if format is None else format
@@ -99,6 +104,8 @@ def read(
         if member is not None:
             adapter = _as_member(adapter, member)
         adapter.validate()
+        if strict_base:
+            check_base([(str(path), adapter)], checkpoint, strict=True)
         if compat is not None and adapter.recipe and adapter.recipe[-1].op == "read":
             last = adapter.recipe[-1]
             adapter = adapter.replace(
