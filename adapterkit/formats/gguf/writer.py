@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ...adapter import Adapter, Target
 from ...methods.alora import ALoRA
 from ...methods.lora import LoRA
-from ...tensors.gguf import Value, write_gguf
 from ...tensors.ggml_blocks import decoded, encoded
+from ...tensors.gguf import Value, write_gguf
 from ...tensors.lazy import Lazy, as_array, as_lazy
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
