@@ -28,9 +28,13 @@ class Layer:
         layout: the axis order in which such a module stores its weight, as in `Target`.
         channel: the axis of the output's channels.
         direct: formulas over weights run on it; else its weight is exchanged under its own forward.
+        flat: `op` and `mix` are matrix products over the last axis.
+        fresh: a call returns a tensor that nobody else has.
     """
 
     direct: ClassVar[bool] = True
+    flat: ClassVar[bool] = False
+    fresh: ClassVar[bool] = False
     layout: ClassVar[str] = "out *in"
     channel: ClassVar[int] = -1
 
@@ -86,6 +90,9 @@ class Layer:
 class Linear(Layer):
     """`nn.Linear`."""
 
+    flat = True
+    fresh = True
+
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) and _own_forward(module, nn.Linear)
@@ -95,6 +102,7 @@ class Conv1D(Layer):
     """transformers' `Conv1D`: a linear layer that stores `[in, out]`."""
 
     layout = "in out *k"
+    flat = True
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
@@ -192,6 +200,8 @@ class Quantized(Linear):
 
     Laws that need W see it as the library's own dequantization gives it.
     """
+
+    fresh = False
 
     def __init__(self, module: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(module, forward)

@@ -16,12 +16,14 @@ from ..adapter import Target
 from ..chain import Composed
 from ..errors import AdapterkitError, Unsupported
 from ..updates import Additive, Update
+from .batched import Kept, add_by_row, rank_of
 from .context import ContextPart, surround
 from .ears import Ear, overheard
 from .layers import Difference, Layer, Quantized, layer_of, moved
+from .lean import low_rank_sum
 from .leaves import LiveUpdates
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
-from .routing import Route, join, split
+from .routing import Route, check_expert, check_switches, join, split
 from .scopes import Recall, Scope, current
 from .weights import changed_bias, changed_weight, settled, tensor_at
 
@@ -69,6 +71,8 @@ class Station:
         self.ears: list[Ear] = []
         self.names = tuple(inspect.signature(self.original).parameters)
         self.recall = Recall()
+        self.ranks: dict[Part, int] = {}  # 0: the part is not a pair of thin factors.
+        self.kept = Kept()
 
     @property
     def switches(self) -> list[Switch]:
@@ -80,6 +84,8 @@ class Station:
             self.contexts.append(part)
         else:
             self.parts.append(part)
+            # Not at the first forward: compiled code would guard whether it is known.
+            self.ranks[part] = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
         self._stand()
 
     def _stand(self) -> None:
@@ -104,6 +110,8 @@ class Station:
 
     def detach(self, switch: Switch) -> None:
         self.parts = [part for part in self.parts if part.switch is not switch]
+        self.ranks = {part: self.ranks[part] for part in self.parts}
+        self.kept = Kept()
         self.contexts = [part for part in self.contexts if part.switch is not switch]
         self.taps = [tap for tap in self.taps if tap.switch is not switch]
         self.ears = [ear for ear in self.ears if ear.switch is not switch]
@@ -153,7 +161,7 @@ class Station:
         beside = {p.switch.name: p.outlet.beside() for p in active if p.outlet}
         route = scope.routes.get(self)
         if route is not None and active:
-            return self._routed(route, active, args, kwargs, beside)
+            return self._routed(route, scope, active, args, kwargs, beside)
         return self._run(active, args, kwargs, beside)
 
     def _run(self, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
@@ -175,7 +183,10 @@ class Station:
             return self._original(args, kwargs)
         if not skipped and self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
             x = [*args, *kwargs.values()][0]
-            return _direct(self.layer.like(x), parts, x)
+            layer = self.layer.like(x)
+            if layer.flat and all(self.ranks[part] for part in parts):
+                return self._added(layer, parts, x)
+            return _direct(layer, parts, x)
         exchanged = {**self.changed(parts), **skipped}
         if self._rebinds and not torch.compiler.is_compiling():
             func: Any = self.original.__func__
@@ -205,13 +216,49 @@ class Station:
         laws = any(update.kind == "weight" for part in parts for update in part.updates)
         return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
 
-    def _routed(self, route: Route, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
+    def _added(self, layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
+        """The layer's output and what low-rank parts add to it, one after the other, into one tensor."""
+        y: Tensor = layer(x)
+        fresh = layer.fresh and self.before is None
+        for part in parts:
+            for update in part.updates:
+                live: Any = _live(update, layer)
+                B, A = live.pair(layer.shape)
+                y = low_rank_sum(y, x, A, B, part.switch.weight, fresh)
+                d = live.bias_delta()
+                if d is not None:
+                    y = y + part.switch.weight * d
+                fresh = True
+        return y
+
+    def _routed(
+        self, route: Route, scope: Scope, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]
+    ) -> Any:
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            check_switches(route, self.switches, scope.active)
+        # The names of a route are no part of compiled code, which would be compiled anew for each route.
+        named = self.parts if compiling else [part for part in parts if part.switch.name in route.names]
         where = str(parts[0].target)
+        if (
+            self.layer is not None
+            and len(args) + len(kwargs) == 1
+            and named
+            and all(self.ranks[part] for part in named)
+        ):
+            if not compiling:
+                check_expert(route, where)
+            x = [*args, *kwargs.values()][0]
+            thin = [part for part in self.parts if self.ranks[part]]
+            try:
+                return add_by_row(self.layer.like(x), thin, route, scope, x, self.kept, _live)
+            except AdapterkitError as error:
+                raise error.at(where=where) from None
         outputs = [
             self._run([part for part in parts if part.switch.name == name], some, named, own)
-            for name, (*some, own), named in split(route, self.module, (*args, beside), kwargs, where)
+            for name, some, named, own in split(route, self.module, args, kwargs, beside, where)
         ]
-        return join(route, outputs, where)
+        return join(route, self.module, outputs, where)
 
     def changed(self, parts: list[Part], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The module's parameters after the parts, by path: in `dtype`, or computed in 32 bits and rounded once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from ..errors import NotMergeable
 from .update import Update
@@ -12,11 +12,32 @@ from .update import Update
 if TYPE_CHECKING:
     import torch
 
+_Function = TypeVar("_Function")
+
+
+def of_pair(forward: _Function) -> _Function:
+    """Mark a `forward` that computes layer(x) + mix(op(x, A), B) + d, with A and B of `pair` and d of `bias_delta`.
+
+    Backends may then run the pair in a way of their own. A method that overrides `forward` loses the mark, so that a
+    formula that depends on the tokens is never taken for a plain pair.
+    """
+    forward.of_pair = True  # type: ignore[attr-defined]
+    return forward
+
 
 class Additive(Update):
-    """W' = W + D, b' = b + d, with D and d free of W."""
+    """W' = W + D, b' = b + d, with D and d free of W.
+
+    Class attributes:
+        thin: `forward` is that of `pair`, where there is one; see `of_pair`.
+    """
 
     kind = "additive"
+    thin: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.thin = getattr(cls.forward, "of_pair", False)
 
     @property
     def changes_weight(self) -> bool:
@@ -55,6 +76,7 @@ class Additive(Update):
         d = self.bias_delta()
         return b if d is None else b + d
 
+    @of_pair
     def forward(self, x: Any, layer: Any) -> Any:
         d = self.bias_delta()
         y = layer(x) + layer.op(x, self.delta(layer.shape)) if self.changes_weight else layer(x)
