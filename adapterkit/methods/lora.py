@@ -40,6 +40,9 @@ class LoRA(Additive):
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return self.scaling * self.B, self.A.reshape(len(self.A), -1)
 
+    def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, float]:
+        return self.B, self.A.reshape(len(self.A), -1), self.scaling
+
     @property
     def changes_bias(self) -> bool:
         return self.bias is not None

@@ -15,7 +15,7 @@ through `tensor.data` into a buffer of a frozen adapter go unseen. Trained adapt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -24,16 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..updates import Additive, Update
-from .layers import Layer, Quantized
+from ..updates import Additive
+from .layers import Layer
 
 if TYPE_CHECKING:
     from .routing import Route
     from .scopes import Scope
     from .station import Part
-
-Live = Callable[[Update, Layer], Update]
-"""Gives an update in the dtype and on the device of a layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +110,7 @@ def _shapes(update: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None
     return found
 
 
-def add_by_row(
-    layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: Kept, live: Live
-) -> Tensor:
+def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: Kept) -> Tensor:
     """Run a layer once and add to each row what its adapter adds.
 
     Args:
@@ -125,20 +120,19 @@ def add_by_row(
         scope: tells which adapters are on.
         x: the layer's input.
         kept: where the station keeps its stack.
-        live: gives an update in the layer's dtype.
 
     Raises:
         ShapeMismatch: x does not have the route's rows.
     """
     compiling = torch.compiler.is_compiling()
     acting = {part.switch.name for part in parts if part.switch.acts(scope)}
-    like = torch.empty(0, dtype=x.dtype, device=x.device) if isinstance(layer, Quantized) else layer.weight
+    like = layer.sample
     stack = None if compiling else kept.stack
     if stack is None or not stack.is_current(parts, like):
         # Compiled code stacks every adapter: which of them a route names must not be part of its graph.
         if not compiling and not all(map(_is_frozen, parts)):
             parts = [part for part in parts if part.switch.name in route.names and part.switch.name in acting]
-        stack = _stacked(layer, parts, live, keep=not compiling)
+        stack = _stacked(layer, parts, like, keep=not compiling)
         if stack.sources is not None:
             kept.stack = stack
     slots = {name: slot for slot, name in enumerate(stack.names) if name in acting}
@@ -153,9 +147,9 @@ def _is_frozen(part: Part) -> bool:
     return not any(isinstance(leaf.tensor, nn.Parameter) for fields in part.bound.leaves for leaf in fields.values())
 
 
-def _stacked(layer: Layer, parts: Sequence[Part], live: Live, keep: bool) -> Stack:
+def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> Stack:
     """Stack the factors of parts, in their order; ranks are padded to the highest with zeros."""
-    pairs = [_pair(layer, part, live) for part in parts]
+    pairs = [_pair(layer, part, like) for part in parts]
     rank = max(len(A) for A, _, _ in pairs)
     factors = [A for A, _, _ in pairs], [B for _, B, _ in pairs]
     padded = [[functional.pad(each, (0, 0, 0, rank - len(each))) for each in some] for some in factors]
@@ -180,18 +174,27 @@ def _sources(parts: Sequence[Part]) -> tuple[tuple[dict[str, Any], str, Tensor, 
     return tuple(found)
 
 
-def _pair(layer: Layer, part: Part, live: Live) -> tuple[Tensor, Tensor, Tensor | None]:
+def factors_of(update: Any, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor, float]:
+    """B `[out, r]`, A `[r, in * k]` and what their product counts, on the device and in the dtype of `like`."""
+    B, A, weight = update.factors(layer.shape)
+    if A.dtype != like.dtype or B.dtype != like.dtype or A.device != like.device:
+        A, B = A.to(like.device, like.dtype), B.to(like.device, like.dtype)
+    return B, A, weight
+
+
+def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """A `[r, in * k]`, B^T `[r, out]` and the bias of one part, all its updates joined, its weight included."""
-    A, B, bias = [], [], None
-    for update in part.updates:
-        moved: Any = live(update, layer)
-        left, right = moved.pair(layer.shape)
-        A.append(right.reshape(len(right), -1))
-        B.append(left.mT * part.switch.weight)
-        d = moved.bias_delta()
+    all_A, all_B, bias = [], [], None
+    for each in part.updates:
+        update: Any = each
+        B, A, weight = factors_of(update, layer, like)
+        all_A.append(A)
+        all_B.append(B.mT * (weight * part.switch.weight))
+        d = update.bias_delta()
         if d is not None:
-            bias = part.switch.weight * d if bias is None else bias + part.switch.weight * d
-    return torch.cat(A), torch.cat(B), bias
+            d = part.switch.weight * d.to(like.device, like.dtype)
+            bias = d if bias is None else bias + d
+    return torch.cat(all_A), torch.cat(all_B), bias
 
 
 def _gathered(layer: Layer, stack: Stack, index: Tensor, route: Route, x: Tensor) -> Tensor:

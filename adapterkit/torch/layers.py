@@ -60,6 +60,11 @@ class Layer:
         return seen
 
     @property
+    def sample(self) -> Tensor:
+        """A tensor of the dtype and on the device to compute with."""
+        return self.weight
+
+    @property
     def bias(self) -> Tensor | None:
         b: Tensor | None = getattr(self.module, "bias", None)
         return b
@@ -219,6 +224,11 @@ class Quantized(Linear):
     @property
     def weight(self) -> Tensor:
         return dequantized(self.module).to(self.dtype)
+
+    @property
+    def sample(self) -> Tensor:
+        packed: Any = self.module.weight
+        return torch.empty(0, dtype=self.dtype, device=packed.device)
 
     @property
     def shape(self) -> tuple[int, ...]:

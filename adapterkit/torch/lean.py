@@ -23,6 +23,29 @@ _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
+    """Return x W^T + b + weight * (x A^T) B^T for a frozen W; None where the tensors need the plain formula.
+
+    One function for both products adds their gradients of x without a second tensor of its size.
+
+    Args:
+        x: `[..., in]`.
+        W: `[out, in]`.
+        b: `[out]`, or None.
+        A: `[r, in]`.
+        B: `[out, r]`.
+        weight: of what the factors add.
+    """
+    frozen = not W.requires_grad and (b is None or (type(b) in _PLAIN and b.dtype == W.dtype and not b.requires_grad))
+    if not frozen or torch.is_autocast_enabled(x.device.type) or not _takes(W, x, A, B):
+        return None
+    if not (torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad)):
+        return _added(functional.linear(x, W, b), x, A, B, weight, True)
+    function: Any = _LowRankLinear
+    out: Tensor = function.apply(x, W, b, A, B, weight)
+    return out
+
+
 def low_rank_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float = 1.0, fresh: bool = False) -> Tensor:
     """Return y + weight * (x A^T) B^T.
 
@@ -39,14 +62,14 @@ def low_rank_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float = 1.0
         return y + (change if weight == 1 else weight * change)
     fresh = fresh and not y._is_view()
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or A.requires_grad or B.requires_grad):
-        sum_: Any = _LowRankSum
-        out: Tensor = sum_.apply(y, x, A, B, weight, fresh)
+        function: Any = _LowRankSum
+        out: Tensor = function.apply(y, x, A, B, weight, fresh)
         return out
     return _added(y, x.to(y.dtype), A, B, weight, fresh)
 
 
 def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether the tensors and the state of torch are ones that `_LowRankSum` is right for."""
+    """Whether the tensors and the state of torch are ones that the functions below are right for."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -55,13 +78,14 @@ def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
         return False
     # Autocast makes y 16 bits wide, while x, A and B may still be what they were; they are cast as it casts them.
     kind = y.device.type
-    cast = y.dtype if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == y.dtype else None
-    same = all(t.dtype == y.dtype or (cast is not None and t.is_floating_point()) for t in (x, A, B))
-    return same and y.dtype in _DTYPES and x.device == y.device == A.device == B.device and y.numel() > 0
+    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == y.dtype
+    same = all(t.dtype == y.dtype or (cast and t.is_floating_point()) for t in (x, A, B))
+    here = x.device == y.device == A.device == B.device and kind != "meta"
+    return same and here and y.dtype in _DTYPES and x.numel() > 0 and y.numel() > 0
 
 
 def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
-    """y + weight * (x A^T) B^T, of one dtype, over y where it is fresh."""
+    """y + weight * (x A^T) B^T in y's dtype, written over y where it is fresh."""
     with torch.autocast(y.device.type, enabled=False) if torch.is_autocast_enabled(y.device.type) else _NOTHING:
         h = x.reshape(-1, x.shape[-1]) @ A.to(y.dtype).mT
         flat = y if y.ndim == 2 else y.reshape(-1, y.shape[-1])
@@ -69,6 +93,29 @@ def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: boo
             flat.addmm_(h, B.to(y.dtype).mT, alpha=weight)
             return y
         return torch.addmm(flat, h, B.to(y.dtype).mT, alpha=weight).view(y.shape)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """x W^T + b + weight * (x A^T) B^T with W and b frozen, keeping x, W, A and B for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor:
+        ctx.save_for_backward(x, W, A, B)
+        ctx.weight = weight
+        return _added(functional.linear(x, W, b), x, A, B, weight, True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B = ctx.saved_tensors
+        into, _, _, to_A, to_B, _ = ctx.needs_input_grad
+        inner, of_A, of_B = _of_factors(grad, x, A, B, ctx.weight, to_A, to_B)
+        of_x = None
+        if into:
+            of_x = grad.reshape(-1, grad.shape[-1]) @ W
+            # In place unless the backward pass is itself differentiated.
+            of_x = of_x + inner @ A if torch.is_grad_enabled() else of_x.addmm_(inner, A)
+            of_x = of_x.view(x.shape)
+        return of_x, None, None, of_A, of_B, None
 
 
 class _LowRankSum(torch.autograd.Function):
@@ -85,19 +132,31 @@ class _LowRankSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B = ctx.saved_tensors
-        wide = [tensor.to(ctx.dtype) for tensor in (x, A, B)]
-        flat, out = wide[0].reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        inner = out @ wide[2]
-        if ctx.weight != 1:
-            inner = ctx.weight * inner
         _, into, to_A, to_B, *_ = ctx.needs_input_grad
+        wide = [tensor.to(ctx.dtype) for tensor in (x, A, B)]
+        inner, of_A, of_B = _of_factors(grad, *wide, ctx.weight, to_A, to_B)
         of_x = (inner @ wide[1]).view(x.shape).to(x.dtype) if into else None
-        of_A = (inner.mT @ flat).to(A.dtype) if to_A else None
-        of_B = None
-        if to_B:
-            h = flat @ wide[1].mT
-            of_B = (out.mT @ (h if ctx.weight == 1 else ctx.weight * h)).to(B.dtype)
-        return grad, of_x, of_A, of_B, None, None
+        return (
+            grad,
+            of_x,
+            None if of_A is None else of_A.to(A.dtype),
+            None if of_B is None else of_B.to(B.dtype),
+            None,
+            None,
+        )
+
+
+def _of_factors(
+    grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient of x A^T, and those of A and B; x A^T is computed again, which costs less than to keep it."""
+    flat, out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    inner = out @ B if weight == 1 else weight * (out @ B)
+    of_A = inner.mT @ flat if to_A else None
+    if not to_B:
+        return inner, of_A, None
+    h = flat @ A.mT
+    return inner, of_A, out.mT @ (h if weight == 1 else weight * h)
 
 
 class _Nothing:

@@ -16,11 +16,11 @@ from ..adapter import Target
 from ..chain import Composed
 from ..errors import AdapterkitError, Unsupported
 from ..updates import Additive, Update
-from .batched import Kept, add_by_row, rank_of
+from .batched import Kept, add_by_row, factors_of, rank_of
 from .context import ContextPart, surround
 from .ears import Ear, overheard
 from .layers import Difference, Layer, Quantized, layer_of, moved
-from .lean import low_rank_sum
+from .lean import low_rank_linear, low_rank_sum
 from .leaves import LiveUpdates
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
 from .routing import Route, check_expert, check_switches, join, split
@@ -73,6 +73,7 @@ class Station:
         self.recall = Recall()
         self.ranks: dict[Part, int] = {}  # 0: the part is not a pair of thin factors.
         self.kept = Kept()
+        self.bare = False  # Nothing but updates of weights: no contexts, taps, ears or outlets.
 
     @property
     def switches(self) -> list[Switch]:
@@ -89,6 +90,8 @@ class Station:
         self._stand()
 
     def _stand(self) -> None:
+        around = self.contexts or self.taps or self.ears
+        self.bare = not around and all(part.outlet is None for part in self.parts)
         self.module.__dict__[STATION] = self
         mine = Entry(self) if self.contexts or self.ears else self.forward
         self.module.__dict__[self._standing() or self.slot] = mine
@@ -131,6 +134,12 @@ class Station:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         scope = self.recall.scope(self.module.training)
+        if self.bare:
+            active = [part for part in self.parts if part.switch.acts(scope)]
+            route = scope.routes.get(self) if scope.routes else None
+            if route is not None and active:
+                return self._routed(route, scope, active, args, kwargs, {})
+            return self._weighed(active, args, kwargs)
         if not self.ears:
             return self._surrounded(scope, args, kwargs)
         passes = any(part.switch.on(scope) for part in self.contexts)
@@ -218,17 +227,25 @@ class Station:
 
     def _added(self, layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
         """The layer's output and what low-rank parts add to it, one after the other, into one tensor."""
-        y: Tensor = layer(x)
-        fresh = layer.fresh and self.before is None
+        y: Tensor | None = None
+        plain = layer.fresh and self.before is None  # The module's forward is that of nn.Linear.
+        like = layer.sample
         for part in parts:
             for update in part.updates:
-                live: Any = _live(update, layer)
-                B, A = live.pair(layer.shape)
-                y = low_rank_sum(y, x, A, B, part.switch.weight, fresh)
-                d = live.bias_delta()
+                B, A, weight = factors_of(update, layer, like)
+                weight *= part.switch.weight
+                if y is None and plain:
+                    y = low_rank_linear(x, like, layer.bias, A, B, weight)
+                    if y is None:
+                        y = low_rank_sum(layer(x), x, A, B, weight, fresh=True)
+                elif y is None:
+                    y = low_rank_sum(layer(x), x, A, B, weight)
+                else:
+                    y = low_rank_sum(y, x, A, B, weight, fresh=True)
+                d = update.bias_delta()
                 if d is not None:
-                    y = y + part.switch.weight * d
-                fresh = True
+                    y = y + part.switch.weight * d.to(like.device, like.dtype)
+        assert y is not None
         return y
 
     def _routed(
@@ -251,7 +268,7 @@ class Station:
             x = [*args, *kwargs.values()][0]
             thin = [part for part in self.parts if self.ranks[part]]
             try:
-                return add_by_row(self.layer.like(x), thin, route, scope, x, self.kept, _live)
+                return add_by_row(self.layer.like(x), thin, route, scope, x, self.kept)
             except AdapterkitError as error:
                 raise error.at(where=where) from None
         outputs = [

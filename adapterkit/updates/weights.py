@@ -55,6 +55,11 @@ class Additive(Update):
         """B `[out, r]` and A `[r, in * k]` with D = B @ A, where the law comes down to such a pair; else None."""
         return None
 
+    def factors(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """B, A and a number s with D = s * B @ A, as `pair`; a method overrides it to leave its scaling out of B."""
+        pair = self.pair(shape)
+        return None if pair is None else (*pair, 1.0)
+
     def scaled(self, weight: float) -> Self | None:
         """The same method with weight * D and weight * d, leaves unread; None where its fields cannot say that."""
         scaling = self.attributes.get("scaling")
