@@ -125,21 +125,76 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
         ShapeMismatch: x does not have the route's rows.
     """
     compiling = torch.compiler.is_compiling()
-    acting = {part.switch.name for part in parts if part.switch.acts(scope)}
     like = layer.sample
     stack = None if compiling else kept.stack
     if stack is None or not stack.is_current(parts, like):
         # Compiled code stacks every adapter: which of them a route names must not be part of its graph.
         if not compiling and not all(map(_is_frozen, parts)):
-            parts = [part for part in parts if part.switch.name in route.names and part.switch.name in acting]
+            parts = [part for part in parts if part.switch.name in route.names and part.switch.acts(scope)]
         stack = _stacked(layer, parts, like, keep=not compiling)
         if stack.sources is not None:
             kept.stack = stack
-    slots = {name: slot for slot, name in enumerate(stack.names) if name in acting}
-    empty = len(stack.names)
-    places = torch.tensor([*(slots.get(name, empty) for name in route.known), empty], device=x.device)
-    index = places.index_select(0, route.table.to(x.device))
-    return _gathered(layer, stack, index, route, x) if layer.flat else _masked(layer, stack, index, route, x)
+    acting = tuple(part.switch.name for part in parts if part.switch.acts(scope))
+    if compiling:
+        slots = [stack.names.index(name) if name in acting else len(stack.names) for name in route.known]
+        places = torch.tensor([*slots, len(stack.names)], device=x.device)
+        index = places.index_select(0, route.table.to(x.device))
+        return _gathered(layer, stack, index, route, x) if layer.flat else _masked(layer, stack, index, route, x)
+    key = stack.names, acting, x.device
+    plan = route.plans.get(key)
+    if plan is None:
+        plan = route.plans[key] = _planned(stack.names, acting, route, x.device)
+    if not layer.flat:
+        return _masked(layer, stack, plan.index, route, x)
+    tokens = x.numel() // max(x.shape[-1] * len(route.names), 1)
+    if plan.padded.numel() * tokens < len(route.names) * stack.A.shape[1] and x.shape[route.axis] == len(route.names):
+        return _grouped(layer, stack, plan, route, x)
+    return _gathered(layer, stack, plan.index, route, x)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A route over the slots of a stack.
+
+    Attributes:
+        index: `[rows]`, the slot of each row.
+        used: the slots in use, or None where these are all but the last in their order.
+        padded: `[used * most]`, the rows of each used slot, the shorter ones repeated up to the longest.
+        back: position in `padded` of each row that has an adapter.
+        rows: those rows, or None where all have one.
+    """
+
+    index: Tensor
+    used: Tensor | None
+    padded: Tensor
+    back: Tensor
+    rows: Tensor | None
+
+
+def _planned(names: tuple[str, ...], acting: tuple[str, ...], route: Route, device: torch.device) -> Plan:
+    slots = {name: slot for slot, name in enumerate(names) if name in acting}
+    empty = len(names)
+    index = [empty if name is None else slots.get(name, empty) for name in route.names]
+    groups: dict[int, list[int]] = {}
+    for row, slot in enumerate(index):
+        if slot != empty:
+            groups.setdefault(slot, []).append(row)
+    used = sorted(groups)
+    most = max(map(len, groups.values()), default=0)
+    padded = [row for slot in used for row in (groups[slot] + groups[slot][:1] * most)[:most]]
+    places = {row: start * most + at for start, slot in enumerate(used) for at, row in enumerate(groups[slot])}
+    rows = [row for row, slot in enumerate(index) if slot != empty]
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=device, dtype=torch.long)
+
+    return Plan(
+        tensor(index),
+        None if used == list(range(empty)) else tensor(used),
+        tensor(padded),
+        tensor([places[row] for row in rows]),
+        None if len(rows) == len(index) else tensor(rows),
+    )
 
 
 def _is_frozen(part: Part) -> bool:
@@ -195,6 +250,30 @@ def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tenso
             d = part.switch.weight * d.to(like.device, like.dtype)
             bias = d if bias is None else bias + d
     return torch.cat(all_A), torch.cat(all_B), bias
+
+
+def _grouped(layer: Layer, stack: Stack, plan: Plan, route: Route, x: Tensor) -> Tensor:
+    """Two batched products over the rows of each adapter, for few tokens a row: no factor is copied."""
+    y = layer(x)
+    if not len(plan.back):
+        return y
+    rows_of_x, rows_of_y = route.rows_first(x), route.rows_first(y)
+    A, B, bias = stack.A, stack.B, stack.bias
+    if plan.used is None:
+        A, B, bias = A[:-1], B[:-1], None if bias is None else bias[:-1]
+    else:
+        A, B = A.index_select(0, plan.used), B.index_select(0, plan.used)
+        bias = None if bias is None else bias.index_select(0, plan.used)
+    if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    grouped = rows_of_x.index_select(0, plan.padded).reshape(len(A), -1, x.shape[-1])
+    change = torch.bmm(torch.bmm(grouped, A.mT), B)
+    if bias is not None:
+        change = change + bias[:, None]
+    change = change.reshape(len(plan.padded), *rows_of_y.shape[1:]).index_select(0, plan.back)
+    if plan.rows is None:
+        return route.rows_back(rows_of_y + change, y)
+    return route.rows_back(rows_of_y.index_add(0, plan.rows, change.to(y.dtype)), y)
 
 
 def _gathered(layer: Layer, stack: Stack, index: Tensor, route: Route, x: Tensor) -> Tensor:

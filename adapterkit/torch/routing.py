@@ -37,6 +37,7 @@ class Route:
         axis: of the rows.
         known: the adapters attached to the model.
         table: `[rows]`, positions in `known`; `len(known)` stands for the base.
+        plans: what batched.py worked out for this route.
     """
 
     names: tuple[str | None, ...]
@@ -44,6 +45,7 @@ class Route:
     axis: int = 0
     known: tuple[str, ...] = field(default=(), compare=False)
     table: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def groups(self) -> dict[str | None, list[int]]:
         """Name -> its rows."""
