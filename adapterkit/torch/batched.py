@@ -254,7 +254,7 @@ def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _grouped(layer: Layer, stack: Stack, plan: Plan, route: Route, x: Tensor) -> Tensor:
     """Two batched products over the rows of each adapter, for few tokens a row: no factor is copied."""
-    y = layer(x)
+    y: Tensor = layer(x)
     if not len(plan.back):
         return y
     rows_of_x, rows_of_y = route.rows_first(x), route.rows_first(y)

@@ -37,7 +37,7 @@ def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor
         weight: of what the factors add.
     """
     frozen = not W.requires_grad and (b is None or (type(b) in _PLAIN and b.dtype == W.dtype and not b.requires_grad))
-    if not frozen or torch.is_autocast_enabled(x.device.type) or not _takes(W, x, A, B):
+    if not frozen or not _takes(W, x, A, B) or torch.is_autocast_enabled(x.device.type):
         return None
     if not (torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad)):
         return _added(functional.linear(x, W, b), x, A, B, weight, True)
@@ -76,12 +76,13 @@ def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
         return False
     if not all(type(t) in _PLAIN and t.layout is torch.strided for t in (y, x, A, B)):
         return False
-    # Autocast makes y 16 bits wide, while x, A and B may still be what they were; they are cast as it casts them.
     kind = y.device.type
+    if kind == "meta" or not x.device == y.device == A.device == B.device:
+        return False
+    # Autocast makes y 16 bits wide, while x, A and B may still be what they were; they are cast as it casts them.
     cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == y.dtype
     same = all(t.dtype == y.dtype or (cast and t.is_floating_point()) for t in (x, A, B))
-    here = x.device == y.device == A.device == B.device and kind != "meta"
-    return same and here and y.dtype in _DTYPES and x.numel() > 0 and y.numel() > 0
+    return same and y.dtype in _DTYPES and x.numel() > 0 and y.numel() > 0
 
 
 def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
@@ -133,9 +134,9 @@ class _LowRankSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B = ctx.saved_tensors
         _, into, to_A, to_B, *_ = ctx.needs_input_grad
-        wide = [tensor.to(ctx.dtype) for tensor in (x, A, B)]
-        inner, of_A, of_B = _of_factors(grad, *wide, ctx.weight, to_A, to_B)
-        of_x = (inner @ wide[1]).view(x.shape).to(x.dtype) if into else None
+        wide_x, wide_A, wide_B = x.to(ctx.dtype), A.to(ctx.dtype), B.to(ctx.dtype)
+        inner, of_A, of_B = _of_factors(grad, wide_x, wide_A, wide_B, ctx.weight, to_A, to_B)
+        of_x = (inner @ wide_A).view(x.shape).to(x.dtype) if into else None
         return (
             grad,
             of_x,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapter import Target
 from ..chain import Composed
-from ..errors import AdapterkitError, Unsupported
+from ..errors import AdapterkitError, ShapeMismatch, Unsupported
 from ..updates import Additive, Update
 from .batched import Kept, add_by_row, factors_of, rank_of
 from .context import ContextPart, surround
@@ -197,6 +197,10 @@ class Station:
                 return self._added(layer, parts, x)
             return _direct(layer, parts, x)
         exchanged = {**self.changed(parts), **skipped}
+        if any(isinstance(value, Tensor) and value.is_meta for value in exchanged.values()):
+            given = [*args, *kwargs.values()]
+            if any(isinstance(value, Tensor) and not value.is_meta for value in given):
+                raise _unloaded(parts[0])
         if self._rebinds and not torch.compiler.is_compiling():
             func: Any = self.original.__func__
             return func(_replica(self.module, exchanged), *args, **kwargs)
@@ -230,10 +234,16 @@ class Station:
         y: Tensor | None = None
         plain = layer.fresh and self.before is None  # The module's forward is that of nn.Linear.
         like = layer.sample
+        if like.is_meta and not x.is_meta:
+            raise _unloaded(parts[0])
         for part in parts:
-            for update in part.updates:
+            for each in part.updates:
+                update: Any = each
                 B, A, weight = factors_of(update, layer, like)
                 weight *= part.switch.weight
+                if (B.shape[0], A.shape[1]) != layer.shape:
+                    why = f"made for a weight of {[B.shape[0], A.shape[1]]}; the layer's is {list(layer.shape)} now"
+                    raise ShapeMismatch(why, where=str(part.target), cure=_AGAIN)
                 if y is None and plain:
                     y = low_rank_linear(x, like, layer.bias, A, B, weight)
                     if y is None:
@@ -349,6 +359,16 @@ def _same(h: Tensor) -> Tensor:
     return h
 
 
+def _unloaded(part: Part) -> Unsupported:
+    """torch's CPU products of a meta weight and real numbers return uninitialised memory."""
+    why = "the layer's weight is on the meta device, its input is not"
+    cure = "Load the weights first: model.load_state_dict(state, assign=True), or from_pretrained"
+    return Unsupported(why, where=str(part.target), cure=cure)
+
+
+_AGAIN = "Call handle.remove() before a layer changes its size, and inject an adapter of the new size"
+
+
 _EXCHANGING = threading.RLock()
 """Held while a module's own attributes are exchanged, and by forwards that would see them."""
 
@@ -399,6 +419,8 @@ class Entry:
 
 def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
     """y + sum of weight * (f(x) - y), the base computed once; one part of full weight is its formula alone."""
+    if layer.sample.is_meta and not x.is_meta:
+        raise _unloaded(parts[0])
     if len(parts) == 1 and parts[0].switch.weight == 1:
         return _chain(layer, parts[0].updates)(x)
     y = base = layer(x)
