@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..errors import AdapterkitError, ShapeMismatch, Unsupported
 from ..updates import Additive, Update
 from .batched import Kept, add_by_row, factors_of, rank_of
 from .context import ContextPart, surround
+from .dropout import dropped_change
 from .ears import Ear, overheard
 from .layers import Difference, Layer, Quantized, layer_of, moved
 from .lean import low_rank_linear, low_rank_sum
@@ -32,7 +34,7 @@ from .weights import changed_bias, changed_weight, settled, tensor_at
 class Part:
     """One target's updates at a station; `weight` and `bias` are parameters' paths below the station's module.
 
-    Updates of outputs are a part of their own, with an outlet.
+    Updates of outputs are a part of their own, with an outlet. `dropout` is the probability of the training.
     """
 
     switch: Switch
@@ -42,6 +44,7 @@ class Part:
     bias: str | None
     direct: bool
     outlet: Outlet | None = None
+    dropout: float = 0.0
 
     @property
     def updates(self) -> tuple[Update, ...]:
@@ -180,8 +183,9 @@ class Station:
             return self._weighed(inner, args, kwargs)
         try:
             return through(
-                self.module, self.layer, lambda a, k, w: self._weighed(inner, a, k, w), args, kwargs, changes
-            )
+                self.module, self.layer, lambda a, k, w: self._weighed(inner, a, k, w), args, kwargs, changes,
+                lambda: self.changed(inner),
+            )  # fmt: skip
         except AdapterkitError as error:
             raise error.at(where=str(next(part.target for part in parts if part.outlet))) from None
 
@@ -193,7 +197,7 @@ class Station:
         if not skipped and self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
             x = [*args, *kwargs.values()][0]
             layer = self.layer.like(x)
-            if layer.flat and all(self.ranks[part] for part in parts):
+            if layer.flat and all(self.ranks[part] for part in parts) and not self._drops(parts):
                 return self._added(layer, parts, x)
             return _direct(layer, parts, x)
         exchanged = {**self.changed(parts), **skipped}
@@ -226,8 +230,14 @@ class Station:
         """
         if not all(part.direct for part in parts):
             return False
+        if self.module.training and any(part.dropout for part in parts):
+            return True
         laws = any(update.kind == "weight" for part in parts for update in part.updates)
         return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
+
+    def _drops(self, parts: list[Part]) -> bool:
+        """Whether parts see an input with some numbers dropped, in this forward."""
+        return self.module.training and any(part.dropout for part in parts)
 
     def _added(self, layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
         """The layer's output and what low-rank parts add to it, one after the other, into one tensor."""
@@ -421,6 +431,12 @@ def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
     """y + sum of weight * (f(x) - y), the base computed once; one part of full weight is its formula alone."""
     if layer.sample.is_meta and not x.is_meta:
         raise _unloaded(parts[0])
+    if layer.module.training and any(part.dropout for part in parts):
+        y = layer(x)
+        for part in parts:
+            live = partial(_live, layer=layer)
+            y = y + part.switch.weight * dropped_change(layer, part.updates, x, part.dropout, live)
+        return y
     if len(parts) == 1 and parts[0].switch.weight == 1:
         return _chain(layer, parts[0].updates)(x)
     y = base = layer(x)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...names.image import ROOTS, Family, families, rooted
+from ...naming.image import ROOTS, Family, families, rooted
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target, Updates

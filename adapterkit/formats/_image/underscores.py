@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ...errors import TargetNotFound, nearest
-from ...names.image import ROOTS, Family, component_of, encoders, families, families_of, is_xl, rooted
-from ...names.patterns import flatten
+from ...naming.image import ROOTS, Family, component_of, encoders, families, families_of, is_xl, rooted
+from ...naming.patterns import flatten
 
 if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
