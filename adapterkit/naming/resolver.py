@@ -7,8 +7,9 @@ readings that both fit are refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from ..errors import TargetNotFound
@@ -130,6 +131,23 @@ def resolve(
     Raises:
         TargetNotFound: two readings of a target's name fit.
     """
+    inside = _without_wrappers(base)
+    if inside is not None:
+        names, real = inside
+        bare = {path: name for name, path in real.items()}
+        ours = {bare.get(target, target): target for target in targets}
+        found = resolve(
+            list(ours), names, architecture=architecture, renames=renames, partial=partial,
+            fits=lambda target, path: fits(ours[target], real.get(path, path)),
+        )  # fmt: skip
+        count = sum(any(move.path in real for move in moves) for moves in found.moves.values())
+        found.moves = {
+            ours[target]: tuple(replace(move, path=real.get(move.path, move.path)) for move in moves)
+            for target, moves in found.moves.items()
+        }
+        found.missing = [ours[target] for target in found.missing]
+        found.rules.append(Rule("wrapper", "in the base", count))
+        return found
     resolution = Resolution()
     left = _by_renames(targets, base, renames, resolution)
     left = _exact(left, base, resolution)
@@ -140,6 +158,23 @@ def resolve(
         left = _by_prefixes(left, base, resolution, partial, fits)
     resolution.missing = [target for target, _ in left]
     return resolution
+
+
+def _without_wrappers(base: Names) -> tuple[Names, dict[str, str]] | None:
+    """The names of a base without the words of wrappers, and each such name's own form; None where there are none.
+
+    A state dict that was saved inside FSDP or torch.compile has them, and one of PEFT's models `base_layer`.
+    """
+    off = WRAPPERS | {"base_layer"}
+    wrapped = [path for path in base.paths if any(word in path for word in off)]
+    words = {path: [word for word in path.split(".") if word not in off] for path in wrapped}
+    real = {".".join(left): path for path, left in words.items() if len(left) <= path.count(".")}
+    real = {name: path for name, path in real.items() if name and name not in base.paths}
+    if not real:
+        return None
+    taken = set(real.values())
+    paths = {path for path in base.paths if path not in taken} | real.keys()
+    return Names(paths, base.outer, base.anywhere), real
 
 
 Left = list[tuple[str, str]]
@@ -308,40 +343,77 @@ def _variants(name: str) -> Iterator[str]:
 def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits) -> Left:
     """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it."""
     templates = _trials(left, base)
-    prefixes = {off for trials in templates.values() for off, _ in trials}
+    # The shortest prefix first: the longer the end that two names share, the more it proves. `decoder.layers` is
+    # `model.decoder.layers`, and not `model.encoder.layers`, although that would fit as well.
+    prefixes = sorted(
+        {off for trials in templates.values() for off, _ in trials}, key=lambda prefix: (prefix.count("."), prefix)
+    )
     # A place that another target has already is no place for this one: an encoder's layers are not the decoder's.
     taken = {move.path for moves in resolution.moves.values() for move in moves}
-    rest = left
-    for off in sorted(prefixes, key=lambda prefix: (-prefix.count("."), prefix)):
-        group = [(target, name) for target, name in rest if name.startswith(off)]
-        if not group:
-            continue
-        ours = sorted({_template(name) for _, name in group})
-        tried = {on: 0 for template in ours for prefix, on in sorted(templates[template]) if prefix == off}
-        for on in tried:
-            tried[on] = sum(_lands(target, name, off, on, base, taken) for target, name in group)
-        full = [on for on, count in tried.items() if count == len(group)]
-        if len(full) > 1:
-            full = [on for on in full if all(fits(target, _swap(name, off, on)) for target, name in group)] or full
-        if len(full) > 1:
-            target, name = group[0]
-            raise _ambiguous(target, [_swap(name, off, on) for on in full])
-        if not full and partial and not off:
-            most = max(tried.values())
-            full = [on for on, count in tried.items() if count == most] if most else []
-            full = full if len(full) == 1 else []
-        if not full:
-            continue
-        on, placed = full[0], 0
-        for target, name in group:
-            if _lands(target, name, off, on, base, taken):
-                resolution.moves[target] = (Move(_swap(name, off, on)),)
-                placed += 1
-        taken.update(resolution.moves[target][0].path for target, _ in group if target in resolution.moves)
-        resolution.prefixes.append((off, on))
-        resolution.rules.append(Rule("prefix", f"{off or '(none)'} -> {on or '(none)'}", placed))
-        rest = [(target, name) for target, name in rest if target not in resolution.moves]
+    rest, found = left, True
+    while rest and found:
+        # What one rule places may leave a shorter prefix to the others: `model.` when `model.text.` is done.
+        found = False
+        for off in prefixes:
+            group = [(target, name) for target, name in rest if name.startswith(off)]
+            on = _exchanged(group, off, templates, base, taken, fits) if group else None
+            if on is not None:
+                rest = _placed(group, rest, off, on, base, taken, resolution)
+                found = True
+                break
+    if rest and partial:
+        tried = _tried(rest, "", templates, base, taken)
+        most = max(tried.values(), default=0)
+        best = [on for on, count in tried.items() if count == most and most]
+        if len(best) == 1:
+            rest = _placed(rest, rest, "", best[0], base, taken, resolution)
     return rest
+
+
+def _exchanged(
+    group: Left,
+    off: str,
+    templates: Mapping[str, set[tuple[str, str]]],
+    base: Names,
+    taken: Collection[str],
+    fits: Fits,
+) -> str | None:
+    """The prefix to put in place of another, by which every target of a group has a place; None where there is none.
+
+    Raises:
+        TargetNotFound: there are several.
+    """
+    full = [on for on, count in _tried(group, off, templates, base, taken).items() if count == len(group)]
+    if len(full) > 1:
+        full = [on for on in full if all(fits(target, _swap(name, off, on)) for target, name in group)] or full
+    if len(full) > 1:
+        target, name = group[0]
+        raise _ambiguous(target, [_swap(name, off, on) for on in full])
+    return full[0] if full else None
+
+
+def _tried(
+    group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]], base: Names, taken: Collection[str]
+) -> dict[str, int]:
+    """Each prefix to try in place of another -> how many targets of a group have a place by it."""
+    ours = sorted({_template(name) for _, name in group})
+    tried = dict.fromkeys([on for template in ours for prefix, on in sorted(templates[template]) if prefix == off], 0)
+    for on in tried:
+        tried[on] = sum(_lands(target, name, off, on, base, taken) for target, name in group)
+    return tried
+
+
+def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[str], resolution: Resolution) -> Left:
+    """Place a group's targets by a change of prefixes; returns those of `rest` that are left."""
+    placed = 0
+    for target, name in group:
+        if _lands(target, name, off, on, base, taken):
+            resolution.moves[target] = (Move(_swap(name, off, on)),)
+            placed += 1
+    taken.update(resolution.moves[target][0].path for target, _ in group if target in resolution.moves)
+    resolution.prefixes.append((off, on))
+    resolution.rules.append(Rule("prefix", f"{off or '(none)'} -> {on or '(none)'}", placed))
+    return [(target, name) for target, name in rest if target not in resolution.moves]
 
 
 def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
@@ -388,13 +460,34 @@ def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
 
 @lru_cache(maxsize=1 << 10)
 def _exchange(off: str, on: str) -> bool:
-    """Whether one prefix may stand for another: they end in other words, and do not name two families.
+    """Whether one prefix may stand for another: they end in other words, and do not name two different things.
 
-    `roberta.` is not `bert.` under another name.
+    `roberta.` is not `bert.` under another name, a vision tower is no language model, and an encoder no decoder.
     """
     ours, theirs = ({word for word in prefix.split(".") if is_family(word)} for prefix in (off, on))
-    families = bool(ours and theirs) and ours.isdisjoint(theirs)
-    return not families and on.split(".")[-2] != off.split(".")[-2]
+    if (ours and theirs and ours.isdisjoint(theirs)) or on.split(".")[-2] == off.split(".")[-2]:
+        return False
+    ours, theirs = ({word for word in re.split(r"[._]", prefix) if word in _KIND} for prefix in (off, on))
+    kinds = [
+        ({_KIND[word][1] for word in words if _KIND[word][0] == kind}) for kind in _KINDS for words in (ours, theirs)
+    ]
+    return not any(one and other and one.isdisjoint(other) for one, other in zip(kinds[::2], kinds[1::2], strict=True))
+
+
+_KINDS: dict[str, dict[str, str]] = {
+    "modality": {
+        "vision": "vision visual image img pixel",
+        "text": "language text llm lang",
+        "audio": "audio speech sound",
+    },
+    "half": {"encoder": "encoder", "decoder": "decoder"},
+    "role": {"thinker": "thinker", "talker": "talker"},
+}
+"""Parts of models that share shapes, and the words by which prefixes name them."""
+
+_KIND = {
+    word: (kind, part) for kind, parts in _KINDS.items() for part, words in parts.items() for word in words.split()
+}
 
 
 _ENDINGS: dict[int, tuple[Mapping[str, str], dict[str, list[str]]]] = {}
