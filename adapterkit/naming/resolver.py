@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..errors import TargetNotFound
-from .architectures import WEIGHT, Architecture, Place, fill, is_family, shape_of
+from .architectures import QKV, WEIGHT, Architecture, Place, fill, is_family, shape_of
 from .renames import Rename, renamed_by
 from .tables import without_prefix
 
@@ -35,11 +35,13 @@ class Part(NamedTuple):
         index: number of the part, from 0.
         of: how many equal parts there are.
         interleaved: the part has every `of`-th row from row `index` on; else it is one run of rows.
+        heads: the parts are not equal: they are all queries, all keys and all values, as many as the base's heads say.
     """
 
     index: int
     of: int
     interleaved: bool = False
+    heads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Move:
         into: which part of the rows there it is, likewise.
         expert: which slice of a target that is a stack; None for all of it.
         slot: which slice of a stack in the base; None for all of it.
+        turn: places, without their names, that tell the order of the rows in the adapter and in the base; None where
+            they are the same.
     """
 
     path: str
@@ -59,11 +63,12 @@ class Move:
     into: Part | None = None
     expert: int | None = None
     slot: int | None = None
+    turn: tuple[Place, Place] | None = None
 
     @property
     def plain(self) -> bool:
         """Whether it is a change of the name alone."""
-        return (self.take, self.into, self.expert, self.slot) == (None, None, None, None)
+        return (self.take, self.into, self.expert, self.slot, self.turn) == (None, None, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +339,7 @@ def moves_to(
     naming: str,
     path: Callable[[Place, Mapping[str, str]], str],
     experts: Callable[[Place, Mapping[str, str]], int],
+    orders: bool = True,
 ) -> tuple[Move, ...] | None:
     """Where the weights of one name go in another naming; None where it lacks one of them.
 
@@ -343,6 +349,7 @@ def moves_to(
         naming: the other naming.
         path: a place's name with numbers in its holes.
         experts: how many experts there are at a place that keeps them apart.
+        orders: say where rows stand in another order; False for a caller that sees to that itself.
     """
     moves: list[Move] = []
     for weight, ours, numbers in weights:
@@ -350,19 +357,23 @@ def moves_to(
         if theirs is None:
             return None
         take, into = part_of(ours), part_of(theirs)
+        before, after = (Place("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
+        turn = (before, after) if orders and before != after else None
         if ours.stacked and not theirs.stacked:
             moves += [
-                Move(path(theirs, {**numbers, "{e}": str(expert)}), take, into, expert=expert)
+                Move(path(theirs, {**numbers, "{e}": str(expert)}), take, into, expert=expert, turn=turn)
                 for expert in range(experts(theirs, numbers))
             ]
         else:
             slot = int(numbers["{e}"]) if theirs.stacked and not ours.stacked else None
-            moves.append(Move(path(theirs, numbers), take, into, slot=slot))
+            moves.append(Move(path(theirs, numbers), take, into, slot=slot, turn=turn))
     return _joined(moves) if moves else None
 
 
 def translate(name: str, architecture: Architecture, naming: str, experts: int) -> tuple[Move, ...] | None:
     """Where a name of any of a family's namings goes in one of them, with no base at hand; None where it has no place.
+
+    Rows keep their order: formats put rows into the order of their files themselves.
 
     Args:
         name: of a target.
@@ -378,7 +389,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
         for ours in dict.fromkeys((*architecture.namings, WEIGHT)):
             moves = moves_to(
                 architecture, architecture.find(own, ours), naming, lambda place, numbers: fill(place.name, numbers),
-                lambda *_: experts,
+                lambda *_: experts, orders=False,
             )  # fmt: skip
             if moves:
                 found[moves] = None
@@ -391,6 +402,8 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
 
 def part_of(place: Place) -> Part | None:
     """The part of a tensor that a place is; None where it is the whole tensor."""
+    if place.qkv is not None:
+        return Part(QKV.index(place.qkv), len(QKV), heads=True)
     if place.part is None or place.of is None:
         return None
     return Part(place.part, place.of, place.interleaved)
@@ -400,7 +413,8 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
     """Parts that lie side by side in one tensor on both sides are not taken apart."""
     first = moves[0]
     same = all((m.path, m.take, m.expert, m.slot) == (first.path, m.into, first.expert, first.slot) for m in moves)
-    if same and first.take is not None and len(moves) == first.take.of:
+    plain = all(move.turn is None for move in moves)
+    if same and plain and first.take is not None and len(moves) == first.take.of:
         return (Move(first.path, expert=first.expert, slot=first.slot),)
     return tuple(moves)
 
