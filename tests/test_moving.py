@@ -8,7 +8,7 @@ import pytest
 from adapterkit import merge, verify
 from adapterkit.adapter import Adapter, Target
 from adapterkit.binding import bind
-from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, UsageError
+from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from adapterkit.merging.companions import REPORT
 from adapterkit.methods import METHODS
 from adapterkit.tensors.checkpoint import open_checkpoint
@@ -296,3 +296,15 @@ def test_a_part_goes_into_its_rows_of_a_fused_projection(name, rows, unequal, ba
     assert (site.target.path, site.target.rows) == ("l.0.qkv", rows)
     with pytest.raises(ShapeMismatch):
         bind(Adapter({Target(f"l.0.{name}"): (lora(12, 16),)}), opened)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_rows_of_a_fused_projection_that_are_one_part_go_where_the_part_is(name, unequal, base):
+    """What `Adapter.bind` makes of a part is taken back by a model that has the parts apart."""
+    rows = {"q": (0, 16), "k": (16, 24), "v": (24, 32)}
+    given = Adapter({Target("l.0.qkv", rows=rows[name]): (lora(rows[name][1] - rows[name][0], 16),)})
+    opened = base({f"l.0.{x}.weight": normal(stop - start, 16) for x, (start, stop) in rows.items()}, unequal)
+    (site,) = bind(given, opened).sites
+    assert (site.target.path, site.target.rows) == (f"l.0.{name}", None)
+    with pytest.raises(Unsupported, match="some rows"):
+        bind(Adapter({Target("l.0.qkv", rows=(4, 12)): (lora(8, 16),)}), opened)

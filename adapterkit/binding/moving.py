@@ -55,11 +55,12 @@ def moved(
     placed: list[Placed | tuple[str, Part | None]] = []
     stacks: dict[tuple[str, Part | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
     for target, given in updates.items():
-        for move in moves.get(target.path, ()):
+        cut, own = _of_rows(target, moves.get(target.path, ()), config)
+        for move in own:
             if move.plain:
-                placed.append((target, replace(target, path=move.path), given))
+                placed.append((target, replace(cut, path=move.path), given))
                 continue
-            there, part = _taken(target, given, move, config)
+            there, part = _taken(cut, given, move, config)
             if move.slot is None:
                 placed.append((target, *_into(there, part, move, shapes, config)))
                 continue
@@ -71,6 +72,30 @@ def moved(
                 raise Unsupported("two targets are the same expert", where=str(target), cure="Take one of them out")
             stacks[key][move.slot] = there, part
     return [_stacked(each, stacks[each], shapes) if len(each) == 2 else each for each in placed]
+
+
+def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[Target, tuple[Move, ...]]:
+    """A target of some rows that are one part of its weight, as a target of all rows of that part, with its move.
+
+    Raises:
+        Unsupported: the rows are none of the parts.
+    """
+    if target.rows is None or all(move.take is None for move in moves):
+        return target, moves
+    start, stop = target.rows
+    found = []
+    for move in moves:
+        if move.take is not None and not move.take.interleaved:
+            shares = _shares(config, target) if move.take.heads else (1,) * move.take.of
+            before, own = sum(shares[: move.take.number]), shares[move.take.number]
+            if start * own == before * (stop - start):
+                found.append(replace(move, take=None))
+    if len(found) != 1:
+        raise Unsupported(
+            "updates of some rows of a weight that the base stores in parts", where=str(target),
+            cure="Target the parts by their own names",
+        )  # fmt: skip
+    return replace(target, rows=None), tuple(found)
 
 
 def _taken(
@@ -164,12 +189,12 @@ def _steps(size: int, part: Part, target: Target, config: Config) -> tuple[int, 
             why = f"{size} outputs are not those of {shares[0]} query and {shares[1]} key and value heads"
             raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
         unit = size // sum(shares)
-        return sum(shares[: part.index]) * unit, sum(shares[: part.index + 1]) * unit, 1
+        return sum(shares[: part.number]) * unit, sum(shares[: part.number + 1]) * unit, 1
     if size % part.of:
         raise ShapeMismatch(f"{size} outputs are not {part.of} equal parts", where=str(target), cure=_WRONG_BASE)
     if part.interleaved:
-        return part.index, size, part.of
-    return part.index * size // part.of, (part.index + 1) * size // part.of, 1
+        return part.number, size, part.of
+    return part.number * size // part.of, (part.number + 1) * size // part.of, 1
 
 
 def _shares(config: Config, target: Target) -> tuple[int, int, int]:
@@ -193,7 +218,7 @@ def _into(
     whole, own = move.into.of, 1
     if move.into.heads:
         shares = _shares(config, there)
-        whole, own = sum(shares), shares[move.into.index]
+        whole, own = sum(shares), shares[move.into.number]
     sizes = {out * whole // own for out in outs} or {shape[int(there.stacked)]}
     if len(sizes) != 1 or not sizes <= set(shape):
         kind = "parts by heads" if move.into.heads else "equal parts"
