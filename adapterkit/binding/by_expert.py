@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from ..adapter import Adapter, Target
 from ..errors import AdapterkitError, UsageError
-from ..names.architectures import with_stacks
-from ..names.resolver import Move, Names, resolve
+from ..naming.architectures import with_stacks
+from ..naming.resolver import Move, Names, resolve
 from ..updates import Update
 from .fitting import Shapes, fits, paths_of
 from .moving import Placed, moved
@@ -99,7 +99,7 @@ def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
     """Whether a stack goes away without a rest: every equal part of every expert."""
     given = moves[target.path]
     parts = {move.take for move in given}
-    count = next((take[1] for take in parts if take is not None), 1)
+    count = next((take.of for take in parts if take is not None), 1)
     experts = updates[0].dims(target.stacked).get("e")
     return len(parts) == count and {move.expert for move in given} == set(range(int(str(experts))))
 

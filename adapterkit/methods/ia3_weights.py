@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..updates import WeightUpdate, tensor
+from ..updates import WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,10 +23,11 @@ class IA3Weights(WeightUpdate):
     needs_bias = False
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ((("w",), ("w_in",)),)
     paper = "https://arxiv.org/abs/2309.14859"
+    since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
 
     w: Tensor | None = tensor("out", optional=True)
     w_in: Tensor | None = tensor("in", optional=True)
-    on_output: bool = False
+    on_output: bool = attribute(False, since=2)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:

@@ -1,0 +1,625 @@
+"""The resolver: from the names of an adapter to those of a base, proven by names and shapes, never guessed.
+
+For each target it tries, in this order: a rule of the user; the name as it is; the name without what training wraps
+around modules; the architecture of the base's family; a change of prefixes that gives every target a place. Two
+readings that both fit are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..errors import TargetNotFound
+from .architectures import QKV, WEIGHT, Architecture, Place, fill, is_family, shape_of
+from .renames import Rename, renamed_by
+from .tables import without_prefix
+
+Fits = Callable[[str, str], bool]
+"""(name in the adapter, name in the base) -> whether the shapes there fit each other."""
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+"""Words that torch.compile, FSDP, activation checkpointing and Fabric put into paths; no model has them itself."""
+
+PERHAPS = frozenset({"module", "default"})
+"""Words of DistributedDataParallel and of adapters' names, which a model may have itself."""
+
+
+class Part(NamedTuple):
+    """Which rows of a fused weight belong to one of its parts.
+
+    Attributes:
+        number: of the part, from 0.
+        of: how many equal parts there are.
+        interleaved: the part has every `of`-th row from row `number` on; else it is one run of rows.
+        heads: the parts are not equal: they are all queries, all keys and all values, as many as the base's heads say.
+    """
+
+    number: int
+    of: int
+    interleaved: bool = False
+    heads: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Where one part of a target goes.
+
+    Attributes:
+        path: the name in the base.
+        take: which part of the target's rows goes there; None for all.
+        into: which part of the rows there it is, likewise.
+        expert: which slice of a target that is a stack; None for all of it.
+        slot: which slice of a stack in the base; None for all of it.
+        turn: places, without their names, that tell the order of the rows in the adapter and in the base; None where
+            they are the same.
+    """
+
+    path: str
+    take: Part | None = None
+    into: Part | None = None
+    expert: int | None = None
+    slot: int | None = None
+    turn: tuple[Place, Place] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a change of the name alone."""
+        return (self.take, self.into, self.expert, self.slot, self.turn) == (None, None, None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule that was used.
+
+    Attributes:
+        kind: `user`, `exact`, `wrapper`, `architecture` or `prefix`.
+        text: the rule in words; empty for `exact`.
+        targets: how many targets it placed.
+    """
+
+    kind: str
+    text: str
+    targets: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.text}".strip()
+
+
+@dataclass(slots=True)
+class Resolution:
+    """The map from an adapter to a base.
+
+    Attributes:
+        moves: name in the adapter -> where its parts go.
+        missing: names without a place.
+        rules: the rules that were used, in the order in which they were tried.
+        prefixes: the changes of prefixes among them, as (taken off, put on).
+    """
+
+    moves: dict[str, tuple[Move, ...]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    rules: list[Rule] = field(default_factory=list)
+    prefixes: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """The names of a base.
+
+    Attributes:
+        paths: dotted paths of its modules with a weight or a bias, and of its parameters.
+        outer: paths of any modules, for the targets in `anywhere`.
+        anywhere: targets that may be any module.
+        shapes: the templates of `paths`, each with one path as an example.
+    """
+
+    paths: Collection[str]
+    outer: Collection[str] = ()
+    anywhere: Collection[str] = ()
+    shapes: dict[str, str] = field(default_factory=dict)
+
+    def has(self, path: str, target: str) -> bool:
+        """Whether a target may be at a path."""
+        return path in (self.outer if target in self.anywhere else self.paths)
+
+
+def resolve(
+    targets: Sequence[str],
+    base: Names,
+    *,
+    architecture: Architecture | None = None,
+    renames: Sequence[Rename] = (),
+    partial: bool = False,
+    fits: Fits = lambda *_: True,
+) -> Resolution:
+    """Map an adapter's names to a base's.
+
+    Args:
+        targets: the names in the adapter.
+        base: the names in the base.
+        architecture: of the base's family, where there is a file for it.
+        renames: the user's rules; the first that matches a name is used.
+        partial: targets may be left without a place.
+        fits: whether the shapes of a target and of a place fit; asked where names alone leave more than one reading.
+
+    Returns:
+        the moves of all targets that have a place.
+
+    Raises:
+        TargetNotFound: two readings of a target's name fit.
+    """
+    inside = _without_wrappers(base)
+    if inside is not None:
+        names, real = inside
+        bare = {path: name for name, path in real.items()}
+        ours = {bare.get(target, target): target for target in targets}
+        found = resolve(
+            list(ours), names, architecture=architecture, renames=renames, partial=partial,
+            fits=lambda target, path: fits(ours[target], real.get(path, path)),
+        )  # fmt: skip
+        count = sum(any(move.path in real for move in moves) for moves in found.moves.values())
+        found.moves = {
+            ours[target]: tuple(replace(move, path=real.get(move.path, move.path)) for move in moves)
+            for target, moves in found.moves.items()
+        }
+        found.missing = [ours[target] for target in found.missing]
+        found.rules.append(Rule("wrapper", "in the base", count))
+        return found
+    resolution = Resolution()
+    left = _by_renames(targets, base, renames, resolution)
+    left = _exact(left, base, resolution)
+    left = _unwrapped(left, base, resolution)
+    if left and architecture is not None:
+        left = _by_architecture(left, base, architecture, resolution)
+    if left:
+        left = _by_prefixes(left, base, resolution, partial, fits)
+    resolution.missing = [target for target, _ in left]
+    return resolution
+
+
+def _without_wrappers(base: Names) -> tuple[Names, dict[str, str]] | None:
+    """The names of a base without the words of wrappers, and each such name's own form; None where there are none.
+
+    A state dict that was saved inside FSDP or torch.compile has them, and one of PEFT's models `base_layer`.
+    """
+    off = WRAPPERS | {"base_layer"}
+    wrapped = [path for path in base.paths if any(word in path for word in off)]
+    words = {path: [word for word in path.split(".") if word not in off] for path in wrapped}
+    real = {".".join(left): path for path, left in words.items() if len(left) <= path.count(".")}
+    real = {name: path for name, path in real.items() if name and name not in base.paths}
+    if not real:
+        return None
+    taken = set(real.values())
+    paths = {path for path in base.paths if path not in taken} | real.keys()
+    return Names(paths, base.outer, base.anywhere), real
+
+
+Left = list[tuple[str, str]]
+"""(target, its name so far): what is still without a place."""
+
+
+def _by_renames(targets: Sequence[str], base: Names, renames: Sequence[Rename], resolution: Resolution) -> Left:
+    if not renames:
+        return [(target, target) for target in targets]
+    left, counts = list[tuple[str, str]](), dict[str, int]()
+    for target in targets:
+        name, rule = renamed_by(target, renames)
+        if rule is not None:
+            counts[rule.text] = counts.get(rule.text, 0) + 1
+        if name != target and base.has(name, target):
+            resolution.moves[target] = (Move(name),)
+        else:
+            left.append((target, name))
+    resolution.rules += [Rule("user", text, count) for text, count in counts.items()]
+    return left
+
+
+def _exact(left: Left, base: Names, resolution: Resolution) -> Left:
+    rest = []
+    for target, name in left:
+        if base.has(name, target):
+            resolution.moves[target] = (Move(name),)
+        else:
+            rest.append((target, name))
+    if len(rest) < len(left):
+        resolution.rules.append(Rule("exact", "", len(left) - len(rest)))
+    return rest
+
+
+def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
+    """Take wrappers' words off; what then has a place is placed, what has none goes on without them."""
+    if not left:
+        return left
+    known = {word for shape in _shapes(base) for word in shape.split(".")}
+    off = WRAPPERS | (PERHAPS - known)
+    rest, seen, placed = list[tuple[str, str]](), set[str](), 0
+    for target, name in left:
+        words = name.split(".")
+        if not off.isdisjoint(words):
+            seen |= off.intersection(words)
+            name = ".".join(word for word in words if word not in off)
+            if base.has(name, target):
+                resolution.moves[target] = (Move(name),)
+                placed += 1
+                continue
+        rest.append((target, name))
+    if seen:
+        resolution.rules.append(Rule("wrapper", " ".join(f"{word}." for word in sorted(seen)), placed))
+    return rest
+
+
+def _by_architecture(left: Left, base: Names, architecture: Architecture, resolution: Resolution) -> Left:
+    known = _Known(base, architecture)
+    rest, counts = list[tuple[str, str]](), dict[tuple[str, str], int]()
+    for target, name in left:
+        readings = known.readings(name)
+        if len(readings) > 1:
+            raise _ambiguous(target, [moves[0].path for moves in readings])
+        if not readings:
+            rest.append((target, name))
+            continue
+        moves, used = next(iter(readings.items()))
+        resolution.moves[target] = moves
+        counts[used] = counts.get(used, 0) + 1
+    for (ours, theirs), count in counts.items():
+        text = f"{architecture.family}: {ours} -> {theirs}"
+        resolution.rules.append(Rule("architecture", text, count))
+    return rest
+
+
+class _Known:
+    """What a family's file says of a base: the names of each naming, moved by the base's own prefix."""
+
+    def __init__(self, base: Names, architecture: Architecture) -> None:
+        self.base, self.architecture = base, architecture
+        self.shapes = _shapes(base)
+        self.counts: dict[str, int] = {}
+        templates = {naming: list(architecture.templates(naming)) for naming in architecture.namings}
+        covered = {naming: sum(t in self.shapes for t in known) for naming, known in templates.items()}
+        # A base that has the names of one naming as they are needs no prefix; looking for one could only mislead.
+        plain = any(2 * count > len(templates[naming]) for naming, count in covered.items())
+        self.prefixes = {n: ("", "") if plain else self._prefix(known) for n, known in templates.items()}
+
+    def readings(self, name: str) -> dict[tuple[Move, ...], tuple[str, str]]:
+        """Every distinct way to place a name, with the namings that it goes from and to."""
+        found: dict[tuple[Move, ...], tuple[str, str]] = {}
+        for own in _variants(name):
+            for ours in dict.fromkeys((*self.architecture.namings, WEIGHT)):
+                weights = self.architecture.find(own, ours)
+                for theirs in self.architecture.namings if weights else ():
+                    moves = self._moves(weights, theirs)
+                    if moves is not None:
+                        found.setdefault(moves, (ours, theirs))
+            if found:
+                break
+        return found
+
+    def _prefix(self, templates: Sequence[str]) -> tuple[str, str]:
+        """What the base has taken off the names of a naming, or put before them: a model saved without its head."""
+        best, most = ("", ""), sum(template in self.shapes for template in templates)
+        trials = {(off, on) for template in templates for off, on in _ends(template, self.shapes) if "#" not in off}
+        for off, on in sorted(trials):
+            count = sum(_swap(template, off, on) in self.shapes for template in templates)
+            if count > most:
+                best, most = (off, on), count
+        return best
+
+    def _moves(self, weights: Sequence[Found], naming: str) -> tuple[Move, ...] | None:
+        moves = moves_to(
+            self.architecture, weights, naming, lambda place, numbers: self._path(place, numbers, naming),
+            lambda place, numbers: self._experts(place, numbers, naming),
+        )  # fmt: skip
+        return moves if moves and all(move.path in self.base.paths for move in moves) else None
+
+    def _path(self, place: Place, numbers: Mapping[str, str], naming: str) -> str:
+        return _swap(fill(place.name, numbers), *self.prefixes[naming])
+
+    def _experts(self, place: Place, numbers: Mapping[str, str], naming: str) -> int:
+        """How many experts the base has there."""
+        first = self._path(place, {**numbers, "{e}": "0"}, naming)
+        if first not in self.counts:
+            count = 0
+            while self._path(place, {**numbers, "{e}": str(count)}, naming) in self.base.paths:
+                count += 1
+            self.counts[first] = count
+        return self.counts[first]
+
+
+Found = tuple[str, Place, dict[str, str]]
+"""(key of a weight, its place in the naming that a name is in, numbers in the holes)."""
+
+
+def moves_to(
+    architecture: Architecture,
+    weights: Sequence[Found],
+    naming: str,
+    path: Callable[[Place, Mapping[str, str]], str],
+    experts: Callable[[Place, Mapping[str, str]], int],
+    orders: bool = True,
+) -> tuple[Move, ...] | None:
+    """Where the weights of one name go in another naming; None where it lacks one of them.
+
+    Args:
+        architecture: the family.
+        weights: what `Architecture.find` says of the name.
+        naming: the other naming.
+        path: a place's name with numbers in its holes.
+        experts: how many experts there are at a place that keeps them apart.
+        orders: say where rows stand in another order; False for a caller that sees to that itself.
+    """
+    moves: list[Move] = []
+    for weight, ours, numbers in weights:
+        theirs = architecture.place(weight, naming)
+        if theirs is None:
+            return None
+        take, into = part_of(ours), part_of(theirs)
+        before, after = (Place("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
+        turn = (before, after) if orders and before != after else None
+        if ours.stacked and not theirs.stacked:
+            moves += [
+                Move(path(theirs, {**numbers, "{e}": str(expert)}), take, into, expert=expert, turn=turn)
+                for expert in range(experts(theirs, numbers))
+            ]
+        else:
+            slot = int(numbers["{e}"]) if theirs.stacked and not ours.stacked else None
+            moves.append(Move(path(theirs, numbers), take, into, slot=slot, turn=turn))
+    return _joined(moves) if moves else None
+
+
+def translate(name: str, architecture: Architecture, naming: str, experts: int) -> tuple[Move, ...] | None:
+    """Where a name of any of a family's namings goes in one of them, with no base at hand; None where it has no place.
+
+    Rows keep their order: formats put rows into the order of their files themselves.
+
+    Args:
+        name: of a target.
+        architecture: the family.
+        naming: the naming to go to.
+        experts: how many experts a stack by this name has.
+
+    Raises:
+        TargetNotFound: two readings of the name lead to different places.
+    """
+    found: dict[tuple[Move, ...], None] = {}
+    for own in _variants(name):
+        for ours in dict.fromkeys((*architecture.namings, WEIGHT)):
+            moves = moves_to(
+                architecture, architecture.find(own, ours), naming, lambda place, numbers: fill(place.name, numbers),
+                lambda *_: experts, orders=False,
+            )  # fmt: skip
+            if moves:
+                found[moves] = None
+        if found:
+            break
+    if len(found) > 1:
+        raise _ambiguous(name, [moves[0].path for moves in found])
+    return next(iter(found), None)
+
+
+def part_of(place: Place) -> Part | None:
+    """The part of a tensor that a place is; None where it is the whole tensor."""
+    if place.qkv is not None:
+        return Part(QKV.index(place.qkv), len(QKV), heads=True)
+    if place.part is None or place.of is None:
+        return None
+    return Part(place.part, place.of, place.interleaved)
+
+
+def _joined(moves: list[Move]) -> tuple[Move, ...]:
+    """Parts that lie side by side in one tensor on both sides are not taken apart."""
+    first = moves[0]
+    same = all((m.path, m.take, m.expert, m.slot) == (first.path, m.into, first.expert, first.slot) for m in moves)
+    plain = all(move.turn is None for move in moves)
+    if same and plain and first.take is not None and len(moves) == first.take.of:
+        return (Move(first.path, expert=first.expert, slot=first.slot),)
+    return tuple(moves)
+
+
+def _variants(name: str) -> Iterator[str]:
+    """A name, and what it is under another head or under none: prefixes off, then `model.` on."""
+    yield name
+    words = name.split(".")
+    for cut in range(1, min(len(words), 4)):
+        if words[cut - 1].isdigit():
+            break
+        yield ".".join(words[cut:])
+    yield f"model.{name}"
+    # A language model inside a larger one. Any other word may be a vision tower's, whose layers have the same names.
+    yield from without_prefix(name)
+
+
+def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits) -> Left:
+    """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it."""
+    templates = _trials(left, base)
+    # The shortest prefix first: the longer the end that two names share, the more it proves. `decoder.layers` is
+    # `model.decoder.layers`, and not `model.encoder.layers`, although that would fit as well.
+    prefixes = sorted(
+        {off for trials in templates.values() for off, _ in trials}, key=lambda prefix: (prefix.count("."), prefix)
+    )
+    # A place that another target has already is no place for this one: an encoder's layers are not the decoder's.
+    taken = {move.path for moves in resolution.moves.values() for move in moves}
+    rest, found = left, True
+    while rest and found:
+        # What one rule places may leave a shorter prefix to the others: `model.` when `model.text.` is done.
+        found = False
+        for off in prefixes:
+            group = [(target, name) for target, name in rest if name.startswith(off)]
+            on = _exchanged(group, off, templates, base, taken, fits) if group else None
+            if on is not None:
+                rest = _placed(group, rest, off, on, base, taken, resolution)
+                found = True
+                break
+    if rest and partial:
+        tried = _tried(rest, "", templates, base, taken)
+        most = max(tried.values(), default=0)
+        best = [on for on, count in tried.items() if count == most and most]
+        if len(best) == 1:
+            rest = _placed(rest, rest, "", best[0], base, taken, resolution)
+    return rest
+
+
+def _exchanged(
+    group: Left,
+    off: str,
+    templates: Mapping[str, set[tuple[str, str]]],
+    base: Names,
+    taken: Collection[str],
+    fits: Fits,
+) -> str | None:
+    """The prefix to put in place of another, by which every target of a group has a place; None where there is none.
+
+    Raises:
+        TargetNotFound: there are several.
+    """
+    full = [on for on, count in _tried(group, off, templates, base, taken).items() if count == len(group)]
+    if len(full) > 1:
+        full = [on for on in full if all(fits(target, _swap(name, off, on)) for target, name in group)] or full
+    if len(full) > 1:
+        target, name = group[0]
+        raise _ambiguous(target, [_swap(name, off, on) for on in full])
+    return full[0] if full else None
+
+
+def _tried(
+    group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]], base: Names, taken: Collection[str]
+) -> dict[str, int]:
+    """Each prefix to try in place of another -> how many targets of a group have a place by it."""
+    ours = sorted({_template(name) for _, name in group})
+    tried = dict.fromkeys([on for template in ours for prefix, on in sorted(templates[template]) if prefix == off], 0)
+    for on in tried:
+        tried[on] = sum(_lands(target, name, off, on, base, taken) for target, name in group)
+    return tried
+
+
+def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[str], resolution: Resolution) -> Left:
+    """Place a group's targets by a change of prefixes; returns those of `rest` that are left."""
+    placed = 0
+    for target, name in group:
+        if _lands(target, name, off, on, base, taken):
+            resolution.moves[target] = (Move(_swap(name, off, on)),)
+            placed += 1
+    taken.update(resolution.moves[target][0].path for target, _ in group if target in resolution.moves)
+    resolution.prefixes.append((off, on))
+    resolution.rules.append(Rule("prefix", f"{off or '(none)'} -> {on or '(none)'}", placed))
+    return [(target, name) for target, name in rest if target not in resolution.moves]
+
+
+def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
+    """Template of a name -> the changes of prefixes to try; a number in a prefix must be the same in all names."""
+    names: dict[str, list[str]] = {}
+    for _, name in left:
+        names.setdefault(_template(name), []).append(name)
+    found: dict[str, set[tuple[str, str]]] = {}
+    for template, several in names.items():
+        found[template] = set()
+        for off, on in _ends(template, _shapes(base)):
+            words = off.count(".")
+            fronts = {".".join(name.split(".", words)[:words]) + "." for name in several} if "#" in off else {off}
+            if len(fronts) == 1:
+                found[template].add((fronts.pop(), on))
+    return found
+
+
+def _lands(target: str, name: str, off: str, on: str, base: Names, taken: Collection[str]) -> bool:
+    path = _swap(name, off, on)
+    return path not in taken and base.has(path, target)
+
+
+def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
+    """Changes of prefixes that make one template another: their longest common end stays.
+
+    A prefix that is exchanged has no layer's number in it, and the word before the first number stays: only what holds
+    a model's layers is renamed, not the layers.
+    """
+    words = template.split(".")
+    keep = max(words.index("#") - 1 if "#" in words else len(words) - 1, 0)
+    found = set()
+    for cut in range(len(words)):
+        end = shape_of(".".join(words[cut:]))
+        for shape in _ending(shapes).get(end, ()):
+            on = "".join(f"{word}." for word in shape.split(".")[: shape.count(".") + 1 - (len(words) - cut)])
+            off = "".join(f"{word}." for word in words[:cut])
+            # A part of a model, such as one layer of it, has no word before its own names: there all of it may go.
+            whole = cut <= keep or not on
+            if whole and "#" not in on and (not on or not off or _exchange(off, on)):
+                found.add((off, on))
+    return found
+
+
+@lru_cache(maxsize=1 << 10)
+def _exchange(off: str, on: str) -> bool:
+    """Whether one prefix may stand for another: they end in other words, and do not name two different things.
+
+    `roberta.` is not `bert.` under another name, a vision tower is no language model, and an encoder no decoder.
+    """
+    ours, theirs = ({word for word in prefix.split(".") if is_family(word)} for prefix in (off, on))
+    if (ours and theirs and ours.isdisjoint(theirs)) or on.split(".")[-2] == off.split(".")[-2]:
+        return False
+    ours, theirs = ({word for word in re.split(r"[._]", prefix) if word in _KIND} for prefix in (off, on))
+    kinds = [
+        ({_KIND[word][1] for word in words if _KIND[word][0] == kind}) for kind in _KINDS for words in (ours, theirs)
+    ]
+    return not any(one and other and one.isdisjoint(other) for one, other in zip(kinds[::2], kinds[1::2], strict=True))
+
+
+_KINDS: dict[str, dict[str, str]] = {
+    "modality": {
+        "vision": "vision visual image img pixel",
+        "text": "language text llm lang",
+        "audio": "audio speech sound",
+    },
+    "half": {"encoder": "encoder", "decoder": "decoder"},
+    "role": {"thinker": "thinker", "talker": "talker"},
+}
+"""Parts of models that share shapes, and the words by which prefixes name them."""
+
+_KIND = {
+    word: (kind, part) for kind, parts in _KINDS.items() for part, words in parts.items() for word in words.split()
+}
+
+
+_ENDINGS: dict[int, tuple[Mapping[str, str], dict[str, list[str]]]] = {}
+
+
+def _ending(shapes: Mapping[str, str]) -> dict[str, list[str]]:
+    """End of a template -> the templates that have it; made once for each set of names."""
+    known = _ENDINGS.get(id(shapes))
+    if known is None or known[0] is not shapes:
+        ends: dict[str, list[str]] = {}
+        for shape in shapes:
+            words = shape.split(".")
+            for cut in range(len(words)):
+                ends.setdefault(shape_of(".".join(words[cut:])), []).append(shape)
+        _ENDINGS.clear()
+        known = _ENDINGS[id(shapes)] = (shapes, ends)
+    return known[1]
+
+
+def _shapes(base: Names) -> dict[str, str]:
+    """Template -> one name that has it."""
+    if not base.shapes:
+        for path in (*base.paths, *base.outer):
+            base.shapes.setdefault(_template(path), path)
+    return base.shapes
+
+
+def _template(name: str) -> str:
+    """A name with `#` for its numbers, but for a first word that is a number: that one names a part of a pipeline."""
+    head, dot, rest = name.partition(".")
+    return f"{head}.{shape_of(rest)}" if dot and head.isdigit() else shape_of(name)
+
+
+def _swap(name: str, off: str, on: str) -> str:
+    return on + name[len(off) :] if name.startswith(off) else name
+
+
+def _ambiguous(target: str, readings: Sequence[str]) -> TargetNotFound:
+    shown = " or ".join(sorted(readings)[:4])
+    return TargetNotFound(
+        f"two readings fit: it could be {shown}", where=target,
+        cure=f"Say which with --rename '{target}={sorted(readings)[0]}' (rename=), or by a shorter prefix of both",
+    )  # fmt: skip
