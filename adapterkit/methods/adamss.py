@@ -28,6 +28,7 @@ class AdaMSS(LowRank):
     """W' = W + B @ A @ basis and b' = b + B @ A @ basis_bias, group by group."""
 
     linear_only = True
+    since: ClassVar[tuple[str, ...]] = ("1.1",)
     paper = "https://openreview.net/forum?id=8ZdWmpYxT0"
     frozen: ClassVar[frozenset[str]] = frozenset({"basis", "basis_bias", "group", "ranks"})
 
