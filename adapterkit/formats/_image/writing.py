@@ -16,7 +16,7 @@ from ...tensors.lazy import Lazy, as_lazy
 from .biases import mixed_biases
 from .deciding import FAMILY, candidates, denoiser_targets, origin_of
 from .encode import encode, why_not
-from .file import rules_for
+from .file import rules_at, rules_for
 from .folding import rewritten
 from .hints import Hints, fingerprint, hints_of
 from .leftovers import still
@@ -55,7 +55,8 @@ def encoded(
     tensors: dict[str, Lazy] = {}
     for target, found in updates.items():
         for position, update in enumerate(found):
-            for stored in encode(update, rules, kernel_of(target, base)):
+            there = rules_at(rules, stems[target, position])
+            for stored in encode(update, there, kernel_of(target, base)):
                 for key, leaf in _stored(
                     dialect, rules, stems[target, position], stored, update, hints, kept, said
                 ).items():
