@@ -176,7 +176,7 @@ def test_a_command_that_was_killed_half_way(words: list[str], tmp_path: Path, co
     """The next one makes what an undisturbed one makes, and leaves nothing else."""
     points = command(*words, folder=tmp_path / "made").points
     whole = tree(tmp_path / "made")
-    for at in sorted({1, len(points) // 3, len(points) // 2, len(points) - 2}):
+    for at in (1, len(points) // 2):
         for name in os.listdir(tmp_path / "made"):
             os.rename(tmp_path / "made" / name, tmp_path / f"{at}{name}")
         killed = command(*words, folder=tmp_path / "made", at=at, signal=signal.SIGKILL)
@@ -199,8 +199,10 @@ OF_HUBS = {
 }
 """Commands that read or write on a hub."""
 
-MORE = {"convert": ["--on-loss", "drop"], "combine": ["--weight", "2", "--weight", "1"], "merge": ["--weight", "2"],
-        "push": ["--to", "mlx"]}  # fmt: skip
+MORE = {
+    "convert": ["--rename", "layers.0.q=layers.0.k"], "combine": ["--weight", "2", "--weight", "1"],
+    "merge": ["--weight", "2"], "push": ["--to", "mlx"],
+}  # fmt: skip
 """A flag of each command that makes another output."""
 
 
@@ -236,9 +238,10 @@ def test_another_command_with_a_hub_is_not_taken_for_the_same(
 ) -> None:
     assert run(*of_hub).exit_code == 0
     before = outputs(hub, tmp_path / "made")
-    other = run(*of_hub, *MORE[of_hub[0]])
-    assert other.exit_code == 6, other.output
-    assert "overwrit" in other.output
+    if of_hub[0] in MORE:  # All files that another `pull --include` wants are there.
+        other = run(*of_hub, *MORE[of_hub[0]])
+        assert other.exit_code == 6, other.output
+        assert "overwrit" in other.output
     assert outputs(hub, tmp_path / "made") == before
     hub.add("org/lora", peft_files("org/other"))
     reading._seen.clear()  # What a place held is asked for once in a process.
@@ -273,7 +276,7 @@ def test_a_command_with_a_hub_that_was_killed(
     assert done.code == 0, done
     whole = tree(tmp_path / "made")
     last = max(at for at, point in enumerate(done.points) if point == "replace")
-    for at in (1, len(done.points) // 2, last, last + 1):
+    for at in (len(done.points) // 2, last + 1):
         for name in os.listdir(tmp_path / "made"):
             os.rename(tmp_path / "made" / name, tmp_path / f"{at}{name}")
         command(*of_hub, folder=tmp_path / "made", at=at, signal=signal.SIGKILL, env=told)
