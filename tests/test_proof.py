@@ -293,6 +293,8 @@ def test_what_is_left_out_is_found_whatever_it_is_called_in_the_file(tmp_path):
     gone = Target(f"{place}.norm_q"), (Replacement(weight=from_numpy(np.ones(8, "f4"))),)
     adapter = Adapter({**{Target(f"{place}.to_{x}"): (there,) for x in "qkv"}, gone[0]: gone[1]})
     adapter = Adapter({**adapter.updates, Target("transformer.single_transformer_blocks.0.proj_out"): (lora(8, 40),)})
+    flux = ("transformer.time_text_embed.guidance_embedder.linear_1", "transformer.x_embedder")
+    adapter = Adapter({**adapter.updates, **{Target(path): (there,) for path in flux}})
     (line,) = ak.write(adapter, tmp_path / "a.safetensors", "kohya", on_loss="drop")
     assert line.startswith("left out ")
 

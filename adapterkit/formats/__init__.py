@@ -10,7 +10,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..binding.bases import check_base
 from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest, public, storage_error
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
@@ -105,6 +104,8 @@ def read(
             adapter = _as_member(adapter, member)
         adapter.validate()
         if strict_base:
+            from ..binding.bases import check_base  # Detection needs no binding.
+
             check_base([(str(path), adapter)], checkpoint, strict=True)
         if compat is not None and adapter.recipe and adapter.recipe[-1].op == "read":
             last = adapter.recipe[-1]

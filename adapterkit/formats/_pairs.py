@@ -127,7 +127,9 @@ def expressible(
 
 
 def _kinds(update: Pair) -> set[str]:
-    return {dtype_of(leaf).name for leaf in update.tensors.values()}
+    """The element types of the factors; token numbers are no factor."""
+    fields = update.tensor_fields()
+    return {dtype_of(leaf).name for n, leaf in update.tensors.items() if not fields[n].metadata["integer"]}
 
 
 def unfit(target: Target, update: Pair, *, stacked: bool = False, bias: bool = False) -> str:
