@@ -137,7 +137,11 @@ def _expressible(
     losses += list(_losses(dialect, rules, updates, hints))
     items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
     if items and on_loss != "drop":
-        cure = "Drop them with on_loss='drop', or write adapterkit's own format" if named else _keeping(origin)
+        cure = (
+            "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
+            if named
+            else _keeping(origin)
+        )
         why = f"{dialect.name()} has no words for these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}
