@@ -170,3 +170,33 @@ def test_a_family_that_nothing_names_takes_one_file_and_no_code(tmp_path, monkey
         "z.0.x.1.u.weight": [6, 7, 8], "z.0.x.1.g.weight": [9, 10, 11],
     }  # fmt: skip
     assert [str(rule) for rule in bound.rules] == ["architecture zebra: live -> hub"]
+
+
+def test_every_weight_of_a_tools_naming_is_one_of_its_families():
+    found = architectures.namings()
+    assert {naming.naming for naming in found} == {"litgpt", "megatron", "tensorrt_llm", "torchtune"}
+    for naming in found:
+        families = [architecture_of({"model_type": model_type}) for model_type in naming.model_types]
+        assert all(naming.naming in family.namings for family in families)
+        assert set(naming.weights) <= {key for family in families for key in family.record.weights}
+        assert naming.sources
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("format = 1->format = 2", "format 2"), ("naming = ->name = ", "naming"),
+        ('"query", groups->"queries", groups', "qkv 'queries'"), ('qkv = "query", groups->groups', "groups and no qkv"),
+        ('qkv = "query", groups = true->part = 0, of = 3', "divided in different ways"),
+        ('"query", groups->"key", groups', "are both"),
+    ],
+)  # fmt: skip
+def test_a_damaged_naming_is_refused(change, why, tmp_path):
+    (tmp_path / "namings").mkdir()
+    text = (folder() / "namings" / "megatron.toml").read_text()
+    (tmp_path / "llama.toml").write_text((folder() / "llama.toml").read_text())
+    old, new = change.split("->")
+    assert old in text
+    (tmp_path / "namings" / "megatron.toml").write_text(text.replace(old, new))
+    with pytest.raises(Malformed, match=why):
+        load(tmp_path / "llama.toml")

@@ -74,6 +74,8 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         component: the part: `unet` or `transformer`.
         title: the family's name in messages; its file's name where there is none.
         classes: values of `_class_name` in the config of a diffusers model.
+        words: what metadata of files call the family, letters and digits alone: `flux1`.
+        sd_scripts: sd-scripts trains it, so that only such families have its OFT.
         kohya: the naming that sd-scripts and tools like it flatten into their keys.
         distinctive: no language model has such names, so that they tell the part without a prefix.
         generic: the names have any numbers of blocks; the family is meant only where no other has all names.
@@ -85,6 +87,8 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     component: str = "transformer"
     title: str = ""
     classes: list[str] = []
+    words: list[str] = []
+    sd_scripts: bool = False
     kohya: str = "native"
     distinctive: bool = False
     generic: bool = False
@@ -260,16 +264,29 @@ def with_naming(naming: str) -> Iterator[Architecture]:
     return (_loaded(file) for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
 
 
-@cache
-def of_pipelines() -> tuple[Architecture, ...]:
-    """The families that are parts of pipelines of diffusers, generic ones last.
+class Head(msgspec.Struct, frozen=True):
+    """What stands before the weights in the file of a part of a pipeline."""
+
+    family: str
+    pipeline: Pipeline
+
+
+def of_pipelines() -> Iterator[tuple[Head, str]]:
+    """The families that are parts of pipelines of diffusers: the head and the whole text of each file.
+
+    There are some thirty of these files, and to parse all takes longer than to read an adapter. The weights are parsed
+    when they are asked for, by `named`.
 
     Raises:
         Malformed: a file is damaged.
     """
-    files = (file for file in sorted(folder().glob("*.toml")) if b"\n[pipeline]" in file.read_bytes())
-    found = [_loaded(file) for file in files]
-    return tuple(sorted(found, key=lambda each: each.record.pipeline is not None and each.record.pipeline.generic))
+    for file in sorted(folder().glob("*.toml")):
+        text = file.read_bytes()
+        if b"\n[pipeline]\n" in text:
+            try:
+                yield msgspec.toml.decode(text.partition(b"\n[weights]\n")[0], type=Head), text.decode()
+            except (ValueError, msgspec.MsgspecError) as error:
+                raise Malformed(f"not an architecture file ({error})", path=file, cure="Correct the file") from error
 
 
 @cache
