@@ -232,6 +232,8 @@ class Station:
             return False
         if self.module.training and any(part.dropout for part in parts):
             return True
+        if isinstance(self.layer, Quantized):
+            return True
         laws = any(update.kind == "weight" for part in parts for update in part.updates)
         return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
 
@@ -458,8 +460,8 @@ def _chain(layer: Any, updates: Sequence[Update]) -> Any:
 
 def _live(update: Update, layer: Layer) -> Update:
     """The update in the dtype and on the device of the layer."""
-    held: Any = layer.module.weight
-    return moved(update, held.device, layer.dtype if isinstance(layer, Quantized) else layer.weight.dtype)
+    like = layer.sample
+    return moved(update, like.device, like.dtype)
 
 
 def _is_half(module: nn.Module) -> bool:
