@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..adapter import Target, Updates
 from ..methods.oft import OFT
-from ..naming.image import KOHYA, component_of, is_not_xl, is_xl, rooted
+from ..naming.image import KOHYA, component_of, families, is_not_xl, is_xl, rooted
 from ._format import FORMULA, Departure
 from ._image import container, turned
 from ._image.arguments import OPTIONS
@@ -88,6 +88,9 @@ class Kohya(ImageFormat):
         paths = [rooted(target.path)[1] for target in inside]
         # A base's names are walked when such a file is read, whatever they are.
         origin = replace(origin, naming=KOHYA) if origin.inside else origin
+        if not origin.families and any(isinstance(update, OFT) for each in others.values() for update in each):
+            trained = tuple(family.name for family in families() if family.facts.sd_scripts)
+            origin = replace(origin, families=trained)
         moved, losses = in_naming(others, KOHYA, kept, origin, fold=fold)
         told = is_xl(paths) or is_not_xl(paths)
         unets, more = in_naming(inside, KOHYA, kept, origin, fold=fold) if told else (inside, [])

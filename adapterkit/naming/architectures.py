@@ -29,6 +29,10 @@ FORMAT = 1
 """Version of the file format that this code reads."""
 
 
+QKV = ("query", "key", "value")
+"""The weights in a fused projection, in the order of their rows."""
+
+
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where one naming keeps a weight.
 
@@ -39,6 +43,8 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         parts: how many of these runs the weight is.
         of: how many equal runs of rows the tensor has.
         interleaved: the weight has every `of`-th row of the tensor, from row `part` on, and no run of rows.
+        qkv: the weight is `query`, `key` or `value` of a tensor that holds all queries, then all keys, then all values;
+            how many rows each has follows from the base's heads.
         flat: the tensor has one axis, the inputs: the weight has one row.
         transposed: the tensor is stored with inputs before outputs.
         rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`
@@ -52,6 +58,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     parts: int = 1
     of: int | None = None
     interleaved: bool = False
+    qkv: str | None = None
     flat: bool = False
     transposed: bool = False
     rows: str | None = None
@@ -65,6 +72,8 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         component: the part: `unet` or `transformer`.
         title: the family's name in messages; its file's name where there is none.
         classes: values of `_class_name` in the config of a diffusers model.
+        words: what metadata of files call the family, letters and digits alone: `flux1`.
+        sd_scripts: sd-scripts trains it, so that only such families have its OFT.
         kohya: the naming that sd-scripts and tools like it flatten into their keys.
         distinctive: no language model has such names, so that they tell the part without a prefix.
         generic: the names have any numbers of blocks; the family is meant only where no other has all names.
@@ -76,6 +85,8 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     component: str = "transformer"
     title: str = ""
     classes: list[str] = []
+    words: list[str] = []
+    sd_scripts: bool = False
     kohya: str = "native"
     distinctive: bool = False
     generic: bool = False
@@ -237,16 +248,29 @@ def with_naming(naming: str) -> Iterator[Architecture]:
     return (_loaded(file) for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
 
 
-@cache
-def of_pipelines() -> tuple[Architecture, ...]:
-    """The families that are parts of pipelines of diffusers, generic ones last.
+class Head(msgspec.Struct, frozen=True):
+    """What stands before the weights in the file of a part of a pipeline."""
+
+    family: str
+    pipeline: Pipeline
+
+
+def of_pipelines() -> Iterator[tuple[Head, str]]:
+    """The families that are parts of pipelines of diffusers: the head and the whole text of each file.
+
+    There are some thirty of these files, and to parse all takes longer than to read an adapter. The weights are parsed
+    when they are asked for, by `named`.
 
     Raises:
         Malformed: a file is damaged.
     """
-    files = (file for file in sorted(folder().glob("*.toml")) if b"\n[pipeline]" in file.read_bytes())
-    found = [_loaded(file) for file in files]
-    return tuple(sorted(found, key=lambda each: each.record.pipeline is not None and each.record.pipeline.generic))
+    for file in sorted(folder().glob("*.toml")):
+        text = file.read_bytes()
+        if b"\n[pipeline]\n" in text:
+            try:
+                yield msgspec.toml.decode(text.partition(b"\n[weights]\n")[0], type=Head), text.decode()
+            except (ValueError, msgspec.MsgspecError) as error:
+                raise Malformed(f"not an architecture file ({error})", path=file, cure="Correct the file") from error
 
 
 @cache
@@ -294,17 +318,19 @@ def faults(record: Record) -> Iterator[str]:
         yield f"format {record.format}, and this version reads format {FORMAT}"
     architecture = Architecture(record)
     for naming in architecture.namings:
-        taken: dict[tuple[str, int | None], str] = {}
-        divisions: dict[str, set[int | None]] = {}
+        taken: dict[tuple[str, int | str | None], str] = {}
+        divisions: dict[str, set[int | str | None]] = {}
         for weight in record.weights:
             place = architecture.place(weight, naming)
             if place is None:
                 continue
             yield from _place_faults(weight, naming, place)
-            runs = [None] if place.part is None else range(place.part, place.part + place.parts)
+            runs: Iterable[int | str | None] = [place.qkv]
+            if place.part is not None:
+                runs = range(place.part, place.part + place.parts)
             others = {taken.setdefault((place.name, run), weight) for run in runs} - {weight}
             yield from (f"{naming}: {weight} and {other} are both {place.name}" for other in sorted(others))
-            divisions.setdefault(place.name, set()).add(place.of)
+            divisions.setdefault(place.name, set()).add("qkv" if place.qkv else place.of)
         yield from (f"{naming}: {name} is divided in different ways" for name, of in divisions.items() if len(of) > 1)
     ratios = () if record.pipeline is None else record.pipeline.ratios
     for name in (*record.vocabulary, *record.tied, *record.tied.values(), *ratios):
@@ -325,6 +351,8 @@ def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
         yield f"{naming}: {place.name} has part {first} of {of}"
     if place.rows not in (None, "rope", "qkv") or (place.rows == "rope") != (place.heads in ("query", "kv")):
         yield f"{naming}: {place.name} has rows {place.rows!r} of heads {place.heads!r}"
+    if place.qkv not in (None, *QKV) or (place.qkv is not None and place.of is not None):
+        yield f"{naming}: {place.name} has qkv {place.qkv!r} and of {place.of!r}"
     if place.interleaved and place.of is None:
         yield f"{naming}: {place.name} is interleaved and has no part"
 
