@@ -49,6 +49,8 @@ def moved(
             if move.plain:
                 placed.append((target, replace(target, path=move.path), given))
                 continue
+            if _of_another_part(target, move):
+                continue
             there, part = _taken(target, given, move)
             if move.slot is None:
                 placed.append((target, *_into(there, part, move, shapes)))
@@ -65,11 +67,6 @@ def moved(
 
 def _taken(target: Target, updates: tuple[Update, ...], move: Move) -> tuple[Target, tuple[Update, ...]]:
     """The part of a target that one move takes, with the layout that is left of the target's."""
-    if target.rows is not None:
-        raise Unsupported(
-            "updates of some rows of a weight that the base stores in parts", where=str(target),
-            cure="Target the parts by their own names",
-        )  # fmt: skip
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
         count = updates[0].dims(stack).get("e") if stack else 0
@@ -78,9 +75,27 @@ def _taken(target: Target, updates: tuple[Update, ...], move: Move) -> tuple[Tar
             raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
         updates = tuple(update.map(lambda leaf: _slice(leaf, move.expert or 0)) for update in updates)
         layout, stack = _LAYOUT_OF_ONE[layout], False
-    if move.take is not None:
+    if move.take is not None and target.rows is None:
         updates = tuple(_rows(update, move.take, stack, target) for update in updates)
-    return replace(target, path=move.path, layout=layout), updates
+    return replace(target, path=move.path, layout=layout, rows=None), updates
+
+
+def _of_another_part(target: Target, move: Move) -> bool:
+    """Whether a target that is a run of rows, one part of a fused weight, is another part than a move takes.
+
+    Raises:
+        Unsupported: the rows are no part of the weight.
+    """
+    if target.rows is None:
+        return False
+    start, stop = target.rows
+    size, part = stop - start, move.take
+    if part is None or part.interleaved or start % size or start // size >= part.of:
+        raise Unsupported(
+            "updates of some rows of a weight that are none of the parts in which it is stored elsewhere",
+            where=str(target), cure="Target the parts by their own names",
+        )  # fmt: skip
+    return start // size != part.number
 
 
 def _slice(leaf: Any, index: int) -> Any:
@@ -89,7 +104,11 @@ def _slice(leaf: Any, index: int) -> Any:
 
 def _rows(update: Update, part: Part, stack: bool, target: Target) -> Update:
     """One of several equal parts of an update's outputs."""
-    start, stop, step = _steps(_outputs(update, stack, target), part, target)
+    return cut_rows(update, *_steps(_outputs(update, stack, target), part, target), stack)
+
+
+def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> Update:
+    """An update of some of the rows; `update.cuts("out")` says whether its formula allows it."""
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
@@ -124,8 +143,8 @@ def _steps(size: int, part: Part, target: Target) -> tuple[int, int, int]:
     if size % part.of:
         raise ShapeMismatch(f"{size} outputs are not {part.of} equal parts", where=str(target), cure=_WRONG_BASE)
     if part.interleaved:
-        return part.index, size, part.of
-    return part.index * size // part.of, (part.index + 1) * size // part.of, 1
+        return part.number, size, part.of
+    return part.number * size // part.of, (part.number + 1) * size // part.of, 1
 
 
 def _into(there: Target, updates: tuple[Update, ...], move: Move, shapes: Shapes) -> tuple[Target, tuple[Update, ...]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported, UsageError, shown
 from .architectures import Architecture, Place, gguf_architectures, of_gguf
-from .heads import Heads, by_group, heads_of, rope_pairs, undone
+from .heads import Heads, by_group, rope_pairs, undone
 
 if TYPE_CHECKING:
     from .heads import Rows

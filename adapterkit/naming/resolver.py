@@ -30,12 +30,12 @@ class Part(NamedTuple):
     """Which rows of a fused weight belong to one of its parts.
 
     Attributes:
-        index: number of the part, from 0.
+        number: of the part, from 0.
         of: how many equal parts there are.
-        interleaved: the part has every `of`-th row from row `index` on; else it is one run of rows.
+        interleaved: the part has every `of`-th row from row `number` on; else it is one run of rows.
     """
 
-    index: int
+    number: int
     of: int
     interleaved: bool = False
 

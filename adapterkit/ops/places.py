@@ -10,7 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, Target
-from ..binding.by_expert import by_expert
+from ..binding.by_expert import by_expert, by_rows
 from ..errors import ShapeMismatch, UsageError, nearest
 from ..tensors.checkpoint import opened
 from ..updates import Additive
@@ -113,6 +113,8 @@ def places(
     read = _in_one_naming([_opened(adapter, base) for adapter in adapters])
     if base is None and len(read) > 1:
         read = by_expert(read)
+    if len(read) > 1:
+        read = by_rows(read)
     if lower is not None:
         read = [additive(adapter, base, lower) for adapter in read]
     if not disjoint:
