@@ -112,6 +112,16 @@ def test_an_adapter_in_stored_names_finds_its_place_in_a_live_model(model_type):
         ('"b.{n}" = {}->"b.{n}" = { hub = "a.{n}" }', "are both"),
         ('"b.{n}" = {}->"b.{n}" = { hub = "b" }', "holes"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", part = 2, of = 2 } }', "part 2 of 2"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", part = 1, parts = 2, of = 2 } }', "part 1 of 2"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", parts = 2 } }', "both part and of"),
+        (
+            (
+                '"a.{n}" = {}\n"b.{n}" = {}->"a.{n}" = { hub = { name = "c.{n}", part = 0, parts = 2, of = 3 } }\n'
+                '"b.{n}" = { hub = { name = "c.{n}", part = 1, of = 3 } }'
+            ),
+            "are both c.{n}",
+        ),
+        ("[weights]->[pipeline]\nratios = { c = 4 }\n\n[weights]", "c is not one of the weights"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", stacked = true } }', "experts"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", rows = "rope" } }', "rows 'rope' of heads None"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", rows = "z", heads = "kv" } }', "rows 'z' of heads 'kv'"),

@@ -29,6 +29,7 @@ LAYERS = [
     {"torch", "demo"},
     {"onnx"},
     {"hub"},
+    {"api"},
     {"cli"},
     {"__main__"},
 ]

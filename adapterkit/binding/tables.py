@@ -19,7 +19,7 @@ def name_map(
     base: Checkpoint | str | PathLike[str],
     adapter: Adapter | None = None,
     *,
-    rename: Sequence[str] = (),
+    rename: str | Sequence[str] = (),
     partial: bool = False,
 ) -> dict[str, Any]:
     """Say where an adapter's targets lie in a base, and by which rules.
@@ -27,7 +27,7 @@ def name_map(
     Args:
         base: an open checkpoint or the path of one.
         adapter: the adapter; without one, the base's own names are listed with what other tools call them.
-        rename: rules for names, each `FROM=TO`.
+        rename: rules for names, each `FROM=TO` or `@FILE`.
         partial: list targets that have no place instead of refusing.
 
     Returns:
@@ -48,7 +48,7 @@ def name_map(
         return record | {"weights": _weights(base)}
     from . import bind
 
-    bound = bind(adapter, base, partial=partial, aliases=aliases(base.tensors, base.config), rename=rename)
+    bound = bind(adapter, base, partial=partial, aliases=aliases(base), rename=rename)
     targets = [
         {
             "target": str(origin), "path": site.target.path, "rows": site.target.rows, "layout": site.target.layout,

@@ -26,7 +26,9 @@ from ._render import Table, View, show
 @click.option("--disjoint", is_flag=True, help="Adapters that share no target are meant to.")
 @_writing.dtype
 @_options.base
+@_options.strict_base_of_read
 @click.option("--compat", metavar="NAME", help="Methods, names and choices of another tool: mergekit or peft.")
+@_options.rename
 @_options.stating
 @_writing.writing
 @_options.flags
@@ -35,13 +37,14 @@ def command(
     settings: _options.Settings, adapters: tuple[str, ...], method: str | None, parameters: tuple[str, ...],
     weights: tuple[float, ...], recipe: str | None, rank: int | None, seed: int | None, disjoint: bool,
     dtype: str | None, base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str,
-    overwrite: bool,
+    overwrite: bool, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.combine`."""
     from .. import detect, ops
 
     given = {
         "rank": rank, "seed": seed, "disjoint": disjoint or None, "dtype": dtype, "base": base, "compat": compat,
+        "rename": rename or None,
     }  # fmt: skip
     sources, options = combination(adapters, method, weights, parameters, given, recipe)
     target_format = target_format or _format_of(sources, detect)
@@ -51,8 +54,10 @@ def command(
     )  # fmt: skip
     if destination.is_done(settings):
         return
-    made = ops.combine(_options.in_reading(sources, None, options.get("base")), **options)
+    read = _options.in_reading(sources, None, options.get("base"))
+    made = ops.combine(read, **options)
     record = destination.write(made, on_loss)
+    record["warnings"] = _options.base_warnings(sources, read, options.get("base"))
     show(settings, record | said(made), _view)
 
 

@@ -25,22 +25,27 @@ COLUMNS = {
 @click.argument("a")
 @click.argument("b")
 @_options.base
+@_options.strict_base_of_read
 @_options.compat
 @click.option(
     "--tolerance", type=float, default=1e-6, show_default=True, metavar="E",
     help="Relative error up to which changes are the same.",
 )  # fmt: skip
 @click.option("--signs/--no-signs", default=True, help="Compare single elements, which takes longer; on if absent.")
+@_options.rename
 @_options.flags
 @click.pass_context
 def command(
-    ctx: click.Context, a: str, b: str, base: str | None, tolerance: float, signs: bool, compat: str | None
-) -> None:
+    ctx: click.Context, a: str, b: str, base: str | None, tolerance: float, signs: bool, compat: str | None,
+    rename: tuple[str, ...],
+) -> None:  # fmt: skip
     """Runs `adapterkit.ops.compare`."""
     from .. import ops
 
-    found = ops.compare(*_options.in_reading((a, b), compat, base), base=base, tolerance=tolerance, signs=signs)
-    show(ctx.obj, {"a": a, "b": b, **found.record()}, _view)
+    read = _options.in_reading((a, b), compat, base)
+    found = ops.compare(*read, base=base, tolerance=tolerance, signs=signs, rename=rename)
+    warnings = _options.base_warnings((a, b), read, base)
+    show(ctx.obj, {"a": a, "b": b, **found.record(), "warnings": warnings}, _view)
     if found.equal is not True:
         ctx.exit(1 if found.equal is False else 3)
 
@@ -55,3 +60,4 @@ def _view(record: Mapping[str, Any]) -> View:
     if record["relative_error"] is not None:
         cosine = "" if record["cosine"] is None else f", cosine {record['cosine']:.4g}"
         yield f"relative error of all together: {record['relative_error']:.4g}{cosine}"
+    yield from (f"warning: {warning}" for warning in record["warnings"])

@@ -23,20 +23,19 @@ from ._render import Table, View, counted, show
 @_options.rename
 @_options.allow_partial
 @_options.stating
+@_options.strict_base_of_read
 @_options.flags
 @click.pass_obj
 def command(
     settings: _options.Settings, base: str, adapter: str | None, rename: tuple[str, ...], allow_partial: bool
 ) -> None:
-    """Runs `adapterkit.binding.tables.name_map`."""
-    from .. import read
-    from ..binding.tables import name_map
-    from ..tensors.checkpoint import opened
+    """Runs `adapterkit.names`."""
+    from ..api import names
 
-    checkpoint = opened(base)
-    given = None if adapter is None else read(adapter, base=checkpoint, **_options.stated())
-    record = name_map(checkpoint, given, rename=rename, partial=allow_partial)
-    show(settings, {**record, "adapter": adapter}, _view)
+    given = None if adapter is None else _options.in_reading((adapter,), None, base)[0]
+    record = names(base, given, rename=rename, allow_partial=allow_partial)
+    warnings = [] if given is None else _options.base_warnings([adapter], [given], base)
+    show(settings, {**record, "adapter": adapter, "warnings": warnings}, _view)
 
 
 def _view(record: Mapping[str, Any]) -> View:
@@ -61,6 +60,7 @@ def _view(record: Mapping[str, Any]) -> View:
         yield f"{rule['rule']}: {counted(rule['targets'], 'target')}"
     if record["missing"]:
         yield f"not in the base: {', '.join(record['missing'])}"
+    yield from (f"warning: {warning}" for warning in record["warnings"])
 
 
 def _other(weight: Mapping[str, Any], naming: str) -> str:

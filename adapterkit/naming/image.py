@@ -1,132 +1,147 @@
-"""Image models: their families in two namings each, and what the parts of a pipeline are called.
+"""Families of image and video models: their names in several namings, and what the parts of a pipeline are called.
 
-`native` is what a model's authors call its modules (LDM, BFL, Stability), and what ComfyUI and most of kohya's scripts
-go by; `diffusers` what diffusers does.
+The names are data, `spec/architectures/*.toml`. `diffusers` is the naming of diffusers; `native` is that of the model's
+authors as ComfyUI loads it (LDM, BFL, Stability); a file may have others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from typing import Any
+import re
+from collections.abc import Collection, Iterable
+from functools import cache, cached_property, lru_cache
 
-from .patterns import Names, fill, names_of, numbers
-from .pieces import Piece, Table
+from . import architectures
+from .architectures import Architecture, Head, Place, fill
+from .patterns import Names, names_of
+from .pieces import Piece, Run, merged
 
-NAMINGS = ("native", "diffusers")
+_WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
+
+KOHYA = "kohya"
+"""Stands for the naming that sd-scripts flattens into its keys; which one that is, the family's file says."""
 
 
-@dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture.
+    """One family that is a part of a pipeline of diffusers.
 
-    Attributes:
-        name: what it is called.
-        component: the part of a pipeline that it is, in diffusers' words.
-        pieces: pattern of the native naming -> its pieces in diffusers'; several may lead to one module there.
-        native: the names of the native naming.
-        diffusers: the names of diffusers'.
-        ratios: native pattern -> outputs by input, where families share a name for weights of other shapes.
-        widths: how wide its blocks are, where families share names.
-        blocks: first word of a name -> how many blocks there are at most.
-        generic: its names are any numbers of blocks, so that it is meant where no other family has all names.
+    Args:
+        head: the facts in its file.
+        text: the file.
     """
 
-    name: str
-    component: str
-    pieces: tuple[tuple[str, tuple[Piece, ...]], ...]
-    native: Names
-    diffusers: Names
-    ratios: Mapping[str, float] = field(default_factory=dict)
-    widths: frozenset[int] = frozenset()
-    blocks: Mapping[str, int] = field(default_factory=dict)
-    generic: bool = False
+    def __init__(self, head: Head, text: str) -> None:
+        self.name = head.family
+        self.facts = head.pipeline
+        self.component = self.facts.component
+        self.title = self.facts.title or self.name
+        self._text = text
+        self._names: dict[str, Names] = {}
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return architectures.named(self.name)
 
     def __contains__(self, path: object) -> bool:
-        """Whether a module is called so in one of the two namings."""
-        return path in self.native or path in self.diffusers
+        """Whether a module is called so in one of the namings."""
+        known = isinstance(path, str) and self.may_have(path)
+        return known and any(path in self.names(naming) for naming in self.namings)
+
+    def unflattened(self, flat: str, naming: str) -> list[str]:
+        """The names of a naming that `flat`, with underscores for dots, can stand for."""
+        return self.names(naming).unflattened(flat) if self.may_have(flat) else []
+
+    def may_have(self, name: str) -> bool:
+        """Whether the words of a name, dotted or flattened, are in the file at all; this spares parsing most files."""
+        return all(word in self._text for word in _WORD.findall(name))
+
+    @property
+    def namings(self) -> tuple[str, ...]:
+        return self.architecture.namings
+
+    def wanted(self, naming: str) -> str:
+        """The naming itself, or the one that `kohya` stands for."""
+        return self.facts.kohya if naming == KOHYA else naming
 
     def names(self, naming: str) -> Names:
-        return self.native if naming == "native" else self.diffusers
+        """All names of one naming; none where the family does not have it."""
+        naming = self.wanted(naming)
+        if naming not in self._names:
+            places = (self.architecture.place(weight, naming) for weight in self.architecture.record.weights)
+            self._names[naming] = names_of(_pattern(place.name) for place in places if place is not None)
+        return self._names[naming]
+
+    def naming_of(self, paths: Collection[str], preferred: str = "") -> str:
+        """The naming that has all of these names, the preferred one first; empty where none has."""
+        order = dict.fromkeys([*([preferred] if preferred in self.namings else []), *self.namings])
+        return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
+
+    def moves(self, path: str, ours: str, theirs: str) -> tuple[Piece, ...]:
+        """Where the rows of a module of one naming are in another; nothing where that is not known for all rows."""
+        pieces = []
+        for weight, place, numbers in self.architecture.find(path, ours):
+            there = self.architecture.place(weight, self.wanted(theirs))
+            if there is None:
+                return ()
+            pieces.append(Piece(fill(there.name, numbers), _run(place), _run(there)))
+        found = merged(pieces)
+        complete = bool(found) and sum(piece.here.parts for piece in found) == found[0].here.of
+        return found if complete else ()
+
+    def ratio(self, path: str) -> float | None:
+        """A module's outputs by its inputs, where the file says it."""
+        for naming in self.namings:
+            for weight, place, _ in self.architecture.find(path, naming):
+                if weight in self.facts.ratios:
+                    return self.facts.ratios[weight] / _run(place).parts * _run(place).of
+        return None
+
+
+def _pattern(template: str) -> str:
+    """A template of an architecture as a pattern: `#` for its holes."""
+    return architectures.HOLE.sub("#", template)
+
+
+def _run(place: Place) -> Run:
+    if place.part is None or place.of is None:
+        return Run()
+    return Run(place.part, place.part + place.parts, place.of)
 
 
 @cache
 def families() -> tuple[Family, ...]:
-    """The families whose names are known. A family that is added here is translated, and no longer refused."""
-    from . import flux, flux2, one_naming, sd3, unet
-
-    unets = tuple((ldm, (Piece(theirs),)) for ldm, theirs in unet.pairs())
-    return (
-        _family("unet", "unet", unets),
-        _family(
-            "flux", "transformer", _items(flux.TABLE), ratios=flux.RATIOS, widths=frozenset({3072}), blocks=flux.BLOCKS
-        ),
-        _family("sd3", "transformer", _items(sd3.TABLE), sd3.ALONE, widths=frozenset({1536, 2432})),
-        _family(
-            "flux2", "transformer", _items(flux2.TABLE), flux2.ALONE, flux2.THEIRS, ratios=flux2.RATIOS,
-            widths=frozenset({3072, 4096, 6144}),
-        ),
-        *(
-            _family(name, "transformer", tuple((path, (Piece(path),)) for path in paths), widths=_WIDTHS[name])
-            for name, paths in one_naming.SAME.items()
-        ),
-        _family("unet of other blocks", "unet", (), (), unet.any_blocks(), generic=True),
-        *(_family(name, "transformer", (), paths) for name, paths in one_naming.RECOGNISED.items()),
-    )  # fmt: skip
-
-
-_WIDTHS = {
-    "qwen_image": frozenset({3072}), "ltx": frozenset({2048, 4096}), "z_image": frozenset({3840}),
-    "hidream": frozenset({2560}),
-}  # fmt: skip
+    """The families whose names are known, generic ones last."""
+    found = [Family(head, text) for head, text in architectures.of_pipelines()]
+    return tuple(sorted(found, key=lambda family: family.facts.generic))
 
 
 @cache
 def encoders() -> dict[str, Names]:
     """The names of the text encoders, which are called the same everywhere."""
-    from . import text_encoders
+    files = {"clip": (("clip",), ("text_",)), "t5": (("t5", "mt5"), ("encoder.", "shared"))}
+    return {
+        kind: names_of(
+            [
+                *(_pattern(w) for file in of for w in architectures.named(file).record.weights if w.startswith(begins)),
+                *_TIED.get(kind, ()),
+            ]
+        )
+        for kind, (of, begins) in files.items()
+    }
 
-    return {"clip": names_of(text_encoders.CLIP), "t5": names_of(text_encoders.T5)}
+
+_TIED = {"t5": ("encoder.embed_tokens",)}
+"""Further names of tensors that the files of architectures have under one name."""
 
 
 def families_of(path: str, naming: str) -> list[Family]:
     """The families in which a module of this naming is called `path`."""
-    return [family for family in families() if path in family.names(naming)]
-
-
-def to_diffusers(family: Family, path: str) -> tuple[tuple[Piece, str], ...]:
-    """(piece, its module in diffusers) for every piece of a module in the native naming."""
-    for pattern in family.native.patterns_of(path):
-        pieces = _index(family.name)[0].get(pattern, ())
-        return tuple((piece, fill(piece.pattern, numbers(pattern, path))) for piece in pieces)
-    return ()
-
-
-def to_native(family: Family, path: str) -> list[tuple[Piece, str]]:
-    """(piece, the native module that it is part of) for a module of diffusers; several where it is not told."""
-    places = _index(family.name)[1]
-    return [
-        (piece, fill(pattern, numbers(piece.pattern, path)))
-        for fitting in family.diffusers.patterns_of(path)
-        for pattern, piece in places.get(fitting, ())
-    ]
-
-
-@cache
-def _index(name: str) -> tuple[dict[str, tuple[Piece, ...]], dict[str, list[tuple[str, Piece]]]]:
-    """Native pattern -> pieces, and diffusers' pattern -> (native pattern, piece), of the family of a name."""
-    family = next(family for family in families() if family.name == name)
-    back: dict[str, list[tuple[str, Piece]]] = {}
-    for pattern, pieces in family.pieces:
-        for piece in pieces:
-            back.setdefault(piece.pattern, []).append((pattern, piece))
-    return dict(family.pieces), back
+    return [family for family in families() if path in family and path in family.names(naming)]
 
 
 ROOTS = {
     "unet": "unet",
     "transformer": "transformer",
+    "transformer_2": "transformer_2",
     "model.diffusion_model": "denoiser",
     "diffusion_model": "denoiser",
     "text_encoder": "text_encoder",
@@ -154,56 +169,30 @@ def component_of(path: str) -> str | None:
     if root:
         component = ROOTS[root[:-1]]
         return denoiser_of([rest]) if component == "denoiser" else component
-    known = {family.component for family in families() if family.name in ROOTLESS and path in family}
+    known = {family.component for family in families() if family.facts.distinctive and path in family}
     if len(known) == 1:
         return next(iter(known))
     return "text_encoder" if path in encoders()["clip"] else None
 
 
-ROOTLESS = ("unet", "flux", "sd3")
-"""Families whose names are like no language model's, so that they tell the part where nothing stands before them."""
-
-
 def denoiser_of(paths: Iterable[str]) -> str:
     """`unet` where one of the names is a U-Net's, else `transformer`."""
-    unets = families()[0]
-    return "unet" if any(path in unets.native or path in unets.diffusers for path in paths) else "transformer"
+    unets = [family for family in families() if family.component == "unet" and not family.facts.generic]
+    return "unet" if any(path in family for path in paths for family in unets) else "transformer"
 
 
 def is_xl(paths: Collection[str]) -> bool:
     """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion XL."""
-    from . import unet
-
-    return any(path.startswith(unet.XL_ONLY) or _deep(path) for path in paths) and not is_not_xl(paths)
+    return _only("sdxl", "sd", paths)
 
 
 def is_not_xl(paths: Collection[str]) -> bool:
     """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion 1 or 2."""
-    from . import unet
-
-    return any(path.startswith(unet.NOT_XL) for path in paths)
+    return _only("sd", "sdxl", paths)
 
 
-def _deep(path: str) -> bool:
-    """XL alone has more than one transformer block an attention."""
-    _, found, tail = path.partition("transformer_blocks.")
-    return (
-        bool(found) and path.startswith(("down_", "up_", "mid_", "input_", "output_", "middle_")) and tail[:2] != "0."
-    )
-
-
-def _items(table: Table) -> tuple[tuple[str, tuple[Piece, ...]], ...]:
-    return tuple(table.items())
-
-
-def _family(
-    name: str,
-    component: str,
-    pieces: tuple[tuple[str, tuple[Piece, ...]], ...],
-    alone: tuple[str, ...] = (),
-    theirs: tuple[str, ...] = (),
-    **evidence: Any,
-) -> Family:
-    native = names_of((*(pattern for pattern, _ in pieces), *alone))
-    diffusers = names_of((*(piece.pattern for _, found in pieces for piece in found), *theirs))
-    return Family(name, component, pieces, native, diffusers, **evidence)
+def _only(family: str, other: str, paths: Collection[str]) -> bool:
+    """Whether a name is one family's and none is another's alone."""
+    one, two = (next(each for each in families() if each.name == name) for name in (family, other))
+    told = {(path in one, path in two) for path in paths}
+    return (True, False) in told and (False, True) not in told

@@ -1,43 +1,68 @@
-"""How the rows of one naming's weights lie in another's: fractions of the outputs of a fused weight."""
+"""Runs of rows: how the rows of one naming's weights lie in another's, in equal parts of a fused weight."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows of a fused weight, and where another naming has them.
+class Run:
+    """Consecutive rows of a weight, counted in equal parts of all its rows.
 
     Attributes:
-        pattern: the other naming's module.
-        start: the first row, in parts of `of`.
-        stop: behind the last row, likewise.
-        of: how many parts the fused weight has.
-        there: where the rows begin in the other's weight, in the same parts; None where they are all of it.
+        start: the first part.
+        stop: one past the last part.
+        of: how many parts the weight has.
     """
 
-    pattern: str
     start: int = 0
     stop: int = 1
     of: int = 1
-    there: int | None = None
 
     @property
     def parts(self) -> int:
         return self.stop - self.start
 
-
-Table = Mapping[str, tuple[Piece, ...]]
-"""Pattern of the one naming -> its pieces in the other."""
-
-
-def whole(pattern: str) -> tuple[Piece, ...]:
-    """A module that both namings have as it is."""
-    return (Piece(pattern),)
+    @property
+    def whole(self) -> bool:
+        """Whether these are all rows of the weight."""
+        return self.parts == self.of
 
 
-def thirds(*patterns: str) -> tuple[Piece, ...]:
-    """Queries, keys and values, one after the other."""
-    return tuple(Piece(pattern, n, n + 1, len(patterns)) for n, pattern in enumerate(patterns))
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a module in one naming, and where another naming has them.
+
+    Attributes:
+        path: the other naming's module.
+        here: the rows in the one naming.
+        there: the rows in the other.
+    """
+
+    path: str
+    here: Run = Run()
+    there: Run = Run()
+
+
+def merged(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """Pieces in order of their rows; those that lie side by side on both sides are one piece."""
+    found: list[Piece] = []
+    for piece in sorted(pieces, key=lambda piece: piece.here.start):
+        last = found[-1] if found else None
+        if last is not None and _adjacent(last, piece):
+            here = replace(last.here, stop=piece.here.stop)
+            there = replace(last.there, stop=piece.there.stop)
+            found[-1] = Piece(piece.path, here, there)
+        else:
+            found.append(piece)
+    return tuple(replace(each, here=_reduced(each.here), there=_reduced(each.there)) for each in found)
+
+
+def _adjacent(one: Piece, other: Piece) -> bool:
+    same = one.path == other.path and one.here.stop == other.here.start and one.there.stop == other.there.start
+    return same and one.here.parts * other.there.parts == other.here.parts * one.there.parts
+
+
+def _reduced(run: Run) -> Run:
+    return Run() if run.whole else run

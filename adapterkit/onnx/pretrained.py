@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..binding.bases import check_base
 from ..errors import (
     AdapterkitError,
     Malformed,
@@ -29,7 +30,7 @@ from ..errors import (
 from ..tensors.inputs import read_input
 from ..tensors.locations import located
 from .calling import INSIDE, words_of
-from .exporting import export, files_of_adapters
+from .exporting import export, files_of_adapters, read_adapters
 from .folders import CARRIED, check_folder, moved, published
 from .injecting import Report
 from .tracing import quiet
@@ -43,7 +44,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 def export_pretrained(
     model: str | PathLike[str], out: str | PathLike[str], *, adapter: Adapters = None, mode: str = "merged",
     dtype: str = "float32", opset: int | None = None, quantize: str | None = None, share_weights: bool = False,
-    check: bool = True, overwrite: bool = False, made_from: str | None = None,
+    check: bool = True, overwrite: bool = False, made_from: str | None = None, rename: str | Sequence[str] = (),
+    strict_base: bool = False,
 ) -> Report:  # fmt: skip
     """Writes a folder with `model.onnx`, its adapters as slots take them, config and tokenizer.
 
@@ -60,8 +62,11 @@ def export_pretrained(
         check: run the result with onnxruntime against the torch model.
         overwrite: replace a folder that an export wrote.
         made_from: a digest of what decides the output, kept with it for a later run.
+        rename: see `export`.
+        strict_base: refuse a model whose name, config or fingerprint is not the one that an adapter names.
 
     Raises:
+        CheckFailed: the model is not the one that an adapter names, and `strict_base`.
         UsageError: the call makes no sense, or transformers is not installed.
         StorageError: `out` is taken, or cannot be written.
         Malformed: transformers cannot load the folder.
@@ -80,6 +85,8 @@ def export_pretrained(
     _check_sharing(source, target, share_weights)
     if not share_weights:
         check_folder(target, overwrite)
+    if strict_base:
+        check_base([*read_adapters(adapter).items()], source, strict=True)
     torch_model = _loaded(source, dtype)
     words = words_of(torch_model, source)
 
@@ -88,7 +95,7 @@ def export_pretrained(
             words.module, words.examples[0], folder / "model.onnx", adapter=adapter, mode=mode,
             input_names=words.inputs, output_names=words.outputs, dynamic_shapes=words.shapes, opset=opset,
             inside=INSIDE, also=words.examples[1:], quantize=quantize, share=source if share_weights else None,
-            check=check,
+            check=check, rename=rename,
         )  # fmt: skip
 
     if share_weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..adapter import Adapter, Target
 from ..errors import NotMergeable, ShapeMismatch, UsageError, nearest
 from ..tensors.lazy import as_torch
 from ..updates import Update
+from .checkpoints import CHOICES, HANDLES, leave_state, watch_state
 from .in_place import fits, fold_in_place
 from .layers import Quantized
 from .leaves import Leaf, LiveUpdates, is_leaf_name
@@ -24,6 +25,7 @@ from .scopes import switched
 from .station import Part, Station
 from .watch import Watch
 from .weights import tensor_at
+from .wrappers import unwrapped
 
 
 class Handle:
@@ -42,6 +44,7 @@ class Handle:
         self._state, self._merged = "attached", list[Merged]()
         self._parts: list[tuple[Station, list[Part]]] = []
         self.frozen: tuple[str, ...] = ()
+        self._checkpoint = CHOICES[0]
 
     @property
     def _adapter(self) -> Adapter:
@@ -52,6 +55,7 @@ class Handle:
     def _enter(self, frozen: bool) -> None:
         """Take the place in the list of the model's handles, watch its modules, and freeze the base if asked to."""
         self._model.__dict__.setdefault(HANDLES, []).append(self)
+        watch_state(self._model)
         self._watch = Watch(self._model, self.name, (station.module for station in self._stations))
         if frozen:
             held = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad and not is_leaf_name(n)]
@@ -76,6 +80,7 @@ class Handle:
                     parameters[name].requires_grad_(True)
         if not held:
             del self._model.__dict__[HANDLES]
+            leave_state(self._model)
 
     @property
     def name(self) -> str:
@@ -93,6 +98,24 @@ class Handle:
         if value != 1 and any(update.kind == "context" for _, update in self._adapter):
             raise UsageError("context has no half measures", where=self.name, cure="Use set_active")
         self._switch.weight = value
+
+    @property
+    def checkpoint(self) -> str:
+        """What `model.state_dict()` holds: `base` (the default), `adapter` (this adapter alone) or `all`; may be set.
+
+        Set it to `adapter` and every framework that saves the model's state dict (Trainer, Accelerate, Lightning,
+        `torch.save`) writes checkpoints of the adapter alone. `model.load_state_dict()` takes them back, strictly too,
+        and leaves the base as it is. With `base` such checkpoints do not hold the adapter.
+        """
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: str) -> None:
+        self._check()
+        if value not in CHOICES:
+            cure = f"Choose among {', '.join(CHOICES)}"
+            raise UsageError(f"no such choice: {value!r}", where="checkpoint", cure=cure)
+        self._checkpoint = value
 
     def set_active(self, active: bool) -> None:
         """Switch the adapter on or off, in every thread; see `disable` for this one alone."""
@@ -122,7 +145,7 @@ class Handle:
                 for field, leaf in fields.items():
                     if id(leaf) not in seen:
                         seen.add(id(leaf))
-                        yield _name(target, updates, position, field), leaf
+                        yield _name(self._plain(target), updates, position, field), leaf
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained tensors by the names of `named_parameters()`: what a checkpoint of the training needs.
@@ -157,13 +180,56 @@ class Handle:
         """Trainable leaves, shared ones once."""
         return (parameter for _, parameter in self.named_parameters())
 
+    def parameter_groups(
+        self, lr: float, *, ratio: float = 16.0, weight_decay: float = 0.0, embedding_lr: float = 1e-6
+    ) -> list[dict[str, Any]]:
+        """Return the trained tensors as groups for an optimizer, as LoRA+ (https://arxiv.org/abs/2402.12354) has them.
+
+        B, and all tensors of one axis, learn at `lr * ratio`; A at `lr`; both factors of embeddings at `embedding_lr`.
+        Biases have no weight decay.
+
+        Args:
+            lr: learning rate of A.
+            ratio: how many times as fast B learns.
+            weight_decay: of all but biases.
+            embedding_lr: learning rate at embeddings.
+
+        Raises:
+            UsageError: no trained tensor is a factor B.
+        """
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {
+            (lr, weight_decay): [], (embedding_lr, weight_decay): [], (lr * ratio, weight_decay): [],
+            (lr * ratio, 0.0): [],
+        }  # fmt: skip
+        named = list(self.named_parameters())
+        if not any(name.endswith(".B") for name, _ in named):
+            why = "no factor B is trained, for which LoRA+ has a learning rate"
+            raise UsageError(why, where=self.name, cure="Pass handle.parameters() to the optimizer")
+        homes = {id(leaf.tensor): leaf.module for leaf in self._leaves}
+        for name, parameter in named:
+            field = name.rpartition(".")[2]
+            fast = field == "B" or parameter.ndim == 1
+            if field in ("A", "B") and isinstance(homes[id(parameter)], nn.Embedding):
+                groups[embedding_lr, weight_decay].append(parameter)
+            else:
+                groups[lr * ratio if fast else lr, 0.0 if field == "bias" else weight_decay].append(parameter)
+        made = [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+        return [group for group in made if group["params"]]
+
     def adapter(self) -> Adapter:
         """Return the adapter with the values of now: detached copies, in the model's names and layouts.
+
+        Names of wrappers (`torch.compile`, DDP, checkpoint wrappers, PEFT) are left out of the targets.
 
         Under FSDP2 and tensor parallelism this gathers sharded tensors: call it in every process.
         """
         self._check()
-        return self._adapter.map(_copy)
+        now = self._adapter.map(_copy)
+        return now.replace(updates={self._plain(target): updates for target, updates in now.updates.items()})
+
+    def _plain(self, target: Target) -> Target:
+        """The target without the wrappers that stand around modules of the model."""
+        return replace(target, path=unwrapped(self._model, target.path))
 
     def remove(self) -> None:
         """Take the adapter off; the model's modules are what they were before."""
@@ -238,6 +304,18 @@ class Handle:
                 raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=_KEEP)
         for path in _changed(parts):
             parameter, where = tensor_at(station.module, path), str(parts[0].target)
+            owner, _, name = path.rpartition(".")
+            holder = station.module.get_submodule(owner)
+            if name not in holder._parameters and name not in holder._buffers:
+                cure = "Call torch.nn.utils.remove_weight_norm, prune.remove or the like first, or keep it injected"
+                raise NotMergeable("a weight that is made from other tensors in each forward", where=where, cure=cure)
+            if parameter.is_meta:
+                cure = "Load the weights first, or write handle.adapter() and merge the files of the base"
+                raise NotMergeable("a weight that is offloaded, or on the meta device", where=where, cure=cure)
+            if parameter.layout is not torch.strided:
+                raise NotMergeable(f"a weight stored as {parameter.layout}", where=where, cure=_KEEP)
+            if any(stride == 0 < size - 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+                raise NotMergeable("a weight whose elements share memory", where=where, cure=_KEEP)
             if type(parameter) not in (Tensor, nn.Parameter):
                 kind = type(parameter.data).__name__
                 cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
@@ -289,7 +367,7 @@ class Memory:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        held = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if type(p) is nn.Parameter]
+        held = [(n, p) for n, p in _parameters(model) if type(p) is nn.Parameter and p.layout is torch.strided]
         self._ranges = sorted((*_range(p), name) for name, p in held if p.numel() and p.device.type != "meta")
         self._longest = max((stop - start for start, stop, _ in self._ranges), default=0)
 
@@ -299,6 +377,14 @@ class Memory:
         first = bisect.bisect_left(self._ranges, (start - self._longest,))
         last = bisect.bisect_left(self._ranges, (stop,))
         return [name for begin, end, name in self._ranges[first:last] if end > start and begin < stop]
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All parameters by name: a tied one under each module that has it, a module of two names once."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
@@ -376,7 +462,7 @@ def _once(
         the stations with the parts that are left, and the ids of those parameters.
     """
     names: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
+    for _, parameter in _parameters(model):
         names[id(parameter)] = names.get(id(parameter), 0) + 1
     alike: dict[tuple[int, int], list[Part]] = {}
     for station, parts in found:
@@ -384,13 +470,13 @@ def _once(
             weight = tensor_at(station.module, part.weight) if part.weight else None
             if weight is not None and names.get(id(weight), 1) > 1:
                 alike.setdefault((id(weight), id(part.switch)), []).append(part)
-    whole = {key: parts for key, parts in alike.items() if len(parts) == names[key[0]] and _change_alike(parts)}
+    whole = {key: parts for key, parts in alike.items() if len(parts) == names[key[0]] and change_alike(parts)}
     shared = {tensor for tensor, _ in whole if all(key in whole for key in alike if key[0] == tensor)}
     again = [part for (tensor, _), parts in whole.items() if tensor in shared for part in parts[1:]]
     return [(station, [part for part in parts if part not in again]) for station, parts in found], shared
 
 
-def _change_alike(parts: list[Part]) -> bool:
+def change_alike(parts: list[Part]) -> bool:
     """Whether parts at several layers that share a parameter are the same change of it."""
     first, *others = parts
     return all(
@@ -432,12 +518,9 @@ def handles(model: nn.Module) -> dict[str, Handle]:
     found: dict[str, Handle] = {}
     for path, module in model.named_modules():
         for handle in module.__dict__.get(HANDLES, ()):
-            path = ".".join(part for part in path.split(".") if part not in ("_orig_mod", "module", ""))
+            path = unwrapped(model, path)
             found[f"{path}:{handle.name}" if path else handle.name] = handle
     return found
 
-
-HANDLES = "_adapterkit_handles"
-"""The attribute of a model that lists the handles of its adapters, so that they are found and copied with it."""
 
 _KEEP = "Keep it injected instead"

@@ -58,7 +58,7 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
     updates = _own(held, place, invocation)
     if base is not None:
         _check_alone(updates, base)
-        bound = bind(Adapter(updates), base, aliases=aliases(base.tensors, base.config))
+        bound = bind(Adapter(updates), base, aliases=aliases(base))
         updates = dict(bound.adapter.updates)
     data = {
         "architecture": name, "alpha": alpha.value, "heads": place.known, "experts": place.experts,
