@@ -83,14 +83,15 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
     if target.rows is None or all(move.take is None for move in moves):
         return target, moves
     start, stop = target.rows
-    found = []
+    found, parts = [], set()
     for move in moves:
         if move.take is not None and not move.take.interleaved:
             shares = _shares(config, target) if move.take.heads else (1,) * move.take.of
             before, own = sum(shares[: move.take.number]), shares[move.take.number]
             if start * own == before * (stop - start):
                 found.append(replace(move, take=None))
-    if len(found) != 1:
+                parts.add(move.take.number)
+    if len(parts) != 1:  # A stack's part goes to one place an expert.
         raise Unsupported(
             "updates of some rows of a weight that the base stores in parts", where=str(target),
             cure="Target the parts by their own names",
