@@ -186,7 +186,10 @@ def _parameter(file: File, factors: Factors, path: str, swaps: bool | None) -> F
     tensors = {
         "A": factors.A.reshape(experts, rank, factors.A.shape[1]), "B": stack(factors.B, experts, order)
     }  # fmt: skip
-    turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0]) != shape[:0:-1]
+    turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0])
+    if turned and shape is not None and shape[1] == shape[2]:
+        # A square shape fits both ways; the family's table tells.
+        turned = bool(stored_in_out(path, None if file.base is None else file.base.config))
     return Found(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
 
 
