@@ -83,14 +83,15 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
     if target.rows is None or all(move.take is None for move in moves):
         return target, moves
     start, stop = target.rows
-    found = []
+    found, parts = [], set()
     for move in moves:
         if move.take is not None and not move.take.interleaved and not move.take.groups:
             shares = _shares(config, target) if move.take.heads else (1,) * move.take.of
             before, own = sum(shares[: move.take.number]), shares[move.take.number]
             if start * own == before * (stop - start):
                 found.append(replace(move, take=None))
-    if len(found) != 1:
+                parts.add(move.take.number)
+    if len(parts) != 1:  # A stack's part goes to one place an expert.
         raise Unsupported(
             "updates of some rows of a weight that the base stores in parts", where=str(target),
             cure="Target the parts by their own names",
@@ -102,11 +103,6 @@ def _taken(
     target: Target, updates: tuple[Update, ...], move: Move, config: Config
 ) -> tuple[Target, tuple[Update, ...]]:
     """The part of a target that one move takes, with the layout that is left of the target's."""
-    if target.rows is not None:
-        raise Unsupported(
-            "updates of some rows of a weight that the base stores in parts", where=str(target),
-            cure="Target the parts by their own names",
-        )  # fmt: skip
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
         count = updates[0].dims(stack).get("e") if stack else 0
@@ -151,8 +147,16 @@ def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> An
 
 def _rows(update: Update, part: Part, stack: bool, target: Target, config: Config) -> Update:
     """One of several parts of an update's outputs."""
+<<<<<<< HEAD
     size = _outputs(update, stack, target)
     start, stop, step = _steps(size, part, target, config)
+=======
+    return cut_rows(update, *_steps(_outputs(update, stack, target), part, target, config), stack)
+
+
+def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> Update:
+    """An update of some of the rows; `update.cuts("out")` says whether its formula allows it."""
+>>>>>>> experts
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)

@@ -186,7 +186,7 @@ def write(
     from ._proof import prove
 
     def once(adapter: Adapter) -> list[str]:
-        fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
+        fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss, base=below)
         inputs = [*files_of(adapter), *(() if below is None else below.files)]
         with (
             staged(

@@ -149,11 +149,12 @@ def rank_of(update: Pair, stacked: bool = False) -> int:
     return int(update.A.shape[int(stacked)])
 
 
-def to_rank(update: Pair, rank: int) -> Pair:
+def to_rank(update: Pair, rank: int, stacked: bool = False) -> Pair:
     """The same function with more rows of A and columns of B: zeros."""
-    if rank_of(update) == rank:
+    if rank_of(update, stacked) == rank:
         return update
-    return update.replace(A=padded(as_lazy(update.A), rank, 0), B=padded(as_lazy(update.B), rank, 1))
+    lead = int(stacked)
+    return update.replace(A=padded(as_lazy(update.A), rank, lead), B=padded(as_lazy(update.B), rank, 1 + lead))
 
 
 def in_row_order(update: Pair, order: Order) -> Pair:
