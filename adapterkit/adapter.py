@@ -230,7 +230,9 @@ class Adapter:
         """sha256 over targets, methods, values and tensor bytes: equal digests mean the same function of a base."""
         digest = hashlib.sha256()
         for target, update in sorted(self, key=lambda pair: str(pair[0])):
-            head = [target.path, target.layout, target.rows, update.method, update.version, update.attributes]
+            version = update.stated_version
+            values = update.attributes_of(version)
+            head = [target.path, target.layout, target.rows, update.method, version, values]
             digest.update(canonical(head).encode())
             for name, leaf in update.tensors.items():
                 tensor = as_lazy(leaf)
@@ -238,7 +240,7 @@ class Adapter:
                 digest.update(tensor.fetch())
         return digest.hexdigest()
 
-    def bind(self, base: Checkpoint | str | PathLike[str], *, rename: Sequence[str] = ()) -> Adapter:
+    def bind(self, base: Checkpoint | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> Adapter:
         """Put the targets into the names and layouts of `base`, with every shape checked against it.
 
         Updates are cut and joined where the base stores weights in other parts: an adapter of a live model of
@@ -247,7 +249,7 @@ class Adapter:
 
         Args:
             base: an open checkpoint or the path of one.
-            rename: rules for names, each `FROM=TO`; the first that matches a target's name is used.
+            rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
 
         Raises:
             TargetNotFound: a target has no place in the base, or two.
@@ -381,8 +383,8 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
 
 def _check_update(target: Target, update: Update, together: dict[str, Any]) -> None:
     try:
-        dims = update.dims(target.stacked)
         update.check()
+        dims = update.dims(target.stacked)
         for axis, size in _shared(dims).items():
             if together.setdefault(axis, size) != size:
                 why = f"{axis}={size} here, {axis}={together[axis]} in its target's rows or the update before it"

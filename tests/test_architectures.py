@@ -11,9 +11,9 @@ from adapterkit.adapter import Adapter, Target
 from adapterkit.binding import find_sites
 from adapterkit.errors import Malformed
 from adapterkit.methods import METHODS
-from adapterkit.names import architectures, mlx
-from adapterkit.names.architectures import architecture_of, faults, fill, folder, load
-from adapterkit.names.gguf import ARCHITECTURES, OF_MODEL
+from adapterkit.naming import architectures, mlx
+from adapterkit.naming.architectures import architecture_of, faults, fill, folder, load
+from adapterkit.naming.gguf import ARCHITECTURES, OF_MODEL
 from adapterkit.tensors.lazy import from_numpy
 
 LoRA = METHODS["lora"]

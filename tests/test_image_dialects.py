@@ -9,7 +9,7 @@ from diffusers.loaders import lora_pipeline
 from safetensors.numpy import save_file
 
 import adapterkit as ak
-from adapterkit.names.image import families
+from adapterkit.naming.image import families
 
 FAMILIES = {family.name: family for family in families()}
 
@@ -118,7 +118,7 @@ CASES = {
     "Wan from images, kohya": ("WanLoraLoaderMixin", WAN_I2V, flat),
     "Wan's ends": (
         "WanLoraLoaderMixin",
-        WAN | squares("text_embedding.0 text_embedding.2 time_embedding.0 time_embedding.2 time_projection.1 head.head"),
+        WAN | squares("text_embedding.0 text_embedding.2 time_embedding.0 time_embedding.2 head.head"),
         COMFY,
     ),
     "SkyReels": ("SkyReelsV2LoraLoaderMixin", WAN, COMFY),

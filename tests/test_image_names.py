@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from adapterkit.names import image
-from adapterkit.names.patterns import fill, flatten, names_of
-from adapterkit.names.pieces import Piece
+from adapterkit.naming import image
+from adapterkit.naming.patterns import fill, flatten, names_of
+from adapterkit.naming.pieces import Piece
 
 NUMBERS = ("3", "0", "1", "2")
 

@@ -99,8 +99,9 @@ class Comparison:
 
 
 def compare(
-    one: Source, other: Source, *, base: Base | None = None, tolerance: float = 1e-6, signs: bool = True
-) -> Comparison:
+    one: Source, other: Source, *, base: Base | None = None, tolerance: float = 1e-6, signs: bool = True,
+    rename: str | Sequence[str] = (),
+) -> Comparison:  # fmt: skip
     """Compares two adapters, of whatever formats and methods, target by target.
 
     Args:
@@ -109,6 +110,7 @@ def compare(
         base: settles names and layouts, and is what laws that need weights are compared at.
         tolerance: relative error up to which changes count as the same.
         signs: look at single elements too, which takes the time of forming both changes.
+        rename: rules for names of both, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
 
     Raises:
         UsageError: no target in common, or a shape that only the base knows.
@@ -117,7 +119,7 @@ def compare(
     """
     if not 0 <= tolerance < math.inf:
         raise UsageError(f"tolerance {tolerance} is not a number from 0", cure="Choose another")
-    _, found = places([one, other], base=base)
+    _, found = places([one, other], base=base, rename=rename)
     sums = [0.0] * 4
     likenesses = tuple(_likeness(place, tolerance, signs, sums) for place in found)
     known = all(each.relative_error is not None for each in likenesses)

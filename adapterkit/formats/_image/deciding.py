@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...metadata import metadata_of
-from ...names.image import ROOTS, Family, families, rooted
+from ...naming.image import ROOTS, Family, families, rooted
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target, Updates

@@ -15,7 +15,7 @@ from ...methods.dense import Dense
 from ...methods.dora import DoRA
 from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
-from ...names.pieces import Run
+from ...naming.pieces import Run
 from ...tensors.dtypes import DTYPES
 from ...tensors.lazy import Lazy, as_array, as_lazy
 from ...updates import Update

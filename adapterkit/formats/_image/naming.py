@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ...names.image import component_of, families_of, rooted
-from ...names.image import families as all_families
+from ...naming.image import component_of, families_of, rooted
+from ...naming.image import families as all_families
 from .deciding import Origin, denoiser_targets, families_of_all
 from .translate import in_diffusers
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from ...adapter import Target, Updates
-    from ...names.image import Family
+    from ...naming.image import Family
     from ...updates import Update
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...adapter import Target, Updates
 from ...errors import TargetNotFound, nearest
-from ...names.image import ROOTS, rooted
+from ...naming.image import ROOTS, rooted
 from ...updates import Update
 from .deciding import Origin, families_in
 from .translate import in_naming

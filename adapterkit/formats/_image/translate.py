@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from ...adapter import Target, Updates
 from ...methods.oft import OFT
-from ...names.image import Family, families_of, rooted
-from ...names.pieces import Piece, Run
+from ...naming.image import Family, families_of, rooted
+from ...naming.pieces import Piece, Run
 from ...updates import Update
 from .deciding import UNKNOWN, Origin, decide, denoiser_targets
 from .fusing import Part, joined, parted

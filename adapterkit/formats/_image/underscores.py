@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ...errors import TargetNotFound, nearest
-from ...names.image import ROOTS, Family, component_of, encoders, families, families_of, is_xl, rooted
-from ...names.patterns import flatten
-from ...names.pieces import Piece
+from ...naming.image import ROOTS, Family, component_of, encoders, families, families_of, is_xl, rooted
+from ...naming.patterns import flatten
+from ...naming.pieces import Piece
 from .deciding import complete, families_in, narrowed, said
 
 if TYPE_CHECKING:

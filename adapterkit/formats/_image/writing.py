@@ -43,7 +43,7 @@ def encoded(
         Unrepresentable: the dialect cannot say it and `on_loss` does not allow otherwise.
     """
     hints = hints_of(adapter, dialect.name())
-    rules = rules_for(dialect.rules_in(file, hints), hints.compat)
+    rules = rules_for(dialect.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
     kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
     origin = origin_of(adapter, base)
     updates, lines = _expressible(dialect, rules, adapter.updates, hints, origin, on_loss)
@@ -56,11 +56,15 @@ def encoded(
     for target, found in updates.items():
         for position, update in enumerate(found):
             for stored in encode(update, rules, kernel_of(target, base)):
-                for key, leaf in _stored(dialect, stems[target, position], stored, update, hints, kept, said).items():
+                for key, leaf in _stored(
+                    dialect, rules, stems[target, position], stored, update, hints, kept, said
+                ).items():
                     if key in tensors and not _same(stored, tensors[key], leaf):
                         why = f"two updates have the key {key}"
                         raise Unrepresentable(why, cure="Write adapterkit's own format")
                     tensors[key] = leaf
+    written = {str(target) for target in updates}
+    tensors |= {k: as_lazy(kept[k]) for k, target in hints.idle.items() if k in kept and target in written}
     return tensors, metadata, lines
 
 
@@ -73,6 +77,7 @@ def _family(updates: Updates, origin: Origin) -> Metadata:
 
 def _stored(
     dialect: ImageFormat,
+    rules: Rules,
     stem: str,
     stored: Stored,
     update: Update,
@@ -91,7 +96,7 @@ def _stored(
         return {key: leaf.reshape(*shape) if shape and _fits(leaf, shape) else leaf}
     if key in kept:
         old = as_lazy(kept[key])  # type: ignore[arg-type]
-        if stored.slot != "alpha" or still(old, leaf, update):
+        if stored.slot != "alpha" or still(old, leaf, update, rules):
             return {key: old}
     if stored.slot != "alpha" or key in kept:
         return {key: leaf}

@@ -153,6 +153,17 @@ def architecture_of(config: Mapping[str, Any] | None) -> Architecture | None:
     return _of_type(kind) if isinstance(kind, str) and _WORD.fullmatch(kind) else None
 
 
+def is_family(module: str) -> bool:
+    """Whether a module of transformers, such as `llama` or `blip_2`, is of a family that has a file."""
+    return module in _modules()
+
+
+@cache
+def _modules() -> frozenset[str]:
+    """The families by the names of their modules; for most, the file's name without dashes."""
+    return frozenset(file.stem.replace("-", "_") for file in folder().glob("*.toml")) | {"kosmos2", "openai"}
+
+
 @cache
 def _of_type(model_type: str) -> Architecture | None:
     own = folder() / f"{model_type}.toml"
