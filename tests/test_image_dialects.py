@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.loaders import lora_pipeline
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
 from adapterkit.naming.image import families
@@ -177,3 +177,78 @@ def test_what_is_written_for_diffusers_is_what_diffusers_makes_of_the_file(case,
     for target in got.updates:
         scale = np.abs(wanted[str(target)]).max()
         assert np.abs(got.delta(str(target)).numpy() - wanted[str(target)]).max() <= 1e-6 * scale, target
+
+
+def lokr(modules, prefix, alpha, decomposed):
+    """A LoKr file of ai-toolkit: w1 whole, w2 whole or of rank 2; its alpha counts only in the second case."""
+    rng, held = np.random.default_rng(0), {}
+    for module, (out, in_) in modules.items():
+        held[f"{prefix}{module}.lokr_w1"] = rng.normal(size=(4, 4)).astype("f4")
+        if decomposed:
+            held[f"{prefix}{module}.lokr_w2_a"] = rng.normal(size=(out // 4, 2)).astype("f4")
+            held[f"{prefix}{module}.lokr_w2_b"] = rng.normal(size=(2, in_ // 4)).astype("f4")
+        else:
+            held[f"{prefix}{module}.lokr_w2"] = rng.normal(size=(out // 4, in_ // 4)).astype("f4")
+        held[f"{prefix}{module}.alpha"] = np.array(alpha, "f4")
+    return held
+
+
+@pytest.mark.parametrize("decomposed", [True, False])
+@pytest.mark.parametrize("family", ["FLUX.2", "Z-Image"])
+def test_a_lokr_for_diffusers_has_the_tensors_of_its_converter(family, decomposed, tmp_path):
+    mixin, modules = {"FLUX.2": ("Flux2LoraLoaderMixin", FLUX2), "Z-Image": ("ZImageLoraLoaderMixin", Z_SPLIT)}[family]
+    held = lokr(modules, "diffusion_model.", 1.0, decomposed)
+    save_file(held, tmp_path / "a.safetensors")
+    theirs = getattr(lora_pipeline, mixin).lora_state_dict({k: torch.from_numpy(v.copy()) for k, v in held.items()})
+    adapter = ak.read(tmp_path / "a.safetensors")
+    ak.write(adapter, tmp_path / "b.safetensors", "diffusers", on_loss="fold")
+    ours = load_file(tmp_path / "b.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(np.allclose(ours[key], value.numpy(), rtol=1e-6, atol=0) for key, value in theirs.items())
+    back = ak.read(tmp_path / "b.safetensors")
+    ak.write(back.replace(foreign=None), tmp_path / "c.safetensors", "comfyui")
+    wanted = {str(t): adapter.delta(str(t)).numpy() for t in adapter.updates}
+    again = ak.read(tmp_path / "c.safetensors")
+    assert {str(t) for t in again.updates} == set(wanted)
+    assert all(np.allclose(again.delta(path).numpy(), value, atol=1e-6) for path, value in wanted.items())
+
+
+def test_changes_of_biases_in_a_wan_lora_become_what_diffusers_makes_of_them(tmp_path):
+    modules = WAN | {"head.head": (16, 8)}
+    held = pairs(modules, COMFY)
+    held |= {
+        f"diffusion_model.{m}.diff_b": np.full(shape[0], 0.5, "f4") for m, shape in modules.items() if "_attn" in m
+    }
+    save_file(held, tmp_path / "a.safetensors")
+    theirs = lora_pipeline.WanLoraLoaderMixin.lora_state_dict({k: torch.from_numpy(v.copy()) for k, v in held.items()})
+    assert ak.write(ak.read(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers") == []
+    ours = load_file(tmp_path / "b.safetensors")
+    assert all(np.array_equal(ours[key], value.numpy()) for key, value in theirs.items())
+    # diffusers has one switch for biases of all modules, so that the others have one of zeros.
+    assert all(not ours[key].any() for key in ours.keys() - theirs.keys())
+
+
+def test_fal_s_kontext_lora_becomes_what_diffusers_makes_of_it(tmp_path):
+    h, modules = 4, {}
+    for n in range(19):
+        for x in ("img", "txt"):
+            block = f"double_blocks.{n}.{x}"
+            modules |= {f"{block}_attn.qkv": (3 * h, h), f"{block}_attn.proj": (h, h), f"{block}_mod.lin": (6 * h, h)}
+            modules |= {f"{block}_mlp.0": (4 * h, h), f"{block}_mlp.2": (h, 4 * h)}
+    for n in range(38):
+        block = f"single_blocks.{n}"
+        modules |= {
+            f"{block}.linear1": (7 * 3072, h),
+            f"{block}.linear2": (h, 5 * h),
+            f"{block}.modulation.lin": (3 * h, h),
+        }
+    modules["final_layer.linear"] = (16, h)
+    held = pairs(modules, PEFT)
+    save_file(held, tmp_path / "a.safetensors")
+    theirs, _ = lora_pipeline.FluxLoraLoaderMixin.lora_state_dict(
+        {k: torch.from_numpy(v.copy()) for k, v in held.items()}, return_alphas=True
+    )
+    assert ak.write(ak.read(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers") == []
+    ours = load_file(tmp_path / "b.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[key], value.numpy()) for key, value in theirs.items())

@@ -37,9 +37,22 @@ def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | N
             for span, rank in zip(spans, ranks, strict=True)
         ]
         return [_bias_cut(part, span) for part, span in zip(whole, spans, strict=True)]
-    if isinstance(update, LoKr) or not update.cuts("out") or update.dims().get("out") is None:
+    if isinstance(update, LoKr):
+        return _kronecker_parts(update, spans)
+    if not update.cuts("out") or update.dims().get("out") is None:
         return None
     return [_rows(update, span) for span in spans]
+
+
+def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
+    """Rows of w1 for each span, where each ends with all rows of w2; None where one ends between them."""
+    size = int(update.dims()["out"]) // int(update.dims()["a"])  # type: ignore[arg-type]
+    if update.stacked or any(edge % size for span in spans for edge in span):
+        return None
+    name = "w1" if update.w1 is not None else "w1_a"
+    return [
+        update.replace(**{name: narrow(update.tensors[name], 0, start // size, stop // size)}) for start, stop in spans
+    ]
 
 
 def _rows(update: Update, span: tuple[int, int]) -> Update:
