@@ -192,16 +192,16 @@ def _with_biases(updates: Updates) -> Updates:
     for target, found in updates.items():
         if len(found) != 2 or not isinstance(found[0], LoRA) or not isinstance(found[1], Dense):
             continue
-        lora, dense = found
+        lora, dense = cast(tuple[LoRA, Dense], found)
         if lora.bias is None and lora.scaling and dense.D is None and dense.d is not None:
             bias = times(dense.d, dense.scaling / lora.scaling) if dense.scaling != lora.scaling else as_lazy(dense.d)
             joined[target] = (lora.replace(bias=bias),)
     parts = {component_of(target.path) for target in joined}
     for target, found in updates.items():
-        lora = found[0]
-        if len(found) == 1 and isinstance(lora, LoRA) and lora.bias is None and component_of(target.path) in parts:
-            column = narrow(times(lora.B, 0.0), 1, 0, 1)
-            joined[target] = (lora.replace(bias=column.reshape(column.shape[0])),)
+        alone = found[0] if len(found) == 1 else None
+        if isinstance(alone, LoRA) and alone.bias is None and component_of(target.path) in parts:
+            column = narrow(times(alone.B, 0.0), 1, 0, 1)
+            joined[target] = (alone.replace(bias=column.reshape(column.shape[0])),)
     return {target: joined.get(target, found) for target, found in updates.items()}
 
 
