@@ -379,7 +379,7 @@ SMALL = {
     "adaln_dim": 32, "time_embed_dim": 32, "num_cross_attention_heads": 1, "pos_embed_max_size": 8, "sample_size": 8,
 }  # fmt: skip
 SIZES = {
-    "lumina2": {"hidden_size": 576, "num_attention_heads": 6, "cap_feat_dim": 32}, 
+    "lumina2": {"hidden_size": 576, "num_attention_heads": 6, "cap_feat_dim": 32},
     "minimax_h3": {"hidden_size": 64, "time_embed_hidden_dim": 64}, "sana": {"cross_attention_dim": 112},
     "auraflow": {"joint_attention_dim": 32, "caption_projection_dim": 512},
     "sd3": {"caption_projection_dim": 128},
