@@ -12,9 +12,14 @@ from diffusers.loaders import lora_pipeline
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
+from adapterkit.adapter import Adapter
 from adapterkit.cli import adapterkit
 from adapterkit.errors import AdapterkitError, Unrepresentable
+from adapterkit.formats._image.deciding import Origin
+from adapterkit.formats._image.translate import in_diffusers, in_naming
+from adapterkit.methods import METHODS
 from adapterkit.naming.image import families
+from adapterkit.tensors.lazy import from_numpy
 
 FAMILIES = {family.name: family for family in families()}
 
@@ -123,7 +128,10 @@ CASES = {
     "Wan from images, kohya": ("WanLoraLoaderMixin", WAN_I2V, flat),
     "Wan's ends": (
         "WanLoraLoaderMixin",
-        WAN | squares("text_embedding.0 text_embedding.2 time_embedding.0 time_embedding.2 head.head"),
+        WAN
+        | squares(
+            "text_embedding.0 text_embedding.2 time_embedding.0 time_embedding.2 time_projection.1 head.head"
+        ),
         COMFY,
     ),
     "SkyReels": ("SkyReelsV2LoraLoaderMixin", WAN, COMFY),
@@ -306,6 +314,59 @@ def test_every_family_goes_from_diffusers_through_every_dialect_and_back(name, w
     wanted = changes(held)
     assert back.keys() == wanted.keys()
     assert all(np.abs(back[module] - wanted[module]).max() < 1e-5 for module in wanted)
+
+
+# Methods on fused weights.
+
+QKV, PARTS = (
+    "transformer.double_blocks.0.img_attn.qkv",
+    [f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+)
+METHODS_CUT = {
+    "lora": {"A": (2, 8), "B": (24, 2)},
+    "loha": {"w1_a": (24, 2), "w1_b": (2, 8), "w2_a": (24, 2), "w2_b": (2, 8)},
+    "lokr": {"w1": (6, 2), "w2": (4, 4)},
+    "dense": {"D": (24, 8), "d": (24,)},
+    "dora": {"A": (2, 8), "B": (24, 2), "magnitude": (24,)},
+}
+
+
+@pytest.mark.parametrize("method", METHODS_CUT)
+def test_a_method_on_a_fused_weight_is_cut_into_the_rows_of_its_parts(method):
+    rng = np.random.default_rng(0)
+    leaves = {name: from_numpy(rng.normal(size=shape).astype("f4")) for name, shape in METHODS_CUT[method].items()}
+    update, W = METHODS[method](**leaves), torch.from_numpy(rng.normal(size=(24, 8))).float()
+    moved, lost = in_diffusers({ak.Target(QKV): (update,)}, (), Origin(families=("flux",)))
+    assert not lost
+    assert [str(target) for target in moved] == PARTS
+    load = Adapter({ak.Target(QKV): (update,)}).load
+    whole = next(iter(load().updates.values()))[0].new_weight(W) if method == "dora" else None
+    for n, (target, (part,)) in enumerate(moved.items()):
+        rows = slice(8 * n, 8 * n + 8)
+        loaded = next(iter(Adapter({target: (part,)}).load().updates.values()))[0]
+        if method == "dora":
+            assert torch.allclose(loaded.new_weight(W[rows]), whole[rows], atol=1e-6)
+        else:
+            full = next(iter(load().updates.values()))[0].delta((24, 8))
+            assert torch.allclose(loaded.delta((8, 8)), full[rows], atol=1e-6)
+
+
+def test_parts_are_put_together_at_the_smallest_rank_that_is_exact():
+    rng = np.random.default_rng(0)
+    A, other = (from_numpy(rng.normal(size=(2, 8)).astype("f4")) for _ in range(2))
+    block = "transformer.single_transformer_blocks.0"
+    held = {f"{block}.attn.to_{x}": (A, 8) for x in "qkv"} | {f"{block}.proj_mlp": (other, 32)}
+    updates = {
+        ak.Target(path): (METHODS["lora"](A=a, B=from_numpy(rng.normal(size=(out, 2)).astype("f4"))),)
+        for path, (a, out) in held.items()
+    }
+    moved, lost = in_naming(updates, "native", (), Origin(families=("flux",)))
+    assert not lost
+    ((target, (update,)),) = moved.items()
+    assert target.path == "transformer.single_blocks.0.linear1"
+    assert update.A.shape == (4, 8)
+    parts = [Adapter({t: u}).delta(t.path) for t, u in updates.items()]
+    assert torch.allclose(Adapter(moved).delta(target.path), torch.cat(parts), atol=1e-6)
 
 
 # What inspect shows.

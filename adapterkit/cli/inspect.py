@@ -63,6 +63,7 @@ def command(
         record = adapter_record(adapter, src, name)
         if base is not None:
             record["names"] = _names(adapter, base, rename)
+            record["warnings"] = _options.base_warnings([src], [adapter], base)
         show(settings, record, _adapter_view)
 
 
@@ -106,11 +107,17 @@ def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, 
     }  # fmt: skip
 
 
+_IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
+"""Formats of image models; of other adapters no family is looked for."""
+
+
 def _families(adapter: Adapter) -> list[str]:
     """The families of image and video models that the adapter can be of."""
     from ..formats._image.deciding import candidates, denoiser_targets, origin_of
     from ..naming.image import component_of
 
+    if not any(step.op == "read" and step.args.get("format") in _IMAGE for step in adapter.recipe):
+        return []
     inside = [target for target in adapter.updates if component_of(target.path) in ("unet", "transformer")]
     targets = denoiser_targets(adapter.updates, ()) if inside else []
     return (
@@ -211,10 +218,19 @@ def _adapter_view(record: Mapping[str, Any]) -> View:
     if names:
         used = "; ".join(f"{each['rule']} ({each['targets']:,})" for each in names.get("rules", ()))
         yield f"names in the base: {used}" if names["fits"] else f"does not fit the base: {names['why']}"
+    yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
 
 
-_LONG = ("format", "modelspec.thumbnail", "ss_tag_frequency", "ss_bucket_info", "ss_dataset_dirs", "ss_datasets")
-"""Keys of metadata that are shown with --json only: their values are pictures and tables."""
+_LONG = (
+    "format",
+    "adapterkit.family",
+    "modelspec.thumbnail",
+    "ss_tag_frequency",
+    "ss_bucket_info",
+    "ss_dataset_dirs",
+    "ss_datasets",
+)
+"""Keys of metadata that are shown with --json only: their values are pictures and tables, or shown elsewhere."""
 
 
 def _short(value: str) -> str:

@@ -16,8 +16,21 @@ import msgspec
 
 from ..errors import Malformed
 
+WEIGHT = "weight"
+"""The naming with every weight apart, under its name on a hub or else its key: how a GGUF file is seen."""
+
+STORED_AS = "stored_as"
+"""Key of the config that a GGUF file's key-values become: `gguf` says that weights are seen under `WEIGHT`'s names."""
+
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Fields of configs that say how many experts a layer has."""
+
 FORMAT = 1
 """Version of the file format that this code reads."""
+
+
+QKV = ("query", "key", "value")
+"""The weights in a fused projection, in the order of their rows."""
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -29,9 +42,14 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         part: the first of `of` equal runs of rows of the tensor that the weight is; None where it is the whole tensor.
         parts: how many of these runs the weight is.
         of: how many equal runs of rows the tensor has.
+        interleaved: the weight has every `of`-th row of the tensor, from row `part` on, and no run of rows.
+        qkv: the weight is `query`, `key` or `value` of a tensor that holds all queries, then all keys, then all values;
+            how many rows each has follows from the base's heads.
+        flat: the tensor has one axis, the inputs: the weight has one row.
         transposed: the tensor is stored with inputs before outputs.
-        rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side.
-        heads: which heads share the rows, `query` or `kv`; only with `rows`.
+        rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`
+            has all queries, then all keys, then all values of a fused weight that holds them group by group.
+        heads: which heads share the rows, `query` or `kv`; only with `rope`.
     """
 
     name: str
@@ -39,6 +57,9 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     part: int | None = None
     parts: int = 1
     of: int | None = None
+    interleaved: bool = False
+    qkv: str | None = None
+    flat: bool = False
     transposed: bool = False
     rows: str | None = None
     heads: str | None = None
@@ -82,6 +103,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_types: list[str]
     weights: dict[str, dict[str, str | Place]]
     sources: list[str] = []
+    gguf: list[str] = []
     keyed: list[str] = []
     vocabulary: list[str] = []
     tied: dict[str, str] = {}
@@ -93,20 +115,25 @@ class Architecture:
 
     Args:
         record: the content of its file.
+        apart: the naming `WEIGHT` is one of its namings.
     """
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, *, apart: bool = False) -> None:
         self.record = record
         self.family = record.family
+        self.apart = apart
 
     @cached_property
     def namings(self) -> tuple[str, ...]:
         """The namings that the file has, in order of first use."""
         named = (naming for places in self.record.weights.values() for naming in places)
-        return tuple(dict.fromkeys([*self.record.keyed, *named]))
+        return tuple(dict.fromkeys([*self.record.keyed, *named, *((WEIGHT,) if self.apart else ())]))
 
     def place(self, weight: str, naming: str) -> Place | None:
         """Where a naming keeps a weight; None where it has no such weight."""
+        if naming == WEIGHT:
+            hub = self.place(weight, "hub")
+            return hub if hub is not None and hub == Place(hub.name) else Place(weight)
         found = self.record.weights[weight].get(naming)
         if found is None:
             return Place(weight) if naming in self.record.keyed else None
@@ -150,7 +177,10 @@ def architecture_of(config: Mapping[str, Any] | None) -> Architecture | None:
         Malformed: the file is damaged.
     """
     kind = (config or {}).get("model_type")
-    return _of_type(kind) if isinstance(kind, str) and _WORD.fullmatch(kind) else None
+    found = _of_type(kind) if isinstance(kind, str) and _WORD.fullmatch(kind) else None
+    if found is not None and (config or {}).get(STORED_AS) == "gguf":
+        return Architecture(found.record, apart=True)
+    return found
 
 
 def is_family(module: str) -> bool:
@@ -171,11 +201,35 @@ def _of_type(model_type: str) -> Architecture | None:
         return load(own)
     for file in sorted(folder().glob("*.toml")):
         # A family's name is mostly its first model type. Only the head of the other files is read to find the rest.
-        with file.open("rb") as stream:
-            listed = _TYPES.search(stream.read(1 << 12).decode("utf-8", "replace"))
+        listed = _TYPES.search(_head(file))
         if listed and f'"{model_type}"' in listed[1]:
             return load(file)
     return None
+
+
+def expert_count(config: Mapping[str, Any] | None) -> int:
+    """How many experts a layer of a base has, by its config; 0 where the config does not say."""
+    config = config or {}
+    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    return next((count for key in COUNTS if type(count := inner.get(key)) is int and count > 0), 0)  # type: ignore[union-attr]
+
+
+def of_gguf(name: str) -> list[Architecture]:
+    """The families whose models llama.cpp's converter gives a `general.architecture`, sorted by their names."""
+    quoted = f'"{name}"'
+    return [
+        _loaded(file)
+        for file in sorted(folder().glob("*.toml"))
+        if (listed := _GGUF.search(_head(file))) and quoted in listed[1]
+    ]
+
+
+def gguf_architectures() -> list[str]:
+    """Every `general.architecture` that a family has, sorted."""
+    found = (
+        re.findall(r'"(.*?)"', listed[1]) for file in folder().glob("*.toml") if (listed := _GGUF.search(_head(file)))
+    )
+    return sorted({name for names in found for name in names})
 
 
 def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
@@ -186,6 +240,12 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
         stacks = {t.rpartition(".#.")[2] for naming in architecture.namings for t in architecture.templates(naming)}
         if tails & stacks:
             yield architecture
+
+
+def with_naming(naming: str) -> Iterator[Architecture]:
+    """The families that have places in a naming of one tool."""
+    words = f" {naming} = ".encode()
+    return (_loaded(file) for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -225,6 +285,13 @@ def _loaded(path: Path) -> Architecture:
 
 
 @cache
+def _head(file: Path) -> str:
+    """The start of a file, in which its lists of names are."""
+    with file.open("rb") as stream:
+        return stream.read(1 << 12).decode("utf-8", "replace")
+
+
+@cache
 def _files_with_stacks() -> tuple[Path, ...]:
     return tuple(file for file in sorted(folder().glob("*.toml")) if b"stacked = true" in file.read_bytes())
 
@@ -251,17 +318,19 @@ def faults(record: Record) -> Iterator[str]:
         yield f"format {record.format}, and this version reads format {FORMAT}"
     architecture = Architecture(record)
     for naming in architecture.namings:
-        taken: dict[tuple[str, int | None], str] = {}
-        divisions: dict[str, set[int | None]] = {}
+        taken: dict[tuple[str, int | str | None], str] = {}
+        divisions: dict[str, set[int | str | None]] = {}
         for weight in record.weights:
             place = architecture.place(weight, naming)
             if place is None:
                 continue
             yield from _place_faults(weight, naming, place)
-            runs = [None] if place.part is None else range(place.part, place.part + place.parts)
+            runs: Iterable[int | str | None] = [place.qkv]
+            if place.part is not None:
+                runs = range(place.part, place.part + place.parts)
             others = {taken.setdefault((place.name, run), weight) for run in runs} - {weight}
             yield from (f"{naming}: {weight} and {other} are both {place.name}" for other in sorted(others))
-            divisions.setdefault(place.name, set()).add(place.of)
+            divisions.setdefault(place.name, set()).add("qkv" if place.qkv else place.of)
         yield from (f"{naming}: {name} is divided in different ways" for name, of in divisions.items() if len(of) > 1)
     ratios = () if record.pipeline is None else record.pipeline.ratios
     for name in (*record.vocabulary, *record.tied, *record.tied.values(), *ratios):
@@ -280,8 +349,12 @@ def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
         yield f"{naming}: {place.name} needs both part and of, or neither"
     elif first is not None and of is not None and not (0 <= first < first + place.parts <= of):
         yield f"{naming}: {place.name} has part {first} of {of}"
-    if (place.rows is None) != (place.heads is None):
-        yield f"{naming}: {place.name} needs both rows and heads, or neither"
+    if place.rows not in (None, "rope", "qkv") or (place.rows == "rope") != (place.heads in ("query", "kv")):
+        yield f"{naming}: {place.name} has rows {place.rows!r} of heads {place.heads!r}"
+    if place.qkv not in (None, *QKV) or (place.qkv is not None and place.of is not None):
+        yield f"{naming}: {place.name} has qkv {place.qkv!r} and of {place.of!r}"
+    if place.interleaved and place.of is None:
+        yield f"{naming}: {place.name} is interleaved and has no part"
 
 
 @cache
@@ -316,4 +389,5 @@ def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | No
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 HOLE = re.compile(r"\{[a-z]\}")
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+_GGUF = re.compile(r"^gguf\s*=\s*\[(.*?)\]", re.DOTALL | re.MULTILINE)
 _TYPES = re.compile(r"^model_types\s*=\s*\[(.*?)\]", re.DOTALL | re.MULTILINE)

@@ -160,13 +160,15 @@ def _block_diagonal(
         if not fold and not _power_of_two(ratio):
             return None, "parts of a fused weight with scalings that differ"
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
-    edges = [0]
+    # Parts that share A share its rank: of queries, keys and values out of one fused LoRA, beside an MLP of its own.
+    ranks, held, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
-        edges.append(edges[-1] + int(update.A.shape[0]))
-    ranks = list(pairwise(edges))
+        known = held.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
+        ranks.append(known)
+        end = max(end, known[1])
     tail = tuple(updates[0].A.shape[1:])
-    A = place([(rank, None, u.A) for rank, u in zip(ranks, updates, strict=True)], (edges[-1], *tail))
-    B = place([(row, rank, b) for row, rank, b in zip(rows, ranks, blocks, strict=True)], (out, edges[-1]))
+    A = place([(rank, None, u.A) for rank, u in zip(ranks, updates, strict=True)], (end, *tail))
+    B = place([(row, rank, b) for row, rank, b in zip(rows, ranks, blocks, strict=True)], (out, end))
     return LoRA(A=cast(Any, A), B=cast(Any, B), bias=None, scaling=scaling), ""
 
 

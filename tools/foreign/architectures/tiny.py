@@ -274,11 +274,13 @@ def class_of(model_type: str) -> type[PreTrainedModel]:
     raise KeyError(model_type)
 
 
-def tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny model in float32 with random parameters, ready to run."""
+def tiny(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """A tiny model in float32 with random parameters, ready to run; `fields` are of its config."""
     torch.manual_seed(seed)
     kind = class_of(model_type)
     config = small_config(model_type)
+    for name, value in fields.items():
+        _set(config, name, value)
     wanted = kind.config_class
     if wanted is not None and not isinstance(config, wanted):
         config = getattr(config, "text_config", config)
