@@ -18,6 +18,7 @@ from ..tensors.lazy import Lazy
 from ..tensors.locations import NOTE, exists, is_remote, local, located, source_of
 from ..tensors.staging import files_below, matches, staged
 from ..tensors.written import sources_remembered
+from ._endings import adapter_modules
 from ._format import ON_LOSS, TENSORS, UNKNOWN, Format
 
 if TYPE_CHECKING:
@@ -263,6 +264,12 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
         return found[0]
     if found:
         raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Say which with format=/--from")
+    source = _existing(path)
+    module = next(iter(adapter_modules(source)), None)
+    if module is not None:
+        why = "its keys end as an adapter's do, but no family that is known has all of its modules"
+        cure = "Name its format and the base, whose modules decide: --from and --base (format=, base=)"
+        raise UnknownFormat(why, path=path, where=module, cure=cure)
     raise UnknownFormat("not an adapter in any known format", path=path, cure=f"Tried: {', '.join(FORMATS)}")
 
 

@@ -94,6 +94,8 @@ def _unscaled(update: Update, rules: Rules) -> str:
     """The field that takes a scaling for which there is no slot; empty where there is one."""
     if isinstance(update, Dense):
         return "D" if update.D is not None else "d"
+    if isinstance(update, LoKr) and rules.peft:
+        return "w1" if update.w1 is not None else "w1_a"
     if isinstance(update, LoKr) and update.w1 is not None and update.w2 is not None:
         return "" if rules.trained.rs else "w1"
     said = "alpha" in rules.slots
