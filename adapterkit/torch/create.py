@@ -25,6 +25,7 @@ from .dropout import check_dropout
 from .layers import Conv1D, Quantized, dequantized, stored_layout, stored_shape
 from .leaves import is_leaf_name
 from .moments import Moments, moments_of
+from .sharding import whole
 from .starts import OF_DATA, Place, find, start_of
 from .wrappers import unwrapped
 
@@ -273,7 +274,7 @@ def _weight(model: nn.Module, path: str, target: Target) -> Tensor:
         stored = dequantized(module) if Quantized.takes(module) else module.weight
     if not stored.is_floating_point() or stored.dtype.itemsize < 2:
         raise Unsupported(f"a weight of {stored.dtype}", where=path, cure="Load the base unquantized")
-    return view(stored.detach().to("cpu", torch.promote_types(stored.dtype, torch.float32)), target)
+    return view(whole(stored.detach()).to("cpu", torch.promote_types(stored.dtype, torch.float32)), target)
 
 
 def _weighted(module: nn.Module) -> bool:
@@ -299,7 +300,7 @@ def _bias(model: nn.Module, path: str) -> Tensor | None:
     stem, found, tail = path.rpartition("weight")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     bias = parameters.get(f"{path}.bias", parameters.get(f"{stem}bias{tail}") if found else None)
-    return None if bias is None else bias.detach().to("cpu", torch.promote_types(bias.dtype, torch.float32))
+    return None if bias is None else whole(bias.detach()).to("cpu", torch.promote_types(bias.dtype, torch.float32))
 
 
 def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:

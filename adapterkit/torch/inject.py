@@ -27,6 +27,7 @@ from .handle import Handle
 from .layers import Quantized, layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name
 from .outputs import Outlet, Switch, outlet
+from .sharding import check_unwrapped
 from .sizes import embedding_of
 from .station import Part, Station, names_of, station_at
 from .weights import tensor_at
@@ -78,6 +79,8 @@ def inject(
     adapter.validate()
     if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
+    if trainable:
+        check_unwrapped(model)
     adapter = wrapped(model, adapter)
     drop = (dropout_of(adapter) if dropout is None else dropout) if trainable else 0.0
     for _, update in adapter:
