@@ -9,10 +9,14 @@ import torch
 import transformers
 from peft import (
     AdaLoraConfig,
+    BOFTConfig,
     EvaConfig,
     HiraConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MissConfig,
+    OFTConfig,
     VeraConfig,
     get_peft_model,
     initialize_lora_eva_weights,
@@ -237,6 +241,11 @@ DROPPED = {
     "vera": (VeraConfig, {"r": 4, "vera_dropout": 0.3}),
     "hira": (HiraConfig, {"r": 4, "hira_dropout": 0.3}),
     "miss": (MissConfig, {"r": 4, "miss_dropout": 0.3}),
+    "loha": (LoHaConfig, {"r": 4, "alpha": 8, "rank_dropout": 0.3}),
+    "lokr": (LoKrConfig, {"r": 4, "alpha": 8, "rank_dropout": 0.3}),
+    "lora": (LoraConfig, {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3}),
+    "oft": (OFTConfig, {"oft_block_size": 4, "r": 0, "module_dropout": 0.3, "use_cayley_neumann": False}),
+    "boft": (BOFTConfig, {"boft_block_size": 4, "boft_n_butterfly_factor": 1, "boft_dropout": 0.3}),
     "adalora": (AdaLoraConfig, {"init_r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "total_step": 100}),
 }
 
@@ -252,7 +261,8 @@ def test_dropout_of_other_methods_is_pefts(method, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     reference.save_pretrained(tmp_path)
-    ak.torch.inject(model, ak.read(tmp_path), trainable=True, dropout=0.3)
+    told = {"dropout": 0.3} if method == "oft" else {}  # PEFT's files name it otherwise for each type.
+    ak.torch.inject(model, ak.read(tmp_path), trainable=True, **told)
     assert losses(model) == pytest.approx(losses(reference), rel=1e-4)
 
 

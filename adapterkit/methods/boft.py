@@ -7,7 +7,7 @@ first. In a single factor all inputs lie where they are.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ShapeMismatch
 from ..shapes import Dims
@@ -25,6 +25,7 @@ class BOFT(WeightUpdate):
 
     blocks = frozenset({"out"})
     paper = "https://arxiv.org/abs/2311.06243"
+    dropout: ClassVar[str] = "blocks"
 
     R: Tensor = tensor("m n b b")
     s: Tensor = tensor("out")

@@ -9,7 +9,7 @@ the weight's shape: PEFT trains LoKr on `nn.Conv1d` so.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from ..errors import Malformed
 from ..tensors.products import contracted, even_split, kron, sides, tucker
@@ -28,6 +28,7 @@ class LoKr(Additive):
     blocks = frozenset({"out"})
     forms = ((("w1",), ("w1_a", "w1_b")), (("w2",), ("w2_a", "w2_b"), ("w2_a", "t2", "w2_in")))
     paper = "https://arxiv.org/abs/2309.14859"
+    dropout: ClassVar[str] = "rows"
 
     w1: Tensor | None = tensor("a c", optional=True)
     w1_a: Tensor | None = tensor("a r", optional=True)

@@ -9,7 +9,7 @@ linear and convolution layers and the outputs of embeddings, and stores what sta
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import Malformed, ShapeMismatch
 from ..shapes import Dims
@@ -27,6 +27,7 @@ class OFT(WeightUpdate):
 
     blocks = frozenset({"in", "out"})
     paper = "https://arxiv.org/abs/2306.07280"
+    dropout: ClassVar[str] = "blocks"
     forms = ((("pairs",), ("square",)),)
 
     pairs: Tensor | None = tensor("n p", optional=True)

@@ -58,7 +58,7 @@ def inject(
         freeze: with `trainable=True`, set `requires_grad` of all parameters of the base to False, as every method
             assumes; `handle.remove()` restores it. Pass False to train the base along with the adapter.
         dropout: with `trainable=True`, the probability that an input of a change is 0 while its module is in training
-            mode, as PEFT's `lora_dropout`; when not given, what `create` was told.
+            mode, as PEFT's `lora_dropout`; when not given, what `create` was told, or the PEFT config of its file.
         active: False attaches it switched off; see `handle.set_active`.
         experts: what a router routes to, where its own file does not hold it (X-LoRA, Arrow): plain LoRA adapters, in
             the router's order.
