@@ -13,6 +13,7 @@ from ..tensors.finite import first_not_finite
 from ..tensors.lazy import dtype_of
 from .attributes import DAMAGED, attribute, check_attribute, plain
 from .positions import misplaced, repeated
+from .rules import Rule, apply_rules
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +29,14 @@ class Update:
 
     Class attributes:
         kind: the name of the kind, set by the four kinds below.
-        version: of the method's entry in the spec.
+        since: the version of the spec that each version of the method came with, oldest first; empty for a version
+            that is no longer read.
+        version: newest version of the method; see `stated_version` for that of one update.
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
         linear_only: the law is one of weights `[out, in]`, those of linear layers and embeddings; others are refused.
         acts_on: what the update changes, for messages.
+        rules: what must be true of its axes, attributes and tensors beyond shape strings, in order.
         forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
         frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
         bias_sees_weight: the change to the bias needs the weight, so that `settled` comes before `new_bias`.
@@ -43,11 +47,15 @@ class Update:
         dropout: what dropout leaves out in training, as PEFT has it for the method: numbers of the change's `input`;
             `rows` of the change, or `scaled rows` where the others grow by as much; `blocks` along the axis `n` of a
             tensor, of one of its factors where it has an axis `m`.
+        bound_to: the library and function that an update without some of its tensors needs, so that no other reader
+            can be asked to compute it; empty for all others.
         paper: where the formula comes from.
     """
 
     kind: ClassVar[str] = ""
+    since: ClassVar[tuple[str, ...]] = ("1.0",)
     version: ClassVar[int] = 1
+    rules: ClassVar[tuple[Rule, ...]] = ()
     blocks: ClassVar[frozenset[str]] = frozenset()
     needs_bias: ClassVar[bool] = True
     linear_only: ClassVar[bool] = False
@@ -59,6 +67,7 @@ class Update:
     starts_at_base: ClassVar[bool] = True
     shared_as: ClassVar[str] = "layer"
     dropout: ClassVar[str] = "input"
+    bound_to: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
     _names: ClassVar[tuple[str, ...]] = ()
@@ -69,6 +78,10 @@ class Update:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "version" in cls.__dict__ and "since" not in cls.__dict__:
+            # A method that numbers its versions by hand knows the last of them alone.
+            cls.since = ("",) * (cls.version - 1) + ("1.0",)
+        cls.version = len(cls.since)
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
         fields = dataclasses.fields(cast(Any, cls))
         cls._tensors = {f.name: f for f in fields if "axes" in f.metadata}
@@ -108,6 +121,20 @@ class Update:
         """The plain values, by field; a whole number in a float's place comes out as a float."""
         return {name: plain(getattr(self, name), field) for name, field in self.attribute_fields().items()}
 
+    def attributes_of(self, version: int) -> dict[str, Any]:
+        """The plain values that a version of the method has, by field."""
+        fields = self.attribute_fields()
+        return {
+            name: value for name, value in self.attributes.items() if fields[name].metadata.get("since", 1) <= version
+        }
+
+    @property
+    def stated_version(self) -> int:
+        """The oldest version of the method that can say this update: newer attributes count where they are used."""
+        oldest = next(number for number, since in enumerate(self.since, 1) if since)
+        newer = (f for f in self._attributes.values() if f.metadata.get("since", 1) > oldest)
+        return max((f.metadata["since"] for f in newer if getattr(self, f.name) != f.default), default=oldest)
+
     def map(self, f: Callable[[Leaf], Leaf]) -> Self:
         """The same update over changed leaves."""
         return self.replace(**{name: f(leaf) for name, leaf in self.tensors.items()})
@@ -131,7 +158,10 @@ class Update:
         for name, leaf in self.tensors.items():
             _check_dtype(name, leaf, self._axes[name][1])
             shapes.append((name, tuple(leaf.shape)))
-        return dict(_solved(cast(Any, type(self)), stack, tuple(shapes)))
+        dims = dict(_solved(cast(Any, type(self)), stack, tuple(shapes)))
+        if self.rules:
+            apply_rules(self, dims, stack)
+        return dims
 
     def check(self) -> None:
         """Checks the plain values, and which tensors are present; methods with rules of their own extend it.
