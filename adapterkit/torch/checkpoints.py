@@ -40,7 +40,7 @@ def watch_state(model: nn.Module) -> None:
     if _save not in model._state_dict_hooks.values():
         hooked: Any = model
         hooked.register_state_dict_post_hook(_save)
-        model.register_load_state_dict_pre_hook(_load)
+        hooked.register_load_state_dict_pre_hook(_load)
 
 
 def leave_state(model: nn.Module) -> None:

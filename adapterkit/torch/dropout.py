@@ -92,7 +92,8 @@ def _without_blocks(update: Update, p: float) -> Update:
     Blocks that are 0 have the identity as their rotation.
     """
     changed = {}
-    for name, leaf in update.tensors.items():
+    held: Any = update.tensors
+    for name, leaf in held.items():
         axes = update.tensor_fields()[name].metadata["axes"]
         blocks, factors = axes.index("n"), axes.index("m")
         if blocks is None or (factors is None and leaf.shape[blocks] == 1):
