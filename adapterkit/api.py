@@ -11,6 +11,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
+from .binding.bases import check_base
 from .binding.tables import name_map
 from .errors import places_errors
 from .formats import read
@@ -27,6 +28,7 @@ def names(
     *,
     rename: str | Sequence[str] = (),
     allow_partial: bool = False,
+    strict_base: bool = False,
 ) -> dict[str, Any]:
     """Say where an adapter's targets lie in a base, and by which rules; headers alone are read.
 
@@ -36,6 +38,7 @@ def names(
             them.
         rename: rules for names that cannot be told, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
         allow_partial: list targets that have no place under `missing` instead of refusing.
+        strict_base: refuse a base whose name, config or fingerprint is not the one that the adapter names.
 
     Returns:
         `base`, `model_type`, `family` (the architecture file that is for the base, or None), and with an adapter
@@ -44,10 +47,13 @@ def names(
         one record for each stored name, with `#` for numbers, the number of such modules, and `names` by naming.
 
     Raises:
+        CheckFailed: the base is not the one that the adapter names, and `strict_base`.
         TargetNotFound: a target has no place, or two readings of its name fit.
         ShapeMismatch: a shape does not fit.
         UsageError: a rule that cannot be read.
     """
     checkpoint = opened(base)
     given = read(adapter, base=checkpoint) if isinstance(adapter, (str, PathLike)) else adapter
+    if strict_base and given is not None:
+        check_base([("the adapter" if isinstance(adapter, Adapter) else str(adapter), given)], checkpoint, strict=True)
     return name_map(checkpoint, given, rename=rename, partial=allow_partial)

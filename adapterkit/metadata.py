@@ -22,6 +22,9 @@ MODEL_TYPE = "model_type"
 
 _MODULE = re.compile(r"transformers\.models\.(\w{1,60})\.modeling_\w{1,60}")
 
+REPORT = "adapterkit_merge.json"
+"""The record that a merge leaves in its output."""
+
 _OF_ONE_FILE = frozenset({
     "modelspec.hash_sha256", "ss_network_alpha", "ss_network_args", "ss_network_dim", "sshs_hash", "sshs_legacy_hash",
     "sshs_model_hash",

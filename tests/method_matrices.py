@@ -15,7 +15,9 @@ LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads":
 
 def cases(method, kind="f8"):
     """(update, W, W') of each plain matrix of a vector; factors in one type."""
-    for adapter in sorted((VECTORS / "methods").glob(f"{method}.*adapter.safetensors")):
+    for adapter in sorted(
+        (VECTORS / "methods").glob(f"{method}.*adapter.safetensors"), key=lambda path: len(path.name)
+    ):
         yield from _cases(adapter, kind)
 
 

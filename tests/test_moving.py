@@ -8,7 +8,7 @@ import pytest
 from adapterkit import merge, verify
 from adapterkit.adapter import Adapter, Target
 from adapterkit.binding import bind
-from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, UsageError
+from adapterkit.errors import NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
 from adapterkit.merging.companions import REPORT
 from adapterkit.methods import METHODS
 from adapterkit.tensors.checkpoint import open_checkpoint
@@ -234,3 +234,77 @@ def test_the_report_and_the_lineage_say_which_rules_were_used(base, tmp_path):
 def test_an_adapter_of_another_family_is_refused(base):
     with pytest.raises(TargetNotFound):
         bind(Adapter({Target("transformer.h.0.attn.c_attn"): (lora(12, 4),)}), base(per_expert(), MIXTRAL))
+
+
+LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16}
+
+
+def permuted(rows, heads):
+    """The order of llama.cpp's converter: `LlamaModel.permute` of convert_hf_to_gguf.py, for numbers of rows."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@pytest.mark.parametrize(("end", "own", "heads"), [("q", "q_proj", 4), ("k", "k_proj", 2), ("v", "v_proj", None)])
+def test_rows_of_another_naming_come_in_the_order_of_the_base(end, own, heads, base):
+    """An adapter in the names of a GGUF file, whose queries and keys llama.cpp stores in another order of rows."""
+    B = normal(16 if end == "q" else 8, 2)
+    there = B if heads is None else permuted(B, heads)
+    update = LoRA(A=from_numpy(normal(2, 16)), B=from_numpy(there))
+    opened = base({f"model.layers.0.self_attn.{own}.weight": normal(len(B), 16)}, LLAMA)
+    (site,) = bind(Adapter({Target(f"blk.0.attn_{end}"): (update,)}), opened).sites
+    assert site.target.path == f"model.layers.0.self_attn.{own}"
+    np.testing.assert_array_equal(site.updates[0].B.numpy(), B)
+
+
+def test_an_order_of_rows_needs_the_heads_of_the_base(base):
+    opened = base({"model.layers.0.self_attn.q_proj.weight": normal(16, 16)}, {"model_type": "llama"})
+    update = LoRA(A=from_numpy(normal(2, 16)), B=from_numpy(normal(16, 2)))
+    with pytest.raises(UsageError, match="num_attention_heads"):
+        bind(Adapter({Target("blk.0.attn_q"): (update,)}), opened)
+
+
+@pytest.fixture
+def unequal(tmp_path, monkeypatch):
+    """A family with queries, keys and values in one tensor in one naming, and apart in the other."""
+    from adapterkit.naming import architectures
+
+    places = [f'"l.{{n}}.{x[0]}" = {{ fused = {{ name = "l.{{n}}.qkv", qkv = "{x}" }} }}' for x in architectures.QKV]
+    text = 'format = 1\nfamily = "zebra"\nmodel_types = ["zebra"]\nkeyed = ["apart"]\n[weights]\n'
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "zebra.toml").write_text(text + "\n".join(places))
+    monkeypatch.setattr(architectures, "folder", lambda: tmp_path / "files")
+    architectures._of_type.cache_clear()
+    yield {**LLAMA, "model_type": "zebra"}
+    architectures._of_type.cache_clear()
+
+
+def test_a_fused_projection_is_divided_by_the_heads_of_the_base(unequal, base, tmp_path):
+    """Four query heads of 4 rows and two of keys and values: 16, 8 and 8 rows."""
+    update, rows = lora(32, 16), {"q": (0, 16), "k": (16, 24), "v": (24, 32)}
+    apart = {f"l.0.{x}.weight": normal(stop - start, 16) for x, (start, stop) in rows.items()}
+    opened = base(apart, unequal)
+    merge(opened, Adapter({Target("l.0.qkv"): (update,)}), tmp_path / "out")
+    for x, (start, stop) in rows.items():
+        found = open_checkpoint(tmp_path / "out").tensors[f"l.0.{x}.weight"].numpy()
+        np.testing.assert_allclose(found, apart[f"l.0.{x}.weight"] + change(update)[start:stop], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("q", (0, 16)), ("k", (16, 24)), ("v", (24, 32))])
+def test_a_part_goes_into_its_rows_of_a_fused_projection(name, rows, unequal, base):
+    opened = base({"l.0.qkv.weight": normal(32, 16)}, unequal)
+    (site,) = bind(Adapter({Target(f"l.0.{name}"): (lora(rows[1] - rows[0], 16),)}), opened).sites
+    assert (site.target.path, site.target.rows) == ("l.0.qkv", rows)
+    with pytest.raises(ShapeMismatch):
+        bind(Adapter({Target(f"l.0.{name}"): (lora(12, 16),)}), opened)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_rows_of_a_fused_projection_that_are_one_part_go_where_the_part_is(name, unequal, base):
+    """What `Adapter.bind` makes of a part is taken back by a model that has the parts apart."""
+    rows = {"q": (0, 16), "k": (16, 24), "v": (24, 32)}
+    given = Adapter({Target("l.0.qkv", rows=rows[name]): (lora(rows[name][1] - rows[name][0], 16),)})
+    opened = base({f"l.0.{x}.weight": normal(stop - start, 16) for x, (start, stop) in rows.items()}, unequal)
+    (site,) = bind(given, opened).sites
+    assert (site.target.path, site.target.rows) == (f"l.0.{name}", None)
+    with pytest.raises(Unsupported, match="some rows"):
+        bind(Adapter({Target("l.0.qkv", rows=(4, 12)): (lora(8, 16),)}), opened)

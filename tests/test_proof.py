@@ -26,6 +26,8 @@ from adapterkit.methods import METHODS
 from adapterkit.methods.lora import LoRA
 from adapterkit.methods.replacement import Replacement
 from adapterkit.tensors import safetensors
+from adapterkit.tensors.arrange import turned
+from adapterkit.tensors.dtypes import DTYPES
 from adapterkit.tensors.lazy import as_lazy, from_numpy
 
 
@@ -291,6 +293,8 @@ def test_what_is_left_out_is_found_whatever_it_is_called_in_the_file(tmp_path):
     gone = Target(f"{place}.norm_q"), (Replacement(weight=from_numpy(np.ones(8, "f4"))),)
     adapter = Adapter({**{Target(f"{place}.to_{x}"): (there,) for x in "qkv"}, gone[0]: gone[1]})
     adapter = Adapter({**adapter.updates, Target("transformer.single_transformer_blocks.0.proj_out"): (lora(8, 40),)})
+    flux = ("transformer.time_text_embed.guidance_embedder.linear_1", "transformer.x_embedder")
+    adapter = Adapter({**adapter.updates, **{Target(path): (there,) for path in flux}})
     (line,) = ak.write(adapter, tmp_path / "a.safetensors", "kohya", on_loss="drop")
     assert line.startswith("left out ")
 
@@ -397,3 +401,108 @@ def test_a_safetensors_file_is_compared_with_what_is_on_the_disk(tmp_path, monke
     monkeypatch.setattr(safetensors, "write", damaged)
     with pytest.raises(Miswritten, match="other bytes are on the disk"):
         ak.write(llama(), tmp_path / "a.safetensors")
+
+
+FOLDED = {
+    "nothing": lambda A, B: (A, B),
+    "one number": lambda A, B: (A, at(B, 7001, lambda x: x + 1)),
+    "the last number": lambda A, B: (A, at(B, -1, lambda x: x + 1)),
+    "a sign": lambda A, B: (A, -B),
+    "twice": lambda A, B: (A, 2 * B),
+    "not at all": lambda A, B: (A, B / 2),
+    "into A, too": lambda A, B: (2 * A, B),
+    "half of the rows": lambda A, B: (A, np.concatenate([B[: len(B) // 2], B[len(B) // 2 :] / 2])),
+    "rows in another order": lambda A, B: (A, B[::-1].copy()),
+    "columns in another order": lambda A, B: (A, B[:, ::-1].copy()),
+    "a NaN": lambda A, B: (A, at(B, 7001, lambda x: x * np.nan)),
+    "A in another order": lambda A, B: (A[::-1].copy(), B),
+    "A transposed": lambda A, B: (A.T.reshape(A.shape).copy(), B),
+}
+"""What a writer that folds a scaling of 2 into B may do wrong, on numpy arrays; the first does nothing wrong."""
+
+
+def at(array, position, change):
+    array = array.copy()
+    array.reshape(-1)[position] = change(array.reshape(-1)[position])
+    return array
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"), [*((".onnx_adapter", kind) for kind in ("F32", "BF16", "F16", "F64")), (".npz", "F16"),
+                      (".safetensors", "BF16")]
+)  # fmt: skip
+def test_a_fault_in_folding_is_caught(end, kind, tmp_path, monkeypatch):
+    """Olive's writer folds a scaling into B and turns both factors; every number of B is compared, wherever it is."""
+    from adapterkit.formats import _one_number
+    from adapterkit.tensors.lazy import as_array
+
+    rng = np.random.default_rng(5)
+    A, B = rng.normal(size=(16, 300)), rng.normal(size=(2400, 16))
+    there = [from_numpy(a.astype(DTYPES[kind].array).view(DTYPES[kind].numpy), kind) for a in (A, B)]
+    adapter = Adapter({Q_PROJ: (LoRA(A=there[0], B=there[1], scaling=2.0),)})
+    source = tmp_path / "source.safetensors"
+    ak.write(adapter, source)
+    real = _one_number.folded
+    for name, spoil in FOLDED.items():
+
+        def folded(update, scaling, spoil=spoil):
+            made = real(update, scaling)
+            a, b = (as_array(leaf).astype("f8") for leaf in (made.A, made.B))
+            spoiled = dict(zip("AB", spoil(a, b), strict=True))
+            changed = {n: v for n, v in spoiled.items() if v is not {"A": a, "B": b}[n]}
+            return made.replace(
+                **{
+                    n: from_numpy(v.astype(DTYPES[kind].array).view(DTYPES[kind].numpy), kind)
+                    for n, v in changed.items()
+                }
+            )
+
+        monkeypatch.setattr(_one_number, "folded", folded)
+        out = tmp_path / f"out{end}"
+        if name == "nothing":
+            assert ak.write(ak.read(source), out, "olive", on_loss="fold") == [f"folded the scaling into B of {Q_PROJ}"]
+            out.unlink()
+            continue
+        with pytest.raises(Miswritten):
+            ak.write(ak.read(source), out, "olive", on_loss="fold")
+        assert not out.exists(), name
+
+
+def test_every_container_that_remembers_is_compared_with_the_disk(tmp_path, monkeypatch):
+    """onnxruntime's container leads to what was moved; some bytes of the disk are read all the same."""
+    from adapterkit.formats import olive
+
+    real = olive.write_ort_adapter
+
+    def damaged(path, adapter):
+        real(path, adapter)
+        data = bytearray(path.read_bytes())
+        data[-8:] = bytes(8)
+        path.write_bytes(data)
+
+    source = tmp_path / "source.safetensors"
+    plain = {Q_PROJ: (lora(16, 16, 16, seed=1).replace(scaling=1.0),)}
+    ak.write(Adapter(plain), source)
+    assert ak.write(ak.read(source), tmp_path / "a.onnx_adapter", "olive") == []
+    monkeypatch.setattr(olive, "write_ort_adapter", damaged)
+    with pytest.raises(Miswritten, match="other bytes are on the disk"):
+        ak.write(ak.read(source), tmp_path / "b.onnx_adapter", "olive")
+
+
+def test_a_tensor_that_is_turned_twice_is_itself():
+    tensor = from_numpy(np.arange(6, dtype="f4").reshape(2, 3))
+    assert turned(turned(tensor)) is tensor
+    flat = turned(tensor).reshape(1, 6)
+    assert np.array_equal(turned(flat).numpy(), tensor.numpy().T.reshape(1, 6).T)
+
+
+def test_factors_of_one_array_are_runs_of_it(tmp_path):
+    """TensorRT-LLM holds all modules in one array: to read it whole for each of them takes minutes."""
+    adapter, below, _ = model(
+        [update for update in islice(cases("lora", "f4"), 1) for _ in range(2)], LANGUAGE, tmp_path
+    )
+    ak.write(adapter, tmp_path / "out", "tensorrt_llm", below, "fold")
+    found = ak.read(tmp_path / "out", base=below)
+    leaves = [as_lazy(leaf) for _, update in found for leaf in update.tensors.values()]
+    assert leaves
+    assert all(leaf.span is not None and leaf.span.nbytes == leaf.nbytes for leaf in leaves)

@@ -17,7 +17,7 @@ from ..naming.renames import Rename, parse_renames
 from ..naming.resolver import Rule
 from ..tensors.checkpoint import opened
 from ..updates import Update
-from .deltas import delta, fold, view, view_shape
+from .deltas import delta, fold, view, view_shape, weight_shape
 from .fitting import Shapes, fits, viewed
 from .layouts import with_layouts
 from .renaming import renamed
@@ -41,6 +41,7 @@ __all__ = [
     "renamed",
     "view",
     "view_shape",
+    "weight_shape",
     "with_layouts",
 ]
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Target
 from ..errors import NotMergeable, UsageError
+from ..naming.ties import aliases
 from ..tensors.checkpoint import opened
 from ..tensors.lazy import as_torch
 from ..updates import Additive, Update
+from .fitting import viewed
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +90,34 @@ def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
     if "out" not in dims or "in" not in dims:
         raise UsageError("the shape of its weight is known to the base only", where=str(target), cure="Pass base=")
     return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["in"], *dims.get("k", ()))
+
+
+def weight_shape(
+    target: Target, updates: Sequence[Update], base: Checkpoint | str | PathLike[str] | None
+) -> tuple[int, ...] | None:
+    """Return the shape of one weight at a target, of the base if there is one, else as far as the updates tell it.
+
+    Returns:
+        `[out, in, *k]`, without the axis of experts; `[out]` if only a bias is changed; None if nothing tells it.
+    """
+    if base is not None:
+        checkpoint = opened(base)
+        names = aliases(checkpoint)
+        keys = (names.get(key, key) for key in (f"{target.path}.weight", target.path))
+        stored = next((checkpoint.tensors[key] for key in keys if key in checkpoint.tensors), None)
+        seen = None if stored is None else viewed(stored.shape, target)
+        if seen is not None:
+            rows = target.rows
+            shape = seen[int(target.stacked) :]
+            return shape if rows is None else (rows[1] - rows[0], *shape[1:])
+    if not any(update.changes_weight for update in updates):
+        # Updates of outputs and contexts have no axis `out`.
+        out = updates[0].dims(target.stacked).get("out")
+        return None if out is None else (int(out),)  # type: ignore[arg-type]
+    try:
+        return view_shape(target, [update for update in updates if update.changes_weight])[int(target.stacked) :]
+    except UsageError:
+        return None
 
 
 def _free_delta(found: Mapping[Target, tuple[Update, ...]]) -> torch.Tensor:

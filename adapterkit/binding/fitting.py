@@ -95,6 +95,8 @@ def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
     if first.slot is not None:
         shape = shape[1:]
     lead = int(first.expert is None and len(shape) > 2)
+    if (first.take and first.take.heads) or (first.into and first.into.heads):
+        return None  # Parts of unequal sizes: the heads tell them, and nothing needs them yet.
     scale = (first.take.of if first.take else 1), (first.into.of if first.into else 1)
     out = shape[lead] * scale[0] // scale[1]
     experts = () if first.expert is None else (len({move.expert for move in moves}),)

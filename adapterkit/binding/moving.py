@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter import Target
 from ..errors import NotMergeable, ShapeMismatch, Unsupported
+from ..naming.architectures import Place
+from ..naming.gguf import row_order
+from ..naming.heads import Heads, heads_of, undone
 from ..naming.resolver import Move, Part
 from ..tensors import arrange
 from ..tensors.lazy import Lazy, as_lazy
@@ -19,6 +22,8 @@ from ..updates import Update
 
 if TYPE_CHECKING:
     from .fitting import Shapes
+
+Config = Mapping[str, Any] | None
 
 Placed = tuple[Target, Target, tuple[Update, ...]]
 """(the adapter's target, the base's target, the updates there)."""
@@ -28,7 +33,10 @@ _LAYOUT_OF_STACK = {"out *in": "e out *in", "in out *k": "e in out *k"}
 
 
 def moved(
-    updates: Mapping[Target, tuple[Update, ...]], moves: Mapping[str, tuple[Move, ...]], shapes: Shapes
+    updates: Mapping[Target, tuple[Update, ...]],
+    moves: Mapping[str, tuple[Move, ...]],
+    shapes: Shapes,
+    config: Mapping[str, Any] | None = None,
 ) -> list[Placed]:
     """Apply moves to an adapter's updates.
 
@@ -36,8 +44,10 @@ def moved(
         updates: target -> updates.
         moves: path of a target -> where its parts go; targets without moves are left out.
         shapes: of the base's tensors.
+        config: of the base, for its heads: they decide on orders of rows, and on how a fused projection is divided.
 
     Raises:
+        UsageError: the heads are needed, and the config does not tell them.
         NotMergeable: the formula of an update cannot be cut into rows.
         ShapeMismatch: the parts of a fused weight are not equal, or the base has another number of experts.
         Unsupported: updates of single experts cannot be put into one stack.
@@ -45,13 +55,14 @@ def moved(
     placed: list[Placed | tuple[str, Part | None]] = []
     stacks: dict[tuple[str, Part | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
     for target, given in updates.items():
-        for move in moves.get(target.path, ()):
+        cut, own = _of_rows(target, moves.get(target.path, ()), config)
+        for move in own:
             if move.plain:
-                placed.append((target, replace(target, path=move.path), given))
+                placed.append((target, replace(cut, path=move.path), given))
                 continue
-            there, part = _taken(target, given, move)
+            there, part = _taken(cut, given, move, config)
             if move.slot is None:
-                placed.append((target, *_into(there, part, move, shapes)))
+                placed.append((target, *_into(there, part, move, shapes, config)))
                 continue
             key = move.path, move.into
             if key not in stacks:
@@ -63,7 +74,33 @@ def moved(
     return [_stacked(each, stacks[each], shapes) if len(each) == 2 else each for each in placed]
 
 
-def _taken(target: Target, updates: tuple[Update, ...], move: Move) -> tuple[Target, tuple[Update, ...]]:
+def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[Target, tuple[Move, ...]]:
+    """A target of some rows that are one part of its weight, as a target of all rows of that part, with its move.
+
+    Raises:
+        Unsupported: the rows are none of the parts.
+    """
+    if target.rows is None or all(move.take is None for move in moves):
+        return target, moves
+    start, stop = target.rows
+    found = []
+    for move in moves:
+        if move.take is not None and not move.take.interleaved:
+            shares = _shares(config, target) if move.take.heads else (1,) * move.take.of
+            before, own = sum(shares[: move.take.number]), shares[move.take.number]
+            if start * own == before * (stop - start):
+                found.append(replace(move, take=None))
+    if len(found) != 1:
+        raise Unsupported(
+            "updates of some rows of a weight that the base stores in parts", where=str(target),
+            cure="Target the parts by their own names",
+        )  # fmt: skip
+    return replace(target, rows=None), tuple(found)
+
+
+def _taken(
+    target: Target, updates: tuple[Update, ...], move: Move, config: Config
+) -> tuple[Target, tuple[Update, ...]]:
     """The part of a target that one move takes, with the layout that is left of the target's."""
     if target.rows is not None:
         raise Unsupported(
@@ -79,7 +116,9 @@ def _taken(target: Target, updates: tuple[Update, ...], move: Move) -> tuple[Tar
         updates = tuple(update.map(lambda leaf: _slice(leaf, move.expert or 0)) for update in updates)
         layout, stack = _LAYOUT_OF_ONE[layout], False
     if move.take is not None:
-        updates = tuple(_rows(update, move.take, stack, target) for update in updates)
+        updates = tuple(_rows(update, move.take, stack, target, config) for update in updates)
+    if move.turn is not None:
+        updates = tuple(_turned(update, move.turn, stack, target, config) for update in updates)
     return replace(target, path=move.path, layout=layout), updates
 
 
@@ -87,9 +126,32 @@ def _slice(leaf: Any, index: int) -> Any:
     return arrange.item(leaf, index) if isinstance(leaf, Lazy) else leaf[index]
 
 
-def _rows(update: Update, part: Part, stack: bool, target: Target) -> Update:
-    """One of several equal parts of an update's outputs."""
-    start, stop, step = _steps(_outputs(update, stack, target), part, target)
+def _turned(update: Update, turn: tuple[Place, Place], stack: bool, target: Target, config: Config) -> Update:
+    """An update with its outputs in another order of rows."""
+    rows = _outputs(update, stack, target)
+    heads = heads_of(config, str(target))
+    changes: dict[str, Any] = {}
+    for name, leaf in update.tensors.items():
+        at = _output_axis(update, name, leaf, stack)
+        if at is not None:
+            changes[name] = arrange.reordered(as_lazy(leaf), lambda: _order(turn, rows, heads, str(target)), at)
+    return update.replace(**changes)
+
+
+def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> Any:
+    """Row i of the base's tensor is row `order[i]` of the adapter's."""
+    import numpy as np
+
+    plain = np.arange(rows)
+    ours, theirs = (row_order(place, rows, heads, where) for place in turn)
+    # Both are told against the family's own order: first out of the adapter's, then into the base's.
+    own = plain if ours is None else undone(ours)
+    return own[plain if theirs is None else theirs]
+
+
+def _rows(update: Update, part: Part, stack: bool, target: Target, config: Config) -> Update:
+    """One of several parts of an update's outputs."""
+    start, stop, step = _steps(_outputs(update, stack, target), part, target, config)
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
@@ -119,16 +181,31 @@ def _output_axis(update: Update, name: str, leaf: Any, stack: bool) -> int | Non
     return int(axis + stack if axis >= 0 else len(leaf.shape) + axis)
 
 
-def _steps(size: int, part: Part, target: Target) -> tuple[int, int, int]:
+def _steps(size: int, part: Part, target: Target, config: Config) -> tuple[int, int, int]:
     """The rows of a part as (start, stop, step)."""
+    if part.heads:
+        shares = _shares(config, target)
+        if size % sum(shares):
+            why = f"{size} outputs are not those of {shares[0]} query and {shares[1]} key and value heads"
+            raise ShapeMismatch(why, where=str(target), cure=_WRONG_BASE)
+        unit = size // sum(shares)
+        return sum(shares[: part.number]) * unit, sum(shares[: part.number + 1]) * unit, 1
     if size % part.of:
         raise ShapeMismatch(f"{size} outputs are not {part.of} equal parts", where=str(target), cure=_WRONG_BASE)
     if part.interleaved:
-        return part.index, size, part.of
-    return part.index * size // part.of, (part.index + 1) * size // part.of, 1
+        return part.number, size, part.of
+    return part.number * size // part.of, (part.number + 1) * size // part.of, 1
 
 
-def _into(there: Target, updates: tuple[Update, ...], move: Move, shapes: Shapes) -> tuple[Target, tuple[Update, ...]]:
+def _shares(config: Config, target: Target) -> tuple[int, int, int]:
+    """How the rows of a fused projection are shared by queries, keys and values."""
+    heads = heads_of(config, str(target))
+    return heads.query, heads.kv, heads.kv
+
+
+def _into(
+    there: Target, updates: tuple[Update, ...], move: Move, shapes: Shapes, config: Config
+) -> tuple[Target, tuple[Update, ...]]:
     """The target with the rows of the base's weight that it is, and its updates.
 
     A target has one run of rows. Where a part has every second row, updates of the whole weight say it, with zeros in
@@ -138,12 +215,17 @@ def _into(there: Target, updates: tuple[Update, ...], move: Move, shapes: Shapes
         return there, updates
     outs = {out for update in updates if isinstance(out := update.dims(there.stacked).get("out"), int)}
     shape = next((shapes[name] for name in (f"{move.path}.weight", move.path) if name in shapes), ())
-    sizes = {out * move.into.of for out in outs} or {shape[int(there.stacked)]}
+    whole, own = move.into.of, 1
+    if move.into.heads:
+        shares = _shares(config, there)
+        whole, own = sum(shares), shares[move.into.number]
+    sizes = {out * whole // own for out in outs} or {shape[int(there.stacked)]}
     if len(sizes) != 1 or not sizes <= set(shape):
-        why = f"made for {sorted(outs)} outputs, one of {move.into.of} equal parts; the base has {list(shape)}"
+        kind = "parts by heads" if move.into.heads else "equal parts"
+        why = f"made for {sorted(outs)} outputs, one of {move.into.of} {kind}; the base has {list(shape)}"
         raise ShapeMismatch(why, where=str(there), cure=_WRONG_BASE)
     size = sizes.pop()
-    start, stop, step = _steps(size, move.into, there)
+    start, stop, step = _steps(size, move.into, there, config)
     if step == 1:
         return replace(there, rows=(start, stop)), updates
     return there, tuple(_spread(update, size, start, step, there) for update in updates)
@@ -178,7 +260,7 @@ def _stacked(
     columns = [[slots[e][1][n] if e in slots else None for e in range(shape[0])] for n in range(counts.pop())]
     layout = _LAYOUT_OF_STACK[first[0].layout]
     updates = tuple(_one(column, first[0]) for column in columns)
-    there, updates = _into(Target(path, layout), updates, Move(path, into=into), shapes)
+    there, updates = _into(Target(path, layout), updates, Move(path, into=into), shapes, None)
     return first[0], there, updates
 
 

@@ -147,7 +147,7 @@ def find_sites(
     if missing and (not partial or len(missing) == len(adapter.updates)):
         raise _not_found(missing, adapter, names)
     sites, origins = [], []
-    for origin, target, updates in moved(adapter.updates, found.moves, shapes):
+    for origin, target, updates in moved(adapter.updates, found.moves, shapes, config):
         keys = _keys(target.path, shapes) if target.path in names.paths else (None, None)
         if origin.path in outer:
             weight, bias = f"{target.path}.weight", f"{target.path}.bias"

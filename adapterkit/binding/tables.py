@@ -48,7 +48,7 @@ def name_map(
         return record | {"weights": _weights(base)}
     from . import bind
 
-    bound = bind(adapter, base, partial=partial, aliases=aliases(base.tensors, base.config), rename=rename)
+    bound = bind(adapter, base, partial=partial, aliases=aliases(base), rename=rename)
     targets = [
         {
             "target": str(origin), "path": site.target.path, "rows": site.target.rows, "layout": site.target.layout,

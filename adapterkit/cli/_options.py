@@ -95,7 +95,7 @@ def _state(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 
 def stated() -> dict[str, Any]:
-    """Return the values of `--alpha`, `--rank` and `--strict` of this command as arguments of `adapterkit.read`."""
+    """Return the values of `--alpha`, `--rank`, `--strict` and `--strict-base` as arguments of `adapterkit.read`."""
     return dict(click.get_current_context().meta.get(STATED, {}))
 
 
@@ -115,14 +115,14 @@ def compat(command: F) -> F:
 
 def reading(command: F) -> F:
     """How one adapter is read."""
-    for option in (compat, base, source_format):
+    for option in (compat, strict_base_of_read, base, source_format):
         command = option(command)
     return command
 
 
 def reading_to_cut(command: F) -> F:
     """How one adapter is read, by a command whose own `--rank` is the result's."""
-    for option in (_strict, _alpha, _compat, base, source_format):
+    for option in (_strict, _alpha, _compat, strict_base_of_read, base, source_format):
         command = option(command)
     return command
 
@@ -141,6 +141,24 @@ def in_reading(adapters: Sequence[Any], compat: str | None, base: str | None) ->
         read(adapter, base=base, **options) if isinstance(adapter, (str, os.PathLike)) else adapter
         for adapter in adapters
     )
+
+
+def base_warnings(sources: Sequence[Any], adapters: Sequence[Any], base: str | None) -> list[str]:
+    """Return warnings about what adapters say of a base that is not true of the given one; none without a base.
+
+    Args:
+        sources: what the adapters are called.
+        adapters: the adapters, or where they are.
+        base: the base.
+    """
+    if base is None:
+        return []
+    from ..binding.bases import check_base
+    from ..formats import read
+
+    held = [read(each, base=base) if isinstance(each, (str, os.PathLike)) else each for each in adapters]
+    found = check_base([*zip(map(str, sources), held, strict=True)], base, strict=False)
+    return [f"{why}; --strict-base (strict_base=True) refuses it" for why in found]
 
 
 base = click.option("--base", metavar="BASE", help="The base that the adapter is for: a folder or a weight file.")
@@ -180,6 +198,9 @@ tied = click.option(
     help="Where the head shares its weight with the embedding: merge (updates change both), untie (each changes the "
     "layer it names, token rows both), or by kind, e.g. rows=untie,embedding=merge. If absent, as PEFT trained.",
 )  # fmt: skip
-strict_base = click.option(
-    "--strict-base", is_flag=True, help="Refuse a base that is not the one that an adapter names, instead of a warning."
-)
+_STRICT_BASE = "Refuse a base that is not the one that an adapter names, instead of a warning."
+strict_base = click.option("--strict-base", is_flag=True, help=_STRICT_BASE)
+strict_base_of_read = click.option(
+    "--strict-base", is_flag=True, callback=_state, expose_value=False, help=_STRICT_BASE
+)  # fmt: skip
+"""For commands whose adapters are all read by `adapterkit.read`, which compares them with the base."""

@@ -167,6 +167,7 @@ def outcome(record: Mapping[str, Any]) -> Iterable[str]:
     updates, targets = counted(record["updates"], "update"), counted(record["targets"], "target")
     yield f"{record['out']}: {record['to']}, {updates} at {targets}"
     yield from (f"  {loss}" for loss in record["losses"])
+    yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
 
 
 def cuts_table(cuts: Sequence[Mapping[str, Any]]) -> Table:

@@ -26,6 +26,7 @@ from ._render import Table, View, show
 @click.option("--disjoint", is_flag=True, help="Adapters that share no target are meant to.")
 @_writing.dtype
 @_options.base
+@_options.strict_base_of_read
 @click.option("--compat", metavar="NAME", help="Methods, names and choices of another tool: mergekit or peft.")
 @_options.rename
 @_options.stating
@@ -53,8 +54,10 @@ def command(
     )  # fmt: skip
     if destination.is_done(settings):
         return
-    made = ops.combine(_options.in_reading(sources, None, options.get("base")), **options)
+    read = _options.in_reading(sources, None, options.get("base"))
+    made = ops.combine(read, **options)
     record = destination.write(made, on_loss)
+    record["warnings"] = _options.base_warnings(sources, read, options.get("base"))
     show(settings, record | said(made), _view)
 
 

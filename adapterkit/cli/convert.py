@@ -58,7 +58,8 @@ def command(
         written = destination.write(adapter, on_loss, profile, max_error)
     from ..formats import warnings_of
 
-    record = {"source": src, "from": name, **written, "warnings": warnings_of(adapter)}
+    warnings = [*warnings_of(adapter), *_options.base_warnings([src], [adapter], base)]
+    record = {"source": src, "from": name, **written, "warnings": warnings}
     show(settings, record, _view)
 
 

@@ -25,6 +25,7 @@ COLUMNS = {
 @click.argument("a")
 @click.argument("b")
 @_options.base
+@_options.strict_base_of_read
 @_options.compat
 @click.option(
     "--tolerance", type=float, default=1e-6, show_default=True, metavar="E",
@@ -43,7 +44,8 @@ def command(
 
     read = _options.in_reading((a, b), compat, base)
     found = ops.compare(*read, base=base, tolerance=tolerance, signs=signs, rename=rename)
-    show(ctx.obj, {"a": a, "b": b, **found.record()}, _view)
+    warnings = _options.base_warnings((a, b), read, base)
+    show(ctx.obj, {"a": a, "b": b, **found.record(), "warnings": warnings}, _view)
     if found.equal is not True:
         ctx.exit(1 if found.equal is False else 3)
 
@@ -58,3 +60,4 @@ def _view(record: Mapping[str, Any]) -> View:
     if record["relative_error"] is not None:
         cosine = "" if record["cosine"] is None else f", cosine {record['cosine']:.4g}"
         yield f"relative error of all together: {record['relative_error']:.4g}{cosine}"
+    yield from (f"warning: {warning}" for warning in record["warnings"])

@@ -50,6 +50,7 @@ ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
 @click.option("--opset", type=int, metavar="N", help="Operator set; torch's own choice if absent.")
 @_options.rename
 @_options.compat
+@_options.strict_base_of_read
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
 @_options.overwrite
 @_options.flags

@@ -32,6 +32,7 @@ from ._render import View, show
     "--method", default="lora", show_default=True, metavar="METHOD",
     help="Form of changed matrices: lora, loha (Hadamard product), lokr (Kronecker product), shira (largest entries).",
 )  # fmt: skip
+@_options.strict_base
 @_options.rename
 @_writing.dtype
 @_writing.writing
@@ -40,10 +41,12 @@ from ._render import View, show
 def command(
     settings: _options.Settings, tuned: str, base: str, rank: int | None, energy: float | None, error: float | None,
     targets: tuple[str, ...], embeddings: str, method: str, dtype: str | None, out: str, target_format: str | None,
-    on_loss: str, overwrite: bool, rename: tuple[str, ...],
+    on_loss: str, overwrite: bool, rename: tuple[str, ...], strict_base: bool,
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.extract`."""
     from .. import ops
+    from ..binding.bases import check_tuned
+    from ..tensors.checkpoint import opened
 
     target_format = target_format or "adapterkit"
     destination = _writing.Destination(out, [tuned], overwrite, target_format=target_format, base=base)
@@ -54,9 +57,13 @@ def command(
         made = ops.extract(
             tuned, base, rank, energy=energy, error=error, targets=targets, embeddings=embeddings, method=method,
             dtype=dtype, report=cuts.append, progress=meter, rename=rename,
+            strict_base=strict_base,
         )  # fmt: skip
     record = destination.write(made, on_loss)
     record |= {"tuned": tuned, "base": base, "relative_error": _error(cuts), "cuts": [cut.record() for cut in cuts]}
+    record["warnings"] = [
+        f"{why}; --strict-base (strict_base=True) refuses it" for why in check_tuned(opened(tuned), opened(base), False)
+    ]
     show(settings, record, _view)
 
 

@@ -54,6 +54,7 @@ def command(
         record = adapter_record(adapter, src, name)
         if base is not None:
             record["names"] = _names(adapter, base, rename)
+            record["warnings"] = _options.base_warnings([src], [adapter], base)
         show(settings, record, _adapter_view)
 
 
@@ -155,6 +156,7 @@ def _adapter_view(record: Mapping[str, Any]) -> View:
     if names:
         used = "; ".join(f"{each['rule']} ({each['targets']:,})" for each in names.get("rules", ()))
         yield f"names in the base: {used}" if names["fits"] else f"does not fit the base: {names['why']}"
+    yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
 
 
 def _update_row(update: Mapping[str, Any]) -> list[Any]:

@@ -23,6 +23,7 @@ from ._render import Table, View, counted, show
 @_options.rename
 @_options.allow_partial
 @_options.stating
+@_options.strict_base_of_read
 @_options.flags
 @click.pass_obj
 def command(
@@ -33,7 +34,8 @@ def command(
 
     given = None if adapter is None else _options.in_reading((adapter,), None, base)[0]
     record = names(base, given, rename=rename, allow_partial=allow_partial)
-    show(settings, {**record, "adapter": adapter}, _view)
+    warnings = [] if given is None else _options.base_warnings([adapter], [given], base)
+    show(settings, {**record, "adapter": adapter, "warnings": warnings}, _view)
 
 
 def _view(record: Mapping[str, Any]) -> View:
@@ -58,6 +60,7 @@ def _view(record: Mapping[str, Any]) -> View:
         yield f"{rule['rule']}: {counted(rule['targets'], 'target')}"
     if record["missing"]:
         yield f"not in the base: {', '.join(record['missing'])}"
+    yield from (f"warning: {warning}" for warning in record["warnings"])
 
 
 def _other(weight: Mapping[str, Any], naming: str) -> str:

@@ -54,6 +54,7 @@ def command(
     record = destination.write(made, on_loss)
     error_of_all = made.recipe[-1].args["error_of_all"]
     record |= {"source": src, "from": name, "relative_error": error_of_all, "cuts": [cut.record() for cut in cuts]}
+    record["warnings"] = _options.base_warnings([src], [adapter], base)
     show(settings, record, _view)
 
 

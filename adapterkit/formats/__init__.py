@@ -16,8 +16,8 @@ from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
 from ..tensors.inputs import inputs_kept
 from ..tensors.lazy import Lazy
 from ..tensors.locations import NOTE, exists, is_remote, local, located, source_of
-from ..tensors.safetensors import sources_remembered
 from ..tensors.staging import files_below, matches, staged
+from ..tensors.written import sources_remembered
 from ._format import ON_LOSS, TENSORS, UNKNOWN, Format
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def read(
     rank: int | None = None,
     strict: bool = False,
     experts_order: str | None = None,
+    strict_base: bool = False,
 ) -> Adapter:
     """Reads an adapter in any format, lazily, and validates it.
 
@@ -70,12 +71,15 @@ def read(
         experts_order: the layout of stacked experts' factors, where the file and the base do not tell: `"rank_major"`
             (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the outputs).
             Files of a format without stacked experts are read as they are.
+        strict_base: refuse a base whose name, config or fingerprint is not the one that the adapter names.
 
     Returns:
         the adapter; what came from a hub says so in its lineage, with the commit.
 
     Raises:
         AdapterkitError: see `Format.read`.
+        CheckFailed: the base is not the one that the adapter names, and `strict_base`.
+        UsageError: `strict_base` without a base.
     """
     source, found, member = _searched(path, FORMATS if format is None else [format])
     name = _only(found, path) if format is None else format
@@ -99,6 +103,10 @@ def read(
         if member is not None:
             adapter = _as_member(adapter, member)
         adapter.validate()
+        if strict_base:
+            from ..binding.bases import check_base  # Detection needs no binding.
+
+            check_base([(str(path), adapter)], checkpoint, strict=True)
         if compat is not None and adapter.recipe and adapter.recipe[-1].op == "read":
             last = adapter.recipe[-1]
             adapter = adapter.replace(

@@ -7,7 +7,7 @@ and in where the scaling is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, shown
@@ -16,7 +16,7 @@ from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..naming.ties import EMBEDDINGS
 from ..tensors.arrange import REAL, joined, padded, part, reordered
-from ..tensors.lazy import Lazy, as_lazy
+from ..tensors.lazy import Lazy, as_lazy, dtype_of
 
 if TYPE_CHECKING:
     from ..adapter import Adapter, Target
@@ -88,6 +88,7 @@ def expressible(
     on_loss: str,
     why: Callable[[Target, Pair], str],
     methods: tuple[type[Pair], ...] = (LoRA,),
+    dtypes: Collection[str] = REAL,
 ) -> tuple[Pairs, list[str]]:
     """The updates that a dialect can say, and a line for each that was left out.
 
@@ -97,6 +98,7 @@ def expressible(
         on_loss: what to do with what it cannot say.
         why: the reason that speaks against an update of one of the methods; empty where none does.
         methods: those it knows.
+        dtypes: element types of factors that its reader takes, see `grouped`, or that its writer converts.
 
     Raises:
         Unrepresentable: some cannot be said and `on_loss` is not `drop`, or none can.
@@ -108,7 +110,9 @@ def expressible(
         if not isinstance(update, methods):
             reason = f"{update.method}; it knows {' and '.join(m.__name__ for m in methods)} alone"
         else:
-            reason = why(target, update) or ("a second update of the same target" if target in kept else "")
+            other = _kinds(update) - {*dtypes}
+            reason = why(target, update) or (f"factors of {', '.join(sorted(other))}" if other else "")
+            reason = reason or ("a second update of the same target" if target in kept else "")
         if reason:
             items.append(f"{target}: {reason}")
             places.append((target, position))
@@ -120,6 +124,12 @@ def expressible(
     if not kept:
         raise Unrepresentable(f"nothing of this adapter fits {dialect}", items=items, cure="Write adapterkit's own")
     return kept, [f"left out {item}" for item in items]
+
+
+def _kinds(update: Pair) -> set[str]:
+    """The element types of the factors; token numbers are no factor."""
+    fields = update.tensor_fields()
+    return {dtype_of(leaf).name for n, leaf in update.tensors.items() if not fields[n].metadata["integer"]}
 
 
 def unfit(target: Target, update: Pair, *, stacked: bool = False, bias: bool = False) -> str:

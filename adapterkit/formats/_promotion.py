@@ -124,11 +124,12 @@ class Promotion:
 
 def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None) -> Any:
     """The LoRA of the factors of all updates together; None where one of them has no factors, or no known shape."""
+    from ..binding import weight_shape
     from ..ops.building import low_rank
-    from ..ops.lowering import Change, shape_of
+    from ..ops.lowering import Change
 
     additive = [u for u in found if isinstance(u, Additive) and type(u).pair is not Additive.pair]
-    shape = shape_of(target, additive, base) if len(additive) == len(found) else None
+    shape = weight_shape(target, additive, base) if len(additive) == len(found) else None
     if shape is None or len(shape) < 2:
         return None
     change, kind = Change(target, shape, tuple(additive)), _type(target, found)

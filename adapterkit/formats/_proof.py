@@ -7,7 +7,7 @@ they are; where a writer folded, fused or parted them, the functions are compare
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Target
-from ..errors import AdapterkitError, Miswritten, UsageError
+from ..errors import AdapterkitError, Miswritten, TargetNotFound, Unrepresentable, UsageError
+from ..tensors.arrange import runs
 from ..tensors.dtypes import DTYPES
 from ..tensors.inputs import inputs_kept
-from ..tensors.lazy import Lazy, Span, as_lazy, read_span
-from ..tensors.safetensors import read_header
+from ..tensors.lazy import Lazy, as_lazy, files_kept_open
 from ._format import CHANGED, LEFT_OUT
 
 if TYPE_CHECKING:
     from ..adapter import Updates
     from ..tensors.checkpoint import Checkpoint
     from ..tensors.lazy import Leaf
+    from ..tensors.written import Written
     from ..updates import Update
     from ._format import Format
 
@@ -35,6 +36,9 @@ SINGLE = 2.0**-22
 WHOLE, RUN = 1 << 16, 1 << 12
 """Tensors of at most so many bytes are compared whole; of larger ones, three runs of so many."""
 
+COMPUTED = 1 << 20
+"""Tensors of at most so many bytes are computed again to compare some of them with what is on the disk."""
+
 MOST_CHOICES = 256
 """Ways in which updates that are reported as left out may be missing from one weight."""
 
@@ -43,6 +47,7 @@ SPOTS = 32
 
 
 @inputs_kept()
+@files_kept_open()
 def prove(
     name: str,
     writer: Format,
@@ -50,7 +55,7 @@ def prove(
     path: Path,
     lines: Iterable[str],
     base: Checkpoint | None,
-    files: Mapping[str, Mapping[str, Lazy]],
+    files: Mapping[str, Written],
 ) -> None:
     """Check that what was written is what was asked for, but for what `lines` report.
 
@@ -61,14 +66,15 @@ def prove(
         path: what was written.
         lines: what the writer returned; see `Format.write`.
         base: the base, where it was given to the writer; reading gets it too.
-        files: safetensors files that were written -> what their tensors were written from.
+        files: files that were written -> what their tensors were written from.
 
     Raises:
         Miswritten: the file is of another adapter, or cannot be read; names target and field.
+        Unrepresentable: the file does not say how a base stores a weight, and is read as if it were the other way.
         UsageError: the file cannot be read without the base.
     """
     report = list(lines)
-    left_out = {word.rstrip(":") for line in report if line.startswith(LEFT_OUT) for word in line.split()}
+    left_out = {name for line in report if line.startswith(LEFT_OUT) for name in _named(line)}
     changed = {line.removeprefix(CHANGED).partition(" ")[0] for line in report if line.startswith(CHANGED)}
     got = _read_back(name, writer, asked, path, base)
     proof = _Proof(name, base, left_out, changed, writer.dtypes)
@@ -82,8 +88,24 @@ def prove(
         with suppress(AdapterkitError):
             got = writer.read(path, base=stand_in(asked))
         proof.check(asked, got)
-    for file, tensors in files.items():
-        _check_bytes(name, file, tensors)
+    for file, written in files.items():
+        _check_bytes(name, file, written)
+
+
+def _named(line: str) -> Iterator[str]:
+    """What a line may name as left out: its words, and all that stands before a colon, since names may have spaces."""
+    yield from (word.rstrip(":") for word in line.split())
+    *ends, _ = line.removeprefix(LEFT_OUT).strip().split(": ")
+    for count in range(len(ends)):
+        yield ": ".join(ends[: count + 1])
+
+
+def _in_parts(name: str) -> Iterator[str]:
+    """The names of a module in the naming of parts, with the rows of it that are meant."""
+    from ._image.naming import parts_of
+
+    path, bracket, rows = name.partition("[")
+    return (f"{part}{bracket}{rows}" for part in parts_of(path))
 
 
 def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Checkpoint | None) -> Adapter:
@@ -91,6 +113,7 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
 
     Raises:
         Miswritten: it cannot be read.
+        TargetNotFound: the base does not have a target of the adapter.
         UsageError: it cannot be read without the base.
     """
     foreign = asked.foreign
@@ -99,12 +122,17 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
     try:
         return writer.read(path, compat=compat, base=base)
     except AdapterkitError as error:
-        if base is None:
+        readable = None
+        if base is None or isinstance(error, TargetNotFound):
             with suppress(AdapterkitError):
-                return writer.read(path, compat=compat, base=stand_in(asked))
-            if isinstance(error, UsageError):
-                why = f"without the base {name} cannot read back what it writes, so that nothing proves it: {error.why}"
-                raise UsageError(why, where=error.where, cure="Give the base by base= or --base") from error
+                readable = writer.read(path, compat=compat, base=stand_in(asked))
+        if readable is not None and base is None:
+            return readable
+        if readable is not None:
+            raise  # The base lacks a target of the adapter, which is no fault of the writer.
+        if base is None and isinstance(error, UsageError):
+            why = f"without the base {name} cannot read back what it writes, so that nothing proves it: {error.why}"
+            raise UsageError(why, where=error.where, cure="Give the base by base= or --base") from error
         raise Miswritten(f"{name} cannot read what it wrote: {error.why}", where=error.where, cure=_REPORT) from error
 
 
@@ -165,8 +193,6 @@ class _Proof:
         Raises:
             Miswritten: one differs.
         """
-        from ._image.naming import parts_of
-
         ours, theirs = asked.updates, got.updates
         if ours.keys() == theirs.keys() and all(_same(found, theirs[target]) for target, found in ours.items()):
             return
@@ -174,9 +200,11 @@ class _Proof:
             got.validate()
         except AdapterkitError as error:
             raise Miswritten(f"{self.name} wrote what is no adapter: {error.why}", where=error.where) from error
-        way = max(_ways(ours, theirs, self.base), key=lambda way: _shared(way(ours), way(theirs)))
-        self.left_out.update(*map(parts_of, self.left_out))
-        ours, theirs = way(ours), way(theirs)
+        if _shared(ours, theirs) < 1:
+            way = max(_ways(ours, theirs, self.base), key=lambda way: _shared(way(ours), way(theirs)))
+            ours, theirs = way(ours), way(theirs)
+        if self.left_out:
+            self.left_out.update(*map(_in_parts, self.left_out))
         there = _by_path(theirs)
         for path, group in _by_path(ours).items():
             self._check_path(group, there.pop(path, {}))
@@ -196,6 +224,13 @@ class _Proof:
             elif not (why := unlike(choice, got, self.base, self.dtypes)):
                 return
         where = _difference(asked, got)
+        layouts = [{target.layout for target in group} for group in (asked, got)]
+        if asked and got and layouts[0] != layouts[1]:
+            ours, theirs = (" and ".join(f"[{layout}]" for layout in sorted(group)) for group in layouts)
+            items = [f"{target}: its base stores it as {ours}, the file is read as {theirs}" for target in asked]
+            places = [(target, position) for target, found in asked.items() for position in range(len(found))]
+            why = f"{self.name} does not say how a base stores these weights"
+            raise Unrepresentable(why, items=items, cure="Write adapterkit's own format", places=places)
         if not got:
             raise Miswritten(f"{self.name} did not write this target", where=where, cure=_REPORT)
         if not asked:
@@ -304,28 +339,31 @@ def equal(one: Leaf | None, other: Leaf | None) -> bool:
         return False
     if a.fetch is b.fetch or (a.span is not None and a.span == b.span):
         return True
-    if a.nbytes <= WHOLE or None in (a.part or a.span, b.part or b.span):
-        return bytes(a.fetch()) == bytes(b.fetch())
-    size, count = a.nbytes // a.dtype.itemsize, RUN // a.dtype.itemsize
-    return all(bytes(a.read(at, count)) == bytes(b.read(at, count)) for at in (0, (size - count) // 2, size - count))
+    if a.nbytes > WHOLE:
+        size, count = a.nbytes // a.dtype.itemsize, RUN // a.dtype.itemsize
+        places = [(at, count) for at in (0, (size - count) // 2, size - count)]
+        ours, theirs = runs(a, places), runs(b, places)
+        if ours is not None and theirs is not None:
+            return ours == theirs
+    return bytes(a.fetch()) == bytes(b.fetch())
 
 
-def _check_bytes(name: str, file: str, tensors: Mapping[str, Lazy]) -> None:
+def _check_bytes(name: str, file: str, written: Written) -> None:
     """Compare what is on disk with what was to be written there, here and there.
 
     Raises:
         Miswritten: it differs.
     """
-    entries = [entry for entry in read_header(file).entries.values() if entry.nbytes]
-    for entry in entries[:: -(-len(entries) // SPOTS) or 1]:
-        tensor = tensors[entry.name]
-        if tensor.span is None and entry.nbytes > WHOLE:
+    held = [(key, leaf) for key, leaf in written.on_disk(file).items() if leaf.nbytes and key in written.sources]
+    for key, leaf in held[:: -(-len(held) // SPOTS) or 1]:
+        tensor = written.sources[key]
+        if tensor.span is None and leaf.nbytes > COMPUTED:
             continue  # it would be computed again
-        size = entry.dtype.itemsize
-        count = min(entry.nbytes, RUN) // size
-        first = entry.nbytes // size - count
-        if bytes(read_span(Span(file, entry.offset + first * size, count * size))) != bytes(tensor.read(first, count)):
-            raise Miswritten(f"{name}: other bytes are on the disk", path=file, where=entry.name, cure=_REPORT)
+        size = leaf.dtype.itemsize
+        count = min(leaf.nbytes, RUN) // size
+        first = leaf.nbytes // size - count
+        if bytes(leaf.read(first, count)) != bytes(tensor.read(first, count)):
+            raise Miswritten(f"{name}: other bytes are on the disk", path=file, where=key, cure=_REPORT)
 
 
 _REPORT = "Nothing was written. The format's writer is at fault: report it, or write another format"

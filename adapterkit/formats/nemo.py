@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..adapter import Adapter, Foreign, Step
 from ..errors import AdapterkitError, Malformed, Unsupported, first_line, shown, storage_error
 from ..naming.heads import Heads, heads_of
 from ..naming.megatron import NEMO
+from ..tensors.copying import copy_by_kernel
 from ..tensors.dtypes import DTYPES
 from ..tensors.inputs import open_input
 from ..tensors.lazy import Lazy
@@ -76,7 +77,7 @@ class Nemo(Format):
         try:
             if not path.is_file():
                 return False
-            with _archive(path) as archive:
+            with _archive(path) as (archive, _):
                 return any(_name(member) == CONFIG for member in islice(archive, MEMBERS))
         except (OSError, AdapterkitError, *_DAMAGE):
             return False
@@ -119,7 +120,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
     """The config and the tensors; these are in memory, as the archive has no place to leave them in."""
     parts: dict[str, bytes] = {}
     try:
-        with _archive(path) as archive, tempfile.TemporaryDirectory() as folder:
+        with _archive(path) as (archive, plain), tempfile.TemporaryDirectory() as folder:
             for count, member in enumerate(archive):
                 name = _name(member)
                 if count >= MEMBERS or not (member.isfile() or member.isdir()):
@@ -129,7 +130,7 @@ def _load(path: Path) -> tuple[bytes, dict[str, Lazy]]:
                 elif name == TENSORS and member.size <= min(LARGEST, EXPANDED * path.stat().st_size):
                     file = Path(folder, TENSORS)
                     with open(file, "wb") as copy:
-                        _copy(_content(archive, member), copy, member.size)
+                        _copy(archive, member, plain, copy)
                     held = {key: _held(tensor) for key, tensor in read_torch_file(file).items()}
                 elif "rank_" in name:
                     why = "tensors that are split over ranks"
@@ -184,8 +185,12 @@ class _Bounded(io.RawIOBase):
 
 
 @contextmanager
-def _archive(path: Path) -> Iterator[tarfile.TarFile]:
-    """The archive in a file, which may be compressed as `tarfile` knows it."""
+def _archive(path: Path) -> Iterator[tuple[tarfile.TarFile, BinaryIO | None]]:
+    """Open the archive in a file, which may be compressed as `tarfile` knows it.
+
+    Yields:
+        the archive, and the file itself where it is not compressed.
+    """
     with open_input(path) as file:
         head = file.read(6)
         file.seek(0)
@@ -193,13 +198,23 @@ def _archive(path: Path) -> Iterator[tarfile.TarFile]:
         limit = EXPANDED * os.fstat(file.fileno()).st_size + LIMIT
         source = file if kind is None else kind(file)
         with _Bounded(source, limit) as bounded, tarfile.open(fileobj=bounded, mode="r:") as archive:
-            yield archive
+            yield archive, file if kind is None else None
 
 
-def _copy(source: Any, copy: Any, size: int) -> None:
-    while size > 0 and (block := source.read(min(size, 1 << 20))):
+def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, plain: BinaryIO | None, copy: BinaryIO) -> None:
+    """Copy a member's content; out of a file that is not compressed the kernel does it, in a third of the time.
+
+    The data of a sparse member is not one run of the file.
+    """
+    done = 0
+    if plain is not None and member.sparse is None:
+        done = copy_by_kernel(plain, copy, member.offset_data, 0, member.size, lambda _: None)
+    content = _content(archive, member)
+    content.seek(done)
+    copy.seek(done)
+    while done < member.size and (block := content.read(min(member.size - done, 1 << 20))):
         copy.write(block)
-        size -= len(block)
+        done += len(block)
 
 
 def _held(tensor: Lazy) -> Lazy:

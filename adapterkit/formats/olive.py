@@ -23,7 +23,7 @@ from ..tensors.ort_adapter import OrtAdapter, is_ort_adapter, read_ort_adapter, 
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._one_number import of_no_number
-from ._pairs import check_factors, expressible, grouped, unfit
+from ._pairs import check_factors, expressible, grouped, stored_layout, unfit
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
@@ -68,7 +68,8 @@ class Olive(Format):
             for name, slots in grouped(tensors, _SLOTS, "Olive").items():
                 own: Slots = {f: turned(leaf) if len(leaf.shape) == 2 else leaf for f, leaf in slots.items()}
                 check_factors(name, own)
-                updates[Target(name)] = (LoRA(**own),)
+                update = LoRA(**own)
+                updates[Target(name, stored_layout(name, update, base))] = (update,)
         except AdapterkitError as error:
             raise error.at(path=path) from None
         data = {"order": list(tensors), **versions}

@@ -26,7 +26,7 @@ from ..methods.lora import LoRA
 from ..naming.megatron import OWN
 from ..naming.tables import modules_of
 from ..naming.tensorrt_llm import FUSED, IDS
-from ..tensors.arrange import joined, padded, part, same_type
+from ..tensors.arrange import joined, padded, part, run, same_type
 from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy, as_lazy
 from ..tensors.marks import is_npy
@@ -156,7 +156,7 @@ def _place(places: Mapping[tuple[str, int], list[str]], module: int, layer: int,
 
 
 def _factor(weights: Lazy, row: int, start: int, shape: tuple[int, int]) -> Lazy:
-    return weights.map(lambda a: a[0, row, start : start + shape[0] * shape[1]].reshape(shape), shape)
+    return run(weights, row * weights.shape[2] + start, shape)
 
 
 def _swapped(B: Lazy) -> Lazy:

@@ -246,7 +246,7 @@ def verify(
         if adapters or sample is not None:
             raise UsageError("no base to compute the merge from", cure="Give the base, or the output alone")
         return check_written(merged, progress)
-    from .bases import check_base
+    from ..binding.bases import check_base
     from .quantized import as_read
     from .verification import compare, compare_bases
 
@@ -323,8 +323,8 @@ def _accompanied(
     tokenizer: str | PathLike[str] | None, strict_base: bool,
 ) -> Plan:  # fmt: skip
     """The plan with the files beside the weights, and with what is wrong about the base."""
+    from ..binding.bases import check_bases
     from ..formats import warnings_of
-    from .bases import check_bases
     from .companions import companions
 
     known = [(name, folder) for (name, _, _), folder in zip(named, folders, strict=True) if folder is not None]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, UsageError, storage_error
+from ..metadata import REPORT as REPORT
 from ..naming.ties import is_embedding
 from ..quant import SIDE_FILES, Dequantized
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
@@ -21,9 +22,6 @@ from ..tensors.locations import NOTE, exists
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
-
-REPORT = "adapterkit_merge.json"
-"""The output's own record."""
 
 CARD = "README.md"
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
-from ..errors import AdapterkitError, UsageError
+from ..binding.bases import merge_record
+from ..errors import UsageError
 from ..metadata import fingerprints_of
 from ..naming.ties import find_tie, is_embedding
-from ..tensors.checkpoint import read_json
 from ..tensors.dtypes import DType
-from ..tensors.fingerprint import fingerprint
+from ..tensors.fingerprint import PREFIX, fingerprint
 from ..tensors.lazy import Lazy
 from .arrays import Arrays, NumpyArrays, Workspace
 from .companions import REPORT
@@ -150,22 +150,14 @@ def compare_bases(
 ) -> list[BaseDifference]:
     """Where the merge's own record, or an adapter, names another base by its fingerprint."""
     found, given = [], fingerprint(base)
-    recorded = _record_of(merged).get("base_fingerprint")
-    if isinstance(recorded, str) and recorded != given:
+    recorded = merge_record(merged).get("base_fingerprint")
+    if isinstance(recorded, str) and recorded.startswith(PREFIX) and recorded != given:
         found.append(BaseDifference(REPORT, recorded, given))
     for name, adapter, _ in adapters:
-        known = fingerprints_of(adapter)
+        known = [each for each in fingerprints_of(adapter) if each.startswith(PREFIX)]
         if known and given not in known:
             found.append(BaseDifference(name, ", ".join(known), given))
     return found
-
-
-def _record_of(merged: Checkpoint) -> dict[str, Any]:
-    """Return the record that a merge by this library wrote; empty for other tools' output."""
-    try:
-        return read_json(merged.folder / REPORT)
-    except AdapterkitError:
-        return {}
 
 
 def _sampled(outputs: list[Output], sample: int | None) -> list[Output]:
@@ -186,7 +178,7 @@ def _names(plan: Plan) -> set[str]:
 
 def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
     """How the merge treated a tie: by its own record, or else by the names in its output."""
-    record = _record_of(merged)
+    record = merge_record(merged)
     if "tied" in record:
         return parse_tied(record["tied"])
     tie = find_tie(base.tensors, base.config)
@@ -195,7 +187,7 @@ def _tied(merged: Checkpoint, base: Checkpoint) -> str | None:
 
 def _vocab(merged: Checkpoint, base: Checkpoint) -> str | None:
     """How the merge treated an adapter's larger vocabulary: by its own record, or else by the rows in its output."""
-    record = _record_of(merged)
+    record = merge_record(merged)
     if record:
         return (record.get("vocabulary") or {}).get("choice")
     tables = [name for name in base.tensors if is_embedding(name) and name in merged.tensors]

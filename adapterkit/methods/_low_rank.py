@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NotMergeable
 from ..tensors.namespace import namespace
 from ..tensors.products import product
-from ..updates import Additive
+from ..updates import Additive, of_pair
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,7 @@ class LowRank(Additive):
         B, A = self.pair(shape)
         return math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
 
+    @of_pair
     def forward(self, x: Any, layer: Any) -> Any:
         B, A = self.pair(layer.shape)
         return layer(x) + layer.mix(layer.op(x, A.reshape(len(A), *layer.shape[1:])), B)

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any, Self
 
 from ..tensors.products import product
-from ..updates import Additive, tensor
+from ..updates import Additive, of_pair, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +40,9 @@ class LoRA(Additive):
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return self.scaling * self.B, self.A.reshape(len(self.A), -1)
 
+    def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, float]:
+        return self.B, self.A.reshape(len(self.A), -1), self.scaling
+
     @property
     def changes_bias(self) -> bool:
         return self.bias is not None
@@ -57,6 +60,7 @@ class LoRA(Additive):
         A, B = self.A.reshape(len(self.A), -1), self.B
         return abs(self.scaling) * math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
 
+    @of_pair
     def forward(self, x: Any, layer: Any) -> Any:
         y = layer(x) + layer.mix(layer.op(x, self.A), self.B) * self.scaling
         return y if self.bias is None else y + layer.per_channel(self.scaling * self.bias)

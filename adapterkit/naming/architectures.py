@@ -29,6 +29,10 @@ FORMAT = 1
 """Version of the file format that this code reads."""
 
 
+QKV = ("query", "key", "value")
+"""The weights in a fused projection, in the order of their rows."""
+
+
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Where one naming keeps a weight.
 
@@ -39,6 +43,8 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         parts: how many of these runs the weight is.
         of: how many equal runs of rows the tensor has.
         interleaved: the weight has every `of`-th row of the tensor, from row `part` on, and no run of rows.
+        qkv: the weight is `query`, `key` or `value` of a tensor that holds all queries, then all keys, then all values;
+            how many rows each has follows from the base's heads.
         flat: the tensor has one axis, the inputs: the weight has one row.
         transposed: the tensor is stored with inputs before outputs.
         rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`
@@ -52,6 +58,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     parts: int = 1
     of: int | None = None
     interleaved: bool = False
+    qkv: str | None = None
     flat: bool = False
     transposed: bool = False
     rows: str | None = None
@@ -311,17 +318,19 @@ def faults(record: Record) -> Iterator[str]:
         yield f"format {record.format}, and this version reads format {FORMAT}"
     architecture = Architecture(record)
     for naming in architecture.namings:
-        taken: dict[tuple[str, int | None], str] = {}
-        divisions: dict[str, set[int | None]] = {}
+        taken: dict[tuple[str, int | str | None], str] = {}
+        divisions: dict[str, set[int | str | None]] = {}
         for weight in record.weights:
             place = architecture.place(weight, naming)
             if place is None:
                 continue
             yield from _place_faults(weight, naming, place)
-            runs = [None] if place.part is None else range(place.part, place.part + place.parts)
+            runs: Iterable[int | str | None] = [place.qkv]
+            if place.part is not None:
+                runs = range(place.part, place.part + place.parts)
             others = {taken.setdefault((place.name, run), weight) for run in runs} - {weight}
             yield from (f"{naming}: {weight} and {other} are both {place.name}" for other in sorted(others))
-            divisions.setdefault(place.name, set()).add(place.of)
+            divisions.setdefault(place.name, set()).add("qkv" if place.qkv else place.of)
         yield from (f"{naming}: {name} is divided in different ways" for name, of in divisions.items() if len(of) > 1)
     ratios = () if record.pipeline is None else record.pipeline.ratios
     for name in (*record.vocabulary, *record.tied, *record.tied.values(), *ratios):
@@ -342,6 +351,8 @@ def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
         yield f"{naming}: {place.name} has part {first} of {of}"
     if place.rows not in (None, "rope", "qkv") or (place.rows == "rope") != (place.heads in ("query", "kv")):
         yield f"{naming}: {place.name} has rows {place.rows!r} of heads {place.heads!r}"
+    if place.qkv not in (None, *QKV) or (place.qkv is not None and place.of is not None):
+        yield f"{naming}: {place.name} has qkv {place.qkv!r} and of {place.of!r}"
     if place.interleaved and place.of is None:
         yield f"{naming}: {place.name} is interleaved and has no part"
 

@@ -7,13 +7,14 @@ readings that both fit are refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from ..errors import TargetNotFound
-from .architectures import WEIGHT, Architecture, Place, fill, is_family, shape_of
+from .architectures import QKV, WEIGHT, Architecture, Place, fill, is_family, shape_of
 from .renames import Rename, renamed_by
 from .tables import without_prefix
 
@@ -31,14 +32,16 @@ class Part(NamedTuple):
     """Which rows of a fused weight belong to one of its parts.
 
     Attributes:
-        index: number of the part, from 0.
+        number: of the part, from 0.
         of: how many equal parts there are.
-        interleaved: the part has every `of`-th row from row `index` on; else it is one run of rows.
+        interleaved: the part has every `of`-th row from row `number` on; else it is one run of rows.
+        heads: the parts are not equal: they are all queries, all keys and all values, as many as the base's heads say.
     """
 
-    index: int
+    number: int
     of: int
     interleaved: bool = False
+    heads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,8 @@ class Move:
         into: which part of the rows there it is, likewise.
         expert: which slice of a target that is a stack; None for all of it.
         slot: which slice of a stack in the base; None for all of it.
+        turn: places, without their names, that tell the order of the rows in the adapter and in the base; None where
+            they are the same.
     """
 
     path: str
@@ -58,11 +63,12 @@ class Move:
     into: Part | None = None
     expert: int | None = None
     slot: int | None = None
+    turn: tuple[Place, Place] | None = None
 
     @property
     def plain(self) -> bool:
         """Whether it is a change of the name alone."""
-        return (self.take, self.into, self.expert, self.slot) == (None, None, None, None)
+        return (self.take, self.into, self.expert, self.slot, self.turn) == (None, None, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +152,23 @@ def resolve(
     Raises:
         TargetNotFound: two readings of a target's name fit.
     """
+    inside = _without_wrappers(base)
+    if inside is not None:
+        names, real = inside
+        bare = {path: name for name, path in real.items()}
+        ours = {bare.get(target, target): target for target in targets}
+        found = resolve(
+            list(ours), names, architecture=architecture, renames=renames, partial=partial,
+            fits=lambda target, path: fits(ours[target], real.get(path, path)),
+        )  # fmt: skip
+        count = sum(any(move.path in real for move in moves) for moves in found.moves.values())
+        found.moves = {
+            ours[target]: tuple(replace(move, path=real.get(move.path, move.path)) for move in moves)
+            for target, moves in found.moves.items()
+        }
+        found.missing = [ours[target] for target in found.missing]
+        found.rules.append(Rule("wrapper", "in the base", count))
+        return found
     resolution = Resolution()
     left = _by_renames(targets, base, renames, resolution)
     left = _exact(left, base, resolution)
@@ -156,6 +179,23 @@ def resolve(
         left = _by_prefixes(left, base, resolution, partial, fits)
     resolution.missing = [target for target, _ in left]
     return resolution
+
+
+def _without_wrappers(base: Names) -> tuple[Names, dict[str, str]] | None:
+    """The names of a base without the words of wrappers, and each such name's own form; None where there are none.
+
+    A state dict that was saved inside FSDP or torch.compile has them, and one of PEFT's models `base_layer`.
+    """
+    off = WRAPPERS | {"base_layer"}
+    wrapped = [path for path in base.paths if any(word in path for word in off)]
+    words = {path: [word for word in path.split(".") if word not in off] for path in wrapped}
+    real = {".".join(left): path for path, left in words.items() if len(left) <= path.count(".")}
+    real = {name: path for name, path in real.items() if name and name not in base.paths}
+    if not real:
+        return None
+    taken = set(real.values())
+    paths = {path for path in base.paths if path not in taken} | real.keys()
+    return Names(paths, base.outer, base.anywhere), real
 
 
 Left = list[tuple[str, str]]
@@ -299,6 +339,7 @@ def moves_to(
     naming: str,
     path: Callable[[Place, Mapping[str, str]], str],
     experts: Callable[[Place, Mapping[str, str]], int],
+    orders: bool = True,
 ) -> tuple[Move, ...] | None:
     """Where the weights of one name go in another naming; None where it lacks one of them.
 
@@ -308,6 +349,7 @@ def moves_to(
         naming: the other naming.
         path: a place's name with numbers in its holes.
         experts: how many experts there are at a place that keeps them apart.
+        orders: say where rows stand in another order; False for a caller that sees to that itself.
     """
     moves: list[Move] = []
     for weight, ours, numbers in weights:
@@ -315,19 +357,23 @@ def moves_to(
         if theirs is None:
             return None
         take, into = part_of(ours), part_of(theirs)
+        before, after = (Place("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
+        turn = (before, after) if orders and before != after else None
         if ours.stacked and not theirs.stacked:
             moves += [
-                Move(path(theirs, {**numbers, "{e}": str(expert)}), take, into, expert=expert)
+                Move(path(theirs, {**numbers, "{e}": str(expert)}), take, into, expert=expert, turn=turn)
                 for expert in range(experts(theirs, numbers))
             ]
         else:
             slot = int(numbers["{e}"]) if theirs.stacked and not ours.stacked else None
-            moves.append(Move(path(theirs, numbers), take, into, slot=slot))
+            moves.append(Move(path(theirs, numbers), take, into, slot=slot, turn=turn))
     return _joined(moves) if moves else None
 
 
 def translate(name: str, architecture: Architecture, naming: str, experts: int) -> tuple[Move, ...] | None:
     """Where a name of any of a family's namings goes in one of them, with no base at hand; None where it has no place.
+
+    Rows keep their order: formats put rows into the order of their files themselves.
 
     Args:
         name: of a target.
@@ -343,7 +389,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
         for ours in dict.fromkeys((*architecture.namings, WEIGHT)):
             moves = moves_to(
                 architecture, architecture.find(own, ours), naming, lambda place, numbers: fill(place.name, numbers),
-                lambda *_: experts,
+                lambda *_: experts, orders=False,
             )  # fmt: skip
             if moves:
                 found[moves] = None
@@ -356,6 +402,8 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
 
 def part_of(place: Place) -> Part | None:
     """The part of a tensor that a place is; None where it is the whole tensor."""
+    if place.qkv is not None:
+        return Part(QKV.index(place.qkv), len(QKV), heads=True)
     if place.part is None or place.of is None:
         return None
     return Part(place.part, place.of, place.interleaved)
@@ -365,7 +413,8 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
     """Parts that lie side by side in one tensor on both sides are not taken apart."""
     first = moves[0]
     same = all((m.path, m.take, m.expert, m.slot) == (first.path, m.into, first.expert, first.slot) for m in moves)
-    if same and first.take is not None and len(moves) == first.take.of:
+    plain = all(move.turn is None for move in moves)
+    if same and plain and first.take is not None and len(moves) == first.take.of:
         return (Move(first.path, expert=first.expert, slot=first.slot),)
     return tuple(moves)
 
@@ -386,40 +435,77 @@ def _variants(name: str) -> Iterator[str]:
 def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits) -> Left:
     """Change prefixes: one rule for each prefix, and every target that has the prefix must find a place by it."""
     templates = _trials(left, base)
-    prefixes = {off for trials in templates.values() for off, _ in trials}
+    # The shortest prefix first: the longer the end that two names share, the more it proves. `decoder.layers` is
+    # `model.decoder.layers`, and not `model.encoder.layers`, although that would fit as well.
+    prefixes = sorted(
+        {off for trials in templates.values() for off, _ in trials}, key=lambda prefix: (prefix.count("."), prefix)
+    )
     # A place that another target has already is no place for this one: an encoder's layers are not the decoder's.
     taken = {move.path for moves in resolution.moves.values() for move in moves}
-    rest = left
-    for off in sorted(prefixes, key=lambda prefix: (-prefix.count("."), prefix)):
-        group = [(target, name) for target, name in rest if name.startswith(off)]
-        if not group:
-            continue
-        ours = sorted({_template(name) for _, name in group})
-        tried = {on: 0 for template in ours for prefix, on in sorted(templates[template]) if prefix == off}
-        for on in tried:
-            tried[on] = sum(_lands(target, name, off, on, base, taken) for target, name in group)
-        full = [on for on, count in tried.items() if count == len(group)]
-        if len(full) > 1:
-            full = [on for on in full if all(fits(target, _swap(name, off, on)) for target, name in group)] or full
-        if len(full) > 1:
-            target, name = group[0]
-            raise _ambiguous(target, [_swap(name, off, on) for on in full])
-        if not full and partial and not off:
-            most = max(tried.values())
-            full = [on for on, count in tried.items() if count == most] if most else []
-            full = full if len(full) == 1 else []
-        if not full:
-            continue
-        on, placed = full[0], 0
-        for target, name in group:
-            if _lands(target, name, off, on, base, taken):
-                resolution.moves[target] = (Move(_swap(name, off, on)),)
-                placed += 1
-        taken.update(resolution.moves[target][0].path for target, _ in group if target in resolution.moves)
-        resolution.prefixes.append((off, on))
-        resolution.rules.append(Rule("prefix", f"{off or '(none)'} -> {on or '(none)'}", placed))
-        rest = [(target, name) for target, name in rest if target not in resolution.moves]
+    rest, found = left, True
+    while rest and found:
+        # What one rule places may leave a shorter prefix to the others: `model.` when `model.text.` is done.
+        found = False
+        for off in prefixes:
+            group = [(target, name) for target, name in rest if name.startswith(off)]
+            on = _exchanged(group, off, templates, base, taken, fits) if group else None
+            if on is not None:
+                rest = _placed(group, rest, off, on, base, taken, resolution)
+                found = True
+                break
+    if rest and partial:
+        tried = _tried(rest, "", templates, base, taken)
+        most = max(tried.values(), default=0)
+        best = [on for on, count in tried.items() if count == most and most]
+        if len(best) == 1:
+            rest = _placed(rest, rest, "", best[0], base, taken, resolution)
     return rest
+
+
+def _exchanged(
+    group: Left,
+    off: str,
+    templates: Mapping[str, set[tuple[str, str]]],
+    base: Names,
+    taken: Collection[str],
+    fits: Fits,
+) -> str | None:
+    """The prefix to put in place of another, by which every target of a group has a place; None where there is none.
+
+    Raises:
+        TargetNotFound: there are several.
+    """
+    full = [on for on, count in _tried(group, off, templates, base, taken).items() if count == len(group)]
+    if len(full) > 1:
+        full = [on for on in full if all(fits(target, _swap(name, off, on)) for target, name in group)] or full
+    if len(full) > 1:
+        target, name = group[0]
+        raise _ambiguous(target, [_swap(name, off, on) for on in full])
+    return full[0] if full else None
+
+
+def _tried(
+    group: Left, off: str, templates: Mapping[str, set[tuple[str, str]]], base: Names, taken: Collection[str]
+) -> dict[str, int]:
+    """Each prefix to try in place of another -> how many targets of a group have a place by it."""
+    ours = sorted({_template(name) for _, name in group})
+    tried = dict.fromkeys([on for template in ours for prefix, on in sorted(templates[template]) if prefix == off], 0)
+    for on in tried:
+        tried[on] = sum(_lands(target, name, off, on, base, taken) for target, name in group)
+    return tried
+
+
+def _placed(group: Left, rest: Left, off: str, on: str, base: Names, taken: set[str], resolution: Resolution) -> Left:
+    """Place a group's targets by a change of prefixes; returns those of `rest` that are left."""
+    placed = 0
+    for target, name in group:
+        if _lands(target, name, off, on, base, taken):
+            resolution.moves[target] = (Move(_swap(name, off, on)),)
+            placed += 1
+    taken.update(resolution.moves[target][0].path for target, _ in group if target in resolution.moves)
+    resolution.prefixes.append((off, on))
+    resolution.rules.append(Rule("prefix", f"{off or '(none)'} -> {on or '(none)'}", placed))
+    return [(target, name) for target, name in rest if target not in resolution.moves]
 
 
 def _trials(left: Left, base: Names) -> dict[str, set[tuple[str, str]]]:
@@ -466,13 +552,34 @@ def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
 
 @lru_cache(maxsize=1 << 10)
 def _exchange(off: str, on: str) -> bool:
-    """Whether one prefix may stand for another: they end in other words, and do not name two families.
+    """Whether one prefix may stand for another: they end in other words, and do not name two different things.
 
-    `roberta.` is not `bert.` under another name.
+    `roberta.` is not `bert.` under another name, a vision tower is no language model, and an encoder no decoder.
     """
     ours, theirs = ({word for word in prefix.split(".") if is_family(word)} for prefix in (off, on))
-    families = bool(ours and theirs) and ours.isdisjoint(theirs)
-    return not families and on.split(".")[-2] != off.split(".")[-2]
+    if (ours and theirs and ours.isdisjoint(theirs)) or on.split(".")[-2] == off.split(".")[-2]:
+        return False
+    ours, theirs = ({word for word in re.split(r"[._]", prefix) if word in _KIND} for prefix in (off, on))
+    kinds = [
+        ({_KIND[word][1] for word in words if _KIND[word][0] == kind}) for kind in _KINDS for words in (ours, theirs)
+    ]
+    return not any(one and other and one.isdisjoint(other) for one, other in zip(kinds[::2], kinds[1::2], strict=True))
+
+
+_KINDS: dict[str, dict[str, str]] = {
+    "modality": {
+        "vision": "vision visual image img pixel",
+        "text": "language text llm lang",
+        "audio": "audio speech sound",
+    },
+    "half": {"encoder": "encoder", "decoder": "decoder"},
+    "role": {"thinker": "thinker", "talker": "talker"},
+}
+"""Parts of models that share shapes, and the words by which prefixes name them."""
+
+_KIND = {
+    word: (kind, part) for kind, parts in _KINDS.items() for part, words in parts.items() for word in words.split()
+}
 
 
 _ENDINGS: dict[int, tuple[Mapping[str, str], dict[str, list[str]]]] = {}

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from ..tensors.checkpoint import Checkpoint
 
 HEADS = (
     "lm_head", "embed_out", "output", "cls.predictions.decoder", "lm_head.decoder", "vocab_projector", "proj_out",
@@ -88,10 +92,19 @@ def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tie 
     return Tie(stored, _inputs(stored), heads[0] if heads else f"{_head_of(config)}.weight", bool(heads))
 
 
-def aliases(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, str]:
-    """Names that tied layers have beside the stored one -> the stored name; empty where nothing is tied."""
-    tie = find_tie(names, config)
-    return {} if tie is None else tie.aliases
+def aliases(base: Checkpoint) -> Mapping[str, str]:
+    """Names that tied layers have beside the stored one -> the stored name; empty where nothing is tied.
+
+    They are found once for each base: callers ask for every target, and to look through all names for each of them
+    would take time that grows with the square of the base.
+    """
+    if base not in _ALIASES:
+        tie = find_tie(base.tensors, base.config)
+        _ALIASES[base] = {} if tie is None else tie.aliases
+    return _ALIASES[base]
+
+
+_ALIASES: WeakKeyDictionary[Checkpoint, Mapping[str, str]] = WeakKeyDictionary()
 
 
 def says_untied(config: Mapping[str, Any] | None) -> bool:

@@ -103,7 +103,7 @@ def export(
     target, named = Path(out), _named(adapter)
     _check_call(torch_model, target, named, mode)
     _check_weights(quantize, share)
-    adapters = {name: loaded(one, None)[0] for name, one in named.items()}
+    adapters = read_adapters(adapter)
     adapters = dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))
     options = {
         "input_names": input_names, "output_names": output_names, "dynamic_shapes": dynamic_shapes,
@@ -134,6 +134,11 @@ def export(
         if check:
             told = _checked(torch_model, examples, plain, path, runs, quantize)
     return Report(target, place.files, tuple(found), told.difference, told.note, damage, told.reference)
+
+
+def read_adapters(adapters: Adapters) -> dict[str, Adapter]:
+    """The adapters of an export by name, read."""
+    return {name: loaded(one, None)[0] for name, one in _named(adapters).items()}
 
 
 def files_of_adapters(adapters: Adapters) -> list[Path]:

@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..binding.bases import check_base
 from ..errors import (
     AdapterkitError,
     Malformed,
@@ -29,7 +30,7 @@ from ..errors import (
 from ..tensors.inputs import read_input
 from ..tensors.locations import located
 from .calling import INSIDE, words_of
-from .exporting import export, files_of_adapters
+from .exporting import export, files_of_adapters, read_adapters
 from .folders import CARRIED, check_folder, moved, published
 from .injecting import Report
 from .tracing import quiet
@@ -44,6 +45,7 @@ def export_pretrained(
     model: str | PathLike[str], out: str | PathLike[str], *, adapter: Adapters = None, mode: str = "merged",
     dtype: str = "float32", opset: int | None = None, quantize: str | None = None, share_weights: bool = False,
     check: bool = True, overwrite: bool = False, made_from: str | None = None, rename: str | Sequence[str] = (),
+    strict_base: bool = False,
 ) -> Report:  # fmt: skip
     """Writes a folder with `model.onnx`, its adapters as slots take them, config and tokenizer.
 
@@ -61,8 +63,10 @@ def export_pretrained(
         overwrite: replace a folder that an export wrote.
         made_from: a digest of what decides the output, kept with it for a later run.
         rename: see `export`.
+        strict_base: refuse a model whose name, config or fingerprint is not the one that an adapter names.
 
     Raises:
+        CheckFailed: the model is not the one that an adapter names, and `strict_base`.
         UsageError: the call makes no sense, or transformers is not installed.
         StorageError: `out` is taken, or cannot be written.
         Malformed: transformers cannot load the folder.
@@ -81,6 +85,8 @@ def export_pretrained(
     _check_sharing(source, target, share_weights)
     if not share_weights:
         check_folder(target, overwrite)
+    if strict_base:
+        check_base([*read_adapters(adapter).items()], source, strict=True)
     torch_model = _loaded(source, dtype)
     words = words_of(torch_model, source)
 

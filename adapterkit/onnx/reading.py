@@ -53,6 +53,6 @@ def base_warnings(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | No
     """
     if base is None:
         return ()
-    from ..merging.bases import check_base
+    from ..binding.bases import check_base
 
     return check_base(adapters, base, strict)

@@ -37,7 +37,7 @@ def bound(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, tuple[Site, ...]
     """
     from ..formats._trained import sites_as_trained
 
-    found = bind(adapter, base, aliases=aliases(base.tensors, base.config))
+    found = bind(adapter, base, aliases=aliases(base))
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     return found.adapter, tuple(sites_as_trained(found.sites, adapter.recipe, shapes))
 
@@ -179,4 +179,4 @@ def view_of(W: Any, target: Target, bias: bool = False) -> Any:
 
 def _tensor(base: Checkpoint, name: str) -> Lazy:
     """A stored tensor by its name, or by the name of a head that is tied to it."""
-    return base.tensors[aliases(base.tensors, base.config).get(name, name)]
+    return base.tensors[aliases(base).get(name, name)]

@@ -37,6 +37,7 @@ def combine(
     each: Sequence[Mapping[str, Any]] | None = None,
     disjoint: bool = False,
     rename: str | Sequence[str] = (),
+    strict_base: bool = False,
     **parameters: Any,
 ) -> Adapter:
     """One adapter made of several.
@@ -57,12 +58,14 @@ def combine(
         disjoint: adapters that share no target are meant to.
         rename: rules for names, each `FROM=TO` or `@FILE`, for all adapters; the first that matches a target's name is
             used.
+        strict_base: refuse a base that is not the one that an adapter names.
         parameters: the method's; given like weights.
 
     Returns:
         LoRA where the method works on factors, else a dense difference, computed when it is read.
 
     Raises:
+        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
         Unsupported: an unknown method or peer.
         UsageError: weights, parameters or data that do not fit; no common targets; a rank above the possible.
         NotMergeable: a law is not one of weights.
@@ -80,7 +83,8 @@ def combine(
     _check_given(name, adapters, base, data, seed)
     first = made(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
-    read, found = places(adapters, base=base, lower=None if summing else "combined", disjoint=disjoint, rename=rename)
+    lower = None if summing else "combined"
+    read, found = places(adapters, base=base, lower=lower, disjoint=disjoint, rename=rename, strict_base=strict_base)
     _check_rank(rank, found)
     asked = Asked(name, values, weights, each, found, len(read))
     own = {place.target: place.updates[0] for place in found}

@@ -100,7 +100,7 @@ class Comparison:
 
 def compare(
     one: Source, other: Source, *, base: Base | None = None, tolerance: float = 1e-6, signs: bool = True,
-    rename: str | Sequence[str] = (),
+    rename: str | Sequence[str] = (), strict_base: bool = False,
 ) -> Comparison:  # fmt: skip
     """Compares two adapters, of whatever formats and methods, target by target.
 
@@ -111,15 +111,17 @@ def compare(
         tolerance: relative error up to which changes count as the same.
         signs: look at single elements too, which takes the time of forming both changes.
         rename: rules for names of both, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
+        strict_base: refuse a base that is not the one that an adapter names.
 
     Raises:
+        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
         UsageError: no target in common, or a shape that only the base knows.
         ShapeMismatch: the two are of different weights.
         Malformed: a factor holds a NaN or an infinity.
     """
     if not 0 <= tolerance < math.inf:
         raise UsageError(f"tolerance {tolerance} is not a number from 0", cure="Choose another")
-    _, found = places([one, other], base=base, rename=rename)
+    _, found = places([one, other], base=base, rename=rename, strict_base=strict_base)
     sums = [0.0] * 4
     likenesses = tuple(_likeness(place, tolerance, signs, sums) for place in found)
     known = all(each.relative_error is not None for each in likenesses)

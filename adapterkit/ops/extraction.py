@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from ..adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
+from ..binding.bases import check_tuned
 from ..binding.fitting import paths_of
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
 from ..metadata import FINGERPRINT, METADATA, MODEL_TYPE, metadata_of
@@ -70,6 +71,7 @@ def extract(
     report: Report | None = None,
     progress: Progress | None = None,
     rename: str | Sequence[str] = (),
+    strict_base: bool = False,
 ) -> Adapter:
     """The adapter that makes a base what a tuned model is.
 
@@ -96,10 +98,13 @@ def extract(
         rename: rules from names of the tuned model to the base's, each `FROM=TO` or `@FILE`. Other names of the same
             weights, such as those of another version of transformers, are found without rules where they can be proven.
 
+        strict_base: refuse a base that the tuned weights, by the record of their merge, were not made from.
+
     Returns:
         LoRA, whole parameters and token rows by target, in the order of the tuned files.
 
     Raises:
+        CheckFailed: the base is not the one that the tuned weights were merged from, and `strict_base`.
         UsageError: not exactly one of rank, energy and error is given, or it is out of range; nothing changed.
         Unsupported: an unknown method, or a kernel or stack of experts for one that has no form for it.
         TargetNotFound: one model has a weight that the other lacks.
@@ -114,8 +119,10 @@ def extract(
         raise Unsupported(
             f"nothing is extracted as {method!r}", where="method", cure=f"Known: lora, {', '.join(FORMS)}"
         )
-    weights = opened(base)
-    job = _Extraction(_renamed(opened(tuned), weights, rename), weights, criterion, embeddings, method, dtype)
+    weights, made = opened(base), opened(tuned)
+    if strict_base:
+        check_tuned(made, weights, strict=True)
+    job = _Extraction(_renamed(made, weights, rename), weights, criterion, embeddings, method, dtype)
     names = job.names(targets)
     updates: dict[Target, tuple[Update, ...]] = {}
     done, whole = 0, sum(job.tuned.tensors[name].nbytes for name in names)
@@ -160,7 +167,7 @@ class _Extraction:
     @property
     def aliases(self) -> Mapping[str, str]:
         """A head that the base ties to its embedding, by the name that the tuned model may store it under."""
-        return aliases(self.base.tensors, self.base.config)
+        return aliases(self.base)
 
     def tied(self) -> dict[str, str]:
         """Which layers the changes are of, where the base ties its head to its embedding; an argument of the lineage.
@@ -293,7 +300,7 @@ def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -
         TargetNotFound: two readings of a name fit, or a rule matches no name.
         UsageError: two tensors become one.
     """
-    known = {*base.tensors, *aliases(base.tensors, base.config)}
+    known = {*base.tensors, *aliases(base)}
     paths = list(dict.fromkeys(map(_path, tuned.tensors)))
     rules = parse_renames(rename, paths)
     if not rules and tuned.tensors.keys() <= known:

@@ -6,17 +6,13 @@ All arithmetic on adapters runs on what this gives, in float64 numpy arrays.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..binding import view_shape
-from ..binding.fitting import viewed
-from ..errors import AdapterkitError, Malformed, UsageError
-from ..naming.ties import aliases
-from ..tensors.checkpoint import opened
+from ..errors import AdapterkitError, Malformed
 from ..tensors.computed import load
-from ..updates import Additive, Update
+from ..updates import Additive
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -125,28 +121,6 @@ def loaded(update: Any, target: Target) -> Any:
 def part(update: Any, expert: int | None) -> Any:
     """One expert's update, where experts are stacked."""
     return update if expert is None else update.expert(expert)
-
-
-def shape_of(target: Target, updates: Sequence[Update], base: Base | None) -> Shape | None:
-    """The shape of one weight there, `[out, in, *k]`; `[out]` if only a bias is changed; None if nothing tells it."""
-    if base is not None:
-        checkpoint = opened(base)
-        names = aliases(checkpoint.tensors, checkpoint.config)
-        keys = (names.get(key, key) for key in (f"{target.path}.weight", target.path))
-        stored = next((checkpoint.tensors[key] for key in keys if key in checkpoint.tensors), None)
-        seen = None if stored is None else viewed(stored.shape, target)
-        if seen is not None:
-            rows = target.rows
-            shape = seen[int(target.stacked) :]
-            return shape if rows is None else (rows[1] - rows[0], *shape[1:])
-    if not any(update.changes_weight for update in updates):
-        # Updates of outputs and contexts have no axis `out`.
-        out = updates[0].dims(target.stacked).get("out")
-        return None if out is None else (int(out),)  # type: ignore[arg-type]
-    try:
-        return view_shape(target, [update for update in updates if update.changes_weight])[int(target.stacked) :]
-    except UsageError:
-        return None
 
 
 def _delta(update: Additive, shape: Shape, weight: float) -> Delta:

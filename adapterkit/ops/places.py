@@ -10,13 +10,14 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, Target
-from ..binding import renamed
+from ..binding import renamed, weight_shape
+from ..binding.bases import check_base
 from ..binding.by_expert import by_expert
 from ..errors import ShapeMismatch, UsageError, nearest
 from ..tensors.checkpoint import opened
 from ..updates import Additive
 from .at_base import additive, bound
-from .lowering import Change, Delta, shape_of
+from .lowering import Change, Delta
 
 if TYPE_CHECKING:
     from ..tensors.lazy import Shape
@@ -52,7 +53,7 @@ class Place:
             ShapeMismatch: the adapters are of different weights.
             UsageError: nothing tells it.
         """
-        known = [shape_of(self.target, found, self.base) if found else None for found in self.updates]
+        known = [weight_shape(self.target, found, self.base) if found else None for found in self.updates]
         longest = max((shape for shape in known if shape is not None), key=len, default=None)
         if longest is None:
             raise UsageError("the shape of its weight is known to the base only", where=str(self.target), cure=_BASE)
@@ -95,6 +96,7 @@ def places(
     lower: str | None = None,
     disjoint: bool = False,
     rename: str | Sequence[str] = (),
+    strict_base: bool = False,
 ) -> tuple[list[Adapter], list[Place]]:
     """The adapters, read and bound to the base if there is one, and their targets side by side.
 
@@ -104,8 +106,10 @@ def places(
         lower: make every update additive, or refuse; the word for what is done with them, `"combined"`.
         disjoint: adapters that share no target are no fault.
         rename: rules for names, each `FROM=TO` or `@FILE`; each must match a target of one of the adapters.
+        strict_base: refuse a base that is not the one that an adapter names.
 
     Raises:
+        CheckFailed: the base is not the one that an adapter names, and `strict_base`.
         UsageError: there is no adapter, two of them have no target in common, or they are of different image models.
         ShapeMismatch: adapters say differently how the base stores a weight.
         NotMergeable, TargetNotFound: see `at_base.additive` and `Adapter.bind`.
@@ -113,7 +117,13 @@ def places(
     if not adapters:
         raise UsageError("no adapter was given", cure="Name at least one")
     base = None if base is None else opened(base)
-    given = renamed([_opened(adapter, base) for adapter in adapters], rename)
+    given = [_opened(adapter, base) for adapter in adapters]
+    if strict_base:
+        named = [
+            source if isinstance(source, str | PathLike) else f"adapter {n}" for n, source in enumerate(adapters, 1)
+        ]
+        check_base([(str(name), adapter) for name, adapter in zip(named, given, strict=True)], base, strict=True)
+    given = renamed(given, rename)
     read = _in_one_naming(given if base is None else [bound(adapter, base)[0] for adapter in given])
     if base is None and len(read) > 1:
         read = by_expert(read)

@@ -75,6 +75,7 @@ def resize(
     dtype: str | None = None,
     report: Report | None = None,
     rename: str | Sequence[str] = (),
+    strict_base: bool = False,
 ) -> Adapter:
     """The adapter with each change of thin factors as a LoRA of a smaller rank; everything else is kept as it is.
 
@@ -90,13 +91,15 @@ def resize(
         dtype: the type of the new factors; float32 where not given, float64 where a factor is of it.
         report: called with a `Cut` for each target that is changed.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
+        strict_base: refuse a base that is not the one that the adapter names.
 
     Raises:
+        CheckFailed: the base is not the one that the adapter names, and `strict_base`.
         UsageError: not exactly one of the four is given, or it is out of range; the rank is above what any weight has.
     """
     criterion = Criterion(rank, energy, error, frobenius, scope)
     criterion.check()
-    return _resized("resize", adapter, criterion, base, dtype, report, rename, every=False)
+    return _resized("resize", adapter, criterion, base, dtype, report, rename, strict_base, every=False)
 
 
 def promote(
@@ -111,6 +114,7 @@ def promote(
     dtype: str | None = None,
     report: Report | None = None,
     rename: str | Sequence[str] = (),
+    strict_base: bool = False,
 ) -> Adapter:
     """The adapter with every change of a matrix as a LoRA, of whatever method it was.
 
@@ -128,14 +132,16 @@ def promote(
         dtype: the type of the new factors; float32 where not given, float64 where a factor is of it.
         report: called with a `Cut` for each target that is changed.
         rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
+        strict_base: refuse a base that is not the one that the adapter names.
 
     Raises:
+        CheckFailed: the base is not the one that the adapter names, and `strict_base`.
         UsageError: more than one of the four is given, or it is out of range.
         NotMergeable: with a base, a law that is not one of weights.
     """
     criterion = Criterion(rank, energy, error, frobenius, scope)
     criterion.check(needed=False)
-    return _resized("promote", adapter, criterion, base, dtype, report, rename, every=True)
+    return _resized("promote", adapter, criterion, base, dtype, report, rename, strict_base, every=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,11 +179,10 @@ class _Weight:
 
 def _resized(
     op: str, source: Source, criterion: Criterion, base: Base | None, dtype: str | None, report: Report | None,
-    rename: str | Sequence[str], *, every: bool,
+    rename: str | Sequence[str], strict_base: bool, *, every: bool,
 ) -> Adapter:  # fmt: skip
-    (adapter,), found = places(
-        [source], base=base, lower="promoted" if every and base is not None else None, rename=rename
-    )
+    lower = "promoted" if every and base is not None else None
+    (adapter,), found = places([source], base=base, lower=lower, rename=rename, strict_base=strict_base)
     kind = result_type([adapter], dtype)
     _check_rank(criterion, found, every)
     cuts: list[Cut] = []

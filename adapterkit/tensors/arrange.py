@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Malformed
 from .dtypes import DTYPES, DType
+from .finite import first_in, first_not_finite
 from .lazy import Lazy, Span, as_array, bytes_of
 
 if TYPE_CHECKING:
@@ -18,14 +21,67 @@ if TYPE_CHECKING:
 
     Order = Callable[[], np.ndarray[Any, Any]]
 
+AT_ONCE = 1 << 18
+"""Bytes of a file that are read at once when some of them are asked for: three small reads take longer."""
+
 REAL = ("F64", "F32", "F16", "BF16")
 """Element types that the dialects of language models have in common."""
 
 
 def turned(leaf: Lazy) -> Lazy:
-    """The last two axes swapped."""
+    """Return a tensor with its last two axes swapped; swapping twice returns the tensor that was swapped first.
+
+    So a factor that a format stores transposed is, read back, the very tensor that was written, and is compared
+    without being transposed again.
+    """
     *lead, rows, columns = leaf.shape
-    return leaf.map(lambda a: a.swapaxes(-1, -2), (*lead, columns, rows))
+    shape = (*lead, columns, rows)
+    if isinstance(leaf.fetch, _Turned) and leaf.fetch.leaf.shape == shape:  # It may have been reshaped since.
+        return leaf.fetch.leaf
+    return Lazy(shape, leaf.dtype, _Turned(leaf))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Turned:
+    """Reads a tensor with its last two axes swapped.
+
+    Attributes:
+        leaf: the tensor.
+    """
+
+    leaf: Lazy
+
+    def __call__(self) -> memoryview:
+        return bytes_of(self.leaf.numpy().swapaxes(-1, -2))
+
+
+def is_moved(leaf: Lazy) -> bool:
+    """Whether a tensor is one of a file, turned at most: its numbers are nowhere computed."""
+    return leaf.span is not None or (isinstance(leaf.fetch, _Turned) and is_moved(leaf.fetch.leaf))
+
+
+def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
+    """Return the bytes of some runs of a large tensor, where that takes less than to make all of it; else None.
+
+    Args:
+        leaf: the tensor.
+        places: (first element, how many) of each run, counted in C order.
+    """
+    if leaf.span is not None and leaf.nbytes <= AT_ONCE:
+        data, size = memoryview(leaf.fetch()), leaf.dtype.itemsize
+        return [bytes(data[first * size : (first + count) * size]) for first, count in places]
+    if leaf.part is not None or leaf.span is not None:
+        return [bytes(leaf.read(first, count)) for first, count in places]
+    if not isinstance(leaf.fetch, _Turned) or len(leaf.fetch.leaf.shape) != 2:
+        return None
+    swapped = leaf.fetch.leaf.numpy().T
+    width = swapped.shape[1]
+    found = []
+    for first, count in places:
+        start, stop = first // width, -(-(first + count) // width)
+        block = swapped[start:stop].reshape(-1)
+        found.append(bytes(bytes_of(block[first - start * width :][:count])))
+    return found
 
 
 def reordered(leaf: Lazy, order: Order, axis: int = 0) -> Lazy:
@@ -64,13 +120,21 @@ def spread(leaf: Lazy, size: int, start: int, step: int, axis: int = 0) -> Lazy:
 
 def item(leaf: Lazy, index: int) -> Lazy:
     """One of what is stacked along the first axis; of a tensor in a file, no more than that one is read."""
-    shape = leaf.shape[1:]
+    return run(leaf, index * math.prod(leaf.shape[1:]), leaf.shape[1:])
+
+
+def run(leaf: Lazy, first: int, shape: tuple[int, ...]) -> Lazy:
+    """Return the elements from `first` on, in C order, as a tensor of `shape`; of a file no more than them is read.
+
+    A file that holds many factors in one array would else be read whole for each of them.
+    """
     count = math.prod(shape)
     span = None
     if leaf.span is not None:
-        size = count * leaf.dtype.itemsize
-        span = Span(leaf.span.path, leaf.span.offset + index * size, size)
-    return Lazy(shape, leaf.dtype, lambda: leaf.read(index * count, count), span)
+        size = leaf.dtype.itemsize
+        span = Span(leaf.span.path, leaf.span.offset + first * size, count * size)
+    part = None if leaf.part is None else lambda start, n: leaf.read(first + start, n)
+    return Lazy(shape, leaf.dtype, lambda: leaf.read(first, count), span, part)
 
 
 def joined(leaves: Sequence[Lazy], axis: int = 0) -> Lazy:
@@ -127,10 +191,23 @@ def zeros(shape: tuple[int, ...], dtype: DType) -> Lazy:
 
 
 def times(leaf: Lazy, factor: float) -> Lazy:
-    """The tensor times a number: computed in float64, rounded once to the tensor's own type."""
-    return Lazy(
-        leaf.shape, leaf.dtype, lambda: bytes_of((as_array(leaf).astype("f8") * factor).astype(leaf.dtype.array))
-    )
+    """The tensor times a number: computed in float64, rounded once to the tensor's own type.
+
+    Reading it raises `Malformed` where a product of a finite number is too large for the type.
+    """
+
+    def fetch() -> memoryview:
+        import numpy as np
+
+        with np.errstate(over="ignore"):
+            made = (as_array(leaf).astype("f8") * factor).astype(leaf.dtype.array)
+        place = first_in(made.view(leaf.dtype.numpy), leaf.dtype)
+        if place is not None and first_not_finite(leaf) is None:
+            why = f"a scaling of {factor:g} takes the number at {list(place)} beyond what {leaf.dtype} holds"
+            raise Malformed(why, cure="Write a format that keeps the scaling apart, such as adapterkit's own")
+        return bytes_of(made)
+
+    return Lazy(leaf.shape, leaf.dtype, fetch)
 
 
 def widened(leaf: Lazy, name: str) -> Lazy:

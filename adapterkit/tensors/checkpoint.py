@@ -28,7 +28,7 @@ LONGEST_NAME = 255
 """Bytes of a file's name on every common file system; a longer one makes the system call fail, not answer no."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Checkpoint:
     """Weights on disk.
 

@@ -1,9 +1,15 @@
 """Fingerprints: a short name for the values of a base's weights, cheap enough for every merge.
 
-Names, shapes, dtypes and a sample of each tensor's bytes are hashed, so that two models of one architecture that were
-trained apart never agree, whatever their files are called and however they are cut into shards. A base in which a few
-elements were edited by hand may have the fingerprint of the original: the whole content is hashed only where all
-tensors are small.
+Names, shapes, dtypes and a sample of each tensor's bytes are hashed, whatever the files are called and however they are
+cut into shards. What a change of the weights must be like to be seen:
+
+- any change of a name, a shape or a dtype, and any change of a tensor of at most its share of the sample: always;
+- a run of changed elements that is a 63rd of its tensor or longer, an attention head or a block of an MLP for example:
+  always, since 64 places are read, evenly spaced from the first element to the last;
+- changes scattered over the model, as every training makes them: missed with the probability (1 - p) ** n, for a
+  fraction p of changed elements and n elements that are read. Of a model of 10 billion parameters in bfloat16 n is
+  about 16 million, so that one changed element in a million is seen but for one case in ten million;
+- a few elements, or one row of a large table: seldom. Only the whole content tells those.
 """
 
 from __future__ import annotations
@@ -14,22 +20,26 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from .lazy import files_kept_open
+
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .lazy import Lazy
 
-PREFIX = "sampled-sha256:"
+PREFIX = "sampled-2-sha256:"
+"""The number tells samplings apart: fingerprints of another one are not compared."""
 
-SAMPLE = 4 << 20
-"""Bytes read in all, about: reading and hashing so many in blocks takes some 50 ms."""
+SAMPLE = 16 << 20
+"""Bytes read in all, about: they are read and hashed in some 100 ms, in however many tensors they lie."""
 
-LEAST, MOST = 64, 64 << 10
+LEAST, MOST = 256, 256 << 10
 """Bytes read of one tensor."""
 
-BLOCKS = 16
+BLOCKS = 64
 """Places at which a tensor is read that is larger than its share of the sample."""
 
 
+@files_kept_open()
 def fingerprint(base: Checkpoint) -> str:
     """The fingerprint of a base's weights as they are stored.
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Malformed, Unsupported, storage_error
+from .arrange import is_moved
 from .atomic import replacing
 from .dtypes import DTYPES
 from .inputs import open_input
 from .lazy import Lazy, Span, read_span
 from .marks import has_mark
+from .written import remember, source_of
 
 MARK = b"TORT"
 VERSION = 1
@@ -35,6 +37,9 @@ _NUMBERS = {name: number for number, name in TYPES.items()}
 MAX_PARAMETERS = 1 << 20
 MAX_AXES = 32
 ALIGNMENT = 16
+PAGE, PAGES = 1 << 12, 8
+"""Bytes of a page of a file, and how many are kept."""
+
 LARGEST = (1 << 31) - 1
 """Bytes of a flatbuffer, whose offsets are of 31 bits."""
 
@@ -94,6 +99,11 @@ def write_ort_adapter(path: str | os.PathLike[str], adapter: OrtAdapter) -> None
             file.write(bytes(start - at))
             file.write(data)
             at = start + len(data)
+    remember(path, {name: leaf for name, leaf in adapter.tensors.items() if is_moved(leaf)}, _tensors_of)
+
+
+def _tensors_of(path: str) -> Mapping[str, Lazy]:
+    return read_ort_adapter(path).tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +115,18 @@ class _Table:
 
 
 class _Buffer:
-    """Bytes of a file by their offset, never beyond its end."""
+    """Bytes of a file by their offset, never beyond its end.
+
+    A header is read number by number, in the table of a tensor and before its data in turn: pages that were read are
+    kept, a few of them.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.pages: dict[int, bytes] = {}
+        self.fields: dict[int, tuple[int, ...]] = {}
         try:
-            self.file = open_input(path)
+            self.file = open_input(path, buffering=0)
             self.size = os.fstat(self.file.fileno()).st_size
         except OSError as error:
             raise storage_error(error, path) from error
@@ -124,11 +140,24 @@ class _Buffer:
     def bytes(self, at: int, count: int) -> bytes:
         if at < 0 or count < 0 or at + count > self.size:
             raise self.damaged(f"{count} bytes there leave the file of {self.size}", at)
-        self.file.seek(at)
-        return self.file.read(count)
+        page, start = divmod(at, PAGE)
+        if start + count > PAGE:
+            self.file.seek(at)
+            return self.file.read(count)
+        if page not in self.pages:
+            if len(self.pages) == PAGES:
+                del self.pages[next(iter(self.pages))]
+            self.file.seek(page * PAGE)
+            self.pages[page] = self.file.read(PAGE)
+        return self.pages[page][start : start + count]
 
     def number(self, code: str, at: int) -> int:
-        return int(struct.unpack(code, self.bytes(at, struct.calcsize(code)))[0])
+        size = struct.calcsize(code)
+        page, start = divmod(at, PAGE)
+        held = self.pages.get(page, b"")
+        if start + size > len(held):
+            held, start = self.bytes(at, size), 0
+        return int(struct.unpack_from(code, held, start)[0])
 
     def forward(self, at: int) -> int:
         offset = self.number("<I", at)
@@ -138,6 +167,8 @@ class _Buffer:
 
     def table(self, at: int) -> _Table:
         where = at - self.number("<i", at)
+        if where in self.fields:
+            return _Table(at, self.fields[where])
         size = self.number("<H", where)
         if size < 4 or size % 2 or size > 64:
             raise self.damaged(f"a table of {size} bytes of fields", where)
@@ -145,6 +176,7 @@ class _Buffer:
         fields = struct.unpack(f"<{size // 2 - 2}H", self.bytes(where + 4, size - 4))
         if any(field and field + 4 > inside for field in fields):
             raise self.damaged("a field outside its table", where)
+        self.fields[where] = fields
         return _Table(at, fields)
 
     def field(self, table: _Table, index: int) -> int | None:
@@ -190,6 +222,9 @@ def _tensor(buffer: _Buffer, table: _Table, name: str) -> Lazy:
     start, count = buffer.vector(table, 3, 1, LARGEST)
     if any(size < 0 for size in shape) or count != math.prod(shape) * dtype.itemsize:
         raise buffer.damaged(f"{name!r} has {count} bytes for {list(shape)} of {dtype}", table.at)
+    source = source_of(buffer.path, name, dtype, count)
+    if source is not None and source.shape == shape:
+        return source
     span = Span(buffer.path, start, count)
     return Lazy(shape, dtype, partial(read_span, span), span)
 

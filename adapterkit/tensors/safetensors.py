@@ -10,9 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from .dtypes import DTYPES, DType
 from .inputs import kept, open_input
 from .lazy import Lazy, Shape, Span, read_span
 from .strict_json import load_json
+from .written import remember, source_of
 
 MAX_HEADER = 100_000_000
 """The safetensors format caps a header at 100 MB."""
@@ -89,31 +88,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Lazy]:
     return {name: lazy(header.path, entry) for name, entry in header.entries.items()}
 
 
-@contextmanager
-def sources_remembered() -> Iterator[dict[str, Mapping[str, Lazy]]]:
-    """Within it, handles on tensors of a file that was written within it lead to what they were written from.
-
-    A file that is read back right after it was written can be compared by handles then, not by bytes: files are
-    written past the page cache, so that each read of one costs 70 us. Headers are read from the disk all the same.
-
-    Yields:
-        path of each file that was written -> its tensors.
-    """
-    sources: dict[str, Mapping[str, Lazy]] = {}
-    token = _SOURCES.set(sources)
-    try:
-        yield sources
-    finally:
-        _SOURCES.reset(token)
-
-
-_SOURCES: ContextVar[dict[str, Mapping[str, Lazy]] | None] = ContextVar("_SOURCES", default=None)
-
-
 def lazy(path: str, entry: Entry) -> Lazy:
     """A handle on one entry; each fetch opens, reads exactly the bytes and closes."""
-    source = (_SOURCES.get() or {}).get(path, {}).get(entry.name)
-    if source is not None and (source.dtype, source.nbytes) == (entry.dtype, entry.nbytes):
+    source = source_of(path, entry.name, entry.dtype, entry.nbytes)
+    if source is not None:
         return Lazy(entry.shape, entry.dtype, source.fetch, source.span, source.part)
     span = Span(path, entry.offset, entry.nbytes)
     return Lazy(entry.shape, entry.dtype, lambda: read_span(span), span)
@@ -155,8 +133,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: M
         file.write(header)
         file.flush()
         append(file.name, len(header), ((name, tensors[name]) for name in order), path)
-    if (sources := _SOURCES.get()) is not None:
-        sources[os.fspath(path)] = tensors
+    remember(path, tensors, read)
 
 
 def _header_length(prefix: bytes, size: int, path: str) -> int:

@@ -307,6 +307,18 @@ class Handle:
                 raise NotMergeable("a quantized weight would be quantized anew", where=str(part.target), cure=_KEEP)
         for path in _changed(parts):
             parameter, where = tensor_at(station.module, path), str(parts[0].target)
+            owner, _, name = path.rpartition(".")
+            holder = station.module.get_submodule(owner)
+            if name not in holder._parameters and name not in holder._buffers:
+                cure = "Call torch.nn.utils.remove_weight_norm, prune.remove or the like first, or keep it injected"
+                raise NotMergeable("a weight that is made from other tensors in each forward", where=where, cure=cure)
+            if parameter.is_meta:
+                cure = "Load the weights first, or write handle.adapter() and merge the files of the base"
+                raise NotMergeable("a weight that is offloaded, or on the meta device", where=where, cure=cure)
+            if parameter.layout is not torch.strided:
+                raise NotMergeable(f"a weight stored as {parameter.layout}", where=where, cure=_KEEP)
+            if any(stride == 0 < size - 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+                raise NotMergeable("a weight whose elements share memory", where=where, cure=_KEEP)
             if type(parameter) not in (Tensor, nn.Parameter) and not is_sharded(parameter):
                 kind = type(parameter.data).__name__
                 cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
@@ -358,9 +370,9 @@ class Memory:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        named = list(model.named_parameters(remove_duplicate=False))
+        named = list(_parameters(model))
         self._sharded = [(name, p) for name, p in named if is_sharded(p)]
-        held = [(name, p) for name, p in named if type(p) is nn.Parameter]
+        held = [(name, p) for name, p in named if type(p) is nn.Parameter and p.layout is torch.strided]
         self._ranges = sorted((*_range(p), name) for name, p in held if p.numel() and p.device.type != "meta")
         self._longest = max((stop - start for start, stop, _ in self._ranges), default=0)
 
@@ -372,6 +384,14 @@ class Memory:
         first = bisect.bisect_left(self._ranges, (start - self._longest,))
         last = bisect.bisect_left(self._ranges, (stop,))
         return [name for begin, end, name in self._ranges[first:last] if end > start and begin < stop]
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All parameters by name: a tied one under each module that has it, a module of two names once."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
@@ -450,7 +470,7 @@ def _once(
         the stations with the parts that are left, and the ids of those parameters.
     """
     names: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
+    for _, parameter in _parameters(model):
         names[id(parameter)] = names.get(id(parameter), 0) + 1
     alike: dict[tuple[int, int], list[Part]] = {}
     for station, parts in found:
@@ -458,13 +478,13 @@ def _once(
             weight = tensor_at(station.module, part.weight) if part.weight else None
             if weight is not None and names.get(id(weight), 1) > 1:
                 alike.setdefault((id(weight), id(part.switch)), []).append(part)
-    whole = {key: parts for key, parts in alike.items() if len(parts) == names[key[0]] and _change_alike(parts)}
+    whole = {key: parts for key, parts in alike.items() if len(parts) == names[key[0]] and change_alike(parts)}
     shared = {tensor for tensor, _ in whole if all(key in whole for key in alike if key[0] == tensor)}
     again = [part for (tensor, _), parts in whole.items() if tensor in shared for part in parts[1:]]
     return [(station, [part for part in parts if part not in again]) for station, parts in found], shared
 
 
-def _change_alike(parts: list[Part]) -> bool:
+def change_alike(parts: list[Part]) -> bool:
     """Whether parts at several layers that share a parameter are the same change of it."""
     first, *others = parts
     return all(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapter import Adapter, Target
@@ -23,7 +24,7 @@ from .context import ContextPart, parts_of
 from .dropout import check_dropout, dropout_of
 from .ears import Ear, words_of
 from .experts import with_experts
-from .handle import Handle
+from .handle import Handle, change_alike
 from .layers import Quantized, layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name
 from .outputs import Outlet, Switch, outlet
@@ -99,10 +100,19 @@ def inject(
     given: dict[int, Update] = {}
     sites = [_trained(model, site, adapter, given) for site in _sites(model, weights, rules)]
     shared = _tied(model, sites, adapter, parse_tied(tied))
+    once: dict[Any, tuple[Part, Part]] = {}
+    twice: list[tuple[Target, Part]] = []
     for site in [piece for whole in (*sites, *shared) for piece in _pieces(whole)]:
         holder, part = _part(model, site, switch, ear)
+        place = _place(holder, part)
+        first, standing = once.get(place, (part, part))
+        if first.target.path != part.target.path:
+            _check_twin(first, part)
+            twice.append((part.target, standing))
+            continue
         bound = registration.bind(site.updates, holder, _like(model, site, holder), _where(model, site.target))
         part = replace(part, bound=bound, dropout=drop)
+        once[place] = (first, part)
         if drop and not part.direct:
             why = "dropout where a module's weight is exchanged under its own forward"
             raise Unsupported(why, where=str(site.target), cure="Pass dropout=0, or leave this target out")
@@ -117,6 +127,8 @@ def inject(
         if part.target in (site.target for site in shared):
             continue
         loaded[part.target] = (*loaded.get(part.target, ()), held[id(part)])
+    for target, part in twice:
+        loaded[target] = (*loaded.get(target, ()), held[id(part)])
     stations = [*(station for station, _ in attached), *_tapped(part.outlet for _, part in attached)]
     if ear.asks:
         stations.append(station_at(model))
@@ -128,6 +140,22 @@ def inject(
     handle = Handle(adapter, loaded, switch, list(dict.fromkeys(stations)), model, leaves)
     handle._enter(frozen=trainable and freeze)
     return handle
+
+
+def _place(holder: nn.Module, part: Part) -> tuple[Any, ...]:
+    """What a part changes, whatever name of its module led there."""
+    return id(holder), part.weight, part.bias, part.target.rows, part.outlet is None
+
+
+def _check_twin(first: Part, second: Part) -> None:
+    """Check that two names of one module get the same update, which then acts once: the module is one.
+
+    Raises:
+        Unsupported: they differ.
+    """
+    if not change_alike([first, second]):
+        why = f"the same module as {first.target}, with another update"
+        raise Unsupported(why, where=str(second.target), cure="Leave one of the two targets out")
 
 
 def _where(model: nn.Module, target: Target) -> str:
@@ -189,7 +217,12 @@ def config_of_model(model: nn.Module) -> dict[str, Any] | None:
 
 def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[Site]:
     held = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
-    shapes = {name: tuple(tensor.shape) for tensors in held for name, tensor in tensors if not is_leaf_name(name)}
+    shapes = {
+        name: tuple(tensor.shape)
+        for tensors in held
+        for name, tensor in tensors
+        if not is_leaf_name(name) and not is_lazy(tensor)
+    }
     shapes |= {f"{name}.weight": stored_shape(m) for name, m in model.named_modules() if Quantized.takes(m)}
     words = config_of_model(model)
     try:
@@ -204,8 +237,12 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
     told = [_told(model, site, shapes) for site in placed]
     asked = iter(with_layouts([site for site, known in told if not known], shapes, words))
     sites = [site if known else next(asked) for site, known in told]
-    for site in sites:
-        check_site(site, shapes, biasless=True)
+    try:
+        for site in sites:
+            check_site(site, shapes, biasless=True)
+    except TargetNotFound:
+        _refuse_packed(model, adapter)
+        raise
     return sites
 
 
@@ -255,12 +292,22 @@ def _lineage_tells(adapter: Adapter) -> bool:
 
 
 def _refuse_packed(model: nn.Module, adapter: Adapter) -> None:
+    """Raise if a target is a module whose weight is not a parameter of its own, or not there yet."""
     modules = dict(model.named_modules())
     for target in adapter.updates:
         module = modules.get(target.path)
-        if module is not None and not list(base_parameters(module)) and list(module.buffers(recurse=False)):
-            why = f"a {type(module).__name__} keeps its weight in a form of its own"
-            raise Unsupported(why, where=str(target), cure=_UNPACKED)
+        if module is None:
+            continue
+        where, kind = str(target), type(module).__name__
+        if any(is_lazy(p) for p in module.parameters(recurse=False)):
+            cure = "Call the model once, so that it takes its sizes from its input"
+            raise Unsupported(f"a {kind} without a weight yet", where=where, cure=cure)
+        weight = module.__dict__.get("weight")
+        if isinstance(weight, Tensor) and "weight" not in module._parameters:
+            cure = "Call torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove first"
+            raise Unsupported(f"a {kind} whose weight a hook makes from other tensors", where=where, cure=cure)
+        if not list(base_parameters(module)) and list(module.buffers(recurse=False)):
+            raise Unsupported(f"a {kind} keeps its weight in a form of its own", where=where, cure=_UNPACKED)
 
 
 def _check_together(station: Station, parts: list[Part]) -> None:
@@ -372,6 +419,9 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
         path = parent
     holder = model.get_submodule(path)
     prefix = f"{path}." if path else ""
+    if isinstance(holder, torch.jit.ScriptModule):
+        cure = "Inject into the module before torch.jit.script, or torch.jit.trace the model with its adapter"
+        raise Unsupported("a module that torch.jit has compiled", where=str(site.target), cure=cure)
     direct = _is_direct(site, holder, prefix)
     parameter = tensor_at(model, site.weight or site.bias or "")
     packed = not parameter.is_floating_point() or parameter.dtype.itemsize < 2

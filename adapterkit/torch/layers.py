@@ -28,9 +28,13 @@ class Layer:
         layout: the axis order in which such a module stores its weight, as in `Target`.
         channel: the axis of the output's channels.
         direct: formulas over weights run on it; else its weight is exchanged under its own forward.
+        flat: `op` and `mix` are matrix products over the last axis.
+        fresh: a call returns a tensor that nobody else has.
     """
 
     direct: ClassVar[bool] = True
+    flat: ClassVar[bool] = False
+    fresh: ClassVar[bool] = False
     layout: ClassVar[str] = "out *in"
     channel: ClassVar[int] = -1
 
@@ -57,6 +61,11 @@ class Layer:
     def viewed(self, stored: Tensor) -> Tensor:
         """A weight as the module stores it, seen as `[out, in, *k]`."""
         return stored.mT if self.layout == "in out *k" else stored
+
+    @property
+    def sample(self) -> Tensor:
+        """A tensor of the dtype and on the device to compute with."""
+        return self.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -89,6 +98,9 @@ class Layer:
 class Linear(Layer):
     """`nn.Linear`."""
 
+    flat = True
+    fresh = True
+
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) and _own_forward(module, nn.Linear)
@@ -98,6 +110,7 @@ class Conv1D(Layer):
     """transformers' `Conv1D`: a linear layer that stores `[in, out]`."""
 
     layout = "in out *k"
+    flat = True
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
@@ -196,6 +209,8 @@ class Quantized(Linear):
     Laws that need W see it as the library's own dequantization gives it.
     """
 
+    fresh = False
+
     def __init__(self, module: nn.Module, forward: Forward, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(module, forward)
         self.dtype = dtype
@@ -212,6 +227,11 @@ class Quantized(Linear):
     @property
     def weight(self) -> Tensor:
         return dequantized(self.module).to(self.dtype)
+
+    @property
+    def sample(self) -> Tensor:
+        packed: Any = self.module.weight
+        return torch.empty(0, dtype=self.dtype, device=packed.device)
 
     @property
     def shape(self) -> tuple[int, ...]:

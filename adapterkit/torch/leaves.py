@@ -50,7 +50,10 @@ class Leaf:
     @property
     def tensor(self) -> Tensor:
         """The tensor that the module holds under that name now."""
-        found: Tensor = getattr(self.module, self.name) if self.staged is None else self.staged
+        if self.staged is not None:
+            return self.staged
+        held: Any = self.module._parameters.get(self.name)
+        found: Tensor = getattr(self.module, self.name) if held is None else held
         return found
 
     def register(self) -> None:
@@ -91,22 +94,27 @@ class LiveUpdates:
 
     def __init__(self, updates: Sequence[Update], leaves: Sequence[dict[str, Leaf]] | None = None) -> None:
         self._updates, self.leaves = tuple(updates), tuple(leaves or [{} for _ in updates])
+        self._seen = self._flat()
+
+    def _flat(self) -> tuple[tuple[Leaf, Any], ...]:
+        """Each leaf, and the tensor of it that the updates hold."""
+        each = zip(self._updates, self.leaves, strict=True)
+        return tuple((leaf, update.tensors[name]) for update, leaves in each for name, leaf in leaves.items())
 
     @property
     def updates(self) -> tuple[Update, ...]:
         """The updates over the tensors that the model holds now."""
-        now = [{name: leaf.tensor for name, leaf in leaves.items()} for leaves in self.leaves]
-        same = all(
-            update.tensors[name] is tensor
-            for update, tensors in zip(self._updates, now, strict=True)
-            for name, tensor in tensors.items()
-        )
-        if same:
+        for leaf, held in self._seen:  # Once a layer and forward, so not with all().
+            if leaf.tensor is not held:
+                break
+        else:
             return self._updates
+        now = [{name: leaf.tensor for name, leaf in leaves.items()} for leaves in self.leaves]
         found = tuple(update.replace(**tensors) for update, tensors in zip(self._updates, now, strict=True))
         # Under FSDP2 and functional_call the tensors live for one forward only: keeping them would keep their memory.
         if not torch.compiler.is_compiling() and all(type(t) in _KEPT for tensors in now for t in tensors.values()):
             self._updates = found
+            self._seen = self._flat()
         return found
 
 

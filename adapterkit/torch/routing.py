@@ -1,91 +1,265 @@
 """Routing: a different adapter for each row of a batch, in one forward pass of the whole model.
 
-A module with adapters runs once a group of rows, under its own forward or its layer's formula; everything else runs
-once. Rows are the first axis of a module's tensors.
+A linear layer, convolution or embedding with low-rank adapters runs once, and batched.py adds to each row what its
+adapter adds. Any other module with adapters runs once for each group of rows, under its own forward or its layer's
+formula. Everything else runs once.
+
+Rows are one axis of a module's tensors: the first, or `axis`. torch's recurrent layers and its attention say in
+`batch_first` where theirs are. What cannot be told is refused: modules that see rows second beside a route that does
+not say so, and experts that see only the tokens which chose them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from ..errors import ShapeMismatch, Unsupported, UsageError, nearest
-from .scopes import routed
+from .scopes import current, routed
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which adapter each row goes through, and whether rows may come flattened with what follows them."""
+    """Which adapter each row goes through.
+
+    Attributes:
+        names: an adapter, or None for the base, for each row.
+        flattened: rows may come flattened with the tokens that follow them.
+        axis: of the rows.
+        known: the adapters attached to the model.
+        table: `[rows]`, positions in `known`; `len(known)` stands for the base.
+        plans: what batched.py worked out for this route.
+    """
 
     names: tuple[str | None, ...]
     flattened: bool
+    axis: int = 0
+    known: tuple[str, ...] = field(default=(), compare=False)
+    table: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
+    plans: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def groups(self) -> dict[str | None, list[int]]:
         """Name -> its rows."""
         return {name: [row for row, other in enumerate(self.names) if other == name] for name in self.names}
 
+    def rows_first(self, tensor: Tensor) -> Tensor:
+        """View a module's input or output as `[rows, ...]`.
+
+        Raises:
+            ShapeMismatch: it does not have as many rows.
+        """
+        rows = self.table.shape[0]
+        if self.axis and tensor.ndim > self.axis:
+            tensor = tensor.movedim(self.axis, 0)
+        if tensor.ndim and tensor.shape[0] == rows:
+            return tensor
+        if tensor.ndim and tensor.shape[0] == 1:
+            return tensor.expand(rows, *tensor.shape[1:])
+        if tensor.ndim and self.flattened and not self.axis and tensor.shape[0] % rows == 0:
+            return tensor.reshape(rows, -1, *tensor.shape[1:])
+        raise _mismatch(self, tensor.shape[0] if tensor.ndim else 0)
+
+    def rows_back(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """Undo `rows_first`: `[rows, ...]` in the shape of a module's output `like`, but for its number of rows."""
+        if self.axis and like.ndim > self.axis:
+            return tensor.movedim(0, self.axis)
+        return tensor if tensor.ndim == like.ndim else tensor.flatten(0, 1)
+
 
 @contextmanager
-def route(model: nn.Module, names: Sequence[str | None], *, flattened: bool = False) -> Iterator[None]:
+def route(
+    model: nn.Module, names: Sequence[str | None], *, flattened: bool = False, axis: int | None = None
+) -> Iterator[None]:
     """A different adapter for each row of a batch: inside the `with`, row i goes through `names[i]`, or the base.
 
     Rows are the first axis of what each module reads and writes; an argument whose first axis has another length is
-    the same for all rows. The route holds for this thread (and this task of asyncio) alone.
+    the same for all rows. The route holds for this thread (and this task of asyncio) alone. `handle.disable()` inside
+    of it gives that adapter's rows the base.
 
     Args:
         model: the model, with adapters attached.
         names: one name of an attached adapter, or None, for each row.
         flattened: some modules see rows and tokens in one axis, row by row, as the experts of a mixture do.
+        axis: the axis that rows lie on: 0, or 1 in a model of sequence-first tensors `[tokens, rows, ...]`. It must be
+            given where the model has a module with `batch_first=False`.
 
     Raises:
-        UsageError: no adapter of such a name is attached.
+        UsageError: no adapter of such a name is attached, or it is switched off.
         ShapeMismatch: raised by a forward of another number of rows.
-        Unsupported: raised by a forward through a module whose rows cannot be told apart.
+        Unsupported: raised by a forward through a module whose rows cannot be told apart; or a module of the model has
+            rows second and `axis` is not given.
     """
-    from .station import names_of, stations_of
+    from .station import STATION
 
-    known = names_of(model)
-    for name in names:
-        if name is not None and name not in known:
-            raise UsageError("no such adapter is attached", where=name, cure=nearest(name, known) or "Inject it first")
     names = tuple(names)
-    with routed(dict.fromkeys(stations_of(model), Route(names, flattened))):
+    stations, switches, first = [], {}, None
+    for module in model.modules():
+        if STATION in module.__dict__:
+            stations.append(module.__dict__[STATION])
+            switches.update({switch.name: switch for switch in stations[-1].switches})
+        if first is None and getattr(module, "batch_first", None) is False:
+            first = module
+    _check_names(names, switches)
+    if axis is None and first is not None:
+        where = next(name for name, module in model.named_modules() if module is first)
+        why = f"a {type(first).__name__} with batch_first=False, so that rows may be the second axis"
+        raise Unsupported(why, where=where, cure="Pass axis=1 where the model has rows second, axis=0 where first")
+    if axis not in (None, 0, 1) or (axis and flattened):
+        raise UsageError("rows lie on axis 0 or 1, and flattened rows on axis 0", cure="Pass axis=0 or axis=1 alone")
+    known = tuple(switches)
+    slots = {name: slot for slot, name in enumerate(known)}
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    table = torch.tensor([slots.get(name, len(known)) if name else len(known) for name in names], device=device)
+    with routed(dict.fromkeys(stations, Route(names, flattened, axis or 0, known, table))):
         yield
 
 
-def split(route: Route, module: nn.Module, args: Any, kwargs: Any, where: str) -> Iterator[tuple[str | None, Any, Any]]:
-    """The arguments of a module's forward for each group of rows: (name, args, kwargs).
+def _check_names(names: tuple[str | None, ...], switches: dict[str, Any]) -> None:
+    if not names:
+        raise UsageError("a route of no rows", cure="Pass one name, or None, for each row of the batch")
+    scope = current()
+    for name in dict.fromkeys(names):
+        if name is not None and name not in switches:
+            cure = nearest(name, set(switches)) or "Inject it first"
+            raise UsageError(f"{_rows(names, name)}: no such adapter is attached", where=name, cure=cure)
+        if name is not None and not switches[name].on(scope):
+            raise _switched_off(names, name)
+
+
+def check_switches(route: Route, switches: Sequence[Any], active: Any) -> None:
+    """Raise if an adapter that the route names was switched off for everybody since the route was entered.
+
+    Raises:
+        UsageError: `handle.set_active(False)` was called. `handle.disable()` inside the route is no error.
+    """
+    for switch in switches:
+        if not switch.active and switch not in active and switch.name in route.names:
+            raise _switched_off(route.names, switch.name)
+
+
+def _switched_off(names: tuple[str | None, ...], name: str) -> UsageError:
+    why = f"{_rows(names, name)}: the adapter is switched off, they would get the base alone"
+    return UsageError(why, where=name, cure="Call handle.set_active(True), or name None for these rows")
+
+
+def _rows(names: Sequence[str | None], name: str) -> str:
+    """The rows of one adapter, for messages."""
+    found = [str(row) for row, other in enumerate(names) if other == name]
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    return f"row{'s' if len(found) > 1 else ''} {', '.join(found[:8])}{more}"
+
+
+def check_expert(route: Route, where: str) -> None:
+    """Raise at a module that sees only some tokens of each row, in an order of its own.
+
+    Raises:
+        Unsupported: it is one of a list of experts, and the route names more than one adapter.
+    """
+    if len(set(route.names)) > 1 and _EXPERT.search(where):
+        why = "an expert sees the tokens that chose it, whose rows cannot be told"
+        raise Unsupported(why, where=where, cure=_ALONE)
+
+
+def split(
+    route: Route, module: nn.Module, args: Any, kwargs: Any, beside: Any, where: str
+) -> Iterator[tuple[str | None, Any, Any, Any]]:
+    """The arguments of a module's forward for each group of rows: (name, args, kwargs, beside).
+
+    Args:
+        route: which adapter each row takes.
+        module: the module.
+        args: its arguments by position.
+        kwargs: its arguments by name.
+        beside: other tensors with the same rows, which come after the arguments.
+        where: the target, for errors.
 
     Raises:
         ShapeMismatch: no tensor has that many rows.
-        Unsupported: the module does not have rows first.
+        Unsupported: the module does not say where its rows are.
     """
-    kwargs, same = _without_mask(module, args, kwargs, where)
-    count = _count(route, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], where)
+    check_expert(route, where)
+    axes, same = _axes(route, module, args, kwargs, where)
+    kwargs = {name: value for name, value in kwargs.items() if name not in same}
+    turned = _turned((args, kwargs, beside), axes, front=True)
+    count = _count(route, [leaf for leaf in pytree.tree_leaves(turned) if isinstance(leaf, Tensor)], where)
     for name, rows in route.groups().items():
         taken = partial(_taken, rows=rows, total=len(route.names), count=count)
-        some, named = pytree.tree_map(taken, (args, kwargs))
-        yield name, some, named | same
+        some, named, more = _turned(pytree.tree_map(taken, turned), axes, front=False)
+        yield name, some, named | same, more
 
 
-def join(route: Route, outputs: Sequence[Any], where: str) -> Any:
-    """What the groups' forwards returned, as one: tensors along their first axis, in the order of the rows.
+def join(route: Route, module: nn.Module, outputs: Sequence[Any], where: str) -> Any:
+    """What the groups' forwards returned, as one: tensors along the axis of their rows, in the order of the rows.
 
     Raises:
         Unsupported: a result has no rows.
     """
-    flat, (tree, *_) = zip(*(pytree.tree_flatten(output) for output in outputs), strict=True)
+    axis = _axis_of_outputs(route, module)
+    turned = [_turned(output, axis, front=True) for output in outputs]
+    flat, (tree, *_) = zip(*(pytree.tree_flatten(output) for output in turned), strict=True)
     groups = list(route.groups().values())
     order = [row for rows in groups for row in rows]
     back = sorted(range(len(order)), key=order.__getitem__)
-    return pytree.tree_unflatten([_joined(leaves, groups, back, where) for leaves in zip(*flat, strict=True)], tree)
+    joined = [_joined(leaves, groups, back, where) for leaves in zip(*flat, strict=True)]
+    return _turned(pytree.tree_unflatten(joined, tree), axis, front=False)
+
+
+Axis = Callable[[int, Tensor], int] | None
+"""Position of a tensor among those of a call, and the tensor -> the axis of its rows; None: the first of all."""
+
+
+def _turned(tree: Any, axis: Axis, front: bool) -> Any:
+    """The tree with the axis of rows in front of each tensor, or back where it was."""
+    if axis is None:
+        return tree
+    leaves, spec = pytree.tree_flatten(tree)
+    position, moved = 0, []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            at = axis(position, leaf)
+            position += 1
+            if 0 < at < leaf.ndim:
+                leaf = leaf.movedim(at, 0) if front else leaf.movedim(0, at)
+        moved.append(leaf)
+    return pytree.tree_unflatten(moved, spec)
+
+
+def _axes(route: Route, module: nn.Module, args: Any, kwargs: Any, where: str) -> tuple[Axis, dict[str, Any]]:
+    """Where the rows of a module's arguments are, and keyword arguments that are the same for all rows."""
+    if isinstance(module, nn.MultiheadAttention):
+        mask = kwargs.get("attn_mask")
+        if len(args) > 5 or (mask is not None and mask.ndim > 2):
+            raise Unsupported("a mask for each row", where=where, cure="Pass one attn_mask of two axes, by its name")
+        given = [*args, *kwargs.values()]
+        if not given or given[0].ndim != 3:
+            raise Unsupported("an input without rows", where=where, cure="Pass tensors of three axes")
+        second = 0 if module.batch_first else 1
+        # Queries, keys and values have rows where batch_first says; a padding mask has them first.
+        return (lambda _, leaf: second if leaf.ndim == 3 else 0), {"attn_mask": mask} if "attn_mask" in kwargs else {}
+    if isinstance(module, nn.RNNBase):
+        given = [*args, *kwargs.values()]
+        if isinstance(given[0], PackedSequence) or given[0].ndim != 3:
+            raise Unsupported("an input without an axis of rows", where=where, cure="Pass a padded tensor of 3 axes")
+        second = 0 if module.batch_first else 1
+        return (lambda position, _: second if position == 0 else 1), {}
+    return (lambda *_: route.axis) if route.axis else None, {}
+
+
+def _axis_of_outputs(route: Route, module: nn.Module) -> Axis:
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        second = 0 if module.batch_first else 1
+        others = 0 if isinstance(module, nn.MultiheadAttention) else 1
+        return lambda position, _: second if position == 0 else others
+    return (lambda *_: route.axis) if route.axis else None
 
 
 def _count(route: Route, tensors: list[Tensor], where: str) -> int:
@@ -98,9 +272,16 @@ def _count(route: Route, tensors: list[Tensor], where: str) -> int:
         return 1
     if sizes and route.flattened and sizes[0] % rows == 0:
         return sizes[0]
-    why = f"{sizes[0] if sizes else 'no'} rows where the route names {rows}"
-    more = "" if not sizes or sizes[0] % rows else "; pass flattened=True if the model has joined rows and tokens"
-    raise ShapeMismatch(why, where=where, cure=f"Name one adapter, or None, for each row{more}")
+    raise _mismatch(route, sizes[0] if sizes else 0).at(where=where)
+
+
+def _mismatch(route: Route, size: int) -> ShapeMismatch:
+    rows = len(route.names)
+    some = ", ".join(f"row {row}: {name or 'the base'}" for row, name in list(enumerate(route.names))[:8])
+    why = f"{size or 'no'} rows where the route names {rows} ({some}{', ...' if rows > 8 else ''})"
+    joined = size and not size % rows and not route.axis
+    more = "; pass flattened=True if the model has joined rows and tokens" if joined else ""
+    return ShapeMismatch(why, cure=f"Name one adapter, or None, for each row{more}")
 
 
 def _taken(leaf: Any, rows: list[int], total: int, count: int) -> Any:
@@ -120,7 +301,7 @@ def _joined(leaves: Sequence[Any], groups: list[list[int]], back: list[int], whe
         return leaves[0]
     lengths = [leaf.shape[0] // len(rows) if leaf.ndim else 0 for leaf, rows in zip(leaves, groups, strict=True)]
     fits = all(leaf.ndim and leaf.shape[0] == lengths[0] * len(rows) for leaf, rows in zip(leaves, groups, strict=True))
-    if not fits:
+    if not fits or not lengths[0]:
         raise Unsupported("the module returns something that has no rows", where=where, cure=_ALONE)
     whole = torch.cat(list(leaves))
     if lengths[0] == 1:
@@ -128,19 +309,5 @@ def _joined(leaves: Sequence[Any], groups: list[list[int]], back: list[int], whe
     return whole.reshape(len(back), lengths[0], *whole.shape[1:])[back].flatten(0, 1)
 
 
-def _without_mask(module: nn.Module, args: Any, kwargs: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments to split, and those that are the same for all rows whatever their first axis.
-
-    torch's attention has rows second unless told otherwise, and a mask of queries by keys that may look like rows.
-    """
-    if not isinstance(module, nn.MultiheadAttention):
-        return kwargs, {}
-    if not (module.batch_first and args and args[0].ndim == 3):
-        raise Unsupported("rows are not its first axis", where=where, cure="Build it with batch_first=True")
-    mask = kwargs.get("attn_mask")
-    if len(args) > 5 or (mask is not None and mask.ndim > 2):
-        raise Unsupported("a mask for each row", where=where, cure="Pass one attn_mask of two axes, by its name")
-    return {name: value for name, value in kwargs.items() if name != "attn_mask"}, {"attn_mask": mask}
-
-
+_EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$|\[)")
 _ALONE = "Run the rows of each adapter by themselves"

@@ -33,11 +33,20 @@ class Scope:
     active: Mapping[Any, bool] = field(default_factory=dict)
 
 
+_EVERYWHERE = Scope()
+
+
 class _Local(threading.local):
-    scope = Scope()
+    """The scope of each thread.
+
+    It is set in `__init__`, which runs once a thread: dynamo guards an attribute of the instance, and does not see
+    that one of the instance has come to hide one of the class.
+    """
+
+    def __init__(self) -> None:
+        self.scope = _EVERYWHERE
 
 
-_EVERYWHERE = _Local.scope
 _SCOPE: ContextVar[Scope] = ContextVar("adapterkit.torch.scope", default=_EVERYWHERE)
 _LOCAL = _Local()
 

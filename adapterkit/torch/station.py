@@ -15,15 +15,17 @@ from torch import Tensor, nn
 
 from ..adapter import Target
 from ..chain import Composed
-from ..errors import AdapterkitError, Unsupported
+from ..errors import AdapterkitError, ShapeMismatch, Unsupported
 from ..updates import Additive, Update
+from .batched import Kept, add_by_row, factors_of, rank_of
 from .context import ContextPart, surround
 from .dropout import dropped_change
 from .ears import Ear, overheard
 from .layers import Difference, Layer, Quantized, layer_of, moved
+from .lean import low_rank_linear, low_rank_sum
 from .leaves import LiveUpdates
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
-from .routing import Route, join, split
+from .routing import Route, check_expert, check_switches, join, split
 from .scopes import Recall, Scope, current
 from .sharding import whole
 from .weights import changed_bias, changed_weight, settled, tensor_at
@@ -73,6 +75,9 @@ class Station:
         self.ears: list[Ear] = []
         self.names = tuple(inspect.signature(self.original).parameters)
         self.recall = Recall()
+        self.ranks: dict[Part, int] = {}  # 0: the part is not a pair of thin factors.
+        self.kept = Kept()
+        self.bare = False  # Nothing but updates of weights: no contexts, taps, ears or outlets.
 
     @property
     def switches(self) -> list[Switch]:
@@ -84,9 +89,13 @@ class Station:
             self.contexts.append(part)
         else:
             self.parts.append(part)
+            # Not at the first forward: compiled code would guard whether it is known.
+            self.ranks[part] = rank_of(part, self.layer) if self.layer is not None and part.direct else 0
         self._stand()
 
     def _stand(self) -> None:
+        around = self.contexts or self.taps or self.ears
+        self.bare = not around and all(part.outlet is None for part in self.parts)
         self.module.__dict__[STATION] = self
         mine = Entry(self) if self.contexts or self.ears else self.forward
         self.module.__dict__[self._standing() or self.slot] = mine
@@ -108,6 +117,8 @@ class Station:
 
     def detach(self, switch: Switch) -> None:
         self.parts = [part for part in self.parts if part.switch is not switch]
+        self.ranks = {part: self.ranks[part] for part in self.parts}
+        self.kept = Kept()
         self.contexts = [part for part in self.contexts if part.switch is not switch]
         self.taps = [tap for tap in self.taps if tap.switch is not switch]
         self.ears = [ear for ear in self.ears if ear.switch is not switch]
@@ -127,6 +138,12 @@ class Station:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         scope = self.recall.scope(self.module.training)
+        if self.bare:
+            active = [part for part in self.parts if part.switch.acts(scope)]
+            route = scope.routes.get(self) if scope.routes else None
+            if route is not None and active:
+                return self._routed(route, scope, active, args, kwargs, {})
+            return self._weighed(active, args, kwargs)
         if not self.ears:
             return self._surrounded(scope, args, kwargs)
         passes = any(part.switch.on(scope) for part in self.contexts)
@@ -157,7 +174,7 @@ class Station:
         beside = {p.switch.name: p.outlet.beside() for p in active if p.outlet}
         route = scope.routes.get(self)
         if route is not None and active:
-            return self._routed(route, active, args, kwargs, beside)
+            return self._routed(route, scope, active, args, kwargs, beside)
         return self._run(active, args, kwargs, beside)
 
     def _run(self, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
@@ -180,8 +197,15 @@ class Station:
             return self._original(args, kwargs)
         if not skipped and self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
             x = [*args, *kwargs.values()][0]
-            return _direct(self.layer.like(x), parts, x)
+            layer = self.layer.like(x)
+            if layer.flat and all(self.ranks[part] for part in parts) and not self._drops(parts):
+                return self._added(layer, parts, x)
+            return _direct(layer, parts, x)
         exchanged = {**self.changed(parts), **skipped}
+        if any(isinstance(value, Tensor) and value.is_meta for value in exchanged.values()):
+            given = [*args, *kwargs.values()]
+            if any(isinstance(value, Tensor) and not value.is_meta for value in given):
+                raise _unloaded(parts[0])
         if self._rebinds and not torch.compiler.is_compiling():
             func: Any = self.original.__func__
             return func(_replica(self.module, exchanged), *args, **kwargs)
@@ -212,13 +236,67 @@ class Station:
         laws = any(update.kind == "weight" for part in parts for update in part.updates)
         return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
 
-    def _routed(self, route: Route, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]) -> Any:
+    def _drops(self, parts: list[Part]) -> bool:
+        """Whether parts see an input with some numbers dropped, in this forward."""
+        return self.module.training and any(part.dropout for part in parts)
+
+    def _added(self, layer: Layer, parts: list[Part], x: Tensor) -> Tensor:
+        """The layer's output and what low-rank parts add to it, one after the other, into one tensor."""
+        y: Tensor | None = None
+        plain = layer.fresh and self.before is None  # The module's forward is that of nn.Linear.
+        like = layer.sample
+        if like.is_meta and not x.is_meta:
+            raise _unloaded(parts[0])
+        for part in parts:
+            for each in part.updates:
+                update: Any = each
+                B, A, weight = factors_of(update, layer, like)
+                weight *= part.switch.weight
+                if (B.shape[0], A.shape[1]) != layer.shape:
+                    why = f"made for a weight of {[B.shape[0], A.shape[1]]}; the layer's is {list(layer.shape)} now"
+                    raise ShapeMismatch(why, where=str(part.target), cure=_AGAIN)
+                if y is None and plain:
+                    y = low_rank_linear(x, like, layer.bias, A, B, weight)
+                    if y is None:
+                        y = low_rank_sum(layer(x), x, A, B, weight, fresh=True)
+                elif y is None:
+                    y = low_rank_sum(layer(x), x, A, B, weight)
+                else:
+                    y = low_rank_sum(y, x, A, B, weight, fresh=True)
+                d = update.bias_delta()
+                if d is not None:
+                    y = y + part.switch.weight * d.to(like.device, like.dtype)
+        assert y is not None
+        return y
+
+    def _routed(
+        self, route: Route, scope: Scope, parts: list[Part], args: Any, kwargs: Any, beside: dict[str, Beside]
+    ) -> Any:
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            check_switches(route, self.switches, scope.active)
+        # The names of a route are no part of compiled code, which would be compiled anew for each route.
+        named = self.parts if compiling else [part for part in parts if part.switch.name in route.names]
         where = str(parts[0].target)
+        if (
+            self.layer is not None
+            and len(args) + len(kwargs) == 1
+            and named
+            and all(self.ranks[part] for part in named)
+        ):
+            if not compiling:
+                check_expert(route, where)
+            x = [*args, *kwargs.values()][0]
+            thin = [part for part in self.parts if self.ranks[part]]
+            try:
+                return add_by_row(self.layer.like(x), thin, route, scope, x, self.kept)
+            except AdapterkitError as error:
+                raise error.at(where=where) from None
         outputs = [
             self._run([part for part in parts if part.switch.name == name], some, named, own)
-            for name, (*some, own), named in split(route, self.module, (*args, beside), kwargs, where)
+            for name, some, named, own in split(route, self.module, args, kwargs, beside, where)
         ]
-        return join(route, outputs, where)
+        return join(route, self.module, outputs, where)
 
     def changed(self, parts: list[Part], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The module's parameters after the parts, by path: in `dtype`, or computed in 32 bits and rounded once."""
@@ -292,6 +370,16 @@ def _same(h: Tensor) -> Tensor:
     return h
 
 
+def _unloaded(part: Part) -> Unsupported:
+    """torch's CPU products of a meta weight and real numbers return uninitialised memory."""
+    why = "the layer's weight is on the meta device, its input is not"
+    cure = "Load the weights first: model.load_state_dict(state, assign=True), or from_pretrained"
+    return Unsupported(why, where=str(part.target), cure=cure)
+
+
+_AGAIN = "Call handle.remove() before a layer changes its size, and inject an adapter of the new size"
+
+
 _EXCHANGING = threading.RLock()
 """Held while a module's own attributes are exchanged, and by forwards that would see them."""
 
@@ -342,6 +430,8 @@ class Entry:
 
 def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
     """y + sum of weight * (f(x) - y), the base computed once; one part of full weight is its formula alone."""
+    if layer.sample.is_meta and not x.is_meta:
+        raise _unloaded(parts[0])
     if layer.module.training and any(part.dropout for part in parts):
         y = layer(x)
         for part in parts:

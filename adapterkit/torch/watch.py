@@ -36,6 +36,11 @@ class Watch:
         self.model, self.name, self.modules, self.leaves = model, name, list(modules), leaves
         self._places = self._find()
         model.register_forward_pre_hook(self)
+        # torch's fused encoder layer reads parameters past the modules that hold them, unless one has a hook.
+        wanted = {id(module) for module in self.modules}
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in wanted for m in module.modules()):
+                module.register_forward_pre_hook(_no_fused_path)
 
     def __call__(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -58,9 +63,15 @@ class Watch:
 
     def remove(self) -> None:
         """Take the hook off the model."""
-        hooks = self.model._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is self]:
-            del hooks[key]
+        for module in self.model.modules():
+            layer = isinstance(module, nn.TransformerEncoderLayer)
+            if layer or module is self.model:
+                hooks = module._forward_pre_hooks
+                ours = [key for key, hook in hooks.items() if hook is self]
+                # Of several adapters each has put one there.
+                ours += [key for key, hook in hooks.items() if hook is _no_fused_path][:1] if layer else []
+                for key in ours:
+                    del hooks[key]
 
     def _find(self) -> list[Place]:
         wanted = {id(module): module for module in self.modules if module is not self.model}
@@ -79,3 +90,14 @@ class Watch:
         where = next((name for name, each in self.model.named_modules() if each is module), None)
         cure = "Call handle.remove() before modules are replaced or fused, and inject the adapter again afterwards"
         raise Unsupported(f"the adapter {self.name!r} does not act any more: {why}", where=where, cure=cure)
+
+
+def _no_fused_path(_: nn.Module, args: Any) -> None:
+    """A forward pre-hook whose presence keeps torch from its fused path.
+
+    Raises:
+        Unsupported: nn.TransformerEncoder made a nested tensor, which only the fused path reads.
+    """
+    if args and isinstance(args[0], torch.Tensor) and args[0].is_nested:
+        cure = "Call torch.backends.mha.set_fastpath_enabled(False), or build it with enable_nested_tensor=False"
+        raise Unsupported("an nn.TransformerEncoder that packs its input for the fused path", cure=cure)

@@ -16,9 +16,11 @@ from .context import ContextUpdate
 from .outputs import OutputUpdate
 from .rules import Rule
 from .update import Update
-from .weights import Additive, WeightUpdate
+from .weights import Additive, WeightUpdate, of_pair
 
 if TYPE_CHECKING:
     from .update import Random as Random
 
-__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Rule", "Update", "WeightUpdate", "attribute", "tensor"]
+__all__ = [
+    "Additive", "ContextUpdate", "OutputUpdate", "Rule", "Update", "WeightUpdate", "attribute", "of_pair", "tensor",
+]  # fmt: skip

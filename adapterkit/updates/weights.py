@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from ..errors import NotMergeable
 from .update import Update
@@ -12,11 +12,32 @@ from .update import Update
 if TYPE_CHECKING:
     import torch
 
+_Function = TypeVar("_Function")
+
+
+def of_pair(forward: _Function) -> _Function:
+    """Mark a `forward` that computes layer(x) + mix(op(x, A), B) + d, with A and B of `pair` and d of `bias_delta`.
+
+    Backends may then run the pair in a way of their own. A method that overrides `forward` loses the mark, so that a
+    formula that depends on the tokens is never taken for a plain pair.
+    """
+    forward.of_pair = True  # type: ignore[attr-defined]
+    return forward
+
 
 class Additive(Update):
-    """W' = W + D, b' = b + d, with D and d free of W."""
+    """W' = W + D, b' = b + d, with D and d free of W.
+
+    Class attributes:
+        thin: `forward` is that of `pair`, where there is one; see `of_pair`.
+    """
 
     kind = "additive"
+    thin: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.thin = getattr(cls.forward, "of_pair", False)
 
     @property
     def changes_weight(self) -> bool:
@@ -33,6 +54,11 @@ class Additive(Update):
     def pair(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """B `[out, r]` and A `[r, in * k]` with D = B @ A, where the law comes down to such a pair; else None."""
         return None
+
+    def factors(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """B, A and a number s with D = s * B @ A, as `pair`; a method overrides it to leave its scaling out of B."""
+        pair = self.pair(shape)
+        return None if pair is None else (*pair, 1.0)
 
     def scaled(self, weight: float) -> Self | None:
         """The same method with weight * D and weight * d, leaves unread; None where its fields cannot say that."""
@@ -55,6 +81,7 @@ class Additive(Update):
         d = self.bias_delta()
         return b if d is None else b + d
 
+    @of_pair
     def forward(self, x: Any, layer: Any) -> Any:
         d = self.bias_delta()
         y = layer(x) + layer.op(x, self.delta(layer.shape)) if self.changes_weight else layer(x)

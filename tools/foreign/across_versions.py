@@ -113,10 +113,9 @@ def check(model_type: str, folder: Path) -> tuple[str, str]:
     except AdapterkitError as error:
         return "refused", f"after {list(found)}: {type(error).__name__}: {error}"
     detail = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
-    limits = dict.fromkeys(found, LIMIT) | {"live": max(LIMIT, 3 * distance(held["adapted"], held["merged"]))}
-    limits["live"] = max(limits["live"], 3 * distance(back, whole))
-    if all(value < limits[name] for name, value in found.items()):
-        return "right", detail + ("" if limits["live"] == LIMIT else " (PEFT's own merge is as far)")
+    limit = max(LIMIT, 3 * distance(held["adapted"], held["merged"]), 3 * distance(back, whole))
+    if max(found.values()) < limit:
+        return "right", detail + ("" if limit == LIMIT else " (PEFT's own merge is as far)")
     if not same:
         return "differs", f"{detail}; without adapters {distance(held['plain'], plain):.1e}"
     return "wrong", detail
@@ -128,7 +127,7 @@ def back(model_type: str, folder: Path) -> tuple[str, str]:
     inputs = {name.removeprefix("inputs."): value for name, value in held.items() if name.startswith("inputs.")}
     held5 = load_file(folder / "outputs5.safetensors")
     found = distance(held5["merged"], output_of(load(model_type, folder / "merged_back"), inputs))
-    if found < LIMIT:
+    if found < max(LIMIT, 3 * distance(held5["adapted"], held5["merged"])):
         return "right", f"{found:.1e}"
     apart = distance(held["plain"], held5["plain"])
     return ("wrong" if apart < LIMIT else "differs"), f"{found:.1e}; without adapters {apart:.1e}"

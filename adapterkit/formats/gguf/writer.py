@@ -12,8 +12,9 @@ from ...methods.lora import LoRA
 from ...naming.architectures import of_gguf
 from ...naming.gguf import NAMING, family_of, name_for
 from ...naming.resolver import translate
+from ...tensors.ggml_blocks import decoded, encoded
 from ...tensors.gguf import Value, write_gguf
-from ...tensors.lazy import as_lazy
+from ...tensors.lazy import Lazy, as_array, as_lazy
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
 from .._pairs import expressible
@@ -66,9 +67,23 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
         tensors |= place.spelled(target, update)
     kept = {} if adapter.foreign is None or not hints else adapter.foreign.tensors
     tensors |= {name: as_lazy(leaf) for name, leaf in kept.items()}
-    types = {name: kind for name, kind in hints.get("types", {}).items() if name in tensors}
+    types = {
+        name: kind for name, kind in hints.get("types", {}).items() if name in tensors and _holds(kind, tensors[name])
+    }
     write_gguf(path, _values(hints, place.name, alpha) | invocation.values(), in_order(tensors, hints), types)
     return lines + folded
+
+
+def _holds(kind: str, tensor: Lazy) -> bool:
+    """Whether blocks of a type hold a tensor's numbers exactly, which is what the file had before it was changed.
+
+    llama.cpp gives the largest number of a block 127 steps. Blocks of other tools, and numbers that were computed with
+    since, are rounded: they are written in the tensor's own type.
+    """
+    import numpy as np
+
+    values = as_array(tensor)
+    return np.array_equal(decoded(kind, encoded(kind, values)), values.reshape(-1))
 
 
 def _place(hints: Mapping[str, Any], adapter: Adapter, base: Checkpoint | None) -> Place:

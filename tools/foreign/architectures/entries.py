@@ -67,6 +67,7 @@ def entries_of(model_type: str) -> Entries:
         groups.setdefault(key, []).append((_numbers(own), _numbers(other), a))
     for key, cases in groups.items():
         _add(entries, key, cases)
+    _by_heads(entries)
     ends = [end for end in (_end(model, "input"), _end(model, "output")) if end is not None]
     for path, module in model.named_modules():
         if any(module is end for end in ends):
@@ -125,6 +126,22 @@ def _add(entries: Entries, key: tuple[Any, ...], cases: list[tuple[list[str], li
             places[naming] = place
     if entries.weights.setdefault(weight, places) != places:
         raise ValueError(f"{weight} has two places: {places} and {entries.weights[weight]}")
+
+
+def _by_heads(entries: Entries) -> None:
+    """Say `qkv` where a tensor has three parts of which the first is larger: queries, and fewer keys and values."""
+    for naming in (LIVE, HUB):
+        parts: dict[str, list[Place]] = {}
+        for places in entries.weights.values():
+            place = places.get(naming, {})
+            if "of" in place:
+                parts.setdefault(str(place["name"]), []).append(place)
+        for several in parts.values():
+            if len({place["of"] for place in several}) > 1 and len(several) == 3:
+                several.sort(key=lambda place: float(place["part"]) / float(place["of"]))
+                for place, word in zip(several, ("query", "key", "value"), strict=True):
+                    del place["part"], place["of"]
+                    place["qkv"] = word
 
 
 def _holes(shape: str) -> list[str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..adapter import config_hash
-from ..errors import CheckFailed
-from ..metadata import fingerprints_of
-from ..quant import config_file
+from ..errors import AdapterkitError, CheckFailed, UsageError
+from ..metadata import REPORT, fingerprints_of
+from ..naming.architectures import STORED_AS
+from ..tensors.fingerprint import PREFIX
 from ..tensors.locations import is_repo, source_of
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from ..adapter import Adapter
     from ..tensors.checkpoint import Checkpoint
 
@@ -30,7 +33,7 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
         fingerprint: of the base's weights; None where it was not taken.
     """
     found = []
-    known = fingerprints_of(adapter)
+    known = [each for each in fingerprints_of(adapter) if each.startswith(PREFIX)]
     if fingerprint is not None and known and fingerprint not in known:
         found.append(
             f"{name} was made at a base with the fingerprint {', '.join(known)}; this one has {fingerprint}"
@@ -42,8 +45,9 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
     names = names_of(base)
     if is_repo(wanted.id) and names and not proven and str(wanted.id).lower() not in (each.lower() for each in names):
         found.append(f"{name} was made for {wanted.id}; this base is {' or '.join(names)}")
-    if wanted.config_hash is not None and (config := config_file(base)) is not None:
-        given = config_hash(config)
+    # The config of a GGUF file is made of its key-values, and has no hash that another tool could state.
+    if wanted.config_hash is not None and base.config is not None and STORED_AS not in base.config:
+        given = config_hash(base.config)
         if given != wanted.config_hash:
             found.append(
                 f"{name} was made for a base whose config has the hash {wanted.config_hash}; here it is {given}"
@@ -72,12 +76,57 @@ def check_bases(
     return tuple(dict.fromkeys(found))
 
 
-def check_base(adapters: Sequence[tuple[str, Adapter]], base: Checkpoint, strict: bool) -> tuple[str, ...]:
-    """`check_bases` with the fingerprint of the base, which is taken where an adapter has one to compare it with."""
+def check_base(
+    adapters: Sequence[tuple[str, Adapter]], base: Checkpoint | str | PathLike[str] | None, strict: bool
+) -> tuple[str, ...]:
+    """`check_bases` with the fingerprint of the base, which is taken where an adapter has one to compare it with.
+
+    This is the one place where an adapter meets a base that it may not be made for: `formats.read` with a base, and
+    everything that takes adapters that were read already, call it. Without a base there is nothing to compare.
+
+    Raises:
+        CheckFailed: see `check_bases`.
+        UsageError: `strict` without a base.
+    """
+    from ..tensors.checkpoint import opened
     from ..tensors.fingerprint import fingerprint
 
-    taken = fingerprint(base) if any(fingerprints_of(adapter) for _, adapter in adapters) else None
-    return check_bases(adapters, base, taken, strict)
+    if base is None:
+        if strict:
+            cure = "Give the base by --base (base=), or leave --strict-base (strict_base=True) out"
+            raise UsageError("no base to compare with what the adapters name", cure=cure)
+        return ()
+    checkpoint = opened(base)
+    taken = fingerprint(checkpoint) if any(fingerprints_of(adapter) for _, adapter in adapters) else None
+    return check_bases(adapters, checkpoint, taken, strict)
+
+
+def check_tuned(tuned: Checkpoint, base: Checkpoint, strict: bool) -> tuple[str, ...]:
+    """Return a warning where a merge's own record says that the tuned weights were made from another base.
+
+    Raises:
+        CheckFailed: it does, and `strict`.
+    """
+    from ..tensors.fingerprint import fingerprint
+
+    recorded = merge_record(tuned).get("base_fingerprint")
+    if not isinstance(recorded, str) or not recorded.startswith(PREFIX) or recorded == (given := fingerprint(base)):
+        return ()
+    why = f"{tuned.root} was merged from a base with the fingerprint {recorded}; this one has {given}"
+    if strict:
+        cure = "Give the base that it was merged from, or leave out --strict-base (strict_base=True)"
+        raise CheckFailed(why, path=base.root, cure=cure)
+    return (why,)
+
+
+def merge_record(merged: Checkpoint) -> dict[str, Any]:
+    """Return the record that a merge by this library wrote; empty for other tools' output."""
+    from ..tensors.checkpoint import read_json
+
+    try:
+        return read_json(merged.folder / REPORT)
+    except AdapterkitError:
+        return {}
 
 
 def names_of(base: Checkpoint) -> tuple[str, ...]:

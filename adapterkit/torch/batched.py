@@ -1,0 +1,312 @@
+"""Many adapters in one batch: the base layer runs once, each row's factors are gathered, two batched products follow.
+
+This is for additive updates that come down to a pair of thin factors (`Additive.thin`); routing.py runs all others once
+for each group of rows. The same idea is in Punica (https://arxiv.org/abs/2310.18547) and S-LoRA
+(https://arxiv.org/abs/2311.03285).
+
+The factors of all adapters at a layer lie in one tensor, padded to the highest rank, with a slot of zeros at the end
+for rows without an adapter. Which slot a row takes is a tensor too (`Route.table`), so that torch.compile sees the same
+graph for any number of routings.
+
+Frozen adapters are stacked once and kept, which holds their factors twice. Before each use the stack is compared with
+the tensors that it was made from: their identity, their address and torch's count of in-place changes. Only writes
+through `tensor.data` into a buffer of a frozen adapter go unseen. Trained adapters are stacked in each forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..updates import Additive
+from .layers import Layer
+
+if TYPE_CHECKING:
+    from .routing import Route
+    from .scopes import Scope
+    from .station import Part
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The factors of several adapters at one layer.
+
+    Attributes:
+        names: the adapter of each slot but the last, which is zeros.
+        A: `[slots, r, in * k]`; padded with zeros to the highest rank r.
+        B: `[slots, r, out]`, the adapters' weights and scalings included.
+        bias: `[slots, out]`, or None where no adapter changes it.
+        sources: (buffers of a module, name, tensor, its version, its address) of each tensor that the stack was made
+            from; None where the stack must not be kept.
+        weights: of the adapters, as they are in B.
+    """
+
+    names: tuple[str, ...]
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    sources: tuple[tuple[dict[str, Any], str, Tensor, int, int], ...] | None
+    weights: tuple[float, ...]
+
+    def is_current(self, parts: Sequence[Part], like: Tensor) -> bool:
+        """Whether the stack is of these parts, and what it was made from has not changed."""
+        if self.sources is None or len(parts) != len(self.names):
+            return False
+        if self.A.dtype != like.dtype or self.A.device != like.device:
+            return False
+        for part, name, weight in zip(parts, self.names, self.weights, strict=True):
+            if part.switch.name != name or part.switch.weight != weight:
+                return False
+        # A loop, not all(): with 50 adapters this runs a hundred times a layer.
+        for held, name, tensor, version, address in self.sources:
+            if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return True
+
+
+class Kept:
+    """The stack that a station keeps; copies and pickles of a model start without one."""
+
+    def __init__(self) -> None:
+        self.stack: Stack | None = None
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, ()
+
+
+def rank_of(part: Part, layer: Layer) -> int:
+    """Return the rank of a part's factors at a layer; 0 where it is not a pair of thin factors there.
+
+    Factors whose products cost more than the layer itself (LoHa of a high rank) are not thin.
+    """
+    if not all(isinstance(update, Additive) and update.thin for update in part.updates):
+        return 0
+    rank, (out, *rest) = 0, layer.shape
+    for update in part.updates:
+        pair = _shapes(update, layer.shape)
+        if pair is None:
+            return 0
+        rank += pair[0].shape[1]
+    return rank if rank * (out + prod(rest)) <= out * prod(rest) else 0
+
+
+@torch.no_grad()
+def _shapes(update: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    """The update's factors, without their values where its formula does not read any."""
+    try:
+        bare: Any = update.map(lambda leaf: leaf.to("meta"))
+        found: tuple[Tensor, Tensor] | None = bare.pair(shape)
+    except (RuntimeError, NotImplementedError, TypeError):  # NOLA draws its bases from seeds.
+        found = update.pair(shape)
+    return found
+
+
+def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, x: Tensor, kept: Kept) -> Tensor:
+    """Run a layer once and add to each row what its adapter adds.
+
+    Args:
+        layer: the layer.
+        parts: of all thin adapters attached there.
+        route: which adapter each row takes.
+        scope: tells which adapters are on.
+        x: the layer's input.
+        kept: where the station keeps its stack.
+
+    Raises:
+        ShapeMismatch: x does not have the route's rows.
+    """
+    compiling = torch.compiler.is_compiling()
+    like = layer.sample
+    stack = None if compiling else kept.stack
+    if stack is None or not stack.is_current(parts, like):
+        # Compiled code stacks every adapter: which of them a route names must not be part of its graph.
+        if not compiling and not all(map(_is_frozen, parts)):
+            parts = [part for part in parts if part.switch.name in route.names and part.switch.acts(scope)]
+        stack = _stacked(layer, parts, like, keep=not compiling)
+        if stack.sources is not None:
+            kept.stack = stack
+    acting = tuple(part.switch.name for part in parts if part.switch.acts(scope))
+    if compiling:
+        slots = [stack.names.index(name) if name in acting else len(stack.names) for name in route.known]
+        places = torch.tensor([*slots, len(stack.names)], device=x.device)
+        index = places.index_select(0, route.table.to(x.device))
+        return _gathered(layer, stack, index, route, x) if layer.flat else _masked(layer, stack, index, route, x)
+    key = stack.names, acting, x.device
+    plan = route.plans.get(key)
+    if plan is None:
+        plan = route.plans[key] = _planned(stack.names, acting, route, x.device)
+    if not layer.flat:
+        return _masked(layer, stack, plan.index, route, x)
+    tokens = x.numel() // max(x.shape[-1] * len(route.names), 1)
+    if plan.padded.numel() * tokens < len(route.names) * stack.A.shape[1] and x.shape[route.axis] == len(route.names):
+        return _grouped(layer, stack, plan, route, x)
+    return _gathered(layer, stack, plan.index, route, x)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A route over the slots of a stack.
+
+    Attributes:
+        index: `[rows]`, the slot of each row.
+        used: the slots in use, or None where these are all but the last in their order.
+        padded: `[used * most]`, the rows of each used slot, the shorter ones repeated up to the longest.
+        back: position in `padded` of each row that has an adapter.
+        rows: those rows, or None where all have one.
+    """
+
+    index: Tensor
+    used: Tensor | None
+    padded: Tensor
+    back: Tensor
+    rows: Tensor | None
+
+
+def _planned(names: tuple[str, ...], acting: tuple[str, ...], route: Route, device: torch.device) -> Plan:
+    slots = {name: slot for slot, name in enumerate(names) if name in acting}
+    empty = len(names)
+    index = [empty if name is None else slots.get(name, empty) for name in route.names]
+    groups: dict[int, list[int]] = {}
+    for row, slot in enumerate(index):
+        if slot != empty:
+            groups.setdefault(slot, []).append(row)
+    used = sorted(groups)
+    most = max(map(len, groups.values()), default=0)
+    padded = [row for slot in used for row in (groups[slot] + groups[slot][:1] * most)[:most]]
+    places = {row: start * most + at for start, slot in enumerate(used) for at, row in enumerate(groups[slot])}
+    rows = [row for row, slot in enumerate(index) if slot != empty]
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=device, dtype=torch.long)
+
+    return Plan(
+        tensor(index),
+        None if used == list(range(empty)) else tensor(used),
+        tensor(padded),
+        tensor([places[row] for row in rows]),
+        None if len(rows) == len(index) else tensor(rows),
+    )
+
+
+def _is_frozen(part: Part) -> bool:
+    """Whether the part's tensors are buffers, whose stack may be kept."""
+    return not any(isinstance(leaf.tensor, nn.Parameter) for fields in part.bound.leaves for leaf in fields.values())
+
+
+def _stacked(layer: Layer, parts: Sequence[Part], like: Tensor, keep: bool) -> Stack:
+    """Stack the factors of parts, in their order; ranks are padded to the highest with zeros."""
+    pairs = [_pair(layer, part, like) for part in parts]
+    rank = max(len(A) for A, _, _ in pairs)
+    factors = [A for A, _, _ in pairs], [B for _, B, _ in pairs]
+    padded = [[functional.pad(each, (0, 0, 0, rank - len(each))) for each in some] for some in factors]
+    stacked_A, stacked_B = (torch.stack([*some, torch.zeros_like(some[0])]) for some in padded)
+    biases = [bias for _, _, bias in pairs]
+    bias, zeros = None, stacked_B.new_zeros(stacked_B.shape[-1])
+    if any(each is not None for each in biases):
+        bias = torch.stack([*(zeros if each is None else each for each in biases), zeros])
+    names = tuple(part.switch.name for part in parts)
+    sources = _sources(parts) if keep else None
+    return Stack(names, stacked_A, stacked_B, bias, sources, tuple(part.switch.weight for part in parts))
+
+
+def _sources(parts: Sequence[Part]) -> tuple[tuple[dict[str, Any], str, Tensor, int, int], ...] | None:
+    leaves = [leaf for part in parts for fields in part.bound.leaves for leaf in fields.values()]
+    found = []
+    for leaf in leaves:
+        tensor = leaf.module._buffers.get(leaf.name)
+        if tensor is None or type(tensor) is not Tensor or tensor.is_inference() or tensor.requires_grad:
+            return None
+        found.append((leaf.module._buffers, leaf.name, tensor, tensor._version, tensor.data_ptr()))
+    return tuple(found)
+
+
+def factors_of(update: Any, layer: Layer, like: Tensor) -> tuple[Tensor, Tensor, float]:
+    """B `[out, r]`, A `[r, in * k]` and what their product counts, on the device and in the dtype of `like`."""
+    B, A, weight = update.factors(layer.shape)
+    if A.dtype != like.dtype or B.dtype != like.dtype or A.device != like.device:
+        A, B = A.to(like.device, like.dtype), B.to(like.device, like.dtype)
+    return B, A, weight
+
+
+def _pair(layer: Layer, part: Part, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A `[r, in * k]`, B^T `[r, out]` and the bias of one part, all its updates joined, its weight included."""
+    all_A, all_B, bias = [], [], None
+    for each in part.updates:
+        update: Any = each
+        B, A, weight = factors_of(update, layer, like)
+        all_A.append(A)
+        all_B.append(B.mT * (weight * part.switch.weight))
+        d = update.bias_delta()
+        if d is not None:
+            d = part.switch.weight * d.to(like.device, like.dtype)
+            bias = d if bias is None else bias + d
+    return torch.cat(all_A), torch.cat(all_B), bias
+
+
+def _grouped(layer: Layer, stack: Stack, plan: Plan, route: Route, x: Tensor) -> Tensor:
+    """Two batched products over the rows of each adapter, for few tokens a row: no factor is copied."""
+    y: Tensor = layer(x)
+    if not len(plan.back):
+        return y
+    rows_of_x, rows_of_y = route.rows_first(x), route.rows_first(y)
+    A, B, bias = stack.A, stack.B, stack.bias
+    if plan.used is None:
+        A, B, bias = A[:-1], B[:-1], None if bias is None else bias[:-1]
+    else:
+        A, B = A.index_select(0, plan.used), B.index_select(0, plan.used)
+        bias = None if bias is None else bias.index_select(0, plan.used)
+    if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    grouped = rows_of_x.index_select(0, plan.padded).reshape(len(A), -1, x.shape[-1])
+    change = torch.bmm(torch.bmm(grouped, A.mT), B)
+    if bias is not None:
+        change = change + bias[:, None]
+    change = change.reshape(len(plan.padded), *rows_of_y.shape[1:]).index_select(0, plan.back)
+    if plan.rows is None:
+        return route.rows_back(rows_of_y + change, y)
+    return route.rows_back(rows_of_y.index_add(0, plan.rows, change.to(y.dtype)), y)
+
+
+def _gathered(layer: Layer, stack: Stack, index: Tensor, route: Route, x: Tensor) -> Tensor:
+    """Two batched products: each row of x with the factors of its slot."""
+    y = layer(x)
+    rows_of_x, rows_of_y = route.rows_first(x), route.rows_first(y)
+    A, B = stack.A.index_select(0, index), stack.B.index_select(0, index)
+    if A.dtype != rows_of_x.dtype and not torch.is_autocast_enabled(x.device.type):
+        A, B = A.to(rows_of_x.dtype), B.to(rows_of_x.dtype)
+    flat_x = rows_of_x.reshape(len(index), -1, x.shape[-1])
+    flat_y = rows_of_y.reshape(len(index), -1, y.shape[-1])
+    out = torch.baddbmm(flat_y, torch.bmm(flat_x, A.mT), B)
+    if stack.bias is not None:
+        out = out + stack.bias.index_select(0, index)[:, None]
+    return route.rows_back(out.reshape(rows_of_y.shape), y)
+
+
+def _masked(layer: Layer, stack: Stack, index: Tensor, route: Route, x: Tensor) -> Tensor:
+    """The factors of all adapters side by side, as one of a rank as high as all together; a mask picks each row's.
+
+    A convolution's or embedding's geometry is not a product of matrices, and its A is short beside its output.
+    """
+    y = layer(x)
+    slots, rank = stack.A.shape[:2]
+    A = stack.A[:-1].reshape((slots - 1) * rank, *layer.shape[1:])
+    B = stack.B[:-1].reshape((slots - 1) * rank, -1)
+    h = route.rows_first(layer.op(x, A))
+    chosen = (index[:, None] == torch.arange(slots - 1, device=x.device)).repeat_interleave(rank, 1).to(h.dtype)
+    channel = layer.channel % h.ndim
+    shape = [len(index), *[1] * (h.ndim - 1)]
+    shape[channel] = chosen.shape[1]
+    out = route.rows_first(y) + layer.mix(h * chosen.reshape(shape), B.mT)
+    if stack.bias is not None:
+        shape[channel] = stack.bias.shape[1]
+        out = out + stack.bias.index_select(0, index).reshape(shape)
+    return route.rows_back(out, y)

@@ -1,0 +1,171 @@
+"""Low-rank changes of linear layers, in training and inference, with less memory and time than their plain formula.
+
+Every additive method whose `forward` is that of its `pair` (`Additive.thin`) comes down to y + (x A^T) B^T. The plain
+formula is `LowRank.forward`. Run operation by operation it makes three tensors of the output's size, and autograd keeps
+x A^T for the backward pass. `low_rank_sum` adds the product into the base's output in one operation, and its backward
+pass needs x, A and B alone. Autograd keeps x as it came, so q, k and v (or gate and up) keep one tensor together.
+
+The plain formula stays in charge wherever a Python autograd function is not understood: under torch.compile and
+torch.export (which fuse by themselves), torch.func's transforms, forward-mode differentiation, torch.jit.trace, and
+for tensors of other types (DTensor, FakeTensor, sparse, nested).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+
+_PLAIN = (Tensor, nn.Parameter)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor | None:
+    """Return x W^T + b + weight * (x A^T) B^T for a frozen W; None where the tensors need the plain formula.
+
+    One function for both products adds their gradients of x without a second tensor of its size.
+
+    Args:
+        x: `[..., in]`.
+        W: `[out, in]`.
+        b: `[out]`, or None.
+        A: `[r, in]`.
+        B: `[out, r]`.
+        weight: of what the factors add.
+    """
+    frozen = not W.requires_grad and (b is None or (type(b) in _PLAIN and b.dtype == W.dtype and not b.requires_grad))
+    if not frozen or not _takes(W, x, A, B) or torch.is_autocast_enabled(x.device.type):
+        return None
+    if not (torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad)):
+        return _added(functional.linear(x, W, b), x, A, B, weight, True)
+    function: Any = _LowRankLinear
+    out: Tensor = function.apply(x, W, b, A, B, weight)
+    return out
+
+
+def low_rank_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float = 1.0, fresh: bool = False) -> Tensor:
+    """Return y + weight * (x A^T) B^T.
+
+    Args:
+        y: `[..., out]`.
+        x: `[..., in]`.
+        A: `[r, in]`.
+        B: `[out, r]`.
+        weight: of the sum's second term.
+        fresh: nobody else has y, so that the sum may be written over it.
+    """
+    if not _takes(y, x, A, B):
+        change = functional.linear(functional.linear(x, A), B)
+        return y + (change if weight == 1 else weight * change)
+    fresh = fresh and not y._is_view()
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or A.requires_grad or B.requires_grad):
+        function: Any = _LowRankSum
+        out: Tensor = function.apply(y, x, A, B, weight, fresh)
+        return out
+    return _added(y, x.to(y.dtype), A, B, weight, fresh)
+
+
+def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether the tensors and the state of torch are ones that the functions below are right for."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if not all(type(t) in _PLAIN and t.layout is torch.strided for t in (y, x, A, B)):
+        return False
+    kind = y.device.type
+    if kind == "meta" or not x.device == y.device == A.device == B.device:
+        return False
+    # Autocast makes y 16 bits wide, while x, A and B may still be what they were; they are cast as it casts them.
+    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == y.dtype
+    same = all(t.dtype == y.dtype or (cast and t.is_floating_point()) for t in (x, A, B))
+    return same and y.dtype in _DTYPES and x.numel() > 0 and y.numel() > 0
+
+
+def _added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
+    """y + weight * (x A^T) B^T in y's dtype, written over y where it is fresh."""
+    with torch.autocast(y.device.type, enabled=False) if torch.is_autocast_enabled(y.device.type) else _NOTHING:
+        h = x.reshape(-1, x.shape[-1]) @ A.to(y.dtype).mT
+        flat = y if y.ndim == 2 else y.reshape(-1, y.shape[-1])
+        if fresh and flat.data_ptr() == y.data_ptr():
+            flat.addmm_(h, B.to(y.dtype).mT, alpha=weight)
+            return y
+        return torch.addmm(flat, h, B.to(y.dtype).mT, alpha=weight).view(y.shape)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """x W^T + b + weight * (x A^T) B^T with W and b frozen, keeping x, W, A and B for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, weight: float) -> Tensor:
+        ctx.save_for_backward(x, W, A, B)
+        ctx.weight = weight
+        return _added(functional.linear(x, W, b), x, A, B, weight, True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B = ctx.saved_tensors
+        into, _, _, to_A, to_B, _ = ctx.needs_input_grad
+        inner, of_A, of_B = _of_factors(grad, x, A, B, ctx.weight, to_A, to_B)
+        of_x = None
+        if into:
+            of_x = grad.reshape(-1, grad.shape[-1]) @ W
+            # In place unless the backward pass is itself differentiated.
+            of_x = of_x + inner @ A if torch.is_grad_enabled() else of_x.addmm_(inner, A)
+            of_x = of_x.view(x.shape)
+        return of_x, None, None, of_A, of_B, None
+
+
+class _LowRankSum(torch.autograd.Function):
+    """y + weight * (x A^T) B^T, keeping x, A and B for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, fresh: bool) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.weight, ctx.dtype = weight, y.dtype
+        if fresh:
+            ctx.mark_dirty(y)
+        return _added(y, x.to(y.dtype), A, B, weight, fresh)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        _, into, to_A, to_B, *_ = ctx.needs_input_grad
+        wide_x, wide_A, wide_B = x.to(ctx.dtype), A.to(ctx.dtype), B.to(ctx.dtype)
+        inner, of_A, of_B = _of_factors(grad, wide_x, wide_A, wide_B, ctx.weight, to_A, to_B)
+        of_x = (inner @ wide_A).view(x.shape).to(x.dtype) if into else None
+        return (
+            grad,
+            of_x,
+            None if of_A is None else of_A.to(A.dtype),
+            None if of_B is None else of_B.to(B.dtype),
+            None,
+            None,
+        )
+
+
+def _of_factors(
+    grad: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float, to_A: bool, to_B: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient of x A^T, and those of A and B; x A^T is computed again, which costs less than to keep it."""
+    flat, out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    inner = out @ B if weight == 1 else weight * (out @ B)
+    of_A = inner.mT @ flat if to_A else None
+    if not to_B:
+        return inner, of_A, None
+    h = flat @ A.mT
+    return inner, of_A, out.mT @ (h if weight == 1 else weight * h)
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_NOTHING = _Nothing()

@@ -1,0 +1,287 @@
+"""The fused low-rank layer: the formula's values and gradients, and less kept for the backward pass than PEFT keeps."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import adapterkit as ak
+from adapterkit.adapter import Adapter, Target
+from adapterkit.errors import AdapterkitError
+from adapterkit.methods import METHODS
+from adapterkit.torch import lean
+from adapterkit.torch import station as stations
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def lora(out, into, rank=2, seed=0):
+    return METHODS["lora"](A=draw(rank, into, seed=seed), B=draw(out, rank, seed=seed + 50), scaling=0.25)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which fused functions ran: names, in order."""
+    seen = []
+    for name in ("_LowRankLinear", "_LowRankSum"):
+        kind = getattr(lean, name)
+        apply = kind.apply
+        monkeypatch.setattr(kind, "apply", lambda *args, name=name, apply=apply: (seen.append(name), apply(*args))[1])
+    return seen
+
+
+def fresh(model, method):
+    """An adapter of a method, with all that is trained moved away from its start; None where it has no fresh one."""
+    try:
+        adapter = ak.torch.create(model, method, targets="0", rank=1, seed=1)
+    except AdapterkitError:
+        return None
+    ((_, update),) = adapter
+    moved = {
+        name: leaf.double() + (0.2 * draw(*leaf.shape, seed=3) if name not in update.frozen else 0)
+        for name, leaf in update.tensors.items()
+        if leaf.is_floating_point()
+    }
+    return Adapter({Target("0"): (update.replace(**moved),)})
+
+
+def gradients(model, handle, x, out):
+    leaves = [x, *handle.parameters()]
+    return torch.autograd.grad((model(x) * out).sum(), leaves, allow_unused=True)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_every_thin_method_has_the_gradients_of_its_formula(weight, calls, close):
+    seen, x, out = [], draw(2, 3, 24).requires_grad_(), draw(2, 3, 24, seed=9)
+    for method, cls in METHODS.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 24)).double()
+        if cls.kind != "additive" or (adapter := fresh(model, method)) is None:
+            continue
+        handle = ak.torch.inject(model, adapter, trainable=True, weight=weight)
+        (station,) = stations.stations_of(model)
+        if not all(station.ranks.values()):
+            continue
+        seen.append(method)
+        y, got = model(x), gradients(model, handle, x, out)
+        station.ranks = dict.fromkeys(station.ranks, 0)  # The method's own forward, by autograd.
+        close(y, model(x), tolerance=1e-12)
+        for one, other in zip(got, gradients(model, handle, x, out), strict=True):
+            assert (one is None) == (other is None), method
+            if one is not None:
+                close(one, other, out, tolerance=1e-10)
+    assert {"lora", "vera", "adalora", "lora_xs", "nola"} <= set(seen)
+    assert set(calls) == {"_LowRankLinear"}
+
+
+class Conv1D(nn.Sequential):
+    def __init__(self):
+        super().__init__(transformers.pytorch_utils.Conv1D(8, 16))
+
+
+KINDS = {
+    "frozen linear": (lambda: nn.Sequential(nn.Linear(16, 8)), True, "out *in", "_LowRankLinear"),
+    "no bias": (lambda: nn.Sequential(nn.Linear(16, 8, bias=False)), True, "out *in", "_LowRankLinear"),
+    "trained linear": (lambda: nn.Sequential(nn.Linear(16, 8)), False, "out *in", "_LowRankSum"),
+    "GPT-2's": (Conv1D, True, "in out *k", "_LowRankSum"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_and_second_derivatives(kind, calls, close):
+    make, frozen, layout, name = KINDS[kind]
+    torch.manual_seed(0)
+    model = make().double()
+    adapters = [Adapter({Target("0", layout=layout): (lora(8, 16, seed=s),)}) for s in (0, 1)]
+    handles = [
+        ak.torch.inject(model, adapter, name=str(s), trainable=True, freeze=frozen, weight=1 - s / 2)
+        for s, adapter in enumerate(adapters)
+    ]
+    x = draw(3, 16).requires_grad_()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) >= 4
+    run = lambda x, *_: model(x)  # noqa: E731
+    torch.autograd.gradcheck(run, (x, *trained))
+    torch.autograd.gradgradcheck(run, (x, *trained))
+    assert name in calls
+    W = model[0].weight.T if layout == "in out *k" else model[0].weight
+    wanted = nn.functional.linear(x, W, model[0].bias)
+    for handle, adapter in zip(handles, adapters, strict=True):
+        ((_, update),) = adapter
+        wanted = wanted + handle.weight * x @ update.delta((8, 16)).T
+    close(model(x), wanted, tolerance=1e-12)
+
+
+def trained(dtype=torch.float64):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8)).to(dtype)
+    return model, ak.torch.inject(model, Adapter({Target("0"): (lora(8, 16),)}), trainable=True)
+
+
+def formula(model, handle, x):
+    A, B = handle.parameters()
+    return nn.functional.linear(x, model[0].weight + 0.25 * B @ A, model[0].bias)
+
+
+def test_transforms_take_the_plain_formula(calls, close):
+    model, handle = trained()
+    x = draw(3, 16)
+    parameters = dict(model.named_parameters())
+
+    def loss(values, one):
+        return torch.func.functional_call(model, values, (one,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            for row in range(3):
+                (wanted,) = torch.autograd.grad(formula(model, handle, x[row]).square().sum(), [parameter])
+                close(each[name][row], wanted, tolerance=1e-12)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, draw(3, 16, seed=4)))).tangent
+    close(tangent, formula(model, handle, draw(3, 16, seed=4)) - model[0].bias, tolerance=1e-12)
+    jacobian = torch.autograd.functional.jacobian(model, x[:1], vectorize=True)
+    close(
+        jacobian[0, :, 0],
+        model[0].weight + 0.25 * list(handle.parameters())[1] @ next(handle.parameters()),
+        tolerance=1e-12,
+    )
+    traced = torch.jit.trace(model, (x,), check_trace=False)
+    close(traced(2 * x), formula(model, handle, 2 * x), tolerance=1e-12)
+    del calls[:]
+    model(x)
+    assert calls == ["_LowRankLinear"]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant, calls, close):
+    model, handle = trained()
+    x = draw(3, 16).requires_grad_()
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    wanted = torch.autograd.grad(formula(model, handle, x).square().sum(), [x, *handle.parameters()])
+    for leaf, gradient in zip([x, *handle.parameters()], wanted, strict=True):
+        close(leaf.grad, gradient, tolerance=1e-12)
+    assert calls
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_autocast_rounds_as_the_plain_formula(nested, calls, monkeypatch):
+    model, handle = trained(torch.float32)
+    x = draw(3, 16, dtype=torch.float32).requires_grad_()
+    results = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(lean, "_takes", lambda *_: False)
+        with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", torch.bfloat16, enabled=not nested):
+            y = model(x)
+        results.append((y, torch.autograd.grad(y.float().square().sum(), [x, *handle.parameters()])))
+    assert calls
+    (y, got), (z, wanted) = results
+    assert y.dtype == z.dtype == (torch.float32 if nested else torch.bfloat16)
+    for one, other in zip((y, *got), (z, *wanted), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.detach().abs().max()))
+
+
+def saved(run):
+    """Sizes in bytes of what autograd keeps of a forward, by storage, parameters and the input aside."""
+    sizes, held = {}, []
+
+    def pack(tensor):
+        held.append(tensor)
+        if not isinstance(tensor, nn.Parameter):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    return sizes, (out, held)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.q, self.k, self.v, self.gate, self.up = (nn.Linear(32, 48) for _ in range(5))
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.q(x), self.k(x), self.v(x), self.gate(x), self.up(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_input_is_kept_for_all_that_read_it(dtype):
+    torch.manual_seed(0)
+    model = Attention().to(dtype)
+    ak.torch.inject(model, ak.torch.create(model, "lora", rank=4, alpha=8), trainable=True)
+    x = draw(64, 32, dtype=dtype)
+    sizes, _ = saved(lambda: model(x))
+    rows = [size for size in sizes.values() if size >= 64 * 4 * dtype.itemsize]
+    assert rows == [64 * 32 * dtype.itemsize], "the norm's output, once; nothing of rank 4 or of the outputs' size"
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_forward_keeps_less_than_pefts(dtype, method):
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2)).to(dtype)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(target_modules=targets, r=4, lora_alpha=8, use_dora=method == "dora")
+    theirs = get_peft_model(copy.deepcopy(model), config)
+    ak.torch.inject(model, ak.torch.create(model, method, targets=targets, rank=4, alpha=8), trainable=True)
+    ids = torch.arange(8 * 32).reshape(8, 32) % 29
+    ours, _ = saved(lambda: model(ids).logits)
+    peft, _ = saved(lambda: theirs(ids).logits)
+    assert sum(ours.values()) < sum(peft.values())
+
+
+def test_outputs_that_somebody_keeps_are_not_written_over():
+    """A forward patched on the instance may return a tensor that it still has."""
+    model, kept = nn.Sequential(nn.Linear(16, 8)).double(), []
+    own = model[0].forward
+
+    def forward(x):
+        if not kept:
+            kept.append(own(x))
+        return kept[0]
+
+    model[0].forward = forward
+    ak.torch.inject(model, Adapter({Target("0"): (lora(8, 16),)}))
+    x = draw(3, 16)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = model(x)
+        before = nn.functional.linear(x, model[0].weight, model[0].bias)
+        assert torch.equal(kept[0], before)
+        assert not torch.allclose(y, before)
+
+
+@pytest.mark.parametrize("shape", [(16,), (0, 16), (2, 0, 16), (2, 3, 4, 16)])
+def test_inputs_of_any_shape(shape, close):
+    model, handle = trained()
+    x = draw(*shape).requires_grad_()
+    y = model(x)
+    wanted = formula(model, handle, x)
+    assert y.shape == wanted.shape
+    if x.numel():
+        close(y, wanted, tolerance=1e-12)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_strided_inputs(close):
+    model, handle = trained()
+    x = draw(16, 5).T
+    close(model(x), formula(model, handle, x), tolerance=1e-12)
+    x = draw(1, 16).expand(7, 16).requires_grad_()
+    model(x).sum().backward()

@@ -1,0 +1,1105 @@
+"""Odd situations of live models: each gives what the formula gives, or a typed error. None is silently wrong.
+
+A situation is a function that returns what the model gave and what the formula gives, or that raises. `odd` lists it
+by name, with the error that it must raise where it cannot be right.
+"""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import adapterkit as ak
+from adapterkit.adapter import Adapter, Target
+from adapterkit.errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound, Unsupported, UsageError
+from adapterkit.methods import METHODS
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SITUATIONS = {}
+
+
+def odd(name, raises=None, match=""):
+    """List a situation."""
+
+    def take(function):
+        assert name not in SITUATIONS
+        SITUATIONS[name] = (function, raises, match)
+        return function
+
+    return take
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def lora(out, into, *kernel, seed=0, rank=2):
+    return METHODS["lora"](A=draw(rank, into, *kernel, seed=seed), B=draw(out, rank, seed=seed + 50), scaling=0.25)
+
+
+def inject(model, target="0", out=8, into=16, *kernel, **rest):
+    return ak.torch.inject(model, Adapter({Target(target): (lora(out, into, *kernel),)}), **rest)
+
+
+def changed(W, seed=0):
+    """W + D of the LoRA that `inject` attaches."""
+    update = lora(W.shape[0], W.shape[1], *W.shape[2:], seed=seed)
+    return W + update.delta(tuple(W.shape)).to(W)
+
+
+def one():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 8)).double()
+
+
+def two():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)).double()
+
+
+X = draw(3, 16, seed=7)
+
+
+def linear(layer, x=X):
+    return functional.linear(x.to(layer.weight.dtype), changed(layer.weight), layer.bias)
+
+
+# Wrapped, replaced, moved, deleted.
+
+
+@odd("wrapped in DataParallel")
+def _():
+    model = one()
+    inject(model)
+    return nn.DataParallel(model)(X), linear(model[0])
+
+
+@odd("injected into a wrapper")
+def _():
+    model = nn.DataParallel(one())
+    ak.torch.inject(model, Adapter({Target("module.0"): (lora(8, 16),)}))
+    return model(X), linear(model.module[0])
+
+
+@odd("the adapted module is wrapped afterwards")
+def _():
+    model = one()
+    inject(model)
+    kept = model[0]
+    model[0] = nn.Sequential(kept)
+    return model(X), linear(kept)
+
+
+@odd("the adapted module is replaced", raises=Unsupported, match="no longer in the model")
+def _():
+    model = one()
+    inject(model)
+    model[0] = nn.Linear(16, 8).double()
+    model(X)
+
+
+@odd("the adapted module is deleted", raises=Unsupported, match="no longer in the model")
+def _():
+    model = two()
+    inject(model, "1", 8, 8)
+    del model[1]
+    model(X)
+
+
+@odd("modules of a list change places")
+def _():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).double()
+    inject(model, "0", 16, 16)
+    first, second = model[0], model[1]
+    model[0], model[1] = second, first
+    return model(X), linear(first, second(X))
+
+
+@odd("the replaced module is put back")
+def _():
+    model = one()
+    inject(model)
+    kept = model[0]
+    model[0] = nn.Linear(16, 8).double()
+    with pytest.raises(Unsupported):
+        model(X)
+    model[0] = kept
+    return model(X), linear(kept)
+
+
+@odd("one module under two names")
+def _():
+    layer = nn.Linear(16, 16).double()
+    model = nn.Sequential(layer, layer)
+    inject(model, "0", 16, 16)
+    return model(X), linear(layer, linear(layer))
+
+
+@odd("one module under two names, an adapter with another update for each", raises=Unsupported, match="same module")
+def _():
+    layer = nn.Linear(16, 16).double()
+    updates = {Target(str(seed)): (lora(16, 16, seed=seed),) for seed in (0, 1)}
+    ak.torch.inject(nn.Sequential(layer, layer), Adapter(updates))
+
+
+@odd("one module under two names, an adapter that names both, merged")
+def _():
+    layer = nn.Linear(16, 16).double()
+    model, update = nn.Sequential(layer, layer), lora(16, 16)
+    handle = ak.torch.inject(model, Adapter({Target("0"): (update,), Target("1"): (update,)}), trainable=True)
+    assert len(handle.adapter().updates) == 2
+    assert len(list(handle.parameters())) == 2
+    wanted = linear(layer, linear(layer)).detach()
+    handle.merge_()
+    return model(X), wanted
+
+
+@odd("one module under two names, an adapter that names both")
+def _():
+    layer = nn.Linear(16, 16).double()
+    model = nn.Sequential(layer, layer)
+    update = lora(16, 16)
+    ak.torch.inject(model, Adapter({Target("0"): (update,), Target("1"): (update,)}))
+    return model(X), linear(layer, linear(layer))
+
+
+@odd("a module called twice in one forward")
+def _():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    model = Twice().double()
+    inject(model, "layer", 16, 16)
+    return model(X), linear(model.layer, linear(model.layer))
+
+
+# Shared memory and tied parameters.
+
+
+@odd("two parameters on one storage")
+def _():
+    model = two()
+    model[1].weight = nn.Parameter(model[0].weight.data[:, :8])
+    inject(model)
+    return model[0](X), linear(model[0])
+
+
+@odd("two parameters on one storage, merged", raises=NotMergeable, match="same memory")
+def _():
+    model = two()
+    model[1].weight = nn.Parameter(model[0].weight.data[:, :8])
+    inject(model).merge_()
+
+
+@odd("a weight whose elements share memory, merged", raises=NotMergeable)
+def _():
+    model = one()
+    model[0].weight = nn.Parameter(draw(1, 16).expand(8, 16))
+    inject(model).merge_()
+
+
+@odd("a weight stored transposed, merged")
+def _():
+    model = one()
+    model[0].weight = nn.Parameter(draw(16, 8).T)
+    wanted = linear(model[0])
+    inject(model).merge_()
+    return model(X), wanted
+
+
+@odd("a tied head, merged alone", raises=NotMergeable)
+def _():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(16, 8)).double()
+    model[1].weight = model[0].weight
+    inject(model).merge_()
+
+
+@odd("a shared module in shared memory")
+def _():
+    model = one().share_memory()
+    inject(model)
+    return model(X), linear(model[0])
+
+
+# Weights that are not there, or not plain.
+
+
+@odd("a weight on the meta device", raises=Unsupported, match="meta device")
+def _():
+    inject(nn.Sequential(nn.Linear(16, 8, device="meta")))
+
+
+@odd("meta, then load_state_dict(assign=True)")
+def _():
+    model = nn.Sequential(nn.Linear(16, 8, device="meta", dtype=torch.float64))
+    model.load_state_dict(one().state_dict(), assign=True)
+    inject(model)
+    return model(X), linear(model[0])
+
+
+@odd("load_state_dict(assign=True) after injecting")
+def _():
+    model = one()
+    inject(model)
+    model.load_state_dict({"0.weight": draw(8, 16, seed=3), "0.bias": draw(8, seed=4)}, assign=True)
+    return model(X), functional.linear(X, changed(draw(8, 16, seed=3)), draw(8, seed=4))
+
+
+@odd("moved to meta after injecting")
+def _():
+    model = one()
+    inject(model)
+    out = model.to("meta")(X.to("meta"))
+    assert out.device.type == "meta"
+    return torch.zeros(1), torch.zeros(1)
+
+
+@odd("moved to meta and called with real numbers", raises=(Unsupported, RuntimeError))
+def _():
+    model = one()
+    inject(model)
+    model.to("meta")(X)
+
+
+@odd("a weight that went to meta after injecting", raises=Unsupported, match="meta")
+def _():
+    model = one()
+    inject(model)
+    model[0].weight = nn.Parameter(model[0].weight.to("meta"))
+    model(X)
+
+
+@odd("a lazy module before its first forward", raises=Unsupported)
+def _():
+    inject(nn.Sequential(nn.LazyLinear(8)))
+
+
+@odd("a lazy module after its first forward")
+def _():
+    model = nn.Sequential(nn.LazyLinear(8)).double()
+    model(X)
+    inject(model)
+    return model(X), linear(model[0])
+
+
+@odd("a sparse weight")
+def _():
+    model = one()
+    dense = model[0].weight.detach()
+    model[0].weight = nn.Parameter(dense.to_sparse_csr(), requires_grad=False)
+    inject(model)
+    return model(X), functional.linear(X, changed(dense), model[0].bias)
+
+
+@odd("a sparse weight, merged", raises=NotMergeable)
+def _():
+    model = one()
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse_csr(), requires_grad=False)
+    inject(model).merge_()
+
+
+@odd("a complex weight", raises=AdapterkitError)
+def _():
+    model = nn.Sequential(nn.Linear(16, 8, dtype=torch.complex64))
+    inject(model)
+    model(X.to(torch.complex64))
+
+
+@odd("an int8 weight with its scale beside it", raises=Unsupported)
+def _():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, 16, dtype=torch.int8), requires_grad=False)
+            self.register_buffer("scale", torch.ones(8, 1))
+
+        def forward(self, x):
+            return functional.linear(x, self.weight * self.scale)
+
+    inject(nn.Sequential(Packed()))
+
+
+@odd("a packed weight in a buffer", raises=(Unsupported, TargetNotFound, ShapeMismatch))
+def _():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("qweight", torch.ones(8, 2, dtype=torch.int32))
+
+        def forward(self, x):
+            return x
+
+    inject(nn.Sequential(Packed()))
+
+
+@odd("a weight of a tensor subclass, merged", raises=NotMergeable)
+def _():
+    class Own(torch.Tensor):
+        pass
+
+    model = one()
+    handle = inject(model)
+    model[0].weight = nn.Parameter(model[0].weight.data.as_subclass(Own))
+    handle.merge_()
+
+
+# Compilers, tracers and transforms.
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+@odd("compiled before injecting")
+def _():
+    model = one()
+    fast = compiled(model)
+    fast(X)
+    inject(model)
+    return fast(X), linear(model[0])
+
+
+@odd("compiled after injecting, removed")
+def _():
+    model = one()
+    handle = inject(model)
+    fast = compiled(model)
+    assert not torch.allclose(fast(X), model[0]._adapterkit_station.original(X))
+    handle.remove()
+    return fast(X), functional.linear(X, model[0].weight, model[0].bias)
+
+
+@odd("injected into a compiled model")
+def _():
+    model = compiled(one())
+    ak.torch.inject(model, Adapter({Target("_orig_mod.0"): (lora(8, 16),)}))
+    return model(X), linear(model._orig_mod[0])
+
+
+@odd("compiled, then the weight is set")
+def _():
+    model = one()
+    handle = inject(model)
+    fast = compiled(model)
+    fast(X)
+    handle.weight = 0.0
+    return fast(X), functional.linear(X, model[0].weight, model[0].bias)
+
+
+@odd("torch.export")
+def _():
+    model = one()
+    inject(model)
+    return torch.export.export(model, (X,)).module()(2 * X), linear(model[0], 2 * X)
+
+
+@odd("torch.jit.trace")
+def _():
+    model = one()
+    inject(model)
+    return torch.jit.trace(model, (X,), check_trace=False)(2 * X), linear(model[0], 2 * X)
+
+
+@odd("a scripted module as target", raises=AdapterkitError)
+def _():
+    model = nn.Sequential(torch.jit.script(nn.Linear(16, 8).double()))
+    inject(model)
+    model(X)
+
+
+@odd("a scripted module beside the target")
+def _():
+    model = nn.Sequential(nn.Linear(16, 8), torch.jit.script(nn.Linear(8, 4))).double()
+    inject(model)
+    return model(X), model[1](linear(model[0]))
+
+
+@odd("torch.fx.symbolic_trace")
+def _():
+    model = one()
+    inject(model)
+    return torch.fx.symbolic_trace(model)(X), linear(model[0])
+
+
+@odd("functional_call with other weights of the base")
+def _():
+    model = one()
+    inject(model)
+    given = {"0.weight": draw(8, 16, seed=3)}
+    return torch.func.functional_call(model, given, (X,)), functional.linear(
+        X, changed(given["0.weight"]), model[0].bias
+    )
+
+
+@odd("vmap")
+def _():
+    model = one()
+    inject(model)
+    return torch.func.vmap(model)(X), linear(model[0])
+
+
+@odd("an ensemble by stack_module_state")
+def _():
+    models = [one() for _ in range(2)]
+    for seed, model in enumerate(models):
+        ak.torch.inject(model, Adapter({Target("0"): (lora(8, 16, seed=seed),)}))
+    values, buffers = torch.func.stack_module_state(models)
+    skeleton = models[0]
+
+    def run(v, b):
+        return torch.func.functional_call(skeleton, (v, b), (X,))
+
+    wanted = [functional.linear(X, changed(m[0].weight, seed=s), m[0].bias) for s, m in enumerate(models)]
+    return torch.func.vmap(run)(values, buffers), torch.stack(wanted)
+
+
+@odd("quantize_dynamic", raises=Unsupported, match="no longer in the model")
+def _():
+    torch.backends.quantized.engine = "fbgemm"
+    model = one().float()
+    inject(model)
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)(X.float())
+
+
+@odd("fuse_modules of a convolution and its norm", raises=Unsupported)
+def _():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double().eval()
+    inject(model, "0", 4, 3, 3, 3)
+    torch.ao.quantization.fuse_modules(model, [["0", "1"]])(draw(2, 3, 5, 5))
+
+
+@odd("fuse_modules in place", raises=Unsupported)
+def _():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double().eval()
+    inject(model, "0", 4, 3, 3, 3)
+    torch.ao.quantization.fuse_modules(model, [["0", "1"]], inplace=True)(draw(2, 3, 5, 5))
+
+
+# Copies.
+
+
+@odd("deepcopy")
+def _():
+    model = one()
+    inject(model)
+    twin = copy.deepcopy(model)
+    ak.torch.handles(model)["default"].remove()
+    return twin(X), linear(twin[0])
+
+
+@odd("deepcopy of the adapted module alone")
+def _():
+    model = one()
+    inject(model)
+    return copy.deepcopy(model[0])(X), linear(model[0])
+
+
+@odd("copy.copy")
+def _():
+    model = one()
+    inject(model)
+    return copy.copy(model)(X), linear(model[0])
+
+
+@odd("pickle")
+def _():
+    model = one()
+    inject(model)
+    twin = pickle.loads(pickle.dumps(model))
+    return twin(X), linear(model[0])
+
+
+@odd("torch.save of the whole model")
+def _():
+    model, file = one(), io.BytesIO()
+    inject(model)
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)(X), linear(model[0])
+
+
+@odd("a strict state dict both ways")
+def _():
+    model = one()
+    inject(model)
+    model.load_state_dict(one().state_dict(), strict=True)
+    other = one()
+    other.load_state_dict(model.state_dict(), strict=True)
+    return model(X), linear(other[0])
+
+
+# Hooks and forwards of others.
+
+
+@odd("a forward hook of another tool, before")
+def _():
+    model = one()
+    model[0].register_forward_hook(lambda _m, _a, y: 2 * y)
+    inject(model)
+    return model(X), 2 * linear(model[0])
+
+
+@odd("forward hooks of another tool, after")
+def _():
+    model = one()
+    handle = inject(model)
+    model[0].register_forward_pre_hook(lambda _m, args: (args[0] + 1,))
+    model[0].register_forward_hook(lambda _m, _a, y: 2 * y)
+    first, wanted = model(X), 2 * linear(model[0], X + 1)
+    handle.remove()
+    assert torch.equal(model(X), 2 * functional.linear(X + 1, model[0].weight, model[0].bias))
+    return first, wanted
+
+
+@odd("a full backward hook")
+def _():
+    model, seen = one(), []
+    inject(model, trainable=True)
+    model[0].register_full_backward_hook(lambda _m, into, _out: seen.append(into[0]))
+    x = X.clone().requires_grad_()
+    model(x).sum().backward()
+    wanted = torch.ones(3, 8, dtype=torch.float64) @ changed(model[0].weight)
+    return seen[0], wanted
+
+
+@odd("a global forward hook")
+def _():
+    model = one()
+    inject(model)
+    hook = nn.modules.module.register_module_forward_hook(lambda m, _a, y: 2 * y if m is model[0] else y)
+    out = model(X)
+    hook.remove()
+    return out, 2 * linear(model[0])
+
+
+@odd("forward patched on the instance, before")
+def _():
+    model = one()
+    own = model[0].forward
+    model[0].forward = lambda x: 3 * own(x)
+    inject(model)
+    base = 3 * functional.linear(X, model[0].weight, model[0].bias)
+    change = X @ lora(8, 16).delta((8, 16)).T
+    return model(X) - base, change
+
+
+@odd("forward patched on the instance, after")
+def _():
+    model = one()
+    handle = inject(model)
+    own = model[0].forward
+    model[0].forward = lambda x: 3 * own(x)
+    first, wanted = model(X), 3 * linear(model[0])
+    handle.remove()
+    assert torch.equal(model(X), 3 * functional.linear(X, model[0].weight, model[0].bias))
+    return first, wanted
+
+
+@odd("hooks of accelerate, before")
+def _():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = one()
+    add_hook_to_module(model[0], ModelHook())
+    inject(model)
+    return model(X), linear(model[0])
+
+
+@odd("hooks of accelerate, after, and taken off again")
+def _():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model = one()
+    inject(model)
+    add_hook_to_module(model[0], ModelHook())
+    assert torch.allclose(model(X), linear(model[0]))
+    remove_hook_from_module(model[0])
+    return model(X), linear(model[0])
+
+
+@odd("offloaded by accelerate, before")
+def _():
+    from accelerate import cpu_offload
+
+    model = two()
+    wanted = linear(model[0])
+    cpu_offload(model, torch.device("cpu"))
+    inject(model)
+    return model[0](X), wanted
+
+
+@odd("offloaded by accelerate, merged", raises=NotMergeable)
+def _():
+    from accelerate import cpu_offload
+
+    model = two()
+    cpu_offload(model, torch.device("cpu"))
+    inject(model).merge_()
+
+
+# Fast paths of torch.
+
+
+def encoder():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).double().eval()
+
+
+@odd("TransformerEncoder with its fast path", raises=Unsupported, match="fused path")
+def _():
+    inject(encoder(), "layers.0.linear1", 32, 16)
+
+
+@odd(
+    "TransformerEncoder's fast path with nested tensors put back afterwards",
+    raises=Unsupported, match="enable_nested_tensor=False",
+)  # fmt: skip
+def _():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True).double().eval(), draw(2, 3, 16)
+    padding = torch.tensor([[False] * 3, [False, False, True]])
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        inject(model, "layers.0.linear1", 32, 16)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    with torch.no_grad():
+        model(x, src_key_padding_mask=padding)
+
+
+@odd("TransformerEncoder, its fast path put back afterwards")
+def _():
+    model, x = encoder(), draw(2, 3, 16)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        inject(model, "layers.0.linear1", 32, 16)
+        wanted = model(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    with torch.no_grad():
+        return model(x), wanted
+
+
+@odd("MultiheadAttention's fast path")
+def _():
+    model, x = nn.ModuleDict({"a": nn.MultiheadAttention(16, 2, batch_first=True)}).double().eval(), draw(2, 3, 16)
+    twin = copy.deepcopy(model)
+    inject(model, "a.in_proj_weight", 48, 16)
+    with torch.no_grad():
+        twin.a.in_proj_weight.copy_(changed(twin.a.in_proj_weight))
+        return model.a(x, x, x, need_weights=False)[0], twin.a(x, x, x)[0]
+
+
+@odd("MultiheadAttention with masks of booleans")
+def _():
+    model, x = nn.ModuleDict({"a": nn.MultiheadAttention(16, 2, batch_first=True)}).double(), draw(2, 3, 16)
+    twin = copy.deepcopy(model)
+    inject(model, "a.out_proj", 16, 16)
+    mask, padding = torch.ones(3, 3).triu(1).bool(), torch.tensor([[False, False, True], [False] * 3])
+    with torch.no_grad():
+        twin.a.out_proj.weight.copy_(changed(twin.a.out_proj.weight))
+    return (m.a(x, x, x, attn_mask=mask, key_padding_mask=padding)[0] for m in (model, twin))
+
+
+# Reparametrized weights.
+
+
+@odd("weight_norm before", raises=Unsupported, match="parametrized")
+def _():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(16, 8))).double()
+    inject(model)
+
+
+@odd("spectral_norm before", raises=Unsupported, match="parametrized")
+def _():
+    inject(nn.Sequential(parametrizations.spectral_norm(nn.Linear(16, 8))).double())
+
+
+@odd("weight_norm after")
+def _():
+    model = one()
+    inject(model)
+    parametrizations.weight_norm(model[0])
+    with torch.no_grad():
+        model[0].parametrizations.weight.original0.mul_(2)
+    return model(X), linear(model[0])
+
+
+@odd("a parametrization after that changes nothing but the weight")
+def _():
+    class Double(nn.Module):
+        def forward(self, W):
+            return 2 * W
+
+    model = one()
+    inject(model)
+    parametrize.register_parametrization(model[0], "weight", Double())
+    return model(X), linear(model[0])
+
+
+@odd("parametrized after, merged", raises=NotMergeable)
+def _():
+    model = one()
+    handle = inject(model)
+    parametrizations.weight_norm(model[0])
+    handle.merge_()
+
+
+@odd("the old weight_norm after, merged", raises=NotMergeable)
+def _():
+    model = one()
+    handle = inject(model)
+    torch.nn.utils.weight_norm(model[0])
+    handle.merge_()
+
+
+@odd("the old weight_norm, by a hook", raises=Unsupported, match="hook makes")
+def _():
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(16, 8))).double()
+    model(X)
+    inject(model)
+
+
+@odd("the old spectral_norm, by a hook", raises=Unsupported, match="hook makes")
+def _():
+    model = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(16, 8))).double().eval()
+    model(X)
+    inject(model)
+
+
+@odd("pruned before", raises=Unsupported, match="hook makes")
+def _():
+    model = one()
+    prune.random_unstructured(model[0], "weight", 0.5)
+    inject(model)
+
+
+@odd("pruned after")
+def _():
+    model = one()
+    inject(model)
+    prune.random_unstructured(model[0], "weight", 0.5)
+    out = model(X)
+    return out, linear(model[0])
+
+
+@odd("pruned after, merged", raises=NotMergeable, match="made from other tensors")
+def _():
+    model = one()
+    handle = inject(model)
+    prune.random_unstructured(model[0], "weight", 0.5)
+    handle.merge_()
+
+
+# Weights, types and modes that change afterwards.
+
+
+@odd("model.apply of an initialiser")
+def _():
+    model = one()
+    inject(model)
+    model.apply(lambda m: nn.init.ones_(m.weight) if isinstance(m, nn.Linear) else None)
+    return model(X), functional.linear(X, changed(torch.ones(8, 16, dtype=torch.float64)), model[0].bias)
+
+
+@odd("the weight is written in place")
+def _():
+    model = one()
+    inject(model)
+    model[0].weight.data.copy_(draw(8, 16, seed=3))
+    return model(X), functional.linear(X, changed(draw(8, 16, seed=3)), model[0].bias)
+
+
+@odd("the weight is another parameter")
+def _():
+    model = one()
+    inject(model)
+    model[0].weight = nn.Parameter(draw(8, 16, seed=3))
+    return model(X), linear(model[0])
+
+
+@odd("the weight grows", raises=AdapterkitError)
+def _():
+    model = one()
+    inject(model)
+    model[0].weight, model[0].bias = nn.Parameter(draw(9, 16)), None
+    model(X)
+
+
+@odd("to another dtype")
+def _():
+    model = one().float()
+    inject(model)
+    model.double()
+    return model(X), linear(model[0])
+
+
+@odd("to bfloat16")
+def _():
+    model = one()
+    inject(model)
+    model.bfloat16()
+    out = model(X.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert float((out.double() - linear(one()[0])).abs().max()) < 0.2
+    return out, out
+
+
+@odd("channels_last")
+def _():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)).double(), draw(2, 3, 5, 5)
+    inject(model, "0", 4, 3, 3, 3)
+    model.to(memory_format=torch.channels_last)
+    wanted = functional.conv2d(x, changed(model[0].weight), model[0].bias)
+    return model(x.to(memory_format=torch.channels_last)), wanted
+
+
+@odd("requires_grad_ of the whole model, off and on")
+def _():
+    model = one()
+    handle = inject(model, trainable=True)
+    model.requires_grad_(False)
+    assert not model(X).requires_grad
+    model.requires_grad_(True)
+    model(X).sum().backward()
+    A, B = handle.parameters()
+    return torch.cat([A.grad, B.grad.T], 1), torch.cat(
+        [0.25 * B.sum(0)[:, None] * X.sum(0), 0.25 * (X @ A.T).sum(0)[:, None].expand(2, 8)], 1
+    )
+
+
+@odd("no_grad and inference_mode")
+def _():
+    model = one()
+    inject(model, trainable=True)
+    with torch.no_grad():
+        first = model(X)
+    with torch.inference_mode():
+        second = model(X)
+    return torch.cat([first, second.clone()]), torch.cat([linear(model[0])] * 2)
+
+
+@odd("injected under inference_mode")
+def _():
+    with torch.inference_mode():
+        model = one()
+        for name in "ab":
+            inject(model, name=name)
+        with ak.torch.route(model, ["a", None, "b"]):
+            got = model(X)
+        wanted = linear(model[0])
+        wanted[1] = functional.linear(X[1], model[0].weight, model[0].bias)
+    return got, wanted
+
+
+@odd("autocast inside autocast")
+def _():
+    model = one().float()
+    inject(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        return model(X.float()), linear(model[0])
+
+
+@odd("autocast of half precision")
+def _():
+    model = one().float()
+    inject(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(X.float())
+    assert out.dtype == torch.bfloat16
+    assert float((out.float() - linear(model[0])).abs().max()) < 0.2
+    return out, out
+
+
+@odd("train and eval")
+def _():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.5)).double()
+    inject(model)
+    return model.train().eval()(X), linear(model[0])
+
+
+# Layers.
+
+
+@odd("a sequence-first LSTM")
+def _():
+    model, x = nn.ModuleDict({"r": nn.LSTM(16, 4)}).double(), draw(5, 2, 16)
+    twin = copy.deepcopy(model)
+    inject(model, "r.weight_ih_l0", 16, 16)
+    with torch.no_grad():
+        twin.r.weight_ih_l0.copy_(changed(twin.r.weight_ih_l0))
+    return model.r(x)[0], twin.r(x)[0]
+
+
+@odd("a transposed convolution")
+def _():
+    model, x = nn.Sequential(nn.ConvTranspose1d(16, 8, 3)).double(), draw(2, 16, 5)
+    ak.torch.inject(model, Adapter({Target("0", layout="in out *k"): (lora(8, 16, 3),)}))
+    W = changed(model[0].weight.transpose(0, 1)).transpose(0, 1)
+    return model(x), functional.conv_transpose1d(x, W, model[0].bias)
+
+
+@odd("a convolution in groups")
+def _():
+    model, x = nn.Sequential(nn.Conv1d(8, 4, 3, groups=2)).double(), draw(2, 8, 6)
+    inject(model, "0", 4, 4, 3)
+    return model(x), functional.conv1d(x, changed(model[0].weight), model[0].bias, groups=2)
+
+
+@odd("a convolution with reflected padding")
+def _():
+    model, x = nn.Sequential(nn.Conv1d(8, 4, 3, padding=1, padding_mode="reflect")).double(), draw(2, 8, 6)
+    inject(model, "0", 4, 8, 3)
+    return model(x), functional.conv1d(functional.pad(x, (1, 1), "reflect"), changed(model[0].weight), model[0].bias)
+
+
+@odd("an embedding with padding_idx")
+def _():
+    model, ids = nn.Sequential(nn.Embedding(16, 8, padding_idx=0)).double(), torch.tensor([[0, 1, 5]])
+    ak.torch.inject(model, Adapter({Target("0", layout="in out *k"): (lora(8, 16),)}), trainable=True)
+    return model(ids), functional.embedding(ids, changed(model[0].weight.T).T)
+
+
+@odd("an embedding with max_norm")
+def _():
+    model, ids = nn.Sequential(nn.Embedding(16, 8, max_norm=0.5)).double(), torch.tensor([[0, 1, 5]])
+    ak.torch.inject(model, Adapter({Target("0", layout="in out *k"): (lora(8, 16),)}))
+    table = changed(model[0].weight.detach().T).T.clone()
+    return model(ids), functional.embedding(ids, table, max_norm=0.5)
+
+
+@odd("a bag of embeddings")
+def _():
+    model, ids = nn.Sequential(nn.EmbeddingBag(16, 8)).double(), torch.tensor([[0, 1, 5]])
+    ak.torch.inject(model, Adapter({Target("0", layout="in out *k"): (lora(8, 16),)}))
+    return model(ids), functional.embedding_bag(ids, changed(model[0].weight.T).T)
+
+
+@odd("a Linear with a forward of its own")
+def _():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * functional.linear(x, self.weight, self.bias)
+
+    model = nn.Sequential(Scaled(16, 8)).double()
+    inject(model)
+    return model(X), 2 * linear(model[0])
+
+
+@odd("a target without a weight", raises=TargetNotFound)
+def _():
+    inject(nn.Sequential(nn.Identity()))
+
+
+@odd("a target that is not there", raises=TargetNotFound)
+def _():
+    inject(one(), "7")
+
+
+@odd("a rank that does not fit", raises=ShapeMismatch)
+def _():
+    inject(one(), "0", 8, 15)
+
+
+@odd("a bilinear layer", raises=AdapterkitError)
+def _():
+    inject(nn.Sequential(nn.Bilinear(4, 4, 8)).double(), "0", 8, 16)
+
+
+# Inputs and names.
+
+
+@odd("an empty batch")
+def _():
+    model = one()
+    inject(model, trainable=True)
+    out = model(X[:0])
+    out.sum().backward()
+    assert out.shape == (0, 8)
+    return out, linear(model[0], X[:0])
+
+
+@odd("an empty batch with a route", raises=(UsageError, ShapeMismatch))
+def _():
+    model = one()
+    inject(model, name="a")
+    with ak.torch.route(model, ["a"]):
+        model(X[:0])
+
+
+@odd("a route of no rows", raises=UsageError)
+def _():
+    model = one()
+    inject(model, name="a")
+    with ak.torch.route(model, []):
+        model(X[:0])
+
+
+@odd("an adapter whose name has dots, slashes and spaces")
+def _():
+    model = one()
+    inject(model, name="team/a.b c", trainable=True)
+    with ak.torch.route(model, ["team/a.b c"] * 3):
+        return model(X), linear(model[0])
+
+
+@odd("an empty adapter name")
+def _():
+    model = one()
+    inject(model, name="")
+    with ak.torch.route(model, ["", None, ""]):
+        got = model(X)
+    wanted = linear(model[0])
+    wanted[1] = functional.linear(X[1], model[0].weight, model[0].bias)
+    return got, wanted
+
+
+@odd("an argument by its name")
+def _():
+    model = one()
+    inject(model)
+    return model[0](input=X), linear(model[0])
+
+
+@odd("two adapters of one name", raises=UsageError)
+def _():
+    model = one()
+    inject(model)
+    inject(model)
+
+
+@odd("a handle used after it was removed", raises=UsageError)
+def _():
+    handle = inject(one())
+    handle.remove()
+    handle.merge_()
+
+
+def test_there_are_sixty():
+    assert len(SITUATIONS) >= 60
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_odd(name):
+    function, raises, match = SITUATIONS[name]
+    if raises is not None:
+        with pytest.raises(raises, match=match):
+            function()
+        return
+    got, wanted = function()
+    assert got.shape == wanted.shape
+    torch.testing.assert_close(got.detach().double(), wanted.detach().double(), rtol=1e-6, atol=1e-6)

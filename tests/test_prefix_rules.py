@@ -1,0 +1,108 @@
+"""Prefixes and wrappers: which of several places a name means, and what is refused because nothing proves it."""
+
+import numpy as np
+import pytest
+
+from adapterkit.adapter import Adapter, Target
+from adapterkit.binding import find_sites
+from adapterkit.errors import TargetNotFound
+from adapterkit.methods import METHODS
+from adapterkit.tensors.lazy import from_numpy
+
+LoRA = METHODS["lora"]
+ATTENTION = [f"layers.{n}.self_attn.{x}_proj" for n in range(2) for x in "qkv"]
+
+
+def found(asked, stored, model_type=None, partial=False):
+    """Name in the adapter -> name in the base, where all weights have one shape."""
+    update = LoRA(A=from_numpy(np.zeros((1, 4), "f4")), B=from_numpy(np.zeros((4, 1), "f4")))
+    adapter = Adapter({Target(name): (update,) for name in asked})
+    config = {"model_type": model_type} if model_type else None
+    bound = find_sites(adapter, {f"{name}.weight": (4, 4) for name in stored}, partial=partial, config=config)
+    return {origin.path: site.target.path for origin, site in zip(bound.origins, bound.sites, strict=True)}
+
+
+def below(prefix, names=ATTENTION):
+    return [prefix + name for name in names]
+
+
+def test_the_half_that_a_name_says_is_meant_and_not_the_other_one():
+    """As Whisper's adapters of PEFT on a model without a head, in a checkpoint with one."""
+    stored = below("model.encoder.") + below("model.decoder.")
+    for half in ("encoder.", "decoder."):
+        asked = below(half)
+        assert found(asked, stored, "whisper") == dict(zip(asked, below(f"model.{half}"), strict=True))
+
+
+@pytest.mark.parametrize("model_type", [None, "llava"])
+def test_a_vision_tower_is_not_placed_in_the_language_model(model_type):
+    """Names of LLaVA's authors; both parts have layers of the same names, and here of the same shapes."""
+    language, vision = below("language_model.model."), below("vision_tower.vision_model.encoder.")
+    asked = below("model.vision_tower.vision_tower.vision_model.encoder.")
+    assert found(asked, language + vision, model_type) == dict(zip(asked, vision, strict=True))
+    with pytest.raises(TargetNotFound):
+        found(asked, language, model_type)
+    asked = below("model.")
+    assert found(asked, language + vision, model_type) == dict(zip(asked, language, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("encoder.", "decoder."), ("model.encoder.", "decoder."), ("vision_model.", "text_model."),
+        ("model.visual.", "language_model.model."), ("audio_tower.", "vision_tower."), ("thinker.", "talker."),
+        ("bert.", "roberta."), ("model.vit.", "deit."),
+    ],
+)  # fmt: skip
+def test_what_prefixes_name_as_two_things_is_not_exchanged(ours, theirs):
+    with pytest.raises(TargetNotFound):
+        found(below(ours), below(theirs))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("model.language_model.", "language_model.model."), ("model.text_model.", "language_model."),
+        ("model.model.", "model."), ("base_model.model.model.", "model."),
+        ("base_model.model.model.language_model.", "language_model.model."), ("0.auto_model.", "bert."),
+        ("0.auto_model.", "model."), ("", "0.auto_model."), ("model.visual.", "vision_tower."),
+        ("model.", "thinker.model."), ("bert.", ""), ("vision_model.encoder.", "encoder."),
+    ],
+)  # fmt: skip
+def test_other_prefixes_are_exchanged(ours, theirs):
+    assert found(below(ours), below(theirs)) == dict(zip(below(ours), below(theirs), strict=True))
+
+
+def test_two_places_that_names_do_not_tell_apart_are_refused():
+    with pytest.raises(TargetNotFound, match="two readings fit"):
+        found(below("model."), below("thinker.model.") + below("talker.model."))
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        [name.replace(".self_attn", "._fsdp_wrapped_module.self_attn") for name in below("model.")],
+        [name.replace(".self_attn", "._checkpoint_wrapped_module.self_attn") for name in below("_orig_mod.model.")],
+        [f"base_model.model.{name}.base_layer" for name in below("model.")],
+    ],
+    ids=["fsdp", "compiled", "peft"],
+)
+def test_wrappers_in_the_names_of_a_base(stored):
+    """State dicts that were saved inside of FSDP, torch.compile and PEFT."""
+    for asked in (below("model."), stored):
+        assert found(asked, stored, "llama") == dict(zip(asked, stored, strict=True))
+
+
+def test_a_base_that_has_a_part_of_the_layers():
+    asked, stored = below("model."), below("model.")[:3]
+    with pytest.raises(TargetNotFound, match="3 of 6 targets") as raised:
+        found(asked, stored, "llama")
+    assert "--allow-partial (allow_partial=True)" in raised.value.cure
+    assert found(asked, stored, "llama", partial=True) == dict(zip(stored, stored, strict=True))
+    assert found(asked, below("language_model.model.")[:3], partial=True).keys() == set(asked[:3])
+
+
+def test_shards_with_names_of_two_kinds():
+    asked = below("model.")
+    stored = asked[:3] + [f"language_model.{name}" for name in asked[3:]]
+    assert found(asked, stored) == dict(zip(asked, stored, strict=True))

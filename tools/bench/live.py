@@ -1,0 +1,164 @@
+"""Live adapters against PEFT in one run: many in one batch at one token, one adapter's forward and step, peak memory.
+
+    python tools/bench live [--hidden 256] [--layers 2] [--tokens 128] [--rounds 15] [--threads 1] [--only NAME]
+
+A randomly initialised Llama with LoRA (or DoRA) of rank 8 on all linear layers. Contenders take turns within each
+round; figures are medians of processor time, all threads together, and the ratio is that of medians. Peak memory is
+what torch allocates on the CPU during one training step, beyond what the model and the optimizer hold before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import adapterkit as ak
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MIXED = ((50, 64), (8, 16))
+"""Adapters, and rows of one token."""
+
+
+def main() -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name, value in (("hidden", 256), ("layers", 2), ("tokens", 128), ("rounds", 15), ("threads", 1), ("rows", 4)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--only", choices=["mixed", "single"])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    for adapters, rows in MIXED if options.only != "single" else ():
+        mixed(adapters, rows, options)
+    for method in ("lora", "dora") if options.only != "mixed" else ():
+        for dtype in (torch.float32, torch.bfloat16):
+            single(method, dtype, options)
+    return 0
+
+
+def base(options: Any) -> Any:
+    """A Llama of random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": options.hidden, "num_hidden_layers": options.layers}
+    inner = options.hidden * 8 // 3 // 8 * 8
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=8, intermediate_size=inner)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def mixed(adapters: int, rows: int, options: Any) -> None:
+    """One token of each row, through an adapter of its own: ours, PEFT's `adapter_names=`, and the base alone."""
+    from peft import LoraConfig, get_peft_model
+
+    model = base(options)
+    config = LoraConfig(target_modules=TARGETS, r=8, init_lora_weights=False)
+    theirs = get_peft_model(copy.deepcopy(model), config, adapter_name="a0")
+    for number in range(1, adapters):
+        theirs.add_adapter(f"a{number}", config)
+    theirs.eval()
+    ours = copy.deepcopy(model)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        for number in range(adapters):
+            ak.torch.inject(ours, ak.read(f"{folder}/a{number}"), name=f"a{number}")
+    ids = torch.randint(0, 256, (rows, 1))
+    names = [f"a{row % adapters}" for row in range(rows)]
+
+    def routed() -> Any:
+        with ak.torch.route(ours, names):
+            return ours(ids).logits
+
+    with torch.no_grad():
+        apart = float((routed() - theirs(ids, adapter_names=names).logits).abs().max())
+        runs = {
+            "PEFT": lambda: theirs(ids, adapter_names=names),
+            "adapterkit": routed,
+            "base alone": lambda: model(ids),
+        }
+        report(f"{adapters} adapters over {rows} rows at one token (apart by {apart:.1e})", turns(runs, options.rounds))
+
+
+def single(method: str, dtype: torch.dtype, options: Any) -> None:
+    """One adapter's forward without gradients, and its step of training, with the peak memory of that."""
+    from peft import LoraConfig, get_peft_model
+
+    model = base(options).to(dtype)
+    config = LoraConfig(target_modules=TARGETS, r=8, lora_alpha=16, use_dora=method == "dora")
+    theirs = get_peft_model(copy.deepcopy(model), config)
+    ours = copy.deepcopy(model)
+    fresh = ak.torch.create(ours, method, targets=TARGETS, rank=8, alpha=16)
+    ak.torch.inject(ours, fresh, trainable=True)
+    ids = torch.randint(0, 256, (options.rows, options.tokens))
+    label = f"{method}, {str(dtype).removeprefix('torch.')}, {options.rows} x {options.tokens} tokens"
+    with torch.no_grad():
+        runs: dict[str, Callable[[], Any]] = {"PEFT": lambda: theirs(ids), "adapterkit": lambda: ours(ids)}
+        report(f"forward of {label}", turns(runs, options.rounds))
+    steps = {"PEFT": stepper(theirs, ids), "adapterkit": stepper(ours, ids)}
+    report(f"step of {label}", turns(steps, options.rounds))
+    peaks = {name: peak(step) for name, step in steps.items()}
+    ratio = peaks["adapterkit"] / peaks["PEFT"]
+    print(f"  peak memory of a step  {'  '.join(f'{k} {v / 1e6:.1f} MB' for k, v in peaks.items())}  ratio {ratio:.3f}")
+
+
+def stepper(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    """One step of AdamW."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return step
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The most bytes that torch holds on the CPU while it works, beyond those held before."""
+    work()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events: Any = profile.profiler
+    sizes = [(e.start_ns(), e.nbytes()) for e in events.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for _, size in sorted(sizes, key=lambda each: each[0]):
+        held += size
+        most = max(most, held)
+    return most
+
+
+def turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of processor time of each, taken in turns; the first round fills caches."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 2):
+        for name, run in runs.items():
+            started = time.process_time()
+            run()
+            if turn > 1:
+                times[name].append(time.process_time() - started)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def report(label: str, medians: dict[str, float]) -> None:
+    """Prints the medians, and PEFT's over ours."""
+    figures = "  ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in medians.items())
+    ours, theirs = medians["adapterkit"], medians["PEFT"]
+    print(f"{label}\n  {figures}  ours / PEFT {ours / theirs:.2f}, PEFT / ours {theirs / ours:.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
