@@ -20,6 +20,7 @@ from torch.nn import functional
 from ..adapter import Adapter
 from ..chain import Composed
 from ..errors import Unsupported, UsageError
+from ..formats.peft.compose import DROPOUTS
 from ..updates import Additive, Update
 from .layers import Difference, Layer
 
@@ -42,7 +43,7 @@ def dropout_of(adapter: Adapter) -> float:
     told = [step.args.get("dropout", 0.0) for step in adapter.recipe if step.op == "create"]
     held = adapter.foreign.data.get("config") if adapter.foreign is not None else None
     config = held if isinstance(held, dict) else {}
-    told += [config[name] for name in _IN_PEFT if isinstance(config.get(name), float | int)]
+    told += [config[name] for name in DROPOUTS if isinstance(config.get(name), float | int)]
     return float(told[-1]) if told else 0.0
 
 
@@ -107,9 +108,3 @@ def _without_blocks(update: Update, p: float) -> Update:
             mask = torch.where(torch.arange(leaf.shape[0]).reshape(-1, *[1] * mask.ndim) == factor, mask, 1.0).to(leaf)
         changed[name] = leaf * mask
     return update.replace(**changed)
-
-
-_IN_PEFT = (
-    "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
-)  # fmt: skip
-"""Fields of PEFT's configs that are this dropout."""

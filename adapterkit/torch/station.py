@@ -283,6 +283,7 @@ class Station:
             and len(args) + len(kwargs) == 1
             and named
             and all(self.ranks[part] for part in named)
+            and not self._drops(named)
         ):
             if not compiling:
                 check_expert(route, where)
