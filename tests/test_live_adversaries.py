@@ -9,6 +9,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import adapterkit as ak
@@ -362,6 +363,26 @@ def _two(rank, file, out):
         loss.backward()
         optimizer.step()
     found["checkpoint"] = model.state_dict(), optimizer.state_dict()
+    # The same under FSDP2, whose whole state goes into a sharded model and into one that is not.
+    model = llama()
+    handle = attach(model)
+    handle.checkpoint = "adapter"
+    _shards(model)
+    optimizer = optimizer_of(model)
+    for _ in range(4):
+        loss = model(input_ids=some, labels=some).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found["sharded"] = get_model_state_dict(model, options=options)
+    again = llama()
+    other = attach(again, seed=5)
+    _shards(again)
+    again.load_state_dict(found["checkpoint"][0])
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(value.full_tensor(), handle.state_dict()[name].full_tensor())
+    other.load_state_dict({name: value.full_tensor() for name, value in other.state_dict().items()})
     torch.save(found, f"{out}.{rank}")
     torch.distributed.destroy_process_group()
 
@@ -381,6 +402,10 @@ def test_sharded_bases_late_injection_and_checkpoints_for_another_process_count(
         model = llama()
         attach(model, seed=5)
         state, optimizer_state = found["checkpoint"]
+        if rank == 0:
+            model.load_state_dict(found["sharded"])
+            for name, value in state.items():
+                torch.testing.assert_close(found["sharded"][name], value)
         model.load_state_dict(state)
         optimizer = optimizer_of(model)
         optimizer.load_state_dict(optimizer_state)

@@ -24,6 +24,7 @@ from torch import nn
 
 from ..errors import nearest
 from .leaves import Leaf, is_leaf_name
+from .sharding import put
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -87,7 +88,7 @@ def _load(
         errors.append(f"{problems[0].strip()}{more}. Inject the adapter that the checkpoint was made with.")
         return
     for key, value in loaded.items():
-        held[key].copy_(value)
+        put(held[key], value)
     if not any(key.startswith(prefix) for key in state_dict):
         _keep_base(module, state_dict, prefix)
 

@@ -175,7 +175,7 @@ class Handle:
                 why = f"{list(state[name].shape)} where the adapter has {list(parameter.shape)}"
                 raise ShapeMismatch(why, where=name, cure="Pass what state_dict() of the same adapter returned")
         for name, parameter in held.items():
-            parameter.copy_(state[name])
+            put(parameter, state[name])
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable leaves, shared ones once."""

@@ -33,9 +33,12 @@ def is_sharded(leaf: Any) -> bool:
 
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole value into a parameter; of a sharded one, this process's part."""
-    if not is_sharded(parameter):
+    """Copy a value into a parameter. Either may be sharded: each process then takes its part of a whole value."""
+    if is_sharded(parameter) == is_sharded(value):
         parameter.copy_(value)
+        return
+    if is_sharded(value):
+        parameter.copy_(whole(value))
         return
     from torch.distributed.tensor import distribute_tensor
 
