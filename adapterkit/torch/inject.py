@@ -29,6 +29,7 @@ from .layers import layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name
 from .outputs import Outlet, Switch, outlet
 from .packed import device_of, is_packed
+from .sharding import check_unwrapped
 from .sizes import embedding_of
 from .station import Part, Station, names_of, station_at
 from .weights import tensor_at
@@ -59,7 +60,7 @@ def inject(
         freeze: with `trainable=True`, set `requires_grad` of all parameters of the base to False, as every method
             assumes; `handle.remove()` restores it. Pass False to train the base along with the adapter.
         dropout: with `trainable=True`, the probability that an input of a change is 0 while its module is in training
-            mode, as PEFT's `lora_dropout`; when not given, what `create` was told.
+            mode, as PEFT's `lora_dropout`; when not given, what `create` was told, or the PEFT config of its file.
         active: False attaches it switched off; see `handle.set_active`.
         experts: what a router routes to, where its own file does not hold it (X-LoRA, Arrow): plain LoRA adapters, in
             the router's order.
@@ -80,6 +81,8 @@ def inject(
     adapter.validate()
     if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
+    if trainable:
+        check_unwrapped(model)
     adapter = wrapped(model, adapter)
     drop = (dropout_of(adapter) if dropout is None else dropout) if trainable else 0.0
     for _, update in adapter:

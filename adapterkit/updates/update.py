@@ -44,6 +44,9 @@ class Update:
         starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
         shared_as: which choice of `tied` decides whether it changes all layers that share a tensor: `rows`,
             `replacement`, or none of them, `layer`.
+        dropout: what dropout leaves out in training, as PEFT has it for the method: numbers of the change's `input`;
+            `rows` of the change, or `scaled rows` where the others grow by as much; `blocks` along the axis `n` of a
+            tensor, of one of its factors where it has an axis `m`.
         bound_to: the library and function that an update without some of its tensors needs, so that no other reader
             can be asked to compute it; empty for all others.
         paper: where the formula comes from.
@@ -63,6 +66,7 @@ class Update:
     sizes: ClassVar[Mapping[str, int]] = {}
     starts_at_base: ClassVar[bool] = True
     shared_as: ClassVar[str] = "layer"
+    dropout: ClassVar[str] = "input"
     bound_to: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
