@@ -47,7 +47,7 @@ def moved(
     for target, given in updates.items():
         for move in moves.get(target.path, ()):
             if move.plain:
-                placed.append((target, replace(target, path=move.path), given))
+                placed.append((target, target if move.path == target.path else replace(target, path=move.path), given))
                 continue
             there, part = _taken(target, given, move)
             if move.slot is None:

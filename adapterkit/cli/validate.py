@@ -26,9 +26,11 @@ def command(
     from .. import detect, read
     from ..errors import AdapterkitError
     from ..formats import warnings_of
+    from ..tensors.inputs import inputs_kept
 
-    name = source_format or detect(src)
-    adapter = read(src, name, base, compat=compat, **_options.stated())
+    with inputs_kept():
+        name = source_format or detect(src)
+        adapter = read(src, name, base, compat=compat, **_options.stated())
     try:
         bound = adapter if base is None else adapter.bind(base)
         adapter.check_values()

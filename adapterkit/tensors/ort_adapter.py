@@ -10,7 +10,6 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..errors import Malformed, Unsupported, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES
 from .inputs import open_input
-from .lazy import Lazy, Span, read_span
+from .lazy import Lazy, Span
 from .marks import has_mark
 
 MARK = b"TORT"
@@ -191,7 +190,7 @@ def _tensor(buffer: _Buffer, table: _Table, name: str) -> Lazy:
     if any(size < 0 for size in shape) or count != math.prod(shape) * dtype.itemsize:
         raise buffer.damaged(f"{name!r} has {count} bytes for {list(shape)} of {dtype}", table.at)
     span = Span(buffer.path, start, count)
-    return Lazy(shape, dtype, partial(read_span, span), span)
+    return Lazy(shape, dtype, None, span)
 
 
 class _Plan:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from ...errors import AdapterkitError, Unsupported, storage_error
 from ..dtypes import DTYPES
@@ -81,4 +80,4 @@ def _tensor(
     span = Span(reader.path, start + offset, size_of(shape, number))
     if number == Q8_0:
         return Lazy(shape, DTYPES["F32"], lambda: decoded("Q8_0", read_span(span)).tobytes())
-    return Lazy(shape, DTYPES[PLAIN[number]], partial(read_span, span), span)
+    return Lazy(shape, DTYPES[PLAIN[number]], None, span)
