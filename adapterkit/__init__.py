@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import hub, onnx, ops, torch
     from .adapter import Adapter, BaseRef, Foreign, Step, Target
+    from .api import names
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
     from .merging import merge, verify
@@ -30,6 +31,7 @@ _HOME = {
     "Target": "adapter",
     "detect": "formats",
     "merge": "merging",
+    "names": "api",
     "read": "formats",
     "verify": "merging",
     "write": "formats",
@@ -47,6 +49,7 @@ __all__ = [
     "detect",
     "hub",
     "merge",
+    "names",
     "onnx",
     "ops",
     "read",

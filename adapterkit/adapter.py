@@ -246,7 +246,7 @@ class Adapter:
                     digest.update(tensor.fetch())
         return digest.hexdigest()
 
-    def bind(self, base: Checkpoint | str | PathLike[str], *, rename: Sequence[str] = ()) -> Adapter:
+    def bind(self, base: Checkpoint | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> Adapter:
         """Put the targets into the names and layouts of `base`, with every shape checked against it.
 
         Updates are cut and joined where the base stores weights in other parts: an adapter of a live model of
@@ -255,7 +255,7 @@ class Adapter:
 
         Args:
             base: an open checkpoint or the path of one.
-            rename: rules for names, each `FROM=TO`; the first that matches a target's name is used.
+            rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
 
         Raises:
             TargetNotFound: a target has no place in the base, or two.

@@ -11,9 +11,9 @@ from adapterkit.adapter import Adapter, Target
 from adapterkit.binding import find_sites
 from adapterkit.errors import Malformed
 from adapterkit.methods import METHODS
-from adapterkit.names import architectures, mlx
-from adapterkit.names.architectures import architecture_of, faults, fill, folder, load
-from adapterkit.names.gguf import ARCHITECTURES, OF_MODEL
+from adapterkit.naming import architectures, mlx
+from adapterkit.naming.architectures import architecture_of, faults, fill, folder, load
+from adapterkit.naming.gguf import ARCHITECTURES, OF_MODEL
 from adapterkit.tensors.lazy import from_numpy
 
 LoRA = METHODS["lora"]
@@ -113,6 +113,16 @@ def test_an_adapter_in_stored_names_finds_its_place_in_a_live_model(model_type):
         ('"b.{n}" = {}->"b.{n}" = { hub = "a.{n}" }', "are both"),
         ('"b.{n}" = {}->"b.{n}" = { hub = "b" }', "holes"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", part = 2, of = 2 } }', "part 2 of 2"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", part = 1, parts = 2, of = 2 } }', "part 1 of 2"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", parts = 2 } }', "both part and of"),
+        (
+            (
+                '"a.{n}" = {}\n"b.{n}" = {}->"a.{n}" = { hub = { name = "c.{n}", part = 0, parts = 2, of = 3 } }\n'
+                '"b.{n}" = { hub = { name = "c.{n}", part = 1, of = 3 } }'
+            ),
+            "are both c.{n}",
+        ),
+        ("[weights]->[pipeline]\nratios = { c = 4 }\n\n[weights]", "c is not one of the weights"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", stacked = true } }', "experts"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", rows = "rope" } }', "both rows and heads"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { nam = "b.{n}" } }', "nam"),

@@ -106,8 +106,6 @@ def test_an_adapter_is_converted_into_the_names_of_a_base_and_is_the_same_functi
 ) -> None:
     refused = run("convert", live, tmp_path / "a", "--to", "peft", "--match-base")
     assert (refused.exit_code, "--match-base requires --base" in refused.stderr) == (2, True)
-    refused = run("convert", live, tmp_path / "a", "--to", "peft", "--base", base, "--rename", "a=b")
-    assert (refused.exit_code, "--rename requires --match-base" in refused.stderr) == (2, True)
     for to in ("peft", "adapterkit"):
         out = tmp_path / to
         record("convert", live, out, "--to", to, "--base", base, "--match-base")

@@ -14,7 +14,7 @@ from peft_folders import train
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.errors import NotMergeable, ShapeMismatch, Unsupported
+from adapterkit.errors import NotMergeable, ShapeMismatch, Unrepresentable
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 """PEFT warns that it does not merge these."""
@@ -92,26 +92,81 @@ def test_it_is_not_merged_by_either(made, tmp_path):
         ak.merge(base, folder, tmp_path / "out")
 
 
-def test_dora_in_groups_is_refused_since_peft_divides_by_other_norms(tmp_path):
-    """PEFT multiplies B and A after giving B's rows another order, so that its norm is not of what it computes with."""
-    model, folder, _ = train(tmp_path, Grouped, config(target_modules=["one"], use_dora=True))
-    with pytest.raises(Unsupported, match="DoRA of a convolution in groups: PEFT divides by the norms") as raised:
-        ak.read(folder)
-    assert raised.value.where == "base_model.model.one.lora_magnitude_vector"
-    peft, x = loaded(model, folder).base_model.model.one, torch.randn(2, 8, 6)
-    A, B = (getattr(peft, f"lora_{name}")["default"].weight for name in "AB")
-    m, s, layer = peft.lora_magnitude_vector["default"].weight.flatten(), peft.scaling["default"], peft.base_layer
-    W, D = torch.zeros(2, 12, 8, 3)
-    for o in range(12):
-        group = o // 6
-        W[o, 4 * group : 4 * group + 4] = layer.weight[o]
-        D[o] = s * torch.einsum("r,rik->ik", B[o, :, 0], A[2 * group : 2 * group + 2])
-    other = layer.weight + s * (B.view(-1, 4) @ A.view(4, -1)).view(12, 4, 3)
-    with torch.no_grad():
-        for norm_of, same in ((W + D, False), (other, True)):
-            V = (W + D) * (m / norm_of.flatten(1).norm(dim=1))[:, None, None]
-            y = torch.nn.functional.conv1d(x, V, layer.bias, padding=1)
-            assert torch.allclose(peft(x), y, rtol=1e-4, atol=1e-4) == same
+DORA = {
+    "groups": (Grouped, config(target_modules=["one", "wide"], r=8, use_dora=True)),
+    "beside plain ones": (
+        Volume,
+        config(target_modules=["three", "deep", "plain"], rank_pattern={"deep": 6}, use_dora=True, use_rslora=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DORA)
+@torch.no_grad()
+def test_dora_in_groups_divides_by_the_norms_that_pefts_forward_divides_by(case, tmp_path):
+    """PEFT reads the numbers of B in another order for the norm than for the change."""
+    model, folder, base = train(tmp_path / "peft", *DORA[case])
+    adapter = ak.read(folder)
+    assert {update.method for found in adapter.updates.values() for update in found} == {"grouped_dora", "dora"}
+    wanted = outputs(model, loaded(model, folder).base_model.model)
+    for read, same in ((adapter, True), (ak.read(folder, compat="formula"), False)):
+        mine = copy.deepcopy(model)
+        handle = ak.torch.inject(mine, read)
+        close = [torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(outputs(model, mine), wanted, strict=True)]
+        assert all(close) == same
+        handle.remove()
+    ak.write(adapter, tmp_path / "again", "peft")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    ak.write(adapter.replace(foreign=None), tmp_path / "new", "peft", base=base)
+    for got, peft in zip(outputs(model, loaded(model, tmp_path / "new").base_model.model), wanted, strict=True):
+        assert torch.equal(got, peft)
+    with pytest.raises(NotMergeable, match="changes the output by channels of all groups, not weights"):
+        ak.merge(base, folder, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_dora_reads_zeros_around_the_input_of_a_padded_convolution_as_peft_trained_it(tmp_path):
+    class Reflected(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect")
+            self.two = nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", groups=2)
+
+    model, folder, _ = train(tmp_path / "peft", Reflected, config(target_modules=["one", "two"], use_dora=True))
+    mine = copy.deepcopy(model)
+    ak.torch.inject(mine, ak.read(folder))
+    peft = loaded(model, folder).base_model.model
+    for name, channels in (("one", 3), ("two", 4)):
+        x = torch.randn(2, channels, 6, 5)
+        torch.testing.assert_close(getattr(mine, name)(x), getattr(peft, name)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_norms_of_the_paper_are_not_written_as_pefts(tmp_path):
+    """A file means PEFT's norms; with others it is refused, unless it is read by the formula again."""
+    _, folder, base = train(tmp_path / "peft", *DORA["groups"])
+    paper = ak.read(folder, compat="formula")
+    held = [update for found in paper.updates.values() for update in found]
+    assert {update.regrouped for update in held if update.method == "grouped_dora"} == {False}
+    with pytest.raises(Unrepresentable, match="grouped_dora with the norms of its own kernels"):
+        ak.write(paper.replace(foreign=None, recipe=()), tmp_path / "new", "peft", base=base)
+    ak.write(paper, tmp_path / "again", "peft")
+    again = (tmp_path / "again" / "adapter_model.safetensors").read_bytes()
+    assert again == (folder / "adapter_model.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def test_an_onnx_graph_divides_by_the_same_norms(tmp_path):
+    import onnxruntime
+
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, padding=1), nn.Conv2d(6, 6, 1)).eval()
+    made, folder, _ = train(tmp_path / "peft", lambda: model, config(target_modules=["0", "1"], use_dora=True))
+    x = torch.randn(2, 4, 5, 6)
+    torch.onnx.export(made, (x,), tmp_path / "base.onnx", dynamo=True, verbose=False)
+    ak.onnx.inject(tmp_path / "base.onnx", ak.read(folder), tmp_path / "out.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), loaded(made, folder)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_trains_from_scratch_and_fits_its_layer_alone():

@@ -1,11 +1,14 @@
 """Names of image models: every module in both namings and back, and flattened names undone where they are unique."""
 
+import itertools
+
 import pytest
 
-from adapterkit.names import image
-from adapterkit.names.patterns import fill, flatten, names_of
+from adapterkit.naming import image
+from adapterkit.naming.patterns import fill, flatten, names_of
+from adapterkit.naming.pieces import Piece
 
-NUMBERS = ("3", "0", "1")
+NUMBERS = ("3", "0", "1", "2")
 
 
 def filled(pattern):
@@ -13,30 +16,31 @@ def filled(pattern):
 
 
 @pytest.mark.parametrize("family", image.families(), ids=lambda family: family.name)
-def test_every_module_goes_to_diffusers_and_back(family):
-    for pattern, pieces in family.pieces:
-        name = filled(pattern)
-        there = image.to_diffusers(family, name)
-        assert [piece.pattern for piece, _ in there] == [piece.pattern for piece in pieces]
-        for piece, other in there:
-            assert (piece, name) in image.to_native(family, other)
+def test_every_module_goes_to_each_naming_and_back(family):
+    for ours, theirs in itertools.permutations(family.namings, 2):
+        for pattern in family.names(ours).patterns:
+            name = filled(pattern)
+            for piece in family.moves(name, ours, theirs):
+                back = family.moves(piece.path, theirs, ours)
+                assert not back or Piece(name, piece.there, piece.here) in back
 
 
 @pytest.mark.parametrize("family", image.families(), ids=lambda family: family.name)
 def test_pieces_make_up_the_whole_weight(family):
-    for _, pieces in family.pieces:
-        assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
-        assert pieces[-1].stop == pieces[0].of
-        assert {piece.of for piece in pieces} == {pieces[0].of}
+    for ours, theirs in itertools.permutations(family.namings, 2):
+        for pattern in family.names(ours).patterns:
+            runs = [piece.here for piece in family.moves(filled(pattern), ours, theirs)]
+            assert [run.start for run in runs] == [0, *(run.stop for run in runs[:-1])][: len(runs)]
+            assert not runs or runs[-1].stop == runs[0].of
+            assert len({run.of for run in runs}) < 2
 
 
-@pytest.mark.parametrize("naming", image.NAMINGS)
 @pytest.mark.parametrize("family", image.families(), ids=lambda family: family.name)
-def test_every_flattened_name_stands_for_one_module(family, naming):
-    names = family.names(naming)
-    for pattern in names.patterns:
-        assert names.unflattened(flatten(filled(pattern))) == [filled(pattern)]
-        assert filled(pattern) in names
+def test_every_flattened_name_stands_for_one_module(family):
+    for names in map(family.names, family.namings):
+        for pattern in names.patterns:
+            assert names.unflattened(flatten(filled(pattern))) == [filled(pattern)]
+            assert filled(pattern) in names
 
 
 @pytest.mark.parametrize("kind", ["clip", "t5"])
@@ -71,8 +75,9 @@ def test_a_flattened_name_of_two_modules_is_told_as_two():
     ],
 )
 def test_the_u_nets_blocks_are_counted_as_in_diffusers_conversion_script(ldm, diffusers):
-    unet = image.families()[0]
-    assert [name for _, name in image.to_diffusers(unet, ldm)] == [diffusers]
+    unets = [family for family in image.families() if ldm in family.names("native")]
+    assert unets
+    assert all([p.path for p in unet.moves(ldm, "native", "diffusers")] == [diffusers] for unet in unets)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ LAYERS = [
     {"updates"},
     {"adapter", "chain"},
     {"metadata"},
-    {"registry", "names"},
+    {"registry", "naming"},
     {"binding"},
     {"methods"},
     {"formats", "quant", "ops"},
@@ -29,6 +29,7 @@ LAYERS = [
     {"torch", "demo"},
     {"onnx"},
     {"hub"},
+    {"api"},
     {"cli"},
     {"__main__"},
 ]

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, UsageError
-from adapterkit.names import litgpt, mlx, tinker, torchtune
-from adapterkit.names.experts import Experts
-from adapterkit.names.gguf import ARCHITECTURES, OF_MODEL
-from adapterkit.names.heads import Heads, by_group, heads_of, rope_pairs, undone
-from adapterkit.names.tables import Names, Table
+from adapterkit.naming import litgpt, mlx, tinker, torchtune
+from adapterkit.naming.experts import Experts
+from adapterkit.naming.gguf import ARCHITECTURES, OF_MODEL
+from adapterkit.naming.heads import Heads, by_group, heads_of, rope_pairs, undone
+from adapterkit.naming.tables import Names, Table
 
 TABLES = {f"gguf {name}": each.pairs for name, each in ARCHITECTURES.items()} | {
     "litgpt": litgpt.TABLE.pairs,

@@ -22,7 +22,7 @@ from adapterkit.adapter import Adapter, Target
 from adapterkit.errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, UsageError
 from adapterkit.formats.peft.families._wavelets import FAULTY, FILTERS
 from adapterkit.methods import METHODS
-from adapterkit.names.orders import ORDERS, in_order
+from adapterkit.naming.orders import ORDERS, in_order
 from adapterkit.tensors.lazy import as_lazy, from_numpy
 
 pytestmark = pytest.mark.filterwarnings("ignore")

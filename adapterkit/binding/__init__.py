@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, Target
 from ..errors import AdapterkitError, NotMergeable, ShapeMismatch, TargetNotFound
-from ..names.resolver import Rule
+from ..naming.renames import Rename, parse_renames
+from ..naming.resolver import Rule
 from ..tensors.checkpoint import opened
 from ..updates import Update
 from .deltas import delta, fold, view, view_shape
 from .fitting import Shapes, fits, viewed
 from .layouts import with_layouts
+from .renaming import renamed
 from .sites import Bound, Site, apart, find_parts, find_sites
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ __all__ = [
     "find_sites",
     "fits",
     "fold",
+    "renamed",
     "view",
     "view_shape",
     "with_layouts",
@@ -72,7 +75,7 @@ def bind(
     *,
     partial: bool = False,
     aliases: Mapping[str, str] = {},
-    rename: Sequence[str] = (),
+    rename: str | Sequence[str | Rename] = (),
     resize: Resize | None = None,
 ) -> Binding:
     """Binds an adapter to a base.
@@ -82,7 +85,7 @@ def bind(
         base: an open checkpoint or the path of one.
         partial: leave targets without a place out instead of refusing; at least one must have a place.
         aliases: further names of stored tensors (a tied head), alias -> stored name.
-        rename: rules for names, each `FROM=TO`; the first that matches a target's name is used.
+        rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
         resize: called with the sites and all shapes before shapes are checked; returns those to go on with.
 
     Raises:
@@ -92,8 +95,9 @@ def bind(
     base = opened(base)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     shapes |= {alias: shapes[name] for alias, name in aliases.items()}
+    rules = parse_renames(rename, None if partial else [target.path for target in adapter.updates])
     weights, context = apart(adapter)
-    found = find_sites(weights, shapes, partial=partial, config=base.config, rename=rename)
+    found = find_sites(weights, shapes, partial=partial, config=base.config, rename=rules)
     given: Sequence[Site] = found.sites
     if resize is not None:
         given, shapes = resize(given, shapes)
@@ -109,7 +113,7 @@ def bind(
     for site in sites:
         there = updates.get(site.target)
         updates[site.target] = site.updates if there is None else (*there, *site.updates)
-    updates |= find_parts(context, shapes, found.renamed)
+    updates |= find_parts(context, shapes, found.renamed, rules)
     return Binding(
         adapter.replace(updates=updates), tuple(sites), tuple(found.missing), found.renamed, found.rules,
         tuple(found.origins),

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from ..adapter import Adapter, Target
 from ..errors import AdapterkitError, UsageError
-from ..names.architectures import with_stacks
-from ..names.resolver import Move, Names, resolve
+from ..naming.architectures import with_stacks
+from ..naming.resolver import Move, Names, resolve
 from ..updates import Update
 from .fitting import Shapes, fits, paths_of
 from .moving import Placed, moved

@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Target
-from ..names.architectures import architecture_of
-from ..names.resolver import Names, resolve
+from ..naming.architectures import architecture_of
+from ..naming.resolver import Names, resolve
 from ..updates import Update
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..adapter import LAYOUTS
 from ..errors import ShapeMismatch
-from ..names.layouts import stored_in_out
+from ..naming.layouts import stored_in_out
 from .fitting import Shapes, fits
 from .sites import Site
 

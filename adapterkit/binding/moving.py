@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter import Target
 from ..errors import NotMergeable, ShapeMismatch, Unsupported
-from ..names.resolver import Move
+from ..naming.resolver import Move
 from ..tensors import arrange
 from ..tensors.lazy import Lazy, as_lazy
 from ..updates import Update

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..adapter import LAYOUTS, Adapter, Target
 from ..errors import TargetNotFound, nearest
-from ..names.architectures import architecture_of
-from ..names.renames import parse_renames
-from ..names.resolver import Names, Rule, resolve
+from ..naming.architectures import architecture_of
+from ..naming.renames import Rename, parse_renames, renamed_by
+from ..naming.resolver import Names, Rule, resolve
 from ..updates import Update
 from .fitting import Shapes, fits, paths_of
 from .moving import moved
@@ -42,8 +42,16 @@ def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
     return adapter.replace(updates=others), adapter.replace(updates=context)
 
 
-def find_parts(adapter: Adapter, shapes: Shapes, renamed: Prefix | None) -> dict[Target, tuple[Update, ...]]:
+def find_parts(
+    adapter: Adapter, shapes: Shapes, renamed: Prefix | None, rules: Sequence[Rename] = ()
+) -> dict[Target, tuple[Update, ...]]:
     """Context updates under the base's own names for the parts that they speak to; the model itself has none.
+
+    Args:
+        adapter: the context updates.
+        shapes: the base's stored tensors.
+        renamed: the change of prefixes that placed the other updates, if any.
+        rules: the user's rules.
 
     Raises:
         TargetNotFound: the base has no such part; names the nearest.
@@ -53,7 +61,7 @@ def find_parts(adapter: Adapter, shapes: Shapes, renamed: Prefix | None) -> dict
         return found
     modules = {name[:stop] for name in shapes for stop in range(len(name)) if name[stop] == "."}
     for target, updates in adapter.updates.items():
-        path = target.path
+        path = renamed_by(target.path, rules)[0] if target.path else ""
         if path and path not in modules:
             path = _rename(path, *(renamed or _part_change(path, modules)))
         if path and path not in modules:
@@ -98,7 +106,7 @@ def find_sites(
     partial: bool,
     modules: Iterable[str] = (),
     config: Mapping[str, Any] | None = None,
-    rename: Sequence[str] = (),
+    rename: str | Sequence[str | Rename] = (),
 ) -> Bound:
     """Find the stored tensors of every target; see `names.resolver` for the order in which rules are tried.
 
@@ -110,7 +118,7 @@ def find_sites(
         partial: leave out targets that have no place.
         modules: further modules of the base.
         config: the base's config, for its `model_type`.
-        rename: the user's rules, each `FROM=TO`.
+        rename: the user's rules, each `FROM=TO` or `@FILE`.
 
     Raises:
         TargetNotFound: some targets have no place and `partial` is off, or none has one, or two readings of a name fit.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ..names.architectures import architecture_of, shape_of
-from ..names.ties import aliases
+from ..naming.architectures import architecture_of, shape_of
+from ..naming.ties import aliases
 from ..tensors.checkpoint import opened
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def name_map(
     base: Checkpoint | str | PathLike[str],
     adapter: Adapter | None = None,
     *,
-    rename: Sequence[str] = (),
+    rename: str | Sequence[str] = (),
     partial: bool = False,
 ) -> dict[str, Any]:
     """Say where an adapter's targets lie in a base, and by which rules.
@@ -27,7 +27,7 @@ def name_map(
     Args:
         base: an open checkpoint or the path of one.
         adapter: the adapter; without one, the base's own names are listed with what other tools call them.
-        rename: rules for names, each `FROM=TO`.
+        rename: rules for names, each `FROM=TO` or `@FILE`.
         partial: list targets that have no place instead of refusing.
 
     Returns:

@@ -76,5 +76,7 @@ def setting(text: str) -> tuple[str, Any]:
         raise UsageError(f"{value!r} is no value", where="--set", cure="A number, a word, or YAML") from None
 
 
-_OWN = frozenset({"adapters", "method", "weights", "base", "dtype", "seed", "compat", "data", "each", "disjoint"})
+_OWN = frozenset(
+    {"adapters", "method", "weights", "base", "dtype", "seed", "compat", "data", "each", "disjoint", "rename"}
+)
 """Names that have an option of their own."""

@@ -48,7 +48,7 @@ def given(ctx: click.Context, names: Sequence[str]) -> Iterator[tuple[str, str]]
 def merge_graph(
     ctx: click.Context, model: str, adapters: Sequence[Any], out: str | None, weights: Sequence[float],
     base_weights: str | None, quantized: str | None, tied: str | None, strict_base: bool, check: bool,
-    overwrite: bool, only_plan: bool,
+    overwrite: bool, only_plan: bool, rename: Sequence[str],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.merge`, or `adapterkit.onnx.plan`."""
     from ..errors import UsageError
@@ -62,7 +62,10 @@ def merge_graph(
     if only_plan:
         from ..onnx import plan
 
-        found = plan(model, adapters, weights=chosen, base_weights=base_weights, tied=tied, strict_base=strict_base)
+        found = plan(
+            model, adapters, weights=chosen, base_weights=base_weights, tied=tied, strict_base=strict_base,
+            rename=rename,
+        )  # fmt: skip
         show(settings, {"base": model, "targets": [place.record() for place in found]}, _plan_view)
         return
     if out is None:
@@ -76,7 +79,7 @@ def merge_graph(
 
     report = merge(
         model, adapters, out, weights=chosen, base_weights=base_weights, quantized=quantized, tied=tied,
-        strict_base=strict_base, check=check, overwrite=overwrite, made_from=decided,
+        strict_base=strict_base, rename=rename, check=check, overwrite=overwrite, made_from=decided,
     )  # fmt: skip
     warn(report.warnings)
     show(settings, report.record(), _merged_view)

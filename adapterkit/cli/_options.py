@@ -66,6 +66,13 @@ def device_name(_ctx: click.Context, _param: click.Parameter, value: str) -> str
     return value
 
 
+def _rules(_ctx: click.Context, _param: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
+    """The rules for names, those of files included, so that a record of the command holds what was done."""
+    from ..naming.renames import rule_texts
+
+    return rule_texts(value) if value else ()
+
+
 def flags(command: F) -> F:
     """The options of every command; `Settings` holds what they say."""
     for name, text in (
@@ -160,8 +167,8 @@ _strict = click.option(
 )  # fmt: skip
 allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
 rename = click.option(
-    "--rename", multiple=True, metavar="FROM=TO",
-    help="What a name of the adapter, or the front of it, is in the base; {n} is a number. May be given several times.",
+    "--rename", multiple=True, callback=_rules, metavar="FROM=TO|@FILE",
+    help="Another name for a target, or for the front of it; {n} is a number. @FILE holds one rule a line. Repeatable.",
 )  # fmt: skip
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what is already there.")
 weights = click.option(

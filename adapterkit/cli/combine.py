@@ -27,6 +27,7 @@ from ._render import Table, View, show
 @_writing.dtype
 @_options.base
 @click.option("--compat", metavar="NAME", help="Methods, names and choices of another tool: mergekit or peft.")
+@_options.rename
 @_options.stating
 @_writing.writing
 @_options.flags
@@ -35,13 +36,14 @@ def command(
     settings: _options.Settings, adapters: tuple[str, ...], method: str | None, parameters: tuple[str, ...],
     weights: tuple[float, ...], recipe: str | None, rank: int | None, seed: int | None, disjoint: bool,
     dtype: str | None, base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str,
-    overwrite: bool,
+    overwrite: bool, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.combine`."""
     from .. import detect, ops
 
     given = {
         "rank": rank, "seed": seed, "disjoint": disjoint or None, "dtype": dtype, "base": base, "compat": compat,
+        "rename": rename or None,
     }  # fmt: skip
     sources, options = combination(adapters, method, weights, parameters, given, recipe)
     target_format = target_format or _format_of(sources, detect)

@@ -40,9 +40,8 @@ def command(
     """Runs `adapterkit.read` and `adapterkit.write`."""
     if match_base and base is None:
         raise click.UsageError("--match-base requires --base")
-    if rename and not match_base:
-        raise click.UsageError("--rename requires --match-base")
     from .. import detect, read
+    from ..binding import renamed
     from ..tensors.inputs import inputs_kept
 
     with _without_collection():
@@ -54,6 +53,8 @@ def command(
             adapter = read(src, name, base, compat=compat, **_options.stated())
             if base is not None and match_base:
                 adapter = adapter.bind(base, rename=rename)
+            else:
+                (adapter,) = renamed([adapter], rename)
         written = destination.write(adapter, on_loss, profile, max_error)
     from ..formats import warnings_of
 

@@ -31,15 +31,18 @@ COLUMNS = {
     help="Relative error up to which changes are the same.",
 )  # fmt: skip
 @click.option("--signs/--no-signs", default=True, help="Compare single elements, which takes longer; on if absent.")
+@_options.rename
 @_options.flags
 @click.pass_context
 def command(
-    ctx: click.Context, a: str, b: str, base: str | None, tolerance: float, signs: bool, compat: str | None
-) -> None:
+    ctx: click.Context, a: str, b: str, base: str | None, tolerance: float, signs: bool, compat: str | None,
+    rename: tuple[str, ...],
+) -> None:  # fmt: skip
     """Runs `adapterkit.ops.compare`."""
     from .. import ops
 
-    found = ops.compare(*_options.in_reading((a, b), compat, base), base=base, tolerance=tolerance, signs=signs)
+    read = _options.in_reading((a, b), compat, base)
+    found = ops.compare(*read, base=base, tolerance=tolerance, signs=signs, rename=rename)
     show(ctx.obj, {"a": a, "b": b, **found.record()}, _view)
     if found.equal is not True:
         ctx.exit(1 if found.equal is False else 3)

@@ -48,6 +48,7 @@ ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
     help="Write into MODEL itself: the graph names the bytes of its safetensors files, and no second copy is made.",
 )  # fmt: skip
 @click.option("--opset", type=int, metavar="N", help="Operator set; torch's own choice if absent.")
+@_options.rename
 @_options.compat
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
 @_options.overwrite
@@ -56,7 +57,7 @@ ONLY_FOLDERS_OF_TRANSFORMERS = ("dtype", "share_weights")
 def command(
     ctx: click.Context, model: str | None, out: str, factory: str | None, adapters: tuple[str, ...], mode: str,
     dtype: str, quantize: str | None, share_weights: bool, opset: int | None, check: bool, overwrite: bool,
-    compat: str | None,
+    compat: str | None, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.export_pretrained`, or `adapterkit.onnx.export_factory`."""
     refuse_place(out)
@@ -64,7 +65,7 @@ def command(
 
     options: dict[str, Any] = {
         "adapter": _options.in_reading(adapters, compat, None if factory else model) or None,
-        "mode": mode, "opset": opset, "quantize": quantize, "check": check,
+        "mode": mode, "opset": opset, "quantize": quantize, "check": check, "rename": rename,
     }  # fmt: skip
     decided = None
     if factory is None and model is not None and not share_weights:

@@ -32,6 +32,7 @@ from ._render import View, show
     "--method", default="lora", show_default=True, metavar="METHOD",
     help="Form of changed matrices: lora, loha (Hadamard product), lokr (Kronecker product), shira (largest entries).",
 )  # fmt: skip
+@_options.rename
 @_writing.dtype
 @_writing.writing
 @_options.flags
@@ -39,7 +40,7 @@ from ._render import View, show
 def command(
     settings: _options.Settings, tuned: str, base: str, rank: int | None, energy: float | None, error: float | None,
     targets: tuple[str, ...], embeddings: str, method: str, dtype: str | None, out: str, target_format: str | None,
-    on_loss: str, overwrite: bool,
+    on_loss: str, overwrite: bool, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.extract`."""
     from .. import ops
@@ -52,7 +53,7 @@ def command(
     with progress(settings, "extract") as meter:
         made = ops.extract(
             tuned, base, rank, energy=energy, error=error, targets=targets, embeddings=embeddings, method=method,
-            dtype=dtype, report=cuts.append, progress=meter,
+            dtype=dtype, report=cuts.append, progress=meter, rename=rename,
         )  # fmt: skip
     record = destination.write(made, on_loss)
     record |= {"tuned": tuned, "base": base, "relative_error": _error(cuts), "cuts": [cut.record() for cut in cuts]}

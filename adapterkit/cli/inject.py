@@ -47,6 +47,7 @@ from ._writing import refuse_place
 )  # fmt: skip
 @_options.tied
 @_options.strict_base
+@_options.rename
 @_options.compat
 @click.option("--check/--no-check", default=True, show_default=True, help="Run the result and compare it.")
 @_options.overwrite
@@ -56,6 +57,7 @@ def command(
     ctx: click.Context, model: str, adapter: str, out: str, mode: str, base_weights: str | None,
     words: tuple[str, ...], experts: tuple[str, ...], calibration: str | None, check: bool,
     compat: str | None, overwrite: bool, tied: str | None, strict_base: bool,
+    rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.onnx.inject`."""
     refuse_place(out)
@@ -69,7 +71,7 @@ def command(
     (held,) = _options.in_reading((adapter,), compat, base_weights)
     report = inject(
         model, held, out, mode=mode, base_weights=base_weights, call=_call(words), experts=experts,
-        tied=tied, strict_base=strict_base,
+        tied=tied, strict_base=strict_base, rename=rename,
         check=check if calibration is None else _inputs(calibration, check), overwrite=overwrite, made_from=decided,
     )  # fmt: skip
     warn(report.warnings)

@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 @click.argument("src")
 @click.option("--base-weights", metavar="DIR", help="Of a graph: weights of the base, to find layers by their numbers.")
 @_options.reading
+@_options.rename
 @_options.flags
 @click.pass_obj
 def command(
     settings: _options.Settings, src: str, source_format: str | None, base: str | None, compat: str | None,
-    base_weights: str | None,
+    base_weights: str | None, rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.read` or `adapterkit.onnx.layers`, or opens a base."""
     if src.lower().endswith(".onnx"):
@@ -40,6 +41,8 @@ def command(
         return
     if base_weights is not None:
         raise click.UsageError("--base-weights is of an ONNX model; name the base of an adapter by --base")
+    if rename and base is None:
+        raise click.UsageError("--rename requires --base")
     from .. import detect, read
     from ..tensors.inputs import inputs_kept
     from ..tensors.locations import headers_of
@@ -52,17 +55,17 @@ def command(
         adapter = read(path, name, base, compat=compat, **_options.stated())
         record = adapter_record(adapter, src, name)
         if base is not None:
-            record["names"] = _names(adapter, base)
+            record["names"] = _names(adapter, base, rename)
         show(settings, record, _adapter_view)
 
 
-def _names(adapter: Adapter, base: str) -> dict[str, Any]:
+def _names(adapter: Adapter, base: str, rename: Sequence[str]) -> dict[str, Any]:
     """The rules by which the adapter's names become the base's, or why they do not."""
     from ..binding.tables import name_map
     from ..errors import AdapterkitError
 
     try:
-        found = name_map(base, adapter)
+        found = name_map(base, adapter, rename=rename)
     except AdapterkitError as error:
         return {"fits": False, "why": str(error)}
     return {"fits": True, "family": found["family"], "rules": found["rules"]}

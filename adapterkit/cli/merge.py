@@ -89,8 +89,9 @@ def command(
     if is_graph(base):
         held = _options.in_reading(adapters, compat, base_weights)
         merge_graph(
-            ctx, base, held, out, weights, base_weights, quantized, tied, strict_base, check, overwrite, only_plan
-        )
+            ctx, base, held, out, weights, base_weights, quantized, tied, strict_base, check, overwrite, only_plan,
+            rename,
+        )  # fmt: skip
         return
     refuse_graph_options(ctx, base)
     from ..merging import merge, plan
@@ -100,7 +101,8 @@ def command(
     named = adapters
     adapters = _options.in_reading(adapters, compat, base)
     if method is not None:
-        adapters, chosen = _combined(base, adapters, method, weights, parameters), None
+        # The result is in the base's names already.
+        adapters, chosen, rename = _combined(base, adapters, method, weights, parameters, rename), None, ()
     elif parameters:
         raise click.UsageError("--set is of a --method")
     if only_plan:
@@ -133,12 +135,13 @@ def command(
 
 
 def _combined(
-    base: str, adapters: Sequence[Any], method: str, weights: Sequence[float], parameters: Sequence[str]
-) -> tuple[Any, ...]:
+    base: str, adapters: Sequence[Any], method: str, weights: Sequence[float], parameters: Sequence[str],
+    rename: Sequence[str],
+) -> tuple[Any, ...]:  # fmt: skip
     """The adapters as one, to merge in their place."""
     from .. import ops
 
-    sources, options = combination(adapters, method, weights, parameters, {"base": base})
+    sources, options = combination(adapters, method, weights, parameters, {"base": base, "rename": rename or None})
     return (ops.combine(sources, **options),)
 
 

@@ -28,14 +28,11 @@ from ._render import Table, View, counted, show
 def command(
     settings: _options.Settings, base: str, adapter: str | None, rename: tuple[str, ...], allow_partial: bool
 ) -> None:
-    """Runs `adapterkit.binding.tables.name_map`."""
-    from .. import read
-    from ..binding.tables import name_map
-    from ..tensors.checkpoint import opened
+    """Runs `adapterkit.names`."""
+    from ..api import names
 
-    checkpoint = opened(base)
-    given = None if adapter is None else read(adapter, base=checkpoint, **_options.stated())
-    record = name_map(checkpoint, given, rename=rename, partial=allow_partial)
+    given = None if adapter is None else _options.in_reading((adapter,), None, base)[0]
+    record = names(base, given, rename=rename, allow_partial=allow_partial)
     show(settings, {**record, "adapter": adapter}, _view)
 
 

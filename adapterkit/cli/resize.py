@@ -26,6 +26,7 @@ from ._render import View, show
     help="Cut each target for itself, or let all compete for the rank on average.",
 )  # fmt: skip
 @click.option("--promote", "promoted", is_flag=True, help="Make a LoRA of every other additive method, too.")
+@_options.rename
 @_writing.dtype
 @_options.reading_to_cut
 @_writing.writing
@@ -35,6 +36,7 @@ def command(
     settings: _options.Settings, src: str, rank: int | None, energy: float | None, error: float | None,
     frobenius: float | None, scope: str, promoted: bool, dtype: str | None, source_format: str | None,
     base: str | None, compat: str | None, out: str, target_format: str | None, on_loss: str, overwrite: bool,
+    rename: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Runs `adapterkit.ops.resize`, or `adapterkit.ops.promote`."""
     from .. import detect, ops, read
@@ -47,7 +49,7 @@ def command(
     adapter = read(src, name, base, compat=compat, **_options.stated())
     made = (ops.promote if promoted else ops.resize)(
         adapter, rank, energy=energy, error=error, frobenius=frobenius, scope=scope,
-        base=base, dtype=dtype, report=cuts.append,
+        base=base, dtype=dtype, report=cuts.append, rename=rename,
     )  # fmt: skip
     record = destination.write(made, on_loss)
     error_of_all = made.recipe[-1].args["error_of_all"]

@@ -17,22 +17,27 @@ from ._render import View, counted, show
 @click.command(help=__doc__)
 @click.argument("src")
 @_options.reading
+@_options.rename
 @_options.flags
 @click.pass_obj
 def command(
-    settings: _options.Settings, src: str, source_format: str | None, base: str | None, compat: str | None
-) -> None:
+    settings: _options.Settings, src: str, source_format: str | None, base: str | None, compat: str | None,
+    rename: tuple[str, ...],
+) -> None:  # fmt: skip
     """Runs `adapterkit.read`, `Adapter.check_values` and `Adapter.bind`."""
     from .. import detect, read
     from ..errors import AdapterkitError
     from ..formats import warnings_of
     from ..tensors.inputs import inputs_kept
 
+    if rename and base is None:
+        raise click.UsageError("--rename requires --base")
+
     with inputs_kept():
         name = source_format or detect(src)
         adapter = read(src, name, base, compat=compat, **_options.stated())
     try:
-        bound = adapter if base is None else adapter.bind(base)
+        bound = adapter if base is None else adapter.bind(base, rename=rename)
         adapter.check_values()
     except AdapterkitError as error:
         raise error.at(path=src) from None

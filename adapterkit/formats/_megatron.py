@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ..adapter import Target
 from ..errors import Malformed, ShapeMismatch, TargetNotFound, UsageError
 from ..methods.lora import LoRA
-from ..names.heads import Heads, by_group, undone
-from ..names.megatron import LAYER, OWN, QKV
-from ..names.tables import modules_of
+from ..naming.heads import Heads, by_group, undone
+from ..naming.megatron import LAYER, OWN, QKV
+from ..naming.tables import modules_of
 from ..tensors.arrange import equal
 from ..tensors.lazy import Lazy, as_lazy
 from ._pairs import (
@@ -175,7 +175,7 @@ class _OwnNames:
 
 def heads_again(hints: Mapping[str, Any], base: Checkpoint | None, where: str) -> Callable[[], Heads]:
     """The base's heads, when they are needed: by its config, or as they were when the adapter was read."""
-    from ..names.heads import heads_of
+    from ..naming.heads import heads_of
 
     def heads() -> Heads:
         if base is None and hints.get("heads"):

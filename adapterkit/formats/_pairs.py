@@ -14,7 +14,7 @@ from ..errors import Malformed, ShapeMismatch, Unrepresentable, Unsupported, sho
 from ..methods.alora import ALoRA
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
-from ..names.ties import EMBEDDINGS
+from ..naming.ties import EMBEDDINGS
 from ..tensors.arrange import REAL, joined, padded, part, reordered
 from ..tensors.lazy import Lazy, as_lazy
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapter import Target
-from ..names.image import component_of, families_of, rooted
+from ..naming.image import component_of, families_of, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat

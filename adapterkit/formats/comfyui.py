@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..adapter import Target
 from ..errors import TargetNotFound
-from ..names.image import component_of, denoiser_of, encoders, families_of, rooted
+from ..naming.image import component_of, denoiser_of, encoders, families_of, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat

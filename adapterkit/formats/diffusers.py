@@ -17,7 +17,7 @@ from ..adapter import Target, Updates, canonical
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable
 from ..methods.dora import DoRA
 from ..methods.replacement import Replacement
-from ..names.image import component_of, rooted
+from ..naming.image import component_of, rooted
 from ..tensors.strict_json import load_json
 from ._image import container
 from ._image.container import Metadata

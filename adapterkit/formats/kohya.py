@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..adapter import Target, Updates
 from ..methods.oft import OFT
-from ..names.image import component_of, is_not_xl, is_xl, rooted
+from ..naming.image import KOHYA, component_of, is_not_xl, is_xl, rooted
 from ._format import FORMULA, Departure
 from ._image import container, turned
 from ._image.container import Metadata
@@ -79,18 +79,16 @@ class Kohya(ImageFormat):
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """XL's U-Net in LDM's naming, that of SD 1 and 2 in diffusers', transformers in their authors'."""
-        from ._image.translate import in_diffusers, in_native
+        from ._image.translate import in_naming
 
         inside = {target: each for target, each in updates.items() if component_of(target.path) == "unet"}
         others = {target: each for target, each in updates.items() if target not in inside}
         paths = [rooted(target.path)[1] for target in inside]
         # A base's names are walked when such a file is read, whatever they are.
-        origin = replace(origin, naming="native") if origin.inside else origin
-        moved, losses = in_native(others, kept, origin, fold=fold)
-        if is_xl(paths):
-            unets, more = in_native(inside, kept, origin, fold=fold)
-        else:
-            unets, more = in_diffusers(inside, kept, origin) if is_not_xl(paths) else (inside, [])
+        origin = replace(origin, naming=KOHYA) if origin.inside else origin
+        moved, losses = in_naming(others, KOHYA, kept, origin, fold=fold)
+        told = is_xl(paths) or is_not_xl(paths)
+        unets, more = in_naming(inside, KOHYA, kept, origin, fold=fold) if told else (inside, [])
         changed = {**unets, **moved}
         return changed, [*losses, *more, *turned.uneven(changed)]
 

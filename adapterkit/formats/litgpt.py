@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ..adapter import Adapter, BaseRef, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, StorageError, Unsupported, UsageError
 from ..methods.lora import LoRA
-from ..names.heads import Heads, heads_of
-from ..names.litgpt import FLAGS, MLP, PARTS, QKV, TABLE, is_litgpt
-from ..names.tables import Table, without_prefix
+from ..naming.heads import Heads, heads_of
+from ..naming.litgpt import FLAGS, MLP, PARTS, QKV, TABLE, is_litgpt
+from ..naming.tables import Table, without_prefix
 from ..tensors.arrange import joined, part, zeros
 from ..tensors.atomic import write_bytes
 from ..tensors.inputs import read_input

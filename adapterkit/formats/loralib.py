@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ..adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, UsageError
 from ..methods.lora import LoRA
-from ..names.litgpt import is_litgpt
+from ..naming.litgpt import is_litgpt
 from ..tensors.arrange import joined, part
 from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format

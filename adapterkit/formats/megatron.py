@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, Foreign, Step
 from ..errors import AdapterkitError
-from ..names.megatron import BRIDGE
+from ..naming.megatron import BRIDGE
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._megatron import decode, encode, heads_again, is_of, why_not

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, ShapeMismatch
 from ..methods.lora import LoRA
-from ..names.ties import EMBEDDINGS
+from ..naming.ties import EMBEDDINGS
 from ..tensors.arrange import turned
 from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Foreign, Step
 from ..errors import AdapterkitError, Malformed, Unsupported, first_line, shown, storage_error
-from ..names.heads import Heads, heads_of
-from ..names.megatron import NEMO
+from ..naming.heads import Heads, heads_of
+from ..naming.megatron import NEMO
 from ..tensors.dtypes import DTYPES
 from ..tensors.inputs import open_input
 from ..tensors.lazy import Lazy

@@ -23,9 +23,9 @@ from ..errors import (
     UsageError,
 )  # fmt: skip
 from ..methods.lora import LoRA
-from ..names.megatron import OWN
-from ..names.tables import modules_of
-from ..names.tensorrt_llm import FUSED, IDS
+from ..naming.megatron import OWN
+from ..naming.tables import modules_of
+from ..naming.tensorrt_llm import FUSED, IDS
 from ..tensors.arrange import joined, padded, part, same_type
 from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy, as_lazy

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, Unrepresentable, Unsupported
 from ..methods.textual_inversion import TextualInversion
-from ..names.image import rooted
+from ..naming.image import rooted
 from ..tensors.atomic import write_bytes
 from ..tensors.lazy import Lazy, as_lazy, as_torch
 from ..tensors.torch_file import is_torch_file, read_torch_value

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ..adapter import Adapter, BaseRef, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported
 from ..methods.lora import LoRA
-from ..names.experts import Experts
-from ..names.tables import Names, Table, modules_of, without_prefix
-from ..names.tinker import EXPERTS, HEAD, is_tinker
+from ..naming.experts import Experts
+from ..naming.tables import Names, Table, modules_of, without_prefix
+from ..naming.tinker import EXPERTS, HEAD, is_tinker
 from ..tensors import safetensors
 from ..tensors.arrange import item, stacked
 from ..tensors.lazy import Lazy, as_lazy

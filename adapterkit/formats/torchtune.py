@@ -13,9 +13,9 @@ from ..adapter import Adapter, Foreign, Step, Target
 from ..errors import AdapterkitError, Unsupported, UsageError
 from ..methods.dora import DoRA
 from ..methods.lora import LoRA
-from ..names.heads import heads_of, rope_pairs, undone
-from ..names.tables import Names, modules_of
-from ..names.torchtune import META_ORDER, TABLE, TURNED
+from ..naming.heads import heads_of, rope_pairs, undone
+from ..naming.tables import Names, modules_of
+from ..naming.torchtune import META_ORDER, TABLE, TURNED
 from ..tensors.checkpoint import read_json
 from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..adapter import Target
 from ..errors import ShapeMismatch
-from ..names.image import rooted
+from ..naming.image import rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import Unsupported, UsageError, places_errors, storage_error
+from ..naming.renames import rule_texts
 from ..tensors.checkpoint import Checkpoint, opened
 from ..tensors.locations import is_address, local, located, outgoing, streamed
 from ..tensors.staging import Staging, check_free, is_within
@@ -48,7 +49,7 @@ def plan(
     seed: int | None = None,
     memory: int | None = None,
     link: bool = False,
-    rename: Sequence[str] = (),
+    rename: str | Sequence[str] = (),
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
     vocab: str | None = None,
@@ -65,7 +66,7 @@ def plan(
     checkpoint = as_merged(opened(base), quantized, onto, dtype)
     named = _named(adapters, weights, checkpoint)
     options = Options(
-        dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, rename=tuple(rename), vocab=vocab
+        dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, rename=rule_texts(rename), vocab=vocab
     )
     planned = make_plan(checkpoint, named, options)
     return _accompanied(planned, named, _folders(adapters), None, tokenizer, strict_base)
@@ -94,7 +95,7 @@ def merge(
     link: bool = False,
     stream: bool = False,
     checksums: bool = False,
-    rename: Sequence[str] = (),
+    rename: str | Sequence[str] = (),
     tokenizer: str | PathLike[str] | None = None,
     strict_base: bool = False,
     vocab: str | None = None,
@@ -141,7 +142,8 @@ def merge(
             leave the added tokens out. When not given: grow where the files hold all new rows, and refuse otherwise.
         checksums: take a sha256 of each run of bytes while it is written, for `verify` without the base; slower.
         rename: rules for names that cannot be told, each `FROM=TO`: dotted names, with `{n}` and other holes for
-            numbers, whole or from the front. The first rule that matches a target's name is used.
+            numbers, whole or from the front. `@FILE` reads rules from a file, one a line. The first rule that matches a
+            target's name is used; each must match a target of one of the adapters.
         stream: of a base on a hub, fetch one weight file at a time, verified, and give its space back after its use.
 
     Raises:
@@ -166,7 +168,7 @@ def merge(
     from .ties import parse_tied
 
     options = Options(
-        dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, checksums, tuple(rename), vocab
+        dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, checksums, rule_texts(rename), vocab
     )
     _check_engine(engine, address, stream)
     with _supplied(base, Path(out), stream) as (checkpoint, supply):
@@ -209,7 +211,7 @@ def verify(
     progress: Progress | None = None,
     seed: int | None = None,
     sample: int | None = None,
-    rename: Sequence[str] = (),
+    rename: str | Sequence[str] = (),
     strict_base: bool = False,
 ) -> Verification:
     """Computes the merge again and compares every element with what is on disk; writes nothing.
@@ -253,7 +255,7 @@ def verify(
     named = _named(adapters, weights, checkpoint)
     warnings = check_base([(name, adapter) for name, adapter, _ in named], given, strict_base)
     differing = compare_bases(found, given, named)
-    compared = compare(found, checkpoint, named, allow_partial, progress, seed, sample, differing, tuple(rename))
+    compared = compare(found, checkpoint, named, allow_partial, progress, seed, sample, differing, rule_texts(rename))
     return replace(compared, warnings=warnings)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, UsageError, storage_error
-from ..names.ties import is_embedding
+from ..naming.ties import is_embedding
 from ..quant import SIDE_FILES, Dequantized
 from ..tensors.checkpoint import INDEX, TORCH_INDEX
 from ..tensors.locations import NOTE, exists

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 from ..binding import Site, bind
 from ..errors import NotMergeable
 from ..formats._trained import sites_as_trained
-from ..names.resolver import Rule
-from ..names.ties import find_tie
+from ..naming.renames import parse_renames
+from ..naming.resolver import Rule
+from ..naming.ties import find_tie
 from ..quant import Dequantized
 from ..tensors.locations import is_repo
 from .fold import Fold
@@ -127,11 +128,14 @@ def folds_by_tensor(
     tie = find_tie(base.tensors, config)
     aliases = {} if tie is None else tie.aliases
     vocabulary = Vocabulary(base, aliases, parse_vocab(vocab))
+    # A rule need match one of the adapters only.
+    paths = [target.path for _, adapter, _ in adapters for target in adapter.updates]
+    rules = parse_renames(rename, None if allow_partial else paths)
     sources, folds = [], dict[str, list[Fold]]()
     for position, (name, adapter, weight) in enumerate(adapters):
         _refuse_other_laws(adapter)
         resize = partial(vocabulary.settle, position, name)
-        bound = bind(adapter, base, partial=allow_partial, aliases=aliases, rename=rename, resize=resize)
+        bound = bind(adapter, base, partial=allow_partial, aliases=aliases, rename=rules, resize=resize)
         shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
         shapes |= {alias: shapes[name] for alias, name in aliases.items()}
         for site in sites_as_trained(bound.sites, bound.adapter.recipe, shapes):

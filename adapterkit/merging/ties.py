@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter import Target
 from ..errors import UsageError
-from ..names.ties import Tie, kept_tied, untied, untied_scale
+from ..naming.ties import Tie, kept_tied, untied, untied_scale
 from ..tensors.lazy import as_lazy
 from ..updates import Additive, Update
 from .fold import Fold

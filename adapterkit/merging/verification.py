@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError, UsageError
 from ..metadata import fingerprints_of
-from ..names.ties import find_tie, is_embedding
+from ..naming.ties import find_tie, is_embedding
 from ..tensors.checkpoint import read_json
 from ..tensors.dtypes import DType
 from ..tensors.fingerprint import fingerprint

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NotMergeable, ShapeMismatch, Unsupported, UsageError
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
-from ..names.ties import is_embedding, is_head
+from ..naming.ties import is_embedding, is_head
 from ..quant import Dequantized
 from ..tensors.lazy import Lazy, as_array, as_lazy, bytes_of
 

@@ -9,14 +9,11 @@ not dilated, whatever the layer does: PEFT makes A with the layer's kernel, stri
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ShapeMismatch, UsageError
-from ..shapes import Dims
-from ..updates import OutputUpdate, tensor
-from ._low_rank import block_diagonal
+from ..updates import tensor
+from ._grouped import AcrossGroups, fresh_pair
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,48 +21,19 @@ if TYPE_CHECKING:
     from ..updates import Random
 
 
-class GroupedLoRA(OutputUpdate):
+class GroupedLoRA(AcrossGroups):
     """A over all `inputs`, B in r / share groups."""
 
     paper = "https://arxiv.org/abs/2106.09685"
-    acts_on = "the output by channels of all groups"
     sizes: ClassVar[Mapping[str, int]] = {"groups": 1}
 
-    A: Tensor = tensor("r inputs *k")
-    B: Tensor = tensor("out share")
     bias: Tensor | None = tensor("out", optional=True)
-    scaling: float = 1.0
-    zero_padded: bool = False
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         groups = attributes.pop("groups", cls.sizes["groups"])
-        if groups < 1 or rank % groups:
-            raise UsageError(f"rank {rank} in {groups} groups", where="groups", cure="Choose numbers that divide")
-        A = random((rank, groups * W.shape[1], *W.shape[2:])) / (groups * math.prod(W.shape[1:])) ** 0.5
-        return cls(A=A, B=W.new_zeros(len(W), rank // groups), **attributes)
-
-    @property
-    def channels(self) -> int:
-        return cast(int, self.dims()["out"])
-
-    def dims(self, stack: bool = False) -> Dims:
-        dims: Any = super().dims(stack)
-        if not dims["share"] or dims["r"] % dims["share"] or dims["out"] % (dims["r"] // dims["share"]):
-            why = f"rank {dims['r']} and {dims['out']} outputs are not in groups of {dims['share']} of the rank"
-            raise ShapeMismatch(why, where="B", cure="Write the adapter again")
-        return {**dims}
-
-    def check_against(self, shape: tuple[int, ...]) -> None:
-        super().check_against(shape)
-        (_, inputs, *kernel), groups = self.A.shape, self.A.shape[0] // self.B.shape[1]
-        if (inputs, *kernel) != (groups * shape[1], *shape[2:]):
-            why = f"made for {inputs} channels in {groups} groups and a kernel of {kernel}; the weight is {list(shape)}"
-            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+        return cls(**fresh_pair(W, rank, groups, random), **attributes)
 
     def forward(self, x: Any, layer: Any) -> Any:
-        (out, share), groups = self.B.shape, len(self.A) // self.B.shape[1]
-        B = block_diagonal(self.B.reshape(groups, out // groups, share))
-        read = layer.zero_padded(x, self.A) if self.zero_padded else layer.op(x, self.A)
-        y = layer(x) + layer.mix(read, B) * self.scaling
+        y = layer(x) + self.read(x, layer)
         return y if self.bias is None else y + layer.per_channel(self.scaling * self.bias)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..adapter import Adapter
+from ..binding import renamed
 from ..errors import StorageError, Unsupported, UsageError
 from ..formats.onnx_adapter import sidecar
 from ..tensors.checkpoint import opened as opened_base
@@ -33,6 +34,7 @@ from .resolving import Found, resolve
 from .sharing import share_weights
 from .slots import Slots
 from .tracing import traced
+from .tying import Tying
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,6 +65,7 @@ def export(
     quantize: str | None = None,
     share: str | PathLike[str] | None = None,
     check: bool = True,
+    rename: str | Sequence[str] = (),
 ) -> Report:
     """Writes a torch model as a graph by torch's dynamo exporter; initializers and nodes keep the modules' names.
 
@@ -84,6 +87,7 @@ def export(
             `Report.damage` tells what that did to each weight, `Report.difference` what to the outputs.
         share: safetensors files in the folder of `out`, or that folder: weights that they hold stay there, and the
             graph names their bytes.
+        rename: rules for names that cannot be told, as in `adapterkit.merge`.
         check: run the result with onnxruntime against the torch model; a quantized one also against the numbers that
             its packed weights stand for.
 
@@ -94,15 +98,19 @@ def export(
         Unsupported: torch cannot export the model, or a layer cannot take a method.
         CheckFailed: the graph computes something else; nothing is left at `out`.
     """
+    from ..torch.inject import config_of_model
+
     target, named = Path(out), _named(adapter)
     _check_call(torch_model, target, named, mode)
     _check_weights(quantize, share)
     adapters = {name: loaded(one, None)[0] for name, one in named.items()}
+    adapters = dict(zip(adapters, renamed(list(adapters.values()), rename), strict=True))
     options = {
         "input_names": input_names, "output_names": output_names, "dynamic_shapes": dynamic_shapes,
         "opset_version": opset, "inside": inside,
     }  # fmt: skip
     held = getattr(torch_model, inside) if inside else torch_model
+    config = config_of_model(held)
     examples = [(tuple(args), dict(kwargs or {})), *((tuple(one), dict[str, Any]()) for one in also)]
     told = Outcome(None)
     stays: tuple[Path, ...] = () if share is None else opened_base(share).files
@@ -113,7 +121,7 @@ def export(
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
                 _first_call(torch_model, *examples[0])
             graph = traced(torch_model, args, kwargs, **options)
-            found = _opened(graph, adapters) if mode == "slots" else []
+            found = _opened(graph, adapters, config) if mode == "slots" else []
             if share is not None:
                 share_weights(graph, share, target)
             _written(graph, plain, _note(mode, adapters, quantize), None if quantize is None else held)
@@ -232,11 +240,11 @@ def _file(out: Path, name: str) -> Path:
     return out.with_name(f"{name}.onnx_adapter")
 
 
-def _opened(graph: ir.Model, adapters: Mapping[str, Adapter]) -> list[Found]:
+def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[str, Any] | None) -> list[Found]:
     """Gives the graph slots for all adapters: one set at a target, whichever of them has it."""
     places: dict[tuple[str, str], Found] = {}
     for name, adapter in adapters.items():
-        for place in resolve(graph, adapter):
+        for place in resolve(graph, adapter, tying=Tying(config=config)):
             first = places.setdefault((str(place.asked), str(place.target)), place)
             if _form(first) != _form(place):
                 why = f"{name} is of another method, or has other tensors, than another adapter at the same target"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from ..adapter import Adapter
+from ..binding import renamed
 from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
 from ..tensors.atomic import write_bytes
 from .attaching import attach
@@ -93,6 +94,7 @@ def inject(
     experts: Sequence[Adapter | str | PathLike[str]] = (),
     tied: str | Mapping[str, str] | None = None,
     strict_base: bool = False,
+    rename: str | Sequence[str] = (),
     check: bool | Mapping[str, Any] = True,
     overwrite: bool = True,
     made_from: str | None = None,
@@ -116,6 +118,7 @@ def inject(
             not given, those that the tool which trained the adapter changed.
         strict_base: refuse a base whose name, config or fingerprint is not the one that the adapter names, instead of
             a warning in the report.
+        rename: rules for names that cannot be told, as in `adapterkit.merge`.
         check: run the result with onnxruntime against the model with merged weights; on these inputs, by name, or on
             inputs that are made up.
         overwrite: replace what is at `out`; False refuses where something is there.
@@ -137,6 +140,7 @@ def inject(
     wrong = base_warnings([(name_of(adapter), read)], base, strict_base)
     tying = Tying.of(base, source.path, tied)
     read = with_experts(read, [loaded(expert, None)[0] for expert in experts])
+    (read,) = renamed([read], rename)
     rest, context = parted(read)
     if context and mode == "slots":
         cure = "Inject it as constants: a run without its tokens, or with a past, is the base's"

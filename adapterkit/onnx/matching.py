@@ -43,13 +43,15 @@ def by_values(adapter: Adapter, base: Checkpoint, spots: Sequence[Spot], error: 
         TargetNotFound: no layer has these numbers, or several different ones are as near.
     """
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
-    bound = find_sites(adapter, shapes, partial=False)
+    bound = find_sites(adapter, shapes, partial=False, config=base.config)
     known: Known = {}
     for site, asked in zip(bound.sites, bound.origins, strict=True):
         if site.weight is None:
             raise error
         W = _array(base, site.weight)
-        name = f"{asked.path}.weight" if site.weight.endswith(".weight") else asked.path
+        # A target that the base stores in parts is placed by the parts' names.
+        path = asked.path if bound.origins.count(asked) == 1 else site.target.path
+        name = f"{path}.weight" if site.weight.endswith(".weight") else path
         method, found = nearest(W, spots, str(asked))
         twin = _twin(base, site.weight, W) if len(found) > 1 else None
         if twin is not None:

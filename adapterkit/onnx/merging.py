@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..adapter import Adapter
+from ..binding import renamed
 from ..errors import NotMergeable, UsageError, places_errors
 from ..tensors.checkpoint import opened as opened_base
 from .building import Building
@@ -48,6 +49,7 @@ def merge(
     quantized: str | None = None,
     tied: str | Mapping[str, str] | None = None,
     strict_base: bool = False,
+    rename: str | Sequence[str] = (),
     check: bool | Mapping[str, Any] = True,
     overwrite: bool = True,
     made_from: str | None = None,
@@ -67,6 +69,7 @@ def merge(
             not given, those that the tool which trained the adapter changed.
         strict_base: refuse a base whose name, config or fingerprint is not the one that an adapter names, instead of
             a warning in the report.
+        rename: rules for names that cannot be told, as in `adapterkit.merge`.
         check: run the result with onnxruntime against the model with the adapters injected; on these inputs, by name,
             or on inputs that are made up.
         overwrite: replace what is at `out`; False refuses where something is there.
@@ -86,7 +89,7 @@ def merge(
         raise UsageError(f"unknown choice {quantized!r}", where="quantized", cure=f"Known: {', '.join(CHOICES)}")
     source = opened(model)
     tying = _tying(source, base_weights, tied)
-    read, factors, folds, wrong = _resolved(source.model, adapters, weights, base_weights, tying, strict_base)
+    read, factors, folds, wrong = _resolved(source.model, adapters, weights, base_weights, tying, strict_base, rename)
     building, damage = Building(source.model), dict[str, Mapping[str, float]]()
     changed = fold(folds, building, quantized, damage)
     building.settle()
@@ -115,6 +118,7 @@ def plan(
     base_weights: Base | None = None,
     tied: str | Mapping[str, str] | None = None,
     strict_base: bool = False,
+    rename: str | Sequence[str] = (),
 ) -> tuple[Found, ...]:
     """Where `merge` would fold adapters into a graph; nothing is written.
 
@@ -123,7 +127,7 @@ def plan(
     """
     source = opened(model)
     tying = _tying(source, base_weights, tied)
-    folds = _resolved(source.model, adapters, weights, base_weights, tying, strict_base)[2]
+    folds = _resolved(source.model, adapters, weights, base_weights, tying, strict_base, rename)[2]
     return tuple(place for place, _ in folds)
 
 
@@ -138,6 +142,7 @@ def _resolved(
     base_weights: Base | None,
     tying: Tying,
     strict_base: bool,
+    rename: str | Sequence[str],
 ) -> tuple[list[Adapter], list[float], list[Fold], tuple[str, ...]]:
     """The adapters, their weights, where they go, and what is wrong about the base."""
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else list(adapters)
@@ -145,12 +150,15 @@ def _resolved(
     if not several or len(factors) != len(several) or not np.isfinite(factors).all():
         raise UsageError(f"{len(factors)} weights for {len(several)} adapters", cure="Give one number an adapter")
     folds: list[Fold] = []
-    read, named, base = [], [], None
-    for adapter, factor in zip(several, factors, strict=True):
+    read: list[Adapter] = []
+    named, base = [], None
+    for adapter in several:
         known, base = loaded(adapter, base_weights)
         _refuse(known)
         read.append(known)
         named.append((name_of(adapter), known))
+    read = renamed(read, rename)
+    for known, factor in zip(read, factors, strict=True):
         folds += [(place, factor) for place in resolve(model, known, base, tying)]
     return read, factors, folds, base_warnings(named, base, strict_base)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -43,7 +43,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 def export_pretrained(
     model: str | PathLike[str], out: str | PathLike[str], *, adapter: Adapters = None, mode: str = "merged",
     dtype: str = "float32", opset: int | None = None, quantize: str | None = None, share_weights: bool = False,
-    check: bool = True, overwrite: bool = False, made_from: str | None = None,
+    check: bool = True, overwrite: bool = False, made_from: str | None = None, rename: str | Sequence[str] = (),
 ) -> Report:  # fmt: skip
     """Writes a folder with `model.onnx`, its adapters as slots take them, config and tokenizer.
 
@@ -60,6 +60,7 @@ def export_pretrained(
         check: run the result with onnxruntime against the torch model.
         overwrite: replace a folder that an export wrote.
         made_from: a digest of what decides the output, kept with it for a later run.
+        rename: see `export`.
 
     Raises:
         UsageError: the call makes no sense, or transformers is not installed.
@@ -88,7 +89,7 @@ def export_pretrained(
             words.module, words.examples[0], folder / "model.onnx", adapter=adapter, mode=mode,
             input_names=words.inputs, output_names=words.outputs, dynamic_shapes=words.shapes, opset=opset,
             inside=INSIDE, also=words.examples[1:], quantize=quantize, share=source if share_weights else None,
-            check=check,
+            check=check, rename=rename,
         )  # fmt: skip
 
     if share_weights:

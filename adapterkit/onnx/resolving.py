@@ -125,7 +125,7 @@ def resolve(
         model: the graph.
         adapter: updates of weights and of outputs of layers.
         base: the weights that the graph was exported from, for graphs without names and to be sure of the others.
-        tying: the caller's choice for tied layers, and the base's config.
+        tying: the caller's choice for tied layers, and the base's config, whose `model_type` tells the family's names.
 
     Raises:
         TargetNotFound: a target has no place, or several that cannot be told apart; names the nearest.
@@ -137,19 +137,20 @@ def resolve(
     from .tying import Tying, with_tied
 
     _refuse(adapter)
+    tying = tying or Tying.of(base, None)
     spots = spots_of(model)
     known = by_name(spots)
     modules = _modules(model, adapter, known)
     layered = adapter.replace(updates={t: updates for t, updates in adapter.updates.items() if t not in modules})
     try:
-        sites = _sites(layered, known, spots, base) if layered.updates else []
+        sites = _sites(layered, known, spots, base, tying.config) if layered.updates else []
     except TargetNotFound as error:
         if (unknown := _other_operator(model, error.where or "", spots)) is not None:
             why = f"its weight is read by {unknown}, which is no layer that adapters can be attached to here"
             cure = "Merge the adapter before the export, or export the model with torch.nn.Linear or Conv layers there"
             raise Unsupported(why, where=error.where, cure=cure) from None
         raise
-    found = [_found(site, asked, known) for site, asked in zip(sites, layered.updates, strict=True)]
+    found = [_found(site, asked, known) for site, asked in sites]
     if base is None:
         refuse_folded(found)
     else:
@@ -158,7 +159,7 @@ def resolve(
         found = compare(found, base)
     ended = [replace(at, outlet=outlet(model, at.asked, at.updates, is_layer=True)) for at in found]
     # Those inside first: what they exchange is what the modules around them give.
-    ended = with_tied(ended, adapter, spots, tying or Tying.of(base, None))
+    ended = with_tied(ended, adapter, spots, tying)
     return [*ended, *sorted(modules.values(), key=lambda at: -at.target.path.count("."))]
 
 
@@ -306,14 +307,20 @@ def _told_apart(name: str, spots: list[Spot]) -> list[Spot]:
     return own or spots
 
 
-def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoint | None) -> list[Site]:
+Placed = list[tuple[Site, Target]]
+"""Each place in the graph's names, with the target of the adapter that it comes from."""
+
+Config = Mapping[str, Any] | None
+
+
+def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoint | None, config: Config) -> Placed:
     try:
-        return _placed(adapter, known)
+        return _placed(adapter, known, config)
     except TargetNotFound as error:
         for one, other in (("self_attn", "attn"), ("attn", "self_attn")):
             also = {name.replace(f".{one}.", f".{other}."): at for name, at in known.items()} | known
             try:
-                sites = _placed(adapter, also)
+                sites = _placed(adapter, also, config)
             except TargetNotFound:
                 continue
             known |= also
@@ -324,14 +331,15 @@ def _sites(adapter: Adapter, known: Known, spots: Sequence[Spot], base: Checkpoi
         from .matching import by_values
 
         known |= by_values(adapter, base, spots, error)
-        return _placed(adapter, known)
+        return _placed(adapter, known, config)
 
 
-def _placed(adapter: Adapter, known: Known) -> list[Site]:
+def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
     shapes = {name: at[0].shape for name, (_, at) in known.items() if len({spot.shape for spot in at}) == 1}
     modules = [name.removesuffix(".weight") for name in shapes]
-    sites = find_sites(adapter, shapes, partial=False, modules=modules).sites
-    return sites_as_trained(sites, adapter.recipe, shapes)
+    bound = find_sites(adapter, shapes, partial=False, modules=modules, config=config)
+    sites = sites_as_trained(bound.sites, adapter.recipe, shapes)
+    return list(zip(sites, bound.origins, strict=True))
 
 
 def _found(site: Site, asked: Target, known: Known) -> Found:

@@ -17,7 +17,7 @@ from ..adapter import Adapter
 from ..errors import UsageError
 from ..merging.fold import Fold
 from ..merging.ties import acting, parse_tied
-from ..names.ties import Tie, says_tied, says_untied, tie_of
+from ..naming.ties import Tie, says_tied, says_untied, tie_of
 from .building import Array
 from .norms import NEAR
 from .resolving import METHODS, Found, Spot

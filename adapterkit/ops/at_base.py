@@ -14,7 +14,7 @@ from ..binding import bind
 from ..binding.fitting import viewed
 from ..errors import NotMergeable, UsageError
 from ..methods.dense import Dense
-from ..names.ties import aliases
+from ..naming.ties import aliases
 from ..tensors.checkpoint import opened
 from ..tensors.computed import computed, load
 from ..tensors.dtypes import DTYPES

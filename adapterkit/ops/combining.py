@@ -36,6 +36,7 @@ def combine(
     data: Callable[..., Any] | None = None,
     each: Sequence[Mapping[str, Any]] | None = None,
     disjoint: bool = False,
+    rename: str | Sequence[str] = (),
     **parameters: Any,
 ) -> Adapter:
     """One adapter made of several.
@@ -54,6 +55,8 @@ def combine(
         data: for methods that look at samples or scores; `COMBINERS[name].data` says what it must be.
         each: parameters of single adapters, one mapping an adapter: `[{"density": 0.5}, {}]`.
         disjoint: adapters that share no target are meant to.
+        rename: rules for names, each `FROM=TO` or `@FILE`, for all adapters; the first that matches a target's name is
+            used.
         parameters: the method's; given like weights.
 
     Returns:
@@ -77,7 +80,7 @@ def combine(
     _check_given(name, adapters, base, data, seed)
     first = made(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
-    read, found = places(adapters, base=base, lower=None if summing else "combined", disjoint=disjoint)
+    read, found = places(adapters, base=base, lower=None if summing else "combined", disjoint=disjoint, rename=rename)
     _check_rank(rank, found)
     asked = Asked(name, values, weights, each, found, len(read))
     own = {place.target: place.updates[0] for place in found}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from ..adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
+from ..binding.fitting import paths_of
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
 from ..metadata import FINGERPRINT, METADATA, metadata_of
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
-from ..names.layouts import stored_in_out
-from ..names.ties import aliases, find_tie, is_embedding
+from ..naming.architectures import architecture_of
+from ..naming.layouts import stored_in_out
+from ..naming.renames import parse_renames
+from ..naming.resolver import Names, resolve
+from ..naming.ties import aliases, find_tie, is_embedding
 from ..tensors.checkpoint import opened
 from ..tensors.dtypes import DTYPES
 from ..tensors.fingerprint import fingerprint
@@ -39,6 +43,8 @@ from .resizing import Cut, seed_of
 from .sketching import dominant
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..tensors.checkpoint import Checkpoint
     from ..tensors.computed import Array
     from ..tensors.dtypes import DType
@@ -63,6 +69,7 @@ def extract(
     workers: int | None = None,
     report: Report | None = None,
     progress: Progress | None = None,
+    rename: str | Sequence[str] = (),
 ) -> Adapter:
     """The adapter that makes a base what a tuned model is.
 
@@ -86,6 +93,8 @@ def extract(
             times its size in float32.
         report: called with a `Cut` for each target that changed.
         progress: called with (bytes of the tuned weights done, bytes in all).
+        rename: rules from names of the tuned model to the base's, each `FROM=TO` or `@FILE`. Other names of the same
+            weights, such as those of another version of transformers, are found without rules where they can be proven.
 
     Returns:
         LoRA, whole parameters and token rows by target, in the order of the tuned files.
@@ -105,7 +114,8 @@ def extract(
         raise Unsupported(
             f"nothing is extracted as {method!r}", where="method", cure=f"Known: lora, {', '.join(FORMS)}"
         )
-    job = _Extraction(opened(tuned), opened(base), criterion, embeddings, method, dtype)
+    weights = opened(base)
+    job = _Extraction(_renamed(opened(tuned), weights, rename), weights, criterion, embeddings, method, dtype)
     names = job.names(targets)
     updates: dict[Target, tuple[Update, ...]] = {}
     done, whole = 0, sum(job.tuned.tensors[name].nbytes for name in names)
@@ -272,6 +282,39 @@ class _Extraction:
         values = tuned.map(lambda table: table[rows], (len(rows), tuned.shape[1]))
         update = Rows(index=from_numpy(rows), values=values)  # type: ignore[arg-type]
         yield Target(path, "in out *k"), update, Cut(path, update.method, None, None, size, 0.0)
+
+
+def _renamed(tuned: Checkpoint, base: Checkpoint, rename: str | Sequence[str]) -> Checkpoint:
+    """The tuned model with its tensors under the base's names, as far as names alone differ.
+
+    Raises:
+        TargetNotFound: two readings of a name fit, or a rule matches no name.
+        UsageError: two tensors become one.
+    """
+    known = {*base.tensors, *aliases(base.tensors, base.config)}
+    paths = list(dict.fromkeys(map(_path, tuned.tensors)))
+    rules = parse_renames(rename, paths)
+    if not rules and tuned.tensors.keys() <= known:
+        return tuned
+
+    def fits(path: str, place: str) -> bool:
+        pairs = [(f"{path}{end}", f"{place}{end}") for end in (".weight", ".bias", "")]
+        both = [(one, other) for one, other in pairs if one in tuned.tensors and other in base.tensors]
+        return all(tuned.tensors[one].shape == base.tensors[other].shape for one, other in both)
+
+    names = Names(paths_of(known))
+    architecture = architecture_of(base.config) or architecture_of(tuned.config)
+    found = resolve(paths, names, architecture=architecture, renames=rules, partial=True, fits=fits)
+    tensors: dict[str, Lazy] = {}
+    home: dict[str, Path] = {}
+    for name, tensor in tuned.tensors.items():
+        moves = found.moves.get(_path(name), ())
+        new = f"{moves[0].path}{name[len(_path(name)) :]}" if len(moves) == 1 and moves[0].plain else name
+        if new in tensors:
+            cure = "Correct --rename (rename=) so that every weight keeps a name of its own"
+            raise UsageError(f"two weights become {new}", path=tuned.root, where=name, cure=cure)
+        tensors[new], home[new] = tensor, tuned.home[name]
+    return replace(tuned, tensors=tensors, home=home)
 
 
 def _path(name: str) -> str:

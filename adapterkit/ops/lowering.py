@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..binding import view_shape
 from ..binding.fitting import viewed
 from ..errors import AdapterkitError, Malformed, UsageError
-from ..names.ties import aliases
+from ..naming.ties import aliases
 from ..tensors.checkpoint import opened
 from ..tensors.computed import load
 from ..updates import Additive, Update

@@ -10,6 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, Target
+from ..binding import renamed
 from ..binding.by_expert import by_expert
 from ..errors import ShapeMismatch, UsageError, nearest
 from ..tensors.checkpoint import opened
@@ -93,6 +94,7 @@ def places(
     base: Base | None = None,
     lower: str | None = None,
     disjoint: bool = False,
+    rename: str | Sequence[str] = (),
 ) -> tuple[list[Adapter], list[Place]]:
     """The adapters, read and bound to the base if there is one, and their targets side by side.
 
@@ -101,6 +103,7 @@ def places(
         base: binds all of them to one base's names and layouts, and lowers laws that need its weights.
         lower: make every update additive, or refuse; the word for what is done with them, `"combined"`.
         disjoint: adapters that share no target are no fault.
+        rename: rules for names, each `FROM=TO` or `@FILE`; each must match a target of one of the adapters.
 
     Raises:
         UsageError: there is no adapter, two of them have no target in common, or they are of different image models.
@@ -110,7 +113,8 @@ def places(
     if not adapters:
         raise UsageError("no adapter was given", cure="Name at least one")
     base = None if base is None else opened(base)
-    read = _in_one_naming([_opened(adapter, base) for adapter in adapters])
+    given = renamed([_opened(adapter, base) for adapter in adapters], rename)
+    read = _in_one_naming(given if base is None else [bound(adapter, base)[0] for adapter in given])
     if base is None and len(read) > 1:
         read = by_expert(read)
     if lower is not None:
@@ -124,13 +128,11 @@ def places(
 
 def _opened(source: Source, base: Base | None) -> Adapter:
     if isinstance(source, Adapter):
-        adapter = source
-        adapter.validate()
-    else:
-        from ..formats import read
+        source.validate()
+        return source
+    from ..formats import read
 
-        adapter = read(source, base=base)
-    return adapter if base is None else bound(adapter, opened(base))[0]
+    return read(source, base=base)
 
 
 def _in_one_naming(adapters: list[Adapter]) -> list[Adapter]:

@@ -74,6 +74,7 @@ def resize(
     base: Base | None = None,
     dtype: str | None = None,
     report: Report | None = None,
+    rename: str | Sequence[str] = (),
 ) -> Adapter:
     """The adapter with each change of thin factors as a LoRA of a smaller rank; everything else is kept as it is.
 
@@ -88,13 +89,14 @@ def resize(
         base: settles names, and shapes that the adapter does not tell.
         dtype: the type of the new factors; float32 where not given, float64 where a factor is of it.
         report: called with a `Cut` for each target that is changed.
+        rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
 
     Raises:
         UsageError: not exactly one of the four is given, or it is out of range; the rank is above what any weight has.
     """
     criterion = Criterion(rank, energy, error, frobenius, scope)
     criterion.check()
-    return _resized("resize", adapter, criterion, base, dtype, report, every=False)
+    return _resized("resize", adapter, criterion, base, dtype, report, rename, every=False)
 
 
 def promote(
@@ -108,6 +110,7 @@ def promote(
     base: Base | None = None,
     dtype: str | None = None,
     report: Report | None = None,
+    rename: str | Sequence[str] = (),
 ) -> Adapter:
     """The adapter with every change of a matrix as a LoRA, of whatever method it was.
 
@@ -124,6 +127,7 @@ def promote(
         base: what laws that need weights are taken at; without it they are kept as they are.
         dtype: the type of the new factors; float32 where not given, float64 where a factor is of it.
         report: called with a `Cut` for each target that is changed.
+        rename: rules for names, each `FROM=TO` or `@FILE`; the first that matches a target's name is used.
 
     Raises:
         UsageError: more than one of the four is given, or it is out of range.
@@ -131,7 +135,7 @@ def promote(
     """
     criterion = Criterion(rank, energy, error, frobenius, scope)
     criterion.check(needed=False)
-    return _resized("promote", adapter, criterion, base, dtype, report, every=True)
+    return _resized("promote", adapter, criterion, base, dtype, report, rename, every=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,9 +173,11 @@ class _Weight:
 
 def _resized(
     op: str, source: Source, criterion: Criterion, base: Base | None, dtype: str | None, report: Report | None,
-    *, every: bool,
+    rename: str | Sequence[str], *, every: bool,
 ) -> Adapter:  # fmt: skip
-    (adapter,), found = places([source], base=base, lower="promoted" if every and base is not None else None)
+    (adapter,), found = places(
+        [source], base=base, lower="promoted" if every and base is not None else None, rename=rename
+    )
     kind = result_type([adapter], dtype)
     _check_rank(criterion, found, every)
     cuts: list[Cut] = []

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import TargetNotFound, Unsupported, UsageError
-from ..names.experts import Experts
-from ..names.gguf import ARCHITECTURES
-from ..names.heads import rope_pairs
-from ..names.tables import Names, Table
+from ..naming.experts import Experts
+from ..naming.gguf import ARCHITECTURES
+from ..naming.heads import rope_pairs
+from ..naming.tables import Names, Table
 from ..tensors.dtypes import DTYPES
 from ..tensors.ggml_blocks import BLOCKS, decoded, encoded
 from ..tensors.gguf import PLAIN, Model, raw_size, read_model

@@ -1,6 +1,6 @@
 """Adapters in live torch models: `inject` attaches one, `create` makes one to train, `route` picks one a row.
 
-`compose` makes one adapter of several.
+`compose` makes one adapter of several. `TrainerCallback` makes transformers' Trainer save and resume an adapter.
 
 This package is `adapterkit.torch`; `import torch` inside it is torch itself.
 """
@@ -12,5 +12,6 @@ from .create import create
 from .handle import Handle, handles
 from .inject import inject
 from .routing import route
+from .trainers import TrainerCallback
 
-__all__ = ["Handle", "compose", "create", "handles", "inject", "route"]
+__all__ = ["Handle", "TrainerCallback", "compose", "create", "handles", "inject", "route"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,17 @@ from ..adapter import LAYOUTS, Adapter, Target
 from ..binding import view
 from ..errors import AdapterkitError, TargetNotFound, Unsupported, UsageError, nearest
 from ..methods import METHODS
-from ..names.layouts import stored_in_out
+from ..methods.dora import DoRA
+from ..methods.lora import LoRA
+from ..naming.layouts import stored_in_out
 from ..updates import ContextUpdate, Update
 from .create_context import create_context
+from .dropout import check_dropout
 from .layers import Conv1D, Quantized, dequantized, stored_layout, stored_shape
 from .leaves import is_leaf_name
+from .moments import Moments, moments_of
+from .starts import OF_DATA, Place, find, start_of
+from .wrappers import unwrapped
 
 if TYPE_CHECKING:
     from ..updates import Random
@@ -28,13 +36,23 @@ Choice = str | re.Pattern[str] | type[nn.Module]
 
 
 def create(
-    model: nn.Module, method: str, *, targets: Choice | Sequence[Choice] = "all-linear", rank: int = 16,
-    alpha: float | None = None, seed: int = 0, layout: str | None = None, **attributes: Any,
+    model: nn.Module, method: str, *, targets: Choice | Sequence[Choice] = "all-linear",
+    exclude: Choice | Sequence[Choice] = (), layers: int | Sequence[int] | None = None, rank: int = 16,
+    alpha: float | None = None, rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None, use_rslora: bool = False, init: str = "default",
+    data: Iterable[Any] | None = None, rho: float = 2.0, dropout: float = 0.0, seed: int = 0,
+    layout: str | None = None, **attributes: Any,
 ) -> Adapter:  # fmt: skip
-    """A fresh adapter.
+    """Return a fresh adapter, to be trained through `inject(model, adapter, trainable=True)`.
+
+    With the same seed, `lora` and `dora` begin with the numbers that PEFT draws after `torch.manual_seed(seed)`.
+    The model is not changed, by no initialiser: where PEFT overwrites the base (PiSSA, OLoRA, CorDA), the adapter holds
+    the subtracted part as an update of its own, `residual`, which is not trained. It therefore means the same in every
+    file, and `handle.remove()` gives the base back. Formats of LoRA alone take it with `on_loss="promote"`, as one LoRA
+    of twice the rank.
 
     Args:
-        model: the model it is for.
+        model: the model it is for; names of wrappers (`torch.compile`, DDP, PEFT) are left out of the targets.
         method: the method's name.
         targets: one choice or several, each of which must match something. Globs match whole dotted names of modules
             with a weight (of all modules for a method of outputs) and of parameters, or the end of them after a dot;
@@ -42,8 +60,21 @@ def create(
             "all-linear" is every linear layer (and GPT-2's Conv1D) but the output head: what
             `get_output_embeddings()` of a transformers model returns or, for its classifiers, `score` or `classifier`.
             Context has its own place, but for the attentions of adaption prompts: all, unless globs choose.
+        exclude: choices that are taken out again, each of which must match something.
+        layers: numbers of the blocks to adapt, the first number in a name; all when not given.
         rank: the inner size, for methods that have one; the number of virtual tokens, for those of context.
         alpha: scaling times rank; without it the scaling is 1, or what `scaling=` says.
+        rank_pattern: regular expression for the end of a name, after a dot -> the rank there; the first that matches
+            counts.
+        alpha_pattern: the same for alpha.
+        use_rslora: divide alpha by the root of the rank.
+        init: what `lora` and `dora` begin with: `default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N
+            steps of a randomised SVD), `olora`, and from data `corda` (`corda_kpm` for its other mode) and `eva`.
+        data: batches for `corda` and `eva`: a mapping is passed to the model as keyword arguments, a list or tuple as
+            arguments, anything else as its one argument.
+        rho: for `eva`, how many times its rank a layer may have at most when ranks are shared out by explained
+            variance; 1 leaves them equal.
+        dropout: in training, the probability that an input of the change is 0, as PEFT's `lora_dropout`.
         seed: of the numbers drawn.
         layout: the axis order of targets that are parameters, where neither the model's family nor its number of
             experts tells it; one of `LAYOUTS`.
@@ -52,28 +83,135 @@ def create(
     Raises:
         TargetNotFound: no target matches.
         Unsupported: unknown method, or one without an initial value, or a layer that cannot take it.
-        UsageError: both alpha and scaling, an attribute that the method lacks, a rank below 1, a regular expression
-            that is none, or a parameter whose layout nothing tells.
+        UsageError: arguments contradict each other, an attribute that the method lacks, a rank below 1, a regular
+            expression that is none, data that is missing, or a parameter whose layout nothing tells.
     """
     cls = METHODS[method]
     if rank < 1 or (alpha is not None and "scaling" in attributes):
         raise UsageError("rank is below 1, or both alpha and scaling are given", cure="Correct the arguments")
-    if alpha is not None:
-        attributes["scaling"] = alpha / rank
+    check_dropout(dropout, cls, method)
     if issubclass(cls, ContextUpdate):
+        given = {"exclude": exclude, "layers": layers, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+        _refuse(method, {**given, "use_rslora": use_rslora, "init": init != "default", "data": data})
+        attributes |= {} if alpha is None else {"scaling": alpha / rank}
         return create_context(model, cls, targets, rank, seed, attributes)
     unknown = [name for name in attributes if name not in {*cls.attribute_fields(), *cls.tensor_fields(), *cls.sizes}]
     if unknown:
         known = ", ".join((*cls.attribute_fields(), *cls.sizes))
         raise UsageError(f"{method} has no {unknown[0]}", cure=f"It has {known}")
+    starts = cls in (LoRA, DoRA)
+    find(init)
+    if init != "default" and not starts:
+        raise UsageError(f"{method} has one way to begin", where="init", cure="init= is for lora and dora")
+    paths = _matching(model, targets, exclude, layers, cls.kind == "output")
+    sizes = {path: _Size.of(unwrapped(model, path), rank, alpha, rank_pattern, alpha_pattern) for path in paths}
+    seen = _seen(model, paths, init, data)
+    if init == "eva":
+        sizes = _shared_out(sizes, seen, rho)
     generator = torch.Generator().manual_seed(seed)
-    places = {path: _target(model, path, layout) for path in _matching(model, targets, cls.kind == "output")}
+    places = {path: _target(model, path, layout) for path in sizes}
     shapes = [_shape(model, path, target) for path, target in places.items()]
-    given = cls.shared(shapes, rank, _random(generator)) | attributes
-    updates = {target: (_fresh(cls, model, path, target, rank, generator, given),) for path, target in places.items()}
-    adapter = Adapter(updates).map(_own)
+    shared = cls.shared(shapes, rank, _random(generator))
+    if shared and rank_pattern:
+        raise UsageError(f"{method} has one rank for all layers", where="rank_pattern", cure="Leave it out")
+    updates: dict[Target, tuple[Update, ...]] = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        for path, target in places.items():
+            given = shared | attributes | sizes[path].attributes(use_rslora)
+            plain = replace(target, path=unwrapped(model, path))
+            if starts and not target.stacked:
+                updates[plain] = _started(cls, model, path, target, init, sizes[path].rank, given, seen.get(path))
+            else:
+                updates[plain] = (_fresh(cls, model, path, target, sizes[path].rank, generator, given),)
+    chosen = {"init": init, "dropout": dropout, "seed": seed}
+    unsaid = {"init": "default", "dropout": 0.0, "seed": None}
+    told = {name: value for name, value in chosen.items() if value != unsaid[name]}
+    adapter = Adapter(updates).map(_own).step("create", method=method, **told)
     adapter.validate()
     return adapter
+
+
+@dataclass(frozen=True)
+class _Size:
+    """The rank at one target, and alpha if there is one."""
+
+    rank: int
+    alpha: float | None
+
+    @classmethod
+    def of(
+        cls, name: str, rank: int, alpha: float | None, ranks: Mapping[str, int] | None,
+        alphas: Mapping[str, float] | None,
+    ) -> _Size:  # fmt: skip
+        found = cls(_by_pattern(ranks, name, rank), _by_pattern(alphas, name, alpha))
+        if found.rank < 1:
+            raise UsageError("rank is below 1", where=name, cure="Correct rank_pattern")
+        return found
+
+    def attributes(self, use_rslora: bool) -> dict[str, float]:
+        if self.alpha is None:
+            if use_rslora:
+                raise UsageError("use_rslora divides alpha", where="alpha", cure="Pass alpha=")
+            return {}
+        return {"scaling": self.alpha / (self.rank**0.5 if use_rslora else self.rank)}
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
+    """What the first pattern that matches the end of a name says, as PEFT reads them."""
+    for pattern, value in (patterns or {}).items():
+        if _pattern(f"re:(.*\\.)?({pattern})").fullmatch(name):
+            return value
+    return otherwise
+
+
+def _refuse(method: str, given: Mapping[str, Any]) -> None:
+    name = next((name for name, value in given.items() if value), None)
+    if name is not None:
+        raise UsageError(f"{method} does not look at it", where=name, cure="Leave it out")
+
+
+def _seen(model: nn.Module, paths: Sequence[str], init: str, data: Iterable[Any] | None) -> dict[str, Moments]:
+    if (data is not None) != (init in OF_DATA):
+        why = f"init={init!r} {'needs data' if data is None else 'looks at no data'}"
+        raise UsageError(why, where="data", cure=f"Pass data= with one of init={', '.join(sorted(OF_DATA))}")
+    return {} if data is None else moments_of(model, paths, data)
+
+
+def _shared_out(sizes: Mapping[str, _Size], seen: Mapping[str, Moments], rho: float) -> dict[str, _Size]:
+    """EVA's ranks: the budget of all layers goes to the directions that explain most of their layer's variance.
+
+    A layer may have rho times its rank at most; alpha changes with the rank, so that the scaling stays. Layers that
+    get nothing are left out.
+    """
+    most = {path: round(size.rank * rho) for path, size in sizes.items()}
+    shares = [seen[path].components()[0][: most[path]] for path in sizes]
+    owners = [path for path, share in zip(sizes, shares, strict=True) for _ in share]
+    order = torch.cat(shares).argsort(descending=True, stable=True)[: sum(size.rank for size in sizes.values())]
+    counts = Counter(owners[i] for i in order.tolist())
+    return {
+        path: _Size(counts[path], None if size.alpha is None else size.alpha * counts[path] / size.rank)
+        for path, size in sizes.items()
+        if counts[path]
+    }
+
+
+def _started(
+    cls: type[Update], model: nn.Module, path: str, target: Target, init: str, rank: int, attributes: dict[str, Any],
+    seen: Moments | None,
+) -> tuple[Update, ...]:  # fmt: skip
+    """The updates of a LoRA that begins as PEFT's does; what the base loses by it comes first."""
+    W, module = _weight(model, path, target), _module(model, path)
+    try:
+        cls.check_axes(tuple(W.shape))
+        like = cls.initial(W, None, rank, lambda shape: W.new_zeros(shape), **attributes)
+        scaling: Any = like.attributes["scaling"]
+        place = Place(W.float(), rank, float(scaling), isinstance(module, nn.Embedding), seen)
+        start = start_of(init, place)
+    except AdapterkitError as error:
+        raise error.at(where=f"{path}: {cls.__name__.lower()}") from None
+    update = like.replace(A=start.A.to(W.dtype), B=start.B.to(W.dtype))
+    return (update,) if start.taken is None else (start.taken.map(lambda leaf: torch.as_tensor(leaf).to(W)), update)
 
 
 def _own(leaf: object) -> Tensor:
@@ -179,31 +317,49 @@ def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:
     raise UsageError(why, where=path, cure=f"Pass layout=, one of {', '.join(map(repr, LAYOUTS))}")
 
 
-def _matching(model: nn.Module, targets: Choice | Sequence[Choice], outer: bool) -> list[str]:
-    choices = [targets] if isinstance(targets, str | re.Pattern | type) else list(targets)
+def _matching(
+    model: nn.Module, targets: Choice | Sequence[Choice], exclude: Choice | Sequence[Choice],
+    layers: int | Sequence[int] | None, outer: bool,
+) -> list[str]:  # fmt: skip
     modules = {n: m for n, m in model.named_modules() if n and isinstance(getattr(m, "weight", None), nn.Parameter)}
     if outer:
         modules = {n: m for n, m in model.named_modules() if n and type(m).forward is not nn.Module.forward}
     weights = {f"{name}.{kind}" for name in modules for kind in ("weight", "bias")}
     held = [name for name, _ in model.named_parameters() if not is_leaf_name(name)]
     parameters = [name for name in held if name not in weights and not outer]
-    names = [*modules, *parameters]
-    found = {name for choice in choices for name in _chosen(model, choice, modules, names)}
+    names = {name: unwrapped(model, name) for name in (*modules, *parameters)}
+    found = {name for choice in _choices(targets) for name in _chosen(model, choice, modules, names)}
+    found -= {name for choice in _choices(exclude) for name in _chosen(model, choice, modules, names)}
+    if layers is not None:
+        wanted = {layers} if isinstance(layers, int) else set(layers)
+        numbers = {name: re.match(r".*?\.[^.]*\.(\d+)\.", f".{names[name]}") for name in found}
+        found = {name for name, match in numbers.items() if match and int(match[1]) in wanted}
+    if not found:
+        cure = "Correct targets=, exclude= or layers="
+        raise TargetNotFound("no target is left", where=f"exclude={exclude}, layers={layers}", cure=cure)
     return [name for name in names if name in found]
 
 
-def _chosen(model: nn.Module, choice: Choice, modules: dict[str, nn.Module], names: list[str]) -> list[str]:
+def _choices(given: Choice | Sequence[Choice]) -> list[Choice]:
+    return [given] if isinstance(given, str | re.Pattern | type) else list(given)
+
+
+def _chosen(model: nn.Module, choice: Choice, modules: dict[str, nn.Module], names: Mapping[str, str]) -> list[str]:
     if isinstance(choice, type):
         found = [name for name, module in modules.items() if isinstance(module, choice)]
     elif choice == "all-linear":
         head = _head(model)
         found = [name for name, module in modules.items() if module is not head and _is_linear(module)]
     elif isinstance(choice, str) and not choice.startswith("re:"):
-        found = [name for name in names if fnmatchcase(name, choice) or fnmatchcase(name, f"*.{choice}")]
+        found = [
+            name for name, plain in names.items() if fnmatchcase(plain, choice) or fnmatchcase(plain, f"*.{choice}")
+        ]
     else:
-        found = [name for name in names if _pattern(choice).fullmatch(name)]
+        found = [name for name, plain in names.items() if _pattern(choice).fullmatch(plain)]
     if not found:
-        cure = nearest(str(choice), names) or "Targets are names in model.named_modules() and named_parameters()"
+        cure = (
+            nearest(str(choice), names.values()) or "Targets are names in model.named_modules() and named_parameters()"
+        )
         raise TargetNotFound("no module with a weight and no parameter matches", where=str(choice), cure=cure)
     return found
 

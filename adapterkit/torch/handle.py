@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..adapter import Adapter, Target
 from ..errors import NotMergeable, ShapeMismatch, UsageError, nearest
 from ..tensors.lazy import as_torch
 from ..updates import Update
+from .checkpoints import CHOICES, HANDLES, leave_state, watch_state
 from .in_place import fits, fold_in_place
 from .layers import Quantized
 from .leaves import Leaf, LiveUpdates, is_leaf_name
@@ -24,6 +25,7 @@ from .scopes import switched
 from .station import Part, Station
 from .watch import Watch
 from .weights import tensor_at
+from .wrappers import unwrapped
 
 
 class Handle:
@@ -42,6 +44,7 @@ class Handle:
         self._state, self._merged = "attached", list[Merged]()
         self._parts: list[tuple[Station, list[Part]]] = []
         self.frozen: tuple[str, ...] = ()
+        self._checkpoint = CHOICES[0]
 
     @property
     def _adapter(self) -> Adapter:
@@ -52,6 +55,7 @@ class Handle:
     def _enter(self, frozen: bool) -> None:
         """Take the place in the list of the model's handles, watch its modules, and freeze the base if asked to."""
         self._model.__dict__.setdefault(HANDLES, []).append(self)
+        watch_state(self._model)
         self._watch = Watch(self._model, self.name, (station.module for station in self._stations))
         if frozen:
             held = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad and not is_leaf_name(n)]
@@ -76,6 +80,7 @@ class Handle:
                     parameters[name].requires_grad_(True)
         if not held:
             del self._model.__dict__[HANDLES]
+            leave_state(self._model)
 
     @property
     def name(self) -> str:
@@ -93,6 +98,24 @@ class Handle:
         if value != 1 and any(update.kind == "context" for _, update in self._adapter):
             raise UsageError("context has no half measures", where=self.name, cure="Use set_active")
         self._switch.weight = value
+
+    @property
+    def checkpoint(self) -> str:
+        """What `model.state_dict()` holds: `base` (the default), `adapter` (this adapter alone) or `all`; may be set.
+
+        Set it to `adapter` and every framework that saves the model's state dict (Trainer, Accelerate, Lightning,
+        `torch.save`) writes checkpoints of the adapter alone. `model.load_state_dict()` takes them back, strictly too,
+        and leaves the base as it is. With `base` such checkpoints do not hold the adapter.
+        """
+        return self._checkpoint
+
+    @checkpoint.setter
+    def checkpoint(self, value: str) -> None:
+        self._check()
+        if value not in CHOICES:
+            cure = f"Choose among {', '.join(CHOICES)}"
+            raise UsageError(f"no such choice: {value!r}", where="checkpoint", cure=cure)
+        self._checkpoint = value
 
     def set_active(self, active: bool) -> None:
         """Switch the adapter on or off, in every thread; see `disable` for this one alone."""
@@ -122,7 +145,7 @@ class Handle:
                 for field, leaf in fields.items():
                     if id(leaf) not in seen:
                         seen.add(id(leaf))
-                        yield _name(target, updates, position, field), leaf
+                        yield _name(self._plain(target), updates, position, field), leaf
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the trained tensors by the names of `named_parameters()`: what a checkpoint of the training needs.
@@ -157,13 +180,56 @@ class Handle:
         """Trainable leaves, shared ones once."""
         return (parameter for _, parameter in self.named_parameters())
 
+    def parameter_groups(
+        self, lr: float, *, ratio: float = 16.0, weight_decay: float = 0.0, embedding_lr: float = 1e-6
+    ) -> list[dict[str, Any]]:
+        """Return the trained tensors as groups for an optimizer, as LoRA+ (https://arxiv.org/abs/2402.12354) has them.
+
+        B, and all tensors of one axis, learn at `lr * ratio`; A at `lr`; both factors of embeddings at `embedding_lr`.
+        Biases have no weight decay.
+
+        Args:
+            lr: learning rate of A.
+            ratio: how many times as fast B learns.
+            weight_decay: of all but biases.
+            embedding_lr: learning rate at embeddings.
+
+        Raises:
+            UsageError: no trained tensor is a factor B.
+        """
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {
+            (lr, weight_decay): [], (embedding_lr, weight_decay): [], (lr * ratio, weight_decay): [],
+            (lr * ratio, 0.0): [],
+        }  # fmt: skip
+        named = list(self.named_parameters())
+        if not any(name.endswith(".B") for name, _ in named):
+            why = "no factor B is trained, for which LoRA+ has a learning rate"
+            raise UsageError(why, where=self.name, cure="Pass handle.parameters() to the optimizer")
+        homes = {id(leaf.tensor): leaf.module for leaf in self._leaves}
+        for name, parameter in named:
+            field = name.rpartition(".")[2]
+            fast = field == "B" or parameter.ndim == 1
+            if field in ("A", "B") and isinstance(homes[id(parameter)], nn.Embedding):
+                groups[embedding_lr, weight_decay].append(parameter)
+            else:
+                groups[lr * ratio if fast else lr, 0.0 if field == "bias" else weight_decay].append(parameter)
+        made = [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+        return [group for group in made if group["params"]]
+
     def adapter(self) -> Adapter:
         """Return the adapter with the values of now: detached copies, in the model's names and layouts.
+
+        Names of wrappers (`torch.compile`, DDP, checkpoint wrappers, PEFT) are left out of the targets.
 
         Under FSDP2 and tensor parallelism this gathers sharded tensors: call it in every process.
         """
         self._check()
-        return self._adapter.map(_copy)
+        now = self._adapter.map(_copy)
+        return now.replace(updates={self._plain(target): updates for target, updates in now.updates.items()})
+
+    def _plain(self, target: Target) -> Target:
+        """The target without the wrappers that stand around modules of the model."""
+        return replace(target, path=unwrapped(self._model, target.path))
 
     def remove(self) -> None:
         """Take the adapter off; the model's modules are what they were before."""
@@ -432,12 +498,9 @@ def handles(model: nn.Module) -> dict[str, Handle]:
     found: dict[str, Handle] = {}
     for path, module in model.named_modules():
         for handle in module.__dict__.get(HANDLES, ()):
-            path = ".".join(part for part in path.split(".") if part not in ("_orig_mod", "module", ""))
+            path = unwrapped(model, path)
             found[f"{path}:{handle.name}" if path else handle.name] = handle
     return found
 
-
-HANDLES = "_adapterkit_handles"
-"""The attribute of a model that lists the handles of its adapters, so that they are found and copied with it."""
 
 _KEEP = "Keep it injected instead"

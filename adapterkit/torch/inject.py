@@ -16,9 +16,11 @@ from ..errors import TargetNotFound, Unsupported, UsageError
 from ..formats._trained import as_trained
 from ..merging.fold import Fold
 from ..merging.ties import UNTIE, acting, parse_tied, same
-from ..names.ties import tie_of
+from ..naming.renames import Rename, parse_renames
+from ..naming.ties import tie_of
 from ..updates import Update
 from .context import ContextPart, parts_of
+from .dropout import check_dropout, dropout_of
 from .ears import Ear, words_of
 from .experts import with_experts
 from .handle import Handle
@@ -28,22 +30,25 @@ from .outputs import Outlet, Switch, outlet
 from .sizes import embedding_of
 from .station import Part, Station, names_of, station_at
 from .weights import tensor_at
+from .wrappers import unwrapped, wrapped
 
 
 def inject(
     model: nn.Module, adapter: Adapter, *, name: str = "default", weight: float = 1.0, trainable: bool = False,
-    freeze: bool = True, active: bool = True, experts: Sequence[Adapter] = (),
-    tied: str | Mapping[str, str] | None = None,
+    freeze: bool = True, dropout: float | None = None, active: bool = True, experts: Sequence[Adapter] = (),
+    tied: str | Mapping[str, str] | None = None, rename: str | Sequence[str] = (),
 ) -> Handle:  # fmt: skip
     """Attach an adapter: the model computes y + weight * (f(x) - y) at each target.
 
     The adapter's tensors become parameters (trained ones) and non-persistent buffers (all others) of the model, so
     that optimizers, Trainers, DDP, FSDP2 and `model.to()` find them. The base's module tree and the keys of its state
-    dict stay as they are; save the adapter through the handle.
+    dict stay as they are; save the adapter through the handle, or set `handle.checkpoint = "adapter"`: then the model's
+    state dict, which training frameworks save and load, holds the adapter instead of the base.
 
     Args:
-        model: any module tree; targets are its dotted names, or differ from them by one prefix. Token rows of an
-            embedding also change the layers that share its parameter, a tied head, as PEFT's forward does.
+        model: any module tree. Targets are its dotted names, or names that the resolver proves to be other names of
+            its modules, as in `adapterkit.merge`. Token rows of an embedding also change the layers that share its
+            parameter, a tied head, as PEFT's forward does.
         adapter: the adapter.
         name: what `route` calls it; one name, one adapter.
         weight: how much of its change is added.
@@ -51,41 +56,53 @@ def inject(
             the layer's dtype in forward.
         freeze: with `trainable=True`, set `requires_grad` of all parameters of the base to False, as every method
             assumes; `handle.remove()` restores it. Pass False to train the base along with the adapter.
+        dropout: with `trainable=True`, the probability that an input of a change is 0 while its module is in training
+            mode, as PEFT's `lora_dropout`; when not given, what `create` was told.
         active: False attaches it switched off; see `handle.set_active`.
         experts: what a router routes to, where its own file does not hold it (X-LoRA, Arrow): plain LoRA adapters, in
             the router's order.
         tied: which layers an update changes where an embedding and a head share their parameter, as in
             `adapterkit.merge`: `untie`, `merge`, or by kind. When not given, those that the tool which trained the
             adapter changed; an update of unknown origin changes the layer that it names.
+        rename: rules for names that cannot be told, as in `adapterkit.merge`.
 
     Raises:
         TargetNotFound: a target has no place in the model; names the nearest.
         ShapeMismatch: a shape does not fit.
         Unsupported: a layer cannot take the method, or not beside what is attached to it already.
-        UsageError: the name is taken, a router lacks its experts, or an unknown choice for `tied`.
+        UsageError: the name is taken, a router lacks its experts, an unknown choice for `tied`, or dropout that is no
+            probability.
 
     After an error nothing is attached.
     """
     adapter.validate()
     if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
+    adapter = wrapped(model, adapter)
+    drop = (dropout_of(adapter) if dropout is None else dropout) if trainable else 0.0
+    for _, update in adapter:
+        check_dropout(drop, type(update), update.method)
     adapter = with_experts(lambda: [name for name, _ in model.named_modules() if name], adapter, experts)
     adapter.validate()
+    rules = parse_renames(rename, [target.path for target in adapter.updates])
     weights, context = apart(adapter)
     if weight != 1 and context.updates:
         raise UsageError("context has no half measures", where=name, cure="Leave weight at 1")
     switch, registration = Switch(name, weight, active), Registration(model, name, trainable)
-    around = _contexts(model, context, switch, registration)
+    around = _contexts(model, context, switch, registration, rules)
     ear = Ear(switch, {word for _, update in weights for word in words_of(model, update)})
     attached: list[tuple[Station, Part]] = []
     held: dict[int, LiveUpdates] = {}
     given: dict[int, Update] = {}
-    sites = [_trained(model, site, adapter, given) for site in _sites(model, weights)]
+    sites = [_trained(model, site, adapter, given) for site in _sites(model, weights, rules)]
     shared = _tied(model, sites, adapter, parse_tied(tied))
     for site in [piece for whole in (*sites, *shared) for piece in _pieces(whole)]:
         holder, part = _part(model, site, switch, ear)
-        bound = registration.bind(site.updates, holder, _like(model, site, holder), str(site.target))
-        part = replace(part, bound=bound)
+        bound = registration.bind(site.updates, holder, _like(model, site, holder), _where(model, site.target))
+        part = replace(part, bound=bound, dropout=drop)
+        if drop and not part.direct:
+            why = "dropout where a module's weight is exchanged under its own forward"
+            raise Unsupported(why, where=str(site.target), cure="Pass dropout=0, or leave this target out")
         held[id(part)] = _as_given(bound, site.updates, given)
         station = next((s for s, _ in attached if s.module is holder), None) or station_at(holder)
         _check_together(station, [part, *(other for s, other in attached if s is station)])
@@ -108,6 +125,11 @@ def inject(
     handle = Handle(adapter, loaded, switch, list(dict.fromkeys(stations)), model, leaves)
     handle._enter(frozen=trainable and freeze)
     return handle
+
+
+def _where(model: nn.Module, target: Target) -> str:
+    """The target in the base's own names, for the names of its tensors: checkpoints outlive wrappers."""
+    return str(replace(target, path=unwrapped(model, target.path)))
 
 
 def _trained(model: nn.Module, site: Site, adapter: Adapter, given: dict[int, Update]) -> Site:
@@ -133,16 +155,16 @@ def _as_given(bound: LiveUpdates, updates: Sequence[Update], given: Mapping[int,
 
 
 def _contexts(
-    model: nn.Module, context: Adapter, switch: Switch, registration: Registration
+    model: nn.Module, context: Adapter, switch: Switch, registration: Registration, rules: Sequence[Rename]
 ) -> list[tuple[nn.Module, ContextPart]]:
     """Context updates by the modules that they are to be attached to."""
     names = {f"{name}.": () for name, _ in model.named_modules() if name}
-    found: dict[Any, Any] = find_parts(context, names, None)
+    found: dict[Any, Any] = find_parts(context, names, None, rules)
     around = []
     for target, updates in found.items():
         part = ContextPart(switch, target, LiveUpdates(updates))
         holder = parts_of(model, part)[0][0]
-        bound = registration.bind(updates, holder, _met(model, target), str(target))
+        bound = registration.bind(updates, holder, _met(model, target), _where(model, target))
         around += parts_of(model, replace(part, bound=bound))
     return around
 
@@ -156,15 +178,20 @@ def _met(model: nn.Module, target: Target) -> Tensor:
     return met
 
 
-def _sites(model: nn.Module, adapter: Adapter) -> list[Site]:
+def config_of_model(model: nn.Module) -> dict[str, Any] | None:
+    """The config of a live model of transformers as plain data; None for other models."""
+    config = getattr(model, "config", None)
+    return config.to_dict() if config is not None and hasattr(config, "to_dict") else None
+
+
+def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[Site]:
     held = [model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)]
     shapes = {name: tuple(tensor.shape) for tensors in held for name, tensor in tensors if not is_leaf_name(name)}
     shapes |= {f"{name}.weight": stored_shape(m) for name, m in model.named_modules() if Quantized.takes(m)}
-    config = getattr(model, "config", None)
-    words = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
+    words = config_of_model(model)
     try:
         modules = [name for name, _ in model.named_modules()]
-        placed = find_sites(adapter, shapes, partial=False, modules=modules, config=words).sites
+        placed = find_sites(adapter, shapes, partial=False, modules=modules, config=words, rename=rules).sites
     except TargetNotFound as error:
         _refuse_packed(model, adapter)
         raise error from None

@@ -52,8 +52,11 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         W: Any = self.module.weight
-        seen: Tensor = W.mT if self.layout == "in out *k" else W
-        return seen
+        return self.viewed(W)
+
+    def viewed(self, stored: Tensor) -> Tensor:
+        """A weight as the module stores it, seen as `[out, in, *k]`."""
+        return stored.mT if self.layout == "in out *k" else stored
 
     @property
     def bias(self) -> Tensor | None:

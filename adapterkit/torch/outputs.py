@@ -28,6 +28,9 @@ from .scopes import Scope
 Run = Callable[[Sequence[Any], dict[str, Any], "str | None"], Any]
 """A module's forward, by positional and named arguments, and the name of a norm inside it to leave out."""
 
+Parameters = Callable[[], Mapping[str, Tensor]]
+"""Name of a parameter of the module -> its value after the updates of weights that are attached there."""
+
 Beside = tuple[Tensor | None, dict[str, Any]]
 """A residual that a tap kept, and words of the model's call."""
 
@@ -182,10 +185,11 @@ class Call:
     """One call of a module; see `adapterkit.updates.OutputUpdate` for the words. Runs the module when it must."""
 
     def __init__(
-        self, module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, outlet: Outlet
-    ) -> None:
+        self, module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, outlet: Outlet,
+        parameters: Parameters,
+    ) -> None:  # fmt: skip
         self.module, self.layer, self.run, self.args, self.kwargs = module, layer, run, args, kwargs
-        self.outlet = outlet
+        self.outlet, self.parameters = outlet, parameters
         self.given: Tensor | None = None
         self.call: Mapping[str, Any] = {}
         self.x = args[0] if args else next(iter(kwargs.values()), None)
@@ -232,6 +236,20 @@ class Call:
 
     def zero_padded(self, x: Tensor, w: Tensor) -> Tensor:
         return self.layer.zero_padded(x, w) if self.layer else self.op(x, w)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight `[out, in, *k]` with which the module runs: after the updates of weights that are attached."""
+        if self.layer is None:
+            raise Unsupported("the module has no weight", cure="Target a linear layer, a convolution or an embedding")
+        changed = self.parameters().get("weight")
+        return self.layer.weight if changed is None else self.layer.viewed(changed)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias with which the module runs."""
+        changed = self.parameters().get("bias")
+        return changed if changed is not None else self.layer.bias if self.layer else None
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:
         return self.layer.mix(h, w) if self.layer else functional.linear(h, w)
@@ -283,13 +301,16 @@ class Change:
     call: Mapping[str, Any]
 
 
-def through(module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, changes: Sequence[Change]) -> Any:
+def through(
+    module: nn.Module, layer: Layer | None, run: Run, args: Any, kwargs: Any, changes: Sequence[Change],
+    parameters: Parameters,
+) -> Any:  # fmt: skip
     """y + sum of weight * (f(x) - y); the module runs once for all updates that see it end alike."""
     calls: dict[Any, Call] = {}
     for change in changes:
         ending = change.outlet.own, change.outlet.norm
         if ending not in calls:
-            calls[ending] = Call(module, layer, run, args, kwargs, change.outlet)
+            calls[ending] = Call(module, layer, run, args, kwargs, change.outlet, parameters)
     call = next(iter(calls.values()))
     if len(changes) == 1 and changes[0].weight == 1:
         return call.ended(_changed(call, changes[0]))

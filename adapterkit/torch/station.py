@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..chain import Composed
 from ..errors import AdapterkitError, Unsupported
 from ..updates import Additive, Update
 from .context import ContextPart, surround
+from .dropout import dropped_change
 from .ears import Ear, overheard
 from .layers import Difference, Layer, Quantized, layer_of, moved
 from .leaves import LiveUpdates
@@ -30,7 +32,7 @@ from .weights import changed_bias, changed_weight, settled, tensor_at
 class Part:
     """One target's updates at a station; `weight` and `bias` are parameters' paths below the station's module.
 
-    Updates of outputs are a part of their own, with an outlet.
+    Updates of outputs are a part of their own, with an outlet. `dropout` is the probability of the training.
     """
 
     switch: Switch
@@ -40,6 +42,7 @@ class Part:
     bias: str | None
     direct: bool
     outlet: Outlet | None = None
+    dropout: float = 0.0
 
     @property
     def updates(self) -> tuple[Update, ...]:
@@ -163,8 +166,9 @@ class Station:
             return self._weighed(inner, args, kwargs)
         try:
             return through(
-                self.module, self.layer, lambda a, k, w: self._weighed(inner, a, k, w), args, kwargs, changes
-            )
+                self.module, self.layer, lambda a, k, w: self._weighed(inner, a, k, w), args, kwargs, changes,
+                lambda: self.changed(inner),
+            )  # fmt: skip
         except AdapterkitError as error:
             raise error.at(where=str(next(part.target for part in parts if part.outlet))) from None
 
@@ -202,6 +206,8 @@ class Station:
         """
         if not all(part.direct for part in parts):
             return False
+        if self.module.training and any(part.dropout for part in parts):
+            return True
         laws = any(update.kind == "weight" for part in parts for update in part.updates)
         return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
 
@@ -335,6 +341,12 @@ class Entry:
 
 def _direct(layer: Layer, parts: list[Part], x: Tensor) -> Any:
     """y + sum of weight * (f(x) - y), the base computed once; one part of full weight is its formula alone."""
+    if layer.module.training and any(part.dropout for part in parts):
+        y = layer(x)
+        for part in parts:
+            live = partial(_live, layer=layer)
+            y = y + part.switch.weight * dropped_change(layer, part.updates, x, part.dropout, live)
+        return y
     if len(parts) == 1 and parts[0].switch.weight == 1:
         return _chain(layer, parts[0].updates)(x)
     y = base = layer(x)

@@ -21,6 +21,8 @@ class OutputUpdate(Update):
         the norm is part of.
     `layer.mix(h, w)`, `layer.per_channel(v)`, `layer.channel`: a 1x1 mix of channels, a vector in the shape that adds
         to the output, and the axis of the channels.
+    `layer.weight`, `layer.bias`: those that the layer runs with, the weight as `[out, in, *k]`; of a module without a
+        weight neither can be asked for.
     `layer.call`: what the model's own call received, by name: the words that the method `asks` for. Asking for one that
         the call lacks is an error. Three are more than the call said: `input_ids` begins with the tokens of a cache
         that the call goes on with, `hidden_states` is what the model's last layer gives without the adapter, and

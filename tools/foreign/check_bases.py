@@ -1,11 +1,14 @@
 """Merges PEFT adapters into tiny bases of many model types and compares with PEFT: right, refused or wrong.
 
-    python tools/foreign/check_bases.py [MODEL_TYPE...] [--keep FOLDER]
+    python tools/foreign/check_bases.py [MODEL_TYPE...] [--live] [--json FILE]
 
 A base is a tiny random model that transformers wrote by `save_pretrained`, as it is on hubs. The adapter is PEFT's, on
 every linear layer and on every stack of experts (`target_parameters`). adapterkit merges it; the result is loaded by
 transformers again. `right`: every parameter and the logits equal those of PEFT's model within 1e-4 of the largest.
 `refused`: adapterkit raised one of its errors. Anything else is `wrong`. A base of another family must be refused.
+
+With `--live` the adapter is injected into the live model instead of merged, under the names that PEFT gave it and under
+those that the base has on disk (`Adapter.bind`); the logits of both must equal those of PEFT's model.
 
 Needs transformers 5.24 and PEFT 0.21.2.
 """
@@ -20,7 +23,6 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent / "architectures"))
@@ -28,66 +30,13 @@ sys.path.insert(0, str(Path(__file__).parent / "architectures"))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from families import FAMILIES  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft_models import adapted, logits_of  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 import adapterkit  # noqa: E402
 from adapterkit.errors import AdapterkitError  # noqa: E402
 
 LIMIT = 1e-4
-
-
-def experts_of(model: torch.nn.Module) -> list[str]:
-    """Names of the 3-D parameters that PEFT adapts as stacks of experts."""
-    found = [name for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]
-    return [name for name in found if name.endswith(("gate_up_proj", "down_proj"))]
-
-
-def linears_of(model: torch.nn.Module) -> list[str]:
-    """Names of the linear layers, without heads and routers that share a tensor with an embedding."""
-    # PEFT refuses the output projection of Mamba, and subclasses of a linear layer that do more than one.
-    off = "out_proj" if "mamba" in repr(model).lower() else "?"
-    found = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "Linear" in type(m).__name__
-    ]
-    found += [(n, m) for n, m in model.named_modules() if isinstance(m, transformers.pytorch_utils.Conv1D)]
-    tied = {id(model.get_input_embeddings().weight)} if _embeds(model) else set()
-    return [n for n, m in found if id(m.weight) not in tied and not n.endswith(off)]
-
-
-def _embeds(model: Any) -> bool:
-    try:
-        return getattr(model.get_input_embeddings(), "weight", None) is not None
-    except NotImplementedError:
-        return False
-
-
-def adapted(model: Any) -> Any:
-    """PEFT's model with random factors at every linear layer and every stack of experts."""
-    torch.manual_seed(1)
-    config = LoraConfig(
-        r=2, lora_alpha=6, target_modules=linears_of(model), target_parameters=experts_of(model) or None,
-        init_lora_weights=False,
-    )  # fmt: skip
-    found = get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in found.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape) * 0.3)
-    return found.eval()
-
-
-def logits_of(model: Any) -> torch.Tensor | None:
-    """What the model gives for a few tokens; None for a model that does not take tokens alone."""
-    tokens = torch.arange(40, 52).reshape(2, 6)
-    for extra in ({}, {"decoder_input_ids": tokens[:, :3]}):
-        with torch.no_grad(), contextlib.suppress(Exception):
-            given = model(input_ids=tokens, **extra)
-            found = getattr(given, "logits", None)
-            found = getattr(given, "last_hidden_state", None) if found is None else found
-            if found is not None and torch.isfinite(found).all():
-                return found
-    return None
 
 
 def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[float, str]:
@@ -101,6 +50,39 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[f
         if not distance <= worst:
             worst, where = distance, name
     return worst, where
+
+
+def check_live(model_type: str, folder: Path) -> tuple[str, str]:
+    """(verdict, detail) of one model type, injected."""
+    base, adapter = folder / "base", folder / "adapter"
+    model = tiny(model_type)
+    model.save_pretrained(base)
+    kind = type(model)
+    plain = kind.from_pretrained(base, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False).eval()
+    peft = adapted(model)
+    peft.save_pretrained(adapter, save_embedding_layers=False)
+    expected = logits_of(peft)
+    if expected is None:
+        return "not run", "no logits"
+    given = adapterkit.read(adapter, base=base)
+    before = logits_of(plain)
+    largest, details = float(expected.abs().max()), []
+    for said, make in (("live", lambda: given), ("stored", lambda: given.bind(base))):
+        try:
+            handle = adapterkit.torch.inject(plain, make())
+        except AdapterkitError as error:
+            return "refused", f"{said}: {type(error).__name__}: {error}"
+        found = logits_of(plain)
+        handle.remove()
+        difference = float("inf") if found is None else float((expected - found).abs().max()) / largest
+        details.append(f"{said} {difference:.1e}")
+        if not difference <= LIMIT:
+            return "wrong", ", ".join(details)
+    effect = float((expected - before).abs().max()) / largest if before is not None else 0.0
+    after = logits_of(plain)
+    if before is None or after is None or not torch.equal(before, after):
+        return "wrong", "removing the adapter does not restore the model"
+    return ("right" if effect > LIMIT else "wrong"), f"{', '.join(details)} (the adapter's effect {effect:.1e})"
 
 
 def check(model_type: str, folder: Path) -> tuple[str, str]:
@@ -146,6 +128,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--live", action="store_true", help="inject instead of merging")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -157,7 +140,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 with contextlib.redirect_stderr(io.StringIO()):
-                    verdict, detail = check(model_type, Path(folder))
+                    verdict, detail = (check_live if arguments.live else check)(model_type, Path(folder))
             except Exception as error:  # A model type that cannot be built or run is counted apart.
                 verdict, detail = "not run", f"{type(error).__name__}: {str(error)[:140]}"
         counts[verdict] = counts.get(verdict, 0) + 1

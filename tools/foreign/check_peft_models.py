@@ -46,12 +46,9 @@ TOLERANCE = 1e-5
 _ROWS = (
     "the rows of each segment: k-means of singular vectors by scikit-learn gives them, which differs between machines"
 )
-_GROUPS = "a weight: A reads all groups, and PEFT divides by the norms of a matrix that is not the change"
 _PATCHES = "a weight that does the same: PEFT's forward turns overlapping patches of the input"
 
 LACKING: dict[str, str] = {
-    "Conv2d Groups LoRA with DoRA": _GROUPS,
-    "Conv2d Groups2 LoRA with DoRA": _GROUPS,
     **{f"Conv2d {n} OFT": _PATCHES for n in (1, 3, 4, 5)},
     **{f"Vanilla MLP {n} Adamss": _ROWS for n in (1, 2, 3, 4)},
     "Vanilla MLP 5 Adamss with custom params": _ROWS,

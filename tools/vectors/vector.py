@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +96,10 @@ def _output(case: Case, x: Array, W: Array, b: Array | None, beside: dict[str, A
     def layer(x: Array) -> Array:
         return apply(case.layer, x, W, b)
 
-    return methods.named(update.method).output(x, layer, **beside, **update.tensors, **update.attributes)
+    formula = methods.named(update.method).output
+    held = {"W": W, "b": b}
+    held = {name: held[name] for name in held.keys() & inspect.signature(formula).parameters.keys()}
+    return formula(x, layer, **held, **beside, **update.tensors, **update.attributes)
 
 
 def _merge(case: Case, W: Array, b: Array | None) -> Pair:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...names.image import ROOTS, Family, families, rooted, to_diffusers, to_native
+from ...naming.image import ROOTS, Family, families, rooted
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target, Updates
@@ -98,12 +98,12 @@ def decide(updates: Updates, targets: Collection[Target], naming: str, origin: O
     fitting = [family for family in families() if all(path in family for path in paths)]
     if not fitting:
         return None, "" if origin.naming == naming else _unknown(paths, naming)
-    fitting = _narrowed(fitting, lambda family: not family.generic)
+    fitting = _narrowed(fitting, lambda family: not family.facts.generic)
     fitting = _narrowed(fitting, lambda family: family.name in origin.families)
     if origin.naming:
         fitting = _narrowed(fitting, lambda family: all(path in family.names(origin.naming) for path in paths))
     fitting = _narrowed(fitting, lambda family: _possible(family, paths, updates, targets))
-    fitting = _narrowed(fitting, lambda family: bool(family.widths & _inputs(updates, targets)))
+    fitting = _narrowed(fitting, lambda family: not _inputs(updates, targets).isdisjoint(family.facts.widths))
     if len({_outcome(family, paths, naming) for family in fitting}) > 1:
         names = " or ".join(family.name for family in fitting)
         return None, f"its names are those of {names}, which are translated differently"
@@ -119,7 +119,9 @@ def _unknown(paths: Iterable[str], naming: str) -> str:
     best = max(families(), key=lambda family: sum(path in family for path in paths))
     odd = next(path for path in paths if path not in best)
     words = {"native": "its authors' naming", "diffusers": "diffusers' naming"}
-    return f"{odd} is a module of no family that can be translated into {words.get(naming, naming)}"
+    return (
+        f"{odd} is a module of no family that can be translated into {words.get(naming, 'the naming of this format')}"
+    )
 
 
 def _possible(family: Family, paths: Iterable[str], updates: Updates, targets: Iterable[Target]) -> bool:
@@ -127,14 +129,14 @@ def _possible(family: Family, paths: Iterable[str], updates: Updates, targets: I
     for path in paths:
         first, _, rest = path.partition(".")
         number = rest.partition(".")[0]
-        if number.isdigit() and int(number) >= family.blocks.get(first, 1 << 30):
+        if number.isdigit() and int(number) >= family.facts.blocks.get(first, 1 << 30):
             return False
     return all(_shaped(family, target, updates[target]) for target in targets) if family.ratios else True
 
 
 def _shaped(family: Family, target: Target, found: Iterable[Any]) -> bool:
     rest = rooted(target.path)[1]
-    patterns = family.native.patterns_of(rest)
+    patterns = family.names("native").patterns_of(rest)
     ratio = next((family.ratios[pattern] for pattern in patterns if pattern in family.ratios), None)
     if ratio is None or target.rows is not None:
         return True
@@ -151,7 +153,11 @@ def _inputs(updates: Updates, targets: Iterable[Target]) -> set[int]:
     return {size for size in sizes if isinstance(size, int)}
 
 
-def _outcome(family: Family, paths: Iterable[str], naming: str) -> tuple[Any, ...]:
+def _outcome(family: Family, paths: Collection[str], naming: str) -> tuple[Any, ...]:
     """What becomes of the names in the naming that is wanted."""
-    move = to_diffusers if naming == "diffusers" else to_native
-    return tuple(path if path in family.names(naming) else tuple(move(family, path)) for path in paths)
+    wanted = family.wanted(naming)
+    source = family.naming_of(paths, wanted)
+    return tuple(
+        path if source == wanted else family.moves(path, source or family.naming_of([path], wanted), wanted)
+        for path in paths
+    )

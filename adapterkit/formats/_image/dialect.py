@@ -74,11 +74,11 @@ class ImageFormat(Format, ABC):
 
     def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
         """The updates in the naming of its files, and those that cannot be; targets that are kept stay as they are."""
-        from .translate import in_diffusers, in_native
+        from .translate import in_diffusers, in_naming
 
         if self.naming == "diffusers":
             return in_diffusers(updates, kept, origin)
-        return in_native(updates, kept, origin, fold=fold) if self.naming else (dict(updates), [])
+        return in_naming(updates, self.naming, kept, origin, fold=fold) if self.naming else (dict(updates), [])
 
     def metadata(self, updates: Updates, hints: Hints, stems: Mapping[str, str]) -> tuple[Metadata, bool]:
         """The metadata to write, and whether they say the scalings, so that alphas are left out."""

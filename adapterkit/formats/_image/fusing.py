@@ -15,7 +15,7 @@ from ...methods.dense import Dense
 from ...methods.dora import DoRA
 from ...methods.lokr import LoKr
 from ...methods.lora import LoRA
-from ...names.pieces import Piece
+from ...naming.pieces import Run
 from ...tensors.dtypes import DTYPES
 from ...tensors.lazy import Lazy, as_array, as_lazy
 from ...updates import Update
@@ -77,16 +77,16 @@ def narrow(leaf: Leaf, axis: int, start: int, stop: int) -> Lazy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """An update of one piece of a fused weight."""
+    """An update of a run of rows of a fused weight."""
 
-    piece: Piece
+    run: Run
     update: Update
 
     @property
     def unit(self) -> int:
         """Rows that one part of the fused weight has."""
         out = cast(int, self.update.dims().get("out", 0))
-        return out // self.piece.parts if out % self.piece.parts == 0 else 0
+        return out // self.run.parts if out % self.run.parts == 0 else 0
 
 
 def joined(parts: Sequence[Part], *, fold: bool) -> tuple[Update | None, str]:
@@ -96,22 +96,22 @@ def joined(parts: Sequence[Part], *, fold: bool) -> tuple[Update | None, str]:
         parts: of distinct pieces.
         fold: scalings that differ may go into B, rounded.
     """
-    unit, of = parts[0].unit, parts[0].piece.of
+    unit, of = parts[0].unit, parts[0].run.of
     if not unit or any(part.unit != unit for part in parts):
         return None, "its parts are of sizes that do not make up the fused weight"
-    parts = sorted(parts, key=lambda part: part.piece.start)
-    rows = [(part.piece.start * unit, part.piece.stop * unit) for part in parts]
+    parts = sorted(parts, key=lambda part: part.run.start)
+    rows = [(part.run.start * unit, part.run.stop * unit) for part in parts]
     updates: list[Any] = [part.update for part in parts]
     if all(isinstance(update, Dense) and update.scaling == 1 for update in updates):
         return _dense(updates, rows, unit * of), ""
     shared = _shared(updates)
     if all(isinstance(update, DoRA) for update in updates):
-        if not shared or sum(part.piece.parts for part in parts) != of:
+        if not shared or sum(part.run.parts for part in parts) != of:
             return None, "dora on parts of a fused weight that do not share A, or not on all of them"
         lengths = place([(row, None, u.magnitude) for row, u in zip(rows, updates, strict=True)], (unit * of,))
         return updates[0].replace(B=_under(updates, rows, unit * of), magnitude=lengths), ""
     if shared and all(isinstance(update, LoRA) and update.bias is not None for update in updates):
-        if sum(part.piece.parts for part in parts) != of:
+        if sum(part.run.parts for part in parts) != of:
             return None, "lora with a bias on some parts of a fused weight"
         bias = place([(row, None, u.bias) for row, u in zip(rows, updates, strict=True)], (unit * of,))
         return updates[0].replace(B=_under(updates, rows, unit * of), bias=bias), ""

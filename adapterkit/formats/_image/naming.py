@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ...names.image import NAMINGS, component_of, families_of, is_not_xl, is_xl, rooted, to_diffusers
-from ...names.image import families as all_families
+from ...naming.image import component_of, families_of, rooted
+from ...naming.image import families as all_families
 from .deciding import Origin, denoiser_targets, families_of_all
 from .translate import in_diffusers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from ...adapter import Target, Updates
-    from ...names.patterns import Names
+    from ...naming.image import Family
     from ...updates import Update
 
 
@@ -44,7 +44,8 @@ def parts_of(path: str) -> list[str]:
     root, rest = rooted(path)
     component = component_of(path)
     before = f"{component}." if root and component else ""
-    return [before + name for family in families_of(rest, "native") for _, name in to_diffusers(family, rest)]
+    pieces = (piece for family in families_of(rest, "native") for piece in family.moves(rest, "native", "diffusers"))
+    return list(dict.fromkeys(before + piece.path for piece in pieces))
 
 
 def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
@@ -61,7 +62,7 @@ def in_one_naming(adapters: Sequence[Updates]) -> list[Updates]:
     names = [rooted(path)[1] for path in every]
     families = families_of_all(every)
     roots = {rooted(path)[0] for path in every}
-    same = any(all(name in _names(family, naming) for name in names) for family in families for naming in NAMINGS)
+    same = any(_family(family).naming_of(names) for family in families)
     if not families or (same and len(roots) == 1):
         return list(adapters)
     return [in_components(updates) if same else in_parts(updates, families) for updates in adapters]
@@ -73,25 +74,33 @@ def _check_families(adapters: Sequence[Sequence[str]]) -> None:
     Raises:
         UsageError: there is none; names the families.
     """
-    known = [(paths[0], frozenset(families_of_all(paths)), _kind(paths)) for paths in adapters if paths]
-    for place, families, kind in known[1:]:
-        first, others = known[0][1], families
-        alike = first & others if first and others else first == others
-        if not alike or (kind and known[0][2] and kind != known[0][2]):
-            names = [" or ".join(sorted(each)) or "an unknown family" for each in (first, others)]
-            if kind and known[0][2] and kind != known[0][2]:
-                names = [known[0][2], kind]
+    known = [(paths[0], frozenset(families_of_all(paths))) for paths in adapters if paths]
+    for place, others in known[1:]:
+        first = known[0][1]
+        if not _alike(first, others):
+            names = [_titles(each) or "an unknown family" for each in (first, others)]
             why = f"the adapters are of different models: {names[0]}, and {names[1]}"
             raise UsageError(
                 why, where=place, cure="Name adapters of one base; none of these changes what the others do"
             )
 
 
-def _kind(paths: Sequence[str]) -> str:
-    """Which of the U-Nets it is, that are one family."""
-    names = [rooted(path)[1] for path in paths]
-    return "Stable Diffusion XL" if is_xl(names) else "Stable Diffusion 1 or 2" if is_not_xl(names) else ""
+def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Whether one family has all names of both; a generic family counts where no other has all names of one."""
+    if not one or not other:
+        return one == other
+    special = [specific(names) for names in (one, other)]
+    return bool(special[0] & special[1] if all(special) else one & other)
 
 
-def _names(family: str, naming: str) -> Names:
-    return next(each for each in all_families() if each.name == family).names(naming)
+def specific(families: Collection[str]) -> frozenset[str]:
+    """The families without the generic ones."""
+    return frozenset(name for name in families if not _family(name).facts.generic)
+
+
+def _titles(families: frozenset[str]) -> str:
+    return " or ".join(sorted(_family(name).title for name in specific(families) or families))
+
+
+def _family(name: str) -> Family:
+    return next(each for each in all_families() if each.name == name)

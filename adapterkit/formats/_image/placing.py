@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from ...adapter import Target, Updates
 from ...errors import TargetNotFound, nearest
-from ...names.image import ROOTS, rooted
+from ...naming.image import ROOTS, rooted
 from ...updates import Update
 from .deciding import Origin, families_in
-from .translate import in_diffusers, in_native
+from .translate import in_naming
 from .underscores import modules_of
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def placed(updates: Updates, base: Checkpoint) -> dict[Target, tuple[Update, ...
     if lost is None:
         return found
     origin = Origin(families=families_in(base))
-    for move in (in_native, in_diffusers):
-        moved, _ = move({t: u for t, u in found.items() if t.path not in known}, (), origin)
+    for naming in ("native", "diffusers"):
+        moved, _ = in_naming({t: u for t, u in found.items() if t.path not in known}, naming, (), origin)
         there = {place: u for t, each in moved.items() for place, u in _placed(t, each, known).items()}
         if there and all(t.path in known for t in there):
             return {**{t: u for t, u in found.items() if t.path in known}, **there}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 from ...adapter import Target, Updates
 from ...methods.oft import OFT
-from ...names.image import Family, families_of, is_not_xl, is_xl, rooted, to_diffusers, to_native
-from ...names.pieces import Piece
+from ...naming.image import Family, families_of, rooted
+from ...naming.pieces import Piece, Run
 from ...updates import Update
 from .deciding import UNKNOWN, Origin, decide, denoiser_targets
 from .fusing import Part, joined, parted
@@ -18,31 +18,42 @@ Losses = list[tuple[Target, str]]
 
 
 def in_diffusers(updates: Updates, kept: Collection[str] = (), origin: Origin = UNKNOWN) -> tuple[Changed, Losses]:
-    """Updates at modules of the native namings moved to those of diffusers; and those that cannot be, with the reason.
+    """See `in_naming`; a norm's scale is the weight of a module in diffusers."""
+    updates = {_module(target, kept): found for target, found in updates.items()}
+    return in_naming(updates, "diffusers", kept, origin)
+
+
+def in_naming(
+    updates: Updates, naming: str, kept: Collection[str] = (), origin: Origin = UNKNOWN, *, fold: bool = False
+) -> tuple[Changed, Losses]:
+    """Move updates at modules of a U-Net or a transformer to the modules of another naming.
 
     Args:
         updates: the updates.
+        naming: the naming that is wanted; `kohya` is the one that sd-scripts flattens, whichever the family has there.
         kept: targets, as text, that stay as they are.
         origin: what is known of where their names come from.
+        fold: scalings of parts that differ may go into B.
+
+    Returns:
+        the updates, and those that cannot be moved, with the reason; these stay where they were.
     """
-    changed: Changed = {}
-    losses: Losses = []
-    updates = {_module(target, kept): found for target, found in updates.items()}
     targets = set(denoiser_targets(updates, set(kept)))
-    family, why = decide(updates, targets, "diffusers", origin) if targets else (None, "")
+    family, why = decide(updates, targets, naming, origin) if targets else (None, "")
+    if family is None:
+        return dict(updates), [(target, why) for target in updates if target in targets and why]
+    into = _Into(family, family.wanted(naming), fold)
+    source = family.naming_of([rooted(target.path)[1] for target in targets], origin.naming)
+    if origin.naming not in family.namings and into.naming in family.namings:
+        # Names that both namings have mean the wanted one, unless the file said which it has.
+        source = family.naming_of([rooted(target.path)[1] for target in targets], into.naming)
     for target, found in updates.items():
-        _, rest = rooted(target.path)
-        if target not in targets or family is None or rest in family.diffusers:
-            losses += [(target, why)] if target in targets and why else []
-            _add(changed, target, found)
-            continue
-        moved, reason = _parted(target, found, family)
-        if reason:
-            losses.append((target, reason))
-            _add(changed, target, found)
-        for place, update in moved:
-            _add(changed, place, (update,))
-    return changed, losses
+        if target in targets:
+            into.add(target, found, source)
+        else:
+            into.keep(target, found)
+    into.gather()
+    return into.changed, into.losses
 
 
 def _module(target: Target, kept: Collection[str]) -> Target:
@@ -52,144 +63,149 @@ def _module(target: Target, kept: Collection[str]) -> Target:
     return replace(target, path=path) if scale else target
 
 
-def _parted(target: Target, found: tuple[Update, ...], family: Family) -> tuple[list[tuple[Target, Update]], str]:
-    root, rest = rooted(target.path)
-    root = "" if not root else f"{family.component}."
-    pieces = to_diffusers(family, rest)
-    if not pieces:
-        return [], f"{family.name}: diffusers' name of this module is not known"
-    if len(pieces) == 1 and pieces[0][0].there is None:
-        return [(replace(target, path=root + pieces[0][1]), update) for update in found], ""
-    if pieces[0][0].there is not None:
-        turned = [_reordered(update, [(p.start, p.there or 0) for p, _ in pieces], pieces[0][0].of) for update in found]
-        if None in turned or target.rows is not None:
-            return [], "the order of its parts is another in diffusers, and they cannot be told apart"
-        return [(replace(target, path=root + pieces[0][1]), u) for u in turned if u is not None], ""
-    apart = target.rows is not None and all(isinstance(update, OFT) for update in found)
-    if apart and (whole := next((each for each in pieces if _is(target.rows, each[0])), None)):
-        return [(replace(target, path=root + whole[1], rows=None), update) for update in found], ""
-    moved = []
-    for update in found:
-        spans = _spans(target, update, [piece for piece, _ in pieces])
-        inside = [(span, each) for span, each in zip(spans, pieces, strict=True) if span is not None]
-        parts = parted(update, [span for span, _ in inside]) if inside else None
-        if parts is None:
-            return [], f"{update.method} on a fused weight, which cannot be parted"
-        places = [replace(target, path=root + name, rows=None) for _, (_, name) in inside]
-        moved += list(zip(places, parts, strict=True))
-    return moved, ""
+@dataclass
+class _Member:
+    """A part of a fused weight of the wanted naming: where it came from, its rows there, its update."""
+
+    origin: Target
+    run: Run
+    update: Update
 
 
-def _is(rows: tuple[int, int] | None, piece: Piece) -> bool:
-    """Whether rows are just those of a piece, however wide the fused weight is."""
+@dataclass
+class _Into:
+    """Collects the updates of one family in the wanted naming."""
+
+    family: Family
+    naming: str
+    fold: bool
+    changed: Changed = field(default_factory=dict)
+    losses: Losses = field(default_factory=list)
+    groups: dict[str, list[_Member]] = field(default_factory=dict)
+    origins: dict[Target, tuple[Update, ...]] = field(default_factory=dict)
+
+    def keep(self, target: Target, found: tuple[Update, ...]) -> None:
+        self.changed[target] = (*self.changed.get(target, ()), *found)
+
+    def lose(self, target: Target, found: tuple[Update, ...], why: str) -> None:
+        self.losses.append((target, why))
+        self.keep(target, found)
+
+    def add(self, target: Target, found: tuple[Update, ...], source: str) -> None:
+        """Move one target's updates, or collect them for the fused weight that they are a part of.
+
+        Args:
+            target: where they are.
+            found: the updates.
+            source: the naming of all targets; empty where they are of several.
+        """
+        root, rest = rooted(target.path)
+        if not source and rest in self.family.names(self.naming):
+            source = self.naming
+        source = source or self.family.naming_of([rest])
+        if source == self.naming:
+            return self.keep(target, found)
+        pieces = self.family.moves(rest, source, self.naming)
+        root = self._root(root)
+        if not pieces:
+            words = {"native": "its authors'", "diffusers": "diffusers'"}.get(self.naming, f"the {self.naming}")
+            return self.lose(target, found, f"{self.family.name}: {words} name of this module is not known")
+        first = pieces[0]
+        if len(pieces) == 1 and first.here.whole and first.there.whole:
+            return self.keep(replace(target, path=root + first.path), found)
+        if _is_order(pieces):
+            turned = [reordered(update, pieces) for update in found]
+            if None in turned or target.rows is not None:
+                return self.lose(target, found, "its parts have another order there, and they cannot be told apart")
+            return self.keep(replace(target, path=root + first.path), tuple(u for u in turned if u is not None))
+        return self._part(target, found, pieces, root)
+
+    def _root(self, root: str) -> str:
+        """The part of the pipeline in diffusers' words, if that is wanted."""
+        return f"{self.family.component}." if root and self.naming == "diffusers" else root
+
+    def _part(self, target: Target, found: tuple[Update, ...], pieces: tuple[Piece, ...], root: str) -> None:
+        if target.rows is not None and all(isinstance(update, OFT) for update in found):
+            exact = next((each for each in pieces if _is(target.rows, each.here) and each.there.whole), None)
+            if exact is not None:
+                return self.keep(replace(target, path=root + exact.path, rows=None), found)
+        parts: list[tuple[Piece, Update]] = []
+        for update in found:
+            if len(pieces) == 1 and pieces[0].here.whole:
+                parts.append((pieces[0], update))
+                continue
+            spans = _spans(target, update, pieces)
+            inside = [(span, piece) for span, piece in zip(spans, pieces, strict=True) if span is not None]
+            cut = parted(update, [span for span, _ in inside]) if inside else None
+            if cut is None:
+                return self.lose(target, found, f"{update.method} on a fused weight, which cannot be parted")
+            parts += [(piece, part) for (_, piece), part in zip(inside, cut, strict=True)]
+        self.origins[target] = found
+        for piece, update in parts:
+            path = root + piece.path
+            if piece.there.whole:
+                self.keep(replace(target, path=path, rows=None), (update,))
+            else:
+                self.groups.setdefault(path, []).append(_Member(target, piece.there, update))
+        return None
+
+    def gather(self) -> None:
+        """Put the parts of each fused weight together."""
+        for path, members in self.groups.items():
+            update, why = self._joined(path, members)
+            if update is not None:
+                self.keep(Target(path), (update,))
+            elif why:
+                for target in dict.fromkeys(member.origin for member in members):
+                    self.lose(target, self.origins[target], why)
+
+    def _joined(self, path: str, members: list[_Member]) -> tuple[Update | None, str]:
+        parts = [Part(member.run, member.update) for member in members]
+        if len({(member.run.start, member.run.stop) for member in members}) < len(members):
+            return None, "several updates on parts of a fused weight"
+        if all(isinstance(part.update, OFT) and part.unit for part in parts):
+            # A rotation of rows that does not reach the others; kohya has each part's blocks apart.
+            for member, part in zip(members, parts, strict=True):
+                rows = (part.run.start * part.unit, part.run.stop * part.unit)
+                self.keep(replace(member.origin, path=path, rows=rows), (member.update,))
+            return None, ""
+        return joined(parts, fold=self.fold)
+
+
+def _is_order(pieces: tuple[Piece, ...]) -> bool:
+    """Whether two namings have the same module with its parts in another order."""
+    first = pieces[0]
+    whole = len({piece.path for piece in pieces}) == 1 and sum(p.there.parts for p in pieces) == first.there.of
+    return whole and len(pieces) > 1
+
+
+def _is(rows: tuple[int, int] | None, run: Run) -> bool:
+    """Whether rows are just those of a run, however wide the fused weight is."""
     size = 0 if rows is None else rows[1] - rows[0]
-    return rows is not None and size % piece.parts == 0 and rows[0] == piece.start * (size // piece.parts)
+    return rows is not None and size % run.parts == 0 and rows[0] == run.start * (size // run.parts)
 
 
-def _spans(target: Target, update: Update, pieces: list[Piece]) -> list[tuple[int, int] | None]:
+def _spans(target: Target, update: Update, pieces: tuple[Piece, ...]) -> list[tuple[int, int] | None]:
     """The rows of each piece in the update's own counting; None for pieces that it does not reach."""
     dims = update.dims()
     out, in_ = dims.get("out"), dims.get("in")
-    of = pieces[0].of
+    of = pieces[0].here.of
     start, full = (0, out) if target.rows is None else (target.rows[0], of * in_ if isinstance(in_, int) else None)
     if not isinstance(full, int) or not isinstance(out, int) or full % of:
         return [None for _ in pieces]
     unit = full // of
-    spans = [(piece.start * unit - start, piece.stop * unit - start) for piece in pieces]
+    spans = [(piece.here.start * unit - start, piece.here.stop * unit - start) for piece in pieces]
     kept = [span if span[0] >= 0 and span[1] <= out else None for span in spans]
     return kept if sum(span[1] - span[0] for span in kept if span) == out else [None for _ in pieces]
 
 
-def _reordered(update: Update, moves: list[tuple[int, int]], of: int) -> Update | None:
+def reordered(update: Update, pieces: tuple[Piece, ...]) -> Update | None:
     """An update of a weight whose equal parts go from one place to another; None where its law cannot be cut."""
-    out = update.dims().get("out")
+    out, of = update.dims().get("out"), pieces[0].here.of
     if not isinstance(out, int) or out % of:
         return None
     unit = out // of
-    parts = parted(update, [(here * unit, (here + 1) * unit) for here, _ in moves])
+    parts = parted(update, [(piece.here.start * unit, piece.here.stop * unit) for piece in pieces])
     if parts is None:
         return None
-    pieces = [Piece("", there, there + 1, of) for _, there in moves]
-    return joined([Part(piece, part) for piece, part in zip(pieces, parts, strict=True)], fold=False)[0]
-
-
-def in_native(
-    updates: Updates, kept: Iterable[str] = (), origin: Origin = UNKNOWN, *, fold: bool = False
-) -> tuple[Changed, Losses]:
-    """Updates at modules of diffusers' naming moved to the native ones; and those that cannot be, with the reason.
-
-    Args:
-        updates: the updates.
-        kept: targets, as text, that stay as they are.
-        origin: what is known of where their names come from.
-        fold: scalings of parts that differ may go into B.
-    """
-    changed: Changed = {}
-    losses: Losses = []
-    targets = denoiser_targets(updates, set(kept))
-    family, why = decide(updates, targets, "native", origin) if targets else (None, "")
-    inside, paths = set(targets), [rooted(target.path)[1] for target in updates]
-    groups: dict[tuple[str, str], list[tuple[Target, Piece, tuple[Update, ...]]]] = {}
-    for target, found in updates.items():
-        root, rest = rooted(target.path)
-        if target not in inside or family is None or rest in family.native:
-            losses += [(target, why)] if target in inside and why else []
-            _add(changed, target, found)
-            continue
-        if there := _halves(to_native(family, rest)):
-            moves, name = there
-            turned = [_reordered(update, moves, len(moves)) for update in found]
-            if None not in turned and target.rows is None:
-                _add(changed, replace(target, path=root + name), tuple(u for u in turned if u is not None))
-                continue
-        places = _one_place(to_native(family, rest), paths)
-        if len(places) != 1:
-            several = "nothing tells which of several modules it is" if places else "its authors' naming is not known"
-            losses.append((target, f"{family.name}: {several}"))
-            _add(changed, target, found)
-            continue
-        ((piece, name),) = places
-        groups.setdefault((root, name), []).append((target, piece, found))
-    for (root, name), members in groups.items():
-        losses += _gather(changed, f"{root}{name}", members, fold)
-    return changed, losses
-
-
-def _gather(changed: Changed, path: str, members: list[tuple[Target, Piece, tuple[Update, ...]]], fold: bool) -> Losses:
-    """Adds the updates of the pieces of one native module."""
-    first, piece, found = members[0]
-    if piece.of == 1:
-        _add(changed, replace(first, path=path), found)
-        return []
-    if any(len(each) != 1 for _, _, each in members):
-        return [(first, "several updates on parts of a fused weight")]
-    if all(isinstance(each[0], OFT) and Part(piece, each[0]).unit for _, piece, each in members):
-        # A rotation of rows that does not reach the others; kohya has each part's blocks apart.
-        for target, piece, each in members:
-            unit = Part(piece, each[0]).unit
-            _add(changed, replace(target, path=path, rows=(piece.start * unit, piece.stop * unit)), each)
-        return []
-    update, why = joined([Part(piece, each[0]) for _, piece, each in members], fold=fold)
-    if update is None:
-        for target, _, each in members:
-            _add(changed, target, each)
-        return [(target, why) for target, _, _ in members]
-    _add(changed, Target(path), (update,))
-    return []
-
-
-def _halves(places: list[tuple[Piece, str]]) -> tuple[list[tuple[int, int]], str] | None:
-    """Where the parts of a module go that is the same in both namings but for their order."""
-    moves = [(piece.there, piece.start) for piece, _ in places if piece.there is not None]
-    return (sorted(moves), places[0][1]) if moves and len(moves) == len(places) else None
-
-
-def _one_place(places: list[tuple[Piece, str]], paths: list[str]) -> list[tuple[Piece, str]]:
-    """The place among two: the upsampler of the first level is the third of its block in XL, else the second."""
-    if len(places) < 2 or is_xl(paths) == is_not_xl(paths):
-        return places
-    return [each for each in places if each[1].endswith(".2.conv") == is_xl(paths)]
-
-
-def _add(changed: Changed, target: Target, found: tuple[Update, ...]) -> None:
-    changed[target] = (*changed.get(target, ()), *found)
+    return joined([Part(piece.there, part) for piece, part in zip(pieces, parts, strict=True)], fold=False)[0]

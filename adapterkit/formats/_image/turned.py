@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from ...adapter import Target, Updates
 from ...errors import Malformed, ShapeMismatch
 from ...methods.oft import OFT
-from ...names.image import component_of, families_of, rooted
+from ...naming.image import component_of, families_of, rooted
 from .file import AGAIN, Module
 
 PART = re.compile(r"oft_blocks\.(\d+)")

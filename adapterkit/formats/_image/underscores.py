@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ...errors import TargetNotFound, nearest
-from ...names.image import NAMINGS, ROOTS, Family, component_of, encoders, families, families_of, is_xl, rooted
-from ...names.patterns import flatten
+from ...naming.image import ROOTS, Family, component_of, encoders, families, families_of, is_xl, rooted
+from ...naming.patterns import flatten
 
 if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
@@ -69,7 +69,7 @@ def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
     if tag in ("lora_unet", "oft_unet", "lora_transformer", "lycoris"):
         for family in families():
             if family.component in _PARTS[tag]:
-                for naming in NAMINGS:
+                for naming in family.namings:
                     yield from (f"{family.component}.{name}" for name in family.names(naming).unflattened(flat))
     if tag in ("lora_te", "lora_te1", "lora_te2", "lycoris"):
         part = _PARTS[tag][-1]
@@ -89,7 +89,9 @@ def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str
 
 def _families(flat: str) -> Iterator[Family]:
     # FLUX.2 has FLUX.1's names, but no T5.
-    fitting = [family for family in families() if family.name in _ARCHITECTURES and family.native.unflattened(flat)]
+    fitting = [
+        family for family in families() if family.name in _ARCHITECTURES and family.names("native").unflattened(flat)
+    ]
     yield from fitting if len(fitting) == 1 else ()
 
 
@@ -116,7 +118,7 @@ def modules_of(base: Checkpoint) -> list[str]:
 def _near(flat: str, walked: Mapping[str, object] | None) -> str:
     if walked is not None:
         return nearest(flat, walked) or "Is this the base that the adapter was trained on?"
-    known = {flatten(p) for family in families() for naming in NAMINGS for p in family.names(naming).patterns}
+    known = {flatten(p) for family in families() for naming in family.namings for p in family.names(naming).patterns}
     shape = re.sub(r"(?<![^_])\d+(?![^_])", "#", flat)
     near = nearest(shape, {name for name in known if name[:4] == shape[:4]})
     return f"{near}{'. ' if near else ''}Pass base=, whose names are walked"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import Malformed
 from ...methods import METHODS
-from ...names.layouts import stored_in_out
+from ...naming.layouts import stored_in_out
 from ...tensors.lazy import Lazy
 from .._format import FORMULA
 

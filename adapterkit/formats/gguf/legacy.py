@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...adapter import Adapter, Step, Target
 from ...errors import ShapeMismatch, UsageError
 from ...methods.lora import LoRA
-from ...names.heads import undone
+from ...naming.heads import undone
 from ...tensors.arrange import turned
 from ...tensors.ggla import read_ggla
 from .._pairs import DAMAGED, check_factors, grouped, in_row_order

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ...adapter import Target
 from ...errors import Unrepresentable, Unsupported, UsageError
 from ...methods.alora import ALoRA
-from ...names.gguf import ARCHITECTURES, OF_MODEL, Architecture
-from ...names.heads import heads_of, rope_pairs
-from ...names.tables import Names, modules_of
+from ...naming.gguf import ARCHITECTURES, OF_MODEL, Architecture
+from ...naming.heads import heads_of, rope_pairs
+from ...naming.tables import Names, modules_of
 from ...tensors.arrange import stacked, turned
 from ...tensors.lazy import Lazy, as_lazy
 from .._pairs import Pairs, in_row_order, unfit

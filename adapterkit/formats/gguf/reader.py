@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...adapter import Adapter, Foreign, Step, Target
 from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported
 from ...methods.lora import LoRA
-from ...names.heads import undone
+from ...naming.heads import undone
 from ...tensors.arrange import item, turned
 from ...tensors.gguf import Gguf, Value
 from .._pairs import DAMAGED, check_factors, grouped, in_row_order, pair

@@ -10,10 +10,10 @@ from ...adapter import Adapter, Foreign, Step, Target
 from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported
 from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
-from ...names.experts import Experts
-from ...names.mlx import EXPERTS
-from ...names.tables import modules_of, without_prefix
-from ...names.ties import EMBEDDINGS
+from ...naming.experts import Experts
+from ...naming.mlx import EXPERTS
+from ...naming.tables import modules_of, without_prefix
+from ...naming.ties import EMBEDDINGS
 from ...tensors import safetensors
 from ...tensors.arrange import item, turned
 from ...tensors.lazy import Lazy

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterkitError, StorageError, UsageError
-from ...names.tinker import is_tinker
+from ...naming.tinker import is_tinker
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
 from ...tensors.checkpoint import read_json

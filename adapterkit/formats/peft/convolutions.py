@@ -11,6 +11,9 @@ import math
 from typing import TYPE_CHECKING
 
 from ...errors import Unsupported
+from ...methods._grouped import AcrossGroups
+from ...methods.dora import DoRA
+from ...methods.grouped_dora import GroupedDoRA
 from ...methods.grouped_lora import GroupedLoRA
 from ...methods.ia3 import IA3
 from ...methods.lora import LoRA
@@ -49,7 +52,10 @@ def zero_padded(update: Update, layer: LayerFacts) -> Update:
         return update
     if isinstance(update, LoRA):
         return GroupedLoRA(A=update.A, B=update.B, bias=update.bias, scaling=update.scaling, zero_padded=True)
-    if isinstance(update, GroupedLoRA):
+    if isinstance(update, DoRA):
+        pair = {name: getattr(update, name) for name in ("A", "B", "magnitude", "scaling")}
+        return GroupedDoRA(**pair, zero_padded=True)
+    if isinstance(update, AcrossGroups):
         return update.replace(zero_padded=True)
     why = (
         f"{update.method} at a convolution with {layer.padding}: PEFT trains it with zeros around the input, "

@@ -20,7 +20,7 @@ from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
-from ...names.layouts import stored_in_out
+from ...naming.layouts import stored_in_out
 from ...tensors.lazy import Lazy, bytes_of
 from .config import names_module, parse_version, written_by_unsloth
 from .factors import Factors, adapt, check_rank

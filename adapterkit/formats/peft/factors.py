@@ -106,20 +106,31 @@ def check_rank(factors: Factors, rank: int, experts: int = 1, groups: int = 1) -
 
 
 def adapt(
-    settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0, *, embedding: bool = False
-) -> Update:
-    """The update whose law and scaling the config gives to the module or parameter `name`, `times` over."""
+    settings: Settings, name: str, tensors: Mapping[str, Lazy], times: float = 1.0,
+    *, embedding: bool = False, by_formula: bool = False,
+) -> Update:  # fmt: skip
+    """Return the update of the module or parameter `name`, by the config's method and `times` its scaling.
+
+    Args:
+        settings: the config.
+        name: of the module or parameter, in the base.
+        tensors: field of the update -> tensor.
+        times: factor of the scaling.
+        embedding: the module is an embedding.
+        by_formula: as in the paper, where PEFT's forward departs from it.
+    """
     method = _method(settings, tensors, embedding)
     if method == "alora":
         tensors = {**tensors, "invocation": _numbers(tuple(settings.alora_invocation_tokens or ()))}
     if method == "arrow":
         return _router(settings.arrow_config, tensors, settings.scaling(name))
-    return make(method, tensors, scaling=settings.scaling(name) * times)
+    update = make(method, tensors, scaling=settings.scaling(name) * times)
+    return update.replace(regrouped=not by_formula) if method == "grouped_dora" else update
 
 
 def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) -> str:
     if "magnitude" in tensors:
-        return "dora"
+        return "grouped_dora" if _in_groups(tensors) else "dora"
     if "R" in tensors:
         return "lora_xs"
     if "diag" in tensors:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from ...errors import Malformed, ShapeMismatch, Unsupported
+from ...errors import Malformed, ShapeMismatch
 from .._format import Departure
 from . import experts, merged_linear
 from .convolutions import zero_padded
@@ -30,10 +30,15 @@ DEPARTURES = {
         "with lora_bias, the bias of the input projection of nn.MultiheadAttention has no effect",
         "it is added to the projection's bias",
     ),
+    "grouped_dora_norm": Departure(
+        "DoRA at a convolution in groups divides by the norms of another matrix than the one that it computes with: "
+        "that of W and B @ A with the numbers of B read as [out / groups, r]",
+        "it divides by the norms of the kernels over all channels that it computes with",
+    ),
     "convolution_padding": Departure(
         "at a convolution whose padding_mode is not zeros, or with a dilation and padding=same, which only a live "
-        "layer tells: lora_A reads zeros around the input and is not dilated; methods other than LoRA are refused "
-        "there",
+        "layer tells: lora_A reads zeros around the input and is not dilated; methods other than LoRA and DoRA are "
+        "refused there",
         "the change of the weight, with the padding and the dilation of the layer, as PEFT merges it",
         zero_padded,
     ),
@@ -50,7 +55,6 @@ def decode(file: File) -> Findings:
     Raises:
         Malformed: a tensor's partner is missing, or the config knows nothing of it.
         ShapeMismatch: shapes disagree with each other or with the config's ranks.
-        Unsupported: DoRA of a convolution in groups.
     """
     yield from (Kept(key) for key in file.tensors if key.part.startswith(TRAINING))
     modules: list[Factors] = []
@@ -88,7 +92,7 @@ def _module(file: File, factors: Factors, attentions: Collection[str]) -> Findin
         times = 1.0 if name == path else OUTPUT_TIMES
     if path == name and path in attentions:
         path = f"{path}.in_proj_weight"
-    update = adapt(file.settings, name, tensors, times, embedding=factors.embedding)
+    update = adapt(file.settings, name, tensors, times, embedding=factors.embedding, by_formula=file.by_formula)
     if update.method == "arrow":
         idle = {field: f"idle_{field}" for field in keys if f"idle_{field}" in update.tensors}
         keys = {idle.get(field, field): key for field, key in keys.items()}
@@ -114,12 +118,7 @@ def _check_plain(factors: Factors, rank: int) -> None:
     if factors.key.depth:
         why = "nested as for parameters, and target_parameters names none here"
         raise Malformed(why, where=factors.key.text, cure="The config is not of this file")
-    groups = _groups(factors)
-    check_rank(factors, rank, groups=groups)
-    if groups > 1 and "magnitude" in factors.tensors:
-        why = "DoRA of a convolution in groups: PEFT divides by the norms of another matrix than that of the change"
-        cure = "Leave convolutions in groups out of target_modules, or train them without use_dora"
-        raise Unsupported(why, where=factors.keys["magnitude"].text, cure=cure)
+    check_rank(factors, rank, groups=_groups(factors))
 
 
 def _groups(factors: Factors) -> int:

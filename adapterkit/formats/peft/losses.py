@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
+from ...methods._grouped import AcrossGroups
 from ...methods.dora import DoRA
-from ...methods.grouped_lora import GroupedLoRA
+from ...methods.grouped_dora import GroupedDoRA
 from ...methods.ia3 import IA3
 from ...methods.lora import LoRA
 from ...methods.rows import Rows
@@ -27,7 +28,7 @@ def find_losses(updates: Updates, base: Checkpoint | None, by_formula: bool = Fa
     """Every update that a PEFT file has no words for, each once; `by_formula` as for reading it."""
     found: dict[tuple[Target, int], str] = {}
     parties = (_biases(updates, base, by_formula), _attentions(updates), _families(updates, base))
-    for losses in (_alone(updates, base), _together(updates), *parties):
+    for losses in (_alone(updates, base, by_formula), _together(updates), *parties):
         for target, position, why in losses:
             found.setdefault((target, position), why)
     return [(target, position, why) for (target, position), why in found.items()]
@@ -59,11 +60,11 @@ def _position(method: type[Update]) -> int:
     return next(i for i, family in enumerate(FAMILIES.values()) if method in family.methods())
 
 
-def _alone(updates: Updates, base: Checkpoint | None) -> Iterator[Loss]:
+def _alone(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Iterator[Loss]:
     method, paths = acting_method(updates), lora_paths(updates)
     for target, found in updates.items():
         for position, update in enumerate(found):
-            why = _why_not(target, update, method) or _why_not_there(target, update, paths, base)
+            why = _why_not(target, update, method) or _why_not_there(target, update, paths, base, by_formula)
             if why:
                 yield target, position, why
 
@@ -82,17 +83,20 @@ def _why_not(target: Target, update: Update, method: type[Update] | None) -> str
     return ""
 
 
-def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkpoint | None) -> str:
+def _why_not_there(target: Target, update: Update, paths: set[str], base: Checkpoint | None, by_formula: bool) -> str:
     adapts = isinstance(update, PAIRS)
     if target.stacked and not (isinstance(update, LoRA) and update.bias is None and "." in target.path):
         return f"{update.method} on stacked experts, but for plain LoRA on a module's parameter"
     if adapts and 0 in next(iter(update.tensors.values())).shape:
         return f"{update.method} of rank 0"
-    if isinstance(update, GroupedLoRA) and (len(update.A.shape) < 3 or update.A.shape[0] == update.B.shape[1]):
-        return "grouped_lora of one group, which is a plain LoRA"
+    if isinstance(update, AcrossGroups) and (len(update.A.shape) < 3 or update.groups == 1):
+        return f"{update.method} of one group, which is a plain {update.method.removeprefix('grouped_')}"
+    if isinstance(update, GroupedDoRA) and update.regrouped == by_formula:
+        norms = "of the matrix that PEFT divides by" if update.regrouped else "of its own kernels"
+        return f"{update.method} with the norms {norms}, which a file read as this one is does not mean"
     if isinstance(update, (LoRA, DoRA)) and target.layout == "in out *k" and len(update.tensors["A"].shape) > 2:
         return f"{update.method} on a transposed convolution"
-    apart = isinstance(update, (DoRA, GroupedLoRA, *LINEAR, *RESIDUAL, *ROUTED))
+    apart = isinstance(update, (DoRA, AcrossGroups, *LINEAR, *RESIDUAL, *ROUTED))
     if apart and (is_parameter(target, paths, base) or config_name(target, paths) != target.path):
         return f"{update.method} on a parameter or an attention"
     if isinstance(update, (*RESIDUAL, *ROUTED)) and is_embedding(target):

@@ -9,6 +9,7 @@ from ...methods.alora import ALoRA
 from ...methods.arrow import Arrow
 from ...methods.bdlora import BDLoRA
 from ...methods.dora import DoRA
+from ...methods.grouped_dora import GroupedDoRA
 from ...methods.grouped_lora import GroupedLoRA
 from ...methods.ia3 import IA3
 from ...methods.kasa import KaSA
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ...adapter import Target
     from ...updates import Update
 
-PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA, GroupedLoRA)
+PAIRS = (LoRA, DoRA, KaSA, BDLoRA, ALoRA, Arrow, OLoRA, PiSSA, GroupedLoRA, GroupedDoRA)
 """The methods."""
 
 BESIDE = (*PAIRS, IA3, Replacement, Rows)
@@ -44,7 +45,13 @@ RESIDUAL = (OLoRA, PiSSA)
 OUTPUT_TIMES = 2.0
 """How often PEFT's forward adds the change of an attention's output projection."""
 
-TOGETHER: tuple[tuple[type[Update], ...], ...] = ((LoRA, BDLoRA), (LoRA, OLoRA), (LoRA, PiSSA), (LoRA, GroupedLoRA))
+TOGETHER: tuple[tuple[type[Update], ...], ...] = (
+    (LoRA, BDLoRA),
+    (LoRA, OLoRA),
+    (LoRA, PiSSA),
+    (LoRA, GroupedLoRA),
+    (DoRA, GroupedDoRA),
+)
 """Those that one file can hold beside each other."""
 
 _KASA = {"beta": 1e-4, "gamma": 1e-3}
@@ -76,7 +83,7 @@ def law_fields(updates: dict[str, Any], before: Mapping[str, Any]) -> dict[str, 
     residual = next((kind.__name__.lower() for kind in RESIDUAL if kind in kinds), None)
     was = str(before.get("init_lora_weights")).lower() in (kind.__name__.lower() for kind in RESIDUAL)
     return {
-        "use_dora": DoRA in kinds,
+        "use_dora": bool(kinds & {DoRA, GroupedDoRA}),
         "lora_bias": any(isinstance(update, BIASED) and update.bias is not None for update in updates.values()),
         "kasa_config": (before.get("kasa_config") or _KASA) if KaSA in kinds else None,
         "use_bdlora": _blocks(updates) if BDLoRA in kinds else None,

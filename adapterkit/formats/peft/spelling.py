@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ...methods.ia3 import IA3
 from ...methods.replacement import Replacement
 from ...methods.rows import Rows
-from ...names.layouts import IN_OUT
+from ...naming.layouts import IN_OUT
 from ...tensors.lazy import Lazy, as_lazy
 from . import ln_tuning
 from .experts import depths, told_apart, unstack

@@ -33,7 +33,9 @@ SIZES: dict[str, Any] = {
     "index_head_dim": 8, "index_n_heads": 2, "index_topk": 4, "resampler_n_latents": 4, "mm_tokens_per_image": 4,
     "pixel_shuffle_ratio": 0.5,  "max_window_layers": 1,
     "rotary_dim": 4, "num_global_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "moe_latent_size": None,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "moe_latent_size": None, "qk_head_dim": 12,
+    "encoder_hidden_size": 32, "patch_embed_hidden_size": 48, "latent_query_num": 2, "projection_size": 32,
+    "num_query_tokens": 2,
 }  # fmt: skip
 """Field of a config -> a small value; fields that a config does not have are left out."""
 
@@ -44,11 +46,14 @@ TOKENS = (
     "image_start_token_id", "image_end_token_id", "unk_token_id", "mask_token_id", "image_break_token_id",
 )  # fmt: skip
 
+MROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}
+VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "latent_channels": 32, "resolution": 16}
+
 OWN: dict[str, dict[str, Any]] = {
-    "longcat_flash": {"zero_expert_num": 2},
+    "longcat_flash": {"zero_expert_num": 2, "head_dim": 4, "num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
-    "esm": {"vocab_size": 96},
+    "esm": {"vocab_size": 96, "pad_token_id": 1, "mask_token_id": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "ministral": {"head_dim": 8},
@@ -94,8 +99,13 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
     "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_layer_end_index": 1, "moe_k": 2, "moe_capacity": [4, 4, 4]},
-    "granitemoehybrid": {"layer_types": ["full_attention", "mamba"], "mamba_n_groups": 1},
-    "dbrx": {"max_seq_len": 64},
+    "granitemoehybrid": {"layer_types": ["full_attention", "linear_attention"], "mamba_n_groups": 1},
+    "dbrx": {
+        "max_seq_len": 64,
+        "attn_config.rope_theta": 10000.0,
+        "attn_config.kv_n_heads": 2,
+        "attn_config.clip_qkv": 8.0,
+    },
     "llava": {"vision_feature_layer": -1},
     "vipllava": {"vision_feature_layers": [-1, -1]},
     "llava_onevision": {"vision_feature_layer": -1},
@@ -109,9 +119,16 @@ OWN: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0, 0.0],
         "layer_types": ["sliding_attention", "full_attention"],
         "num_kv_shared_layers": 0,
+        "intermediate_size": [48, 48],
     },
     "nemotron_h": {"hybrid_override_pattern": "M*"},
-    "zamba2": {"hybrid_layer_ids": [1]},
+    "zamba2": {
+        "hybrid_layer_ids": [1],
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "chunk_size": 8,
+        "mamba_headdim": 8,
+    },
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 8},
     "vit_mae": {
         "decoder_hidden_size": 32,
@@ -129,7 +146,32 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "opt": {"ffn_dim": 48},
     "gptj": {"rotary_dim": 4},
-    "deepseek_v3": {"n_group": 1},
+    "deepseek_v2": {"head_dim": 4, "num_key_value_heads": 4, "num_experts_per_tok": 2},
+    "blip-2": {"image_token_index": 5},
+    "instructblip": {"image_token_index": 5},
+    "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_stages": 4},
+    "deepseek_v3": {"n_group": 1, "head_dim": 4, "num_key_value_heads": 4},
+    "glm4_moe_lite": {"head_dim": 4, "num_key_value_heads": 4},
+    "qwen2_vl_text": {"rope_parameters": MROPE},
+    "qwen2_5_vl_text": {"rope_parameters": MROPE},
+    "glm4v_text": {"rope_parameters": MROPE},
+    "glm4v_moe_text": {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16], "rope_parameters": MROPE},
+    "chameleon": {"vocabulary_map": {"<image>": 90, **{f"IMGIMG{letter}Z": 91 + n for n, letter in enumerate("AB")}}},
+    "chameleon_vqgan": VQ,
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 90,
+            "<|extra_200|>": 91,
+            **{f"<|visual token {n:06}|>": 92 + n for n in range(4)},
+        },
+    },
+    "emu3_vqgan": {**VQ, "codebook_size": 4, "latent_channels": 4, "embed_dim": 4, "temporal_downsample_factor": 2},
+    "molmo2": {"adapter_config.vision_feature_layer": [1, 0], "adapter_config.vit_layers": [1, 0]},
+    "wav2vec2-bert": {"vocab_size": 96, "feature_projection_input_dim": 16, "position_embeddings_type": None},
+    "bamba": {"attn_layer_indices": [1], "layer_types": ["linear_attention", "full_attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
+    "minicpm3": {"head_dim": 4, "num_key_value_heads": 4},
     "phi": {"partial_rotary_factor": 0.5},
     "llama4_vision_model": {
         "vision_output_dim": 32,
@@ -161,6 +203,9 @@ def small_config(model_type: str) -> PretrainedConfig:
 
 
 def _shrink(config: PretrainedConfig) -> None:
+    # Gemma 4 has heads of several sizes, and refuses to tell one unless it is asked this way.
+    if hasattr(config, "allow_global_per_layer_attribute_access"):
+        config.allow_global_per_layer_attribute_access = True
     names = [name for name in vars(config) if not name.startswith("_")]
     mapped = getattr(type(config), "attribute_map", {})
     for name in names:
@@ -194,6 +239,10 @@ def _shrink(config: PretrainedConfig) -> None:
 
 
 def _set(config: PretrainedConfig, name: str, value: Any) -> None:
+    inner, _, rest = name.partition(".")
+    if rest:
+        _set(getattr(config, inner), rest, value)
+        return
     try:
         setattr(config, name, value)
     except (AttributeError, NotImplementedError):

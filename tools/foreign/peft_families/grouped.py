@@ -1,4 +1,4 @@
-"""LoRA of convolutions in groups, of which A reads all channels."""
+"""LoRA and DoRA of convolutions in groups, of which A reads all channels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from adapterkit.methods import METHODS
 
 CASES = {
     "lora_groups": ("Grouped", LoraConfig(r=4, lora_alpha=3, target_modules=["one", "two", "plain"], lora_bias=True)),
+    "dora_groups": ("Grouped", LoraConfig(r=4, lora_alpha=3, target_modules=["one", "two", "plain"], use_dora=True)),
 }
 
 
@@ -20,4 +21,8 @@ def update_of(_path: str, module: Any, _config: Any) -> Any:
         return None
     A, B = module.lora_A["default"].weight, module.lora_B["default"]
     flat = B.weight.flatten(1)
+    magnitude = getattr(module.lora_magnitude_vector, "default", None) if module.lora_magnitude_vector else None
+    if magnitude is not None:
+        held = {"A": A, "B": flat, "magnitude": magnitude.weight.flatten()}
+        return METHODS["grouped_dora"](**held, scaling=module.scaling["default"], regrouped=True)
     return METHODS["grouped_lora"](A=A, B=flat, bias=B.bias, scaling=module.scaling["default"])

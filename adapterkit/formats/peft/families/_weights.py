@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ....errors import ShapeMismatch, UsageError
-from ....names.layouts import stored_in_out
+from ....naming.layouts import stored_in_out
 from ..file import base_shape
 from ..patterns import matches
 from ..spelling import is_embedding

@@ -13,7 +13,7 @@ import msgspec
 
 from ....errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ....methods.tinylora import TinyLoRA
-from ....names.orders import declared_by, in_order
+from ....naming.orders import declared_by, in_order
 from ....tensors.dtypes import DTYPES
 from ....tensors.lazy import Lazy, as_lazy
 from ..file import File, Findings, Found, make

@@ -26,7 +26,8 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     Attributes:
         name: template of a module, or of a parameter, with holes such as `{n}` for numbers; `{e}` is an expert's.
         stacked: all experts lie in one tensor, along its first axis.
-        part: which of `of` equal runs of rows of the tensor the weight is; None where it is the whole tensor.
+        part: the first of `of` equal runs of rows of the tensor that the weight is; None where it is the whole tensor.
+        parts: how many of these runs the weight is.
         of: how many equal runs of rows the tensor has.
         transposed: the tensor is stored with inputs before outputs.
         rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side.
@@ -36,10 +37,37 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     name: str
     stacked: bool = False
     part: int | None = None
+    parts: int = 1
     of: int | None = None
     transposed: bool = False
     rows: str | None = None
     heads: str | None = None
+
+
+class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The facts of a family that is a part of a pipeline of diffusers: what it is called, and how it is recognised.
+
+    Attributes:
+        component: the part: `unet` or `transformer`.
+        title: the family's name in messages; its file's name where there is none.
+        classes: values of `_class_name` in the config of a diffusers model.
+        kohya: the naming that sd-scripts and tools like it flatten into their keys.
+        distinctive: no language model has such names, so that they tell the part without a prefix.
+        generic: the names have any numbers of blocks; the family is meant only where no other has all names.
+        widths: inputs of its blocks in the models that were published.
+        blocks: first word of a name -> how many blocks the largest published model has.
+        ratios: weight -> its outputs by its inputs.
+    """
+
+    component: str = "transformer"
+    title: str = ""
+    classes: list[str] = []
+    kohya: str = "native"
+    distinctive: bool = False
+    generic: bool = False
+    widths: list[int] = []
+    blocks: dict[str, int] = {}
+    ratios: dict[str, float] = {}
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,6 +81,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keyed: list[str] = []
     vocabulary: list[str] = []
     tied: dict[str, str] = {}
+    pipeline: Pipeline | None = None
 
 
 class Architecture:
@@ -77,6 +106,8 @@ class Architecture:
         found = self.record.weights[weight].get(naming)
         if found is None:
             return Place(weight) if naming in self.record.keyed else None
+        if found == "":
+            return None
         return Place(found) if isinstance(found, str) else found
 
     def find(self, name: str, naming: str) -> list[tuple[str, Place, dict[str, str]]]:
@@ -98,7 +129,7 @@ class Architecture:
             for weight in self.record.weights:
                 place = self.place(weight, naming)
                 if place is not None:
-                    key = shape_of(_HOLE.sub("0", place.name))
+                    key = shape_of(HOLE.sub("0", place.name))
                     index.setdefault(key, []).append((weight, place, tuple(place.name.split("."))))
             self._indexes[naming] = index
         return self._indexes[naming]
@@ -143,6 +174,24 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
 
 
 @cache
+def of_pipelines() -> tuple[Architecture, ...]:
+    """The families that are parts of pipelines of diffusers, generic ones last.
+
+    Raises:
+        Malformed: a file is damaged.
+    """
+    files = (file for file in sorted(folder().glob("*.toml")) if b"\n[pipeline]" in file.read_bytes())
+    found = [_loaded(file) for file in files]
+    return tuple(sorted(found, key=lambda each: each.record.pipeline is not None and each.record.pipeline.generic))
+
+
+@cache
+def named(family: str) -> Architecture:
+    """The architecture of a family by the name of its file."""
+    return _loaded(folder() / f"{family}.toml")
+
+
+@cache
 def _loaded(path: Path) -> Architecture:
     return load(path)
 
@@ -175,30 +224,34 @@ def faults(record: Record) -> Iterator[str]:
     architecture = Architecture(record)
     for naming in architecture.namings:
         taken: dict[tuple[str, int | None], str] = {}
-        parts: dict[str, set[int | None]] = {}
+        divisions: dict[str, set[int | None]] = {}
         for weight in record.weights:
             place = architecture.place(weight, naming)
             if place is None:
                 continue
             yield from _place_faults(weight, naming, place)
-            other = taken.setdefault((place.name, place.part), weight)
-            if other != weight:
-                yield f"{naming}: {weight} and {other} are both {place.name}"
-            parts.setdefault(place.name, set()).add(place.of)
-        yield from (f"{naming}: {name} is divided in different ways" for name, of in parts.items() if len(of) > 1)
-    for name in (*record.vocabulary, *record.tied, *record.tied.values()):
+            runs = [None] if place.part is None else range(place.part, place.part + place.parts)
+            others = {taken.setdefault((place.name, run), weight) for run in runs} - {weight}
+            yield from (f"{naming}: {weight} and {other} are both {place.name}" for other in sorted(others))
+            divisions.setdefault(place.name, set()).add(place.of)
+        yield from (f"{naming}: {name} is divided in different ways" for name, of in divisions.items() if len(of) > 1)
+    ratios = () if record.pipeline is None else record.pipeline.ratios
+    for name in (*record.vocabulary, *record.tied, *record.tied.values(), *ratios):
         if name not in record.weights:
             yield f"{name} is not one of the weights"
 
 
 def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
-    own, there = set(_HOLE.findall(weight)), set(_HOLE.findall(place.name))
+    own, there = set(HOLE.findall(weight)), set(HOLE.findall(place.name))
     if own - {"{e}"} != there - {"{e}"}:
         yield f"{naming}: {place.name} does not have the holes of {weight}"
     if ("{e}" in own) != (place.stacked or "{e}" in there) or (place.stacked and "{e}" in there):
         yield f"{naming}: {place.name} does not say where the experts of {weight} are"
-    if (place.part is None) != (place.of is None) or (place.of is not None and not 0 <= (place.part or 0) < place.of):
-        yield f"{naming}: {place.name} has part {place.part} of {place.of}"
+    first, of = place.part, place.of
+    if (first is None) != (of is None) or (first is None and place.parts != 1):
+        yield f"{naming}: {place.name} needs both part and of, or neither"
+    elif first is not None and of is not None and not (0 <= first < first + place.parts <= of):
+        yield f"{naming}: {place.name} has part {first} of {of}"
     if (place.rows is None) != (place.heads is None):
         yield f"{naming}: {place.name} needs both rows and heads, or neither"
 
@@ -217,7 +270,7 @@ def shape_of(name: str) -> str:
 
 def fill(template: str, numbers: Mapping[str, str]) -> str:
     """A template with numbers in its holes."""
-    return _HOLE.sub(lambda hole: numbers[hole[0]], template)
+    return HOLE.sub(lambda hole: numbers[hole[0]], template)
 
 
 def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | None:
@@ -233,6 +286,6 @@ def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | No
 
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
-_HOLE = re.compile(r"\{[a-z]\}")
+HOLE = re.compile(r"\{[a-z]\}")
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 _TYPES = re.compile(r"^model_types\s*=\s*\[(.*?)\]", re.DOTALL | re.MULTILINE)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ..errors import TargetNotFound
 from .architectures import Architecture, Place, fill, shape_of
-from .renames import Rename
+from .renames import Rename, renamed_by
 
 Fits = Callable[[str, str], bool]
 """(name in the adapter, name in the base) -> whether the shapes there fit each other."""
@@ -129,10 +129,10 @@ def resolve(
         the moves of all targets that have a place.
 
     Raises:
-        TargetNotFound: two readings of a target's name fit, or a user's rule leads nowhere.
+        TargetNotFound: two readings of a target's name fit.
     """
     resolution = Resolution()
-    left = _by_renames(targets, base, renames, resolution, partial)
+    left = _by_renames(targets, base, renames, resolution)
     left = _exact(left, base, resolution)
     left = _unwrapped(left, base, resolution)
     if left and architecture is not None:
@@ -147,31 +147,19 @@ Left = list[tuple[str, str]]
 """(target, its name so far): what is still without a place."""
 
 
-def _by_renames(
-    targets: Sequence[str], base: Names, renames: Sequence[Rename], resolution: Resolution, partial: bool
-) -> Left:
+def _by_renames(targets: Sequence[str], base: Names, renames: Sequence[Rename], resolution: Resolution) -> Left:
     if not renames:
         return [(target, target) for target in targets]
     left, counts = list[tuple[str, str]](), dict[str, int]()
     for target in targets:
-        name = target
-        for rename in renames:
-            renamed = rename.apply(target)
-            if renamed is not None:
-                name = renamed
-                counts[rename.text] = counts.get(rename.text, 0) + 1
-                break
+        name, rule = renamed_by(target, renames)
+        if rule is not None:
+            counts[rule.text] = counts.get(rule.text, 0) + 1
         if name != target and base.has(name, target):
             resolution.moves[target] = (Move(name),)
         else:
             left.append((target, name))
     resolution.rules += [Rule("user", text, count) for text, count in counts.items()]
-    unused = [each.text for each in renames if not any(each.apply(target) is not None for target in targets)]
-    if unused and not partial:
-        raise TargetNotFound(
-            f"the rule {unused[0]!r} matches no target", where=targets[0] if targets else None,
-            cure="Correct --rename (rename=), or leave the rule out",
-        )  # fmt: skip
     return left
 
 

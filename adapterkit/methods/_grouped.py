@@ -1,0 +1,72 @@
+"""Factors beside a convolution in groups, as PEFT trains them: A reads all channels, B mixes within each group."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import ShapeMismatch, UsageError
+from ..shapes import Dims
+from ..updates import OutputUpdate, tensor
+from ._low_rank import block_diagonal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class AcrossGroups(OutputUpdate):
+    """A over all `inputs`, B in r / share groups; a subclass says what becomes of B @ A(x). No method itself."""
+
+    acts_on = "the output by channels of all groups"
+
+    A: Tensor = tensor("r inputs *k")
+    B: Tensor = tensor("out share")
+    scaling: float = 1.0
+    zero_padded: bool = False
+
+    @property
+    def groups(self) -> int:
+        """The number of the layer's groups."""
+        return int(self.A.shape[0] // self.B.shape[1])
+
+    @property
+    def channels(self) -> int:
+        return cast(int, self.dims()["out"])
+
+    def dims(self, stack: bool = False) -> Dims:
+        dims: Any = super().dims(stack)
+        if not dims["share"] or dims["r"] % dims["share"] or dims["out"] % (dims["r"] // dims["share"]):
+            why = f"rank {dims['r']} and {dims['out']} outputs are not in groups of {dims['share']} of the rank"
+            raise ShapeMismatch(why, where="B", cure="Write the adapter again")
+        return {**dims}
+
+    def check_against(self, shape: tuple[int, ...]) -> None:
+        super().check_against(shape)
+        (_, inputs, *kernel), groups = self.A.shape, self.groups
+        if (inputs, *kernel) != (groups * shape[1], *shape[2:]):
+            why = f"made for {inputs} channels in {groups} groups and a kernel of {kernel}; the weight is {list(shape)}"
+            raise ShapeMismatch(why, cure="Is this the base that the adapter was trained on?")
+
+    def read(self, x: Any, layer: Any) -> Any:
+        """Return scaling * B @ A(x), which adds to the layer's output."""
+        h = layer.zero_padded(x, self.A) if self.zero_padded else layer.op(x, self.A)
+        return layer.mix(h, self.across()) * self.scaling
+
+    def across(self) -> Any:
+        """Return B as the matrix `[out, r]` that mixes all of A's outputs, zeros between the groups."""
+        out, share = self.B.shape
+        return block_diagonal(self.B.reshape(self.groups, out // self.groups, share))
+
+
+def fresh_pair(W: Any, rank: int, groups: int, random: Random) -> dict[str, Any]:
+    """Return a random A and a B of zeros for a weight `[out, in / groups, *k]`.
+
+    Raises:
+        UsageError: the groups do not divide the rank.
+    """
+    if groups < 1 or rank % groups:
+        raise UsageError(f"rank {rank} in {groups} groups", where="groups", cure="Choose numbers that divide")
+    A = random((rank, groups * W.shape[1], *W.shape[2:])) / (groups * math.prod(W.shape[1:])) ** 0.5
+    return {"A": A, "B": W.new_zeros(len(W), rank // groups)}

@@ -1,0 +1,57 @@
+"""DoRA beside a convolution, as PEFT trains it: y' = b + magnitude / n * (y - b + scaling * B @ A(x)).
+
+Liu et al. 2024, https://arxiv.org/abs/2402.09353; https://github.com/huggingface/peft/pull/2403. A and B are those of
+`grouped_lora`: A reads the channels of all groups, for which W `[out, in / groups, *k]` has no place, so that nothing
+here merges. n is the norm of each output's kernel over all channels: W in those of its own group, plus the change.
+With `regrouped` it is what PEFT divides by instead: the norm of W + scaling * B' @ A in the shape of W, where B' are
+the numbers of B read row by row as `[out / groups, r]`. In one group both are the norm of DoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..tensors.namespace import constant, namespace
+from ..updates import tensor
+from ._grouped import AcrossGroups, fresh_pair
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+class GroupedDoRA(AcrossGroups):
+    """A over all `inputs`, B in r / share groups, the sum rescaled for each output."""
+
+    paper = "https://arxiv.org/abs/2402.09353"
+    sizes: ClassVar[Mapping[str, int]] = {"groups": 1}
+
+    magnitude: Tensor = tensor("out")
+    regrouped: bool = False
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        groups = attributes.pop("groups", cls.sizes["groups"])
+        norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
+        return cls(**fresh_pair(W, rank, groups, random), magnitude=norm, **attributes)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        factor, y, b = layer.per_channel(self.magnitude / self._norm(layer.weight)), layer(x), layer.bias
+        if b is None:
+            return (y + self.read(x, layer)) * factor
+        b = layer.per_channel(b)
+        return (y - b + self.read(x, layer)) * factor + b
+
+    def _norm(self, W: Any) -> Any:
+        """Return n `[out]`, for W `[out, in / groups, *k]`."""
+        (r, *_), (out, _), groups = self.A.shape, self.B.shape, self.groups
+        A, W = self.A.reshape(r, -1), W.reshape(out, -1)
+        if self.regrouped:
+            V = W + self.scaling * (self.B.reshape(-1, r) @ A).reshape(out, -1)
+        else:
+            own = namespace(W).eye(groups, dtype=W.dtype, device=getattr(W, "device", None))
+            D = (self.scaling * self.across() @ A).reshape(groups, out // groups, groups, -1)
+            V = (D + own[:, None, :, None] * W.reshape(groups, out // groups, 1, -1)).reshape(out, -1)
+        return constant((V * V).sum(1) ** 0.5)

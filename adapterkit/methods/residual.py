@@ -1,0 +1,44 @@
+"""Residual: the base without the part that a LoRA beside it begins with.  Meng et al. 2024, https://arxiv.org/abs/2404.02948
+
+W' = W - scaling * B @ A, or W' = W - D. PiSSA, OLoRA and CorDA subtract from the base what their factors begin with;
+LoftQ rounds the base. Their tools overwrite the base. Here the subtracted part is an update that is not trained, so
+that the base stays as it is and the adapter alone says what it computes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..updates import Additive, tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Residual(Additive):
+    """W' = W - scaling * B @ A, or W - scaling * D."""
+
+    blocks = frozenset({"out", "in"})
+    frozen: ClassVar[frozenset[str]] = frozenset({"A", "B", "D"})
+    forms = ((("A", "B"), ("D",)),)
+    paper = "https://arxiv.org/abs/2404.02948"
+
+    A: Tensor | None = tensor("r in *k", optional=True)
+    B: Tensor | None = tensor("out r", optional=True)
+    D: Tensor | None = tensor("out in *k", optional=True)
+    scaling: float = 1.0
+
+    def delta(self, shape: tuple[int, ...]) -> Tensor:
+        pair = self.pair(shape)
+        D: Any = self.D
+        return -self.scaling * D if pair is None else (pair[0] @ pair[1]).reshape(shape)
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+        if self.A is None or self.B is None:
+            return None
+        return -self.scaling * self.B, self.A.reshape(len(self.A), -1)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        if self.A is None or self.B is None:
+            return super().forward(x, layer)
+        return layer(x) - layer.mix(layer.op(x, self.A), self.B) * self.scaling

@@ -1,0 +1,182 @@
+"""Families of image and video models: their names in several namings, and what the parts of a pipeline are called.
+
+The names are data, `spec/architectures/*.toml`. `diffusers` is the naming of diffusers; `native` is that of the model's
+authors as ComfyUI loads it (LDM, BFL, Stability); a file may have others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from functools import cache, cached_property, lru_cache
+
+from . import architectures
+from .architectures import Architecture, Pipeline, Place, fill
+from .patterns import Names, names_of
+from .pieces import Piece, Run, merged
+
+KOHYA = "kohya"
+"""Stands for the naming that sd-scripts flattens into its keys; which one that is, the family's file says."""
+
+
+class Family:
+    """One family that is a part of a pipeline of diffusers.
+
+    Args:
+        architecture: its file.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        assert architecture.record.pipeline is not None
+        self.architecture = architecture
+        self.name = architecture.family
+        self.facts: Pipeline = architecture.record.pipeline
+        self.component = self.facts.component
+        self.title = self.facts.title or self.name
+        self._names: dict[str, Names] = {}
+
+    def __contains__(self, path: object) -> bool:
+        """Whether a module is called so in one of the namings."""
+        return any(path in self.names(naming) for naming in self.namings)
+
+    @property
+    def namings(self) -> tuple[str, ...]:
+        return self.architecture.namings
+
+    def wanted(self, naming: str) -> str:
+        """The naming itself, or the one that `kohya` stands for."""
+        return self.facts.kohya if naming == KOHYA else naming
+
+    def names(self, naming: str) -> Names:
+        """All names of one naming; none where the family does not have it."""
+        naming = self.wanted(naming)
+        if naming not in self._names:
+            places = (self.architecture.place(weight, naming) for weight in self.architecture.record.weights)
+            self._names[naming] = names_of(_pattern(place.name) for place in places if place is not None)
+        return self._names[naming]
+
+    def naming_of(self, paths: Collection[str], preferred: str = "") -> str:
+        """The naming that has all of these names, the preferred one first; empty where none has."""
+        order = dict.fromkeys([*([preferred] if preferred in self.namings else []), *self.namings])
+        return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
+
+    def moves(self, path: str, ours: str, theirs: str) -> tuple[Piece, ...]:
+        """Where the rows of a module of one naming are in another; nothing where that is not known for all rows."""
+        pieces = []
+        for weight, place, numbers in self.architecture.find(path, ours):
+            there = self.architecture.place(weight, self.wanted(theirs))
+            if there is None:
+                return ()
+            pieces.append(Piece(fill(there.name, numbers), _run(place), _run(there)))
+        found = merged(pieces)
+        complete = bool(found) and sum(piece.here.parts for piece in found) == found[0].here.of
+        return found if complete else ()
+
+    @cached_property
+    def ratios(self) -> dict[str, float]:
+        """Pattern of the native naming -> outputs of the module by its inputs, where the file says it."""
+        found = {}
+        for weight, ratio in self.facts.ratios.items():
+            place = self.architecture.place(weight, "native")
+            if place is not None:
+                found[_pattern(place.name)] = ratio / _run(place).parts * _run(place).of
+        return found
+
+
+def _pattern(template: str) -> str:
+    """A template of an architecture as a pattern: `#` for its holes."""
+    return architectures.HOLE.sub("#", template)
+
+
+def _run(place: Place) -> Run:
+    if place.part is None or place.of is None:
+        return Run()
+    return Run(place.part, place.part + place.parts, place.of)
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """The families whose names are known, generic ones last."""
+    return tuple(map(Family, architectures.of_pipelines()))
+
+
+@cache
+def encoders() -> dict[str, Names]:
+    """The names of the text encoders, which are called the same everywhere."""
+    files = {"clip": (("clip",), ("text_",)), "t5": (("t5", "mt5"), ("encoder.", "shared"))}
+    return {
+        kind: names_of(
+            [
+                *(_pattern(w) for file in of for w in architectures.named(file).record.weights if w.startswith(begins)),
+                *_TIED.get(kind, ()),
+            ]
+        )
+        for kind, (of, begins) in files.items()
+    }
+
+
+_TIED = {"t5": ("encoder.embed_tokens",)}
+"""Further names of tensors that the files of architectures have under one name."""
+
+
+def families_of(path: str, naming: str) -> list[Family]:
+    """The families in which a module of this naming is called `path`."""
+    return [family for family in families() if path in family.names(naming)]
+
+
+ROOTS = {
+    "unet": "unet",
+    "transformer": "transformer",
+    "model.diffusion_model": "denoiser",
+    "diffusion_model": "denoiser",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "text_encoder_3": "text_encoder_3",
+    "cond_stage_model.transformer": "text_encoder",
+    "conditioner.embedders.0.transformer": "text_encoder",
+    "text_encoders.clip_l.transformer": "text_encoder",
+    "text_encoders.clip_g.transformer": "text_encoder_2",
+    "text_encoders.t5xxl.transformer": "t5",
+}
+"""What names of a part of a pipeline begin with -> the part; `denoiser` is the U-Net or the transformer."""
+
+
+def rooted(path: str) -> tuple[str, str]:
+    """A path in two: the part of a pipeline that it begins with, dot included or nothing, and the name inside it."""
+    root = next((root for root in ROOTS if path.startswith(f"{root}.")), "")
+    return (f"{root}.", path[len(root) + 1 :]) if root else ("", path)
+
+
+@lru_cache(maxsize=1 << 16)
+def component_of(path: str) -> str | None:
+    """The part of a pipeline that a dotted path is in: named in the path, or told by the tables."""
+    root, rest = rooted(path)
+    if root:
+        component = ROOTS[root[:-1]]
+        return denoiser_of([rest]) if component == "denoiser" else component
+    known = {family.component for family in families() if family.facts.distinctive and path in family}
+    if len(known) == 1:
+        return next(iter(known))
+    return "text_encoder" if path in encoders()["clip"] else None
+
+
+def denoiser_of(paths: Iterable[str]) -> str:
+    """`unet` where one of the names is a U-Net's, else `transformer`."""
+    unets = [family for family in families() if family.component == "unet" and not family.facts.generic]
+    return "unet" if any(path in family for path in paths for family in unets) else "transformer"
+
+
+def is_xl(paths: Collection[str]) -> bool:
+    """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion XL."""
+    return _only("sdxl", "sd", paths)
+
+
+def is_not_xl(paths: Collection[str]) -> bool:
+    """Whether names of a U-Net's modules, in either naming, are of Stable Diffusion 1 or 2."""
+    return _only("sd", "sdxl", paths)
+
+
+def _only(family: str, other: str, paths: Collection[str]) -> bool:
+    """Whether a name is one family's and none is another's alone."""
+    one, two = (next(each for each in families() if each.name == name) for name in (family, other))
+    told = {(path in one, path in two) for path in paths}
+    return (True, False) in told and (False, True) not in told

@@ -1,0 +1,68 @@
+"""Runs of rows: how the rows of one naming's weights lie in another's, in equal parts of a fused weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive rows of a weight, counted in equal parts of all its rows.
+
+    Attributes:
+        start: the first part.
+        stop: one past the last part.
+        of: how many parts the weight has.
+    """
+
+    start: int = 0
+    stop: int = 1
+    of: int = 1
+
+    @property
+    def parts(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all rows of the weight."""
+        return self.parts == self.of
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a module in one naming, and where another naming has them.
+
+    Attributes:
+        path: the other naming's module.
+        here: the rows in the one naming.
+        there: the rows in the other.
+    """
+
+    path: str
+    here: Run = Run()
+    there: Run = Run()
+
+
+def merged(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """Pieces in order of their rows; those that lie side by side on both sides are one piece."""
+    found: list[Piece] = []
+    for piece in sorted(pieces, key=lambda piece: piece.here.start):
+        last = found[-1] if found else None
+        if last is not None and _adjacent(last, piece):
+            here = replace(last.here, stop=piece.here.stop)
+            there = replace(last.there, stop=piece.there.stop)
+            found[-1] = Piece(piece.path, here, there)
+        else:
+            found.append(piece)
+    return tuple(replace(each, here=_reduced(each.here), there=_reduced(each.there)) for each in found)
+
+
+def _adjacent(one: Piece, other: Piece) -> bool:
+    same = one.path == other.path and one.here.stop == other.here.start and one.there.stop == other.there.start
+    return same and one.here.parts * other.there.parts == other.here.parts * one.there.parts
+
+
+def _reduced(run: Run) -> Run:
+    return Run() if run.whole else run

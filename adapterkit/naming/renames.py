@@ -1,0 +1,146 @@
+"""Rules that a user gives: `FROM=TO`, templates of dotted names; `{n}` and other holes stand for numbers.
+
+Every verb takes them the same way. `@FILE` in place of a rule reads rules from a file: one a line, without
+blank lines and lines that start with `#`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import Malformed, TargetNotFound, UsageError, nearest, storage_error
+
+_HOLE = re.compile(r"\{([a-z])\}")
+_TEMPLATE = re.compile(r"[\w$/-]*(?:(?:\.|^)(?:[\w$/-]+|\{[a-z]\}))*\.?")
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One rule. It renames a name that is FROM, or begins with it, whole words only; the rest stays as it is.
+
+    Attributes:
+        text: as the user wrote it.
+        pattern: matches a name, with a group for each hole and one for the rest.
+        to: what FROM becomes, with the holes in it.
+    """
+
+    text: str
+    pattern: re.Pattern[str]
+    to: str
+
+    def apply(self, name: str) -> str | None:
+        """The name by this rule; None where the rule is not about it."""
+        found = self.pattern.fullmatch(name)
+        if found is None:
+            return None
+        numbers = found.groupdict()
+        rest = numbers.pop("rest")
+        head = _HOLE.sub(lambda hole: numbers[hole[1]], self.to)
+        return f"{head}.{rest}" if head and rest else head or rest
+
+
+def read_rules(rename: str | Sequence[str | Rename]) -> tuple[str | Rename, ...]:
+    """Replace each `@FILE` among rules by the rules in that file; one rule may be given without a list.
+
+    Raises:
+        StorageError: a file cannot be read.
+        Malformed: a file is not text, or larger than a rules file can be.
+    """
+    found: list[str | Rename] = []
+    for rule in [rename] if isinstance(rename, str) else rename:
+        if isinstance(rule, str) and rule.startswith("@"):
+            found += _read(Path(rule[1:]))
+        else:
+            found.append(rule)
+    return tuple(found)
+
+
+def rule_texts(rename: str | Sequence[str | Rename]) -> tuple[str, ...]:
+    """The rules as plain text, those of files included: for plans and records, which must not depend on a file.
+
+    Raises:
+        StorageError, Malformed: see `read_rules`.
+    """
+    return tuple(rule.text if isinstance(rule, Rename) else rule for rule in read_rules(rename))
+
+
+def parse_renames(rename: str | Sequence[str | Rename], names: Iterable[str] | None = None) -> tuple[Rename, ...]:
+    """Parse rules.
+
+    Args:
+        rename: one rule or several, each `FROM=TO` or `@FILE`. An empty FROM puts TO before every name; an empty TO
+            takes FROM off. Rules that are parsed already are passed through, and not looked for in `names`.
+        names: all names that the rules are for; None skips the search for rules that match none of them.
+
+    Raises:
+        UsageError: a rule without `=`, with more than one, with other characters than names have, or with a hole in
+            TO that FROM does not have.
+        TargetNotFound: a rule matches none of `names`.
+        StorageError, Malformed: see `read_rules`.
+    """
+    given = read_rules(rename)
+    rules = tuple(rule if isinstance(rule, Rename) else _parse(rule) for rule in given)
+    known = () if names is None or not rules else tuple(names)
+    for rule, written in zip(rules, given, strict=True):
+        if known and isinstance(written, str) and not any(rule.apply(name) is not None for name in known):
+            near = nearest(rule.text.partition("=")[0], known)
+            cure = f"Correct --rename (rename=), or leave the rule out. {near}".rstrip(". ")
+            raise TargetNotFound(f"the rule {rule.text!r} matches no target", where=known[0], cure=cure)
+    return rules
+
+
+def renamed_by(name: str, rules: Sequence[Rename]) -> tuple[str, Rename | None]:
+    """The name by the first rule that matches it, and that rule; the name itself and None where no rule matches."""
+    for rule in rules:
+        found = rule.apply(name)
+        if found is not None:
+            return found, rule
+    return name, None
+
+
+def _read(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    if len(data) > _LARGEST:
+        raise Malformed(f"more than {_LARGEST:,} bytes", path=path, cure="A rules file has one FROM=TO a line")
+    try:
+        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise Malformed("not UTF-8 text", path=path, cure="A rules file has one FROM=TO a line") from None
+    rules = [line for line in lines if line and not line.startswith("#")]
+    nested = next((rule for rule in rules if rule.startswith("@")), None)
+    if nested is not None:
+        raise UsageError(f"{nested!r} in a rules file", path=path, cure="Give each file by --rename @FILE (rename=)")
+    return rules
+
+
+def _parse(rule: str) -> Rename:
+    old, equals, new = rule.partition("=")
+    old, new = old.strip().removesuffix("."), new.strip().removesuffix(".")
+    if not equals or "=" in new or not (old or new) or not (_TEMPLATE.fullmatch(old) and _TEMPLATE.fullmatch(new)):
+        raise UsageError(f"{rule!r} is not a rule", where="rename", cure=_FORM)
+    missing = [hole for hole in _HOLE.findall(new) if hole not in _HOLE.findall(old)]
+    if missing:
+        raise UsageError(f"{rule!r}: {{{missing[0]}}} is not in FROM", where="rename", cure=_FORM)
+    seen: set[str] = set()
+
+    def group(hole: re.Match[str]) -> str:
+        name = hole[1]
+        if name in seen:
+            return f"(?P={name})"
+        seen.add(name)
+        return rf"(?P<{name}>\d{{1,9}})"
+
+    text = re.sub(r"\\\{([a-z])\\\}", group, re.escape(old))
+    tail = r"(?:\.(?P<rest>.+))?" if old else r"(?P<rest>.+)"
+    return Rename(rule, re.compile(text + tail), new)
+
+
+_LARGEST = 1 << 20
+_FORM = "Write --rename 'FROM=TO' (rename=['FROM=TO']), such as 'model.language_model=language_model.model'"

@@ -1,0 +1,118 @@
+"""Let every framework save and load a trained adapter through `model.state_dict()` and `model.load_state_dict()`.
+
+Trainer, Accelerate, Lightning, torch.distributed.checkpoint and plain loops save the model's state dict and load it
+again; none of them asks a handle. `handle.checkpoint` therefore chooses what that state dict holds:
+
+* `base`, the default: the base's tensors under the base's own keys, as if nothing were attached.
+* `adapter`: the tensors of this adapter alone, so that a checkpoint is as small as the adapter.
+* `all`: both.
+
+A state dict that holds an adapter's tensors is loaded into the attached adapter of the same name, whatever
+`handle.checkpoint` says. It holds buffers too (random projections, the part that PiSSA begins with): they may depend on
+data, and a resumed run must compute with the same ones. When it holds no tensor of the base, the base keeps its values
+and strict loading passes.
+
+The hooks are functions of this module, so they survive `deepcopy` and `pickle`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import nearest
+from .leaves import Leaf, is_leaf_name
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+CHOICES = ("base", "adapter", "all")
+"""What the model's state dict may hold."""
+
+HANDLES = "_adapterkit_handles"
+"""The attribute of a model that lists the handles of its adapters, so that they are found and copied with it."""
+
+
+def watch_state(model: nn.Module) -> None:
+    """Register the hooks of this module with a model, once."""
+    if _save not in model._state_dict_hooks.values():
+        hooked: Any = model
+        hooked.register_state_dict_post_hook(_save)
+        model.register_load_state_dict_pre_hook(_load)
+
+
+def leave_state(model: nn.Module) -> None:
+    """Take the hooks of this module off a model."""
+    for hooks, ours in ((model._state_dict_hooks, _save), (model._load_state_dict_pre_hooks, _load)):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is ours]:
+            del hooks[key]
+
+
+def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    handles: list[Handle] = module.__dict__.get(HANDLES, [])
+    if any(handle.checkpoint == "adapter" for handle in handles):
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]
+    paths = _paths(module)
+    for handle in handles:
+        if handle.checkpoint != "base":
+            for leaf in handle._leaves:
+                state_dict[prefix + _key(paths, leaf)] = leaf.tensor.detach()
+
+
+@torch.no_grad()
+def _load(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any, _strict: bool,
+    _missing: list[str], _unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    """Copy an adapter's tensors out of a state dict that has any; report what does not fit, as torch does."""
+    mine = [key for key in state_dict if key.startswith(prefix) and is_leaf_name(key)]
+    if not mine:
+        return
+    paths = _paths(module)
+    held = {prefix + _key(paths, leaf): leaf.tensor for handle in module.__dict__[HANDLES] for leaf in handle._leaves}
+    loaded = {key: state_dict.pop(key) for key in mine}
+    names = {_adapter(key) for key in mine}
+    problems = [f"{key}: no attached adapter has it. {nearest(key, held)}" for key in mine if key not in held]
+    problems += [f"{key}: missing" for key in held if key not in loaded and _adapter(key) in names]
+    problems += [
+        f"{key}: {list(loaded[key].shape)} where the adapter has {list(tensor.shape)}"
+        for key, tensor in held.items()
+        if key in loaded and loaded[key].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        errors.append(f"{problems[0].strip()}{more}. Inject the adapter that the checkpoint was made with.")
+        return
+    for key, value in loaded.items():
+        held[key].copy_(value)
+    if not any(key.startswith(prefix) for key in state_dict):
+        _keep_base(module, state_dict, prefix)
+
+
+def _keep_base(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Put the base's own tensors into a state dict that has none of them, so that loading it changes nothing there."""
+    hooks = module._state_dict_hooks
+    kept = dict(hooks)
+    for key in [key for key, hook in hooks.items() if hook is _save]:
+        del hooks[key]
+    try:
+        state_dict.update(module.state_dict(prefix=prefix))
+    finally:
+        hooks.clear()
+        hooks.update(kept)
+
+
+def _paths(model: nn.Module) -> dict[int, str]:
+    return {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
+
+
+def _key(paths: dict[int, str], leaf: Leaf) -> str:
+    return paths[id(leaf.module)] + leaf.name
+
+
+def _adapter(key: str) -> str:
+    """The adapter's name in a key: `model.layer.adapterkit:NAME:model/layer/lora/A`."""
+    return key.rpartition(".")[2].split(":", 2)[1]

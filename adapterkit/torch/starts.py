@@ -1,0 +1,184 @@
+"""What LoRA's factors begin with: the initialisers that PEFT's `init_lora_weights` names, from the same seed.
+
+PEFT draws from torch's global generator, layer by layer, and draws more than it keeps: both factors begin as layers of
+torch do, and are then drawn again. Each function here draws the same numbers in the same order, so that
+`create(model, "lora", seed=s)` equals `torch.manual_seed(s)` and `get_peft_model`.
+
+PiSSA, OLoRA, CorDA and LoftQ subtract from the base what the factors begin with, and PEFT overwrites the base with the
+difference. Here the base stays as it is: `Start.taken` becomes an update of its own (`residual`) before the LoRA.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..methods.residual import Residual
+from .moments import Moments
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A LoRA before training.
+
+    Attributes:
+        A: `[r, in, *k]`.
+        B: `[out, r]`.
+        taken: what is subtracted from the base, if anything.
+    """
+
+    A: Tensor
+    B: Tensor
+    taken: Residual | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """What an initialiser knows of one layer.
+
+    Attributes:
+        W: the weight, float32, `[out, in, *k]`.
+        rank: the inner size.
+        scaling: of the LoRA.
+        embedding: whether the layer looks tokens up.
+        seen: of the layer's inputs, for initialisers that look at data.
+    """
+
+    W: Tensor
+    rank: int
+    scaling: float
+    embedding: bool
+    seen: Moments | None
+
+    def zeros(self) -> Tensor:
+        """B of a LoRA that begins with nothing."""
+        return torch.zeros(len(self.W), self.rank)
+
+
+def start_of(init: str, place: Place) -> Start:
+    """Return what the factors begin with; draws from torch's global generator.
+
+    Args:
+        init: one of `KINDS`, or `pissa_niter_` and a number.
+        place: the layer.
+
+    Raises:
+        UsageError: the initialiser is unknown, or does not fit the layer or the rank.
+    """
+    kind = find(init)
+    if init != "default" and init != "gaussian" and (place.embedding or place.W.ndim != 2):
+        raise UsageError(f"init={init!r} is for linear layers", cure="Leave this layer out with exclude=")
+    shapes = (place.rank, *place.W.shape[1:]), (len(place.W), place.rank)
+    if place.embedding:
+        A, B = (torch.randn(shape) for shape in shapes)
+        return Start(A.zero_(), B.normal_())
+    for shape in shapes:
+        _drawn(*shape)
+    return kind(init, place)
+
+
+def find(init: str) -> Kind:
+    """The function of an initialiser.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    name = "pissa" if re.fullmatch(r"pissa_niter_\d+", init) else init
+    if name not in KINDS:
+        raise UsageError(f"no initialiser is called {init!r}", where="init", cure=f"Known: {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+Kind = Callable[[str, Place], Start]
+
+
+def _drawn(*shape: int) -> Tensor:
+    """A weight as torch's layers begin with."""
+    out: Tensor = nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+    return out
+
+
+def _default(_: str, place: Place) -> Start:
+    return Start(_drawn(place.rank, *place.W.shape[1:]), place.zeros())
+
+
+def _gaussian(_: str, place: Place) -> Start:
+    A = torch.empty(place.rank, *place.W.shape[1:])
+    return Start(nn.init.normal_(A, std=1 / place.rank), place.zeros())
+
+
+def _orthogonal(_: str, place: Place) -> Start:
+    """Factors that are not zero, in orthogonal subspaces: their product is."""
+    if place.rank % 2:
+        raise UsageError(f"init='orthogonal' needs an even rank, got {place.rank}", cure="Pass an even rank=")
+    half = place.rank // 2
+    Q, _R = torch.linalg.qr(torch.randn(place.rank, place.rank))
+    A = torch.randn(place.W.shape[1], half).mm(Q[0::2]).T / 10.0
+    return Start(A, torch.randn(half, len(place.W)).T.mm(Q[1::2]) / 10.0)
+
+
+def _pissa(init: str, place: Place) -> Start:
+    """The largest singular values; `pissa_niter_N` finds them by N steps of a randomised method."""
+    r = place.rank
+    if init == "pissa":
+        U, S, V = torch.linalg.svd(place.W, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(place.W, r, niter=int(init.rpartition("_")[2]))
+        V = V.mT
+    return _split(place, U[:, :r], S[:r], V[:r])
+
+
+def _olora(_: str, place: Place) -> Start:
+    Q, R = torch.linalg.qr(place.W)
+    return _without(place, R[: place.rank], Q[:, : place.rank])
+
+
+def _corda(init: str, place: Place) -> Start:
+    """The components of W that matter most (or least, `corda_kpm`) for the inputs of the data."""
+    assert place.seen is not None
+    C = place.seen.covariance()
+    damp = 0.01
+    while True:
+        fixed = C + torch.eye(len(C)) * (C.diag().mean() * damp)
+        inverse = torch.linalg.inv(fixed)
+        if torch.dist(fixed @ inverse, torch.eye(len(C))) < 0.05:
+            break
+        damp *= 2
+    U, S, V = torch.linalg.svd(place.W @ fixed, full_matrices=False)
+    V, r = V @ inverse, place.rank
+    some = slice(len(S) - r, None) if init == "corda_kpm" else slice(r)
+    return _split(place, U[:, some], S[some], V[some])
+
+
+def _eva(_: str, place: Place) -> Start:
+    """The directions in which the inputs of the data vary most."""
+    assert place.seen is not None
+    return Start(place.seen.components()[1][: place.rank], place.zeros())
+
+
+def _split(place: Place, U: Tensor, S: Tensor, V: Tensor) -> Start:
+    """Singular values shared by both factors."""
+    root = (S / place.scaling).sqrt()
+    return _without(place, root[:, None] * V, U * root)
+
+
+def _without(place: Place, A: Tensor, B: Tensor) -> Start:
+    A, B = A.contiguous(), B.contiguous()
+    return Start(A, B, Residual(A=A.clone(), B=B.clone(), scaling=place.scaling))
+
+
+KINDS: dict[str, Kind] = {
+    "default": _default, "gaussian": _gaussian, "orthogonal": _orthogonal, "pissa": _pissa, "olora": _olora,
+    "corda": _corda, "corda_kpm": _corda, "eva": _eva,
+}  # fmt: skip
+"""Name -> initialiser."""
+
+OF_DATA: Any = {"corda", "corda_kpm", "eva"}
+"""Those that look at the inputs of the layers."""

@@ -1,0 +1,64 @@
+"""Names without wrappers: what a module is called in the base, whatever stands around it or around its parts.
+
+torch.compile, DDP, FSDP1, checkpoint wrappers, PEFT and sentence-transformers put modules of their own into the path of
+a module. Adapters are written in the base's own names, and are found under the wrapped ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from ..adapter import Adapter
+
+_ALWAYS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Attributes that only wrappers of torch have."""
+
+_PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "AveragedModel")
+"""Classes whose `module` is the model."""
+
+_LIBRARIES = {"peft": ("base_model", "model", "base_layer"), "sentence_transformers": ("auto_model", "0")}
+"""Library -> attributes of its own modules that hold what they wrap."""
+
+
+def unwrapped(model: nn.Module, path: str) -> str:
+    """The dotted path of a module or parameter without the wrappers on it.
+
+    Args:
+        model: the model that the path starts at.
+        path: as `named_modules()` or `named_parameters()` give it.
+    """
+    kept: list[str] = []
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        if module is None or not _wraps(module, name):
+            kept.append(name)
+        module = module._modules.get(name) if module is not None else None  # None: a parameter.
+    return ".".join(kept)
+
+
+def wrapped(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with its targets in the names that the model has now, wrappers included."""
+    renamed = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        plain = unwrapped(model, path)
+        if plain != path:
+            renamed[plain] = path  # The innermost of the modules that have one name comes last.
+            renamed |= {f"{plain}.{name}".lstrip("."): f"{path}.{name}" for name in module._parameters}
+    renamed.pop("", None)
+    if not any(target.path in renamed for target in adapter.updates):
+        return adapter
+    updates = {replace(t, path=renamed.get(t.path, t.path)): found for t, found in adapter.updates.items()}
+    return adapter.replace(updates=updates)
+
+
+def _wraps(module: nn.Module, name: str) -> bool:
+    """Whether a child is what its parent wraps."""
+    if name in _ALWAYS:
+        return True
+    kinds = type(module).__mro__
+    if name == "module" and any(kind.__name__ in _PARALLEL for kind in kinds):
+        return True
+    libraries = {kind.__module__.partition(".")[0] for kind in kinds}
+    return any(library in libraries and name in names for library, names in _LIBRARIES.items())
