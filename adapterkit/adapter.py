@@ -238,7 +238,9 @@ class Adapter:
         digest = hashlib.sha256()
         with files_kept_open():
             for target, update in sorted(self, key=lambda pair: str(pair[0])):
-                head = [target.path, target.layout, target.rows, update.method, update.version, update.attributes]
+                version = update.stated_version
+                values = update.attributes_of(version)
+                head = [target.path, target.layout, target.rows, update.method, version, values]
                 digest.update(canonical(head).encode())
                 for name, leaf in update.tensors.items():
                     tensor = as_lazy(leaf)
@@ -408,8 +410,8 @@ def _check_target(target: Target, updates: tuple[Update, ...]) -> None:
 
 def _check_update(target: Target, update: Update, together: dict[str, Any]) -> None:
     try:
-        dims = update.dims(target.stacked)
         update.check()
+        dims = update.dims(target.stacked)
         for axis, size in _shared(dims).items():
             if together.setdefault(axis, size) != size:
                 why = f"{axis}={size} here, {axis}={together[axis]} in its target's rows or the update before it"

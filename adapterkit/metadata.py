@@ -5,6 +5,7 @@ It lies in the leftovers of the source format, and after an operation in the lin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ METADATA = "metadata"
 
 FINGERPRINT = "base_fingerprint"
 """The argument of a lineage step that holds the fingerprint of the base it was made at."""
+
+MODEL_TYPE = "model_type"
+"""The argument of a lineage step that holds the family of the base, in the words of transformers."""
+
+_MODULE = re.compile(r"transformers\.models\.(\w{1,60})\.modeling_\w{1,60}")
 
 _OF_ONE_FILE = frozenset({
     "modelspec.hash_sha256", "ss_network_alpha", "ss_network_args", "ss_network_dim", "sshs_hash", "sshs_legacy_hash",
@@ -91,17 +97,32 @@ def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = N
 
 def fingerprints_of(adapter: Adapter) -> tuple[str, ...]:
     """The fingerprints of the bases that an adapter's lineage names, each once."""
-    return tuple(dict.fromkeys(_fingerprints(adapter.recipe)))
+    return tuple(dict.fromkeys(_arguments(adapter.recipe, FINGERPRINT)))
 
 
-def _fingerprints(steps: Iterable[Step | Mapping[str, Any]]) -> Iterator[str]:
+def model_types_of(adapter: Adapter) -> tuple[str, ...]:
+    """The families of bases that an adapter's lineage and its source file name, each once.
+
+    PEFT's configs name the module of the base's class for models without a task type; AdapterHub's name `model_type`.
+    """
+    found = [*_arguments(adapter.recipe, MODEL_TYPE)]
+    config = None if adapter.foreign is None else adapter.foreign.data.get("config")
+    if isinstance(config, Mapping):
+        mapping = config.get("auto_mapping")
+        library = mapping.get("parent_library") if isinstance(mapping, Mapping) else None
+        module = _MODULE.fullmatch(library) if isinstance(library, str) else None
+        found += [each for each in (module and module[1], config.get(MODEL_TYPE)) if isinstance(each, str)]
+    return tuple(dict.fromkeys(found))
+
+
+def _arguments(steps: Iterable[Step | Mapping[str, Any]], name: str) -> Iterator[str]:
     for step in steps:
         args = step.args if isinstance(step, Step) else step.get("args", {})
-        if isinstance(args.get(FINGERPRINT), str):
-            yield args[FINGERPRINT]
+        if isinstance(args.get(name), str):
+            yield args[name]
         for one in args.get("of") or ():
             if isinstance(one, Mapping):
-                yield from _fingerprints(one.get("recipe") or ())
+                yield from _arguments(one.get("recipe") or (), name)
 
 
 def _strings(found: Any) -> dict[str, str]:

@@ -60,12 +60,19 @@ def updates(draw, method=None, stacked=False, kernel=None):
     cls = METHODS[method or draw(st.sampled_from(sorted(METHODS)))]
     kernel = draw(st.sampled_from([(), (3,), (2, 1)])) if kernel is None else kernel
     present = draw(_together(cls))
-    attributes, seed = draw(_attributes(cls)), draw(st.integers(0, 2**32 - 1))
+    attributes, seed = draw(_attributes(cls)) | _ruled(cls, present), draw(st.integers(0, 2**32 - 1))
     forms = tuple((n, v) for n, v in attributes.items() if cls.attribute_fields()[n].metadata.get("among"))
     sizes = draw(st.sampled_from(_sizes(cls, kernel, tuple(present), forms)))
     made = {name: _numbers(cls, name, sizes, kernel, stacked, seed + at) for at, name in enumerate(present)}
     update = cls(**made, **attributes)
     return update if _makes_sense(update, stacked) else cls(**made, **(_required(cls) | dict(forms)))
+
+
+def _ruled(cls, present):
+    """The words that rules of the method demand where a tensor is present."""
+    when = {f"has({name})" for name in present}
+    demanded = (re.fullmatch(r"(\w+) == '(\w+)'", rule.require) for rule in cls.rules if rule.when in when)
+    return {found[1]: found[2] for found in demanded if found}
 
 
 def _dims(sizes, kernel):
@@ -183,7 +190,10 @@ def _allowed_values(rules, plain):
     """A strategy for an attribute that may have rules of its own."""
     if rules.get("among"):
         return st.sampled_from(rules["among"])
-    return plain if rules.get("least") is None else st.integers(rules["least"], rules["least"] + 9)
+    least = rules.get("least")
+    if isinstance(least, float):
+        return st.floats(least, least + 9)
+    return plain if least is None else st.integers(least, least + 9)
 
 
 PATHS = st.lists(st.text("abcxyz_0é", min_size=1, max_size=4), min_size=1, max_size=3).map(".".join)

@@ -15,8 +15,13 @@ LLAMA = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads":
 
 def cases(method, kind="f8"):
     """(update, W, W') of each plain matrix of a vector; factors in one type."""
-    held = load_file(VECTORS / "methods" / f"{method}.expected.safetensors")
-    for target, updates in ak.read(VECTORS / "methods" / f"{method}.adapter.safetensors").updates.items():
+    for adapter in sorted((VECTORS / "methods").glob(f"{method}.*adapter.safetensors")):
+        yield from _cases(adapter, kind)
+
+
+def _cases(adapter, kind):
+    held = load_file(adapter.with_name(adapter.name.replace(".adapter.", ".expected.")))
+    for target, updates in ak.read(adapter).updates.items():
         plain = target == Target(target.path) and len(updates) == 1 and not updates[0].changes_bias
         W, merged = held.get(f"{target}.weight"), held.get(f"{target}.merged.weight")
         if plain and W is not None and merged is not None and W.ndim == 2:

@@ -13,16 +13,23 @@ from adapterkit.tensors.checkpoint import open_checkpoint
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
 OF_WEIGHTS = [name for name, cls in METHODS.items() if cls.kind in ("additive", "weight")]
 
+
+def vectors_of(*kinds):
+    """The names of the vectors of methods of these kinds: that of the method, then one for each newer version."""
+    names = (path.name.removesuffix(".adapter.safetensors") for path in sorted(VECTORS.glob("*.adapter.safetensors")))
+    return [name for name in names if METHODS[name.partition(".")[0]].kind in kinds]
+
+
 CASES = [
-    pytest.param(method, target.path, id=f"{method}-{target.path}")
-    for method in OF_WEIGHTS
-    for target in ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit").updates
+    pytest.param(vector, target.path, id=f"{vector}-{target.path}")
+    for vector in vectors_of("additive", "weight")
+    for target in ak.read(VECTORS / f"{vector}.adapter.safetensors", format="adapterkit").updates
 ]
 
 
 @cache
-def opened(method):
-    """Adapter, base and the sites of a method's vector, by path."""
-    base = open_checkpoint(VECTORS / f"{method}.expected.safetensors")
-    adapter = ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit")
+def opened(vector):
+    """Adapter, base and the sites of a vector, by path."""
+    base = open_checkpoint(VECTORS / f"{vector}.expected.safetensors")
+    adapter = ak.read(VECTORS / f"{vector}.adapter.safetensors", format="adapterkit")
     return adapter, base, {site.target.path: site for site in bind(adapter, base).sites}

@@ -11,9 +11,8 @@ from adapterkit.adapter import Adapter, Target
 from adapterkit.binding import find_sites
 from adapterkit.errors import Malformed
 from adapterkit.methods import METHODS
-from adapterkit.naming import architectures, mlx
+from adapterkit.naming import architectures
 from adapterkit.naming.architectures import architecture_of, faults, fill, folder, load
-from adapterkit.naming.gguf import ARCHITECTURES, OF_MODEL
 from adapterkit.tensors.lazy import from_numpy
 
 LoRA = METHODS["lora"]
@@ -124,7 +123,9 @@ def test_an_adapter_in_stored_names_finds_its_place_in_a_live_model(model_type):
         ),
         ("[weights]->[pipeline]\nratios = { c = 4 }\n\n[weights]", "c is not one of the weights"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", stacked = true } }', "experts"),
-        ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", rows = "rope" } }', "both rows and heads"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", rows = "rope" } }', "rows 'rope' of heads None"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", rows = "z", heads = "kv" } }', "rows 'z' of heads 'kv'"),
+        ('"b.{n}" = {}->"b.{n}" = { hub = { name = "b.{n}", interleaved = true } }', "is interleaved"),
         ('"b.{n}" = {}->"b.{n}" = { hub = { nam = "b.{n}" } }', "nam"),
         ('vocabulary = ["a.{n}"]->vocabulary = ["c"]', "c is not one of the weights"),
         ("[weights]->[weight]", "weight"),
@@ -165,29 +166,3 @@ def test_a_family_that_nothing_names_takes_one_file_and_no_code(tmp_path, monkey
         "z.0.x.1.u.weight": [6, 7, 8], "z.0.x.1.g.weight": [9, 10, 11],
     }  # fmt: skip
     assert [str(rule) for rule in bound.rules] == ["architecture zebra: live -> hub"]
-
-
-@pytest.mark.parametrize("model_type", [each for each in OF_MODEL if architecture_of({"model_type": each})])
-def test_the_tables_of_the_gguf_format_say_the_same(model_type):
-    table, architecture = ARCHITECTURES[OF_MODEL[model_type]], architecture_of({"model_type": model_type})
-    agreed = 0
-    for own, foreign in {**table.pairs, **table.experts}.items():
-        for weight, _, _ in architecture.find(fill(own, NUMBERS), "hub"):
-            place = architecture.place(weight, "gguf")
-            assert place is None or place.name == foreign
-            if place is not None:
-                assert place.stacked == (own in table.experts)
-                assert place.heads == table.turned.get(foreign)
-                agreed += 1
-    assert agreed or "gguf" not in architecture.namings
-
-
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"])
-def test_the_tables_of_the_mlx_format_say_the_same(model_type):
-    architecture = architecture_of({"model_type": model_type})
-    agreed = 0
-    for own, stack in mlx.EXPERTS.items():
-        for weight, _, _ in architecture.find(fill(own, NUMBERS), "hub"):
-            assert architecture.place(weight, "mlx").name == stack
-            agreed += 1
-    assert agreed == 3

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from method_vectors import vectors_of
 
 import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
@@ -20,7 +21,7 @@ CONTEXT = [name for name, cls in METHODS.items() if cls.kind == "context"]
 WORDS = ("embeddings", "decoder_embeddings", "past", "vocabulary")
 CASES = [
     pytest.param(method, target, id=f"{method}-{target}")
-    for method in CONTEXT
+    for method in vectors_of("context")
     for target in ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit").updates
 ]
 
@@ -151,11 +152,11 @@ def test_the_whole_model_takes_context_alone(tmp_path):
 @pytest.mark.parametrize(
     ("method", "attributes", "why"),
     [
-        ("prompt", {"used": 3}, "3 of 2 tokens"),
-        ("prompt", {"used": -1}, "-1 of 2 tokens"),
-        ("prefix", {"step": 0}, "a step of 0"),
-        ("multitask_prompt", {"task": 2}, "task 2 of 2 tasks"),
-        ("multitask_prompt", {"decoder": True}, "an odd number of rows"),
+        ("prompt", {"used": 3}, "used <= n does not hold with used=3, n=2"),
+        ("prompt", {"used": -1}, "0 <= used and used <= n does not hold with used=-1"),
+        ("prefix", {"step": 0}, "step: 0 is below 1"),
+        ("multitask_prompt", {"task": 2}, "does not hold with task=2, tasks=2"),
+        ("multitask_prompt", {"decoder": True}, "n % 2 == 0 does not hold with n=3"),
     ],
 )
 def test_attributes_keep_to_their_tensors(method, attributes, why):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 import adapterkit as ak
+from adapterkit.adapter import Step
 from adapterkit.errors import (
     Malformed,
     ShapeMismatch,
@@ -251,7 +252,8 @@ def test_what_is_dropped_is_listed(tmp_path):
 def test_parts_with_scalings_that_differ_are_folded_where_that_is_allowed(tmp_path):
     stem = "transformer.single_transformer_blocks.0.attn"
     q, k = (METHODS["lora"](A=torch.randn(2, 8), B=torch.randn(8, 2), scaling=s) for s in (0.3, 0.7))
-    adapter = ak.Adapter({ak.Target(f"{stem}.to_q"): (q,), ak.Target(f"{stem}.to_k"): (k,)})
+    of_flux = (Step("read", {"format": "diffusers", "metadata": {"modelspec.architecture": "flux-1-dev/lora"}}),)
+    adapter = ak.Adapter({ak.Target(f"{stem}.to_q"): (q,), ak.Target(f"{stem}.to_k"): (k,)}, recipe=of_flux)
     with pytest.raises(Unrepresentable, match="scalings that differ"):
         ak.write(adapter, tmp_path / "x.safetensors", format="kohya")
     ak.write(adapter, tmp_path / "x.safetensors", format="kohya", on_loss="fold")
@@ -263,13 +265,14 @@ def test_parts_with_scalings_that_differ_are_folded_where_that_is_allowed(tmp_pa
 def test_names_of_two_models_are_not_guessed(tmp_path):
     made = METHODS["lora"](A=torch.randn(2, 8), B=torch.randn(8, 2))
     adapter = ak.Adapter({ak.Target("transformer.transformer_blocks.0.attn.to_q"): (made,)})
-    with pytest.raises(Unrepresentable, match=r"flux or .* or sd3, which are translated differently"):
+    with pytest.raises(Unrepresentable, match=r"flux or .* or sd3.*, which are translated differently"):
         ak.write(adapter, tmp_path / "x.safetensors", format="kohya")
     # A width is no proof: Qwen-Image is as wide as FLUX.
     wide = {next(iter(adapter.updates)): (made.replace(A=torch.randn(2, 3072), B=torch.randn(3072, 2)),)}
-    with pytest.raises(Unrepresentable, match="flux or flux2 or qwen_image"):
+    with pytest.raises(Unrepresentable, match="flux or flux2 or hunyuan_video or qwen_image"):
         ak.write(adapter.replace(updates=wide), tmp_path / "x.safetensors", format="kohya")
-    wide[ak.Target("transformer.single_transformer_blocks.0.norm.linear")] = (made.replace(B=torch.randn(24, 2)),)
+    for name in ("transformer_blocks.18.attn.to_q", "single_transformer_blocks.37.norm.linear"):
+        wide[ak.Target(f"transformer.{name}")] = (made.replace(B=torch.randn(24, 2)),)
     ak.write(adapter.replace(updates=wide), tmp_path / "x.safetensors", format="kohya")
     assert "lora_unet_double_blocks_0_img_attn_qkv.alpha" in load_file(tmp_path / "x.safetensors")
 
@@ -278,12 +281,12 @@ def test_names_of_two_models_are_not_guessed(tmp_path):
 
 
 def test_names_are_walked_forward_in_a_base_of_any_model(tmp_path, base):
-    checkpoint = base({"blocks.0.cross_attn.k_img.weight": np.ones((8, 8), "f4")})
-    path = written(tmp_path, lora("lora_unet_blocks_0_cross_attn_k_img"))
+    checkpoint = base({"blocks.0.cross_attn.k_image.weight": np.ones((8, 8), "f4")})
+    path = written(tmp_path, lora("lora_unet_blocks_0_cross_attn_k_image"))
     with pytest.raises(TargetNotFound, match="Pass base="):
         ak.read(path)
     adapter = ak.read(path, base=checkpoint)
-    assert [target.path for target in adapter.updates] == ["blocks.0.cross_attn.k_img"]
+    assert [target.path for target in adapter.updates] == ["blocks.0.cross_attn.k_image"]
     ak.write(adapter, tmp_path / "b.safetensors", format="kohya")
     assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
     assert adapter.bind(checkpoint)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import pathlib
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from peft.utils.other import get_pattern_key
 from safetensors.numpy import save_file
@@ -21,6 +23,7 @@ from adapterkit.cli import _render, adapterkit
 from adapterkit.errors import Corrupt, Malformed
 from adapterkit.formats.peft import patterns
 from adapterkit.merging import plan
+from adapterkit.methods.lora import LoRA
 from adapterkit.naming import resolver
 from adapterkit.ops import comparison
 from adapterkit.tensors import inputs, lazy, safetensors
@@ -210,13 +213,18 @@ def test_no_more_files_are_open_than_allowed(tmp_path: Path, monkeypatch: pytest
 
 def test_commands_parse_the_header_of_an_adapter_once(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, adapter = made(2)
+    parsed: list[str] = []
+    own = safetensors._parse
+
+    def counting(raw: bytes, path: str) -> Any:
+        parsed.append(path)
+        return own(raw, path)
+
+    monkeypatch.setattr(safetensors, "_parse", counting)
     for command in ("inspect", "validate"):
-        with monkeypatch.context() as patch:
-            parsed: list[str] = []
-            own = safetensors._parse
-            patch.setattr(safetensors, "_parse", lambda raw, path: parsed.append(path) or own(raw, path))
-            assert CliRunner().invoke(adapterkit, [command, str(adapter)]).exit_code == 0
-            assert parsed == [str(adapter / "adapter_model.safetensors")]
+        assert CliRunner().invoke(adapterkit, [command, str(adapter)]).exit_code == 0
+        assert parsed == [str(adapter / "adapter_model.safetensors")]
+        parsed.clear()
 
 
 def header(entries: str) -> bytes:
@@ -334,3 +342,28 @@ def test_headers_are_kept_within_a_command_only(tmp_path: Path) -> None:
         save_file({"a": np.zeros(width, np.float32)}, file)
         with inputs.inputs_kept():
             assert safetensors.read_header(file).entries["a"].shape == (width,)
+
+
+def test_injection_takes_as_many_steps_a_target_in_a_large_model() -> None:
+    """Lines that are run, loops inside expressions included, not seconds."""
+    steps = {}
+    for experts in (16, 256):
+        model = torch.nn.ModuleDict({str(n): torch.nn.Linear(2, 2, bias=False) for n in range(experts)})
+        adapter = ak.Adapter({
+            ak.Target(name): (LoRA(A=torch.zeros(1, 2), B=torch.zeros(2, 1)),) for name in model
+        })  # fmt: skip
+        ak.torch.inject(model, adapter, name="warm").remove()
+        lines = [0]
+
+        def tracing(_frame: Any, event: str, _argument: Any, lines: list[int] = lines) -> Any:
+            lines[0] += event == "line"
+            return tracing
+
+        before = sys.gettrace()
+        sys.settrace(tracing)
+        try:
+            ak.torch.inject(model, adapter)
+        finally:
+            sys.settrace(before)
+        steps[experts] = lines[0] / experts
+    assert steps[256] < 1.1 * steps[16], steps

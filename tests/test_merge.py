@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from method_vectors import vectors_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -523,7 +524,7 @@ def test_verify_finds_a_wrong_recipe(tmp_path: Path) -> None:
 VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
 
 
-@pytest.mark.parametrize("method", [name for name, cls in ak.METHODS.items() if cls.kind in ("additive", "weight")])
+@pytest.mark.parametrize("method", vectors_of("additive", "weight"))
 def test_the_vectors_of_the_spec_merge_to_what_they_expect(tmp_path: Path, method: str) -> None:
     expected = load_file(VECTORS / f"{method}.expected.safetensors")
     base = {n: t for n, t in expected.items() if n.endswith((".weight", ".bias")) and ".merged." not in n}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_vectors import vectors_of
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
@@ -27,7 +28,7 @@ VECTORS = Path(__file__).parent.parent / "spec" / "vectors" / "methods"
 HUB = Path(__file__).parent / "data" / "adapterhub_outputs"
 CASES = [
     pytest.param(method, target.path, id=f"{method}-{target.path}")
-    for method in OUTPUTS
+    for method in vectors_of("output")
     for target in ak.read(VECTORS / f"{method}.adapter.safetensors", format="adapterkit").updates
 ]
 
@@ -106,7 +107,7 @@ class Called(nn.Module):
 def call_for(method, rows, tokens):
     """What a call brings for a method's updates."""
     brought = {"input_ids": torch.arange(tokens).repeat(rows, 1), "task_ids": torch.zeros(rows, dtype=torch.long)}
-    return {name: brought[name] for name in METHODS[method].asks if name in brought}
+    return {name: brought[name] for name in METHODS[method.partition(".")[0]].asks if name in brought}
 
 
 def states_for(update, rows, tokens):

@@ -23,9 +23,11 @@ from adapterkit.formats import FORMATS
 from adapterkit.formats.adapterkit import KEY, SPEC, Record
 from adapterkit.methods import METHODS
 from adapterkit.tensors.activations import ACTIVATIONS
+from adapterkit.updates.rules import names_in
 
 ROOT = Path(__file__).parent.parent / "spec"
-MANIFEST = tomllib.loads((ROOT / "1.0" / "manifest.toml").read_text("utf-8"))
+MANIFEST = tomllib.loads((ROOT / SPEC / "manifest.toml").read_text("utf-8"))
+RELEASED = tomllib.loads((ROOT / "1.0" / "manifest.toml").read_text("utf-8"))
 FORMAT_ENTRIES = sorted((ROOT / "formats").glob("*.toml"))
 VECTORS = sorted((ROOT / "vectors" / "methods").glob("*.adapter.safetensors"))
 
@@ -43,12 +45,12 @@ def record(path):
 
 @pytest.fixture(scope="session")
 def schema():
-    return jsonschema.Draft202012Validator(json.loads((ROOT / f"adapterkit-{SPEC}.schema.json").read_text("utf-8")))
+    return jsonschema.Draft202012Validator(json.loads((ROOT / SPEC / "record.schema.json").read_text("utf-8")))
 
 
 def test_module_entry_and_vector_exist_in_threes():
     entries = {path.stem for path in (ROOT / "methods").glob("*.toml")}
-    vectors = {path.name.removesuffix(".adapter.safetensors") for path in VECTORS}
+    vectors = {path.name.partition(".")[0] for path in VECTORS}
     assert entries == vectors == set(METHODS) == set(MANIFEST["methods"])
     assert all(path.with_name(path.name.replace(".adapter.", ".expected.")).exists() for path in VECTORS)
 
@@ -56,23 +58,40 @@ def test_module_entry_and_vector_exist_in_threes():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_entry_says_what_its_class_does(name):
     said, cls = entry("methods", name), METHODS[name]
-    assert said.keys() - {"attributes"} == {
-        "name",
-        "version",
-        "kind",
-        "title",
-        "formula",
-        "paper",
-        "blocks",
-        "needs_bias",
-        "tensors",
-    }
     assert (said["name"], said["version"], said["kind"]) == (name, cls.version, cls.kind)
-    assert (said["paper"], said["needs_bias"]) == (cls.paper, cls.needs_bias)
+    assert (said["paper"], said["needs_bias"], said["since"]) == (cls.paper, cls.needs_bias, list(cls.since))
+    assert said.get("axes") == ("out in" if cls.linear_only else None)
+    assert said.get("bound_to", "") == cls.bound_to
+    assert said.get("of_model", False) == getattr(cls, "of_model", False)
+    assert said.get("one_of", []) == [[list(names) for names in group] for group in cls.forms]
+    rules = [{k: v for k, v in dataclasses.asdict(rule).items() if v} for rule in cls.rules]
+    assert said.get("rules", []) == [
+        {k: v for k, v in rule.items() if not (k == "error" and "define" in rule)} for rule in rules
+    ]
     assert said["blocks"] == sorted(cls.blocks)
     assert MANIFEST["methods"][name] == cls.version
     assert said["title"]
     assert said["formula"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_entry_fits_its_schema(name):
+    checker = jsonschema.Draft202012Validator(json.loads((ROOT / "method.schema.json").read_text("utf-8")))
+    checker.validate(entry("methods", name))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_rules_read_what_it_has(name):
+    cls = METHODS[name]
+    axes = {
+        word for field in cls.tensor_fields().values() for word in re.findall(r"[a-z]\w*", field.metadata["axes"].text)
+    }
+    axes |= {rule.define for rule in cls.rules}
+    assert not axes & set(cls.attribute_fields())
+    for rule in cls.rules:
+        for text in filter(None, (rule.when, rule.require, rule.value)):
+            assert set(names_in(text)) <= axes | set(cls.attribute_fields())
+            assert set(re.findall(r"(?:has|axes)\((\w+)\)", text)) <= set(cls.tensor_fields())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -84,9 +103,8 @@ def test_a_methods_tensors_are_its_fields_in_order(name):
     fields = METHODS[name].tensor_fields().items()
     assert said == [(n, f.metadata["axes"].text, f.metadata["optional"], f.metadata["integer"]) for n, f in fields]
     assert all(tensor["meaning"] for tensor in entry("methods", name)["tensors"])
-    assert all(
-        t.keys() <= {"name", "shape", "optional", "integer", "meaning"} for t in entry("methods", name)["tensors"]
-    )
+    said = [(t.get("below", []), t.get("distinct", False)) for t in entry("methods", name)["tensors"]]
+    assert said == [(list(f.metadata["below"]), f.metadata["distinct"]) for _, f in fields]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -96,14 +114,20 @@ def test_a_methods_attributes_are_its_fields_in_order(name):
     assert said == [(n, f.type, f.default) for n, f in METHODS[name].attribute_fields().items()]
     assert all(type(a["default"]).__name__ == a["type"] for a in attributes if "default" in a)
     assert all(attribute["meaning"] for attribute in attributes)
-    rules = [(a.get("among", []), a.get("least"), a.get("most")) for a in attributes]
+    rules = [
+        (a.get("among", []), a.get("least"), a.get("most"), a.get("positive", False), a.get("since", 1))
+        for a in attributes
+    ]
     fields = [field.metadata for field in METHODS[name].attribute_fields().values()]
-    assert rules == [(list(f.get("among", ())), f.get("least"), f.get("most")) for f in fields]
+    assert rules == [
+        (list(f.get("among", ())), f.get("least"), f.get("most"), f.get("positive", False), f.get("since", 1))
+        for f in fields
+    ]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_vectors_use_every_field_and_every_default(name):
-    updates = record(ROOT / "vectors" / "methods" / f"{name}.adapter.safetensors")["updates"]
+    updates = [update for path in VECTORS if path.name.startswith(f"{name}.") for update in record(path)["updates"]]
     own = [update for update in updates if update["method"] == name]
     fields, attributes = METHODS[name].tensor_fields(), METHODS[name].attribute_fields()
     for field, declared in fields.items():
@@ -140,6 +164,17 @@ def test_the_manifest_is_of_the_version_that_is_written():
     assert (ROOT / "README.md").read_text("utf-8").startswith(f"# The adapterkit container, version {SPEC}\n")
 
 
+@pytest.mark.parametrize("name", RELEASED["vectors"])
+def test_a_vector_of_an_older_version_is_unchanged(name):
+    assert hashlib.sha256((ROOT / "vectors" / name).read_bytes()).hexdigest() == RELEASED["vectors"][name]
+
+
+def test_an_older_version_has_the_methods_that_say_so():
+    older = {name: sum(since <= "1.0" for since in cls.since) for name, cls in METHODS.items()}
+    assert {name: version for name, version in older.items() if version} == RELEASED["methods"]
+    assert RELEASED["released"]
+
+
 @pytest.mark.parametrize("name", MANIFEST["vectors"])
 def test_a_listed_vector_is_unchanged(name):
     assert hashlib.sha256((ROOT / "vectors" / name).read_bytes()).hexdigest() == MANIFEST["vectors"][name]
@@ -153,7 +188,10 @@ def test_every_vector_of_a_method_is_listed():
 def test_what_is_made_by_machine_is_what_the_machine_makes():
     root = ROOT.parent
     done = subprocess.run(
-        [sys.executable, root / "tools" / "vectors", "--check", "--methods", "--formats", "--invalid", "--schema"],
+        [
+            sys.executable, root / "tools" / "vectors", "--check", "--methods", "--formats", "--invalid", "--schema",
+            "--tables",
+        ],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -99,7 +99,7 @@ def _whole(target: Target, updates: Sequence[Update], moves: Moves) -> bool:
     """Whether a stack goes away without a rest: every equal part of every expert."""
     given = moves[target.path]
     parts = {move.take for move in given}
-    count = next((take[1] for take in parts if take is not None), 1)
+    count = next((take.of for take in parts if take is not None), 1)
     experts = updates[0].dims(target.stacked).get("e")
     return len(parts) == count and {move.expert for move in given} == set(range(int(str(experts))))
 

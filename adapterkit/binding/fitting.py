@@ -95,7 +95,7 @@ def live_shape(base: Checkpoint, name: str) -> tuple[int, ...] | None:
     if first.slot is not None:
         shape = shape[1:]
     lead = int(first.expert is None and len(shape) > 2)
-    scale = (first.take[1] if first.take else 1), (first.into[1] if first.into else 1)
+    scale = (first.take.of if first.take else 1), (first.into.of if first.into else 1)
     out = shape[lead] * scale[0] // scale[1]
     experts = () if first.expert is None else (len({move.expert for move in moves}),)
     return (*experts, *shape[:lead], out, *shape[lead + 1 :])

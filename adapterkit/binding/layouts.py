@@ -9,6 +9,7 @@ from typing import Any
 from ..adapter import LAYOUTS
 from ..errors import ShapeMismatch
 from ..naming.layouts import stored_in_out
+from ..naming.ties import is_embedding
 from .fitting import Shapes, fits
 from .sites import Site
 
@@ -61,6 +62,8 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
     in_out = stored_in_out(site.target.path, config)
     if in_out:
         return next(layout for layout in fits if layout in ("in out *k", "e in out *k"))
+    if in_out is False and not is_embedding(f"{site.target.path}.weight"):
+        return next(layout for layout in fits if layout in ("out *in", "e out *in"))
     if in_out is None and any(said == declared and is_ != declared for said, is_ in proven):
         raise ShapeMismatch(
             "a square weight, stored [out, in] or [in, out], and the adapter's word is wrong for other weights",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter import Target
 from ..errors import NotMergeable, ShapeMismatch, Unsupported
-from ..naming.resolver import Move
+from ..naming.resolver import Move, Part
 from ..tensors import arrange
 from ..tensors.lazy import Lazy, as_lazy
 from ..updates import Update
@@ -42,8 +42,8 @@ def moved(
         ShapeMismatch: the parts of a fused weight are not equal, or the base has another number of experts.
         Unsupported: updates of single experts cannot be put into one stack.
     """
-    placed: list[Placed | tuple[str, tuple[int, int] | None]] = []
-    stacks: dict[tuple[str, tuple[int, int] | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
+    placed: list[Placed | tuple[str, Part | None]] = []
+    stacks: dict[tuple[str, Part | None], dict[int, tuple[Target, tuple[Update, ...]]]] = {}
     for target, given in updates.items():
         for move in moves.get(target.path, ()):
             if move.plain:
@@ -51,7 +51,7 @@ def moved(
                 continue
             there, part = _taken(target, given, move)
             if move.slot is None:
-                placed.append((target, _into(there, part, move, shapes), part))
+                placed.append((target, *_into(there, part, move, shapes)))
                 continue
             key = move.path, move.into
             if key not in stacks:
@@ -87,47 +87,83 @@ def _slice(leaf: Any, index: int) -> Any:
     return arrange.item(leaf, index) if isinstance(leaf, Lazy) else leaf[index]
 
 
-def _rows(update: Update, part: tuple[int, int], stack: bool, target: Target) -> Update:
-    """One of several equal runs of an update's outputs."""
+def _rows(update: Update, part: Part, stack: bool, target: Target) -> Update:
+    """One of several equal parts of an update's outputs."""
+    start, stop, step = _steps(_outputs(update, stack, target), part, target)
+    changes: dict[str, Any] = {}
+    for name, leaf in update.tensors.items():
+        at = _output_axis(update, name, leaf, stack)
+        if at is None:
+            continue
+        if isinstance(leaf, Lazy):
+            changes[name] = arrange.part(leaf, start, stop, at, step)
+        else:
+            changes[name] = leaf[(slice(None),) * at + (slice(start, stop, step),)]
+    return update.replace(**changes)
+
+
+def _outputs(update: Update, stack: bool, target: Target) -> int:
+    """How many outputs an update has, if its formula can be cut along them."""
     out = update.dims(stack).get("out")
     if not isinstance(out, int) or not update.cuts("out"):
         why = f"{update.method} changes all outputs of a weight together, and the base stores it in parts"
         raise NotMergeable(why, where=str(target), cure="Inject it into a live model instead")
-    start, stop = _run(out, part, target)
-    changes: dict[str, Any] = {}
+    return out
+
+
+def _output_axis(update: Update, name: str, leaf: Any, stack: bool) -> int | None:
+    """The axis of a tensor's outputs; None where it has none."""
+    axis = update.tensor_fields()[name].metadata["axes"].index("out")
+    if axis is None:
+        return None
+    return int(axis + stack if axis >= 0 else len(leaf.shape) + axis)
+
+
+def _steps(size: int, part: Part, target: Target) -> tuple[int, int, int]:
+    """The rows of a part as (start, stop, step)."""
+    if size % part.of:
+        raise ShapeMismatch(f"{size} outputs are not {part.of} equal parts", where=str(target), cure=_WRONG_BASE)
+    if part.interleaved:
+        return part.index, size, part.of
+    return part.index * size // part.of, (part.index + 1) * size // part.of, 1
+
+
+def _into(there: Target, updates: tuple[Update, ...], move: Move, shapes: Shapes) -> tuple[Target, tuple[Update, ...]]:
+    """The target with the rows of the base's weight that it is, and its updates.
+
+    A target has one run of rows. Where a part has every second row, updates of the whole weight say it, with zeros in
+    the rows of the other parts: exact for an additive formula of factors.
+    """
+    if move.into is None:
+        return there, updates
+    outs = {out for update in updates if isinstance(out := update.dims(there.stacked).get("out"), int)}
+    shape = next((shapes[name] for name in (f"{move.path}.weight", move.path) if name in shapes), ())
+    sizes = {out * move.into.of for out in outs} or {shape[int(there.stacked)]}
+    if len(sizes) != 1 or not sizes <= set(shape):
+        why = f"made for {sorted(outs)} outputs, one of {move.into.of} equal parts; the base has {list(shape)}"
+        raise ShapeMismatch(why, where=str(there), cure=_WRONG_BASE)
+    size = sizes.pop()
+    start, stop, step = _steps(size, move.into, there)
+    if step == 1:
+        return replace(there, rows=(start, stop)), updates
+    return there, tuple(_spread(update, size, start, step, there) for update in updates)
+
+
+def _spread(update: Update, size: int, start: int, step: int, target: Target) -> Update:
+    """An update of every `step`-th row as one of all rows of the weight."""
+    if update.method != "lora":
+        why = f"{update.method} on every {step}th row of a weight: the base stores gate and up interleaved"
+        raise NotMergeable(why, where=str(target), cure="Train it on the weight as the base stores it, or use LoRA")
+    changes = {}
     for name, leaf in update.tensors.items():
-        axis = update.tensor_fields()[name].metadata["axes"].index("out")
-        if axis is not None:
-            at = axis + stack if axis >= 0 else len(leaf.shape) + axis
-            cut = (
-                arrange.part(leaf, start, stop, at) if isinstance(leaf, Lazy) else leaf.narrow(at, start, stop - start)
-            )
-            changes[name] = cut
+        at = _output_axis(update, name, leaf, target.stacked)
+        if at is not None:
+            changes[name] = arrange.spread(as_lazy(leaf), size, start, step, at)
     return update.replace(**changes)
 
 
-def _run(size: int, part: tuple[int, int], target: Target) -> tuple[int, int]:
-    index, of = part
-    if size % of:
-        raise ShapeMismatch(f"{size} outputs are not {of} equal parts", where=str(target), cure=_WRONG_BASE)
-    return index * size // of, (index + 1) * size // of
-
-
-def _into(there: Target, updates: tuple[Update, ...], move: Move, shapes: Shapes) -> Target:
-    """The target with the rows of the base's weight that it is."""
-    if move.into is None:
-        return there
-    outs = {out for update in updates if isinstance(out := update.dims(there.stacked).get("out"), int)}
-    shape = next((shapes[name] for name in (f"{move.path}.weight", move.path) if name in shapes), ())
-    sizes = {out * move.into[1] for out in outs} or {shape[int(there.stacked)]}
-    if len(sizes) != 1 or not sizes <= set(shape):
-        why = f"made for {sorted(outs)} outputs, one of {move.into[1]} equal parts; the base has {list(shape)}"
-        raise ShapeMismatch(why, where=str(there), cure=_WRONG_BASE)
-    return replace(there, rows=_run(sizes.pop(), move.into, there))
-
-
 def _stacked(
-    key: tuple[str, tuple[int, int] | None], slots: Mapping[int, tuple[Target, tuple[Update, ...]]], shapes: Shapes
+    key: tuple[str, Part | None], slots: Mapping[int, tuple[Target, tuple[Update, ...]]], shapes: Shapes
 ) -> Placed:
     """Updates of single experts as updates of the stack they belong to."""
     path, into = key
@@ -142,7 +178,7 @@ def _stacked(
     columns = [[slots[e][1][n] if e in slots else None for e in range(shape[0])] for n in range(counts.pop())]
     layout = _LAYOUT_OF_STACK[first[0].layout]
     updates = tuple(_one(column, first[0]) for column in columns)
-    there = _into(Target(path, layout), updates, Move(path, into=into), shapes)
+    there, updates = _into(Target(path, layout), updates, Move(path, into=into), shapes)
     return first[0], there, updates
 
 

@@ -12,6 +12,7 @@ from ..naming.architectures import architecture_of
 from ..naming.renames import Rename, parse_renames, renamed_by
 from ..naming.resolver import Names, Rule, resolve
 from ..updates import Update
+from .families import check_family
 from .fitting import Shapes, fits, paths_of
 from .moving import moved
 
@@ -121,11 +122,14 @@ def find_sites(
         rename: the user's rules, each `FROM=TO` or `@FILE`.
 
     Raises:
-        TargetNotFound: some targets have no place and `partial` is off, or none has one, or two readings of a name fit.
+        TargetNotFound: some targets have no place and `partial` is off, or none has one, or two readings of a name fit;
+            the base is of another family than the adapter names, and there are no rules.
         ShapeMismatch, NotMergeable, Unsupported: a target cannot be cut or joined as the base stores it.
     """
     if not adapter.updates:
         return Bound([], [], [])
+    if not rename:
+        check_family(adapter, config)
     outer = {target.path for target, updates in adapter.updates.items() if all(u.kind == "output" for u in updates)}
     below = {name[:at] for name in shapes for at, letter in enumerate(name) if letter == "."} if outer else set()
     names = Names(paths_of(shapes), frozenset({*below, *modules}), frozenset(outer))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
     from ..tensors.lazy import Lazy, Leaf
 
-SPEC = "1.0"
+SPEC = "1.1"
 KEY = "adapterkit"
 FILE = "adapter.safetensors"
 MAX_RECORD = 256 << 20
@@ -160,7 +160,7 @@ def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
 
     base, foreign = adapter.base, adapter.foreign
     return Record(
-        version=SPEC,
+        version=version_of(adapter),
         updates=[_encode_update(target, update, store) for target, update in adapter],
         recipe=[StepRecord(step.op, dict(step.args)) for step in adapter.recipe],
         base=None if base is None else BaseRecord(base.id, base.revision, base.config_hash),
@@ -169,12 +169,18 @@ def encode_record(adapter: Adapter, tensors: dict[str, Leaf]) -> Record:
     )
 
 
+def version_of(adapter: Adapter) -> str:
+    """The oldest version of the spec that has all that an adapter says, so that older readers can read it."""
+    return max((METHODS[update.method].since[update.stated_version - 1] for _, update in adapter), default="1.0")
+
+
 def _encode_update(target: Target, update: Update, store: Callable[[str, Leaf], str]) -> UpdateRecord:
     tensors = {name: store(f"{target.path}.{name}".lstrip("."), leaf) for name, leaf in update.tensors.items()}
     # Defaults are left out by identity, so that an equal layout must be the very object.
     layout = next((known for known in LAYOUTS if known == target.layout), target.layout)
     place = TargetRecord(target.path, layout, target.rows)
-    return UpdateRecord(place, update.method, update.version, tensors, update.attributes)
+    version = update.stated_version
+    return UpdateRecord(place, update.method, version, tensors, update.attributes_of(version))
 
 
 def _encode_foreign(foreign: Foreign, store: Callable[[str, Leaf], str]) -> ForeignRecord:
@@ -265,11 +271,13 @@ def _decode(record: Record, tensors: Mapping[str, Lazy]) -> Adapter:
 
 def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Update:
     cls = METHODS[entry.method]
-    if entry.version != cls.version:
-        why = f"{entry.method} version {entry.version}; this release knows {cls.version}"
+    if entry.version > cls.version or not cls.since[entry.version - 1]:
+        versions = ", ".join(str(number) for number, since in enumerate(cls.since, 1) if since)
+        why = f"{entry.method} version {entry.version}; this release knows {versions}"
         raise Unsupported(why, where="version", cure=_UPGRADE)
+    known = {n: f for n, f in cls.attribute_fields().items() if f.metadata.get("since", 1) <= entry.version}
     _check_names("tensors", entry.tensors, cls.tensor_fields())
-    _check_names("attributes", entry.attributes, cls.attribute_fields())
+    _check_names("attributes", entry.attributes, known)
     try:
         return cls(**{field: take(name, field) for field, name in entry.tensors.items()}, **entry.attributes)
     except TypeError as error:

@@ -42,7 +42,9 @@ class BflControl(ImageFormat):
 
     def sniff(self, path: Path) -> bool:
         keys = container.names(path)
-        return any(key is not None and key.slot != "set_weight" for key in map(self.parse, keys))
+        # Other models have a final_layer too, and other names beside it.
+        parsed = list(map(self.parse, keys))
+        return None not in parsed and any(key and key.slot != "set_weight" for key in parsed)
 
     def parse(self, key: str) -> Key | None:
         if _NORM.fullmatch(key):

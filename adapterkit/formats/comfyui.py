@@ -1,18 +1,20 @@
 """ComfyUI's own names: the model's dotted paths behind `diffusion_model.`, with any of the slots its loader knows.
 
-ai-toolkit, musubi-tuner and others write the same with `lora_A` and `lora_B`, and no alpha.
+ai-toolkit, musubi-tuner and others write the same with `lora_A` and `lora_B`, and no alpha. DiffSynth, the Lightning
+distillations, fal and ACE-Step leave the prefix out or write PEFT's; their names must all be those of one known family,
+since nothing else tells such a file from one of another kind of model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapter import Target
 from ..errors import TargetNotFound
-from ..naming.image import component_of, denoiser_of, encoders, families_of, rooted
+from ..naming.image import component_of, denoiser_of, encoders, families, families_of, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat
@@ -39,6 +41,8 @@ _WORDS = {word: slot for slot, word in SLOTS.items()} | {
 
 _ENDS = "|".join(re.escape(word) for word in sorted(_WORDS, key=len, reverse=True))
 _KEY = re.compile(rf"((?:diffusion_model|text_encoders\.(?:clip_l|clip_g|t5xxl)\.transformer)\..+?)\.({_ENDS})")
+_OTHER = re.compile(rf"((?:(?:base_model\.model|conditional_transformer|model\.diffusion_model)\.)?(.+?))\.({_ENDS})")
+_DOTTED = re.compile(r"[A-Za-z]\w*(?:\.[\w-]+)*")
 
 _ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 
@@ -55,11 +59,22 @@ class Comfyui(ImageFormat):
     naming = "native"
 
     def sniff(self, path: Path) -> bool:
-        return any(map(self.parse, container.names(path)))
+        keys = container.names(path)
+        if any(map(_KEY.fullmatch, keys)):
+            return True
+        from .bfl_control import BflControl
+
+        if BflControl().sniff(path):
+            return False
+        parsed = [_OTHER.fullmatch(key) for key in keys]
+        return bool(parsed) and all(parsed) and bool(_families({each[2] for each in parsed if each is not None}))
 
     def parse(self, key: str) -> Key | None:
         found = _KEY.fullmatch(key)
-        return Key(key, found[1], _WORDS[found[2]]) if found else None
+        if found is not None:
+            return Key(key, found[1], _WORDS[found[2]])
+        other = _OTHER.fullmatch(key)
+        return Key(key, other[1], _WORDS[other[3]]) if other and _DOTTED.fullmatch(other[2]) else None
 
     def spell(self, stem: str, slot: str) -> str:
         return f"{stem}.{SLOTS.get(slot, slot)}"
@@ -67,7 +82,7 @@ class Comfyui(ImageFormat):
     def targets(
         self, modules: Mapping[str, Module], metadata: Mapping[str, str], base: Checkpoint | None
     ) -> dict[str, Target]:
-        rests = [rooted(stem)[1] for stem in modules if stem.startswith("diffusion_model.")]
+        rests = [_rest(stem) for stem in modules if not stem.startswith("text_encoders.")]
         part, third = denoiser_of(rests), _third(rests)
         return {stem: Target(_path(stem, part, third)) for stem in modules}
 
@@ -86,10 +101,24 @@ class Comfyui(ImageFormat):
         return (hints.metadata if hints.stems else [("format", "pt")]), False
 
 
+_ROOTS = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "conditional_transformer.")
+"""What may stand before the names of a U-Net or a transformer; or nothing."""
+
+
+def _rest(stem: str) -> str:
+    """A module's name without what stands before it."""
+    return stem.removeprefix(next((root for root in _ROOTS if stem.startswith(root)), ""))
+
+
+def _families(names: Collection[str]) -> list[str]:
+    """The families that have all of these names, generic ones aside."""
+    return [f.name for f in families() if not f.facts.generic and all(name in f for name in names)]
+
+
 def _path(stem: str, part: str, third: str) -> str:
     root, rest = rooted(stem)
-    if root == "diffusion_model.":
-        return f"{part}.{rest}"
+    if not root.startswith("text_encoders."):
+        return f"{part}.{_rest(stem)}"
     word = root.split(".")[1]
     encoder = third if word == "t5xxl" else {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}[word]
     if not encoder:

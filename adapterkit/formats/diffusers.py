@@ -35,7 +35,10 @@ CONFIG = "lora_adapter_metadata"
 FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
 _PART = r"(?:unet|transformer(?:_2)?|text_encoder(?:_[23])?)"
-_THIRD = re.compile(rf"({_PART}\..+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(?:\.weight)?)")
+_THIRD = re.compile(
+    rf"({_PART}\..+)\.(lora_A(?:\.default)?\.weight|lora_B(?:\.default)?\.weight|lora_B\.bias|lora_down\.weight"
+    r"|lora_up\.weight|lora_magnitude_vector(?:\.weight)?)"
+)
 _SECOND = re.compile(rf"({_PART}\..+?)\.(?:lora|lora_linear_layer)\.(down|up)\.weight")
 _ALPHA = re.compile(rf"({_PART}\..+?)(?:\.lora|\.lora_linear_layer)?\.alpha")
 _FIRST = re.compile(
@@ -52,7 +55,10 @@ SCALE = "set_weight"
 
 _NORM = re.compile(r"transformer\.(?:single_)?transformer_blocks\.\d+\.attn\.norm_(?:added_)?[qk]")
 
-_WORDS = {word: slot for slot, word in SLOTS.items()} | {"lora_magnitude_vector.weight": "dora"}
+_WORDS = {word: slot for slot, word in SLOTS.items()} | {
+    "lora_magnitude_vector.weight": "dora", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
+    "lora_down.weight": "down", "lora_up.weight": "up",
+}  # fmt: skip
 
 
 class Diffusers(ImageFormat):

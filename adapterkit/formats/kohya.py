@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..adapter import Target, Updates
 from ..methods.oft import OFT
-from ..naming.image import KOHYA, component_of, is_not_xl, is_xl, rooted
+from ..naming.image import KOHYA, component_of, families, is_not_xl, is_xl, rooted
 from ._format import FORMULA, Departure
 from ._image import container, turned
+from ._image.arguments import OPTIONS
 from ._image.container import Metadata
 from ._image.dialect import ALPHAS, ImageFormat
 from ._image.file import Key, Module, Rules
 from ._image.hints import Hints
+from ._image.padding import PADDING
 from ._image.underscores import resolve, stem_of
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Kohya(ImageFormat):
 
     url = "https://github.com/kohya-ss/sd-scripts"
     description = "kohya's sd-scripts: LoRA, LoCon, DoRA and OFT for image models, modules named with underscores"
-    departures: ClassVar[Mapping[str, Departure]] = ALPHAS
+    departures: ClassVar[Mapping[str, Departure]] = ALPHAS | OPTIONS | PADDING
     compat = frozenset({FORMULA})
     file = "lora.safetensors"
     methods = frozenset({"dora", "lora", "oft", "weight_norm"})
@@ -86,6 +88,9 @@ class Kohya(ImageFormat):
         paths = [rooted(target.path)[1] for target in inside]
         # A base's names are walked when such a file is read, whatever they are.
         origin = replace(origin, naming=KOHYA) if origin.inside else origin
+        if not origin.families and any(isinstance(update, OFT) for each in others.values() for update in each):
+            trained = tuple(family.name for family in families() if family.facts.sd_scripts)
+            origin = replace(origin, families=trained)
         moved, losses = in_naming(others, KOHYA, kept, origin, fold=fold)
         told = is_xl(paths) or is_not_xl(paths)
         unets, more = in_naming(inside, KOHYA, kept, origin, fold=fold) if told else (inside, [])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..adapter import config_hash
 from ..errors import CheckFailed
 from ..metadata import fingerprints_of
+from ..quant import config_file
 from ..tensors.locations import is_repo, source_of
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def mismatches(name: str, adapter: Adapter, base: Checkpoint, fingerprint: str |
     names = names_of(base)
     if is_repo(wanted.id) and names and not proven and str(wanted.id).lower() not in (each.lower() for each in names):
         found.append(f"{name} was made for {wanted.id}; this base is {' or '.join(names)}")
-    if wanted.config_hash is not None and base.config is not None:
-        given = config_hash(base.config)
+    if wanted.config_hash is not None and (config := config_file(base)) is not None:
+        given = config_hash(config)
         if given != wanted.config_hash:
             found.append(
                 f"{name} was made for a base whose config has the hash {wanted.config_hash}; here it is {given}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..adapter import Adapter
 from ..errors import Unsupported, UsageError
-from ..quant import Dequantized
+from ..quant import Dequantized, config_file
 from ..tensors.checkpoint import INDEX, SINGLE, Checkpoint
 from ..tensors.dtypes import BY_TORCH, DTYPES, DType
 from ..tensors.lazy import ELSEWHERE, Lazy, Shape, Span, read_span
@@ -52,8 +52,9 @@ def make_plan(
     for name in folds:
         _check_floating(name, tensors[name], base)
     changes |= config_changes(base)
-    if cast is not None and base.config is not None:
-        key = "dtype" if "dtype" in base.config else "torch_dtype"
+    before = config_file(base)
+    if cast is not None and before is not None:
+        key = "dtype" if "dtype" in before else "torch_dtype"
         changes[key] = cast.torch
     parts: dict[str, Repacked | Stack] = {}
     kinds = {name: _output_dtype(tensor, cast, names[name], base) for name, tensor in tensors.items()}

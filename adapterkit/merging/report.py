@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
+from ..quant import config_file
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX
 from ..tensors.records import digest_of, listed
@@ -189,8 +190,9 @@ def _copy(file: Path, to: Path) -> None:
 
 def _write_records(plan: Plan, stage: Stage, norms: Norms, damage: Mapping[str, Mapping[str, float]]) -> None:
     out = stage.out
-    if plan.config_changes and plan.base.config is not None:
-        changed = {**plan.base.config, **plan.config_changes}
+    before = config_file(plan.base)
+    if plan.config_changes and before is not None:
+        changed = {**before, **plan.config_changes}
         config = {key: value for key, value in changed.items() if value is not None or key not in plan.config_changes}
         write_bytes(out / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     runs = {file.name: stage.runs_of(file.name) for file in plan.files if file.whole is None}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed
-from ..shapes import Dims
 from ..tensors.positions import random_positions
-from ..updates import Additive, tensor
+from ..updates import Additive, Rule, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,8 +14,6 @@ if TYPE_CHECKING:
 
 SEED = 777
 """Of the positions of a fresh update: PEFT's own, so that its files can say them."""
-LARGEST = 1 << 34
-"""Elements of a weight that is believed: the size of a law's own is no more than two numbers in a file."""
 
 
 class Coefficients(Additive):
@@ -25,11 +21,17 @@ class Coefficients(Additive):
 
     linear_only = True
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
+    rules: ClassVar[tuple[Rule, ...]] = (
+        # A weight that is believed has so many elements: its size is no more than two numbers in a file.
+        Rule(require="outputs * inputs <= 2 ** 34", where="outputs, inputs", error="Malformed"),
+        Rule(define="out", value="outputs"),
+        Rule(define="in", value="inputs"),
+    )
 
     index: Tensor = tensor("2 n", integer=True, below="out in", distinct=True)
     spectrum: Tensor = tensor("n")
-    outputs: int
-    inputs: int
+    outputs: int = attribute(least=1)
+    inputs: int = attribute(least=1)
     scaling: float = 1.0
 
     @classmethod
@@ -38,12 +40,3 @@ class Coefficients(Additive):
         flat = random_positions(SEED, out * in_, rank)
         index = flat.new_tensor([(flat // in_).tolist(), (flat % in_).tolist()])
         return cls(outputs=out, inputs=in_, **{"index": index, "spectrum": W.new_zeros(len(flat)), **attributes})
-
-    def dims(self, stack: bool = False) -> Dims:
-        return super().dims(stack) | {"out": self.outputs, "in": self.inputs}
-
-    def check(self) -> None:
-        super().check()
-        if self.outputs < 1 or self.inputs < 1 or self.outputs * self.inputs > LARGEST:
-            why = f"no weight is {self.outputs} x {self.inputs}"
-            raise Malformed(why, where="outputs, inputs", cure="Write the adapter again")

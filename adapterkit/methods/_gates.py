@@ -5,10 +5,8 @@ Mao et al. 2021, https://arxiv.org/abs/2110.07577
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from ..errors import Malformed
 from ..tensors.activations import sigmoid
 
 
@@ -26,14 +24,3 @@ def gated(P: Any, x: Any, gate: Any, bias: Any) -> Any:
     One share is for both, two are for keys and for values: `[batch, 2, heads, n, d]`.
     """
     return P * row_shares(x @ gate.mT + bias).swapaxes(1, 2)[..., None, None]
-
-
-def check_gates(shape: Sequence[int]) -> None:
-    """Checks that a prefix has one gate, or one for keys and one for values.
-
-    Raises:
-        Malformed: it has more.
-    """
-    if len(shape) == 2 and shape[0] not in (1, 2):
-        why = f"{shape[0]} gates for keys and values"
-        raise Malformed(why, where="gate", cure="One is for both, or each has its own")

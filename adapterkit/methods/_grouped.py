@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ..errors import ShapeMismatch, UsageError
-from ..shapes import Dims
-from ..updates import OutputUpdate, tensor
+from ..updates import OutputUpdate, Rule, tensor
 from ._low_rank import block_diagonal
 
 if TYPE_CHECKING:
@@ -20,6 +19,9 @@ class AcrossGroups(OutputUpdate):
     """A over all `inputs`, B in r / share groups; a subclass says what becomes of B @ A(x). No method itself."""
 
     acts_on = "the output by channels of all groups"
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="share >= 1 and r % share == 0 and out % (r // share) == 0", where="B"),
+    )
 
     A: Tensor = tensor("r inputs *k")
     B: Tensor = tensor("out share")
@@ -34,13 +36,6 @@ class AcrossGroups(OutputUpdate):
     @property
     def channels(self) -> int:
         return cast(int, self.dims()["out"])
-
-    def dims(self, stack: bool = False) -> Dims:
-        dims: Any = super().dims(stack)
-        if not dims["share"] or dims["r"] % dims["share"] or dims["out"] % (dims["r"] // dims["share"]):
-            why = f"rank {dims['r']} and {dims['out']} outputs are not in groups of {dims['share']} of the rank"
-            raise ShapeMismatch(why, where="B", cure="Write the adapter again")
-        return {**dims}
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)

@@ -7,11 +7,11 @@ base's, so that what a cache holds of them is the base's too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed, ShapeMismatch, UsageError
+from ..errors import ShapeMismatch, UsageError
 from ..tensors.namespace import namespace
-from ..updates import tensor
+from ..updates import Rule, tensor
 from ._routed import Routed
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class ALoRA(Routed):
     paper = "https://arxiv.org/abs/2504.12397"
     acts_on = "the output behind its invocation tokens alone"
     asks = ("input_ids",)
+    rules: ClassVar[tuple[Rule, ...]] = (Rule(require="length >= 1", where="invocation", error="Malformed"),)
 
     A: Tensor = tensor("r in")
     B: Tensor = tensor("out r")
@@ -40,11 +41,6 @@ class ALoRA(Routed):
         invocation: Any = namespace(W).asarray(attributes.pop("invocation"))
         A = random((rank, W.shape[1])) / W.shape[1] ** 0.5
         return cls(A=A, B=W.new_zeros(len(W), rank), invocation=invocation, **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if not self.invocation.shape[0]:
-            raise Malformed("an empty invocation", where="invocation", cure="Write the adapter again")
 
     def forward(self, x: Any, layer: Any) -> Any:
         change = layer.mix(layer.mix(x, self.A), self.B)

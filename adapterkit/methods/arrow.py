@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import Malformed
-from ..updates import attribute, tensor
+from ..updates import Rule, attribute, tensor
 from ._routed import Routed, best, mixed, softmax_among
 
 if TYPE_CHECKING:
@@ -30,6 +29,10 @@ class Arrow(Routed):
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = (
         (("A", "B", "prototypes", "strengths"), ("idle_A", "idle_B")),
     )
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="top_k <= experts", when="has(A)", where="top_k", error="Malformed"),
+        Rule(require="top_k <= tasks", when="not has(A) and tasks > 0", where="top_k", error="Malformed"),
+    )
 
     A: Tensor | None = tensor("experts r in", optional=True)
     B: Tensor | None = tensor("experts out r", optional=True)
@@ -47,19 +50,9 @@ class Arrow(Routed):
     def lacks_experts(self) -> bool:
         return self.A is None
 
-    def check(self) -> None:
-        super().check()
-        self._check_choice()
-
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)
-        self._check_choice()
-
-    def _check_choice(self) -> None:
-        experts = self.tasks if self.A is None else self.A.shape[0]
-        if experts and self.top_k > experts:
-            why = f"the {self.top_k} best of {experts} experts"
-            raise Malformed(why, where="top_k", cure="Write the adapter again")
+        self.dims()
 
     def forward(self, x: Any, layer: Any) -> Any:
         assert self.A is not None

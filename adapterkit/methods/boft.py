@@ -7,12 +7,10 @@ first. In a single factor all inputs lie where they are.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ShapeMismatch
-from ..shapes import Dims
 from ..tensors.rotations import cayley, turn_columns
-from ..updates import WeightUpdate, tensor
+from ..updates import Rule, WeightUpdate, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +23,10 @@ class BOFT(WeightUpdate):
 
     blocks = frozenset({"out"})
     paper = "https://arxiv.org/abs/2311.06243"
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="m <= n and b % 2 == 0 and n % 2 ** (m - 1) == 0", when="m > 1", where="R"),
+        Rule(define="columns", value="n * b", where="R"),
+    )
 
     R: Tensor = tensor("m n b b")
     s: Tensor = tensor("out")
@@ -34,14 +36,6 @@ class BOFT(WeightUpdate):
         width = math.prod(W.shape[1:])
         size = math.gcd(rank, width)
         return cls(R=W.new_zeros(1, width // size, size, size), s=W.new_ones(len(W)), **attributes)
-
-    def dims(self, stack: bool = False) -> Dims:
-        dims: Any = super().dims(stack)
-        m, n, b = dims["m"], dims["n"], dims["b"]
-        if m > 1 and (m > n.bit_length() or n % 2 ** (m - 1) or b % 2):
-            why = f"{m} factors need blocks of even size, and a multiple of {2 ** min(m - 1, 64)} of them"
-            raise ShapeMismatch(why, where="R", cure="Write the adapter again")
-        return {**dims, "columns": n * b}
 
     def new_weight(self, W: Tensor) -> Tensor:
         X, size = W.reshape(len(W), -1), self.R.shape[-1]

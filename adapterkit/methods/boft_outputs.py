@@ -1,17 +1,16 @@
 """BOFT as LyCORIS has it: a product of block rotations, butterfly-wise, on the outputs.  https://arxiv.org/abs/2309.14859
 
 BOFT proper (https://arxiv.org/abs/2311.06243) turns inputs, and PEFT's takes other chunks together: here blocks of b
-outputs are made of pairs that lie b / 2 * 2^i apart in factor i, and Q is not halved.
+outputs are made of pairs that lie b / 2 * 2^i apart in factor i, and Q is not halved. In LyCORIS's bypass mode the bias
+is turned, too (`on_output`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ShapeMismatch
-from ..shapes import Dims
 from ..tensors.rotations import cayley, shortened, turn_rows
-from ..updates import WeightUpdate, tensor
+from ..updates import Rule, WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,27 +22,23 @@ class BOFTOutputs(WeightUpdate):
     """W' = rescale * M_(m-1) ... M_0 @ W, M_i = P_i^T @ blockdiag(cayley(square^T - square)) @ P_i."""
 
     blocks = frozenset({"in"})
+    needs_bias = False
     paper = "https://arxiv.org/abs/2309.14859"
+    since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="m <= n and b % 2 == 0 and n % 2 ** (m - 1) == 0", where="square"),
+        Rule(define="out", value="n * b", where="square"),
+    )
 
     square: Tensor = tensor("m n b b")
     rescale: Tensor | None = tensor("out", optional=True)
     constraint: float = 0.0
+    on_output: bool = attribute(False, since=2)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         size = max(n for n in range(2, max(rank, 2) + 1, 2) if len(W) % n == 0 or n == 2)
         return cls(square=W.new_zeros(1, len(W) // size, size, size), **attributes)
-
-    def dims(self, stack: bool = False) -> Dims:
-        dims: Any = super().dims(stack)
-        m, n, b = dims["m"], dims["n"], dims["b"]
-        if b % 2 or m > n.bit_length() or n % 2 ** (m - 1):
-            why = f"{m} factors need blocks of even size, and a multiple of {2 ** min(max(m - 1, 0), 64)} of them"
-            raise ShapeMismatch(why, where="square", cure="Write the adapter again")
-        if dims.setdefault("out", n * b) != n * b:
-            why = f"{n} blocks of {b} do not make up {dims['out']} outputs"
-            raise ShapeMismatch(why, where="square", cure="Write the adapter again")
-        return {**dims}
 
     def new_weight(self, W: Tensor) -> Tensor:
         Q = self.square.mT - self.square
@@ -56,6 +51,13 @@ class BOFTOutputs(WeightUpdate):
             X = turn_rows(X[there], rotation.mT)[back]
         X = X if self.rescale is None else X * self.rescale[:, None]
         return X.reshape(W.shape)
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.on_output
+
+    def new_bias(self, b: Tensor) -> Tensor:
+        return self.new_weight(b[:, None])[:, 0] if self.on_output else b
 
 
 def _paired(width: int, apart: int) -> list[int]:

@@ -26,6 +26,7 @@ class DoRAOutputs(WeightUpdate):
     bias_sees_weight: ClassVar[bool] = True
     needs_bias = False
     paper = "https://arxiv.org/abs/2402.09353"
+    since: ClassVar[tuple[str, ...]] = ("1.1",)
 
     A: Tensor = tensor("r in *k")
     B: Tensor = tensor("out r")

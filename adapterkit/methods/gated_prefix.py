@@ -5,10 +5,10 @@ AdapterHub's prefix in UniPELT: the flat one, and what a network computed once t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..updates import ContextUpdate, tensor
-from ._gates import check_gates, gated
+from ..updates import ContextUpdate, Rule, tensor
+from ._gates import gated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ class GatedPrefix(ContextUpdate):
     place = "prefix"
     acts_on = "what the attention attends to"
     paper = "https://arxiv.org/abs/2110.07577"
+    rules: ClassVar[tuple[Rule, ...]] = (Rule(require="shares == 1 or shares == 2", where="gate", error="Malformed"),)
 
     P: Tensor = tensor("1 2 heads n d")
     gate: Tensor = tensor("shares width")
@@ -32,10 +33,6 @@ class GatedPrefix(ContextUpdate):
         sizes, width = attributes.pop("sizes"), len(W)
         P, gate = random((1, 2, sizes["heads"], rank, sizes["d"])), random((1, width)) / width**0.5
         return cls(P=P, gate=gate, gate_bias=W.new_zeros(1), **attributes)
-
-    def check(self) -> None:
-        super().check()
-        check_gates(self.gate.shape)
 
     def prefix(self, x: Tensor) -> Tensor:
         out: Tensor = gated(self.P, x, self.gate, self.gate_bias)

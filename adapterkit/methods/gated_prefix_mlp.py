@@ -5,10 +5,10 @@ AdapterHub's prefix in UniPELT, Mao et al. 2021, https://arxiv.org/abs/2110.0757
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..updates import tensor
-from ._gates import check_gates, gated
+from ..updates import Rule, tensor
+from ._gates import gated
 from .prefix_mlp import PrefixMLP
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class GatedPrefixMLP(PrefixMLP):
     place = "prefix"
     acts_on = "what the attention attends to"
     paper = "https://arxiv.org/abs/2110.07577"
+    rules: ClassVar[tuple[Rule, ...]] = (Rule(require="shares == 1 or shares == 2", where="gate", error="Malformed"),)
 
     W2: Tensor = tensor("1 2 heads d hidden")
     b2: Tensor = tensor("1 2 heads d")
@@ -34,10 +35,6 @@ class GatedPrefixMLP(PrefixMLP):
         gate = {"gate": random((1, len(W))) / len(W) ** 0.5, "gate_bias": W.new_zeros(1)}
         sizes = {**attributes.pop("sizes"), "layers": 1}
         return super().initial(W, b, rank, random, sizes=sizes, **gate, **attributes)
-
-    def check(self) -> None:
-        super().check()
-        check_gates(self.gate.shape)
 
     def past(self) -> None:  # type: ignore[override]
         """Nothing of the whole model's: without what enters the attention there is no share."""

@@ -26,6 +26,7 @@ class GroupedDoRA(AcrossGroups):
     """A over all `inputs`, B in r / share groups, the sum rescaled for each output."""
 
     paper = "https://arxiv.org/abs/2402.09353"
+    since: ClassVar[tuple[str, ...]] = ("1.1",)
     sizes: ClassVar[Mapping[str, int]] = {"groups": 1}
 
     magnitude: Tensor = tensor("out")

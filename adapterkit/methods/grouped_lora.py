@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..updates import tensor
+from ..updates import attribute, tensor
 from ._grouped import AcrossGroups, fresh_pair
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ class GroupedLoRA(AcrossGroups):
 
     paper = "https://arxiv.org/abs/2106.09685"
     sizes: ClassVar[Mapping[str, int]] = {"groups": 1}
+    since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
 
     bias: Tensor | None = tensor("out", optional=True)
+    zero_padded: bool = attribute(False, since=2)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:

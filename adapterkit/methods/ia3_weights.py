@@ -1,14 +1,14 @@
-"""IA3 as LyCORIS has it: W' = W * (1 + w), by outputs or inputs; the bias stays.  https://arxiv.org/abs/2309.14859
+"""IA3 as LyCORIS has it: W' = W * (1 + w), by outputs or inputs.  https://arxiv.org/abs/2309.14859
 
-IA3 proper (https://arxiv.org/abs/2205.05638) scales what comes out, the bias with it; this is a law of weights alone,
-and holds what is added to 1.
+IA3 proper (https://arxiv.org/abs/2205.05638) scales what comes out, the bias with it; here it stays, but in LyCORIS's
+bypass mode (`on_output`). The tensors hold what is added to 1.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..updates import WeightUpdate, tensor
+from ..updates import WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +20,14 @@ class IA3Weights(WeightUpdate):
     """W' = W * (1 + w) on rows or W * (1 + w_in) on columns; exactly one is present."""
 
     blocks = frozenset({"out", "in"})
+    needs_bias = False
     forms: ClassVar[tuple[tuple[tuple[str, ...], ...], ...]] = ((("w",), ("w_in",)),)
     paper = "https://arxiv.org/abs/2309.14859"
+    since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
 
     w: Tensor | None = tensor("out", optional=True)
     w_in: Tensor | None = tensor("in", optional=True)
+    on_output: bool = attribute(False, since=2)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
@@ -35,3 +38,10 @@ class IA3Weights(WeightUpdate):
             return W * (1 + self.w).reshape(-1, *[1] * (W.ndim - 1))
         assert self.w_in is not None
         return W * (1 + self.w_in).reshape(1, -1, *[1] * (W.ndim - 2))
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.on_output and self.w is not None
+
+    def new_bias(self, b: Tensor) -> Tensor:
+        return b * (1 + self.w) if self.on_output and self.w is not None else b

@@ -9,11 +9,10 @@ the weight's shape: PEFT trains LoKr on `nn.Conv1d` so.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-from ..errors import Malformed
 from ..tensors.products import contracted, even_split, kron, sides, tucker
-from ..updates import Additive, tensor
+from ..updates import Additive, Rule, attribute, tensor
 from .dense import Dense
 
 if TYPE_CHECKING:
@@ -28,6 +27,10 @@ class LoKr(Additive):
     blocks = frozenset({"out"})
     forms = ((("w1",), ("w1_a", "w1_b")), (("w2",), ("w2_a", "w2_b"), ("w2_a", "t2", "w2_in")))
     paper = "https://arxiv.org/abs/2309.14859"
+    since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="has(w2) and axes(w2) >= 3", when="stacked", where="stacked", error="Malformed"),
+    )
 
     w1: Tensor | None = tensor("a c", optional=True)
     w1_a: Tensor | None = tensor("a r", optional=True)
@@ -38,7 +41,7 @@ class LoKr(Additive):
     t2: Tensor | None = tensor("r r *k", optional=True)
     w2_in: Tensor | None = tensor("r in/c", optional=True)
     scaling: float = 1.0
-    stacked: bool = False
+    stacked: bool = attribute(False, since=2)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
@@ -49,12 +52,6 @@ class LoKr(Additive):
             return cls(w1=w1, w2=random((rows, inner, *W.shape[2:])) / columns**0.5, **attributes)
         w2_a, w2_b = random((rows, rank)) / rank**0.5, random((rank, columns)) / columns**0.5
         return cls(w1=w1, w2_a=w2_a, w2_b=w2_b, **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if self.stacked and (self.w2 is None or len(self.w2.shape) < 3):
-            why = "no stack of matrices: w2 is not whole, or has no kernel"
-            raise Malformed(why, where="stacked", cure="Write the adapter again")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         D: Tensor = self._product.reshape(shape)

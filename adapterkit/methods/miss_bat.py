@@ -6,7 +6,7 @@ W is cut into blocks of r x r. All blocks of r outputs share one B, which mixes 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..errors import ShapeMismatch
 from ..updates import WeightUpdate, tensor
@@ -22,6 +22,7 @@ class MiSSBat(WeightUpdate):
 
     linear_only = True
     paper = "https://arxiv.org/abs/2409.15371"
+    since: ClassVar[tuple[str, ...]] = ("1.1",)
 
     B: Tensor = tensor("out/r r r")
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed
 from ..tensors.namespace import namespace
-from ..updates import tensor
+from ..updates import attribute, tensor
 from ._low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class MTLLoRA(LowRank):
     values: Tensor = tensor("r")
     weights: Tensor = tensor("n")
     scaling: float = 1.0
-    sharpness: float = 0.05
+    sharpness: float = attribute(0.05, least=SHARPEST)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
@@ -48,11 +47,6 @@ class MTLLoRA(LowRank):
         signs = W.new_tensor([(-1.0) ** i if i < count - count % 2 else 0.0 for i in range(count)])
         B = signs[:, None, None] * Z
         return cls(A=A, B=B, values=W.new_ones(rank), weights=W.new_ones(count), **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if not self.sharpness >= SHARPEST:
-            raise Malformed(f"a sharpness of {self.sharpness}", where="sharpness", cure="Write the adapter again")
 
     def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         xp = namespace(self.weights)

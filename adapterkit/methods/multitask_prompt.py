@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed
-from ..updates import ContextUpdate, tensor
+from ..updates import ContextUpdate, Rule, tensor
 from .prompt import tokens_of
 
 if TYPE_CHECKING:
@@ -22,6 +21,10 @@ class MultitaskPrompt(ContextUpdate):
 
     place = "embeddings"
     paper = "https://arxiv.org/abs/2303.02861"
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="0 <= task and task < tasks", where="task", error="Malformed"),
+        Rule(require="n % 2 == 0", when="decoder", where="decoder", error="Malformed"),
+    )
 
     P: Tensor = tensor("n dim")
     columns: Tensor = tensor("tasks n r")
@@ -35,14 +38,6 @@ class MultitaskPrompt(ContextUpdate):
         P = tokens_of(W, rank, random, attributes.pop("index", None))
         ones = W.new_ones(tasks, rank, r) / r, W.new_ones(tasks, r, len(W))
         return cls(P=P, columns=ones[0], rows=ones[1], **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if not 0 <= self.task < self.columns.shape[0]:
-            known = f"{self.columns.shape[0]} tasks"
-            raise Malformed(f"task {self.task} of {known}", where="task", cure="Tasks are counted from 0")
-        if self.decoder and self.P.shape[0] % 2:
-            raise Malformed("an odd number of rows for two", where="decoder", cure="Write the adapter again")
 
     def embeddings(self, task: Any = None) -> Tensor:
         return self._prompt(task)[..., : self._first, :]

@@ -3,18 +3,18 @@
 Each rotation is the Cayley transform R = (I - Q) inverse(I + Q) of a skew-symmetric Q, or, as in OFT v2
 (https://arxiv.org/abs/2506.19847), the first terms of the series of (I + Q) inverse(I - Q). PEFT turns the inputs of
 linear and convolution layers and the outputs of embeddings, and stores what stands above Q's diagonal; LyCORIS
-(https://arxiv.org/abs/2309.14859) turns outputs, stores whole blocks, and may rescale what comes out.
+(https://arxiv.org/abs/2309.14859) turns outputs, stores whole blocks, and may rescale what comes out; in its bypass
+mode it turns the bias, too (`on_output`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed, ShapeMismatch
-from ..shapes import Dims
+from ..errors import ShapeMismatch
 from ..tensors.rotations import block_size, shortened, shortened_blocks, skew, turn_columns, turn_rows, turned
-from ..updates import WeightUpdate, attribute, tensor
+from ..updates import Rule, WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,38 +26,35 @@ class OFT(WeightUpdate):
     """W' = W @ blockdiag(R)^T on inputs, rescale * blockdiag(R)^T @ W on outputs; one stored block serves for all."""
 
     blocks = frozenset({"in", "out"})
+    needs_bias = False
     paper = "https://arxiv.org/abs/2306.07280"
     forms = ((("pairs",), ("square",)),)
+    since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="side == 'out'", when="has(rescale)", where="rescale", error="Malformed"),
+        Rule(require="side == 'out'", when="on_output", where="on_output", error="Malformed"),
+        Rule(require="block(p) > 0", when="has(pairs)", where="pairs"),
+        Rule(define="b", value="block(p)", when="has(pairs)"),
+        Rule(define="out", value="n * b", when="n != 1 and side == 'out'"),
+        Rule(define="columns", value="n * b", when="n != 1 and side == 'in'"),
+    )
 
     pairs: Tensor | None = tensor("n p", optional=True)
     square: Tensor | None = tensor("n b b", optional=True)
     rescale: Tensor | None = tensor("out", optional=True)
     side: str = attribute("in", among=("in", "out"))
     terms: int = attribute(0, least=0, most=100)
-    doubled: bool = False
+    doubled: bool = attribute(False, since=2)
     coft: bool = False
     eps: float = 6e-5
     constraint: float = 0.0
+    on_output: bool = attribute(False, since=2)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         width = len(W) if attributes.get("side") == "out" else math.prod(W.shape[1:])
         size = math.gcd(rank, width)
         return cls(pairs=W.new_zeros(width // size, size * (size - 1) // 2), **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if self.rescale is not None and self.side == "in":
-            raise Malformed("a factor on outputs beside turned inputs", where="rescale", cure="Write the adapter again")
-
-    def dims(self, stack: bool = False) -> Dims:
-        dims: Any = super().dims(stack)
-        size = dims["b"] if self.pairs is None else block_size(dims["p"])
-        if not size:
-            why = f"{dims['p']} numbers do not fill one side of a square matrix"
-            raise ShapeMismatch(why, where="pairs", cure="Write the adapter again")
-        turned = "out" if self.side == "out" else "columns"
-        return {**dims, "b": size} if dims["n"] == 1 else {**dims, "b": size, turned: dims["n"] * size}
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         size = block_size(self.pairs.shape[-1]) if self.square is None else self.square.shape[-1]  # type: ignore[union-attr]
@@ -73,6 +70,13 @@ class OFT(WeightUpdate):
         R = turned(Q, self.terms, self.doubled)
         new = turn_rows(W, R) if self.side == "out" else turn_columns(W.reshape(len(W), -1), R).reshape(W.shape)
         return new if self.rescale is None else new * self.rescale.reshape(-1, *[1] * (W.ndim - 1))
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.on_output
+
+    def new_bias(self, b: Tensor) -> Any:
+        return self.new_weight(b[:, None])[:, 0] if self.on_output else b
 
     def _constrained(self, Q: Any) -> Any:
         """Q, shortened where it is longer than allowed: each block (COFT), or all of them together (LyCORIS)."""

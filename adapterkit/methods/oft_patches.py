@@ -9,13 +9,12 @@ rotates the weight instead, which is another function as soon as there are two p
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ShapeMismatch
-from ..shapes import Dims
 from ..tensors.namespace import namespace
 from ..tensors.rotations import block_size, shortened_blocks, skew, turned
-from ..updates import OutputUpdate, attribute, tensor
+from ..updates import OutputUpdate, Rule, attribute, tensor
 from ._low_rank import block_diagonal
 
 if TYPE_CHECKING:
@@ -28,20 +27,17 @@ class OFTPatches(OutputUpdate):
     paper = "https://arxiv.org/abs/2306.07280"
     acts_on = "the input by overlapping patches"
     moves_input = True
+    since: ClassVar[tuple[str, ...]] = ("1.1",)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="block(p) > 0", where="pairs"),
+        Rule(define="b", value="block(p)"),
+    )
 
     pairs: Tensor = tensor("n p")
     terms: int = attribute(0, least=0, most=100)
     doubled: bool = False
     coft: bool = False
     eps: float = 6e-5
-
-    def dims(self, stack: bool = False) -> Dims:
-        dims: Any = super().dims(stack)
-        size = block_size(dims["p"])
-        if not size:
-            why = f"{dims['p']} numbers do not fill one side of a square matrix"
-            raise ShapeMismatch(why, where="pairs", cure="Write the adapter again")
-        return {**dims, "b": size}
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)

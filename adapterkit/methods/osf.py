@@ -26,6 +26,7 @@ class OSF(WeightUpdate):
     frozen = frozenset({"U_own", "S_own", "V_own"})
     forms = (((), ("U_own", "S_own", "V_own")),)
     paper = "https://arxiv.org/abs/2504.07097"
+    bound_to = "torch.linalg.svd, where the kept vectors are absent"
 
     U: Tensor = tensor("out r")
     S: Tensor = tensor("r")

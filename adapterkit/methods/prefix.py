@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from ..errors import Malformed
-from ..updates import ContextUpdate, tensor
+from ..updates import ContextUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,18 +23,13 @@ class Prefix(ContextUpdate):
     paper = "https://arxiv.org/abs/2101.00190"
 
     P: Tensor = tensor("layers 2 heads n d")
-    step: int = 1
+    step: int = attribute(1, least=1)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         sizes = attributes.pop("sizes")
         P = random((sizes["layers"], 2, sizes["heads"], rank, sizes["d"]))
         return cls(P=P, **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if self.step < 1:
-            raise Malformed(f"a step of {self.step}", where="step", cure="Write the adapter again")
 
     def past(self) -> Tensor:
         layers = self.P.shape[0]

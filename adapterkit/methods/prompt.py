@@ -5,10 +5,9 @@ The law of P-tuning and CPT too, once what computes their embeddings has been le
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed
-from ..updates import ContextUpdate, tensor
+from ..updates import ContextUpdate, Rule, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +20,7 @@ class Prompt(ContextUpdate):
 
     place = "embeddings"
     paper = "https://arxiv.org/abs/2104.08691"
+    rules: ClassVar[tuple[Rule, ...]] = (Rule(require="0 <= used and used <= n", where="used", error="Malformed"),)
 
     P: Tensor = tensor("n dim")
     used: int = 0
@@ -28,11 +28,6 @@ class Prompt(ContextUpdate):
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         return cls(P=tokens_of(W, rank, random, attributes.pop("index", None)), **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if not 0 <= self.used <= self.P.shape[0]:
-            raise Malformed(f"{self.used} of {self.P.shape[0]} tokens", where="used", cure="Write the adapter again")
 
     def embeddings(self, task: Any = None) -> Tensor:
         return self.P[: self.used] if self.used else self.P

@@ -9,12 +9,10 @@ need none.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import ShapeMismatch
-from ..shapes import Dims
 from ..tensors.rotations import block_size, cayley, identity, neumann, shortened, singular, singular_by_sketch, skew
-from ..updates import WeightUpdate, attribute, tensor
+from ..updates import Rule, WeightUpdate, attribute, tensor
 from ._in_place import check_rank
 
 if TYPE_CHECKING:
@@ -29,7 +27,13 @@ class PSOFT(WeightUpdate):
     linear_only = True
     frozen = frozenset({"A", "B"})
     paper = "https://openreview.net/forum?id=FSHrinMArK"
+    bound_to = "torch.linalg.svd and torch.svd_lowrank, where A and B are absent"
     forms = ((("pairs",), ("R",)), ((), ("A", "B")))
+    since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="block(p) > 0", when="has(pairs)", where="pairs"),
+        Rule(define="r", value="block(p)", when="has(pairs)", where="pairs"),
+    )
 
     pairs: Tensor | None = tensor("p", optional=True)
     R: Tensor | None = tensor("r r", optional=True)
@@ -38,8 +42,8 @@ class PSOFT(WeightUpdate):
     A: Tensor | None = tensor("r in", optional=True)
     B: Tensor | None = tensor("out r", optional=True)
     symmetric: bool = False
-    steps: int = attribute(0, least=0, most=1000)
-    seed: int = 0
+    steps: int = attribute(0, least=0, most=1000, since=2)
+    seed: int = attribute(0, since=2)
     terms: int = attribute(0, least=0, most=100)
     eps: float = 0.0
 
@@ -48,13 +52,6 @@ class PSOFT(WeightUpdate):
         A, B = _principal(W, min(rank, *W.shape), attributes.get("symmetric", False))
         r = len(A)
         return cls(pairs=W.new_zeros(r * (r - 1) // 2), a=W.new_ones(r), b=W.new_ones(r), A=A, B=B, **attributes)
-
-    def dims(self, stack: bool = False) -> Dims:
-        dims: Any = super().dims(stack)
-        rank = block_size(dims["p"]) if self.R is None else dims["r"]
-        if not rank or dims.get("r", rank) != rank:
-            raise ShapeMismatch(f"no rotation of rank {dims.get('r', '')}", where="pairs", cure="Write it again")
-        return {**dims, "r": rank}
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed, ShapeMismatch
+from ..errors import ShapeMismatch
 from ..tensors.activations import ACTIVATIONS
 from ..tensors.rotations import orthonormal_rows
-from ..updates import OutputUpdate, attribute, tensor
+from ..updates import OutputUpdate, Rule, attribute, tensor
 from ._ends import changed_at_ends
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ class ReFT(OutputUpdate):
     forms: ClassVar[Any] = (
         ((), ("suffix_source", "suffix_projection"), ("suffix_source", "suffix_source_bias", "suffix_projection")),
     )
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="r <= hidden", when="orthogonality", where="projection", error="Malformed"),
+    )
 
     source: Tensor = tensor("r hidden")
     source_bias: Tensor | None = tensor("r", optional=True)
@@ -51,13 +54,6 @@ class ReFT(OutputUpdate):
         source = projection if subtract else W.new_zeros(rank, len(W))
         attributes = {"orthogonality": bool(subtract)} | attributes
         return cls(source=source.clone(), source_bias=W.new_zeros(rank), projection=projection, **attributes)
-
-    def check(self) -> None:
-        super().check()
-        shape = tuple(self.projection.shape)[-2:]
-        if self.orthogonality and shape != tuple(sorted(shape)):
-            why = f"{shape[0]} directions of {shape[1]} channels cannot be orthonormal"
-            raise Malformed(why, where="projection", cure="Write the adapter again")
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         super().check_against(shape)

@@ -22,6 +22,7 @@ class Residual(Additive):
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B", "D"})
     forms = ((("A", "B"), ("D",)),)
     paper = "https://arxiv.org/abs/2404.02948"
+    since: ClassVar[tuple[str, ...]] = ("1.1",)
 
     A: Tensor | None = tensor("r in *k", optional=True)
     B: Tensor | None = tensor("out r", optional=True)

@@ -7,12 +7,11 @@ two in a row (2), or by none (4).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed, ShapeMismatch
-from ..shapes import Dims
+from ..errors import ShapeMismatch
 from ..tensors.namespace import namespace
-from ..updates import WeightUpdate, attribute, tensor
+from ..updates import Rule, WeightUpdate, attribute, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +25,11 @@ class RoAd(WeightUpdate):
     blocks = frozenset({"in"})
     needs_bias = False
     paper = "https://arxiv.org/abs/2409.00119"
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="group % 2 == 0", where="group", error="Malformed"),
+        Rule(require="size * 2 % variant == 0", where="theta"),
+        Rule(define="out", value="size * 2 // variant", where="theta"),
+    )
 
     theta: Tensor = tensor("size")
     alpha: Tensor = tensor("size")
@@ -38,18 +42,6 @@ class RoAd(WeightUpdate):
             raise ShapeMismatch(f"{len(W)} outputs do not go in pairs", cure="Take this target out")
         size = len(W) * attributes.get("variant", 1) // 2
         return cls(theta=W.new_zeros(size), alpha=W.new_ones(size), **attributes)
-
-    def check(self) -> None:
-        super().check()
-        if self.group % 2:
-            raise Malformed(f"{self.group} outputs do not go in pairs", where="group", cure="Write the adapter again")
-
-    def dims(self, stack: bool = False) -> Dims:
-        dims: Any = super().dims(stack)
-        if dims["size"] * 2 % self.variant:
-            why = f"{dims['size']} angles are not those of pairs with {self.variant} each"
-            raise ShapeMismatch(why, where="theta", cure="Write the adapter again")
-        return {**dims, "out": dims["size"] * 2 // self.variant}
 
     def check_against(self, shape: tuple[int, ...]) -> None:
         if shape[0] % self.group:

@@ -21,6 +21,7 @@ class Shadow(OutputUpdate):
     """One block's share, and the network, which all blocks have in common."""
 
     paper = "https://huggingface.co/docs/peft/package_reference/shadow"
+    bound_to = "the classes of transformers"
     acts_on = "each token by what a network beside the model makes of it"
     asks = ("shadow",)
     moves_input = True

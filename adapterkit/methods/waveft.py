@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ..errors import Malformed
 from ..tensors.namespace import namespace
 from ..tensors.positions import counting, scattered
-from ..updates import tensor
+from ..updates import Rule, tensor
 from ._coefficients import Coefficients
 
 if TYPE_CHECKING:
@@ -25,17 +24,16 @@ class WaveFT(Coefficients):
 
     paper = "https://arxiv.org/abs/2505.12532"
     frozen: ClassVar[frozenset[str]] = frozenset({"index", "low_pass"})
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *Coefficients.rules,
+        Rule(require="taps >= 2 and taps % 2 == 0", when="has(low_pass)", where="low_pass", error="Malformed"),
+    )
 
     low_pass: Tensor | None = tensor("taps", optional=True)
 
     @classmethod
     def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
         return super().initial(W, b, rank, random, **{"low_pass": W.new_tensor([0.5**0.5] * 2), **attributes})
-
-    def check(self) -> None:
-        super().check()
-        if self.low_pass is not None and (self.low_pass.shape[-1] < 2 or self.low_pass.shape[-1] % 2):
-            raise Malformed("a wavelet's filter has an even number of taps", where="low_pass", cure="Write it again")
 
     def delta(self, shape: tuple[int, ...]) -> Tensor:
         rows, columns = self.index[0], self.index[1]

@@ -6,7 +6,7 @@ DoRA of them, as LyCORIS trains it (https://arxiv.org/abs/2402.09353).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..updates import WeightUpdate, tensor
 
@@ -21,6 +21,7 @@ class WeightNorm(WeightUpdate):
 
     blocks = frozenset({"out", "in"})
     paper = "https://arxiv.org/abs/1602.07868"
+    since: ClassVar[tuple[str, ...]] = ("1.1",)
     forms = ((("out",), ("into",)),)
 
     out: Tensor | None = tensor("out", optional=True)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import ShapeMismatch
-from ..shapes import Dims
 from ..tensors.activations import relu, softmax
-from ..updates import attribute, tensor
+from ..updates import Rule, attribute, tensor
 from ._routed import Routed, best, mixed, softmax_among
 
 if TYPE_CHECKING:
@@ -30,6 +28,7 @@ class XLoRA(Routed):
         ((), ("A", "B", "strengths")),
         ((), ("first", "first_bias"), ("first", "first_bias", "inner", "inner_bias")),
     )
+    rules: ClassVar[tuple[Rule, ...]] = (Rule(require="(place + 1) * experts <= logits", when="has(A)", where="last"),)
 
     A: Tensor | None = tensor("experts r in", optional=True)
     B: Tensor | None = tensor("experts out r", optional=True)
@@ -54,13 +53,6 @@ class XLoRA(Routed):
     @property
     def lacks_experts(self) -> bool:
         return self.A is None
-
-    def dims(self, stack: bool = False) -> Dims:
-        dims: Any = super().dims(stack)
-        if (self.place + 1) * dims.get("experts", 0) > dims["logits"]:
-            why = f"{dims['logits']} logits for place {self.place} of {dims['experts']} experts"
-            raise ShapeMismatch(why, where="last", cure="Write the adapter again")
-        return {**dims}
 
     def forward(self, x: Any, layer: Any) -> Any:
         assert self.A is not None

@@ -16,6 +16,15 @@ import msgspec
 
 from ..errors import Malformed
 
+WEIGHT = "weight"
+"""The naming with every weight apart, under its name on a hub or else its key: how a GGUF file is seen."""
+
+STORED_AS = "stored_as"
+"""Key of the config that a GGUF file's key-values become: `gguf` says that weights are seen under `WEIGHT`'s names."""
+
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Fields of configs that say how many experts a layer has."""
+
 FORMAT = 1
 """Version of the file format that this code reads."""
 
@@ -29,9 +38,12 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         part: the first of `of` equal runs of rows of the tensor that the weight is; None where it is the whole tensor.
         parts: how many of these runs the weight is.
         of: how many equal runs of rows the tensor has.
+        interleaved: the weight has every `of`-th row of the tensor, from row `part` on, and no run of rows.
+        flat: the tensor has one axis, the inputs: the weight has one row.
         transposed: the tensor is stored with inputs before outputs.
-        rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side.
-        heads: which heads share the rows, `query` or `kv`; only with `rows`.
+        rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`
+            has all queries, then all keys, then all values of a fused weight that holds them group by group.
+        heads: which heads share the rows, `query` or `kv`; only with `rope`.
     """
 
     name: str
@@ -39,6 +51,8 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     part: int | None = None
     parts: int = 1
     of: int | None = None
+    interleaved: bool = False
+    flat: bool = False
     transposed: bool = False
     rows: str | None = None
     heads: str | None = None
@@ -51,6 +65,8 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         component: the part: `unet` or `transformer`.
         title: the family's name in messages; its file's name where there is none.
         classes: values of `_class_name` in the config of a diffusers model.
+        words: what metadata of files call the family, letters and digits alone: `flux1`.
+        sd_scripts: sd-scripts trains it, so that only such families have its OFT.
         kohya: the naming that sd-scripts and tools like it flatten into their keys.
         distinctive: no language model has such names, so that they tell the part without a prefix.
         generic: the names have any numbers of blocks; the family is meant only where no other has all names.
@@ -62,6 +78,8 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     component: str = "transformer"
     title: str = ""
     classes: list[str] = []
+    words: list[str] = []
+    sd_scripts: bool = False
     kohya: str = "native"
     distinctive: bool = False
     generic: bool = False
@@ -78,6 +96,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_types: list[str]
     weights: dict[str, dict[str, str | Place]]
     sources: list[str] = []
+    gguf: list[str] = []
     keyed: list[str] = []
     vocabulary: list[str] = []
     tied: dict[str, str] = {}
@@ -89,20 +108,25 @@ class Architecture:
 
     Args:
         record: the content of its file.
+        apart: the naming `WEIGHT` is one of its namings.
     """
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, *, apart: bool = False) -> None:
         self.record = record
         self.family = record.family
+        self.apart = apart
 
     @cached_property
     def namings(self) -> tuple[str, ...]:
         """The namings that the file has, in order of first use."""
         named = (naming for places in self.record.weights.values() for naming in places)
-        return tuple(dict.fromkeys([*self.record.keyed, *named]))
+        return tuple(dict.fromkeys([*self.record.keyed, *named, *((WEIGHT,) if self.apart else ())]))
 
     def place(self, weight: str, naming: str) -> Place | None:
         """Where a naming keeps a weight; None where it has no such weight."""
+        if naming == WEIGHT:
+            hub = self.place(weight, "hub")
+            return hub if hub is not None and hub == Place(hub.name) else Place(weight)
         found = self.record.weights[weight].get(naming)
         if found is None:
             return Place(weight) if naming in self.record.keyed else None
@@ -146,7 +170,21 @@ def architecture_of(config: Mapping[str, Any] | None) -> Architecture | None:
         Malformed: the file is damaged.
     """
     kind = (config or {}).get("model_type")
-    return _of_type(kind) if isinstance(kind, str) and _WORD.fullmatch(kind) else None
+    found = _of_type(kind) if isinstance(kind, str) and _WORD.fullmatch(kind) else None
+    if found is not None and (config or {}).get(STORED_AS) == "gguf":
+        return Architecture(found.record, apart=True)
+    return found
+
+
+def is_family(module: str) -> bool:
+    """Whether a module of transformers, such as `llama` or `blip_2`, is of a family that has a file."""
+    return module in _modules()
+
+
+@cache
+def _modules() -> frozenset[str]:
+    """The families by the names of their modules; for most, the file's name without dashes."""
+    return frozenset(file.stem.replace("-", "_") for file in folder().glob("*.toml")) | {"kosmos2", "openai"}
 
 
 @cache
@@ -156,11 +194,35 @@ def _of_type(model_type: str) -> Architecture | None:
         return load(own)
     for file in sorted(folder().glob("*.toml")):
         # A family's name is mostly its first model type. Only the head of the other files is read to find the rest.
-        with file.open("rb") as stream:
-            listed = _TYPES.search(stream.read(1 << 12).decode("utf-8", "replace"))
+        listed = _TYPES.search(_head(file))
         if listed and f'"{model_type}"' in listed[1]:
             return load(file)
     return None
+
+
+def expert_count(config: Mapping[str, Any] | None) -> int:
+    """How many experts a layer of a base has, by its config; 0 where the config does not say."""
+    config = config or {}
+    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    return next((count for key in COUNTS if type(count := inner.get(key)) is int and count > 0), 0)  # type: ignore[union-attr]
+
+
+def of_gguf(name: str) -> list[Architecture]:
+    """The families whose models llama.cpp's converter gives a `general.architecture`, sorted by their names."""
+    quoted = f'"{name}"'
+    return [
+        _loaded(file)
+        for file in sorted(folder().glob("*.toml"))
+        if (listed := _GGUF.search(_head(file))) and quoted in listed[1]
+    ]
+
+
+def gguf_architectures() -> list[str]:
+    """Every `general.architecture` that a family has, sorted."""
+    found = (
+        re.findall(r'"(.*?)"', listed[1]) for file in folder().glob("*.toml") if (listed := _GGUF.search(_head(file)))
+    )
+    return sorted({name for names in found for name in names})
 
 
 def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
@@ -173,16 +235,35 @@ def with_stacks(names: Iterable[str]) -> Iterator[Architecture]:
             yield architecture
 
 
-@cache
-def of_pipelines() -> tuple[Architecture, ...]:
-    """The families that are parts of pipelines of diffusers, generic ones last.
+def with_naming(naming: str) -> Iterator[Architecture]:
+    """The families that have places in a naming of one tool."""
+    words = f" {naming} = ".encode()
+    return (_loaded(file) for file in sorted(folder().glob("*.toml")) if words in file.read_bytes())
+
+
+class Head(msgspec.Struct, frozen=True):
+    """What stands before the weights in the file of a part of a pipeline."""
+
+    family: str
+    pipeline: Pipeline
+
+
+def of_pipelines() -> Iterator[tuple[Head, str]]:
+    """The families that are parts of pipelines of diffusers: the head and the whole text of each file.
+
+    There are some thirty of these files, and to parse all takes longer than to read an adapter. The weights are parsed
+    when they are asked for, by `named`.
 
     Raises:
         Malformed: a file is damaged.
     """
-    files = (file for file in sorted(folder().glob("*.toml")) if b"\n[pipeline]" in file.read_bytes())
-    found = [_loaded(file) for file in files]
-    return tuple(sorted(found, key=lambda each: each.record.pipeline is not None and each.record.pipeline.generic))
+    for file in sorted(folder().glob("*.toml")):
+        text = file.read_bytes()
+        if b"\n[pipeline]\n" in text:
+            try:
+                yield msgspec.toml.decode(text.partition(b"\n[weights]\n")[0], type=Head), text.decode()
+            except (ValueError, msgspec.MsgspecError) as error:
+                raise Malformed(f"not an architecture file ({error})", path=file, cure="Correct the file") from error
 
 
 @cache
@@ -194,6 +275,13 @@ def named(family: str) -> Architecture:
 @cache
 def _loaded(path: Path) -> Architecture:
     return load(path)
+
+
+@cache
+def _head(file: Path) -> str:
+    """The start of a file, in which its lists of names are."""
+    with file.open("rb") as stream:
+        return stream.read(1 << 12).decode("utf-8", "replace")
 
 
 @cache
@@ -252,8 +340,10 @@ def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
         yield f"{naming}: {place.name} needs both part and of, or neither"
     elif first is not None and of is not None and not (0 <= first < first + place.parts <= of):
         yield f"{naming}: {place.name} has part {first} of {of}"
-    if (place.rows is None) != (place.heads is None):
-        yield f"{naming}: {place.name} needs both rows and heads, or neither"
+    if place.rows not in (None, "rope", "qkv") or (place.rows == "rope") != (place.heads in ("query", "kv")):
+        yield f"{naming}: {place.name} has rows {place.rows!r} of heads {place.heads!r}"
+    if place.interleaved and place.of is None:
+        yield f"{naming}: {place.name} is interleaved and has no part"
 
 
 @cache
@@ -288,4 +378,5 @@ def _numbers(template: tuple[str, ...], words: list[str]) -> dict[str, str] | No
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 HOLE = re.compile(r"\{[a-z]\}")
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+_GGUF = re.compile(r"^gguf\s*=\s*\[(.*?)\]", re.DOTALL | re.MULTILINE)
 _TYPES = re.compile(r"^model_types\s*=\s*\[(.*?)\]", re.DOTALL | re.MULTILINE)

@@ -1,105 +1,114 @@
-"""Names and row orders in GGUF files, by their `general.architecture`; as llama.cpp has them.
+"""GGUF files: which family one is of, and how its rows relate to those of the family's own weights.
 
-Sources: gguf-py's constants.py and tensor_mapping.py, and `modify_tensors` in llama.cpp's converter.
+Names and orders of rows are data, the naming `gguf` of spec/architectures, which `tools/foreign/architectures` finds by
+converting tiny models with llama.cpp itself. What has no place there is refused, never guessed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
-from .tables import Table
+from ..errors import Unsupported, UsageError, shown
+from .architectures import Architecture, Place, gguf_architectures, of_gguf
+from .heads import Heads, by_group, rope_pairs, undone
 
-_L, _B = "model.layers.{n}.", "blk.{n}."
+if TYPE_CHECKING:
+    from .heads import Rows
 
-_ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_TIED = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
-_ATTENTION = {
-    _L + "self_attn.q_proj": _B + "attn_q", _L + "self_attn.k_proj": _B + "attn_k",
-    _L + "self_attn.v_proj": _B + "attn_v", _L + "self_attn.o_proj": _B + "attn_output",
-}  # fmt: skip
-_MLP = {
-    _L + "mlp.gate_proj": _B + "ffn_gate", _L + "mlp.up_proj": _B + "ffn_up", _L + "mlp.down_proj": _B + "ffn_down",
-}  # fmt: skip
-_NORMS = {_L + "input_layernorm": _B + "attn_norm", _L + "post_attention_layernorm": _B + "ffn_norm"}
-_HEAD_NORMS = {_L + "self_attn.q_norm": _B + "attn_q_norm", _L + "self_attn.k_norm": _B + "attn_k_norm"}
-_GEMMA_NORMS = {
-    _L + "input_layernorm": _B + "attn_norm", _L + "post_attention_layernorm": _B + "post_attention_norm",
-    _L + "pre_feedforward_layernorm": _B + "ffn_norm", _L + "post_feedforward_layernorm": _B + "post_ffw_norm",
-}  # fmt: skip
-_LLAMA = _ENDS | _ATTENTION | _MLP | _NORMS
-_FUSED = _ENDS | _NORMS | {
-    _L + "self_attn.qkv_proj": _B + "attn_qkv", _L + "self_attn.o_proj": _B + "attn_output",
-    _L + "mlp.gate_up_proj": _B + "ffn_up", _L + "mlp.down_proj": _B + "ffn_down",
-}  # fmt: skip
-_H = "transformer.h.{n}."
-_GPT2 = {
-    "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
-    "lm_head": "output", _H + "attn.c_attn": _B + "attn_qkv", _H + "attn.c_proj": _B + "attn_output",
-    _H + "mlp.c_fc": _B + "ffn_up", _H + "mlp.c_proj": _B + "ffn_down", _H + "ln_1": _B + "attn_norm",
-    _H + "ln_2": _B + "ffn_norm",
-}  # fmt: skip
+NAMING = "gguf"
+
+ARCHITECTURE = "general.architecture"
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """One `general.architecture`.
+def family_of(name: str, modules: Collection[str]) -> Architecture:
+    """The family of a model or adapter file.
 
-    Attributes:
-        pairs: own templates -> templates of the file, both without `.weight`.
-        experts: own templates of one expert's modules -> template of the stacked tensor.
-        packed: own templates of parameters that hold all experts -> template of the stacked tensor.
-        turned: file templates whose rows stand in Meta's order -> which heads share them, `query` or `kv`.
+    Several families share one `general.architecture` (Llama, Mistral and Mixtral are all `llama`): the one that knows
+    most of the file's names is taken, and of those that know as many the one with the fewest weights that GGUF lacks.
+
+    Args:
+        name: the file's `general.architecture`.
+        modules: names of its tensors without `.weight` and the like.
+
+    Raises:
+        Unsupported: no family has it.
     """
-
-    pairs: Mapping[str, str]
-    experts: Mapping[str, str]
-    turned: Mapping[str, str]
-
-    @property
-    def table(self) -> Table:
-        return _table(tuple({**self.pairs, **self.experts}.items()))
+    families = of_gguf(name)
+    if not families:
+        known = f"Known: {', '.join(gguf_architectures())}. Or use the weights that it was converted from"
+        raise Unsupported(f"GGUF files of architecture {name!r}", where=ARCHITECTURE, cure=known)
+    return min(families, key=lambda each: _rank(each, modules))
 
 
-def _moe(block: str, router: str, names: tuple[str, str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    parts = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-    experts = {f"{_L}{block}.experts.{{e}}.{name}": _B + part for name, part in zip(names, parts, strict=True)}
-    return {_L + router: _B + "ffn_gate_inp"}, experts
+def _rank(family: Architecture, modules: Collection[str]) -> tuple[int, int, str]:
+    known = sum(bool(family.find(module, NAMING)) for module in modules)
+    lacking = sum(family.place(weight, NAMING) is None for weight in family.record.weights)
+    return -known, lacking, family.family
 
 
-_PROJ = ("gate_proj", "up_proj", "down_proj")
-_MIXTRAL_ROUTER, _MIXTRAL = _moe("block_sparse_moe", "block_sparse_moe.gate", ("w1", "w3", "w2"))
-_QWEN_ROUTER, _QWEN = _moe("mlp", "mlp.gate", _PROJ)
-_SHARED = {
-    _L + "mlp.shared_expert.gate_proj": _B + "ffn_gate_shexp", _L + "mlp.shared_expert.up_proj": _B + "ffn_up_shexp",
-    _L + "mlp.shared_expert.down_proj": _B + "ffn_down_shexp", _L + "mlp.shared_expert_gate": _B + "ffn_gate_inp_shexp",
-}  # fmt: skip
-_META = {_B + "attn_q": "query", _B + "attn_k": "kv"}
-_NONE: dict[str, str] = {}
-
-ARCHITECTURES = {
-    "llama": Architecture(_LLAMA | _MIXTRAL_ROUTER, _MIXTRAL, _META),
-    "qwen2": Architecture(_LLAMA, _NONE, _NONE),
-    "qwen3": Architecture(_LLAMA | _HEAD_NORMS, _NONE, _NONE),
-    "qwen2moe": Architecture(_ENDS | _ATTENTION | _NORMS | _QWEN_ROUTER | _SHARED, _QWEN, _NONE),
-    "qwen3moe": Architecture(_ENDS | _ATTENTION | _NORMS | _HEAD_NORMS | _QWEN_ROUTER, _QWEN, _NONE),
-    "gemma": Architecture(_TIED | _ATTENTION | _MLP | _NORMS, _NONE, _NONE),
-    "gemma2": Architecture(_TIED | _ATTENTION | _MLP | _GEMMA_NORMS, _NONE, _NONE),
-    "gemma3": Architecture(_ENDS | _ATTENTION | _MLP | _GEMMA_NORMS | _HEAD_NORMS, _NONE, _NONE),
-    "phi3": Architecture(_FUSED, _NONE, _NONE),
-    "gpt2": Architecture(_GPT2, _NONE, _NONE),
-}  # fmt: skip
-"""general.architecture -> its names. What is not here is refused by name, not guessed."""
-
-OF_MODEL = {
-    "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
-    "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3",
-    "gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2",
-}  # fmt: skip
-"""model_type of a base's config -> general.architecture."""
+def is_projector(values: Mapping[str, Any]) -> bool:
+    """Whether a file's key-values say that it is the vision or audio part of a model, an `mmproj` file."""
+    kind, name = values.get("general.type"), values.get(ARCHITECTURE)
+    return kind == "mmproj" or name == "clip"
 
 
-@cache
-def _table(pairs: tuple[tuple[str, str], ...]) -> Table:
-    return Table(dict(pairs))
+def place_of(family: Architecture, module: str) -> tuple[str, Place, dict[str, str]] | None:
+    """(key, place, numbers) of the one weight that a module of a file is; None where it is none, or holds several."""
+    found = family.find(module, NAMING)
+    return found[0] if len(found) == 1 else None
+
+
+def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
+    """Row i of the file's tensor is row `order[i]` of the weight; None where both have the same order.
+
+    Raises:
+        ShapeMismatch: so many heads do not share the rows evenly.
+    """
+    if place.rows is None:
+        return None
+    if place.rows == "rope":
+        return rope_pairs(rows, heads.query if place.heads == "query" else heads.kv, where)
+    sizes = Heads(heads.query, heads.kv, rows // (heads.query + 2 * heads.kv))
+    return undone(by_group(sizes))
+
+
+def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
+    """The heads that a model file's key-values say.
+
+    Raises:
+        Unsupported: they do not say one number for all layers.
+    """
+    query = values.get(f"{name}.attention.head_count")
+    kv = values.get(f"{name}.attention.head_count_kv", query)
+    if type(query) is not int or type(kv) is not int or not (query > 0 and kv > 0):
+        said = f"attention.head_count says {shown(query)} and head_count_kv {shown(kv)}"
+        why = f"{said}, and the order of rows depends on it"
+        raise Unsupported(why, where=where, cure="Merge into the weights that it was converted from")
+    width = values.get(f"{name}.embedding_length")
+    dim = values.get(f"{name}.attention.key_length", width // query if type(width) is int else 1)
+    return Heads(query, kv, dim if type(dim) is int and dim > 0 else 1)
+
+
+def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
+    """(general.architecture, family) of the GGUF file that llama.cpp makes of a base.
+
+    Args:
+        config: the base's config.
+
+    Raises:
+        UsageError: there is no config.
+        Unsupported: llama.cpp's converter is not known to take the family.
+    """
+    from .architectures import architecture_of
+
+    if config is None:
+        why = "the base's architecture decides on names and the order of rows in a GGUF file"
+        raise UsageError(why, where=ARCHITECTURE, cure="Give the base, with its config.json, by base= or --base")
+    for each in (config, config.get("text_config")):
+        found = architecture_of(each) if isinstance(each, dict) else None
+        if found is not None and found.record.gguf:
+            return found.record.gguf[0], found
+    known = ", ".join(gguf_architectures())
+    why = f"bases of model_type {config.get('model_type')!r}"
+    raise Unsupported(why, where="config.json", cure=f"GGUF files of these architectures are known: {known}")

@@ -49,7 +49,9 @@ def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
         raise UsageError("how many heads the base has decides on the order of rows here", where=where, cure=_GIVE)
     own = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     query = _count(own, ("num_attention_heads", "n_head"), where)
-    kv = _count(own, ("num_key_value_heads",), where, query)
+    # Falcon's config says num_kv_heads = num_attention_heads where its first generation shares one key among all heads.
+    one = own.get("multi_query") is True and own.get("new_decoder_architecture") is not True
+    kv = 1 if one else _count(own, ("num_key_value_heads", "num_kv_heads"), where, query)
     width = _count(own, ("hidden_size", "n_embd"), where, 0)
     dim = _count(own, ("head_dim",), where, width // query)
     if not dim:

@@ -6,13 +6,16 @@ authors as ComfyUI loads it (LDM, BFL, Stability); a file may have others.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from functools import cache, cached_property, lru_cache
 
 from . import architectures
-from .architectures import Architecture, Pipeline, Place, fill
+from .architectures import Architecture, Head, Place, fill
 from .patterns import Names, names_of
 from .pieces import Piece, Run, merged
+
+_WORD = re.compile(r"[A-Za-z]\w*?(?=[._]|$)")
 
 KOHYA = "kohya"
 """Stands for the naming that sd-scripts flattens into its keys; which one that is, the family's file says."""
@@ -22,21 +25,34 @@ class Family:
     """One family that is a part of a pipeline of diffusers.
 
     Args:
-        architecture: its file.
+        head: the facts in its file.
+        text: the file.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
-        assert architecture.record.pipeline is not None
-        self.architecture = architecture
-        self.name = architecture.family
-        self.facts: Pipeline = architecture.record.pipeline
+    def __init__(self, head: Head, text: str) -> None:
+        self.name = head.family
+        self.facts = head.pipeline
         self.component = self.facts.component
         self.title = self.facts.title or self.name
+        self._text = text
         self._names: dict[str, Names] = {}
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return architectures.named(self.name)
 
     def __contains__(self, path: object) -> bool:
         """Whether a module is called so in one of the namings."""
-        return any(path in self.names(naming) for naming in self.namings)
+        known = isinstance(path, str) and self.may_have(path)
+        return known and any(path in self.names(naming) for naming in self.namings)
+
+    def unflattened(self, flat: str, naming: str) -> list[str]:
+        """The names of a naming that `flat`, with underscores for dots, can stand for."""
+        return self.names(naming).unflattened(flat) if self.may_have(flat) else []
+
+    def may_have(self, name: str) -> bool:
+        """Whether the words of a name, dotted or flattened, are in the file at all; this spares parsing most files."""
+        return all(word in self._text for word in _WORD.findall(name))
 
     @property
     def namings(self) -> tuple[str, ...]:
@@ -71,15 +87,13 @@ class Family:
         complete = bool(found) and sum(piece.here.parts for piece in found) == found[0].here.of
         return found if complete else ()
 
-    @cached_property
-    def ratios(self) -> dict[str, float]:
-        """Pattern of the native naming -> outputs of the module by its inputs, where the file says it."""
-        found = {}
-        for weight, ratio in self.facts.ratios.items():
-            place = self.architecture.place(weight, "native")
-            if place is not None:
-                found[_pattern(place.name)] = ratio / _run(place).parts * _run(place).of
-        return found
+    def ratio(self, path: str) -> float | None:
+        """A module's outputs by its inputs, where the file says it."""
+        for naming in self.namings:
+            for weight, place, _ in self.architecture.find(path, naming):
+                if weight in self.facts.ratios:
+                    return self.facts.ratios[weight] / _run(place).parts * _run(place).of
+        return None
 
 
 def _pattern(template: str) -> str:
@@ -96,7 +110,8 @@ def _run(place: Place) -> Run:
 @cache
 def families() -> tuple[Family, ...]:
     """The families whose names are known, generic ones last."""
-    return tuple(map(Family, architectures.of_pipelines()))
+    found = [Family(head, text) for head, text in architectures.of_pipelines()]
+    return tuple(sorted(found, key=lambda family: family.facts.generic))
 
 
 @cache
@@ -120,12 +135,13 @@ _TIED = {"t5": ("encoder.embed_tokens",)}
 
 def families_of(path: str, naming: str) -> list[Family]:
     """The families in which a module of this naming is called `path`."""
-    return [family for family in families() if path in family.names(naming)]
+    return [family for family in families() if path in family and path in family.names(naming)]
 
 
 ROOTS = {
     "unet": "unet",
     "transformer": "transformer",
+    "transformer_2": "transformer_2",
     "model.diffusion_model": "denoiser",
     "diffusion_model": "denoiser",
     "text_encoder": "text_encoder",

@@ -1,17 +1,66 @@
-"""Names of MLX-LM's models where they are not transformers' own: experts, which MLX holds in one stack.
+"""Names of MLX-LM's models where they are not a hub's own: mostly experts, which MLX holds in one stack.
 
-Sources: `sanitize` in mlx_lm/models/mixtral.py, qwen2_moe.py, qwen3_moe.py, deepseek_v3.py, olmoe.py.
+They are data, the naming `mlx` of spec/architectures. A folder of MLX-LM does not say its family. Without a base, all
+families that have a name are asked, and must give the same answer.
 """
 
 from __future__ import annotations
 
-_L = "model.layers.{n}."
-_M = _L + "block_sparse_moe"
-_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-_PROJ = ("gate_proj", "down_proj", "up_proj")
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-EXPERTS = {
-    **{f"{_M}.experts.{{e}}.{own}": f"{_M}.switch_mlp.{name}" for own, name in _MIXTRAL.items()},
-    **{f"{_L}mlp.experts.{{e}}.{name}": f"{_L}mlp.switch_mlp.{name}" for name in _PROJ},
-}
-"""Own template of one expert's module -> MLX's template of the stack."""
+from ..errors import UsageError
+from .architectures import WEIGHT, Architecture, architecture_of, with_naming
+from .resolver import translate
+
+if TYPE_CHECKING:
+    from .resolver import Move
+
+NAMING = "mlx"
+
+
+def to_mlx(name: str, config: Mapping[str, Any] | None, experts: int) -> tuple[Move, ...] | None:
+    """Where a target's parts are in MLX-LM's model; None where the name is a hub's own there too.
+
+    Args:
+        name: of the target, in any naming of its family.
+        config: the base's, if known.
+        experts: how many experts a stack by this name has.
+
+    Raises:
+        UsageError: families that have the name differ, and the config would tell which.
+    """
+    return _translated(name, config, experts, NAMING)
+
+
+def from_mlx(name: str, config: Mapping[str, Any] | None, experts: int) -> tuple[Move, ...] | None:
+    """Where the parts of a module of MLX-LM's model are on a hub, expert after expert; arguments as in `to_mlx`."""
+    return _translated(name, config, experts, WEIGHT)
+
+
+def _translated(name: str, config: Mapping[str, Any] | None, experts: int, naming: str) -> tuple[Move, ...] | None:
+    found: dict[tuple[Move, ...], str] = {}
+    for family in _families(config):
+        if naming == WEIGHT and not family.find(name, NAMING):
+            continue
+        moves = translate(name, family, naming, experts)
+        if moves:
+            found.setdefault(moves, family.family)
+    if len(found) > 1:
+        why = f"{' and '.join(found.values())} keep this in different places: {', '.join(m[0].path for m in found)}"
+        raise UsageError(why, where=name, cure="Pass --base (base=), which tells the family")
+    return next(iter(found), None)
+
+
+def _families(config: Mapping[str, Any] | None) -> Sequence[Architecture]:
+    for each in (config, (config or {}).get("text_config")):
+        found = architecture_of(each) if isinstance(each, dict) else None
+        if found is not None:
+            return (found,)
+    return _all()
+
+
+@cache
+def _all() -> tuple[Architecture, ...]:
+    return tuple(with_naming(NAMING))

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 
 from ..errors import TargetNotFound
-from .architectures import Architecture, Place, fill, shape_of
+from .architectures import WEIGHT, Architecture, Place, fill, is_family, shape_of
 from .renames import Rename, renamed_by
+from .tables import without_prefix
 
 Fits = Callable[[str, str], bool]
 """(name in the adapter, name in the base) -> whether the shapes there fit each other."""
@@ -24,21 +27,35 @@ PERHAPS = frozenset({"module", "default"})
 """Words of DistributedDataParallel and of adapters' names, which a model may have itself."""
 
 
+class Part(NamedTuple):
+    """Which rows of a fused weight belong to one of its parts.
+
+    Attributes:
+        index: number of the part, from 0.
+        of: how many equal parts there are.
+        interleaved: the part has every `of`-th row from row `index` on; else it is one run of rows.
+    """
+
+    index: int
+    of: int
+    interleaved: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """Where one part of a target goes.
 
     Attributes:
         path: the name in the base.
-        take: which equal part of the target's rows goes there, as (part, of); None for all.
-        into: which equal part of the rows there it is, likewise.
+        take: which part of the target's rows goes there; None for all.
+        into: which part of the rows there it is, likewise.
         expert: which slice of a target that is a stack; None for all of it.
         slot: which slice of a stack in the base; None for all of it.
     """
 
     path: str
-    take: tuple[int, int] | None = None
-    into: tuple[int, int] | None = None
+    take: Part | None = None
+    into: Part | None = None
     expert: int | None = None
     slot: int | None = None
 
@@ -235,7 +252,7 @@ class _Known:
         """Every distinct way to place a name, with the namings that it goes from and to."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
         for own in _variants(name):
-            for ours in self.architecture.namings:
+            for ours in dict.fromkeys((*self.architecture.namings, WEIGHT)):
                 weights = self.architecture.find(own, ours)
                 for theirs in self.architecture.namings if weights else ():
                     moves = self._moves(weights, theirs)
@@ -255,24 +272,12 @@ class _Known:
                 best, most = (off, on), count
         return best
 
-    def _moves(self, weights: Sequence[tuple[str, Place, dict[str, str]]], naming: str) -> tuple[Move, ...] | None:
-        moves: list[Move] = []
-        for weight, ours, numbers in weights:
-            theirs = self.architecture.place(weight, naming)
-            if theirs is None:
-                return None
-            take = None if ours.part is None or ours.of is None else (ours.part, ours.of)
-            into = None if theirs.part is None or theirs.of is None else (theirs.part, theirs.of)
-            if ours.stacked and not theirs.stacked:
-                for expert in range(self._experts(theirs, numbers, naming)):
-                    path = self._path(theirs, {**numbers, "{e}": str(expert)}, naming)
-                    moves.append(Move(path, take, into, expert=expert))
-            else:
-                slot = int(numbers["{e}"]) if theirs.stacked and not ours.stacked else None
-                moves.append(Move(self._path(theirs, numbers, naming), take, into, slot=slot))
-        if not moves or not all(move.path in self.base.paths for move in moves):
-            return None
-        return _joined(moves)
+    def _moves(self, weights: Sequence[Found], naming: str) -> tuple[Move, ...] | None:
+        moves = moves_to(
+            self.architecture, weights, naming, lambda place, numbers: self._path(place, numbers, naming),
+            lambda place, numbers: self._experts(place, numbers, naming),
+        )  # fmt: skip
+        return moves if moves and all(move.path in self.base.paths for move in moves) else None
 
     def _path(self, place: Place, numbers: Mapping[str, str], naming: str) -> str:
         return _swap(fill(place.name, numbers), *self.prefixes[naming])
@@ -288,11 +293,83 @@ class _Known:
         return self.counts[first]
 
 
+Found = tuple[str, Place, dict[str, str]]
+"""(key of a weight, its place in the naming that a name is in, numbers in the holes)."""
+
+
+def moves_to(
+    architecture: Architecture,
+    weights: Sequence[Found],
+    naming: str,
+    path: Callable[[Place, Mapping[str, str]], str],
+    experts: Callable[[Place, Mapping[str, str]], int],
+) -> tuple[Move, ...] | None:
+    """Where the weights of one name go in another naming; None where it lacks one of them.
+
+    Args:
+        architecture: the family.
+        weights: what `Architecture.find` says of the name.
+        naming: the other naming.
+        path: a place's name with numbers in its holes.
+        experts: how many experts there are at a place that keeps them apart.
+    """
+    moves: list[Move] = []
+    for weight, ours, numbers in weights:
+        theirs = architecture.place(weight, naming)
+        if theirs is None:
+            return None
+        take, into = part_of(ours), part_of(theirs)
+        if ours.stacked and not theirs.stacked:
+            moves += [
+                Move(path(theirs, {**numbers, "{e}": str(expert)}), take, into, expert=expert)
+                for expert in range(experts(theirs, numbers))
+            ]
+        else:
+            slot = int(numbers["{e}"]) if theirs.stacked and not ours.stacked else None
+            moves.append(Move(path(theirs, numbers), take, into, slot=slot))
+    return _joined(moves) if moves else None
+
+
+def translate(name: str, architecture: Architecture, naming: str, experts: int) -> tuple[Move, ...] | None:
+    """Where a name of any of a family's namings goes in one of them, with no base at hand; None where it has no place.
+
+    Args:
+        name: of a target.
+        architecture: the family.
+        naming: the naming to go to.
+        experts: how many experts a stack by this name has.
+
+    Raises:
+        TargetNotFound: two readings of the name lead to different places.
+    """
+    found: dict[tuple[Move, ...], None] = {}
+    for own in _variants(name):
+        for ours in dict.fromkeys((*architecture.namings, WEIGHT)):
+            moves = moves_to(
+                architecture, architecture.find(own, ours), naming, lambda place, numbers: fill(place.name, numbers),
+                lambda *_: experts,
+            )  # fmt: skip
+            if moves:
+                found[moves] = None
+        if found:
+            break
+    if len(found) > 1:
+        raise _ambiguous(name, [moves[0].path for moves in found])
+    return next(iter(found), None)
+
+
+def part_of(place: Place) -> Part | None:
+    """The part of a tensor that a place is; None where it is the whole tensor."""
+    if place.part is None or place.of is None:
+        return None
+    return Part(place.part, place.of, place.interleaved)
+
+
 def _joined(moves: list[Move]) -> tuple[Move, ...]:
     """Parts that lie side by side in one tensor on both sides are not taken apart."""
     first = moves[0]
     same = all((m.path, m.take, m.expert, m.slot) == (first.path, m.into, first.expert, first.slot) for m in moves)
-    if same and first.take is not None and len(moves) == first.take[1]:
+    if same and first.take is not None and len(moves) == first.take.of:
         return (Move(first.path, expert=first.expert, slot=first.slot),)
     return tuple(moves)
 
@@ -303,9 +380,11 @@ def _variants(name: str) -> Iterator[str]:
     words = name.split(".")
     for cut in range(1, min(len(words), 4)):
         if words[cut - 1].isdigit():
-            return
+            break
         yield ".".join(words[cut:])
     yield f"model.{name}"
+    # A language model inside a larger one. Any other word may be a vision tower's, whose layers have the same names.
+    yield from without_prefix(name)
 
 
 def _by_prefixes(left: Left, base: Names, resolution: Resolution, partial: bool, fits: Fits) -> Left:
@@ -384,9 +463,20 @@ def _ends(template: str, shapes: Mapping[str, str]) -> set[tuple[str, str]]:
             off = "".join(f"{word}." for word in words[:cut])
             # A part of a model, such as one layer of it, has no word before its own names: there all of it may go.
             whole = cut <= keep or not on
-            if whole and "#" not in on and (not on or not off or on.split(".")[-2] != off.split(".")[-2]):
+            if whole and "#" not in on and (not on or not off or _exchange(off, on)):
                 found.add((off, on))
     return found
+
+
+@lru_cache(maxsize=1 << 10)
+def _exchange(off: str, on: str) -> bool:
+    """Whether one prefix may stand for another: they end in other words, and do not name two families.
+
+    `roberta.` is not `bert.` under another name.
+    """
+    ours, theirs = ({word for word in prefix.split(".") if is_family(word)} for prefix in (off, on))
+    families = bool(ours and theirs) and ours.isdisjoint(theirs)
+    return not families and on.split(".")[-2] != off.split(".")[-2]
 
 
 _ENDINGS: dict[int, tuple[Mapping[str, str], dict[str, list[str]]]] = {}

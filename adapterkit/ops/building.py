@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter import Adapter, Step
 from ..errors import Unsupported
-from ..metadata import METADATA, merged_metadata
+from ..metadata import METADATA, MODEL_TYPE, merged_metadata, model_types_of
 from ..methods.dense import Dense
 from ..methods.lora import LoRA
 from ..tensors.computed import held
@@ -88,6 +88,9 @@ def of_several(
     carried = merged_metadata(adapters)
     if carried:
         args |= {METADATA: carried}
+    families = {family for adapter in adapters for family in model_types_of(adapter)}
+    if len(families) == 1:
+        args |= {MODEL_TYPE: families.pop()}
     step = Step(op, {**args, "of": [{"base": b, "recipe": r} for b, r in zip(named, lineages, strict=True)]})
     return Adapter(updates, base, (step,))
 

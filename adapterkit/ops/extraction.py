@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from ..adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
 from ..binding.fitting import paths_of
 from ..errors import TargetNotFound, Unsupported, UsageError, nearest
-from ..metadata import FINGERPRINT, METADATA, metadata_of
+from ..metadata import FINGERPRINT, METADATA, MODEL_TYPE, metadata_of
 from ..methods.replacement import Replacement
 from ..methods.rows import Rows
 from ..naming.architectures import architecture_of
@@ -140,6 +140,8 @@ def extract(
         raise UsageError("the tuned model is the base, bit by bit", path=job.tuned.root, cure="Check the two paths")
     args = {**criterion.record(), "method": method, "embeddings": embeddings, "targets": list(targets)}
     known = {FINGERPRINT: fingerprint(job.base), **job.tied()}
+    if isinstance(family := (job.base.config or {}).get("model_type"), str):
+        known[MODEL_TYPE] = family
     carried = _carried(job.tuned)
     return Adapter(updates, _reference(job.base), (Step("extract", {**args, **known, **carried}),))
 

@@ -18,7 +18,17 @@ from ._scheme import Packed, Scheme
 if TYPE_CHECKING:
     from ..tensors.lazy import Lazy
 
-__all__ = ["SCHEMES", "Dequantized", "Packed", "Scheme", "dequantized", "detect", "is_quantized", "said_method"]
+__all__ = [
+    "SCHEMES",
+    "Dequantized",
+    "Packed",
+    "Scheme",
+    "config_file",
+    "dequantized",
+    "detect",
+    "is_quantized",
+    "said_method",
+]
 
 SCHEMES: Registry[type[Scheme]] = Registry("quantization scheme", __name__, "adapterkit.quant", Scheme)
 
@@ -59,6 +69,11 @@ class Dequantized(Checkpoint):
         held = {name: parts.get(name, self.stored.tensors[name]) for name in weight.members}
         found = SCHEMES[self.scheme]().find(replace(self.stored, tensors=held))
         return next(other for other in found if other.name == weight.name)
+
+
+def config_file(base: Checkpoint) -> Mapping[str, Any] | None:
+    """The config.json beside a base's weights; the config of a GGUF file is made of its key-values and is no file."""
+    return base.stored.config if isinstance(base, Dequantized) and base.scheme == "gguf" else base.config
 
 
 def said_method(base: Checkpoint) -> str | None:
@@ -125,7 +140,8 @@ def dequantized(base: Checkpoint, *, packs: bool = False) -> Dequantized:
         if stored in base.home:
             home |= dict.fromkeys(seen, base.home[stored])
     metadata = base.metadata if packs else {file: _plain(said) for file, said in base.metadata.items()}
-    config = base.config if packs or base.config is None else _without(base.config)
+    config = SCHEMES[name]().config(base)
+    config = config if packs or config is None else _without(config)
     return Dequantized(
         base.root, tensors, base.files, home, metadata, config, base.index, name, packed, base, packs
     )  # fmt: skip

@@ -131,6 +131,10 @@ class Scheme:
         """Whether the base is packed so, by its headers and config alone."""
         raise Unsupported(f"{type(self).__name__} cannot be detected")
 
+    def config(self, base: Checkpoint) -> Mapping[str, Any] | None:
+        """The config by which adapters' names are resolved against the packed weights' names."""
+        return base.config
+
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         """The packed weights.
 

@@ -5,15 +5,14 @@ Merged, a file becomes a file: key-values and every tensor that no adapter touch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import TargetNotFound, Unsupported, UsageError
-from ..naming.experts import Experts
-from ..naming.gguf import ARCHITECTURES
-from ..naming.heads import rope_pairs
-from ..naming.tables import Names, Table
+from ..errors import Unsupported, UsageError
+from ..naming.architectures import STORED_AS, WEIGHT, fill
+from ..naming.gguf import ARCHITECTURE, family_of, heads_in, is_projector, place_of, row_order
 from ..tensors.dtypes import DTYPES
 from ..tensors.ggml_blocks import BLOCKS, decoded, encoded
 from ..tensors.gguf import PLAIN, Model, raw_size, read_model
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from ._scheme import Array, Merged
 
 FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
-SHIFTED = ("gemma", "gemma2", "gemma3")
-"""Architectures whose norms are stored with 1 added."""
 
 
 class GgufModel(Scheme):
@@ -46,23 +43,16 @@ class GgufModel(Scheme):
 
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         files = [read_model(file) for file in base.files]
-        place = _Place(files[0])
+        contents = _Contents(files)
         for file in files:
             for name, kind in file.types.items():
                 if kind in BLOCKS or kind in FLOATS:
-                    yield from _weights(place, name, kind, file, base.tensors[name])
+                    yield from contents.weights(name, kind, file, base.tensors[name])
 
-
-def _weights(place: _Place, name: str, kind: str, file: Model, stored: Lazy) -> Iterator[Packed]:
-    """A tensor's weight, or those of the experts that are stacked in it."""
-    shape, dtype, experts = file.shapes[name], DTYPES["F32"], place.experts(name, file.shapes[name])
-    size = raw_size(kind, shape[1:])
-    for number, own in enumerate(experts):
-        part = _slice(stored, number * size, size)
-        yield _Tensor(own, shape[1:], dtype, (name,), part, kind, kind, 0, file.alignment, len(experts))
-    if not experts:
-        own, period = place.of(name, shape)
-        yield _Tensor(own, shape, dtype, (name,), stored, kind, kind, period, file.alignment)
+    def config(self, base: Checkpoint) -> Mapping[str, Any] | None:
+        """The model type of the family, by which adapters' names are resolved."""
+        contents = _Contents([read_model(file) for file in base.files])
+        return {**(base.config or {}), "model_type": contents.model_type, STORED_AS: "gguf"}
 
 
 def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
@@ -72,53 +62,63 @@ def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
     return Lazy((size,), stored.dtype, lambda: part(0, size), part=part)
 
 
-class _Place:
-    """The base's own names and heads, out of the key-values."""
+class _Contents:
+    """What the tensors of a model are, by its key-values and the family that they say.
 
-    def __init__(self, file: Model) -> None:
-        said = {key: value.value for key, value in file.values.items()}
-        self.name = str(said.get("general.architecture"))
-        if self.name not in ARCHITECTURES or self.name == "gpt2":
-            known = ", ".join(name for name in ARCHITECTURES if name != "gpt2")
-            cure = f"Known: {known}. Or merge into the weights that it was converted from"
-            raise Unsupported(f"GGUF models of architecture {self.name!r}", where="general.architecture", cure=cure)
-        heads = said.get(f"{self.name}.attention.head_count")
-        self.heads = {"query": heads, "kv": said.get(f"{self.name}.attention.head_count_kv", heads)}
-        self.architecture = ARCHITECTURES[self.name]
-        self.names = Names(Table(self.architecture.pairs))
-        self.stacks = Experts(self.architecture.experts)
+    Raises:
+        Unsupported: the file is no language model, or of an architecture that no family has.
+    """
 
-    def experts(self, name: str, shape: tuple[int, ...]) -> list[str]:
-        """The own names of the weights in a stack `[experts, out, in]`; none of another tensor."""
-        module, _, leaf = name.rpartition(".")
-        found = self.stacks.back(module, shape[0]) if len(shape) == 3 and leaf == "weight" else None
-        return [f"{own}.{leaf}" for own in found or ()]
+    def __init__(self, files: Sequence[Model]) -> None:
+        self.said = {key: value.value for key, value in files[0].values.items()}
+        if is_projector(self.said):
+            why = "an mmproj file: it has the vision or audio part of a model, and no weight of the language model"
+            raise Unsupported(
+                why, where=ARCHITECTURE, cure="Merge into the model's own GGUF file; this one stays as it is"
+            )
+        self.name = str(self.said.get(ARCHITECTURE))
+        self.family = family_of(self.name, {_module(name)[0] for file in files for name in file.types})
+        self.model_type = self.family.record.model_types[0]
 
-    def of(self, name: str, shape: tuple[int, ...]) -> tuple[str, int]:
-        """(own name, how many rows a head has where they are in Meta's order, or 0); others keep the file's name."""
-        module, _, leaf = name.rpartition(".")
-        if self.name in SHIFTED and "norm" in module:
-            return name, 0
-        try:
-            own = self.names.back(module)
-        except TargetNotFound:
-            return name, 0
-        parts = module.split(".")
-        kind = self.architecture.turned.get(f"blk.{{n}}.{'.'.join(parts[2:])}")
-        return f"{own}.{leaf}", 0 if kind is None else self._rows(kind, name, shape[0])
+    def weights(self, name: str, kind: str, file: Model, stored: Lazy) -> Iterator[Packed]:
+        """A tensor's weight under its key, or those of the experts that are stacked in it.
 
-    def _rows(self, kind: str, name: str, rows: int) -> int:
-        heads = self.heads[kind]
-        if type(heads) is not int or heads <= 0:
-            why = f"attention.head_count says {heads!r}, and rows of this tensor are in an order that depends on it"
-            raise Unsupported(why, where=name, cure="Merge into the weights that it was converted from")
-        rope_pairs(rows, heads, name)
-        return rows // heads
+        A tensor that the family's file does not have keeps its name in the GGUF file, so that no target finds it.
+        """
+        shape, dtype = file.shapes[name], DTYPES["F32"]
+        module, leaf = _module(name)
+        found = place_of(self.family, module) if leaf else None
+        if found is None:
+            yield _Tensor(name, shape, dtype, (name,), stored, kind, kind, None, file.alignment)
+            return
+        key, place, numbers = found
+        seen = self.family.place(key, WEIGHT)
+        assert seen is not None
+        if place.stacked:
+            size = raw_size(kind, shape[1:])
+            for expert in range(shape[0]):
+                own = f"{fill(seen.name, {**numbers, '{e}': str(expert)})}{leaf}"
+                part = _slice(stored, expert * size, size)
+                yield _Tensor(own, shape[1:], dtype, (name,), part, kind, kind, None, file.alignment, shape[0])
+            return
+        order = None
+        if place.rows is not None:
+            order = row_order(place, shape[0], heads_in(self.said, self.name, name), name)
+        own_shape = (1, *shape) if place.flat and leaf == ".weight" else shape
+        yield _Tensor(
+            f"{fill(seen.name, numbers)}{leaf}", own_shape, dtype, (name,), stored, kind, kind, order, file.alignment
+        )
+
+
+def _module(name: str) -> tuple[str, str]:
+    """(module, `.weight` or `.bias`) of a tensor's name; of another name, itself and nothing."""
+    module, dot, leaf = name.rpartition(".")
+    return (module, dot + leaf) if leaf in ("weight", "bias") else (name, "")
 
 
 @dataclass(frozen=True, eq=False)
 class _Tensor(Packed):
-    """Rows of blocks; `turned` rows in Meta's order share a head. `kind` is as stored, `new` as it will be written.
+    """Rows of blocks. `kind` is as stored, `new` as it will be written; row i is row `order[i]` of the weight.
 
     `experts` weights share the member, one behind the other, `stored` being the bytes of this one; 0: it has its own.
     """
@@ -126,7 +126,7 @@ class _Tensor(Packed):
     stored: Lazy
     kind: str
     new: str
-    turned: int
+    order: Array | None
     alignment: int
     experts: int = 0
 
@@ -157,35 +157,46 @@ class _Tensor(Packed):
         return replace(self, stored=parts.get(self.members[0], self.stored), kind=self.new)
 
     def rows(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        if not self.turned or len(self.shape) < 2:
-            values = self._read(start, stop)
-            return values if not self.turned else self._own(values.reshape(-1, 1)).reshape(values.shape)
-        first, end = start // self.turned * self.turned, -(-stop // self.turned) * self.turned
-        return self._own(self._read(first, end))[start - first :][: stop - start]
+        if self.order is None:
+            return self._read(start, stop)
+        if len(self.shape) < 2:
+            return self._read(start, stop)[:, self._places]
+        wanted = self._places[start:stop]
+        first, end = int(wanted.min(initial=0)), int(wanted.max(initial=-1)) + 1
+        if end - first <= 4 * len(wanted):
+            return self._read(first, end)[wanted - first]
+        return self._scattered(wanted)
+
+    def _scattered(self, wanted: Array) -> Array:
+        """Rows that lie far from each other: one read for each run of them."""
+        import numpy as np
+
+        cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
+        return np.concatenate([self._read(int(run[0]), int(run[-1]) + 1) for run in np.split(wanted, cuts)])
+
+    @property
+    def _places(self) -> Array:
+        """The tensor's row in which each row of the weight is; of a vector, the position of each number."""
+        import numpy as np
+
+        return np.argsort(np.asarray(self.order), kind="stable")
 
     def pack(self, merged: Merged) -> dict[str, Array]:
         import numpy as np
 
-        granule = max(self.turned, 1) if len(self.shape) > 1 else 1
-        pieces = [self._encoded(merged(*run)) for run in steps(self.shape, granule)]
-        data = b"".join(pieces)
-        room = (self.share or self.written).nbytes
-        return {self.members[0]: np.frombuffer(data + bytes(room - len(data)), np.uint8)}
+        data = np.zeros((self.share or self.written).nbytes, np.uint8)
+        size = raw_size(self.new, (self.shape[-1],))
+        count = math.prod(self.shape[:-1])
+        rows = data[: size * count].reshape(count, size)
+        places = None if self.order is None or len(self.shape) < 2 else self._places
+        for start, stop in steps(self.shape):
+            new = np.frombuffer(self._encoded(merged(start, stop)), np.uint8).reshape(-1, size)
+            rows[slice(start, stop) if places is None else places[start:stop]] = new
+        return {self.members[0]: data}
 
     def _encoded(self, values: Array) -> bytes:
-        rows = values.reshape(-1, 1) if len(self.shape) < 2 else values
-        if self.turned:
-            rows = rows.reshape(-1, self.turned, rows.shape[1])[:, rope_pairs(self.turned, 1, self.name)]
+        rows = values[:, self.order] if self.order is not None and len(self.shape) < 2 else values
         return bytes(rows.tobytes()) if self.new in FLOATS else encoded(self.new, rows)
-
-    def _own(self, rows: Array) -> Array:
-        """Rows in the base's own order."""
-        import numpy as np
-
-        heads = rows.reshape(-1, self.turned, rows.shape[1])
-        own = np.empty_like(heads)
-        own[:, rope_pairs(self.turned, 1, self.name)] = heads
-        return own.reshape(rows.shape)
 
     def _read(self, start: int, stop: int) -> Array:
         width = self.shape[-1]

@@ -33,8 +33,8 @@ def reordered(leaf: Lazy, order: Order, axis: int = 0) -> Lazy:
     return leaf.map(lambda a: a.take(order(), axis), leaf.shape)
 
 
-def part(leaf: Lazy, start: int, stop: int, axis: int = 0) -> Lazy:
-    """Positions `start` to `stop` along an axis.
+def part(leaf: Lazy, start: int, stop: int, axis: int = 0, step: int = 1) -> Lazy:
+    """Every `step`-th position from `start` to `stop` along an axis.
 
     Raises:
         ValueError: the tensor does not have them.
@@ -42,10 +42,24 @@ def part(leaf: Lazy, start: int, stop: int, axis: int = 0) -> Lazy:
     at = axis % len(leaf.shape)
     if not 0 <= start <= stop <= leaf.shape[at]:
         raise ValueError(f"no positions {start} to {stop} along axis {at} of {list(leaf.shape)}")
-    if (start, stop) == (0, leaf.shape[at]):
+    if (start, stop, step) == (0, leaf.shape[at], 1):
         return leaf
-    shape = (*leaf.shape[:at], stop - start, *leaf.shape[at + 1 :])
-    return leaf.map(lambda a: a[(slice(None),) * at + (slice(start, stop),)], shape)
+    shape = (*leaf.shape[:at], len(range(start, stop, step)), *leaf.shape[at + 1 :])
+    return leaf.map(lambda a: a[(slice(None),) * at + (slice(start, stop, step),)], shape)
+
+
+def spread(leaf: Lazy, size: int, start: int, step: int, axis: int = 0) -> Lazy:
+    """The tensor at every `step`-th position from `start` on of an axis of `size`, and zeros at the others."""
+    shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
+
+    def fetch() -> memoryview:
+        import numpy as np
+
+        whole = np.zeros(shape, leaf.dtype.numpy)
+        whole[(slice(None),) * axis + (slice(start, None, step),)] = leaf.numpy()
+        return bytes_of(whole)
+
+    return Lazy(shape, leaf.dtype, fetch)
 
 
 def item(leaf: Lazy, index: int) -> Lazy:

@@ -92,6 +92,7 @@ def inject(
     around = _contexts(model, context, switch, registration, rules)
     ear = Ear(switch, {word for _, update in weights for word in words_of(model, update)})
     attached: list[tuple[Station, Part]] = []
+    together: dict[int, tuple[Station, list[Part]]] = {}
     held: dict[int, LiveUpdates] = {}
     given: dict[int, Update] = {}
     sites = [_trained(model, site, adapter, given) for site in _sites(model, weights, rules)]
@@ -104,14 +105,18 @@ def inject(
             why = "dropout where a module's weight is exchanged under its own forward"
             raise Unsupported(why, where=str(site.target), cure="Pass dropout=0, or leave this target out")
         held[id(part)] = _as_given(bound, site.updates, given)
-        station = next((s for s, _ in attached if s.module is holder), None) or station_at(holder)
-        _check_together(station, [part, *(other for s, other in attached if s is station)])
+        if id(holder) not in together:
+            together[id(holder)] = station_at(holder), []
+        station, others = together[id(holder)]
+        _check_together(station, [part, *others])
+        others.append(part)
         attached.append((station, part))
     loaded: dict[Target, tuple[LiveUpdates, ...]] = {}
+    along = {site.target for site in shared}
     leaves = registration.commit()  # From here on nothing fails: a refused adapter leaves no trace.
     for station, part in attached:
         station.attach(part)
-        if part.target in (site.target for site in shared):
+        if part.target in along:
             continue
         loaded[part.target] = (*loaded.get(part.target, ()), held[id(part)])
     stations = [*(station for station, _ in attached), *_tapped(part.outlet for _, part in attached)]
@@ -217,9 +222,12 @@ def _tied(
     named = list(model.named_parameters(remove_duplicate=False))
     modules = model.named_modules(remove_duplicate=False)
     embeddings = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
+    names_of: dict[int, list[str]] = {}
+    for name, each in named:
+        names_of.setdefault(id(each), []).append(name)
     added: list[Site] = []
     for parameter in list({id(p): p for p in (tensor_at(model, s.weight) for s in sites if s.weight)}.values()):
-        names = [name for name, other in named if other is parameter]
+        names = names_of.get(id(parameter), [])
         inputs, heads = [n for n in names if n in embeddings], [n for n in names if n not in embeddings]
         if not inputs or len(heads) != 1:
             continue

@@ -149,10 +149,10 @@ class Conv(Layer):
     @property
     def padding(self) -> str:
         module: Any = self.module
-        if module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
-            return f"padding_mode={module.padding_mode!r}"
-        # With other paddings a kernel without the dilation gives an output of another size: PEFT cannot train that.
         dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        if module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
+            return f"padding_mode={module.padding_mode!r}" + (f" and dilation={module.dilation}" if dilated else "")
+        # With other paddings a kernel without the dilation gives an output of another size: PEFT cannot train that.
         return f"dilation={module.dilation} and padding='same'" if dilated and module.padding == "same" else ""
 
     def mix(self, h: Tensor, w: Tensor) -> Tensor:

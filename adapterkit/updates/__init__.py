@@ -14,10 +14,11 @@ from ..shapes import tensor
 from .attributes import attribute
 from .context import ContextUpdate
 from .outputs import OutputUpdate
+from .rules import Rule
 from .update import Update
 from .weights import Additive, WeightUpdate
 
 if TYPE_CHECKING:
     from .update import Random as Random
 
-__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Update", "WeightUpdate", "attribute", "tensor"]
+__all__ = ["Additive", "ContextUpdate", "OutputUpdate", "Rule", "Update", "WeightUpdate", "attribute", "tensor"]

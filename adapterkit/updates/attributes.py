@@ -14,19 +14,21 @@ _TYPES = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 
 
 def attribute(
-    default: Any, *, among: Collection[Any] = (), least: int | None = None, most: int | None = None,
-    positive: bool = False,
+    default: Any = dataclasses.MISSING, *, among: Collection[Any] = (), least: float | None = None,
+    most: float | None = None,
+    positive: bool = False, since: int = 1,
 ) -> Any:  # fmt: skip
     """A field that holds a plain value, where its type does not say all.
 
     Args:
-        default: the value that is meant where none is given.
+        default: the value that is meant where none is given; left out, the attribute is required.
         among: the words or numbers it may be.
         least: the smallest number it may be.
         most: the largest number it may be.
         positive: it must be above 0.
+        since: the version of the method that it came with.
     """
-    rules = {"among": tuple(among), "least": least, "most": most, "positive": positive}
+    rules = {"among": tuple(among), "least": least, "most": most, "positive": positive, "since": since}
     return dataclasses.field(default=default, metadata=rules)
 
 

@@ -14,6 +14,7 @@ from ..tensors.finite import first_not_finite
 from ..tensors.lazy import dtype_of
 from .attributes import DAMAGED, attribute, check_attribute, plain
 from .positions import misplaced, repeated
+from .rules import Rule, apply_rules
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +30,14 @@ class Update:
 
     Class attributes:
         kind: the name of the kind, set by the four kinds below.
-        version: of the method's entry in the spec.
+        since: the version of the spec that each version of the method came with, oldest first; empty for a version
+            that is no longer read.
+        version: newest version of the method; see `stated_version` for that of one update.
         blocks: axes along which the formula may be cut into blocks that are computed apart.
         needs_bias: a change to the bias is lost where the layer has none, so such a layer is refused.
         linear_only: the law is one of weights `[out, in]`, those of linear layers and embeddings; others are refused.
         acts_on: what the update changes, for messages.
+        rules: what must be true of its axes, attributes and tensors beyond shape strings, in order.
         forms: groups of optional tensors of which exactly one set is present; `()` stands for none of the group.
         frozen: names of tensors that are given, not trained: random projections, masks; integers never are.
         bias_sees_weight: the change to the bias needs the weight, so that `settled` comes before `new_bias`.
@@ -41,12 +45,16 @@ class Update:
         starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
         shared_as: which choice of `tied` decides whether it changes all layers that share a tensor: `rows`,
             `replacement`, or none of them, `layer`.
+        bound_to: the library and function that an update without some of its tensors needs, so that no other reader
+            can be asked to compute it; empty for all others.
         paper: where the formula comes from.
         by_form: `check_against` sees the update's `form` alone, not the numbers in its tensors; set by its fields.
     """
 
     kind: ClassVar[str] = ""
+    since: ClassVar[tuple[str, ...]] = ("1.0",)
     version: ClassVar[int] = 1
+    rules: ClassVar[tuple[Rule, ...]] = ()
     blocks: ClassVar[frozenset[str]] = frozenset()
     needs_bias: ClassVar[bool] = True
     linear_only: ClassVar[bool] = False
@@ -57,6 +65,7 @@ class Update:
     sizes: ClassVar[Mapping[str, int]] = {}
     starts_at_base: ClassVar[bool] = True
     shared_as: ClassVar[str] = "layer"
+    bound_to: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
     _names: ClassVar[tuple[str, ...]] = ()
@@ -69,6 +78,10 @@ class Update:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "version" in cls.__dict__ and "since" not in cls.__dict__:
+            # A method that numbers its versions by hand knows the last of them alone.
+            cls.since = ("",) * (cls.version - 1) + ("1.0",)
+        cls.version = len(cls.since)
         dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
         fields = dataclasses.fields(cast(Any, cls))
         cls._tensors = {f.name: f for f in fields if "axes" in f.metadata}
@@ -110,6 +123,20 @@ class Update:
         """The plain values, by field; a whole number in a float's place comes out as a float."""
         return {name: plain(getattr(self, name), field) for name, field in self.attribute_fields().items()}
 
+    def attributes_of(self, version: int) -> dict[str, Any]:
+        """The plain values that a version of the method has, by field."""
+        fields = self.attribute_fields()
+        return {
+            name: value for name, value in self.attributes.items() if fields[name].metadata.get("since", 1) <= version
+        }
+
+    @property
+    def stated_version(self) -> int:
+        """The oldest version of the method that can say this update: newer attributes count where they are used."""
+        oldest = next(number for number, since in enumerate(self.since, 1) if since)
+        newer = (f for f in self._attributes.values() if f.metadata.get("since", 1) > oldest)
+        return max((f.metadata["since"] for f in newer if getattr(self, f.name) != f.default), default=oldest)
+
     def map(self, f: Callable[[Leaf], Leaf]) -> Self:
         """The same update over changed leaves."""
         return self.replace(**{name: f(leaf) for name, leaf in self.tensors.items()})
@@ -148,7 +175,10 @@ class Update:
         """
         if self.forms:
             self._check_forms()
-        return dict(_solved(cast(Any, type(self)), stack, self._held()))
+        dims = dict(_solved(cast(Any, type(self)), stack, self._held()))
+        if self.rules:
+            apply_rules(self, dims, stack)
+        return dims
 
     def check(self) -> None:
         """Checks the plain values, and which tensors are present; methods with rules of their own extend it.

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent / "architectures"))
 
 import transformers  # noqa: E402
-from check_bases import experts_of, linears_of  # noqa: E402
 from entries import module_of  # noqa: E402
 from families import FAMILIES  # noqa: E402
 from pairing import live, pair, stored  # noqa: E402
+from peft_models import experts_of, linears_of  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 LARGEST = 3_000_000

@@ -23,12 +23,13 @@ from safetensors.numpy import load
 from vector import vectors
 
 SPEC = Path(__file__).resolve().parents[2] / "spec"
-SCHEMA = "adapterkit-1.0.schema.json"
-MANIFEST = "1.0/manifest.toml"
+VERSION = "1.1"
+SCHEMA = f"{VERSION}/record.schema.json"
+MANIFEST = f"{VERSION}/manifest.toml"
 LAST = 1e-14
 """A share of a tensor's largest number, within which its last bits may differ."""
 
-ID = "https://github.com/adapterkit/adapterkit/blob/main/spec/" + SCHEMA
+ID = "https://github.com/adapterkit/adapterkit/spec/" + SCHEMA
 
 
 def method_files() -> Iterator[tuple[str, bytes]]:
@@ -61,6 +62,12 @@ def schema_files() -> Iterator[tuple[str, bytes]]:
     yield SCHEMA, (json.dumps(schema(), indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def table_files() -> Iterator[tuple[str, bytes]]:
+    """The entries of all methods as one JSON object, for readers without TOML."""
+    entries = {path.stem: _toml(path) for path in sorted((SPEC / "methods").glob("*.toml"))}
+    yield f"{VERSION}/methods.json", (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode()
+
+
 def schema() -> dict[str, Any]:
     """The schema, generated from the types that the native reader decodes into."""
     import msgspec
@@ -70,7 +77,7 @@ def schema() -> dict[str, Any]:
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": ID,
-        "title": "The value of the metadata key `adapterkit`, specification 1.0",
+        "title": f"The value of the metadata key `adapterkit`, specification {VERSION}",
     }
     return head | msgspec.json.schema(Record)
 
@@ -80,7 +87,7 @@ def manifest_files(root: Path) -> Iterator[tuple[str, bytes]]:
     methods = {path.stem: _toml(path)["version"] for path in sorted((root / "methods").glob("*.toml"))}
     known = sorted(path.stem for path in (root / "formats").glob("*.toml"))
     lines = [
-        'version = "1.0"',
+        f'version = "{VERSION}"',
         f"released = {json.dumps(released(root))}",
         f'schema = "{SCHEMA}"',
         f"formats = {json.dumps(known)}",
@@ -149,11 +156,14 @@ def refused(root: Path, names: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 1 where a file differs that must not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for part in ("methods", "formats", "invalid", "schema", "manifest"):
+    for part in ("methods", "formats", "invalid", "schema", "tables", "manifest"):
         parser.add_argument(f"--{part}", action="append_const", dest="parts", const=part, help=f"only the {part}")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a file differs")
     options = parser.parse_args(arguments)
-    makers = {"methods": method_files, "formats": format_files, "invalid": invalid_files, "schema": schema_files}
+    makers = {
+        "methods": method_files, "formats": format_files, "invalid": invalid_files, "schema": schema_files,
+        "tables": table_files,
+    }  # fmt: skip
     failed = False
     for part in options.parts or [*makers, "manifest"]:
         files = list(manifest_files(SPEC) if part == "manifest" else makers[part]())

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import inspect
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import methods
 import numpy as np
-from building import Case, Pair
+from building import Case, Pair, Update
 from container import Stored, layout, native, numbers, pack, stored
 from layers import Array, apply
 
+METHODS = Path(__file__).resolve().parents[2] / "spec" / "methods"
+
 
 def vectors(method: str, cases: list[Case]) -> dict[str, bytes]:
-    """File name -> content of one method's vector."""
+    """File name -> content of a method's vectors: one for each version of the method, with the cases that need it."""
+    versions: dict[int, list[Case]] = {}
+    for case in cases:
+        versions.setdefault(max(map(version_of, case.updates)), []).append(case)
+    files: dict[str, bytes] = {}
+    for version, own in versions.items():
+        files |= _vector(method if version == 1 else f"{method}.{version}", own)
+    return files
+
+
+def version_of(update: Update) -> int:
+    """The oldest version of a method that has all attributes of an update, by the method's entry in the spec."""
+    entry = tomllib.loads((METHODS / f"{update.method}.toml").read_text("utf-8"))
+    since = {attribute["name"]: attribute.get("since", 1) for attribute in entry.get("attributes", [])}
+    return max((since[name] for name in update.attributes), default=1)
+
+
+def spec_of(cases: list[Case]) -> str:
+    """The oldest version of the spec that has the methods of these cases in their versions."""
+    updates = [update for case in cases for update in case.updates]
+    entries = {u.method: tomllib.loads((METHODS / f"{u.method}.toml").read_text("utf-8")) for u in updates}
+    return max(str(entries[u.method]["since"][version_of(u) - 1]) for u in updates)
+
+
+def _vector(method: str, cases: list[Case]) -> dict[str, bytes]:
     expected: dict[str, Stored] = {}
     for case in cases:
         expected |= {f"{case.name or '(model)'}.{name}": value for name, value in _expected(case).items()}
@@ -28,7 +56,7 @@ def _adapter(cases: list[Case]) -> bytes:
     tensors: dict[str, Stored] = {}
     names: dict[int, str] = {}
     updates = [_record(case, position, tensors, names) for case in cases for position in range(len(case.updates))]
-    return native({"version": "1.0", "updates": updates}, tensors)
+    return native({"version": spec_of(cases), "updates": updates}, tensors)
 
 
 def _record(case: Case, position: int, tensors: dict[str, Stored], names: dict[int, str]) -> dict[str, Any]:
@@ -44,7 +72,7 @@ def _record(case: Case, position: int, tensors: dict[str, Stored], names: dict[i
     return {
         "target": target,
         "method": update.method,
-        "version": 1,
+        "version": version_of(update),
         "tensors": {field: names[id(array)] for field, array in update.tensors.items()},
         "attributes": update.attributes,
     }

@@ -6,20 +6,28 @@ names, and all names of a FLUX.2 LoRA of double blocks are FLUX.1's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ...metadata import metadata_of
 from ...naming.image import ROOTS, Family, families, rooted
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target, Updates
     from ...tensors.checkpoint import Checkpoint
 
+FAMILY = "adapterkit.family"
+"""Key of metadata with the names of the families that an adapter can be of, where the writer knew more than names."""
+
+FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
+"""Format -> the families that its files can be of."""
+
 SOURCES = {"comfyui": "native", "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
 """Format -> the naming of its files. kohya and LyCORIS write any names, with underscores."""
 
-DENOISERS = ("unet", "transformer", "denoiser")
+DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
+"""Parts of a pipeline that are a U-Net or a transformer; Wan 2.2 has a second transformer for low noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +38,13 @@ class Origin:
         naming: `native` or `diffusers`; empty where nothing tells.
         families: families that have all names of a base, if there is one.
         inside: whether the targets are modules of that base.
+        metadata: of the file that the adapter was read from.
     """
 
     naming: str = ""
     families: tuple[str, ...] = ()
     inside: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 UNKNOWN = Origin()
@@ -46,22 +56,35 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
 
     told = {SOURCES.get(str(step.args.get("format")), "") for step in adapter.recipe if step.op == "read"}
     naming = next(iter(told)) if len(told) == 1 else ""
+    metadata = _metadata(adapter)
+    formats = {str(step.args.get("format")) for step in adapter.recipe if step.op == "read"}
     if base is None:
-        return Origin(naming)
+        families = FAMILIES.get(next(iter(formats)), ()) if len(formats) == 1 else ()
+        return Origin(naming, families, metadata=metadata)
     known = set(modules_of(base))
+    families = families_in(base)
     if "_diffusers_version" in (base.config or {}):
         naming = "diffusers"
     elif any(path.startswith(("model.diffusion_model.", "diffusion_model.")) for path in known):
         naming = "native"
     inside = all(target.path in known for target in adapter.updates)
-    return Origin(naming, families_of_all(known), inside)
+    return Origin(naming, families, inside, metadata)
+
+
+def _metadata(adapter: Adapter) -> dict[str, str]:
+    """What the files that an adapter was made from say of themselves."""
+    pairs = None if adapter.foreign is None else adapter.foreign.data.get("metadata")
+    own = {str(key): str(value) for key, value in pairs} if isinstance(pairs, (list, tuple)) else {}
+    return {**metadata_of(adapter), **own}
 
 
 def families_in(base: Checkpoint) -> tuple[str, ...]:
-    """The families that have all names of a base's U-Net or transformer."""
+    """The families of a base: those of its class in diffusers, or those that have all names of its denoiser."""
     from .underscores import modules_of
 
-    return families_of_all(modules_of(base))
+    kind = (base.config or {}).get("_class_name")
+    named = tuple(family.name for family in families() if kind in family.facts.classes)
+    return named or families_of_all(modules_of(base))
 
 
 def families_of_all(paths: Iterable[str]) -> tuple[str, ...]:
@@ -95,22 +118,36 @@ def decide(updates: Updates, targets: Collection[Target], naming: str, origin: O
         no family and no reason where the names are to stay as they are.
     """
     paths = list(dict.fromkeys(rooted(target.path)[1] for target in targets))
-    fitting = [family for family in families() if all(path in family for path in paths)]
+    fitting = candidates(updates, targets, origin)
     if not fitting:
         return None, "" if origin.naming == naming else _unknown(paths, naming)
-    fitting = _narrowed(fitting, lambda family: not family.facts.generic)
-    fitting = _narrowed(fitting, lambda family: family.name in origin.families)
-    if origin.naming:
-        fitting = _narrowed(fitting, lambda family: all(path in family.names(origin.naming) for path in paths))
-    fitting = _narrowed(fitting, lambda family: _possible(family, paths, updates, targets))
-    fitting = _narrowed(fitting, lambda family: not _inputs(updates, targets).isdisjoint(family.facts.widths))
     if len({_outcome(family, paths, naming) for family in fitting}) > 1:
-        names = " or ".join(family.name for family in fitting)
+        names = " or ".join(family.title for family in fitting)
         return None, f"its names are those of {names}, which are translated differently"
     return fitting[0], ""
 
 
-def _narrowed(families: list[Family], fits: Any) -> list[Family]:
+def candidates(updates: Updates, targets: Collection[Target], origin: Origin) -> list[Family]:
+    """The families that targets of a denoiser can be of: those that have all names, narrowed by what else is known.
+
+    Args:
+        updates: all updates, whose shapes are evidence.
+        targets: those of the denoiser.
+        origin: what is known of where the names come from.
+    """
+    paths = list(dict.fromkeys(rooted(target.path)[1] for target in targets))
+    fitting = [family for family in families() if all(path in family for path in paths)]
+    fitting = narrowed(fitting, lambda family: not family.facts.generic)
+    fitting = narrowed(fitting, lambda family: family.name in origin.families)
+    if origin.naming:
+        fitting = narrowed(fitting, lambda family: all(path in family.names(origin.naming) for path in paths))
+    fitting = narrowed(fitting, lambda family: said(family, origin.metadata))
+    fitting = narrowed(fitting, lambda family: _possible(family, paths, updates, targets))
+    fitting = narrowed(fitting, lambda family: not _inputs(updates, targets).isdisjoint(family.facts.widths))
+    return narrowed(fitting, lambda family: complete(family, paths))
+
+
+def narrowed(families: list[Family], fits: Any) -> list[Family]:
     """The families that fit; all of them where none does, since then the evidence is of another kind of model."""
     return [family for family in families if fits(family)] or families
 
@@ -131,13 +168,41 @@ def _possible(family: Family, paths: Iterable[str], updates: Updates, targets: I
         number = rest.partition(".")[0]
         if number.isdigit() and int(number) >= family.facts.blocks.get(first, 1 << 30):
             return False
-    return all(_shaped(family, target, updates[target]) for target in targets) if family.ratios else True
+    return all(_shaped(family, target, updates[target]) for target in targets) if family.facts.ratios else True
+
+
+def said(family: Family, metadata: Mapping[str, str]) -> bool:
+    """Whether metadata of a file name the family, and no other by a longer word."""
+    if FAMILY in metadata:
+        return family.name in metadata[FAMILY].split()
+    text = " ".join(metadata.get(key, "") for key in _TELLING).lower()
+    text = "".join(letter for letter in text if letter.isalnum() or letter == " ")
+    found = {word: each for each in families() for word in each.facts.words if word in text}
+    return bool(found) and found[max(found, key=len)] is family
+
+
+_TELLING = (
+    "modelspec.architecture", "ss_base_model_version", "ss_network_module", "modelspec.implementation",
+    "ss_sd_model_name",
+)  # fmt: skip
+"""Keys of metadata that name the model that was trained."""
+
+
+def complete(family: Family, paths: Iterable[str]) -> bool:
+    """Whether the last of the blocks that all published models have is there, and no other."""
+    last: dict[str, int] = {}
+    for path in paths:
+        first, _, rest = path.partition(".")
+        number = rest.partition(".")[0]
+        if number.isdigit():
+            last[first] = max(last.get(first, 0), int(number))
+    counted = {first: number for first, number in last.items() if first in family.facts.blocks}
+    return bool(counted) and all(number + 1 == family.facts.blocks[first] for first, number in counted.items())
 
 
 def _shaped(family: Family, target: Target, found: Iterable[Any]) -> bool:
     rest = rooted(target.path)[1]
-    patterns = family.names("native").patterns_of(rest)
-    ratio = next((family.ratios[pattern] for pattern in patterns if pattern in family.ratios), None)
+    ratio = family.ratio(rest)
     if ratio is None or target.rows is not None:
         return True
     for update in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from ...methods.weight_norm import WeightNorm
 from ...tensors.lazy import Lazy, as_lazy, from_numpy
 from ...updates import Update
 from .file import Rules, Stored
-from .laws import EPSILON, number
+from .laws import EPSILON, drawn, number
 
 _SLOTS: dict[type[Update], str] = {
     LoRA: "down", DoRA: "dora", LoHa: "hada_", LoKr: "lokr_", OFT: "oft_blocks", GLoRAProducts: "a1",
@@ -43,6 +44,8 @@ def why_not(update: Update, rules: Rules) -> str:
         return "a scaling that no alpha holds"
     if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and _rank_for_zero(rules):
         return "a scaling of 0, which it takes for the rank"
+    if isinstance(update, (OFT, BOFTOutputs, IA3Weights)) and why_not_there(update, rules):
+        return why_not_there(update, rules)
     if isinstance(update, OFT):
         return _why_not_oft(update, rules)
     if isinstance(update, WeightNorm):
@@ -52,6 +55,15 @@ def why_not(update: Update, rules: Rules) -> str:
     if _unscaled(update, rules) and update.attributes["scaling"] != 1:
         return f"{update.method} with a scaling, for which it has no slot"
     return ""
+
+
+def why_not_there(update: OFT | BOFTOutputs | IA3Weights, rules: Rules) -> str:
+    """Why a file cannot say whether an update changes the bias, which its header says once for all modules."""
+    inputs = isinstance(update, IA3Weights) and update.w is None
+    if inputs or update.on_output == rules.trained.bypass:
+        return ""
+    said = "beside ss_network_args with" if rules.trained.bypass else "without ss_network_args that have"
+    return f"{update.method} {'on' if update.on_output else 'beside'} the bias, {said} bypass_mode"
 
 
 def _rank_for_zero(rules: Rules) -> bool:
@@ -81,7 +93,7 @@ def _unscaled(update: Update, rules: Rules) -> str:
     if isinstance(update, Dense):
         return "D" if update.D is not None else "d"
     if isinstance(update, LoKr) and update.w1 is not None and update.w2 is not None:
-        return "w1"
+        return "" if rules.trained.rs else "w1"
     said = "alpha" in rules.slots
     return "" if said or not isinstance(update, (LoRA, DoRA)) else "B"
 
@@ -113,7 +125,7 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[Stored]:
     if isinstance(update, LoHa):
         return _loha(update, leaves)
     if isinstance(update, LoKr):
-        return _lokr(update, leaves)
+        return _lokr(update, leaves, rules)
     if isinstance(update, OFT | BOFTOutputs):
         blocks = leaves["square"]
         alpha = update.constraint / (blocks.shape[-3] * blocks.shape[-2])
@@ -121,7 +133,8 @@ def encode(update: Update, rules: Rules, kernel: int = 0) -> list[Stored]:
         return [Stored("oft_blocks", blocks, "square"), *rescale, Stored("alpha", number(alpha))]
     if isinstance(update, GLoRAProducts):
         slots = [Stored(name.lower(), leaf, name) for name, leaf in leaves.items()]
-        return [*slots, _alpha(update, leaves["A2"].shape[0])]
+        rank = leaves["A2"].shape[0]
+        return [*slots, _alpha(update, math.sqrt(rank) if rules.trained.rs else rank)]
     if isinstance(update, WeightNorm):
         ones = [1] * kernel
         shapes = {"out": (-1, 1, *ones), "into": (1, -1, *ones)}
@@ -145,7 +158,7 @@ def _low_rank(update: Any, leaves: Mapping[str, Lazy], rules: Rules) -> list[Sto
         slots.append(Stored("dora", peft if rules.peft else _column(lengths, 1 + kernel), "magnitude"))
     if "bias" in leaves:
         slots.append(Stored("bias", leaves["bias"], "bias"))
-    return [*slots, _alpha(update, A.shape[0])]
+    return [*slots, _alpha(update, A.shape[0] / drawn(A.shape[0], rules.trained.unit))]
 
 
 def _loha(update: LoHa, leaves: Mapping[str, Lazy]) -> list[Stored]:
@@ -159,14 +172,14 @@ def _loha(update: LoHa, leaves: Mapping[str, Lazy]) -> list[Stored]:
     return [*slots, _alpha(update, leaves["w1_a"].shape[1])]
 
 
-def _lokr(update: LoKr, leaves: Mapping[str, Lazy]) -> list[Stored]:
+def _lokr(update: LoKr, leaves: Mapping[str, Lazy], rules: Rules) -> list[Stored]:
     cored = update.t2 is not None
     slots = []
     for name, leaf in leaves.items():
         slot = "lokr_" + ("w2_b" if name == "w2_in" else name)
         slots.append(Stored(slot, _turned(leaf) if cored and name == "w2_a" else leaf, name))
-    rank = next((leaves[name].shape[1] for name in ("w1_a", "w2_a") if name in leaves), 1)
-    return [*slots, _alpha(update, rank)]
+    rank = next((leaves[name].shape[1] for name in ("w1_a", "w2_a") if name in leaves), 0)
+    return [*slots, _alpha(update, rank or (update.scaling**2 if rules.trained.rs else 1))]
 
 
 def _whole(update: Update, leaves: Mapping[str, Lazy], rules: Rules) -> list[Stored]:
@@ -177,7 +190,7 @@ def _whole(update: Update, leaves: Mapping[str, Lazy], rules: Rules) -> list[Sto
     return [Stored(slots[name], leaf, name) for name, leaf in leaves.items()]
 
 
-def _alpha(update: Any, rank: int) -> Stored:
+def _alpha(update: Any, rank: float) -> Stored:
     return Stored("alpha", number(update.scaling * rank))
 
 

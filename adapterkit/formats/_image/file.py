@@ -11,6 +11,7 @@ from ...tensors.lazy import Lazy
 from ...tensors.scalars import value_of
 from ...updates import Update
 from .._format import FORMULA
+from .arguments import Arguments, arguments_in
 
 if TYPE_CHECKING:
     from ...tensors.lazy import Leaf
@@ -84,6 +85,7 @@ class Rules:
         norms: changes of vectors have the slots of norms.
         peft: DoRA's magnitude has PEFT's shape, [out], or [1, out, 1, ...] of a convolution; else [out, 1, ...].
         slots: which of the slots it has; a slot that begins with one of these words counts.
+        trained: the options of LyCORIS that the file's header names.
     """
 
     alpha_needed: bool = False
@@ -92,11 +94,13 @@ class Rules:
     norms: bool = False
     peft: bool = False
     slots: tuple[str, ...] = ()
+    trained: Arguments = field(default_factory=Arguments)
 
 
-def rules_for(rules: Rules, compat: str | None) -> Rules:
-    """The rules of a dialect in the reading that was asked for."""
-    return replace(rules, by_formula=compat == FORMULA)
+def rules_for(rules: Rules, compat: str | None, metadata: Mapping[str, str]) -> Rules:
+    """The rules of a dialect in the reading that was asked for, for a file with these metadata."""
+    by_formula = compat == FORMULA
+    return replace(rules, by_formula=by_formula, trained=Arguments() if by_formula else arguments_in(metadata))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,6 +112,8 @@ class Found:
     kept: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
     """Slot that is only kept -> field computed from it."""
+    idle: tuple[str, ...] = ()
+    """Slots that are only kept, since they have no effect."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

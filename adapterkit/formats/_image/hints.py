@@ -27,6 +27,7 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         shapes: key -> shape that the file had, where the writer would choose another of as many elements.
         without_alpha: modules that had no alpha.
         derived: key of a tensor that is only kept -> fingerprint of the field that was computed from it.
+        idle: key of a tensor that is only kept, since it has no effect -> its target.
         compat: the reading that was asked for.
     """
 
@@ -36,6 +37,7 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     shapes: dict[str, list[Size]] = {}
     without_alpha: list[str] = []
     derived: dict[str, str] = {}
+    idle: dict[str, str] = {}
     compat: str | None = None
 
 

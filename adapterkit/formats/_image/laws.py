@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +26,7 @@ from ...methods.weight_norm import WeightNorm
 from ...tensors.dtypes import DTYPES
 from ...tensors.lazy import Lazy, as_array
 from ...tensors.scalars import number_of
+from ...updates import Update
 from .file import AGAIN, Found, Module, Rules
 
 LOW_RANK = ("down", "up", "mid", "dora", "bias")
@@ -44,8 +46,12 @@ def decode(module: Module, rules: Rules) -> list[Found]:
         raise Malformed("an alpha of nothing", where=module.where, cure=AGAIN)
     found = [law(module, rules) for law in laws]
     if "dora" in module.tensors and isinstance(found[-1].update, (LoHa, LoKr, LoRA)):
-        found.append(_normed(module, found[-1].update))
-    used = {slot for each in found for slot in (*each.fields.values(), *each.kept)}
+        if rules.trained.bypass:
+            _check_bypassed(module, found[-1].update)
+            found[-1] = replace(found[-1], idle=("dora",))
+        else:
+            found.append(_normed(module, found[-1].update))
+    used = {slot for each in found for slot in (*each.fields.values(), *each.kept, *each.idle)}
     left = next((slot for slot in module.tensors if slot not in used and slot not in OTHERS), None)
     if left is not None:
         raise Malformed(
@@ -83,7 +89,8 @@ def _lora(module: Module, rules: Rules) -> Found:
     down, _ = module.need("down", "up")
     rank = down.shape[0] if down.shape else 0
     fields = {"A": "down", "B": "up"}
-    leaves: dict[str, Any] = {"A": down, "B": _flat(module, "up", 2), "scaling": scaling(module, rank, rules)}
+    times = drawn(rank, rules.trained.unit)
+    leaves: dict[str, Any] = {"A": down, "B": _flat(module, "up", 2), "scaling": scaling(module, rank, rules) * times}
     derived = {}
     if "mid" in module.tensors:
         leaves["A"] = _through(module)
@@ -91,12 +98,20 @@ def _lora(module: Module, rules: Rules) -> Found:
         derived = {"down": "A", "mid": "A"}
     if "bias" in module.tensors:
         leaves["bias"], fields["bias"] = module.tensors["bias"], "bias"
-    if _is_dora(module):
+    if _is_dora(module) and not rules.trained.bypass:
         if "bias" in module.tensors:
             raise Unsupported("DoRA with a bias of its own", where=module.keys["bias"], cure="Merge it with its tool")
         leaves["magnitude"], fields["magnitude"] = _magnitude(module), "dora"
         return Found(DoRA(**leaves), fields, tuple(derived), derived)
     return Found(LoRA(**leaves), fields, tuple(derived), derived)
+
+
+def drawn(rank: int, unit: int) -> int:
+    """Return how many times alpha / r DyLoRA's forward of LyCORIS counts when it draws all ranks.
+
+    It divides alpha by the number of units that it draws, not by the rank.
+    """
+    return unit if unit and rank % unit == 0 else 1
 
 
 def _through(module: Module) -> Lazy:
@@ -159,6 +174,16 @@ def _normed(module: Module, update: Any) -> Found:
     return Found(WeightNorm(**leaves, eps=EPSILON), dict.fromkeys(leaves, "dora"))
 
 
+def _check_bypassed(module: Module, update: Update) -> None:
+    if isinstance(update, LoRA) and len(update.A.shape) > 2:
+        why = (
+            "DoRA of a convolution, trained with bypass_mode: LyCORIS leaves its magnitude out of account, but not at "
+            "convolutions in groups, and the file does not tell which they are"
+        )
+        cure = 'Read it with its magnitude: compat="formula", or --compat formula'
+        raise Unsupported(why, where=module.keys["dora"], cure=cure)
+
+
 EPSILON = 2.0**-23
 """What LyCORIS adds to a norm that it divides by: float32's own epsilon."""
 
@@ -191,7 +216,9 @@ def _lokr(module: Module, rules: Rules) -> Found:
     whole = {"w1", "w2"} <= fields.keys()
     # LyCORIS leaves the alpha of two whole factors out of account, and writes any.
     rank = factors[0].shape[0] if factors and factors[0].shape else 0
-    update = LoKr(**leaves, scaling=1.0 if whole else scaling(module, rank, rules))
+    # With rs_lora the scaling of two whole factors is sqrt(r), and the alpha that is saved is r * sqrt(r).
+    root = max(module.number("alpha"), 0.0) ** (1 / 3) if rules.trained.rs and "alpha" in module.tensors else 1.0
+    update = LoKr(**leaves, scaling=root if whole else scaling(module, rank, rules))
     _checked(update, module)
     return Found(update, fields)
 
@@ -206,6 +233,7 @@ def _oft(module: Module, rules: Rules) -> Found:
     if "rescale" in module.tensors:
         fields["rescale"], leaves["rescale"] = "rescale", _flat(module, "rescale", 1)
     leaves["constraint"] = _constraint(module, rules) * blocks.shape[-2] * blocks.shape[-3]
+    leaves["on_output"] = rules.trained.bypass
     if len(blocks.shape) == 4:
         return Found(BOFTOutputs(**leaves), fields)
     return Found(OFT(**leaves, side="out"), fields)
@@ -231,11 +259,13 @@ def _glora(module: Module, rules: Rules) -> Found:
     for field, slot in (("A1", "a1"), ("A2", "a2"), ("B1", "b1")):
         leaves[field] = _flat(module, slot, 2)
     rank = leaves["A2"].shape[0]
-    update = GLoRAProducts(**leaves, scaling=scaling(module, rank, rules))
+    # Other modules save an alpha that has sqrt(r) in it; GLoRA's is the one that was given.
+    times = math.sqrt(rank) if rules.trained.rs else 1.0
+    update = GLoRAProducts(**leaves, scaling=scaling(module, rank, rules) * times)
     return Found(update, dict(zip(leaves, slots, strict=True)))
 
 
-def _ia3(module: Module, _: Rules) -> Found:
+def _ia3(module: Module, rules: Rules) -> Found:
     _no_dora(module)
     module.need("weight", "on_input")
     on_input = module.number("on_input")
@@ -243,7 +273,9 @@ def _ia3(module: Module, _: Rules) -> Found:
         raise Malformed(f"{on_input} is neither 0 nor 1", where=module.keys["on_input"], cure=AGAIN)
     field = "w_in" if on_input else "w"
     leaves: dict[str, Any] = {field: module.tensors["weight"].reshape(-1)}
-    return Found(IA3Weights(**leaves), {field: "weight"}, ("on_input",))
+    return Found(
+        IA3Weights(**leaves, on_output=rules.trained.bypass and not on_input), {field: "weight"}, ("on_input",)
+    )
 
 
 def _dense(module: Module, _: Rules) -> Found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import msgspec
@@ -28,12 +29,14 @@ class Leftovers:
         self.without: list[str] = []
         self.derived: dict[str, str] = {}
         self.kept: list[str] = []
+        self.idle: dict[str, str] = {}
 
     def add(self, spell: Spell, target: Target, module: Module, found: list[Found], rules: Rules) -> None:
         self.stems[str(target)] = module.stem
         for each in found:
             self.derived |= {module.keys[s]: fingerprint(each.update.tensors[f]) for s, f in each.derived.items()}
-            self.kept += [module.keys[slot] for slot in each.kept]
+            self.kept += [module.keys[slot] for slot in (*each.kept, *each.idle)]
+            self.idle |= {module.keys[slot]: str(target) for slot in each.idle}
             slots = dict(each.fields)
             for stored in encode(each.update, rules):
                 slot = slots.get(stored.field) if stored.field else stored.slot
@@ -61,15 +64,18 @@ class Leftovers:
     def made(self, metadata: Metadata, compat: str | None) -> dict[str, object]:
         hints = Hints(
             metadata=metadata, stems=self.stems, keys=self.keys, shapes=self.shapes, without_alpha=self.without,
-            derived=self.derived, compat=compat,
+            derived=self.derived, idle=self.idle, compat=compat,
         )  # fmt: skip
         made: dict[str, object] = msgspec.to_builtins(hints)
         return made
 
 
-def still(old: Lazy, new: Lazy, update: Update) -> bool:
+def still(old: Lazy, new: Lazy, update: Update, rules: Rules) -> bool:
     """Whether an alpha that was kept says what the update does."""
-    if {"w1", "w2"} <= update.tensors.keys():
+    whole = {"w1", "w2"} <= update.tensors.keys()
+    if whole and not rules.trained.rs:
         return True
     value, wanted = (Module("", {"alpha": alpha}, {"alpha": "alpha"}).number("alpha") for alpha in (old, new))
-    return value == wanted or (value == 0 and update.attributes.get("scaling") == 1)
+    # A scaling with sqrt(r) in it does not give the alpha back to the last bit.
+    near = rules.trained.rs and math.isclose(value, wanted, rel_tol=1e-12)
+    return value == wanted or near or (value == 0 and update.attributes.get("scaling") == 1)

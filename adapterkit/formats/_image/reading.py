@@ -36,7 +36,8 @@ def decoded(
     targets = dialect.targets(modules, dict(metadata), base)
     _check_distinct(targets)
     check_biases(modules, dialect.switch)
-    rules, updates, hints = rules_for(dialect.rules, compat), dict[Target, tuple["Update", ...]](), Leftovers()
+    rules = rules_for(dialect.rules, compat, dict(metadata))
+    updates, hints = dict[Target, tuple["Update", ...]](), Leftovers()
     for stem, module in modules.items():
         found = [dialect.rescaled(each, stem, dict(metadata)) for each in decode(module, rules)]
         _check_shapes(stem, found)

@@ -122,7 +122,9 @@ class _Into:
 
     def _root(self, root: str) -> str:
         """The part of the pipeline in diffusers' words, if that is wanted."""
-        return f"{self.family.component}." if root and self.naming == "diffusers" else root
+        if self.naming != "diffusers" or root in ("", "transformer_2."):
+            return root
+        return f"{self.family.component}."
 
     def _part(self, target: Target, found: tuple[Update, ...], pieces: tuple[Piece, ...], root: str) -> None:
         if target.rows is not None and all(isinstance(update, OFT) for update in found):

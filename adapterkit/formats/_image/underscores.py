@@ -7,13 +7,15 @@ fits nothing, or several names, is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ...errors import TargetNotFound, nearest
 from ...naming.image import ROOTS, Family, component_of, encoders, families, families_of, is_xl, rooted
 from ...naming.patterns import flatten
+from ...naming.pieces import Piece
+from .deciding import complete, families_in, narrowed, said
 
 if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
@@ -26,6 +28,9 @@ _PARTS = {
     "lora_te3": ("text_encoder_2", "text_encoder_3"), "lycoris": ("unet", "transformer", "text_encoder"),
 }  # fmt: skip
 """What stems begin with -> the parts of a pipeline that they may be in."""
+
+_DENOISER = ("lora_unet", "oft_unet", "lora_transformer", "lycoris")
+"""What stems of the U-Net or the transformer begin with."""
 
 _ARCHITECTURES = {"flux": "text_encoder_2", "sd3": "text_encoder_3", "stable-diffusion-3": "text_encoder_3"}
 """What a file's metadata call the model -> where its T5 is."""
@@ -41,22 +46,82 @@ def resolve(stems: Iterable[str], metadata: Mapping[str, str], base: Checkpoint 
     walked = None if base is None else _walked(base)
     words = {stem: _words(stem) for stem in known}
     third = _third(words.values(), metadata)
-    return {stem: _resolve(stem, *words[stem], third, walked) for stem in known}
+    found: dict[str, str] = {}
+    for stem, (tag, flat) in words.items() if walked is not None else ():
+        if here := _here(stem, tag, flat, walked or {}):
+            found[stem] = here
+    rest = {stem: words[stem] for stem in known if stem not in found}
+    of_base = () if base is None else families_in(base)
+    found |= _together(rest, metadata, None if base is None else of_base)
+    return {stem: found.get(stem) or _resolve(stem, *words[stem], third, walked) for stem in known}
+
+
+def _together(
+    words: Mapping[str, tuple[str, str]], metadata: Mapping[str, str], of_base: Collection[str] | None
+) -> dict[str, str]:
+    """Stem -> path of the denoiser's stems, where one family has all of them; nothing where none has.
+
+    Raises:
+        TargetNotFound: several families have them under different names, and nothing tells which it is.
+    """
+    inside = {stem: flat for stem, (tag, flat) in words.items() if tag in _DENOISER}
+    if not inside:
+        return {}
+    component = {part for stem in inside for part in _PARTS[words[stem][0]]}
+    readings = {family: _reading(family, inside) for family in families() if family.component in component}
+    fitting = [family for family, reading in readings.items() if reading]
+    if not fitting:
+        return {}
+    fitting = narrowed(fitting, lambda family: not family.facts.generic)
+    fitting = narrowed(fitting, lambda family: family.name in (of_base or ()))
+    if any(words[stem][0] == "oft_unet" for stem in inside):
+        fitting = narrowed(fitting, lambda family: family.facts.sd_scripts)
+    fitting = narrowed(fitting, lambda family: said(family, metadata))
+    fitting = narrowed(fitting, lambda family: complete(family, [rooted(p)[1] for p in readings[family].values()]))
+    first = readings[fitting[0]]
+    # A base's names take the place of these, so that only what they are in diffusers matters.
+    same = of_base is not None and len({_in_diffusers(family, readings[family]) for family in fitting}) == 1
+    for family in () if same else fitting[1:]:
+        odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)
+        if odd is not None:
+            why = f"it can be {first[odd]} of {fitting[0].title}, or {readings[family][odd]} of {family.title}"
+            raise TargetNotFound(why, where=odd, cure="Pass --base (base=), whose names decide")
+    return first
+
+
+def _in_diffusers(family: Family, reading: Mapping[str, str]) -> tuple[tuple[Piece, ...], ...]:
+    paths = [rooted(path)[1] for path in reading.values()]
+    naming = family.naming_of(paths)
+    return tuple(family.moves(path, naming, "diffusers") for path in paths)
+
+
+def _reading(family: Family, inside: Mapping[str, str]) -> dict[str, str]:
+    """Stem -> path in the one naming of a family that has all stems; nothing where no naming has."""
+    if not all(family.may_have(flat) for flat in inside.values()):
+        return {}
+    for naming in dict.fromkeys((family.facts.kohya, *family.namings)):
+        found = {stem: family.unflattened(flat, naming) for stem, flat in inside.items()}
+        if all(len(paths) == 1 for paths in found.values()):
+            return {stem: f"{family.component}.{paths[0]}" for stem, paths in found.items()}
+    return {}
 
 
 def _words(stem: str) -> tuple[str, str]:
     found = STEM.fullmatch(stem)
     assert found is not None
-    return found[1], found[2]
+    # The trainer of Wan's Fun models writes lora_unet__blocks_0.
+    return found[1], found[2].lstrip("_")
+
+
+def _here(stem: str, tag: str, flat: str, walked: Mapping[str, list[tuple[str, str]]]) -> str:
+    """The one module of the base that a stem stands for; empty where there is none."""
+    here = list(dict.fromkeys(path for part, path in walked.get(flat, ()) if part in ("", *_PARTS[tag])))
+    if len(here) > 1:
+        raise TargetNotFound(f"it can be any of {', '.join(here)}", where=stem, cure="Rename it in the file")
+    return here[0] if here else ""
 
 
 def _resolve(stem: str, tag: str, flat: str, third: str, walked: Mapping[str, list[tuple[str, str]]] | None) -> str:
-    if walked is not None:
-        here = list(dict.fromkeys(path for part, path in walked.get(flat, ()) if part in ("", *_PARTS[tag])))
-        if len(here) == 1:
-            return here[0]
-        if here:
-            raise TargetNotFound(f"it can be any of {', '.join(here)}", where=stem, cure="Rename it in the file")
     found = list(dict.fromkeys(_by_tables(tag, flat, third)))
     if len(found) == 1:
         return found[0]
@@ -66,11 +131,11 @@ def _resolve(stem: str, tag: str, flat: str, third: str, walked: Mapping[str, li
 
 
 def _by_tables(tag: str, flat: str, third: str) -> Iterator[str]:
-    if tag in ("lora_unet", "oft_unet", "lora_transformer", "lycoris"):
+    if tag in _DENOISER:
         for family in families():
             if family.component in _PARTS[tag]:
                 for naming in family.namings:
-                    yield from (f"{family.component}.{name}" for name in family.names(naming).unflattened(flat))
+                    yield from (f"{family.component}.{name}" for name in family.unflattened(flat, naming))
     if tag in ("lora_te", "lora_te1", "lora_te2", "lycoris"):
         part = _PARTS[tag][-1]
         yield from (f"{part}.{name}" for kind in ("clip", "t5") for name in encoders()[kind].unflattened(flat))
@@ -89,9 +154,7 @@ def _third(words: Iterable[tuple[str, str]], metadata: Mapping[str, str]) -> str
 
 def _families(flat: str) -> Iterator[Family]:
     # FLUX.2 has FLUX.1's names, but no T5.
-    fitting = [
-        family for family in families() if family.name in _ARCHITECTURES and family.names("native").unflattened(flat)
-    ]
+    fitting = [family for family in families() if family.name in _ARCHITECTURES and family.unflattened(flat, "native")]
     yield from fitting if len(fitting) == 1 else ()
 
 

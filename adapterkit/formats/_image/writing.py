@@ -14,7 +14,7 @@ from ...methods.lora import LoRA
 from ...methods.weight_norm import WeightNorm
 from ...tensors.lazy import Lazy, as_lazy
 from .biases import mixed_biases
-from .deciding import origin_of
+from .deciding import FAMILY, candidates, denoiser_targets, origin_of
 from .encode import encode, why_not
 from .file import rules_for
 from .folding import rewritten
@@ -43,26 +43,41 @@ def encoded(
         Unrepresentable: the dialect cannot say it and `on_loss` does not allow otherwise.
     """
     hints = hints_of(adapter, dialect.name())
-    rules = rules_for(dialect.rules_in(file, hints), hints.compat)
+    rules = rules_for(dialect.rules_in(file, hints), hints.compat, dict(hints.metadata) if hints.stems else {})
     kept = {} if not hints.stems or adapter.foreign is None else adapter.foreign.tensors
-    updates, lines = _expressible(dialect, rules, adapter.updates, hints, origin_of(adapter, base), on_loss)
+    origin = origin_of(adapter, base)
+    updates, lines = _expressible(dialect, rules, adapter.updates, hints, origin, on_loss)
     stems = _stems(dialect, updates, hints)
     metadata, said = dialect.metadata(updates, hints, {str(t): stems[t, 0] for t in updates})
     metadata = with_metadata(metadata, adapter)
+    if not hints.stems:
+        metadata += _family(adapter.updates, origin)
     tensors: dict[str, Lazy] = {}
     for target, found in updates.items():
         for position, update in enumerate(found):
             for stored in encode(update, rules, kernel_of(target, base)):
-                for key, leaf in _stored(dialect, stems[target, position], stored, update, hints, kept, said).items():
+                for key, leaf in _stored(
+                    dialect, rules, stems[target, position], stored, update, hints, kept, said
+                ).items():
                     if key in tensors and not _same(stored, tensors[key], leaf):
                         why = f"two updates have the key {key}"
                         raise Unrepresentable(why, cure="Write adapterkit's own format")
                     tensors[key] = leaf
+    written = {str(target) for target in updates}
+    tensors |= {k: as_lazy(kept[k]) for k, target in hints.idle.items() if k in kept and target in written}
     return tensors, metadata, lines
+
+
+def _family(updates: Updates, origin: Origin) -> Metadata:
+    """The families that the adapter can be of, for readers of the file, if the names in the file leave more open."""
+    targets = denoiser_targets(updates, ())
+    known = [family.name for family in candidates(updates, targets, origin)] if targets else []
+    return [(FAMILY, " ".join(known))] if known else []
 
 
 def _stored(
     dialect: ImageFormat,
+    rules: Rules,
     stem: str,
     stored: Stored,
     update: Update,
@@ -81,7 +96,7 @@ def _stored(
         return {key: leaf.reshape(*shape) if shape and _fits(leaf, shape) else leaf}
     if key in kept:
         old = as_lazy(kept[key])  # type: ignore[arg-type]
-        if stored.slot != "alpha" or still(old, leaf, update):
+        if stored.slot != "alpha" or still(old, leaf, update, rules):
             return {key: old}
     if stored.slot != "alpha" or key in kept:
         return {key: leaf}

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...adapter import Adapter, Step, Target
-from ...errors import ShapeMismatch, UsageError
+from ...binding import bind
+from ...binding.translating import moves_of, translated
+from ...errors import ShapeMismatch, TargetNotFound, UsageError
 from ...methods.lora import LoRA
+from ...naming.architectures import WEIGHT
+from ...naming.gguf import family_of
 from ...naming.heads import undone
 from ...tensors.arrange import turned
 from ...tensors.ggla import read_ggla
 from .._pairs import DAMAGED, check_factors, grouped, in_row_order
-from .place import Place, template
+from .place import Place
 from .reader import FORMAT
 
 if TYPE_CHECKING:
@@ -23,8 +27,8 @@ if TYPE_CHECKING:
 def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adapter:
     """The adapter in a file; for `compat` see the format."""
     file = read_ggla(path)
-    place = Place("llama", base, {}, 0)
-    updates: dict[Target, tuple[Pair, ...]] = {}
+    place = Place("llama", family_of("llama", ()), None if base is None else base.config)
+    held: dict[Target, tuple[Pair, ...]] = {}
     for name, slots in grouped(file.tensors, {".weight.loraA": "A", ".weight.loraB": "B"}, "a ggla file").items():
         foreign = _modern(name)
         slots = {**slots, "A": turned(slots["A"])} if len(slots["A"].shape) == 2 else slots
@@ -32,15 +36,22 @@ def read_legacy(path: Path, compat: str | None, base: Checkpoint | None) -> Adap
             raise ShapeMismatch(f"a rank other than the file's {file.rank}", where=name, cure=DAMAGED)
         update = LoRA(**slots, scaling=file.alpha / file.rank)
         order = _legacy_order(place, name, foreign, compat, update.B.shape[0])
-        updates[Target(place.names.back(foreign))] = (
+        held[Target(foreign)] = (
             update if order is None else in_row_order(update, lambda order=order: undone(order)),  # type: ignore[misc]
         )  # fmt: skip
+    moves = moves_of(held, place.family, WEIGHT)
+    if unknown := next((target.path for target in held if target.path not in moves), None):
+        raise TargetNotFound("no weight of a Llama", where=unknown, cure=DAMAGED)
+    updates = translated(held, moves)
+    if base is not None:
+        updates = dict(bind(Adapter(updates), base).adapter.updates)
     return Adapter(updates, recipe=(Step("read", {"format": FORMAT, "container": "ggla"}),))
 
 
 def _legacy_order(place: Place, name: str, foreign: str, compat: str | None, rows: int) -> Any:
     """The converter left rows as PEFT had them; llama.cpp's own training has them as its base does."""
-    if template(foreign) not in place.architecture.turned or compat == "convert-lora-to-ggml":
+    where = place.where(foreign)
+    if where is None or where.rows is None or compat == "convert-lora-to-ggml":
         return None
     if name.startswith("layers.") and compat is None:
         return None

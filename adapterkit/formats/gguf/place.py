@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...adapter import Target
-from ...errors import Unrepresentable, Unsupported, UsageError
+from ...binding.translating import moves_of, translated
+from ...errors import Unrepresentable
 from ...methods.alora import ALoRA
-from ...naming.gguf import ARCHITECTURES, OF_MODEL, Architecture
-from ...naming.heads import heads_of, rope_pairs
-from ...naming.tables import Names, modules_of
-from ...tensors.arrange import stacked, turned
+from ...naming.architectures import Architecture, expert_count
+from ...naming.gguf import NAMING, name_for, place_of, row_order
+from ...naming.heads import Heads, heads_of
+from ...tensors.arrange import turned
 from ...tensors.lazy import Lazy, as_lazy
 from .._pairs import Pairs, in_row_order, unfit
 
 if TYPE_CHECKING:
+    from ...naming.architectures import Place as Where
+    from ...naming.resolver import Move
     from ...tensors.checkpoint import Checkpoint
     from .._pairs import Pair
 
@@ -23,109 +27,94 @@ SLOTS = {".weight.lora_a": "A", ".weight.lora_b": "B"}
 EMBEDDING = "token_embd"
 
 
+@dataclass(slots=True, eq=False)
 class Place:
-    """Where an adapter lies: the architecture, the base's names, its heads."""
+    """Where an adapter lies in a GGUF file.
 
-    def __init__(self, name: str, base: Checkpoint | None, heads: Mapping[str, int], experts: int) -> None:
-        if name not in ARCHITECTURES:
-            known = f"Known: {', '.join(ARCHITECTURES)}"
-            raise Unsupported(f"the architecture {name!r}", where="general.architecture", cure=known)
-        self.name, self.base, self.known, self.experts = name, base, dict(heads), experts
-        self.architecture: Architecture = ARCHITECTURES[name]
-        self.names = Names(self.architecture.table, None if base is None else modules_of(base.tensors))
+    Attributes:
+        name: the file's `general.architecture`.
+        family: its family.
+        config: the base's config, which tells the heads; None where there is no base.
+        known: the numbers of heads, `query` and `kv`, as far as a file that was read told them.
+        experts: how many experts a stack has; 0 where nothing tells.
+    """
+
+    name: str
+    family: Architecture
+    config: Mapping[str, Any] | None = None
+    known: dict[str, int] = field(default_factory=dict)
+    experts: int = 0
 
     @classmethod
-    def of(cls, hints: Mapping[str, Any], base: Checkpoint | None) -> Place:
-        """For writing: by the base's config, or by the file that was read."""
-        if base is None or base.config is None:
-            if not hints:
-                why = "the base's architecture decides on names and the order of rows in a GGUF file"
-                raise UsageError(
-                    why, where="general.architecture", cure="Give the base, with its config.json, by base= or --base"
-                )
-            return cls(str(hints.get("architecture")), None, hints.get("heads", {}), hints.get("experts", 0))
-        inner = base.config.get("text_config")
-        config = inner if isinstance(inner, dict) else base.config
-        model = config.get("model_type")
-        if model not in OF_MODEL:
-            known = f"Known: {', '.join(OF_MODEL)}"
-            raise Unsupported(f"bases of model_type {model!r}", where="config.json", cure=known)
-        experts = config.get("num_local_experts", config.get("num_experts", 0)) or 0
-        return cls(OF_MODEL[model], base, {}, experts)
+    def of_base(cls, base: Checkpoint) -> Place:
+        """For writing, by the base's config.
+
+        Raises:
+            UsageError: the base has no config.
+            Unsupported: llama.cpp is not known to take its family.
+        """
+        name, family = name_for(base.config)
+        return cls(name, family, base.config, {}, expert_count(base.config))
+
+    def where(self, foreign: str) -> Where | None:
+        """The place that a module of the file is; None where the family has no such weight."""
+        found = place_of(self.family, foreign)
+        return None if found is None else found[1]
 
     def order(self, foreign: str, rows: int) -> Any:
-        """The order of the file's rows, where it is not the base's own."""
-        kind = self.architecture.turned.get(template(foreign))
-        return None if kind is None else rope_pairs(rows, self.heads(kind, foreign), foreign)
+        """The order of the file's rows, where it is not the weight's own."""
+        where = self.where(foreign)
+        if where is None or where.rows is None:
+            return None
+        return row_order(where, rows, self.heads(foreign), foreign)
 
-    def heads(self, kind: str, where: str) -> int:
-        if kind not in self.known:
-            found = heads_of(None if self.base is None else self.base.config, where)
+    def heads(self, where: str) -> Heads:
+        """The base's heads.
+
+        Raises:
+            UsageError: there is no config of a base to tell them.
+        """
+        if not {"query", "kv"} <= self.known.keys():
+            found = heads_of(self.config, where)
             self.known |= {"query": found.query, "kv": found.kv}
-        return self.known[kind]
+        return Heads(self.known["query"], self.known["kv"], 1)
 
-    def why_not(self, target: Target, update: Pair) -> str:
-        """Why a file has no name for an update."""
-        if self.names.there(target.path) is None:
-            return f"no name in the table of {self.name}"
-        if isinstance(update, ALoRA) and (target.layout != "out *in" or self.is_stack(self.foreign(target))):
+    def moves(self, updates: Mapping[Target, tuple[Any, ...]]) -> dict[str, tuple[Move, ...]]:
+        """Where each target goes in the file; those without a place are left out."""
+        return moves_of(updates, self.family, NAMING)
+
+    def why_not(self, target: Target, update: Pair, moves: Mapping[str, tuple[Move, ...]]) -> str:
+        """Why a file has no place for an update."""
+        if target.path not in moves:
+            return f"no place for it is known in GGUF files of the architecture {self.name}"
+        experts = target.stacked or any(move.slot is not None for move in moves[target.path])
+        if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
             return "an activated LoRA on an embedding, a Conv1D or an expert"
-        return unfit(target, update)
+        return unfit(target, update, stacked=True)
 
-    def foreign(self, target: Target) -> str:
-        name = self.names.there(target.path)
-        assert name is not None
-        return name
+    def placed(self, pairs: Pairs, moves: Mapping[str, tuple[Move, ...]]) -> Pairs:
+        """The updates under the file's names, experts in stacks.
 
-    def is_stack(self, foreign: str) -> bool:
-        return template(foreign) in self.architecture.experts.values()
+        Raises:
+            Unrepresentable: two updates belong to one tensor of the file.
+        """
+        found = translated({target: (update,) for target, update in pairs.items()}, moves, self.experts)
+        twice = [f"{target}: {len(given)} updates" for target, given in found.items() if len(given) > 1 or target.rows]
+        if twice:
+            why = "a GGUF adapter has one pair of factors a tensor"
+            raise Unrepresentable(why, items=twice, cure="Combine them first, or write another format")
+        return {target: given[0] for target, given in found.items()}  # type: ignore[misc]
 
-    def spelled(self, pairs: Pairs) -> dict[str, Lazy]:
-        """The tensors as the file has them."""
-        stacks: dict[str, dict[int, Pair]] = {}
-        tensors: dict[str, Lazy] = {}
-        for target, update in pairs.items():
-            foreign = self.foreign(target)
-            if self.is_stack(foreign):
-                stacks.setdefault(foreign, {})[expert_number(target.path)] = update
-                tensors |= dict.fromkeys(keys(foreign), as_lazy(update.A))
-            else:
-                tensors |= self.one(foreign, update)
-        for foreign, found in stacks.items():
-            tensors |= self.stack(foreign, found)
-        return tensors
-
-    def one(self, foreign: str, update: Pair) -> dict[str, Lazy]:
-        order = self.order(foreign, update.B.shape[0])
-        held = update if order is None else in_row_order(update, lambda: order)
-        A = as_lazy(held.A)
-        return dict(zip(keys(foreign), (turned(A) if foreign == EMBEDDING else A, as_lazy(held.B)), strict=True))
-
-    def stack(self, foreign: str, found: Mapping[int, Pair]) -> dict[str, Lazy]:
-        count = self.experts or max(found) + 1
-        lacking = [index for index in range(count) if index not in found]
-        if lacking or max(found) >= count:
-            why = f"one tensor holds all {count} experts, and the adapter has {len(found)} of them"
-            raise Unrepresentable(why, items=[f"{foreign}: expert {n}" for n in lacking or [max(found)]], cure=_EXPERTS)
-        own = [found[index] for index in range(count)]
-        parts = [stacked([as_lazy(u.A) for u in own]), stacked([as_lazy(u.B) for u in own])]
-        return dict(zip(keys(foreign), parts, strict=True))
+    def spelled(self, target: Target, update: Pair) -> dict[str, Lazy]:
+        """The two tensors of an update under the file's name, rows in the file's order."""
+        A, B = as_lazy(update.A), as_lazy(update.B)
+        if not target.stacked:
+            order = self.order(target.path, B.shape[0])
+            held = update if order is None else in_row_order(update, lambda: order)
+            A, B = as_lazy(held.A), as_lazy(held.B)
+        return dict(zip(keys(target.path), (turned(A) if target.path == EMBEDDING else A, B), strict=True))
 
 
 def keys(foreign: str) -> list[str]:
     """The keys of A and B."""
     return [foreign + end for end in SLOTS]
-
-
-def template(foreign: str) -> str:
-    """A name of a file with `{n}` for the number of its layer."""
-    head, dot, rest = foreign.partition(".")
-    return f"blk.{{n}}.{rest.partition('.')[2]}" if head == "blk" and dot else foreign
-
-
-def expert_number(path: str) -> int:
-    """The last number in an own name."""
-    return int(next(part for part in reversed(path.split(".")) if part.isdigit()))
-
-
-_EXPERTS = "Give the base, train every expert, or write another format"

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ...adapter import Adapter, Foreign, Step, Target
+from ...binding import bind
+from ...binding.translating import moves_of, translated
 from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported
 from ...methods.lora import LoRA
+from ...naming.architectures import WEIGHT
+from ...naming.gguf import family_of
 from ...naming.heads import undone
-from ...tensors.arrange import item, turned
+from ...naming.layouts import stored_in_out
+from ...naming.tables import modules_of, without_prefix
+from ...naming.ties import aliases, is_embedding
+from ...tensors.arrange import turned
 from ...tensors.gguf import Gguf, Value
 from .._pairs import DAMAGED, check_factors, grouped, in_row_order, pair
 from .invocation import activated, invocation_of
-from .place import EMBEDDING, SLOTS, Place, expert_number, template
+from .place import EMBEDDING, SLOTS, Place
 
 if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
+    from ...tensors.lazy import Lazy
     from .._pairs import Pair, Slots
 
 FORMAT = "gguf"
@@ -39,13 +47,18 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
     alpha = file.values.get(ALPHA, Value("f32", 0.0))
     if alpha.type != "f32" or not abs(alpha.value) < float("inf"):
         raise Malformed(f"{alpha.value!r} is no finite f32", where=ALPHA, cure=DAMAGED)
-    place = Place(name, base, {}, 0)
     kept = {name: tensor for name, tensor in file.tensors.items() if name.endswith("_norm.weight")}
     pairs = {name: tensor for name, tensor in file.tensors.items() if name not in kept}
-    updates: dict[Target, tuple[Pair, ...]] = {}
-    for foreign, slots in grouped(pairs, SLOTS, "a GGUF adapter").items():
-        for target, update in _updates(place, foreign, slots, alpha.value):
-            updates[target] = (activated(target, update, invocation),)
+    groups = grouped(pairs, SLOTS, "a GGUF adapter")
+    place = Place(name, family_of(name, groups), None if base is None else base.config)
+    held: dict[Target, tuple[Pair, ...]] = {}
+    for foreign, slots in groups.items():
+        target, update = _update(place, foreign, slots, alpha.value)
+        held[target] = (update,)
+    updates = _own(held, place, invocation)
+    if base is not None:
+        _check_alone(updates, base)
+        updates = bind(Adapter(updates), base, aliases=aliases(base.tensors, base.config)).adapter.updates
     data = {
         "architecture": name, "alpha": alpha.value, "heads": place.known, "experts": place.experts,
         "values": [[key, value.type, value.value] for key, value in file.values.items()],
@@ -54,42 +67,59 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
     return Adapter(updates, recipe=(Step("read", {"format": FORMAT}),), foreign=Foreign(FORMAT, data, kept))
 
 
-def _updates(place: Place, foreign: str, slots: Slots, alpha: float) -> Iterator[tuple[Target, Pair]]:
-    if place.is_stack(foreign):
-        yield from _experts(place, foreign, slots, alpha)
-        return
+def _check_alone(updates: Mapping[Target, Any], base: Checkpoint) -> None:
+    """Refuse a base that holds the family's names more than once, below different prefixes.
+
+    Raises:
+        TargetNotFound: a name in the file has two places in the base.
+    """
+    places: dict[str, list[str]] = {}
+    for name in dict.fromkeys(modules_of(base.tensors)):
+        for bare in dict.fromkeys(without_prefix(name)):
+            places.setdefault(bare, []).append(name)
+    for target in updates:
+        if len(found := places.get(target.path, ())) > 1:
+            why = f"{len(found)} places in the base are called so: {', '.join(found)}"
+            raise TargetNotFound(why, where=target.path, cure="Is this the base that the adapter was trained on?")
+
+
+def _update(place: Place, foreign: str, slots: Slots, alpha: float) -> tuple[Target, Pair]:
+    """The update at one tensor, under the file's name for it, rows in the weight's own order.
+
+    Raises:
+        TargetNotFound: the family has no such weight.
+        ShapeMismatch: the factors are no pair.
+    """
+    where = place.where(foreign)
+    if where is None:
+        why = f"no weight of {place.family.family} is known by this name"
+        raise TargetNotFound(
+            why, where=foreign, cure=f"Is the architecture {place.name} right? Or merge it with llama.cpp"
+        )
+    if where.stacked:
+        A, B = slots["A"], slots["B"]
+        if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[:2] != (B.shape[0], B.shape[2]) or not A.shape[1]:
+            raise ShapeMismatch(f"A is {list(A.shape)}, B is {list(B.shape)}", where=foreign, cure=DAMAGED)
+        place.experts = A.shape[0]
+        return Target(foreign, "e out *in"), LoRA(**slots, scaling=alpha / A.shape[1] if alpha else 1.0)
     if foreign == EMBEDDING and len(slots["A"].shape) == 2:
         slots = {**slots, "A": turned(slots["A"])}
     rank = check_factors(foreign, slots)
-    own = place.names.back(foreign)
     update = pair(slots, alpha / rank if alpha else 1.0)
     order = place.order(foreign, update.B.shape[0])
-    layout = "in out *k" if foreign == EMBEDDING or own.startswith("transformer.h.") else "out *in"
-    yield Target(own, layout), update if order is None else in_row_order(update, lambda: undone(order))
+    return Target(foreign), update if order is None else in_row_order(update, lambda: undone(order))
 
 
-def _experts(place: Place, foreign: str, slots: Slots, alpha: float) -> Iterator[tuple[Target, Pair]]:
-    A, B = slots["A"], slots["B"]
-    if len(A.shape) != 3 or len(B.shape) != 3 or A.shape[:2] != (B.shape[0], B.shape[2]) or not A.shape[1]:
-        raise ShapeMismatch(f"A is {list(A.shape)}, B is {list(B.shape)}", where=foreign, cure=DAMAGED)
-    count, rank = A.shape[:2]
-    place.experts = count
-    for index, own in enumerate(_expert_names(place, foreign, count)):
-        one: Slots = {name: item(leaf, index) for name, leaf in slots.items()}
-        yield Target(own), LoRA(**one, scaling=alpha / rank if alpha else 1.0)
-
-
-def _expert_names(place: Place, foreign: str, count: int) -> list[str]:
-    """The modules of all experts of a stack, by number."""
-    if place.names.walked is not None:
-        found = sorted(place.names.walked.get(foreign, []), key=expert_number)
-        if [expert_number(own) for own in found] != list(range(count)):
-            why = f"{count} experts in the file, {len(found)} in the base"
-            raise TargetNotFound(why, where=foreign, cure="Is this the base that the adapter was trained on?")
-        return found
-    own = [own for own, name in place.architecture.experts.items() if name == template(foreign)]
-    number = foreign.split(".")[1]
-    return [own[0].replace("{n}", number).replace("{e}", str(index)) for index in range(count)]
+def _own(held: Mapping[Target, tuple[Pair, ...]], place: Place, invocation: Lazy | None) -> dict[Target, Any]:
+    """The updates under the family's own names, with the layout in which the family stores each weight."""
+    config = {"model_type": place.family.record.model_types[0]}
+    found: dict[Target, Any] = {}
+    for target, (update,) in translated(held, moves_of(held, place.family, WEIGHT)).items():
+        inputs_first = is_embedding(f"{target.path}.weight") or stored_in_out(target.path, config)
+        layout = "in out *k" if inputs_first and not target.stacked else target.layout
+        own = Target(target.path, layout, target.rows)
+        found[own] = (activated(own, update, invocation),)  # type: ignore[arg-type]
+    return found
 
 
 def _text(file: Gguf, key: str) -> str:

@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Any
 from ...adapter import Adapter, Target
 from ...methods.alora import ALoRA
 from ...methods.lora import LoRA
+from ...naming.architectures import of_gguf
+from ...naming.gguf import NAMING, family_of, name_for
+from ...naming.resolver import translate
 from ...tensors.gguf import Value, write_gguf
 from ...tensors.lazy import as_lazy
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
-from .._pairs import Pairs, expressible, rank_of, to_rank
+from .._pairs import expressible
 from .invocation import INVOCATION, Invocation
 from .place import Place
 from .reader import ALPHA, ARCHITECTURE, FORMAT, KIND, TYPE
 
 if TYPE_CHECKING:
+    from ...naming.architectures import Architecture
     from ...tensors.checkpoint import Checkpoint
+    from ...tensors.lazy import Lazy
     from .._pairs import Pair
 
 METHODS = (LoRA, ALoRA)
@@ -43,19 +48,22 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
         Unrepresentable: llama.cpp cannot say it, and `on_loss` does not allow otherwise.
     """
     hints = remembered(adapter, FORMAT, Hints)
-    place = Place.of(hints, base)
+    place = _place(hints, adapter, base)
     invocation = Invocation(update for _, update in adapter if isinstance(update, METHODS))
+    moves = place.moves(adapter.updates)
 
     def why_not(target: Target, update: Pair) -> str:
-        return place.why_not(target, update) or invocation.why_not(update)
+        return place.why_not(target, update, moves) or invocation.why_not(update)
 
     pairs, lines = expressible(adapter, "llama.cpp", on_loss, why_not, METHODS)
-    pairs = _of_one_rank(pairs, place)
+    pairs = place.placed(pairs, moves)
     alpha, pairs, folded = one_number(
         pairs, _exact_alpha, _scaling, dialect="a GGUF adapter", on_loss=on_loss,
-        default=float(rank_of(next(iter(pairs.values())))), first=hints.get("alpha"),
+        default=float(_rank(next(iter(pairs.values())))), first=hints.get("alpha"),
     )  # fmt: skip
-    tensors = place.spelled(pairs)
+    tensors: dict[str, Lazy] = {}
+    for target, update in pairs.items():
+        tensors |= place.spelled(target, update)
     kept = {} if adapter.foreign is None or not hints else adapter.foreign.tensors
     tensors |= {name: as_lazy(leaf) for name, leaf in kept.items()}
     types = {name: kind for name, kind in hints.get("types", {}).items() if name in tensors}
@@ -63,13 +71,24 @@ def save(adapter: Adapter, path: Path, on_loss: str, base: Checkpoint | None) ->
     return lines + folded
 
 
-def _of_one_rank(pairs: Pairs, place: Place) -> Pairs:
-    """The same pairs, with zeros so that the experts of one stack have one rank."""
-    ranks: dict[str, int] = {}
-    for target, update in pairs.items():
-        foreign = place.foreign(target)
-        ranks[foreign] = max(ranks.get(foreign, 0), rank_of(update))
-    return {t: to_rank(u, ranks[place.foreign(t)]) if place.is_stack(place.foreign(t)) else u for t, u in pairs.items()}
+def _place(hints: Mapping[str, Any], adapter: Adapter, base: Checkpoint | None) -> Place:
+    """By the base's config, or by the file that was read."""
+    if (base is not None and base.config is not None) or not hints:
+        return Place.of_base(base) if base is not None else Place(*name_for(None))
+    name = str(hints.get("architecture"))
+    paths = {target.path for target in adapter.updates}
+    families = of_gguf(name) or [family_of(name, ())]
+    family = max(families, key=lambda each: sum(_has(each, path) for path in paths))
+    return Place(name, family, None, dict(hints.get("heads", {})), int(hints.get("experts", 0)))
+
+
+def _has(family: Architecture, path: str) -> bool:
+    return translate(path, family, NAMING, 1) is not None
+
+
+def _rank(update: Pair) -> int:
+    """The rank, of one update or of a stack of them."""
+    return int(update.A.shape[-2])
 
 
 def _exact_alpha(update: Pair) -> float | None:
@@ -77,12 +96,12 @@ def _exact_alpha(update: Pair) -> float | None:
     import numpy as np
 
     with np.errstate(over="ignore"):
-        alpha = float(np.float32(update.scaling * rank_of(update)))
-    return alpha if alpha and alpha / rank_of(update) == update.scaling else None
+        alpha = float(np.float32(update.scaling * _rank(update)))
+    return alpha if alpha and alpha / _rank(update) == update.scaling else None
 
 
 def _scaling(alpha: float, update: Pair) -> float:
-    return alpha / rank_of(update)
+    return alpha / _rank(update)
 
 
 def _values(hints: Mapping[str, Any], architecture: str, alpha: float) -> dict[str, Value]:

@@ -46,6 +46,6 @@ class Mlx(Format):
     ) -> list[str]:
         from .writer import written
 
-        text, tensors, metadata, lines = written(adapter, on_loss)
+        text, tensors, metadata, lines = written(adapter, on_loss, base)
         save(path, text, tensors, metadata)
         return lines

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...adapter import Adapter, Foreign, Step, Target
+from ...binding import bind
 from ...errors import Malformed, ShapeMismatch, TargetNotFound, Unsupported
 from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
-from ...naming.experts import Experts
-from ...naming.mlx import EXPERTS
+from ...naming.mlx import from_mlx
 from ...naming.tables import modules_of, without_prefix
 from ...naming.ties import EMBEDDINGS
 from ...tensors import safetensors
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 FORMAT = "mlx"
 KINDS = ("lora", "dora", "full")
-STACKS = Experts(EXPERTS)
 _SLOTS = {".lora_a": "A", ".lora_b": "B", ".m": "magnitude"}
 
 
@@ -35,12 +34,29 @@ class Modules:
     """The base's modules, where it is given: what a name of MLX's is called there."""
 
     def __init__(self, base: Checkpoint | None) -> None:
+        self.base = base
+        self.config = None if base is None else base.config
         self.own: dict[str, list[str]] | None = None
         if base is not None:
             self.own = {}
             for name in dict.fromkeys(modules_of(base.tensors)):
                 for bare in dict.fromkeys(without_prefix(name)):
                     self.own.setdefault(bare, []).append(name)
+
+    def placed(self, updates: dict[Target, tuple[Update, ...]]) -> dict[Target, tuple[Update, ...]]:
+        """The updates with those of experts where the base has them: some bases hold experts in stacks, too.
+
+        Raises:
+            TargetNotFound, ShapeMismatch: an expert has no place in the base.
+        """
+        if self.base is None:
+            return updates
+        paths = {path for paths in (self.own or {}).values() for path in paths}
+        lost = {target: found for target, found in updates.items() if target.path not in paths}
+        if not lost:
+            return updates
+        found = bind(Adapter(lost), self.base).adapter.updates
+        return {target: held for target, held in updates.items() if target not in lost} | dict(found)
 
     def named(self, name: str) -> str:
         """The base's own name.
@@ -78,6 +94,7 @@ def decode(config: Mapping[str, Any], text: str, file: Path, modules: Modules) -
         if target in updates:
             raise TargetNotFound("two names lead here", where=str(target), cure=DAMAGED)
         updates[target] = (update,)
+    updates = modules.placed(updates)
     data = {
         "config": dict(config), "text": text, "order": list(tensors), "metadata": dict(header.metadata),
         "names": {own: name for own, name in names.items() if own != name},
@@ -127,14 +144,23 @@ def _stack(name: str, slots: Slots, scale: float, modules: Modules, names: dict[
     A, B = slots["A"].shape, slots["B"].shape
     if len(B) != 3 or A[0] != B[0] or A[1] != B[2] or "magnitude" in slots:
         raise ShapeMismatch(f"A is {list(A)}, B is {list(B)}", where=name, cure=DAMAGED)
-    experts = STACKS.back(name, A[0])
-    if experts is None:
-        raise TargetNotFound("a stack of experts by a name that is not known", where=name, cure="Report the model")
-    for index, each in enumerate(experts):
-        own = modules.named(each)
-        names[own] = each
+    for index, own in enumerate(_experts(name, A[0], modules)):
+        names[own] = own
         one: Slots = {field: item(leaf, index) for field, leaf in slots.items()}
         yield _target(own), LoRA(**one, scaling=scale)
+
+
+def _experts(name: str, count: int, modules: Modules) -> list[str]:
+    """The names of all experts of a stack on a hub, by number.
+
+    Raises:
+        TargetNotFound: no family has such a stack.
+        UsageError: several have it, for different experts.
+    """
+    moves = from_mlx(name, modules.config, count)
+    if moves is None or [move.expert for move in moves] != list(range(count)):
+        raise TargetNotFound("a stack of experts by a name that is not known", where=name, cure="Report the model")
+    return [move.path for move in moves]
 
 
 def _unlisted(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
@@ -185,11 +211,11 @@ def _read_whole(tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, 
             raise Malformed("neither a weight nor a bias", where=key, cure=DAMAGED)
         held.setdefault(module, {})[field] = tensor
     for name, fields in held.items():
-        experts = STACKS.back(name, fields["weight"].shape[0] if "weight" in fields else 0)
-        for index, each in enumerate([name] if experts is None else experts):
-            own = modules.named(each)
-            names[own] = each
-            part: Slots = fields if experts is None else {
-                field: item(leaf, index) for field, leaf in fields.items()
-            }  # fmt: skip
-            yield Target(own), Replacement(**part)
+        if "weight" in fields and len(fields["weight"].shape) == 3 and from_mlx(name, modules.config, 1):
+            for index, own in enumerate(_experts(name, fields["weight"].shape[0], modules)):
+                names[own] = own
+                yield Target(own), Replacement(**{field: item(leaf, index) for field, leaf in fields.items()})
+            continue
+        own = modules.named(name)
+        names[own] = name
+        yield Target(own), Replacement(**fields)

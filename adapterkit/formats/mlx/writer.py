@@ -8,20 +8,25 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...adapter import Adapter, Target
+from ...binding.translating import translated
 from ...errors import Malformed, Unrepresentable
 from ...metadata import with_metadata
 from ...methods.dora import DoRA
 from ...methods.lora import LoRA
 from ...methods.replacement import Replacement
-from ...tensors.arrange import stacked, turned
+from ...naming.architectures import expert_count
+from ...naming.mlx import to_mlx
+from ...tensors.arrange import turned
 from ...tensors.lazy import Lazy, as_lazy
 from ...tensors.strict_json import load_json
 from .._leftovers import Leftovers, in_order, remembered
 from .._one_number import one_number
-from .._pairs import Pairs, expressible, rank_of, to_rank, unfit
-from .reader import FORMAT, STACKS
+from .._pairs import Pairs, expressible, rank_of, unfit
+from .reader import FORMAT
 
 if TYPE_CHECKING:
+    from ...naming.resolver import Move
+    from ...tensors.checkpoint import Checkpoint
     from .._pairs import Pair
 
 METADATA = {"format": "mlx"}
@@ -36,17 +41,53 @@ class Hints(Leftovers, total=False):
     names: dict[str, str]
 
 
-def written(adapter: Adapter, on_loss: str) -> tuple[str, dict[str, Lazy], Mapping[str, str], list[str]]:
+def written(
+    adapter: Adapter, on_loss: str, base: Checkpoint | None = None
+) -> tuple[str, dict[str, Lazy], Mapping[str, str], list[str]]:
     """The config's text, the tensors, their metadata, and one line for each thing left out or rewritten.
 
     Raises:
         Unrepresentable: MLX-LM cannot say it, and `on_loss` does not allow otherwise.
     """
     hints = remembered(adapter, FORMAT, Hints)
+    adapter = _stacked(adapter, None if base is None else base.config)
     only = all(isinstance(update, Replacement) for _, update in adapter)
     config, tensors, lines = _whole(adapter, hints) if only else _encode(adapter, hints, on_loss)
     text = json.dumps(dict(sorted(config.items())), indent=4)
     return _as_read(config, hints) or text, in_order(tensors, hints), _metadata(adapter, hints), lines
+
+
+def _stacked(adapter: Adapter, config: Mapping[str, Any] | None) -> Adapter:
+    """The adapter with experts in the stacks of MLX-LM's model, under its names for them.
+
+    Raises:
+        UsageError: families differ in where the experts are, and there is no base to tell.
+        Unrepresentable: there are experts without updates, and no base to tell how many there are.
+    """
+    moves = {}
+    for target, updates in adapter.updates.items():
+        count = updates[0].dims(True).get("e") if target.stacked else 0
+        found = to_mlx(target.path, config, count if isinstance(count, int) else 0)
+        if found is not None:
+            moves[target.path] = found
+    if not moves:
+        return adapter
+    experts = expert_count(config)
+    _check_all(moves, experts)
+    own = {target: updates for target, updates in adapter.updates.items() if target.path not in moves}
+    return adapter.replace(updates={**own, **translated(adapter.updates, moves, experts)})
+
+
+def _check_all(moves: Mapping[str, tuple[Move, ...]], experts: int) -> None:
+    """Refuse a stack with gaps where nothing tells how many experts it has."""
+    slots: dict[str, set[int]] = {}
+    for given in moves.values():
+        for move in given:
+            if move.slot is not None:
+                slots.setdefault(move.path, set()).add(move.slot)
+    gaps = [f"{name}: has experts {sorted(held)}" for name, held in slots.items() if len(held) <= max(held)]
+    if gaps and not experts:
+        raise Unrepresentable("MLX-LM holds a LoRA of all experts in one stack", items=gaps, cure=_EXPERTS)
 
 
 def _metadata(adapter: Adapter, hints: Mapping[str, Any]) -> dict[str, str]:
@@ -66,8 +107,8 @@ def _encode(
 
     def why(target: Target, update: Pair) -> str:
         if isinstance(update, DoRA) and target.layout != "out *in":
-            return "DoRA of an embedding, for which MLX has another law"
-        return unfit(Target(target.path, target.layout), update)
+            return "DoRA of an embedding or of stacked experts, for which MLX has another law or none"
+        return unfit(Target(target.path, target.layout), update, stacked=True)
 
     pairs, lines = expressible(adapter, "MLX-LM", on_loss, why, (DoRA,) if dora else (LoRA,))
     first = _parameters(hints).get("scale")
@@ -80,36 +121,19 @@ def _encode(
 
 def _spelled(pairs: Pairs, hints: Mapping[str, Any]) -> dict[str, Lazy]:
     tensors: dict[str, Lazy] = {}
-    stacks: dict[str, dict[int, Pair]] = {}
     slices: dict[str, list[tuple[tuple[int, int], Pair]]] = {}
     for target, update in pairs.items():
         name = _name(target, hints)
-        stack = STACKS.there(name)
-        if stack:
-            stacks.setdefault(stack[0], {})[stack[1]] = update
-        elif target.rows is not None:
+        if target.rows is not None:
             slices.setdefault(name, []).append((target.rows, update))
         else:
             ends = {"A": ".lora_a", "B": ".lora_b", "magnitude": ".m"}
-            turn = {field: turned if field in "AB" else as_lazy for field in ends}
+            # Factors of stacked experts are not turned: A is [e, r, in], B is [e, out, r].
+            turn = {field: turned if field in "AB" and not target.stacked else as_lazy for field in ends}
             tensors |= {name + ends[f]: turn[f](as_lazy(leaf)) for f, leaf in update.tensors.items()}
-    for name, found in stacks.items():
-        tensors |= _of_stack(name, found)
     for name, parts in slices.items():
         tensors |= _of_slices(name, sorted(parts, key=lambda item: item[0]))
     return tensors
-
-
-def _of_stack(name: str, found: Mapping[int, Pair]) -> dict[str, Lazy]:
-    if sorted(found) != list(range(len(found))) or any(isinstance(update, DoRA) for update in found.values()):
-        items = [f"{name}: has experts {sorted(found)}"]
-        raise Unrepresentable("MLX-LM holds a LoRA of all experts in one stack", items=items, cure=_EXPERTS)
-    rank = max(rank_of(update) for update in found.values())
-    own = [to_rank(found[index], rank) for index in range(len(found))]
-    return {
-        f"{name}.lora_a": stacked([as_lazy(u.A) for u in own]),
-        f"{name}.lora_b": stacked([as_lazy(u.B) for u in own]),
-    }
 
 
 def _of_slices(name: str, parts: list[tuple[tuple[int, int], Pair]]) -> dict[str, Lazy]:
@@ -132,7 +156,7 @@ def _config(hints: Mapping[str, Any], pairs: Pairs, scale: float, kind: str) -> 
     before = _parameters(hints)
     if read and before.get("scale") == scale and read.get("fine_tune_type", "lora") == kind and _same(hints, pairs):
         return read
-    ranks = Counter(rank_of(update) for update in pairs.values())
+    ranks = Counter(rank_of(update, target.stacked) for target, update in pairs.items())
     rank = min(ranks, key=lambda rank: (-ranks[rank], rank))
     keys = sorted({_key(_name(target, hints)) for target in pairs})
     parameters = {"dropout": 0.0, **before, "rank": rank, "scale": scale, "keys": keys}
@@ -150,8 +174,7 @@ def _same(hints: Mapping[str, Any], pairs: Pairs) -> bool:
 
 def _key(name: str) -> str:
     """A module as MLX-LM's config names it: below its block, a stack for an expert."""
-    stack = STACKS.there(name)
-    head, layers, rest = (stack[0] if stack else name).rpartition(".layers.")
+    head, layers, rest = name.rpartition(".layers.")
     return rest.partition(".")[2] if layers else head + rest
 
 
@@ -161,24 +184,15 @@ def _whole(adapter: Adapter, hints: Mapping[str, Any]) -> tuple[dict[str, Any], 
     Raises:
         Unrepresentable: MLX-LM cannot say it.
     """
-    stacks: dict[str, dict[int, Lazy]] = {}
     tensors: dict[str, Lazy] = {}
     for target, update in adapter:
-        if target.rows is not None or target.layout not in ("out *in", "in out *k"):
+        if target.rows is not None:
             raise Unrepresentable("MLX-LM holds whole parameters", items=[str(target)], cure="Write another format")
         name = _name(target, hints)
-        stack = STACKS.there(name)
         for field, leaf in update.tensors.items():
             stored = as_lazy(leaf)
-            stored = turned(stored) if field == "weight" and target.layout == "in out *k" else stored
-            if stack:
-                stacks.setdefault(f"{stack[0]}.{field}", {})[stack[1]] = stored
-            else:
-                tensors[f"{name}.{field}"] = stored
-    for name, found in stacks.items():
-        if sorted(found) != list(range(len(found))):
-            raise Unrepresentable("MLX-LM holds all experts in one stack", items=[name], cure=_EXPERTS)
-        tensors[name] = stacked([found[index] for index in range(len(found))])
+            inputs_first = field == "weight" and target.layout in ("in out *k", "e in out *k")
+            tensors[f"{name}.{field}"] = turned(stored) if inputs_first else stored
     config = {**hints.get("config", {}), "fine_tune_type": "full"}
     return {"num_layers": -1, **config}, tensors, []
 

@@ -10,16 +10,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ...errors import Unsupported
-from ...methods._grouped import AcrossGroups
 from ...methods.dora import DoRA
 from ...methods.grouped_dora import GroupedDoRA
-from ...methods.grouped_lora import GroupedLoRA
 from ...methods.ia3 import IA3
-from ...methods.lora import LoRA
 from ...methods.oft import OFT
 from ...methods.oft_patches import OFTPatches
 from ...methods.replacement import Replacement
+from .._padding import lora_among_zeros, refused
 
 if TYPE_CHECKING:
     from ...updates import Update
@@ -50,16 +47,10 @@ def zero_padded(update: Update, layer: LayerFacts) -> Update:
     """
     if not layer.padding or isinstance(update, UNPADDED) or update.kind not in ("additive", "weight", "output"):
         return update
-    if isinstance(update, LoRA):
-        return GroupedLoRA(A=update.A, B=update.B, bias=update.bias, scaling=update.scaling, zero_padded=True)
     if isinstance(update, DoRA):
         pair = {name: getattr(update, name) for name in ("A", "B", "magnitude", "scaling")}
         return GroupedDoRA(**pair, zero_padded=True)
-    if isinstance(update, AcrossGroups):
-        return update.replace(zero_padded=True)
-    why = (
-        f"{update.method} at a convolution with {layer.padding}: PEFT trains it with zeros around the input, "
-        "which no change of the weight does; the formula takes the layer's own padding"
-    )
-    cure = 'Read it by the formula, as PEFT merges it: compat="formula", or --compat formula'
-    raise Unsupported(why, cure=cure)
+    changed = lora_among_zeros(update)
+    if changed is None:
+        raise refused(update, layer, "PEFT")
+    return changed

@@ -23,10 +23,14 @@ def experts_of(model: torch.nn.Module) -> list[str]:
 
 def linears_of(model: torch.nn.Module) -> list[str]:
     """Names of the linear layers, without heads and routers that share a tensor with an embedding."""
-    # PEFT refuses the output projection of Mamba, and subclasses of a linear layer that do more than one.
+    # PEFT refuses the output projection of Mamba, and subclasses of a linear layer that do more than one. The output
+    # projection of torch's own attention is never called, so an adapter of PEFT there changes nothing before a merge.
     off = "out_proj" if "mamba" in repr(model).lower() else "?"
+    odd = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
     found = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "Linear" in type(m).__name__
+        (n, m)
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "Linear" in type(m).__name__ and not isinstance(m, odd)
     ]
     found += [(n, m) for n, m in model.named_modules() if isinstance(m, transformers.pytorch_utils.Conv1D)]
     tied = {id(model.get_input_embeddings().weight)} if _embeds(model) else set()
@@ -120,22 +124,22 @@ def inputs_of(model: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 def output_of(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """What the model gives for some inputs; None where it does not take them."""
+    torch.manual_seed(0)  # ViT-MAE masks patches at random.
     with torch.no_grad(), contextlib.suppress(Exception):
         result = model(**given)
         parts = ("logits", "logits_per_image", "last_hidden_state", "pooler_output")
         found = next((part for name in parts if (part := getattr(result, name, None)) is not None), None)
         if found is not None and torch.isfinite(found).all():
-            return found
-    return None
+            return found.clamp(min=-100.0)  # Chameleon gives image tokens the smallest number there is.
+    # Llama 4 of transformers 5.24 fails in the class around its language model.
+    inner = getattr(model, "language_model", None)
+    return None if inner is None or inner is model else output_of(inner, given)
 
 
 def run(model: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
     """The first inputs that a model takes, and what it gives for them; None for a model that takes none of these."""
     outputs = ((given, output_of(model, given)) for given in inputs_of(model))
-    found = next(((given, output) for given, output in outputs if output is not None), None)
-    # Llama 4 of transformers 5.24 fails in the class around its language model.
-    inner = getattr(model, "language_model", None)
-    return run(inner) if found is None and inner is not None and inner is not model else found
+    return next(((given, output) for given, output in outputs if output is not None), None)
 
 
 def logits_of(model: Any) -> torch.Tensor | None:

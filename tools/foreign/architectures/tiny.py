@@ -6,8 +6,11 @@ import copy
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+
+OLD = transformers.__version__.startswith("4.")
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embed_dim": 32, "embedding_size": 32,
@@ -99,7 +102,10 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
     "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_layer_end_index": 1, "moe_k": 2, "moe_capacity": [4, 4, 4]},
-    "granitemoehybrid": {"layer_types": ["full_attention", "linear_attention"], "mamba_n_groups": 1},
+    "granitemoehybrid": {
+        "layer_types": ["attention", "mamba"] if OLD else ["full_attention", "linear_attention"],
+        "mamba_n_groups": 1,
+    },
     "dbrx": {
         "max_seq_len": 64,
         "attn_config.rope_theta": 10000.0,
@@ -152,6 +158,9 @@ OWN: dict[str, dict[str, Any]] = {
     "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_stages": 4},
     "deepseek_v3": {"n_group": 1, "head_dim": 4, "num_key_value_heads": 4},
     "glm4_moe_lite": {"head_dim": 4, "num_key_value_heads": 4},
+    "gemma4_text": {"per_layer_config": {1: {"head_dim": 8}}, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3_vl_text": {"rope_parameters": MROPE},
+    "qwen3_vl_moe_text": {"rope_parameters": MROPE},
     "qwen2_vl_text": {"rope_parameters": MROPE},
     "qwen2_5_vl_text": {"rope_parameters": MROPE},
     "glm4v_text": {"rope_parameters": MROPE},
@@ -169,7 +178,7 @@ OWN: dict[str, dict[str, Any]] = {
     "emu3_vqgan": {**VQ, "codebook_size": 4, "latent_channels": 4, "embed_dim": 4, "temporal_downsample_factor": 2},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0], "adapter_config.vit_layers": [1, 0]},
     "wav2vec2-bert": {"vocab_size": 96, "feature_projection_input_dim": 16, "position_embeddings_type": None},
-    "bamba": {"attn_layer_indices": [1], "layer_types": ["linear_attention", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "minicpm3": {"head_dim": 4, "num_key_value_heads": 4},
     "phi": {"partial_rotary_factor": 0.5},
@@ -228,6 +237,9 @@ def _shrink(config: PretrainedConfig) -> None:
     for name, value in OWN.get(config.model_type, {}).items():
         if value is not None or not isinstance(getattr(config, name, None), PretrainedConfig):
             _set(config, name, copy.deepcopy(value))
+    own = OWN.get(config.model_type, {})
+    if OLD and "rope_parameters" in own:
+        config.rope_scaling = copy.deepcopy(own["rope_parameters"])
     if isinstance(getattr(config, "stage_names", None), list):
         last = len(config.depths) if hasattr(config, "depths") else layers
         _set(config, "stage_names", ["stem", *(f"stage{n + 1}" for n in range(last))])
@@ -262,11 +274,13 @@ def class_of(model_type: str) -> type[PreTrainedModel]:
     raise KeyError(model_type)
 
 
-def tiny(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny model in float32 with random parameters, ready to run."""
+def tiny(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """A tiny model in float32 with random parameters, ready to run; `fields` are of its config."""
     torch.manual_seed(seed)
     kind = class_of(model_type)
     config = small_config(model_type)
+    for name, value in fields.items():
+        _set(config, name, value)
     wanted = kind.config_class
     if wanted is not None and not isinstance(config, wanted):
         config = getattr(config, "text_config", config)

@@ -12,9 +12,17 @@ from exact import block_diagonal, exact, eye, floats, inverse
 from layers import Array, convolution, embedding, experts
 
 
-def formula(W: Array, b: Array | None, square: Array, rescale: Array | None = None, constraint: float = 0.0) -> Pair:
+def formula(
+    W: Array,
+    b: Array | None,
+    square: Array,
+    rescale: Array | None = None,
+    constraint: float = 0.0,
+    on_output: bool = False,
+) -> Pair:
     """Every factor as a whole matrix, permutations as matrices too."""
     flat, size = exact(W.reshape(len(W), -1)), square.shape[-1]
+    beside = None if b is None else exact(b)
     skews = [[block.T - block for block in factor] for factor in square]
     norm = math.sqrt(math.fsum(float(v) ** 2 for factor in skews for Q in factor for v in Q.reshape(-1))) + 1e-8
     shrink = constraint / norm if 0 < constraint < norm else 1.0
@@ -23,7 +31,10 @@ def formula(W: Array, b: Array | None, square: Array, rescale: Array | None = No
         C = block_diagonal([(eye(size) - Q) @ inverse(eye(size) + Q) for Q in Qs])
         P = _permutation(len(W), size // 2 * 2**i)
         flat = P.T @ C @ P @ flat
+        beside = None if beside is None else P.T @ C @ P @ beside
     new = floats(flat).reshape(W.shape)
+    if on_output and beside is not None:
+        b = floats(beside) * (1 if rescale is None else rescale)
     return new if rescale is None else new * rescale.reshape(-1, *[1] * (W.ndim - 1)), b
 
 
@@ -45,6 +56,11 @@ def cases() -> list[Case]:
         Case("rescaled", updates=(_boft("rescaled", 2, 2, 2, rescale=4),), weight=(4, 5), bias=(4,)),
         Case(
             "conv2d", updates=(_boft("conv2d", 2, 2, 2, rescale=4),), **CONV2D | {"weight": (4, 2, 2, 3), "bias": (4,)}
+        ),
+        Case(
+            "on_output",
+            updates=(_boft("on_output", 2, 2, 2, rescale=4, on_output=True),),
+            **CONV2D | {"weight": (4, 2, 2, 3), "bias": (4,)},
         ),
         Case("in_out", updates=(_boft("in_out", 2, 2, 2),), **IN_OUT | {"weight": (5, 4), "bias": (4,)}),
         Case("embedding", updates=(_boft("emb", 1, 2, 2),), weight=(6, 4), layout="in out *k", x=None, layer=embedding),

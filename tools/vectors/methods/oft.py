@@ -24,8 +24,9 @@ def formula(
     coft: bool = False,
     eps: float = 6e-5,
     constraint: float = 0.0,
+    on_output: bool = False,
 ) -> Pair:
-    """W' = W @ blockdiag(R)^T, or rescale * blockdiag(R)^T @ W."""
+    """W' = W @ blockdiag(R)^T, or rescale * blockdiag(R)^T @ W; on outputs b' may be rescale * blockdiag(R)^T @ b."""
     skews = [_skew(row) for row in pairs] if square is None else [block.T - block for block in square]  # type: ignore[union-attr]
     if coft:
         skews = [_limited([Q], eps / math.sqrt(len(skews)), 0.0)[0] for Q in skews]
@@ -39,6 +40,8 @@ def formula(
     R = block_diagonal(rotations)
     turned = R.T @ flat if side == "out" else flat @ R.T
     new = floats(turned).reshape(W.shape)
+    if on_output and b is not None:
+        b = floats(R.T @ exact(b)) * (1 if rescale is None else rescale)
     return new if rescale is None else new * rescale.reshape(-1, *[1] * (W.ndim - 1)), b
 
 
@@ -97,6 +100,8 @@ def cases() -> list[Case]:
         Case("square", updates=(_square("oft.square", 1, 3, side="out"),), **BIASED),
         Case("rescaled", updates=(_square("oft.rescaled", 2, 2, rescale=4, side="out"),), weight=(4, 5), bias=(4,)),
         Case("rescaled_conv", updates=(_square("oft.resconv", 1, 3, rescale=3, side="out"),), **CONV2D),
+        Case("on_output", updates=(_square("oft.onout", 1, 3, 3, side="out", on_output=True),), **BIASED),
+        Case("on_output_conv", updates=(_square("oft.onconv", 1, 3, side="out", on_output=True),), **CONV2D),
         Case("constrained", updates=(_square("oft.constr", 2, 2, side="out", constraint=0.75),), weight=(4, 5)),
         Case("within", updates=(_square("oft.constr2", 2, 2, side="out", constraint=99.0),), weight=(4, 5)),
         Case("square_inputs", updates=(_square("oft.sqin", 1, 5),), **LINEAR),

@@ -1,0 +1,143 @@
+"""A base of another family than the one that an adapter names is refused, also where all names and shapes fit."""
+
+import json
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import transformers
+from command_line import record, run
+from safetensors.numpy import load_file, save_file
+
+import adapterkit as ak
+from adapterkit.adapter import Step
+from adapterkit.errors import TargetNotFound
+from adapterkit.metadata import model_types_of
+
+H = 4
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+def save_base(folder, config, name=NAME):
+    folder.mkdir()
+    save_file({f"{name}.weight": np.ones((H, H), np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def save_adapter(folder, family, name=NAME):
+    folder.mkdir()
+    stem = f"base_model.model.{name}.lora_"
+    save_file(
+        {f"{stem}A.weight": np.ones((1, H), np.float32), f"{stem}B.weight": np.ones((H, 1), np.float32)},
+        folder / "adapter_model.safetensors",
+    )
+    mapping = {"base_model_class": "X", "parent_library": f"transformers.models.{family}.modeling_{family}"}
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [name.rpartition(".")[2]]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | ({"auto_mapping": mapping} if family else {})))
+    return folder
+
+
+def test_peft_says_the_family_of_a_model_without_a_task_type(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(transformers.LlamaForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path / "a")
+    assert model_types_of(ak.read(tmp_path / "a")) == ("llama",)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {"model_type": "mistral"}),
+        ("mixtral", {"model_type": "olmoe"}),
+        ("llava", {"model_type": "llama"}),
+        ("qwen2", {"model_type": "llava", "text_config": {"model_type": "llama"}}),
+    ],
+)
+def test_another_family_is_refused_and_taken_by_a_rule(family, config, tmp_path):
+    base, adapter = save_base(tmp_path / "base", config), save_adapter(tmp_path / "a", family)
+    with pytest.raises(TargetNotFound, match=f"of the family {family}") as raised:
+        ak.merge(base, adapter, tmp_path / "out")
+    assert "--rename 'model=model'" in raised.value.cure
+    assert not (tmp_path / "out").exists()
+    ak.merge(base, adapter, tmp_path / "out", rename="model=model")
+    assert load_file(tmp_path / "out" / "model.safetensors")[f"{NAME}.weight"].tolist() == [[2.0] * H] * H
+
+
+def test_every_verb_refuses_it(tmp_path):
+    base, adapter = save_base(tmp_path / "base", {"model_type": "mistral"}), save_adapter(tmp_path / "a", "llama")
+    for words in (
+        ("merge", base, adapter, "-o", tmp_path / "out"), ("names", base, adapter),
+        ("validate", adapter, "--base", base),
+        ("convert", adapter, tmp_path / "b", "--to", "peft", "--base", base, "--match-base"),
+        ("diff", adapter, adapter, "--base", base), ("combine", adapter, adapter, "--base", base, "-o", tmp_path / "c"),
+    ):  # fmt: skip
+        refused = run(*words)
+        assert (refused.exit_code, "of the family llama" in refused.stderr) == (2, True), words
+    assert record("diff", adapter, adapter, "--base", base, "--rename", "model=model")["equal"] is True
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {"model_type": "llama"}),
+        ("llama", {"model_type": "llava", "text_config": {"model_type": "llama"}}),
+        ("gemma3", {"model_type": "gemma3_text"}),
+        ("blip_2", {"model_type": "blip-2"}),
+        ("kosmos2", {"model_type": "kosmos-2"}),
+        ("openai", {"model_type": "openai-gpt"}),
+        ("llama", {"model_type": "a family of nobody"}),
+        ("unheard_of", {"model_type": "llama"}),
+        ("llama", {}),
+        (None, {"model_type": "mistral"}),
+    ],
+)
+def test_the_same_family_its_parts_and_unknown_ones_are_taken(family, config, tmp_path):
+    base, adapter = save_base(tmp_path / "base", config), save_adapter(tmp_path / "a", family)
+    ak.merge(base, adapter, tmp_path / "out")
+
+
+def test_the_family_travels_through_formats_and_combinations(tmp_path):
+    adapter = save_adapter(tmp_path / "a", "llama")
+    ak.write(ak.read(adapter), tmp_path / "native", format="adapterkit")
+    both = ak.ops.combine([tmp_path / "native", adapter], weights=[1, 1])
+    assert model_types_of(ak.read(tmp_path / "native")) == model_types_of(both) == ("llama",)
+    other = save_base(tmp_path / "base", {"model_type": "mistral"})
+    for given in (tmp_path / "native", both):
+        with pytest.raises(TargetNotFound, match="of the family llama, and the base is of mistral"):
+            ak.merge(other, given, tmp_path / "out")
+
+
+def test_a_live_model_of_another_family_is_refused(tmp_path):
+    config = transformers.MistralConfig(
+        vocab_size=16, hidden_size=H, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config)
+    adapter = ak.read(save_adapter(tmp_path / "a", "llama"))
+    with pytest.raises(TargetNotFound, match="of the family llama, and the base is of mistral"):
+        ak.torch.inject(model, adapter)
+    ak.torch.inject(model, adapter, rename="model=model")
+
+
+def test_an_extracted_adapter_names_the_family(tmp_path):
+    base = save_base(tmp_path / "base", {"model_type": "llama"})
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    save_file({f"{NAME}.weight": np.full((H, H), 2, np.float32)}, tuned / "model.safetensors")
+    made = ak.ops.extract(tuned, base, 1)
+    assert model_types_of(made) == ("llama",)
+    assert isinstance(made.recipe[-1], Step)
+
+
+def test_a_prefix_of_one_family_is_not_exchanged_for_that_of_another(tmp_path):
+    end = "encoder.layer.0.attention.self.query"
+    base = save_base(tmp_path / "base", {"model_type": "roberta"}, f"roberta.{end}")
+    with pytest.raises(TargetNotFound):
+        ak.merge(base, save_adapter(tmp_path / "a", None, f"bert.{end}"), tmp_path / "out")
+    ak.merge(base, save_adapter(tmp_path / "b", None, end), tmp_path / "out")

@@ -1,0 +1,151 @@
+"""Merges PEFT adapters into tiny GGUF models of llama.cpp, and converts them, and compares with llama.cpp itself.
+
+    python tools/foreign/check_gguf.py LLAMA_CPP [MODEL_TYPE...]
+
+A base is a tiny random model of transformers; llama.cpp's converter makes a GGUF file of it. The adapter is PEFT's, on
+every linear layer and every stack of experts. `merge`: adapterkit merges the adapter into the GGUF file. PEFT merges it
+into the model, and the converter makes a GGUF file of that: all tensors must be equal, save the last bits of float32.
+`lora`: where llama.cpp's convert_lora_to_gguf.py takes the adapter, each of its pairs of factors must be the pair that
+adapterkit writes.
+
+Needs transformers 5.24, PEFT 0.21.2 and a checkout of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "architectures"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import gguf_models
+import numpy as np
+import torch
+import transformers
+from check_bases import experts_of, linears_of
+from families import FAMILIES
+from gguf_facts import GROUPED
+from peft import LoraConfig, get_peft_model
+from tiny import tiny
+
+import adapterkit
+from adapterkit.errors import AdapterkitError
+
+LIMIT = 2e-6
+
+FAULTY = {"gpt2": "swaps the factors of Conv1D layers, so that they have the shape of the weight turned"}
+"""Model types of which llama.cpp's own converter of adapters makes files that llama.cpp refuses to load."""
+
+
+def in_language_model(name: str) -> bool:
+    """Whether a module is of the part of a model that a GGUF file of a language model has."""
+    words = name.split(".")
+    return not {"visual", "vision_tower", "vision_model", "multi_modal_projector", "audio_tower"} & set(words)
+
+
+def adapted(model: Any, experts: bool) -> Any:
+    """PEFT's model with random factors at the linear layers that GGUF keeps in the language model."""
+    torch.manual_seed(1)
+    stacks = [name for name in experts_of(model) if experts and in_language_model(name)]
+    config = LoraConfig(
+        r=2, lora_alpha=6, target_modules=[n for n in linears_of(model) if in_language_model(n)],
+        target_parameters=stacks or None, init_lora_weights=False,
+    )  # fmt: skip
+    found = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return found.eval()
+
+
+def check_merge(conversion: Any, model_type: str, folder: Path) -> str:
+    """`right`, with how far the tensors are from each other, or what is wrong."""
+    model = tiny(model_type, **GROUPED.get(model_type, {}))
+    model.save_pretrained(folder / "base")
+    gguf_models.convert(conversion, folder / "base", folder / "base.gguf", model_type)
+    peft = adapted(model, experts=True)
+    peft.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    peft.merge_and_unload().save_pretrained(folder / "merged")
+    gguf_models.convert(conversion, folder / "merged", folder / "expected.gguf", model_type)
+    report = adapterkit.merge(folder / "base.gguf", folder / "adapter", folder / "out.gguf")
+    (_, expected), (_, got) = gguf_models.read(folder / "expected.gguf"), gguf_models.read(folder / "out.gguf")
+    _, before = gguf_models.read(folder / "base.gguf")
+    if expected.keys() != got.keys():
+        return f"wrong: other tensors {sorted(expected.keys() ^ got.keys())[:3]}"
+    worst = 0.0
+    for name, tensor in expected.items():
+        scale = float(np.abs(tensor).max(initial=0)) or 1.0
+        distance = float(np.abs(tensor - got[name]).max(initial=0)) / scale
+        if not distance <= LIMIT:
+            return f"wrong: {name} by {distance:.1e}"
+        worst = max(worst, distance)
+    changed = sum(not np.array_equal(before[name], tensor) for name, tensor in expected.items())
+    return f"right: {report.plan.targets} targets, {changed} tensors changed, {worst:.1e}"
+
+
+def check_lora(llama_cpp: Path, model_type: str, folder: Path) -> str:
+    """`same`, with how many pairs of factors, or how adapterkit's file differs from the converter's."""
+    model = tiny(model_type, **GROUPED.get(model_type, {}))
+    model.save_pretrained(folder / "base")
+    adapted(model, experts=False).save_pretrained(folder / "adapter", save_embedding_layers=False)
+    argv, sys.argv = sys.argv, ["convert", "--base", str(folder / "base"), "--outfile", str(folder / "theirs.gguf")]
+    sys.argv.append(str(folder / "adapter"))
+    try:
+        runpy.run_path(str(llama_cpp / "convert_lora_to_gguf.py"), run_name="__main__")
+    except (Exception, SystemExit) as error:
+        return f"llama.cpp refuses ({type(error).__name__}: {str(error)[:60]})"
+    finally:
+        sys.argv = argv
+    if model_type in FAULTY:
+        return f"llama.cpp {FAULTY[model_type]}"
+    adapter = adapterkit.read(folder / "adapter")
+    adapterkit.write(adapter, folder / "ours.gguf", "gguf", base=folder / "base")
+    (_, theirs), (_, ours) = gguf_models.read(folder / "theirs.gguf"), gguf_models.read(folder / "ours.gguf")
+    if theirs.keys() != ours.keys():
+        return f"wrong: other keys {sorted(theirs.keys() ^ ours.keys())[:4]}"
+    for name, tensor in theirs.items():
+        if tensor.shape != ours[name].shape or not np.array_equal(tensor, ours[name]):
+            return f"wrong: {name} {tensor.shape} {ours[name].shape}"
+    return f"same: {len(theirs) // 2} pairs"
+
+
+def main() -> int:
+    """Check the model types that were asked for, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("llama_cpp", type=Path)
+    parser.add_argument("types", nargs="*")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    conversion = gguf_models.load(arguments.llama_cpp)
+    counts: dict[str, int] = {}
+    for model_type in arguments.types or [t for several in FAMILIES.values() for t in several]:
+        for kind, check in (
+            ("merge", lambda t, f: check_merge(conversion, t, f)),
+            ("lora", lambda t, f: check_lora(arguments.llama_cpp, t, f)),
+        ):
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    verdict = check(model_type, Path(folder))
+                except AdapterkitError as error:
+                    verdict = f"refused: {type(error).__name__}: {error}"
+                except Exception as error:  # The converter does not know every model type.
+                    verdict = f"not run: {type(error).__name__}: {error}"
+            word = f"{kind} {verdict.partition(':')[0]}"
+            counts[word] = counts.get(word, 0) + 1
+            if not verdict.startswith("not run"):
+                print(f"{model_type:22} {kind:6} {' '.join(verdict.split())[:220]}", flush=True)
+    print(", ".join(f"{count} {word}" for word, count in sorted(counts.items())))
+    return 1 if any("wrong" in word for word in counts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,384 @@
+"""The families: the model class of diffusers, its converter, and the modules of the authors' model, which go into it.
+
+A name is a pattern: `#` is the number of a block, `{a,b}` stands for each of the words. `*3` behind a name says that a
+fused weight has three times as many rows, `:scale` that the tensor is called `scale`, not `weight`. The mapping itself
+is not here: the converter's output shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers.loaders import lora_conversion_utils as lora
+from diffusers.loaders import single_file_utils as single
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        classes: model classes of diffusers; the first has the names.
+        convert: from the authors' state dict to diffusers'; None where both have the same names.
+        native: patterns of the authors' names.
+        title: its name in messages.
+        config: arguments of the class.
+        rows: rows of a weight that is not fused.
+        blocks: how many blocks go into the converter, where it wants all.
+        lora: the converter takes a LoRA, not a checkpoint.
+        kohya: the naming that is flattened into keys.
+        counted: all published models have as many blocks as the class has by default.
+        distinctive, widths: see spec/architectures/README.md.
+        ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
+        sources: where the authors' names come from.
+    """
+
+    classes: tuple[str, ...]
+    convert: Callable[..., State] | None = None
+    native: str = ""
+    title: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    rows: int = 12
+    blocks: int = 2
+    lora: bool = False
+    kohya: str = "native"
+    distinctive: bool = False
+    counted: bool = False
+    widths: tuple[int, ...] = ()
+    ratios: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+
+_BFL = """
+    {img,txt}_in {time,vector,guidance}_in.{in,out}_layer final_layer.linear final_layer.adaLN_modulation.1
+    double_blocks.#.{img,txt}_attn.qkv*3 double_blocks.#.{img,txt}_attn.proj
+    double_blocks.#.{img,txt}_attn.norm.{query,key}_norm:scale double_blocks.#.{img,txt}_mod.lin
+    double_blocks.#.{img,txt}_mlp.{0,2} single_blocks.#.linear1*7 single_blocks.#.linear2
+    single_blocks.#.modulation.lin single_blocks.#.norm.{query,key}_norm:scale
+"""
+_WAN = """
+    {self,cross}_attn.{q,k,v,o} {self,cross}_attn.norm_{q,k} cross_attn.{k_img,v_img,norm_k_img} ffn.{0,2} norm3
+"""
+_LTX = {
+    "time_embed": "adaln_single", "audio_time_embed": "audio_adaln_single", "proj_in": "patchify_proj",
+    "audio_proj_in": "audio_patchify_proj", "norm_q": "q_norm", "norm_k": "k_norm",
+    "av_cross_attn_video_scale_shift": "av_ca_video_scale_shift_adaln_single",
+    "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
+    "av_cross_attn_audio_scale_shift": "av_ca_audio_scale_shift_adaln_single",
+    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single",
+}  # fmt: skip
+"""Words of diffusers' names -> words of Lightricks'."""
+_BLOCK = "{self_attn,cross_attn}.{q,k,v,output}_proj {self_attn,cross_attn}.{q,k}_norm mlp.layer{1,2}"
+
+
+def _inside(block: str, parts: str) -> str:
+    return " ".join(f"{block}.#.{part}" for part in parts.split())
+
+
+def _lora_converter(convert: Callable[[State], State], prefix: str = "diffusion_model") -> Callable[[State], State]:
+    """A converter of LoRAs as one of checkpoints: every module has an A of one row, and its weight for B."""
+
+    def converted(state: State) -> State:
+        import torch
+
+        given = {}
+        for key, value in state.items():
+            module = f"{prefix}.{key.removesuffix('.weight')}"
+            given |= {f"{module}.lora_A.weight": torch.ones(1, 1), f"{module}.lora_B.weight": value}
+        made = convert(given)
+        ends = ".lora_B.weight"
+        pairs = ((key.removesuffix(ends), value) for key, value in made.items() if key.endswith(ends))
+        return {f"{name.removeprefix('transformer.')}.weight": value for name, value in pairs}
+
+    return converted
+
+
+_PIXART = {
+    "x_embedder.proj": "pos_embed.proj", "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2", "t_block.1": "adaln_single.linear",
+    "csize_embedder.mlp.0": "adaln_single.emb.resolution_embedder.linear_1",
+    "csize_embedder.mlp.2": "adaln_single.emb.resolution_embedder.linear_2",
+    "ar_embedder.mlp.0": "adaln_single.emb.aspect_ratio_embedder.linear_1",
+    "ar_embedder.mlp.2": "adaln_single.emb.aspect_ratio_embedder.linear_2",
+    "y_embedder.y_proj.fc": "caption_projection.linear_", "final_layer.linear": "proj_out",
+    "cross_attn.q_linear": "attn2.to_q", "cross_attn.proj": "attn2.to_out.0", ".attn.proj": ".attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2", "blocks.": "transformer_blocks.",
+}  # fmt: skip
+_HUNYUAN_VIDEO_15 = {
+    "byt5_in.layernorm": "context_embedder_2.norm", "byt5_in.fc": "context_embedder_2.linear_",
+    "vision_in.proj.0": "image_embedder.norm_in", "vision_in.proj.1": "image_embedder.linear_1",
+    "vision_in.proj.3": "image_embedder.linear_2", "vision_in.proj.4": "image_embedder.norm_out",
+    "cond_type_embedding": "cond_type_embed", "time_in.mlp.0": "time_embed.timestep_embedder.linear_1",
+    "time_in.mlp.2": "time_embed.timestep_embedder.linear_2",
+    "time_r_in.mlp.0": "time_embed.timestep_embedder_r.linear_1",
+    "time_r_in.mlp.2": "time_embed.timestep_embedder_r.linear_2",
+    **{f"img_attn_{x}.": f"attn.to_{x}." for x in "qkv"}, **{f"txt_attn_{x}.": f"attn.add_{x}_proj." for x in "qkv"},
+}  # fmt: skip
+"""The authors' words -> diffusers', in the scripts that convert checkpoints; the rest is as in HunyuanVideo."""
+
+
+def _pixart(state: State) -> State:
+    made = {}
+    for key, value in state.items():
+        name = key
+        for word, other in _PIXART.items():
+            name = name.replace(word, other)
+        fused = {".attn.qkv": ("attn1.", "qkv"), ".cross_attn.kv_linear": ("attn2.", "kv")}
+        word = next((word for word in fused if word in key), "")
+        attention, letters = fused.get(word, ("", "-"))
+        for letter, part in zip(letters, value.chunk(len(letters)), strict=True):
+            made[name.replace(word[1:], f"{attention}to_{letter}") if word else name] = part
+    return made
+
+
+def _hunyuan_video_15(state: State) -> State:
+    renamed = {}
+    for key, value in state.items():
+        name = key
+        for word, other in _HUNYUAN_VIDEO_15.items():
+            name = name.replace(word, other)
+        renamed[name] = value
+    return single.convert_hunyuan_video_transformer_to_diffusers(renamed)
+
+
+def _wan(state: State) -> State:
+    made = single.convert_wan_transformer_to_diffusers(state)
+    for word, other in (
+        ("fps_projection.0", "fps_projection.net.0.proj"),
+        ("fps_projection.2", "fps_projection.net.2"),
+    ):
+        made[f"{other}.weight"] = made.pop(f"{word}.weight")  # As scripts/convert_skyreelsv2_to_diffusers.py has it.
+    return made
+
+
+def _flux3(state: State) -> State:
+    return single.convert_flux3_transformer_checkpoint_to_diffusers(state)
+
+
+FAMILIES: dict[str, Family] = {
+    "flux": Family(
+        ("FluxTransformer2DModel",), single.convert_flux_transformer_checkpoint_to_diffusers, _BFL, title="flux",
+        config={"guidance_embeds": True}, rows=3072, counted=True, distinctive=True,
+        ratios=("*.ff.net.*", "*.ff_context.net.*", "*.proj_out"), sources=("black-forest-labs/flux: model.py",),
+    ),
+    "flux2": Family(
+        ("Flux2Transformer2DModel",), single.convert_flux2_transformer_checkpoint_to_diffusers,
+        """{img,txt}_in {time,guidance}_in.{in,out}_layer final_layer.linear final_layer.adaLN_modulation.1
+        double_stream_modulation_{img,txt}.lin single_stream_modulation.lin
+        double_blocks.#.{img,txt}_attn.qkv*3 double_blocks.#.{img,txt}_attn.proj double_blocks.#.{img,txt}_mlp.{0,2}
+        double_blocks.#.{img,txt}_attn.norm.{query,key}_norm:scale
+        single_blocks.#.linear{1,2} single_blocks.#.norm.{query,key}_norm:scale""",
+        title="flux2", widths=(3072, 4096),
+        ratios=("*.ff.linear_*", "*.ff_context.linear_*", "*.to_qkv_mlp_proj", "*.attn.to_out"),
+        sources=("black-forest-labs/flux2: model.py",),
+    ),
+    "flux3": Family(
+        ("Flux3Transformer2DModel",), _flux3,
+        """emb_in.{image,image_cond} txt_in {time_in,ref_time_in}.{in,out}_layer
+        {early_stream_modulations,single_stream_modulations}.{image,image_cond,txt}.lin
+        content_mode_blocks.{image,image_cond}.#.{q_proj,k_proj,v_proj,attn_out,mlp_in,mlp_out}
+        content_mode_blocks.{image,image_cond}.#.norm.{query,key}_norm:scale
+        txt_mode_blocks.#.{q_proj,k_proj,v_proj,attn_out,mlp_in,mlp_out} txt_mode_blocks.#.norm.{query,key}_norm:scale
+        single_blocks.#.{q_proj,k_proj,v_proj,attn_out,mlp_in,mlp_out} single_blocks.#.norm.{query,key}_norm:scale
+        final_layer.image.linear final_layer.image.adaLN_modulation.1""",
+        sources=("diffusers 0.42.1: single_file_utils.py",),
+    ),
+    "chroma": Family(
+        ("ChromaTransformer2DModel",), single.convert_chroma_transformer_checkpoint_to_diffusers,
+        """{img,txt}_in distilled_guidance_layer.{in,out}_proj distilled_guidance_layer.layers.#.{in,out}_layer
+        distilled_guidance_layer.norms.#:scale final_layer.linear
+        double_blocks.#.{img,txt}_attn.qkv*3 double_blocks.#.{img,txt}_attn.proj double_blocks.#.{img,txt}_mlp.{0,2}
+        double_blocks.#.{img,txt}_attn.norm.{query,key}_norm:scale single_blocks.#.linear1*7 single_blocks.#.linear2
+        single_blocks.#.norm.{query,key}_norm:scale""",
+        rows=3072, counted=True, ratios=("*.ff.net.*", "*.ff_context.net.*", "*.proj_out"),
+        sources=("lodestone-rock/flow: chroma's model.py",),
+    ),
+    "sd3": Family(
+        ("SD3Transformer2DModel",), single.convert_sd3_transformer_checkpoint_to_diffusers,
+        """context_embedder x_embedder.proj {t,y}_embedder.mlp.{0,2} final_layer.linear final_layer.adaLN_modulation.1
+        joint_blocks.#.{x,context}_block.attn.qkv*3 joint_blocks.#.{x,context}_block.attn.proj
+        joint_blocks.#.x_block.attn2.qkv*3 joint_blocks.#.x_block.attn2.proj joint_blocks.#.x_block.adaLN_modulation.1
+        joint_blocks.#.{x,context}_block.mlp.{fc1,fc2} joint_blocks.#.{x,context}_block.attn.ln_{q,k}
+        joint_blocks.#.x_block.attn2.ln_{q,k} joint_blocks.#.context_block.adaLN_modulation.1""",
+        config={"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}, blocks=3, distinctive=True,
+        widths=(1536, 2432), sources=("Stability-AI/sd3.5: mmdit.py",),
+    ),
+    "auraflow": Family(
+        ("AuraFlowTransformer2DModel",), single.convert_auraflow_transformer_checkpoint_to_diffusers,
+        """t_embedder.mlp.{0,2} cond_seq_linear init_x_linear final_linear modF.1
+        double_layers.#.mlp{X,C}.{c_fc1,c_fc2,c_proj} double_layers.#.mod{X,C}.1 double_layers.#.attn.w{1,2}{q,k,v,o}
+        single_layers.#.mlp.{c_fc1,c_fc2,c_proj} single_layers.#.modCX.1 single_layers.#.attn.w1{q,k,v,o}""",
+        sources=("cloneofsimo/minRF: mmdit.py",),
+    ),
+    "pixart": Family(
+        ("PixArtTransformer2DModel",), _pixart,
+        """x_embedder.proj {t,csize,ar}_embedder.mlp.{0,2} t_block.1 y_embedder.y_proj.fc{1,2} final_layer.linear
+        blocks.#.attn.qkv*3 blocks.#.attn.proj blocks.#.cross_attn.q_linear blocks.#.cross_attn.kv_linear*2
+        blocks.#.cross_attn.proj blocks.#.mlp.fc{1,2}""",
+        sources=("diffusers: scripts/convert_pixart_alpha_to_diffusers.py",), kohya="diffusers",
+    ),
+    "sana": Family(
+        ("SanaTransformer2DModel",), single.convert_sana_transformer_to_diffusers,
+        """x_embedder.proj t_embedder.mlp.{0,2} t_block.1 y_embedder.y_proj.fc{1,2} attention_y_norm final_layer.linear
+        blocks.#.attn.qkv*3 blocks.#.attn.proj blocks.#.cross_attn.q_linear blocks.#.cross_attn.kv_linear*2
+        blocks.#.cross_attn.proj blocks.#.mlp.{inverted_conv,depth_conv,point_conv}.conv""",
+        widths=(1152,), sources=("NVlabs/Sana: sana_multi_scale.py",),
+    ),
+    "lumina2": Family(
+        ("Lumina2Transformer2DModel",), single.convert_lumina2_to_diffusers,
+        """x_embedder t_embedder.mlp.{0,2} cap_embedder.{0,1} final_layer.linear final_layer.adaLN_modulation.1
+        {layers,noise_refiner}.#.adaLN_modulation.1
+        {layers,noise_refiner,context_refiner}.#.attention.qkv*5
+        {layers,noise_refiner,context_refiner}.#.attention.{out,q_norm,k_norm}
+        {layers,noise_refiner,context_refiner}.#.feed_forward.w{1,2,3}
+        {layers,noise_refiner,context_refiner}.#.{attention,ffn}_norm{1,2}""",
+        rows=768, sources=("Alpha-VLLM/Lumina-Image-2.0: models/model.py",),
+    ),
+    "z_image": Family(
+        ("ZImageTransformer2DModel",), single.convert_z_image_transformer_checkpoint_to_diffusers,
+        """x_embedder t_embedder.mlp.{0,2} cap_embedder.{0,1} final_layer.linear final_layer.adaLN_modulation.1
+        {layers,noise_refiner}.#.adaLN_modulation.0
+        {layers,noise_refiner,context_refiner}.#.attention.qkv*3
+        {layers,noise_refiner,context_refiner}.#.attention.{out,q_norm,k_norm}
+        {layers,noise_refiner,context_refiner}.#.feed_forward.w{1,2,3}
+        {layers,noise_refiner,context_refiner}.#.{attention,ffn}_norm{1,2}""",
+        kohya="diffusers", sources=("Tongyi-MAI/Z-Image as ComfyUI stores it",),
+    ),
+    "hidream": Family(
+        ("HiDreamImageTransformer2DModel",), None, widths=(2560,), kohya="diffusers",
+        config={"patch_size": 2, "caption_channels": (4096, 4096), "text_emb_dim": 2048, "num_routed_experts": 4,
+                "num_activated_experts": 2, "num_layers": 2, "num_single_layers": 2},
+        native="=", sources=("HiDream-ai/HiDream-I1",),
+    ),
+    "qwen_image": Family(
+        ("QwenImageTransformer2DModel",), None, native="=", kohya="diffusers", counted=True,
+        sources=("QwenLM/Qwen-Image",),
+    ),
+    "wan": Family(
+        ("WanTransformer3DModel", "WanVACETransformer3DModel", "SkyReelsV2Transformer3DModel"), _wan,
+        f"""fps_embedding fps_projection.{{0,2}}
+        patch_embedding vace_patch_embedding {{text,time}}_embedding.{{0,2}} time_projection.1 head.head
+        img_emb.proj.{{0,1,3,4}} {_inside("blocks", _WAN)} {_inside("vace_blocks", _WAN)}
+        vace_blocks.#.{{before,after}}_proj""",
+        config={"image_dim": 1280, "added_kv_proj_dim": 5120}, widths=(1536, 2048, 3072),
+        sources=("Wan-Video/Wan2.1: model.py and vace_model.py", "SkyworkAI/SkyReels-V2"),
+    ),
+    "hunyuan_video": Family(
+        ("HunyuanVideoTransformer3DModel",), single.convert_hunyuan_video_transformer_to_diffusers,
+        """img_in.proj {time,guidance}_in.mlp.{0,2} vector_in.{in,out}_layer
+        txt_in.input_embedder txt_in.t_embedder.mlp.{0,2} txt_in.c_embedder.linear_{1,2}
+        txt_in.individual_token_refiner.blocks.#.self_attn_qkv*3
+        txt_in.individual_token_refiner.blocks.#.{self_attn_proj,mlp.fc1,mlp.fc2,adaLN_modulation.1,norm1,norm2}
+        double_blocks.#.{img,txt}_attn_qkv*3 double_blocks.#.{img,txt}_attn_{proj,q_norm,k_norm}
+        double_blocks.#.{img,txt}_mod.linear double_blocks.#.{img,txt}_mlp.{fc1,fc2}
+        single_blocks.#.linear1*7 single_blocks.#.{linear2,modulation.linear,q_norm,k_norm}
+        final_layer.linear final_layer.adaLN_modulation.1""",
+        rows=3072, counted=True, config={"guidance_embeds": True}, sources=("Tencent-Hunyuan/HunyuanVideo: models.py",),
+    ),
+    "hunyuan_video_15": Family(
+        ("HunyuanVideo15Transformer3DModel",), _hunyuan_video_15,
+        """img_in.proj {time_in,time_r_in}.mlp.{0,2} txt_in.input_embedder txt_in.t_embedder.mlp.{0,2}
+        txt_in.c_embedder.linear_{1,2} txt_in.individual_token_refiner.blocks.#.self_attn_qkv*3
+        txt_in.individual_token_refiner.blocks.#.{self_attn_proj,mlp.fc1,mlp.fc2,adaLN_modulation.1,norm1,norm2}
+        byt5_in.{layernorm,fc1,fc2,fc3} vision_in.proj.{0,1,3,4} cond_type_embedding
+        double_blocks.#.{img,txt}_attn_{q,k,v,proj,q_norm,k_norm} double_blocks.#.{img,txt}_mod.linear
+        double_blocks.#.{img,txt}_mlp.{fc1,fc2} final_layer.linear final_layer.adaLN_modulation.1""",
+        config={"use_meanflow": True}, sources=("diffusers: scripts/convert_hunyuan_video1_5_to_diffusers.py",),
+    ),
+    "ltx": Family(
+        ("LTXVideoTransformer3DModel",), single.convert_ltx_transformer_checkpoint_to_diffusers, "<ltx>",
+        widths=(4096,), sources=("Lightricks/LTX-Video: transformer3d.py",),
+    ),
+    "ltx2": Family(
+        ("LTX2VideoTransformer3DModel",), single.convert_ltx2_transformer_to_diffusers, "<ltx>",
+        sources=("Lightricks/LTX-2",),
+    ),
+    "mochi": Family(
+        ("MochiTransformer3DModel",), single.convert_mochi_transformer_checkpoint_to_diffusers,
+        """x_embedder.proj t_embedder.mlp.{0,2} t5_y_embedder.{to_kv,to_q,to_out} t5_yproj
+        blocks.#.mod_{x,y} blocks.#.attn.qkv_{x,y}*3 blocks.#.attn.proj_{x,y} blocks.#.attn.{q,k}_norm_{x,y}
+        blocks.#.mlp_{x,y}.w{1,2} final_layer.mod final_layer.linear""",
+        blocks=48, sources=("genmoai/mochi: asymm_models_joint.py",),
+    ),
+    "cogvideox": Family(("CogVideoXTransformer3DModel",), kohya="diffusers", widths=(3072,)),
+    "cogview4": Family(("CogView4Transformer2DModel",), kohya="diffusers"),
+    "kandinsky5": Family(("Kandinsky5Transformer3DModel",), native="=", kohya="diffusers", widths=(4096, 1792)),
+    "krea2": Family(
+        ("Krea2Transformer2DModel",), single.convert_krea2_transformer_checkpoint_to_diffusers,
+        """first last.linear last.norm:scale tmlp.{0,2} tproj.1 txtmlp.{1,3} txtmlp.0:scale txtfusion.projector
+        blocks.#.attn.{wq,wk,wv,wo,gate} blocks.#.mlp.{gate,up,down} blocks.#.{pre,post}norm:scale
+        blocks.#.attn.qknorm.{q,k}norm:scale
+        txtfusion.{layerwise,refiner}_blocks.#.attn.{wq,wk,wv,wo,gate}
+        txtfusion.{layerwise,refiner}_blocks.#.mlp.{gate,up,down}
+        txtfusion.{layerwise,refiner}_blocks.#.{pre,post}norm:scale
+        txtfusion.{layerwise,refiner}_blocks.#.attn.qknorm.{q,k}norm:scale""",
+        sources=("krea-ai/krea-2",),
+    ),
+    "ideogram4": Family(
+        ("Ideogram4Transformer2DModel",), _lora_converter(lora._convert_non_diffusers_ideogram4_lora_to_diffusers),
+        "layers.#.attention.qkv*3 layers.#.attention.o layers.#.feed_forward.w{1,2,3} layers.#.adaln_modulation",
+        sources=("diffusers 0.42.1: lora_conversion_utils.py",),
+    ),
+    "minimax_h3": Family(
+        ("MiniMaxH3Transformer3DModel",), lambda state: single.convert_minimax_h3_transformer_checkpoint_to_diffusers(
+            state, None
+        ),
+        """{video,audio}_patch_proj condition_proj time_embedder.proj_{in,out} final_layer.norm
+        final_layer.adaln_proj.linear final_layer.{video,audio}_out
+        {blocks,token_refiner.blocks}.#.attn.qkv_proj*3 {blocks,token_refiner.blocks}.#.attn.{out_proj,q_norm,k_norm}
+        {blocks,token_refiner.blocks}.#.mlp.fc{1,2} {blocks,token_refiner.blocks}.#.norm{1,2}
+        blocks.#.adaln_proj.linear token_refiner.final_norm""",
+        sources=("MiniMaxAI/MiniMax-H3",),
+    ),
+    "cosmos": Family(
+        ("CosmosTransformer3DModel",), single.convert_cosmos_transformer_checkpoint_to_diffusers,
+        f"""x_embedder.proj.1 t_embedder.1.linear_{{1,2}} t_embedding_norm final_layer.linear
+        final_layer.adaln_modulation.{{1,2}} {_inside("blocks", _BLOCK)}
+        blocks.#.adaln_modulation_{{self_attn,cross_attn,mlp}}.{{1,2}}""",
+        title="Cosmos 2 or Anima", widths=(2048,), sources=("nvidia-cosmos/cosmos-predict2",),
+    ),
+    "ace_step": Family(
+        ("AceStepTransformer1DModel",), _lora_converter(
+            lora._convert_non_diffusers_ace_step_lora_to_diffusers, "base_model.model"
+        ),
+        "layers.#.{self,cross}_attn.{q,k,v,o}_proj layers.#.mlp.{gate,up,down}_proj",
+        sources=("ace-step/ACE-Step-1.5",),
+    ),
+}  # fmt: skip
+
+WORDS: dict[str, list[str]] = {
+    "flux": ["flux1", "loraflux", "oftflux", "kontext"],
+    "flux2": ["flux2", "klein"],
+    "flux3": ["flux3"],
+    "chroma": ["chroma"],
+    "sd3": ["sd3", "stablediffusion3", "lorasd3"],
+    "auraflow": ["auraflow"],
+    "pixart": ["pixart"],
+    "sana": ["sana"],
+    "lumina2": ["lumina2", "luminaimage2", "loralumina"],
+    "z_image": ["zimage"],
+    "hidream": ["hidream"],
+    "qwen_image": ["qwenimage", "loraqwen"],
+    "wan": ["wan21", "wan22", "lorawan", "skyreelsv2"],
+    "hunyuan_video": ["hunyuanvideo", "lorahunyuan"],
+    "hunyuan_video_15": ["hunyuanvideo15", "hv15"],
+    "ltx": ["ltxv", "ltxvideo"],
+    "ltx2": ["ltx2"],
+    "mochi": ["mochi"],
+    "cogvideox": ["cogvideox"],
+    "cogview4": ["cogview4"],
+    "kandinsky5": ["kandinsky5", "lorakandinsky"],
+    "krea2": ["krea2"],
+    "ideogram4": ["ideogram4"],
+    "minimax_h3": ["minimaxh3"],
+    "cosmos": ["anima", "cosmos"],
+    "ace_step": ["acestep"],
+}
+"""What metadata of files call the families, in lower-case letters and digits alone."""
+
+SD_SCRIPTS = {"flux", "sd3", "lumina2", "chroma", "cosmos"}
+"""The families that sd-scripts trains."""
