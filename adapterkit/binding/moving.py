@@ -58,7 +58,7 @@ def moved(
         cut, own = _of_rows(target, moves.get(target.path, ()), config)
         for move in own:
             if move.plain:
-                placed.append((target, replace(cut, path=move.path), given))
+                placed.append((target, cut if move.path == cut.path else replace(cut, path=move.path), given))
                 continue
             there, part = _taken(cut, given, move, config)
             if move.slot is None:

@@ -97,6 +97,7 @@ def inject(
     around = _contexts(model, context, switch, registration, rules)
     ear = Ear(switch, {word for _, update in weights for word in words_of(model, update)})
     attached: list[tuple[Station, Part]] = []
+    together: dict[int, tuple[Station, list[Part]]] = {}
     held: dict[int, LiveUpdates] = {}
     given: dict[int, Update] = {}
     sites = [_trained(model, site, adapter, given) for site in _sites(model, weights, rules)]
@@ -118,14 +119,18 @@ def inject(
             why = "dropout where a module's weight is exchanged under its own forward"
             raise Unsupported(why, where=str(site.target), cure="Pass dropout=0, or leave this target out")
         held[id(part)] = _as_given(bound, site.updates, given)
-        station = next((s for s, _ in attached if s.module is holder), None) or station_at(holder)
-        _check_together(station, [part, *(other for s, other in attached if s is station)])
+        if id(holder) not in together:
+            together[id(holder)] = station_at(holder), []
+        station, others = together[id(holder)]
+        _check_together(station, [part, *others])
+        others.append(part)
         attached.append((station, part))
     loaded: dict[Target, tuple[LiveUpdates, ...]] = {}
+    along = {site.target for site in shared}
     leaves = registration.commit()  # From here on nothing fails: a refused adapter leaves no trace.
     for station, part in attached:
         station.attach(part)
-        if part.target in (site.target for site in shared):
+        if part.target in along:
             continue
         loaded[part.target] = (*loaded.get(part.target, ()), held[id(part)])
     for target, part in twice:
@@ -258,10 +263,13 @@ def _tied(
     named = list(model.named_parameters(remove_duplicate=False))
     modules = model.named_modules(remove_duplicate=False)
     embeddings = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
+    alike: dict[int, list[str]] = {}
+    for name, each in named:
+        alike.setdefault(id(each), []).append(name)
     added: list[Site] = []
     plain = [s.weight for s in sites if s.weight and not is_packed(model.get_submodule(s.weight.rpartition(".")[0]))]
     for parameter in list({id(p): p for p in (tensor_at(model, path) for path in plain)}.values()):
-        names = [name for name, other in named if other is parameter]
+        names = alike.get(id(parameter), [])
         inputs, heads = [n for n in names if n in embeddings], [n for n in names if n not in embeddings]
         if not inputs or len(heads) != 1:
             continue

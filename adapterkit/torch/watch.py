@@ -81,7 +81,8 @@ class Watch:
             for name, child in parent._modules.items()
             if child is not None and id(child) in wanted
         ]
-        lost = next((module for key, module in wanted.items() if key not in {id(c) for _, _, c in found}), None)
+        present = {id(child) for _, _, child in found}
+        lost = next((module for key, module in wanted.items() if key not in present), None)
         if lost is not None:
             self._raise(lost, f"a {type(lost).__name__} with an update of it is no longer in the model")
         return found
