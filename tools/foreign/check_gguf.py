@@ -30,11 +30,11 @@ import gguf_models
 import numpy as np
 import torch
 import transformers
-from check_bases import experts_of, linears_of
 from families import FAMILIES
 from gguf_facts import GROUPED
 from pairing import stored
 from peft import LoraConfig, get_peft_model
+from peft_models import experts_of, linears_of
 from tiny import tiny
 
 import adapterkit
