@@ -14,7 +14,7 @@ from ..adapter import Target
 from ..errors import NotMergeable, ShapeMismatch, Unsupported
 from ..naming.architectures import Place
 from ..naming.gguf import row_order
-from ..naming.heads import Heads, heads_of, undone
+from ..naming.heads import Heads, by_group, heads_of, undone
 from ..naming.resolver import Move, Part
 from ..tensors import arrange
 from ..tensors.lazy import Lazy, as_lazy
@@ -85,7 +85,7 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
     start, stop = target.rows
     found, parts = [], set()
     for move in moves:
-        if move.take is not None and not move.take.interleaved:
+        if move.take is not None and not move.take.interleaved and not move.take.groups:
             shares = _shares(config, target) if move.take.heads else (1,) * move.take.of
             before, own = sum(shares[: move.take.number]), shares[move.take.number]
             if start * own == before * (stop - start):
@@ -147,16 +147,23 @@ def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> An
 
 def _rows(update: Update, part: Part, stack: bool, target: Target, config: Config) -> Update:
     """One of several parts of an update's outputs."""
+<<<<<<< HEAD
+    size = _outputs(update, stack, target)
+    start, stop, step = _steps(size, part, target, config)
+=======
     return cut_rows(update, *_steps(_outputs(update, stack, target), part, target, config), stack)
 
 
 def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> Update:
     """An update of some of the rows; `update.cuts("out")` says whether its formula allows it."""
+>>>>>>> experts
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
         if at is None:
             continue
+        if part.groups:
+            leaf = arrange.reordered(as_lazy(leaf), lambda: _out_of_groups(size, config, target), at)
         if isinstance(leaf, Lazy):
             changes[name] = arrange.part(leaf, start, stop, at, step)
         else:
@@ -197,6 +204,12 @@ def _steps(size: int, part: Part, target: Target, config: Config) -> tuple[int, 
     return part.number * size // part.of, (part.number + 1) * size // part.of, 1
 
 
+def _out_of_groups(size: int, config: Config, target: Target) -> Any:
+    """The order that puts queries, keys and values, which stand group by group, one after the other."""
+    heads = heads_of(config, str(target))
+    return undone(by_group(replace(heads, dim=size // (heads.query + 2 * heads.kv))))
+
+
 def _shares(config: Config, target: Target) -> tuple[int, int, int]:
     """How the rows of a fused projection are shared by queries, keys and values."""
     heads = heads_of(config, str(target))
@@ -213,6 +226,9 @@ def _into(
     """
     if move.into is None:
         return there, updates
+    if move.into.groups:
+        why = "a part of a projection whose queries, keys and values stand group by group"
+        raise Unsupported(why, where=str(there), cure="Convert the base to the names and layout of transformers first")
     outs = {out for update in updates if isinstance(out := update.dims(there.stacked).get("out"), int)}
     shape = next((shapes[name] for name in (f"{move.path}.weight", move.path) if name in shapes), ())
     whole, own = move.into.of, 1

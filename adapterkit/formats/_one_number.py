@@ -133,4 +133,4 @@ def whole_number(value: float) -> float:
 FOLDING = ("fold", "promote")
 """What `on_loss` says where a scaling may be folded."""
 
-_ALLOW = "Allow it with on_loss='fold'"
+_ALLOW = "Allow it with on_loss='fold'/--on-loss fold"

@@ -119,7 +119,7 @@ def expressible(
         elif isinstance(update, Pair):
             kept[target] = update
     if items and on_loss != "drop":
-        cure = "Drop them with on_loss='drop', or write adapterkit's own format"
+        cure = "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
         raise Unrepresentable(f"{dialect} has no words for these updates", items=items, cure=cure, places=places)
     if not kept:
         raise Unrepresentable(f"nothing of this adapter fits {dialect}", items=items, cure="Write adapterkit's own")
