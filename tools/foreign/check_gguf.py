@@ -185,7 +185,7 @@ def main() -> int:
                     verdict = f"not run: {type(error).__name__}: {error}"
             word = f"{kind} {verdict.partition(':')[0]}"
             counts[word] = counts.get(word, 0) + 1
-            if not verdict.startswith("not run"):
+            if not verdict.startswith("not run") or arguments.types:
                 print(f"{model_type:22} {kind:6} {' '.join(verdict.split())[:220]}", flush=True)
     print(", ".join(f"{count} {word}" for word, count in sorted(counts.items())))
     return 1 if any("wrong" in word for word in counts) else 0
