@@ -21,12 +21,20 @@ def with_layouts(sites: list[Site], shapes: Shapes, config: Mapping[str, Any] | 
     Raises:
         ShapeMismatch: a square weight's layout cannot be told.
     """
-    fitting = [_fitting_layouts(site, shapes) for site in sites]
+    # What fits depends on forms and shapes alone: tens of thousands of targets have a few dozen.
+    known: dict[Any, list[str]] = {}
+    fitting = []
+    for site in sites:
+        form = site.form(shapes)
+        if form not in known:
+            known[form] = _fitting_layouts(site, shapes)
+        fitting.append(known[form])
     proven = {(site.target.layout, fits[0]) for site, fits in zip(sites, fitting, strict=True) if len(fits) == 1}
-    return [
-        replace(site, target=replace(site.target, layout=_choose(site, fits, proven, config)))
-        for site, fits in zip(sites, fitting, strict=True)
-    ]
+    return [_stored(site, _choose(site, fits, proven, config)) for site, fits in zip(sites, fitting, strict=True)]
+
+
+def _stored(site: Site, layout: str) -> Site:
+    return site if layout == site.target.layout else replace(site, target=replace(site.target, layout=layout))
 
 
 def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:

@@ -6,7 +6,7 @@ Updates of one expert each that go to one stack become one update of the stack.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ def moved(
         cut, own = _of_rows(target, moves.get(target.path, ()), config)
         for move in own:
             if move.plain:
-                placed.append((target, replace(cut, path=move.path), given))
+                placed.append((target, cut if move.path == cut.path else replace(cut, path=move.path), given))
                 continue
             there, part = _taken(cut, given, move, config)
             if move.slot is None:
@@ -147,23 +147,29 @@ def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> An
 
 def _rows(update: Update, part: Part, stack: bool, target: Target, config: Config) -> Update:
     """One of several parts of an update's outputs."""
-<<<<<<< HEAD
     size = _outputs(update, stack, target)
-    start, stop, step = _steps(size, part, target, config)
-=======
-    return cut_rows(update, *_steps(_outputs(update, stack, target), part, target, config), stack)
+    if part.groups:
+        update = _ungrouped(update, lambda: _out_of_groups(size, config, target), stack)
+    return cut_rows(update, *_steps(size, part, target, config), stack)
+
+
+def _ungrouped(update: Update, order: Callable[[], Any], stack: bool) -> Update:
+    """The same update with its outputs in another order: all queries, then all keys, then all values."""
+    changes: dict[str, Any] = {}
+    for name, leaf in update.tensors.items():
+        at = _output_axis(update, name, leaf, stack)
+        if at is not None:
+            changes[name] = arrange.reordered(as_lazy(leaf), order, at)
+    return update.replace(**changes)
 
 
 def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> Update:
     """An update of some of the rows; `update.cuts("out")` says whether its formula allows it."""
->>>>>>> experts
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
         if at is None:
             continue
-        if part.groups:
-            leaf = arrange.reordered(as_lazy(leaf), lambda: _out_of_groups(size, config, target), at)
         if isinstance(leaf, Lazy):
             changes[name] = arrange.part(leaf, start, stop, at, step)
         else:

@@ -117,12 +117,14 @@ class Names:
         outer: paths of any modules, for the targets in `anywhere`.
         anywhere: targets that may be any module.
         shapes: the templates of `paths`, each with one path as an example.
+        known: family -> what its file says of these names, worked out when it is first needed.
     """
 
     paths: Collection[str]
     outer: Collection[str] = ()
     anywhere: Collection[str] = ()
     shapes: dict[str, str] = field(default_factory=dict)
+    known: dict[str, _Known] = field(default_factory=dict)
 
     def has(self, path: str, target: str) -> bool:
         """Whether a target may be at a path."""
@@ -255,7 +257,9 @@ def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
 
 
 def _by_architecture(left: Left, base: Names, architecture: Architecture, resolution: Resolution) -> Left:
-    known = _Known(base, architecture)
+    known = base.known.get(architecture.family)
+    if known is None or known.architecture is not architecture:
+        known = base.known[architecture.family] = _Known(base, architecture)
     rest, counts = list[tuple[str, str]](), dict[tuple[str, str], int]()
     for target, name in left:
         readings = known.readings(name)

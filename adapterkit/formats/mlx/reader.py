@@ -86,7 +86,7 @@ def decode(config: Mapping[str, Any], text: str, file: Path, modules: Modules) -
     if kind not in KINDS:
         raise Unsupported(f"fine_tune_type {kind!r}", where=CONFIG, cure=f"Known: {', '.join(KINDS)}")
     header = safetensors.read_header(file)
-    tensors = {name: safetensors.lazy(header.path, entry) for name, entry in header.entries.items()}
+    tensors = safetensors.handles(header)
     names: dict[str, str] = {}
     found = _read_whole(tensors, modules, names) if kind == "full" else _pairs(config, kind, tensors, modules, names)
     updates: dict[Target, tuple[Update, ...]] = {}

@@ -197,7 +197,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def residual(self) -> str:
         """`olora` or `pissa`, where the base is without what the adapter began with; else empty."""
         word = self.init_lora_weights
-        return next((name for name in RESIDUAL if isinstance(word, str) and word.lower() == name), "")
+        return word.lower() if isinstance(word, str) and word.lower() in RESIDUAL else ""
 
     def rank(self, name: str) -> int:
         """The rank at the module or parameter `name`."""

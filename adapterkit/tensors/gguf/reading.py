@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from ...errors import AdapterkitError, Unsupported, storage_error
 from ..dtypes import DTYPES
@@ -86,4 +85,4 @@ def _tensor(
     source = source_of(reader.path, name, dtype, span.nbytes)
     if source is not None and source.shape == shape:
         return source
-    return Lazy(shape, dtype, partial(read_span, span), span)
+    return Lazy(shape, dtype, None, span)
