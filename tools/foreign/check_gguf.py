@@ -30,11 +30,11 @@ import gguf_models
 import numpy as np
 import torch
 import transformers
-from check_bases import experts_of, linears_of
 from families import FAMILIES
 from gguf_facts import GROUPED
 from pairing import stored
 from peft import LoraConfig, get_peft_model
+from peft_models import experts_of, linears_of
 from tiny import tiny
 
 import adapterkit
@@ -185,7 +185,7 @@ def main() -> int:
                     verdict = f"not run: {type(error).__name__}: {error}"
             word = f"{kind} {verdict.partition(':')[0]}"
             counts[word] = counts.get(word, 0) + 1
-            if not verdict.startswith("not run"):
+            if not verdict.startswith("not run") or arguments.types:
                 print(f"{model_type:22} {kind:6} {' '.join(verdict.split())[:220]}", flush=True)
     print(", ".join(f"{count} {word}" for word, count in sorted(counts.items())))
     return 1 if any("wrong" in word for word in counts) else 0
