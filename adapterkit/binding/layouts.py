@@ -8,6 +8,7 @@ from typing import Any
 
 from ..adapter import LAYOUTS
 from ..errors import ShapeMismatch
+from ..naming.architectures import STORED_AS
 from ..naming.layouts import stored_in_out
 from ..naming.ties import is_embedding
 from .fitting import Shapes, fits
@@ -51,10 +52,12 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
         return fits[0] if fits else declared
     if declared in fits and _whole_only(site):
         return declared
-    in_out = stored_in_out(site.target.path, config)
+    # GGUF files hold all weights as [out, in], whatever the family's own files do.
+    gguf = (config or {}).get(STORED_AS) == "gguf"
+    in_out = not gguf and stored_in_out(site.target.path, config)
     if in_out:
         return next(layout for layout in fits if layout in ("in out *k", "e in out *k"))
-    if in_out is False and not is_embedding(f"{site.target.path}.weight"):
+    if gguf and not is_embedding(f"{site.target.path}.weight"):
         return next(layout for layout in fits if layout in ("out *in", "e out *in"))
     if in_out is None and any(said == declared and is_ != declared for said, is_ in proven):
         raise ShapeMismatch(

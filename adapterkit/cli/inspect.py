@@ -43,14 +43,23 @@ def command(
     if rename and base is None:
         raise click.UsageError("--rename requires --base")
     from .. import detect, read
+    from ..errors import TargetNotFound, UnknownFormat
+    from ..formats._endings import adapter_modules
     from ..tensors.locations import headers_of
 
     with headers_of(src) as path:
-        if source_format is None and not _is_adapter(path):
+        modules = adapter_modules(path) if base is None else {}
+        if source_format is None and not modules and not _is_adapter(path):
             show(settings, _base_record(path, src), _base_view)
             return
-        name = source_format or detect(path)
-        adapter = read(path, name, base, compat=compat, **_options.stated())
+        try:
+            name = source_format or detect(path)
+            adapter = read(path, name, base, compat=compat, **_options.stated())
+        except (TargetNotFound, UnknownFormat) as error:
+            if not modules:
+                raise
+            show(settings, _unresolved_record(modules, src, error), _unresolved_view)
+            return
         record = adapter_record(adapter, src, name)
         if base is not None:
             record["names"] = _names(adapter, base, rename)
@@ -80,6 +89,7 @@ def _is_adapter(path: Path) -> bool:
 def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, Any]:
     """An adapter's updates, lineage and totals as plain data; a tensor that updates share counts once in the totals."""
     from ..formats import unknown_fields
+    from ..metadata import metadata_of
 
     leaves = {id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}
     base = adapter.base
@@ -87,6 +97,7 @@ def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, 
         "kind": "adapter", "path": src, "format": source_format, "unknown_fields": unknown_fields(adapter),
         "base": base and {"id": base.id, "revision": base.revision, "config_hash": base.config_hash},
         "updates": [_update_record(target, update) for target, update in adapter],
+        "families": _families(adapter), "metadata": metadata_of(adapter), "without_alpha": _without_alpha(adapter),
         "recipe": [{"op": step.op, "args": dict(step.args)} for step in adapter.recipe],
         "totals": {
             "targets": len(adapter.updates), "updates": len(adapter), **_sums(leaves.values()),
@@ -94,6 +105,52 @@ def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, 
             "dtypes": _counts(str(_dtype(leaf)) for leaf in leaves.values()),
         },
     }  # fmt: skip
+
+
+_IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
+"""Formats of image models; of other adapters no family is looked for."""
+
+
+def _families(adapter: Adapter) -> list[str]:
+    """The families of image and video models that the adapter can be of."""
+    from ..formats._image.deciding import candidates, denoiser_targets, origin_of
+    from ..naming.image import component_of
+
+    if not any(step.op == "read" and step.args.get("format") in _IMAGE for step in adapter.recipe):
+        return []
+    inside = [target for target in adapter.updates if component_of(target.path) in ("unet", "transformer")]
+    targets = denoiser_targets(adapter.updates, ()) if inside else []
+    return (
+        [family.title for family in candidates(adapter.updates, targets, origin_of(adapter, None))] if targets else []
+    )
+
+
+def _without_alpha(adapter: Adapter) -> int:
+    """How many modules of the file have no alpha, where it is a file in which an alpha says the scaling."""
+    foreign = adapter.foreign
+    if foreign is None or foreign.format not in ("kohya", "lycoris", "comfyui"):
+        return 0
+    listed = foreign.data.get("without_alpha", ())
+    return len(listed) if isinstance(listed, (list, tuple)) else 0
+
+
+def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error: Exception) -> dict[str, Any]:
+    """What the keys alone tell of an adapter whose names need a base, or whose format is not known."""
+    return {
+        "kind": "adapter", "path": src, "format": None, "why": str(error),
+        "modules": {
+            module: {slot: list(tensor.shape) for slot, tensor in slots.items()} for module, slots in modules.items()
+        },
+    }  # fmt: skip
+
+
+def _unresolved_view(record: Mapping[str, Any]) -> View:
+    yield f"{record['path']}: an adapter whose modules are not resolved"
+    rows = [
+        [module, " ".join(f"{s}{shape}" for s, shape in slots.items())] for module, slots in record["modules"].items()
+    ]
+    yield Table(("module", "tensors"), rows)
+    yield record["why"]
 
 
 def _update_record(target: Target, update: Update) -> dict[str, Any]:
@@ -147,6 +204,11 @@ def _adapter_view(record: Mapping[str, Any]) -> View:
     yield Table(columns, [_update_row(update) for update in record["updates"]])
     methods = ", ".join(f"{count} {method}" for method, count in totals["methods"].items())
     yield f"{counted(totals['targets'], 'target')} ({methods}), {_amounts(totals)}"
+    if record["families"]:
+        yield f"family: {' or '.join(record['families'])}"
+    if record["without_alpha"]:
+        yield f"{counted(record['without_alpha'], 'module')} without an alpha: the scale is 1"
+    yield from (f"{key}: {_short(value)}" for key, value in record["metadata"].items() if key not in _LONG)
     if record["unknown_fields"]:
         yield f"kept, unknown to the format: {', '.join(record['unknown_fields'])}"
     for step in record["recipe"]:
@@ -157,6 +219,22 @@ def _adapter_view(record: Mapping[str, Any]) -> View:
         used = "; ".join(f"{each['rule']} ({each['targets']:,})" for each in names.get("rules", ()))
         yield f"names in the base: {used}" if names["fits"] else f"does not fit the base: {names['why']}"
     yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
+
+
+_LONG = (
+    "format",
+    "adapterkit.family",
+    "modelspec.thumbnail",
+    "ss_tag_frequency",
+    "ss_bucket_info",
+    "ss_dataset_dirs",
+    "ss_datasets",
+)
+"""Keys of metadata that are shown with --json only: their values are pictures and tables, or shown elsewhere."""
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 200 else f"{value[:200]}... ({len(value):,} characters, --json shows all)"
 
 
 def _update_row(update: Mapping[str, Any]) -> list[Any]:

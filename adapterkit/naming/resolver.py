@@ -36,12 +36,14 @@ class Part(NamedTuple):
         of: how many equal parts there are.
         interleaved: the part has every `of`-th row from row `number` on; else it is one run of rows.
         heads: the parts are not equal: they are all queries, all keys and all values, as many as the base's heads say.
+        groups: with `heads`: the rows stand group by group, the queries of a key, the key, the value.
     """
 
     number: int
     of: int
     interleaved: bool = False
     heads: bool = False
+    groups: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,7 +405,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
 def part_of(place: Place) -> Part | None:
     """The part of a tensor that a place is; None where it is the whole tensor."""
     if place.qkv is not None:
-        return Part(QKV.index(place.qkv), len(QKV), heads=True)
+        return Part(QKV.index(place.qkv), len(QKV), heads=True, groups=place.groups)
     if place.part is None or place.of is None:
         return None
     return Part(place.part, place.of, place.interleaved)

@@ -177,7 +177,7 @@ def _splits(file: Path) -> tuple[Path, ...]:
 
 
 def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]]]:
-    index = read_json(path)
+    index = read_json(path, strict=True)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         why = "no weight_map of tensor names to file names"

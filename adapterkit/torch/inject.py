@@ -25,9 +25,10 @@ from .dropout import check_dropout, dropout_of
 from .ears import Ear, words_of
 from .experts import with_experts
 from .handle import Handle, change_alike
-from .layers import Quantized, layer_of, stored_layout, stored_shape
+from .layers import layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name
 from .outputs import Outlet, Switch, outlet
+from .packed import device_of, is_packed
 from .sharding import check_unwrapped
 from .sizes import embedding_of
 from .station import Part, Station, names_of, station_at
@@ -223,7 +224,7 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
         for name, tensor in tensors
         if not is_leaf_name(name) and not is_lazy(tensor)
     }
-    shapes |= {f"{name}.weight": stored_shape(m) for name, m in model.named_modules() if Quantized.takes(m)}
+    shapes |= {f"{name}.weight": stored_shape(m) for name, m in model.named_modules() if is_packed(m)}
     words = config_of_model(model)
     try:
         modules = [name for name, _ in model.named_modules()]
@@ -258,7 +259,8 @@ def _tied(
     modules = model.named_modules(remove_duplicate=False)
     embeddings = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
     added: list[Site] = []
-    for parameter in list({id(p): p for p in (tensor_at(model, s.weight) for s in sites if s.weight)}.values()):
+    plain = [s.weight for s in sites if s.weight and not is_packed(model.get_submodule(s.weight.rpartition(".")[0]))]
+    for parameter in list({id(p): p for p in (tensor_at(model, path) for path in plain)}.values()):
         names = [name for name, other in named if other is parameter]
         inputs, heads = [n for n in names if n in embeddings], [n for n in names if n not in embeddings]
         if not inputs or len(heads) != 1:
@@ -362,6 +364,8 @@ def _inner(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Par
 
 def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
     """A tensor whose device and dtype the updates take."""
+    if is_packed(holder):
+        return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
         return _loaded(holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
     held = [p for module in (holder, model) for p in base_parameters(module) if p.is_floating_point()]
@@ -423,10 +427,14 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
         cure = "Inject into the module before torch.jit.script, or torch.jit.trace the model with its adapter"
         raise Unsupported("a module that torch.jit has compiled", where=str(site.target), cure=cure)
     direct = _is_direct(site, holder, prefix)
-    parameter = tensor_at(model, site.weight or site.bias or "")
-    packed = not parameter.is_floating_point() or parameter.dtype.itemsize < 2
-    if packed and not (direct and Quantized.takes(holder)):
-        raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
+    if is_packed(holder):
+        if not direct:
+            why = f"a part of the packed weight of a {type(holder).__name__}"
+            raise Unsupported(why, where=str(site.target), cure=_UNPACKED)
+    else:
+        parameter = tensor_at(model, site.weight or site.bias or "")
+        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+            raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
     for update in site.updates:
         _check_layer(update, site, direct)
     _refuse_fast_path(model, path, site)

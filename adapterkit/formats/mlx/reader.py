@@ -214,7 +214,8 @@ def _read_whole(tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, 
         if "weight" in fields and len(fields["weight"].shape) == 3 and from_mlx(name, modules.config, 1):
             for index, own in enumerate(_experts(name, fields["weight"].shape[0], modules)):
                 names[own] = own
-                yield Target(own), Replacement(**{field: item(leaf, index) for field, leaf in fields.items()})
+                part: Slots = {field: item(leaf, index) for field, leaf in fields.items()}
+                yield Target(own), Replacement(**part)
             continue
         own = modules.named(name)
         names[own] = name

@@ -14,8 +14,6 @@ from .families import FAMILIES, PEFT_TYPES, family_of_type
 from .patterns import first_match, matches
 
 OTHER_TYPES = {
-    "ADAMSS": "which rows its updates belong to is not in the file: PEFT finds them again by clustering the base's own "
-    "singular vectors, with results that differ between machines; saved with its scatter_index it could be read",
     "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",
 }
 """Types that are known and not read, with the reason."""
