@@ -13,7 +13,7 @@ import pytest
 import adapterkit as ak
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = ("methods", "formats", "matrix", "combine", "quant", "commands")
+TABLES = ("methods", "formats", "matrix", "families", "combine", "quant", "commands")
 BLOCKS = "# Title\n\n" + "".join(f"<!-- table:{n} -->\n<!-- /table -->\n" for n in TABLES)
 
 

@@ -2,14 +2,24 @@
 converter says; and every family through every dialect and back.
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers.loaders import lora_pipeline
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
+from adapterkit.adapter import Adapter
+from adapterkit.cli import adapterkit
+from adapterkit.errors import AdapterkitError, Unrepresentable
+from adapterkit.formats._image.deciding import Origin
+from adapterkit.formats._image.translate import in_diffusers, in_naming
+from adapterkit.methods import METHODS
 from adapterkit.naming.image import families
+from adapterkit.tensors.lazy import from_numpy
 
 FAMILIES = {family.name: family for family in families()}
 
@@ -180,3 +190,302 @@ def test_what_is_written_for_diffusers_is_what_diffusers_makes_of_the_file(case,
     for target in got.updates:
         scale = np.abs(wanted[str(target)]).max()
         assert np.abs(got.delta(str(target)).numpy() - wanted[str(target)]).max() <= 1e-6 * scale, target
+
+
+def lokr(modules, prefix, alpha, decomposed):
+    """A LoKr file of ai-toolkit: w1 whole, w2 whole or of rank 2; its alpha counts only in the second case."""
+    rng, held = np.random.default_rng(0), {}
+    for module, (out, in_) in modules.items():
+        held[f"{prefix}{module}.lokr_w1"] = rng.normal(size=(4, 4)).astype("f4")
+        if decomposed:
+            held[f"{prefix}{module}.lokr_w2_a"] = rng.normal(size=(out // 4, 2)).astype("f4")
+            held[f"{prefix}{module}.lokr_w2_b"] = rng.normal(size=(2, in_ // 4)).astype("f4")
+        else:
+            held[f"{prefix}{module}.lokr_w2"] = rng.normal(size=(out // 4, in_ // 4)).astype("f4")
+        held[f"{prefix}{module}.alpha"] = np.array(alpha, "f4")
+    return held
+
+
+@pytest.mark.parametrize("decomposed", [True, False])
+@pytest.mark.parametrize("family", ["FLUX.2", "Z-Image"])
+def test_a_lokr_for_diffusers_has_the_tensors_of_its_converter(family, decomposed, tmp_path):
+    mixin, modules = {"FLUX.2": ("Flux2LoraLoaderMixin", FLUX2), "Z-Image": ("ZImageLoraLoaderMixin", Z_SPLIT)}[family]
+    held = lokr(modules, "diffusion_model.", 1.0, decomposed)
+    save_file(held, tmp_path / "a.safetensors")
+    theirs = getattr(lora_pipeline, mixin).lora_state_dict({k: torch.from_numpy(v.copy()) for k, v in held.items()})
+    adapter = ak.read(tmp_path / "a.safetensors")
+    ak.write(adapter, tmp_path / "b.safetensors", "diffusers", on_loss="fold")
+    ours = load_file(tmp_path / "b.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(np.allclose(ours[key], value.numpy(), rtol=1e-6, atol=0) for key, value in theirs.items())
+    back, to = ak.read(tmp_path / "b.safetensors"), {"FLUX.2": "comfyui", "Z-Image": "lycoris"}[family]
+    ak.write(back.replace(foreign=None), tmp_path / "c.safetensors", to)
+    wanted = {str(t): adapter.delta(str(t)).numpy() for t in adapter.updates}
+    again = ak.read(tmp_path / "c.safetensors")
+    assert {str(t) for t in again.updates} == set(wanted)
+    assert all(np.allclose(again.delta(path).numpy(), value, atol=1e-6) for path, value in wanted.items())
+
+
+def test_changes_of_biases_in_a_wan_lora_become_what_diffusers_makes_of_them(tmp_path):
+    modules = WAN | {"head.head": (16, 8)}
+    held = pairs(modules, COMFY)
+    held |= {
+        f"diffusion_model.{m}.diff_b": np.full(shape[0], 0.5, "f4") for m, shape in modules.items() if "_attn" in m
+    }
+    save_file(held, tmp_path / "a.safetensors")
+    theirs = lora_pipeline.WanLoraLoaderMixin.lora_state_dict({k: torch.from_numpy(v.copy()) for k, v in held.items()})
+    assert ak.write(ak.read(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers") == []
+    ours = load_file(tmp_path / "b.safetensors")
+    assert all(np.array_equal(ours[key], value.numpy()) for key, value in theirs.items())
+    # diffusers has one switch for biases of all modules, so that the others have one of zeros.
+    assert all(not ours[key].any() for key in ours.keys() - theirs.keys())
+
+
+def test_fal_s_kontext_lora_becomes_what_diffusers_makes_of_it(tmp_path):
+    h, modules = 4, {}
+    for n in range(19):
+        for x in ("img", "txt"):
+            block = f"double_blocks.{n}.{x}"
+            modules |= {f"{block}_attn.qkv": (3 * h, h), f"{block}_attn.proj": (h, h), f"{block}_mod.lin": (6 * h, h)}
+            modules |= {f"{block}_mlp.0": (4 * h, h), f"{block}_mlp.2": (h, 4 * h)}
+    for n in range(38):
+        block = f"single_blocks.{n}"
+        modules |= {
+            f"{block}.linear1": (7 * 3072, h),
+            f"{block}.linear2": (h, 5 * h),
+            f"{block}.modulation.lin": (3 * h, h),
+        }
+    modules["final_layer.linear"] = (16, h)
+    held = pairs(modules, PEFT)
+    save_file(held, tmp_path / "a.safetensors")
+    theirs, _ = lora_pipeline.FluxLoraLoaderMixin.lora_state_dict(
+        {k: torch.from_numpy(v.copy()) for k, v in held.items()}, return_alphas=True
+    )
+    assert ak.write(ak.read(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers") == []
+    ours = load_file(tmp_path / "b.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[key], value.numpy()) for key, value in theirs.items())
+
+
+# Every family.
+
+
+def whole(family, naming):
+    """One block's modules of a family: name -> (outputs, inputs), such that the file says what the family is."""
+    from adapterkit.naming.architectures import fill
+
+    sizes, architecture = {}, family.architecture
+    for weight in architecture.record.weights:
+        place, native = architecture.place(weight, naming), architecture.place(weight, "native")
+        words = place.name.split(".") if place else []
+        if place is None or (native is None and "native" in family.namings):
+            continue
+        last = family.facts.blocks.get(words[0], 1) - 1
+        name = fill(place.name, {"{n}": str(last), "{m}": "0", "{k}": "0", "{e}": "0", "{j}": "0"})
+        if "norm" in words[-1] and "linear" not in name:
+            continue
+        ratio = family.ratio(name)
+        sizes[name] = (round(24 * ratio) if ratio else 24 * (place.of or 1), 24)
+    return sizes
+
+
+@pytest.mark.parametrize("way", ["comfyui", "kohya", "lycoris"])
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.facts.generic])
+def test_every_family_goes_from_diffusers_through_every_dialect_and_back(name, way, tmp_path):
+    family = FAMILIES[name]
+    modules = whole(family, "diffusers")
+    if family.component == "unet":
+        modules = dict(list(modules.items())[::9])
+    held = pairs(modules, dotted(f"{family.component}."))
+    word = {"modelspec.architecture": family.facts.words[0]} if family.facts.words else {}
+    save_file(held, tmp_path / "a.safetensors", {"format": "pt", **word})
+    adapter = ak.read(tmp_path / "a.safetensors")
+    if way == "comfyui" and "native" not in family.namings:
+        with pytest.raises(Unrepresentable, match=family.title):
+            ak.write(adapter, tmp_path / "b.safetensors", way)
+        return
+    assert ak.write(adapter, tmp_path / "b.safetensors", way) == []
+    there = ak.read(tmp_path / "b.safetensors", way)
+    if way == "comfyui":
+        naming = family.names("native")
+        assert all(target.path.partition(".")[2] in naming for target in there.updates)
+    assert ak.write(there, tmp_path / "c.safetensors", "diffusers") == []
+    back = changes(load_file(tmp_path / "c.safetensors"))
+    wanted = changes(held)
+    assert back.keys() == wanted.keys()
+    assert all(np.abs(back[module] - wanted[module]).max() < 1e-5 for module in wanted)
+
+
+# Methods on fused weights.
+
+QKV, PARTS = (
+    "transformer.double_blocks.0.img_attn.qkv",
+    [f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+)
+METHODS_CUT = {
+    "lora": {"A": (2, 8), "B": (24, 2)},
+    "loha": {"w1_a": (24, 2), "w1_b": (2, 8), "w2_a": (24, 2), "w2_b": (2, 8)},
+    "lokr": {"w1": (6, 2), "w2": (4, 4)},
+    "dense": {"D": (24, 8), "d": (24,)},
+    "dora": {"A": (2, 8), "B": (24, 2), "magnitude": (24,)},
+}
+
+
+@pytest.mark.parametrize("method", METHODS_CUT)
+def test_a_method_on_a_fused_weight_is_cut_into_the_rows_of_its_parts(method):
+    rng = np.random.default_rng(0)
+    leaves = {name: from_numpy(rng.normal(size=shape).astype("f4")) for name, shape in METHODS_CUT[method].items()}
+    update, W = METHODS[method](**leaves), torch.from_numpy(rng.normal(size=(24, 8))).float()
+    moved, lost = in_diffusers({ak.Target(QKV): (update,)}, (), Origin(families=("flux",)))
+    assert not lost
+    assert [str(target) for target in moved] == PARTS
+    load = Adapter({ak.Target(QKV): (update,)}).load
+    whole = next(iter(load().updates.values()))[0].new_weight(W) if method == "dora" else None
+    for n, (target, (part,)) in enumerate(moved.items()):
+        rows = slice(8 * n, 8 * n + 8)
+        loaded = next(iter(Adapter({target: (part,)}).load().updates.values()))[0]
+        if method == "dora":
+            assert torch.allclose(loaded.new_weight(W[rows]), whole[rows], atol=1e-6)
+        else:
+            full = next(iter(load().updates.values()))[0].delta((24, 8))
+            assert torch.allclose(loaded.delta((8, 8)), full[rows], atol=1e-6)
+
+
+def test_parts_are_put_together_at_the_smallest_rank_that_is_exact():
+    rng = np.random.default_rng(0)
+    A, other = (from_numpy(rng.normal(size=(2, 8)).astype("f4")) for _ in range(2))
+    block = "transformer.single_transformer_blocks.0"
+    held = {f"{block}.attn.to_{x}": (A, 8) for x in "qkv"} | {f"{block}.proj_mlp": (other, 32)}
+    updates = {
+        ak.Target(path): (METHODS["lora"](A=a, B=from_numpy(rng.normal(size=(out, 2)).astype("f4"))),)
+        for path, (a, out) in held.items()
+    }
+    moved, lost = in_naming(updates, "native", (), Origin(families=("flux",)))
+    assert not lost
+    ((target, (update,)),) = moved.items()
+    assert target.path == "transformer.single_blocks.0.linear1"
+    assert update.A.shape == (4, 8)
+    parts = [Adapter({t: u}).delta(t.path) for t, u in updates.items()]
+    assert torch.allclose(Adapter(moved).delta(target.path), torch.cat(parts), atol=1e-6)
+
+
+# What inspect shows.
+
+
+def shown(path, *options):
+    result = CliRunner().invoke(adapterkit, ["inspect", str(path), "--json", *options])
+    return result.exit_code, json.loads(result.stdout) if result.exit_code == 0 else result.stderr
+
+
+UNKNOWN = {
+    "kohya": {
+        "lora_unet_new_blocks_0_q.lora_down.weight": (2, 8), "lora_unet_new_blocks_0_q.lora_up.weight": (8, 2),
+        "lora_unet_new_blocks_0_q.alpha": (),
+    },
+    "Lightning": {"new.0.q.lora_down.weight": (2, 8), "new.0.q.lora_up.weight": (8, 2), "new.0.q.alpha": ()},
+    "LoKr": {"new.0.q.lokr_w1": (2, 2), "new.0.q.lokr_w2": (4, 4), "new.0.q.alpha": ()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_adapter_of_an_unknown_model_is_shown_and_never_called_a_base(kind, tmp_path):
+    held = {key: np.ones(shape, "f4") for key, shape in UNKNOWN[kind].items()}
+    save_file(held, tmp_path / "a.safetensors")
+    code, record = shown(tmp_path / "a.safetensors")
+    assert code == 0
+    assert record["kind"] == "adapter"
+    assert {f"{module}.{slot}" for module, slots in record["modules"].items() for slot in slots} == set(held)
+    assert "base" in record["why"]
+    with pytest.raises(AdapterkitError, match="base"):
+        ak.read(tmp_path / "a.safetensors")
+
+
+def test_a_lora_without_config_of_an_unknown_model_is_asked_for_its_alpha(tmp_path):
+    held = {
+        "new.0.q.lora_A.default.weight": np.ones((2, 8), "f4"),
+        "new.0.q.lora_B.default.weight": np.ones((8, 2), "f4"),
+    }
+    save_file(held, tmp_path / "a.safetensors")
+    code, why = shown(tmp_path / "a.safetensors")
+    assert code == 2
+    assert "--alpha" in why
+
+
+def test_inspect_says_the_family_the_metadata_and_missing_alphas(tmp_path):
+    held = pairs(QWEN, dotted("diffusion_model.", *DOWN))
+    said = {"modelspec.trigger_phrase": "a painting by nobody", "ss_base_model_version": "qwen_image", "ss_steps": "10"}
+    save_file(held, tmp_path / "a.safetensors", said)
+    _, record = shown(tmp_path / "a.safetensors")
+    assert record["families"] == ["qwen_image"]
+    assert record["metadata"] == said
+    assert record["without_alpha"] == len(QWEN)
+    text = CliRunner().invoke(adapterkit, ["inspect", str(tmp_path / "a.safetensors")]).stdout
+    assert "a painting by nobody" in text
+    assert "without an alpha: the scale is 1" in text
+    # What is written from it keeps these.
+    ak.write(ak.read(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "diffusers")
+    assert said.items() <= shown(tmp_path / "b.safetensors")[1]["metadata"].items()
+
+
+# The loader of diffusers.
+
+SMALL = {
+    "num_layers": 1, "num_single_layers": 1, "num_mmdit_layers": 1, "num_single_dit_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_refiner_layers": 1, "num_hidden_layers": 1, "num_layerwise_text_blocks": 1,
+    "num_refiner_text_blocks": 1, "num_kv_heads": 2, "audio_num_attention_heads": 2, "joint_attention_dim": 32,
+    "text_embed_dim": 32, "caption_channels": 32, "pooled_projection_dim": 32, "approximator_hidden_dim": 32,
+    "approximator_layers": 1, "ffn_dim": 64, "intermediate_size": 64, "text_hidden_dim": 256, "text_dim": 32,
+    "text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 32, "llm_features_dim": 64,
+    "adaln_dim": 32, "time_embed_dim": 32, "num_cross_attention_heads": 1, "pos_embed_max_size": 8, "sample_size": 8,
+}  # fmt: skip
+SIZES = {
+    "lumina2": {"hidden_size": 576, "num_attention_heads": 6, "cap_feat_dim": 32},
+    "minimax_h3": {"hidden_size": 64, "time_embed_hidden_dim": 64}, "sana": {"cross_attention_dim": 112},
+    "auraflow": {"joint_attention_dim": 32, "caption_projection_dim": 512},
+    "sd3": {"caption_projection_dim": 128},
+}  # fmt: skip
+LOADED = [
+    "auraflow", "cosmos", "flux", "flux2", "flux3", "hunyuan_video", "ideogram4", "krea2", "ltx", "ltx2", "lumina2",
+    "minimax_h3", "mochi", "qwen_image", "sana", "sd3", "wan",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_the_loader_of_diffusers_computes_what_the_file_says(name, tmp_path):
+    family = FAMILIES[name]
+    model = tiny(name)
+    linear = {
+        path: tuple(module.weight.shape)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and family.moves(path, "diffusers", "native")
+    }
+    word = {"modelspec.architecture": family.facts.words[0]}
+    save_file(pairs(linear, dotted("transformer.")), tmp_path / "a.safetensors", word)
+    ak.write(ak.read(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "comfyui")
+    adapter = ak.read(tmp_path / "b.safetensors")
+    ak.write(adapter, tmp_path / "c.safetensors", "diffusers")
+    held = {key: torch.from_numpy(value) for key, value in load_file(tmp_path / "c.safetensors").items()}
+    plain = {path: model.get_submodule(path) for path in linear}
+    model.load_lora_adapter(held, prefix="transformer", adapter_name="x")
+    wanted = changes(load_file(tmp_path / "a.safetensors"))
+    for path, base in plain.items():
+        torch.manual_seed(0)
+        x = torch.randn(3, base.in_features)
+        with torch.no_grad():
+            got, y = model.get_submodule(path)(x).double(), base(x).double()
+        said = y + x.double() @ torch.from_numpy(wanted[f"transformer.{path}"]).mT
+        assert (got - said).abs().max() <= 1e-5 * said.abs().max(), path
+
+
+def tiny(name):
+    """A small random model of a family's class."""
+    import inspect
+
+    import diffusers
+
+    kind = getattr(diffusers, FAMILIES[name].facts.classes[0])
+    known = inspect.signature(kind.__init__).parameters
+    config = {key: value for key, value in {**SMALL, **SIZES.get(name, {})}.items() if key in known}
+    torch.manual_seed(0)
+    return kind(**config)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Writes the tables of README.md from the spec, the formats and the commands; `--check` only compares.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, matrix, combine, quant
-or commands.
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`, NAME being methods, formats, matrix, families,
+combine, quant or commands.
 Exit codes: 0 written or up to date, 1 not up to date (`--check`), 2 something to make them from is missing.
 """
 
@@ -24,6 +24,9 @@ sys.path.insert(0, str(ROOT))
 from adapterkit import FORMATS, METHODS  # noqa: E402 - the checkout's own, installed or not
 from adapterkit.cli import adapterkit  # noqa: E402
 from adapterkit.cli.list import combiners  # noqa: E402
+from adapterkit.naming.image import KOHYA, Family  # noqa: E402
+from adapterkit.naming.image import families as image_families  # noqa: E402
+from adapterkit.naming.patterns import fill  # noqa: E402
 from adapterkit.quant import SCHEMES  # noqa: E402
 from adapterkit.updates import Additive  # noqa: E402
 
@@ -111,6 +114,36 @@ def _word(name: str, format_name: str) -> str:
     return "D" if known.differences else "~"
 
 
+def families() -> str:
+    """What becomes of a family's names in each dialect: a row a family of image, video and audio models."""
+    formats = ("diffusers", "comfyui", "kohya", "lycoris")
+    columns = ("Family", "Class in diffusers", *(f"`{name}`" for name in formats))
+    rows = [
+        [each.title, " ".join(f"`{name}`" for name in each.facts.classes), *(_names(each, name) for name in formats)]
+        for each in image_families()
+        if not each.facts.generic
+    ]
+    return _markdown(columns, rows)
+
+
+NAMINGS = {"diffusers": "diffusers", "comfyui": "native", "kohya": KOHYA}
+"""Format -> the naming in which it is written; those that are not here keep any names."""
+
+
+def _names(family: Family, format_name: str) -> str:
+    """`=` diffusers' own names, `N` others one to one, `F` others with fused weights, empty where names are unknown."""
+    naming = family.wanted(NAMINGS.get(format_name, "diffusers"))
+    if naming == "diffusers":
+        return "="
+    if naming not in family.namings:
+        return ""
+    moves = [family.moves(fill(pattern, "0000"), "diffusers", naming) for pattern in family.names("diffusers").patterns]
+    known = [pieces for pieces in moves if pieces]
+    if any(not piece.there.whole and len(pieces) == 1 for pieces in known for piece in pieces):
+        return "F"
+    return "=" if naming in family.architecture.record.keyed else "N"
+
+
 def combine() -> str:
     """One row a way to combine: what it is and its parameters, as `adapterkit list combine` has them."""
     rows = [_combiner_row(entry) for entry in combiners()]
@@ -167,6 +200,7 @@ TABLES = {
     "methods": methods,
     "formats": formats,
     "matrix": matrix,
+    "families": families,
     "combine": combine,
     "quant": quant,
     "commands": commands,

@@ -15,6 +15,7 @@ from . import _options
 from ._render import Table, View, counted, show, size
 
 if TYPE_CHECKING:
+    from collections import Counter
     from pathlib import Path
 
     from ..adapter import Adapter, Target
@@ -43,14 +44,24 @@ def command(
     if rename and base is None:
         raise click.UsageError("--rename requires --base")
     from .. import detect, read
+    from ..errors import TargetNotFound, UnknownFormat
+    from ..formats._endings import adapter_modules
+    from ..tensors.inputs import inputs_kept
     from ..tensors.locations import headers_of
 
-    with headers_of(src) as path:
-        if source_format is None and not _is_adapter(path):
+    with headers_of(src) as path, inputs_kept():
+        modules = adapter_modules(path) if base is None else {}
+        if source_format is None and not modules and not _is_adapter(path):
             show(settings, _base_record(path, src), _base_view)
             return
-        name = source_format or detect(path)
-        adapter = read(path, name, base, compat=compat, **_options.stated())
+        try:
+            name = source_format or detect(path)
+            adapter = read(path, name, base, compat=compat, **_options.stated())
+        except (TargetNotFound, UnknownFormat) as error:
+            if not modules:
+                raise
+            show(settings, _unresolved_record(modules, src, error), _unresolved_view)
+            return
         record = adapter_record(adapter, src, name)
         if base is not None:
             record["names"] = _names(adapter, base, rename)
@@ -80,32 +91,85 @@ def _is_adapter(path: Path) -> bool:
 def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, Any]:
     """An adapter's updates, lineage and totals as plain data; a tensor that updates share counts once in the totals."""
     from ..formats import unknown_fields
+    from ..metadata import metadata_of
 
-    leaves = {id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}
+    leaves = _counted({id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}.values())
     base = adapter.base
+    shared: dict[Any, dict[str, Any]] = {}
     return {
         "kind": "adapter", "path": src, "format": source_format, "unknown_fields": unknown_fields(adapter),
         "base": base and {"id": base.id, "revision": base.revision, "config_hash": base.config_hash},
-        "updates": [_update_record(target, update) for target, update in adapter],
+        "updates": [_update_record(target, update, shared) for target, update in adapter],
+        "families": _families(adapter), "metadata": metadata_of(adapter), "without_alpha": _without_alpha(adapter),
         "recipe": [{"op": step.op, "args": dict(step.args)} for step in adapter.recipe],
         "totals": {
-            "targets": len(adapter.updates), "updates": len(adapter), **_sums(leaves.values()),
+            "targets": len(adapter.updates), "updates": len(adapter), **_sums(leaves),
             "methods": _counts(update.method for _, update in adapter),
-            "dtypes": _counts(str(_dtype(leaf)) for leaf in leaves.values()),
+            "dtypes": _counts(dtype for (_, dtype), count in leaves.items() for _ in range(count)),
         },
     }  # fmt: skip
 
 
-def _update_record(target: Target, update: Update) -> dict[str, Any]:
-    tensors = update.tensors
+_IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
+"""Formats of image models; of other adapters no family is looked for."""
+
+
+def _families(adapter: Adapter) -> list[str]:
+    """The families of image and video models that the adapter can be of."""
+    from ..formats._image.deciding import candidates, denoiser_targets, origin_of
+    from ..naming.image import component_of
+
+    if not any(step.op == "read" and step.args.get("format") in _IMAGE for step in adapter.recipe):
+        return []
+    inside = [target for target in adapter.updates if component_of(target.path) in ("unet", "transformer")]
+    targets = denoiser_targets(adapter.updates, ()) if inside else []
+    return (
+        [family.title for family in candidates(adapter.updates, targets, origin_of(adapter, None))] if targets else []
+    )
+
+
+def _without_alpha(adapter: Adapter) -> int:
+    """How many modules of the file have no alpha, where it is a file in which an alpha says the scaling."""
+    foreign = adapter.foreign
+    if foreign is None or foreign.format not in ("kohya", "lycoris", "comfyui"):
+        return 0
+    listed = foreign.data.get("without_alpha", ())
+    return len(listed) if isinstance(listed, (list, tuple)) else 0
+
+
+def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error: Exception) -> dict[str, Any]:
+    """What the keys alone tell of an adapter whose names need a base, or whose format is not known."""
     return {
-        "target": target.path, "layout": target.layout, "rows": target.rows, "method": update.method,
-        "kind": update.kind, "rank": update.dims(target.stacked).get("r"), "attributes": update.attributes,
-        "tensors": {
-            name: {"shape": list(leaf.shape), "dtype": str(_dtype(leaf))} for name, leaf in tensors.items()
+        "kind": "adapter", "path": src, "format": None, "why": str(error),
+        "modules": {
+            module: {slot: list(tensor.shape) for slot, tensor in slots.items()} for module, slots in modules.items()
         },
-        **_sums(tensors.values()),
     }  # fmt: skip
+
+
+def _unresolved_view(record: Mapping[str, Any]) -> View:
+    yield f"{record['path']}: an adapter whose modules are not resolved"
+    rows = [
+        [module, " ".join(f"{s}{shape}" for s, shape in slots.items())] for module, slots in record["modules"].items()
+    ]
+    yield Table(("module", "tensors"), rows)
+    yield record["why"]
+
+
+def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    """One update as plain data; all but its name is `shared` with the updates of the same form."""
+    form = target.layout, target.rows, update.form
+    if form not in shared:
+        tensors = update.tensors
+        shared[form] = {
+            "layout": target.layout, "rows": target.rows, "method": update.method, "kind": update.kind,
+            "rank": update.dims(target.stacked).get("r"), "attributes": update.attributes,
+            "tensors": {
+                name: {"shape": list(leaf.shape), "dtype": str(_dtype(leaf))} for name, leaf in tensors.items()
+            },
+            **_sums(_counted(tensors.values())),
+        }  # fmt: skip
+    return {"target": target.path, **shared[form]}
 
 
 def _base_record(path: Path, src: str) -> dict[str, Any]:
@@ -123,7 +187,7 @@ def _base_record(path: Path, src: str) -> dict[str, Any]:
         "files": [file.name for file in base.files],
         "tensors": [_tensor_record(base, name) for name in base.tensors],
         "totals": {
-            "tensors": len(base.tensors), **_sums(base.tensors.values()),
+            "tensors": len(base.tensors), **_sums(_counted(base.tensors.values())),
             "dtypes": {dtype: _of_dtype(base, dtype) for dtype in dtypes},
         },
     }  # fmt: skip
@@ -132,21 +196,26 @@ def _base_record(path: Path, src: str) -> dict[str, Any]:
 def _tensor_record(base: Checkpoint, name: str) -> dict[str, Any]:
     tensor = base.tensors[name]
     where = {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-    return {**where, **_sums([tensor]), "file": base.home[name].name}
+    return {**where, **_sums(_counted([tensor])), "file": base.home[name].name}
 
 
 def _of_dtype(base: Checkpoint, dtype: str) -> dict[str, int]:
     tensors = [tensor for tensor in base.tensors.values() if str(tensor.dtype) == dtype]
-    return {"tensors": len(tensors), **_sums(tensors)}
+    return {"tensors": len(tensors), **_sums(_counted(tensors))}
 
 
 def _adapter_view(record: Mapping[str, Any]) -> View:
     totals, base = record["totals"], record["base"] or {}
     yield f"{record['path']}: adapter in format {record['format']}" + (f", for {base['id']}" if base.get("id") else "")
     columns = ("target", "layout", "method", "shapes", "rank", "scaling", "other", "dtype", "parameters")
-    yield Table(columns, [_update_row(update) for update in record["updates"]])
+    yield Table(columns, _update_rows(record["updates"]))
     methods = ", ".join(f"{count} {method}" for method, count in totals["methods"].items())
     yield f"{counted(totals['targets'], 'target')} ({methods}), {_amounts(totals)}"
+    if record["families"]:
+        yield f"family: {' or '.join(record['families'])}"
+    if record["without_alpha"]:
+        yield f"{counted(record['without_alpha'], 'module')} without an alpha: the scale is 1"
+    yield from (f"{key}: {_short(value)}" for key, value in record["metadata"].items() if key not in _LONG)
     if record["unknown_fields"]:
         yield f"kept, unknown to the format: {', '.join(record['unknown_fields'])}"
     for step in record["recipe"]:
@@ -159,15 +228,47 @@ def _adapter_view(record: Mapping[str, Any]) -> View:
     yield from (f"warning: {warning}" for warning in record.get("warnings", ()))
 
 
-def _update_row(update: Mapping[str, Any]) -> list[Any]:
+_LONG = (
+    "format",
+    "adapterkit.family",
+    "modelspec.thumbnail",
+    "ss_tag_frequency",
+    "ss_bucket_info",
+    "ss_dataset_dirs",
+    "ss_datasets",
+)
+"""Keys of metadata that are shown with --json only: their values are pictures and tables, or shown elsewhere."""
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 200 else f"{value[:200]}... ({len(value):,} characters, --json shows all)"
+
+
+def _update_rows(updates: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """The rows of a table; updates that share all but their name share the work."""
+    known: dict[int, list[Any]] = {}
+    found = []
+    for update in updates:
+        row = known.get(id(update["tensors"]))
+        if row is None:
+            row = known[id(update["tensors"])] = _update_row(update)
+        found.append([_named(update), *row[1:]])
+    return found
+
+
+def _named(update: Mapping[str, Any]) -> str:
     rows = f"[{update['rows'][0]}:{update['rows'][1]}]" if update["rows"] else ""
+    return (update["target"] or "(model)") + rows
+
+
+def _update_row(update: Mapping[str, Any]) -> list[Any]:
     layout = "" if update["layout"] == "out *in" else update["layout"]
     shapes = " ".join(f"{name}{_shape(tensor)}" for name, tensor in update["tensors"].items())
     other = " ".join(f"{k}={v}" for k, v in update["attributes"].items() if k != "scaling" and v is not None)
     dtypes = ", ".join(sorted({tensor["dtype"] for tensor in update["tensors"].values()}))
     scaling = update["attributes"].get("scaling")
     return [
-        (update["target"] or "(model)") + rows, layout, update["method"], shapes, update["rank"], scaling, other,
+        _named(update), layout, update["method"], shapes, update["rank"], scaling, other,
         dtypes, update["parameters"],
     ]  # fmt: skip
 
@@ -219,10 +320,20 @@ def _shape(tensor: Mapping[str, Any]) -> str:
     return f"[{','.join(map(str, tensor['shape']))}]"
 
 
-def _sums(leaves: Iterable[Leaf]) -> dict[str, int]:
+def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
+    """How many of the tensors have each shape and element type."""
+    from collections import Counter
+
+    return Counter((tuple(leaf.shape), _dtype(leaf).name) for leaf in leaves)
+
+
+def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
+    """Numbers and bytes of the tensors that `_counted` counts."""
     import math
 
-    sizes = [(math.prod(leaf.shape), _dtype(leaf).itemsize) for leaf in leaves]
+    from ..tensors.dtypes import DTYPES
+
+    sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]
     return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
 
 

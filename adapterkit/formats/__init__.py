@@ -18,6 +18,7 @@ from ..tensors.lazy import Lazy
 from ..tensors.locations import NOTE, exists, is_remote, local, located, source_of
 from ..tensors.staging import files_below, matches, staged
 from ..tensors.written import sources_remembered
+from ._endings import adapter_modules
 from ._format import ON_LOSS, TENSORS, UNKNOWN, Format
 
 if TYPE_CHECKING:
@@ -174,7 +175,9 @@ def write(
     if on_loss not in ON_LOSS:
         raise UsageError(f"unknown on_loss {on_loss!r}", cure=f"Known: {', '.join(ON_LOSS)}")
     if max_error is not None and (on_loss != "promote" or not 0 < max_error < 1):
-        raise UsageError(f"max_error {max_error}", cure="It is a number between 0 and 1, beside on_loss='promote'")
+        raise UsageError(
+            f"max_error {max_error}", cure="It is a number between 0 and 1, beside on_loss='promote'/--on-loss promote"
+        )
     writer = FORMATS[format]()
     adapter.validate()
     if profile is not None and profile not in writer.profiles:
@@ -184,7 +187,7 @@ def write(
     from ._proof import prove
 
     def once(adapter: Adapter) -> list[str]:
-        fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
+        fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss, base=below)
         inputs = [*files_of(adapter), *(() if below is None else below.files)]
         with (
             staged(
@@ -261,6 +264,12 @@ def _only(found: Sequence[str], path: str | PathLike[str]) -> str:
         return found[0]
     if found:
         raise UnknownFormat(f"could be {' or '.join(found)}", path=path, cure="Say which with format=/--from")
+    source = _existing(path)
+    module = next(iter(adapter_modules(source)), None)
+    if module is not None:
+        why = "its keys end as an adapter's do, but no family that is known has all of its modules"
+        cure = "Name its format and the base, whose modules decide: --from and --base (format=, base=)"
+        raise UnknownFormat(why, path=path, where=module, cure=cure)
     raise UnknownFormat("not an adapter in any known format", path=path, cure=f"Tried: {', '.join(FORMATS)}")
 
 

@@ -7,27 +7,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..adapter import Target, Updates, canonical
-from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable
+from ..errors import AdapterkitError, Malformed, ShapeMismatch, Unrepresentable, Unsupported
+from ..methods.dense import Dense
 from ..methods.dora import DoRA
+from ..methods.lokr import LoKr
+from ..methods.lora import LoRA
 from ..methods.replacement import Replacement
 from ..naming.image import component_of, rooted
+from ..tensors.lazy import as_lazy
 from ..tensors.strict_json import load_json
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat, folder_file
+from ._image.encode import times
 from ._image.file import Found, Key, Module, Rules
+from ._image.fusing import narrow
 from ._image.hints import Hints
 
 if TYPE_CHECKING:
     from ..tensors.checkpoint import Checkpoint
     from ..updates import Update
+    from ._image.deciding import Origin
+    from ._image.translate import Changed, Losses
     from .peft.config import Settings
 
 
@@ -53,6 +61,8 @@ SLOTS = {
 SCALE = "set_weight"
 """Slot of a norm's scale: FLUX's control LoRAs replace the scales of the norms of queries and keys."""
 
+_LOKR = re.compile(rf"({_PART}\..+)\.(lokr_(?:w[12](?:_[ab])?|t2))")
+
 _NORM = re.compile(r"transformer\.(?:single_)?transformer_blocks\.\d+\.attn\.norm_(?:added_)?[qk]")
 
 _WORDS = {word: slot for slot, word in SLOTS.items()} | {
@@ -66,9 +76,9 @@ class Diffusers(ImageFormat):
 
     url = "https://huggingface.co/docs/diffusers/main/en/api/loaders/lora"
     description = "diffusers' pipelines: LoRA and DoRA by part, scalings in the header; all three generations of keys"
-    methods = frozenset({"dora", "lora", "replacement"})
+    methods = frozenset({"dora", "lokr", "lora", "replacement"})
     owns = frozenset(FILES)
-    rules = Rules(peft=True, slots=(*SLOTS, SCALE))
+    rules = Rules(peft=True, slots=(*SLOTS, SCALE, "lokr_"))
     naming = "diffusers"
 
     def chosen(self, path: Path, *, write: bool = False) -> Path:
@@ -102,6 +112,8 @@ class Diffusers(ImageFormat):
             return Key(key, found[1], found[2])
         if found := _THIRD.fullmatch(key):
             return Key(key, found[1], _WORDS[found[2]])
+        if found := _LOKR.fullmatch(key):
+            return Key(key, found[1], found[2])
         stem, _, word = key.rpartition(".")
         if word == "weight" and _NORM.fullmatch(stem):
             return Key(key, stem, SCALE)
@@ -126,12 +138,26 @@ class Diffusers(ImageFormat):
             return None
         return stem
 
+    def renamed(self, updates: Updates, kept: Collection[str], origin: Origin, *, fold: bool) -> tuple[Changed, Losses]:
+        """In diffusers' naming; changes of biases beside a LoRA become its bias, as diffusers' own converter has it."""
+        changed, losses = super().renamed(_with_biases(updates), kept, origin, fold=fold)
+        kinds: dict[str, dict[bool, list[Target]]] = {}
+        for target, found in changed.items():
+            for update in found:
+                if isinstance(update, (LoKr, LoRA, DoRA)):
+                    part = component_of(target.path) or ""
+                    kinds.setdefault(part, {}).setdefault(isinstance(update, LoKr), []).append(target)
+        mixed = [min(kind.values(), key=len) for kind in kinds.values() if len(kind) > 1]
+        return changed, [*losses, *((target, "lokr beside lora in one part") for each in mixed for target in each)]
+
     def rescaled(self, found: Found, stem: str, metadata: Mapping[str, str]) -> Found:
         part, _, name = stem.partition(".")
         settings = _settings(metadata.get(CONFIG, "")).get(part)
         update = cast(Any, found.update)
         if settings is None or isinstance(update, Replacement):
             return found
+        if isinstance(update, LoKr):
+            raise Unsupported("LoKr with a config in the header", where=stem, cure=f"Take {CONFIG} out of the header")
         rank = update.dims()["r"]  # Raises a typed error for shapes that are no factors.
         if settings.rank(name) != rank:
             why = f"rank {rank}; {CONFIG} says {settings.rank(name)}"
@@ -151,13 +177,32 @@ class Diffusers(ImageFormat):
         if hints.stems and len(hints.without_alpha) < len(hints.stems):
             return old, False
         pairs = ((stems[str(t)], u) for t, found in updates.items() for u in found)
-        each: list[tuple[str, Any]] = [(stem, u) for stem, u in pairs if not isinstance(u, Replacement)]
+        each: list[tuple[str, Any]] = [(stem, u) for stem, u in pairs if not isinstance(u, (LoKr, Replacement))]
         scales = {stem: (int(u.A.shape[0]), float(u.scaling), u) for stem, u in each}
         if _say(_settings(dict(old).get(CONFIG, "")), scales):
             return old, True
         config = _composed(scales)
         text = json.dumps(config, indent=2, sort_keys=True)
         return [*((k, v) for k, v in old if k != CONFIG), (CONFIG, text)], True
+
+
+def _with_biases(updates: Updates) -> Updates:
+    """LoRAs with the changes of biases that stand beside them for their bias; then all of their part have one."""
+    joined: dict[Target, tuple[Update, ...]] = {}
+    for target, found in updates.items():
+        if len(found) != 2 or not isinstance(found[0], LoRA) or not isinstance(found[1], Dense):
+            continue
+        lora, dense = cast(tuple[LoRA, Dense], found)
+        if lora.bias is None and lora.scaling and dense.D is None and dense.d is not None:
+            bias = times(dense.d, dense.scaling / lora.scaling) if dense.scaling != lora.scaling else as_lazy(dense.d)
+            joined[target] = (lora.replace(bias=bias),)
+    parts = {component_of(target.path) for target in joined}
+    for target, found in updates.items():
+        alone = found[0] if len(found) == 1 else None
+        if isinstance(alone, LoRA) and alone.bias is None and component_of(target.path) in parts:
+            column = narrow(times(alone.B, 0.0), 1, 0, 1)
+            joined[target] = (alone.replace(bias=column.reshape(column.shape[0])),)
+    return {target: joined.get(target, found) for target, found in updates.items()}
 
 
 @lru_cache(maxsize=4)

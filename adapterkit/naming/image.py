@@ -21,6 +21,10 @@ KOHYA = "kohya"
 """Stands for the naming that sd-scripts flattens into its keys; which one that is, the family's file says."""
 
 
+FUSED = "diffusers_fused"
+"""The naming of diffusers after `fuse_qkv_projections`, into which it loads a LoKr of a fused weight."""
+
+
 class Family:
     """One family that is a part of a pipeline of diffusers.
 

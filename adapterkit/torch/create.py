@@ -26,6 +26,7 @@ from .layers import Conv1D, stored_layout, stored_shape
 from .leaves import is_leaf_name
 from .moments import Moments, moments_of
 from .packed import dequantized, is_packed
+from .sharding import whole
 from .starts import OF_DATA, Place, find, start_of
 from .wrappers import unwrapped
 
@@ -75,7 +76,8 @@ def create(
             arguments, anything else as its one argument.
         rho: for `eva`, how many times its rank a layer may have at most when ranks are shared out by explained
             variance; 1 leaves them equal.
-        dropout: in training, the probability that an input of the change is 0, as PEFT's `lora_dropout`.
+        dropout: in training, the probability that an input of the change is 0, as PEFT's `lora_dropout`; of LoHa and
+            LoKr that of a row of the change (`rank_dropout`), of OFT and BOFT the share of blocks that do not rotate.
         seed: of the numbers drawn.
         layout: the axis order of targets that are parameters, where neither the model's family nor its number of
             experts tells it; one of `LAYOUTS`.
@@ -274,7 +276,7 @@ def _weight(model: nn.Module, path: str, target: Target) -> Tensor:
         stored = dequantized(module) if is_packed(module) else module.weight
     if not stored.is_floating_point() or stored.dtype.itemsize < 2:
         raise Unsupported(f"a weight of {stored.dtype}", where=path, cure="Load the base unquantized")
-    return view(stored.detach().to("cpu", torch.promote_types(stored.dtype, torch.float32)), target)
+    return view(whole(stored.detach()).to("cpu", torch.promote_types(stored.dtype, torch.float32)), target)
 
 
 def _weighted(module: nn.Module) -> bool:
@@ -300,7 +302,7 @@ def _bias(model: nn.Module, path: str) -> Tensor | None:
     stem, found, tail = path.rpartition("weight")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     bias = parameters.get(f"{path}.bias", parameters.get(f"{stem}bias{tail}") if found else None)
-    return None if bias is None else bias.detach().to("cpu", torch.promote_types(bias.dtype, torch.float32))
+    return None if bias is None else whole(bias.detach()).to("cpu", torch.promote_types(bias.dtype, torch.float32))
 
 
 def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:

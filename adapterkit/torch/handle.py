@@ -21,6 +21,7 @@ from .layers import Quantized
 from .leaves import Leaf, LiveUpdates, is_leaf_name
 from .outputs import Switch
 from .scopes import switched
+from .sharding import gathered, is_sharded, put, whole
 from .station import Part, Station
 from .undo import KEEPS, Merged
 from .watch import Watch
@@ -57,7 +58,7 @@ class Handle:
         """Take the place in the list of the model's handles, watch its modules, and freeze the base if asked to."""
         self._model.__dict__.setdefault(HANDLES, []).append(self)
         watch_state(self._model)
-        self._watch = Watch(self._model, self.name, (station.module for station in self._stations))
+        self._watch = Watch(self._model, self.name, (station.module for station in self._stations), self._leaves)
         if frozen:
             held = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad and not is_leaf_name(n)]
             for _, parameter in held:
@@ -175,7 +176,7 @@ class Handle:
                 why = f"{list(state[name].shape)} where the adapter has {list(parameter.shape)}"
                 raise ShapeMismatch(why, where=name, cure="Pass what state_dict() of the same adapter returned")
         for name, parameter in held.items():
-            parameter.copy_(state[name])
+            put(parameter, state[name])
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable leaves, shared ones once."""
@@ -253,8 +254,10 @@ class Handle:
 
         Raises:
             NotMergeable: a formula is not one of weights, a bias to change is missing, a weight shares its memory with
-                another, or its type is not a plain tensor (sharded, or quantized by a library).
+                another, or its type is not a plain tensor (quantized by a library).
             UsageError: `keep` is another word, or "recompute" for updates that are not additive.
+
+        Under FSDP2 and tensor parallelism this gathers one weight after the other: call it in every process.
         """
         if not isinstance(keep, bool) and keep not in KEEPS:
             raise UsageError(f"no such choice: {keep!r}", where="keep", cure=f"Choose among {', '.join(KEEPS)}")
@@ -348,7 +351,7 @@ class Handle:
                 raise NotMergeable(f"a weight stored as {parameter.layout}", where=where, cure=_KEEP)
             if any(stride == 0 < size - 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
                 raise NotMergeable("a weight whose elements share memory", where=where, cure=_KEEP)
-            if type(parameter) not in (Tensor, nn.Parameter):
+            if type(parameter) not in (Tensor, nn.Parameter) and not is_sharded(parameter):
                 kind = type(parameter.data).__name__
                 cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
                 raise NotMergeable(f"a weight that is a {kind}, no plain tensor", where=where, cure=cure)
@@ -368,12 +371,16 @@ class Memory:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        held = [(n, p) for n, p in _parameters(model) if type(p) is nn.Parameter and p.layout is torch.strided]
+        named = list(_parameters(model))
+        self._sharded = [(name, p) for name, p in named if is_sharded(p)]
+        held = [(name, p) for name, p in named if type(p) is nn.Parameter and p.layout is torch.strided]
         self._ranges = sorted((*_range(p), name) for name, p in held if p.numel() and p.device.type != "meta")
         self._longest = max((stop - start for start, stop, _ in self._ranges), default=0)
 
     def beside(self, tensor: Tensor) -> list[str]:
         """The names of all parameters that share memory with a tensor; its own are among them."""
+        if is_sharded(tensor):  # A DTensor has no address; two of them share memory only if they are one.
+            return [name for name, other in self._sharded if other is tensor]
         start, stop = _range(tensor)
         first = bisect.bisect_left(self._ranges, (start - self._longest,))
         last = bisect.bisect_left(self._ranges, (stop,))
@@ -405,6 +412,7 @@ def _changed(parts: Sequence[Part]) -> list[str]:
 @torch.no_grad()
 def _fold(station: Station, parts: list[Part]) -> None:
     """Sums are folded where the weights lie; what looks at the whole weight, one station at a time."""
+    parts = [replace(part, bound=LiveUpdates([gathered(update) for update in part.updates])) for part in parts]
     weights = dict.fromkeys(part.weight for part in parts)
     alone = {path: [part for part in parts if part.weight == path] for path in weights if path}
     if len(alone) == len(weights) and all(fits(tensor_at(station.module, p), own) for p, own in alone.items()):
@@ -413,7 +421,7 @@ def _fold(station: Station, parts: list[Part]) -> None:
         return
     changed = station.changed(parts, torch.float64)
     for path, value in changed.items():
-        tensor_at(station.module, path).copy_(value)
+        put(tensor_at(station.module, path), value)
 
 
 def _less(station: Station, parts: list[Part]) -> dict[int, Tensor]:
@@ -525,9 +533,7 @@ def _name(target: Target, updates: tuple[Update, ...], position: int, field: str
 
 def _copy(leaf: object) -> Tensor:
     assert isinstance(leaf, Tensor)
-    held: Any = leaf.detach()
-    whole: Tensor = held.full_tensor() if hasattr(held, "full_tensor") else held
-    return whole.clone()
+    return whole(leaf.detach()).clone()
 
 
 def handles(model: nn.Module) -> dict[str, Handle]:

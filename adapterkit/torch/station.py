@@ -27,6 +27,7 @@ from .leaves import LiveUpdates
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
 from .routing import Route, check_expert, check_switches, join, split
 from .scopes import Recall, Scope, current
+from .sharding import whole
 from .weights import changed_bias, changed_weight, settled, tensor_at
 
 
@@ -305,6 +306,7 @@ class Station:
             and len(args) + len(kwargs) == 1
             and named
             and all(self.ranks[part] for part in named)
+            and not self._drops(named)
         ):
             if not compiling:
                 check_expert(route, where)
@@ -335,11 +337,11 @@ class Station:
         """The part's updates, with what their changes to the bias take from the weight worked out."""
         if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
             return part.updates
-        W = tensor_at(self.module, part.weight)
+        W = whole(tensor_at(self.module, part.weight))
         return settled(part.updates, W.to(dtype or torch.promote_types(W.dtype, torch.float32)), part.target)
 
     def _after(self, path: str, dtype: torch.dtype | None, changes: Any, law: Any) -> Tensor:
-        before = tensor_at(self.module, path)
+        before = whole(tensor_at(self.module, path))
         wide = dtype or torch.promote_types(before.dtype, torch.float32)
         after: Tensor = law(before.to(wide), changes)
         return after if dtype else after.to(before.dtype)

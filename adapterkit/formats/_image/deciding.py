@@ -207,14 +207,15 @@ def _shaped(family: Family, target: Target, found: Iterable[Any]) -> bool:
         return True
     for update in found:
         dims = update.dims(target.stacked)
-        out, in_ = dims.get("out"), dims.get("in")
+        out, in_ = dims.get("out"), dims.get("in", dims.get("columns"))
         if isinstance(out, int) and isinstance(in_, int) and abs(out - ratio * in_) > 0.5:
             return False
     return True
 
 
 def _inputs(updates: Updates, targets: Iterable[Target]) -> set[int]:
-    sizes = (update.dims(target.stacked).get("in") for target in targets for update in updates[target])
+    found = (update.dims(target.stacked) for target in targets for update in updates[target])
+    sizes = (dims.get("in", dims.get("columns")) for dims in found)
     return {size for size in sizes if isinstance(size, int)}
 
 

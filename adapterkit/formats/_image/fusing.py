@@ -37,9 +37,22 @@ def parted(update: Update, spans: Sequence[tuple[int, int]]) -> list[Update] | N
             for span, rank in zip(spans, ranks, strict=True)
         ]
         return [_bias_cut(part, span) for part, span in zip(whole, spans, strict=True)]
-    if isinstance(update, LoKr) or not update.cuts("out") or update.dims().get("out") is None:
+    if isinstance(update, LoKr):
+        return _kronecker_parts(update, spans)
+    if not update.cuts("out") or update.dims().get("out") is None:
         return None
     return [_rows(update, span) for span in spans]
+
+
+def _kronecker_parts(update: LoKr, spans: Sequence[tuple[int, int]]) -> list[Update] | None:
+    """Rows of w1 for each span, where each ends with all rows of w2; None where one ends between them."""
+    size = int(update.dims()["out"]) // int(update.dims()["a"])  # type: ignore[arg-type]
+    if update.stacked or any(edge % size for span in spans for edge in span):
+        return None
+    name = "w1" if update.w1 is not None else "w1_a"
+    return [
+        update.replace(**{name: narrow(update.tensors[name], 0, start // size, stop // size)}) for start, stop in spans
+    ]
 
 
 def _rows(update: Update, span: tuple[int, int]) -> Update:
@@ -147,13 +160,15 @@ def _block_diagonal(
         if not fold and not _power_of_two(ratio):
             return None, "parts of a fused weight with scalings that differ"
         blocks.append(update.B if ratio == 1 else times(update.B, ratio))
-    edges = [0]
+    # Parts that share A share its rank: of queries, keys and values out of one fused LoRA, beside an MLP of its own.
+    ranks, held, end = list[tuple[int, int]](), dict[str, tuple[int, int]](), 0
     for update in updates:
-        edges.append(edges[-1] + int(update.A.shape[0]))
-    ranks = list(pairwise(edges))
+        known = held.setdefault(fingerprint(update.A), (end, end + int(update.A.shape[0])))
+        ranks.append(known)
+        end = max(end, known[1])
     tail = tuple(updates[0].A.shape[1:])
-    A = place([(rank, None, u.A) for rank, u in zip(ranks, updates, strict=True)], (edges[-1], *tail))
-    B = place([(row, rank, b) for row, rank, b in zip(rows, ranks, blocks, strict=True)], (out, edges[-1]))
+    A = place([(rank, None, u.A) for rank, u in zip(ranks, updates, strict=True)], (end, *tail))
+    B = place([(row, rank, b) for row, rank, b in zip(rows, ranks, blocks, strict=True)], (out, end))
     return LoRA(A=cast(Any, A), B=cast(Any, B), bias=None, scaling=scaling), ""
 
 

@@ -6,8 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from ...adapter import Target, Updates
+from ...methods.lokr import LoKr
 from ...methods.oft import OFT
-from ...naming.image import Family, families_of, rooted
+from ...naming.image import FUSED, Family, families_of, rooted
 from ...naming.pieces import Piece, Run
 from ...updates import Update
 from .deciding import UNKNOWN, Origin, decide, denoiser_targets
@@ -118,7 +119,7 @@ class _Into:
             if None in turned or target.rows is not None:
                 return self.lose(target, found, "its parts have another order there, and they cannot be told apart")
             return self.keep(replace(target, path=root + first.path), tuple(u for u in turned if u is not None))
-        return self._part(target, found, pieces, root)
+        return self._part(target, found, pieces, root, source)
 
     def _root(self, root: str) -> str:
         """The part of the pipeline in diffusers' words, if that is wanted."""
@@ -126,11 +127,24 @@ class _Into:
             return root
         return f"{self.family.component}."
 
-    def _part(self, target: Target, found: tuple[Update, ...], pieces: tuple[Piece, ...], root: str) -> None:
+    def _fused(self, target: Target, found: tuple[Update, ...], source: str) -> str | None:
+        """The module that diffusers fuses for a LoKr: it loads no Kronecker factors but those that were trained."""
+        if self.naming != "diffusers" or target.rows is not None or not all(isinstance(u, LoKr) for u in found):
+            return None
+        rest = rooted(target.path)[1]
+        pieces = self.family.moves(rest, source, FUSED) if FUSED in self.family.namings else ()
+        return pieces[0].path if len(pieces) == 1 and pieces[0].here.whole and pieces[0].there.whole else None
+
+    def _part(
+        self, target: Target, found: tuple[Update, ...], pieces: tuple[Piece, ...], root: str, source: str
+    ) -> None:
         if target.rows is not None and all(isinstance(update, OFT) for update in found):
             exact = next((each for each in pieces if _is(target.rows, each.here) and each.there.whole), None)
             if exact is not None:
                 return self.keep(replace(target, path=root + exact.path, rows=None), found)
+        fused = self._fused(target, found, source)
+        if fused is not None:
+            return self.keep(replace(target, path=root + fused), found)
         parts: list[tuple[Piece, Update]] = []
         for update in found:
             if len(pieces) == 1 and pieces[0].here.whole:

@@ -92,6 +92,18 @@ def toml_of(name: str, family: Family) -> str:
             ratio = shape[0] / shape[1]
             ratios[weight] = int(ratio) if ratio == int(ratio) else round(ratio, 6)
     keyed = ["native", "diffusers"] if family.native == "=" else ["diffusers"]
+    if family.fused:
+        keyed.append("diffusers_fused")
+    for fused, parts in family.fused.items():
+        names = _expanded(parts)
+        for weight, places in weights.items():
+            block, _, last = weight.rpartition(".")
+            if last in names:
+                places["diffusers_fused"] = {"name": f"{block}.{fused}", "part": names.index(last), "of": len(names)}
+    # A weight whose key is no name in diffusers needs its place in both namings.
+    for places in weights.values() if family.fused else ():
+        if "diffusers" in places:
+            places["diffusers_fused"] = places["diffusers"]
     lines = [
         "# Made by tools/foreign/image_families and reviewed. spec/architectures/README.md says what each field means.",
         "format = 1", f'family = "{name}"', "model_types = []",

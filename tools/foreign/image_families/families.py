@@ -34,6 +34,7 @@ class Family:
         counted: all published models have as many blocks as the class has by default.
         distinctive, widths: see spec/architectures/README.md.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
+        fused: module that fuse_qkv_projections makes -> the modules beside it that it is made of.
         sources: where the authors' names come from.
     """
 
@@ -50,6 +51,7 @@ class Family:
     counted: bool = False
     widths: tuple[int, ...] = ()
     ratios: tuple[str, ...] = ()
+    fused: dict[str, str] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
 
@@ -172,7 +174,7 @@ FAMILIES: dict[str, Family] = {
         double_blocks.#.{img,txt}_attn.qkv*3 double_blocks.#.{img,txt}_attn.proj double_blocks.#.{img,txt}_mlp.{0,2}
         double_blocks.#.{img,txt}_attn.norm.{query,key}_norm:scale
         single_blocks.#.linear{1,2} single_blocks.#.norm.{query,key}_norm:scale""",
-        title="flux2", widths=(3072, 4096),
+        title="flux2", widths=(3072, 4096), fused={"to_qkv": "to_{q,k,v}", "to_added_qkv": "add_{q,k,v}_proj"},
         ratios=("*.ff.linear_*", "*.ff_context.linear_*", "*.to_qkv_mlp_proj", "*.attn.to_out"),
         sources=("black-forest-labs/flux2: model.py",),
     ),

@@ -1,0 +1,47 @@
+"""Endings of keys that only adapters have, for files that no format recognises or whose names cannot be resolved."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AdapterkitError
+from ..tensors import safetensors
+from ..tensors.torch_file import is_torch_file, read_torch_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_ENDINGS = re.compile(
+    r"(.+?)\.((?:lora_(?:A|B|down|up|mid|magnitude_vector|a|b)(?:\.[\w-]+)?(?:\.weight|\.bias)?"
+    r"|lora(?:_linear_layer)?\.(?:down|up)\.weight|(?:to_\w+|add_\w+)_lora\.(?:down|up)\.weight"
+    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks(?:\.\d+)?|dora_scale|diff|diff_b|w_norm|b_norm"
+    r"|(?:a1|a2|b1|b2)\.weight))"
+)
+_ALPHA = re.compile(r"(.+)\.(alpha)")
+
+
+def adapter_modules(path: Path) -> dict[str, dict[str, Any]]:
+    """Module -> slot -> tensor of a file in which every key ends as only an adapter's do; else nothing.
+
+    Args:
+        path: a file of tensors; anything else has no modules.
+    """
+    try:
+        if not path.is_file():
+            return {}
+        tensors: dict[str, Any] = (
+            dict(read_torch_file(path)) if is_torch_file(path) else dict(safetensors.read_header(path).entries)
+        )
+    except AdapterkitError:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    told = False
+    for key, tensor in tensors.items():
+        match = _ENDINGS.fullmatch(key)
+        told = told or match is not None
+        match = match or _ALPHA.fullmatch(key)
+        if match is None:
+            return {}
+        found.setdefault(match[1], {})[match[2]] = tensor
+    return found if told else {}
