@@ -30,7 +30,7 @@ def test_every_naming_of_a_file_is_one_to_one_both_ways(file):
             place = architecture.place(weight, naming)
             if place is not None:
                 found = architecture.find(fill(place.name, NUMBERS), naming)
-                same = [each for each in found if each[1].part == place.part]
+                same = [each for each in found if (each[1].part, each[1].qkv) == (place.part, place.qkv)]
                 assert [each[0] for each in same] == [weight]
                 assert fill(place.name, same[0][2]) == fill(place.name, NUMBERS)
 
@@ -45,6 +45,10 @@ def test_a_model_type_has_one_file():
         assert architecture_of(nothing) is None
 
 
+def config_of(model_type):
+    return {"model_type": model_type, **BASES[model_type].get("config", {})}
+
+
 @pytest.mark.parametrize("model_type", BASES)
 def test_an_adapter_of_a_live_model_finds_its_place_in_the_base_as_it_is_stored(model_type):
     """Rows of B are numbered, so that it shows which part of a target went where."""
@@ -55,7 +59,7 @@ def test_an_adapter_of_a_live_model_finds_its_place_in_the_base_as_it_is_stored(
         update = LoRA(A=from_numpy(np.zeros((*lead, 1, into), "f4")), B=from_numpy(rows))
         updates[Target(path, "e out *in" if lead else "out *in")] = (update,)
     shapes = {name: tuple(shape) for name, shape in vector["base"].items()}
-    bound = find_sites(Adapter(updates), shapes, partial=False, config={"model_type": model_type})
+    bound = find_sites(Adapter(updates), shapes, partial=False, config=config_of(model_type))
     found = {}
     for origin, site in zip(bound.origins, bound.sites, strict=True):
         stacked = origin.stacked and not site.target.stacked
@@ -98,7 +102,7 @@ def test_an_adapter_in_stored_names_finds_its_place_in_a_live_model(model_type):
     shapes = {name: tuple(vector["live"][name]) for name in names if name in vector["live"]}
     adapter = Adapter({Target(path, layout): (update,) for path, (_, layout, update) in updates.items()})
     found = {path: np.full(ids.shape, -1) for path, ids in expected.items()}
-    for site in find_sites(adapter, shapes, partial=False, config={"model_type": model_type}).sites:
+    for site in find_sites(adapter, shapes, partial=False, config=config_of(model_type)).sites:
         rows = slice(None) if site.target.rows is None else slice(*site.target.rows)
         found[site.target.path][..., rows] = site.updates[0].B.numpy()[..., 0]
     for path, ids in expected.items():
@@ -166,3 +170,33 @@ def test_a_family_that_nothing_names_takes_one_file_and_no_code(tmp_path, monkey
         "z.0.x.1.u.weight": [6, 7, 8], "z.0.x.1.g.weight": [9, 10, 11],
     }  # fmt: skip
     assert [str(rule) for rule in bound.rules] == ["architecture zebra: live -> hub"]
+
+
+def test_every_weight_of_a_tools_naming_is_one_of_its_families():
+    found = architectures.namings()
+    assert {naming.naming for naming in found} == {"litgpt", "megatron", "tensorrt_llm", "torchtune"}
+    for naming in found:
+        families = [architecture_of({"model_type": model_type}) for model_type in naming.model_types]
+        assert all(naming.naming in family.namings for family in families)
+        assert set(naming.weights) <= {key for family in families for key in family.record.weights}
+        assert naming.sources
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("format = 1->format = 2", "format 2"), ("naming = ->name = ", "naming"),
+        ('"query", groups->"queries", groups', "qkv 'queries'"), ('qkv = "query", groups->groups', "groups and no qkv"),
+        ('qkv = "query", groups = true->part = 0, of = 3', "divided in different ways"),
+        ('"query", groups->"key", groups', "are both"),
+    ],
+)  # fmt: skip
+def test_a_damaged_naming_is_refused(change, why, tmp_path):
+    (tmp_path / "namings").mkdir()
+    text = (folder() / "namings" / "megatron.toml").read_text()
+    (tmp_path / "llama.toml").write_text((folder() / "llama.toml").read_text())
+    old, new = change.split("->")
+    assert old in text
+    (tmp_path / "namings" / "megatron.toml").write_text(text.replace(old, new))
+    with pytest.raises(Malformed, match=why):
+        load(tmp_path / "llama.toml")

@@ -14,15 +14,20 @@ import onnx
 import pytest
 from command_line import record, run, save_base, save_peft
 from doomed_commands import Commands, tree
-from hub_repository import environment, hub, peft_files  # noqa: F401 - a fixture
+from hub_repository import base_files, environment, hub, peft_files  # noqa: F401 - a fixture
 from hub_server import HubServer
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
+from adapterkit.cli import adapterkit
 from adapterkit.errors import StorageError
+from adapterkit.hub import reading
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="faults are planted by way of /proc")
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="faults are planted by way of /proc"),
+    pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning"),  # Of huggingface_hub's uploads.
+]
 
 COMMANDS = {
     "convert": "convert {adapter} {out} --to peft",
@@ -150,6 +155,135 @@ def test_a_command_that_was_killed_when_its_work_was_done(words: list[str], tmp_
         assert again.code == 0, again
         assert ("already done" in again.said) == (at > last), again
         assert tree(tmp_path / "made") == whole
+
+
+READING = {"demo", "diff", "doctor", "inspect", "list", "names", "validate", "verify"}
+"""Commands that write nothing."""
+
+ELSEWHERE = {"export": "test_onnx_export.py"}
+"""Commands that need transformers: their tests."""
+
+
+def test_every_command_that_writes_is_here() -> None:
+    here = {line.split()[0] for line in (*COMMANDS.values(), *OF_HUBS.values())}
+    assert here | READING | ELSEWHERE.keys() == set(adapterkit.list_commands(None))  # type: ignore[arg-type]
+    assert not here & READING
+    for file in ELSEWHERE.values():
+        assert "already" in (Path(__file__).parent / file).read_text("utf-8"), file
+
+
+def test_a_command_that_was_killed_half_way(words: list[str], tmp_path: Path, command: Commands) -> None:
+    """The next one makes what an undisturbed one makes, and leaves nothing else."""
+    points = command(*words, folder=tmp_path / "made").points
+    whole = tree(tmp_path / "made")
+    for at in (1, len(points) // 2):
+        for name in os.listdir(tmp_path / "made"):
+            os.rename(tmp_path / "made" / name, tmp_path / f"{at}{name}")
+        killed = command(*words, folder=tmp_path / "made", at=at, signal=signal.SIGKILL)
+        assert killed.code == -signal.SIGKILL, killed
+        assert command(*words).code == 0
+        assert tree(tmp_path / "made") == whole, at
+        assert "already done" in command(*words).said
+
+
+OF_HUBS = {
+    "pull": "pull org/lora {out}",
+    "push": "push {adapter} hf://org/out",
+    "convert from a hub": "convert org/lora {out} --to adapterkit",
+    "convert to a hub": "convert {adapter} hf://org/out --to adapterkit",
+    "combine to a hub": "combine {adapter} org/lora -o hf://org/out --to peft",
+    "merge from a hub": "merge org/base org/lora -o {out}",
+    "merge as a stream": "merge hf://org/base org/lora -o {out} --stream",
+    "merge to a hub": "merge {base} {adapter} -o hf://org/out",
+    "merge from hub to hub": "merge hf://org/base org/lora -o hf://org/out --stream",
+}
+"""Commands that read or write on a hub."""
+
+MORE = {
+    "convert": ["--rename", "layers.0.q=layers.0.k"], "combine": ["--weight", "2", "--weight", "1"],
+    "merge": ["--weight", "2"], "push": ["--to", "mlx"],
+}  # fmt: skip
+"""A flag of each command that makes another output."""
+
+
+@pytest.fixture(params=OF_HUBS)
+def of_hub(request: pytest.FixtureRequest, hub: HubServer, tmp_path: Path) -> list[str]:
+    """The words of a command whose inputs are on the disk and on a hub."""
+    hub.add("org/lora", peft_files())
+    hub.add("org/base", base_files())
+    names = {"adapter": save_peft(tmp_path / "adapter"), "base": save_base(tmp_path / "base")}
+    (tmp_path / "made").mkdir()
+    return OF_HUBS[request.param].format(**names, out=tmp_path / "made" / "out").split()
+
+
+def outputs(hub: HubServer, folder: Path) -> dict[str, object]:
+    """What a command left on the disk, by name with the inode, and on the hub, with its commits."""
+    there = {f"hub/{name}": data for name, data in hub.files("org/out").items()} if "org/out" in hub.repos else {}
+    return {**tree(folder), **places(folder), **there}
+
+
+def test_the_same_command_with_a_hub_is_done(of_hub: list[str], hub: HubServer, tmp_path: Path) -> None:
+    first = run(*of_hub)
+    assert first.exit_code == 0, first.output
+    before = outputs(hub, tmp_path / "made")
+    assert before
+    again = run(*of_hub)
+    assert again.exit_code == 0, again.output
+    assert "already" in again.stdout, again.stdout
+    assert outputs(hub, tmp_path / "made") == before
+
+
+def test_another_command_with_a_hub_is_not_taken_for_the_same(
+    of_hub: list[str], hub: HubServer, tmp_path: Path
+) -> None:
+    assert run(*of_hub).exit_code == 0
+    before = outputs(hub, tmp_path / "made")
+    if of_hub[0] in MORE:  # All files that another `pull --include` wants are there.
+        other = run(*of_hub, *MORE[of_hub[0]])
+        assert other.exit_code == 6, other.output
+        assert "overwrit" in other.output
+    assert outputs(hub, tmp_path / "made") == before
+    hub.add("org/lora", peft_files("org/other"))
+    reading._seen.clear()  # What a place held is asked for once in a process.
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, tmp_path / "adapter" / "adapter_model.safetensors")
+    changed = run(*of_hub)
+    assert changed.exit_code == 6, changed.output
+    assert outputs(hub, tmp_path / "made") == before
+    assert run(*of_hub, "--overwrite").exit_code == 0
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_output_of_a_hub_that_was_changed(of_hub: list[str], tmp_path: Path) -> None:
+    if any(word.startswith("hf://org/out") for word in of_hub):
+        return
+    assert run(*of_hub).exit_code == 0
+    for file in [file for file in (tmp_path / "made").rglob("*") if file.is_file()]:
+        kept = file.read_bytes()
+        file.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
+        assert run(*of_hub).exit_code == 6, file
+        file.write_bytes(kept)
+    assert "already" in run(*of_hub).stdout
+
+
+def test_a_command_with_a_hub_that_was_killed(
+    of_hub: list[str], hub: HubServer, tmp_path: Path, command: Commands
+) -> None:
+    told = environment(hub, tmp_path)
+    if any(word.startswith("hf://org/out") for word in of_hub):
+        return
+    done = command(*of_hub, folder=tmp_path / "made", env=told)
+    assert done.code == 0, done
+    whole = tree(tmp_path / "made")
+    last = max(at for at, point in enumerate(done.points) if point == "replace")
+    for at in (len(done.points) // 2, last + 1):
+        for name in os.listdir(tmp_path / "made"):
+            os.rename(tmp_path / "made" / name, tmp_path / f"{at}{name}")
+        command(*of_hub, folder=tmp_path / "made", at=at, signal=signal.SIGKILL, env=told)
+        again = command(*of_hub, env=told)
+        assert again.code == 0, again
+        assert tree(tmp_path / "made") == whole, at
+        assert "already" in command(*of_hub, env=told).said
 
 
 def test_a_graph_that_is_written_beside_its_data(tmp_path: Path, command: Commands) -> None:

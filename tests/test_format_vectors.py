@@ -17,7 +17,7 @@ BESIDE = ("converted.", "expected.", "forward.")
 """What names of files begin with that no tool of the format writes."""
 MADE = (
     "comfyui", "megatron", "minlora", "nemo", "nola", "olive", "onnx_adapter", "tensorrt_llm", "textual_inversion",
-    "tinker",
+    "shared_outer", "tinker",
 )  # fmt: skip
 CASES = sorted(path.parent for name in MADE for path in (ROOT / "formats" / name).glob("*/expected.native.safetensors"))
 

@@ -345,6 +345,11 @@ def test_errors_name_rows_and_adapters():
     assert str(caught.value).startswith(
         "0: 3 rows where the route names 4 (row 0: a, row 1: the base, row 2: b, row 3: a)"
     )
+    with (
+        ak.torch.route(model, names),
+        pytest.raises(ShapeMismatch, match=r"0: an input of \[4, 15\] where.*16 features"),
+    ):
+        model(draw(4, 15))
     handles[0].set_active(False)
     with pytest.raises(UsageError, match=r"a: rows 0, 3: the adapter is switched off.*set_active\(True\)"):
         ak.torch.route(model, names).__enter__()

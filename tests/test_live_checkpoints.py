@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import adapterkit as ak
-from adapterkit.errors import UsageError
+from adapterkit.errors import Unrepresentable, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {
@@ -196,3 +198,23 @@ def test_accelerate_saves_the_adapter_and_resumes_bit_for_bit(tmp_path):
     unbroken = loop(0, 6, save=str(tmp_path / "state"))
     assert len(load_file(tmp_path / "state" / "model.safetensors")) == len(list(unbroken.parameters()))
     assert bits(loop(3, 6, load=str(tmp_path / "state"))) == bits(unbroken)
+
+
+def test_a_format_that_cannot_hold_the_adapter_is_refused_before_the_training():
+    model = llama()
+    handle = attach(model, "bottleneck")
+    with pytest.raises(Unrepresentable):
+        ak.torch.TrainerCallback(handle, to="kohya")
+    assert handle.checkpoint == "base"
+
+
+def test_the_example_of_the_readme_runs(tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "TrainerCallback" in block]
+    names = {
+        "ak": ak, "torch": torch, "transformers": transformers, "model": llama(), "settings": settings(tmp_path),
+        "data": DATA,
+    }  # fmt: skip
+    exec(example, names)
+    assert ak.read(tmp_path / "checkpoint-6" / "adapter", format="peft").methods == ("lora",)
+    assert len(names["optimizer"].param_groups) == 2

@@ -32,7 +32,7 @@ def lora(out, into, rank=2, seed=0):
 def calls(monkeypatch):
     """Which fused functions ran: names, in order."""
     seen = []
-    for name in ("_LowRankLinear", "_LowRankSum"):
+    for name in ("_LowRankLinear", "_LowRankSum", "_ScaledLinear"):
         kind = getattr(lean, name)
         apply = kind.apply
         monkeypatch.setattr(kind, "apply", lambda *args, name=name, apply=apply: (seen.append(name), apply(*args))[1])
@@ -81,6 +81,50 @@ def test_every_thin_method_has_the_gradients_of_its_formula(weight, calls, close
                 close(one, other, out, tolerance=1e-10)
     assert {"lora", "vera", "adalora", "lora_xs", "nola"} <= set(seen)
     assert set(calls) == {"_LowRankLinear"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scaled_rows_have_the_gradients_of_their_new_weight(dtype, calls, monkeypatch):
+    """Every method that says its formula as s * (W + B A): in training without a new weight, DoRA among them."""
+    seen, x, out = [], draw(2, 3, 24, dtype=dtype).requires_grad_(), draw(2, 3, 24, seed=9, dtype=dtype)
+    for method, cls in METHODS.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 24)).to(dtype)
+        if cls.kind != "weight" or (adapter := fresh(model, method)) is None:
+            continue
+        ((_, update),) = adapter
+        W = model[0].weight.detach().double()
+        if (found := update.scaled_factors(W)) is None:
+            continue
+        s, B, A = found
+        torch.testing.assert_close(s[:, None] * (W + B @ A), update.new_weight(W))
+        handle = ak.torch.inject(
+            model, adapter.map(lambda leaf: leaf.float().to(torch.promote_types(dtype, torch.float32))), trainable=True
+        )
+        del calls[:]
+        y, got = model(x), gradients(model, handle, x, out)
+        assert calls == ["_ScaledLinear"] * 2
+        seen.append(method)
+        with monkeypatch.context() as plain:
+            plain.setattr(stations.Station, "_scaled", lambda *_: None)
+            z, wanted = model(x), gradients(model, handle, x, out)
+        loose = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+        for one, other in zip((y, *got), (z, *wanted), strict=True):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(one, other, rtol=loose, atol=loose * float(other.detach().abs().max()))
+    assert "dora" in seen
+
+
+def test_derivatives_of_scaled_rows():
+    W, b = draw(8, 16), draw(8, seed=5)
+    given = [draw(*shape, seed=n).requires_grad_() for n, shape in enumerate([(3, 16), (8,), (2, 16), (8, 2)])]
+    for bias in (None, b):
+        run = lambda x, s, A, B, bias=bias: lean.scaled_linear(x, W, bias, s, A, B)  # noqa: E731
+        torch.testing.assert_close(
+            run(*given), nn.functional.linear(given[0], given[1][:, None] * (W + given[3] @ given[2]), bias)
+        )
+        torch.autograd.gradcheck(run, given)
+        torch.autograd.gradgradcheck(run, given)
 
 
 class Conv1D(nn.Sequential):
@@ -218,11 +262,12 @@ class Attention(nn.Module):
         return self.q(x), self.k(x), self.v(x), self.gate(x), self.up(x)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_input_is_kept_for_all_that_read_it(dtype):
+def test_one_input_is_kept_for_all_that_read_it(dtype, method):
     torch.manual_seed(0)
     model = Attention().to(dtype)
-    ak.torch.inject(model, ak.torch.create(model, "lora", rank=4, alpha=8), trainable=True)
+    ak.torch.inject(model, ak.torch.create(model, method, rank=4, alpha=8), trainable=True)
     x = draw(64, 32, dtype=dtype)
     sizes, _ = saved(lambda: model(x))
     rows = [size for size in sizes.values() if size >= 64 * 4 * dtype.itemsize]

@@ -62,6 +62,53 @@ def test_unmerging_gives_back_every_bit(trainable):
         one.unmerge_()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_unmerging_recomputes_every_bit(dtype, size):
+    """The exact bits, however much of a weight its change took; and where it is small, without a copy of the weight."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 8)).to(dtype), torch.randn(3, 256).to(dtype)
+    bias = METHODS["lora"](A=torch.randn(2, 256), B=torch.randn(128, 2), bias=torch.randn(128), scaling=size)
+    handle = ak.torch.inject(model, Adapter({Target("0"): (bias,), Target("1"): (lora(5, 128),)}), weight=0.7)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attached = model(x)
+    handle.merge_(keep="recompute")
+    held = sum(0 if each.before is None else each.before.nbytes for each in handle._merged)
+    held += sum(len(each.places) * 10 for each in handle._merged if each.places is not None)
+    assert size > 1e-3 or held < 0.8 * sum(value.nbytes for value in before.values())
+    ak.torch.inject(model, Adapter({Target("0"): (lora(3, 256, 128),)}), name="other")
+    handle.unmerge_()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    ak.torch.handles(model)["other"].remove()
+    assert torch.equal(model(x).nan_to_num(), attached.nan_to_num())
+
+
+def test_recomputing_after_the_adapter_changed_is_refused():
+    model = two_layers()
+    handle = ak.torch.inject(model, adapter(1), trainable=True, weight=1e-3)
+    parameters = list(handle.parameters())
+    handle.merge_(keep="recompute")
+    merged = bits(model)
+    with torch.no_grad():
+        parameters[0].add_(1)
+    with pytest.raises(UsageError, match="cannot be subtracted"):
+        handle.unmerge_()
+    assert same(bits(model), merged)
+    with torch.no_grad():
+        parameters[0].sub_(1)
+
+
+def test_only_sums_are_recomputed():
+    model = two_layers(torch.float32)
+    handle = ak.torch.inject(model, Adapter({Target("0"): (METHODS["ia3"](l=torch.ones(8)),)}))
+    for keep, match in (("recompute", 'keep="copy"'), ("bits", "copy, recompute")):
+        with pytest.raises(UsageError) as caught:
+            handle.merge_(keep=keep)
+        assert match in str(caught.value)
+    handle.merge_(keep="copy")
+    handle.unmerge_()
+
+
 def test_weights_changed_after_a_merge_are_not_overwritten():
     model = two_layers()
     handle = ak.torch.inject(model, adapter())

@@ -308,3 +308,29 @@ def test_rows_of_a_fused_projection_that_are_one_part_go_where_the_part_is(name,
     assert (site.target.path, site.target.rows) == (f"l.0.{name}", None)
     with pytest.raises(Unsupported, match="some rows"):
         bind(Adapter({Target("l.0.qkv", rows=(4, 12)): (lora(8, 16),)}), opened)
+
+
+@pytest.mark.parametrize(("part", "own"), [(0, "q"), (1, "k"), (2, "v")])
+def test_a_fused_projection_of_megatron_is_taken_apart_group_by_group(part, own, base):
+    """Megatron reshapes to [groups, queries of a group + 2, rows of a head]: the last two of each group are k and v."""
+    update = lora(32, 16)
+    sizes = {"q": 16, "k": 8, "v": 8}
+    opened = base({f"model.layers.0.self_attn.{x}_proj.weight": normal(rows, 16) for x, rows in sizes.items()}, LLAMA)
+    sites = bind(Adapter({Target("decoder.layers.0.self_attention.linear_qkv"): (update,)}), opened).sites
+    groups = update.B.numpy().reshape(2, 4, 4, -1)
+    wanted = (groups[:, :2], groups[:, 2:3], groups[:, 3:])[part].reshape(-1, 2)
+    (site,) = (site for site in sites if site.target.path.endswith(f"{own}_proj"))
+    np.testing.assert_array_equal(site.updates[0].B.numpy(), wanted)
+
+
+def test_names_and_orders_of_torchtune_and_litgpt_are_known_to_the_resolver(base):
+    q, qkv = normal(16, 2), lora(32, 16)
+    sizes = {"q": 16, "k": 8, "v": 8}
+    opened = base({f"model.layers.0.self_attn.{x}_proj.weight": normal(rows, 16) for x, rows in sizes.items()}, LLAMA)
+    turned = LoRA(A=from_numpy(normal(2, 16)), B=from_numpy(permuted(q, 4)))
+    (site,) = bind(Adapter({Target("layers.0.attn.q_proj"): (turned,)}), opened).sites
+    np.testing.assert_array_equal(site.updates[0].B.numpy(), q)
+    sites = bind(Adapter({Target("transformer.h.0.attn.qkv"): (qkv,)}), opened).sites
+    parts = [site.updates[0].B.numpy() for site in sites]
+    assert [site.target.path.rpartition(".")[2] for site in sites] == ["q_proj", "k_proj", "v_proj"]
+    np.testing.assert_array_equal(np.concatenate(parts), qkv.B.numpy())

@@ -10,7 +10,7 @@ from adapterkit.naming.experts import Experts
 from adapterkit.naming.heads import Heads, by_group, heads_of, rope_pairs, undone
 from adapterkit.naming.tables import Names, Table
 
-TABLES = {"litgpt": litgpt.TABLE.pairs, "torchtune": torchtune.TABLE.pairs}
+TABLES = {"litgpt": litgpt.table().pairs, "torchtune": torchtune.table().pairs}
 
 
 @pytest.mark.parametrize("pairs", TABLES.values(), ids=TABLES.keys())

@@ -13,6 +13,7 @@ from adapterkit.adapter import Adapter, Target
 from adapterkit.errors import AdapterkitError, Miswritten
 from adapterkit.formats import FORMATS
 from adapterkit.formats._image.dialect import ImageFormat
+from adapterkit.methods.lokr import LoKr
 from adapterkit.methods.rows import Rows
 from adapterkit.tensors.checkpoint import opened
 from adapterkit.tensors.lazy import as_lazy, from_numpy
@@ -49,6 +50,9 @@ UPDATES = {
     "a scaling of many digits": PLAIN.replace(scaling=0.1 + 0.2),
     "a bias": PLAIN.replace(bias=from_numpy(np.arange(16, dtype="f4"))),
     "rank above the sizes": lora(16, 16, 40),
+    "a Kronecker product of a stack": LoKr(
+        w1=from_numpy(np.ones((4, 4), "f4")), w2=from_numpy(np.arange(48, dtype="f4").reshape(4, 4, 3)), stacked=True
+    ),
 }
 TARGETS = {
     "stored [in, out]": Target(Q_PROJ, "in out *k"),

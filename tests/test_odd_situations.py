@@ -7,6 +7,7 @@ by name, with the error that it must raise where it cannot be right.
 import copy
 import io
 import pickle
+import tempfile
 
 import pytest
 import torch
@@ -638,6 +639,60 @@ def _():
     cpu_offload(model, torch.device("cpu"))
     inject(model)
     return model[0](X), wanted
+
+
+@odd("offloaded to disk by accelerate, before")
+def _():
+    from accelerate import disk_offload
+
+    model = two()
+    wanted = model[1](linear(model[0])).detach()
+    with tempfile.TemporaryDirectory() as folder:
+        disk_offload(model, folder, torch.device("cpu"))
+        handle = inject(model, trainable=True)
+        out = model(X)
+        out.sum().backward()
+        assert all(p.grad is not None for p in handle.parameters())
+        handle.remove()
+    return out, wanted
+
+
+@odd("offloaded to disk by accelerate, after")
+def _():
+    from accelerate import disk_offload
+
+    model = two()
+    inject(model)
+    wanted = model[1](linear(model[0])).detach()
+    with tempfile.TemporaryDirectory() as folder:
+        disk_offload(model, folder, torch.device("cpu"))
+        return model(X), wanted
+
+
+@odd("offloaded to disk by accelerate, DoRA")
+def _():
+    from accelerate import disk_offload
+
+    model = two()
+    update = METHODS["dora"](A=draw(2, 16), B=draw(8, 2), magnitude=draw(8).abs())
+    wanted = model[1](functional.linear(X, update.new_weight(model[0].weight), model[0].bias)).detach()
+    with tempfile.TemporaryDirectory() as folder:
+        disk_offload(model, folder, torch.device("cpu"))
+        ak.torch.inject(model, Adapter({Target("0"): (update,)}), trainable=True)
+        return model(X), wanted
+
+
+@odd("offloaded to disk by accelerate, with a route")
+def _():
+    from accelerate import disk_offload
+
+    model = two()
+    plain, on = model(X).detach(), model[1](linear(model[0])).detach()
+    with tempfile.TemporaryDirectory() as folder:
+        disk_offload(model, folder, torch.device("cpu"))
+        inject(model, name="a")
+        with ak.torch.route(model, ["a", None, "a"]):
+            return model(X), torch.stack([on[0], plain[1], on[2]])
 
 
 @odd("offloaded by accelerate, merged", raises=NotMergeable)

@@ -61,7 +61,7 @@ def read(folder, base):
     try:
         return ak.read(folder)
     except UsageError as error:
-        if error.cure != "Pass base=":
+        if error.cure != "Pass base=/--base":
             raise
         return ak.read(folder, base=base)
 

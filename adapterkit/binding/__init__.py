@@ -6,7 +6,7 @@ layouts are proven by shapes, then by the family's table, then by the adapter's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -103,11 +103,17 @@ def bind(
     if resize is not None:
         given, shapes = resize(given, shapes)
     sites = with_layouts(list(given), shapes, base.config)
+    passed = set[Hashable]()
     for site in sites:
-        check_site(site, shapes)
+        form = site.form(shapes)
+        if form not in passed:
+            check_site(site, shapes)
+            if all(update.by_form for update in site.updates):
+                passed.add(form)
     updates: dict[Target, tuple[Update, ...]] = {}
     for site in sites:
-        updates[site.target] = (*updates.get(site.target, ()), *site.updates)
+        there = updates.get(site.target)
+        updates[site.target] = site.updates if there is None else (*there, *site.updates)
     updates |= find_parts(context, shapes, found.renamed, rules)
     return Binding(
         adapter.replace(updates=updates), tuple(sites), tuple(found.missing), found.renamed, found.rules,

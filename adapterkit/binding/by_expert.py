@@ -6,7 +6,8 @@ knows both namings is tried; they must agree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from ..adapter import Adapter, Target
@@ -15,7 +16,7 @@ from ..naming.architectures import with_stacks
 from ..naming.resolver import Move, Names, resolve
 from ..updates import Update
 from .fitting import Shapes, fits, paths_of
-from .moving import Placed, moved
+from .moving import Placed, cut_rows, moved
 
 Moves = dict[str, tuple[Move, ...]]
 
@@ -39,6 +40,40 @@ def by_expert(adapters: Sequence[Adapter]) -> list[Adapter]:
     shapes = _shapes(reference)
     names = Names(paths_of(shapes))
     return [a if a is reference or not _has_stacks(a) else _in_parts(a, names, shapes) for a in adapters]
+
+
+def by_rows(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Cut updates of whole weights at the rows where another adapter has an update a part, such as gate and up.
+
+    Args:
+        adapters: adapters of one base, in its names.
+
+    Returns:
+        the adapters in the same order. A weight stays whole where the parts of the others are not all of its rows, and
+        where its formula cannot be cut.
+    """
+    spans: dict[str, set[tuple[int, int]]] = {}
+    for adapter in adapters:
+        for target in adapter.updates:
+            if target.rows is not None:
+                spans.setdefault(target.path, set()).add(target.rows)
+    return [_at_rows(adapter, spans) for adapter in adapters] if spans else list(adapters)
+
+
+def _at_rows(adapter: Adapter, spans: Mapping[str, set[tuple[int, int]]]) -> Adapter:
+    updates: dict[Target, tuple[Update, ...]] = {}
+    for target, given in adapter.updates.items():
+        rows = sorted(spans.get(target.path, ()))
+        out = given[0].dims(target.stacked).get("out")
+        tiles = [start for start, _ in rows] == [0, *(stop for _, stop in rows[:-1])] and rows and rows[-1][1] == out
+        if target.rows is not None or not tiles or not all(update.cuts("out") for update in given):
+            updates[target] = given
+            continue
+        for start, stop in rows:
+            updates[replace(target, rows=(start, stop))] = tuple(
+                cut_rows(update, start, stop, 1, target.stacked) for update in given
+            )
+    return adapter.replace(updates=updates)
 
 
 def _has_single_experts(adapter: Adapter) -> bool:

@@ -88,7 +88,9 @@ def view_shape(target: Target, updates: Iterable[Update]) -> tuple[int, ...]:
     if "out" in dims and "in" not in dims and "columns" in dims:
         return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["columns"])
     if "out" not in dims or "in" not in dims:
-        raise UsageError("the shape of its weight is known to the base only", where=str(target), cure="Pass base=")
+        raise UsageError(
+            "the shape of its weight is known to the base only", where=str(target), cure="Pass base=/--base"
+        )
     return (*((dims["e"],) if target.stacked else ()), dims["out"], dims["in"], *dims.get("k", ()))
 
 
@@ -126,7 +128,7 @@ def _free_delta(found: Mapping[Target, tuple[Update, ...]]) -> torch.Tensor:
     (target, updates), *_ = found.items()
     needy = next((u for us in found.values() for u in us if not isinstance(u, Additive)), None)
     if needy is not None:
-        raise UsageError(f"the law of {needy.method} needs the weight", where=target.path, cure="Pass base=")
+        raise UsageError(f"the law of {needy.method} needs the weight", where=target.path, cure="Pass base=/--base")
     zero = torch.zeros(view_shape(target, updates), dtype=torch.float64)
     return fold([u for us in found.values() for u in us], zero, target.stacked)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..adapter import LAYOUTS
 from ..errors import ShapeMismatch
+from ..naming.architectures import STORED_AS
 from ..naming.layouts import stored_in_out
 from ..naming.ties import is_embedding
 from .fitting import Shapes, fits
@@ -20,12 +21,20 @@ def with_layouts(sites: list[Site], shapes: Shapes, config: Mapping[str, Any] | 
     Raises:
         ShapeMismatch: a square weight's layout cannot be told.
     """
-    fitting = [_fitting_layouts(site, shapes) for site in sites]
+    # What fits depends on forms and shapes alone: tens of thousands of targets have a few dozen.
+    known: dict[Any, list[str]] = {}
+    fitting = []
+    for site in sites:
+        form = site.form(shapes)
+        if form not in known:
+            known[form] = _fitting_layouts(site, shapes)
+        fitting.append(known[form])
     proven = {(site.target.layout, fits[0]) for site, fits in zip(sites, fitting, strict=True) if len(fits) == 1}
-    return [
-        replace(site, target=replace(site.target, layout=_choose(site, fits, proven, config)))
-        for site, fits in zip(sites, fitting, strict=True)
-    ]
+    return [_stored(site, _choose(site, fits, proven, config)) for site, fits in zip(sites, fitting, strict=True)]
+
+
+def _stored(site: Site, layout: str) -> Site:
+    return site if layout == site.target.layout else replace(site, target=replace(site.target, layout=layout))
 
 
 def _fitting_layouts(site: Site, shapes: Shapes) -> list[str]:
@@ -51,10 +60,12 @@ def _choose(site: Site, fits: list[str], proven: set[tuple[str, str]], config: M
         return fits[0] if fits else declared
     if declared in fits and _whole_only(site):
         return declared
-    in_out = stored_in_out(site.target.path, config)
+    # GGUF files hold all weights as [out, in], whatever the family's own files do.
+    gguf = (config or {}).get(STORED_AS) == "gguf"
+    in_out = not gguf and stored_in_out(site.target.path, config)
     if in_out:
         return next(layout for layout in fits if layout in ("in out *k", "e in out *k"))
-    if in_out is False and not is_embedding(f"{site.target.path}.weight"):
+    if gguf and not is_embedding(f"{site.target.path}.weight"):
         return next(layout for layout in fits if layout in ("out *in", "e out *in"))
     if in_out is None and any(said == declared and is_ != declared for said, is_ in proven):
         raise ShapeMismatch(

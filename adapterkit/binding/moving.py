@@ -6,7 +6,7 @@ Updates of one expert each that go to one stack become one update of the stack.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from ..adapter import Target
 from ..errors import NotMergeable, ShapeMismatch, Unsupported
 from ..naming.architectures import Place
 from ..naming.gguf import row_order
-from ..naming.heads import Heads, heads_of, undone
+from ..naming.heads import Heads, by_group, heads_of, undone
 from ..naming.resolver import Move, Part
 from ..tensors import arrange
 from ..tensors.lazy import Lazy, as_lazy
@@ -58,7 +58,7 @@ def moved(
         cut, own = _of_rows(target, moves.get(target.path, ()), config)
         for move in own:
             if move.plain:
-                placed.append((target, replace(cut, path=move.path), given))
+                placed.append((target, cut if move.path == cut.path else replace(cut, path=move.path), given))
                 continue
             there, part = _taken(cut, given, move, config)
             if move.slot is None:
@@ -83,14 +83,15 @@ def _of_rows(target: Target, moves: tuple[Move, ...], config: Config) -> tuple[T
     if target.rows is None or all(move.take is None for move in moves):
         return target, moves
     start, stop = target.rows
-    found = []
+    found, parts = [], set()
     for move in moves:
-        if move.take is not None and not move.take.interleaved:
+        if move.take is not None and not move.take.interleaved and not move.take.groups:
             shares = _shares(config, target) if move.take.heads else (1,) * move.take.of
             before, own = sum(shares[: move.take.number]), shares[move.take.number]
             if start * own == before * (stop - start):
                 found.append(replace(move, take=None))
-    if len(found) != 1:
+                parts.add(move.take.number)
+    if len(parts) != 1:  # A stack's part goes to one place an expert.
         raise Unsupported(
             "updates of some rows of a weight that the base stores in parts", where=str(target),
             cure="Target the parts by their own names",
@@ -102,11 +103,6 @@ def _taken(
     target: Target, updates: tuple[Update, ...], move: Move, config: Config
 ) -> tuple[Target, tuple[Update, ...]]:
     """The part of a target that one move takes, with the layout that is left of the target's."""
-    if target.rows is not None:
-        raise Unsupported(
-            "updates of some rows of a weight that the base stores in parts", where=str(target),
-            cure="Target the parts by their own names",
-        )  # fmt: skip
     layout, stack = target.layout, target.stacked
     if move.expert is not None:
         count = updates[0].dims(stack).get("e") if stack else 0
@@ -151,7 +147,24 @@ def _order(turn: tuple[Place, Place], rows: int, heads: Heads, where: str) -> An
 
 def _rows(update: Update, part: Part, stack: bool, target: Target, config: Config) -> Update:
     """One of several parts of an update's outputs."""
-    start, stop, step = _steps(_outputs(update, stack, target), part, target, config)
+    size = _outputs(update, stack, target)
+    if part.groups:
+        update = _ungrouped(update, lambda: _out_of_groups(size, config, target), stack)
+    return cut_rows(update, *_steps(size, part, target, config), stack)
+
+
+def _ungrouped(update: Update, order: Callable[[], Any], stack: bool) -> Update:
+    """The same update with its outputs in another order: all queries, then all keys, then all values."""
+    changes: dict[str, Any] = {}
+    for name, leaf in update.tensors.items():
+        at = _output_axis(update, name, leaf, stack)
+        if at is not None:
+            changes[name] = arrange.reordered(as_lazy(leaf), order, at)
+    return update.replace(**changes)
+
+
+def cut_rows(update: Update, start: int, stop: int, step: int, stack: bool) -> Update:
+    """An update of some of the rows; `update.cuts("out")` says whether its formula allows it."""
     changes: dict[str, Any] = {}
     for name, leaf in update.tensors.items():
         at = _output_axis(update, name, leaf, stack)
@@ -197,6 +210,12 @@ def _steps(size: int, part: Part, target: Target, config: Config) -> tuple[int, 
     return part.number * size // part.of, (part.number + 1) * size // part.of, 1
 
 
+def _out_of_groups(size: int, config: Config, target: Target) -> Any:
+    """The order that puts queries, keys and values, which stand group by group, one after the other."""
+    heads = heads_of(config, str(target))
+    return undone(by_group(replace(heads, dim=size // (heads.query + 2 * heads.kv))))
+
+
 def _shares(config: Config, target: Target) -> tuple[int, int, int]:
     """How the rows of a fused projection are shared by queries, keys and values."""
     heads = heads_of(config, str(target))
@@ -213,6 +232,9 @@ def _into(
     """
     if move.into is None:
         return there, updates
+    if move.into.groups:
+        why = "a part of a projection whose queries, keys and values stand group by group"
+        raise Unsupported(why, where=str(there), cure="Convert the base to the names and layout of transformers first")
     outs = {out for update in updates if isinstance(out := update.dims(there.stacked).get("out"), int)}
     shape = next((shapes[name] for name in (f"{move.path}.weight", move.path) if name in shapes), ())
     whole, own = move.into.of, 1

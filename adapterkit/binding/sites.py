@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,12 @@ class Site:
     weight: str | None
     bias: str | None
 
+    def form(self, shapes: Shapes) -> Hashable:
+        """All that decides whether the updates fit here but the numbers in their tensors; see `Update.form`."""
+        weight = None if self.weight is None else shapes[self.weight]
+        bias = None if self.bias is None else shapes[self.bias]
+        return self.target.layout, self.target.rows, weight, bias, tuple([update.form for update in self.updates])
+
 
 def apart(adapter: Adapter) -> tuple[Adapter, Adapter]:
     """The updates of weights and outputs, which lie at stored tensors, and those of context, which do not."""
@@ -51,7 +57,9 @@ def find_parts(
     Raises:
         TargetNotFound: the base has no such part; names the nearest.
     """
-    found = {}
+    found: dict[Target, tuple[Update, ...]] = {}
+    if not adapter.updates:
+        return found
     modules = {name[:stop] for name in shapes for stop in range(len(name)) if name[stop] == "."}
     for target, updates in adapter.updates.items():
         path = renamed_by(target.path, rules)[0] if target.path else ""

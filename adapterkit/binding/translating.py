@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..adapter import Target
@@ -42,7 +43,10 @@ def translated(
         NotMergeable, ShapeMismatch, Unsupported: an update cannot be cut or joined.
     """
     found: dict[Target, tuple[Update, ...]] = {}
-    for _, there, given in moved(updates, moves, _shapes(updates, moves, experts)):
+    for target, there, given in moved(updates, moves, _shapes(updates, moves, experts)):
+        # Some families store stacks [in, out]; no other naming has their experts so.
+        layout = "e out *in" if there.stacked else "out *in"
+        there = replace(there, layout=layout) if target.stacked else there
         found[there] = (*found.get(there, ()), *given)
     return found
 
@@ -63,7 +67,8 @@ def _shapes(
         for move in moves.get(target.path, ()):
             out = dims.get("out")
             if isinstance(out, int):
-                out = out // (move.take.of if move.take else 1) * (move.into.of if move.into else 1)
+                cut = move.take.of if move.take and target.rows is None else 1
+                out = out // cut * (move.into.of if move.into else 1)
             counts[move.path] = max(counts.get(move.path, experts), 0 if move.slot is None else move.slot + 1)
             lead = (dims["e"],) if target.stacked and move.expert is None else ()
             shapes[move.path] = (*lead, out or 0, dims.get("in") or 0)

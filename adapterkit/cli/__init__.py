@@ -46,9 +46,13 @@ def main() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores the second.
             signal.signal(number, _interrupted)
+    # A file of 10^5 tensors makes 10^6 objects that stay, which the collector would walk through again and again.
+    thresholds = gc.get_threshold()
+    gc.set_threshold(100_000, *thresholds[1:])
     try:
         adapterkit()
     finally:
+        gc.set_threshold(*thresholds)
         # The interpreter would look for cycles among all that is left, which takes a tenth of a short command's time.
         gc.freeze()
 

@@ -72,6 +72,7 @@ class Destination:
         self.inputs = [*sources, *inputs, *([] if base is None else [base])]
         self.remote = is_address(out)
         self.made_from: str | None = None
+        self.unchanged = False
         if self.remote:
             _check_place(sources, out)
 
@@ -107,7 +108,7 @@ class Destination:
             )  # fmt: skip
         return {
             "out": self.out, "to": self.target_format, "targets": len(adapter.updates), "updates": len(adapter),
-            "losses": losses,
+            "losses": losses, **({"already_done": True} if self.unchanged else {}),
         }  # fmt: skip
 
     @contextmanager
@@ -120,7 +121,12 @@ class Destination:
         if not self.remote:
             yield Path(self.out)
             return
-        with outgoing(self.out, overwrite=self.overwrite, sources=self.sources) as folder:
+
+        def unchanged() -> None:
+            self.unchanged = True
+
+        options: Any = {"overwrite": self.overwrite, "sources": self.sources, "unchanged": unchanged}
+        with outgoing(self.out, **options) as folder:
             # What an interrupted command left may be of another format: it is made anew, not gone on with.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -165,6 +171,9 @@ def _check_place(sources: Iterable[str], out: str) -> None:
 def outcome(record: Mapping[str, Any]) -> Iterable[str]:
     """The lines for people: what was written, and what was lost by that."""
     updates, targets = counted(record["updates"], "update"), counted(record["targets"], "target")
+    if record.get("already_done"):
+        yield f"already done: {record['out']} holds the same"
+        return
     yield f"{record['out']}: {record['to']}, {updates} at {targets}"
     yield from (f"  {loss}" for loss in record["losses"])
     yield from (f"warning: {warning}" for warning in record.get("warnings", ()))

@@ -78,6 +78,9 @@ def _without_collection() -> Iterator[None]:
 
 def _view(record: Mapping[str, Any]) -> View:
     updates, targets = counted(record["updates"], "update"), counted(record["targets"], "target")
+    if record.get("already_done"):
+        yield f"already done: {record['out']} holds the same"
+        return
     yield f"{record['out']}: {record['to']}, {updates} at {targets} from {record['from']}"
     yield from (f"  {loss}" for loss in record["losses"])
     yield from (f"warning: {warning}" for warning in record["warnings"])

@@ -15,6 +15,7 @@ from . import _options
 from ._render import Table, View, counted, show, size
 
 if TYPE_CHECKING:
+    from collections import Counter
     from pathlib import Path
 
     from ..adapter import Adapter, Target
@@ -45,9 +46,10 @@ def command(
     from .. import detect, read
     from ..errors import TargetNotFound, UnknownFormat
     from ..formats._endings import adapter_modules
+    from ..tensors.inputs import inputs_kept
     from ..tensors.locations import headers_of
 
-    with headers_of(src) as path:
+    with headers_of(src) as path, inputs_kept():
         modules = adapter_modules(path) if base is None else {}
         if source_format is None and not modules and not _is_adapter(path):
             show(settings, _base_record(path, src), _base_view)
@@ -91,18 +93,19 @@ def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, 
     from ..formats import unknown_fields
     from ..metadata import metadata_of
 
-    leaves = {id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}
+    leaves = _counted({id(leaf): leaf for _, update in adapter for leaf in update.tensors.values()}.values())
     base = adapter.base
+    shared: dict[Any, dict[str, Any]] = {}
     return {
         "kind": "adapter", "path": src, "format": source_format, "unknown_fields": unknown_fields(adapter),
         "base": base and {"id": base.id, "revision": base.revision, "config_hash": base.config_hash},
-        "updates": [_update_record(target, update) for target, update in adapter],
+        "updates": [_update_record(target, update, shared) for target, update in adapter],
         "families": _families(adapter), "metadata": metadata_of(adapter), "without_alpha": _without_alpha(adapter),
         "recipe": [{"op": step.op, "args": dict(step.args)} for step in adapter.recipe],
         "totals": {
-            "targets": len(adapter.updates), "updates": len(adapter), **_sums(leaves.values()),
+            "targets": len(adapter.updates), "updates": len(adapter), **_sums(leaves),
             "methods": _counts(update.method for _, update in adapter),
-            "dtypes": _counts(str(_dtype(leaf)) for leaf in leaves.values()),
+            "dtypes": _counts(dtype for (_, dtype), count in leaves.items() for _ in range(count)),
         },
     }  # fmt: skip
 
@@ -153,16 +156,20 @@ def _unresolved_view(record: Mapping[str, Any]) -> View:
     yield record["why"]
 
 
-def _update_record(target: Target, update: Update) -> dict[str, Any]:
-    tensors = update.tensors
-    return {
-        "target": target.path, "layout": target.layout, "rows": target.rows, "method": update.method,
-        "kind": update.kind, "rank": update.dims(target.stacked).get("r"), "attributes": update.attributes,
-        "tensors": {
-            name: {"shape": list(leaf.shape), "dtype": str(_dtype(leaf))} for name, leaf in tensors.items()
-        },
-        **_sums(tensors.values()),
-    }  # fmt: skip
+def _update_record(target: Target, update: Update, shared: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    """One update as plain data; all but its name is `shared` with the updates of the same form."""
+    form = target.layout, target.rows, update.form
+    if form not in shared:
+        tensors = update.tensors
+        shared[form] = {
+            "layout": target.layout, "rows": target.rows, "method": update.method, "kind": update.kind,
+            "rank": update.dims(target.stacked).get("r"), "attributes": update.attributes,
+            "tensors": {
+                name: {"shape": list(leaf.shape), "dtype": str(_dtype(leaf))} for name, leaf in tensors.items()
+            },
+            **_sums(_counted(tensors.values())),
+        }  # fmt: skip
+    return {"target": target.path, **shared[form]}
 
 
 def _base_record(path: Path, src: str) -> dict[str, Any]:
@@ -180,7 +187,7 @@ def _base_record(path: Path, src: str) -> dict[str, Any]:
         "files": [file.name for file in base.files],
         "tensors": [_tensor_record(base, name) for name in base.tensors],
         "totals": {
-            "tensors": len(base.tensors), **_sums(base.tensors.values()),
+            "tensors": len(base.tensors), **_sums(_counted(base.tensors.values())),
             "dtypes": {dtype: _of_dtype(base, dtype) for dtype in dtypes},
         },
     }  # fmt: skip
@@ -189,19 +196,19 @@ def _base_record(path: Path, src: str) -> dict[str, Any]:
 def _tensor_record(base: Checkpoint, name: str) -> dict[str, Any]:
     tensor = base.tensors[name]
     where = {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-    return {**where, **_sums([tensor]), "file": base.home[name].name}
+    return {**where, **_sums(_counted([tensor])), "file": base.home[name].name}
 
 
 def _of_dtype(base: Checkpoint, dtype: str) -> dict[str, int]:
     tensors = [tensor for tensor in base.tensors.values() if str(tensor.dtype) == dtype]
-    return {"tensors": len(tensors), **_sums(tensors)}
+    return {"tensors": len(tensors), **_sums(_counted(tensors))}
 
 
 def _adapter_view(record: Mapping[str, Any]) -> View:
     totals, base = record["totals"], record["base"] or {}
     yield f"{record['path']}: adapter in format {record['format']}" + (f", for {base['id']}" if base.get("id") else "")
     columns = ("target", "layout", "method", "shapes", "rank", "scaling", "other", "dtype", "parameters")
-    yield Table(columns, [_update_row(update) for update in record["updates"]])
+    yield Table(columns, _update_rows(record["updates"]))
     methods = ", ".join(f"{count} {method}" for method, count in totals["methods"].items())
     yield f"{counted(totals['targets'], 'target')} ({methods}), {_amounts(totals)}"
     if record["families"]:
@@ -237,15 +244,31 @@ def _short(value: str) -> str:
     return value if len(value) <= 200 else f"{value[:200]}... ({len(value):,} characters, --json shows all)"
 
 
-def _update_row(update: Mapping[str, Any]) -> list[Any]:
+def _update_rows(updates: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """The rows of a table; updates that share all but their name share the work."""
+    known: dict[int, list[Any]] = {}
+    found = []
+    for update in updates:
+        row = known.get(id(update["tensors"]))
+        if row is None:
+            row = known[id(update["tensors"])] = _update_row(update)
+        found.append([_named(update), *row[1:]])
+    return found
+
+
+def _named(update: Mapping[str, Any]) -> str:
     rows = f"[{update['rows'][0]}:{update['rows'][1]}]" if update["rows"] else ""
+    return (update["target"] or "(model)") + rows
+
+
+def _update_row(update: Mapping[str, Any]) -> list[Any]:
     layout = "" if update["layout"] == "out *in" else update["layout"]
     shapes = " ".join(f"{name}{_shape(tensor)}" for name, tensor in update["tensors"].items())
     other = " ".join(f"{k}={v}" for k, v in update["attributes"].items() if k != "scaling" and v is not None)
     dtypes = ", ".join(sorted({tensor["dtype"] for tensor in update["tensors"].values()}))
     scaling = update["attributes"].get("scaling")
     return [
-        (update["target"] or "(model)") + rows, layout, update["method"], shapes, update["rank"], scaling, other,
+        _named(update), layout, update["method"], shapes, update["rank"], scaling, other,
         dtypes, update["parameters"],
     ]  # fmt: skip
 
@@ -297,10 +320,20 @@ def _shape(tensor: Mapping[str, Any]) -> str:
     return f"[{','.join(map(str, tensor['shape']))}]"
 
 
-def _sums(leaves: Iterable[Leaf]) -> dict[str, int]:
+def _counted(leaves: Iterable[Leaf]) -> Counter[tuple[tuple[int, ...], str]]:
+    """How many of the tensors have each shape and element type."""
+    from collections import Counter
+
+    return Counter((tuple(leaf.shape), _dtype(leaf).name) for leaf in leaves)
+
+
+def _sums(tensors: Mapping[tuple[tuple[int, ...], str], int]) -> dict[str, int]:
+    """Numbers and bytes of the tensors that `_counted` counts."""
     import math
 
-    sizes = [(math.prod(leaf.shape), _dtype(leaf).itemsize) for leaf in leaves]
+    from ..tensors.dtypes import DTYPES
+
+    sizes = [(math.prod(shape) * count, DTYPES[dtype].itemsize) for (shape, dtype), count in tensors.items()]
     return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
 
 

@@ -111,7 +111,7 @@ def command(
             onto=onto, allow_partial=allow_partial, seed=seed, memory=memory, link=link,
             tokenizer=tokenizer, strict_base=strict_base, rename=rename, vocab=vocab,
         )  # fmt: skip
-        show(settings, planned.record(), _plan_view)
+        show(settings, planned.record(digests=False), _plan_view)
         return
     if out is None:
         raise click.UsageError("Missing option '-o' / '--out'")
@@ -197,7 +197,7 @@ def _quantized(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _adapters_table(record: Mapping[str, Any]) -> Table:
-    rows = [[a["name"], float(a["weight"]), a["targets"], a["digest"][:12]] for a in record["adapters"]]
+    rows = [[a["name"], float(a["weight"]), a["targets"], (a["digest"] or "")[:12]] for a in record["adapters"]]
     return Table(("adapter", "weight", "targets", "digest"), rows)
 
 

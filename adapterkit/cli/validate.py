@@ -28,12 +28,14 @@ def command(
     from .. import detect, read
     from ..errors import AdapterkitError
     from ..formats import warnings_of
+    from ..tensors.inputs import inputs_kept
 
     if rename and base is None:
         raise click.UsageError("--rename requires --base")
 
-    name = source_format or detect(src)
-    adapter = read(src, name, base, compat=compat, **_options.stated())
+    with inputs_kept():
+        name = source_format or detect(src)
+        adapter = read(src, name, base, compat=compat, **_options.stated())
     try:
         bound = adapter if base is None else adapter.bind(base, rename=rename)
         adapter.check_values()

@@ -175,7 +175,9 @@ def write(
     if on_loss not in ON_LOSS:
         raise UsageError(f"unknown on_loss {on_loss!r}", cure=f"Known: {', '.join(ON_LOSS)}")
     if max_error is not None and (on_loss != "promote" or not 0 < max_error < 1):
-        raise UsageError(f"max_error {max_error}", cure="It is a number between 0 and 1, beside on_loss='promote'")
+        raise UsageError(
+            f"max_error {max_error}", cure="It is a number between 0 and 1, beside on_loss='promote'/--on-loss promote"
+        )
     writer = FORMATS[format]()
     adapter.validate()
     if profile is not None and profile not in writer.profiles:
@@ -185,7 +187,7 @@ def write(
     from ._proof import prove
 
     def once(adapter: Adapter) -> list[str]:
-        fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss)
+        fitted, lines = (adapter, []) if profile is None else writer.fit(adapter, profile, on_loss=on_loss, base=below)
         inputs = [*files_of(adapter), *(() if below is None else below.files)]
         with (
             staged(

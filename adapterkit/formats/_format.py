@@ -165,12 +165,15 @@ class Format:
         """
         raise Unrepresentable(f"{type(self).__name__} cannot be written")
 
-    def fit(self, adapter: Adapter, profile: str, *, on_loss: str = "refuse") -> tuple[Adapter, list[str]]:
+    def fit(
+        self, adapter: Adapter, profile: str, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> tuple[Adapter, list[str]]:
         """The same function, said so that a consumer of a part of the dialect computes it; one line for each change.
 
         Args:
             adapter: what is to be written.
             profile: the consumer, one of `profiles`.
+            base: the base, which tells where the consumer looks for experts.
             on_loss: `drop` leaves out what the consumer cannot run.
 
         Raises:

@@ -57,6 +57,44 @@ def with_joined_rows(updates: Updates, base: Checkpoint | None) -> tuple[dict[Ta
     return made, lines
 
 
+def with_one_lora(updates: Updates) -> tuple[dict[Target, tuple[Update, ...]], list[str]]:
+    """Put several plain LoRAs of one target together, such as gate and up of a weight that holds them interleaved.
+
+    Args:
+        updates: target -> updates.
+
+    Returns:
+        the updates, and one line for each LoRA whose rank had to grow. Where all have the same A and change different
+        rows, the rank stays.
+    """
+    made = dict(updates)
+    lines = []
+    for target, given in updates.items():
+        if len(given) > 1 and all(type(each) is LoRA and each.bias is None for each in given):
+            one = _summed(given, int(target.stacked))
+            made[target] = (one,)
+            if _rank(one, target) != _rank(given[0], target):
+                lines.append(f"joined {len(given)} LoRAs of {target} to one of rank {_rank(one, target)}")
+    return made, lines
+
+
+def _summed(given: Sequence[Any], axis: int) -> LoRA:
+    first: LoRA = given[0]
+    As = [as_lazy(update.A) for update in given]
+    Bs = [_scaled(as_lazy(u.B), u.scaling / first.scaling if first.scaling else 1.0) for u in given]
+    if all(A.shape == As[0].shape and arrange.equal(A, As[0]) for A in As) and _disjoint(Bs, axis):
+        return first.replace(A=As[0], B=arrange.overlaid(Bs))
+    return first.replace(A=arrange.joined(As, axis), B=arrange.joined(Bs, axis + 1))
+
+
+def _disjoint(Bs: Sequence[Lazy], axis: int) -> bool:
+    """Whether no row is other than zero in two of them, so that their sum is exact."""
+    from ..tensors.lazy import as_array
+
+    held = sum((as_array(B) != 0).any(axis=axis + 1).astype(int) for B in Bs)
+    return bool((held <= 1).all())
+
+
 def _rows_of(target: Target, base: Checkpoint | None) -> int:
     if base is None:
         return 0

@@ -34,7 +34,7 @@ def expressible(
     while losses := [*find(updates)]:
         items = [f"{target}: {why}" for target, _, why in losses]
         if on_loss != "drop":
-            cure = "Drop them with on_loss='drop', or write adapterkit's own format"
+            cure = "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
             places = [(target, position) for target, position, _ in losses]
             raise Unrepresentable(f"{dialect} has no words for these updates", items=items, cure=cure, places=places)
         lines += [f"left out {item}" for item in items]

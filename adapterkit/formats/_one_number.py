@@ -50,9 +50,12 @@ def one_alpha(
     """The one alpha that a file has, by which a scaling is alpha / rank; see `one_number`."""
     from .peft.alphas import exact_alpha
 
+    def rank(update: Pair) -> int:
+        return int(update.A.shape[-2])  # of a matrix or of a stack of them
+
     return one_number(
-        pairs, lambda u: exact_alpha((rank_of(u), u.scaling), False), lambda alpha, u: alpha / rank_of(u),
-        dialect=dialect, on_loss=on_loss, default=float(rank_of(next(iter(pairs.values())))), first=first,
+        pairs, lambda u: exact_alpha((rank(u), u.scaling), False), lambda alpha, u: alpha / rank(u),
+        dialect=dialect, on_loss=on_loss, default=float(rank(next(iter(pairs.values())))), first=first,
     )  # fmt: skip
 
 
@@ -130,4 +133,4 @@ def whole_number(value: float) -> float:
 FOLDING = ("fold", "promote")
 """What `on_loss` says where a scaling may be folded."""
 
-_ALLOW = "Allow it with on_loss='fold'"
+_ALLOW = "Allow it with on_loss='fold'/--on-loss fold"

@@ -119,7 +119,7 @@ def expressible(
         elif isinstance(update, Pair):
             kept[target] = update
     if items and on_loss != "drop":
-        cure = "Drop them with on_loss='drop', or write adapterkit's own format"
+        cure = "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
         raise Unrepresentable(f"{dialect} has no words for these updates", items=items, cure=cure, places=places)
     if not kept:
         raise Unrepresentable(f"nothing of this adapter fits {dialect}", items=items, cure="Write adapterkit's own")
@@ -149,11 +149,12 @@ def rank_of(update: Pair, stacked: bool = False) -> int:
     return int(update.A.shape[int(stacked)])
 
 
-def to_rank(update: Pair, rank: int) -> Pair:
+def to_rank(update: Pair, rank: int, stacked: bool = False) -> Pair:
     """The same function with more rows of A and columns of B: zeros."""
-    if rank_of(update) == rank:
+    if rank_of(update, stacked) == rank:
         return update
-    return update.replace(A=padded(as_lazy(update.A), rank, 0), B=padded(as_lazy(update.B), rank, 1))
+    lead = int(stacked)
+    return update.replace(A=padded(as_lazy(update.A), rank, lead), B=padded(as_lazy(update.B), rank, 1 + lead))
 
 
 def in_row_order(update: Pair, order: Order) -> Pair:

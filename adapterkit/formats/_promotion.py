@@ -134,8 +134,11 @@ def _in_factors(target: Target, found: Sequence[Update], base: Checkpoint | None
         return None
     change, kind = Change(target, shape, tuple(additive)), _type(target, found)
 
-    def made() -> LoRA:
-        return low_rank(target, shape, [_of_rank_one(each) for each in change.deltas()], change.bias(), kind)
+    def made() -> LoRA | None:
+        deltas = [*change.deltas()]
+        if any(delta.rest is not None for delta in deltas):
+            return None  # A method of thin factors may have none at this weight, as LoKr in convolutions has none.
+        return low_rank(target, shape, [_of_rank_one(each) for each in deltas], change.bias(), kind)
 
     return _when_read(made)
 
@@ -233,8 +236,13 @@ def _type(target: Target, found: Sequence[Update]) -> DType:
 
 
 def _when_read(make: Callable[[], Any]) -> Any:
-    """An update whose shapes are known and whose numbers are made again each time: no adapter is held whole."""
+    """An update whose shapes are known and whose numbers are made again each time: no adapter is held whole.
+
+    None where `make` gives None.
+    """
     first = make()
+    if first is None:
+        return None
 
     def leaf(name: str, like: Any) -> Any:
         return computed(like.shape, like.dtype, lambda: load(make().tensors[name]))

@@ -337,7 +337,7 @@ def equal(one: Leaf | None, other: Leaf | None) -> bool:
     a, b = as_lazy(one), as_lazy(other)
     if a.shape != b.shape or a.dtype is not b.dtype:
         return False
-    if a.fetch is b.fetch or (a.span is not None and a.span == b.span):
+    if (a.source is not None and a.source is b.source) or (a.span is not None and a.span == b.span):
         return True
     if a.nbytes > WHOLE:
         size, count = a.nbytes // a.dtype.itemsize, RUN // a.dtype.itemsize

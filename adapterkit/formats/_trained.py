@@ -7,7 +7,7 @@ so they ask here before they compute. An adapter that was not read from a tool's
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -37,13 +37,25 @@ def as_trained(
     Raises:
         Unsupported: no method here computes what the tool computed at this layer.
     """
+    return _by_rules(_rules(recipe), updates, LayerFacts(shape, padding), target)
+
+
+Rule = Callable[["Update", LayerFacts], "Update"]
+
+
+def _rules(recipe: Sequence[Step]) -> list[Rule]:
+    """What the formats that an adapter was read from say of single layers."""
     names = {
         str(step.args.get("format"))
         for step in recipe
         if step.op == "read" and step.args.get("compat") != FORMULA and step.args.get("format") in FORMATS
     }
-    facts = LayerFacts(shape, padding)
-    rules = [each.at_layer for name in sorted(names) for each in FORMATS[name].departures.values() if each.at_layer]
+    return [each.at_layer for name in sorted(names) for each in FORMATS[name].departures.values() if each.at_layer]
+
+
+def _by_rules(
+    rules: Sequence[Rule], updates: Sequence[Update], facts: LayerFacts, target: Target
+) -> tuple[Update, ...]:
     try:
         for rule in rules:
             updates = [rule(update, facts) for update in updates]
@@ -66,11 +78,12 @@ def sites_as_trained(
         Unsupported: see `as_trained`.
     """
     found = []
-    for site in sites:
+    rules = _rules(recipe)
+    for site in sites if rules else ():
         plain = not site.target.stacked and site.target.rows is None
         stored = shapes.get(site.weight) if plain and site.weight is not None else None
         shape = None if stored is None else viewed(stored, site.target)
-        found.append(
-            site if shape is None else replace(site, updates=as_trained(site.updates, recipe, shape, site.target))
-        )
-    return found
+        updates = site.updates if shape is None else _by_rules(rules, site.updates, LayerFacts(shape), site.target)
+        same = all(one is other for one, other in zip(updates, site.updates, strict=True))
+        found.append(site if same else replace(site, updates=updates))
+    return found if rules else list(sites)

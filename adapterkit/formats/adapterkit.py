@@ -111,7 +111,7 @@ class Native(Format):
             cure = "This is not an adapterkit file; name its format, or let it be detected"
             raise Malformed(f"no metadata key {KEY!r}", path=file, where="__metadata__", cure=cure)
         try:
-            tensors = {name: safetensors.lazy(header.path, entry) for name, entry in header.entries.items()}
+            tensors = safetensors.handles(header)
             return decode_record(header.metadata[KEY], tensors)
         except AdapterkitError as error:
             raise error.at(path=file) from None

@@ -6,6 +6,7 @@ q, k and v are one weight there, q before k before v, and the pairs of those tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from ..adapter import Adapter, BaseRef, Foreign, Step, Target
 from ..errors import AdapterkitError, Malformed, ShapeMismatch, StorageError, Unsupported, UsageError
 from ..methods.lora import LoRA
 from ..naming.heads import Heads, heads_of
-from ..naming.litgpt import FLAGS, MLP, PARTS, QKV, TABLE, is_litgpt
+from ..naming.litgpt import FLAGS, MLP, QKV, is_litgpt, parts, table
 from ..naming.tables import Table, without_prefix
 from ..tensors.arrange import joined, part, zeros
 from ..tensors.atomic import write_bytes
@@ -35,7 +36,12 @@ FORMAT = "litgpt"
 TENSORS, SETTINGS, MODEL = "lit_model.pth.lora", "hyperparameters.yaml", "model_config.yaml"
 _SLOTS = {".lora_A": "A", ".lora_B": "B"}
 _FLAGS = tuple(f"lora_{name}" for name in ("query", "key", "value", "projection", "mlp", "head"))
-_QKV = Table({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in PARTS.items()})
+
+
+@cache
+def _qkv() -> Table:
+    """Own template -> litgpt's name of the fused weight, and which part of it."""
+    return Table({own: f"transformer.h.{{n}}.{QKV}.{name}" for name, own in parts().items()})
 
 
 class Hints(Leftovers, total=False):
@@ -86,7 +92,7 @@ class Litgpt(Format):
             adapter, _why_not, dialect=FORMAT, on_loss=on_loss, first=first, one_rank=True
         )
         rank = rank_of(next(iter(pairs.values())))
-        flags = {f"lora_{name}": any(_flag(target) == name for target in pairs) for name in (*PARTS, *FLAGS.values())}
+        flags = {f"lora_{name}": any(_flag(target) == name for target in pairs) for name in (*parts(), *FLAGS.values())}
         tensors = _Writer(
             pairs, flags, rank, _count(hints, base, pairs), _saved_heads(hints, base), _shapes(base)
         ).tensors()
@@ -106,7 +112,7 @@ def _decode(
     alpha = finite(settings.get("lora_alpha"), f"{SETTINGS}: lora_alpha")
     if not alpha:
         raise Malformed("lora_alpha is 0: the adapter would do nothing", where=SETTINGS, cure=DAMAGED)
-    enabled = [name for name in PARTS if settings.get(f"lora_{name}")]
+    enabled = [name for name in parts() if settings.get(f"lora_{name}")]
     for module, slots in grouped(tensors, _SLOTS, FORMAT).items():
         if module.endswith(QKV):
             yield from _split(module, slots, enabled, rank, alpha / rank, _heads(model, base))
@@ -114,7 +120,7 @@ def _decode(
         if module.endswith("attn.attn"):
             why = "q, k and v by groups of heads, as litgpt had them before 0.5"
             raise Unsupported(why, where=module, cure="Load and save the checkpoint with a newer litgpt")
-        own = TABLE.back(module)
+        own = table().back(module)
         if own is None or check_factors(module, slots) != rank:
             raise Malformed(f"no module of the table, or not of rank {rank}", where=module, cure=DAMAGED)
         yield Target(own), LoRA(**slots, scaling=alpha / rank)
@@ -123,7 +129,7 @@ def _decode(
 def _split(
     module: str, slots: Slots, enabled: list[str], rank: int, scaling: float, heads: Heads
 ) -> Iterator[tuple[Target, LoRA]]:
-    sizes = dict(zip(PARTS, heads.sizes, strict=True))
+    sizes = dict(zip(parts(), heads.sizes, strict=True))
     A, B = slots["A"], slots["B"]
     rows = sum(sizes[name] for name in enabled)
     if len(A.shape) != 2 or A.shape[0] != rank * len(enabled) or B.shape != (rows, rank):
@@ -131,7 +137,7 @@ def _split(
         raise ShapeMismatch(why, where=module, cure=f"Is {SETTINGS} of this checkpoint?")
     start = 0
     for index, name in enumerate(enabled):
-        own = _QKV.back(f"{module}.{name}")
+        own = _qkv().back(f"{module}.{name}")
         assert own is not None
         one: Slots = {"A": part(A, index * rank, (index + 1) * rank), "B": part(B, start, start + sizes[name])}
         start += sizes[name]
@@ -159,7 +165,7 @@ class _Writer:
     def tensors(self) -> dict[str, Lazy]:
         made: dict[str, Lazy] = {}
         for layer in range(self.layers):
-            enabled = [name for name in PARTS if self.flags[f"lora_{name}"]]
+            enabled = [name for name in parts() if self.flags[f"lora_{name}"]]
             if enabled:
                 made |= _named_pair(f"transformer.h.{layer}.{QKV}", *self.fused(layer, enabled))
             for end, flag in FLAGS.items():
@@ -168,11 +174,11 @@ class _Writer:
         return made | (self.plain("lm_head") if self.flags["lora_head"] else {})
 
     def fused(self, layer: int, enabled: list[str]) -> tuple[Lazy, Lazy]:
-        found = [self.own.get(PARTS[name].replace("{n}", str(layer))) for name in enabled]
+        found = [self.own.get(parts()[name].replace("{n}", str(layer))) for name in enabled]
         width = (
             next(u.A.shape[1] for u in self.own.values()) if not any(found) else next(filter(None, found)).A.shape[1]
         )
-        sizes = dict(zip(PARTS, self.heads.sizes, strict=True)) if self.heads else {}
+        sizes = dict(zip(parts(), self.heads.sizes, strict=True)) if self.heads else {}
         pairs = []
         for name, update in zip(enabled, found, strict=True):
             if update is None and not sizes:
@@ -182,7 +188,7 @@ class _Writer:
         return joined([A for A, _ in pairs]), joined([B for _, B in pairs])
 
     def plain(self, foreign: str) -> dict[str, Lazy]:
-        own = str(TABLE.back(foreign))
+        own = str(table().back(foreign))
         if own in self.own:
             return _named_pair(foreign, as_lazy(self.own[own].A), as_lazy(self.own[own].B))
         alike = (u for path, u in self.own.items() if _below(path) == _below(own))
@@ -213,7 +219,7 @@ def _named_pair(module: str, A: Lazy, B: Lazy) -> dict[str, Lazy]:
 
 
 def _named(path: str) -> str | None:
-    return _QKV.there(path) or TABLE.there(path)
+    return _qkv().there(path) or table().there(path)
 
 
 def _flag(target: Target) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, Foreign, Step
 from ..errors import AdapterkitError
-from ..naming.megatron import BRIDGE
+from ..naming.megatron import bridge
 from ._format import Format
 from ._leftovers import Leftovers, in_order, remembered
 from ._megatron import decode, encode, heads_again, is_of, why_not
@@ -45,13 +45,13 @@ class Megatron(Format):
     owns = frozenset({SETTINGS})
 
     def sniff(self, path: Path) -> bool:
-        return is_of(keys_of(path), BRIDGE)
+        return is_of(keys_of(path), bridge())
 
     def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
         alpha = float(read_settings(path.with_name(SETTINGS), ("alpha",), '{"alpha": <alpha>}')["alpha"])
         heads = heads_again({}, base, "linear_qkv")
         try:
-            updates, data = decode(load(path), BRIDGE, alpha, heads, base)
+            updates, data = decode(load(path), bridge(), alpha, heads, base)
         except AdapterkitError as error:
             raise error.at(path=path) from None
         if data["fused"] and base is not None and base.config is not None:
@@ -65,10 +65,10 @@ class Megatron(Format):
     ) -> list[str]:
         hints = remembered(adapter, FORMAT, Hints)
         alpha, pairs, lines = of_one_alpha(
-            adapter, why_not(BRIDGE), dialect="Megatron", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
+            adapter, why_not(bridge()), dialect="Megatron", on_loss=on_loss, first=hints.get("alpha"), one_rank=True
         )
         heads = heads_again(hints, base, "linear_qkv")
-        tensors, _ = encode(pairs, BRIDGE, hints.get("prefix", PREFIX), heads, hints.get("fused"))
+        tensors, _ = encode(pairs, bridge(), hints.get("prefix", PREFIX), heads, hints.get("fused"))
         save(path, in_order(tensors, hints))
         write_settings(path.with_name(SETTINGS), {"alpha": alpha})
         return lines

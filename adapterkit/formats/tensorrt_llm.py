@@ -25,7 +25,7 @@ from ..errors import (
 from ..methods.lora import LoRA
 from ..naming.megatron import OWN
 from ..naming.tables import modules_of
-from ..naming.tensorrt_llm import FUSED, IDS
+from ..naming.tensorrt_llm import FUSED, modules, numbers
 from ..tensors.arrange import joined, padded, part, run, same_type
 from ..tensors.dtypes import DTYPES
 from ..tensors.lazy import Lazy, as_lazy
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 FORMAT = "tensorrt_llm"
 WEIGHTS, CONFIG = "model.lora_weights.npy", "model.lora_config.npy"
-_MODULES = {number: name for name, number in IDS.items()}
 _REAL = ("F16", "BF16", "F32")
 
 
@@ -111,8 +110,8 @@ def _rows(weights: Lazy, config: Lazy) -> list[tuple[int, int, int]]:
             raise Unsupported(
                 "DoRA, whose magnitude TensorRT-LLM divides by norms of the base", where=where, cure=_PEFT
             )
-        if module not in _MODULES:
-            raise Unsupported(f"the module {module}", where=where, cure=f"Known: {', '.join(map(str, _MODULES))}")
+        if module not in modules():
+            raise Unsupported(f"the module {module}", where=where, cure=f"Known: {', '.join(map(str, modules()))}")
         if layer < 0 or rank < 1:
             raise Malformed(f"layer {layer}, rank {rank}", where=where, cure=DAMAGED)
         rows.append((module, layer, rank))
@@ -147,7 +146,7 @@ def _places(base: Checkpoint) -> dict[tuple[str, int], list[str]]:
 
 
 def _place(places: Mapping[tuple[str, int], list[str]], module: int, layer: int, where: str) -> tuple[str, bool]:
-    names = [_MODULES[module], *([FUSED] if _MODULES[module] == "mlp.gate_proj" else [])]
+    names = [modules()[module], *([FUSED] if modules()[module] == "mlp.gate_proj" else [])]
     found = [(path, name == FUSED) for name in names for path in places.get((name, layer), [])]
     if len(found) != 1:
         why = f"{len(found)} modules of the base are called so"
@@ -188,12 +187,12 @@ def _encode(pairs: Pairs, hints: Mapping[str, Any]) -> tuple[Lazy, Lazy]:
 def _number(target: Target) -> tuple[int, int]:
     found = OWN.fullmatch(target.path)
     assert found is not None
-    return IDS["mlp.gate_proj" if found["module"] == FUSED else found["module"]], int(found["n"])
+    return numbers()["mlp.gate_proj" if found["module"] == FUSED else found["module"]], int(found["n"])
 
 
 def _why_not(target: Target, update: Pair) -> str:
     found = OWN.fullmatch(target.path)
-    if found is None or found["module"] not in (*IDS, FUSED):
+    if found is None or found["module"] not in (*numbers(), FUSED):
         return "a module that TensorRT-LLM has no number for here"
     return unfit(target, update)
 

@@ -15,7 +15,7 @@ from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..naming.heads import heads_of, rope_pairs, undone
 from ..naming.tables import Names, modules_of
-from ..naming.torchtune import META_ORDER, TABLE, TURNED
+from ..naming.torchtune import meta_order, table, turned
 from ..tensors.checkpoint import read_json
 from ..tensors.lazy import Lazy, as_lazy
 from ._format import Format
@@ -57,7 +57,7 @@ class Torchtune(Format):
         try:
             tensors = load(path)
             order = _Order({}, base)
-            names = Names(TABLE, None if base is None else modules_of(base.tensors))
+            names = Names(table(), None if base is None else modules_of(base.tensors))
             updates: dict[Target, tuple[Pair, ...]] = {}
             for foreign, slots in grouped(tensors, _SLOTS, FORMAT).items():
                 update = pair(slots, alpha / check_factors(foreign, slots))
@@ -73,7 +73,7 @@ class Torchtune(Format):
         self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
     ) -> list[str]:
         hints = remembered(adapter, FORMAT, Hints)
-        names, order = Names(TABLE), _Order(hints.get("heads", {}), base)
+        names, order = Names(table()), _Order(hints.get("heads", {}), base)
 
         def why(target: Target, update: Pair) -> str:
             return unfit(target, update) if names.there(target.path) else "no name in torchtune's table"
@@ -99,7 +99,7 @@ class _Order:
         self.known, self.base = dict(known), base
 
     def of(self, foreign: str, rows: int) -> Any:
-        kind = next((kind for end, kind in TURNED.items() if foreign.endswith(end)), None)
+        kind = next((kind for end, kind in turned().items() if foreign.endswith(end)), None)
         if kind is None or not self._turned(foreign):
             return None
         if kind not in self.known:
@@ -114,10 +114,10 @@ class _Order:
                 why = "the base's family and heads decide on the order of rows here"
                 raise UsageError(why, where=where, cure="Give the base, with its config.json, by base= or --base")
             model = config.get("model_type")
-            if model not in META_ORDER:
-                known = f"Known: {', '.join(META_ORDER)}"
+            if model not in meta_order():
+                known = f"Known: {', '.join(meta_order())}"
                 raise Unsupported(f"bases of model_type {model!r}", where="config.json", cure=known)
-            self.known["turned"] = META_ORDER[model]
+            self.known["turned"] = meta_order()[model]
         return bool(self.known["turned"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -19,7 +19,12 @@ from .uris import parse
 
 
 @contextmanager
-def outgoing(name: str, overwrite: bool = False, sources: Sequence[str | PathLike[str]] = ()) -> Iterator[Path]:
+def outgoing(
+    name: str,
+    overwrite: bool = False,
+    sources: Sequence[str | PathLike[str]] = (),
+    unchanged: Callable[[], object] = lambda: None,
+) -> Iterator[Path]:
     """A path to write to; what is there is pushed when the block ends without an error.
 
     After an error it stays, and the same command goes on with it.
@@ -28,6 +33,7 @@ def outgoing(name: str, overwrite: bool = False, sources: Sequence[str | PathLik
         name: of the place.
         overwrite: replace what is there.
         sources: what it is made from; a licence that all their cards name is passed on.
+        unchanged: called where all of it was there already, and nothing was pushed.
 
     Raises:
         AdapterkitError: as for `push`; no access to the place is said before anything is written.
@@ -44,13 +50,15 @@ def outgoing(name: str, overwrite: bool = False, sources: Sequence[str | PathLik
     out = folder / "out"
     yield out
     try:
-        push(out, uri, overwrite=overwrite, licence=_licence([*map(located, sources)]))
+        pushed = push(out, uri, overwrite=overwrite, licence=_licence([*map(located, sources)]))
     except StorageError as error:
         if error.path == str(uri):
             # It is there with other content: to go on would meet the same.
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
+    if not (pushed.added or pushed.replaced or pushed.removed):
+        unchanged()
 
 
 def _licence(sources: Sequence[Path]) -> Licence:

@@ -25,11 +25,13 @@ class Shards:
 
     Attributes:
         path: of the base.
+        begun: whether a weight file was fetched, or begun to be, that a later run can go on with.
     """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
         self.remote, self.folder, self.files = remote, folder, dict[str, RemoteFile]()
         self.starts: dict[str, bytes] = {}
+        self.begun = False
         inside = PurePosixPath(remote.uri.path).name
         self.path = folder / "base"
         self._sketch()
@@ -64,6 +66,7 @@ class Shards:
                 self._bring(path, self.files[path])
 
     def _bring(self, path: str, file: RemoteFile) -> None:
+        self.begun = True
         part = self.folder / "parts" / file.digest.replace(":", "-")
         start = self.starts[path]
         try:
@@ -116,6 +119,10 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
             shards = Shards(remote_of(parse(os.fspath(name))), folder)
             try:
                 yield shards
+            except StorageError:
+                if not shards.begun:  # Something is in the way of the output: there is nothing to go on with.
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
             finally:
                 shards.close()
     except (NetworkError, StorageError):

@@ -156,7 +156,8 @@ def merge(
         StorageError: no space, no permission, or `out` is taken.
     """
     if is_address(out):
-        with outgoing(out, overwrite=overwrite) as there:
+        same: list[bool] = []
+        with outgoing(out, overwrite=overwrite, unchanged=lambda: same.append(True)) as there:
             report = merge(
                 base, adapters, there, weights=weights, device=device, dtype=dtype, shard_size=shard_size,
                 engine=engine, address=address, progress=progress, tied=tied, allow_partial=allow_partial,
@@ -164,7 +165,7 @@ def merge(
                 checksums=checksums, tokenizer=tokenizer, strict_base=strict_base,
                 rename=rename, vocab=vocab,
             )  # fmt: skip
-        return replace(report, out=str(out))
+        return replace(report, out=str(out), already=bool(same))
     from .ties import parse_tied
 
     options = Options(

@@ -63,11 +63,13 @@ def _even(rows: int) -> int:
 def runs(blocks_: list[Block], nbytes: int, itemsize: int) -> Iterator[list[Block]]:
     """Consecutive blocks in runs of about `nbytes`: what one worker takes at a time."""
     run: list[Block] = []
+    elements = 0
     for block in blocks_:
         run.append(block)
-        if sum(b.elements for b in run) * itemsize >= nbytes:
+        elements += block.elements
+        if elements * itemsize >= nbytes:
             yield run
-            run = []
+            run, elements = [], 0
     if run:
         yield run
 

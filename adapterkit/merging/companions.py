@@ -89,10 +89,10 @@ def companions(
     if not base.root.is_dir():
         return Companions()
     tokens, tokenizer, warnings = _tokenizer(base, adapters, None if chosen is None else str(chosen))
-    copies, left_out = [], []
+    copies, left_out, weights = [], [], set(base.files)
     for file in sorted(_files(base.root)):
         name = file.relative_to(base.root).as_posix()
-        if file in base.files or name in (INDEX, TORCH_INDEX, REPORT, NOTE):
+        if file in weights or name in (INDEX, TORCH_INDEX, REPORT, NOTE):
             continue
         stale = isinstance(base, Dequantized) and not base.packs and name in SIDE_FILES
         if file.suffix in WEIGHT_SUFFIXES or name.endswith(".index.json") or stale or (tokens and _is_token_file(name)):

@@ -16,6 +16,7 @@ from hashlib import sha256
 from threadpoolctl import threadpool_limits
 
 from ..errors import storage_error
+from ..tensors.lazy import files_kept_open
 from .arrays import Arrays
 from .hands import Hands, Made
 from .jobs import Job, OpenFile, create, jobs_of, norms_of
@@ -145,7 +146,7 @@ class _Crew:
         device = number % len(self.devices)
         hands = Hands(self.devices[device], self._moved)
         try:
-            with hands.arrays.quiet():
+            with hands.arrays.quiet(), files_kept_open():
                 self._take_jobs(hands, self.jobs[device])
         except BaseException as error:
             self.failure = self.failure or error

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..binding import Site, bind
 from ..errors import NotMergeable
@@ -28,24 +28,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """One adapter of a merge, bound to the base."""
+    """One adapter of a merge, bound to the base.
+
+    Attributes:
+        name: of its file or folder.
+        given: as it was read.
+        adapter: bound to the base.
+        weight: how much of its change is taken.
+        missing: targets without a place in the base.
+        renamed: the first change of prefixes, as (taken off, put on).
+        rules: those by which its names became the base's.
+    """
 
     name: str
+    given: Adapter
     adapter: Adapter
     weight: float
-    digest: str
     missing: tuple[Target, ...]
     renamed: tuple[str, str] | None
     rules: tuple[Rule, ...] = ()
+    _digest: str | None = field(default=None, init=False)
 
-    def record(self) -> dict[str, Any]:
-        """What it is; of the base it was made for the name on a hub, and no path of somebody's disk."""
+    @property
+    def digest(self) -> str:
+        """Of the adapter as it was read. All of its tensors are read for it, when it is first asked for."""
+        if self._digest is None:
+            object.__setattr__(self, "_digest", self.given.digest())
+        return cast(str, self._digest)
+
+    def record(self, digests: bool = True) -> dict[str, Any]:
+        """What it is; of the base it was made for the name on a hub, and no path of somebody's disk.
+
+        Args:
+            digests: with its digest; null without, so that none of its tensors is read.
+        """
         made_for = self.adapter.base.id if self.adapter.base else None
         return {
-            "name": self.name, "digest": self.digest, "weight": self.weight, "targets": len(self.adapter.updates),
-            "missing": [str(target) for target in self.missing], "base": made_for if is_repo(made_for) else None,
-            "methods": list(self.adapter.methods), "ranks": list(self.adapter.ranks),
-            "lineage": [step.op for step in self.adapter.recipe], **self._names(),
+            "name": self.name, "digest": self.digest if digests else None, "weight": self.weight,
+            "targets": len(self.adapter.updates), "missing": [str(target) for target in self.missing],
+            "base": made_for if is_repo(made_for) else None, "methods": list(self.adapter.methods),
+            "ranks": list(self.adapter.ranks), "lineage": [step.op for step in self.adapter.recipe], **self._names(),
         }  # fmt: skip
 
     def _names(self) -> dict[str, Any]:
@@ -118,11 +140,11 @@ def folds_by_tensor(
         shapes |= {alias: shapes[name] for alias, name in aliases.items()}
         for site in sites_as_trained(bound.sites, bound.adapter.recipe, shapes):
             _refuse_other_laws((site.target, update) for update in site.updates)
-        digest = adapter.digest()
-        sources.append(Source(name, bound.adapter, weight, digest, bound.missing, bound.renamed, bound.rules))
+        sources.append(Source(name, adapter, bound.adapter, weight, bound.missing, bound.renamed, bound.rules))
         for site in bound.sites:
             for stored, fold in _folds(site, weight, position, base, aliases):
-                made_for = replace(fold, shape=vocabulary.rows(position, stored, fold.shape))
+                shape = vocabulary.rows(position, stored, fold.shape)
+                made_for = fold if shape == fold.shape else replace(fold, shape=shape)
                 folds.setdefault(stored, []).append(made_for)
     base = vocabulary.grown()
     names = {name: name for name in base.tensors}
@@ -150,8 +172,10 @@ def _folds(
 ) -> list[tuple[str, Fold]]:
     found = []
     for stored, bias in ((site.weight, False), (site.bias, True)):
-        updates = tuple(u for u in site.updates if (u.changes_bias if bias else u.changes_weight))
-        if stored is not None and updates:
+        if stored is None:
+            continue
+        updates = tuple([u for u in site.updates if (u.changes_bias if bias else u.changes_weight)])
+        if updates:
             shape = base.tensors[aliases.get(stored, stored)].shape
             seen = _seen(site, base, aliases) if bias else None
             found.append((stored, Fold(site.target, updates, weight, position, bias, shape, seen)))

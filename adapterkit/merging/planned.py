@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .. import __version__
 from ..tensors.checkpoint import Checkpoint
@@ -121,6 +121,7 @@ class Plan:
     companions: Companions = field(default_factory=Companions)
     fingerprint: str | None = None
     vocabulary: Mapping[str, Any] | None = None
+    _held: tuple[int, str] | None = field(default=None, init=False)
 
     @property
     def bytes(self) -> int:
@@ -170,31 +171,54 @@ class Plan:
 
     @property
     def _largest(self) -> tuple[int, str]:
-        computed = ((HELD + _block_bytes(output), output.name) for output in self.outputs() if not output.copied)
-        return max(computed, default=(0, ""))
+        if self._held is None:
+            known: dict[Any, int] = {}
+            computed = [(HELD + _held(output, known), output.name) for output in self.outputs() if not output.copied]
+            object.__setattr__(self, "_held", max(computed, default=(0, "")))
+        return cast("tuple[int, str]", self._held)
 
-    def lineage(self) -> dict[str, Any]:
-        """What the output's own record says: no paths, no times, so that equal merges write equal bytes."""
+    def lineage(self, digests: bool = True) -> dict[str, Any]:
+        """What the output's own record says: no paths, no times, so that equal merges write equal bytes.
+
+        Args:
+            digests: with those of the adapters, for which all of their tensors are read.
+        """
         return {
             **({} if self.origin is None else {"base_uri": self.origin}),
-            "adapterkit": __version__, "adapters": [source.record() for source in self.sources],
+            "adapterkit": __version__, "adapters": [source.record(digests) for source in self.sources],
             "dtype": self.dtype and self.dtype.name, "seed": self.seed, "tied": self.tied,
             "quantized": quantized_record(self.base), "warnings": list(self.warnings),
             "base_fingerprint": self.fingerprint, "tokenizer": self.companions.tokenizer,
             **({} if self.vocabulary is None else {"vocabulary": dict(self.vocabulary)}),
         }  # fmt: skip
 
-    def record(self) -> dict[str, Any]:
+    def record(self, digests: bool = True) -> dict[str, Any]:
+        """The plan as plain data.
+
+        Args:
+            digests: with the digests of the plan and of the adapters, for which all tensors of the adapters are read;
+                null without.
+        """
         return {
-            "base": str(self.base.root), "digest": self.digest, "bytes": self.bytes, "targets": self.targets,
+            "base": str(self.base.root), "digest": self.digest if digests else None, "bytes": self.bytes,
+            "targets": self.targets,
             "peak_memory": self.peak_memory, "memory": self.memory, "workers": self.workers,
-            "files": [file.record() for file in self.files], **self.lineage(),
+            "files": [file.record() for file in self.files], **self.lineage(digests),
         }  # fmt: skip
 
 
-def _block_bytes(output: Output) -> int:
+def _held(output: Output, known: dict[Any, int]) -> int:
+    """`_block_bytes`, worked out once for all outputs of the same shapes and forms."""
     if output.part is not None:
         return output.part.held
+    folds = [(fold.target.layout, fold.bias, tuple([update.form for update in fold.updates])) for fold in output.folds]
+    form = output.shape, output.dtype.name, output.source.dtype.name, tuple(folds)
+    if form not in known:
+        known[form] = _block_bytes(output)
+    return known[form]
+
+
+def _block_bytes(output: Output) -> int:
     elements = math.prod(output.shape)
     if all(fold.blockable for fold in output.folds):
         elements = min(elements, max(BLOCK_ELEMENTS, elements // max(output.shape[0] if output.shape else 1, 1)))

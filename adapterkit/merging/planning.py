@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,19 +139,32 @@ def _grouping(
     if is_gguf_output(base):
         if shard_size is not None:
             raise UsageError("a GGUF model keeps its files", cure="Leave the shard size out")
-        for file in base.files:
-            yield file.name, [name for name in tensors if base.home.get(name) == file], {}
+        for file, members in _by_home(base, tensors, None).items():
+            yield file.name, members, {}
         return
     if shard_size is None:
-        first = base.files[0]
-        homes = {name: base.home.get(name, first) for name in tensors}
-        for file in base.files:
-            yield _safetensors_name(file), [n for n in tensors if homes[n] == file], base.metadata.get(file) or common
+        for file, members in _by_home(base, tensors, base.files[0]).items():
+            yield _safetensors_name(file), members, base.metadata.get(file) or common
         return
     shards = _split(tensors, kinds, shard_size)
     for number, members in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         yield name, members, common
+
+
+def _by_home(base: Checkpoint, names: Iterable[str], otherwise: Path | None) -> dict[Path, list[str]]:
+    """The base's files, each with the tensors of it, in order; others go into the file `otherwise`."""
+    members: dict[Path, list[str]] = {file: [] for file in base.files}
+    # Tensors of one file share its path: to look a path up by its value takes as long as ten lookups of an object.
+    lists: dict[int, list[str]] = {}
+    for name in names:
+        home = base.home.get(name, otherwise)
+        if home is None:
+            continue
+        if id(home) not in lists:
+            lists[id(home)] = members[home]
+        lists[id(home)].append(name)
+    return members
 
 
 def _split(tensors: Mapping[str, Lazy], kinds: Mapping[str, DType], shard_size: int) -> list[list[str]]:

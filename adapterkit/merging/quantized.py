@@ -29,10 +29,10 @@ WHY = {
 """Choice -> what it does, and why one would."""
 
 EXPLAINED = (
-    "Choose: (1) dequantize, by --quantized dequantize: fold into the dequantized weights, which the adapter was "
-    "trained on, and write 16 bits; (2) requantize, by --quantized requantize: merge so, and quantize the result again "
+    "Choose one: (1) quantized=/--quantized dequantize: fold into the dequantized weights, which the adapter was "
+    "trained on, and write 16 bits; (2) requantize: merge so, and quantize the result again "
     "in the same scheme, which rounds the change as coarsely as the weights and says how much of it is left; (3) "
-    "original, by --quantized original --onto DIR: fold into the 16-bit weights that the base was made from, which are "
+    "original, with onto=/--onto DIR: fold into the 16-bit weights that the base was made from, which are "
     "closer to the first model but not what the adapter was trained on"
 )
 
@@ -71,7 +71,9 @@ def as_merged(
         raise UsageError(f"unknown choice {quantized!r} for quantized bases", cure=f"Known: {', '.join(WHY)}")
     if (onto is None) == (quantized == "original"):
         why = "the 16-bit weights that are merged into are not said" if onto is None else f"onto is of no {quantized}"
-        raise UsageError(why, cure="Choose --quantized original and give them by --onto DIR, or do neither")
+        raise UsageError(
+            why, cure="Choose quantized=/--quantized original and give them by onto=/--onto, or do neither"
+        )
     if isinstance(base, Dequantized) or not is_quantized(base):
         return base
     if quantized is None and said_method(base) is None and detect(base) == "gguf":

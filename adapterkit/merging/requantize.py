@@ -216,7 +216,8 @@ def repacked(
     twice = next((name for name, source in names.items() if name != source and source in base.packed), None)
     if twice is not None:
         why = f"it is {names[twice]}, which is packed, under another name"
-        raise Unsupported(why, where=twice, cure='Choose --tied merge (tied="merge"), or --quantized dequantize')
+        cure = "Choose tied=/--tied merge, or quantized=/--quantized dequantize"
+        raise Unsupported(why, where=twice, cure=cure)
     stored = base.written
     tensors = stored | {n: stored[s] for n, s in names.items() if s not in base.packed}
     moved: dict[str, tuple[Fold, ...]] = {}

@@ -171,7 +171,8 @@ class Vocabulary:
 
     def rows(self, position: int, layer: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the part of a layer's weight or bias that an adapter was made for."""
-        return (self.made_for.get((position, layer), shape[0]), *shape[1:]) if shape else shape
+        rows = self.made_for.get((position, layer))
+        return (rows, *shape[1:]) if shape and rows is not None else shape
 
     def grown(self) -> Checkpoint:
         """The base with the rows that the adapters need.

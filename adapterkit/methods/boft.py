@@ -23,6 +23,7 @@ class BOFT(WeightUpdate):
 
     blocks = frozenset({"out"})
     paper = "https://arxiv.org/abs/2311.06243"
+    dropout: ClassVar[str] = "blocks"
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(require="m <= n and b % 2 == 0 and n % 2 ** (m - 1) == 0", when="m > 1", where="R"),
         Rule(define="columns", value="n * b", where="R"),

@@ -35,6 +35,11 @@ class DoRA(WeightUpdate):
         norm = (W * W).reshape(len(W), -1).sum(1) ** 0.5
         return cls(A=A, B=W.new_zeros(len(W), rank), magnitude=norm, **attributes)
 
+    def scaled_factors(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, A = self.scaling * self.B, self.A.reshape(len(self.A), -1)
+        V = W.reshape(len(W), -1) + constant(B) @ constant(A)
+        return self.magnitude / (V * V).sum(1) ** 0.5, B, A
+
     def new_weight(self, W: Tensor) -> Tensor:
         V = W.reshape(len(W), -1) + (self.scaling * self.B) @ self.A.reshape(len(self.A), -1)
         norm: Tensor = constant((V * V).sum(1) ** 0.5)

@@ -7,7 +7,7 @@ have a Tucker core: then it is `sum_ij t[i, j, *k] w_a[o, i] w_in[j, n]`, as in 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..tensors.products import contracted
 from ..updates import Additive, tensor
@@ -24,6 +24,7 @@ class LoHa(Additive):
     blocks = frozenset({"out"})
     forms = ((("w1_b", "w2_b"), ("t1", "w1_in", "t2", "w2_in")),)
     paper = "https://arxiv.org/abs/2108.06098"
+    dropout: ClassVar[str] = "scaled rows"
 
     w1_a: Tensor = tensor("out r")
     w1_b: Tensor | None = tensor("r columns", optional=True)

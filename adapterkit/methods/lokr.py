@@ -27,6 +27,7 @@ class LoKr(Additive):
     blocks = frozenset({"out"})
     forms = ((("w1",), ("w1_a", "w1_b")), (("w2",), ("w2_a", "w2_b"), ("w2_a", "t2", "w2_in")))
     paper = "https://arxiv.org/abs/2309.14859"
+    dropout: ClassVar[str] = "rows"
     since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(require="has(w2) and axes(w2) >= 3", when="stacked", where="stacked", error="Malformed"),

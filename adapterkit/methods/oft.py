@@ -28,6 +28,7 @@ class OFT(WeightUpdate):
     blocks = frozenset({"in", "out"})
     needs_bias = False
     paper = "https://arxiv.org/abs/2306.07280"
+    dropout: ClassVar[str] = "blocks"
     forms = ((("pairs",), ("square",)),)
     since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
     rules: ClassVar[tuple[Rule, ...]] = (

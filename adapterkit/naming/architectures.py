@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -45,6 +45,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         interleaved: the weight has every `of`-th row of the tensor, from row `part` on, and no run of rows.
         qkv: the weight is `query`, `key` or `value` of a tensor that holds all queries, then all keys, then all values;
             how many rows each has follows from the base's heads.
+        groups: of `qkv`: the rows stand group by group instead: the queries that share a key, the key, the value.
         flat: the tensor has one axis, the inputs: the weight has one row.
         transposed: the tensor is stored with inputs before outputs.
         rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`
@@ -59,6 +60,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     of: int | None = None
     interleaved: bool = False
     qkv: str | None = None
+    groups: bool = False
     flat: bool = False
     transposed: bool = False
     rows: str | None = None
@@ -108,6 +110,20 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocabulary: list[str] = []
     tied: dict[str, str] = {}
     pipeline: Pipeline | None = None
+
+
+class Naming(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of `namings`: what a tool calls the weights of families that have files of their own."""
+
+    format: int
+    naming: str
+    model_types: list[str]
+    weights: dict[str, str | Place]
+    sources: list[str] = []
+
+    def places(self) -> dict[str, Place]:
+        """Key of a weight -> its place."""
+        return {key: Place(place) if isinstance(place, str) else place for key, place in self.weights.items()}
 
 
 class Architecture:
@@ -302,14 +318,48 @@ def load(path: Path) -> Architecture:
     Raises:
         Malformed: it does not have the form of the README, or a naming is not one to one.
     """
-    try:
-        record = msgspec.toml.decode(path.read_bytes(), type=Record)
-    except (ValueError, msgspec.MsgspecError) as error:
-        raise Malformed(f"not an architecture file ({error})", path=path, cure="Correct the file") from error
+    record = _decoded(path, Record)
+    for naming in namings(path.parent / "namings"):
+        for key, place in naming.weights.items() if set(naming.model_types) & set(record.model_types) else ():
+            if key in record.weights:
+                record.weights[key].setdefault(naming.naming, place)
     why = next(faults(record), None)
     if why is not None:
         raise Malformed(why, path=path, cure="Correct the file")
     return Architecture(record)
+
+
+@cache
+def namings(where: Path | None = None) -> tuple[Naming, ...]:
+    """The namings that lie beside the families: those of tools that know several.
+
+    Args:
+        where: their folder.
+
+    Raises:
+        Malformed: a file does not have the form of the README.
+    """
+    files = sorted((where or folder() / "namings").glob("*.toml"))
+    return tuple(_decoded(file, Naming) for file in files)
+
+
+def namings_of(name: str) -> tuple[Naming, ...]:
+    """The files of one tool's naming, each for other model types."""
+    return tuple(naming for naming in namings(folder() / "namings") if naming.naming == name)
+
+
+_T = TypeVar("_T", Record, Naming)
+
+
+def _decoded(path: Path, kind: type[_T]) -> _T:
+    try:
+        found = msgspec.toml.decode(path.read_bytes(), type=kind)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise Malformed(f"not an architecture file ({error})", path=path, cure="Correct the file") from error
+    if found.format != FORMAT:
+        why = f"format {found.format}, and this version reads format {FORMAT}"
+        raise Malformed(why, path=path, cure="Correct the file")
+    return found
 
 
 def faults(record: Record) -> Iterator[str]:
@@ -353,6 +403,8 @@ def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
         yield f"{naming}: {place.name} has rows {place.rows!r} of heads {place.heads!r}"
     if place.qkv not in (None, *QKV) or (place.qkv is not None and place.of is not None):
         yield f"{naming}: {place.name} has qkv {place.qkv!r} and of {place.of!r}"
+    if place.groups and place.qkv is None:
+        yield f"{naming}: {place.name} has groups and no qkv"
     if place.interleaved and place.of is None:
         yield f"{naming}: {place.name} is interleaved and has no part"
 

@@ -47,7 +47,8 @@ def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
     """
     if config is None:
         raise UsageError("how many heads the base has decides on the order of rows here", where=where, cure=_GIVE)
-    own = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    inner = config.get("text_config")
+    own = inner if isinstance(inner, dict) else config
     query = _count(own, ("num_attention_heads", "n_head"), where)
     # Falcon's config says num_kv_heads = num_attention_heads where its first generation shares one key among all heads.
     one = own.get("multi_query") is True and own.get("new_decoder_architecture") is not True

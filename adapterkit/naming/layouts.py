@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .architectures import STORED_AS
-
 _CONV1D = ("*.c_attn", "*.c_proj", "*.c_fc", "*.q_attn")
 _EXPERTS = ("*.experts.gate_up_proj", "*.experts.down_proj")
 
@@ -28,7 +26,5 @@ IN_OUT = {
 
 def stored_in_out(path: str, config: Mapping[str, Any] | None) -> bool | None:
     """Whether the base stores this target `in` first; None where the family is not in the table."""
-    if (config or {}).get(STORED_AS) == "gguf":
-        return False  # GGUF files hold all weights as [out, in].
     globs = IN_OUT.get(str((config or {}).get("model_type")))
     return None if globs is None else any(fnmatchcase(path, glob) for glob in globs)

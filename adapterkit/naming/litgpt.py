@@ -1,27 +1,30 @@
-"""Names of litgpt's models of Llama's kind, whose MLP has a gate.
-
-Source: litgpt/scripts/convert_hf_checkpoint.py.
-"""
+"""litgpt's names, from spec/architectures/namings, and what its settings call the modules."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import cache
 
+from .architectures import namings_of
 from .tables import Table
 
-_L, _T = "model.layers.{n}.", "transformer.h.{n}."
-
 QKV = "attn.qkv"
-PARTS = {"query": _L + "self_attn.q_proj", "key": _L + "self_attn.k_proj", "value": _L + "self_attn.v_proj"}
-"""Which of `lora_query`, `lora_key` and `lora_value` turns it on -> own template; in the order of the fused weight."""
 
-TABLE = Table(
-    {
-        _L + "self_attn.o_proj": _T + "attn.proj", _L + "mlp.gate_proj": _T + "mlp.fc_1",
-        _L + "mlp.up_proj": _T + "mlp.fc_2", _L + "mlp.down_proj": _T + "mlp.proj", "lm_head": "lm_head",
-    }
-)  # fmt: skip
+
+@cache
+def parts() -> dict[str, str]:
+    """Which of `lora_query`, `lora_key` and `lora_value` turns it on -> own template; in the order of the rows."""
+    return {place.qkv: key for key, place in namings_of("litgpt")[0].places().items() if place.qkv is not None}
+
+
+@cache
+def table() -> Table:
+    """Own template -> litgpt's, of the modules that are a weight of their own and may have LoRA."""
+    places = namings_of("litgpt")[0].places()
+    found = {key: place.name for key, place in places.items() if place.name.endswith(tuple(FLAGS))}
+    return Table(found | {"lm_head": "lm_head"})
+
 
 FLAGS = {"attn.proj": "projection", "mlp.fc_1": "mlp", "mlp.fc_2": "mlp", "mlp.proj": "mlp", "lm_head": "head"}
 """End of a module's name -> which setting turns it on."""

@@ -6,6 +6,9 @@ Sources: Megatron-Bridge's peft/lora.py and peft/canonical_lora.py; NeMo 1's ada
 from __future__ import annotations
 
 import re
+from functools import cache
+
+from .architectures import namings_of
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 """By groups of heads: for each group its queries, its key, its value."""
@@ -13,18 +16,23 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 """Gate before up, as one rank has them."""
 
-BRIDGE = {
-    "self_attention.linear_qkv.adapter": QKV,
-    "self_attention.linear_qkv.adapter.adapter_q": QKV[:1],
-    "self_attention.linear_qkv.adapter.adapter_k": QKV[1:2],
-    "self_attention.linear_qkv.adapter.adapter_v": QKV[2:],
-    "self_attention.linear_proj.adapter": ("self_attn.o_proj",),
-    "mlp.linear_fc1.adapter": GATE_UP,
-    "mlp.linear_fc1.adapter.adapter_gate": GATE_UP[:1],
-    "mlp.linear_fc1.adapter.adapter_up": GATE_UP[1:],
-    "mlp.linear_fc2.adapter": ("mlp.down_proj",),
-}
-"""Megatron-Bridge and NeMo 2: module below a layer -> own modules below a layer."""
+
+@cache
+def bridge() -> dict[str, tuple[str, ...]]:
+    """Megatron-Bridge and NeMo 2: module of an adapter below a layer -> own modules below a layer.
+
+    Canonical LoRA has a pair for each weight in a fused one, called after the first word of the weight's name.
+    """
+    fused: dict[str, list[str]] = {}
+    for key, place in namings_of("megatron")[0].places().items():
+        fused.setdefault(place.name.rpartition("{n}.")[2], []).append(key.rpartition("{n}.")[2])
+    found: dict[str, tuple[str, ...]] = {}
+    for module, own in fused.items():
+        found[f"{module}.adapter"] = tuple(own)
+        for each in own if len(own) > 1 else ():
+            found[f"{module}.adapter.adapter_{each.rpartition('.')[2].partition('_')[0]}"] = (each,)
+    return found
+
 
 _ATTENTION, _MLP = "self_attention.adapter_layer.", "mlp.adapter_layer."
 NEMO = {

@@ -41,9 +41,10 @@ def from_mlx(name: str, config: Mapping[str, Any] | None, experts: int) -> tuple
 
 def _translated(name: str, config: Mapping[str, Any] | None, experts: int, naming: str) -> tuple[Move, ...] | None:
     found: dict[tuple[Move, ...], str] = {}
-    for family in _families(config):
-        if naming == WEIGHT and not family.find(name, NAMING):
-            continue
+    families = [each for each in _families(config) if naming != WEIGHT or each.find(name, NAMING)]
+    # Where a hub has one tensor an expert, its names are taken: a family with stacks has none, and refuses them later.
+    apart = [each for each in families if naming == WEIGHT and _on_hub(each, name)]
+    for family in apart or families:
         moves = translate(name, family, naming, experts)
         if moves:
             found.setdefault(moves, family.family)
@@ -51,6 +52,12 @@ def _translated(name: str, config: Mapping[str, Any] | None, experts: int, namin
         why = f"{' and '.join(found.values())} keep this in different places: {', '.join(m[0].path for m in found)}"
         raise UsageError(why, where=name, cure="Pass --base (base=), which tells the family")
     return next(iter(found), None)
+
+
+def _on_hub(family: Architecture, name: str) -> bool:
+    """Whether a hub keeps the weights of a module of MLX-LM's model under names of their own."""
+    places = [family.place(key, "hub") for key, _, _ in family.find(name, NAMING)]
+    return all(place is not None and place.of is None and not place.stacked for place in places)
 
 
 def _families(config: Mapping[str, Any] | None) -> Sequence[Architecture]:

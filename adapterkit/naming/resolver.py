@@ -36,12 +36,14 @@ class Part(NamedTuple):
         of: how many equal parts there are.
         interleaved: the part has every `of`-th row from row `number` on; else it is one run of rows.
         heads: the parts are not equal: they are all queries, all keys and all values, as many as the base's heads say.
+        groups: with `heads`: the rows stand group by group, the queries of a key, the key, the value.
     """
 
     number: int
     of: int
     interleaved: bool = False
     heads: bool = False
+    groups: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +117,14 @@ class Names:
         outer: paths of any modules, for the targets in `anywhere`.
         anywhere: targets that may be any module.
         shapes: the templates of `paths`, each with one path as an example.
+        known: family -> what its file says of these names, worked out when it is first needed.
     """
 
     paths: Collection[str]
     outer: Collection[str] = ()
     anywhere: Collection[str] = ()
     shapes: dict[str, str] = field(default_factory=dict)
+    known: dict[str, _Known] = field(default_factory=dict)
 
     def has(self, path: str, target: str) -> bool:
         """Whether a target may be at a path."""
@@ -253,7 +257,9 @@ def _unwrapped(left: Left, base: Names, resolution: Resolution) -> Left:
 
 
 def _by_architecture(left: Left, base: Names, architecture: Architecture, resolution: Resolution) -> Left:
-    known = _Known(base, architecture)
+    known = base.known.get(architecture.family)
+    if known is None or known.architecture is not architecture:
+        known = base.known[architecture.family] = _Known(base, architecture)
     rest, counts = list[tuple[str, str]](), dict[tuple[str, str], int]()
     for target, name in left:
         readings = known.readings(name)
@@ -403,7 +409,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
 def part_of(place: Place) -> Part | None:
     """The part of a tensor that a place is; None where it is the whole tensor."""
     if place.qkv is not None:
-        return Part(QKV.index(place.qkv), len(QKV), heads=True)
+        return Part(QKV.index(place.qkv), len(QKV), heads=True, groups=place.groups)
     if place.part is None or place.of is None:
         return None
     return Part(place.part, place.of, place.interleaved)

@@ -76,7 +76,7 @@ class Names:
         if self.walked is None:
             own = self.table.back(foreign)
             if own is None:
-                cure = nearest(foreign, self.table.pairs.values()) or "Give the base with base="
+                cure = nearest(foreign, self.table.pairs.values()) or "Pass base=/--base"
                 raise TargetNotFound("a name that the table of this family does not have", where=foreign, cure=cure)
             return own
         found = self.walked.get(foreign, [])

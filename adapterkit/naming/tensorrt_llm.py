@@ -1,15 +1,34 @@
-"""Numbers that TensorRT-LLM gives to modules, and transformers' names for those of Llama's kind.
+"""Numbers that TensorRT-LLM gives to modules with LoRA; their names are in spec/architectures/namings.
 
 Source: `LORA_MODULE_IDS` in tensorrt_llm/lora_manager.py.
 """
 
 from __future__ import annotations
 
-IDS = {
-    "self_attn.qkv_proj": 0, "self_attn.q_proj": 1, "self_attn.k_proj": 2, "self_attn.v_proj": 3,
-    "self_attn.o_proj": 4, "mlp.gate_proj": 5, "mlp.down_proj": 6, "mlp.up_proj": 7,
+from functools import cache
+
+from .architectures import namings_of
+
+NUMBERS = {
+    "attn_qkv": 0, "attn_q": 1, "attn_k": 2, "attn_v": 3, "attn_dense": 4, "mlp_h_to_4h": 5, "mlp_4h_to_h": 6,
+    "mlp_gate": 7,
 }  # fmt: skip
-"""Module below a layer -> number."""
+"""TensorRT-LLM's name of a module below a layer -> its number."""
+
+
+@cache
+def numbers() -> dict[str, int]:
+    """Own module below a layer -> number; models with queries, keys and values in one module have that one, too."""
+    places = namings_of("tensorrt_llm")[0].places()
+    names = {key.rpartition("{n}.")[2]: place.name.rpartition("{n}.")[2] for key, place in places.items()}
+    return {own: NUMBERS[name] for own, name in {"self_attn.qkv_proj": "attn_qkv", **names}.items()}
+
+
+@cache
+def modules() -> dict[int, str]:
+    """Number -> own module below a layer."""
+    return {number: name for name, number in numbers().items()}
+
 
 FUSED = "mlp.gate_up_proj"
 """Of the number of `mlp.gate_proj`, too; its outputs are stored up before gate."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -196,7 +197,12 @@ def _explicit(config: Mapping[str, Any]) -> Any:
 
 
 def _is(name: str, modules: tuple[str, ...]) -> bool:
-    return any(name == f"{module}.weight" or name.endswith(f".{module}.weight") for module in modules)
+    return name.endswith(".weight") and f".{name}".endswith(_endings(modules))
+
+
+@lru_cache(maxsize=8)
+def _endings(modules: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f".{module}.weight" for module in modules)
 
 
 def _head_of(config: Mapping[str, Any] | None) -> str:

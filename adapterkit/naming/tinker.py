@@ -5,7 +5,6 @@ Source: weights in tinker-cookbook, https://github.com/thinking-machines-lab/tin
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 EXPERTS = {
@@ -17,9 +16,14 @@ EXPERTS = {
 
 HEAD = {"lm_head": "model.unembed_tokens"}
 
-_MARK = re.compile(r".*\.(?:unembed_tokens|mlp\.experts\.w[123])\.lora_[AB]\.weight")
+_MARKS = tuple(
+    f".{module}.lora_{factor}.weight"
+    for module in ("unembed_tokens", *(f"mlp.experts.w{number}" for number in (1, 2, 3)))
+    for factor in "AB"
+)
+"""Endings of keys."""
 
 
 def is_tinker(keys: Iterable[str]) -> bool:
     """Whether keys are in a form that only Tinker has."""
-    return any(_MARK.fullmatch(key) for key in keys)
+    return any(key.endswith(_MARKS) for key in keys)

@@ -1,25 +1,31 @@
-"""Names and row orders of torchtune's models.
-
-Sources: torchtune/models/convert_weights.py (Llama, Mistral, Gemma), models/qwen2/_convert_weights.py.
-"""
+"""torchtune's names and orders of rows, from spec/architectures/namings."""
 
 from __future__ import annotations
 
+from functools import cache
+
+from .architectures import namings_of
 from .tables import Table
 
-_L, _T = "model.layers.{n}.", "layers.{n}."
 
-TABLE = Table(
-    {
-        _L + "self_attn.q_proj": _T + "attn.q_proj", _L + "self_attn.k_proj": _T + "attn.k_proj",
-        _L + "self_attn.v_proj": _T + "attn.v_proj", _L + "self_attn.o_proj": _T + "attn.output_proj",
-        _L + "mlp.gate_proj": _T + "mlp.w1", _L + "mlp.down_proj": _T + "mlp.w2", _L + "mlp.up_proj": _T + "mlp.w3",
-        "model.embed_tokens": "tok_embeddings", "lm_head": "output",
+@cache
+def table() -> Table:
+    """Own template -> torchtune's; all families have the same names."""
+    return Table({key: place.name for key, place in namings_of("torchtune")[0].places().items()})
+
+
+@cache
+def meta_order() -> dict[str, bool]:
+    """model_type -> whether rows of q and k stand in Meta's order."""
+    return {
+        model_type: any(place.rows for place in naming.places().values())
+        for naming in namings_of("torchtune")
+        for model_type in naming.model_types
     }
-)  # fmt: skip
 
-META_ORDER = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}
-"""model_type -> whether rows of q and k stand in Meta's order."""
 
-TURNED = {"attn.q_proj": "query", "attn.k_proj": "kv"}
-"""End of a module's name -> which heads share its rows."""
+@cache
+def turned() -> dict[str, str]:
+    """End of a module's name -> which heads share its rows, `query` or `kv`."""
+    places = [place for naming in namings_of("torchtune") for place in naming.places().values()]
+    return {place.name.rpartition("{n}.")[2]: place.heads for place in places if place.heads is not None}

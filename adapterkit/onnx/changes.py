@@ -19,7 +19,7 @@ from ..merging.compute import Folder
 from ..merging.fold import Fold
 from ..merging.planned import Output
 from ..tensors.dtypes import DTYPES, DType
-from ..tensors.lazy import Lazy, Span, read_span
+from ..tensors.lazy import Lazy, Span
 from .building import Array, Building, kind_of
 from .operands import attribute, numbers, shape_of
 
@@ -137,7 +137,7 @@ def _flat_bytes(tensor: Any) -> Array:
 
 def _outside(tensor: ir.ExternalTensor, kind: DType, shape: tuple[int, ...]) -> Lazy:
     span = Span(str(tensor.path), tensor.offset or 0, tensor.nbytes)
-    return Lazy(shape, kind, lambda: read_span(span), span)
+    return Lazy(shape, kind, None, span)
 
 
 class _Once:

@@ -127,7 +127,7 @@ def numbers_in(node: ir.Node, q: Array, zero: Any, scale: Array, limits: tuple[i
 def unknown(node: ir.Node) -> Unsupported:
     """The error for a scheme that is not known."""
     why = "a weight that is packed in a way that is not known here"
-    return Unsupported(why, where=node.name, cure="Merge with quantized='dequantize'")
+    return Unsupported(why, where=node.name, cure="Merge with quantized='dequantize'/--quantized dequantize")
 
 
 def split(rows: Array, bits: int) -> Array:

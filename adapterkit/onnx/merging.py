@@ -179,8 +179,11 @@ def fold(
         floating = unpacked([place for place, _ in folds], building)
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
     fresh: dict[tuple[Any, ...], ir.Value] = {}
-    for spot in dict.fromkeys(spot for place, _ in folds for spot in place.spots):
-        at = [(place, factor) for place, factor in folds if spot in place.spots]
+    by_spot: dict[Any, list[Fold]] = {}
+    for place, factor in folds:
+        for spot in dict.fromkeys(place.spots):
+            by_spot.setdefault(spot, []).append((place, factor))
+    for spot, at in by_spot.items():
         Folding(spot, at, building, fresh).done(quantized, damage)
     settle(fresh.values())
     return list(fresh.values())

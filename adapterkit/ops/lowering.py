@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterkitError, Malformed
+from ..errors import AdapterkitError, Malformed, ShapeMismatch
 from ..tensors.computed import load
 from ..updates import Additive
 
@@ -124,14 +124,20 @@ def part(update: Any, expert: int | None) -> Any:
 
 
 def _delta(update: Additive, shape: Shape, weight: float) -> Delta:
+    cure = "The file is damaged, or the adapter is not of this base"
+    try:
+        return _formed(update, shape, weight)
+    except IndexError as error:  # Positions of a file that nobody has validated against their axes.
+        raise Malformed(f"{update.method}: a position is outside ({error})", cure=cure) from None
+    except ValueError as error:  # Updates do not always tell the shape that they are for.
+        raise ShapeMismatch(f"{update.method}: made for no weight of {list(shape)} ({error})", cure=cure) from None
+
+
+def _formed(update: Additive, shape: Shape, weight: float) -> Delta:
     import numpy as np
 
     out, columns = shape[0], math.prod(shape[1:])
-    try:
-        pair = update.pair(shape)
-    except IndexError as error:  # Positions of a file that nobody has validated against their axes.
-        cure = "The file is damaged, or the adapter is not of this base"
-        raise Malformed(f"{update.method}: a position is outside ({error})", cure=cure) from None
+    pair = update.pair(shape)
     if pair is not None:
         B, A = (np.asarray(factor) for factor in pair)
         if len(A) > min(out, columns):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..adapter import Adapter, Target
 from ..binding import renamed, weight_shape
 from ..binding.bases import check_base
-from ..binding.by_expert import by_expert
+from ..binding.by_expert import by_expert, by_rows
 from ..errors import ShapeMismatch, UsageError, nearest
 from ..tensors.checkpoint import opened
 from ..updates import Additive
@@ -127,6 +127,8 @@ def places(
     read = _in_one_naming(given if base is None else [bound(adapter, base)[0] for adapter in given])
     if base is None and len(read) > 1:
         read = by_expert(read)
+    if len(read) > 1:
+        read = by_rows(read)
     if lower is not None:
         read = [additive(adapter, base, lower) for adapter in read]
     if not disjoint:

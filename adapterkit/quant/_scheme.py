@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DAMAGED = "The file is damaged, or not of this scheme: fetch it again"
 
-NO_PACKING = "Merge with --quantized dequantize, and quantize the result with the scheme's own tool"
+NO_PACKING = "Merge with quantized=/--quantized dequantize, and quantize the result with the scheme's own tool"
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The sixteen numbers of a float of four bits: a sign, two bits of exponent, one of mantissa."""

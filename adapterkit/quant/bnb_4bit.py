@@ -155,7 +155,7 @@ def _weight(base: Checkpoint, name: str, kind: str) -> Packed:
     count = math.prod(shape)
     if stored.nbytes != -(-count // 2):
         raise ShapeMismatch(f"{stored.nbytes} bytes for {count} weights of 4 bits", where=name, cure=DAMAGED)
-    stored = Lazy((stored.nbytes,), BYTES, stored.fetch, stored.span)
+    stored = Lazy((stored.nbytes,), BYTES, stored.source, stored.span)
     code = part_of(base, name, f"{name}.quant_map", ("F32",))
     expect(code.shape, (16,), f"{name}.quant_map")
     absmax, names = _absmax(base, name, state, -(-count // size))

@@ -164,7 +164,7 @@ class _Tensor(Packed):
         wanted = self._places[start:stop]
         first, end = int(wanted.min(initial=0)), int(wanted.max(initial=-1)) + 1
         if end - first <= 4 * len(wanted):
-            return self._read(first, end)[wanted - first]
+            return cast("Array", self._read(first, end)[wanted - first])
         return self._scattered(wanted)
 
     def _scattered(self, wanted: Array) -> Array:

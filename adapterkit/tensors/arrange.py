@@ -156,6 +156,22 @@ def stacked(leaves: Sequence[Lazy]) -> Lazy:
     return joined([leaf.reshape(1, *leaf.shape) for leaf in leaves])
 
 
+def overlaid(leaves: Sequence[Lazy]) -> Lazy:
+    """Tensors of one shape over each other, of which at most one is other than zero at each position."""
+    alike = same_type(leaves)
+
+    def fetch() -> memoryview:
+        import numpy as np
+
+        whole = alike[0].numpy().copy()
+        for leaf in alike[1:]:
+            values = leaf.numpy()
+            np.copyto(whole, values, where=as_array(leaf) != 0)
+        return bytes_of(whole)
+
+    return Lazy(alike[0].shape, alike[0].dtype, fetch)
+
+
 def block_diagonal(leaves: Sequence[Lazy]) -> Lazy:
     """Matrices along the diagonal of one that is zero elsewhere."""
     alike = same_type(leaves)

@@ -14,7 +14,7 @@ from ..errors import Malformed, StorageError, UsageError, shown
 from . import safetensors
 from .dtypes import DTYPES
 from .inputs import read_input
-from .lazy import Lazy, Span, read_span
+from .lazy import Lazy, Span
 from .locations import exists, located
 from .marks import is_gguf
 from .strict_json import check_size, load_json
@@ -177,7 +177,7 @@ def _splits(file: Path) -> tuple[Path, ...]:
 
 
 def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, Any]]]:
-    index = read_json(path)
+    index = read_json(path, strict=True)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         why = "no weight_map of tensor names to file names"
@@ -204,12 +204,12 @@ def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
 
         return {name: raw(span) for name, span in read_model(file).spans.items()}, {}
     header = safetensors.read_header(file)
-    return {name: safetensors.lazy(header.path, e) for name, e in header.entries.items()}, header.metadata
+    return safetensors.handles(header), header.metadata
 
 
 def raw(span: Span) -> Lazy:
     """Bytes as they lie in a file."""
-    return Lazy((span.nbytes,), DTYPES["U8"], lambda: read_span(span), span)
+    return Lazy((span.nbytes,), DTYPES["U8"], None, span)
 
 
 def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:

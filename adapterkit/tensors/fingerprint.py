@@ -48,15 +48,16 @@ def fingerprint(base: Checkpoint) -> str:
     """
     share = min(max(SAMPLE // max(len(base.tensors), 1), LEAST), MOST)
     digest = hashlib.sha256()
-    for name in sorted(base.tensors):
-        tensor = base.tensors[name]
-        digest.update(f"{name}\0{tensor.dtype.name}\0{list(tensor.shape)}\0".encode())
-        if tensor.span is None and tensor.part is None:
-            # Bytes that are not one run of a file: each read would make all of them.
-            whole = bytes(tensor.fetch())
-            tensor = replace(tensor, part=partial(_part, whole, tensor.dtype.itemsize))
-        for start, count in _places(tensor, share):
-            digest.update(bytes(tensor.read(start, count)))
+    with files_kept_open():
+        for name in sorted(base.tensors):
+            tensor = base.tensors[name]
+            digest.update(f"{name}\0{tensor.dtype.name}\0{list(tensor.shape)}\0".encode())
+            if tensor.span is None and tensor.part is None:
+                # Bytes that are not one run of a file: each read would make all of them.
+                whole = bytes(tensor.fetch())
+                tensor = replace(tensor, part=partial(_part, whole, tensor.dtype.itemsize))
+            for start, count in _places(tensor, share):
+                digest.update(bytes(tensor.read(start, count)))
     return PREFIX + digest.hexdigest()
 
 

@@ -10,13 +10,12 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import BinaryIO
 
 from ..errors import Malformed, Unsupported, storage_error
 from .dtypes import DTYPES
 from .inputs import open_input
-from .lazy import Lazy, Span, read_span
+from .lazy import Lazy, Span
 from .marks import GGLA
 
 TYPES = {0: "F32", 1: "F16"}
@@ -77,6 +76,6 @@ def _read(file: BinaryIO, path: str, size: int) -> Ggla:
         if min(shape) < 1 or start + nbytes > size or name in tensors:
             raise damaged(f"{name!r} of {list(shape)} does not fit the file, or is there twice")
         span = Span(path, start, nbytes)
-        tensors[name] = Lazy(shape, DTYPES[TYPES[kind]], partial(read_span, span), span)
+        tensors[name] = Lazy(shape, DTYPES[TYPES[kind]], None, span)
         file.seek(start + nbytes)
     return Ggla(rank, alpha, tensors)

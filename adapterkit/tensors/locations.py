@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -164,7 +164,11 @@ def is_address(name: str | os.PathLike[str]) -> bool:
 
 
 def outgoing(
-    name: str | os.PathLike[str], *, overwrite: bool = False, sources: Sequence[str | os.PathLike[str]] = ()
+    name: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    sources: Sequence[str | os.PathLike[str]] = (),
+    unchanged: Callable[[], object] = lambda: None,
 ) -> AbstractContextManager[Path]:
     """A local path to write what shall be on a hub; it is pushed when the block ends without an error.
 
@@ -174,11 +178,13 @@ def outgoing(
         name: of the place.
         overwrite: replace what is there.
         sources: what it is made from; a licence that all their model cards name is passed on.
+        unchanged: called where all of it was there already, and nothing was pushed.
 
     Raises:
         AdapterkitError: as for `adapterkit.hub.push`; before anything is written, where it is known by then.
     """
-    found: AbstractContextManager[Path] = import_module("adapterkit.hub").outgoing(os.fspath(name), overwrite, sources)
+    hub = import_module("adapterkit.hub")
+    found: AbstractContextManager[Path] = hub.outgoing(os.fspath(name), overwrite, sources, unchanged)
     return found
 
 

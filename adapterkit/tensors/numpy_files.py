@@ -12,7 +12,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -20,7 +19,7 @@ from ..errors import Malformed, Unsupported, shown, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES, DType
 from .inputs import open_input
-from .lazy import Lazy, Span, read_span
+from .lazy import Lazy, Span
 from .marks import NPY
 
 MAX_HEADER = 1 << 16
@@ -57,7 +56,7 @@ def read_npy(path: Path) -> Lazy:
     span = Span(os.fspath(path), start, math.prod(shape) * dtype.itemsize)
     if start + span.nbytes != size:
         raise _damaged(str(path), f"{size - start} bytes for {list(shape)} of {dtype}")
-    return Lazy(shape, dtype, partial(read_span, span), span)
+    return Lazy(shape, dtype, None, span)
 
 
 def write_npy(path: Path, tensor: Lazy) -> None:

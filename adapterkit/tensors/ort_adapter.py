@@ -10,7 +10,6 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from .arrange import is_moved
 from .atomic import replacing
 from .dtypes import DTYPES
 from .inputs import open_input
-from .lazy import Lazy, Span, read_span
+from .lazy import Lazy, Span
 from .marks import has_mark
 from .written import remember, source_of
 
@@ -226,7 +225,7 @@ def _tensor(buffer: _Buffer, table: _Table, name: str) -> Lazy:
     if source is not None and source.shape == shape:
         return source
     span = Span(buffer.path, start, count)
-    return Lazy(shape, dtype, partial(read_span, span), span)
+    return Lazy(shape, dtype, None, span)
 
 
 class _Plan:

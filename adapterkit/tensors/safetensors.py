@@ -13,14 +13,14 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import Malformed, storage_error
 from .atomic import replacing
 from .dtypes import DTYPES, DType
 from .inputs import kept, open_input
-from .lazy import Lazy, Shape, Span, read_span
-from .strict_json import load_json
+from .lazy import Lazy, Shape, Span
+from .strict_json import load_table
 from .written import remember, source_of
 
 MAX_HEADER = 100_000_000
@@ -32,18 +32,14 @@ MAX_AXES = 64
 ALIGNMENT = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """Where one tensor lies: `offset` counts from the start of the file, in bytes."""
 
     name: str
     dtype: DType
     shape: Shape
     offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +71,29 @@ def _read_header(path: str) -> Header:
             raw = file.read(length)
     except OSError as error:
         raise storage_error(error, path) from error
-    fields = _parse(raw, path)
+    fields, regular = _parse(raw, path)
     metadata = _metadata(fields.pop("__metadata__", {}), path)
-    entries = sorted((_entry(name, spec, 8 + length, path) for name, spec in fields.items()), key=_position)
+    entries = _entries(fields, 8 + length, path, regular)
+    entries.sort(key=_position)
     _check_cover(entries, 8 + length, size, path)
     return Header(path, {entry.name: entry for entry in entries}, metadata, size)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Lazy]:
     """All tensors of a file as lazy handles, in file order."""
-    header = read_header(path)
-    return {name: lazy(header.path, entry) for name, entry in header.entries.items()}
+    return handles(read_header(path))
 
 
-def lazy(path: str, entry: Entry) -> Lazy:
-    """A handle on one entry; each fetch opens, reads exactly the bytes and closes."""
-    source = source_of(path, entry.name, entry.dtype, entry.nbytes)
-    if source is not None:
-        return Lazy(entry.shape, entry.dtype, source.fetch, source.span, source.part)
-    span = Span(path, entry.offset, entry.nbytes)
-    return Lazy(entry.shape, entry.dtype, lambda: read_span(span), span)
+def handles(header: Header) -> dict[str, Lazy]:
+    """Return a handle on each tensor of a file, in file order; see `read_span` for what a fetch does."""
+    path, found = header.path, {}
+    for name, entry in header.entries.items():
+        source = source_of(path, name, entry.dtype, entry.nbytes)
+        if source is not None:
+            found[name] = Lazy(entry.shape, entry.dtype, source.source, source.span, source.part)
+        else:
+            found[name] = Lazy(entry.shape, entry.dtype, None, Span(path, entry.offset, entry.nbytes))
+    return found
 
 
 def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping[str, str]) -> bytes:
@@ -148,14 +147,15 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
     return int(length)
 
 
-def _parse(raw: bytes, path: str) -> dict[str, Any]:
+def _parse(raw: bytes, path: str) -> tuple[dict[str, Any], bool]:
+    """The header, and whether there are but texts and whole numbers in it, see `load_table`."""
     try:
-        fields = load_json(raw.decode("utf-8"))
+        fields, regular = load_table(raw.decode("utf-8"), len(_FIELDS))
     except (ValueError, RecursionError) as error:
         raise Malformed(f"the header is not valid JSON ({error})", path=path, where="header", cure=_AGAIN) from error
     if not isinstance(fields, dict):
         raise Malformed("the header is not a JSON object", path=path, where="header", cure=_AGAIN)
-    return fields
+    return fields, regular
 
 
 def _metadata(value: Any, path: str) -> dict[str, str]:
@@ -167,8 +167,39 @@ def _metadata(value: Any, path: str) -> dict[str, str]:
     return value
 
 
+def _entries(fields: Mapping[str, Any], start: int, path: str, regular: bool) -> list[Entry]:
+    """Check all entries of a header.
+
+    Args:
+        fields: name -> dtype, shape and offsets as the file has them.
+        start: where the file's data begin.
+        path: of the file, for errors.
+        regular: there are only texts and whole numbers >= 0 in it. An entry with the dtype and the shape of one that
+            passed its checks passes them too then: tens of thousands of tensors have a few dozen shapes.
+    """
+    entries = []
+    forms: dict[tuple[str, Shape], tuple[DType, Shape, int]] = {}
+    for name, spec in fields.items():
+        form = None
+        if regular:
+            try:
+                shape, (first, last) = spec["shape"], spec["data_offsets"]
+                form = forms[spec["dtype"], tuple(shape)]
+                if type(shape) is not list or len(spec) != len(_FIELDS) or last - first != form[2]:
+                    form = None
+            except (KeyError, TypeError, ValueError):
+                form = None
+        if form is None:
+            entry = _entry(name, spec, start, path)
+            forms[entry.dtype.name, entry.shape] = entry.dtype, entry.shape, entry.nbytes
+        else:
+            entry = Entry(name, form[0], form[1], start + first, form[2])
+        entries.append(entry)
+    return entries
+
+
 def _entry(name: str, spec: Any, start: int, path: str) -> Entry:
-    if not isinstance(spec, dict) or set(spec) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(spec, dict) or spec.keys() != _FIELDS:
         raise Malformed("needs exactly dtype, shape and data_offsets", path=path, where=name, cure=_REWRITE)
     dtype, shape, offsets = DTYPES.get(str(spec["dtype"])), spec["shape"], spec["data_offsets"]
     if dtype is None:
@@ -177,19 +208,22 @@ def _entry(name: str, spec: Any, start: int, path: str) -> Entry:
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         why = f"shape and data_offsets must be up to {MAX_AXES} whole numbers >= 0"
         raise Malformed(why, path=path, where=name, cure=_REWRITE)
-    entry = Entry(name, dtype, tuple(shape), start + offsets[0])
-    if offsets[1] - offsets[0] != entry.nbytes:
+    nbytes = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != nbytes:
         raise Malformed(
-            f"{dtype} {list(shape)} takes {entry.nbytes} bytes, its data_offsets span {offsets[1] - offsets[0]}",
+            f"{dtype} {list(shape)} takes {nbytes} bytes, its data_offsets span {offsets[1] - offsets[0]}",
             path=path, where=name, cure=_REWRITE,
         )  # fmt: skip
-    return entry
+    return Entry(name, dtype, tuple(shape), start + offsets[0], nbytes)
 
 
 def _sizes(value: Any) -> bool:
     if not isinstance(value, list) or len(value) > MAX_AXES:
         return False
     return all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 def _position(entry: Entry) -> tuple[int, int]:

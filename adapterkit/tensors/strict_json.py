@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 MAX_QUOTES = 1 << 23
@@ -17,6 +18,7 @@ MAX_VALUES = 1 << 24
 MAX_DEPTH = 100
 """Objects and lists inside each other; real documents have about ten."""
 
+_OF_A_TABLE = b"{}[]:,0123456789 \t\r\n"
 _BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -29,17 +31,54 @@ def load_json(text: str) -> Any:
         RecursionError: nested so deeply that Python's own reader gives up.
     """
     check_size(text.encode("utf-8", "surrogatepass"))
-    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+    return _load(text, _unique)
+
+
+def load_table(text: str, columns: int) -> tuple[Any, bool]:
+    """The value of a JSON text that is one large object of objects of few fields each, as a header of tensors is.
+
+    The same as `load_json`, in a third of the time: where the text is regular, which a look at it without its strings
+    tells, the values need not be looked at one by one.
+
+    Args:
+        text: the JSON text.
+        columns: the fields of each inner object but `__metadata__`, which has texts.
+
+    Returns:
+        the value; whether all that is in it are objects, lists, texts, and whole numbers that are not negative.
+
+    Raises:
+        ValueError, RecursionError: as `load_json`.
+    """
+    bare = check_size(text.encode("utf-8", "surrogatepass"))
+    regular = not bare.translate(None, _OF_A_TABLE)
+    value = _load(text, None if regular else _unique)
+    if not isinstance(value, dict):
+        return value, False
+    beside = value.get("__metadata__")
+    fields = len(value) + (len(beside) if isinstance(beside, dict) else 0)
+    fields += columns * (len(value) - ("__metadata__" in value))
+    if regular and bare.count(b":") != fields:
+        # A key that came twice, or another object than one of the tables that this is for.
+        return _load(text, _unique), False
+    return value, regular
+
+
+def _load(text: str, hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None) -> Any:
+    value = json.loads(text, object_pairs_hook=hook, parse_constant=_refuse, parse_float=_finite)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
-def check_size(data: bytes) -> None:
+def check_size(data: bytes) -> bytes:
     """Check that a JSON document has no more values than a real one, and no more inside each other, before it is read.
 
     Three bytes of text (`{},`) become an object of 64 bytes or more: 93 MB of them took 5 GB. Depth is limited because
     all that walks through the values calls itself once or more for each level.
+
+    Returns:
+        the document without its strings.
 
     Raises:
         ValueError: there are too many.
@@ -59,14 +98,15 @@ def check_size(data: bytes) -> None:
     # Of balanced brackets, those that are too deep are left; the parser refuses those that are not balanced.
     if len(brackets) > MAX_DEPTH or b"[]" in brackets or b"{}" in brackets:
         raise ValueError(f"more than {MAX_DEPTH} objects and lists inside each other")
+    return bare
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise ValueError(f"key {name!r} twice")
-        fields[name] = value
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r} twice")
     return fields
 
 

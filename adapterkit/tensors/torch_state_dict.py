@@ -98,7 +98,7 @@ def _lazy(path: str, view: View, place: int) -> Lazy:
     first = place + (view.offset * itemsize if view.extent else 0)
     span = Span(path, first, view.extent * itemsize)
     if view.contiguous:
-        return Lazy(view.shape, view.dtype, partial(read_span, span), span)
+        return Lazy(view.shape, view.dtype, None, span)
     return Lazy(view.shape, view.dtype, partial(_gather, span, view))
 
 

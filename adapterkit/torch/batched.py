@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..errors import ShapeMismatch
 from ..updates import Additive
 from .layers import Layer
 
@@ -125,6 +126,9 @@ def add_by_row(layer: Layer, parts: Sequence[Part], route: Route, scope: Scope, 
         ShapeMismatch: x does not have the route's rows.
     """
     compiling = torch.compiler.is_compiling()
+    if layer.flat and x.shape[-1:] != layer.shape[1:]:
+        why = f"an input of {list(x.shape)} where the layer reads {layer.shape[1]} features"
+        raise ShapeMismatch(why, cure="Pass the model an input of its own sizes")
     like = layer.sample
     stack = None if compiling else kept.stack
     if stack is None or not stack.is_current(parts, like):

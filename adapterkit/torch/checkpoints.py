@@ -24,6 +24,7 @@ from torch import nn
 
 from ..errors import nearest
 from .leaves import Leaf, is_leaf_name
+from .sharding import put
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -40,7 +41,7 @@ def watch_state(model: nn.Module) -> None:
     if _save not in model._state_dict_hooks.values():
         hooked: Any = model
         hooked.register_state_dict_post_hook(_save)
-        model.register_load_state_dict_pre_hook(_load)
+        hooked.register_load_state_dict_pre_hook(_load)
 
 
 def leave_state(model: nn.Module) -> None:
@@ -87,7 +88,7 @@ def _load(
         errors.append(f"{problems[0].strip()}{more}. Inject the adapter that the checkpoint was made with.")
         return
     for key, value in loaded.items():
-        held[key].copy_(value)
+        put(held[key], value)
     if not any(key.startswith(prefix) for key in state_dict):
         _keep_base(module, state_dict, prefix)
 

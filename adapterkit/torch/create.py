@@ -22,9 +22,11 @@ from ..naming.layouts import stored_in_out
 from ..updates import ContextUpdate, Update
 from .create_context import create_context
 from .dropout import check_dropout
-from .layers import Conv1D, Quantized, dequantized, stored_layout, stored_shape
+from .layers import Conv1D, stored_layout, stored_shape
 from .leaves import is_leaf_name
 from .moments import Moments, moments_of
+from .packed import dequantized, is_packed
+from .sharding import whole
 from .starts import OF_DATA, Place, find, start_of
 from .wrappers import unwrapped
 
@@ -74,7 +76,8 @@ def create(
             arguments, anything else as its one argument.
         rho: for `eva`, how many times its rank a layer may have at most when ranks are shared out by explained
             variance; 1 leaves them equal.
-        dropout: in training, the probability that an input of the change is 0, as PEFT's `lora_dropout`.
+        dropout: in training, the probability that an input of the change is 0, as PEFT's `lora_dropout`; of LoHa and
+            LoKr that of a row of the change (`rank_dropout`), of OFT and BOFT the share of blocks that do not rotate.
         seed: of the numbers drawn.
         layout: the axis order of targets that are parameters, where neither the model's family nor its number of
             experts tells it; one of `LAYOUTS`.
@@ -270,14 +273,14 @@ def _weight(model: nn.Module, path: str, target: Target) -> Tensor:
     if module is None:
         stored: Tensor = model.get_parameter(path)
     else:
-        stored = dequantized(module) if Quantized.takes(module) else module.weight
+        stored = dequantized(module) if is_packed(module) else module.weight
     if not stored.is_floating_point() or stored.dtype.itemsize < 2:
         raise Unsupported(f"a weight of {stored.dtype}", where=path, cure="Load the base unquantized")
-    return view(stored.detach().to("cpu", torch.promote_types(stored.dtype, torch.float32)), target)
+    return view(whole(stored.detach()).to("cpu", torch.promote_types(stored.dtype, torch.float32)), target)
 
 
 def _weighted(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "weight", None), nn.Parameter)
+    return isinstance(getattr(module, "weight", None), nn.Parameter) or is_packed(module)
 
 
 def _as_if_square(module: nn.Module, path: str) -> Tensor:
@@ -299,7 +302,7 @@ def _bias(model: nn.Module, path: str) -> Tensor | None:
     stem, found, tail = path.rpartition("weight")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     bias = parameters.get(f"{path}.bias", parameters.get(f"{stem}bias{tail}") if found else None)
-    return None if bias is None else bias.detach().to("cpu", torch.promote_types(bias.dtype, torch.float32))
+    return None if bias is None else whole(bias.detach()).to("cpu", torch.promote_types(bias.dtype, torch.float32))
 
 
 def _parameter_layout(model: nn.Module, path: str, stored: Tensor) -> str:
@@ -321,7 +324,7 @@ def _matching(
     model: nn.Module, targets: Choice | Sequence[Choice], exclude: Choice | Sequence[Choice],
     layers: int | Sequence[int] | None, outer: bool,
 ) -> list[str]:  # fmt: skip
-    modules = {n: m for n, m in model.named_modules() if n and isinstance(getattr(m, "weight", None), nn.Parameter)}
+    modules = {n: m for n, m in model.named_modules() if n and _weighted(m)}
     if outer:
         modules = {n: m for n, m in model.named_modules() if n and type(m).forward is not nn.Module.forward}
     weights = {f"{name}.{kind}" for name in modules for kind in ("weight", "bias")}
@@ -373,7 +376,7 @@ def _pattern(choice: str | re.Pattern[str]) -> re.Pattern[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or Conv1D.takes(module)
+    return isinstance(module, nn.Linear) or Conv1D.takes(module) or is_packed(module)
 
 
 def _head(model: nn.Module) -> nn.Module | None:

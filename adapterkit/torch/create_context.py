@@ -13,6 +13,7 @@ from ..errors import TargetNotFound, Unsupported, UsageError
 from ..updates import ContextUpdate
 from .attention import heads_of
 from .prefixes import is_attention
+from .sharding import whole
 from .sizes import embedding_of, sizes_of
 
 
@@ -35,7 +36,7 @@ def create_context(
         Unsupported: the model does not tell its sizes.
     """
     embedding: Any = embedding_of(model)
-    W = embedding.weight.detach().to("cpu", torch.promote_types(embedding.weight.dtype, torch.float32)).mT
+    W = whole(embedding.weight.detach()).to("cpu", torch.promote_types(embedding.weight.dtype, torch.float32)).mT
     generator = torch.Generator().manual_seed(seed)
 
     def random(shape: tuple[int, ...]) -> torch.Tensor:

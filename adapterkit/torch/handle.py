@@ -5,12 +5,11 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..adapter import Adapter, Target
 from ..errors import NotMergeable, ShapeMismatch, UsageError, nearest
@@ -22,7 +21,9 @@ from .layers import Quantized
 from .leaves import Leaf, LiveUpdates, is_leaf_name
 from .outputs import Switch
 from .scopes import switched
+from .sharding import gathered, is_sharded, put, whole
 from .station import Part, Station
+from .undo import KEEPS, Merged
 from .watch import Watch
 from .weights import tensor_at
 from .wrappers import unwrapped
@@ -43,6 +44,7 @@ class Handle:
         self._stations, self._model, self._leaves = stations, model, leaves
         self._state, self._merged = "attached", list[Merged]()
         self._parts: list[tuple[Station, list[Part]]] = []
+        self._folded: list[tuple[Station, list[Part]]] = []
         self.frozen: tuple[str, ...] = ()
         self._checkpoint = CHOICES[0]
 
@@ -56,7 +58,7 @@ class Handle:
         """Take the place in the list of the model's handles, watch its modules, and freeze the base if asked to."""
         self._model.__dict__.setdefault(HANDLES, []).append(self)
         watch_state(self._model)
-        self._watch = Watch(self._model, self.name, (station.module for station in self._stations))
+        self._watch = Watch(self._model, self.name, (station.module for station in self._stations), self._leaves)
         if frozen:
             held = [(n, p) for n, p in self._model.named_parameters() if p.requires_grad and not is_leaf_name(n)]
             for _, parameter in held:
@@ -174,7 +176,7 @@ class Handle:
                 why = f"{list(state[name].shape)} where the adapter has {list(parameter.shape)}"
                 raise ShapeMismatch(why, where=name, cure="Pass what state_dict() of the same adapter returned")
         for name, parameter in held.items():
-            parameter.copy_(state[name])
+            put(parameter, state[name])
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Trainable leaves, shared ones once."""
@@ -240,45 +242,61 @@ class Handle:
         self._state = "removed"
 
     @torch.no_grad()
-    def merge_(self, keep: bool = False) -> None:
+    def merge_(self, keep: bool | str = False) -> None:
         """Fold the adapter into the base in place, computed in float64 and rounded at the end, and take it off.
 
         It holds a copy of the weights that it changes until it is done, and puts them back if anything fails.
 
         Args:
-            keep: hold that copy for `unmerge_`.
+            keep: for `unmerge_`, hold that copy (True or "copy"); or "recompute": hold the adapter, and of each weight
+                the few numbers that subtracting its change would not round to what they were. That needs additive
+                updates (LoRA and its like), and the adapter's tensors as they are now.
 
         Raises:
             NotMergeable: a formula is not one of weights, a bias to change is missing, a weight shares its memory with
-                another, or its type is not a plain tensor (sharded, or quantized by a library).
+                another, or its type is not a plain tensor (quantized by a library).
+            UsageError: `keep` is another word, or "recompute" for updates that are not additive.
+
+        Under FSDP2 and tensor parallelism this gathers one weight after the other: call it in every process.
         """
+        if not isinstance(keep, bool) and keep not in KEEPS:
+            raise UsageError(f"no such choice: {keep!r}", where="keep", cure=f"Choose among {', '.join(KEEPS)}")
         self._watch.check()
         foldable = _foldable([self])
+        again = keep == "recompute"
+        for part in (part for _, parts in foldable for part in parts) if again else ():
+            if any(update.kind != "additive" for update in part.updates):
+                why = "an update that cannot be subtracted again"
+                raise UsageError(why, where=str(part.target), cure='Pass keep="copy"')
         kept: list[Merged] = []
         try:
             for station, parts in foldable:
-                for path in _changed(parts):
-                    parameter = tensor_at(station.module, path)
-                    kept.append(Merged(parameter, parameter.detach().clone()))
+                mine = [tensor_at(station.module, path) for path in _changed(parts)]
+                kept += [Merged(parameter, parameter.detach().clone()) for parameter in mine]
                 _fold(station, parts)
+                if again:
+                    _slim(station, parts, kept[-len(mine) :] if mine else [])
         except BaseException:
             for each in kept:
-                each.parameter.copy_(each.before)
+                if each.before is not None:
+                    each.parameter.copy_(each.before)
+            _restore([(each, found) for each, found in self._subtracted(foldable, kept) if found is not None])
             raise
         held = [(station, [p for p in station.parts if p.switch is self._switch]) for station in self._stations]
         self.remove()
         self._state = "merged"
         if keep:
-            self._merged, self._parts = kept, held
+            self._merged, self._parts, self._folded = kept, held, foldable
             for each in kept:
                 each.push()
 
     @torch.no_grad()
     def unmerge_(self) -> None:
-        """Give the base the exact bits back that it had before `merge_(keep=True)`, and attach the adapter again.
+        """Give the base the exact bits back that it had before `merge_(keep=...)`, and attach the adapter again.
 
         Raises:
-            UsageError: the adapter was not merged with `keep=True`, or its weights were changed since.
+            UsageError: the adapter was not merged with `keep`, its weights were changed since, or, where they are
+                recomputed, the adapter was. Nothing is changed then.
         """
         if self._state != "merged" or not self._merged:
             why = "there are no weights from before a merge"
@@ -286,6 +304,11 @@ class Handle:
         if not all(each.is_last for each in self._merged):
             why = "the merged weights were changed after the merge"
             raise UsageError(why, where=self.name, cure="Undo that first: the last merge is unmerged first")
+        found = self._subtracted(self._folded, self._merged)
+        if any(value is None for _, value in found):
+            why = "the adapter's tensors were changed after the merge, so that it cannot be subtracted"
+            raise UsageError(why, where=self.name, cure="Load their values from then, or load the base again")
+        _restore(found)
         for each in self._merged:
             each.pop()
         for leaf in self._leaves:
@@ -293,8 +316,20 @@ class Handle:
         for station, parts in self._parts:
             for part in parts:
                 station.attach(part)
-        self._state, self._merged = "attached", []
+        self._state, self._merged, self._folded = "attached", [], []
         self._enter(frozen=bool(self.frozen))
+
+    def _subtracted(
+        self, folded: list[tuple[Station, list[Part]]], merged: list[Merged]
+    ) -> list[tuple[Merged, Tensor | None]]:
+        """Each changed parameter with its bits from before; None where computing them again gives others."""
+        found: list[tuple[Merged, Tensor | None]] = []
+        by = {id(each.parameter): each for each in merged}
+        for station, parts in folded:
+            mine = [by[key] for path in _changed(parts) if (key := id(tensor_at(station.module, path))) in by]
+            values = _less(station, parts) if any(each.before is None for each in mine) else {}
+            found += [(each, each.restored(values.get(id(each.parameter), each.parameter))) for each in mine]
+        return found
 
     def _check_parts(self, station: Station, parts: list[Part], shared: set[int], memory: Memory) -> None:
         for part in parts:
@@ -316,7 +351,7 @@ class Handle:
                 raise NotMergeable(f"a weight stored as {parameter.layout}", where=where, cure=_KEEP)
             if any(stride == 0 < size - 1 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
                 raise NotMergeable("a weight whose elements share memory", where=where, cure=_KEEP)
-            if type(parameter) not in (Tensor, nn.Parameter):
+            if type(parameter) not in (Tensor, nn.Parameter) and not is_sharded(parameter):
                 kind = type(parameter.data).__name__
                 cure = "Write handle.adapter() and merge the file: adapterkit merge BASE ADAPTER -o OUT"
                 raise NotMergeable(f"a weight that is a {kind}, no plain tensor", where=where, cure=cure)
@@ -329,37 +364,6 @@ class Handle:
             raise UsageError("this handle was removed or merged", where=self.name, cure="Inject the adapter again")
 
 
-@dataclass(eq=False)
-class Merged:
-    """A parameter that a merge changed, its bits from before, and torch's count of its changes after the merge."""
-
-    parameter: Tensor
-    before: Tensor
-    version: int = -1
-
-    @property
-    def is_last(self) -> bool:
-        """Whether nothing changed the parameter since."""
-        return _MERGES[self.parameter][-1] is self and self.parameter._version == self.version
-
-    def push(self) -> None:
-        """Note the merge as the last change of the parameter."""
-        self.version = self.parameter._version
-        _MERGES.setdefault(self.parameter, []).append(self)
-
-    def pop(self) -> None:
-        """Give the parameter its bits back; the merge before this one is then its last change."""
-        self.parameter.copy_(self.before)
-        merges = _MERGES[self.parameter]
-        merges.pop()
-        if merges:
-            merges[-1].version = self.parameter._version
-
-
-_MERGES: Any = WeakIdKeyDictionary()
-"""Parameter -> the merges that can be undone, in their order."""
-
-
 class Memory:
     """The bytes that a model's parameters lie in, to find those that share some: tied names, and views of one tensor.
 
@@ -367,12 +371,16 @@ class Memory:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        held = [(n, p) for n, p in _parameters(model) if type(p) is nn.Parameter and p.layout is torch.strided]
+        named = list(_parameters(model))
+        self._sharded = [(name, p) for name, p in named if is_sharded(p)]
+        held = [(name, p) for name, p in named if type(p) is nn.Parameter and p.layout is torch.strided]
         self._ranges = sorted((*_range(p), name) for name, p in held if p.numel() and p.device.type != "meta")
         self._longest = max((stop - start for start, stop, _ in self._ranges), default=0)
 
     def beside(self, tensor: Tensor) -> list[str]:
         """The names of all parameters that share memory with a tensor; its own are among them."""
+        if is_sharded(tensor):  # A DTensor has no address; two of them share memory only if they are one.
+            return [name for name, other in self._sharded if other is tensor]
         start, stop = _range(tensor)
         first = bisect.bisect_left(self._ranges, (start - self._longest,))
         last = bisect.bisect_left(self._ranges, (stop,))
@@ -404,6 +412,7 @@ def _changed(parts: Sequence[Part]) -> list[str]:
 @torch.no_grad()
 def _fold(station: Station, parts: list[Part]) -> None:
     """Sums are folded where the weights lie; what looks at the whole weight, one station at a time."""
+    parts = [replace(part, bound=LiveUpdates([gathered(update) for update in part.updates])) for part in parts]
     weights = dict.fromkeys(part.weight for part in parts)
     alone = {path: [part for part in parts if part.weight == path] for path in weights if path}
     if len(alone) == len(weights) and all(fits(tensor_at(station.module, p), own) for p, own in alone.items()):
@@ -412,7 +421,32 @@ def _fold(station: Station, parts: list[Part]) -> None:
         return
     changed = station.changed(parts, torch.float64)
     for path, value in changed.items():
-        tensor_at(station.module, path).copy_(value)
+        put(tensor_at(station.module, path), value)
+
+
+def _less(station: Station, parts: list[Part]) -> dict[int, Tensor]:
+    """What a station's parameters are once the parts are subtracted, by the parameters' ids; they stay as they are."""
+    mine = [tensor_at(station.module, path) for path in _changed(parts)]
+    before = [parameter.detach().clone() for parameter in mine]
+    negated = [replace(part, switch=Switch(part.switch.name, -part.switch.weight)) for part in parts]
+    try:
+        _fold(station, negated)
+        return {id(parameter): parameter.detach().clone() for parameter in mine}
+    finally:
+        for parameter, value in zip(mine, before, strict=True):
+            parameter.copy_(value)
+
+
+def _slim(station: Station, parts: list[Part], merged: list[Merged]) -> None:
+    values = _less(station, parts)
+    for each in merged:
+        each.slim(values[id(each.parameter)])
+
+
+def _restore(found: Sequence[tuple[Merged, Tensor | None]]) -> None:
+    for each, value in found:
+        if value is not None:
+            each.parameter.copy_(value)
 
 
 def changes(handles: Sequence[Handle]) -> list[tuple[Tensor, Tensor]]:
@@ -467,7 +501,8 @@ def _once(
     alike: dict[tuple[int, int], list[Part]] = {}
     for station, parts in found:
         for part in parts:
-            weight = tensor_at(station.module, part.weight) if part.weight else None
+            packed = isinstance(station.layer, Quantized)  # Such a module may have no `weight`.
+            weight = tensor_at(station.module, part.weight) if part.weight and not packed else None
             if weight is not None and names.get(id(weight), 1) > 1:
                 alike.setdefault((id(weight), id(part.switch)), []).append(part)
     whole = {key: parts for key, parts in alike.items() if len(parts) == names[key[0]] and change_alike(parts)}
@@ -498,9 +533,7 @@ def _name(target: Target, updates: tuple[Update, ...], position: int, field: str
 
 def _copy(leaf: object) -> Tensor:
     assert isinstance(leaf, Tensor)
-    held: Any = leaf.detach()
-    whole: Tensor = held.full_tensor() if hasattr(held, "full_tensor") else held
-    return whole.clone()
+    return whole(leaf.detach()).clone()
 
 
 def handles(model: nn.Module) -> dict[str, Handle]:

@@ -13,6 +13,7 @@ from ..merging.compute import Folder
 from ..merging.fold import Fold
 from ..merging.planned import Output
 from ..tensors.lazy import as_lazy, dtype_of
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
     from .station import Part
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
 def fits(parameter: Tensor, parts: list[Part]) -> bool:
     """Whether the parts change this weight alone, by a sum, and it is one run of memory."""
     kinds = all(update.kind == "additive" and not update.changes_bias for part in parts for update in part.updates)
-    return kinds and parameter.is_contiguous() and parameter.dtype.itemsize > 1 and parameter.numel() > 0
+    return (
+        kinds
+        and not is_sharded(parameter)
+        and parameter.is_contiguous()
+        and parameter.dtype.itemsize > 1
+        and parameter.numel() > 0
+    )
 
 
 @torch.no_grad()

@@ -25,9 +25,11 @@ from .dropout import check_dropout, dropout_of
 from .ears import Ear, words_of
 from .experts import with_experts
 from .handle import Handle, change_alike
-from .layers import Quantized, layer_of, stored_layout, stored_shape
+from .layers import layer_of, stored_layout, stored_shape
 from .leaves import LiveUpdates, Registration, base_parameters, is_leaf_name
 from .outputs import Outlet, Switch, outlet
+from .packed import device_of, is_packed
+from .sharding import check_unwrapped
 from .sizes import embedding_of
 from .station import Part, Station, names_of, station_at
 from .weights import tensor_at
@@ -58,7 +60,7 @@ def inject(
         freeze: with `trainable=True`, set `requires_grad` of all parameters of the base to False, as every method
             assumes; `handle.remove()` restores it. Pass False to train the base along with the adapter.
         dropout: with `trainable=True`, the probability that an input of a change is 0 while its module is in training
-            mode, as PEFT's `lora_dropout`; when not given, what `create` was told.
+            mode, as PEFT's `lora_dropout`; when not given, what `create` was told, or the PEFT config of its file.
         active: False attaches it switched off; see `handle.set_active`.
         experts: what a router routes to, where its own file does not hold it (X-LoRA, Arrow): plain LoRA adapters, in
             the router's order.
@@ -79,6 +81,8 @@ def inject(
     adapter.validate()
     if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")
+    if trainable:
+        check_unwrapped(model)
     adapter = wrapped(model, adapter)
     drop = (dropout_of(adapter) if dropout is None else dropout) if trainable else 0.0
     for _, update in adapter:
@@ -93,6 +97,7 @@ def inject(
     around = _contexts(model, context, switch, registration, rules)
     ear = Ear(switch, {word for _, update in weights for word in words_of(model, update)})
     attached: list[tuple[Station, Part]] = []
+    together: dict[int, tuple[Station, list[Part]]] = {}
     held: dict[int, LiveUpdates] = {}
     given: dict[int, Update] = {}
     sites = [_trained(model, site, adapter, given) for site in _sites(model, weights, rules)]
@@ -114,14 +119,18 @@ def inject(
             why = "dropout where a module's weight is exchanged under its own forward"
             raise Unsupported(why, where=str(site.target), cure="Pass dropout=0, or leave this target out")
         held[id(part)] = _as_given(bound, site.updates, given)
-        station = next((s for s, _ in attached if s.module is holder), None) or station_at(holder)
-        _check_together(station, [part, *(other for s, other in attached if s is station)])
+        if id(holder) not in together:
+            together[id(holder)] = station_at(holder), []
+        station, others = together[id(holder)]
+        _check_together(station, [part, *others])
+        others.append(part)
         attached.append((station, part))
     loaded: dict[Target, tuple[LiveUpdates, ...]] = {}
+    along = {site.target for site in shared}
     leaves = registration.commit()  # From here on nothing fails: a refused adapter leaves no trace.
     for station, part in attached:
         station.attach(part)
-        if part.target in (site.target for site in shared):
+        if part.target in along:
             continue
         loaded[part.target] = (*loaded.get(part.target, ()), held[id(part)])
     for target, part in twice:
@@ -220,7 +229,7 @@ def _sites(model: nn.Module, adapter: Adapter, rules: Sequence[Rename]) -> list[
         for name, tensor in tensors
         if not is_leaf_name(name) and not is_lazy(tensor)
     }
-    shapes |= {f"{name}.weight": stored_shape(m) for name, m in model.named_modules() if Quantized.takes(m)}
+    shapes |= {f"{name}.weight": stored_shape(m) for name, m in model.named_modules() if is_packed(m)}
     words = config_of_model(model)
     try:
         modules = [name for name, _ in model.named_modules()]
@@ -254,9 +263,13 @@ def _tied(
     named = list(model.named_parameters(remove_duplicate=False))
     modules = model.named_modules(remove_duplicate=False)
     embeddings = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Embedding)}
+    alike: dict[int, list[str]] = {}
+    for name, each in named:
+        alike.setdefault(id(each), []).append(name)
     added: list[Site] = []
-    for parameter in list({id(p): p for p in (tensor_at(model, s.weight) for s in sites if s.weight)}.values()):
-        names = [name for name, other in named if other is parameter]
+    plain = [s.weight for s in sites if s.weight and not is_packed(model.get_submodule(s.weight.rpartition(".")[0]))]
+    for parameter in list({id(p): p for p in (tensor_at(model, path) for path in plain)}.values()):
+        names = alike.get(id(parameter), [])
         inputs, heads = [n for n in names if n in embeddings], [n for n in names if n not in embeddings]
         if not inputs or len(heads) != 1:
             continue
@@ -359,6 +372,8 @@ def _inner(model: nn.Module, site: Site, switch: Switch) -> tuple[nn.Module, Par
 
 def _like(model: nn.Module, site: Site, holder: nn.Module) -> Tensor:
     """A tensor whose device and dtype the updates take."""
+    if is_packed(holder):
+        return torch.empty(0, device=device_of(holder))
     if site.weight or site.bias:
         return _loaded(holder, tensor_at(model, site.weight or site.bias or ""), str(site.target))
     held = [p for module in (holder, model) for p in base_parameters(module) if p.is_floating_point()]
@@ -420,10 +435,14 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
         cure = "Inject into the module before torch.jit.script, or torch.jit.trace the model with its adapter"
         raise Unsupported("a module that torch.jit has compiled", where=str(site.target), cure=cure)
     direct = _is_direct(site, holder, prefix)
-    parameter = tensor_at(model, site.weight or site.bias or "")
-    packed = not parameter.is_floating_point() or parameter.dtype.itemsize < 2
-    if packed and not (direct and Quantized.takes(holder)):
-        raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
+    if is_packed(holder):
+        if not direct:
+            why = f"a part of the packed weight of a {type(holder).__name__}"
+            raise Unsupported(why, where=str(site.target), cure=_UNPACKED)
+    else:
+        parameter = tensor_at(model, site.weight or site.bias or "")
+        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+            raise Unsupported(f"a weight of {parameter.dtype}", where=str(site.target), cure=_UNPACKED)
     for update in site.updates:
         _check_layer(update, site, direct)
     _refuse_fast_path(model, path, site)

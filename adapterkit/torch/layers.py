@@ -7,7 +7,6 @@ a 1x1 mix of channels after it; `layer.per_channel(v)` a vector in the shape tha
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,6 +16,7 @@ from torch.nn import functional
 
 from ..errors import ShapeMismatch
 from ..updates import Update
+from .packed import dequantized, device_of, is_packed
 
 Forward = Callable[..., Any]
 
@@ -204,9 +204,9 @@ class GroupedConv(Conv):
 
 
 class Quantized(Linear):
-    """bitsandbytes' `Linear4bit` and `Linear8bitLt`: additive updates beside the packed weight, which stays as it is.
+    """A linear layer with a packed weight, see packed.py: it runs as it is, additive updates beside it.
 
-    Laws that need W see it as the library's own dequantization gives it.
+    Formulas that need W see the weight that the packed one stands for.
     """
 
     fresh = False
@@ -217,9 +217,7 @@ class Quantized(Linear):
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
-        kinds = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "bitsandbytes"]
-        packed = not isinstance(module.weight, Tensor) or not module.weight.is_floating_point() if kinds else False
-        return packed and kinds[-1].__name__ in ("Linear4bit", "Linear8bitLt")
+        return is_packed(module)
 
     def like(self, x: Tensor) -> Layer:
         return Quantized(self.module, self.forward, x.dtype)
@@ -230,8 +228,7 @@ class Quantized(Linear):
 
     @property
     def sample(self) -> Tensor:
-        packed: Any = self.module.weight
-        return torch.empty(0, dtype=self.dtype, device=packed.device)
+        return torch.empty(0, dtype=self.dtype, device=device_of(self.module))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -250,7 +247,7 @@ class Difference:
         return 0.0
 
 
-KINDS: tuple[type[Layer], ...] = (Linear, Conv1D, Embedding, Conv, GroupedConv, Quantized)
+KINDS: tuple[type[Layer], ...] = (Quantized, Linear, Conv1D, Embedding, Conv, GroupedConv)
 
 
 def layer_of(module: nn.Module, forward: Forward) -> Layer | None:
@@ -273,7 +270,8 @@ def stored_layout(module: nn.Module) -> str | None:
     """The axis order in which a module stores its weight, where its class tells."""
     if isinstance(module, nn.Embedding) or Conv1D.takes(module):
         return "in out *k"
-    return "out *in" if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) else None
+    plain = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_packed(module)
+    return "out *in" if plain else None
 
 
 def stored_shape(module: nn.Module) -> tuple[int, ...]:
@@ -283,19 +281,6 @@ def stored_shape(module: nn.Module) -> tuple[int, ...]:
         return (int(sizes[0]), int(sizes[1]))
     W: Any = module.weight
     return tuple(W.shape)
-
-
-def dequantized(module: nn.Module) -> Tensor:
-    """The weight `[out, in]` of a module of bitsandbytes', by its own functions."""
-    library: Any = importlib.import_module("bitsandbytes.functional")
-    W: Any = module.weight
-    state: Any = getattr(W, "quant_state", None)
-    if state is not None:
-        out: Tensor = library.dequantize_4bit(W.data, state)
-        return out
-    held: Any = module.state if getattr(module.state, "CB", None) is not None else W
-    dense: Tensor = library.int8_vectorwise_dequant(held.CB, held.SCB)
-    return dense
 
 
 def _channels(w: Tensor, channels: int) -> ShapeMismatch:

@@ -68,6 +68,25 @@ def low_rank_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: float = 1.0
     return _added(y, x.to(y.dtype), A, B, weight, fresh)
 
 
+def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, B: Tensor) -> Tensor | None:
+    """Return s * (x (W + B A)^T) + b for a frozen W, without a new weight; None where the plain formula is needed.
+
+    Args:
+        x: `[..., in]`.
+        W: `[out, in]`.
+        b: `[out]`, or None.
+        s: `[out]`.
+        A: `[r, in]`.
+        B: `[out, r]`.
+    """
+    frozen = not W.requires_grad and (b is None or (type(b) in _PLAIN and b.dtype == W.dtype and not b.requires_grad))
+    if not frozen or not _takes(W, x, A, B) or torch.is_autocast_enabled(x.device.type):
+        return None
+    function: Any = _ScaledLinear
+    out: Tensor = function.apply(x, W, b, s, A, B)
+    return out
+
+
 def _takes(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether the tensors and the state of torch are ones that the functions below are right for."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
@@ -117,6 +136,39 @@ class _LowRankLinear(torch.autograd.Function):
             of_x = of_x + inner @ A if torch.is_grad_enabled() else of_x.addmm_(inner, A)
             of_x = of_x.view(x.shape)
         return of_x, None, None, of_A, of_B, None
+
+
+class _ScaledLinear(torch.autograd.Function):
+    """s * (x (W + B A)^T) + b, keeping x, W, s, A and B for the backward pass.
+
+    The gradient of s needs x (W + B A)^T, which is computed again: as many products as the gradient of a new weight
+    takes, without that weight and its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, s: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W, s, A, B)
+        out = _added(functional.linear(x, W), x, A, B, 1.0, True).mul_(s)
+        return out if b is None else out.add_(b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, s, A, B = ctx.saved_tensors
+        into, _, _, to_s, to_A, to_B = ctx.needs_input_grad
+        of_s = None
+        if to_s:
+            plain = x.reshape(-1, x.shape[-1]) @ W.mT
+            change = (x.reshape(-1, x.shape[-1]) @ A.mT) @ B.mT
+            plain = plain + change if torch.is_grad_enabled() else plain.add_(change)
+            of_s = (plain * grad.reshape(plain.shape)).sum(0)
+        scaled = grad * s
+        inner, of_A, of_B = _of_factors(scaled, x, A, B, 1.0, to_A, to_B)
+        of_x = None
+        if into:
+            of_x = scaled.reshape(-1, grad.shape[-1]) @ W
+            of_x = of_x + inner @ A if torch.is_grad_enabled() else of_x.addmm_(inner, A)
+            of_x = of_x.view(x.shape)
+        return of_x, None, None, of_s, of_A, of_B
 
 
 class _LowRankSum(torch.autograd.Function):

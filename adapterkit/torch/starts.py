@@ -171,7 +171,7 @@ def _split(place: Place, U: Tensor, S: Tensor, V: Tensor) -> Start:
 
 def _without(place: Place, A: Tensor, B: Tensor) -> Start:
     A, B = A.contiguous(), B.contiguous()
-    return Start(A, B, Residual(A=A.clone(), B=B.clone(), scaling=place.scaling))
+    return Start(A, B, Residual(A=A.clone(), B=B.clone(), D=None, scaling=place.scaling))
 
 
 KINDS: dict[str, Kind] = {

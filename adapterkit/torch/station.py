@@ -22,11 +22,12 @@ from .context import ContextPart, surround
 from .dropout import dropped_change
 from .ears import Ear, overheard
 from .layers import Difference, Layer, Quantized, layer_of, moved
-from .lean import low_rank_linear, low_rank_sum
+from .lean import low_rank_linear, low_rank_sum, scaled_linear
 from .leaves import LiveUpdates
 from .outputs import Beside, Change, Outlet, Switch, Tap, through
 from .routing import Route, check_expert, check_switches, join, split
 from .scopes import Recall, Scope, current
+from .sharding import whole
 from .weights import changed_bias, changed_weight, settled, tensor_at
 
 
@@ -194,6 +195,10 @@ class Station:
         skipped = {} if without is None else {without: _same}
         if not parts and not skipped:
             return self._original(args, kwargs)
+        if len(parts) == 1 and not skipped and len(args) + len(kwargs) == 1 and torch.is_grad_enabled():
+            y = self._scaled(parts[0], [*args, *kwargs.values()][0])
+            if y is not None:
+                return y
         if not skipped and self.layer is not None and self._is_direct(parts) and len(args) + len(kwargs) == 1:
             x = [*args, *kwargs.values()][0]
             layer = self.layer.like(x)
@@ -232,8 +237,27 @@ class Station:
             return False
         if self.module.training and any(part.dropout for part in parts):
             return True
+        if isinstance(self.layer, Quantized):
+            return True
         laws = any(update.kind == "weight" for part in parts for update in part.updates)
         return not (laws and all(part.foldable for part in parts) and _is_half(self.module))
+
+    def _scaled(self, part: Part, x: Tensor) -> Tensor | None:
+        """The output in training of an update that scales rows of W + B A; None where its formula is another."""
+        layer = self.layer
+        plain = layer is not None and layer.fresh and self.before is None and part.direct and part.switch.weight == 1
+        if not plain or layer is None or torch.compiler.is_compiling() or self._drops([part]):
+            return None
+        update: Any = part.updates[0]
+        W = layer.weight
+        if len(part.updates) != 1 or update.kind != "weight" or update.changes_bias or type(W) not in _PLAIN:
+            return None
+        wide = torch.promote_types(W.dtype, torch.float32)
+        found = moved(update, W.device, wide).scaled_factors(W.detach().to(wide))  # type: ignore[attr-defined]
+        if found is None:
+            return None
+        s, B, A = (tensor.to(W.dtype) for tensor in found)
+        return scaled_linear(x, W, layer.bias, s, A, B)
 
     def _drops(self, parts: list[Part]) -> bool:
         """Whether parts see an input with some numbers dropped, in this forward."""
@@ -282,6 +306,7 @@ class Station:
             and len(args) + len(kwargs) == 1
             and named
             and all(self.ranks[part] for part in named)
+            and not self._drops(named)
         ):
             if not compiling:
                 check_expert(route, where)
@@ -312,11 +337,11 @@ class Station:
         """The part's updates, with what their changes to the bias take from the weight worked out."""
         if part.weight is None or not any(update.bias_sees_weight for update in part.updates):
             return part.updates
-        W = tensor_at(self.module, part.weight)
+        W = whole(tensor_at(self.module, part.weight))
         return settled(part.updates, W.to(dtype or torch.promote_types(W.dtype, torch.float32)), part.target)
 
     def _after(self, path: str, dtype: torch.dtype | None, changes: Any, law: Any) -> Tensor:
-        before = tensor_at(self.module, path)
+        before = whole(tensor_at(self.module, path))
         wide = dtype or torch.promote_types(before.dtype, torch.float32)
         after: Tensor = law(before.to(wide), changes)
         return after if dtype else after.to(before.dtype)
@@ -376,6 +401,7 @@ def _unloaded(part: Part) -> Unsupported:
     return Unsupported(why, where=str(part.target), cure=cure)
 
 
+_PLAIN = (Tensor, nn.Parameter)
 _AGAIN = "Call handle.remove() before a layer changes its size, and inject an adapter of the new size"
 
 
@@ -458,8 +484,8 @@ def _chain(layer: Any, updates: Sequence[Update]) -> Any:
 
 def _live(update: Update, layer: Layer) -> Update:
     """The update in the dtype and on the device of the layer."""
-    held: Any = layer.module.weight
-    return moved(update, held.device, layer.dtype if isinstance(layer, Quantized) else layer.weight.dtype)
+    like = layer.sample
+    return moved(update, like.device, like.dtype)
 
 
 def _is_half(module: nn.Module) -> bool:

@@ -10,8 +10,10 @@ Accelerate and Lightning need no class: they save what `handle.checkpoint` choos
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..adapter import Adapter
 from ..formats import write
 from .handle import Handle
 
@@ -30,14 +32,26 @@ class TrainerCallback:
         handle: of an adapter injected with `trainable=True`.
         to: the format of the adapter in each checkpoint, such as `peft`; None writes none.
         name: of the file or folder inside the checkpoint.
-        options: further arguments for `adapterkit.write`.
+        options: further arguments for `adapterkit.write`; `on_loss` is "promote" unless given, which changes no
+            function.
+
+    Raises:
+        Unrepresentable: the format cannot hold the adapter. It is written once to a folder that is thrown away, so that
+            this shows before the training and not at its first checkpoint.
     """
 
     # It is no subclass of transformers' class, so that this module does not import transformers.
 
     def __init__(self, handle: Handle, to: str | None = "adapterkit", name: str = "adapter", **options: Any) -> None:
+        self.handle, self.to, self.name, self.options = handle, to, name, {"on_loss": "promote", **options}
+        if to is not None:
+            with TemporaryDirectory() as folder:
+                self._write(handle.adapter(), Path(folder))
         handle.checkpoint = "adapter"
-        self.handle, self.to, self.name, self.options = handle, to, name, options
+
+    def _write(self, adapter: Adapter, folder: Path) -> None:
+        if self.to is not None:
+            write(adapter, folder / self.name, format=self.to, **self.options)
 
     def __getattr__(self, name: str) -> Any:
         """Do nothing at all other events of the Trainer."""
@@ -55,7 +69,7 @@ class TrainerCallback:
         for config in ("config.json", "generation_config.json"):
             (folder / config).unlink(missing_ok=True)
         if adapter is not None:
-            write(adapter, folder / self.name, format=self.to, **self.options)
+            self._write(adapter, folder)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -6,13 +6,15 @@ adapter. The new one runs without it, and nothing else would say so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import Unsupported
+from .leaves import Leaf
+from .sharding import check_averaged
 
 Place = tuple[nn.Module, str, nn.Module]
 """(parent, name of the child, the module with an adapter)."""
@@ -27,10 +29,11 @@ class Watch:
         model: the model.
         name: the adapter's name, for the error.
         modules: those that carry its updates.
+        leaves: its tensors.
     """
 
-    def __init__(self, model: nn.Module, name: str, modules: Iterable[nn.Module]) -> None:
-        self.model, self.name, self.modules = model, name, list(modules)
+    def __init__(self, model: nn.Module, name: str, modules: Iterable[nn.Module], leaves: Sequence[Leaf] = ()) -> None:
+        self.model, self.name, self.modules, self.leaves = model, name, list(modules), leaves
         self._places = self._find()
         model.register_forward_pre_hook(self)
         # torch's fused encoder layer reads parameters past the modules that hold them, unless one has a hook.
@@ -42,6 +45,7 @@ class Watch:
     def __call__(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self.check()
+            check_averaged((leaf.tensor for leaf in self.leaves), self.name)
 
     def check(self) -> None:
         """Raise if a module is no longer where it was.
@@ -77,7 +81,8 @@ class Watch:
             for name, child in parent._modules.items()
             if child is not None and id(child) in wanted
         ]
-        lost = next((module for key, module in wanted.items() if key not in {id(c) for _, _, c in found}), None)
+        present = {id(child) for _, _, child in found}
+        lost = next((module for key, module in wanted.items() if key not in present), None)
         if lost is not None:
             self._raise(lost, f"a {type(lost).__name__} with an update of it is no longer in the model")
         return found

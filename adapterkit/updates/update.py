@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 
 from ..errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from ..shapes import Axes, Dims, tensor
+from ..tensors.dtypes import DTYPES, DType
 from ..tensors.finite import first_not_finite
 from ..tensors.lazy import dtype_of
 from .attributes import DAMAGED, attribute, check_attribute, plain
@@ -44,9 +45,13 @@ class Update:
         starts_at_base: a fresh update changes nothing; some methods are defined to start elsewhere.
         shared_as: which choice of `tied` decides whether it changes all layers that share a tensor: `rows`,
             `replacement`, or none of them, `layer`.
+        dropout: what dropout leaves out in training, as PEFT has it for the method: numbers of the change's `input`;
+            `rows` of the change, or `scaled rows` where the others grow by as much; `blocks` along the axis `n` of a
+            tensor, of one of its factors where it has an axis `m`.
         bound_to: the library and function that an update without some of its tensors needs, so that no other reader
             can be asked to compute it; empty for all others.
         paper: where the formula comes from.
+        by_form: `check_against` sees the update's `form` alone, not the numbers in its tensors; set by its fields.
     """
 
     kind: ClassVar[str] = ""
@@ -63,6 +68,7 @@ class Update:
     sizes: ClassVar[Mapping[str, int]] = {}
     starts_at_base: ClassVar[bool] = True
     shared_as: ClassVar[str] = "layer"
+    dropout: ClassVar[str] = "input"
     bound_to: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     # torch.compile reads attributes of a class, but not the fields of a dataclass.
@@ -70,6 +76,8 @@ class Update:
     _tensors: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
     _attributes: ClassVar[dict[str, dataclasses.Field[Any]]] = {}
     _axes: ClassVar[dict[str, tuple[Axes, bool]]] = {}
+    by_form: ClassVar[bool] = True
+    _positions: ClassVar[bool] = False
     _rounds: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
@@ -84,6 +92,8 @@ class Update:
         cls._attributes = {f.name: f for f in fields if "axes" not in f.metadata}
         cls._names = tuple(cls._tensors)
         cls._axes = {name: (f.metadata["axes"], f.metadata["integer"]) for name, f in cls._tensors.items()}
+        cls.by_form = not any(f.metadata["integer"] for f in cls._tensors.values())
+        cls._positions = any(f.metadata["below"] or f.metadata["distinct"] for f in cls._tensors.values())
         # Another round checks products and quotients whose names a later tensor had yet to tell.
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
 
@@ -139,6 +149,24 @@ class Update:
         """The same update with other field values."""
         return cast(Self, dataclasses.replace(cast(Any, self), **changes))
 
+    @property
+    def form(self) -> Hashable:
+        """All of the update but the numbers in its tensors: class, plain values, shapes and types of the tensors.
+
+        Updates of equal forms have equal `dims` and pass the same `check`, so that a model's tens of thousands of
+        targets, which have a few dozen forms, need not be checked one by one.
+        """
+        values = [getattr(self, name) for name in self._attributes]
+        # 1, 1.0 and True are equal, and not the same to `check`.
+        return type(self), self._held(), *values, *map(type, values)
+
+    def _held(self) -> Held:
+        """Name, element type and shape of each tensor that is present."""
+        held = []
+        for name, leaf in self.tensors.items():
+            held.append((name, dtype_of(leaf).name, tuple(leaf.shape)))
+        return tuple(held)
+
     def dims(self, stack: bool = False) -> Dims:
         """The sizes of all named axes, solved from the tensors.
 
@@ -149,12 +177,9 @@ class Update:
             Malformed: tensors that belong together are not all there, so that axes have no size.
             ShapeMismatch: the tensors disagree with their shape strings or with each other, or hold the wrong type.
         """
-        self._check_forms()
-        shapes = []
-        for name, leaf in self.tensors.items():
-            _check_dtype(name, leaf, self._axes[name][1])
-            shapes.append((name, tuple(leaf.shape)))
-        dims = dict(_solved(cast(Any, type(self)), stack, tuple(shapes)))
+        if self.forms:
+            self._check_forms()
+        dims = dict(_solved(cast(Any, type(self)), stack, self._held()))
         if self.rules:
             apply_rules(self, dims, stack)
         return dims
@@ -191,6 +216,8 @@ class Update:
             position = first_not_finite(leaf)
             if position is not None:
                 raise Malformed(f"a NaN or an infinity at {list(position)}", where=name, cure=_DIVERGED)
+        if not self._positions:
+            return
         for name, why in misplaced(self, {}):
             raise Malformed(why, where=name, cure=DAMAGED)
         if name := repeated(self):
@@ -204,6 +231,8 @@ class Update:
             Malformed: a position comes twice.
         """
         self.check_axes(shape)
+        if not self._positions:
+            return
         for name, why in misplaced(self, dict(zip(("out", "in"), shape, strict=False))):
             raise ShapeMismatch(f"{name}: {why}", cure="The adapter is not of this base")
         if name := repeated(self):
@@ -302,11 +331,17 @@ class Update:
         raise NotMergeable(f"{self.method} has no forward formula", cure="Merge it instead")
 
 
+Held = tuple[tuple[str, str, tuple[int, ...]], ...]
+"""(field, element type, shape) of each tensor of an update."""
+
+
 @lru_cache(maxsize=1 << 10)
-def _solved(method: Any, stack: bool, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Dims:
+def _solved(method: Any, stack: bool, held: Held) -> Dims:
     """The sizes of all named axes; thousands of updates have the same few shapes."""
+    for name, dtype, _ in held:
+        _check_dtype(name, DTYPES[dtype], method._axes[name][1])
     dims: Dims = {}
-    for name, shape in shapes * method._rounds:
+    for name, _, shape in held * method._rounds:
         axes = method._axes[name][0]
         (Axes.parse(f"e {axes.text}") if stack else axes).bind(shape, dims, name)
     return dims
@@ -322,8 +357,7 @@ def _narrow(leaf: Any, axis: int, start: int, stop: int) -> Any:
 _DIVERGED = "The training diverged, or the file is damaged; use an earlier checkpoint"
 
 
-def _check_dtype(name: str, leaf: Leaf, integer: bool) -> None:
-    dtype = dtype_of(leaf)
+def _check_dtype(name: str, dtype: DType, integer: bool) -> None:
     fits = not dtype.floating and dtype.name != "BOOL" if integer else dtype.floating and dtype.name != "C64"
     if not fits:
         expected = "whole numbers" if integer else "real numbers"

@@ -110,6 +110,13 @@ class WeightUpdate(Update):
         """
         return None
 
+    def scaled_factors(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """s `[out]`, B `[out, r]` and A `[r, in * k]` with W' = s[:, None] * (W + B @ A) and b' = b; else None.
+
+        Gradients flow through s, B and A as they do through `new_weight`; W is a constant.
+        """
+        return None
+
     def forward(self, x: Any, layer: Any) -> Any:
         y = layer.op(x, self.new_weight(layer.weight))
         settled = self.settled(layer.weight) if self.bias_sees_weight else self

@@ -49,7 +49,14 @@ def vector(model_type: str) -> dict[str, Any]:
         pieces = targets.setdefault(name, {"shape": shape, "pieces": []})["pieces"]
         pieces.append([a.expert, a.start, a.stop, module_of(b.name), b.expert, b.start, b.of])
     shapes = {"base": theirs, "live": ours}
-    found = {side: {name: list(each.shape) for name, each in tensors.items()} for side, tensors in shapes.items()}
+    found: dict[str, Any] = {}
+    for side, tensors in shapes.items():
+        found[side] = {name: list(each.shape) for name, each in tensors.items()}
+    told = model.config.get_text_config().to_dict()
+    file = ROOT / "spec" / "architectures" / f"{model_type}.toml"
+    if "qkv = " in file.read_text():  # The heads decide on how such a tensor is divided.
+        heads = ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
+        found["config"] = {name: told[name] for name in heads}
     return {**found, "targets": targets}
 
 

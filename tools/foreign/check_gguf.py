@@ -1,6 +1,7 @@
 """Merges PEFT adapters into tiny GGUF models of llama.cpp, and converts them, and compares with llama.cpp itself.
 
     python tools/foreign/check_gguf.py LLAMA_CPP [MODEL_TYPE...]
+    python tools/foreign/check_gguf.py LLAMA_CPP --vectors tests/data/gguf     write a tiny case of each kind of order
 
 A base is a tiny random model of transformers; llama.cpp's converter makes a GGUF file of it. The adapter is PEFT's, on
 every linear layer and every stack of experts. `merge`: adapterkit merges the adapter into the GGUF file. PEFT merges it
@@ -14,6 +15,7 @@ Needs transformers 5.24, PEFT 0.21.2 and a checkout of llama.cpp.
 from __future__ import annotations
 
 import argparse
+import json
 import runpy
 import sys
 import tempfile
@@ -31,6 +33,7 @@ import transformers
 from check_bases import experts_of, linears_of
 from families import FAMILIES
 from gguf_facts import GROUPED
+from pairing import stored
 from peft import LoraConfig, get_peft_model
 from tiny import tiny
 
@@ -41,6 +44,43 @@ LIMIT = 2e-6
 
 FAULTY = {"gpt2": "swaps the factors of Conv1D layers, so that they have the shape of the weight turned"}
 """Model types of which llama.cpp's own converter of adapters makes files that llama.cpp refuses to load."""
+
+
+SMALL = {
+    "num_hidden_layers": 1, "n_layer": 1, "hidden_size": 16, "n_embd": 16, "intermediate_size": 8, "ffn_hidden_size": 8,
+    "n_inner": 8, "num_attention_heads": 4, "n_head": 4, "head_dim": 4, "vocab_size": 8, "num_local_experts": 2,
+    "num_experts": 2, "moe_intermediate_size": 8, "max_position_embeddings": 8, "layer_types": ["full_attention"],
+}  # fmt: skip
+"""Fields that make a tiny model small enough to be kept; those that its config does not have are left out."""
+
+VECTORS = {
+    "rope": "llama", "qkv_by_head": "bloom", "qkv_by_group": "falcon", "turned": "gpt2", "experts": "qwen3_moe",
+    "interleaved": "gpt_oss", "stack_in_parts": "granitemoe",
+}  # fmt: skip
+"""Name of a kind of order -> a model type that has it."""
+
+
+def write_vectors(conversion: Any, out: Path) -> None:
+    """For each kind of order: the base, PEFT's adapter, and the GGUF file of the model that PEFT merged."""
+    for name, model_type in VECTORS.items():
+        known = tiny(model_type).config
+        fields = {key: value for key, value in SMALL.items() if hasattr(known, key)} | GROUPED.get(model_type, {})
+        model = tiny(model_type, **fields)
+        with tempfile.TemporaryDirectory() as held:
+            folder, kept = Path(held), out / name
+            kept.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(folder / "base")
+            gguf_models.convert(conversion, folder / "base", kept / "base.gguf", model_type)
+            shapes = {key: list(tensor.shape) for key, tensor in stored(model).items()}
+            (kept / "shapes.json").write_text(json.dumps(shapes, indent=0))
+            (kept / "config.json").write_text((folder / "base" / "config.json").read_text())
+            peft = adapted(model, experts=True)
+            peft.save_pretrained(folder / "adapter", save_embedding_layers=False)
+            for file in ("adapter_config.json", "adapter_model.safetensors"):
+                (kept / file).write_bytes((folder / "adapter" / file).read_bytes())
+            peft.merge_and_unload().save_pretrained(folder / "merged")
+            gguf_models.convert(conversion, folder / "merged", kept / "merged.gguf", model_type)
+            print(f"{name}: {model_type}, {sum(f.stat().st_size for f in kept.iterdir())} bytes")
 
 
 def in_language_model(name: str) -> bool:
@@ -121,11 +161,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("llama_cpp", type=Path)
     parser.add_argument("types", nargs="*")
+    parser.add_argument("--vectors", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     conversion = gguf_models.load(arguments.llama_cpp)
+    if arguments.vectors:
+        write_vectors(conversion, arguments.vectors)
+        return 0
     counts: dict[str, int] = {}
     for model_type in arguments.types or [t for several in FAMILIES.values() for t in several]:
         for kind, check in (

@@ -43,17 +43,10 @@ from adapterkit.errors import AdapterkitError, NotMergeable
 
 TOLERANCE = 1e-5
 
-_ROWS = (
-    "the rows of each segment: k-means of singular vectors by scikit-learn gives them, which differs between machines"
-)
 _PATCHES = "a weight that does the same: PEFT's forward turns overlapping patches of the input"
 
 LACKING: dict[str, str] = {
     **{f"Conv2d {n} OFT": _PATCHES for n in (1, 3, 4, 5)},
-    **{f"Vanilla MLP {n} Adamss": _ROWS for n in (1, 2, 3, 4)},
-    "Vanilla MLP 5 Adamss with custom params": _ROWS,
-    "Vanilla MLP 6 Adamss with ASA": _ROWS,
-    "Vanilla MLP 7 Adamss with dynamic rank": _ROWS,
 }
 """Case -> what it lacks, so that it is refused; of OFT on convolutions only the merge is."""
 

@@ -21,8 +21,20 @@ CASES = {
     "square": (["gate_up_proj", "down_proj"], HIDDEN // 2),
     "single": (["gate_up_proj"], WIDTH),
     "lone_square": (["gate_up_proj"], HIDDEN // 2),
+    "turned": (["gate_up_proj", "down_proj"], WIDTH),
 }
 """Name -> adapted parameters, width of an expert; half the hidden width makes gate and up together square."""
+
+
+class Turned(nn.Module):
+    """Stacked as gpt-oss declares them: [expert, in, out], and PEFT is told so."""
+
+    is_transposed = True
+
+    def __init__(self, width):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 2 * width))
+        self.down_proj = nn.Parameter(torch.randn(EXPERTS, width, HIDDEN))
 
 
 class Experts(nn.Module):
@@ -34,13 +46,13 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(EXPERTS, HIDDEN, width))
 
 
-def model(width):
+def model(width, experts=Experts):
     """A model with the module paths of a mixture of experts; it is never called."""
     root = nn.Module()
     root.model = nn.Module()
     layer = nn.Module()
     layer.mlp = nn.Module()
-    layer.mlp.experts = Experts(width)
+    layer.mlp.experts = experts(width)
     root.model.layers = nn.ModuleList([layer])
     return root
 
@@ -49,7 +61,7 @@ def main(out):
     """Write all cases below a folder."""
     for case, (names, width) in CASES.items():
         torch.manual_seed(0)
-        base = model(width)
+        base = model(width, Turned if case == "turned" else Experts)
         before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
         parameters = [f"mlp.experts.{name}" for name in names]
         config = LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=parameters)

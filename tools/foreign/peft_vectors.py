@@ -5,7 +5,8 @@
 The native form is built by hand from the modules that PEFT holds in memory, never by reading the files back: what the
 reader makes of a folder can be held against it. Run it with the release of PEFT that a vector is to be of. What a
 family has is in its module in peft_families, found by listing: `CASES`, name -> (model, config), and `update_of`;
-`NEEDS_BASE` where files lack what the adapted weights tell, which are then saved beside them.
+`NEEDS_BASE` where files lack what the adapted weights tell, which are then saved beside them; `KEEPS_BASE` where PEFT
+makes more of those weights than what it trains, so that they stay as they were then.
 
     python tools/foreign/peft_vectors.py DEST NAME...
 
@@ -125,6 +126,7 @@ class Case:
     config: PeftConfig
     options: dict[str, Any] = field(default_factory=dict)
     base: bool = False
+    kept: bool = False
 
 
 def lora_config(*modules: str, **options: Any) -> LoraConfig:
@@ -182,7 +184,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "uncached": uncached,
 }
 CASES |= {
-    name: Case(MODELS[model], config, base=getattr(family, "NEEDS_BASE", False))
+    name: Case(
+        MODELS[model], config, base=getattr(family, "NEEDS_BASE", False), kept=getattr(family, "KEEPS_BASE", False)
+    )
     for family in FAMILIES
     for name, (model, config) in family.CASES.items()
 }
@@ -282,6 +286,8 @@ def make(name: str, case: Case, dest: Path) -> None:
     model = get_peft_model(case.model(), case.config)
     with torch.no_grad():
         for parameter in model.parameters():
+            if case.kept and not parameter.requires_grad:
+                continue
             parameter.copy_(torch.randn(parameter.shape))
     model.save_pretrained(str(dest), **case.options)
     if case.config.peft_type == "XLORA":
@@ -296,7 +302,9 @@ def make(name: str, case: Case, dest: Path) -> None:
     if case.base:
         modules = dict(model.base_model.model.named_modules())
         weights = {f"{target.path}.weight": modules[target.path].base_layer.weight.detach() for target in found}
-        save_file(weights, dest / "base.safetensors")
+        biased = [target.path for target, each in found.items() if any(update.changes_bias for update in each)]
+        biases = {f"{path}.bias": modules[path].base_layer.bias.detach() for path in biased}
+        save_file({**weights, **biases}, dest / "base.safetensors")
     print(f"{name}: {sum(file.stat().st_size for file in dest.iterdir())} bytes")
 
 

@@ -63,7 +63,7 @@ def _subject(name: str, files: list[str]) -> str:
 
 def _native() -> Iterator[Case]:
     for path in sorted((VECTORS / "methods").glob("*.adapter.safetensors")):
-        name = path.name.partition(".")[0]
+        name = path.name.removesuffix(".adapter.safetensors")
         yield Case(
             f"native/{name}", "adapter", {"adapter.safetensors": path.read_bytes()}, "adapter.safetensors", "adapterkit"
         )

@@ -19,6 +19,8 @@ import formats
 import invalid
 import methods
 import numpy as np
+from extra import canonical, digests, merges, valid
+from index import index
 from safetensors.numpy import load
 from vector import vectors
 
@@ -66,6 +68,19 @@ def table_files() -> Iterator[tuple[str, bytes]]:
     """The entries of all methods as one JSON object, for readers without TOML."""
     entries = {path.stem: _toml(path) for path in sorted((SPEC / "methods").glob("*.toml"))}
     yield f"{VERSION}/methods.json", (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def extra_files() -> Iterator[tuple[str, bytes]]:
+    """Canonical JSON, digests, valid records at the edges, and a merge that rounds."""
+    yield "vectors/canonical.json", (json.dumps(canonical(), indent=1, ensure_ascii=True) + "\n").encode()
+    yield "vectors/digests.json", (json.dumps(dict(digests(SPEC)), indent=1) + "\n").encode()
+    yield from ((f"vectors/valid/{name}.safetensors", data) for name, data in valid().items())
+    yield from ((f"vectors/merges/{name}.safetensors", data) for name, data in merges().items())
+
+
+def index_files(root: Path) -> Iterator[tuple[str, bytes]]:
+    """The index of all vectors."""
+    yield "vectors/index.json", index(root, VERSION)
 
 
 def schema() -> dict[str, Any]:
@@ -156,13 +171,13 @@ def refused(root: Path, names: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 1 where a file differs that must not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for part in ("methods", "formats", "invalid", "schema", "tables", "manifest"):
+    for part in ("methods", "formats", "invalid", "schema", "tables", "extra", "index", "manifest"):
         parser.add_argument(f"--{part}", action="append_const", dest="parts", const=part, help=f"only the {part}")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a file differs")
     options = parser.parse_args(arguments)
     makers = {
         "methods": method_files, "formats": format_files, "invalid": invalid_files, "schema": schema_files,
-        "tables": table_files,
+        "tables": table_files, "extra": extra_files, "index": lambda: index_files(SPEC),
     }  # fmt: skip
     failed = False
     for part in options.parts or [*makers, "manifest"]:

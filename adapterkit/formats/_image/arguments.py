@@ -1,4 +1,4 @@
-"""Options of LyCORIS that change what its forward computes and that no tensor tells: the header's `ss_network_args`.
+"""Options of networks that change what its forward computes and that no tensor tells: the header's `ss_network_args`.
 
 sd-scripts writes there, as JSON, what the network was made with. LyCORIS takes every word but `false` for true.
 """
@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .._format import Departure
 
+FLUX = "networks.lora_flux"
+"""sd-scripts' network of LoRA for FLUX."""
+
 OPTIONS = {
+    "split_qkv": Departure(
+        "with split_qkv=True in ss_network_args of sd-scripts' networks.lora_flux, a LoRA of a double block's qkv "
+        "counts 3 times alpha / r, and one of a single block's linear1 4 times: its parts were trained apart",
+        "they count alpha / r times",
+    ),
     "bypass_mode": Departure(
         "with bypass_mode in ss_network_args of a network of LyCORIS, OFT, BOFT and IA3 of outputs act on the bias, "
         "too, and a dora_scale has no effect",
@@ -29,7 +37,7 @@ OPTIONS = {
         "they count alpha / r times",
     ),
 }
-"""Where LyCORIS's forward departs from what its tensors say."""
+"""Where the forward of LyCORIS or of sd-scripts departs from what its tensors say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +47,27 @@ class Arguments:
     Attributes:
         bypass: modules acted on their layer's output, its bias included; DoRA's magnitudes were left out of account.
         rs: scalings are alpha / sqrt(r).
-        unit: how many ranks DyLoRA trained at a time; 0 where the network is none.
+        unit: how many times alpha / r a LoRA counts: the ranks that DyLoRA trained at a time; 0 for once.
+        split: sd-scripts trained the parts of FLUX's fused weights apart, each with r ranks, and saved them as one.
     """
 
     bypass: bool = False
     rs: bool = False
     unit: int = 0
+    split: bool = False
+
+    def at(self, stem: str) -> Arguments:
+        """Return the options at one module, by its name in the keys."""
+        if not self.split:
+            return self
+        fused = {"qkv": 3 if "double" in stem else 0, "linear1": 4 if "single" in stem else 0}
+        return replace(self, unit=next((parts for word, parts in fused.items() if word in stem), 0))
 
 
 def arguments_in(metadata: Mapping[str, str]) -> Arguments:
-    """Return the options in a header; the defaults where it names no network of LyCORIS, or has no such options."""
-    if not metadata.get("ss_network_module", "").startswith("lycoris"):
+    """Return the options in a header; the defaults where it names no such network, or has no such options."""
+    network = metadata.get("ss_network_module", "")
+    if not (network.startswith("lycoris") or network == FLUX):
         return Arguments()
     try:
         given: Any = json.loads(metadata.get("ss_network_args", "{}"))
@@ -57,6 +75,8 @@ def arguments_in(metadata: Mapping[str, str]) -> Arguments:
         return Arguments()
     if not isinstance(given, dict):
         return Arguments()
+    if network == FLUX:
+        return Arguments(split=str(given.get("split_qkv")) == "True")
     dylora = str(given.get("algo", "")).lower() == "dylora"
     return Arguments(_is_on(given, "bypass_mode"), _is_on(given, "rs_lora"), _unit(given) if dylora else 0)
 

@@ -36,7 +36,7 @@ def load(path: Path) -> tuple[dict[str, Lazy], Metadata]:
     header = safetensors.read_header(path)
     if NATIVE in header.metadata:
         raise Malformed("an adapter of adapterkit's own", path=path, where="__metadata__", cure="Read it as adapterkit")
-    tensors = {name: safetensors.lazy(header.path, entry) for name, entry in header.entries.items()}
+    tensors = safetensors.handles(header)
     return tensors, list(header.metadata.items())
 
 

@@ -44,6 +44,8 @@ def why_not(update: Update, rules: Rules) -> str:
         return "a scaling that no alpha holds"
     if isinstance(update, (LoRA, DoRA, LoHa, GLoRAProducts)) and update.scaling == 0 and _rank_for_zero(rules):
         return "a scaling of 0, which it takes for the rank"
+    if isinstance(update, LoKr) and update.stacked:
+        return "lokr of a stack of matrices, as PEFT trains it on Conv1d"
     if isinstance(update, (OFT, BOFTOutputs, IA3Weights)) and why_not_there(update, rules):
         return why_not_there(update, rules)
     if isinstance(update, OFT):

@@ -97,6 +97,12 @@ class Rules:
     trained: Arguments = field(default_factory=Arguments)
 
 
+def rules_at(rules: Rules, stem: str) -> Rules:
+    """The rules at one module, by its name in the keys."""
+    there = rules.trained.at(stem)
+    return rules if there is rules.trained else replace(rules, trained=there)
+
+
 def rules_for(rules: Rules, compat: str | None, metadata: Mapping[str, str]) -> Rules:
     """The rules of a dialect in the reading that was asked for, for a file with these metadata."""
     by_formula = compat == FORMULA

@@ -27,7 +27,7 @@ from ...tensors.dtypes import DTYPES
 from ...tensors.lazy import Lazy, as_array
 from ...tensors.scalars import number_of
 from ...updates import Update
-from .file import AGAIN, Found, Module, Rules
+from .file import AGAIN, Found, Module, Rules, rules_at
 
 LOW_RANK = ("down", "up", "mid", "dora", "bias")
 OTHERS = {"alpha"}
@@ -41,7 +41,7 @@ def decode(module: Module, rules: Rules) -> list[Found]:
         ShapeMismatch: shapes are not those of the law.
         Unsupported: the law is one that this version does not know.
     """
-    laws = _laws(tuple(module.tensors))
+    laws, rules = _laws(tuple(module.tensors)), rules_at(rules, module.stem)
     if not laws:
         raise Malformed("an alpha of nothing", where=module.where, cure=AGAIN)
     found = [law(module, rules) for law in laws]
@@ -107,9 +107,9 @@ def _lora(module: Module, rules: Rules) -> Found:
 
 
 def drawn(rank: int, unit: int) -> int:
-    """Return how many times alpha / r DyLoRA's forward of LyCORIS counts when it draws all ranks.
+    """Return how many times alpha / r a LoRA counts.
 
-    It divides alpha by the number of units that it draws, not by the rank.
+    LyCORIS's DyLoRA divides alpha by the number of units that it draws, and FLUX's parts by the rank of one part.
     """
     return unit if unit and rank % unit == 0 else 1
 

@@ -12,7 +12,7 @@ from ...tensors.lazy import Lazy
 from ...updates import Update
 from .container import Metadata
 from .encode import encode
-from .file import Found, Module, Rules, Stored
+from .file import Found, Module, Rules, Stored, rules_at
 from .hints import Hints, fingerprint
 
 Spell = Callable[[str, str], str]
@@ -38,7 +38,7 @@ class Leftovers:
             self.kept += [module.keys[slot] for slot in (*each.kept, *each.idle)]
             self.idle |= {module.keys[slot]: str(target) for slot in each.idle}
             slots = dict(each.fields)
-            for stored in encode(each.update, rules):
+            for stored in encode(each.update, rules_at(rules, module.stem)):
                 slot = slots.get(stored.field) if stored.field else stored.slot
                 self._compare(spell, module, stored, slot)
             for slot in each.kept:

@@ -126,7 +126,9 @@ def _resolve(stem: str, tag: str, flat: str, third: str, walked: Mapping[str, li
     if len(found) == 1:
         return found[0]
     if found:
-        raise TargetNotFound(f"it can be any of {', '.join(found)}", where=stem, cure="Pass base=, whose names decide")
+        raise TargetNotFound(
+            f"it can be any of {', '.join(found)}", where=stem, cure="Pass base=/--base, whose names decide"
+        )
     raise TargetNotFound("no module of a known model has this name", where=stem, cure=_near(flat, walked))
 
 
@@ -184,7 +186,7 @@ def _near(flat: str, walked: Mapping[str, object] | None) -> str:
     known = {flatten(p) for family in families() for naming in family.namings for p in family.names(naming).patterns}
     shape = re.sub(r"(?<![^_])\d+(?![^_])", "#", flat)
     near = nearest(shape, {name for name in known if name[:4] == shape[:4]})
-    return f"{near}{'. ' if near else ''}Pass base=, whose names are walked"
+    return f"{near}{'. ' if near else ''}Pass base=/--base, whose names are walked"
 
 
 def stem_of(path: str, paths: Iterable[str], *, tag: str = "lora_unet", lycoris: bool = False) -> str | None:

@@ -16,7 +16,7 @@ from ...tensors.lazy import Lazy, as_lazy
 from .biases import mixed_biases
 from .deciding import FAMILY, candidates, denoiser_targets, origin_of
 from .encode import encode, why_not
-from .file import rules_for
+from .file import rules_at, rules_for
 from .folding import rewritten
 from .hints import Hints, fingerprint, hints_of
 from .leftovers import still
@@ -55,7 +55,8 @@ def encoded(
     tensors: dict[str, Lazy] = {}
     for target, found in updates.items():
         for position, update in enumerate(found):
-            for stored in encode(update, rules, kernel_of(target, base)):
+            there = rules_at(rules, stems[target, position])
+            for stored in encode(update, there, kernel_of(target, base)):
                 for key, leaf in _stored(
                     dialect, rules, stems[target, position], stored, update, hints, kept, said
                 ).items():
@@ -136,7 +137,11 @@ def _expressible(
     losses += list(_losses(dialect, rules, updates, hints))
     items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
     if items and on_loss != "drop":
-        cure = "Drop them with on_loss='drop', or write adapterkit's own format" if named else _keeping(origin)
+        cure = (
+            "Drop them with on_loss='drop'/--on-loss drop, or write adapterkit's own format"
+            if named
+            else _keeping(origin)
+        )
         why = f"{dialect.name()} has no words for these updates"
         raise Unrepresentable(why, items=items, cure=cure, places=places)
     lost = {target for target, _ in losses}

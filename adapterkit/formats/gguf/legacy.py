@@ -57,7 +57,7 @@ def _legacy_order(place: Place, name: str, foreign: str, compat: str | None, row
         return None
     if compat is None:
         why = "who wrote the file decides on the order of these rows, and it does not say"
-        cure = "compat='convert-lora-to-ggml' if it was converted from PEFT, compat='finetune' if llama.cpp trained it"
+        cure = "Pass compat=/--compat: convert-lora-to-ggml if it was PEFT's, finetune if llama.cpp trained it"
         raise UsageError(why, where=name, cure=cure)
     return place.order(foreign, rows)
 

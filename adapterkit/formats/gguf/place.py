@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ...adapter import Target
@@ -90,7 +90,8 @@ class Place:
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
             return "an activated LoRA on an embedding, a Conv1D or an expert"
-        return unfit(target, update, stacked=True)
+        # Rows are parts of a fused weight, which GGUF keeps apart; `placed` refuses any others.
+        return unfit(replace(target, rows=None), update, stacked=True)
 
     def placed(self, pairs: Pairs, moves: Mapping[str, tuple[Move, ...]]) -> Pairs:
         """The updates under the file's names, experts in stacks.

@@ -58,7 +58,8 @@ def decode(file: Gguf, base: Checkpoint | None) -> Adapter:
     updates = _own(held, place, invocation)
     if base is not None:
         _check_alone(updates, base)
-        updates = bind(Adapter(updates), base, aliases=aliases(base)).adapter.updates
+        bound = bind(Adapter(updates), base, aliases=aliases(base))
+        updates = dict(bound.adapter.updates)
     data = {
         "architecture": name, "alpha": alpha.value, "heads": place.known, "experts": place.experts,
         "values": [[key, value.type, value.value] for key, value in file.values.items()],

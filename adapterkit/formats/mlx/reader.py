@@ -86,7 +86,7 @@ def decode(config: Mapping[str, Any], text: str, file: Path, modules: Modules) -
     if kind not in KINDS:
         raise Unsupported(f"fine_tune_type {kind!r}", where=CONFIG, cure=f"Known: {', '.join(KINDS)}")
     header = safetensors.read_header(file)
-    tensors = {name: safetensors.lazy(header.path, entry) for name, entry in header.entries.items()}
+    tensors = safetensors.handles(header)
     names: dict[str, str] = {}
     found = _read_whole(tensors, modules, names) if kind == "full" else _pairs(config, kind, tensors, modules, names)
     updates: dict[Target, tuple[Update, ...]] = {}
@@ -214,7 +214,8 @@ def _read_whole(tensors: Mapping[str, Lazy], modules: Modules, names: dict[str, 
         if "weight" in fields and len(fields["weight"].shape) == 3 and from_mlx(name, modules.config, 1):
             for index, own in enumerate(_experts(name, fields["weight"].shape[0], modules)):
                 names[own] = own
-                yield Target(own), Replacement(**{field: item(leaf, index) for field, leaf in fields.items()})
+                part: Slots = {field: item(leaf, index) for field, leaf in fields.items()}
+                yield Target(own), Replacement(**part)
             continue
         own = modules.named(name)
         names[own] = name

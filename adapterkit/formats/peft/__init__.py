@@ -113,7 +113,9 @@ class Peft(Format):
         save(path, config, tensors, dict(with_metadata(METADATA.items(), adapter)))
         return lines
 
-    def fit(self, adapter: Adapter, profile: str, *, on_loss: str = "refuse") -> tuple[Adapter, list[str]]:
+    def fit(
+        self, adapter: Adapter, profile: str, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> tuple[Adapter, list[str]]:
         from .profiles import fitted
 
-        return fitted(adapter, profile, on_loss)
+        return fitted(adapter, profile, on_loss, base)

@@ -25,6 +25,11 @@ FRESH: dict[str, dict[str, Any]] = {
 }
 """What a config says that never was PEFT's; fields that PEFT did not always have are left to their defaults."""
 
+DROPOUTS = (
+    "boft_dropout", "hira_dropout", "lora_dropout", "miss_dropout", "rank_dropout", "vera_dropout",
+)  # fmt: skip
+"""Fields that say the dropout of a type's layers in training."""
+
 COMMON = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -59,7 +64,10 @@ def configs(
     if as_read:
         yield _over(read | named, changed)
     common = {name: hints.config.get(name, value) for name, value in COMMON.items()} | {"inference_mode": True}
-    start = read or {**common, **(family.fresh if family else FRESH[peft_type]), "peft_type": peft_type}
+    fresh = family.fresh if family else FRESH[peft_type]
+    dropout = [step.args["dropout"] for step in adapter.recipe if step.op == "create" and "dropout" in step.args]
+    trained = {name: dropout[-1] for name in DROPOUTS if name in fresh and dropout}
+    start = read or {**common, **fresh, **trained, "peft_type": peft_type}
     lists = _lists(updates, peft_type, base)
     yield _over(start | named, {**_law_fields(updates, peft_type, start), **changed, **lists})
 

@@ -14,8 +14,6 @@ from .families import FAMILIES, PEFT_TYPES, family_of_type
 from .patterns import first_match, matches
 
 OTHER_TYPES = {
-    "ADAMSS": "which rows its updates belong to is not in the file: PEFT finds them again by clustering the base's own "
-    "singular vectors, with results that differ between machines; saved with its scatter_index it could be read",
     "BONE": "the older name of MiSS: rename .bone_ to .miss_ in the keys, and peft_type to MISS",
 }
 """Types that are known and not read, with the reason."""
@@ -199,7 +197,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def residual(self) -> str:
         """`olora` or `pissa`, where the base is without what the adapter began with; else empty."""
         word = self.init_lora_weights
-        return next((name for name in RESIDUAL if isinstance(word, str) and word.lower() == name), "")
+        return word.lower() if isinstance(word, str) and word.lower() in RESIDUAL else ""
 
     def rank(self, name: str) -> int:
         """The rank at the module or parameter `name`."""

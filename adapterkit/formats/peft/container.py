@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AdapterkitError, StorageError, UsageError
+from ...naming.shared_outer import is_shared_outer
 from ...naming.tinker import is_tinker
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
@@ -35,8 +36,9 @@ def sniff(path: Path) -> bool:
         with open_input(config) as file:
             if b'"peft_type"' not in file.read(MAX_SNIFF):
                 return False
-        # Tinker has PEFT's config beside tensors that PEFT does not know.
-        return not is_tinker(safetensors.read_header(folder_of(path) / SAFETENSORS).entries)
+        # Tinker and SGLang have PEFT's config beside tensors that PEFT does not know.
+        entries = safetensors.read_header(folder_of(path) / SAFETENSORS).entries
+        return not is_tinker(entries) and not is_shared_outer(entries)
     except OSError:
         return False
     except AdapterkitError:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from ...naming.layouts import stored_in_out
-from ...tensors.lazy import Lazy, bytes_of
+from ...tensors.lazy import Lazy, as_lazy, bytes_of
 from .config import names_module, parse_version, written_by_unsloth
 from .factors import Factors, adapt, check_rank
 from .file import File, Findings, Found
@@ -29,7 +29,9 @@ from .file import File, Findings, Found
 if TYPE_CHECKING:
     import numpy as np
 
+    from ...adapter import Target
     from ...tensors.lazy import Buffer, Shape
+    from ...updates import Update
 
 RANK_MAJOR, GROUPED, PEFT_0_18 = "rank_major", "grouped_by_expert", "peft_0.18"
 
@@ -38,6 +40,9 @@ ORDERS = frozenset({RANK_MAJOR, GROUPED, PEFT_0_18})
 
 SWAPPED_BEFORE = (0, 19)
 """The first release of PEFT that reads the axes of a stack in the order in which the model uses them."""
+
+OLD_VERSION = "0.18.1"
+"""The release that a config names whose stacks are in the order of PEFT before 0.19."""
 
 MAX_NAMES = 6
 """Adapted parameters of one module; real ones have two."""
@@ -136,6 +141,36 @@ def unstack(B: Lazy) -> Lazy:
     return B.map(lambda b: b.transpose(1, 2, 0).reshape(out, r * experts), (out, r * experts))
 
 
+def factor_in(order: str, name: str, target: Target, update: Update) -> Lazy:
+    """A factor of a stack as files of an order hold it; the other way round than `stack` and `stack_swapped`.
+
+    Args:
+        order: `grouped_by_expert` or `peft_0.18`.
+        name: `A` or `B`, of the file.
+        target: the parameter; its layout says whether PEFT before 0.19 takes its outputs for inputs.
+        update: its LoRA, A `[e, r, in]` and B `[e, out, r]`.
+    """
+    A, B = as_lazy(update.tensors["A"]), as_lazy(update.tensors["B"])
+    swaps = order == PEFT_0_18 and target.layout == "e out *in"
+    if name == "A":
+        rows = B.map(lambda b: b.swapaxes(1, 2), (B.shape[0], B.shape[2], B.shape[1])) if swaps else A
+        return rows.reshape(-1, rows.shape[-1])
+    columns = A.map(lambda a: a.swapaxes(1, 2), (A.shape[0], A.shape[2], A.shape[1])) if swaps else B
+    if order != GROUPED:
+        return unstack(columns)
+    experts, out, r = columns.shape
+    return columns.map(lambda b: b.transpose(1, 0, 2).reshape(out, experts * r), (out, experts * r))
+
+
+def in_order_of(config: dict[str, Any], order: str | None, updates: Mapping[Target, Any]) -> dict[str, Any]:
+    """A config that says the order of its stacks: Unsloth's mark, or the release of PEFT that reads them so."""
+    if order is None or not any(target.stacked for target in updates):
+        return config
+    if order == PEFT_0_18:
+        return {**{k: v for k, v in config.items() if k != "lora_B_layout"}, "peft_version": OLD_VERSION}
+    return {**config, "lora_B_layout": order}
+
+
 def _parameter(file: File, factors: Factors, path: str, swaps: bool | None) -> Found:
     rank = file.settings.rank(path)
     experts = max(factors.A.shape[0] // rank, 1)
@@ -151,7 +186,10 @@ def _parameter(file: File, factors: Factors, path: str, swaps: bool | None) -> F
     tensors = {
         "A": factors.A.reshape(experts, rank, factors.A.shape[1]), "B": stack(factors.B, experts, order)
     }  # fmt: skip
-    turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0]) != shape[:0:-1]
+    turned = shape is not None and shape[1:] == (factors.A.shape[1], factors.B.shape[0])
+    if turned and shape is not None and shape[1] == shape[2]:
+        # A square shape fits both ways; the family's table tells.
+        turned = bool(stored_in_out(path, None if file.base is None else file.base.config))
     return Found(path, adapt(file.settings, path, tensors), keys, "e in out *k" if turned else "e out *in")
 
 
@@ -237,7 +275,7 @@ def _assign(file: File, path: str, group: Sequence[Factors]) -> tuple[str, ...]:
         raise Malformed(why, where=group[0].key.text, cure="The config or the base is not of this file")
     where, which = group[0].key.text, " or ".join(sorted({option[0] for option in options}))
     if file.base is None:
-        raise UsageError(f"the file does not say whether this adapts {which}", where=where, cure="Pass base=")
+        raise UsageError(f"the file does not say whether this adapts {which}", where=where, cure="Pass base=/--base")
     why = f"nothing tells whether this adapts {which}: both have the same shape"
     raise Unsupported(why, where=where, cure="Merge it with PEFT itself")
 

@@ -69,8 +69,24 @@ def find_factors(file: File) -> list[Factors]:
     Raises:
         Malformed: a tensor lacks its partner, or the config knows nothing of it.
     """
-    groups = file.groups({part for part, _ in FIELDS})
-    return [_factors(file, stem, keys) for stem, keys in groups.items()]
+    parts, settings = {part for part, _ in FIELDS}, file.settings
+    groups: dict[str, dict[str, Key]] = {}
+    strange: dict[str, Key] = {}
+    for key in file.tensors:
+        if key.part in parts:
+            group = groups.get(key.stem)
+            if group is None:
+                group = groups[key.stem] = {}
+            field = FIELDS.get((key.part, key.leaf))
+            if field is None:
+                strange.setdefault(key.stem, key)
+            else:
+                group[field] = key
+    needs = {
+        "A": True, "B": True, "magnitude": bool(settings.use_dora), "bias": bool(settings.lora_bias),
+        "diag": settings.kasa_config is not None,
+    }  # fmt: skip
+    return [_factors(file, stem, keys, needs, strange.get(stem)) for stem, keys in groups.items()]
 
 
 def check_rank(factors: Factors, rank: int, experts: int = 1, groups: int = 1) -> None:
@@ -119,10 +135,9 @@ def _method(settings: Settings, tensors: Mapping[str, Lazy], embedding: bool) ->
         return "lora_xs"
     if "diag" in tensors:
         return "kasa"
-    if tensors.keys() & {"A_blocks", "B_blocks"}:
+    if "A_blocks" in tensors or "B_blocks" in tensors:
         return "bdlora"
-    routed = {"alora": settings.alora_invocation_tokens, "arrow": settings.arrow_config}
-    law = next((law for law, said in routed.items() if said is not None), None)
+    law = "alora" if settings.alora_invocation_tokens is not None else "arrow" if settings.arrow_config else None
     if law and (embedding or len(tensors["A"].shape) != 2):
         why = f"{law} on an embedding or a convolution"
         raise Unsupported(why, where=law, cure="Leave those modules out of target_modules")
@@ -156,24 +171,29 @@ def _numbers(tokens: tuple[int, ...]) -> Lazy:
     return from_numpy(np.array(tokens, dtype=np.int64))
 
 
-def _factors(file: File, stem: str, slots: Mapping[tuple[str, str], Key]) -> Factors:
-    keys = {FIELDS[slot]: key for slot, key in slots.items() if slot in FIELDS}
-    _check_partners(file.settings, keys, next(iter(slots.values())).text)
+def _factors(file: File, stem: str, keys: Mapping[str, Key], needs: Mapping[str, bool], strange: Key | None) -> Factors:
+    first = strange or next(iter(keys.values()))
+    _check_partners(file.settings, keys, needs, first.text)
+    tensors = {name: file.tensors[key] for name, key in keys.items()}
     for name in ("A", "B"):
-        if len(file.tensors[keys[name]].shape) < 2:
+        if len(tensors[name].shape) < 2:
             raise ShapeMismatch(
-                f"a factor of shape {list(file.tensors[keys[name]].shape)}", where=keys[name].text,
+                f"a factor of shape {list(tensors[name].shape)}", where=keys[name].text,
                 cure="It was saved from one shard of a model: gather the shards first",
             )  # fmt: skip
-    embedding = any(part.startswith("lora_embedding") for part, _ in slots)
-    return Factors(stem, keys, {name: file.tensors[key] for name, key in keys.items()}, embedding)
+    embedding = keys["A"].part == "lora_embedding_A" or keys["B"].part == "lora_embedding_B"
+    return Factors(stem, keys, tensors, embedding)
 
 
-def _check_partners(settings: Settings, keys: Mapping[str, Key], where: str) -> None:
-    needs = {
-        "A": True, "B": True, "magnitude": settings.use_dora, "bias": settings.lora_bias,
-        "diag": settings.kasa_config is not None,
-    }  # fmt: skip
+def _check_partners(settings: Settings, keys: Mapping[str, Key], needs: Mapping[str, bool], where: str) -> None:
+    """Check that the tensors of one module are those that the config asks for.
+
+    Args:
+        settings: the config.
+        keys: field of the update -> key.
+        needs: field -> whether the config asks for it.
+        where: a key of the module, for errors.
+    """
     for name, needed in needs.items():
         if needed and name not in keys:
             raise Malformed(f"its partner is not in the file: {_WORDS[name]}", where=where, cure=_AGAIN)

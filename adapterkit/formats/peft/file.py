@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from ...binding.fitting import live_shape
@@ -49,10 +49,14 @@ class File:
 
     def groups(self, parts: Iterable[str]) -> dict[str, dict[tuple[str, str], Key]]:
         """Stem -> (part, leaf) -> key, for the keys of these parts."""
+        parts = frozenset(parts)
         found: dict[str, dict[tuple[str, str], Key]] = {}
         for key in self.tensors:
             if key.part in parts:
-                found.setdefault(key.stem, {})[key.part, key.leaf] = key
+                group = found.get(key.stem)
+                if group is None:
+                    group = found[key.stem] = {}
+                group[key.part, key.leaf] = key
         return found
 
     def modules(self, parts: Iterable[str]) -> dict[str, dict[str, Key]]:
@@ -71,7 +75,8 @@ class File:
 
     def attentions(self) -> set[str]:
         """Paths of the `nn.MultiheadAttention`s whose output projection is adapted inside them, as PEFT does."""
-        return {key.module for key in self.tensors if key.part.startswith("lora_") and key.module != key.path}
+        wrapped = (key for key in self.tensors if key.wrapped and key.part.startswith("lora_"))
+        return {key.module for key in wrapped if key.module != key.path}
 
     def base_shape(self, name: str) -> Shape | None:
         """The shape of a tensor of the base, found by its name or by the one name that ends with it."""
@@ -111,8 +116,24 @@ def base_shape(base: Checkpoint, name: str) -> Shape | None:
     """
     if name in base.tensors:
         return base.tensors[name].shape
-    longer = [tensor.shape for other, tensor in base.tensors.items() if other.endswith(f".{name}")]
-    return longer[0] if len(longer) == 1 else live_shape(base, name)
+    longer = [other for other in _by_ending(base).get(_ending(name), ()) if other.endswith(f".{name}")]
+    return base.tensors[longer[0]].shape if len(longer) == 1 else live_shape(base, name)
+
+
+def _ending(name: str) -> str:
+    """The last two words of a name, or the only one."""
+    return ".".join(name.rsplit(".", 2)[-2:])
+
+
+@lru_cache(maxsize=1)
+def _by_ending(base: Checkpoint) -> dict[str, list[str]]:
+    """Names of a base's tensors by their last word, and by their last two: stacks ask for each parameter's shape."""
+    found: dict[str, list[str]] = {}
+    for name in base.tensors:
+        two = _ending(name)
+        for ending in {two, two.rpartition(".")[2]}:
+            found.setdefault(ending, []).append(name)
+    return found
 
 
 Findings = Iterator[Found | Kept]

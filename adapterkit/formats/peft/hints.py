@@ -26,6 +26,7 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         prefix: what all keys begin with.
         keys: key that the writer would choose -> key that the file had, where nothing in the updates tells.
         compat: the reading that was asked for; what is written must give the same adapter in the same reading.
+        experts_order: the layout to write stacked experts' factors in; None for that of today's PEFT.
         shapes: key -> shape that the file had, where the writer would choose another of as many elements.
     """
 
@@ -33,6 +34,7 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     targets: str = ""
     prefix: str = PREFIX
     compat: str | None = None
+    experts_order: str | None = None
     keys: dict[str, str] = {}
     shapes: dict[str, list[Size]] = {}
 

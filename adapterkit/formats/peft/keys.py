@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache, lru_cache
+from sys import intern
+from typing import NamedTuple
 
 from ...errors import Malformed
 from ...tensors.lazy import Lazy
@@ -34,8 +35,7 @@ _WRAPPERS = re.compile(r"\.(?:base_layer|token_adapter)(?=\.|$)")
 _OUTERMOST = re.compile(r"(?:\.base_layer)*$")
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(NamedTuple):
     """One key of a file of tensors.
 
     Attributes:
@@ -63,22 +63,25 @@ class Key:
     @property
     def path(self) -> str:
         """The dotted path in the base's own names."""
-        return _WRAPPERS.sub("", self.stem) if self._wrapped else self.stem
+        return _WRAPPERS.sub("", self.stem) if self.wrapped else self.stem
 
     @property
-    def _wrapped(self) -> bool:
+    def wrapped(self) -> bool:
+        """Whether its path holds names of PEFT's wrappers."""
         return ".base_layer" in self.stem or ".token_adapter" in self.stem
 
     @property
     def depth(self) -> int:
         """How many adapted parameters of the same module are wrapped outside this one."""
+        if not self.wrapped:
+            return 0
         found = _OUTERMOST.search(self.stem)
         return 0 if found is None else found.group().count(".base_layer")
 
     @property
     def module(self) -> str:
         """The path of the outermost wrapped module: that of the attention for an output projection inside it."""
-        if not self._wrapped:
+        if not self.wrapped:
             return self.stem
         inside = _OUTERMOST.sub("", self.stem)
         return _WRAPPERS.sub("", inside.partition(".base_layer.")[0])
@@ -118,7 +121,8 @@ def _stands_alone(text: str) -> bool:
 def parse_key(text: str, prefix: str) -> Key:
     """One key, taken apart. Kept: what is written is read back at once to prove it."""
     if prefix == PREFIX and (found := _PLAIN.fullmatch(text)):
-        return Key(text, found["stem"], found["part"], found["leaf"] or "")
+        # The two or three keys of a module share one stem, and all keys share the few words.
+        return Key(text, intern(found["stem"]), intern(found["part"]), found["leaf"] or "")
     return parse_by_families(text, prefix)
 
 

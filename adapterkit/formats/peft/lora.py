@@ -83,17 +83,19 @@ def _module(file: File, factors: Factors, attentions: Collection[str]) -> Findin
             tensors[field] = _vector(factors, field)
     if "R" in factors.tensors:
         tensors["R"] = factors.tensors["R"]
-    keys, times = dict(factors.keys), 1.0
+    keys, times = factors.keys, 1.0
     if name in attentions and not file.by_formula:
         if name == path and "bias" in tensors:
             del tensors["bias"]
-            yield Kept(keys.pop("bias"))
+            yield Kept(keys["bias"])
+            keys = {field: key for field, key in keys.items() if field != "bias"}
         times = 1.0 if name == path else OUTPUT_TIMES
     if path == name and path in attentions:
         path = f"{path}.in_proj_weight"
     update = adapt(file.settings, name, tensors, times, embedding=factors.embedding, by_formula=file.by_formula)
-    idle = {field: f"idle_{field}" for field in keys if f"idle_{field}" in update.tensors}
-    keys = {idle.get(field, field): key for field, key in keys.items()}
+    if update.method == "arrow":
+        idle = {field: f"idle_{field}" for field in keys if f"idle_{field}" in update.tensors}
+        keys = {idle.get(field, field): key for field, key in keys.items()}
     yield Found(path, update, keys, _layout(file, factors, attentions))
 
 

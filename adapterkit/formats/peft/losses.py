@@ -71,7 +71,7 @@ def _alone(updates: Updates, base: Checkpoint | None, by_formula: bool) -> Itera
 
 def _why_not(target: Target, update: Update, method: type[Update] | None) -> str:
     if has_encoder(update):
-        return f"the network of {update.method}; on_loss='fold' writes what it computes"
+        return f"the network of {update.method}; on_loss='fold'/--on-loss fold writes what it computes"
     if not (type(update) in BESIDE or family_of(update)):
         return f"{update.method} is not among the methods that are written to PEFT files"
     if _acts(type(update)) and not _may_stand(update, method):

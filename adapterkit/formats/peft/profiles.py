@@ -12,13 +12,18 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ...adapter import Foreign, Updates
+from ...binding.translating import moves_of, translated
+from ...naming.architectures import WEIGHT, architecture_of
 from .._one_number import one_alpha, whole_number
 from .._pairs import expressible, rank_of, to_rank, unfit
 from .compose import COMMON, FRESH
-from .hints import FORMAT, Hints, fingerprint
+from .experts import GROUPED, PEFT_0_18
+from .hints import FORMAT, Hints, fingerprint, hints_of
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target
+    from ...naming.architectures import Architecture
+    from ...tensors.checkpoint import Checkpoint
     from .._pairs import Pair
 
 _LAYER = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -35,6 +40,9 @@ class Profile:
         embeddings: whether it runs a LoRA of an embedding.
         narrow: it takes the smaller side of a factor for the rank, so that no module may be as narrow.
         experts: whether it runs a LoRA of single experts.
+        stacks: whether it runs PEFT's stacks of experts, of models whose files hold them in stacks.
+        order: the layout in which it reads the factors of stacked experts. One with an order is PEFT, or trains with
+            it, and runs all that PEFT does.
     """
 
     title: str
@@ -42,12 +50,15 @@ class Profile:
     embeddings: bool = True
     narrow: bool = False
     experts: bool = True
+    stacks: bool = False
+    order: str | None = None
 
 
 PROFILES = {
     "llama_cpp": Profile("llama.cpp's converter"),
     "nim": Profile("NIM", _LAYER | _FUSED, embeddings=False, narrow=True, experts=False),
-    "sglang": Profile("SGLang", _LAYER | _FUSED | {"embed_tokens", "lm_head"}),
+    "peft_0.18": Profile("PEFT 0.18", order=PEFT_0_18),
+    "sglang": Profile("SGLang", _LAYER | _FUSED | {"embed_tokens", "lm_head", "w1", "w2", "w3"}),
     "tensorrt_llm": Profile(
         "TensorRT-LLM",
         _LAYER | _FUSED | {"query_key_value", "dense", "c_fc", "c_proj"},
@@ -55,27 +66,43 @@ PROFILES = {
         narrow=True,
         experts=False,
     ),
-    "vllm": Profile("vLLM"),
+    "unsloth_grouped": Profile("Unsloth before September 2026", order=GROUPED),
+    "vllm": Profile("vLLM", stacks=True),
 }
 """Sources: llama.cpp's convert_lora_to_gguf.py, TensorRT-LLM's hf_lora_convert.py, vLLM's lora/peft_helper.py and
 SGLang's lora/utils.py."""
 
 
-def fitted(adapter: Adapter, profile: str, on_loss: str) -> tuple[Adapter, list[str]]:
+def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:
     """An adapter as a consumer takes it: LoRA of one rank and one alpha; and a line for each change.
+
+    Stacks of experts are taken apart where the base tells the family; vLLM reads PEFT's own stacks of models whose
+    files hold their experts in stacks.
 
     Raises:
         Unrepresentable: it holds what the consumer cannot run, and `on_loss` is not `drop`.
     """
     own = PROFILES[profile]
-    pairs, lines = expressible(adapter, own.title, on_loss, lambda target, update: _why_not(own, target, update))
-    rank = max(map(rank_of, pairs.values()))
-    lines += [f"widened {target} to rank {rank} with zeros" for target, u in pairs.items() if rank_of(u) != rank]
-    pairs = {target: to_rank(update, rank) for target, update in pairs.items()}
+    if own.order is not None:
+        hints = msgspec.structs.replace(hints_of(adapter), experts_order=own.order)
+        return adapter.replace(foreign=_foreign(adapter, hints)), []
+    adapter = _apart(adapter, own, base)
+    told = own.stacks and base is not None
+    pairs, lines = expressible(adapter, own.title, on_loss, lambda target, update: _why_not(own, target, update, told))
+    rank = max(rank_of(update, target.stacked) for target, update in pairs.items())
+    narrow = [target for target, update in pairs.items() if rank_of(update, target.stacked) != rank]
+    lines += [f"widened {target} to rank {rank} with zeros" for target in narrow]
+    pairs = {target: to_rank(update, rank, target.stacked) for target, update in pairs.items()}
     alpha, pairs, folded = one_alpha(pairs, dialect=own.title, on_loss="fold")
     updates: Updates = {target: (update,) for target, update in pairs.items()}
     # What else was read of a config, its patterns first of all, is not for this consumer.
     return adapter.replace(updates=updates, foreign=_hints(updates, rank, alpha)), lines + folded
+
+
+def _foreign(adapter: Adapter, hints: Hints) -> Foreign:
+    """The leftovers with other hints; tensors that only travel along stay."""
+    kept = adapter.foreign.tensors if adapter.foreign is not None and adapter.foreign.format == FORMAT else {}
+    return Foreign(FORMAT, msgspec.to_builtins(hints), kept)
 
 
 def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
@@ -92,13 +119,37 @@ def _hints(updates: Updates, rank: int, alpha: float) -> Foreign:
     )
 
 
-def _why_not(profile: Profile, target: Target, update: Pair) -> str:
-    if target.stacked:
+def _apart(adapter: Adapter, profile: Profile, base: Checkpoint | None) -> Adapter:
+    """The adapter with one LoRA an expert, under the names of a hub, where the consumer reads them so."""
+    family = architecture_of(None if base is None else base.config)
+    if family is None or not profile.experts:
+        return adapter
+    stacks = {target: found for target, found in adapter.updates.items() if target.stacked}
+    moves = {
+        path: found
+        for path, found in moves_of(stacks, family, WEIGHT).items()
+        if not (profile.stacks and _stored_in_stacks(family, path))
+    }
+    apart = translated(stacks, moves)
+    own = {target: found for target, found in adapter.updates.items() if target.path not in moves}
+    return adapter.replace(updates={**own, **apart})
+
+
+def _stored_in_stacks(family: Architecture, path: str) -> bool:
+    """Whether a parameter's experts are in one tensor on a hub, too."""
+    keys = [key for key, place, _ in family.find(path, "transformers5") if place.stacked]
+    places = [family.place(key, "hub") for key in keys]
+    return bool(places) and all(place is not None and place.stacked for place in places)
+
+
+def _why_not(profile: Profile, target: Target, update: Pair, told: bool) -> str:
+    """Why a consumer cannot run an update; `told`: it reads stacks, and the base says that these are such."""
+    if target.stacked and not told:
         return (
-            "stacked experts, and it reads one LoRA an expert: convert with --match-base and --base BASE (bind(base)), "
-            "where BASE stores its experts one by one"
+            "stacked experts, and it reads one LoRA an expert: give the base by --base (base=), which tells their "
+            "names, or convert with --match-base and --base BASE (bind(base)), where BASE stores them one by one"
         )
-    if reason := unfit(target, update):
+    if reason := unfit(target, update, stacked=True):
         return reason
     words = target.path.split(".")
     if profile.modules and words[-1] not in profile.modules:

@@ -55,9 +55,11 @@ def _own(places: Places, file: File) -> dict[tuple[str, int], set[str]]:
     family = family_of_type(file.settings.peft_type)
     several = {key.text for word, key in file.shared.items() if family and word not in family.shared}
     own: dict[tuple[str, int], set[str]] = {}
-    for (target, position, field), text in places.items():
-        if text not in several:
-            own.setdefault((target.path, position), set()).add(field)
+    for target, held in places.items():
+        for position, keys in enumerate(held):
+            fields = {field for field, key in keys.items() if key.text not in several}
+            if fields:
+                own.setdefault((target.path, position), set()).update(fields)
     return own
 
 

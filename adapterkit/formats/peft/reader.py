@@ -18,8 +18,8 @@ from .experts import ORDERS
 from .families import family_of_type
 from .file import File, Findings, Found, Kept
 from .hints import FORMAT, Hints, fingerprint
-from .keys import parse_keys, prefix_of
-from .spelling import spell, stored
+from .keys import Key, parse_keys, prefix_of
+from .spelling import spell_updates, stored
 
 if TYPE_CHECKING:
     from ...tensors.checkpoint import Checkpoint
@@ -35,8 +35,8 @@ BUILT_IN = {
 """peft_type -> what its files hold, in the order in which it acts on a module; `families` has the other types."""
 
 Updates = dict[Target, tuple["Update", ...]]
-Places = dict[tuple[Target, int, str], str]
-"""(target, position among its updates, field) -> key."""
+Places = dict[Target, list[Mapping[str, Key]]]
+"""target -> for each of its updates, field -> key."""
 
 
 def decode(
@@ -89,21 +89,22 @@ def assemble(file: File) -> tuple[Updates, Places, list[str]]:
     """The updates by target, the keys that their tensors came from, and the keys that are only kept."""
     found: dict[tuple[str, tuple[int, int] | None], list[Found]] = {}
     kept: list[str] = []
-    used: set[str] = set()
+    used: set[Key] = set()
     for decoder in _decoders(file.settings.peft_type):
         for finding in decoder(file):
             if isinstance(finding, Kept):
                 kept.append(finding.key.text)
+                used.add(finding.key)
             else:
                 found.setdefault((finding.path, finding.rows), []).append(finding)
-                used.update(key.text for key in finding.keys.values())
-    _check_all_used(file, used.union(kept))
+                used.update(finding.keys.values())
+    _check_all_used(file, used)
     updates: Updates = {}
     places: Places = {}
-    for (path, span), findings in _in_file_order(file, found).items():
+    for (path, span), findings in _in_file_order(file, found):
         target = Target(path, _layout(findings), span)
-        updates[target] = tuple(_in_layout(finding, target) for finding in findings)
-        places |= {(target, i, name): key.text for i, f in enumerate(findings) for name, key in f.keys.items()}
+        updates[target] = tuple([_in_layout(finding, target) for finding in findings])
+        places[target] = [finding.keys for finding in findings]
     return updates, places, kept
 
 
@@ -112,26 +113,28 @@ def _decoders(peft_type: str) -> tuple[Callable[[File], Findings], ...]:
     return BUILT_IN[peft_type] if family is None else (replacement.decode, family.decode)
 
 
-def _check_all_used(file: File, used: set[str]) -> None:
-    left = next((key for key in file.tensors if key.text not in used), None)
-    if left is not None:
+def _check_all_used(file: File, used: set[Key]) -> None:
+    if not used.issuperset(file.tensors):
+        left = next(key for key in file.tensors if key not in used)
         why = f"a tensor that {file.settings.peft_type} has no place for"
         raise Malformed(why, where=left.text, cure="Save the adapter again, or take the tensor out")
 
 
-def _in_file_order(file: File, found: Mapping[Any, list[Found]]) -> dict[Any, list[Found]]:
-    order = {key.text: position for position, key in enumerate(file.tensors)}
+def _in_file_order(file: File, found: Mapping[Any, list[Found]]) -> list[tuple[Any, list[Found]]]:
+    order = {key: position for position, key in enumerate(file.tensors)}
 
     def position(item: tuple[Any, list[Found]]) -> tuple[int, tuple[int, int]]:
-        keys = [key for finding in item[1] for key in finding.keys.values()]
-        own = [key for key in keys if key.stem] or keys
-        return min(order[key.text] for key in own), item[0][1] or (0, 0)
+        (_, span), findings = item
+        keys = [key for finding in findings for key in finding.keys.values()]
+        return min([order[key] for key in keys if key.stem] or [order[key] for key in keys]), span or (0, 0)
 
-    return dict(sorted(found.items(), key=position))
+    return sorted(found.items(), key=position)
 
 
 def _layout(findings: Sequence[Found]) -> str:
     """The layout that the acting update declares, unless a whole weight beside it proves it wrong."""
+    if len(findings) == 1 and "weight" not in findings[0].update.tensor_fields():
+        return findings[0].layout
     acting = next((finding for finding in findings if not isinstance(finding.update, Replacement)), None)
     if acting is None:
         return next((finding.layout for finding in findings if finding.layout != "out *in"), "out *in")
@@ -159,12 +162,15 @@ def _departures(
     """Where the file's keys and shapes are not those that the writer would have chosen."""
     keys: dict[str, str] = {}
     shapes: dict[str, list[int]] = {}
-    for spelled in spell(updates, peft_type, prefix):
-        text = places.get(spelled.place)
-        if text is None:
-            continue
-        if text != spelled.key or spelled.guessed:
-            keys[spelled.key] = text
-        if tensors[text].shape != spelled.leaf.shape:
-            shapes[text] = list(tensors[text].shape)
+    for target, position, parts in spell_updates(updates, peft_type, prefix):
+        held = places[target][position]
+        for field, spelled, leaf, guessed in parts:
+            key = held.get(field)
+            if key is None:
+                continue
+            if key.text != spelled or guessed:
+                keys[spelled] = key.text
+            shape = tensors[key.text].shape
+            if shape != leaf.shape:
+                shapes[key.text] = list(shape)
     return keys, shapes

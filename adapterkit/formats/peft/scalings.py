@@ -42,7 +42,9 @@ def number_fields(updates: Updates, hints: Hints, on_loss: str) -> tuple[Updates
     needy = [target for target in updates if target.path in paths and config_name(target, paths) in inexact]
     items = [f"{target}: no alpha gives its scaling exactly" for target in needy]
     if on_loss not in ("fold", "promote") or any(isinstance(u, OLoRA) for target in needy for u in updates[target]):
-        raise Unrepresentable("PEFT says a scaling as alpha / r", items=items, cure="Allow it with on_loss='fold'")
+        raise Unrepresentable(
+            "PEFT says a scaling as alpha / r", items=items, cure="Allow it with on_loss='fold'/--on-loss fold"
+        )
     changed = {
         t: tuple(_folded(update, _times_added(t, paths, once)) for update in found) if t in needy else found
         for t, found in updates.items()
@@ -60,7 +62,9 @@ def _family_folded(updates: Updates, on_loss: str) -> tuple[Updates, list[str]]:
         return updates, []
     items = [f"{path}: no alpha gives its scaling exactly" for path in needy]
     if on_loss not in ("fold", "promote"):
-        raise Unrepresentable("PEFT says a scaling as alpha / r", items=items, cure="Allow it with on_loss='fold'")
+        raise Unrepresentable(
+            "PEFT says a scaling as alpha / r", items=items, cure="Allow it with on_loss='fold'/--on-loss fold"
+        )
 
     def folded(update: Update) -> Update:
         field = next((name for name in family.folds if name in update.tensors), None)

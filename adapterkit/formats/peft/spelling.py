@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = ("*emb*", "*.wte", "wte", "*.wpe", "wpe", "*.shared", "shared")
 """Globs of paths that are embeddings, among those stored the other way round."""
+
+
+Part = tuple[str, str, Lazy, bool]
+"""(field, key, tensor as PEFT stores it, whether the key is a guess); see `Spelled`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,29 +65,52 @@ class Names:
     depths: Mapping[str, int]
     guessed: Collection[str]
     base: Checkpoint | None
+    _inside: dict[str, str] = field(default_factory=dict)
+    """Module -> its path with all wrappers, its own included, for modules that others are in."""
 
     def inside(self, name: str) -> str:
         """A dotted path with the wrappers of the modules on the way; its own are not among them."""
-        *modules, last = name.split(".")
-        steps = (part + self.wrappers.get(".".join(modules[: stop + 1]), "") for stop, part in enumerate(modules))
-        return ".".join([*steps, last])
+        module, dot, last = name.rpartition(".")
+        if not dot:
+            return last
+        wrapped = self._inside.get(module)
+        if wrapped is None:
+            wrapped = self._inside[module] = self.inside(module) + self.wrappers.get(module, "")
+        return f"{wrapped}.{last}"
 
 
 def spell(
     updates: Mapping[Target, tuple[Update, ...]], peft_type: str, prefix: str = PREFIX, base: Checkpoint | None = None
 ) -> Iterator[Spelled]:
     """Every tensor of the updates with its key; slices of fused weights have none."""
+    for target, position, parts in spell_updates(updates, peft_type, prefix, base):
+        for name, key, leaf, guessed in parts:
+            yield Spelled((target, position, name), key, leaf, guessed)
+
+
+def spell_updates(
+    updates: Mapping[Target, tuple[Update, ...]], peft_type: str, prefix: str = PREFIX, base: Checkpoint | None = None
+) -> Iterator[tuple[Target, int, list[Part]]]:
+    """For every update, its target, its position there, and its tensors with their keys."""
     names = _names(updates, peft_type, base)
     encoded: dict[type[Family], Iterator[Parts]] = {}
     for target, found in updates.items():
         for position, update in enumerate(found):
             family = family_of(update)
-            parts = next(encoded.setdefault(family, family.encode_all(updates, base))) if family else {}
+            if family is None:
+                parts: Parts = {}
+            else:
+                if family not in encoded:
+                    encoded[family] = family.encode_all(updates, base)
+                parts = next(encoded[family])
             if target.rows is not None:
                 continue
-            for field, key, leaf, guessed in _spell_update(target, update, names, peft_type, parts):
-                whole = family.shared_prefix + key if family and is_shared(family, key) else prefix + key
-                yield Spelled((target, position, field), whole, leaf, guessed)
+            spelled = []
+            for name, key, leaf, guessed in _spell_update(target, update, names, peft_type, parts):
+                shared = family is not None and is_shared(family, key)
+                whole = (family.shared_prefix if family and shared else prefix) + key
+                spelled.append((name, whole, leaf, guessed))
+            yield target, position, spelled
 
 
 def stored(leaf: Lazy, layout: str) -> Lazy:
@@ -99,7 +126,7 @@ def stored(leaf: Lazy, layout: str) -> Lazy:
 def config_name(target: Target, paths: Collection[str]) -> str:
     """The name under which a config knows the module or parameter of a target: an attention for its two projections."""
     module, _, name = target.path.rpartition(".")
-    other = {"in_proj_weight": "out_proj", "out_proj": "in_proj_weight"}.get(name)
+    other = _OTHER_PROJECTION.get(name)
     return module if module and other and f"{module}.{other}" in paths else target.path
 
 
@@ -134,8 +161,8 @@ def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: C
         module, _, name = target.path.rpartition(".")
         if target.path in paths and module and is_parameter(target, paths, base):
             modules.setdefault(module, []).append(name)
-        elif any(isinstance(update, (*PAIRS, IA3)) or family_of(update) for update in found):
-            wrappers |= dict.fromkeys((config_name(target, paths), target.path), ".base_layer")
+        elif any(isinstance(update, _WRAPPING) or family_of(update) for update in found):
+            wrappers[config_name(target, paths)] = wrappers[target.path] = ".base_layer"
         elif any(isinstance(update, Rows) for update in found):
             wrappers[target.path] = _ROWS[peft_type == "TRAINABLE_TOKENS"] + ".base_layer"
     wrappers |= {module: ".base_layer" * len(names) for module, names in modules.items()}
@@ -144,39 +171,41 @@ def _names(updates: Mapping[Target, tuple[Update, ...]], peft_type: str, base: C
     return Names(paths, wrappers, depth, guessed, base)
 
 
-def _spell_update(
-    target: Target, update: Update, names: Names, peft_type: str, parts: Parts
-) -> Iterator[tuple[str, str, Lazy, bool]]:
+def _spell_update(target: Target, update: Update, names: Names, peft_type: str, parts: Parts) -> Iterator[Part]:
     if isinstance(update, PAIRS):
         embedding, stem = is_embedding(target), _stem(target, names)
         guessed = embedding is None or target.path in names.guessed
-        for field, leaf in update.tensors.items():
-            if field == "invocation":
+        for name, leaf in update.tensors.items():
+            if name == "invocation":
                 continue  # it is in the config
-            key = f"{stem}.{_part(field, bool(embedding))}"
-            yield field, key, _factor(field, as_lazy(leaf), update, target.stacked), guessed
+            key = f"{stem}.{_part(name, bool(embedding))}"
+            yield name, key, _factor(name, as_lazy(leaf), update, target.stacked), guessed
     elif isinstance(update, IA3):
-        for field, leaf in update.tensors.items():
-            yield field, f"{names.inside(target.path)}.ia3_l", _scales(field, as_lazy(leaf), target, names.base), False
+        for name, leaf in update.tensors.items():
+            yield name, f"{names.inside(target.path)}.ia3_l", _scales(name, as_lazy(leaf), target, names.base), False
     elif isinstance(update, Rows):
         wrapper = _ROWS[peft_type == "TRAINABLE_TOKENS"]
         key = f"{names.inside(target.path)}{wrapper}.trainable_tokens_delta"
         yield "values", key, as_lazy(update.values), False
     elif isinstance(update, Replacement):
-        for field, leaf in update.tensors.items():
-            whole = stored(as_lazy(leaf), target.layout) if field == "weight" else as_lazy(leaf)
-            name = names.inside(_whole_name(target.path, field, names.base))
-            yield field, ln_tuning.spelled(name) if peft_type == "LN_TUNING" else name, whole, False
+        for name, leaf in update.tensors.items():
+            whole = stored(as_lazy(leaf), target.layout) if name == "weight" else as_lazy(leaf)
+            path = names.inside(_whole_name(target.path, name, names.base))
+            yield name, ln_tuning.spelled(path) if peft_type == "LN_TUNING" else path, whole, False
     elif family := family_of(update):
-        for field, (part, leaf) in parts.items():
+        for name, (part, leaf) in parts.items():
             own = f"{names.inside(target.path)}.{part.removeprefix('.')}"
             key = part if is_shared(family, part) else own
-            yield field, key, leaf, family.guesses(target)
+            yield name, key, leaf, family.guesses(target)
 
 
 def is_shared(family: type[Family], word: str) -> bool:
     """Whether a word is the key of what all modules share."""
     return any(fnmatchcase(word, pattern) for pattern in family.shared)
+
+
+_OTHER_PROJECTION = {"in_proj_weight": "out_proj", "out_proj": "in_proj_weight"}
+"""The two projections of `nn.MultiheadAttention`."""
 
 
 def _stem(target: Target, names: Names) -> str:
@@ -223,5 +252,6 @@ def _whole_name(path: str, field: str, base: Checkpoint | None) -> str:
     return path if field == "weight" else "bias".join(path.rsplit("weight", 1))
 
 
+_WRAPPING = (*PAIRS, IA3)
 _ROWS = (".token_adapter", "")
 """Between a module and its token rows: beside a LoRA, and alone."""

@@ -19,10 +19,11 @@ from ...methods.replacement import Replacement
 from ...methods.rows import Rows
 from ...tensors.lazy import as_lazy
 from .._format import FORMULA
-from .._joining import with_joined_rows
+from .._joining import with_joined_rows, with_one_lora
 from .._losses import Loss, expressible
 from .compose import configs
 from .encoders import without_encoders
+from .experts import factor_in, in_order_of
 from .families import FAMILIES, family_of_type
 from .hints import FORMAT, Hints, fingerprint, hints_of
 from .keys import parse_key, prefix_of
@@ -52,6 +53,8 @@ def encode(
     by_formula = hints.compat == FORMULA
     plain, computed = without_encoders(adapter.updates) if on_loss == "fold" else (adapter.updates, [])
     whole, joined = with_joined_rows(plain, base)
+    whole, twice = with_one_lora(whole)
+    joined += twice
     updates, lines = expressible(
         _as_stored(whole), lambda held: (*find_losses(held, base, by_formula), *_guesses(held, hints, base)),
         dialect="PEFT", place="a PEFT file", on_loss=on_loss,
@@ -62,7 +65,8 @@ def encode(
     updates, numbers, folded = number_fields(updates, hints, on_loss)
     spelled = _spell(updates, hints, peft_type, base)
     tensors, kept = _by_key(spelled, updates), _kept(adapter, updates, hints)
-    for config in configs(adapter, updates, hints, peft_type, numbers, base):
+    for plain_config in configs(adapter, updates, hints, peft_type, numbers, base):
+        config = in_order_of(plain_config, hints.experts_order, updates)
         omitted = _omitted(config, spelled, updates, peft_type)
         if says(config, kept | tensors, spelled, updates, base, omitted, hints.compat):
             written = {key: tensor for key, tensor in tensors.items() if key not in omitted}
@@ -119,6 +123,9 @@ def _spell(updates: Updates, hints: Hints, peft_type: str, base: Checkpoint | No
     spelled = []
     for each in spell(updates, peft_type, hints.prefix, base):
         key = hints.keys.get(each.key, each.key)
+        target, position, name = each.place
+        if target.stacked and hints.experts_order and name in ("A", "B"):
+            each = replace(each, leaf=factor_in(hints.experts_order, name, target, updates[target][position]))
         shape = hints.shapes.get(key, each.leaf.shape)
         fits = math.prod(shape) == math.prod(each.leaf.shape)
         spelled.append(replace(each, key=key, leaf=each.leaf.reshape(*shape) if fits else each.leaf))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from ...errors import AdapterkitError, Unsupported, storage_error
 from ..dtypes import DTYPES
 from ..ggml_blocks import decoded
 from ..inputs import open_input
 from ..lazy import Lazy, Span, read_span
+from ..written import source_of
 from .headers import Reader, check_apart, check_place, read_entries, read_keys
 from .layout import PLAIN, Q8_0, Value, size_of
 
@@ -81,4 +81,8 @@ def _tensor(
     span = Span(reader.path, start + offset, size_of(shape, number))
     if number == Q8_0:
         return Lazy(shape, DTYPES["F32"], lambda: decoded("Q8_0", read_span(span)).tobytes())
-    return Lazy(shape, DTYPES[PLAIN[number]], partial(read_span, span), span)
+    dtype = DTYPES[PLAIN[number]]
+    source = source_of(reader.path, name, dtype, span.nbytes)
+    if source is not None and source.shape == shape:
+        return source
+    return Lazy(shape, dtype, None, span)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import Malformed, Unsupported
+from ..arrange import is_moved
 from ..atomic import replacing
 from ..ggml_blocks import encoded
 from ..lazy import Lazy, as_array
 from ..marks import GGUF
+from ..written import remember
 from .layout import ARRAY, Q8_0, SCALARS, TYPES, VALUE_NUMBERS, Value, alignment_of, size_of, up
 
 
@@ -49,6 +51,14 @@ def write_gguf(
             data = tensor.fetch() if _type_number(name, tensor, types) != Q8_0 else encoded("Q8_0", as_array(tensor))
             file.write(data)
             file.write(bytes(-len(data) % alignment))
+    plain = {n: t for n, t in tensors.items() if is_moved(t) and _type_number(n, t, types) != Q8_0}
+    remember(path, plain, _tensors_of)
+
+
+def _tensors_of(path: str) -> Mapping[str, Lazy]:
+    from .reading import read_gguf
+
+    return read_gguf(path).tensors
 
 
 def _type_number(name: str, tensor: Lazy, types: Mapping[str, str]) -> int:

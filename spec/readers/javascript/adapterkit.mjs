@@ -31,7 +31,8 @@ const MAX_DEPTH = 100;
 const MAX_DIGITS = 4300;
 const NUMBER = /-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?/y;
 
-export function parseJSON(text) {
+// Lenient, as configurations are read: NaN and infinities pass, and of equal keys the last counts.
+export function parseJSON(text, lenient = false) {
   let at = 0;
   const fail = (why) => {
     throw new SyntaxError(`${why} at character ${at}`);
@@ -78,7 +79,7 @@ export function parseJSON(text) {
       return BigInt(found[0]);
     }
     const value = Number(found[0]);
-    if (!Number.isFinite(value)) fail("a number too large for 64 bits");
+    if (!Number.isFinite(value) && !lenient) fail("a number too large for 64 bits");
     return value;
   };
   const value = (depth) => {
@@ -88,15 +89,16 @@ export function parseJSON(text) {
     if (c === "{") return sequence(new Map(), "}", (found) => pair(found, depth + 1));
     if (c === "[") return sequence([], "]", (found) => found.push(value(depth + 1)));
     if (c === '"') return string();
-    if (c === "t") return word("true", true);
-    if (c === "f") return word("false", false);
-    if (c === "n") return word("null", null);
+    const words = { t: ["true", true], f: ["false", false], n: ["null", null] };
+    if (Object.hasOwn(words, c ?? "")) return word(...words[c]);
+    if (lenient && c === "N") return word("NaN", NaN);
+    if (lenient && /^-?I/.test(text.slice(at, at + 2))) return c === "-" ? word("-Infinity", -Infinity) : word("Infinity", Infinity);
     return number();
   };
   const pair = (found, depth) => {
     if (text[at] !== '"') fail("no key");
     const key = string();
-    if (found.has(key)) fail(`key ${key} twice`);
+    if (found.has(key) && !lenient) fail(`key ${key} twice`);
     space();
     if (text[at++] !== ":") fail("no colon");
     found.set(key, value(depth));
@@ -146,12 +148,9 @@ function canonicalFloat(value) {
 }
 
 function byCodePoint(a, b) {
-  const [one, other] = [[...a], [...b]];
-  for (let i = 0; i < Math.min(one.length, other.length); i++) {
-    const difference = one[i].codePointAt(0) - other[i].codePointAt(0);
-    if (difference) return difference;
-  }
-  return one.length - other.length;
+  const [one, other] = [a, b].map((text) => [...text].map((c) => c.codePointAt(0)));
+  const at = one.findIndex((code, i) => code !== other[i]);
+  return at < 0 ? one.length - other.length : at < other.length ? one[at] - other[at] : 1;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -242,8 +241,8 @@ function entryOf(name, spec) {
   return { name, dtype, shape, from: offsets[0], to: offsets[1] };
 }
 
-const isSizes = (value) =>
-  Array.isArray(value) && value.length <= MAX_AXES && value.every((n) => typeof n === "bigint" && n >= 0n && n < 1n << 63n);
+const isSize = (n) => typeof n === "bigint" && n >= 0n && n < 1n << 63n;
+const isSizes = (value) => Array.isArray(value) && value.length <= MAX_AXES && value.every(isSize);
 
 function tensorOf(dtype, shape, bytes) {
   const { size, get } = DTYPES.get(dtype);
@@ -505,13 +504,8 @@ function checkTarget(target, updates) {
 function checkAttributes({ method, attributes }) {
   for (const a of method.attributes ?? []) {
     const value = attributes.get(a.name);
-    const fits = {
-      bool: () => typeof value === "boolean",
-      str: () => typeof value === "string",
-      int: () => typeof value === "bigint",
-      float: () => typeof value === "bigint" || typeof value === "number",
-    }[a.type]();
-    if (!fits) throw malformed(a.name, `not of type ${a.type}`);
+    const types = { bool: ["boolean"], str: ["string"], int: ["bigint"], float: ["bigint", "number"] }[a.type];
+    if (!types.includes(typeof value)) throw malformed(a.name, `not of type ${a.type}`);
     if (a.type === "float" && !(value >= -Number.MAX_VALUE && value <= Number.MAX_VALUE)) throw malformed(a.name, "not finite");
     if (a.among && !a.among.some((word) => word == value)) throw new AdapterError("Unsupported", a.name, `${value}`);
     if (a.least !== undefined && value < a.least) throw malformed(a.name, `below ${a.least}`);
@@ -795,11 +789,8 @@ function inverse(a) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Formulas (the entries of methods/): (W [out, in, *k], t: tensors, a: attributes) -> W'; of the bias under `bias`.
 
-const perOutput = (W, f) => {
-  const inner = W.data.length / W.shape[0];
-  return array(W.shape, W.data.map((value, i) => f(value, Math.floor(i / inner))));
-};
-const plus = (W, D, scaling = 1) => array(W.shape, W.data.map((value, i) => value + scaling * D.data[i]));
+const perOutput = (W, f) => map(W, (value, i) => f(value, Math.floor(i / (W.data.length / W.shape[0]))));
+const plus = (W, D, scaling = 1) => map(W, (value, i) => value + scaling * D.data[i]);
 const lowRank = (B, A) => matmul(B, flatten(A));
 
 // tn[p, q, *k] between left [out, p] and right [q, in]: [out, in * k].
@@ -829,10 +820,10 @@ function lokr(W, t, a) {
 
 function kron(one, other) {
   const [[a, c], [m, n]] = [one.shape, other.shape];
-  const at = (i) => [Math.floor(i / (c * n)), i % (c * n)];
-  const value = (row, column) =>
-    one.data[Math.floor(row / m) * c + Math.floor(column / n)] * other.data[(row % m) * n + (column % n)];
-  return array([a * m, c * n], Float64Array.from({ length: a * m * c * n }, (_, i) => value(...at(i))));
+  return map(array([a * m, c * n]), (_, at) => {
+    const [row, column] = [Math.floor(at / (c * n)), at % (c * n)];
+    return one.data[Math.floor(row / m) * c + Math.floor(column / n)] * other.data[(row % m) * n + (column % n)];
+  });
 }
 
 function skew(pairs, b) {
@@ -1044,9 +1035,8 @@ function applied(updates, W, b, rows, expert) {
     own = formula.weight(own, t, a);
   }
   const put = (whole, piece) => {
-    const out = array(whole.shape, whole.data.slice());
-    out.data.set(piece.data, start * product(whole.shape.slice(1)));
-    return out;
+    const from = start * product(whole.shape.slice(1));
+    return map(whole, (value, at) => piece.data[at - from] ?? value);
   };
   return [put(W, own), b && put(b, ownBias)];
 }
@@ -1160,7 +1150,6 @@ const INDEX = "model.safetensors.index.json";
 
 export function readBase(files, read) {
   const usage = (why) => new AdapterError("UsageError", "", why);
-  const config = files.includes("config.json") ? jsonFile(read("config.json")) : undefined;
   let [names, index] = [[], undefined];
   if (files.includes(INDEX)) {
     if (files.includes(SINGLE)) throw usage(`both ${SINGLE} and ${INDEX}`);
@@ -1183,12 +1172,12 @@ export function readBase(files, read) {
   }
   for (const [key, name] of index ?? []) if (home.get(key) !== name) throw malformed(key, `the index says ${name}`);
   for (const key of index ? home.keys() : []) if (!index.has(key)) throw malformed(key, "the index does not list it");
-  return { tensors, config };
+  return { tensors, config: files.includes("config.json") ? jsonFile(read("config.json"), true) : undefined };
 }
 
-function jsonFile(bytes) {
+function jsonFile(bytes, lenient) {
   try {
-    const value = parseJSON(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes));
+    const value = parseJSON(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes), lenient);
     if (isObject(value)) return value;
   } catch (error) {
     throw malformed("", error.message);

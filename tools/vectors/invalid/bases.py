@@ -55,6 +55,8 @@ def _indexes() -> Iterator[Invalid]:
     yield _index("index_shards_swapped", "a.weight", {"a.weight": SECOND, "b.weight": FIRST})
     yield _index("index_not_json", "", b'{"weight_map": ')
     yield _index("index_list", "", b"[]")
+    twice = b'{"weight_map":{"a.weight":"model-1.safetensors","a.weight":"model-2.safetensors"}}'
+    yield _index("index_key_twice", "", twice)
     yield _index("index_without_map", "weight_map", b"{}")
     yield _index("index_map_empty", "weight_map", {})
     yield _index("index_map_numbers", "weight_map", whole | {"b.weight": 2})

@@ -136,6 +136,33 @@ def _methods() -> Iterator[Invalid]:
     rescale = stored(numbers("invalid.rescale", 3), "F32")
     yield Invalid("oft_neither", _with("oft", {"side": "out"}, rescale=rescale), where="q: oft")
     yield Invalid("output_before_weight", _output_before_weight(), where="q")
+    yield from _rules()
+
+
+def _rules() -> Iterator[Invalid]:
+    """Attributes outside their rules, fields of newer versions, and rules of methods that do not hold."""
+    square, pairs = stored(numbers("invalid.square", 1, 3, 3), "F32"), stored(numbers("invalid.pairs", 1, 3), "F32")
+    four, three = stored(numbers("invalid.four", 1, 4), "F32"), stored(numbers("invalid.rescale", 3), "F32")
+    whole, part = stored(numbers("invalid.w1", 1, 2), "F32"), stored(numbers("invalid.w2", 3, 2), "F32")
+    yield Invalid("attribute_word", _with("oft", {"side": "top"}, square=square), "Unsupported", "q: oft.side")
+    yield Invalid("attribute_below", _with("oft", {"terms": -1}, square=square), where="q: oft.terms")
+    yield Invalid("attribute_above", _with("oft", {"terms": 101}, square=square), where="q: oft.terms")
+    experts = {"A": (2, 1, 4), "B": (2, 3, 1), "prototypes": (2, 4), "strengths": (2,)}
+    routed = {field: stored(numbers(f"invalid.{field}", *shape), "F32") for field, shape in experts.items()}
+    yield Invalid("attribute_zero", _with("arrow", {"temperature": 0.0}, **routed), where="q: arrow.temperature")
+    newer = _with("lokr", {"stacked": False}, w1=whole, w2=part)
+    yield Invalid("attribute_of_a_newer_version", newer, where="attributes")
+    rows = {"target": {"path": "", "rows": [0, 1]}, "method": "prompt", "version": 1, "tensors": {"P": "P"}}
+    prompt = {"version": "1.0", "updates": [rows | {"attributes": {}}]}
+    yield Invalid("context_with_rows", native(prompt, {"P": stored(numbers("invalid.P", 2, 4), "F32")}), where="layout")
+    A, B = stored(numbers("invalid.gA", 3, 4, 1, 1), "F32"), stored(numbers("invalid.gB", 4, 2), "F32")
+    yield Invalid("rule_of_shapes", _with("grouped_lora", {}, A=A, B=B), "ShapeMismatch", "q: grouped_lora.B")
+    turned = _with("oft", {"side": "in"}, pairs=pairs, rescale=three)
+    yield Invalid("rule_of_fields", turned, where="q: oft.rescale")
+    yield Invalid("rule_of_blocks", _with("oft", {}, pairs=four), "ShapeMismatch", "q: oft.pairs")
+    factors = {"A": stored(numbers("invalid.pA", 2, 4), "F32"), "B": stored(numbers("invalid.pB", 3, 2), "F32")}
+    flat = stored(numbers("invalid.flat", 3), "F32")
+    yield Invalid("rule_that_defines", _with("psoft", {}, pairs=flat, **factors), "ShapeMismatch", "q: psoft.pairs")
 
 
 def _output_before_weight() -> bytes:

@@ -242,7 +242,7 @@ def _sizes(part: Part, tensors: Mapping[str, Lazy], layers: int, key: Key) -> tu
     heads = part.heads or next((config[name] for name in HEADS if isinstance(config.get(name), int)), 0)
     if heads < 1:
         why = "the file does not say how many heads the keys and values are of"
-        raise UsageError(why, where=key.text, cure="Pass base=, with its config.json")
+        raise UsageError(why, where=key.text, cure="Pass base=/--base, with its config.json")
     if not rows or total % (rows * heads) or not total:
         why = f"{list(last.shape)} are not the keys and values of {layers} layers with {heads} heads"
         raise ShapeMismatch(why, where=key.text, cure="The config or the base is not of this file")

@@ -38,7 +38,7 @@ def weight_shape(file: File, key: Key, why: str) -> tuple[int, int]:
         dims: Any = file.known[key.path].dims()
         return dims["out"], dims["in"]
     if file.base is None:
-        raise UsageError(f"{why}, which the file does not hold", where=key.path, cure="Pass base=")
+        raise UsageError(f"{why}, which the file does not hold", where=key.path, cure="Pass base=/--base")
     shape = file.base_shape(f"{key.path}.weight")
     if shape is None or len(shape) != 2:
         found = "nothing" if shape is None else str(list(shape))
@@ -54,7 +54,7 @@ def weight_in(base: Checkpoint | None, path: str, why: str) -> tuple[int, ...]:
     """
     shape = None if base is None else base_shape(base, f"{path}.weight")
     if shape is None:
-        raise UsageError(f"{why}, which the adapter does not hold", where=path, cure="Pass base=")
+        raise UsageError(f"{why}, which the adapter does not hold", where=path, cure="Pass base=/--base")
     return shape
 
 

@@ -175,7 +175,7 @@ def _completed(file: File, found: Found, number: int | None, count: int) -> Foun
     if number is None and (groups > 1 or update.tensors.get("P") is None):
         why = "the file does not tell the module's number in the model, on which its v or P depends"
         if file.base is None:
-            raise UsageError(why, where=found.path, cure="Pass base=")
+            raise UsageError(why, where=found.path, cure="Pass base=/--base")
         cure = "Save it from PEFT with save_projection=True, or give the base's config its model_type"
         raise Unsupported(f"{why}, nor does the base", where=found.path, cure=cure)
     group = min((number or 0) // max(1, count // groups), groups - 1)

@@ -129,7 +129,7 @@ def _modules(file: File) -> list[str]:
         return list(file.known)
     settings, base = file.settings, file.base
     if base is None:
-        raise UsageError(f"{_WHY}, and the file holds neither", where=THETA, cure="Pass base=")
+        raise UsageError(f"{_WHY}, and the file holds neither", where=THETA, cure="Pass base=/--base")
     if settings.own.exclude_modules or settings.own.layers_to_transform is not None:
         why = "which modules are adapted is said by more than target_modules"
         raise Unsupported(why, where=THETA, cure="Save it from PEFT with save_indices=True")

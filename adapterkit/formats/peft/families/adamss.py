@@ -1,0 +1,272 @@
+"""AdaMSS: `adamss_A.<i>` [r_i, r] and `adamss_B.<i>` [rows of group i, r_i], and `adamss_newB` [r, in, or in + 1].
+
+Which rows are a group's is not in the file. PEFT finds them again whenever it loads it: k-means with a fixed seed over
+the left singular vectors of the base's weight, which `torch.svd_lowrank` finds from the config's `random_seed`. So they
+are found here, from the base; the right singular vectors in the file and the sizes of the groups prove them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import msgspec
+
+from ....errors import AdapterkitError, ShapeMismatch, Unsupported, UsageError
+from ....methods.adamss import AdaMSS
+from ....tensors.clusters import k_means
+from ....tensors.lazy import Lazy, as_array, as_lazy, from_numpy
+from ....tensors.rotations import singular_by_sketch
+from ..file import File, Found
+from ..keys import Key
+from ._family import Family, Own, Parts, check_parts
+
+if TYPE_CHECKING:
+    from ....adapter import Target
+    from ....tensors.checkpoint import Checkpoint
+    from ....updates import Update
+
+ROUNDS, SEED, STEPS = 10, 123456789, 2
+"""What PEFT gives to scikit-learn's KMeans, `max_iter` and `random_state`, and to `torch.svd_lowrank`, `niter`."""
+
+NEAR = {"F64": 1e-4, "F32": 1e-4, "F16": 5e-4, "BF16": 4e-3}
+"""How far the file's singular vectors may be from those of the base, by dtype: numbers of vectors of length 1."""
+
+
+class Fields(Own, frozen=True, kw_only=True):
+    """Sizes, and the seed."""
+
+    r: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 100
+    num_subspaces: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)] = 5
+    random_seed: Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)] = 0
+
+
+class AdamssFamily(Family):
+    """ADAMSS."""
+
+    peft_type = "ADAMSS"
+    method = AdaMSS
+    parts = ("adamss_A.*", "adamss_B.*", "adamss_newB")
+    own: ClassVar[type[Own]] = Fields
+    read: ClassVar[Mapping[str, str]] = {
+        "num_subspaces": "groups of rows of each module",
+        "random_seed": "seed of torch.svd_lowrank on the CPU, whose vectors k-means makes groups of",
+    }
+    harmless: ClassVar[Mapping[str, str]] = {
+        "asa_importance_beta": "training only",
+        "asa_schedule_exponent": "training only",
+        "asa_target_subspaces": "training only",
+        "asa_uncertainty_beta": "training only",
+        "final_warmup": "training only",
+        "init_warmup": "training only",
+        "mask_interval": "training only",
+        "subspace_rank": "the tensors tell the ranks",
+        "svd_threshold": "the tensors tell the ranks",
+        "use_asa": "training only",
+        "use_dynamic_rank": "the tensors tell the ranks",
+    }
+    fresh: ClassVar[Mapping[str, Any]] = {"init_weights": "orthogonal", "use_asa": False, "use_dynamic_rank": True}
+
+    @classmethod
+    def found(cls, file: File, keys: Mapping[str, Key]) -> Found:
+        own = file.settings.own
+        count = sum(part.startswith("adamss_A.") for part in keys)
+        fields = {"basis": "adamss_newB"} | {f"{x}.{i}": f"adamss_{x}.{i}" for x in "AB" for i in range(count)}
+        check_parts(keys, fields.values())
+        places = {field: keys[part] for field, part in fields.items()}
+        path = places["basis"].path
+        A, B = ([file.tensors[places[f"{x}.{i}"]] for i in range(count)] for x in "AB")
+        basis = file.tensors[places["basis"]]
+        _check(places, A, B, basis)
+        known = file.known.get(path)
+        if isinstance(known, AdaMSS):
+            group, inputs = as_array(known.group), int(known.basis.shape[1])
+        else:
+            weight, bias = _base(file.base, path)
+            group, inputs = _groups(own, places["basis"], basis, weight, bias, [b.shape[0] for b in B]), weight.shape[1]
+        update = _update(A, B, basis, group, inputs, own.random_seed)
+        return Found(path, update, places)
+
+    @classmethod
+    def encode(cls, update: AdaMSS) -> Parts:
+        group, ranks = as_array(update.group), as_array(update.ranks)
+        parts: Parts = {}
+        for i, rank in enumerate(map(int, ranks)):
+            rows = [int(o) for o in (group == i).nonzero()[0]]
+            parts[f"A.{i}"] = f"adamss_A.{i}", _cut(as_lazy(update.A), i, rank)
+            parts[f"B.{i}"] = f"adamss_B.{i}", _cut(as_lazy(update.B), rows, rank)
+        parts["basis"] = "adamss_newB", _joined(as_lazy(update.basis), update.basis_bias)
+        return parts
+
+    @classmethod
+    def apart(
+        cls, updates: Mapping[Target, tuple[Update, ...]], base: Checkpoint | None
+    ) -> Iterator[tuple[Target, str]]:
+        numbers = cls.numbers(updates)
+        own = Fields(**{name: numbers[name] for name in ("r", "num_subspaces", "random_seed")})
+        for target, found in updates.items():
+            for update in found:
+                if isinstance(update, AdaMSS) and not target.stacked:
+                    why = _unproven(own, target.path, update, base)
+                    if update.seed != own.random_seed:
+                        why = "another seed than the others': a config has one for all modules"
+                    if why:
+                        yield target, why
+
+    @classmethod
+    def numbers(cls, updates: Mapping[Target, tuple[Update, ...]]) -> dict[str, Any]:
+        own = list(cls.of_it(updates).values())
+        return {
+            "r": max(int(update.basis.shape[0]) for update in own),
+            "num_subspaces": max(int(update.A.shape[0]) for update in own),
+            "subspace_rank": max(int(update.A.shape[1]) for update in own),
+            "random_seed": own[0].seed,
+        }
+
+
+def _unproven(own: Fields, path: str, update: AdaMSS, base: Checkpoint | None) -> str:
+    """Why PEFT would not find the groups of an update again; empty where it would."""
+    basis = _joined(as_lazy(update.basis), update.basis_bias)
+    group, count = as_array(update.group), int(update.A.shape[0])
+    try:
+        weight, bias = _base(base, path)
+        found = _groups(own, Key(path, path), basis, weight, bias, [int((group == i).sum()) for i in range(count)])
+    except AdapterkitError as error:
+        return f"adamss whose groups PEFT would not find: {error.why}"
+    return "" if (found == group).all() else "adamss with other groups than PEFT finds in this base"
+
+
+def _check(places: Mapping[str, Key], A: list[Lazy], B: list[Lazy], basis: Lazy) -> None:
+    for i, (a, b) in enumerate(zip(A, B, strict=True)):
+        if len(a.shape) != 2 or len(b.shape) != 2 or (a.shape[0], basis.shape[:1]) != (b.shape[1], a.shape[1:]):
+            why = f"{list(a.shape)} and {list(b.shape)} over {list(basis.shape)}"
+            raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure="Save the adapter again with PEFT")
+        if len({a.dtype, b.dtype, basis.dtype, A[0].dtype}) > 1:
+            why = f"{a.dtype.name}, {b.dtype.name} and {basis.dtype.name} beside each other"
+            raise ShapeMismatch(why, where=places[f"A.{i}"].text, cure="Save the adapter again with PEFT")
+
+
+def _base(base: Checkpoint | None, path: str) -> tuple[Any, Any]:
+    """The weight `[out, in]` and the bias of a module of the base, in float32.
+
+    Raises:
+        UsageError: there is no base to tell.
+        ShapeMismatch: the base has no such linear layer of floats.
+    """
+    import numpy as np
+
+    if base is None:
+        raise UsageError(f"{_WHY}, which the file does not hold", where=path, cure="Pass base=")
+    tensors = base.tensors
+    weight = tensors.get(f"{path}.weight")
+    if weight is None or len(weight.shape) != 2 or weight.dtype.name not in NEAR:
+        found = "nothing" if weight is None else f"{weight.dtype.name} {list(weight.shape)}"
+        why = f"{_WHY}: the base has {found} where a linear layer's weight belongs"
+        raise ShapeMismatch(why, where=path, cure="Give the base that it was trained on, with plain weights")
+    bias = tensors.get(f"{path}.bias")
+    return as_array(weight).astype(np.float32), None if bias is None else as_array(bias).astype(np.float32)
+
+
+def _groups(own: Fields, key: Key, basis: Lazy, weight: Any, bias: Any, sizes: list[int]) -> Any:
+    """The group of each row of the weight.
+
+    Raises:
+        ShapeMismatch: the file is not of this base.
+        Unsupported: the base's singular vectors are not those in the file, or rounding decides the groups.
+    """
+    import numpy as np
+
+    W = weight if bias is None else np.concatenate([weight, bias[:, None]], axis=1)
+    rank, count = min(own.r, *W.shape), min(own.num_subspaces, len(W))
+    if basis.shape != (rank, W.shape[1]) or len(sizes) != count or sum(sizes) != len(W):
+        why = f"{list(basis.shape)} and groups of {sizes} rows, for a weight of {list(W.shape)} in {count} groups"
+        raise ShapeMismatch(why, where=key.text, cure="Is this the base that the adapter was trained on?")
+    U, _, V = singular_by_sketch(W, rank, STEPS, own.random_seed)
+    held, V = as_array(basis).astype(np.float64), V.astype(np.float64)
+    # Signs, and the order of equal singular values, differ between machines; k-means does not see them.
+    apart = float(np.abs(held - (held @ V.T) @ V).max())
+    if not apart <= NEAR[_precision(basis)]:
+        why = (
+            f"{_WHY}: the base's singular vectors, from the config's random_seed on the CPU, are {apart:.1e} off those "
+            "in the file. It was trained on an accelerator, which draws other numbers, or on another base"
+        )
+        raise Unsupported(why, where=key.text, cure=_CURE)
+    try:
+        group = k_means(U, count, ROUNDS, SEED)
+    except Unsupported as error:
+        raise Unsupported(f"{_WHY}: {error.why}", where=key.text, cure=_CURE) from None
+    found = np.bincount(group, minlength=count).tolist()
+    if found != sizes:
+        why = f"{_WHY}: k-means of the base's singular vectors gives groups of {found} rows, the file has {sizes}"
+        raise Unsupported(why, where=key.text, cure=_CURE)
+    return group
+
+
+def _precision(basis: Lazy) -> str:
+    """The dtype to which PEFT rounded the vectors: that of the base, also where they are saved in float32."""
+    import numpy as np
+
+    if basis.dtype.name != "F32":
+        return basis.dtype.name
+    bits = np.frombuffer(bytes(basis.fetch()), np.uint32)
+    return "F32" if (bits & 0x1FFF).any() else "F16" if (bits & 0xFFFF).any() else "BF16"
+
+
+def _update(A: list[Lazy], B: list[Lazy], basis: Lazy, group: Any, inputs: int, seed: int) -> AdaMSS:
+    """The update, its factors filled up with zeros to one rank, and B in the order of the weight's rows."""
+    import numpy as np
+
+    ranks = [a.shape[0] for a in A]
+    width, kind = max(ranks), basis.dtype
+
+    def together() -> bytes:
+        made = np.zeros((len(A), width, basis.shape[0]), kind.array)
+        for i, a in enumerate(A):
+            made[i, : ranks[i]] = _raw(a)
+        return made.tobytes()
+
+    def placed() -> bytes:
+        made = np.zeros((len(group), width), kind.array)
+        for i, b in enumerate(B):
+            made[group == i, : ranks[i]] = _raw(b)
+        return made.tobytes()
+
+    whole = basis.shape[1] == inputs
+    leaves: dict[str, Any] = {
+        "A": Lazy((len(A), width, basis.shape[0]), kind, together),
+        "B": Lazy((len(group), width), kind, placed),
+        "basis": basis if whole else basis.map(lambda held: held[:, :inputs], (basis.shape[0], inputs)),
+        "group": from_numpy(np.asarray(group, np.int64)),
+        "ranks": from_numpy(np.array(ranks, np.int64)),
+    }
+    if not whole:
+        leaves["basis_bias"] = basis.map(lambda held: held[:, inputs], (basis.shape[0],))
+    return AdaMSS(**leaves, seed=seed)
+
+
+def _raw(leaf: Lazy) -> Any:
+    import numpy as np
+
+    return np.frombuffer(bytes(leaf.fetch()), leaf.dtype.array).reshape(leaf.shape)
+
+
+def _cut(leaf: Lazy, at: Any, rank: int) -> Lazy:
+    shape = (rank, leaf.shape[2]) if isinstance(at, int) else (len(at), rank)
+    return leaf.map(lambda held: held[at][:rank] if isinstance(at, int) else held[at][:, :rank], shape)
+
+
+def _joined(basis: Lazy, bias: Any) -> Lazy:
+    if bias is None:
+        return basis
+    column = as_lazy(bias)
+
+    def join(held: Any) -> Any:
+        import numpy as np
+
+        return np.concatenate([held, _raw(column).view(held.dtype)[:, None]], axis=1)
+
+    return basis.map(join, (basis.shape[0], basis.shape[1] + 1))
+
+
+_WHY = "which rows each group has follows from the base's weights"
+_CURE = "Run it with PEFT itself, where it was trained"

@@ -1,0 +1,54 @@
+"""Experts that share their outer factors: PEFT's folder, in which a stack has one A, or one B, for all experts.
+
+SGLang serves it with `--experts-shared-outer-loras`, Megatron-Bridge trains it. A of gate and up, which read the hidden
+states, and B of down, which writes them, have the shape `[1, ...]`; their partners have one slice an expert. A stack
+that shares nothing has the shapes `[e, r, in]` and `[e, out, r]`, which SGLang reads, too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import AdapterkitError
+from ...naming.shared_outer import is_shared_outer
+from ...tensors import safetensors
+from .._folders import folder_of
+from .._format import Format
+from ..peft.container import CONFIG, SAFETENSORS
+
+if TYPE_CHECKING:
+    from ...adapter import Adapter
+    from ...tensors.checkpoint import Checkpoint
+
+
+class SharedOuter(Format):
+    """Folders of adapters whose experts share their outer factors."""
+
+    url = "https://github.com/sgl-project/sglang/pull/21466"
+    description = "SGLang, Megatron-Bridge: PEFT's folder with experts in stacks that share A of gate and up, B of down"
+    methods = frozenset({"lora"})
+    owns = frozenset({CONFIG, SAFETENSORS})
+
+    def sniff(self, path: Path) -> bool:
+        folder = folder_of(path)
+        if not path.is_dir() and path.name not in (CONFIG, SAFETENSORS):
+            return False
+        try:
+            return (folder / CONFIG).is_file() and is_shared_outer(
+                safetensors.read_header(folder / SAFETENSORS).entries
+            )
+        except AdapterkitError:
+            return False
+
+    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
+        from .reading import read_folder
+
+        return read_folder(path, base)
+
+    def write(
+        self, adapter: Adapter, path: Path, *, on_loss: str = "refuse", base: Checkpoint | None = None
+    ) -> list[str]:
+        from .writing import write_folder
+
+        return write_folder(adapter, path, on_loss, base)

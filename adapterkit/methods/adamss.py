@@ -1,0 +1,76 @@
+"""AdaMSS: low-rank changes of groups of rows, in one space of inputs for all.  https://openreview.net/forum?id=8ZdWmpYxT0
+
+W's largest right singular vectors are the basis, and k-means of its left ones makes the groups, as PEFT has it. Each
+group has a pair B and A of its own: D[o] = B[o] @ A[g] @ basis, g the group of output o. Where the layer has a bias, it
+is one more column of W, and changes by `basis_bias`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..tensors.namespace import namespace
+from ..tensors.rotations import singular
+from ..updates import tensor
+from ._low_rank import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..updates import Random
+
+
+GROUPS = 5
+"""Of a fresh update, as in PEFT."""
+
+
+class AdaMSS(LowRank):
+    """W' = W + B @ A @ basis and b' = b + B @ A @ basis_bias, group by group."""
+
+    linear_only = True
+    since: ClassVar[tuple[str, ...]] = ("1.1",)
+    paper = "https://openreview.net/forum?id=8ZdWmpYxT0"
+    frozen: ClassVar[frozenset[str]] = frozenset({"basis", "basis_bias", "group", "ranks"})
+
+    A: Tensor = tensor("g w r")
+    B: Tensor = tensor("out w")
+    basis: Tensor = tensor("r in")
+    basis_bias: Tensor | None = tensor("r", optional=True)
+    group: Tensor = tensor("out", integer=True, below="g")
+    ranks: Tensor = tensor("g", integer=True)
+    seed: int = 0
+
+    @classmethod
+    def initial(cls, W: Tensor, b: Tensor | None, rank: int, random: Random, **attributes: Any) -> Self:
+        """Groups of as many rows that lie beside each other: k-means belongs to files of PEFT."""
+        groups, r = min(GROUPS, len(W)), min(rank, *W.shape)
+        rows = namespace(W).arange(len(W), device=W.device)
+        return cls(
+            A=random((groups, 1, r)) / r**0.5, B=W.new_zeros(len(W), 1), basis=singular(W)[2][:r] * 1,
+            group=rows * groups // len(W), ranks=rows[:groups] * 0 + 1, **attributes,
+        )  # fmt: skip
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.basis_bias is not None
+
+    def pair(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return self._placed(), self._rows() @ self.basis
+
+    def bias_delta(self) -> Tensor | None:
+        return None if self.basis_bias is None else self._placed() @ (self._rows() @ self.basis_bias)
+
+    def forward(self, x: Any, layer: Any) -> Any:
+        y, d = super().forward(x, layer), self.bias_delta()
+        return y if d is None else y + layer.per_channel(d)
+
+    def _placed(self) -> Any:
+        """Return B as `[out, g * w]`: each row beside the A of its own group."""
+        xp, (groups, width, _) = namespace(self.A), self.A.shape
+        own = xp.eye(groups, dtype=self.B.dtype, device=getattr(self.B, "device", None))
+        own = own[xp.astype(self.group, xp.int64)]
+        return (own[:, :, None] * self.B[:, None, :]).reshape(-1, groups * width)
+
+    def _rows(self) -> Any:
+        """Return all A as `[g * w, r]`."""
+        return self.A.reshape(-1, self.A.shape[2])

@@ -1,0 +1,38 @@
+"""Keys of adapters whose experts share their outer factors, as SGLang and Megatron-Bridge have them.
+
+Sources: SGLang's lora/mem_pool.py (`--experts-shared-outer-loras`, sglang #21466 and #25141) and Megatron-Bridge's
+export of such adapters (#5588, #6076).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .tinker import is_tinker
+
+INNER = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
+"""Modules that read the hidden states: their experts share A."""
+
+OUTER = ("down_proj", "w2")
+"""Modules that write the hidden states: their experts share B."""
+
+STACK = re.compile(rf"(?P<stem>.*\.experts)\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
+"""A stack of all experts' factors."""
+
+EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.join((*INNER, *OUTER))})")
+"""One expert's module, whose partner in a stack may be shared."""
+
+
+def is_shared_outer(entries: Mapping[str, Any]) -> bool:
+    """Whether a file's keys and shapes are of this layout: factors with three axes at experts."""
+    return not is_tinker(entries) and any(
+        len(entry.shape) == 3 and STACK.fullmatch(module)
+        for key, entry in entries.items()
+        for module in _modules([key])
+    )
+
+
+def _modules(keys: Iterable[str]) -> Iterable[str]:
+    return (key.removesuffix(end) for key in keys for end in (".lora_A.weight", ".lora_B.weight") if key.endswith(end))

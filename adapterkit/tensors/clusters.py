@@ -1,0 +1,74 @@
+"""K-means as scikit-learn's `KMeans(init="random", n_init=1)` computes it, where rounding does not decide it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import Unsupported
+
+TOLERANCE = 1e-4
+"""scikit-learn's own: Lloyd's rounds end where the centers move less, in parts of the mean variance of the columns."""
+
+CLOSE = 2e-6
+"""Squared distances that differ by less, in parts of the largest, are a tie: float32 does not tell them apart."""
+
+
+def k_means(points: Any, count: int, rounds: int, seed: int) -> Any:
+    """Return the cluster of each point, an int64 `[n]`.
+
+    scikit-learn (1.3 and later) computes in float32, so that its result can depend on the machine where two centers are
+    equally far from a point. Here all is float64, and such a tie is an error: the result is what every machine gets.
+
+    Args:
+        points: `[n, d]`.
+        count: number of clusters, at most n.
+        rounds: `max_iter`.
+        seed: `random_state`.
+
+    Raises:
+        Unsupported: a tie decides the result.
+    """
+    import numpy as np
+
+    X = np.asarray(points, dtype=np.float64)
+    X = X - X.mean(axis=0)
+    share = np.full(len(X), 1, dtype=np.float32) / np.float32(len(X))
+    centers = X[np.random.RandomState(seed).choice(len(X), size=count, replace=False, p=share)]
+    enough = TOLERANCE * float(np.var(X, axis=0).mean())
+    labels = before = np.full(len(X), -1)
+    for _ in range(rounds):
+        labels = _nearest(X, centers)
+        moved = _centers(X, labels, count)
+        shift, centers = float(((moved - centers) ** 2).sum()), moved
+        if np.array_equal(labels, before):
+            return labels
+        if abs(shift - enough) <= CLOSE * enough:
+            raise _tie("whether the centers still move")
+        if shift <= enough:
+            break
+        before = labels
+    return _nearest(X, centers)
+
+
+def _nearest(X: Any, centers: Any) -> Any:
+    import numpy as np
+
+    distances = ((X[:, None, :] - centers[None]) ** 2).sum(axis=2)
+    if len(centers) > 1:
+        first, second = np.partition(distances, 1, axis=1)[:, :2].T
+        if float((second - first).min()) <= CLOSE * float(distances.max()):
+            raise _tie("which of two centers is nearer to a row")
+    return distances.argmin(axis=1)
+
+
+def _centers(X: Any, labels: Any, count: int) -> Any:
+    import numpy as np
+
+    if len(np.unique(labels)) < count:
+        raise _tie("where a center without rows goes")
+    return np.stack([X[labels == cluster].mean(axis=0) for cluster in range(count)])
+
+
+def _tie(what: str) -> Unsupported:
+    why = f"k-means depends on rounding: {what}"
+    return Unsupported(why, cure="Run it on the machine where it was trained")

@@ -1,0 +1,80 @@
+"""Weights that several processes share: DTensors of FSDP2 and tensor parallelism, and gradients that DDP averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import Unsupported
+from ..updates import Update
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of a sharded one: then every process must call this."""
+    held: Any = tensor
+    out: Tensor = held.full_tensor() if hasattr(held, "full_tensor") else held
+    return out
+
+
+def gathered(update: Update) -> Update:
+    """The update over whole tensors; see `whole`."""
+    take: Any = whole
+    return update.map(take) if any(map(is_sharded, update.tensors.values())) else update
+
+
+def is_sharded(leaf: Any) -> bool:
+    """Whether a tensor is a DTensor: a part of it lies in this process."""
+    return hasattr(leaf, "full_tensor")
+
+
+@torch.no_grad()
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Copy a value into a parameter. Either may be sharded: each process then takes its part of a whole value."""
+    if is_sharded(parameter) == is_sharded(value):
+        parameter.copy_(value)
+        return
+    if is_sharded(value):
+        parameter.copy_(whole(value))
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    held: Any = parameter
+    # Every process has computed the same value, so that none needs to be sent.
+    held.copy_(distribute_tensor(value.to(held.dtype), held.device_mesh, held.placements, src_data_rank=None))
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Check that a model takes further trained parameters.
+
+    Raises:
+        Unsupported: DDP or FSDP2 has wrapped it: they average the gradients of the parameters that they met.
+    """
+    name = next((found for module in model.modules() if (found := _synchroniser(module))), None)
+    if name:
+        why = f"{name} does not see parameters that are added after it has wrapped the model"
+        raise Unsupported(why, where="trainable", cure=f"Call inject(trainable=True) before {name}")
+
+
+def check_averaged(trained: Iterable[Tensor], name: str) -> None:
+    """Check inside DDP's forward that it averages the gradients of some parameters.
+
+    Raises:
+        Unsupported: DDP wrapped the model before they were added; the processes would drift apart.
+    """
+    running: Any = DistributedDataParallel._active_ddp_module
+    if running is None:
+        return
+    met = {id(parameter) for parameter in running._module_parameters}
+    if any(id(tensor) not in met for tensor in trained if tensor.requires_grad):
+        why = f"the adapter {name!r} was injected after DistributedDataParallel had wrapped the model"
+        raise Unsupported(why, where=name, cure="Call inject(trainable=True) before DistributedDataParallel")
+
+
+def _synchroniser(module: nn.Module) -> str:
+    if isinstance(module, DistributedDataParallel):
+        return "DistributedDataParallel"
+    return "fully_shard" if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__) else ""

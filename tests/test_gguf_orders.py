@@ -1,0 +1,105 @@
+"""Merges into GGUF files of each kind of row order, against what llama.cpp's converter makes of PEFT's merged model.
+
+tests/data/gguf/KIND holds a tiny base that the converter wrote, the adapter that PEFT trained beside it, and the file
+that the converter wrote of the model that PEFT merged. tools/foreign/check_gguf.py made them, and checks 66 models.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import adapterkit as ak
+from adapterkit.errors import TargetNotFound, Unsupported
+
+gguf = pytest.importorskip("gguf")
+DATA = Path(__file__).parent / "data" / "gguf"
+KINDS = sorted(folder.name for folder in DATA.iterdir())
+
+
+def tensors(path):
+    return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_is_what_llama_cpp_makes_of_pefts_merged_model(kind, tmp_path):
+    folder = DATA / kind
+    ak.merge(folder / "base.gguf", folder, tmp_path / "out.gguf")
+    before, expected, found = (
+        tensors(p) for p in (folder / "base.gguf", folder / "merged.gguf", tmp_path / "out.gguf")
+    )
+    assert found.keys() == expected.keys()
+    changed = 0
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name], tensor, atol=1e-6 * np.abs(tensor).max(), err_msg=name)
+        changed += not np.array_equal(before[name], tensor)
+    assert changed >= 4
+    assert ak.verify(tmp_path / "out.gguf", folder / "base.gguf", [folder]).ok
+
+
+def test_all_kinds_of_orders_are_among_the_cases():
+    assert KINDS == ["experts", "interleaved", "qkv_by_group", "qkv_by_head", "rope", "stack_in_parts", "turned"]
+
+
+def write(path, architecture, kind="model", names=("token_embd",)):
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(kind)
+    for name in names:
+        writer.add_tensor(f"{name}.weight", np.zeros((4, 4), "f4"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("clip", "mmproj"), ("clip", "model")])
+def test_a_projector_is_left_alone_and_said(architecture, kind, tmp_path):
+    base = write(tmp_path / "mmproj.gguf", architecture, kind, ["v.blk.0.attn_q"])
+    before = base.read_bytes()
+    with pytest.raises(Unsupported, match="mmproj file"):
+        ak.merge(base, DATA / "rope", tmp_path / "out.gguf")
+    assert base.read_bytes() == before
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_weight_in_an_order_that_no_family_says_is_no_target(tmp_path):
+    """llama.cpp keeps kv_b_proj of DeepSeek as two tensors, one of them turned head by head."""
+    base = write(tmp_path / "a.gguf", "deepseek2", names=["blk.0.attn_k_b", "blk.0.attn_output"])
+    adapter = ak.Adapter(
+        {ak.Target("model.layers.0.self_attn.kv_b_proj"): next(iter(ak.read(DATA / "rope").updates.values()))}
+    )
+    with pytest.raises(TargetNotFound, match="kv_b_proj"):
+        ak.merge(base, adapter, tmp_path / "out.gguf")
+
+
+def test_an_architecture_without_a_family_is_refused_by_name(tmp_path):
+    base = write(tmp_path / "a.gguf", "zebra")
+    with pytest.raises(Unsupported, match=r"'zebra'.*Known: .*qwen3moe"):
+        ak.merge(base, DATA / "rope", tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_goes_to_llama_cpp_and_back(kind, tmp_path):
+    """Factors in the file's row order and names, merged by numpy, are what the merged file holds."""
+    folder = DATA / kind
+    family = json.loads((folder / "config.json").read_text())
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(family))
+    shapes = json.loads((folder / "shapes.json").read_text())
+    from safetensors.numpy import save_file
+
+    save_file({n: np.zeros(s, "f4") for n, s in shapes.items()}, tmp_path / "base" / "model.safetensors")
+    ak.write(ak.read(folder, base=tmp_path / "base"), tmp_path / "a.gguf", "gguf", tmp_path / "base", "fold")
+    before, expected, factors = (
+        tensors(p) for p in (folder / "base.gguf", folder / "merged.gguf", tmp_path / "a.gguf")
+    )
+    alpha = float(gguf.GGUFReader(tmp_path / "a.gguf").fields["adapter.lora.alpha"].parts[-1][0])
+    names = {name.rpartition(".lora_")[0] for name in factors}
+    assert names
+    for name in names:
+        A, B = (factors[f"{name}.lora_{side}"].astype("f8") for side in "ab")
+        change = alpha / A.shape[-2] * (B @ A)
+        got = before[name] + change.reshape(before[name].shape)
+        np.testing.assert_allclose(got, expected[name], atol=2e-6 * np.abs(expected[name]).max(), err_msg=name)

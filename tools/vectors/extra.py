@@ -1,0 +1,105 @@
+"""Small vectors beside those of methods: canonical JSON, digests, valid records at the edges, a merge that rounds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from container import Stored, layout, native, pack, stored
+from invalid.case import LORA, RECORD, TENSORS
+
+VALUES: list[tuple[Any, str]] = [
+    (0.5, "0.5"), (2.0, "2.0"), (1e-05, "1e-05"), (1e16, "1e+16"), (0.0001, "0.0001"),
+    (9999999999999998.0, "9999999999999998.0"),
+    (-0.0, "-0.0"), (5e-324, "5e-324"), (1.7976931348623157e308, "1.7976931348623157e+308"), (1e22, "1e+22"),
+    (0.1 + 0.2, "0.30000000000000004"), (123456.75, "123456.75"), (3, "3"), (2**63, "9223372036854775808"), (-7, "-7"),
+    ("\u00e9\u2028\U0001f600/", '"\u00e9\u2028\U0001f600/"'), ("\x00\x1f\x7f", '"\\u0000\\u001f\x7f"'),
+    ('"\\\b\f\n\r\t', '"\\"\\\\\\b\\f\\n\\r\\t"'),
+    ({"\uffff": 1, "\U00010000": 2, "a": []}, '{"a":[],"\uffff":1,"\U00010000":2}'),
+    ([None, True, False, {}], "[null,true,false,{}]"),
+]  # fmt: skip
+"""Value, and its canonical JSON as the text of the specification has it."""
+
+
+def canonical() -> list[dict[str, str]]:
+    """Texts as JSON has them, in a form that is not canonical, and their canonical form."""
+    return [{"json": json.dumps(value, indent=1), "canonical": text} for value, text in VALUES]
+
+
+def digests(spec: Path) -> Iterator[tuple[str, str]]:
+    """The digest of each method's vector, by section 11 alone."""
+    entries = {path.stem: tomllib.loads(path.read_text("utf-8")) for path in (spec / "methods").glob("*.toml")}
+    for file in sorted((spec / "vectors" / "methods").glob("*.adapter.safetensors")):
+        yield file.name.removesuffix(".adapter.safetensors"), _digest(file.read_bytes(), entries)
+
+
+def _digest(data: bytes, entries: dict[str, Any]) -> str:
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    record = json.loads(header["__metadata__"]["adapterkit"])
+    digest = hashlib.sha256()
+    for update in sorted(record["updates"], key=lambda update: _name(update["target"])):
+        entry, target = entries[update["method"]], update["target"]
+        attributes = {}
+        for attribute in entry.get("attributes", []):
+            if attribute.get("since", 1) <= update["version"]:
+                value = update["attributes"].get(attribute["name"], attribute.get("default"))
+                attributes[attribute["name"]] = float(value) if attribute["type"] == "float" else value
+        place = [target["path"], target.get("layout", "out *in"), target.get("rows")]
+        head = [*place, update["method"], update["version"], attributes]
+        digest.update(json.dumps(head, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode())
+        for tensor in (t["name"] for t in entry["tensors"] if t["name"] in update["tensors"]):
+            held = header[update["tensors"][tensor]]
+            digest.update(json.dumps([tensor, held["dtype"], held["shape"]], separators=(",", ":")).encode())
+            digest.update(data[start + held["data_offsets"][0] : start + held["data_offsets"][1]])
+    return digest.hexdigest()
+
+
+def _name(target: dict[str, Any]) -> str:
+    rows = target.get("rows")
+    return (target["path"] or "(model)") + (f"[{rows[0]}:{rows[1]}]" if rows else "")
+
+
+def valid() -> dict[str, bytes]:
+    """Records that a reader of 1.1 must accept: one of a newer MINOR with an unknown field, and the oldest version."""
+    newer = RECORD | {"version": "1.9999", "colour": {"hue": [1, 2.5]}}
+    return {
+        "newer_minor": native(newer, TENSORS),
+        "oldest_version": native({"version": "1.0", "updates": [LORA]}, TENSORS),
+    }
+
+
+def merges() -> dict[str, bytes]:
+    """A LoRA in F32 merged into BF16 and F16, rounded once to nearest, ties to even, from float64."""
+    rng = np.random.default_rng(7)
+    A, B = rng.normal(size=(4, 32)).astype("f4"), rng.normal(size=(24, 4)).astype("f4")
+    W = rng.normal(size=(24, 32)).astype("f4")
+    record = {"version": "1.0", "updates": [LORA | {"target": {"path": path}} for path in ("bf16", "f16")]}
+    adapter = native(record, {"q.A": stored(A, "F32"), "q.B": stored(B, "F32")})
+    low = {"bf16": _bf16(W.astype("f8")), "f16": Stored("F16", W.shape, W.astype("<f2").tobytes())}
+    held = {"bf16": _from_bf16(low["bf16"]), "f16": np.frombuffer(low["f16"].data, "<f2").reshape(W.shape).astype("f8")}
+    exact = {path: held[path] + 0.5 * (B.astype("f8") @ A.astype("f8")) for path in held}
+    merged = {"bf16": _bf16(exact["bf16"]), "f16": Stored("F16", W.shape, exact["f16"].astype("<f2").tobytes())}
+    return {
+        "lora.adapter": adapter,
+        "lora.base": pack(*layout({f"{path}.weight": tensor for path, tensor in low.items()})),
+        "lora.merged": pack(*layout({f"{path}.weight": tensor for path, tensor in merged.items()})),
+    }
+
+
+def _bf16(values: np.ndarray) -> Stored:
+    """Float64 rounded once to BF16, to nearest, ties to even: 8 bits of significand."""
+    mantissa, exponent = np.frexp(values)
+    rounded = np.ldexp(np.rint(mantissa * 256) / 256, exponent).astype("<f4")
+    return stored(rounded, "BF16")
+
+
+def _from_bf16(tensor: Stored) -> np.ndarray:
+    bits = np.frombuffer(tensor.data, "<u2").astype("<u4") << 16
+    return bits.view("<f4").reshape(tensor.shape).astype("f8")

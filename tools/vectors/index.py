@@ -1,0 +1,152 @@
+"""The index of all vectors: what each tests, what goes in, what comes out. Requirements are those of spec/README.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+INVALID = {
+    "R-3.1": ["empty", "pickle", "cut_in_length", "cut_in_header", "length_*"],
+    "R-3.2": ["header_array", "header_not_json", "header_not_utf8", "header_nul_padding", "header_text",
+              "header_two_values"],
+    "R-3.3": ["entry_list", "entry_unknown_field", "dtype_missing"],
+    "R-3.4": ["dtype_lowercase", "dtype_number", "dtype_unknown"],
+    "R-3.5": [
+        "shape_bool", "shape_float", "shape_negative", "shape_number", "shape_text", "shape_too_many_axes",
+        "shape_beyond_64_bits", "offsets_bool", "offsets_float", "offsets_negative", "offsets_three",
+    ],
+    "R-3.6": ["shape_disagrees", "shape_wraps_around", "shape_huge", "dtype_disagrees", "offsets_reversed"],
+    "R-3.7": [
+        "offsets_hole*", "offsets_overlap", "offsets_same", "offsets_beyond_file", "cut_before_data", "cut_in_data",
+        "trailing_bytes", "data_without_tensors",
+    ],
+    "R-3.8": ["metadata_list", "metadata_number", "metadata_object"],
+    "R-3.9": ["record_missing", "metadata_null"],
+    "R-4.1": ["entry_field_twice", "tensor_twice", "metadata_twice", "record_key_twice"],
+    "R-4.2": ["record_nan", "record_infinity", "record_overflow", "shape_nan"],
+    "R-4.3": ["header_half_surrogate", "record_half_surrogate"],
+    "R-4.4": ["header_deep", "record_deep"],
+    "R-6.1": ["record_empty", "record_not_json", "record_list"],
+    "R-6.2": [
+        "version_leading_zero", "version_major_alone", "version_minor_leading_zero", "version_missing",
+        "version_number",
+        "version_other_digits", "version_three_parts",
+    ],
+    "R-6.3": ["version_newer_major", "version_older_major"],
+    "R-6.4": [
+        "record_unknown_field", "updates_empty", "updates_missing", "updates_object", "update_unknown_field",
+        "update_without_target", "target_text", "target_unknown_field", "path_missing", "path_number", "layout_null",
+        "rows_float", "rows_negative", "rows_one", "method_empty", "method_number", "method_version_text",
+        "method_version_zero", "tensor_name_number", "attributes_missing", "base_text", "base_unknown_field",
+        "extensions_list", "foreign_without_format", "recipe_step_without_op", "requires_text",
+    ],
+    "R-6.5": ["requires_unknown"],
+    "R-6.6": ["extensions_number_newer", "extensions_repeated_newer"],
+    "R-7.1": ["method_dotted", "method_private", "method_unknown", "method_version_newer"],
+    "R-7.2": ["attribute_unknown", "attribute_of_a_newer_version", "tensor_missing", "tensor_unknown_field"],
+    "R-7.3": ["foreign_tensor_absent", "tensor_absent", "tensor_unreferenced"],
+    "R-7.4": ["target_in_two_places"],
+    "R-7.5": [
+        "attribute_bool", "attribute_huge", "attribute_list", "attribute_null", "attribute_text", "attribute_word",
+        "attribute_below", "attribute_above", "attribute_zero",
+    ],
+    "R-7.6": ["path_empty", "context_with_rows"],
+    "R-7.7": ["layout_unknown"],
+    "R-7.8": ["rows_none", "rows_reversed"],
+    "R-7.9": ["output_before_weight"],
+    "R-8.1": ["factor_one_axis", "factor_three_axes", "factors_disagree", "index_two_axes"],
+    "R-8.2": ["rows_not_as_many_as_outputs", "updates_disagree"],
+    "R-8.3": ["factor_bool", "factor_complex", "factor_integer", "index_bool", "index_float"],
+    "R-8.4": ["experts_disagree", "layout_stacked_without_experts"],
+    "R-9.1": ["dense_neither", "ia3_both", "ia3_neither", "oft_neither", "replacement_neither"],
+    "R-9.2": ["rule_of_blocks", "rule_of_fields", "rule_of_shapes", "rule_that_defines"],
+    "R-10.1": ["nan_*", "infinity_*"],
+    "R-10.2": ["index_negative", "index_twice"],
+    "R-12.1": ["no_weights", "two_files_no_index", "index_and_whole"],
+    "R-12.2": ["index_list", "index_map_empty", "index_map_numbers", "index_not_json", "index_without_map",
+               "index_key_twice"],
+    "R-12.3": [
+        "index_absolute", "index_backslash", "index_climbs", "index_climbs_inside", "index_drive", "index_file_url",
+        "index_name_empty", "index_nul", "index_url",
+    ],
+    "R-12.4": [
+        "index_shards_swapped", "index_tensor_absent", "index_tensor_twice", "index_tensor_unlisted", "shard_missing",
+        "shard_malformed",
+    ],
+    "R-12.5": ["config_not_json"],
+}  # fmt: skip
+"""Requirement -> the invalid cases, or patterns of them, that break it."""
+
+PROVENANCE = "made by tools/vectors, from formulas in float64 of their own"
+
+
+def index(spec: Path, version: str) -> bytes:
+    """The content of vectors/index.json, for what lies under `spec`."""
+    cases = [*_methods(spec), *_invalid(spec), *_canonical(spec), *_merges(spec), *_valid(spec)]
+    head = {"version": version, "licence": "Apache-2.0", "cases": sorted(cases, key=lambda case: str(case["case"]))}
+    return (json.dumps(head, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def requirements_of(name: str) -> list[str]:
+    """The requirements that an invalid case breaks."""
+    return [rule for rule, names in INVALID.items() if any(fnmatchcase(name, pattern) for pattern in names)]
+
+
+def _methods(spec: Path) -> Iterator[dict[str, Any]]:
+    for adapter in sorted((spec / "vectors" / "methods").glob("*.adapter.safetensors")):
+        name = adapter.name.removesuffix(".adapter.safetensors")
+        expected = adapter.with_name(f"{name}.expected.safetensors")
+        yield _case(spec, f"methods/{name}", "compute", ["R-10.3"], [adapter, expected], {"tolerance": 1e-12})
+        yield _case(spec, f"digest/{name}", "check", ["R-11.1"], [adapter], {"digest": _digest(spec, name)})
+
+
+def _digest(spec: Path, name: str) -> str:
+    return str(json.loads((spec / "vectors" / "digests.json").read_text("utf-8"))[name])
+
+
+def _invalid(spec: Path) -> Iterator[dict[str, Any]]:
+    for file in sorted((spec / "vectors" / "invalid").glob("*.json")):
+        said = json.loads(file.read_text("utf-8"))
+        folder = file.with_suffix("")
+        inputs = (
+            sorted(p for p in folder.rglob("*") if p.is_file())
+            if folder.is_dir()
+            else [file.with_suffix(".safetensors")]
+        )
+        verb = "base" if said["opens"] == "base" else "check"
+        expected = {"error": said["error"], "where": said["where"], "stage": said["stage"]}
+        case = _case(spec, f"invalid/{file.stem}", verb, requirements_of(file.stem), inputs, expected)
+        yield {**case, "path": (folder if folder.is_dir() else inputs[0]).relative_to(spec / "vectors").as_posix()}
+
+
+def _canonical(spec: Path) -> Iterator[dict[str, Any]]:
+    yield _case(spec, "canonical", "none", ["R-4.5"], [spec / "vectors" / "canonical.json"], {})
+
+
+def _merges(spec: Path) -> Iterator[dict[str, Any]]:
+    for merged in sorted((spec / "vectors" / "merges").glob("*.merged.safetensors")):
+        name = merged.name.removesuffix(".merged.safetensors")
+        parts = [merged.with_name(f"{name}.{part}.safetensors") for part in ("adapter", "base", "merged")]
+        yield _case(spec, f"merges/{name}", "none", ["R-10.4"], parts, {})
+
+
+def _valid(spec: Path) -> Iterator[dict[str, Any]]:
+    rules = {"newer_minor": ["R-6.6"], "oldest_version": ["R-6.7"]}
+    for file in sorted((spec / "vectors" / "valid").glob("*.safetensors")):
+        yield _case(spec, f"valid/{file.stem}", "check", rules[file.stem], [file], {"ok": True})
+
+
+def _case(
+    spec: Path, name: str, verb: str, requirements: list[str], inputs: list[Path], expected: dict[str, Any]
+) -> dict[str, Any]:
+    hashes = {
+        path.relative_to(spec / "vectors").as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs
+    }
+    return {
+        "case": name, "verb": verb, "requirements": requirements, "inputs": hashes, "expected": expected,
+        "provenance": PROVENANCE,
+    }  # fmt: skip
