@@ -26,7 +26,7 @@ LAYERS = [
     {"methods"},
     {"formats", "quant", "ops"},
     {"merging"},
-    {"torch", "demo"},
+    {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},
     {"api"},
