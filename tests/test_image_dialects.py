@@ -489,3 +489,24 @@ def tiny(name):
     config = {key: value for key, value in {**SMALL, **SIZES.get(name, {})}.items() if key in known}
     torch.manual_seed(0)
     return kind(**config)
+
+
+def test_the_second_transformer_of_wan_keeps_its_part(tmp_path):
+    modules = {f"transformer_2.blocks.0.attn1.{x}": (8, 8) for x in ("to_q", "to_out.0")}
+    held = pairs(modules | {"transformer.blocks.0.attn1.to_q": (8, 8)}, dotted(""))
+    save_file(held, tmp_path / "a.safetensors")
+    adapter = ak.read(tmp_path / "a.safetensors").replace(foreign=None)
+    ak.write(adapter, tmp_path / "b.safetensors", "diffusers")
+    assert load_file(tmp_path / "b.safetensors").keys() == held.keys()
+    with pytest.raises(Unrepresentable, match="transformer_2"):
+        ak.write(adapter, tmp_path / "c.safetensors", "comfyui")
+
+
+def test_two_underscores_behind_the_prefix_are_one(tmp_path):
+    """The trainer of Wan's Fun models writes `lora_unet__blocks_0`."""
+    held = {key.replace("lora_unet_", "lora_unet__"): value for key, value in pairs(WAN, flat).items()}
+    save_file(held, tmp_path / "a.safetensors")
+    adapter = ak.read(tmp_path / "a.safetensors")
+    assert {str(target) for target in adapter.updates} == {f"transformer.{name}" for name in WAN}
+    ak.write(adapter, tmp_path / "b.safetensors", "kohya")
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
