@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import adapterkit as ak
 from adapterkit.errors import Unrepresentable, UsageError
 
-FOLDERS = {"adapterhub", "litgpt", "mlx", "peft", "tensorrt_llm", "tinker"}
+FOLDERS = {"adapterhub", "litgpt", "mlx", "peft", "shared_outer", "tensorrt_llm", "tinker"}
 METHODS = [name for name, method in ak.METHODS.items() if method.kind in ("additive", "weight")]
 PATTERNS = {"language": LANGUAGE, "image": IMAGE}
 

@@ -36,8 +36,8 @@ def turned(leaf: Lazy) -> Lazy:
     """
     *lead, rows, columns = leaf.shape
     shape = (*lead, columns, rows)
-    if isinstance(leaf.fetch, _Turned) and leaf.fetch.leaf.shape == shape:  # It may have been reshaped since.
-        return leaf.fetch.leaf
+    if isinstance(leaf.source, _Turned) and leaf.source.leaf.shape == shape:  # It may have been reshaped since.
+        return leaf.source.leaf
     return Lazy(shape, leaf.dtype, _Turned(leaf))
 
 
@@ -57,7 +57,7 @@ class _Turned:
 
 def is_moved(leaf: Lazy) -> bool:
     """Whether a tensor is one of a file, turned at most: its numbers are nowhere computed."""
-    return leaf.span is not None or (isinstance(leaf.fetch, _Turned) and is_moved(leaf.fetch.leaf))
+    return leaf.span is not None or (isinstance(leaf.source, _Turned) and is_moved(leaf.source.leaf))
 
 
 def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
@@ -72,9 +72,9 @@ def runs(leaf: Lazy, places: Sequence[tuple[int, int]]) -> list[bytes] | None:
         return [bytes(data[first * size : (first + count) * size]) for first, count in places]
     if leaf.part is not None or leaf.span is not None:
         return [bytes(leaf.read(first, count)) for first, count in places]
-    if not isinstance(leaf.fetch, _Turned) or len(leaf.fetch.leaf.shape) != 2:
+    if not isinstance(leaf.source, _Turned) or len(leaf.source.leaf.shape) != 2:
         return None
-    swapped = leaf.fetch.leaf.numpy().T
+    swapped = leaf.source.leaf.numpy().T
     width = swapped.shape[1]
     found = []
     for first, count in places:
