@@ -216,7 +216,12 @@ def main() -> int:
     )
     parser.add_argument("--replay", nargs="+", metavar="FOLDER", help="run kept inputs again")
     parser.add_argument("--json", action="store_true", help="print results as JSON")
+    parser.add_argument("--differential", action="store_true", help="compare both readers of adapterkit files instead")
     chosen = parser.parse_args()
+    if chosen.differential:
+        from differential import run as compare
+
+        return compare(chosen.inputs or 20_000, chosen.seed, chosen.first, chosen.keep)
     chosen.inputs = chosen.inputs or (10**9 if chosen.seconds else 400)
     chosen.keep.mkdir(parents=True, exist_ok=True)
     run = Run(chosen, chosen.keep.resolve())
