@@ -1,4 +1,4 @@
-"""Both readers of adapterkit files at the same mutated inputs: `python tools/fuzz --differential --inputs 20000 --seed 1`.
+"""Both readers of adapterkit files at the same mutated inputs: `tools/fuzz --differential --inputs 20000 --seed 1`.
 
 The library and spec/readers/javascript must give the same verdict, the same class of error and the same digest. Inputs
 come from the seed and their number, as in other runs. Differing inputs are kept.
