@@ -198,7 +198,7 @@ def test_convert_writes_for_a_consumer(peft: Path, tmp_path: Path) -> None:
     assert "." not in "".join(config["target_modules"])
     result = run("convert", peft, tmp_path / "w", "--to", "peft", "--profile", "nobody")
     assert (result.exit_code, (tmp_path / "w").exists()) == (2, False)
-    assert "Known: llama_cpp, nim, sglang, tensorrt_llm, vllm" in result.stderr
+    assert "Known: llama_cpp, nim, peft_0.18, sglang, tensorrt_llm, unsloth_grouped, vllm" in result.stderr
 
 
 def test_convert_replaces_only_when_told(peft: Path, tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
         (METHODS["oft"](pairs=torch.zeros(1, 3)), (8, 16), "do not make up 16"),
         (METHODS["oft"](pairs=torch.zeros(3, 6)), (8, 16), "made for columns=12"),
         (METHODS["oft"](pairs=torch.zeros(3, 6), side="out"), (8, 16), "made for out=12"),
-        (METHODS["boft"](R=torch.zeros(3, 2, 8, 8), s=torch.ones(8)), (8, 16), "multiple of 4"),
+        (METHODS["boft"](R=torch.zeros(3, 2, 8, 8), s=torch.ones(8)), (8, 16), r"a multiple of 2 \*\* \(m - 1\)"),
         (METHODS["boft"](R=torch.zeros(2, 2, 3, 3), s=torch.ones(8)), (8, 6), "even size"),
         (METHODS["boft"](R=torch.zeros(1, 2, 4, 4), s=torch.ones(8)), (8, 16), "columns=8"),
         (METHODS["psoft"](pairs=torch.zeros(4)), (8, 16), "no rotation"),
@@ -259,7 +259,11 @@ def test_lycoris_has_no_place_in_a_file_of_peft():
         (METHODS["osf"](U=torch.zeros(8, 9), S=torch.zeros(9), V=torch.zeros(9, 16)), (8, 16), "rank 9"),
         (METHODS["road"](theta=torch.zeros(4), alpha=torch.zeros(4), group=6), (8, 16), "groups of 6"),
         (METHODS["road"](theta=torch.zeros(6), alpha=torch.zeros(6)), (8, 16), "out=12"),
-        (METHODS["road"](theta=torch.zeros(7), alpha=torch.zeros(7), variant=4), (8, 16), "7 angles"),
+        (
+            METHODS["road"](theta=torch.zeros(7), alpha=torch.zeros(7), variant=4),
+            (8, 16),
+            "angles are not those of whole pairs",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(update, shape, why):

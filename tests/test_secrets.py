@@ -27,6 +27,7 @@ ADDRESSES = (
 COMMANDS = {
     "combine": ["{} {} --method linear -o out", "lora lora --method linear -o {}"],
     "convert": ["{} out --to peft", "lora {} --to peft", "lora out --to gguf --base {}"],
+    "conformance": ["--suite {} -- true"],
     "demo": ["{}", "-o {}"],
     "diff": ["{} lora", "lora {}"],
     "doctor": ["{}"],

@@ -23,7 +23,12 @@ class Coefficients(Additive):
     frozen: ClassVar[frozenset[str]] = frozenset({"index"})
     rules: ClassVar[tuple[Rule, ...]] = (
         # A weight that is believed has so many elements: its size is no more than two numbers in a file.
-        Rule(require="outputs * inputs <= 2 ** 34", where="outputs, inputs", error="Malformed"),
+        Rule(
+            require="outputs * inputs <= 2 ** 34",
+            where="outputs, inputs",
+            error="Malformed",
+            meaning="no weight is so large",
+        ),
         Rule(define="out", value="outputs"),
         Rule(define="in", value="inputs"),
     )

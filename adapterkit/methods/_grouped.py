@@ -20,7 +20,11 @@ class AcrossGroups(OutputUpdate):
 
     acts_on = "the output by channels of all groups"
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="share >= 1 and r % share == 0 and out % (r // share) == 0", where="B"),
+        Rule(
+            require="share >= 1 and r % share == 0 and out % (r // share) == 0",
+            where="B",
+            meaning="the rank and the outputs are not in groups",
+        ),
     )
 
     A: Tensor = tensor("r inputs *k")

@@ -26,7 +26,9 @@ class ALoRA(Routed):
     paper = "https://arxiv.org/abs/2504.12397"
     acts_on = "the output behind its invocation tokens alone"
     asks = ("input_ids",)
-    rules: ClassVar[tuple[Rule, ...]] = (Rule(require="length >= 1", where="invocation", error="Malformed"),)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(require="length >= 1", where="invocation", error="Malformed", meaning="the invocation is empty"),
+    )
 
     A: Tensor = tensor("r in")
     B: Tensor = tensor("out r")

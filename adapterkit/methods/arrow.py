@@ -30,8 +30,20 @@ class Arrow(Routed):
         (("A", "B", "prototypes", "strengths"), ("idle_A", "idle_B")),
     )
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="top_k <= experts", when="has(A)", where="top_k", error="Malformed"),
-        Rule(require="top_k <= tasks", when="not has(A) and tasks > 0", where="top_k", error="Malformed"),
+        Rule(
+            require="top_k <= experts",
+            when="has(A)",
+            where="top_k",
+            error="Malformed",
+            meaning="more experts are chosen than there are",
+        ),
+        Rule(
+            require="top_k <= tasks",
+            when="not has(A) and tasks > 0",
+            where="top_k",
+            error="Malformed",
+            meaning="more experts are chosen than there are",
+        ),
     )
 
     A: Tensor | None = tensor("experts r in", optional=True)

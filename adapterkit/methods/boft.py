@@ -25,7 +25,12 @@ class BOFT(WeightUpdate):
     paper = "https://arxiv.org/abs/2311.06243"
     dropout: ClassVar[str] = "blocks"
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="m <= n and b % 2 == 0 and n % 2 ** (m - 1) == 0", when="m > 1", where="R"),
+        Rule(
+            require="m <= n and b % 2 == 0 and n % 2 ** (m - 1) == 0",
+            when="m > 1",
+            where="R",
+            meaning="m factors need blocks of even size, and a multiple of 2 ** (m - 1) of them",
+        ),
         Rule(define="columns", value="n * b", where="R"),
     )
 

@@ -26,7 +26,11 @@ class BOFTOutputs(WeightUpdate):
     paper = "https://arxiv.org/abs/2309.14859"
     since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="m <= n and b % 2 == 0 and n % 2 ** (m - 1) == 0", where="square"),
+        Rule(
+            require="m <= n and b % 2 == 0 and n % 2 ** (m - 1) == 0",
+            where="square",
+            meaning="m factors need blocks of even size, and a multiple of 2 ** (m - 1) of them",
+        ),
         Rule(define="out", value="n * b", where="square"),
     )
 

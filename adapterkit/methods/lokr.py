@@ -30,7 +30,13 @@ class LoKr(Additive):
     dropout: ClassVar[str] = "rows"
     since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="has(w2) and axes(w2) >= 3", when="stacked", where="stacked", error="Malformed"),
+        Rule(
+            require="has(w2) and axes(w2) >= 3",
+            when="stacked",
+            where="stacked",
+            error="Malformed",
+            meaning="w2 is no stack of matrices",
+        ),
     )
 
     w1: Tensor | None = tensor("a c", optional=True)

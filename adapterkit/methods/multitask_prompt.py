@@ -22,8 +22,14 @@ class MultitaskPrompt(ContextUpdate):
     place = "embeddings"
     paper = "https://arxiv.org/abs/2303.02861"
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="0 <= task and task < tasks", where="task", error="Malformed"),
-        Rule(require="n % 2 == 0", when="decoder", where="decoder", error="Malformed"),
+        Rule(require="0 <= task and task < tasks", where="task", error="Malformed", meaning="there is no such task"),
+        Rule(
+            require="n % 2 == 0",
+            when="decoder",
+            where="decoder",
+            error="Malformed",
+            meaning="a decoder's prompt takes half of the rows",
+        ),
     )
 
     P: Tensor = tensor("n dim")

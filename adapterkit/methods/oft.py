@@ -34,7 +34,12 @@ class OFT(WeightUpdate):
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(require="side == 'out'", when="has(rescale)", where="rescale", error="Malformed"),
         Rule(require="side == 'out'", when="on_output", where="on_output", error="Malformed"),
-        Rule(require="block(p) > 0", when="has(pairs)", where="pairs"),
+        Rule(
+            require="block(p) > 0",
+            when="has(pairs)",
+            where="pairs",
+            meaning="its numbers do not fill one side of a square matrix",
+        ),
         Rule(define="b", value="block(p)", when="has(pairs)"),
         Rule(define="out", value="n * b", when="n != 1 and side == 'out'"),
         Rule(define="columns", value="n * b", when="n != 1 and side == 'in'"),

@@ -29,7 +29,7 @@ class OFTPatches(OutputUpdate):
     moves_input = True
     since: ClassVar[tuple[str, ...]] = ("1.1",)
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="block(p) > 0", where="pairs"),
+        Rule(require="block(p) > 0", where="pairs", meaning="its numbers do not fill one side of a square matrix"),
         Rule(define="b", value="block(p)"),
     )
 

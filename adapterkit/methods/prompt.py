@@ -20,7 +20,14 @@ class Prompt(ContextUpdate):
 
     place = "embeddings"
     paper = "https://arxiv.org/abs/2104.08691"
-    rules: ClassVar[tuple[Rule, ...]] = (Rule(require="0 <= used and used <= n", where="used", error="Malformed"),)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            require="0 <= used and used <= n",
+            where="used",
+            error="Malformed",
+            meaning="more tokens are used than there are",
+        ),
+    )
 
     P: Tensor = tensor("n dim")
     used: int = 0

@@ -31,7 +31,9 @@ class PSOFT(WeightUpdate):
     forms = ((("pairs",), ("R",)), ((), ("A", "B")))
     since: ClassVar[tuple[str, ...]] = ("1.0", "1.1")
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="block(p) > 0", when="has(pairs)", where="pairs"),
+        Rule(
+            require="block(p) > 0", when="has(pairs)", where="pairs", meaning="its numbers are no rotation of any rank"
+        ),
         Rule(define="r", value="block(p)", when="has(pairs)", where="pairs"),
     )
 

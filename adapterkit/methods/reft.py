@@ -33,7 +33,13 @@ class ReFT(OutputUpdate):
         ((), ("suffix_source", "suffix_projection"), ("suffix_source", "suffix_source_bias", "suffix_projection")),
     )
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="r <= hidden", when="orthogonality", where="projection", error="Malformed"),
+        Rule(
+            require="r <= hidden",
+            when="orthogonality",
+            where="projection",
+            error="Malformed",
+            meaning="more directions than channels cannot be orthonormal",
+        ),
     )
 
     source: Tensor = tensor("r hidden")

@@ -26,8 +26,13 @@ class RoAd(WeightUpdate):
     needs_bias = False
     paper = "https://arxiv.org/abs/2409.00119"
     rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(require="group % 2 == 0", where="group", error="Malformed"),
-        Rule(require="size * 2 % variant == 0", where="theta"),
+        Rule(
+            require="group % 2 == 0",
+            where="group",
+            error="Malformed",
+            meaning="the outputs of a group do not go in pairs",
+        ),
+        Rule(require="size * 2 % variant == 0", where="theta", meaning="the angles are not those of whole pairs"),
         Rule(define="out", value="size * 2 // variant", where="theta"),
     )
 

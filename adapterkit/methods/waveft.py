@@ -26,7 +26,13 @@ class WaveFT(Coefficients):
     frozen: ClassVar[frozenset[str]] = frozenset({"index", "low_pass"})
     rules: ClassVar[tuple[Rule, ...]] = (
         *Coefficients.rules,
-        Rule(require="taps >= 2 and taps % 2 == 0", when="has(low_pass)", where="low_pass", error="Malformed"),
+        Rule(
+            require="taps >= 2 and taps % 2 == 0",
+            when="has(low_pass)",
+            where="low_pass",
+            error="Malformed",
+            meaning="a wavelet's filter has an even number of taps",
+        ),
     )
 
     low_pass: Tensor | None = tensor("taps", optional=True)

@@ -28,7 +28,14 @@ class XLoRA(Routed):
         ((), ("A", "B", "strengths")),
         ((), ("first", "first_bias"), ("first", "first_bias", "inner", "inner_bias")),
     )
-    rules: ClassVar[tuple[Rule, ...]] = (Rule(require="(place + 1) * experts <= logits", when="has(A)", where="last"),)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            require="(place + 1) * experts <= logits",
+            when="has(A)",
+            where="last",
+            meaning="there are no logits for this place",
+        ),
+    )
 
     A: Tensor | None = tensor("experts r in", optional=True)
     B: Tensor | None = tensor("experts out r", optional=True)

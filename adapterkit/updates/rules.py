@@ -37,6 +37,7 @@ class Rule:
         when: the rule holds only if this expression is true; empty means always.
         where: field or attribute that an error names.
         error: class of the error, `ShapeMismatch` or `Malformed`.
+        meaning: what it means that the rule does not hold, in plain words.
     """
 
     require: str = ""
@@ -45,6 +46,7 @@ class Rule:
     when: str = ""
     where: str = ""
     error: str = "ShapeMismatch"
+    meaning: str = ""
 
 
 def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
@@ -70,6 +72,7 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
         elif not _compiled(rule.require)(names):
             known = ", ".join(f"{name}={names.value(name)}" for name in names_in(rule.require))
             why = f"{rule.require} does not hold" + (f" with {known}" if known else "")
+            why = f"{rule.meaning} ({why})" if rule.meaning else why
             raise getattr(errors, rule.error)(why, where=rule.where or None, cure=_AGAIN)
 
 

@@ -95,7 +95,10 @@ def _spelled(pairs: Pairs, experts: int, promote: bool) -> tuple[dict[str, Lazy]
     apart = [name for name, held in stacks.items() if _shared(name, held) is None]
     if apart and not promote:
         items = [f"{name}: its experts have {'B' if _writes(name) else 'A'} of their own" for name in apart]
-        cure = "Allow ranks to grow with on_loss='promote', which is exact, or write peft with --profile sglang"
+        cure = (
+            "Allow ranks to grow with on_loss='promote'/--on-loss promote, which is exact, or write peft with "
+            "--profile sglang"
+        )
         raise Unrepresentable("this layout has one outer factor for all experts", items=items, cure=cure)
     wide = rank * max([counts[name] for name in apart], default=1)
     tensors: dict[str, Lazy] = {}

@@ -156,7 +156,7 @@ def _base(base: Checkpoint | None, path: str) -> tuple[Any, Any]:
     import numpy as np
 
     if base is None:
-        raise UsageError(f"{_WHY}, which the file does not hold", where=path, cure="Pass base=")
+        raise UsageError(f"{_WHY}, which the file does not hold", where=path, cure="Pass base=/--base")
     tensors = base.tensors
     weight = tensors.get(f"{path}.weight")
     if weight is None or len(weight.shape) != 2 or weight.dtype.name not in NEAR:
