@@ -51,7 +51,7 @@ def one_alpha(
     from .peft.alphas import exact_alpha
 
     def rank(update: Pair) -> int:
-        return int(update.A.shape[-2])  # of a matrix or of a stack of them
+        return int(update.B.shape[-1])  # B alone has no kernel behind its rank, and stacks have experts before it
 
     return one_number(
         pairs, lambda u: exact_alpha((rank(u), u.scaling), False), lambda alpha, u: alpha / rank(u),

@@ -103,7 +103,7 @@ def _has(family: Architecture, path: str) -> bool:
 
 def _rank(update: Pair) -> int:
     """The rank, of one update or of a stack of them."""
-    return int(update.A.shape[-2])
+    return int(update.B.shape[-1])
 
 
 def _exact_alpha(update: Pair) -> float | None:

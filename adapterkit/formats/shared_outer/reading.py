@@ -98,9 +98,12 @@ def _experts(
     if found is None:
         raise Malformed("a factor with three axes at no experts", where=name, cure=DAMAGED)
     shapes = {field: leaf.shape for field, leaf in slots.items()}
+    # An axis of size 0 takes no bytes, so that a small file could claim any number of experts.
+    if any(len(shape) != 3 or 0 in shape for shape in shapes.values()):
+        raise ShapeMismatch(f"factors of {shapes}", where=name, cure=DAMAGED)
     counts = {shape[0] for shape in shapes.values()} | ({len(numbered)} if numbered else set())
     count = max(counts)
-    if any(len(shape) != 3 for shape in shapes.values()) or counts - {1, count}:
+    if counts - {1, count}:
         raise ShapeMismatch(f"factors of {shapes}", where=name, cure=DAMAGED)
     if count == 1:
         count = expert_count(None if base is None else base.config)

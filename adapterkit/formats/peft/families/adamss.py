@@ -106,7 +106,9 @@ class AdamssFamily(Family):
         own = Fields(**{name: numbers[name] for name in ("r", "num_subspaces", "random_seed")})
         for target, found in updates.items():
             for update in found:
-                if isinstance(update, AdaMSS) and not target.stacked:
+                if isinstance(update, AdaMSS) and target.stacked:
+                    yield target, "adamss on a stack of experts"
+                elif isinstance(update, AdaMSS):
                     why = _unproven(own, target.path, update, base)
                     if update.seed != own.random_seed:
                         why = "another seed than the others': a config has one for all modules"
