@@ -98,6 +98,8 @@ def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> Outcome:
             why = f"place {line.get('where')!r} does not name {wanted['where']!r}"
     elif not line.get("ok"):
         why = f"refused: {line.get('error')} at {line.get('where')!r}"
+    elif "tensors" in wanted and line.get("tensors") != wanted["tensors"]:
+        why = f"tensors {line.get('tensors')} instead of {wanted['tensors']}"
     elif line.get("digest") != wanted.get("digest", line.get("digest")):
         why = f"digest {line.get('digest')} instead of {wanted['digest']}"
     return Outcome(case["case"], tuple(case["requirements"]), case["verb"], not why, why)

@@ -19,7 +19,7 @@ import formats
 import invalid
 import methods
 import numpy as np
-from extra import canonical, digests, merges, valid
+from extra import canonical, digests, folders, merges, valid
 from index import index
 from safetensors.numpy import load
 from vector import vectors
@@ -75,6 +75,8 @@ def extra_files() -> Iterator[tuple[str, bytes]]:
     yield "vectors/canonical.json", (json.dumps(canonical(), indent=1, ensure_ascii=True) + "\n").encode()
     yield "vectors/digests.json", (json.dumps(dict(digests(SPEC)), indent=1) + "\n").encode()
     yield from ((f"vectors/valid/{name}.safetensors", data) for name, data in valid().items())
+    for folder, files in folders().items():
+        yield from ((f"vectors/folders/{folder}/{name}", data) for name, data in files.items())
     yield from ((f"vectors/merges/{name}.safetensors", data) for name, data in merges().items())
 
 

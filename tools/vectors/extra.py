@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from container import Stored, layout, native, pack, stored
+from container import Stored, layout, native, numbers, pack, stored
 from invalid.case import LORA, RECORD, TENSORS
 
 VALUES: list[tuple[Any, str]] = [
@@ -37,6 +37,8 @@ def digests(spec: Path) -> Iterator[tuple[str, str]]:
     entries = {path.stem: tomllib.loads(path.read_text("utf-8")) for path in (spec / "methods").glob("*.toml")}
     for file in sorted((spec / "vectors" / "methods").glob("*.adapter.safetensors")):
         yield file.name.removesuffix(".adapter.safetensors"), _digest(file.read_bytes(), entries)
+    for name, data in valid().items():
+        yield name, _digest(data, entries)
 
 
 def _digest(data: bytes, entries: dict[str, Any]) -> str:
@@ -67,11 +69,33 @@ def _name(target: dict[str, Any]) -> str:
 
 
 def valid() -> dict[str, bytes]:
-    """Records that a reader of 1.1 must accept: one of a newer MINOR with an unknown field, and the oldest version."""
-    newer = RECORD | {"version": "1.9999", "colour": {"hue": [1, 2.5]}}
+    """Records at the edges of what a reader of 1.1 must accept."""
+    kept = RECORD | {"foreign": {"format": "x", "data": {}, "tensors": {"rest": "x.rest"}}}
+    deep: dict[str, Any] = {}
+    for _ in range(59):
+        deep = {"inside": deep}
     return {
-        "newer_minor": native(newer, TENSORS),
+        "newer_minor": native(RECORD | {"version": "1.9999", "colour": {"hue": [1, 2.5]}}, TENSORS),
         "oldest_version": native({"version": "1.0", "updates": [LORA]}, TENSORS),
+        "foreign_tensor": native(kept, TENSORS | {"x.rest": stored(numbers("valid.rest", 2), "F32")}),
+        "deep": native(RECORD | {"recipe": [{"op": "x", "args": deep}]}, TENSORS),
+        "integer_scaling": native(RECORD | {"updates": [LORA | {"attributes": {"scaling": 2}}]}, TENSORS),
+    }
+
+
+def folders() -> dict[str, dict[str, bytes]]:
+    """Base folders that a reader must open."""
+    one, two = (pack(*layout({f"{n}.weight": stored(numbers(f"base.{n}", 2, 2), "F32")})) for n in "ab")
+    first, second = "model-1.safetensors", "model-2.safetensors"
+    index = json.dumps({"metadata": None, "weight_map": {"a.weight": first, "b.weight": second}}).encode()
+    shards = {"model.safetensors.index.json": index, first: one, second: two}
+    return {
+        "single": {"model.safetensors": one},
+        "single_beside_others": {"model.safetensors": one, "other.safetensors": two},
+        "indexed": shards,
+        "indexed_beside_others": {**shards, "other.safetensors": one},
+        "named_otherwise": {"weights.safetensors": one},
+        "config_with_nan": {"model.safetensors": one, "config.json": b'{"limit": NaN, "most": Infinity}'},
     }
 
 

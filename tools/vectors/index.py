@@ -52,23 +52,23 @@ INVALID = {
     "R-7.4": ["target_in_two_places"],
     "R-7.5": [
         "attribute_bool", "attribute_huge", "attribute_list", "attribute_null", "attribute_text", "attribute_word",
-        "attribute_below", "attribute_above", "attribute_zero",
+        "attribute_below", "attribute_above", "attribute_zero", "attribute_true",
     ],
-    "R-7.6": ["path_empty", "context_with_rows"],
+    "R-7.6": ["path_empty", "context_with_layout", "context_with_rows"],
     "R-7.7": ["layout_unknown"],
     "R-7.8": ["rows_none", "rows_reversed"],
     "R-7.9": ["output_before_weight"],
     "R-8.1": ["factor_one_axis", "factor_three_axes", "factors_disagree", "index_two_axes"],
-    "R-8.2": ["rows_not_as_many_as_outputs", "updates_disagree"],
+    "R-8.2": ["rows_not_as_many_as_outputs", "updates_disagree", "updates_disagree_in_inputs"],
     "R-8.3": ["factor_bool", "factor_complex", "factor_integer", "index_bool", "index_float"],
     "R-8.4": ["experts_disagree", "layout_stacked_without_experts"],
     "R-9.1": ["dense_neither", "ia3_both", "ia3_neither", "oft_neither", "replacement_neither"],
     "R-9.2": ["rule_of_blocks", "rule_of_fields", "rule_of_shapes", "rule_that_defines"],
     "R-10.1": ["nan_*", "infinity_*"],
-    "R-10.2": ["index_negative", "index_twice"],
+    "R-10.2": ["index_beyond", "index_negative", "index_twice", "pair_twice"],
     "R-12.1": ["no_weights", "two_files_no_index", "index_and_whole"],
-    "R-12.2": ["index_list", "index_map_empty", "index_map_numbers", "index_not_json", "index_without_map",
-               "index_key_twice"],
+    "R-12.2": ["index_list", "index_metadata_list", "index_map_empty", "index_map_numbers", "index_not_json",
+               "index_without_map", "index_key_twice"],
     "R-12.3": [
         "index_absolute", "index_backslash", "index_climbs", "index_climbs_inside", "index_drive", "index_file_url",
         "index_name_empty", "index_nul", "index_url",
@@ -86,7 +86,7 @@ PROVENANCE = "made by tools/vectors, from formulas in float64 of their own"
 
 def index(spec: Path, version: str) -> bytes:
     """The content of vectors/index.json, for what lies under `spec`."""
-    cases = [*_methods(spec), *_invalid(spec), *_canonical(spec), *_merges(spec), *_valid(spec)]
+    cases = [*_methods(spec), *_invalid(spec), *_canonical(spec), *_merges(spec), *_valid(spec), *_folders(spec)]
     head = {"version": version, "licence": "Apache-2.0", "cases": sorted(cases, key=lambda case: str(case["case"]))}
     return (json.dumps(head, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -135,9 +135,22 @@ def _merges(spec: Path) -> Iterator[dict[str, Any]]:
 
 
 def _valid(spec: Path) -> Iterator[dict[str, Any]]:
-    rules = {"newer_minor": ["R-6.6"], "oldest_version": ["R-6.7"]}
+    rules = {
+        "deep": ["R-4.4"], "foreign_tensor": ["R-7.3"], "integer_scaling": ["R-7.5", "R-11.1"],
+        "newer_minor": ["R-6.6"], "oldest_version": ["R-6.7"],
+    }  # fmt: skip
     for file in sorted((spec / "vectors" / "valid").glob("*.safetensors")):
-        yield _case(spec, f"valid/{file.stem}", "check", rules[file.stem], [file], {"ok": True})
+        expected = {"digest": _digest(spec, file.stem)}
+        yield _case(spec, f"valid/{file.stem}", "check", rules[file.stem], [file], expected)
+
+
+def _folders(spec: Path) -> Iterator[dict[str, Any]]:
+    for folder in sorted((spec / "vectors" / "folders").iterdir()):
+        names = ("a.weight", "b.weight") if folder.name.startswith("indexed") else ("a.weight",)
+        rules = ["R-12.5"] if folder.name.startswith("config") else ["R-12.1", "R-12.4"]
+        expected = {"tensors": {name: ["F32", [2, 2]] for name in names}}
+        case = _case(spec, f"folders/{folder.name}", "base", rules, sorted(folder.iterdir()), expected)
+        yield {**case, "path": folder.relative_to(spec / "vectors").as_posix()}
 
 
 def _case(

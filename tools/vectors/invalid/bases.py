@@ -51,7 +51,10 @@ def _indexes() -> Iterator[Invalid]:
     yield _index("index_tensor_unlisted", "c.weight", whole, second=pack(*layout({
         "b.weight": stored(numbers("base.b", 2, 2), "F32"), "c.weight": stored(numbers("base.c", 2), "F32"),
     })))  # fmt: skip
-    yield _index("index_tensor_twice", "a.weight", whole | {"b.weight": SECOND}, second=ONE)
+    yield _index("index_tensor_twice", "a.weight", whole, second=pack(*layout({
+        "a.weight": stored(numbers("base.a", 2, 2), "F32"), "b.weight": stored(numbers("base.b", 2, 2), "F32"),
+    })))  # fmt: skip
+    yield _index("index_metadata_list", "metadata", text({"metadata": [], "weight_map": whole}).encode())
     yield _index("index_shards_swapped", "a.weight", {"a.weight": SECOND, "b.weight": FIRST})
     yield _index("index_not_json", "", b'{"weight_map": ')
     yield _index("index_list", "", b"[]")

@@ -147,6 +147,11 @@ def _rules() -> Iterator[Invalid]:
     yield Invalid("attribute_word", _with("oft", {"side": "top"}, square=square), "Unsupported", "q: oft.side")
     yield Invalid("attribute_below", _with("oft", {"terms": -1}, square=square), where="q: oft.terms")
     yield Invalid("attribute_above", _with("oft", {"terms": 101}, square=square), where="q: oft.terms")
+    yield Invalid("attribute_true", _with("oft", {"terms": True}, square=square), where="q: oft.terms")
+    wide = {"q.A": TENSORS["q.A"], "q.B": TENSORS["q.B"], "k.A": stored(numbers("invalid.kA", 2, 5), "F32")}
+    other = LORA | {"tensors": {"A": "k.A", "B": "q.B"}}
+    both = native({"version": "1.0", "updates": [LORA, other]}, wide)
+    yield Invalid("updates_disagree_in_inputs", both, "ShapeMismatch", "q: lora")
     experts = {"A": (2, 1, 4), "B": (2, 3, 1), "prototypes": (2, 4), "strengths": (2,)}
     routed = {field: stored(numbers(f"invalid.{field}", *shape), "F32") for field, shape in experts.items()}
     yield Invalid("attribute_zero", _with("arrow", {"temperature": 0.0}, **routed), where="q: arrow.temperature")
@@ -155,6 +160,10 @@ def _rules() -> Iterator[Invalid]:
     rows = {"target": {"path": "", "rows": [0, 1]}, "method": "prompt", "version": 1, "tensors": {"P": "P"}}
     prompt = {"version": "1.0", "updates": [rows | {"attributes": {}}]}
     yield Invalid("context_with_rows", native(prompt, {"P": stored(numbers("invalid.P", 2, 4), "F32")}), where="layout")
+    turned = {"target": {"path": "", "layout": "in out *k"}, "method": "prompt", "version": 1, "tensors": {"P": "P"}}
+    prompt = {"version": "1.0", "updates": [turned | {"attributes": {}}]}
+    P = {"P": stored(numbers("invalid.P", 2, 4), "F32")}
+    yield Invalid("context_with_layout", native(prompt, P), where="layout")
     A, B = stored(numbers("invalid.gA", 3, 4, 1, 1), "F32"), stored(numbers("invalid.gB", 4, 2), "F32")
     yield Invalid("rule_of_shapes", _with("grouped_lora", {}, A=A, B=B), "ShapeMismatch", "q: grouped_lora.B")
     turned = _with("oft", {"side": "in"}, pairs=pairs, rescale=three)
@@ -228,6 +237,12 @@ def _values() -> Iterator[Invalid]:
         content = _with("rows", {}, index=stored(np.array(positions), "I64"), values=values)
         return Invalid(name, content, where="q: rows.index", stage="values")
 
+    def pairs(name: str, rows: list[int], columns: list[int]) -> Invalid:
+        spectrum = stored(numbers("invalid.spectrum", len(rows)), "F32")
+        sizes = {"outputs": 3, "inputs": 4}
+        content = _with("fourierft", sizes, index=stored(np.array([rows, columns]), "I64"), spectrum=spectrum)
+        return Invalid(name, content, where="q: fourierft.index", stage="values")
+
     yield factor("nan_f64", "F64", 0x7FF8 << 48, 8)
     yield factor("infinity_f64", "F64", 0xFFF0 << 48, 8)
     yield factor("nan_f32", "F32", 0x7F800001, 4)
@@ -239,4 +254,9 @@ def _values() -> Iterator[Invalid]:
     yield factor("nan_f8_e4m3", "F8_E4M3", 0xFF, 1)
     yield factor("infinity_f8_e5m2", "F8_E5M2", 0x7C, 1)
     yield index("index_negative", 1, -1)
+    yield factor("nan_f8_e8m0", "F8_E8M0", 0xFF, 1)
+    yield factor("nan_f8_e4m3fnuz", "F8_E4M3FNUZ", 0x80, 1)
+    yield factor("nan_f8_e5m2fnuz", "F8_E5M2FNUZ", 0x80, 1)
+    yield pairs("index_beyond", [0, 3], [1, 1])
+    yield pairs("pair_twice", [0, 2, 0], [1, 1, 1])
     yield index("index_twice", 1, 1)
