@@ -133,6 +133,11 @@ def _read_back(name: str, writer: Format, asked: Adapter, path: Path, base: Chec
         if base is None and isinstance(error, UsageError):
             why = f"without the base {name} cannot read back what it writes, so that nothing proves it: {error.why}"
             raise UsageError(why, where=error.where, cure="Give the base by base= or --base") from error
+        if base is not None:
+            # An adapter that does not fit this base is no fault of the writer either; the reader binds what it reads.
+            from ..binding import bind
+
+            bind(asked, base)
         raise Miswritten(f"{name} cannot read what it wrote: {error.why}", where=error.where, cure=_REPORT) from error
 
 

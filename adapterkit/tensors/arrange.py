@@ -209,18 +209,26 @@ def zeros(shape: tuple[int, ...], dtype: DType) -> Lazy:
 def times(leaf: Lazy, factor: float) -> Lazy:
     """The tensor times a number: computed in float64, rounded once to the tensor's own type.
 
-    Reading it raises `Malformed` where a product of a finite number is too large for the type.
+    Reading it raises `Malformed` where a product of a finite number is too large for the type, or where all products
+    are so small that it holds them with fewer digits, or as zeros.
     """
+    cure = "Write a format that keeps the scaling apart, such as adapterkit's own"
 
     def fetch() -> memoryview:
+        import ml_dtypes
         import numpy as np
 
-        with np.errstate(over="ignore"):
-            made = (as_array(leaf).astype("f8") * factor).astype(leaf.dtype.array)
+        with np.errstate(over="ignore", under="ignore"):
+            exact = as_array(leaf).astype("f8") * factor
+            made = exact.astype(leaf.dtype.array)
         place = first_in(made.view(leaf.dtype.numpy), leaf.dtype)
         if place is not None and first_not_finite(leaf) is None:
             why = f"a scaling of {factor:g} takes the number at {list(place)} beyond what {leaf.dtype} holds"
-            raise Malformed(why, cure="Write a format that keeps the scaling apart, such as adapterkit's own")
+            raise Malformed(why, cure=cure)
+        largest = float(np.abs(exact).max(initial=0))
+        if 0 < largest < float(ml_dtypes.finfo(leaf.dtype.array).smallest_normal):
+            why = f"a scaling of {factor:g} makes all numbers smaller than {leaf.dtype} holds with all its digits"
+            raise Malformed(why, cure=cure)
         return bytes_of(made)
 
     return Lazy(leaf.shape, leaf.dtype, fetch)
