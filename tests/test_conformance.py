@@ -150,3 +150,18 @@ def test_the_smallest_reader_merges_lora(tmp_path):
                 merged[name], expected[f"{path}.merged.{leaf}"], rtol=0, atol=1e-12, err_msg=name
             )
     assert len((SPEC / "readers/minimal.py").read_text("utf-8").splitlines()) < 80
+
+
+def test_the_page_s_file_is_what_it_says(tmp_path):
+    """Appendix A, built from its own lines, merges as appendix B says."""
+    page = (SPEC / "README.md").read_text("utf-8").partition("## Appendix A")[2]
+    record = re.search(r"^    (\{.*\})$", page, re.MULTILINE)[1]
+    assert int(re.search(r"canonical, (\d+) bytes", page)[1]) == len(record)
+    assert canonical(json.loads(record)) == record
+    save_file(
+        {"q.A": np.array([[1, 2]], "f4"), "q.B": np.array([[3], [4]], "f4")}, tmp_path / "a.safetensors",
+        {"adapterkit": record},
+    )  # fmt: skip
+    save_file({"q.weight": np.eye(2, dtype="f4")}, tmp_path / "base.safetensors")
+    ak.merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["q.weight"].tolist() == [[2.5, 3], [2, 5]]
