@@ -226,7 +226,8 @@ def times(leaf: Lazy, factor: float) -> Lazy:
             why = f"a scaling of {factor:g} takes the number at {list(place)} beyond what {leaf.dtype} holds"
             raise Malformed(why, cure=cure)
         largest = float(np.abs(exact).max(initial=0))
-        if 0 < largest < float(ml_dtypes.finfo(leaf.dtype.array).smallest_normal):
+        limits: Any = ml_dtypes.finfo
+        if 0 < largest < float(limits(leaf.dtype.array).smallest_normal):
             why = f"a scaling of {factor:g} makes all numbers smaller than {leaf.dtype} holds with all its digits"
             raise Malformed(why, cure=cure)
         return bytes_of(made)
