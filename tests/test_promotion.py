@@ -31,7 +31,8 @@ THIN = [
 def placed(name, method, folder):
     """An adapter of the method's matrices as layers of a model, the model, and the change expected of each layer."""
     # A residual may be a whole matrix, which is no product of factors.
-    found = [each for each in cases(method, "f4" if name == "tensorrt_llm" else "f8") if "D" not in each[0].tensors]
+    found = list(cases(method, "f4" if name == "tensorrt_llm" else "f8"))
+    found = [each for each in found if method != "residual" or "D" not in each[0].tensors]
     # AdapterHub has one rank and one scaling for all.
     own = found[:1] if name == "adapterhub" else found
     adapter, base, merged = model(own, IMAGE if name in OF_IMAGES else LANGUAGE, folder)

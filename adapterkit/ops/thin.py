@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Malformed
 from .lowering import Delta
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def core(deltas: Sequence[Delta]) -> Core:
     right, R_A = np.linalg.qr(np.vstack([delta.A for delta in deltas]).T)
     ends = np.cumsum([delta.rank for delta in deltas])
     spans = [slice(end - delta.rank, end) for end, delta in zip(ends, deltas, strict=True)]
-    return Core(left, tuple(R_B[:, span] @ R_A[:, span].T for span in spans), right.T)
+    with np.errstate(over="ignore", invalid="ignore"):
+        cores = tuple(R_B[:, span] @ R_A[:, span].T for span in spans)
+    return Core(left, _finite(cores), right.T)
 
 
 def whole_core(deltas: Sequence[Delta]) -> Core:
@@ -50,7 +53,21 @@ def whole_core(deltas: Sequence[Delta]) -> Core:
     if all(delta.rest is None for delta in deltas):
         return core(deltas)
     out, columns = deltas[0].shape
-    return Core(np.eye(out), tuple(delta.dense() for delta in deltas), np.eye(columns))
+    return Core(np.eye(out), _finite(tuple(delta.dense() for delta in deltas)), np.eye(columns))
+
+
+def _finite(cores: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The cores, if their numbers are finite: decompositions do not converge on others.
+
+    Raises:
+        Malformed: factors are so large that their product is not.
+    """
+    import numpy as np
+
+    if all(np.isfinite(core).all() for core in cores):
+        return cores
+    why = "a change whose numbers are too large for float64"
+    raise Malformed(why, cure="Use an earlier checkpoint: the training diverged, or the file is damaged")
 
 
 def svd(delta: Delta) -> tuple[Array, Array, Array]:
