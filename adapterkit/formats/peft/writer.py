@@ -56,7 +56,7 @@ def encode(
     whole, twice = with_one_lora(whole)
     joined += twice
     updates, lines = expressible(
-        _as_stored(whole), lambda held: (*find_losses(held, base, by_formula), *_guesses(held, hints, base)),
+        _as_stored(whole), lambda held: [*find_losses(held, base, by_formula)] or _guesses(held, hints, base),
         dialect="PEFT", place="a PEFT file", on_loss=on_loss,
     )  # fmt: skip
     peft_type = _peft_type(updates, hints)
