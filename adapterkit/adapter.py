@@ -295,7 +295,7 @@ _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",",
 
 @lru_cache(maxsize=1 << 10)
 def _tensor_head(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What a digest says of a tensor before its bytes."""
+    """Return the part of a digest that stands before the bytes of a tensor."""
     return canonical([name, dtype, shape]).encode()
 
 

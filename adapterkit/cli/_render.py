@@ -119,7 +119,7 @@ def _aligned(table: Table) -> list[str]:
 
 
 def _cells(values: Sequence[Any]) -> list[str]:
-    """What a column shows; tables of tens of thousands of rows have few different values in most columns."""
+    """Return the text of each cell of a column. Equal values are rendered once: long tables have few different ones."""
     known: dict[tuple[type, Any], str] = {}
     texts = []
     for value in values:

@@ -138,7 +138,7 @@ def _without_alpha(adapter: Adapter) -> int:
 
 
 def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error: Exception) -> dict[str, Any]:
-    """What the keys alone tell of an adapter whose names need a base, or whose format is not known."""
+    """Return the record of an adapter that is known by its keys alone: its names need a base, or its format is unknown."""
     return {
         "kind": "adapter", "path": src, "format": None, "why": str(error),
         "modules": {

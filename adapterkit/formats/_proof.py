@@ -93,7 +93,7 @@ def prove(
 
 
 def _named(line: str) -> Iterator[str]:
-    """What a line may name as left out: its words, and all that stands before a colon, since names may have spaces."""
+    """Yield the names that a line may report: each word, and each text before a colon, since names may have spaces."""
     yield from (word.rstrip(":") for word in line.split())
     *ends, _ = line.removeprefix(LEFT_OUT).strip().split(": ")
     for count in range(len(ends)):

@@ -44,7 +44,7 @@ Rule = Callable[["Update", LayerFacts], "Update"]
 
 
 def _rules(recipe: Sequence[Step]) -> list[Rule]:
-    """What the formats that an adapter was read from say of single layers."""
+    """Return the facts about single layers that the source formats of an adapter recorded."""
     names = {
         str(step.args.get("format"))
         for step in recipe

@@ -72,7 +72,7 @@ def origin_of(adapter: Adapter, base: Checkpoint | None) -> Origin:
 
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
-    """What the files that an adapter was made from say of themselves."""
+    """Return the metadata of the files that an adapter was made from."""
     pairs = None if adapter.foreign is None else adapter.foreign.data.get("metadata")
     own = {str(key): str(value) for key, value in pairs} if isinstance(pairs, (list, tuple)) else {}
     return {**metadata_of(adapter), **own}
