@@ -138,7 +138,7 @@ def _without_alpha(adapter: Adapter) -> int:
 
 
 def _unresolved_record(modules: Mapping[str, Mapping[str, Any]], src: str, error: Exception) -> dict[str, Any]:
-    """Return the record of an adapter that is known by its keys alone: its names need a base, or its format is unknown."""
+    """Return the record of an adapter of which only the keys are known: no base, or an unknown format."""
     return {
         "kind": "adapter", "path": src, "format": None, "why": str(error),
         "modules": {
