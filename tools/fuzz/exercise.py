@@ -93,12 +93,12 @@ class Exercise:
         before, start = sorted(self.out.rglob("*")), peak(reset=True)
         failed = False
         result = None
-        seen = self.sandbox.seen
+        seen: list[str] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # The handlers are outside `watch`: its timer must not interrupt the one that records a finding.
             try:
-                with self.sandbox.watch():
+                with self.sandbox.watch() as seen:
                     result = step()
             except AdapterkitError as error:
                 failed = True
