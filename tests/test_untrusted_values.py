@@ -21,6 +21,7 @@ from adapterkit.errors import (
 from adapterkit.formats import FORMATS
 from adapterkit.formats._pairs import finite, whole_rank
 from adapterkit.methods.lora import LoRA
+from adapterkit.methods.nola import NOLA
 from adapterkit.tensors.checkpoint import open_checkpoint
 from adapterkit.tensors.lazy import from_numpy
 
@@ -177,3 +178,47 @@ def test_a_change_whose_squared_norm_is_no_float_is_merged(tmp_path):
     report = ak.merge(tmp_path / "base.safetensors", big, tmp_path / "out.safetensors", device="cpu")
     assert np.array_equal(load_file(tmp_path / "out.safetensors")["q.weight"], np.full((3, 4), 2e200))
     assert report.norms["q.weight"][0] > 1e154
+
+
+VERBS = {
+    "merge": lambda good, bad, folder: ak.merge(folder / "base.safetensors", [good, bad], folder / "out"),
+    "linear": lambda good, bad, folder: ak.write(
+        ak.ops.combine([good, bad], method="linear"), folder / "out", format="peft"
+    ),
+    "ties": lambda good, bad, _: ak.ops.combine([good, bad], method="ties", rank=2),
+    "resize": lambda _, bad, __: ak.ops.resize(bad, rank=1),
+    "compare": lambda good, bad, _: ak.ops.compare(good, bad),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_number_that_is_not_finite_is_named_with_the_file_that_holds_it(tmp_path, verb):
+    save_file({"q.weight": np.zeros((3, 4), "f4")}, tmp_path / "base.safetensors")
+    ak.write(lora(), tmp_path / "good", format="peft")
+    ak.write(lora(), tmp_path / "bad", format="peft")
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if "lora_B" in key)
+    tensors[key][1, 0] = np.nan
+    save_file(tensors, file)
+    good, bad = ak.read(tmp_path / "good"), ak.read(tmp_path / "bad")
+    with pytest.raises(Malformed, match=r"NaN or an infinity at \[1, 0\]") as raised:
+        VERBS[verb](good, bad, tmp_path)
+    assert raised.value.path == str(file)
+
+
+@pytest.mark.parametrize("verb", ["ties", "resize", "compare"])
+def test_a_change_whose_squared_norm_is_no_float_is_refused_where_it_is_squared(verb):
+    adapter = lora()
+    big = adapter.replace(updates={Target("q"): tuple(u.replace(scaling=1e200) for u in adapter.updates[Target("q")])})
+    with pytest.raises(Malformed, match="too large for float64"):
+        VERBS[verb](adapter, big, None)
+
+
+def test_nola_without_random_matrices_is_the_matrix_that_was_there_before(tmp_path):
+    none = {"alpha": np.zeros(0, "f4"), "beta": np.zeros(0, "f4")}
+    bases = {"A_bases": np.zeros((0, 0, 4), "f4"), "B_bases": np.zeros((0, 3, 0), "f4")}
+    update = NOLA(**{name: from_numpy(value) for name, value in (none | bases).items()})
+    save_file({"q.weight": np.ones((3, 4), "f4")}, tmp_path / "base.safetensors")
+    ak.merge(tmp_path / "base.safetensors", Adapter({Target("q"): (update,)}), tmp_path / "out.safetensors")
+    assert np.array_equal(load_file(tmp_path / "out.safetensors")["q.weight"], np.ones((3, 4), "f4"))
