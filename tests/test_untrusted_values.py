@@ -12,6 +12,7 @@ from adapterkit.adapter import Adapter, BaseRef, Foreign, Step, Target, check_js
 from adapterkit.errors import (
     AdapterkitError,
     Malformed,
+    ShapeMismatch,
     TargetNotFound,
     Unrepresentable,
     Unsupported,
@@ -21,6 +22,7 @@ from adapterkit.errors import (
 from adapterkit.formats import FORMATS
 from adapterkit.formats._pairs import finite, whole_rank
 from adapterkit.methods.lora import LoRA
+from adapterkit.methods.lora_xs import LoRAXS
 from adapterkit.methods.nola import NOLA
 from adapterkit.tensors.checkpoint import open_checkpoint
 from adapterkit.tensors.lazy import from_numpy
@@ -222,3 +224,17 @@ def test_nola_without_random_matrices_is_the_matrix_that_was_there_before(tmp_pa
     save_file({"q.weight": np.ones((3, 4), "f4")}, tmp_path / "base.safetensors")
     ak.merge(tmp_path / "base.safetensors", Adapter({Target("q"): (update,)}), tmp_path / "out.safetensors")
     assert np.array_equal(load_file(tmp_path / "out.safetensors")["q.weight"], np.ones((3, 4), "f4"))
+
+
+def test_a_formula_that_cannot_be_computed_is_a_typed_error_with_the_file(tmp_path):
+    """A rank of 0 passes the check of shapes; not every formula has a value for it."""
+    save_file({"q.weight": np.ones((3, 4), "f4")}, tmp_path / "base.safetensors")
+    update = LoRAXS(
+        A=from_numpy(np.zeros((0, 4), "f4")), B=from_numpy(np.zeros((3, 0), "f4")), R=from_numpy(np.zeros((0, 0), "f4"))
+    )
+    ak.write(Adapter({Target("q"): (update,)}), tmp_path / "adapter.safetensors")
+    adapter = ak.read(tmp_path / "adapter.safetensors")
+    with pytest.raises(ShapeMismatch, match="formula of lora_xs cannot be computed") as raised:
+        ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
+    assert raised.value.path == str(tmp_path / "adapter.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
