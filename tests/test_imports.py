@@ -29,6 +29,7 @@ LAYERS = [
     {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},
+    {"destination"},
     {"api"},
     {"cli"},
     {"__main__"},
