@@ -31,7 +31,7 @@ LAYERS = [
     {"hub"},
     {"destination"},
     {"api"},
-    {"cli"},
+    {"cli", "testing"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
