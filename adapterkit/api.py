@@ -72,7 +72,8 @@ def convert(
         >>> adapterkit.convert("lora", "lora.gguf", to="gguf", base="base")  # doctest: +SKIP
     """
     if match_base and base is None:
-        raise UsageError("--match-base requires --base", cure="Pass base=/--base, or leave match_base=/--match-base out")
+        cure = "Pass base=/--base, or leave match_base=/--match-base out"
+        raise UsageError("--match-base requires --base", cure=cure)
     if to not in FORMATS:
         raise UsageError(f"unknown format {to!r}", where="to", cure=nearest(to, FORMATS) or _known(FORMATS))
     source, out = os.fspath(src), os.fspath(dst)
