@@ -249,3 +249,12 @@ def test_a_change_below_float32_is_promoted_to_none(tmp_path):
     lines = ak.write(adapter, tmp_path / "out", format="peft", on_loss="promote")
     assert any("LoRA" in line for line in lines)
     assert float(ak.read(tmp_path / "out").delta("q").abs().max()) < 1e-37
+
+
+def test_an_error_of_many_items_is_no_longer_than_a_screen():
+    items = [f"model.layers.{n}.self_attn.q_proj.{'x' * 60}: a reason" for n in range(150)]
+    text = str(Unrepresentable("no words for these updates", items=items, path="x", cure="Drop them"))
+    shown = sum(item in text for item in items)
+    assert len(text) < 4000
+    assert shown > 20
+    assert f"and {150 - shown} more lines" in text
