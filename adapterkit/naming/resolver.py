@@ -490,9 +490,25 @@ def _exchanged(
     if len(full) > 1:
         full = [on for on in full if all(fits(target, _swap(name, off, on)) for target, name in group)] or full
     if len(full) > 1:
+        full = _keeping_words(off, full) or full
+    if len(full) > 1:
         target, name = group[0]
         raise _ambiguous(target, [_swap(name, off, on) for on in full])
     return full[0] if full else None
+
+
+def _keeping_words(off: str, candidates: Sequence[str]) -> list[str]:
+    """The candidate that only drops or adds words, where every other one loses a word of `off` that this one keeps.
+
+    Video-LLaVA has two towers of one shape: `image_tower.vision_model.` is `image_tower.`, and not `video_tower.`.
+    """
+    words = off.split(".")[:-1]
+    kept = {on: [word for word in words if word in on.split(".")] for on in candidates}
+    plain = [on for on in candidates if kept[on] in (words, on.split(".")[:-1])]
+    if len(plain) != 1 or not set(kept[plain[0]]) - {"model", "transformer"}:
+        return []
+    others = (set(kept[on]) for on in candidates if on != plain[0])
+    return plain if all(set(kept[plain[0]]) - other for other in others) else []
 
 
 def _tried(
