@@ -276,7 +276,7 @@ def whole(family, naming):
 
     sizes, architecture = {}, family.architecture
     for weight in architecture.record.weights:
-        place, native = architecture.place(weight, naming), architecture.place(weight, "native")
+        place, native = (architecture.place(weight, each) for each in (naming, family.wanted("comfyui")))
         words = place.name.split(".") if place else []
         if place is None or (native is None and "native" in family.namings):
             continue
@@ -307,7 +307,7 @@ def test_every_family_goes_from_diffusers_through_every_dialect_and_back(name, w
     assert ak.write(adapter, tmp_path / "b.safetensors", way) == []
     there = ak.read(tmp_path / "b.safetensors", way)
     if way == "comfyui":
-        naming = family.names("native")
+        naming = family.names("comfyui")
         assert all(target.path.partition(".")[2] in naming for target in there.updates)
     assert ak.write(there, tmp_path / "c.safetensors", "diffusers") == []
     back = changes(load_file(tmp_path / "c.safetensors"))

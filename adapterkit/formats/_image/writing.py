@@ -154,7 +154,7 @@ def _expressible(
 
 def _keeping(origin: Origin) -> str:
     """What to type where names cannot be translated."""
-    keeps = {"native": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
+    keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
     return f"Write a format that keeps these names, --to {keeps}; or give the base, whose names decide: base= or --base"
 
 
