@@ -25,7 +25,7 @@ LAYERS = [
     {"binding"},
     {"methods"},
     {"formats", "quant", "ops"},
-    {"merging"},
+    {"loaders", "merging"},
     {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},

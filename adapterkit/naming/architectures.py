@@ -107,6 +107,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: list[str] = []
     gguf: list[str] = []
     keyed: list[str] = []
+    extends: dict[str, str] = {}
     vocabulary: list[str] = []
     tied: dict[str, str] = {}
     pipeline: Pipeline | None = None
@@ -151,6 +152,8 @@ class Architecture:
             hub = self.place(weight, "hub")
             return hub if hub is not None and hub == Place(hub.name) else Place(weight)
         found = self.record.weights[weight].get(naming)
+        if found is None and naming in self.record.extends:
+            return self.place(weight, self.record.extends[naming])
         if found is None:
             return Place(weight) if naming in self.record.keyed else None
         if found == "":
@@ -394,6 +397,9 @@ def faults(record: Record) -> Iterator[str]:
             yield from (f"{naming}: {weight} and {other} are both {place.name}" for other in sorted(others))
             divisions.setdefault(place.name, set()).add("qkv" if place.qkv else place.of)
         yield from (f"{naming}: {name} is divided in different ways" for name, of in divisions.items() if len(of) > 1)
+    for naming, other in record.extends.items():
+        if other not in architecture.namings or other in record.extends or naming in record.keyed:
+            yield f"extends: {naming} cannot extend {other}"
     ratios = () if record.pipeline is None else record.pipeline.ratios
     for name in (*record.vocabulary, *record.tied, *record.tied.values(), *ratios):
         if name not in record.weights:
