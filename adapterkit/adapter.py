@@ -329,8 +329,8 @@ DEEPEST = 100
 MOST_VALUES = 1 << 22
 """Values in one such record. An alias in YAML may stand for a list of aliases: a few bytes become billions."""
 
-MOST_BITS = 1 << 13
-"""Bits of an integer: Python prints and reads no more than 4300 decimal digits."""
+MOST_DIGITS = 4300
+"""Decimal digits of an integer: Python prints and reads no more by default."""
 
 
 def check_json(value: Any, where: str) -> None:
@@ -367,7 +367,7 @@ def _plain_number(value: Any) -> bool:
     """Whether a value is null, true, false or a number that JSON has."""
     if isinstance(value, float):
         return math.isfinite(value)
-    return value is None or (isinstance(value, int) and value.bit_length() <= MOST_BITS)
+    return value is None or (isinstance(value, int) and abs(value) < 10**MOST_DIGITS)
 
 
 def _encodes(text: str) -> bool:

@@ -52,7 +52,8 @@ def check_finite(leaf: Leaf, where: str | None = None, values: np.ndarray[Any, A
 def first_not_finite(leaf: Leaf) -> Shape | None:
     """The position of the first NaN or infinity in C order; None where all values are finite."""
     tensor = as_lazy(leaf)
-    return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating else None
+    # Without elements there is nothing to look at; numpy refuses [0, 2**62, 2**62], which a file may hold.
+    return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating and tensor.nbytes else None
 
 
 def first_in(values: np.ndarray[Any, Any], dtype: DType) -> Shape | None:

@@ -203,7 +203,7 @@ class Update:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
                 choices = " or ".join(" and ".join(names) or "none" for names in group)
-                raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=DAMAGED)
+                raise Malformed(f"needs exactly one of: {choices}", cure=DAMAGED)
 
     @property
     def file(self) -> str | None:
