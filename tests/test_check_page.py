@@ -95,8 +95,10 @@ def test_nothing_leaves_the_machine(page):
         drop(page, VECTORS / "methods" / "ia3.adapter.safetensors")
         tries = [
             f"fetch('{address}').then(() => 'sent', () => 'refused')",
-            f"new Promise((done) => Object.assign(new Image(), {{ onload: () => done('sent'),"
-            + f" onerror: () => done('refused'), src: '{address}x.png' }}))",
+            (
+                "new Promise((done) => Object.assign(new Image(), { onload: () => done('sent'),"
+                f" onerror: () => done('refused'), src: '{address}x.png' }}))"
+            ),
             f"navigator.sendBeacon('{address}', 'x') && 'refused'",
         ]
         assert [page.evaluate(each) for each in tries] == ["refused"] * 3
