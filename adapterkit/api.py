@@ -6,7 +6,6 @@ of one name would replace each other, depending on what is imported first.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from .errors import UsageError, nearest, places_errors
 from .formats import FORMATS, detect, read, warnings_of
 from .tensors.checkpoint import opened
 from .tensors.inputs import inputs_kept
+from .tensors.locations import path_text
 
 if TYPE_CHECKING:
     from .tensors.checkpoint import Checkpoint
@@ -76,7 +76,7 @@ def convert(
         raise UsageError("--match-base requires --base", cure=cure)
     if to not in FORMATS:
         raise UsageError(f"unknown format {to!r}", where="to", cure=nearest(to, FORMATS) or _known(FORMATS))
-    source, out = os.fspath(src), os.fspath(dst)
+    source, out = path_text(src), path_text(dst)
     with inputs_kept():
         checkpoint = None if base is None else opened(base)
         destination = Destination(out, [source], overwrite, format=to, base=base)

@@ -50,6 +50,9 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     index: Mapping[str, Any] | None
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.root)!r}: {len(self.tensors):,} tensors in {len(self.files):,} files)"
+
     @property
     def folder(self) -> Path:
         """Where the other files of the model lie."""

@@ -132,6 +132,10 @@ class Lazy:
     span: Span | None = None
     part: Callable[[int, int], Buffer] | None = None
 
+    def __repr__(self) -> str:
+        file = "" if self.file is None else f", {self.file!r}"
+        return f"Lazy({self.dtype} {list(self.shape)}{file})"
+
     def fetch(self) -> Buffer:
         """Read the bytes: C order, little-endian, exactly `nbytes` of them."""
         if self.source is not None:
