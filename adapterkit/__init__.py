@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .methods import METHODS
     from .ops import combine
     from .ops import compare as diff
+    from .scanning import scan
 
 _HOME = {
     "Adapter": "adapter",
@@ -41,6 +42,7 @@ _HOME = {
     "names": "api",
     "plan": "merging",
     "read": "formats",
+    "scan": "scanning",
     "verify": "merging",
     "write": "formats",
 }
@@ -67,6 +69,7 @@ __all__ = [
     "ops",
     "plan",
     "read",
+    "scan",
     "torch",
     "verify",
     "write",

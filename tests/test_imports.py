@@ -29,7 +29,7 @@ LAYERS = [
     {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},
-    {"destination"},
+    {"destination", "scanning"},
     {"api"},
     {"cli", "testing"},
     {"__main__"},

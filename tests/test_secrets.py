@@ -41,6 +41,7 @@ COMMANDS = {
     "pull": ["{} out", "lora {}"],
     "push": ["lora {}", "{} hf://org/x", "lora hf://org/x --tag {}"],
     "resize": ["{} --rank 1 -o out", "lora --rank 1 -o {}"],
+    "scan": ["{}", "lora --base {}", "lora --sarif {}"],
     "validate": ["{}", "lora --base {}"],
     "verify": ["{} --base base --adapter lora", "base --base {} --adapter lora", "base --base base --adapter {}"],
 }
