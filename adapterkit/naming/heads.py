@@ -144,7 +144,8 @@ def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
         raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
     each = np.arange(rows // heads)
     one = np.concatenate([each[:rotary:2], each[1:rotary:2], each[rotary:]])
-    return (np.arange(heads)[:, None] * len(each) + one).reshape(-1)
+    order: Rows = np.arange(heads)[:, None] * len(each) + one
+    return order.reshape(-1)
 
 
 def by_group(heads: Heads) -> Rows:

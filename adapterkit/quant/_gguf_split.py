@@ -61,11 +61,11 @@ class Piece:
 
         if not self.turned:
             first, last = int(wanted[0]), int(wanted[-1]) + 1
-            return read_rows(self.stored, self.kind, self.shape[-1], first, last)[wanted - first]
+            return cast("Array", read_rows(self.stored, self.kind, self.shape[-1], first, last)[wanted - first])
         _, width, each = self.shape
         heads = np.arange(wanted[0] // each, wanted[-1] // each + 1)
         whole = [read_rows(self.stored, self.kind, each, head * width, (head + 1) * width).T for head in heads.tolist()]
-        return np.concatenate(whole)[wanted - int(heads[0]) * each]
+        return cast("Array", np.concatenate(whole)[wanted - int(heads[0]) * each])
 
     def pack(self, merged: Merged) -> Array:
         """Return its bytes with the numbers that `merged` gives for the weight's rows."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Unsupported, UsageError
@@ -100,9 +101,8 @@ class _Contents:
                 continue
             pair = (name, other)
             both = shapes[name], shapes[other]
-            places, turned, width = rows_apart(
-                at[1], both, lambda name=name: heads_in(self.said, self.name, name), name
-            )
+            heads = partial(heads_in, self.said, self.name, name)
+            places, turned, width = rows_apart(at[1], both, heads, name)
             pieces = tuple(
                 Piece(each, base.tensors[each], kinds[each], shape if turned and not number else _flat(shape, width),
                       where, turned and not number)
