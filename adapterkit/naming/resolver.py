@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from ..errors import TargetNotFound
-from .architectures import QKV, WEIGHT, Architecture, Place, fill, is_family, shape_of
+from .architectures import QKV, Architecture, Place, fill, is_family, shape_of
 from .renames import Rename, renamed_by
 from .tables import without_prefix
 
@@ -299,7 +299,7 @@ class _Known:
         """Every distinct way to place a name, with the namings that it goes from and to."""
         found: dict[tuple[Move, ...], tuple[str, str]] = {}
         for own in _variants(name):
-            for ours in dict.fromkeys((*self.architecture.namings, WEIGHT)):
+            for ours in self.architecture.namings_with(own):
                 weights = self.architecture.find(own, ours)
                 for theirs in self.architecture.namings if weights else ():
                     moves = self._moves(weights, theirs)
@@ -397,7 +397,7 @@ def translate(name: str, architecture: Architecture, naming: str, experts: int) 
     """
     found: dict[tuple[Move, ...], None] = {}
     for own in _variants(name):
-        for ours in dict.fromkeys((*architecture.namings, WEIGHT)):
+        for ours in architecture.namings_with(own):
             moves = moves_to(
                 architecture, architecture.find(own, ours), naming, lambda place, numbers: fill(place.name, numbers),
                 lambda *_: experts, orders=False,
