@@ -23,7 +23,7 @@ from .errors import (
     public,
     shown,
 )
-from .tensors.lazy import Lazy, as_lazy, as_torch, files_kept_open
+from .tensors.lazy import as_lazy, as_torch, files_kept_open
 from .updates import Update
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class Adapter:
                 try:
                     update.check_values()
                 except AdapterkitError as error:
-                    raise _placed(error, target, update).at(path=_source(update)) from None
+                    raise _placed(error, target, update).at(path=update.file) from None
 
     def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
         """The entries at a dotted path.
@@ -429,12 +429,6 @@ def _shared(dims: Mapping[str, Any]) -> dict[str, Any]:
 def _placed(error: AdapterkitError, target: Target, update: Update) -> AdapterkitError:
     error.where = f"{target}: {update.method}" + (f".{error.where}" if error.where else "")
     return error
-
-
-def _source(update: Update) -> str | None:
-    """The file that an update's tensors lie in, where they are not loaded."""
-    spans = (leaf.span for leaf in update.tensors.values() if isinstance(leaf, Lazy))
-    return next((span.path for span in spans if span), None)
 
 
 _CORRECT = "Correct it in the file, or write the file again with the tool that made it"

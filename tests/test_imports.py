@@ -25,12 +25,13 @@ LAYERS = [
     {"binding"},
     {"methods"},
     {"formats", "quant", "ops"},
-    {"merging"},
+    {"loaders", "merging"},
     {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},
+    {"destination"},
     {"api"},
-    {"cli"},
+    {"cli", "testing"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -68,16 +68,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not exists(root):
         raise StorageError("no such file or folder", path=path, cure="Check the spelling of the path")
     files, index = _weight_files(root) if root.is_dir() else (_splits(root), None)
-    tensors: dict[str, Lazy] = {}
-    home: dict[str, Path] = {}
-    metadata: dict[Path, Mapping[str, str]] = {}
-    for file in files:
-        part, metadata[file] = _read_file(file)
-        twice = next((name for name in part if name in tensors), None)
-        if twice:
-            raise Malformed(f"also in {home[twice].name}", path=file, where=twice, cure="Remove one of the copies")
-        tensors |= part
-        home |= dict.fromkeys(part, file)
+    tensors, home, metadata = _read_files(files)
     if index is not None:
         _check_index(index[0], index[1], home)
     folder = root if root.is_dir() else root.parent
@@ -86,6 +77,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         root, tensors, tuple(files), home, metadata, read_json(config) if config.exists() else None,
         None if index is None else index[1],
     )  # fmt: skip
+
+
+def read_shards(index: Path) -> dict[str, Lazy]:
+    """The tensors of all files that an index names, reading headers only.
+
+    Raises:
+        Malformed: the index is damaged, or a file that it names is not there or does not hold what it says.
+    """
+    files, (_, content) = _indexed_files(index)
+    tensors, home, _ = _read_files(files)
+    _check_index(index, content, home)
+    return tensors
 
 
 def opened(base: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
@@ -192,6 +195,27 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, 
             why = f"names {file.name}, which is not there"
             raise Malformed(why, path=path, where="weight_map", cure="Fetch the missing shard")
     return files, (path, index)
+
+
+def _read_files(
+    files: Sequence[Path],
+) -> tuple[dict[str, Lazy], dict[str, Path], dict[Path, Mapping[str, str]]]:
+    """The tensors of several files by name, the file of each, and the metadata of each file.
+
+    Raises:
+        Malformed: two files hold a tensor of one name.
+    """
+    tensors: dict[str, Lazy] = {}
+    home: dict[str, Path] = {}
+    metadata: dict[Path, Mapping[str, str]] = {}
+    for file in files:
+        part, metadata[file] = _read_file(file)
+        twice = next((name for name in part if name in tensors), None)
+        if twice:
+            raise Malformed(f"also in {home[twice].name}", path=file, where=twice, cure="Remove one of the copies")
+        tensors |= part
+        home |= dict.fromkeys(part, file)
+    return tensors, home, metadata
 
 
 def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
