@@ -40,7 +40,8 @@ def check_finite(leaf: Leaf, where: str | None = None, values: np.ndarray[Any, A
         Malformed: names the file that the tensor is read from, if it is in one, and the first position.
     """
     tensor = as_lazy(leaf)
-    if not tensor.dtype.floating:
+    # Without elements there is nothing to look at; numpy refuses [0, 2**62, 2**62], which a file may hold.
+    if not tensor.dtype.floating or not tensor.nbytes:
         return
     position = first_in(tensor.numpy() if values is None else values, tensor.dtype)
     if position is not None:
@@ -52,7 +53,6 @@ def check_finite(leaf: Leaf, where: str | None = None, values: np.ndarray[Any, A
 def first_not_finite(leaf: Leaf) -> Shape | None:
     """The position of the first NaN or infinity in C order; None where all values are finite."""
     tensor = as_lazy(leaf)
-    # Without elements there is nothing to look at; numpy refuses [0, 2**62, 2**62], which a file may hold.
     return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating and tensor.nbytes else None
 
 
