@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from threadpoolctl import threadpool_limits
-
 from ..errors import AdapterkitError, UsageError
 from ..tensors.lazy import as_lazy, files_kept_open
 from ..updates import Additive, Update
+from .ahead import one_blas_thread
 from .at_base import additive
 from .lowering import Delta, loaded
 from .places import Place, places, side_by_side
@@ -125,8 +124,7 @@ def compare(
         raise UsageError(f"tolerance {tolerance} is not a number from 0", cure="Choose another")
     _, found = places([one, other], base=base, rename=rename, strict_base=strict_base)
     sums = [0.0] * 4
-    # A second BLAS thread gains nothing on factors, and waits in a loop where another program has its core.
-    with files_kept_open(), threadpool_limits(1, "blas"):
+    with files_kept_open(), one_blas_thread():
         likenesses = tuple(_likeness(place, tolerance, signs, sums) for place in found)
     known = all(each.relative_error is not None for each in likenesses)
     a, b, product, difference = sums

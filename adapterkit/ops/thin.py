@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from ..tensors.computed import Array
 
 
+TALL = 4
+"""Matrices of at least so many rows a column are made orthonormal by their Gram matrix."""
+
+INDEPENDENT = 1e-11
+"""How far the second Gram matrix may be from an identity: condition numbers to about 200, an error of 1e-14."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Core:
     """Several changes of one weight in common coordinates: change t is `left @ cores[t] @ right`.
@@ -37,13 +44,49 @@ def core(deltas: Sequence[Delta]) -> Core:
     """Changes with thin factors in the coordinates that all of them span."""
     import numpy as np
 
-    left, R_B = np.linalg.qr(np.hstack([delta.B for delta in deltas]))
-    right, R_A = np.linalg.qr(np.vstack([delta.A for delta in deltas]).T)
+    left, R_B = orthonormal(np.hstack([delta.B for delta in deltas]))
+    right, R_A = orthonormal(np.vstack([delta.A for delta in deltas]).T)
     ends = np.cumsum([delta.rank for delta in deltas])
     spans = [slice(end - delta.rank, end) for end, delta in zip(ends, deltas, strict=True)]
     with np.errstate(over="ignore", invalid="ignore"):
         cores = tuple(R_B[:, span] @ R_A[:, span].T for span in spans)
     return Core(left, _finite(cores), right.T)
+
+
+def orthonormal(X: Array) -> tuple[Array, Array]:
+    """Q `[m, n]` with orthonormal columns and R `[n, n]` whose product is X, `[m, n]`.
+
+    By two rounds of Cholesky's decomposition of the Gram matrix (Yamamoto et al. 2015), which takes a third of the time
+    of Householder's reflections. It is exact to rounding as long as the columns are far from dependent; the second Gram
+    matrix, an identity but for the square of the condition number times the rounding, tells, and else QR is taken.
+    """
+    import numpy as np
+
+    m, n = X.shape
+    if m < TALL * n or n < 2:
+        return _plain_qr(X)
+    with np.errstate(over="ignore", under="ignore"):
+        sizes = np.sqrt((X * X).sum(0))
+    if not sizes.all() or not np.isfinite(sizes).all():
+        return _plain_qr(X)
+    Q, R = X / sizes, np.diag(sizes)
+    for last in (False, True):
+        G = Q.T @ Q
+        if last and np.abs(G - np.eye(n)).max() > INDEPENDENT:
+            return _plain_qr(X)
+        try:
+            L = np.linalg.cholesky(G)
+        except np.linalg.LinAlgError:
+            return _plain_qr(X)
+        Q, R = Q @ np.linalg.inv(L).T, L.T @ R
+    return Q, R
+
+
+def _plain_qr(X: Array) -> tuple[Array, Array]:
+    import numpy as np
+
+    Q, R = np.linalg.qr(X)
+    return Q, R
 
 
 def whole_core(deltas: Sequence[Delta]) -> Core:
