@@ -111,8 +111,8 @@ class Selection:
             self._nonzero += nonzero
             self._above += above
             self._inside += inside.size
-            if bins is not None:
-                self._bins = self._bins + bins
+            if bins is not None and self._bins is not None:
+                self._bins += bins
             elif self._values is not None:
                 self._values.append(inside)
 
