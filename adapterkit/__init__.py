@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import hub, onnx, ops, torch
     from .adapter import Adapter, BaseRef, Foreign, Step, Target
-    from .api import names
+    from .api import names, report
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
     from .merging import merge, verify
@@ -33,6 +33,7 @@ _HOME = {
     "merge": "merging",
     "names": "api",
     "read": "formats",
+    "report": "api",
     "verify": "merging",
     "write": "formats",
 }
@@ -53,6 +54,7 @@ __all__ = [
     "onnx",
     "ops",
     "read",
+    "report",
     "torch",
     "verify",
     "write",

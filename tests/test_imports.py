@@ -29,6 +29,7 @@ LAYERS = [
     {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},
+    {"reporting"},
     {"api"},
     {"cli"},
     {"__main__"},

@@ -40,6 +40,7 @@ COMMANDS = {
     "names": ["{}", "base {}"],
     "pull": ["{} out", "lora {}"],
     "push": ["lora {}", "{} hf://org/x", "lora hf://org/x --tag {}"],
+    "report": ["{}", "lora --base {}", "lora -o {}", "lora --base base --merged {}"],
     "resize": ["{} --rank 1 -o out", "lora --rank 1 -o {}"],
     "validate": ["{}", "lora --base {}"],
     "verify": ["{} --base base --adapter lora", "base --base {} --adapter lora", "base --base base --adapter {}"],
