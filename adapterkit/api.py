@@ -18,7 +18,7 @@ from .formats import read
 from .tensors.checkpoint import opened
 
 if TYPE_CHECKING:
-    from .reporting import Report
+    from .reporting.report import Report
     from .tensors.checkpoint import Checkpoint
 
 
@@ -91,7 +91,7 @@ def report(
     """
     from pathlib import Path
 
-    from .reporting import made
+    from .reporting.report import made
     from .tensors.inputs import inputs_kept
     from .tensors.locations import located
     from .tensors.staging import check_free

@@ -15,8 +15,9 @@ from command_line import record, run
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
-from adapterkit.reporting import Report, measuring
+from adapterkit.reporting import measuring
 from adapterkit.reporting.grid import cells
+from adapterkit.reporting.report import Report
 from adapterkit.reporting.verdicts import RULES
 
 LAYERS, RANK, WIDE = 8, 8, {"self_attn.q_proj": (96, 64), "self_attn.o_proj": (64, 96), "mlp.up_proj": (128, 64)}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported
-from .grid import natural
+from .grid import reading_order
 from .measuring import QUANTILES
 from .verdicts import SPIKE, percent
 
@@ -152,17 +152,6 @@ def _norms(measured: Measurements) -> Iterator[Chart]:
         spec = _map(measured, effects, lambda e: e.norm, _root_sum, label, "norm", domain=(0.0, largest), root=True)
         caption = "Frobenius norm of the change at each target. Dark is small. Layers run from top to bottom."
         yield Chart(f"norms{end}", "Where it changes the model", f"Norm of the changes{of}", caption, spec)
-
-
-ORDER = ("qkv", "q", "k", "v", "kv", "o", "out", "attn", "dense", "gate", "w1", "up", "w3", "down", "w2", "fc1", "fc2")
-"""Parts of the names of modules in the order in which a block computes them."""
-
-
-def reading_order(module: str) -> tuple[Any, ...]:
-    """A key that sorts modules as people read a block: queries, keys, values, output, then the feed-forward part."""
-    parts = re.split(r"[._]", module.rpartition(".")[2])
-    places = [ORDER.index(part) for part in parts if part in ORDER]
-    return (min(places, default=len(ORDER)), *natural(module))
 
 
 def _root_sum(values: Sequence[float]) -> float:

@@ -62,6 +62,17 @@ def natural(text: str) -> tuple[str | int, ...]:
     return tuple(int(part) if at % 2 else part for at, part in enumerate(parts))
 
 
+ORDER = ("qkv", "q", "k", "v", "kv", "o", "out", "attn", "dense", "gate", "w1", "up", "w3", "down", "w2", "fc1", "fc2")
+"""Parts of the names of modules in the order in which a block computes them."""
+
+
+def reading_order(module: str) -> tuple[str | int, ...]:
+    """A key that sorts modules as people read a block: queries, keys, values, output, then the feed-forward part."""
+    parts = re.split(r"[._]", module.rpartition(".")[2])
+    places = [ORDER.index(part) for part in parts if part in ORDER]
+    return (min(places, default=len(ORDER)), *natural(module))
+
+
 def _is_expert(parts: list[str], at: int) -> bool:
     return at > 0 and parts[at - 1] in EXPERTS
 

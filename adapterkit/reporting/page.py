@@ -21,9 +21,9 @@ from .facts import WAYS
 from .verdicts import LEVELS, percent
 
 if TYPE_CHECKING:
-    from . import Report
     from .facts import Facts
     from .measuring import Effect
+    from .report import Report
 
 MOST_ROWS = 2000
 """Rows of the table of targets: 45,000 make a page of 10 MB. The largest changes are shown, all are in the record."""
