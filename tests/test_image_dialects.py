@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import adapterkit as ak
 from adapterkit.adapter import Adapter
 from adapterkit.cli import adapterkit
-from adapterkit.errors import AdapterkitError, Unrepresentable
+from adapterkit.errors import AdapterkitError, TargetNotFound, Unrepresentable, UsageError
 from adapterkit.formats._image.deciding import Origin
 from adapterkit.formats._image.translate import in_diffusers, in_naming
 from adapterkit.methods import METHODS
@@ -276,7 +276,7 @@ def whole(family, naming):
 
     sizes, architecture = {}, family.architecture
     for weight in architecture.record.weights:
-        place, native = architecture.place(weight, naming), architecture.place(weight, "native")
+        place, native = (architecture.place(weight, each) for each in (naming, family.wanted("comfyui")))
         words = place.name.split(".") if place else []
         if place is None or (native is None and "native" in family.namings):
             continue
@@ -307,7 +307,7 @@ def test_every_family_goes_from_diffusers_through_every_dialect_and_back(name, w
     assert ak.write(adapter, tmp_path / "b.safetensors", way) == []
     there = ak.read(tmp_path / "b.safetensors", way)
     if way == "comfyui":
-        naming = family.names("native")
+        naming = family.names("comfyui")
         assert all(target.path.partition(".")[2] in naming for target in there.updates)
     assert ak.write(there, tmp_path / "c.safetensors", "diffusers") == []
     back = changes(load_file(tmp_path / "c.safetensors"))
@@ -510,3 +510,46 @@ def test_two_underscores_behind_the_prefix_are_one(tmp_path):
     assert {str(target) for target in adapter.updates} == {f"transformer.{name}" for name in WAN}
     ak.write(adapter, tmp_path / "b.safetensors", "kohya")
     assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+# A file whose names fit several families.
+
+PARTIAL = {
+    "written": ({"transformer_blocks.0.attn.to_q": (8, 8)}, dotted("transformer."), Unrepresentable),
+    "read": ({"double_blocks.0.img_attn.qkv": (24, 8), "final_layer.linear": (8, 8)}, flat, TargetNotFound),
+}
+
+
+@pytest.mark.parametrize("kind", PARTIAL)
+def test_the_family_of_a_partial_file_is_asked_for_and_named_by_an_option(kind, tmp_path):
+    modules, spell, error = PARTIAL[kind]
+    save_file(pairs(modules, spell), tmp_path / "a.safetensors")
+    with pytest.raises(error) as raised:
+        ak.write(ak.read(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "comfyui")
+    assert "--family" in raised.value.cure
+    assert "family=" in raised.value.cure
+    names = {}
+    for family in ("flux", "hunyuan_video"):
+        adapter = ak.read(tmp_path / "a.safetensors", family=family)
+        assert ak.write(adapter, tmp_path / f"{family}.safetensors", "comfyui") == []
+        names[family] = {key.split(".")[3] for key in load_file(tmp_path / f"{family}.safetensors") if "img" in key}
+    assert names == {"flux": {"img_attn"}, "hunyuan_video": {"img_attn_qkv"}}
+    # The file that is written says which family it is of, so that it need not be named again.
+    again = ak.read(tmp_path / "flux.safetensors")
+    assert ak.write(again, tmp_path / "c.safetensors", "diffusers") == []
+    assert "transformer.transformer_blocks.0.attn.to_q" in {
+        str(target) for target in ak.read(tmp_path / "c.safetensors").updates
+    }
+    words = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "d.safetensors"), "--to", "comfyui"]
+    assert CliRunner().invoke(adapterkit, [*words, "--family", "flux"]).exit_code == 0
+    assert load_file(tmp_path / "d.safetensors").keys() == load_file(tmp_path / "flux.safetensors").keys()
+
+
+def test_a_family_that_is_not_known_or_lacks_a_module_is_refused(tmp_path):
+    save_file(pairs({"transformer_blocks.0.attn.to_q": (8, 8)}, dotted("transformer.")), tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match="unknown family 'fluxx'") as raised:
+        ak.read(tmp_path / "a.safetensors", family="fluxx")
+    assert "flux" in raised.value.cure
+    with pytest.raises(UsageError, match="wan has no such module") as raised:
+        ak.read(tmp_path / "a.safetensors", family="wan")
+    assert "attn.to_q" in str(raised.value)

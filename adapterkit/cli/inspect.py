@@ -73,6 +73,8 @@ def command(
             show(settings, _unresolved_record(modules, src, error), _unresolved_view)
             return
         record = adapter_record(adapter, src, name)
+        if name in _IMAGE:
+            record["loaders"] = _loaders(adapter, name, path)
         if base is not None:
             record["names"] = _names(adapter, base, rename)
             record["warnings"] = _options.base_warnings([src], [adapter], base)
@@ -161,6 +163,14 @@ def adapter_record(adapter: Adapter, src: str, source_format: str) -> dict[str, 
 
 _IMAGE = ("bfl_control", "comfyui", "diffusers", "kohya", "lycoris", "xlabs")
 """Formats of image models; of other adapters no family is looked for."""
+
+
+def _loaders(adapter: Adapter, name: str, path: Path) -> list[dict[str, str]]:
+    """What each tool makes of the file as it is."""
+    from ..loaders import loaders_of
+    from .list import answer_records
+
+    return answer_records(loaders_of(adapter, name, path, convert=False))
 
 
 def _families(adapter: Adapter) -> list[str]:
@@ -280,6 +290,14 @@ def _adapter_view(record: Mapping[str, Any], every: bool) -> View:
     if record["without_alpha"]:
         yield f"{counted(record['without_alpha'], 'module')} without an alpha: the scale is 1"
     yield from (f"{key}: {_short(value)}" for key, value in record["metadata"].items() if key not in _LONG)
+    if "loaders" in record:
+        named = {
+            word: [each["title"] for each in record["loaders"] if each["loads"] == word] for word in ("yes", "part")
+        }
+        yield f"loaded as it is by: {', '.join(named['yes']) or 'no tool that is known'}"
+        if named["part"]:
+            yield f"loaded in part by: {', '.join(named['part'])}"
+        yield f"'adapterkit list loaders {record['path']}' says what loads it after a conversion, and why others do not"
     if record["unknown_fields"]:
         yield f"kept, unknown to the format: {', '.join(record['unknown_fields'])}"
     for step in record["recipe"]:

@@ -107,6 +107,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: list[str] = []
     gguf: list[str] = []
     keyed: list[str] = []
+    extends: dict[str, str] = {}
     vocabulary: list[str] = []
     tied: dict[str, str] = {}
     pipeline: Pipeline | None = None
@@ -151,6 +152,8 @@ class Architecture:
             hub = self.place(weight, "hub")
             return hub if hub is not None and hub == Place(hub.name) else Place(weight)
         found = self.record.weights[weight].get(naming)
+        if found is None and naming in self.record.extends:
+            return self.place(weight, self.record.extends[naming])
         if found is None:
             return Place(weight) if naming in self.record.keyed else None
         if found == "":
@@ -165,6 +168,14 @@ class Architecture:
             if numbers is not None:
                 found.append((weight, place, numbers))
         return found
+
+    def namings_with(self, name: str) -> tuple[str, ...]:
+        """The namings that may have a concrete name, the families' own last."""
+        shape = shape_of(name)
+        if shape not in self._namings:
+            every = dict.fromkeys((*self.namings, WEIGHT))
+            self._namings[shape] = tuple(naming for naming in every if shape in self._index(naming))
+        return self._namings[shape]
 
     def templates(self, naming: str) -> Iterator[str]:
         """The names of a naming, with `#` in every hole."""
@@ -183,6 +194,10 @@ class Architecture:
 
     @cached_property
     def _indexes(self) -> dict[str, Mapping[str, list[tuple[str, Place, tuple[str, ...]]]]]:
+        return {}
+
+    @cached_property
+    def _namings(self) -> dict[str, tuple[str, ...]]:
         return {}
 
 
@@ -382,6 +397,9 @@ def faults(record: Record) -> Iterator[str]:
             yield from (f"{naming}: {weight} and {other} are both {place.name}" for other in sorted(others))
             divisions.setdefault(place.name, set()).add("qkv" if place.qkv else place.of)
         yield from (f"{naming}: {name} is divided in different ways" for name, of in divisions.items() if len(of) > 1)
+    for naming, other in record.extends.items():
+        if other not in architecture.namings or other in record.extends or naming in record.keyed:
+            yield f"extends: {naming} cannot extend {other}"
     ratios = () if record.pipeline is None else record.pipeline.ratios
     for name in (*record.vocabulary, *record.tied, *record.tied.values(), *ratios):
         if name not in record.weights:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from ..errors import AdapterkitError, UsageError
+from ..tables import html_table
 from ..tensors.lazy import as_lazy, files_kept_open
 from ..updates import Additive, Update
 from .at_base import additive
@@ -86,6 +87,15 @@ class Comparison:
     relative_error: float | None
     cosine: float | None
     tolerance: float
+
+    def __repr__(self) -> str:
+        equal = sum(each.equal is True for each in self.targets)
+        error = "unknown" if self.relative_error is None else f"{self.relative_error:.3g}"
+        return f"Comparison(equal={self.equal}: {equal:,} of {len(self.targets):,} targets, relative error {error})"
+
+    def _repr_html_(self) -> str:
+        columns = [field.name for field in fields(Likeness)]
+        return html_table(repr(self), columns, [[getattr(each, name) for name in columns] for each in self.targets])
 
     @property
     def equal(self) -> bool | None:

@@ -132,6 +132,10 @@ class Lazy:
     span: Span | None = None
     part: Callable[[int, int], Buffer] | None = None
 
+    def __repr__(self) -> str:
+        file = "" if self.file is None else f", {self.file!r}"
+        return f"Lazy({self.dtype} {list(self.shape)}{file})"
+
     def fetch(self) -> Buffer:
         """Read the bytes: C order, little-endian, exactly `nbytes` of them."""
         if self.source is not None:
@@ -143,6 +147,14 @@ class Lazy:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def file(self) -> str | None:
+        """The file that the bytes come from, also where they are transposed on the way; None where nothing tells."""
+        if self.span is not None:
+            return self.span.path
+        leaf = getattr(self.source, "leaf", None)
+        return leaf.file if isinstance(leaf, Lazy) else None
 
     def read(self, first: int, count: int) -> Buffer:
         """The bytes of `count` elements from `first` on, counted in C order; reads no more than it has to."""

@@ -45,7 +45,7 @@ def in_naming(
         return dict(updates), [(target, why) for target in updates if target in targets and why]
     into = _Into(family, family.wanted(naming), fold)
     source = family.naming_of([rooted(target.path)[1] for target in targets], origin.naming)
-    if origin.naming not in family.namings and into.naming in family.namings:
+    if family.wanted(origin.naming) not in family.namings and into.naming in family.namings:
         # Names that both namings have mean the wanted one, unless the file said which it has.
         source = family.naming_of([rooted(target.path)[1] for target in targets], into.naming)
     for target, found in updates.items():
@@ -109,7 +109,9 @@ class _Into:
         pieces = self.family.moves(rest, source, self.naming)
         root = self._root(root)
         if not pieces:
-            words = {"native": "its authors'", "diffusers": "diffusers'"}.get(self.naming, f"the {self.naming}")
+            words = {"native": "its authors'", "comfyui": "ComfyUI's", "diffusers": "diffusers'"}.get(
+                self.naming, f"the {self.naming}"
+            )
             return self.lose(target, found, f"{self.family.name}: {words} name of this module is not known")
         first = pieces[0]
         if len(pieces) == 1 and first.here.whole and first.there.whole:

@@ -154,8 +154,11 @@ def _expressible(
 
 def _keeping(origin: Origin) -> str:
     """What to type where names cannot be translated."""
-    keeps = {"native": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
-    return f"Write a format that keeps these names, --to {keeps}; or give the base, whose names decide: base= or --base"
+    keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
+    return (
+        f"Write a format that keeps these names, --to {keeps}; or name the family when it is read, "
+        "--family (family=), or give the base by --base (base=): its names decide"
+    )
 
 
 def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) -> Iterable[tuple[Target, str]]:
