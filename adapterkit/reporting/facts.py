@@ -48,6 +48,8 @@ class Facts:
         triggers: trigger words.
         lineage: the steps it was made by, as plain data.
         formats: format -> how it can hold this adapter, a key of `WAYS`; formats that cannot are left out.
+        loaders: what each known tool makes of the file as it is: `title`, `loads` (yes, part or no) and `why`. Told for
+            files of image models, whose tools are known.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Facts:
     triggers: tuple[str, ...]
     lineage: tuple[dict[str, Any], ...]
     formats: dict[str, str]
+    loaders: tuple[dict[str, str], ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The facts as plain data."""
@@ -94,7 +97,20 @@ def facts_of(adapter: Adapter, name: str, path: Path | None = None) -> Facts:
         dict(Counter(dtype for _, dtype in sizes).most_common()),
         None if path is None else licence_at(path).get("license"), trigger_words(metadata_of(adapter)),
         tuple({"op": step.op, "args": dict(step.args)} for step in adapter.recipe), formats_of(adapter),
+        () if path is None or read is None else _loaders(adapter, read.args.get("format"), path),
     )  # fmt: skip
+
+
+def _loaders(adapter: Adapter, name: Any, path: Path) -> tuple[dict[str, str], ...]:
+    from ..formats import FORMATS
+    from ..formats._image.dialect import ImageFormat
+
+    if not isinstance(name, str) or name not in FORMATS or not issubclass(FORMATS[name], ImageFormat):
+        return ()
+    from ..loaders import loaders_of
+
+    answers = loaders_of(adapter, name, path, convert=False)
+    return tuple({"title": each.title, "loads": each.loads, "why": each.why} for each in answers)
 
 
 def formats_of(adapter: Adapter) -> dict[str, str]:

@@ -319,6 +319,16 @@ def _formats(found: Sequence[Facts]) -> str:
         parts.append(rows)
     head = '<thead><tr><th scope="col">adapter</th><th scope="col">how</th><th scope="col">formats</th></tr></thead>'
     table = _scrolled(f"<table>{head}<tbody>{''.join(parts)}</tbody></table>", "Formats")
+    tools = "".join(
+        f'<tr><th scope="row">{escape(facts.name)}</th>'
+        f"{''.join(_cell(each[name]) for name in ('title', 'loads', 'why'))}</tr>"
+        for facts in found for each in facts.loaders
+    )  # fmt: skip
+    if tools:
+        head = "".join(f'<th scope="col">{name}</th>' for name in ("adapter", "tool", "loads it", "why"))
+        table += "<p>What tools make of the file as it is.</p>" + _scrolled(
+            f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Tools"
+        )
     return (
         "<p>Formats that can hold the methods of each adapter. <code>adapterkit convert</code> checks names of modules "
         f"and a format's other limits.</p>{table}"
