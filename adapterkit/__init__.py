@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import hub, onnx, ops, torch
     from .adapter import Adapter, BaseRef, Foreign, Step, Target
-    from .api import convert, names
+    from .api import convert, names, report
     from .destination import WriteResult
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
@@ -42,6 +42,7 @@ _HOME = {
     "names": "api",
     "plan": "merging",
     "read": "formats",
+    "report": "api",
     "scan": "scanning",
     "verify": "merging",
     "write": "formats",
@@ -69,6 +70,7 @@ __all__ = [
     "ops",
     "plan",
     "read",
+    "report",
     "scan",
     "torch",
     "verify",

@@ -29,7 +29,7 @@ LAYERS = [
     {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},
-    {"destination", "scanning"},
+    {"destination", "reporting", "scanning"},
     {"api"},
     {"cli", "testing"},
     {"__main__"},
