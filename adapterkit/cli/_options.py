@@ -95,7 +95,7 @@ def _state(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 
 def stated() -> dict[str, Any]:
-    """Return the values of `--alpha`, `--rank`, `--strict`, `--strict-base` and `--family` as arguments of `adapterkit.read`."""
+    """Return the options that say what a file does not, `--alpha` and others, as arguments of `adapterkit.read`."""
     return dict(click.get_current_context().meta.get(STATED, {}))
 
 
