@@ -23,7 +23,7 @@ from .errors import (
     public,
     shown,
 )
-from .tensors.lazy import Lazy, as_lazy, as_torch, files_kept_open
+from .tensors.lazy import as_lazy, as_torch, files_kept_open
 from .updates import Update
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class Adapter:
                 try:
                     update.check_values()
                 except AdapterkitError as error:
-                    raise _placed(error, target, update).at(path=_source(update)) from None
+                    raise _placed(error, target, update).at(path=update.file) from None
 
     def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
         """The entries at a dotted path.
@@ -329,8 +329,8 @@ DEEPEST = 100
 MOST_VALUES = 1 << 22
 """Values in one such record. An alias in YAML may stand for a list of aliases: a few bytes become billions."""
 
-MOST_BITS = 1 << 13
-"""Bits of an integer: Python prints and reads no more than 4300 decimal digits."""
+MOST_DIGITS = 4300
+"""Decimal digits of an integer: Python prints and reads no more by default."""
 
 
 def check_json(value: Any, where: str) -> None:
@@ -367,7 +367,7 @@ def _plain_number(value: Any) -> bool:
     """Whether a value is null, true, false or a number that JSON has."""
     if isinstance(value, float):
         return math.isfinite(value)
-    return value is None or (isinstance(value, int) and value.bit_length() <= MOST_BITS)
+    return value is None or (isinstance(value, int) and abs(value) < 10**MOST_DIGITS)
 
 
 def _encodes(text: str) -> bool:
@@ -429,12 +429,6 @@ def _shared(dims: Mapping[str, Any]) -> dict[str, Any]:
 def _placed(error: AdapterkitError, target: Target, update: Update) -> AdapterkitError:
     error.where = f"{target}: {update.method}" + (f".{error.where}" if error.where else "")
     return error
-
-
-def _source(update: Update) -> str | None:
-    """The file that an update's tensors lie in, where they are not loaded."""
-    spans = (leaf.span for leaf in update.tensors.values() if isinstance(leaf, Lazy))
-    return next((span.path for span in spans if span), None)
 
 
 _CORRECT = "Correct it in the file, or write the file again with the tool that made it"

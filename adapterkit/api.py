@@ -6,19 +6,103 @@ of one name would replace each other, depending on what is imported first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
+from .binding import renamed
 from .binding.bases import check_base
 from .binding.tables import name_map
-from .errors import places_errors
-from .formats import read
+from .destination import Destination, WriteResult
+from .errors import UsageError, nearest, places_errors
+from .formats import FORMATS, detect, read, warnings_of
 from .tensors.checkpoint import opened
+from .tensors.inputs import inputs_kept
 
 if TYPE_CHECKING:
     from .tensors.checkpoint import Checkpoint
+
+
+def convert(
+    src: str | PathLike[str],
+    dst: str | PathLike[str],
+    *,
+    to: str,
+    format: str | None = None,  # noqa: A002 - as in `read`
+    base: Checkpoint | str | PathLike[str] | None = None,
+    compat: str | None = None,
+    on_loss: str = "refuse",
+    max_error: float | None = None,
+    profile: str | None = None,
+    match_base: bool = False,
+    rename: str | Sequence[str] = (),
+    overwrite: bool = False,
+    made_from: str | None = None,
+    **reading: Any,
+) -> WriteResult:
+    """Write an adapter in another format, here or on a hub.
+
+    Args:
+        src: the adapter: a path or an address such as `hf://org/repo`.
+        dst: the file, the folder or the address to write.
+        to: the format to write; `FORMATS` lists them.
+        format: the format of `src`; found from its headers if absent.
+        base: the base, for formats that need one to resolve names or order rows.
+        compat: another reading of `src`; see `read`.
+        on_loss: what to do with what the format cannot say: refuse, fold, promote or drop; see `write`.
+        max_error: with `on_loss="promote"`, the relative error that a change may have.
+        profile: a consumer that takes only a part of the format, such as `"vllm"`.
+        match_base: write the targets in the names and parts that `base` stores.
+        rename: rules for names, each `FROM=TO` or `@FILE`.
+        overwrite: replace what is at `dst`.
+        made_from: a digest of what decides the output, kept with it; see `write`.
+        reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
+
+    Returns:
+        what was written, with a line for each loss and each warning.
+
+    Raises:
+        UsageError: `dst` is `src`, or `match_base` without a base.
+        StorageError: something is at `dst`, and `overwrite` is not set.
+        AdapterkitError: see `read` and `write`.
+
+    Example:
+        >>> adapterkit.convert("lora", "lora.gguf", to="gguf", base="base")  # doctest: +SKIP
+    """
+    if match_base and base is None:
+        cure = "Pass base=/--base, or leave match_base=/--match-base out"
+        raise UsageError("--match-base requires --base", cure=cure)
+    if to not in FORMATS:
+        raise UsageError(f"unknown format {to!r}", where="to", cure=nearest(to, FORMATS) or _known(FORMATS))
+    source, out = os.fspath(src), os.fspath(dst)
+    with inputs_kept():
+        checkpoint = None if base is None else opened(base)
+        destination = Destination(out, [source], overwrite, format=to, base=base)
+        destination.check()
+        name = format or detect(source)
+        adapter = read(source, name, checkpoint, compat=compat, **reading)
+        if checkpoint is not None and match_base:
+            adapter = adapter.bind(checkpoint, rename=rename)
+        else:
+            (adapter,) = renamed([adapter], rename)
+    warnings = [*warnings_of(adapter), *base_warnings([source], [adapter], checkpoint)]
+    return destination.write(
+        adapter, on_loss, profile=profile, max_error=max_error, base=checkpoint, made_from=made_from, warnings=warnings
+    )
+
+
+def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Checkpoint | None) -> list[str]:
+    """Warnings about a base that is not the one that an adapter names; none without a base."""
+    if base is None:
+        return []
+    found = check_base([*zip(sources, adapters, strict=True)], base, strict=False)
+    return [f"{why}; --strict-base (strict_base=True) refuses it" for why in found]
+
+
+def _known(names: Iterable[str]) -> str:
+    return f"Known: {', '.join(names)}"
 
 
 @places_errors

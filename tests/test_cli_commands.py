@@ -218,7 +218,7 @@ def test_convert_refuses_what_the_format_cannot_say(
 
     from adapterkit import errors as ak_errors
 
-    monkeypatch.setattr("adapterkit.write", refuse)
+    monkeypatch.setattr("adapterkit.destination.write", refuse)
     result = run("convert", peft, tmp_path / "x", "--to", "adapterkit")
     assert result.exit_code == 3
     assert result.stderr == "error: cannot say\n  - layers.0.q: rows\n  Pass --on-loss drop\n"

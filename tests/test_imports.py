@@ -29,8 +29,9 @@ LAYERS = [
     {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},
+    {"destination"},
     {"api"},
-    {"cli"},
+    {"cli", "testing"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

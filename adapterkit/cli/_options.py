@@ -95,7 +95,7 @@ def _state(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 
 def stated() -> dict[str, Any]:
-    """Return the options that say what a file does not, `--alpha` and others, as arguments of `adapterkit.read`."""
+    """Return the values of options that `adapterkit.read` takes as arguments: `--alpha`, `--rank`, `--family`, ..."""
     return dict(click.get_current_context().meta.get(STATED, {}))
 
 

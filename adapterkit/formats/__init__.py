@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest, public, storage_error
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
-from ..tensors.inputs import inputs_kept
+from ..tensors.inputs import inputs_kept, kept
 from ..tensors.lazy import Lazy
 from ..tensors.locations import NOTE, exists, is_remote, local, located, source_of
 from ..tensors.staging import files_below, matches, staged
@@ -334,7 +334,8 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
         files += inside if len(inside) == 1 and inside[0].name not in (SINGLE, TORCH_SINGLE) else []
     for sniff in (Format.sniff.__name__, Format.sniff_loosely.__name__):
         for file in files:
-            found = [name for name in names if getattr(FORMATS[name](), sniff)(file)]
+            # A command detects the format, tells an adapter from a base, and reads: each format is asked once.
+            found = [name for name in names if kept(f"{sniff} {name}", file, getattr(FORMATS[name](), sniff), file)]
             if found:
                 return file, found
     return source, []

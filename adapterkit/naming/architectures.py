@@ -169,6 +169,14 @@ class Architecture:
                 found.append((weight, place, numbers))
         return found
 
+    def namings_with(self, name: str) -> tuple[str, ...]:
+        """The namings that may have a concrete name, the families' own last."""
+        shape = shape_of(name)
+        if shape not in self._namings:
+            every = dict.fromkeys((*self.namings, WEIGHT))
+            self._namings[shape] = tuple(naming for naming in every if shape in self._index(naming))
+        return self._namings[shape]
+
     def templates(self, naming: str) -> Iterator[str]:
         """The names of a naming, with `#` in every hole."""
         return iter(self._index(naming))
@@ -186,6 +194,10 @@ class Architecture:
 
     @cached_property
     def _indexes(self) -> dict[str, Mapping[str, list[tuple[str, Place, tuple[str, ...]]]]]:
+        return {}
+
+    @cached_property
+    def _namings(self) -> dict[str, tuple[str, ...]]:
         return {}
 
 

@@ -207,7 +207,10 @@ class _Extraction:
             yield from self._rows(name, tuned, base)
         elif not (tuned.dtype.floating and base.dtype.floating):
             if (tuned.dtype, bytes(tuned.fetch())) != (base.dtype, bytes(base.fetch())):
-                raise Unsupported(f"{base.dtype} numbers that changed", where=name, cure="Leave them out with targets")
+                kinds = " and ".join(dict.fromkeys(str(t.dtype) for t in (base, tuned) if not t.dtype.floating))
+                why = f"its numbers are {kinds} and changed; only changes of real numbers can be extracted"
+                cure = "Name the targets to extract by targets=/--target"
+                raise Unsupported(why, path=tuned.file, where=name, cure=cure)
         elif len(tuned.shape) < 2:
             yield from self._whole(name, tuned, base)
         else:

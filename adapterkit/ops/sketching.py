@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .differences import frobenius
+from .differences import frobenius, too_large
 
 if TYPE_CHECKING:
     from ..tensors.computed import Array
@@ -56,10 +56,15 @@ def dominant(D: Array, criterion: Criterion, seed: int) -> Decomposition:
     Returns:
         factors whose error in the Frobenius norm is at most 1 + EXCESS times that of the best ones of that rank, but
         for a probability of 1e-8.
+
+    Raises:
+        Malformed: the square of its norm is too large for float64.
     """
     import numpy as np
 
     small, norm = min(D.shape), frobenius(D)
+    if not math.isfinite(norm):
+        raise too_large()
     rank = min(criterion.rank or GUESS, small)
     random = np.random.default_rng(seed)
     while small > SMALL and 3 * rank <= small and norm > 0:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Malformed
+from .differences import too_large
 from .lowering import Delta
 
 if TYPE_CHECKING:
@@ -64,10 +64,11 @@ def _finite(cores: tuple[Array, ...]) -> tuple[Array, ...]:
     """
     import numpy as np
 
-    if all(np.isfinite(core).all() for core in cores):
-        return cores
-    why = "a change whose numbers are too large for float64"
-    raise Malformed(why, cure="Use an earlier checkpoint: the training diverged, or the file is damaged")
+    # Squares of the norms are what callers compute with.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if all(math.isfinite((core * core).sum()) for core in cores):
+            return cores
+    raise too_large()
 
 
 def svd(delta: Delta) -> tuple[Array, Array, Array]:

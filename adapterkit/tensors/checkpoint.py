@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -68,16 +68,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not exists(root):
         raise StorageError("no such file or folder", path=path, cure="Check the spelling of the path")
     files, index = _weight_files(root) if root.is_dir() else (_splits(root), None)
-    tensors: dict[str, Lazy] = {}
-    home: dict[str, Path] = {}
-    metadata: dict[Path, Mapping[str, str]] = {}
-    for file in files:
-        part, metadata[file] = _read_file(file)
-        twice = next((name for name in part if name in tensors), None)
-        if twice:
-            raise Malformed(f"also in {home[twice].name}", path=file, where=twice, cure="Remove one of the copies")
-        tensors |= part
-        home |= dict.fromkeys(part, file)
+    tensors, home, metadata = _read_files(files)
     if index is not None:
         _check_index(index[0], index[1], home)
     folder = root if root.is_dir() else root.parent
@@ -86,6 +77,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         root, tensors, tuple(files), home, metadata, read_json(config) if config.exists() else None,
         None if index is None else index[1],
     )  # fmt: skip
+
+
+def read_shards(index: Path) -> dict[str, Lazy]:
+    """The tensors of all files that an index names, reading headers only.
+
+    Raises:
+        Malformed: the index is damaged, or a file that it names is not there or does not hold what it says.
+    """
+    files, (_, content) = _indexed_files(index)
+    tensors, home, _ = _read_files(files)
+    _check_index(index, content, home)
+    return tensors
 
 
 def opened(base: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
@@ -125,8 +128,8 @@ def contained(folder: Path, name: str) -> Path:
             relative path.
     """
     pure = PurePosixPath(name)
-    strange = pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name
-    if not name or strange or not all(map(_is_file_name, pure.parts)):
+    strange = {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name or ":" in name
+    if strange or not all(map(_is_file_name, pure.parts)):
         raise Malformed(
             f"{shown(name)} is not the plain name of a file inside the folder",
             path=folder,
@@ -188,10 +191,31 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, 
     names = sorted(set(weight_map.values()))
     files = tuple(contained(path.parent, name) for name in names)
     for file in files:
-        if not exists(file):
+        if not exists(file) or file.is_dir():
             why = f"names {file.name}, which is not there"
             raise Malformed(why, path=path, where="weight_map", cure="Fetch the missing shard")
     return files, (path, index)
+
+
+def _read_files(
+    files: Sequence[Path],
+) -> tuple[dict[str, Lazy], dict[str, Path], dict[Path, Mapping[str, str]]]:
+    """The tensors of several files by name, the file of each, and the metadata of each file.
+
+    Raises:
+        Malformed: two files hold a tensor of one name.
+    """
+    tensors: dict[str, Lazy] = {}
+    home: dict[str, Path] = {}
+    metadata: dict[Path, Mapping[str, str]] = {}
+    for file in files:
+        part, metadata[file] = _read_file(file)
+        twice = next((name for name in part if name in tensors), None)
+        if twice:
+            raise Malformed(f"also in {home[twice].name}", path=file, where=twice, cure="Remove one of the copies")
+        tensors |= part
+        home |= dict.fromkeys(part, file)
+    return tensors, home, metadata
 
 
 def _read_file(file: Path) -> tuple[dict[str, Lazy], Mapping[str, str]]:
@@ -215,7 +239,7 @@ def raw(span: Span) -> Lazy:
 def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:
     weight_map = index["weight_map"]
     for name, file in weight_map.items():
-        if name not in home or home[name].name != PurePosixPath(file).name:
+        if name not in home or home[name] != contained(path.parent, file):
             raise Malformed(
                 f"says {file}, which does not hold it", path=path, where=name, cure="Fetch the shards again"
             )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed
 from .dtypes import DTYPES, DType
-from .finite import first_in
+from .finite import check_finite
 from .lazy import Buffer, Lazy, as_lazy
 
 if TYPE_CHECKING:
@@ -133,10 +133,5 @@ def _bytes_of(array: Array) -> memoryview:
 def _checked(leaf: Lazy) -> Array:
     """The numbers in their storage type, all of them finite."""
     values = leaf.numpy()
-    position = first_in(values, leaf.dtype) if leaf.dtype.floating else None
-    if position is not None:
-        raise Malformed(f"a NaN or an infinity at {list(position)}", cure=_DIVERGED)
+    check_finite(leaf, values=values)
     return values
-
-
-_DIVERGED = "The training diverged, or the file is damaged; use an earlier checkpoint"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Malformed
 from .lazy import as_lazy
 
 if TYPE_CHECKING:
@@ -27,10 +28,32 @@ https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-fina
 """
 
 
+def check_finite(leaf: Leaf, where: str | None = None, values: np.ndarray[Any, Any] | None = None) -> None:
+    """Refuse a tensor that holds a NaN or an infinity.
+
+    Args:
+        leaf: the tensor; types other than real numbers pass.
+        where: its name, for the message.
+        values: its numbers in the storage type, where they are read already.
+
+    Raises:
+        Malformed: names the file that the tensor is read from, if it is in one, and the first position.
+    """
+    tensor = as_lazy(leaf)
+    if not tensor.dtype.floating:
+        return
+    position = first_in(tensor.numpy() if values is None else values, tensor.dtype)
+    if position is not None:
+        why = f"a NaN or an infinity at {list(position)}"
+        cure = "The training diverged, or the file is damaged; use an earlier checkpoint"
+        raise Malformed(why, path=tensor.file, where=where, cure=cure)
+
+
 def first_not_finite(leaf: Leaf) -> Shape | None:
     """The position of the first NaN or infinity in C order; None where all values are finite."""
     tensor = as_lazy(leaf)
-    return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating else None
+    # Without elements there is nothing to look at; numpy refuses [0, 2**62, 2**62], which a file may hold.
+    return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating and tensor.nbytes else None
 
 
 def first_in(values: np.ndarray[Any, Any], dtype: DType) -> Shape | None:

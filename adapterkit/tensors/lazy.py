@@ -144,6 +144,14 @@ class Lazy:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def file(self) -> str | None:
+        """The file that the bytes come from, also where they are transposed on the way; None where nothing tells."""
+        if self.span is not None:
+            return self.span.path
+        leaf = getattr(self.source, "leaf", None)
+        return leaf.file if isinstance(leaf, Lazy) else None
+
     def read(self, first: int, count: int) -> Buffer:
         """The bytes of `count` elements from `first` on, counted in C order; reads no more than it has to."""
         size = self.dtype.itemsize

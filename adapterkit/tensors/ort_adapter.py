@@ -31,6 +31,9 @@ TYPES = {
 }  # fmt: skip
 """Number of ONNX's element types -> ours."""
 
+_SIZES = {"<H": 2, "<I": 4, "<i": 4}
+"""Bytes of the integers of a flatbuffer, by `struct`'s codes."""
+
 _NUMBERS = {name: number for number, name in TYPES.items()}
 
 MAX_PARAMETERS = 1 << 20
@@ -151,12 +154,13 @@ class _Buffer:
         return self.pages[page][start : start + count]
 
     def number(self, code: str, at: int) -> int:
-        size = struct.calcsize(code)
+        # Not by `struct`: a table of 500 tensors has 17,000 numbers, and this takes half the time.
+        size = _SIZES[code]
         page, start = divmod(at, PAGE)
         held = self.pages.get(page, b"")
         if start + size > len(held):
             held, start = self.bytes(at, size), 0
-        return int(struct.unpack_from(code, held, start)[0])
+        return int.from_bytes(held[start : start + size], "little", signed=code == "<i")
 
     def forward(self, at: int) -> int:
         offset = self.number("<I", at)

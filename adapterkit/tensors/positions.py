@@ -50,7 +50,10 @@ def random_positions(seed: int, size: int, count: int) -> torch.Tensor:
 
 def outside(leaf: Leaf, below: tuple[int | None, ...]) -> int | None:
     """The first number below 0, or not below its bound: one for all, or one for each row of pairs; None without one."""
-    values = as_lazy(leaf).numpy()
+    tensor = as_lazy(leaf)
+    if not tensor.nbytes:
+        return None
+    values = tensor.numpy()
     parts = [values] if len(below) == 1 else [values[..., row, :] for row in range(len(below))]
     for part, bound in zip(parts, below, strict=True):
         bad = part[(part < 0) | (part >= bound)] if bound is not None else part[part < 0]

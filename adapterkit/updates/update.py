@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 from ..errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from ..shapes import Axes, Dims, tensor
 from ..tensors.dtypes import DTYPES, DType
-from ..tensors.finite import first_not_finite
-from ..tensors.lazy import dtype_of
+from ..tensors.finite import check_finite
+from ..tensors.lazy import as_lazy, dtype_of
 from .attributes import DAMAGED, attribute, check_attribute, plain
 from .positions import misplaced, repeated
 from .rules import Rule, apply_rules
@@ -203,7 +203,13 @@ class Update:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
                 choices = " or ".join(" and ".join(names) or "none" for names in group)
-                raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=DAMAGED)
+                raise Malformed(f"needs exactly one of: {choices}", cure=DAMAGED)
+
+    @property
+    def file(self) -> str | None:
+        """The file that the tensors are to be read from; None where they are loaded, or nothing tells."""
+        files = (as_lazy(leaf).file for leaf in self.tensors.values())
+        return next((file for file in files if file is not None), None)
 
     def check_values(self) -> None:
         """Reads every tensor and checks its values; methods with rules of their own extend it.
@@ -213,9 +219,7 @@ class Update:
                 outside of it, or that comes twice.
         """
         for name, leaf in self.tensors.items():
-            position = first_not_finite(leaf)
-            if position is not None:
-                raise Malformed(f"a NaN or an infinity at {list(position)}", where=name, cure=_DIVERGED)
+            check_finite(leaf, name)
         if not self._positions:
             return
         for name, why in misplaced(self, {}):
@@ -352,9 +356,6 @@ def _narrow(leaf: Any, axis: int, start: int, stop: int) -> Any:
     whole = slice(None)
     here = slice(start, stop)
     return leaf[(*[whole] * axis, here)] if axis >= 0 else leaf[(..., here, *[whole] * (-axis - 1))]
-
-
-_DIVERGED = "The training diverged, or the file is damaged; use an earlier checkpoint"
 
 
 def _check_dtype(name: str, dtype: DType, integer: bool) -> None:
