@@ -112,7 +112,7 @@ def _cell(family: Family, dialect: str, method: str, reasons: dict[str, int]) ->
 
 
 def plain(family: Family, *, norm: bool = False) -> dict[str, int]:
-    """Modules of the family that are whole in every naming -> their outputs; the first of its blocks, or a norm."""
+    """The first module of the blocks, or norm, that is whole in every naming -> its outputs."""
     for name, out in _modules(family, norm):
         pieces = family.moves(name, "diffusers", family.wanted("comfyui"))
         if not pieces or (len(pieces) == 1 and pieces[0].here.whole and pieces[0].there.whole):
