@@ -28,7 +28,7 @@ from ..errors import (
     storage_error,
 )
 from ..tensors.inputs import read_input
-from ..tensors.locations import located
+from ..tensors.locations import located, path_text
 from .calling import INSIDE, words_of
 from .exporting import export, files_of_adapters, read_adapters
 from .folders import CARRIED, check_folder, moved, published
@@ -73,7 +73,7 @@ def export_pretrained(
         Unsupported: the kind of model is unknown, the model brings its own code, or it names a kernel to download.
         And what `export` raises; `out` is left unchanged.
     """
-    source, target = located(model), Path(out)
+    source, target = located(model), Path(path_text(out))
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", where="dtype", cure=f"Known: {', '.join(DTYPES)}")
     if find_spec("transformers") is None:

@@ -50,6 +50,9 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     index: Mapping[str, Any] | None
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.root)!r}: {len(self.tensors):,} tensors in {len(self.files):,} files)"
+
     @property
     def folder(self) -> Path:
         """The folder with the model's other files."""
@@ -128,8 +131,8 @@ def contained(folder: Path, name: str) -> Path:
             relative path.
     """
     pure = PurePosixPath(name)
-    strange = pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or ":" in name
-    if not name or strange or not all(map(_is_file_name, pure.parts)):
+    strange = {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name or ":" in name
+    if strange or not all(map(_is_file_name, pure.parts)):
         raise Malformed(
             f"{shown(name)} is not the plain name of a file inside the folder",
             path=folder,
@@ -191,7 +194,7 @@ def _indexed_files(path: Path) -> tuple[tuple[Path, ...], tuple[Path, dict[str, 
     names = sorted(set(weight_map.values()))
     files = tuple(contained(path.parent, name) for name in names)
     for file in files:
-        if not exists(file):
+        if not exists(file) or file.is_dir():
             why = f"names {file.name}, which is not there"
             raise Malformed(why, path=path, where="weight_map", cure="Fetch the missing shard")
     return files, (path, index)
@@ -239,7 +242,7 @@ def raw(span: Span) -> Lazy:
 def _check_index(path: Path, index: Mapping[str, Any], home: Mapping[str, Path]) -> None:
     weight_map = index["weight_map"]
     for name, file in weight_map.items():
-        if name not in home or home[name].name != PurePosixPath(file).name:
+        if name not in home or home[name] != contained(path.parent, file):
             raise Malformed(
                 f"says {file}, which does not hold it", path=path, where=name, cure="Fetch the shards again"
             )

@@ -40,7 +40,8 @@ def check_finite(leaf: Leaf, where: str | None = None, values: np.ndarray[Any, A
         Malformed: names the first position, and the file if the tensor is read from one.
     """
     tensor = as_lazy(leaf)
-    if not tensor.dtype.floating:
+    # Without elements there is nothing to look at; numpy refuses [0, 2**62, 2**62], which a file may hold.
+    if not tensor.dtype.floating or not tensor.nbytes:
         return
     position = first_in(tensor.numpy() if values is None else values, tensor.dtype)
     if position is not None:
@@ -52,7 +53,7 @@ def check_finite(leaf: Leaf, where: str | None = None, values: np.ndarray[Any, A
 def first_not_finite(leaf: Leaf) -> Shape | None:
     """Return the position of the first NaN or infinity in C order; None if all values are finite."""
     tensor = as_lazy(leaf)
-    return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating else None
+    return first_in(tensor.numpy(), tensor.dtype) if tensor.dtype.floating and tensor.nbytes else None
 
 
 def first_in(values: np.ndarray[Any, Any], dtype: DType) -> Shape | None:

@@ -84,15 +84,15 @@ def inputs_kept() -> Iterator[None]:
         _KEPT.reset(token)
 
 
-def kept(what: str, path: Path, read: Callable[[], T]) -> T:
-    """Return `read()` for a file; inside `inputs_kept`, call it once per file and repeat its value or error."""
+def kept(what: str, path: Path, read: Callable[..., T], *args: Any) -> T:
+    """Return `read(*args)` for a file; inside `inputs_kept`, call it once per file and repeat its value or error."""
     known = _KEPT.get()
     if known is None:
-        return read()
+        return read(*args)
     key = (what, os.fspath(path))
     if key not in known:
         try:
-            known[key] = (read(), None)
+            known[key] = (read(*args), None)
         except Exception as error:
             known[key] = (None, error)
     value, failure = known[key]

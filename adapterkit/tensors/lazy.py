@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from ..errors import Corrupt, storage_error
+from ..errors import Corrupt, Unsupported, storage_error
 from .dtypes import BY_TORCH, DTYPES, DType
 from .inputs import open_input
 
@@ -133,6 +133,10 @@ class Lazy:
     span: Span | None = None
     part: Callable[[int, int], Buffer] | None = None
 
+    def __repr__(self) -> str:
+        file = "" if self.file is None else f", {self.file!r}"
+        return f"Lazy({self.dtype} {list(self.shape)}{file})"
+
     def fetch(self) -> Buffer:
         """Return the bytes: C order, little-endian, exactly `nbytes` of them."""
         if self.source is not None:
@@ -166,6 +170,7 @@ class Lazy:
         """Return the values as a numpy array of the storage dtype (`uint16` bits for bfloat16)."""
         import numpy as np
 
+        self._check_axes()
         return np.frombuffer(self.fetch(), dtype=self.dtype.numpy).reshape(self.shape)
 
     def torch(self, device: str | torch.device | None = None) -> torch.Tensor:
@@ -173,12 +178,19 @@ class Lazy:
         import torch
 
         kind = getattr(torch, self.dtype.torch)
+        self._check_axes()
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=kind, device=device)
         # frombuffer refuses empty buffers, and warns for read-only ones.
         data = self.fetch()
         writable = data if isinstance(data, bytearray) else bytearray(data)
         return torch.frombuffer(writable, dtype=kind).reshape(self.shape).to(device or "cpu")
+
+    def _check_axes(self) -> None:
+        """Refuse axes that no array has: a file may hold [0, 2**62, 2**62], which has no bytes."""
+        if not self.nbytes and math.prod(n or 1 for n in self.shape) * self.dtype.itemsize >= 1 << 63:
+            why = f"arrays cannot have the shape {list(self.shape)}"
+            raise Unsupported(why, path=self.file, cure="Take this tensor out: it has no elements")
 
     def map(self, f: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]], shape: Shape) -> Lazy:
         """Rearrange the numbers: `f` reshapes, transposes or slices the storage array into `shape`."""

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterkitError, UsageError, storage_error
+from ..errors import AdapterkitError, UsageError, shown, storage_error
 from .atomic import write_bytes
 from .inputs import read_input
 from .strict_json import load_json
@@ -70,6 +70,19 @@ def exists(path: Path) -> bool:
         raise storage_error(error, path) from error
 
 
+def path_text(name: str | os.PathLike[str]) -> str:
+    """The text of a path or address; `~` at its start is the user's home, unless a file is called so.
+
+    Raises:
+        UsageError: it is neither text nor a path.
+    """
+    if not isinstance(name, (str, os.PathLike)):
+        cure = "Pass a path, an address such as hf://org/repo, or what adapterkit.read returns where an adapter belongs"
+        raise UsageError(f"{shown(name)} of type {type(name).__name__} where a path belongs", cure=cure)
+    text = os.fspath(name)
+    return os.path.expanduser(text) if text.startswith("~") and not os.path.exists(text) else text
+
+
 def is_repo(name: str | None) -> bool:
     """Whether a name has the form `org/repo`, as model cards name bases; local paths have not."""
     return name is not None and _REPO.fullmatch(name) is not None
@@ -81,7 +94,7 @@ def is_remote(name: str | os.PathLike[str]) -> bool:
     Raises:
         UsageError: the scheme is unknown.
     """
-    text = os.fspath(name)
+    text = path_text(name)
     if os.path.exists(text) or _member(text) is not None:
         return False
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)", text)
@@ -109,9 +122,9 @@ def local(name: str | os.PathLike[str]) -> Path:
     Args:
         name: a local name; nothing needs to exist there.
     """
-    text = os.fspath(name)
+    text = path_text(name)
     member = None if os.path.exists(text) else _member(text)
-    return Path(name) if member is None else member
+    return Path(text) if member is None else member
 
 
 def _member(text: str) -> Path | None:
@@ -161,7 +174,7 @@ def is_address(name: str | os.PathLike[str]) -> bool:
     Raises:
         UsageError: the scheme is unknown.
     """
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(name)) is not None and is_remote(name)
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path_text(name)) is not None and is_remote(name)
 
 
 def outgoing(

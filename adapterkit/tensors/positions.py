@@ -56,7 +56,10 @@ def outside(leaf: Leaf, below: tuple[int | None, ...]) -> int | None:
         leaf: the numbers.
         below: one bound for all numbers, or one for each row of pairs; None for no bound.
     """
-    values = as_lazy(leaf).numpy()
+    tensor = as_lazy(leaf)
+    if not tensor.nbytes:
+        return None
+    values = tensor.numpy()
     parts = [values] if len(below) == 1 else [values[..., row, :] for row in range(len(below))]
     for part, bound in zip(parts, below, strict=True):
         bad = part[(part < 0) | (part >= bound)] if bound is not None else part[part < 0]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ShapeMismatch
+from ..errors import Malformed, ShapeMismatch
 from .namespace import namespace
 
 
@@ -39,8 +39,50 @@ def cayley(Q: Any) -> Any:
 
 
 def orthonormal_rows(R: Any) -> Any:
-    """Orthonormalize the rows `[r, n]` by Gram-Schmidt; already orthonormal rows stay as they are."""
-    return in_float32(lambda R: namespace(R).linalg.solve(namespace(R).linalg.cholesky(R @ R.mT), R), R)
+    """Orthonormalize the rows `[r, n]` by Gram-Schmidt; already orthonormal rows stay as they are.
+
+    Raises:
+        Malformed: a row depends on the others. Trainers draw another direction in its place, of which a file says
+            nothing.
+    """
+    try:
+        return in_float32(_orthonormal, R)
+    except (ValueError, RuntimeError) as error:  # numpy's and torch's LinAlgError derive from these.
+        if not type(error).__name__.endswith("LinAlgError"):
+            raise
+        raise _dependent(R) from None
+
+
+def _orthonormal(R: Any) -> Any:
+    xp = namespace(R)
+    square = R @ R.mT
+    L = xp.linalg.cholesky(square)
+    # Rounding may leave a row that depends on the others a length just above 0, and its direction is noise then.
+    if _has_values(R):
+        left, was = (L * L).diagonal(), square.diagonal()
+        if bool((left <= 16 * len(R) * xp.finfo(R.dtype).eps * was).any()):
+            raise _dependent(R)
+    return xp.linalg.solve(L, R)
+
+
+def _dependent(R: Any) -> Malformed:
+    why = f"{R.shape[0]} rows of {R.shape[1]} numbers that depend on each other cannot be made orthonormal"
+    cure = "Train from orthonormal rows, as initialisers draw them, or set orthogonality to False"
+    return Malformed(why, where="projection", cure=cure)
+
+
+def _has_values(array: Any) -> bool:
+    """Whether Python may look at the numbers: not in graphs, traces and transforms."""
+    import numpy as np
+
+    if isinstance(array, np.ndarray):
+        return True
+    import torch
+
+    if not isinstance(array, torch.Tensor) or torch.compiler.is_compiling() or array.is_meta:
+        return False
+    plain = type(array) in (torch.Tensor, torch.nn.Parameter)
+    return plain and torch._C._get_tracing_state() is None and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def neumann(Q: Any, terms: int, doubled: bool = False) -> Any:

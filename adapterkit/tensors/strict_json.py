@@ -20,6 +20,7 @@ MAX_DEPTH = 100
 
 _OF_A_TABLE = b"{}[]:,0123456789 \t\r\n"
 _BUT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
 
 def load_json(text: str) -> Any:
@@ -89,14 +90,15 @@ def check_size(data: bytes) -> bytes:
     bare = re.sub(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)', b"", data, flags=re.DOTALL)
     if bare.count(b"{") + bare.count(b"[") > MAX_CONTAINERS or bare.count(b",") > MAX_VALUES:
         raise ValueError(f"more than {MAX_CONTAINERS:,} objects and lists, or {MAX_VALUES:,} values")
-    brackets = bare.translate(None, _BUT_BRACKETS)
+    # Both kinds of brackets become one, so that a round removes one level; the parser refuses those that do not match.
+    brackets = bare.translate(_ONE_KIND, _BUT_BRACKETS)
     for _ in range(MAX_DEPTH):
-        shorter = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        shorter = brackets.replace(b"[]", b"")
         if len(shorter) == len(brackets):
             break
         brackets = shorter
     # Balanced brackets are gone now, unless they were nested too deeply. The parser refuses unbalanced ones.
-    if len(brackets) > MAX_DEPTH or b"[]" in brackets or b"{}" in brackets:
+    if len(brackets) > MAX_DEPTH or b"[]" in brackets:
         raise ValueError(f"more than {MAX_DEPTH} objects and lists inside each other")
     return bare
 
