@@ -36,6 +36,7 @@ class Building:
 
     def now(self, value: ir.Value) -> ir.Value:
         """Return the value that now stands in place of a value of the original graph."""
+        # A value may have been replaced several times, by several targets in a row.
         while value in self.moved:
             value = self.moved[value]
         return value

@@ -67,6 +67,7 @@ def _turns(node: ir.Node) -> bool | None:
     if node.op_type != "Transpose" or node.inputs[0] is None:
         return None
     axes = len(shape_of(node.inputs[0]))
+    # Without `perm`, a Transpose reverses all axes.
     order = list(attribute(node, "perm", range(axes)[::-1]))
     if order == list(range(axes)):
         return False

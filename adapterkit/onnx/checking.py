@@ -223,6 +223,7 @@ def _compared(
             difference = difference_of(got, results)
             _judge(difference, out, 0.0)
         reference = _second(out, wanted, both, feeds, got) if judged else None
+        # If the adapter changes nothing on these inputs, equality proves little. Then other sizes are tried.
         if plain is None or difference_of(got, session_of(plain).run(None, feeds)) > 0:
             return Outcome(difference, None, reference, clipped)
         why = "on the inputs that it was run on, the adapter changes nothing"

@@ -23,6 +23,7 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
         file = contained(path.parent, str(tensor.location))
         real = _inside(file, path, where)
         offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
+        # The length may be left out of a reference; then it follows from shape and dtype.
         need = offset + length
         if offset < 0 or length < tensor.nbytes:
             raise Malformed("its place in the data file makes no sense", path=path, where=where, cure=_AGAIN)

@@ -45,6 +45,7 @@ def every_token(words: Words, branch: Branch) -> ir.Value:
     past = next(iter(past_inputs(words.building.model.graph).values()), None)
     if past is None:
         return ids
+    # The name of the past's own open size ties the two inputs' lengths together.
     length = "past_tokens" if past.shape is None or len(past.shape) < 3 else past.shape[2]
     earlier = words.new(EARLIER, [first_axis(found), length])
     return branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)

@@ -58,6 +58,7 @@ def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     module, colon, name = factory.partition(":")
     if not (module and colon and name):
         raise UsageError(f"{factory!r} names no function", where="model", cure="Write module:function")
+    # For a console command, Python puts the command's folder on the path, not the working folder.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -215,6 +215,7 @@ def keep_original(source: Source) -> None:
             rest.append(source.original[end:at])
             end = at + len(data)
     rest.append(source.original[end:])
+    # The metadata is text, in which base85 takes less space than base64.
     packed = base64.b85encode(zlib.compress(b"".join(rest), 9)).decode()
     digest = hashlib.sha256(source.original).hexdigest()
     model.metadata_props[ORIGINAL] = json.dumps(

@@ -311,6 +311,7 @@ def _check_unshared(stage: Path, names: Iterable[Path], out: Path) -> None:
         there = out.parent / name
         if not there.exists() or _same(there, stage / name):
             continue
+        # protobuf stores the file's name as plain bytes, so a search is enough to find a reference to it.
         for other in out.parent.glob("*.onnx"):
             if other.name != out.name and os.fsencode(name.as_posix()) in other.read_bytes():
                 why = f"already there, and {other.name} names it as its data"

@@ -98,6 +98,7 @@ def _told(scopes: str | None, name: str) -> tuple[str, ...]:
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)
     parts = name.split("/")
+    # Names of torch's older exporter start with a slash; others tell nothing.
     if parts[0] or len(parts) < 3:
         return ()
     return tuple(".".join(parts[1:end]) for end in range(2, len(parts)))

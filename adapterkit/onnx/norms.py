@@ -224,6 +224,7 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None, held: Arra
             by_weight = float(np.linalg.norm(V - scale[:, None] * rows)) / size
             wanted = shift if b is None else scale * b + shift
             by_bias = float(abs(held - wanted).max()) / most
+            # Weight and bias must both fit, because several norms can have similar scales.
             yield _Guess(name, scale, shift, max(by_weight, by_bias))
 
 

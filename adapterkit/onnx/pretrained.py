@@ -126,6 +126,7 @@ def _loaded(source: Path, dtype: str) -> Any:
         name = names[0]
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
         raise Malformed(f"its config.json cannot be read ({error})", path=source, cure="Fetch it again") from None
+    # Only class names pass: a name from the file must not reach another attribute of the library.
     if not isinstance(name, str) or not (name == "AutoModel" or name.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))):
         raise Malformed(f"architectures names {name!r}", path=source / "config.json", cure="Fetch it again")
     built = getattr(transformers, name, None)

@@ -32,6 +32,7 @@ def runs_on(provider: str) -> bool:
     if provider in OF_NVIDIA and not _has_driver():
         return False
     if provider in OF_NVIDIA and hasattr(onnxruntime, "preload_dlls"):
+        # CUDA libraries from pip's nvidia packages are not on the loader's search path.
         onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(_one_node(), quiet_options(), providers=[provider])

@@ -56,6 +56,7 @@ class Recurrent(Layer):
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        # argsort inverts the permutation: from ONNX's order back to torch's.
         copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
         return lambda: _reordered(numbers(copy)[cls.direction], order)
 

@@ -123,6 +123,7 @@ def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[
     wanted = [name for name in names if name not in taken]
     for value in [value for value in model.graph.outputs if value.name in inputs]:
         model.graph.outputs.remove(value)
+    # Without optimizations, no quantizer is fused with its neighbours, and its input is the one in the graph.
     session = session_of(inline(model), optimized=False)
     results = session.run(wanted, {name: array for name, array in feeds.items() if name in taken})
     return {**{name: np.asarray(feeds[name]) for name in inputs}, **dict(zip(wanted, results, strict=True))}

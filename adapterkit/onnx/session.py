@@ -220,6 +220,7 @@ def _value(array: Array, device: str = "cpu") -> Any:
         from onnx import TensorProto
 
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(whole, TensorProto.BFLOAT16)
+    # ascontiguousarray turns a scalar into shape [1], so its shape is restored.
     return onnxruntime.OrtValue.ortvalue_from_numpy(whole.reshape(array.shape), device, 0)
 
 

@@ -102,6 +102,7 @@ class Shadows:
         from .tracing import quiet
 
         try:
+            # On the meta device the model takes no memory. Its numbers come from the adapter.
             with quiet(), torch.device("meta"):
                 return auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
         except Exception as error:  # transformers raises many types of errors for bad configs.

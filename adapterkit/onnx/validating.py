@@ -105,6 +105,7 @@ def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path 
         for one in own:
             readers.setdefault(one, []).append(at)
         waits.append(own)
+    # Kahn's algorithm: nodes that never become ready are on a cycle.
     ready = [at for at, own in enumerate(waits) if not own]
     done = 0
     while ready:

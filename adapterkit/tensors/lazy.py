@@ -108,6 +108,7 @@ def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
     # An unbuffered read may return fewer bytes than asked for: Linux stops at 2 GB. Only 0 means the end.
     file.seek(offset)
     done = file.readinto(data)
+    # The common case is one call; only short reads pay for the loop.
     if done < len(data):
         view = memoryview(data)
         while done < len(data) and (count := file.readinto(view[done:])):

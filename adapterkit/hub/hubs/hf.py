@@ -56,11 +56,13 @@ class HuggingFace(Remote):
 
         super().__init__(uri, token or get_token())
         self.endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        # False instead of None, which would make huggingface_hub look for a stored token again.
         self.api: HfApi = HfApi(endpoint=self.endpoint, token=self.token or False)
 
     @classmethod
     def named(cls, rest: str) -> Uri | None:
         match = _NAME.fullmatch(rest)
+        # The hub itself refuses names with `..` or `--`.
         if "://" in rest or match is None or ".." in match["repo"] or "--" in match["repo"]:
             return None
         path = match["path"] or ""
@@ -139,6 +141,7 @@ class HuggingFace(Remote):
     def _file(self, entry: Any) -> RemoteFile:
         path, size, lfs = entry.get("path"), entry.get("size"), entry.get("lfs")
         digest = f"git:{entry.get('oid')}"
+        # For a large file, `oid` is the digest of git's pointer; `lfs` has the size and digest of the content.
         if lfs is not None:
             size, digest = lfs.get("size"), f"sha256:{lfs.get('oid')}"
         told = isinstance(path, str) and type(size) is int and size >= 0

@@ -62,6 +62,7 @@ def read_keys(reader: Reader) -> tuple[dict[str, Value], int, int, dict[str, int
         raise reader.damaged("not a GGUF file")
     version = reader.number("<I", "a version")
     if version not in (2, 3):
+        # Read in the wrong byte order, version 3 is 0x03000000.
         swapped = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
         raise Unsupported(f"GGUF, {swapped}", path=reader.path, cure="Write it little-endian, of version 3")
     count, keys = reader.number("<Q", "a count"), reader.number("<Q", "a count")
