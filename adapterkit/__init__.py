@@ -14,11 +14,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import hub, onnx, ops, torch
     from .adapter import Adapter, BaseRef, Foreign, Step, Target
-    from .api import names
+    from .api import convert, names, report
+    from .destination import WriteResult
     from .errors import AdapterkitError
     from .formats import FORMATS, detect, read, write
-    from .merging import merge, verify
+    from .merging import merge, plan, verify
     from .methods import METHODS
+    from .ops import combine
+    from .ops import compare as diff
+    from .scanning import scan
 
 _HOME = {
     "Adapter": "adapter",
@@ -29,13 +33,21 @@ _HOME = {
     "METHODS": "methods",
     "Step": "adapter",
     "Target": "adapter",
+    "WriteResult": "destination",
+    "combine": "ops",
+    "convert": "api",
     "detect": "formats",
+    "diff": "ops:compare",
     "merge": "merging",
     "names": "api",
+    "plan": "merging",
     "read": "formats",
+    "report": "api",
+    "scan": "scanning",
     "verify": "merging",
     "write": "formats",
 }
+"""Public name -> the module that it is loaded from, and its name there where that is another."""
 
 __all__ = [
     "FORMATS",
@@ -46,13 +58,20 @@ __all__ = [
     "Foreign",
     "Step",
     "Target",
+    "WriteResult",
+    "combine",
+    "convert",
     "detect",
+    "diff",
     "hub",
     "merge",
     "names",
     "onnx",
     "ops",
+    "plan",
     "read",
+    "report",
+    "scan",
     "torch",
     "verify",
     "write",
@@ -68,10 +87,11 @@ def __getattr__(name: str) -> Any:
         return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    module, _, own = _HOME[name].partition(":")
+    value = getattr(import_module(f".{module}", __name__), own or name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, *_MODULES})
+    return sorted([*__all__, "__version__"])

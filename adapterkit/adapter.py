@@ -23,7 +23,8 @@ from .errors import (
     public,
     shown,
 )
-from .tensors.lazy import Lazy, as_lazy, as_torch, files_kept_open
+from .tables import counts, html_table
+from .tensors.lazy import as_lazy, as_torch, files_kept_open
 from .updates import Update
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class Target:
     @property
     def stacked(self) -> bool:
         return self.layout.startswith("e ")
+
+    def __repr__(self) -> str:
+        layout = "" if self.layout == "out *in" else f", layout={self.layout!r}"
+        return f"Target({str(self)!r}{layout})"
 
     def __str__(self) -> str:
         path = self.path or "(model)"
@@ -128,6 +133,15 @@ class Adapter:
     recipe: tuple[Step, ...] = ()
     foreign: Foreign | None = None
     extensions: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        base = "" if self.base is None or self.base.id is None else f", base={self.base.id!r}"
+        methods = counts(update.method for _, update in self)
+        return f"Adapter({len(self.updates):,} targets: {methods}{base})"
+
+    def _repr_html_(self) -> str:
+        rows = [[target, *_row(update, target.stacked)] for target, update in self]
+        return html_table(repr(self), ("target", "method", "shapes", "rank", "scaling"), rows)
 
     def __iter__(self) -> Iterator[tuple[Target, Update]]:
         """Every (target, update), in order."""
@@ -219,7 +233,7 @@ class Adapter:
                 try:
                     update.check_values()
                 except AdapterkitError as error:
-                    raise _placed(error, target, update).at(path=_source(update)) from None
+                    raise _placed(error, target, update).at(path=update.file) from None
 
     def find(self, path: str) -> dict[Target, tuple[Update, ...]]:
         """The entries at a dotted path.
@@ -329,8 +343,8 @@ DEEPEST = 100
 MOST_VALUES = 1 << 22
 """Values in one such record. An alias in YAML may stand for a list of aliases: a few bytes become billions."""
 
-MOST_BITS = 1 << 13
-"""Bits of an integer: Python prints and reads no more than 4300 decimal digits."""
+MOST_DIGITS = 4300
+"""Decimal digits of an integer: Python prints and reads no more by default."""
 
 
 def check_json(value: Any, where: str) -> None:
@@ -367,7 +381,7 @@ def _plain_number(value: Any) -> bool:
     """Whether a value is null, true, false or a number that JSON has."""
     if isinstance(value, float):
         return math.isfinite(value)
-    return value is None or (isinstance(value, int) and value.bit_length() <= MOST_BITS)
+    return value is None or (isinstance(value, int) and abs(value) < 10**MOST_DIGITS)
 
 
 def _encodes(text: str) -> bool:
@@ -431,10 +445,21 @@ def _placed(error: AdapterkitError, target: Target, update: Update) -> Adapterki
     return error
 
 
-def _source(update: Update) -> str | None:
-    """The file that an update's tensors lie in, where they are not loaded."""
-    spans = (leaf.span for leaf in update.tensors.values() if isinstance(leaf, Lazy))
-    return next((span.path for span in spans if span), None)
+def check_adapter(value: object) -> None:
+    """Refuse what is no adapter, such as the path of one, or an argument in another's place.
+
+    Raises:
+        UsageError: it is of another type.
+    """
+    if not isinstance(value, Adapter):
+        cure = "Pass what adapterkit.read returns; is the order of the arguments right?"
+        raise UsageError(f"{shown(value)} of type {type(value).__name__} where an adapter belongs", cure=cure)
+
+
+def _row(update: Update, stacked: bool) -> tuple[object, ...]:
+    """Method, shapes, rank and scaling of an update, for a table."""
+    shapes = " ".join(f"{name}{list(leaf.shape)}" for name, leaf in update.tensors.items())
+    return update.method, shapes, update.dims(stacked).get("r"), update.attributes.get("scaling")
 
 
 _CORRECT = "Correct it in the file, or write the file again with the tool that made it"

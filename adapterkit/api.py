@@ -6,19 +6,104 @@ of one name would replace each other, depending on what is imported first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
+from .binding import renamed
 from .binding.bases import check_base
 from .binding.tables import name_map
-from .errors import places_errors
-from .formats import read
+from .destination import Destination, WriteResult
+from .errors import ShapeMismatch, TargetNotFound, UsageError, nearest, places_errors, public
+from .formats import FORMATS, detect, read, warnings_of
 from .tensors.checkpoint import opened
+from .tensors.inputs import inputs_kept
+from .tensors.locations import path_text
 
 if TYPE_CHECKING:
+    from .reporting.report import Report
     from .tensors.checkpoint import Checkpoint
+
+
+def convert(
+    src: str | PathLike[str],
+    dst: str | PathLike[str],
+    *,
+    to: str,
+    format: str | None = None,  # noqa: A002 - as in `read`
+    base: Checkpoint | str | PathLike[str] | None = None,
+    compat: str | None = None,
+    on_loss: str = "refuse",
+    max_error: float | None = None,
+    profile: str | None = None,
+    match_base: bool = False,
+    rename: str | Sequence[str] = (),
+    overwrite: bool = False,
+    made_from: str | None = None,
+    **reading: Any,
+) -> WriteResult:
+    """Write an adapter in another format, here or on a hub.
+
+    Args:
+        src: the adapter: a path or an address such as `hf://org/repo`.
+        dst: the file, the folder or the address to write.
+        to: the format to write; `FORMATS` lists them.
+        format: the format of `src`; found from its headers if absent.
+        base: the base, for formats that need one to resolve names or order rows.
+        compat: another reading of `src`; see `read`.
+        on_loss: what to do with what the format cannot say: refuse, fold, promote or drop; see `write`.
+        max_error: with `on_loss="promote"`, the relative error that a change may have.
+        profile: a consumer that takes only a part of the format, such as `"vllm"`.
+        match_base: write the targets in the names and parts that `base` stores.
+        rename: rules for names, each `FROM=TO` or `@FILE`.
+        overwrite: replace what is at `dst`.
+        made_from: a digest of what decides the output, kept with it; see `write`.
+        reading: further arguments of `read`: alpha, rank, strict, strict_base, experts_order.
+
+    Returns:
+        what was written, with a line for each loss and each warning.
+
+    Raises:
+        UsageError: `dst` is `src`, or `match_base` without a base.
+        StorageError: something is at `dst`, and `overwrite` is not set.
+        AdapterkitError: see `read` and `write`.
+
+    Example:
+        >>> adapterkit.convert("lora", "lora.gguf", to="gguf", base="base")  # doctest: +SKIP
+    """
+    if match_base and base is None:
+        cure = "Pass base=/--base, or leave match_base=/--match-base out"
+        raise UsageError("--match-base requires --base", cure=cure)
+    if to not in FORMATS:
+        raise UsageError(f"unknown format {to!r}", where="to", cure=nearest(to, FORMATS) or _known(FORMATS))
+    source, out = path_text(src), path_text(dst)
+    with inputs_kept():
+        checkpoint = None if base is None else opened(base)
+        destination = Destination(out, [source], overwrite, format=to, base=base)
+        destination.check()
+        name = format or detect(source)
+        adapter = read(source, name, checkpoint, compat=compat, **reading)
+        if checkpoint is not None and match_base:
+            adapter = adapter.bind(checkpoint, rename=rename)
+        else:
+            (adapter,) = renamed([adapter], rename)
+    warnings = [*warnings_of(adapter), *base_warnings([source], [adapter], checkpoint)]
+    return destination.write(
+        adapter, on_loss, profile=profile, max_error=max_error, base=checkpoint, made_from=made_from, warnings=warnings
+    )
+
+
+def base_warnings(sources: Iterable[str], adapters: Iterable[Adapter], base: Checkpoint | None) -> list[str]:
+    """Warnings about a base that is not the one that an adapter names; none without a base."""
+    if base is None:
+        return []
+    found = check_base([*zip(sources, adapters, strict=True)], base, strict=False)
+    return [f"{why}; --strict-base (strict_base=True) refuses it" for why in found]
+
+
+def _known(names: Iterable[str]) -> str:
+    return f"Known: {', '.join(names)}"
 
 
 @places_errors
@@ -57,3 +142,87 @@ def names(
     if strict_base and given is not None:
         check_base([("the adapter" if isinstance(adapter, Adapter) else str(adapter), given)], checkpoint, strict=True)
     return name_map(checkpoint, given, rename=rename, partial=allow_partial)
+
+
+@places_errors
+def report(
+    adapters: Adapter | str | PathLike[str] | Sequence[Adapter | str | PathLike[str]],
+    *,
+    base: Checkpoint | str | PathLike[str] | None = None,
+    merged: Checkpoint | str | PathLike[str] | None = None,
+    out: str | PathLike[str] | None = None,
+    rename: str | Sequence[str] = (),
+    overwrite: bool = False,
+) -> Report:
+    """Measure adapters and tell what stands out, in numbers, sentences and pictures; notebooks show the result.
+
+    Args:
+        adapters: one adapter or several, each an `Adapter` or where it is.
+        base: their base. With it changes are held against weights, and adapters that need weights are measured.
+        merged: what they were merged into; with `base` this tells how much of each change is there.
+        out: write the report to this HTML file, too.
+        rename: rules for names that cannot be told, each `FROM=TO` or `@FILE`, as in `adapterkit.merge`.
+        overwrite: replace what is at `out`.
+
+    Returns:
+        the report: `verdicts`, `measured`, `facts`, `record()`, `html()`, `save(path)` and `figures(folder)`.
+
+    Raises:
+        UsageError: no adapter, or `merged` without `base`.
+        StorageError: something is at `out`.
+        Unsupported: the package that draws charts is not installed; raised where `out` is given.
+        AdapterkitError: adapters that cannot be read, or are of different models.
+    """
+    from pathlib import Path
+
+    from .reporting.report import made
+    from .tensors.inputs import inputs_kept
+    from .tensors.locations import located
+    from .tensors.staging import check_free
+
+    given = [adapters] if isinstance(adapters, (Adapter, str, PathLike)) else list(adapters)
+    if not given:
+        raise UsageError("no adapter was given", cure="Name at least one")
+    if merged is not None and base is None:
+        raise UsageError("merged needs base", where="merged", cure="Pass the base as well: --base BASE (base=)")
+    if out is not None:
+        check_free(Path(out), overwrite)
+    checkpoint = None if base is None else opened(base)
+    with inputs_kept():
+        held = [each if isinstance(each, Adapter) else _read_for(each, checkpoint) for each in given]
+    paths = [None if isinstance(each, Adapter) else located(each) for each in given]
+    found = made(
+        held, _names_for(given), paths=paths, base=checkpoint, merged=None if merged is None else opened(merged),
+        rename=rename,
+    )  # fmt: skip
+    if out is not None:
+        found.save(out, overwrite=overwrite)
+    return found
+
+
+def _read_for(path: str | PathLike[str], base: Checkpoint | None) -> Adapter:
+    """The adapter, read with the base if it fits that: a report tells of one that does not."""
+    if base is None:
+        return read(path)
+    try:
+        return read(path, base=base)
+    except (TargetNotFound, ShapeMismatch):
+        return read(path)
+
+
+def _names_for(adapters: Sequence[Adapter | str | PathLike[str]]) -> list[str]:
+    """A short name for each adapter, all different: the end of its path, with more of the path where that is shared."""
+    from os import fspath
+
+    parts = [
+        [f"adapter {at}"] if isinstance(each, Adapter) else fspath(each).rstrip("/").replace("\\", "/").split("/")
+        for at, each in enumerate(adapters, 1)
+    ]  # fmt: skip
+    plain = ("adapter_model.safetensors", "adapter.safetensors", "pytorch_lora_weights.safetensors")
+    parts = [each[:-1] if len(each) > 1 and each[-1] in plain else each for each in parts]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        short = [name.removesuffix(".safetensors").removesuffix(".gguf") for name in names]
+        if len(set(short)) == len(short):
+            return [public(name) for name in short]
+    return [f"{public(name)} ({at})" for at, name in enumerate(names, 1)]

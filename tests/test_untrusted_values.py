@@ -12,6 +12,7 @@ from adapterkit.adapter import Adapter, BaseRef, Foreign, Step, Target, check_js
 from adapterkit.errors import (
     AdapterkitError,
     Malformed,
+    ShapeMismatch,
     TargetNotFound,
     Unrepresentable,
     Unsupported,
@@ -21,6 +22,8 @@ from adapterkit.errors import (
 from adapterkit.formats import FORMATS
 from adapterkit.formats._pairs import finite, whole_rank
 from adapterkit.methods.lora import LoRA
+from adapterkit.methods.lora_xs import LoRAXS
+from adapterkit.methods.nola import NOLA
 from adapterkit.tensors.checkpoint import open_checkpoint
 from adapterkit.tensors.lazy import from_numpy
 
@@ -177,3 +180,81 @@ def test_a_change_whose_squared_norm_is_no_float_is_merged(tmp_path):
     report = ak.merge(tmp_path / "base.safetensors", big, tmp_path / "out.safetensors", device="cpu")
     assert np.array_equal(load_file(tmp_path / "out.safetensors")["q.weight"], np.full((3, 4), 2e200))
     assert report.norms["q.weight"][0] > 1e154
+
+
+VERBS = {
+    "merge": lambda good, bad, folder: ak.merge(folder / "base.safetensors", [good, bad], folder / "out"),
+    "linear": lambda good, bad, folder: ak.write(
+        ak.ops.combine([good, bad], method="linear"), folder / "out", format="peft"
+    ),
+    "ties": lambda good, bad, _: ak.ops.combine([good, bad], method="ties", rank=2),
+    "resize": lambda _, bad, __: ak.ops.resize(bad, rank=1),
+    "compare": lambda good, bad, _: ak.ops.compare(good, bad),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_number_that_is_not_finite_is_named_with_the_file_that_holds_it(tmp_path, verb):
+    save_file({"q.weight": np.zeros((3, 4), "f4")}, tmp_path / "base.safetensors")
+    ak.write(lora(), tmp_path / "good", format="peft")
+    ak.write(lora(), tmp_path / "bad", format="peft")
+    file = tmp_path / "bad" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if "lora_B" in key)
+    tensors[key][1, 0] = np.nan
+    save_file(tensors, file)
+    good, bad = ak.read(tmp_path / "good"), ak.read(tmp_path / "bad")
+    with pytest.raises(Malformed, match=r"NaN or an infinity at \[1, 0\]") as raised:
+        VERBS[verb](good, bad, tmp_path)
+    assert raised.value.path == str(file)
+
+
+@pytest.mark.parametrize("verb", ["ties", "resize", "compare"])
+def test_a_change_whose_squared_norm_is_no_float_is_refused_where_it_is_squared(verb):
+    adapter = lora()
+    big = adapter.replace(updates={Target("q"): tuple(u.replace(scaling=1e200) for u in adapter.updates[Target("q")])})
+    with pytest.raises(Malformed, match="too large for float64"):
+        VERBS[verb](adapter, big, None)
+
+
+def test_nola_without_random_matrices_is_the_matrix_that_was_there_before(tmp_path):
+    none = {"alpha": np.zeros(0, "f4"), "beta": np.zeros(0, "f4")}
+    bases = {"A_bases": np.zeros((0, 0, 4), "f4"), "B_bases": np.zeros((0, 3, 0), "f4")}
+    update = NOLA(**{name: from_numpy(value) for name, value in (none | bases).items()})
+    save_file({"q.weight": np.ones((3, 4), "f4")}, tmp_path / "base.safetensors")
+    ak.merge(tmp_path / "base.safetensors", Adapter({Target("q"): (update,)}), tmp_path / "out.safetensors")
+    assert np.array_equal(load_file(tmp_path / "out.safetensors")["q.weight"], np.ones((3, 4), "f4"))
+
+
+def test_a_formula_that_cannot_be_computed_is_a_typed_error_with_the_file(tmp_path):
+    """A rank of 0 passes the check of shapes; not every formula has a value for it."""
+    save_file({"q.weight": np.ones((3, 4), "f4")}, tmp_path / "base.safetensors")
+    update = LoRAXS(
+        A=from_numpy(np.zeros((0, 4), "f4")), B=from_numpy(np.zeros((3, 0), "f4")), R=from_numpy(np.zeros((0, 0), "f4"))
+    )
+    ak.write(Adapter({Target("q"): (update,)}), tmp_path / "adapter.safetensors")
+    adapter = ak.read(tmp_path / "adapter.safetensors")
+    with pytest.raises(ShapeMismatch, match="formula of lora_xs cannot be computed") as raised:
+        ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
+    assert raised.value.path == str(tmp_path / "adapter.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_change_below_float32_is_promoted_to_none(tmp_path):
+    """Its LoRA's factors round to zero: that is what float32 makes of it, and no fault of the writer."""
+    rng = np.random.default_rng(0)
+    shapes = {"A_bases": (3, 2, 4), "B_bases": (2, 3, 2), "alpha": (3,), "beta": (2,)}
+    tensors = {name: from_numpy(rng.normal(size=shape).astype("f4")) for name, shape in shapes.items()}
+    adapter = Adapter({Target("q"): (NOLA(**tensors, scaling=5e-321),)})
+    lines = ak.write(adapter, tmp_path / "out", format="peft", on_loss="promote")
+    assert any("LoRA" in line for line in lines)
+    assert float(ak.read(tmp_path / "out").delta("q").abs().max()) < 1e-37
+
+
+def test_an_error_of_many_items_is_no_longer_than_a_screen():
+    items = [f"model.layers.{n}.self_attn.q_proj.{'x' * 60}: a reason" for n in range(150)]
+    text = str(Unrepresentable("no words for these updates", items=items, path="x", cure="Drop them"))
+    shown = sum(item in text for item in items)
+    assert len(text) < 4000
+    assert shown > 20
+    assert f"and {150 - shown} more lines" in text

@@ -37,29 +37,21 @@ def command(
     compat: str | None, on_loss: str, max_error: float | None, profile: str | None, match_base: bool,
     rename: tuple[str, ...], overwrite: bool,
 ) -> None:  # fmt: skip
-    """Runs `adapterkit.read` and `adapterkit.write`."""
-    if match_base and base is None:
-        raise click.UsageError("--match-base requires --base")
-    from .. import detect, read
-    from ..binding import renamed
+    """Runs `adapterkit.convert`."""
+    from .. import convert, detect
     from ..tensors.inputs import inputs_kept
 
-    with _without_collection():
-        with inputs_kept():
-            name = source_format or detect(src)
-            destination = _writing.Destination(dst, [src], overwrite, target_format=target_format, base=base)
-            if destination.is_done(settings):
-                return
-            adapter = read(src, name, base, compat=compat, **_options.stated())
-            if base is not None and match_base:
-                adapter = adapter.bind(base, rename=rename)
-            else:
-                (adapter,) = renamed([adapter], rename)
-        written = destination.write(adapter, on_loss, profile, max_error)
-    from ..formats import warnings_of
-
-    warnings = [*warnings_of(adapter), *_options.base_warnings([src], [adapter], base)]
-    record = {"source": src, "from": name, **written, "warnings": warnings}
+    with _without_collection(), inputs_kept():
+        name = source_format or detect(src)
+        destination = _writing.Destination(dst, [src], overwrite, target_format=target_format, base=base)
+        if destination.is_done(settings):
+            return
+        result = convert(
+            src, dst, to=target_format, format=name, base=base, compat=compat, on_loss=on_loss, max_error=max_error,
+            profile=profile, match_base=match_base, rename=rename, overwrite=overwrite,
+            made_from=destination.made_from, **_options.stated(),
+        )  # fmt: skip
+    record = {"source": src, "from": name, **result.record(), "warnings": list(result.warnings)}
     show(settings, record, _view)
 
 

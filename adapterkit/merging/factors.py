@@ -47,6 +47,8 @@ def _load(update: Update, fold: Fold, arrays: Arrays) -> Update:
     try:
         read.check_values()
     except AdapterkitError as error:
+        # `read` is in memory and does not know its file any more.
+        error.at(path=update.file)
         error.where = f"{fold.target}: {update.method}" + (f".{error.where}" if error.where else "")
         raise
     return read.map(arrays.load)

@@ -9,7 +9,7 @@ from functools import partial
 from hashlib import sha256
 from typing import Any
 
-from ..errors import AdapterkitError, Corrupt, storage_error
+from ..errors import AdapterkitError, Corrupt, ShapeMismatch, storage_error
 from ..tensors.copying import OpenFiles, read_all
 from ..tensors.direct import Writer
 from .arrays import Arrays, Workspace
@@ -51,6 +51,7 @@ class Hands:
             Corrupt: a file has become shorter.
             StorageError: a file cannot be read or written.
             Malformed: see `Folder`.
+            ShapeMismatch: a formula cannot be computed with the tensors of its update.
         """
         self.writer.begin(str(job.file.path), job.offset)
         try:
@@ -62,6 +63,16 @@ class Hands:
             raise storage_error(error, error.filename or job.file.path) from error
         except AdapterkitError as error:
             raise error.at(where=job.output.name if job.output else None) from error.__cause__
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            if job.output is None or not job.output.folds:
+                raise
+            # numpy raises these where a formula meets sizes that validation cannot rule out, such as a rank of 0.
+            updates = [update for fold in job.output.folds for update in fold.updates]
+            methods = " and ".join(dict.fromkeys(update.method for update in updates))
+            why = f"the formula of {methods} cannot be computed for this weight ({error})"
+            path = next((update.file for update in updates if update.file is not None), None)
+            cure = "The file is damaged, or the adapter is not of this base"
+            raise ShapeMismatch(why, path=path, where=job.output.name, cure=cure) from error
 
     def close(self) -> None:
         """Waits for what is on its way, and closes the files."""

@@ -51,10 +51,12 @@ class NOLA(LowRank):
         else:
             A = combine(self.alpha, self.seeds, 0, math.prod(shape[1:]))
             B = combine(self.beta, self.seeds, 1, shape[0]).mT
-        A, B = A.reshape(len(A), -1) / max(len(self.alpha), 1) ** 0.5, B / max(len(self.beta), 1) ** 0.5
+        A = A.reshape(len(A), math.prod(shape[1:])) / max(len(self.alpha), 1) ** 0.5
+        B = B / max(len(self.beta), 1) ** 0.5
         B = B if self.B0 is None else B + self.B0
         return self.scaling * B, A if self.A0 is None else A + self.A0.reshape(A.shape)
 
 
 def _mixed(coefficients: Any, bases: Any) -> Any:
-    return (coefficients @ bases.reshape(len(bases), -1)).reshape(bases.shape[1:])
+    # Not -1: it is ambiguous where there are no bases.
+    return (coefficients @ bases.reshape(len(bases), math.prod(bases.shape[1:]))).reshape(bases.shape[1:])

@@ -27,8 +27,7 @@ def loaded(adapter: Adapter | str | PathLike[str], base_weights: Base | None) ->
 
         adapter = read(adapter, base=base)
     adapter.validate()
-    for _, update in adapter:
-        update.check_values()
+    adapter.check_values()
     return adapter, base
 
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Malformed, ShapeMismatch
-from ..tensors.finite import first_in
+from ..tensors.finite import check_finite
 from ..tensors.lazy import Lazy, Span, read_span
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def difference(name: str, tuned: Lazy, base: Lazy, *, exact: bool) -> Array:
     D: Array = one - other if exact or one.dtype != other.dtype else np.subtract(one, other, out=one)
     if not math.isfinite(frobenius(D)):
         for tensor in (tuned, base):
-            _check_finite(name, tensor)
+            check_finite(tensor, name)
     # The larger of the two less the rounded difference is exact (Dekker 1971), so it tells whether anything was lost.
     if not exact or D.dtype == np.float64 or bool((one - D == other).all() and (other + D == one).all()):
         return D
@@ -54,12 +54,19 @@ def left(D: Array, B: Array, A: Array) -> float:
 
 
 def frobenius(D: Array) -> float:
-    """The Frobenius norm, summed in float64."""
+    """The Frobenius norm, summed in float64; infinite where a square is too large for it."""
     import numpy as np
 
     flat = D.reshape(-1)
     parts = (flat[i : i + CACHED].astype(np.float64, copy=False) for i in range(0, flat.size, CACHED))
-    return math.sqrt(math.fsum(float(part @ part) for part in parts))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.sqrt(math.fsum(float(part @ part) for part in parts))
+
+
+def too_large() -> Malformed:
+    """The error for a change whose norm cannot be computed."""
+    why = "a change whose numbers are too large for float64"
+    return Malformed(why, cure="Use an earlier checkpoint: the training diverged, or the file is damaged")
 
 
 def check_rows(name: str, tuned: Lazy, base: Lazy) -> int:
@@ -94,7 +101,7 @@ def changed_rows(name: str, tuned: Lazy, base: Lazy) -> tuple[list[int], float]:
         square += frobenius(change[: len(was)]) ** 2
         if not math.isfinite(frobenius(change)):
             for tensor in (tuned, base):
-                _check_finite(name, tensor)
+                check_finite(tensor, name)
         index += (start + np.flatnonzero((change[: len(was)] != 0).any(1))).tolist()
     return index, square
 
@@ -124,10 +131,3 @@ def _floats(tensor: Lazy) -> Array:
         wide: Array = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
         return wide
     return values.view(tensor.dtype.array).astype(np.float64 if tensor.dtype.itemsize > 4 else np.float32)
-
-
-def _check_finite(name: str, tensor: Lazy) -> None:
-    position = first_in(tensor.numpy(), tensor.dtype)
-    if position is not None:
-        why = f"a NaN or an infinity at {list(position)}"
-        raise Malformed(why, where=name, cure="The training diverged, or the file is damaged; fetch it again")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, dataclass_transform
 from ..errors import Malformed, NotMergeable, ShapeMismatch, Unsupported
 from ..shapes import Axes, Dims, tensor
 from ..tensors.dtypes import DTYPES, DType
-from ..tensors.finite import first_not_finite
-from ..tensors.lazy import dtype_of
+from ..tensors.finite import check_finite
+from ..tensors.lazy import as_lazy, dtype_of
 from .attributes import DAMAGED, attribute, check_attribute, plain
 from .positions import misplaced, repeated
 from .rules import Rule, apply_rules
@@ -86,7 +86,7 @@ class Update:
             # A method that numbers its versions by hand knows the last of them alone.
             cls.since = ("",) * (cls.version - 1) + ("1.0",)
         cls.version = len(cls.since)
-        dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
+        dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
         fields = dataclasses.fields(cast(Any, cls))
         cls._tensors = {f.name: f for f in fields if "axes" in f.metadata}
         cls._attributes = {f.name: f for f in fields if "axes" not in f.metadata}
@@ -96,6 +96,11 @@ class Update:
         cls._positions = any(f.metadata["below"] or f.metadata["distinct"] for f in cls._tensors.values())
         # Another round checks products and quotients whose names a later tensor had yet to tell.
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
+
+    def __repr__(self) -> str:
+        tensors = [f"{name}={list(leaf.shape)}" for name, leaf in self.tensors.items()]
+        values = [f"{name}={value!r}" for name, value in self.attributes.items()]
+        return f"{type(self).__name__}({', '.join([*tensors, *values])})"
 
     @property
     def method(self) -> str:
@@ -203,7 +208,13 @@ class Update:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
                 choices = " or ".join(" and ".join(names) or "none" for names in group)
-                raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=DAMAGED)
+                raise Malformed(f"needs exactly one of: {choices}", cure=DAMAGED)
+
+    @property
+    def file(self) -> str | None:
+        """The file that the tensors are to be read from; None where they are loaded, or nothing tells."""
+        files = (as_lazy(leaf).file for leaf in self.tensors.values())
+        return next((file for file in files if file is not None), None)
 
     def check_values(self) -> None:
         """Reads every tensor and checks its values; methods with rules of their own extend it.
@@ -213,9 +224,7 @@ class Update:
                 outside of it, or that comes twice.
         """
         for name, leaf in self.tensors.items():
-            position = first_not_finite(leaf)
-            if position is not None:
-                raise Malformed(f"a NaN or an infinity at {list(position)}", where=name, cure=_DIVERGED)
+            check_finite(leaf, name)
         if not self._positions:
             return
         for name, why in misplaced(self, {}):
@@ -352,9 +361,6 @@ def _narrow(leaf: Any, axis: int, start: int, stop: int) -> Any:
     whole = slice(None)
     here = slice(start, stop)
     return leaf[(*[whole] * axis, here)] if axis >= 0 else leaf[(..., here, *[whole] * (-axis - 1))]
-
-
-_DIVERGED = "The training diverged, or the file is damaged; use an earlier checkpoint"
 
 
 def _check_dtype(name: str, dtype: DType, integer: bool) -> None:

@@ -93,10 +93,13 @@ class Exercise:
         before, start = sorted(self.out.rglob("*")), peak(reset=True)
         failed = False
         result = None
-        with self.sandbox.watch() as seen, warnings.catch_warnings():
+        seen: list[str] = []
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # The handlers are outside `watch`: its timer must not interrupt the one that records a finding.
             try:
-                result = step()
+                with self.sandbox.watch() as seen:
+                    result = step()
             except AdapterkitError as error:
                 failed = True
                 self._check_error(name, error, scratch)

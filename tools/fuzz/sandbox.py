@@ -84,7 +84,7 @@ class Sandbox:
         # A native stack goes to standard error when the process dies, or when its parent asks.
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, all_threads=True)
-        signal.signal(signal.SIGPROF, _hang)
+        signal.signal(signal.SIGPROF, self._hang)
         # RLIMIT_AS counts mapped libraries too, of which torch has gigabytes; RLIMIT_DATA counts private memory alone.
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -104,12 +104,17 @@ class Sandbox:
         """Within it what is forbidden is refused and listed, and time is counted."""
         self.seen.clear()
         self._watching = True
-        signal.setitimer(signal.ITIMER_PROF, self.seconds)
+        signal.setitimer(signal.ITIMER_PROF, self.seconds, 1)
         try:
             yield self.seen
         finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            # The signal may already be pending; `_hang` ignores it once nothing is watched.
             self._watching = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def _hang(self, *_: object) -> None:
+        if self._watching:
+            raise Hang("more processor time than an input may take")
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
         if not self._watching:
@@ -174,10 +179,6 @@ def peak(reset: bool = False) -> int:
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
-
-
-def _hang(*_: object) -> None:
-    raise Hang("more processor time than an input may take")
 
 
 def _known(name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ...errors import AdapterkitError
 from ...metadata import read_with, with_metadata
 from .._format import FORMULA, Departure, Format, derived
-from .container import CONFIG, METADATA, SAFETENSORS, TORCH, check_stated, header_of, load, save, sniff
+from .container import CONFIG, METADATA, SAFETENSORS, SHARDED, TORCH, check_stated, header_of, load, save, sniff
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,7 +60,7 @@ class Peft(Format):
     options = frozenset({"alpha", "rank", "strict"})
     experts_orders = derived(_experts_orders)
     profiles = derived(_profiles)
-    owns = frozenset({CONFIG, SAFETENSORS, TORCH})
+    owns = frozenset({CONFIG, SAFETENSORS, TORCH, SHARDED[0], "adapter_model-*-of-*.safetensors"})
 
     def sniff(self, path: Path) -> bool:
         return sniff(path)

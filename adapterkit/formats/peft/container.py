@@ -12,7 +12,7 @@ from ...naming.shared_outer import is_shared_outer
 from ...naming.tinker import is_tinker
 from ...tensors import safetensors
 from ...tensors.atomic import write_bytes
-from ...tensors.checkpoint import read_json
+from ...tensors.checkpoint import INDEX, read_json, read_shards
 from ...tensors.inputs import open_input
 from ...tensors.lazy import Lazy
 from .._folders import folder_of, make_folder, read_tensors
@@ -20,6 +20,9 @@ from .._folders import folder_of, make_folder, read_tensors
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 TORCH = "adapter_model.bin"
+SHARDED = ("adapter_model.safetensors.index.json", INDEX)
+"""Indexes of an adapter in several files. transformers 5.24 gives that of an adapter the name of a base's, beside files
+`adapter_model-00001-of-00002.safetensors`, and cannot load them itself."""
 
 METADATA = {"format": "pt"}
 """All that PEFT puts into a file's metadata."""
@@ -59,7 +62,8 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Lazy]]:
     weights = path if path.is_file() and path.name != CONFIG else _weights(folder)
     if not (folder / CONFIG).exists():
         raise StorageError(f"no {CONFIG} beside the tensors", path=folder, cure="Fetch it: it holds rank and alpha")
-    return read_json(folder / CONFIG, strict=True), read_tensors(weights)
+    tensors = read_shards(weights) if weights.name in SHARDED else read_tensors(weights)
+    return read_json(folder / CONFIG, strict=True), tensors
 
 
 def header_of(path: Path) -> dict[str, str]:
@@ -98,5 +102,8 @@ def save(
 def _weights(folder: Path) -> Path:
     for name in (SAFETENSORS, TORCH):
         if (folder / name).exists():
+            return folder / name
+    for name in SHARDED:
+        if (folder / name).exists() and any(folder.glob("adapter_model-*-of-*.safetensors")):
             return folder / name
     raise StorageError(f"neither {SAFETENSORS} nor {TORCH}", path=folder, cure="Fetch the file of tensors as well")

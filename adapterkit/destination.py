@@ -1,0 +1,147 @@
+"""Where an adapter is written: a path on this disk, or a place on a hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+from .formats import FORMATS, files_read, write
+from .tensors.locations import is_address, is_remote, located, path_text
+from .tensors.staging import check_free, check_inputs, replaced_at, take_over
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .tensors.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """What was written.
+
+    Attributes:
+        out: the path or the address.
+        format: the format that was written.
+        targets: how many targets the adapter has.
+        updates: how many updates.
+        losses: what was left out or rewritten, a line each; see `on_loss`.
+        warnings: what the caller should know beside that, such as a base that is not the adapter's own.
+        already_done: the same was there before, and nothing was written.
+    """
+
+    out: str
+    format: str
+    targets: int
+    updates: int
+    losses: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    already_done: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """The result as plain data, for `--json`."""
+        return {
+            "out": self.out, "to": self.format, "targets": self.targets, "updates": self.updates,
+            "losses": list(self.losses), **({"already_done": True} if self.already_done else {}),
+        }  # fmt: skip
+
+
+class Destination:
+    """Where an adapter is written, checked before any work is done.
+
+    Args:
+        out: the path or the address.
+        sources: the adapters that are read; a licence that all their model cards name is passed on to a hub.
+        overwrite: replace what is there.
+        format: the format to write.
+        base: the base that is read, too.
+        inputs: other files that are read.
+
+    Raises:
+        UsageError: the destination is one of the sources.
+    """
+
+    def __init__(
+        self, out: str, sources: Sequence[str], overwrite: bool, *, format: str, base: Any = None,  # noqa: A002
+        inputs: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.out = path_text(out)
+        self.sources, self.overwrite, self.format, self.base = sources, overwrite, format, base
+        beside = [base] if isinstance(base, (str, Path)) else []
+        self.inputs = [*sources, *inputs, *map(str, beside)]
+        self.remote = is_address(out)
+        if self.remote:
+            _check_place(sources, out)
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files that are read, as far as they are on this disk."""
+        return [file for source in self.inputs for file in files_read(located(source))]
+
+    def check(self) -> None:
+        """Refuse a path that is taken, and one whose files would replace a source; a hub is asked when it is written.
+
+        Raises:
+            UsageError: the destination is one of the sources.
+            StorageError: something is there.
+        """
+        if self.remote:
+            return
+        path = Path(self.out)
+        if path.exists() and any(Path(source).exists() and Path(source).samefile(path) for source in self.inputs):
+            raise UsageError("source and destination are the same", path=path, cure="Write to another path")
+        take_over(path)
+        check_free(path, self.overwrite)
+        check_inputs(replaced_at(path, FORMATS[self.format].owns), self.files)
+
+    def write(
+        self, adapter: Adapter, on_loss: str, *, profile: str | None = None, max_error: float | None = None,
+        base: Checkpoint | None = None, made_from: str | None = None, warnings: Iterable[str] = (),
+    ) -> WriteResult:  # fmt: skip
+        """Write the adapter, and push it where it is to be on a hub.
+
+        Args:
+            adapter: what to write.
+            on_loss: what to do with what the format cannot say; see `adapterkit.write`.
+            profile: a consumer that takes only a part of the format.
+            max_error: with `on_loss="promote"`, the relative error that a change may have.
+            base: the base, where it is open already.
+            made_from: a digest of what decides the output, kept with it.
+            warnings: handed on in the result.
+        """
+        unchanged: list[bool] = []
+        with self._path(lambda: unchanged.append(True)) as path:
+            losses = write(
+                adapter, path, self.format, self.base if base is None else base, on_loss, profile=profile,
+                max_error=max_error, overwrite=self.overwrite or self.remote, made_from=made_from,
+            )  # fmt: skip
+        updates = len(adapter)
+        return WriteResult(
+            self.out, self.format, len(adapter.updates), updates, tuple(losses), tuple(warnings), bool(unchanged)
+        )
+
+    @contextmanager
+    def _path(self, unchanged: Callable[[], Any]) -> Iterator[Path]:
+        import shutil
+
+        from .tensors.locations import outgoing
+
+        if not self.remote:
+            yield Path(self.out)
+            return
+        options: Any = {"overwrite": self.overwrite, "sources": self.sources, "unchanged": unchanged}
+        with outgoing(self.out, **options) as folder:
+            # An interrupted command may have left another format here: it is written anew, not resumed.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            yield folder / FORMATS[self.format].file
+
+
+def _check_place(sources: Iterable[str], out: str) -> None:
+    from .hub import parse
+
+    if any(is_remote(source) and parse(source) == parse(out) for source in sources):
+        raise UsageError("source and destination are the same", path=out, cure="Write to another place")

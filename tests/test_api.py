@@ -1,0 +1,150 @@
+# ruff: noqa: ARG005 - each call of a table takes the same arguments
+"""The verbs of the package: the same results as the command line's, the same checks before any work."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import run
+from safetensors.numpy import load_file, save_file
+
+import adapterkit as ak
+from adapterkit.adapter import Adapter, Target
+from adapterkit.errors import AdapterkitError, StorageError, UsageError
+from adapterkit.methods.lora import LoRA
+from adapterkit.tensors.lazy import from_numpy
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A base and two LoRAs in PEFT's format, `a` and `b`."""
+    rng = np.random.default_rng(0)
+    save_file({"model.q.weight": rng.normal(size=(5, 4)).astype("f4")}, tmp_path / "base.safetensors")
+    for name in "ab":
+        factors = {"A": rng.normal(size=(2, 4)).astype("f4"), "B": rng.normal(size=(5, 2)).astype("f4")}
+        update = LoRA(**{key: from_numpy(value) for key, value in factors.items()}, scaling=0.5)
+        ak.write(Adapter({Target("model.q"): (update,)}), tmp_path / name, format="peft")
+    return tmp_path
+
+
+def test_convert_writes_what_the_command_writes(folder: Path) -> None:
+    result = ak.convert(folder / "a", folder / "one.safetensors", to="adapterkit")
+    assert run("convert", folder / "a", folder / "two.safetensors", "--to", "adapterkit").exit_code == 0
+    assert (folder / "one.safetensors").read_bytes() == (folder / "two.safetensors").read_bytes()
+    assert (result.out, result.format) == (str(folder / "one.safetensors"), "adapterkit")
+    assert (result.targets, result.updates, result.losses, result.already_done) == (1, 1, (), False)
+
+
+def test_convert_tells_what_was_rewritten(folder: Path) -> None:
+    with pytest.raises(AdapterkitError):
+        ak.convert(folder / "a", folder / "a.onnx_adapter", to="olive")
+    result = ak.convert(folder / "a", folder / "a.onnx_adapter", to="olive", on_loss="fold")
+    assert any("folded the scaling" in line for line in result.losses)
+
+
+def test_convert_refuses_before_any_work(folder: Path) -> None:
+    ak.convert(folder / "a", folder / "out", to="peft")
+    before = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    with pytest.raises(StorageError, match="overwrite"):
+        ak.convert(folder / "b", folder / "out", to="peft")
+    with pytest.raises(UsageError, match="source and destination"):
+        ak.convert(folder / "a", folder / "a", to="peft", overwrite=True)
+    with pytest.raises(UsageError, match=r"unknown format .pfet.\..*peft"):
+        ak.convert(folder / "a", folder / "x", to="pfet")
+    with pytest.raises(UsageError, match="--match-base"):
+        ak.convert(folder / "a", folder / "x", to="peft", match_base=True)
+    with pytest.raises(UsageError, match="without --alpha"):
+        ak.convert(folder / "a", folder / "x.safetensors", to="adapterkit", format="adapterkit", alpha=3.0)
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before
+    assert not (folder / "x").exists()
+    ak.convert(folder / "b", folder / "out", to="peft", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} != before
+
+
+def test_combine_diff_and_plan_are_the_verbs_of_the_command_line(folder: Path) -> None:
+    both = ak.combine([folder / "a", folder / "b"], method="linear", weights=[2, -1])
+    parts = [ak.read(folder / name).delta("model.q").numpy() for name in "ab"]
+    assert np.allclose(both.delta("model.q").numpy(), 2 * parts[0] - parts[1], atol=1e-6)
+    assert ak.diff(folder / "a", folder / "a").equal is True
+    assert ak.diff(folder / "a", folder / "b").equal is False
+    planned = ak.plan(folder / "base.safetensors", folder / "a")
+    assert planned.targets == 1
+    ak.merge(folder / "base.safetensors", folder / "a", folder / "merged.safetensors")
+    assert (folder / "merged.safetensors").stat().st_size == planned.bytes
+    merged = load_file(folder / "merged.safetensors")["model.q.weight"]
+    assert np.allclose(merged, load_file(folder / "base.safetensors")["model.q.weight"] + parts[0], atol=1e-6)
+
+
+def test_objects_are_shown_on_one_line(folder: Path) -> None:
+    adapter, base = ak.read(folder / "a"), folder / "base.safetensors"
+    report = ak.merge(base, [adapter], folder / "out.safetensors")
+    results = [
+        adapter, next(iter(adapter.updates)), adapter.updates[Target("model.q")][0], ak.plan(base, adapter), report,
+        ak.verify(folder / "out.safetensors", base, [adapter]), ak.diff(adapter, adapter), report.plan.base,
+        ak.convert(folder / "a", folder / "x.safetensors", to="adapterkit"),
+        adapter.updates[Target("model.q")][0].A,
+    ]  # fmt: skip
+    for each in results:
+        assert "\n" not in repr(each)
+        assert len(repr(each)) < 300
+        assert repr(each).startswith(type(each).__name__)
+    assert repr(adapter) == "Adapter(1 targets: 1 lora)"
+
+
+def test_tables_for_notebooks_show_untrusted_names_as_text(folder: Path) -> None:
+    adapter = ak.read(folder / "a")
+    (update,) = adapter.updates[Target("model.q")]
+    hostile = adapter.replace(updates={Target("<script>alert(1)</script>"): (update,)})
+    assert "<script>" not in hostile._repr_html_()
+    assert "&lt;script&gt;" in hostile._repr_html_()
+    many = adapter.replace(updates={Target(f"model.{n}"): (update,) for n in range(500)})
+    assert many._repr_html_().count("<tr>") == 61
+    assert "440 more rows" in many._repr_html_()
+    base = folder / "base.safetensors"
+    for each in (ak.plan(base, adapter), ak.merge(base, adapter, folder / "m.safetensors"), ak.diff(adapter, adapter)):
+        assert each._repr_html_().count("<tr>") == 2
+
+
+def test_the_users_home_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    ak.write(ak.read("~/a"), "~/b2", format="peft")
+    ak.convert("~/a", "~/c.safetensors", to="adapterkit")
+    ak.merge("~/base.safetensors", ["~/a"], "~/merged.safetensors")
+    for name in ("b2", "c.safetensors", "merged.safetensors"):
+        assert (folder / name).exists()
+    assert not Path("~").exists()
+
+
+WRONG = {
+    "read": lambda a, base: ak.read(3),
+    "detect": lambda a, base: ak.detect(None),
+    "write to a number": lambda a, base: ak.write(a, 3),
+    "write in the wrong order": lambda a, base: ak.write("out", a),
+    "merge in the wrong order": lambda a, base: ak.merge([a], base, "out"),
+    "merge a number": lambda a, base: ak.merge(base, 3, "out"),
+    "verify": lambda a, base: ak.verify(3, base, [a]),
+    "diff": lambda a, base: ak.diff(a, 2),
+    "combine": lambda a, base: ak.combine("a"),
+    "convert": lambda a, base: ak.convert(1, "out", to="peft"),
+    "names": lambda a, base: ak.names(1),
+    "plan": lambda a, base: ak.plan(1, a),
+    "pull": lambda a, base: ak.hub.pull(3, "out"),
+    "inject into a number": lambda a, base: ak.torch.inject(3, a),
+    "inject in the wrong order": lambda a, base: ak.torch.inject(a, 3),
+    "inject into a graph": lambda a, base: ak.onnx.inject(3, a, "out"),
+    "resize": lambda a, base: ak.ops.resize(3, 2),
+    "extract": lambda a, base: ak.ops.extract(base, 3, 2),
+}
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_arguments_of_another_type_are_usage_errors_with_a_cure(folder: Path, call: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        WRONG[call](ak.read(folder / "a"), folder / "base.safetensors")
+    assert raised.value.cure
+
+
+def test_only_what_is_public_is_listed() -> None:
+    assert sorted(dir(ak)) == sorted([*ak.__all__, "__version__"])
+    for name in ak.__all__:
+        assert getattr(ak, name) is not None
