@@ -59,6 +59,16 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+SHIM = re.compile(r"https://unpkg\.com/iframe-worker/shim")
+"""What the theme would load from elsewhere so that search works on pages from a disk; docs/scripts/ has our own."""
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Let no page of the site load anything from elsewhere; mkdocs calls this."""
+    up = "../" * page.url.count("/")
+    return SHIM.sub(f"{up}scripts/file_worker.js", output)
+
+
 def method_page(name: str) -> str:
     """One method: formula, tensors, attributes, what can be done with it, and which formats hold it."""
     entry = _spec("methods", name)
