@@ -159,7 +159,19 @@ def test_a_command_that_was_killed_when_its_work_was_done(words: list[str], tmp_
         assert tree(tmp_path / "made") == whole
 
 
-READING = {"conformance", "demo", "diff", "doctor", "inspect", "list", "names", "validate", "verify"}
+READING = {
+    "completion",
+    "help",
+    "conformance",
+    "demo",
+    "diff",
+    "doctor",
+    "inspect",
+    "list",
+    "names",
+    "validate",
+    "verify",
+}
 """Commands that write nothing."""
 
 ELSEWHERE = {"export": "test_onnx_export.py"}
