@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ..naming.image import Family
     from ..tensors.checkpoint import Checkpoint
     from ..updates import Update
+    from ._image.deciding import Origin
+    from ._image.translate import Changed, Losses
 
 SLOTS = {
     "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "alpha": "alpha",
@@ -168,9 +170,8 @@ def _words(paths: frozenset[str], named: tuple[str, ...]) -> dict[tuple[str, str
     targets = [Target(path) for path in paths]
     inside = [rooted(path)[1] for path in paths if not component_is_encoder(path)]
     kinds = encoder_kinds(targets)
-    fitting = [
-        family for family in families() if has_encoders(family, kinds) and all(path in family for path in inside)
-    ]
+    fitting = [family for family in families() if has_encoders(family, kinds)]
+    fitting = [f for f in fitting if f.name in named] or [f for f in fitting if all(path in f for path in inside)]
     found: dict[tuple[str, str], set[tuple[str, str]]] = {}
     for family in fitting:
         for name, each in family.facts.encoders.items():
