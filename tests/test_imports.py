@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FORMATS = sorted(path for path in (PACKAGE / "formats").iterdir() if not path.name.startswith(("_", ".")))
 FAMILIES = sorted((PACKAGE / "formats" / "peft" / "families").glob("[!_]*.py"))
 LAYERS = [
-    {"errors"},
+    {"errors", "tables"},
     {"tensors"},
     {"shapes"},
     {"updates"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},
-    {"destination"},
+    {"destination", "reporting", "scanning"},
     {"api"},
     {"cli", "testing"},
     {"__main__"},

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import AdapterkitError, RemoteNotFound, StorageError, public
 from ..tensors.atomic import write_bytes
-from ..tensors.locations import NOTE, Source, source_of
+from ..tensors.locations import NOTE, Source, path_text, source_of
 from ..tensors.staging import Staging, check_free, clear, take_over
 from .hubs import remote_at
 from .remote import Remote, RemoteFile, largest_first
@@ -97,8 +97,8 @@ def pull(
         Corrupt: the bytes do not have the listed digest, however often they are downloaded.
         StorageError: no space, no permission, or `dest` is taken.
     """
-    remote = remote_at(parse(uri) if isinstance(uri, str) else uri, token)
-    target = Path(dest)
+    remote = remote_at(uri if isinstance(uri, Uri) else parse(path_text(uri)), token)
+    target = Path(path_text(dest))
     source = source_at(remote)
     wanted = choose(remote, include)
     told = {name: (file.size, file.digest) for name, file in wanted.items()}
