@@ -28,17 +28,10 @@ from adapterkit.tensors.lazy import as_torch
 TOLERANCE = 1e-5
 
 SKIPPED = {
-    "tlora",
-    "flux",
-    "oft_flux",
-    "ia3",
-    "ia3_inputs",
-    "lokr_tucker",
-    "dora_inputs",
-    "loha_dora_inputs",
+    "tlora", "flux", "oft_flux", "ia3", "ia3_inputs", "lokr_tucker", "dora_inputs", "loha_dora_inputs",
     "lokr_dora_inputs",
-}
-"""Cases that adapterkit refuses, of no U-Net, or that LyCORIS' own loader breaks on: IA3, LoKr with a core, magnitudes of
+}  # fmt: skip
+"""Cases that adapterkit refuses, of no U-Net, or that LyCORIS' own loader breaks on: IA3, LoKr with a core, norms over
 inputs."""
 
 
