@@ -23,6 +23,7 @@ from .errors import (
     public,
     shown,
 )
+from .tables import counts, html_table
 from .tensors.lazy import as_lazy, as_torch, files_kept_open
 from .updates import Update
 
@@ -55,6 +56,10 @@ class Target:
     @property
     def stacked(self) -> bool:
         return self.layout.startswith("e ")
+
+    def __repr__(self) -> str:
+        layout = "" if self.layout == "out *in" else f", layout={self.layout!r}"
+        return f"Target({str(self)!r}{layout})"
 
     def __str__(self) -> str:
         path = self.path or "(model)"
@@ -128,6 +133,15 @@ class Adapter:
     recipe: tuple[Step, ...] = ()
     foreign: Foreign | None = None
     extensions: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        base = "" if self.base is None or self.base.id is None else f", base={self.base.id!r}"
+        methods = counts(update.method for _, update in self)
+        return f"Adapter({len(self.updates):,} targets: {methods}{base})"
+
+    def _repr_html_(self) -> str:
+        rows = [[target, *_row(update, target.stacked)] for target, update in self]
+        return html_table(repr(self), ("target", "method", "shapes", "rank", "scaling"), rows)
 
     def __iter__(self) -> Iterator[tuple[Target, Update]]:
         """Every (target, update), in order."""
@@ -329,8 +343,8 @@ DEEPEST = 100
 MOST_VALUES = 1 << 22
 """Values in one such record. An alias in YAML may stand for a list of aliases: a few bytes become billions."""
 
-MOST_BITS = 1 << 13
-"""Bits of an integer: Python prints and reads no more than 4300 decimal digits."""
+MOST_DIGITS = 4300
+"""Decimal digits of an integer: Python prints and reads no more by default."""
 
 
 def check_json(value: Any, where: str) -> None:
@@ -367,7 +381,7 @@ def _plain_number(value: Any) -> bool:
     """Whether a value is null, true, false or a number that JSON has."""
     if isinstance(value, float):
         return math.isfinite(value)
-    return value is None or (isinstance(value, int) and value.bit_length() <= MOST_BITS)
+    return value is None or (isinstance(value, int) and abs(value) < 10**MOST_DIGITS)
 
 
 def _encodes(text: str) -> bool:
@@ -429,6 +443,23 @@ def _shared(dims: Mapping[str, Any]) -> dict[str, Any]:
 def _placed(error: AdapterkitError, target: Target, update: Update) -> AdapterkitError:
     error.where = f"{target}: {update.method}" + (f".{error.where}" if error.where else "")
     return error
+
+
+def check_adapter(value: object) -> None:
+    """Refuse what is no adapter, such as the path of one, or an argument in another's place.
+
+    Raises:
+        UsageError: it is of another type.
+    """
+    if not isinstance(value, Adapter):
+        cure = "Pass what adapterkit.read returns; is the order of the arguments right?"
+        raise UsageError(f"{shown(value)} of type {type(value).__name__} where an adapter belongs", cure=cure)
+
+
+def _row(update: Update, stacked: bool) -> tuple[object, ...]:
+    """Method, shapes, rank and scaling of an update, for a table."""
+    shapes = " ".join(f"{name}{list(leaf.shape)}" for name, leaf in update.tensors.items())
+    return update.method, shapes, update.dims(stacked).get("r"), update.attributes.get("scaling")
 
 
 _CORRECT = "Correct it in the file, or write the file again with the tool that made it"

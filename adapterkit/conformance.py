@@ -6,14 +6,18 @@ reader of adapters is used to judge it: expectations are in the vectors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import Corrupt, UsageError
 
 BATCH = 100
 """Paths that a program gets at once."""
@@ -28,6 +32,7 @@ class Outcome:
 
     Attributes:
         case: its name in the index.
+        conformance_class: what kind of program it is for: reader, validator, base reader, merger, runtime or writer.
         requirements: what it tests.
         verb: what the program was asked.
         passed: whether the program did what was expected; None where it has no formula for the case.
@@ -35,56 +40,76 @@ class Outcome:
     """
 
     case: str
+    conformance_class: str
     requirements: tuple[str, ...]
     verb: str
     passed: bool | None
     why: str = ""
 
 
-def conformance(command: Sequence[str], suite: Path | None = None) -> list[Outcome]:
+Ask = Callable[[str, Sequence[Path]], Iterable[dict[str, Any]]]
+"""Gives the program's line for each path of a verb; for `compute` and `merge`, one line for both paths."""
+
+
+def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list[Outcome]:
     """Run a program against all cases that a program can be asked, and return what became of each.
 
     Args:
-        command: the program and its first arguments; a verb and paths are added.
-        suite: the folder `vectors` of the specification; that of this checkout when not given.
+        command: the program and its first arguments, to which a verb and paths are added; or a function that is given
+            the verb and the paths, for a reader that is no program.
+        suite: the folder `vectors` of the specification, or the archive of it that a release has; the folder of this
+            checkout when not given.
 
     Raises:
         UsageError: there is no index of vectors.
+        Corrupt: a vector is not the one that the index lists.
 
     Example:
         >>> from adapterkit.conformance import conformance
         >>> outcomes = conformance(["node", "spec/readers/javascript/cli.mjs"])  # doctest: +SKIP
     """
+    if suite is not None and suite.is_file() and zipfile.is_zipfile(suite):
+        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(suite) as archive:
+            archive.extractall(folder)
+            return conformance(command, Path(folder, "spec", "vectors"))
     root = suite or Path(__file__).parents[1] / "spec" / "vectors"
     if not (root / "index.json").is_file():
-        cure = "Give the folder spec/vectors of the specification: --suite DIR (suite=)"
+        cure = "Give the folder spec/vectors of the specification, or its archive: --suite PATH (suite=)"
         raise UsageError("no index.json of vectors", path=root, cure=cure)
     cases = json.loads((root / "index.json").read_text("utf-8"))["cases"]
+    for name, digest in {name: digest for case in cases for name, digest in case["inputs"].items()}.items():
+        if not (root / name).is_file() or hashlib.sha256((root / name).read_bytes()).hexdigest() != digest:
+            raise Corrupt("not the vector that index.json lists", path=root / name, cure="Fetch the suite again")
+    ask: Ask = command if callable(command) else partial(_lines, command)
     found = []
-    for verb in ("check", "base"):
+    for verb in ("check", "base", "canonical"):
         own = [case for case in cases if case["verb"] == verb]
         paths = [root / case.get("path", next(iter(case["inputs"]))) for case in own]
-        found += [_judged(case, line) for case, line in zip(own, _lines(command, verb, paths), strict=True)]
-    for case in (case for case in cases if case["verb"] == "compute"):
-        adapter, expected = (root / name for name in case["inputs"])
-        (line,) = _lines([*command, "compute"], "", [(adapter, expected)])
-        found.append(_computed(case, line, expected))
+        for case, path, line in zip(own, paths, ask(verb, paths), strict=True):
+            found.append(_rewritten(case, line, path) if verb == "canonical" else _judged(case, line))
+    for case in (case for case in cases if case["verb"] in ("compute", "merge")):
+        adapter, base, *merged = (root / name for name in case["inputs"])
+        (line,) = ask(case["verb"], [adapter, base])
+        found.append(_merged(case, line, merged[0]) if merged else _computed(case, line, base))
     return found
 
 
-def _lines(command: Sequence[str], verb: str, paths: Sequence[Path | tuple[Path, ...]]) -> Iterable[dict[str, Any]]:
+def _lines(command: Sequence[str], verb: str, paths: Sequence[Path]) -> Iterable[dict[str, Any]]:
     for start in range(0, len(paths), BATCH):
         batch = paths[start : start + BATCH]
-        words = [str(path) for each in batch for path in (each if isinstance(each, tuple) else (each,))]
-        full = [*command, *([verb] if verb else []), *words]
-        done = subprocess.run(full, capture_output=True, text=True, timeout=SECONDS, check=False)
-        lines = done.stdout.splitlines()
-        for number in range(len(batch)):
+        done = subprocess.run([*command, verb, *map(str, batch)], capture_output=True, timeout=SECONDS, check=False)
+        # Not splitlines(): JSON may hold U+2028, which ends a line for Python and not for JSON.
+        lines = done.stdout.split(b"\n")
+        for number in range(1 if verb in ("compute", "merge") else len(batch)):
             try:
                 line = json.loads(lines[number])
             except (IndexError, ValueError):
                 line = {"ok": False, "error": f"no line of JSON (exit code {done.returncode})", "where": ""}
             yield line if isinstance(line, dict) else {"ok": False, "error": "no JSON object", "where": ""}
+
+
+def _outcome(case: Mapping[str, Any], passed: bool | None, why: str = "") -> Outcome:
+    return Outcome(case["case"], case["class"], tuple(case["requirements"]), case["verb"], passed, why)
 
 
 def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> Outcome:
@@ -102,7 +127,36 @@ def _judged(case: Mapping[str, Any], line: Mapping[str, Any]) -> Outcome:
         why = f"tensors {line.get('tensors')} instead of {wanted['tensors']}"
     elif line.get("digest") != wanted.get("digest", line.get("digest")):
         why = f"digest {line.get('digest')} instead of {wanted['digest']}"
-    return Outcome(case["case"], tuple(case["requirements"]), case["verb"], not why, why)
+    return _outcome(case, not why, why)
+
+
+def _rewritten(case: Mapping[str, Any], line: Mapping[str, Any], path: Path) -> Outcome:
+    """Compare canonical JSON, text by text."""
+    wanted = [each["canonical"] for each in json.loads(path.read_text("utf-8"))]
+    got = line.get("canonical")
+    if not line.get("ok") or not isinstance(got, list) or len(got) != len(wanted):
+        return _outcome(case, False, f"{line.get('error', 'not one text for each')}")
+    why = next((f"{one!r} instead of {other!r}" for one, other in zip(got, wanted, strict=True) if one != other), "")
+    return _outcome(case, not why, why)
+
+
+def _merged(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) -> Outcome:
+    """Compare all bytes of a merged base."""
+    from .tensors import safetensors
+
+    if line.get("error") == "Unsupported":
+        return _outcome(case, None, "no merges")
+    if not line.get("ok"):
+        return _outcome(case, False, f"{line.get('error', 'no tensors')}")
+    wanted = {
+        name: [leaf.dtype.name, list(leaf.shape), bytes(leaf.fetch()).hex()]
+        for name, leaf in safetensors.read(expected).items()
+    }
+    got = line.get("tensors")
+    if not isinstance(got, dict) or got.keys() != wanted.keys():
+        return _outcome(case, False, "other tensors than the base's")
+    why = next((f"{name} differs" for name in wanted if got[name] != wanted[name]), "")
+    return _outcome(case, not why, why)
 
 
 def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) -> Outcome:
@@ -111,12 +165,12 @@ def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) 
 
     from .tensors import safetensors
 
-    rules, verb, tolerance = tuple(case["requirements"]), case["verb"], case["expected"]["tolerance"]
+    tolerance = case["expected"]["tolerance"]
     outputs = line.get("outputs")
     if not line.get("ok") or not isinstance(outputs, dict):
-        return Outcome(case["case"], rules, verb, False, f"{line.get('error', 'no outputs')}")
+        return _outcome(case, False, f"{line.get('error', 'no outputs')}")
     if outputs and all(each.get("error") == "Unsupported" for each in outputs.values()):
-        return Outcome(case["case"], rules, verb, None, "no formula")
+        return _outcome(case, None, "no formula")
     for name, leaf in safetensors.read(expected).items():
         path, _, leaf_name = name.rpartition(".")
         merged = path.endswith(".merged")
@@ -128,13 +182,13 @@ def _computed(case: Mapping[str, Any], line: Mapping[str, Any], expected: Path) 
         if got is None and word == "y" and "merged.weight" in arrays:
             continue  # A merger need not compute outputs.
         if got is None:
-            return Outcome(case["case"], rules, verb, False, f"{name} is missing")
+            return _outcome(case, False, f"{name} is missing")
         wanted = leaf.numpy()
         values = np.asarray(got["values"], dtype="f8")
         if list(got["shape"]) != list(wanted.shape):
             why = f"{name} has shape {got['shape']}, not {list(wanted.shape)}"
-            return Outcome(case["case"], rules, verb, False, why)
+            return _outcome(case, False, why)
         far = np.abs(values - wanted.reshape(-1)) > tolerance * np.maximum(1, np.abs(wanted.reshape(-1)))
         if far.any() or not np.isfinite(values).all():
-            return Outcome(case["case"], rules, verb, False, f"{name} differs at {int(far.argmax())}")
-    return Outcome(case["case"], rules, verb, True)
+            return _outcome(case, False, f"{name} differs at {int(far.argmax())}")
+    return _outcome(case, True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 from .formats import FORMATS, files_read, write
-from .tensors.locations import is_address, is_remote, located
+from .tensors.locations import is_address, is_remote, located, path_text
 from .tensors.staging import check_free, check_inputs, replaced_at, take_over
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class Destination:
         self, out: str, sources: Sequence[str], overwrite: bool, *, format: str, base: Any = None,  # noqa: A002
         inputs: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.out, self.sources, self.overwrite, self.format, self.base = out, sources, overwrite, format, base
+        self.out = path_text(out)
+        self.sources, self.overwrite, self.format, self.base = sources, overwrite, format, base
         beside = [base] if isinstance(base, (str, Path)) else []
         self.inputs = [*sources, *inputs, *map(str, beside)]
         self.remote = is_address(out)

@@ -20,6 +20,9 @@ MAX_LINE = 800
 """Characters of one line of an error: names and values of files were quoted in errors of 70,000 characters."""
 
 MAX_LINES = 200
+MAX_TEXT = 3000
+"""Characters of an error of many lines, from where on lines are only counted: a terminal shows about as many."""
+
 MAX_PATH = 4096
 """Characters of a path: the longest that Linux takes."""
 
@@ -59,14 +62,21 @@ def _without_secrets(match: re.Match[str]) -> str:
 
 
 def brief(text: str) -> str:
-    """The text with long lines cut in the middle, and what is beyond `MAX_LINES` lines cut off."""
+    """Cut long lines in the middle, and leave out the lines beyond `MAX_LINES` or `MAX_TEXT`."""
     if not text.isascii():  # Lone surrogates, which JSON can hold, cannot be printed.
         text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) <= MAX_LINE:
         return text
     lines = text.split("\n")
-    shown = [_cut(line, MAX_LINE) for line in lines[:MAX_LINES]]
-    return "\n".join([*shown, *([f"... and {len(lines) - MAX_LINES:,} more lines"] if len(lines) > MAX_LINES else [])])
+    shown: list[str] = []
+    size = 0
+    for line in lines[:MAX_LINES]:
+        size += min(len(line), MAX_LINE)
+        if size > MAX_TEXT:
+            break
+        shown.append(_cut(line, MAX_LINE))
+    left = len(lines) - len(shown)
+    return "\n".join([*shown, *([f"... and {left:,} more lines"] if left else [])])
 
 
 def _cut(text: str, limit: int) -> str:

@@ -98,6 +98,16 @@ def merged_metadata(adapters: Sequence[Adapter], names: Sequence[str] | None = N
     return merged
 
 
+def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the trigger words among the strings of an adapter, each once.
+
+    Args:
+        metadata: as `metadata_of` gives it.
+    """
+    words = (word.strip() for key in _TRIGGERS for word in metadata.get(key, "").split(","))
+    return tuple(dict.fromkeys(word for word in words if word))
+
+
 def fingerprints_of(adapter: Adapter) -> tuple[str, ...]:
     """The fingerprints of the bases that an adapter's lineage names, each once."""
     return tuple(dict.fromkeys(_arguments(adapter.recipe, FINGERPRINT)))

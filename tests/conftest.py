@@ -26,6 +26,9 @@ from adapterkit.shapes import Axes
 from adapterkit.tensors.checkpoint import open_checkpoint
 from adapterkit.tensors.lazy import from_numpy
 
+collect_ignore = ["plugin"]
+"""Tests of a package that has to be installed; `test_testing_kit.py` runs them."""
+
 settings.register_profile(
     "repository",
     max_examples=25,

@@ -1,3 +1,4 @@
+# ruff: noqa: ARG005 - each call of a table takes the same arguments
 """The verbs of the package: the same results as the command line's, the same checks before any work."""
 
 from pathlib import Path
@@ -72,3 +73,78 @@ def test_combine_diff_and_plan_are_the_verbs_of_the_command_line(folder: Path) -
     assert (folder / "merged.safetensors").stat().st_size == planned.bytes
     merged = load_file(folder / "merged.safetensors")["model.q.weight"]
     assert np.allclose(merged, load_file(folder / "base.safetensors")["model.q.weight"] + parts[0], atol=1e-6)
+
+
+def test_objects_are_shown_on_one_line(folder: Path) -> None:
+    adapter, base = ak.read(folder / "a"), folder / "base.safetensors"
+    report = ak.merge(base, [adapter], folder / "out.safetensors")
+    results = [
+        adapter, next(iter(adapter.updates)), adapter.updates[Target("model.q")][0], ak.plan(base, adapter), report,
+        ak.verify(folder / "out.safetensors", base, [adapter]), ak.diff(adapter, adapter), report.plan.base,
+        ak.convert(folder / "a", folder / "x.safetensors", to="adapterkit"),
+        adapter.updates[Target("model.q")][0].A,
+    ]  # fmt: skip
+    for each in results:
+        assert "\n" not in repr(each)
+        assert len(repr(each)) < 300
+        assert repr(each).startswith(type(each).__name__)
+    assert repr(adapter) == "Adapter(1 targets: 1 lora)"
+
+
+def test_tables_for_notebooks_show_untrusted_names_as_text(folder: Path) -> None:
+    adapter = ak.read(folder / "a")
+    (update,) = adapter.updates[Target("model.q")]
+    hostile = adapter.replace(updates={Target("<script>alert(1)</script>"): (update,)})
+    assert "<script>" not in hostile._repr_html_()
+    assert "&lt;script&gt;" in hostile._repr_html_()
+    many = adapter.replace(updates={Target(f"model.{n}"): (update,) for n in range(500)})
+    assert many._repr_html_().count("<tr>") == 61
+    assert "440 more rows" in many._repr_html_()
+    base = folder / "base.safetensors"
+    for each in (ak.plan(base, adapter), ak.merge(base, adapter, folder / "m.safetensors"), ak.diff(adapter, adapter)):
+        assert each._repr_html_().count("<tr>") == 2
+
+
+def test_the_users_home_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    ak.write(ak.read("~/a"), "~/b2", format="peft")
+    ak.convert("~/a", "~/c.safetensors", to="adapterkit")
+    ak.merge("~/base.safetensors", ["~/a"], "~/merged.safetensors")
+    for name in ("b2", "c.safetensors", "merged.safetensors"):
+        assert (folder / name).exists()
+    assert not Path("~").exists()
+
+
+WRONG = {
+    "read": lambda a, base: ak.read(3),
+    "detect": lambda a, base: ak.detect(None),
+    "write to a number": lambda a, base: ak.write(a, 3),
+    "write in the wrong order": lambda a, base: ak.write("out", a),
+    "merge in the wrong order": lambda a, base: ak.merge([a], base, "out"),
+    "merge a number": lambda a, base: ak.merge(base, 3, "out"),
+    "verify": lambda a, base: ak.verify(3, base, [a]),
+    "diff": lambda a, base: ak.diff(a, 2),
+    "combine": lambda a, base: ak.combine("a"),
+    "convert": lambda a, base: ak.convert(1, "out", to="peft"),
+    "names": lambda a, base: ak.names(1),
+    "plan": lambda a, base: ak.plan(1, a),
+    "pull": lambda a, base: ak.hub.pull(3, "out"),
+    "inject into a number": lambda a, base: ak.torch.inject(3, a),
+    "inject in the wrong order": lambda a, base: ak.torch.inject(a, 3),
+    "inject into a graph": lambda a, base: ak.onnx.inject(3, a, "out"),
+    "resize": lambda a, base: ak.ops.resize(3, 2),
+    "extract": lambda a, base: ak.ops.extract(base, 3, 2),
+}
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_arguments_of_another_type_are_usage_errors_with_a_cure(folder: Path, call: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        WRONG[call](ak.read(folder / "a"), folder / "base.safetensors")
+    assert raised.value.cure
+
+
+def test_only_what_is_public_is_listed() -> None:
+    assert sorted(dir(ak)) == sorted([*ak.__all__, "__version__"])
+    for name in ak.__all__:
+        assert getattr(ak, name) is not None

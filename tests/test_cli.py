@@ -21,7 +21,7 @@ from adapterkit.cli import _failures, _options, adapterkit
 
 COMMANDS = [
     "combine", "conformance", "convert", "demo", "diff", "doctor", "export", "extract", "inject", "inspect", "list",
-    "merge", "names", "pull", "push", "resize", "validate", "verify",
+    "merge", "names", "pull", "push", "report", "resize", "scan", "validate", "verify",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FORMATS = sorted(path for path in (PACKAGE / "formats").iterdir() if not path.name.startswith(("_", ".")))
 FAMILIES = sorted((PACKAGE / "formats" / "peft" / "families").glob("[!_]*.py"))
 LAYERS = [
-    {"errors"},
+    {"errors", "tables"},
     {"tensors"},
     {"shapes"},
     {"updates"},
@@ -25,13 +25,13 @@ LAYERS = [
     {"binding"},
     {"methods"},
     {"formats", "quant", "ops"},
-    {"merging"},
+    {"loaders", "merging"},
     {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},
-    {"destination"},
+    {"destination", "reporting", "scanning"},
     {"api"},
-    {"cli"},
+    {"cli", "testing"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

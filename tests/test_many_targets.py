@@ -310,6 +310,33 @@ def test_names_of_a_base_are_compared_with_its_family_once(made: Any, monkeypatc
     assert calls == [1]
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_names_of_a_base_are_searched_for_wrappers_once(wrapped: bool) -> None:
+    class Counting(set[str]):
+        walks = 0
+
+        def __iter__(self) -> Any:
+            Counting.walks += 1
+            return super().__iter__()
+
+    word = "_orig_mod." if wrapped else ""
+    names = resolver.Names(Counting(f"{word}{path}" for path in linears(4)))
+    walks = []
+    for path in linears(4):
+        assert resolver.resolve([path], names).moves == {path: (resolver.Move(f"{word}{path}"),)}
+        walks.append(Counting.walks)
+    assert walks[-1] == walks[0]
+
+
+def test_commands_ask_each_format_once_about_a_file(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, adapter = made(2)
+    calls = counted(monkeypatch, ak.formats.FORMATS["peft"], "sniff")
+    for command in ("inspect", "validate"):
+        calls[0] = 0
+        assert CliRunner().invoke(adapterkit, [command, str(adapter)]).exit_code == 0
+        assert calls == [1]
+
+
 def test_a_comparison_takes_one_blas_thread(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from threadpoolctl import threadpool_info
 

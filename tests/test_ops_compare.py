@@ -199,3 +199,18 @@ def test_a_change_of_nothing():
     found = ops.compare(Adapter({TARGET: (still,)}), Adapter({TARGET: (still.replace(scaling=2.0),)}))
     assert (found.equal, found.relative_error, found.cosine) == (True, 0.0, None)
     assert found.targets[0].effective_rank_a == 0.0
+
+
+@pytest.mark.parametrize("kind", ["well", "dependent", "zero", "tiny", "graded"])
+def test_the_qr_of_tall_factors_is_numpys_to_rounding(kind: str) -> None:
+    from adapterkit.ops.thin import orthonormal
+
+    rng = np.random.default_rng(0)
+    tall = rng.standard_normal((200, 6))
+    tall = {
+        "well": tall, "dependent": np.hstack([tall[:, :5], tall[:, :1]]), "zero": 0 * tall, "tiny": 1e-200 * tall,
+        "graded": tall * 10.0 ** -np.arange(0, 24, 4),
+    }[kind]  # fmt: skip
+    Q, R = orthonormal(tall)
+    assert np.abs(Q.T @ Q - np.eye(6)).max() < 1e-13
+    assert np.abs(Q @ R - tall).max() <= 1e-14 * np.abs(tall).max()

@@ -78,6 +78,28 @@ def test_two_places_that_names_do_not_tell_apart_are_refused():
         found(below("model."), below("thinker.model.") + below("talker.model."))
 
 
+def test_of_two_towers_the_one_is_meant_whose_word_stays():
+    """Video-LLaVA: transformers 4 has a word more in the paths of both towers than transformers 5."""
+    towers = ("image_tower.", "video_tower.")
+    stored = [name for tower in towers for name in below(f"model.{tower}encoder.")]
+    for model_type in (None, "video_llava"):
+        asked = [name for tower in towers for name in below(f"model.{tower}vision_model.encoder.")]
+        assert found(asked, stored, model_type) == dict(zip(asked, stored, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("model.branch.", ("model.", "tower.")),  # `model` names no part: either could be the branch.
+        ("model.text_branch.", ("text_branch.model.", "model.text_branch.inner.")),
+        ("left.right.", ("left.a.", "right.b.")),
+    ],
+)
+def test_words_that_two_places_keep_alike_prove_nothing(ours, theirs):
+    with pytest.raises(TargetNotFound, match="two readings fit"):
+        found(below(ours), [name for prefix in theirs for name in below(prefix)])
+
+
 @pytest.mark.parametrize(
     "stored",
     [

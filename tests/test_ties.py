@@ -229,6 +229,23 @@ def test_a_head_that_is_stored_beside_its_embedding_is_tied_all_the_same(
         assert ak.verify(tmp_path / f"{kind} merged", base, tmp_path / kind).ok
 
 
+def test_a_head_with_other_rows_than_the_embedding_is_not_tied(tmp_path: Path) -> None:
+    """Llama 3.2 Vision: 8 more rows in the embedding, a head of its own, and a config that does not say so."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    head, embedding = torch.randn(12, 8), torch.randn(20, 8)
+    names = {"language_model.lm_head.weight": head, "language_model.model.embed_tokens.weight": embedding}
+    save_file(names, base / "model.safetensors", {"format": "pt"})
+    config = {"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama"}
+    (base / "config.json").write_text(json.dumps(config))
+    update = LoRA(A=torch.randn(2, 8), B=torch.randn(12, 2))
+    ak.write(ak.Adapter({Target("lm_head"): (update,)}), adapter, format="peft")
+    ak.merge(base, adapter, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.allclose(merged["language_model.lm_head.weight"], head + update.B @ update.A, atol=1e-5)
+    assert torch.equal(merged["language_model.model.embed_tokens.weight"], embedding)
+
+
 def test_kinds_are_chosen_one_by_one(bases: dict[str, Path], tmp_path: Path) -> None:
     """`rows=untie` leaves the head alone; `embedding=merge` is PEFT's own merge into the shared tensor."""
     from peft import PeftModel

@@ -238,3 +238,23 @@ def test_a_formula_that_cannot_be_computed_is_a_typed_error_with_the_file(tmp_pa
         ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
     assert raised.value.path == str(tmp_path / "adapter.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_change_below_float32_is_promoted_to_none(tmp_path):
+    """Its LoRA's factors round to zero: that is what float32 makes of it, and no fault of the writer."""
+    rng = np.random.default_rng(0)
+    shapes = {"A_bases": (3, 2, 4), "B_bases": (2, 3, 2), "alpha": (3,), "beta": (2,)}
+    tensors = {name: from_numpy(rng.normal(size=shape).astype("f4")) for name, shape in shapes.items()}
+    adapter = Adapter({Target("q"): (NOLA(**tensors, scaling=5e-321),)})
+    lines = ak.write(adapter, tmp_path / "out", format="peft", on_loss="promote")
+    assert any("LoRA" in line for line in lines)
+    assert float(ak.read(tmp_path / "out").delta("q").abs().max()) < 1e-37
+
+
+def test_an_error_of_many_items_is_no_longer_than_a_screen():
+    items = [f"model.layers.{n}.self_attn.q_proj.{'x' * 60}: a reason" for n in range(150)]
+    text = str(Unrepresentable("no words for these updates", items=items, path="x", cure="Drop them"))
+    shown = sum(item in text for item in items)
+    assert len(text) < 4000
+    assert shown > 20
+    assert f"and {150 - shown} more lines" in text

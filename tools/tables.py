@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from adapterkit import FORMATS, METHODS  # noqa: E402 - the checkout's own, installed or not
 from adapterkit.cli import adapterkit  # noqa: E402
 from adapterkit.cli.list import combiners  # noqa: E402
-from adapterkit.naming.image import KOHYA, Family  # noqa: E402
+from adapterkit.naming.image import COMFYUI, KOHYA, Family  # noqa: E402
 from adapterkit.naming.image import families as image_families  # noqa: E402
 from adapterkit.naming.patterns import fill  # noqa: E402
 from adapterkit.quant import SCHEMES  # noqa: E402
@@ -126,7 +126,7 @@ def families() -> str:
     return _markdown(columns, rows)
 
 
-NAMINGS = {"diffusers": "diffusers", "comfyui": "native", "kohya": KOHYA}
+NAMINGS = {"diffusers": "diffusers", "comfyui": COMFYUI, "kohya": KOHYA}
 """Format -> the naming in which it is written; those that are not here keep any names."""
 
 

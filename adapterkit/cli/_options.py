@@ -95,7 +95,7 @@ def _state(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 
 def stated() -> dict[str, Any]:
-    """Return the values of `--alpha`, `--rank`, `--strict` and `--strict-base` as arguments of `adapterkit.read`."""
+    """Return the values of options that `adapterkit.read` takes as arguments: `--alpha`, `--rank`, `--family`, ..."""
     return dict(click.get_current_context().meta.get(STATED, {}))
 
 
@@ -108,7 +108,7 @@ def stating(command: F) -> F:
 
 def compat(command: F) -> F:
     """How adapters are read: in which of their meanings, and what their files do not tell."""
-    for option in (_strict, _rank, _alpha, _compat):
+    for option in (_family, _strict, _rank, _alpha, _compat):
         command = option(command)
     return command
 
@@ -122,7 +122,7 @@ def reading(command: F) -> F:
 
 def reading_to_cut(command: F) -> F:
     """How one adapter is read, by a command whose own `--rank` is the result's."""
-    for option in (_strict, _alpha, _compat, strict_base_of_read, base, source_format):
+    for option in (_family, _strict, _alpha, _compat, strict_base_of_read, base, source_format):
         command = option(command)
     return command
 
@@ -182,6 +182,10 @@ _rank = click.option(
 _strict = click.option(
     "--strict", is_flag=True, callback=_state, expose_value=False,
     help="Refuse every setting in a file that its format does not have, also the harmless ones.",
+)  # fmt: skip
+_family = click.option(
+    "--family", callback=_state, expose_value=False, metavar="NAME",
+    help="Family of the image, video or audio model, such as flux, for a file whose names fit several.",
 )  # fmt: skip
 allow_partial = click.option("--allow-partial", is_flag=True, help="Leave out targets that the base does not have.")
 rename = click.option(

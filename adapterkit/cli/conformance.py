@@ -1,18 +1,19 @@
 r"""Test another reader of adapterkit files.
 
-It is run against the vectors of the specification. CMD is called with a verb (check, base or compute) and paths, and
-prints one line of JSON for each path; section 16 of the specification says which. A program may know some methods only:
-those that it answers with Unsupported are counted apart. The exit code is 1 where a case fails.
+It is run against the vectors of the specification. CMD is called with a verb (check, base, canonical, compute or merge)
+and paths, and prints one line of JSON for each path; section 16 of the specification says which. A program may know
+some methods only: those that it answers with Unsupported are counted apart. The exit code is 1 where a case fails.
 
 \b
 Examples:
   adapterkit conformance -- node spec/readers/javascript/cli.mjs
-  adapterkit conformance --suite spec/vectors -- ./my-reader
+  adapterkit conformance --suite adapterkit-conformance-1.1.zip -- ./my-reader
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +25,47 @@ from ._render import Table, View, show
 
 @click.command(help=__doc__)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- CMD...")
-@click.option("--suite", type=click.Path(path_type=Path), help="The folder spec/vectors.")
+@click.option("--suite", type=click.Path(path_type=Path), help="The folder spec/vectors, or the archive of a release.")
 @_options.flags
 @click.pass_context
 def command(ctx: click.Context, command: tuple[str, ...], suite: Path | None) -> None:
-    """Runs all cases and counts by requirement."""
+    """Runs all cases and counts by conformance class and by requirement."""
     from ..conformance import conformance
 
     outcomes = conformance(command, suite)
-    rules: dict[str, list[int]] = {}
-    for outcome in outcomes:
-        for rule in outcome.requirements:
-            counts = rules.setdefault(rule, [0, 0, 0])
-            counts[{True: 0, False: 1, None: 2}[outcome.passed]] += 1
+    rules = Counter((rule, outcome.passed) for outcome in outcomes for rule in outcome.requirements)
+    classes = Counter((outcome.conformance_class, outcome.passed) for outcome in outcomes)
     failed = [
         {"case": o.case, "requirements": list(o.requirements), "why": o.why} for o in outcomes if o.passed is False
     ]
     record = {
         "passed": sum(o.passed is True for o in outcomes), "failed": failed,
         "without_formula": [o.case for o in outcomes if o.passed is None],
-        "requirements": {rule: dict(zip(("passed", "failed", "without_formula"), rules[rule], strict=True))
-                         for rule in sorted(rules, key=lambda rule: [int(n) for n in rule[2:].split(".")])},
+        "classes": _counts(classes, sorted({name for name, _ in classes})),
+        "requirements": _counts(rules, sorted({rule for rule, _ in rules}, key=_number)),
     }  # fmt: skip
     show(ctx.obj, record, _view)
     if failed:
         ctx.exit(1)
 
 
+def _counts(counter: Counter[tuple[str, bool | None]], names: Iterable[str]) -> dict[str, dict[str, int]]:
+    kinds = {"passed": True, "failed": False, "without_formula": None}
+    return {name: {word: counter[name, passed] for word, passed in kinds.items()} for name in names}
+
+
+def _number(rule: str) -> list[int]:
+    """The section and the number of a requirement such as R-3.1."""
+    return [int(number) for number in rule.removeprefix("R-").split(".")]
+
+
 def _view(record: Mapping[str, Any]) -> View:
-    rows = [[rule, c["passed"], c["failed"], c["without_formula"]] for rule, c in record["requirements"].items()]
-    yield Table(("requirement", "passed", "failed", "without formula"), rows)
+    for what in ("requirement", "class"):
+        counts = record["requirements" if what == "requirement" else "classes"]
+        rows = [[name, c["passed"], c["failed"], c["without_formula"]] for name, c in counts.items()]
+        yield Table((what, "passed", "failed", "without formula"), rows)
     if record["failed"]:
         failed = [[each["case"], " ".join(each["requirements"]), each["why"]] for each in record["failed"]]
         yield Table(("case", "requirements", "why"), failed)
-    counts = f"{record['passed']} passed, {len(record['failed'])} failed"
-    yield f"{counts}, {len(record['without_formula'])} without a formula"
+    total = f"{record['passed']} passed, {len(record['failed'])} failed"
+    yield f"{total}, {len(record['without_formula'])} without a formula"

@@ -1,23 +1,35 @@
-"""List the known formats, methods, ways to combine or packings."""
+"""List formats, methods, combiners, packings, or what loads FILE.
+
+`list loaders` names the tools that load adapter files. `list loaders FILE` says which of them load this file as it is,
+which load it after `adapterkit convert` with the arguments shown, and why the others do not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import _options
 from ._render import Table, View, show
 
+if TYPE_CHECKING:
+    from ..loaders import Answer
+
 
 @click.command(help=__doc__)
-@click.argument("what", type=click.Choice(["formats", "methods", "combine", "quant"]))
+@click.argument("what", type=click.Choice(["formats", "methods", "combine", "quant", "loaders"]))
+@click.argument("file", required=False)
 @_options.flags
 @click.pass_obj
-def command(settings: _options.Settings, what: str) -> None:
-    """Lists `adapterkit.FORMATS`, `METHODS`, `adapterkit.ops.COMBINERS` or `adapterkit.quant.SCHEMES`."""
-    if what == "formats":
+def command(settings: _options.Settings, what: str, file: str | None) -> None:
+    """Lists `adapterkit.FORMATS`, `METHODS`, `adapterkit.ops.COMBINERS`, `adapterkit.quant.SCHEMES` or the loaders."""
+    if file is not None and what != "loaders":
+        raise click.UsageError(f"FILE goes with 'list loaders'; 'list {what}' takes none")
+    if what == "loaders":
+        _loaders(settings, file)
+    elif what == "formats":
         show(settings, {"formats": formats()}, _formats_view)
     elif what == "combine":
         show(settings, {"combine": combiners()}, _combiners_view)
@@ -84,6 +96,34 @@ def schemes() -> list[dict[str, Any]]:
     ]
 
 
+def _loaders(settings: _options.Settings, file: str | None) -> None:
+    if file is None:
+        from ..loaders import loaders
+
+        known = [
+            {"name": name, "title": tool.title, "version": tool.version, "kind": tool.kind, "url": tool.url}
+            for name, tool in loaders().items()
+        ]
+        show(settings, {"loaders": known}, _tools_view)
+        return
+    from .. import detect, read
+    from ..loaders import loaders_of
+    from ..tensors.inputs import inputs_kept
+    from ..tensors.locations import located
+
+    path = located(file)
+    with inputs_kept():
+        name = detect(path)
+        answers = loaders_of(read(path, name), name, path)
+    show(settings, {"path": file, "format": name, "loaders": answer_records(answers)}, _loaders_view)
+
+
+def answer_records(answers: Sequence[Answer]) -> list[dict[str, str]]:
+    """What each tool makes of a file, as plain data."""
+    fields = ("tool", "title", "loads", "why", "convert")
+    return [{name: getattr(answer, name) for name in fields} for answer in answers]
+
+
 def _default(field: Any) -> Any:
     import dataclasses
 
@@ -113,6 +153,17 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "-", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _tools_view(record: Mapping[str, Any]) -> View:
+    rows = [[each["name"], each["title"], each["version"], each["kind"]] for each in record["loaders"]]
+    yield Table(("loader", "tool", "version", "models"), rows)
+
+
+def _loaders_view(record: Mapping[str, Any]) -> View:
+    yield f"{record['path']}: {record['format']}"
+    rows = [[each["title"], each["loads"], each["convert"], each["why"]] for each in record["loaders"]]
+    yield Table(("tool", "loads", "after convert", "why"), rows)
 
 
 def _schemes_view(record: Mapping[str, Any]) -> View:

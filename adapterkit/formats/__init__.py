@@ -10,12 +10,21 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AdapterkitError, StorageError, UnknownFormat, UsageError, nearest, public, storage_error
+from ..errors import (
+    AdapterkitError,
+    StorageError,
+    UnknownFormat,
+    Unrepresentable,
+    UsageError,
+    nearest,
+    public,
+    storage_error,
+)  # fmt: skip
 from ..registry import Registry
 from ..tensors.checkpoint import SINGLE, TORCH_SINGLE, opened
-from ..tensors.inputs import inputs_kept
+from ..tensors.inputs import inputs_kept, kept
 from ..tensors.lazy import Lazy
-from ..tensors.locations import NOTE, exists, is_remote, local, located, source_of
+from ..tensors.locations import NOTE, exists, is_remote, local, located, path_text, source_of
 from ..tensors.staging import files_below, matches, staged
 from ..tensors.written import sources_remembered
 from ._endings import adapter_modules
@@ -56,6 +65,7 @@ def read(
     strict: bool = False,
     experts_order: str | None = None,
     strict_base: bool = False,
+    family: str | None = None,
 ) -> Adapter:
     """Reads an adapter in any format, lazily, and validates it.
 
@@ -73,6 +83,7 @@ def read(
             (PEFT), `"grouped_by_expert"` (Unsloth before September 2026), `"peft_0.18"` (lora_A has the outputs).
             Files of a format without stacked experts are read as they are.
         strict_base: refuse a base whose name, config or fingerprint is not the one that the adapter names.
+        family: the family of the image, video or audio model, such as `"flux"`, for a file whose names fit several.
 
     Returns:
         the adapter; what came from a hub says so in its lineage, with the commit.
@@ -85,7 +96,7 @@ def read(
     source, found, member = _searched(path, FORMATS if format is None else [format])
     name = _only(found, path) if format is None else format
     reader = FORMATS[name]()
-    options = {"alpha": alpha, "rank": rank, "strict": strict or None}
+    options = {"alpha": alpha, "rank": rank, "strict": strict or None, "family": family}
     options = {option: value for option, value in options.items() if value is not None}
     needless = next((option for option in options if option not in reader.options), None)
     if needless is not None:
@@ -172,6 +183,9 @@ def write(
         UsageError: the format needs the base to be read, so that without it nothing proves what was written.
         AdapterkitError: see `Format.write`.
     """
+    from ..adapter import check_adapter
+
+    check_adapter(adapter)
     if on_loss not in ON_LOSS:
         raise UsageError(f"unknown on_loss {on_loss!r}", cure=f"Known: {', '.join(ON_LOSS)}")
     if max_error is not None and (on_loss != "promote" or not 0 < max_error < 1):
@@ -184,6 +198,7 @@ def write(
         known = ", ".join(sorted(writer.profiles)) or "none"
         raise UsageError(f"{format} has no profile {profile!r}", path=path, cure=f"Known: {known}")
     below = None if base is None else opened(base)
+    target = Path(path_text(path))
     from ._proof import prove
 
     def once(adapter: Adapter) -> list[str]:
@@ -191,7 +206,11 @@ def write(
         inputs = [*files_of(adapter), *(() if below is None else below.files)]
         with (
             staged(
-                Path(path), overwrite=overwrite, owns=writer.owns | {NOTE}, inputs=inputs, made_from=made_from
+                target,
+                overwrite=overwrite,
+                owns=writer.owns | {NOTE},
+                inputs=inputs,
+                made_from=made_from,
             ) as stage,
             sources_remembered() as files,
         ):
@@ -199,11 +218,16 @@ def write(
             prove(format, writer, adapter, stage, lines, below, files)
         return lines
 
-    if on_loss != "promote":
-        return once(adapter)
     from ._promotion import Promotion
 
-    return Promotion.into(writer, max_error, below).ask(adapter, once)
+    promotion = Promotion.into(writer, max_error, below)
+    if on_loss == "promote":
+        return promotion.ask(adapter, once)
+    try:
+        return once(adapter)
+    except Unrepresentable as refusal:
+        promotion.suggest(adapter, refusal)
+        raise
 
 
 def _in_methods_of(writer: Format, adapter: Adapter, base: Checkpoint | None) -> Adapter:
@@ -332,7 +356,8 @@ def _recognised(source: Path, names: Iterable[str]) -> tuple[Path, list[str]]:
         files += inside if len(inside) == 1 and inside[0].name not in (SINGLE, TORCH_SINGLE) else []
     for sniff in (Format.sniff.__name__, Format.sniff_loosely.__name__):
         for file in files:
-            found = [name for name in names if getattr(FORMATS[name](), sniff)(file)]
+            # A command detects the format, tells an adapter from a base, and reads: each format is asked once.
+            found = [name for name in names if kept(f"{sniff} {name}", file, getattr(FORMATS[name](), sniff), file)]
             if found:
                 return file, found
     return source, []

@@ -95,7 +95,7 @@ class Format:
             spec/formats lists the same, each with the test that runs the tool's forward.
         compat: the readings that can be asked for beside the default one, which is what the tool's forward computed:
             `"formula"`, and names for what a file does not say about itself.
-        options: what `formats.read` may be told beside these: `alpha`, `rank`, `strict`; `read` takes them by name.
+        options: further arguments of `formats.read` that `read` takes by name: `alpha`, `rank`, `strict`, `family`.
         experts_orders: layouts of stacked experts that its files do not tell apart; `compat` takes these names, too.
         differences: whether it holds a difference of any weight, so that laws may be written as that.
         profiles: names of consumers that take only a part of the dialect, for which can be written.

@@ -43,7 +43,7 @@ FLOAT32 = 2.0**-22
 """Relative error of a product and a difference in float32."""
 
 _BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
-_LEAST = {"F16": 2.0**-14, "F8_E4M3": 2.0**-6, "F8_E5M2": 2.0**-14}
+_LEAST = {"F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-14, "F8_E4M3": 2.0**-6, "F8_E5M2": 2.0**-14}
 """Smallest normal numbers: below them, precision is absolute."""
 
 
@@ -112,7 +112,10 @@ def _near_scaled(one: LoRA, other: LoRA, unit: float, least: float) -> bool:
         return False
     wide = "F64" in {as_lazy(update.B).dtype.name for update in (one, other)}
     kind: Any = np.float64 if wide else np.float32
-    bound, least = kind(2 * unit - (0 if wide else FLOAT32)), kind(least / abs(other.scaling))
+    bound, least = kind(2 * unit - (0 if wide else FLOAT32)), least / abs(other.scaling)
+    if least > np.finfo(kind).max:
+        return False
+    least = kind(least)
     with np.errstate(over="ignore", invalid="ignore"):
         for at in range(0, ours.size, BLOCK):
             mine, its = (each[at : at + BLOCK].astype(kind) for each in (ours, theirs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -207,7 +208,8 @@ def _parse(text: str) -> Record:
         record = msgspec.convert(fields, Record)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         why, _, place = str(error).partition(" - at ")
-        where = f"metadata {KEY}" + (f" at {place.strip('`')}" if place else "")
+        # msgspec says `$.updates[0].tensors[...]`, with dots in the place of a key of a mapping.
+        where = f"metadata {KEY}" + place.strip("`").removeprefix("$").removesuffix("[...]")
         raise Malformed(why, where=where, cure=_REWRITE) from None
     if record.requires:
         raise Unsupported(f"requires {', '.join(record.requires)}", where="requires", cure=_UPGRADE)
@@ -278,17 +280,17 @@ def _decode_update(entry: UpdateRecord, take: Callable[[str, str], Lazy]) -> Upd
     known = {n: f for n, f in cls.attribute_fields().items() if f.metadata.get("since", 1) <= entry.version}
     _check_names("tensors", entry.tensors, cls.tensor_fields())
     _check_names("attributes", entry.attributes, known)
-    try:
-        return cls(**{field: take(name, field) for field, name in entry.tensors.items()}, **entry.attributes)
-    except TypeError as error:
-        missing = str(error).rpartition(": ")[2]
-        raise Malformed(f"{entry.method} lacks {missing}", where="tensors", cure=_REWRITE) from None
+    return cls(**{field: take(name, field) for field, name in entry.tensors.items()}, **entry.attributes)
 
 
-def _check_names(what: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    unknown = next((name for name in given if name not in known), None)
-    if unknown is not None:
-        raise Malformed(f"unknown name {unknown!r}", where=what, cure=f"Known: {', '.join(known) or 'none'}")
+def _check_names(what: str, given: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]) -> None:
+    """Check that an update has only names that its method knows, and all that have no default."""
+    for name in given:
+        if name not in fields:
+            raise Malformed(f"unknown name {name!r}", where=what, cure=f"Known: {', '.join(fields) or 'none'}")
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING and name not in given:
+            raise Malformed(f"{name!r} is missing", where=what, cure=_REWRITE)
 
 
 _UPGRADE = "Upgrade adapterkit, or write the file for an older version"

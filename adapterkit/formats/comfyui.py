@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..adapter import Target
 from ..errors import TargetNotFound
-from ..naming.image import component_of, denoiser_of, encoders, families, families_of, rooted
+from ..naming.image import COMFYUI, component_of, denoiser_of, encoders, families, families_of, rooted
 from ._image import container
 from ._image.container import Metadata
 from ._image.dialect import ImageFormat
@@ -56,7 +56,7 @@ class Comfyui(ImageFormat):
     differences = True
     methods = frozenset({"dense", "dora", "loha", "lokr", "lora", "replacement", "weight_norm"})
     rules = Rules(slots=(*SLOTS, "hada_", "lokr_"))
-    naming = "native"
+    naming = COMFYUI
 
     def sniff(self, path: Path) -> bool:
         keys = container.names(path)

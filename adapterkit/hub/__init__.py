@@ -1,6 +1,6 @@
-"""Hubs: adapters and models pulled from, pushed to and read from where they live.
+"""Hubs: pull adapters and models from them, push to them, and read files in place.
 
-Nothing of huggingface_hub is imported before something is named that is on a hub.
+Importing this package does not import huggingface_hub; that happens at the first name on a hub.
 """
 
 from __future__ import annotations

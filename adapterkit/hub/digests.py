@@ -1,4 +1,4 @@
-"""Digests of local files in the ways in which hubs name content, and whether a hub lists what is here."""
+"""Digests of local files in the forms that hubs use, and checks against what a hub lists."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ CHUNK = 1 << 20
 
 
 def digests(file: Path) -> tuple[int, str, str]:
-    """A file's bytes, `sha256:...` and `git:...`, in one reading.
+    """Return a file's size in bytes, `sha256:...` and `git:...`, from one pass over the file.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the file cannot be read.
     """
+    # Hubs list large (LFS) files by sha256 and small ones by git's blob hash, which covers a header with the size.
     try:
         size = file.stat().st_size
         whole, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -34,7 +35,7 @@ def digests(file: Path) -> tuple[int, str, str]:
 
 
 def digests_of(content: Content) -> Digests:
-    """The digests of what is pushed as one file."""
+    """Return the digests of a file or of bytes that are pushed as one."""
     if isinstance(content, Path):
         return digests(content)
     git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
@@ -42,7 +43,7 @@ def digests_of(content: Content) -> Digests:
 
 
 def hasher(digest: str, size: int) -> hashlib._Hash | None:
-    """What hashes a content in the way of a digest; None where the digest says nothing of the content."""
+    """Return a hash object for a digest's kind; None if the digest (`unknown:...`) does not hash the content."""
     kind = digest.partition(":")[0]
     if kind == "git":
         return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
@@ -50,7 +51,7 @@ def hasher(digest: str, size: int) -> hashlib._Hash | None:
 
 
 def same(file: Path, size: int, digest: str) -> bool:
-    """Whether a local file is the one that a hub lists; never, where the hub does not tell a digest."""
+    """Whether a local file matches the size and digest that a hub lists; False if the hub lists no digest."""
     made = hasher(digest, size)
     if made is None or not file.is_file() or file.stat().st_size != size:
         return False
@@ -61,14 +62,15 @@ def same(file: Path, size: int, digest: str) -> bool:
 
 
 def check_listed(there: Remote, found: Mapping[str, Digests]) -> None:
-    """Checks that the hub lists every file with the digest that it has here.
+    """Check that the hub lists every pushed file with its local digest.
 
     Raises:
-        Corrupt: one is missing or another.
+        Corrupt: a file is missing or has another digest.
     """
     listed = {file.path: file for file in there.files}
     for name, (size, *names) in found.items():
         file = listed.get(name)
         if file is None or file.size != size or file.digest not in names:
-            cure = "A file changed here while it was pushed, or the hub damaged it: push again with overwriting allowed"
+            cure = "A file changed here during the push, or the hub damaged it: push again with --overwrite (in Python "
+            cure += "overwrite=True)"
             raise Corrupt("the hub does not list what was pushed", path=str(there.uri), where=name, cure=cure)

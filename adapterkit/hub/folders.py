@@ -1,4 +1,4 @@
-"""Where what comes from hubs, or is on its way to one, lies in the meantime."""
+"""Local folders for hub files: the cache, scratch folders, and locks on folders that a command is writing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import StorageError, storage_error
 
 
 def cache_folder() -> Path:
-    """`$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder."""
+    """Return the cache folder: `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder."""
     root = os.environ.get("ADAPTERKIT_CACHE")
     if root is None:
         root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "adapterkit")
@@ -23,10 +23,10 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(stage: Path) -> Iterator[None]:
-    """Holds a folder for this process, which is made where it is not there.
+    """Create a folder if needed and hold its lock for the length of the block.
 
     Raises:
-        StorageError: another process has it.
+        StorageError: another process holds the lock.
     """
     stage.mkdir(exist_ok=True)
     with open(stage / "lock", "wb") as lock:
@@ -37,7 +37,9 @@ def locked(stage: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """An empty folder in the cache that is gone afterwards; those of processes that were killed go before it is made.
+    """Yield an empty folder in the cache and remove it afterwards.
+
+    Folders that killed processes left behind are removed first.
 
     Raises:
         StorageError: the cache cannot be written.
@@ -46,7 +48,8 @@ def scratch() -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            # Nobody sweeps between the making of a lock and its being held.
+            # The gate is held between creating a lock file and locking it. Without the gate, another process could
+            # sweep the new file in between, because nobody holds its lock yet.
             with open(root / "lock", "wb") as gate:
                 _held(gate, wait=True)
                 _sweep(root)
@@ -60,7 +63,7 @@ def scratch() -> Iterator[Path]:
 
 
 def _sweep(root: Path) -> None:
-    """Removes what is left of processes that are gone: nobody holds its lock. Without locks all stays."""
+    """Remove the folders of dead processes: those whose lock nobody holds. Without `flock`, remove nothing."""
     if not _has_locks():
         return
     for file in root.glob("*.lock"):
@@ -79,9 +82,9 @@ def _has_locks() -> bool:
 
 
 def _held(file: BinaryIO, *, wait: bool = False) -> bool:
-    """Locks an open file for this process, until it is closed; False where another process has it."""
+    """Lock an open file for this process until it is closed; return False if another process holds it."""
     if not _has_locks():
-        # Windows: renaming a folder with open files fails there, which serves the same end.
+        # Windows has no flock. Renaming a folder with open files fails there, which protects it equally well.
         return True
     import fcntl
 

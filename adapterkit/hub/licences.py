@@ -1,4 +1,4 @@
-"""The licence that a model card names, in the words in which hubs ask for it."""
+"""Read the licence from a model card's metadata."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..tensors.inputs import open_input
 from ..tensors.strict_yaml import load_yaml
 
 Licence = Mapping[str, str]
-"""`license`: an identifier; where that is `other`, `license_name` and `license_link` say which. Empty for none."""
+"""`license`: an identifier; if it is `other`, `license_name` and `license_link` say which one. Empty for none."""
 
 KEYS = ("license", "license_name", "license_link")
 MAX_CARD = 1 << 20
 
 
 def licence_called(name: str | Licence | None) -> Licence:
-    """A licence by its identifier, such as `apache-2.0`, or as a card says it."""
+    """Return a licence given by its identifier, such as `apache-2.0`, or as a card's metadata."""
     return {"license": name} if isinstance(name, str) else name or {}
 
 
 def licence_of(card: str) -> Licence:
-    """The licence that a card's metadata names."""
+    """Return the licence that a card's metadata names; empty if the value is not a plausible identifier."""
     told = metadata(card)
     found = {key: told[key].strip() for key in KEYS if isinstance(told.get(key), str)}
     if not re.fullmatch(r"[A-Za-z0-9.+-]{1,64}", found.get("license", "")):
@@ -33,7 +33,7 @@ def licence_of(card: str) -> Licence:
 
 
 def licence_at(path: Path) -> Licence:
-    """The licence that the card in a folder, or beside a file, names."""
+    """Return the licence that the card in a folder, or beside a file, names."""
     card = (path if path.is_dir() else path.parent) / "README.md"
     try:
         with open_input(card) as file:
@@ -43,7 +43,7 @@ def licence_at(path: Path) -> Licence:
 
 
 def metadata(card: str) -> Mapping[str, Any]:
-    """The metadata at the head of a card; none where they are no YAML mapping."""
+    """Return the metadata at the head of a card; empty if it is not a YAML mapping."""
     head = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---", card, re.DOTALL)
     try:
         told = load_yaml(head[1].encode("utf-8", "replace")) if head else None

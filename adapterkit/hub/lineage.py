@@ -1,4 +1,4 @@
-"""What a folder of weights says of how it came to be: by the record of a merge, and by the note of a pull."""
+"""Find out where a local model came from: from the report of a merge, or from the note of a pull."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .uris import parse
 
 
 def is_of_the_base(folder: Path) -> bool:
-    """Whether the card in a folder is that of a merge's base, as it was carried along: nobody wrote one since."""
+    """Whether the card in a folder is the base's, copied by a merge and not edited since."""
     card = folder / CARD
     if not card.is_file():
         return False
@@ -24,10 +24,10 @@ def is_of_the_base(folder: Path) -> bool:
 
 
 def model_at(path: Path) -> Model:
-    """What is known of the model at a path.
+    """Return the known facts about the model at a path.
 
     Raises:
-        UnknownFormat: there is none.
+        UnknownFormat: there is no model.
     """
     from ..tensors.checkpoint import open_checkpoint
 
@@ -43,7 +43,7 @@ def model_at(path: Path) -> Model:
 
 
 def record_at(folder: Path) -> Mapping[str, Any]:
-    """What a merge wrote of itself into a folder; nothing where there was none."""
+    """Return the report that a merge wrote into a folder; empty if there is none."""
     from ..tensors.checkpoint import read_json
 
     return read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
@@ -57,7 +57,7 @@ def _adapters(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 def _base_of(
     record: Mapping[str, Any], folder: Path, adapters: tuple[Mapping[str, Any], ...]
 ) -> tuple[str | None, str | None]:
-    """The base's name and commit: where it was fetched from; else the one that all adapters say they were made for."""
+    """Return the base's name and commit: its download source, else the base that all adapters name."""
     told = record.get("base_uri")
     if isinstance(told, str):
         uri = parse(told)

@@ -1,4 +1,4 @@
-"""Names of files that a hub tells: trusted with nothing before they are known to stay inside a folder."""
+"""Check file names from a hub before use: each must stay inside its folder and be valid on every system."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from pathlib import PurePosixPath
 from ..errors import AdapterkitError, Malformed
 
 MAX_NAME = 255
-"""Bytes of one name in most file systems."""
+"""Longest file name on most file systems, in bytes."""
 
 MAX_PATH = 1024
 
 _DEVICES = re.compile(r"(?i)(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?")
-"""Names that Windows takes for devices, in whatever folder."""
+"""Names that Windows treats as devices, in any folder and with any extension."""
 
 
 def check_name(name: str, kind: type[AdapterkitError] = Malformed) -> None:
-    """Checks that a name is a plain relative path on every system.
+    """Check that a name is a plain relative path on every system.
 
     Raises:
-        AdapterkitError: of the given kind: it climbs, is absolute, names a drive or a device, or is too long.
+        AdapterkitError: (of the given `kind`) the name leaves the folder, is absolute, names a drive or a device, or is
+            too long.
     """
     fault = _fault(name)
     if fault:
@@ -30,10 +31,10 @@ def check_name(name: str, kind: type[AdapterkitError] = Malformed) -> None:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Checks all names of a repository, and that they can stand beside each other.
+    """Check all names of a repository, and that none of them is both a file and a folder.
 
     Raises:
-        Malformed: the first fault.
+        Malformed: at the first bad name.
     """
     seen: set[str] = set()
     for name in names:

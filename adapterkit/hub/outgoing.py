@@ -1,4 +1,4 @@
-"""What is written to a hub: made in a folder of its own first, pushed when it is whole, and then forgotten here."""
+"""Write to a hub: build the output in a local folder, push it when it is complete, then delete the folder."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ def outgoing(
     sources: Sequence[str | PathLike[str]] = (),
     unchanged: Callable[[], object] = lambda: None,
 ) -> Iterator[Path]:
-    """A path to write to; what is there is pushed when the block ends without an error.
+    """Yield a local path to write to; push its content when the block ends without an error.
 
-    After an error it stays, and the same command goes on with it.
+    After an error the folder stays, and the same command continues with it.
 
     Args:
-        name: of the place.
-        overwrite: replace what is there.
-        sources: what it is made from; a licence that all their cards name is passed on.
-        unchanged: called where all of it was there already, and nothing was pushed.
+        name: the uri to push to.
+        overwrite: replace existing files.
+        sources: the inputs of the output; a licence that all their cards name is passed on.
+        unchanged: called if the hub already had everything, so that nothing was pushed.
 
     Raises:
-        AdapterkitError: as for `push`; no access to the place is said before anything is written.
+        AdapterkitError: as for `push`; a missing permission is reported before anything is written.
     """
     uri = parse(name)
     remote = remote_at(uri)
     remote.check_writable()
+    # Look at the target now: a refusal should come before the work, not after hours of it.
     _ = remote.there()
     folder = cache_folder() / "outgoing" / hashlib.sha256(str(uri).encode()).hexdigest()[:16]
     try:
@@ -53,7 +54,7 @@ def outgoing(
         pushed = push(out, uri, overwrite=overwrite, licence=_licence([*map(located, sources)]))
     except StorageError as error:
         if error.path == str(uri):
-            # It is there with other content: to go on would meet the same.
+            # The hub holds other content. Continuing from this folder would only meet the same error.
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
@@ -62,6 +63,6 @@ def outgoing(
 
 
 def _licence(sources: Sequence[Path]) -> Licence:
-    """The one licence of all sources; none where one has none, or they differ: whoever pushes has to choose."""
+    """Return the licence of all sources; empty if one has none or they differ, because a person must choose then."""
     found = [licence_at(source) for source in sources]
     return found[0] if found and all(licence == found[0] for licence in found) else {}

@@ -1,4 +1,4 @@
-"""What a push sends: the files of an adapter or a model, made anew where another form is wanted, and a model card."""
+"""Collect the files of a push: an adapter or model, converted or resharded on request, and a model card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .uris import Uri
 
 @dataclass(slots=True)
 class Payload:
-    """Files to push, by their names in the repository: paths, or the text of a generated card, which `card_name` is."""
+    """Files to push, by name in the repository: local paths, or the text of the generated card (`card_name`)."""
 
     files: dict[str, Content]
     card_name: str
@@ -41,7 +41,7 @@ class Payload:
         return {name: self.found[name] for name in self.files}
 
     def leave_card_out(self) -> None:
-        """The generated card is not pushed."""
+        """Remove the generated card from the push."""
         del self.files[self.card_name]
         self.card = None
 
@@ -51,17 +51,17 @@ def prepared(
     path: str | os.PathLike[str], name: str | None, base: str | os.PathLike[str] | None, on_loss: str,
     shard_size: int | None,
 ) -> Iterator[tuple[Path, dict[str, Path]]]:  # fmt: skip
-    """Where what is pushed lies, and its files by name; what has to be made lies in a scratch folder.
+    """Yield the folder of the files to push, and the files by name. Converted files are in a scratch folder.
 
     Args:
         path: an adapter or a model.
-        name: of the format that an adapter is to be in.
+        name: the format to convert an adapter to; None to push it unchanged.
         base: as for `adapterkit.write`.
         on_loss: as for `adapterkit.write`.
-        shard_size: bytes of a model's weight file at most.
+        shard_size: largest weight file of a model, in bytes; None to push the files unchanged.
 
     Raises:
-        UsageError: an adapter is to be parted.
+        UsageError: `shard_size` is given for an adapter.
         AdapterkitError: as for `adapterkit.read` and `adapterkit.write`.
     """
     if name is not None and shard_size is not None:
@@ -79,7 +79,8 @@ def prepared(
 
 
 def payload_of(source: Path, files: Mapping[str, Path], remote: Remote, licence: Licence) -> Payload:
-    """The files, and a card for the repository's root where there is none of its own."""
+    """Return the files, with a generated card for the repository's root if they include none."""
+    # A merge copies its base's card along. That card describes the base, so a new one is generated instead.
     own = {name: path for name, path in files.items() if name != CARD or not is_of_the_base(source)}
     check_names(own)
     text, target = _card(source, remote.uri, licence), remote.uri
@@ -91,24 +92,24 @@ def payload_of(source: Path, files: Mapping[str, Path], remote: Remote, licence:
 
 
 def card_there(remote: Remote, there: Mapping[str, RemoteFile] | None) -> str:
-    """The text of the card that a push meets; empty without one, or where it is no text of a reasonable size."""
+    """Return the text of the card that the push would replace; empty if it is missing, too large or not text."""
     file = (there or {}).get(_card_name(remote))
     if file is None or file.size > MAX_CARD:
         return ""
     try:
         return read_range(remote, file, 0, file.size).decode()
     except (RemoteNotFound, ValueError):
-        # A branch that is not there yet has the files of the main one; a list may name what never came.
+        # A new branch lists the files of the main one, and an S3 list may name files that were never uploaded.
         return ""
 
 
 def _card_name(remote: Remote) -> str:
-    """Where a hub looks for the card of a place."""
+    """Return the path where a hub looks for the card."""
     return f"{remote.uri.path}/{CARD}" if remote.cards_below and remote.uri.path else CARD
 
 
 def files_of(source: Path) -> dict[str, Path]:
-    """What is pushed of a file or a folder; links to files count, links to folders and hidden names do not."""
+    """Return the files to push from a file or a folder; hidden names and links to folders are left out."""
     if not source.exists():
         raise StorageError("no such file or folder", path=source, cure="Check the spelling of the path")
     if source.is_file():
@@ -126,7 +127,7 @@ def files_of(source: Path) -> dict[str, Path]:
 def _converted(
     path: str | os.PathLike[str], folder: Path, name: str, base: str | os.PathLike[str] | None, on_loss: str
 ) -> Path:
-    """The adapter in another format."""
+    """Convert the adapter to another format and return its folder."""
     from ..formats import FORMATS, read, write
 
     out = folder / "adapter"
@@ -136,7 +137,7 @@ def _converted(
 
 
 def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
-    """The files of a model whose weight files are too large, with weight files that are not, and their index."""
+    """Return a model's files with its weights split into shards of at most `shard_size` bytes, and a new index."""
     from ..merging.options import Options
     from ..merging.planning import index_of, make_plan
     from ..merging.report import carry_out, local
@@ -144,6 +145,7 @@ def _parted(source: Path, folder: Path, shard_size: int) -> dict[str, Path]:
 
     _check_model(source)
     files, base = files_of(source), open_checkpoint(source)
+    # A merge without adapters copies the tensors unchanged and writes shards of the given size.
     plan = make_plan(base, [], Options(shard_size=shard_size))
     if all(file.stat().st_size <= shard_size for file in base.files):
         return files
@@ -168,7 +170,7 @@ def _check_model(source: Path) -> None:
 
 
 def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
-    """The record of a merge without the sums of its files, where it has any: they are of other files."""
+    """Return a merge's report without its checksums: they are those of the files before resharding."""
     from ..merging.checksums import KEY
 
     record = record_at(source)
@@ -180,7 +182,7 @@ def _without_sums(source: Path, folder: Path) -> dict[str, Path]:
 
 
 def _card(source: Path, target: Uri, licence: Licence) -> str:
-    """The card; reading for it also proves that an adapter or a base is pushed, and no folder of something else."""
+    """Return the card. Reading the source for it also proves that it is an adapter or a base, and nothing else."""
     from ..formats import detect, read
 
     name = (target.path or target.repo).rpartition("/")[2]

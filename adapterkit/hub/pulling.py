@@ -1,7 +1,7 @@
-"""Pull: a repository, a folder or a file of it, verified and whole, or not at all; continued where it was interrupted.
+"""Pull a repository, or a folder or file of it: verified and complete, or not at all. Interrupted pulls continue.
 
-While it runs, files lie in `.NAME.pulling` beside the target: `parts/` by digest, `out/` by name. The target appears
-by rename when all of them are there.
+During a pull, files are in `.NAME.pulling` beside the target: `parts/` by digest while they are incomplete, `out/` by
+name when they are done. A rename puts them at the target when all of them are there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import AdapterkitError, RemoteNotFound, StorageError, public
 from ..tensors.atomic import write_bytes
-from ..tensors.locations import NOTE, Source, source_of
+from ..tensors.locations import NOTE, Source, path_text, source_of
 from ..tensors.staging import Staging, check_free, clear, take_over
 from .hubs import remote_at
 from .remote import Remote, RemoteFile, largest_first
@@ -30,20 +30,20 @@ Progress = Callable[[int, int], None]
 SUFFIX = "pulling"
 CONNECTIONS = 4
 HEADROOM = 1 << 20
-"""Bytes that must be free beyond the files themselves, for folders and the note."""
+"""Bytes that must be free beyond the files themselves, for folders and the source note."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """What a pull did, or would do.
+    """The result of a pull, or of a dry run.
 
     Attributes:
-        uri: what was asked for, at the commit that it was.
+        uri: the uri that was asked for, pinned to the commit.
         out: the folder.
         files: name in the folder -> (bytes, digest).
-        fetched: bytes that had to be sent; what an interrupted run had left is not in it.
-        dry: nothing was written.
-        already: an earlier pull had put the same files there, and they are unchanged.
+        fetched: bytes that were downloaded, without those that an interrupted run had left.
+        dry: True if nothing was written.
+        already: True if an earlier pull had put the same files there, and they are unchanged.
     """
 
     uri: str
@@ -54,7 +54,7 @@ class Pulled:
     already: bool = False
 
     def record(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the same as plain data."""
         files = [{"name": name, "bytes": size, "digest": digest} for name, (size, digest) in self.files.items()]
         return {
             "uri": self.uri, "out": str(self.out), "files": files, "bytes": sum(file["bytes"] for file in files),
@@ -63,7 +63,7 @@ class Pulled:
 
 
 class Stopped(Exception):
-    """Another connection failed, or the user wants to stop."""
+    """Raised in a worker to end its download: another connection failed, or the user interrupted the pull."""
 
 
 def pull(
@@ -76,29 +76,29 @@ def pull(
     progress: Progress | None = None,
     token: str | None = None,
 ) -> Pulled:
-    """Fetches a repository, or a folder or file of it, into the folder `dest`.
+    """Download a repository, or a folder or file of it, into the folder `dest`.
 
-    Every file is verified against the digest that the hub lists, if it lists any, and fetched again if it is wrong. The
-    folder appears whole; an interrupted pull goes on where it stopped when it is called again. A note in it says which
-    commit it is, and `adapterkit.read` puts that into the adapter's lineage.
+    Every file is verified against the digest that the hub lists, if it lists one, and downloaded again if it is wrong.
+    The folder appears complete, by a rename. The same call continues an interrupted pull. A note in the folder records
+    the commit, and `adapterkit.read` adds it to the adapter's lineage.
 
     Args:
-        uri: `hf://org/repo[@revision][/path]`, `org/repo`, or of another hub.
-        dest: the folder to write; it must not exist, be empty, or hold an earlier pull of the same.
-        include: patterns such as `*.safetensors`; only files whose name matches one are fetched.
-        overwrite: replace what is at `dest`.
-        dry_run: look, and write nothing.
+        uri: `hf://org/repo[@revision][/path]`, `org/repo`, or a uri of another hub.
+        dest: the folder to write; it must be missing, empty, or hold an earlier pull of the same.
+        include: patterns such as `*.safetensors`; only files whose name matches one are downloaded.
+        overwrite: replace the content of `dest`.
+        dry_run: list the files, and write nothing.
         progress: called with (bytes done, bytes in all) from the calling thread.
-        token: a token; what the hub's own tools use if absent.
+        token: a token; if absent, the one that the hub's own tools use.
 
     Raises:
         NetworkError: no such repository, revision or file; no access; or the hub cannot be reached.
-        Malformed: the repository holds names of files that would leave the folder.
-        Corrupt: bytes do not have the promised digest, however often they are fetched.
+        Malformed: the repository has file names that would leave the folder.
+        Corrupt: the bytes do not have the listed digest, however often they are downloaded.
         StorageError: no space, no permission, or `dest` is taken.
     """
-    remote = remote_at(parse(uri) if isinstance(uri, str) else uri, token)
-    target = Path(dest)
+    remote = remote_at(uri if isinstance(uri, Uri) else parse(path_text(uri)), token)
+    target = Path(path_text(dest))
     source = source_at(remote)
     wanted = choose(remote, include)
     told = {name: (file.size, file.digest) for name, file in wanted.items()}
@@ -113,15 +113,15 @@ def pull(
 
 
 def source_at(remote: Remote) -> Source:
-    """The note of where files came from, at the commit."""
+    """Return the source note of a remote, pinned to its commit."""
     return Source(public(str(remote.uri.at(remote.commit))), public(remote.uri.name), remote.commit)
 
 
 def choose(remote: Remote, include: Sequence[str] = ()) -> dict[str, RemoteFile]:
-    """The files that a uri names, by their names inside the folder to write.
+    """Return the files that a uri names, by their names inside the folder to write.
 
     Raises:
-        RemoteNotFound: there are none.
+        RemoteNotFound: no file matches.
     """
     path = remote.uri.path
     files = remote.below(path)
@@ -140,11 +140,11 @@ def bring(
     remote: Remote, source: Source, wanted: Mapping[str, RemoteFile], target: Path, progress: Progress | None,
     *, overwrite: bool = True,
 ) -> int:  # fmt: skip
-    """Fetch files by way of a stage and rename it to `target`; returns the bytes that were sent."""
+    """Download files through a staging folder and rename it to `target`; return how many bytes were downloaded."""
     stage = Staging(target, SUFFIX)
     with stage.locked():
         check_free(stage.target, overwrite)
-        if stage.is_published:  # An earlier run was killed when its work was done.
+        if stage.is_published:  # An earlier run was killed after its last rename, before its cleanup.
             clear(stage.folder, keep={"lock"})
         _lay_out(stage.folder, wanted)
         _check_space(stage.folder, wanted)
@@ -160,13 +160,14 @@ def bring(
 
 
 class _Transfer:
-    """Several connections at once; the calling thread reports and stops them all when one fails."""
+    """Downloads over several connections; the calling thread reports progress and stops them when one fails."""
 
     def __init__(
         self, remote: Remote, stage: Path, wanted: Mapping[str, RemoteFile], progress: Progress | None
     ) -> None:
         self.remote, self.stage, self.progress = remote, stage, progress
         self.names: dict[str, list[str]] = {}
+        # Files of equal content are downloaded once and copied.
         for name, file in wanted.items():
             self.names.setdefault(file.digest, []).append(name)
         self.files = largest_first(list({file.digest: file for file in wanted.values()}.values()))
@@ -174,7 +175,7 @@ class _Transfer:
         self.lock, self.stop = threading.Lock(), threading.Event()
 
     def run(self) -> int:
-        """Fetches all; returns the bytes that were sent."""
+        """Download all missing files; return how many bytes were downloaded."""
         missing = [file for file in self.files if not self._finished(file)]
         self.asked = ASKED // max(1, min(CONNECTIONS, len(missing)))
         with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -222,7 +223,7 @@ class _Transfer:
 
 
 def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
-    """Makes the stage ready; of what an earlier run left, only what is wanted now stays."""
+    """Prepare the stage; remove what an earlier run left there that is not wanted now."""
     names = {f"{file.digest.replace(':', '-')} {name}" for name, file in wanted.items()}
     plan, told = stage / "plan", "\n".join(sorted(names))
     same = plan.exists() and plan.read_text("utf-8") == told
@@ -234,7 +235,7 @@ def _lay_out(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
         if part.name not in {file.digest.replace(":", "-") for file in wanted.values()}:
             part.unlink()
     if not same:
-        # Whole or not at all: half a plan would throw away what it is of.
+        # Atomic, because a half-written plan would not match on the next run, which would then delete all its files.
         write_bytes(plan, told.encode())
 
 
@@ -248,7 +249,7 @@ def _check_space(stage: Path, wanted: Mapping[str, RemoteFile]) -> None:
 
 
 def _is_there(target: Path, source: Source, told: Mapping[str, tuple[int, str]]) -> bool:
-    """Whether an earlier pull of the same stands there, file by file right."""
+    """Whether an earlier pull of the same commit is at the target, with every file unchanged."""
     from .digests import same
 
     if not target.is_dir() or source_of(target) != source:

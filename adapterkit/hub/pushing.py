@@ -1,4 +1,4 @@
-"""Push: an adapter or a model to a hub, in one commit upon the state that was looked at; nobody sees half of it."""
+"""Push an adapter or a model to a hub in one commit, on top of the commit that was checked first."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .uris import Uri, parse
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What a push did, or would do.
+    """The result of a push, or of a dry run.
 
     Attributes:
-        uri: where it is now, at the commit; without one where nothing was written.
-        commit: the commit; None where nothing was written.
-        created: the repository was (or would be) made.
-        added, replaced, unchanged, removed: names of files in the repository; none is removed where what is pushed
-            stands beside what was there.
-        card: the text of the generated card; None where there was one.
+        uri: the pushed uri, pinned to the new commit; not pinned if nothing was written.
+        commit: the commit; None if nothing was written.
+        created: True if the repository was (or would be) created.
+        added, replaced, unchanged, removed: names of files in the repository. Files are removed only on hubs where a
+            push replaces the whole artifact.
+        card: the text of the generated card; None if an existing card was kept.
         tag: the tag that was set.
-        dry: nothing was written.
+        dry: True if nothing was written.
     """
 
     uri: str
@@ -46,7 +46,7 @@ class Pushed:
     dry: bool = False
 
     def record(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the same as plain data."""
         return {
             "uri": self.uri, "commit": self.commit, "created": self.created, "added": list(self.added),
             "replaced": list(self.replaced), "unchanged": list(self.unchanged), "removed": list(self.removed),
@@ -70,35 +70,37 @@ def push(
     dry_run: bool = False,
     token: str | None = None,
 ) -> Pushed:
-    """Pushes an adapter, or a folder of weights, in one commit.
+    """Push an adapter, or a folder of weights, in one commit.
 
-    When somebody else pushed meanwhile, it fails instead of mixing. A repository or branch that is not there is made.
-    Without a README.md, here and there, a model card is generated; that of a base which came along when adapters were
-    merged into it counts for none, and so does a generated one there when files that it tells of are replaced.
+    If somebody else pushes at the same time, the push fails instead of mixing both. A missing repository or branch is
+    created.
+
+    A model card is generated if there is no README.md, neither locally nor on the hub. Two kinds of README.md do not
+    count: the base's card that a merge copied along, and a generated card on the hub whose files are replaced now.
 
     Args:
-        path: an adapter in any format, or a base: file, folder or a place on a hub. Hidden files stay here.
-        uri: `hf://org/repo[@branch][/folder]`, `oci://registry/name:tag`, or of another hub.
-        format: push the adapter in this format; as it lies there if absent.
-        base: the base, where writing that format needs one.
+        path: an adapter in any format, or a base: a file, a folder or a uri. Hidden files are not pushed.
+        uri: `hf://org/repo[@branch][/folder]`, `oci://registry/name:tag`, or a uri of another hub.
+        format: convert the adapter to this format; if absent, push its files unchanged.
+        base: the base, if writing that format needs one.
         on_loss: as for `adapterkit.write`.
-        shard_size: bytes of a weight file of a model at most; where one is larger, they are parted anew on the way. As
-            they lie there if absent.
-        private: a repository that has to be made is private.
+        shard_size: largest weight file of a model, in bytes; larger ones are split during the push. If absent, the
+            files are pushed unchanged.
+        private: create a missing repository as private.
         tag: set this tag on the commit.
-        message: of the commit.
-        licence: for the generated card: an identifier such as `apache-2.0`, or what a card says of it under `license`,
-            `license_name` and `license_link`; the one that a card at `path` names, if absent.
-        overwrite: replace files that are there with other content; without it they are an error.
-        dry_run: look, and write nothing.
-        token: a token; what the hub's own tools use if absent.
+        message: the commit message.
+        licence: the licence for the generated card: an identifier such as `apache-2.0`, or a mapping of `license`,
+            `license_name` and `license_link`. If absent, the licence of the card at `path`.
+        overwrite: replace existing files of other content; without it they are an error.
+        dry_run: compare, and write nothing.
+        token: a token; if absent, the one that the hub's own tools use.
 
     Raises:
-        NetworkError: no access, somebody pushed meanwhile, or the hub cannot be reached.
-        StorageError: files of those names are there with other content.
-        UnknownFormat: neither an adapter nor a base is at `path`.
-        UsageError: an adapter, which is one file, is to be parted.
-        Corrupt: what the hub lists afterwards is not what was pushed.
+        NetworkError: no access, somebody else pushed, or the hub cannot be reached.
+        StorageError: the hub has files of those names with other content.
+        UnknownFormat: `path` is neither an adapter nor a base.
+        UsageError: `shard_size` is given for an adapter, which is one file.
+        Corrupt: the hub does not list what was pushed.
     """
     target = parse(uri) if isinstance(uri, str) else uri
     remote = remote_at(target, token)
@@ -115,7 +117,7 @@ def push(
 
 
 def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, private: bool, tag: str | None) -> Pushed:
-    """Makes the commit, if there is anything to change, and sets the tag."""
+    """Make the commit, if anything changes, and set the tag."""
     changed = [*pushed.added, *pushed.replaced]
     if changed or pushed.removed:
         commit = remote.send(payload.files, changed, payload.digests(), message, private)
@@ -128,9 +130,9 @@ def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, privat
 
 
 def _compared(payload: Payload, there: Mapping[str, RemoteFile] | None, remote: Remote, generated: bool) -> Pushed:
-    """What a push would do.
+    """Return what a push would do.
 
-    A card that is there stays, where what is there stays; but one that was generated does not outlive what it is of.
+    An existing card is kept, since people edit it. A generated one is replaced when the files that it describes are.
     """
     pushed = _all_compared(payload, there, remote)
     if payload.card is None or payload.card_name not in (there or {}) or remote.whole:
@@ -156,5 +158,5 @@ def _refuse(pushed: Pushed, overwrite: bool) -> None:
     lost = [*pushed.replaced, *pushed.removed]
     if lost and not overwrite:
         names = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
-        cure = "Push to another repository, branch or folder, or allow overwriting"
+        cure = "Push to another repository, branch or folder, or pass --overwrite (in Python overwrite=True)"
         raise StorageError(f"there already, with other content: {names}", path=pushed.uri, cure=cure)

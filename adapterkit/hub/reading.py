@@ -1,4 +1,4 @@
-"""Reading what is on a hub: whole, through a cache by commit, or headers alone, by ranges."""
+"""Read from a hub: whole files through a cache keyed by commit, or headers only, by byte ranges."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from .transfer import fetch, read_range
 from .uris import Uri, parse
 
 OTHER_FORMS = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz"}
-"""Weights in other forms: not fetched where there are safetensors files."""
+"""Weights in other formats; not downloaded if there are safetensors files."""
 
 WEIGHTS = OTHER_FORMS | {".safetensors"}
 COMPANIONS = ("adapter_config.json", "config.json")
-"""What is fetched along with a single file: without it an adapter or a base is not one."""
+"""Files required beside a single downloaded file: without its config, a weight file cannot be read as a model."""
 
 FIRST_READ = 1 << 16
 MAX_SMALL = 16 << 20
 FRESH = 60.0
-"""Seconds for which a name stays what it was: one command sees one commit."""
+"""Seconds for which a looked-up commit stays valid, so that one command sees one commit of a branch."""
 
 _seen: dict[tuple[str, str], tuple[float, Remote]] = {}
 
 
 def fetched(name: str) -> Path:
-    """The local path of what is on a hub: in a cache, by commit, fetched and verified when it is not there yet.
+    """Return a local path of something on a hub, downloading and verifying it if it is not in the cache.
 
-    The cache is `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder. Weights in other forms beside
-    safetensors files, and weights in subfolders beside those of the folder itself, are not fetched. Offline, a branch
-    is what it was when it was last looked up.
+    The cache is `$ADAPTERKIT_CACHE`, or `adapterkit` in the user's cache folder, and is keyed by commit. Weights in
+    other formats beside safetensors files are not downloaded, nor are weights in subfolders if the folder itself has
+    some. In offline mode, a branch stands for the commit of its last look-up.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -58,7 +58,7 @@ def fetched(name: str) -> Path:
 
 
 def needed(remote: Remote) -> dict[str, RemoteFile]:
-    """The files without which what a uri names cannot be read."""
+    """Return the files that are needed to read what a uri names."""
     found = choose(remote)
     path = remote.uri.path
     if len(found) == 1 and path and next(iter(found.values())).path == path:
@@ -74,7 +74,7 @@ def needed(remote: Remote) -> dict[str, RemoteFile]:
 
 
 def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
-    """The files that a graph's numbers may lie in: beside it, and called by its name with more behind it."""
+    """Return the files that may hold an ONNX graph's external data: files beside it whose names start with its own."""
     if graph.suffix != ".onnx":
         return {}
     near = [file for file in remote.files if PurePosixPath(file.path).parent == graph.parent]
@@ -83,10 +83,10 @@ def _data_of(remote: Remote, graph: PurePosixPath) -> dict[str, RemoteFile]:
 
 @contextmanager
 def headers(name: str) -> Iterator[Path]:
-    """A folder (or file) that looks like what is on a hub to whoever reads headers: the data are holes.
+    """Yield a folder (or file) with real headers and sparse data, for code that reads headers only.
 
-    JSON files are fetched whole and verified; of safetensors files the header, and whatever else is read, by ranges,
-    which cannot be verified. What has no safetensors files is fetched whole.
+    JSON files are downloaded whole and verified. From safetensors files, the header and any data that is read later are
+    fetched by ranges, which cannot be verified. Repositories without safetensors files are downloaded whole.
 
     Raises:
         AdapterkitError: as for `pull`.
@@ -118,12 +118,13 @@ def _sketch(remote: Remote, wanted: Mapping[str, RemoteFile], folder: Path) -> N
 
 
 def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
-    """A file of the right size with a header and a hole for the data, which are fetched when they are asked for.
+    """Write a sparse file with a real header; its data is fetched from the hub on each read.
 
-    Its time says which content it is, so that what is planned by size and time goes on with the same content alone.
+    The file's modification time is derived from its digest. A plan that identifies its inputs by size and time can then
+    be resumed with the same content only.
 
     Returns:
-        what came of the file: its header, and what came with that.
+        The first bytes of the file: the header, and any data that came in the same request.
     """
     start = read_range(remote, file, 0, min(FIRST_READ, file.size))
     length = 8 + (struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0)
@@ -149,7 +150,7 @@ def outline(remote: Remote, file: RemoteFile, target: Path) -> bytes:
 
 
 def remote_of(uri: Uri) -> Remote:
-    """The repository as it was when it was first looked up, within a minute."""
+    """Return the repository at the commit of its first look-up within the last minute."""
     key, now = (os.environ.get("HF_ENDPOINT", ""), str(uri)), time.monotonic()
     when, remote = _seen.get(key, (0.0, None))
     if remote is None or now - when > FRESH:
@@ -160,7 +161,7 @@ def remote_of(uri: Uri) -> Remote:
 
 
 def _commit(uri: Uri) -> str:
-    """The commit of a uri; remembered, so that it is known offline."""
+    """Return the commit of a uri, and remember it for offline mode."""
     from huggingface_hub import constants
 
     reference = _cache(uri) / "refs" / quote(uri.revision or "main", safe="")
@@ -180,7 +181,10 @@ def _commit(uri: Uri) -> str:
 
 
 def _cache(uri: Uri) -> Path:
-    """Names are kept apart by a digest where they may hold what is replaced in them."""
+    """Return the cache folder of a repository.
+
+    Names of other schemes get a digest, because different names can become equal when `:` and `/` are replaced.
+    """
     told = uri.name.replace("://", "--").replace(":", "-").replace("/", "--")
     apart = "" if uri.scheme == "hf" else f"-{hashlib.sha256(uri.name.encode()).hexdigest()[:8]}"
     return cache_folder() / "hub" / (told + apart)

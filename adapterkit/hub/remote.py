@@ -1,4 +1,4 @@
-"""A place on a hub: what it holds, at which commit, and how its bytes come and go. Each hub is a class of this kind."""
+"""The interface of a hub: list the files of a commit, read their bytes, and push."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ T = TypeVar("T")
 MAX_FILES = 100_000
 
 Content = Path | bytes
-"""What is pushed as one file."""
+"""The content of one pushed file: a local path, or the bytes."""
 
 Digests = tuple[int, str, str]
-"""A file's bytes, `sha256:...` and `git:...`."""
+"""A file's size in bytes, its `sha256:...` and its `git:...`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ class RemoteFile:
     """One file of a commit.
 
     Attributes:
-        path: inside the repository.
+        path: the path inside the repository.
         size: bytes.
-        digest: `sha256:...` or `md5:...` of the content, or `git:...`, the sha1 that git names a small file by; where a
-            hub tells none of them, `unknown:...` with whatever it tells contents apart by.
+        digest: `sha256:...` or `md5:...` of the content, or `git:...`, git's sha1 of a small file. If the hub lists
+            none of them, `unknown:...` with a hash of whatever changes with the content there.
     """
 
     path: str
@@ -43,26 +43,26 @@ class RemoteFile:
 
     @property
     def verifiable(self) -> bool:
-        """Whether its bytes can be held against its digest."""
+        """Whether the file's bytes can be checked against its digest."""
         return not self.digest.startswith("unknown:")
 
 
 class Remote(ABC):
-    """A place on a hub.
+    """A repository, bucket or registry on a hub.
 
     Args:
-        uri: the repository, and the revision that is meant.
-        token: a token; what the hub's own tools use if absent.
+        uri: the repository and its revision.
+        token: a token; if absent, the one that the hub's own tools use.
     """
 
     form: ClassVar[str]
-    """How its names are written."""
+    """How names of this hub are written, for messages."""
 
     whole: ClassVar[bool] = False
-    """A push leaves what was pushed alone, not beside what was there."""
+    """True if a push replaces the whole artifact, so that older files are removed."""
 
     cards_below: ClassVar[bool] = False
-    """A folder of the place is a place of its own, with a model card."""
+    """True if each folder is a place of its own, with its own model card."""
 
     def __init__(self, uri: Uri, token: str | None = None) -> None:
         self.uri, self.token = uri, token
@@ -70,12 +70,12 @@ class Remote(ABC):
     @classmethod
     @abstractmethod
     def named(cls, rest: str) -> Uri | None:
-        """What stands after the scheme, read; None where it makes no sense here."""
+        """Parse the part of a name after the scheme; return None if it is not a name on this hub."""
 
     @property
     @abstractmethod
     def commit(self) -> str:
-        """The name, for ever, of the state that the revision names now.
+        """The permanent identifier of the state that the revision points to now.
 
         Raises:
             NetworkError: there is no such repository or revision, access is denied, or the hub cannot be reached.
@@ -83,32 +83,33 @@ class Remote(ABC):
 
     @abstractmethod
     def listed(self) -> Iterable[RemoteFile]:
-        """The files of the commit; requests are made by way of `call`."""
+        """Return the files of the commit; implementations make their requests through `call`."""
 
     @abstractmethod
     def opened(
         self, file: RemoteFile, start: int, end: int | None
     ) -> AbstractContextManager[tuple[int, Iterator[bytes]]]:
-        """The bytes of a file from `start`, to before `end` if it is given.
+        """Open the bytes of a file from `start` to before `end`, or to the file's end.
 
         Returns:
-            where the bytes that come begin, which is before `start` where the hub heeds no ranges; and the bytes.
+            The offset of the first byte that comes, and the bytes. The offset is below `start` if the hub ignores
+            ranges.
         """
 
     @abstractmethod
     def passing(self, error: Exception) -> Passing | None:
-        """What an exception means: a fault of the moment, or None."""
+        """Return the temporary failure that an exception stands for, or None if a retry is useless."""
 
     @abstractmethod
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """A fault of the network or the hub in adapterkit's words, without secrets; None for any other exception."""
+        """Return the typed error for a network or hub failure, without secrets; None for any other exception."""
 
     @cached_property
     def files(self) -> tuple[RemoteFile, ...]:
-        """All files of the commit, their names checked.
+        """All files of the commit, with checked names.
 
         Raises:
-            Malformed: a name would leave the folder, or they cannot stand beside each other.
+            Malformed: a name would leave the folder, or a name is both a file and a folder.
             NetworkError: as for `commit`.
         """
         found: list[RemoteFile] = []
@@ -123,7 +124,7 @@ class Remote(ABC):
         return tuple(found)
 
     def below(self, path: str) -> tuple[RemoteFile, ...]:
-        """The files of a folder of the repository, or the one file of that name.
+        """Return the files of a folder of the repository, or the one file of that name.
 
         Raises:
             RemoteNotFound: there are none.
@@ -135,10 +136,10 @@ class Remote(ABC):
         return found
 
     def call(self, act: Callable[[], T]) -> T:
-        """Runs a request, again where that may help.
+        """Run a request, with retries for temporary failures.
 
         Raises:
-            NetworkError: it failed for good.
+            NetworkError: the request failed for good.
         """
         try:
             return retrying(act, self.passing)
@@ -148,11 +149,12 @@ class Remote(ABC):
             failure = self.failure(error)
             if failure is None:
                 raise
-        # Outside of the handler: the exception caught holds the request with its headers.
+        # Raised outside of the handler: the caught exception holds the request and its headers, token included, and
+        # would be attached as the context of this one.
         raise failure
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """The files that a push would meet, by path; None where there is no such place yet.
+        """Return the existing files that a push would meet, by path; None if the place does not exist yet.
 
         Raises:
             NetworkError: access is denied, or the hub cannot be reached.
@@ -163,10 +165,10 @@ class Remote(ABC):
             return None
 
     def check_writable(self) -> None:
-        """Checks that things can be pushed to places of this kind.
+        """Check that this kind of hub accepts pushes.
 
         Raises:
-            Unsupported: they cannot.
+            Unsupported: it does not.
         """
         if type(self).send is Remote.send:
             why = f"nothing can be pushed to a place of the kind {self.uri.scheme}://"
@@ -176,32 +178,32 @@ class Remote(ABC):
         self, files: Mapping[str, Content], changed: Sequence[str], found: Mapping[str, Digests], message: str,
         private: bool,
     ) -> str:  # fmt: skip
-        """Puts files there so that nobody sees half of them.
+        """Upload files so that no reader sees half of them.
 
         Args:
-            files: all that is pushed, by path.
-            changed: names of those that are not there as they are.
+            files: all files of the push, by path.
+            changed: names of the files that the hub lacks or has with other content.
             found: their digests.
-            message: of the commit.
-            private: a place that has to be made is private.
+            message: the commit message.
+            private: create a missing repository as private.
 
         Returns:
-            the commit.
+            The commit.
         """
         self.check_writable()
         raise AssertionError("a class that says that it can be pushed to does it itself")
 
     def kept(self) -> str:
-        """The commit of what is there already; a branch that has to be made is."""
+        """Return the commit if nothing had to be pushed; create the branch if it is missing."""
         return self.commit
 
     def tagged(self, tag: str, commit: str) -> None:
-        """Sets a tag on a commit."""
+        """Set a tag on a commit."""
         raise Unsupported(f"{self.uri.scheme}:// knows no tags", path=str(self.uri), cure="Leave the tag out")
 
 
 def largest_first(files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    """The order in which several connections are done soonest."""
+    """Sort files so that parallel connections finish earliest: a large file at the end would run alone."""
     return sorted(files, key=lambda file: (-file.size, file.path))
 
 
@@ -209,6 +211,6 @@ NOT_REACHED = "Check the connection, then run the same command again: it goes on
 
 
 def unreachable(place: str, host: str, error: Exception) -> NetworkError:
-    """The words for a connection that fails, of the kind of failure and no more: an exception may hold secrets."""
+    """Return the error for a failed connection. It shows the exception's type only: its text may hold secrets."""
     why = f"cannot reach {host} ({type(error).__name__.removesuffix('Error')})"
     return NetworkError(str(error) if isinstance(error, Passing) else why, path=place, cure=NOT_REACHED)

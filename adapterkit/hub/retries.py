@@ -1,4 +1,4 @@
-"""Trying again: any request of any route that a hub or the network failed for the moment."""
+"""Retry requests that failed for a temporary reason. Every request of every hub goes through here."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ T = TypeVar("T")
 
 ATTEMPTS = 6
 FIRST_WAIT = 0.5
-"""Seconds before the second attempt; doubled each time."""
+"""Seconds before the second attempt; doubled for each further one."""
 
 LONGEST_WAIT = 300.0
-"""A hub that wants to be left alone for longer is obeyed by giving up."""
+"""Longest wait in seconds. If the hub asks for more, the request fails at once."""
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""Statuses that may be another one the next time."""
+"""HTTP statuses that are worth a retry."""
 
 
 class Passing(Exception):
-    """A fault of the moment.
+    """A temporary failure.
 
     Attributes:
-        wait: seconds that the hub asked for, if it did.
+        wait: seconds that the hub asked for; None if it did not.
     """
 
     def __init__(self, why: str, wait: float | None = None) -> None:
@@ -34,14 +34,14 @@ class Passing(Exception):
 
 
 def retrying(act: Callable[[], T], told: Callable[[Exception], Passing | None]) -> T:
-    """Runs `act` until it returns, for at most `ATTEMPTS` times.
+    """Run `act` until it returns, at most `ATTEMPTS` times.
 
     Args:
-        act: what to do; it must be harmless to do twice.
-        told: what an exception means; None when trying again is no use.
+        act: the request; running it twice must be harmless.
+        told: classifies an exception; None means that a retry is useless.
 
     Raises:
-        Exception: that of the last attempt.
+        Exception: the error of the last attempt.
     """
     for attempt in range(ATTEMPTS):
         try:
@@ -54,16 +54,17 @@ def retrying(act: Callable[[], T], told: Callable[[Exception], Passing | None]) 
 
 
 def pause(attempt: int, asked: float | None) -> bool:
-    """Waits before the next attempt; False, at once, where the hub asks for too long a wait."""
+    """Wait before the next attempt; return False at once if the hub asks for too long a wait."""
     if asked is not None and asked > LONGEST_WAIT:
         return False
+    # Random jitter keeps parallel connections from retrying in the same instant.
     wait = FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25)
     time.sleep(max(wait, asked or 0.0))
     return True
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a `Retry-After` header asks for: a number or a date."""
+    """Return the seconds that a `Retry-After` header asks for; it holds a number or a date."""
     if not value:
         return None
     try:

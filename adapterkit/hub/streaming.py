@@ -1,4 +1,4 @@
-"""A base on a hub, a shard at a time: headers first, then each weight file when it is wanted, verified."""
+"""Stream a base from a hub: fetch headers first, then each weight file when it is needed, verified."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ NOT_STREAMED = "Leave --stream out: it is fetched whole first"
 
 
 class Shards:
-    """The weight files of a base that looks whole: its data are holes until they are brought.
+    """A base whose weight files are sparse until they are downloaded.
 
     Attributes:
-        path: of the base.
-        begun: whether a weight file was fetched, or begun to be, that a later run can go on with.
+        path: the base's local path.
+        begun: True if the download of a weight file was started; a later run can continue with it.
     """
 
     def __init__(self, remote: Remote, folder: Path) -> None:
@@ -55,10 +55,10 @@ class Shards:
         source_at(self.remote).save(self.folder / "base")
 
     def bring(self, paths: Iterable[str]) -> None:
-        """Fetches weight files, those that are not there yet; what came for the header is not fetched again.
+        """Download the given weight files unless they are there; bytes that came with the header are reused.
 
         Raises:
-            Corrupt: the bytes do not have the promised digest, or the header that came first was another.
+            Corrupt: the bytes do not have the listed digest, or their header differs from the one fetched first.
             NetworkError: the hub cannot be reached or refuses.
         """
         for path in paths:
@@ -73,9 +73,12 @@ class Shards:
             if not part.exists():
                 part.write_bytes(start)
             fetch(self.remote, file, part, lambda _: None)
+            # The plan was made from a header that came by a range request, which has no digest. Compare it with the
+            # header of the verified file.
             with open(part, "rb") as whole:
                 header = start[: 8 + int.from_bytes(start[:8], "little")]
                 same = whole.read(len(header)) == header
+            # Keep the sketch's times: plans and resumed merges identify their inputs by size and time.
             stamp = os.stat(path)
             os.utime(part, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
             os.replace(part, path)
@@ -87,25 +90,25 @@ class Shards:
         del ELSEWHERE[path]
 
     def drop(self, paths: Iterable[str]) -> None:
-        """Gives the space of weight files back."""
+        """Free the disk space of weight files."""
         for path in paths:
             os.truncate(path, 0)
 
     def close(self) -> None:
-        """Forgets the files that were never brought."""
+        """Unregister the files that were never downloaded."""
         for path in self.files:
             ELSEWHERE.pop(path, None)
 
 
 @contextmanager
 def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
-    """The shards of a base on a hub, for the length of a merge; they lie in a hidden folder beside `out`.
+    """Yield the shards of a base on a hub for the length of a merge; they are in a hidden folder beside `out`.
 
-    What an interrupted run left of a shard is used again.
+    A shard that an interrupted run had downloaded in part is continued.
 
     Raises:
-        UsageError: it is a local path.
-        Unsupported: it is not made of safetensors files.
+        UsageError: `name` is a local path.
+        Unsupported: the base is not made of safetensors files.
         AdapterkitError: as for `pull`.
     """
     from ..tensors.locations import is_remote
@@ -120,7 +123,7 @@ def streamed(name: str | os.PathLike[str], out: Path) -> Iterator[Shards]:
             try:
                 yield shards
             except StorageError:
-                if not shards.begun:  # Something is in the way of the output: there is nothing to go on with.
+                if not shards.begun:  # The output is blocked and nothing was downloaded: nothing is worth keeping.
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
             finally:

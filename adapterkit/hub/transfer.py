@@ -1,4 +1,4 @@
-"""One file from a hub into a partial file: continued where it stopped, by whatever process, and verified."""
+"""Download one file into a partial file: continued by any later process, and verified when complete."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from .retries import ATTEMPTS, Passing, pause
 
 CHUNK = 1 << 20
 ASKED = 16 << 20
-"""Bytes that are asked for and not yet here, at most, of all files together: what a kill can cost.
+"""Largest total size of pending range requests, in bytes, over all files: what a killed process can lose.
 
-An open answer would be sent ahead into the buffers of both ends and of the line, which nobody bounds.
+A single open-ended response would fill the buffers of both ends and of the network, whose size nothing limits.
 """
 
 ANEW = 3
-"""How often a file whose bytes came wrong is fetched from its start."""
+"""How often a file is downloaded from its start because its digest was wrong."""
 
 
 def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], None], asked: int = ASKED) -> None:
-    """Fetches a file into `part`, from where `part` ends; when this returns, the file is whole, right and durable.
+    """Download a file into `part`, starting where `part` ends. On return the file is complete, verified and durable.
 
     Args:
         remote: the repository.
-        file: what to fetch.
-        part: the partial file; what it holds already is hashed, not fetched again.
-        count: told the bytes that are done, and negative numbers where some must be fetched again; raises to stop.
-        asked: bytes of one request; none is made before those of the last one are in the file.
+        file: the file to download.
+        part: the partial file; bytes that it already has are hashed, not downloaded again.
+        count: called with the number of new bytes, or a negative number if bytes must be downloaded again; it may raise
+            to stop the download.
+        asked: bytes of one request; the next one is made when these are in the file.
 
     Raises:
-        Corrupt: the bytes do not have the promised digest, however often they are fetched.
+        Corrupt: the bytes do not have the listed digest, however often they are downloaded.
         NetworkError: the hub cannot be reached or refuses.
         StorageError: the partial file cannot be written.
     """
@@ -48,7 +49,7 @@ def fetch(remote: Remote, file: RemoteFile, part: Path, count: Callable[[int], N
 
 
 def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> bytes:
-    """`length` bytes of a file from byte `start`; a part of a file has no digest to verify it by.
+    """Return `length` bytes of a file from byte `start`. A part of a file has no digest to verify it by.
 
     Raises:
         NetworkError: the hub cannot be reached, refuses, or does not answer with that range.
@@ -72,14 +73,14 @@ def read_range(remote: Remote, file: RemoteFile, start: int, length: int) -> byt
 
 
 class _Fetching:
-    """One try at a file: what its partial file holds is hashed, and the rest is asked for, piece by piece."""
+    """One attempt at a file: hash the bytes that the partial file has, then request the rest piece by piece."""
 
     def __init__(self, remote: Remote, file: RemoteFile, count: Callable[[int], None], asked: int) -> None:
         self.remote, self.file, self.count, self.asked = remote, file, count, asked
         self.digest, self.done = hasher(file.digest, file.size), 0
 
     def into(self, part: Path) -> bool:
-        """Fetches what is missing; whether the whole then has its digest."""
+        """Download the missing bytes; return whether the complete file has its digest."""
         try:
             with open(part, "a+b") as target:
                 self._replay(target)
@@ -90,7 +91,7 @@ class _Fetching:
         return self.digest is None or self.digest.hexdigest() == self.file.digest.partition(":")[2]
 
     def _replay(self, target: BinaryIO) -> None:
-        """Hashes what an earlier run left; more than the whole file cannot be right and is thrown away."""
+        """Hash the bytes that an earlier run left; a file that is too long cannot be right and is emptied."""
         if target.seek(0, os.SEEK_END) > self.file.size:
             target.truncate(0)
         target.seek(0)
@@ -98,7 +99,7 @@ class _Fetching:
             self._held(chunk)
 
     def _rest(self, target: BinaryIO) -> None:
-        """Attempts are counted anew whenever some bytes came: a bad line is slow, not hopeless."""
+        """Download the remaining bytes. Progress resets the attempt counter: a bad connection is slow, not hopeless."""
         attempt = 0
         while self.done < self.file.size:
             before, end = self.done, min(self.done + self.asked, self.file.size)
@@ -108,7 +109,7 @@ class _Fetching:
                 raise NetworkError(f"gave up: {met}", path=str(self.remote.uri), where=self.file.path, cure=_AGAIN)
 
     def _piece(self, target: BinaryIO, end: int) -> Passing:
-        """Takes what comes of one request; what ended it, if it ended early."""
+        """Append the bytes of one request; return the failure that ended it early."""
         try:
             for chunk in _chunks(self.remote, self.file, self.done, end):
                 _written(target, chunk)
@@ -121,7 +122,7 @@ class _Fetching:
                 raise self.remote.failure(error) or error from None
             return met
         finally:
-            # What came is to be found by the next process, whatever becomes of this one.
+            # Flush even after an error, so that the next process finds every byte that arrived.
             target.flush()
         return Passing("the connection ended early")
 
@@ -133,7 +134,7 @@ class _Fetching:
 
 
 def _written(target: BinaryIO, chunk: bytes) -> None:
-    """Writes; a fault of the disk is told from one of the line, which may be of the same kind."""
+    """Write bytes; raise StorageError for disk errors, since network errors may also be OSError."""
     try:
         target.write(chunk)
     except OSError as error:
@@ -141,7 +142,7 @@ def _written(target: BinaryIO, chunk: bytes) -> None:
 
 
 def _chunks(remote: Remote, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
-    """The bytes of a file from `start` to `end`, or to its own end where the hub heeds no ranges; never more."""
+    """Yield the bytes of a file from `start` to `end`. If the hub ignores ranges, skip to `start` and go to the end."""
     with remote.opened(file, start, end if end < file.size else None) as (begin, coming):
         if not 0 <= begin <= start:
             raise Passing("the hub did not send the range that was asked for")

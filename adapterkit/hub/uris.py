@@ -1,4 +1,4 @@
-"""Names of things on a hub: `scheme://...`, each scheme a hub's own to spell; or plain `org/repo[@revision]`."""
+"""Names on hubs: `scheme://...`, where each hub defines its own syntax, or plain `org/repo[@revision]`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import UsageError
 from .names import check_name
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
-"""One slash is enough: paths of the operating system make two of them one."""
+"""One slash is accepted: `pathlib` collapses `//` to `/`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +17,10 @@ class Uri:
     """A repository at a revision, or a file or folder in it.
 
     Attributes:
-        repo: what the hub calls the place, e.g. `org/name`.
-        revision: branch, tag or commit; None for what the hub takes if none is named. A slash in it is written `%2F`.
-        path: of a file or folder inside the repository; empty for all of it.
-        scheme: of the hub.
+        repo: the repository's name on its hub, e.g. `org/name`.
+        revision: a branch, tag or commit; None for the hub's default. In text, a slash in it is written `%2F`.
+        path: a file or folder inside the repository; empty for all of it.
+        scheme: the hub's scheme.
     """
 
     repo: str
@@ -34,19 +34,19 @@ class Uri:
 
     @property
     def name(self) -> str:
-        """What the place is called by itself: without a scheme where it is the one that all tools take for granted."""
+        """The repository's name without revision and path; the scheme is left out for `hf`, which tools assume."""
         return self.repo if self.scheme == "hf" else f"{self.scheme}://{self.repo}"
 
     def at(self, revision: str) -> Uri:
-        """The same place at another revision."""
+        """Return the same place at another revision."""
         return replace(self, revision=revision)
 
 
 def parse(text: str) -> Uri:
-    """Reads a uri.
+    """Parse a uri.
 
     Raises:
-        UsageError: no hub is known by its scheme, or it is none of that hub's, or its path climbs out.
+        UsageError: the scheme is unknown, the rest is not a name on that hub, or the path leaves the repository.
     """
     from .hubs import hub_of
 
@@ -54,7 +54,7 @@ def parse(text: str) -> Uri:
     named = hub_of(scheme or "hf").named
     uri = named(rest.removesuffix("/"))
     place, mark, member = rest.rpartition("#")
-    # NAME#member is the subfolder `member`; in an address `#` and a digest name a state of the place instead.
+    # `NAME#member` is the subfolder `member`. In an `Address`, `#` and a digest name a state of the place instead.
     if mark and not isinstance(uri, Address):
         check_name(member, UsageError)
         uri = named(place.removesuffix("/"))
@@ -66,14 +66,14 @@ def parse(text: str) -> Uri:
 
 
 def scheme_of(text: str) -> tuple[str | None, str]:
-    """The scheme of a name, if it has one, and the rest of it."""
+    """Split a name into its scheme (None without one) and the rest."""
     match = _SCHEME.fullmatch(text)
     return (match[1].lower(), match[2]) if match else (None, text)
 
 
 @dataclass(frozen=True, slots=True)
 class Address(Uri):
-    """A place whose states have no names of their own: the digest of its listing stands after a `#`."""
+    """A place without commits: the digest of its listing follows a `#`."""
 
     def __str__(self) -> str:
         path = f"/{self.path}" if self.path else ""
@@ -81,10 +81,10 @@ class Address(Uri):
 
 
 def address(rest: str, scheme: str) -> Address | None:
-    """An address of a container and a path in it, and the digest of a listing; None where it is none.
+    """Parse a container, a path in it and an optional listing digest; return None if the text is not such a name.
 
     Raises:
-        UsageError: the path climbs out.
+        UsageError: the path leaves the container.
     """
     match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/([^#]*))?(?:#([0-9a-f]{64}))?", rest)
     if match is None:

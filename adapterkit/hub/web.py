@@ -1,4 +1,4 @@
-"""HTTP for all hubs: safe redirects, secrets for one origin only, bounded bodies, and typed faults."""
+"""The HTTP client of all hubs: safe redirects, secrets for one origin only, limited bodies, and typed errors."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ READ_TIMEOUT = 30.0
 
 MAX_HOPS = 5
 MAX_SAID = 64 << 10
-"""Bytes that are read of an error's body: hubs explain a refusal in a few hundred bytes."""
+"""Bytes that are read from an error's body; hubs explain a refusal in a few hundred bytes."""
 
 MAX_TOLD = 64 << 20
-"""Bytes of any other document of a hub (a manifest, a list of files, a token).
+"""Largest other document of a hub (a manifest, a list of files, a token), in bytes.
 
-The largest that is legitimate is one page of a repository's files, 1,000 entries of about 1 KB; S3's pages are alike.
+The largest legitimate one is a page of a repository's file list: 1,000 entries of about 1 KB. S3's pages are similar.
 """
 
 
 class Refused(Exception):
-    """An answer that is a refusal: its status, and where the hub gives any, its own word and words for it."""
+    """An HTTP refusal: its status, and the hub's error code and message if it sends them."""
 
     def __init__(self, status: int, code: str = "", said: str = "") -> None:
         super().__init__(f"{status} {code}".rstrip())
@@ -43,25 +43,26 @@ def answered(
     method: str, url: str, headers: Mapping[str, str], secret: Mapping[str, str], place: str,
     content: bytes | None = None,
 ) -> Iterator[httpx2.Response]:  # fmt: skip
-    """An open answer; its body is not read yet.
+    """Yield an open response whose body is not read yet.
 
     Args:
-        method: of the request.
-        url: of the request.
-        headers: sent wherever the request goes.
+        method: the HTTP method.
+        url: the url.
+        headers: headers that are sent to every server, also after redirects.
         secret: headers that are sent to the url's own origin only, and not after a redirect has left it.
-        place: what errors name.
-        content: the body.
+        place: the uri that errors name.
+        content: the request body.
 
     Raises:
         Passing: the hub is busy.
-        NetworkError: it sends elsewhere than one may go.
+        NetworkError: a redirect is unsafe, or there are too many.
     """
     from huggingface_hub.utils import get_session, httpx
 
     home, at_home, timeout = origin(url), True, httpx.Timeout(READ_TIMEOUT, connect=10.0)
     for _ in range(MAX_HOPS):
-        # A request that has left its origin gets no secret again: another server may have chosen the way back.
+        # Once a request has left its origin it gets no secret again, because another server may have chosen the way
+        # back.
         at_home = at_home and origin(url) == home
         sent = {**headers, **(secret if at_home else {}), "Accept-Encoding": "identity"}
         with get_session().stream(
@@ -81,8 +82,8 @@ def answered(
 def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> bytes:
     """Read the whole body of an open response, up to `limit` bytes (`MAX_TOLD` if absent).
 
-    All code that keeps a body in memory calls this: a server may send without end, and `Response.read` has no limit.
-    The bytes are those on the wire, because `answered` asks for no compression: a body cannot grow when it is decoded.
+    All code that keeps a body in memory must use this: a server may send forever, and `Response.read` has no limit.
+    `answered` asks for no compression, so these are the bytes on the wire, and decoding cannot inflate them.
 
     Raises:
         NetworkError: the body is longer than `limit`.
@@ -97,7 +98,7 @@ def body_of(response: httpx2.Response, place: str, limit: int | None = None) -> 
 
 
 def said_in(response: httpx2.Response) -> bytes:
-    """The beginning of an error's body, at most `MAX_SAID` bytes; the rest is not read."""
+    """Read the beginning of an error's body, at most `MAX_SAID` bytes."""
     body = bytearray()
     for chunk in response.iter_raw(MAX_SAID):
         body += chunk
@@ -110,9 +111,9 @@ def said_in(response: httpx2.Response) -> bytes:
 def guarded(endpoint: str, place: str) -> Iterator[None]:
     """Watch the requests that huggingface_hub makes inside the block.
 
-    Pushes use huggingface_hub's own functions. They read replies of any length, and send the token to whatever address
-    the reply to a request for an upload names, also where another server answered after a redirect. Its client is
-    shared by the whole process, so downloads (`GET` outside of `/api/`) are left alone.
+    Pushes use huggingface_hub's own functions, which need two guards. They read replies of any length. They also send
+    the token to any upload url that a reply names, even if a redirect led to another server. The whole process shares
+    huggingface_hub's client, so downloads (`GET` outside of `/api/`) are left alone.
     """
     from huggingface_hub.utils import get_session, httpx
 
@@ -144,7 +145,7 @@ def guarded(endpoint: str, place: str) -> Iterator[None]:
             response.stream = Bounded(response.stream)  # type: ignore[arg-type]
 
     client = get_session()
-    # New lists instead of `append`: another thread may be walking through the old ones.
+    # Assign new lists instead of appending: another thread may be iterating over the old ones.
     with _HOOKS:
         hooks = client.event_hooks
         client.event_hooks = {
@@ -162,7 +163,7 @@ def guarded(endpoint: str, place: str) -> Iterator[None]:
 
 
 def begins_at(response: httpx2.Response) -> int:
-    """Where the answer's bytes begin; a server that ignores ranges begins at 0."""
+    """Return the offset of a response's first byte; a server that ignores ranges starts at 0."""
     if response.status_code != 206:
         return 0
     first = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
@@ -170,14 +171,14 @@ def begins_at(response: httpx2.Response) -> int:
 
 
 def range_header(start: int, end: int | None) -> dict[str, str]:
-    """The header that asks for bytes from `start` to before `end`."""
+    """Return the header that requests the bytes from `start` to before `end`."""
     if not start and end is None:
         return {}
     return {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
 
 
 def is_transport(error: Exception) -> bool:
-    """Whether an exception is a fault of the connection, and not the word of who wants none."""
+    """Whether an exception is a connection failure, and not offline mode, which refuses connections on purpose."""
     from huggingface_hub.utils import httpx
 
     return isinstance(error, (httpx.TransportError, ConnectionError)) and not is_offline(error)
@@ -191,19 +192,19 @@ def is_offline(error: Exception) -> bool:
 
 
 def offline(place: str) -> NetworkError:
-    """The words for what offline mode forbids."""
+    """Return the error for a request that offline mode forbids."""
     return NetworkError("offline mode is on", path=place, cure="Unset HF_HUB_OFFLINE, or name a local path")
 
 
 def redacted(text: str, token: str | None) -> str:
-    """Text of a server without the token that it was sent, and without secrets of addresses."""
+    """Return a server's text without the token that it received, and without secrets in urls."""
     if token:
         text = text.replace(token, "<token>")
     return public(re.sub(r"hf_[A-Za-z0-9]+|([Bb]earer|[Bb]asic)\s+\S+", "<token>", text))
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
-    """What must be the same for two addresses to be one's own."""
+    """Return scheme, host and port: two urls share secrets only if all three are equal."""
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 

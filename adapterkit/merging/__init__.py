@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Unsupported, UsageError, places_errors, storage_error
+from ..errors import Unsupported, UsageError, places_errors, shown, storage_error
 from ..naming.renames import rule_texts
 from ..tensors.checkpoint import Checkpoint, opened
-from ..tensors.locations import is_address, local, located, outgoing, streamed
+from ..tensors.locations import is_address, local, located, outgoing, path_text, streamed
 from ..tensors.staging import Staging, check_free, is_within
 from .options import Options
 from .stage import SUFFIX
@@ -172,8 +172,9 @@ def merge(
         dtype, shard_size, parse_tied(tied), allow_partial, seed, memory, link, checksums, rule_texts(rename), vocab
     )
     _check_engine(engine, address, stream)
-    with _supplied(base, Path(out), stream) as (checkpoint, supply):
-        _check_target(Path(out), checkpoint, adapters, onto, overwrite)
+    target = Path(path_text(out))
+    with _supplied(base, target, stream) as (checkpoint, supply):
+        _check_target(target, checkpoint, adapters, onto, overwrite)
         from .planning import make_plan
         from .quantized import Original, as_merged
         from .report import carry_out, local
@@ -198,7 +199,7 @@ def merge(
             chosen = supplied(device, supply)
         else:
             chosen = local(device)
-        return carry_out(planned, Path(out), chosen, progress, started, overwrite)
+        return carry_out(planned, target, chosen, progress, started, overwrite)
 
 
 @places_errors
@@ -350,6 +351,9 @@ def _several(adapters: Source | Sequence[Source]) -> list[Source]:
     from ..adapter import Adapter
 
     single = isinstance(adapters, (str, PathLike, Adapter))
+    if not single and not isinstance(adapters, Iterable):
+        cure = "Pass an adapter, its path, or a list of them"
+        raise UsageError(f"{shown(adapters)} of type {type(adapters).__name__} where adapters belong", cure=cure)
     return [adapters] if single else list(adapters)  # type: ignore[list-item, arg-type]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import __version__
+from ..tables import html_table
 from ..tensors.checkpoint import Checkpoint
 from ..tensors.direct import HELD
 from ..tensors.dtypes import DType
@@ -122,6 +123,15 @@ class Plan:
     fingerprint: str | None = None
     vocabulary: Mapping[str, Any] | None = None
     _held: tuple[int, str] | None = field(default=None, init=False)
+
+    def __repr__(self) -> str:
+        names = ", ".join(source.name for source in self.sources)
+        files = f"{self.bytes:,} bytes in {len(self.files):,} files"
+        return f"Plan({names} into {str(self.base.root)!r}: {self.targets:,} targets, {files})"
+
+    def _repr_html_(self) -> str:
+        rows = [[file.name, file.size, sum(bool(o.folds) for o in file.outputs)] for file in self.files]
+        return html_table(repr(self), ("file", "bytes", "targets"), rows)
 
     @property
     def bytes(self) -> int:

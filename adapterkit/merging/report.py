@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, NetworkError, StorageError, storage_error
 from ..quant import config_file
+from ..tables import html_table
 from ..tensors.atomic import write_bytes
 from ..tensors.checkpoint import INDEX
 from ..tensors.records import digest_of, listed
@@ -56,6 +57,16 @@ class Report:
     left_out: tuple[str, ...]
     seconds: float
     already: bool = False
+
+    def __repr__(self) -> str:
+        done = ", already done" if self.already else ""
+        size = f"{self.plan.bytes:,} bytes"
+        return f"Report({str(self.out)!r}: {self.plan.targets:,} targets, {size}, {self.seconds:.2f} s{done})"
+
+    def _repr_html_(self) -> str:
+        rows = [[name, *norms] for name, norms in self.norms.items()]
+        names = [f"norm of {source.name}'s change" for source in self.plan.sources]
+        return html_table(repr(self), ("tensor", *names), rows)
 
     def record(self) -> dict[str, Any]:
         """The report as plain data."""

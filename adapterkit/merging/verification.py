@@ -97,6 +97,10 @@ class Verification:
     base: tuple[BaseDifference, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        found = f"{len(self.differences) + len(self.base):,} differences"
+        return f"Verification({'ok' if self.ok else found}: {self.tensors:,} tensors, {self.targets:,} targets)"
+
     @property
     def ok(self) -> bool:
         return not self.differences and not self.base

@@ -41,7 +41,8 @@ class LoRA(Additive):
         return self.scaling * self.B, self.A.reshape(len(self.A), -1)
 
     def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, float]:
-        return self.B, self.A.reshape(len(self.A), -1), self.scaling
+        # A view of a matrix as itself would be one more operation of autograd.
+        return self.B, self.A if self.A.ndim == 2 else self.A.reshape(len(self.A), -1), self.scaling
 
     @property
     def changes_bias(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..updates import Additive, tensor
+from ..updates import Additive, of_pair, tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,7 @@ class Residual(Additive):
             return None
         return -self.scaling * self.B, self.A.reshape(len(self.A), -1)
 
+    @of_pair
     def forward(self, x: Any, layer: Any) -> Any:
         if self.A is None or self.B is None:
             return super().forward(x, layer)

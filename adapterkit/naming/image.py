@@ -21,6 +21,9 @@ KOHYA = "kohya"
 """Stands for the naming that sd-scripts flattens into its keys; which one that is, the family's file says."""
 
 
+COMFYUI = "comfyui"
+"""The naming that ComfyUI's key maps hold: `native` in most families, else a naming of its own that extends it."""
+
 FUSED = "diffusers_fused"
 """The naming of diffusers after `fuse_qkv_projections`, into which it loads a LoKr of a fused weight."""
 
@@ -63,7 +66,9 @@ class Family:
         return self.architecture.namings
 
     def wanted(self, naming: str) -> str:
-        """The naming itself, or the one that `kohya` stands for."""
+        """The naming itself, or the one that `kohya` or `comfyui` stands for."""
+        if naming == COMFYUI and (f"{COMFYUI} = " not in self._text or COMFYUI not in self.namings):
+            return "native"
         return self.facts.kohya if naming == KOHYA else naming
 
     def names(self, naming: str) -> Names:
@@ -76,6 +81,7 @@ class Family:
 
     def naming_of(self, paths: Collection[str], preferred: str = "") -> str:
         """The naming that has all of these names, the preferred one first; empty where none has."""
+        preferred = self.wanted(preferred)
         order = dict.fromkeys([*([preferred] if preferred in self.namings else []), *self.namings])
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
 

@@ -7,7 +7,7 @@ export of such adapters (#5588, #6076).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from .tinker import is_tinker
@@ -27,12 +27,13 @@ EXPERT = re.compile(rf"(?P<stem>.*\.experts)\.(?P<e>\d{{1,9}})\.(?P<leaf>{'|'.jo
 
 def is_shared_outer(entries: Mapping[str, Any]) -> bool:
     """Whether a file's keys and shapes are of this layout: factors with three axes at experts."""
-    return not is_tinker(entries) and any(
-        len(entry.shape) == 3 and STACK.fullmatch(module)
-        for key, entry in entries.items()
-        for module in _modules([key])
-    )
+    # Shapes first: they rule out nearly every file, and 90,000 keys take longer to take apart than to count axes of.
+    stacks = [key for key, entry in entries.items() if len(entry.shape) == 3]
+    return any(map(_is_stack, stacks)) and not is_tinker(entries)
 
 
-def _modules(keys: Iterable[str]) -> Iterable[str]:
-    return (key.removesuffix(end) for key in keys for end in (".lora_A.weight", ".lora_B.weight") if key.endswith(end))
+def _is_stack(key: str) -> bool:
+    return key.endswith(_ENDS) and STACK.fullmatch(key[: -len(_ENDS[0])]) is not None
+
+
+_ENDS = (".lora_A.weight", ".lora_B.weight")

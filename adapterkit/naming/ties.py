@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 HEADS = (
     "lm_head", "embed_out", "output", "cls.predictions.decoder", "lm_head.decoder", "vocab_projector", "proj_out",
 )  # fmt: skip
+_ONLY_HEADS = tuple(name for name in HEADS if name != "output")
+"""Those that no other layer is called."""
+
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", "tokens_embed")
 
 _HEAD_OF = {
@@ -88,7 +91,9 @@ def find_tie(names: Mapping[str, Any], config: Mapping[str, Any] | None) -> Tie 
     # Other layers are called `output`, too: a head has the embedding's shape.
     shape = getattr(names[stored], "shape", None)
     heads = [name for name in names if _is(name, HEADS) and getattr(names[name], "shape", None) == shape]
-    if not _says_tied(config, bool(heads)) or len(heads) > 1:
+    # Llama 3.2 Vision has a head with fewer rows than its embedding: a tensor of its own.
+    apart = bool(heads) or any(_is(name, _ONLY_HEADS) for name in names)
+    if not _says_tied(config, apart) or len(heads) > 1:
         return None
     return Tie(stored, _inputs(stored), heads[0] if heads else f"{_head_of(config)}.weight", bool(heads))
 

@@ -20,6 +20,7 @@ from ..binding import renamed
 from ..errors import StorageError, Unsupported, UsageError
 from ..formats.onnx_adapter import sidecar
 from ..tensors.checkpoint import opened as opened_base
+from ..tensors.locations import path_text
 from .against_torch import Run, by_reference, compared, compared_packed, outputs_of
 from .attaching import attach
 from .building import Building
@@ -100,7 +101,7 @@ def export(
     """
     from ..torch.inject import config_of_model
 
-    target, named = Path(out), _named(adapter)
+    target, named = Path(path_text(out)), _named(adapter)
     _check_call(torch_model, target, named, mode)
     _check_weights(quantize, share)
     adapters = read_adapters(adapter)

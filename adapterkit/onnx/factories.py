@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import AdapterkitError, ShapeMismatch, UsageError
 from ..tensors.checkpoint import opened as opened_base
 from ..tensors.lazy import as_torch
+from ..tensors.locations import path_text
 from .exporting import export, files_of_adapters
 from .folders import check_folder, moved, published
 from .injecting import Report
@@ -40,7 +41,7 @@ def export_factory(
         ShapeMismatch: the weights are not those of the module.
         And what `export` raises; `out` is left as it was.
     """
-    target = Path(out)
+    target = Path(path_text(out))
     check_folder(target, overwrite)
     module, args, more = _made(factory)
     if weights is not None:

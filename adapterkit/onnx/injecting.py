@@ -19,6 +19,7 @@ from ..adapter import Adapter
 from ..binding import renamed
 from ..errors import Corrupt, Malformed, Unsupported, UsageError, places_errors, storage_error
 from ..tensors.atomic import write_bytes
+from ..tensors.locations import path_text
 from .attaching import attach
 from .building import Building
 from .calls import Words
@@ -153,7 +154,7 @@ def inject(
     attach(found, building, slots, words)
     building.settle()
     keep_original(source)
-    target, told = Path(out), Outcome(None)
+    target, told = Path(path_text(out)), Outcome(None)
     if slots is not None:
         _beside(target, adapter)
     inputs = [*inputs_of(adapter, base_weights), *(file for one in experts for file in inputs_of(one, None))]
@@ -244,7 +245,7 @@ def eject(model: str | PathLike[str], out: str | PathLike[str]) -> Path:
         UsageError: no adapter is in the model.
         Corrupt: the bytes do not come out as they were.
     """
-    path, target = Path(model), Path(out)
+    path, target = Path(path_text(model)), Path(path_text(out))
     try:
         loaded_model = ir.from_proto(_proto(path))
     except OSError as error:

@@ -19,6 +19,7 @@ from ..adapter import Adapter
 from ..binding import renamed
 from ..errors import NotMergeable, UsageError, places_errors
 from ..tensors.checkpoint import opened as opened_base
+from ..tensors.locations import path_text
 from .building import Building
 from .changes import settle
 from .checking import Outcome, checked_merge
@@ -93,7 +94,7 @@ def merge(
     building, damage = Building(source.model), dict[str, Mapping[str, float]]()
     changed = fold(folds, building, quantized, damage)
     building.settle()
-    target, told = Path(out), Outcome(None)
+    target, told = Path(path_text(out)), Outcome(None)
     several = [adapters] if isinstance(adapters, str | PathLike | Adapter) else adapters
     inputs = [file for one in several for file in inputs_of(one, base_weights)]
     with placing(target, source, inputs=inputs, overwrite=overwrite, made_from=made_from) as place:

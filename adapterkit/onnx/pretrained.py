@@ -28,7 +28,7 @@ from ..errors import (
     storage_error,
 )
 from ..tensors.inputs import read_input
-from ..tensors.locations import located
+from ..tensors.locations import located, path_text
 from .calling import INSIDE, words_of
 from .exporting import export, files_of_adapters, read_adapters
 from .folders import CARRIED, check_folder, moved, published
@@ -73,7 +73,7 @@ def export_pretrained(
         Unsupported: a kind of model that this does not know, or that is code of its own, or names a kernel to fetch.
         And what `export` raises; `out` is left as it was.
     """
-    source, target = located(model), Path(out)
+    source, target = located(model), Path(path_text(out))
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", where="dtype", cure=f"Known: {', '.join(DTYPES)}")
     if find_spec("transformers") is None:

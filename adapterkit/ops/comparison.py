@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterkitError, UsageError
+from ..tables import html_table
 from ..tensors.computed import wide
 from ..tensors.lazy import as_lazy, files_kept_open
 from ..updates import Additive, Update
@@ -87,6 +88,15 @@ class Comparison:
     cosine: float | None
     tolerance: float
 
+    def __repr__(self) -> str:
+        equal = sum(each.equal is True for each in self.targets)
+        error = "unknown" if self.relative_error is None else f"{self.relative_error:.3g}"
+        return f"Comparison(equal={self.equal}: {equal:,} of {len(self.targets):,} targets, relative error {error})"
+
+    def _repr_html_(self) -> str:
+        columns = [field.name for field in fields(Likeness)]
+        return html_table(repr(self), columns, [[getattr(each, name) for name in columns] for each in self.targets])
+
     @property
     def equal(self) -> bool | None:
         """Whether the two are the same function of a base; None where only a base could tell."""
@@ -159,20 +169,24 @@ def _same_leaf(one: Any, other: Any) -> bool:
 def _likeness(place: Place, tolerance: float, signs: bool, sums: list[float]) -> Likeness:
     bits = same_bits(*place.updates)
     try:
-        lowered = _lowered(place)
+        additive_place = lowered(place)
     except AdapterkitError as error:
         # Laws without a difference of weights, or with one at a base only: the same fields are the same law.
-        lowered = None
+        additive_place = None
         if place.base is not None and all(update.kind in ("additive", "weight") for update in place.all_updates):
             raise error.at(where=str(place.target)) from None
-    if lowered is None:
+    if additive_place is None:
         alone = not all(place.updates)
         return Likeness(str(place.target), bits, False if alone else bits or _same_numbers(place) or None)
-    return _measured(lowered, bits, tolerance, signs, sums)
+    return _measured(additive_place, bits, tolerance, signs, sums)
 
 
-def _lowered(place: Place) -> Place:
-    """The place with additive updates only."""
+def lowered(place: Place) -> Place:
+    """Return the place with additive updates only; other updates become differences at the place's base.
+
+    Raises:
+        AdapterkitError: see `at_base.additive`.
+    """
     if all(isinstance(update, Additive) for update in place.all_updates):
         return place
     from ..adapter import Adapter
@@ -226,7 +240,7 @@ def _weight(pair: Sequence[Delta | None], signs: bool, narrow: bool) -> list[Any
         alone = one or other
         assert alone is not None
         S = _spectrum(cores([alone])[0])
-        square, rank = float((S * S).sum()), _effective_rank(S)
+        square, rank = float((S * S).sum()), effective_rank(S)
         first = one is not None
         return [
             square if first else 0.0, 0.0 if first else square, 0.0, square,
@@ -235,7 +249,7 @@ def _weight(pair: Sequence[Delta | None], signs: bool, narrow: bool) -> list[Any
     M, N = cores([one, other])
     found = [_directions(M), _directions(N)]
     products = [float((M * M).sum()), float((N * N).sum()), float((M * N).sum()), float(((M - N) ** 2).sum())]
-    ranks = [_effective_rank(S) for _, S, _ in found]
+    ranks = [effective_rank(S) for _, S, _ in found]
     overlaps = [_overlap(found[0][side], found[1][side]) for side in (0, 2)]
     return [*products, *ranks, *overlaps, *(_elements(one, other, narrow) if signs else (0, 0, 0.0, 0.0))]
 
@@ -318,7 +332,8 @@ def _directions(core: Array) -> tuple[Array, Array, Array]:
     return U[:, :count], S[:count], Vh[:count].T
 
 
-def _effective_rank(S: Array) -> float:
+def effective_rank(S: Array) -> float:
+    """Return the exponential of the entropy of singular values `[r]`: Roy and Vetterli 2007; 0 where all are 0."""
     import numpy as np
 
     shares = S[S > 0] / max(float(S.sum()), 5e-324)

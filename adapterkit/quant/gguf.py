@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Unsupported, UsageError
 from ..naming.architectures import STORED_AS, WEIGHT, fill
-from ..naming.gguf import ARCHITECTURE, family_of, heads_in, is_projector, place_of, row_order
+from ..naming.gguf import ARCHITECTURE, column_order, family_of, heads_in, is_projector, place_of, row_order, rows_apart
 from ..tensors.dtypes import DTYPES
-from ..tensors.ggml_blocks import BLOCKS, decoded, encoded
+from ..tensors.ggml_blocks import BLOCKS, encoded
 from ..tensors.gguf import PLAIN, Model, raw_size, read_model
 from ..tensors.lazy import Lazy
 from ..tensors.marks import is_gguf
-from ._scheme import Packed, Scheme, numbers, steps
+from ._gguf_split import Piece, Split, read_rows
+from ._scheme import Packed, Scheme, steps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,15 +46,18 @@ class GgufModel(Scheme):
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         files = [read_model(file) for file in base.files]
         contents = _Contents(files)
+        split, members = contents.split(files, base)
+        yield from split
         for file in files:
             for name, kind in file.types.items():
-                if kind in BLOCKS or kind in FLOATS:
+                if (kind in BLOCKS or kind in FLOATS) and name not in members:
                     yield from contents.weights(name, kind, file, base.tensors[name])
 
     def config(self, base: Checkpoint) -> Mapping[str, Any] | None:
         """The model type of the family, by which adapters' names are resolved."""
         contents = _Contents([read_model(file) for file in base.files])
-        return {**(base.config or {}), "model_type": contents.model_type, STORED_AS: "gguf"}
+        said = {"model_type": contents.model_type, STORED_AS: "gguf", ARCHITECTURE: contents.name}
+        return {**(base.config or {}), **said}
 
 
 def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
@@ -77,8 +82,35 @@ class _Contents:
                 why, where=ARCHITECTURE, cure="Merge into the model's own GGUF file; this one stays as it is"
             )
         self.name = str(self.said.get(ARCHITECTURE))
-        self.family = family_of(self.name, {_module(name)[0] for file in files for name in file.types})
+        self.family = family_of(self.name, {_module(name)[0] for file in files for name in file.types}, self.said)
         self.model_type = self.family.record.model_types[0]
+
+    def split(self, files: Sequence[Model], base: Checkpoint) -> tuple[list[Split], set[str]]:
+        """The weights whose rows lie in two tensors, and the names of those; both must be there in a known type."""
+        kinds = {name: kind for file in files for name, kind in file.types.items()}
+        shapes = {name: shape for file in files for name, shape in file.shapes.items()}
+        found: list[Split] = []
+        for name, kind in kinds.items():
+            module, leaf = _module(name)
+            at = place_of(self.family, module) if leaf == ".weight" else None
+            if at is None or at[1].beside is None:
+                continue
+            other = f"{fill(at[1].beside, at[2])}.weight"
+            seen = self.family.place(at[0], WEIGHT)
+            if seen is None or not {kind, kinds.get(other)} <= {*BLOCKS, *FLOATS}:
+                continue
+            pair = (name, other)
+            both = shapes[name], shapes[other]
+            heads = partial(heads_in, self.said, self.name, name)
+            places, turned, width = rows_apart(at[1], both, heads, name)
+            pieces = tuple(
+                Piece(each, base.tensors[each], kinds[each], shape if turned and not number else _flat(shape, width),
+                      where, turned and not number)
+                for number, (each, shape, where) in enumerate(zip(pair, both, places, strict=True))
+            )  # fmt: skip
+            shape = (sum(map(len, places)), width)
+            found.append(Split(f"{fill(seen.name, at[2])}.weight", shape, DTYPES["F32"], pair, pieces))
+        return found, {member for weight in found for member in weight.members}
 
     def weights(self, name: str, kind: str, file: Model, stored: Lazy) -> Iterator[Packed]:
         """A tensor's weight under its key, or those of the experts that are stacked in it.
@@ -88,7 +120,7 @@ class _Contents:
         shape, dtype = file.shapes[name], DTYPES["F32"]
         module, leaf = _module(name)
         found = place_of(self.family, module) if leaf else None
-        if found is None:
+        if found is None or found[1].beside is not None:  # Of a pair in two tensors, the other is missing.
             yield _Tensor(name, shape, dtype, (name,), stored, kind, kind, None, file.alignment)
             return
         key, place, numbers = found
@@ -101,13 +133,21 @@ class _Contents:
                 part = _slice(stored, expert * size, size)
                 yield _Tensor(own, shape[1:], dtype, (name,), part, kind, kind, None, file.alignment, shape[0])
             return
-        order = None
+        order = columns = None
         if place.rows is not None:
             order = row_order(place, shape[0], heads_in(self.said, self.name, name), name)
+        if place.columns is not None and len(shape) > 1:
+            columns = column_order(place, shape[-1], heads_in(self.said, self.name, name), name)
         own_shape = (1, *shape) if place.flat and leaf == ".weight" else shape
         yield _Tensor(
-            f"{fill(seen.name, numbers)}{leaf}", own_shape, dtype, (name,), stored, kind, kind, order, file.alignment
-        )
+            f"{fill(seen.name, numbers)}{leaf}", own_shape, dtype, (name,), stored, kind, kind, order, file.alignment,
+            columns=columns,
+        )  # fmt: skip
+
+
+def _flat(shape: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """A stack of matrices as one matrix of all their rows."""
+    return (math.prod(shape) // width, width)
 
 
 def _module(name: str) -> tuple[str, str]:
@@ -120,6 +160,7 @@ def _module(name: str) -> tuple[str, str]:
 class _Tensor(Packed):
     """Rows of blocks. `kind` is as stored, `new` as it will be written; row i is row `order[i]` of the weight.
 
+    Likewise column i is column `columns[i]` of the weight.
     `experts` weights share the member, one behind the other, `stored` being the bytes of this one; 0: it has its own.
     """
 
@@ -129,6 +170,7 @@ class _Tensor(Packed):
     order: Array | None
     alignment: int
     experts: int = 0
+    columns: Array | None = None
 
     @property
     def merged(self) -> str:
@@ -196,15 +238,14 @@ class _Tensor(Packed):
 
     def _encoded(self, values: Array) -> bytes:
         rows = values[:, self.order] if self.order is not None and len(self.shape) < 2 else values
+        rows = rows if self.columns is None else rows[:, self.columns]
         return bytes(rows.tobytes()) if self.new in FLOATS else encoded(self.new, rows)
 
     def _read(self, start: int, stop: int) -> Array:
-        width = self.shape[-1]
-        row = raw_size(self.kind, (width,))
-        data = numbers(self.stored, start * row, (stop - start) * row)
-        if self.kind in BLOCKS:
-            return decoded(self.kind, data).reshape(-1, width)
-        return cast("Array", data.view(DTYPES[self.kind].array).astype("f4").reshape(-1, width))
+        import numpy as np
+
+        rows = read_rows(self.stored, self.kind, self.shape[-1], start, stop)
+        return rows if self.columns is None else rows[:, np.argsort(np.asarray(self.columns), kind="stable")]
 
 
 def retyped(base: Dequantized, kind: str) -> Dequantized:
@@ -218,11 +259,13 @@ def retyped(base: Dequantized, kind: str) -> Dequantized:
     if kind not in (*BLOCKS, "F32", "F16", "BF16"):
         known = ", ".join((*BLOCKS, "F32", "F16", "BF16"))
         raise UsageError(f"GGUF tensors are not written in {kind!r}", cure=f"Known: {known}")
-    packed = {name: _retyped(cast(_Tensor, weight), kind) for name, weight in base.packed.items()}
+    packed = {name: _retyped(weight, kind) for name, weight in base.packed.items()}
     return replace(base, packed=packed)
 
 
-def _retyped(weight: _Tensor, kind: str) -> Packed:
+def _retyped(weight: Packed, kind: str) -> Packed:
+    if not isinstance(weight, _Tensor):
+        return weight
     name = weight.members[0]
     if len(weight.shape) < 2 or "_norm" in name or "ffn_gate_inp" in name:
         return weight
@@ -235,14 +278,14 @@ def _retyped(weight: _Tensor, kind: str) -> Packed:
 def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
     """The base with every tensor in the type that another file of the same tensors has it in."""
     kinds = {name: kind for file in merged.files for name, kind in read_model(file).types.items()}
-    packed = {}
+    packed = dict(base.packed)
     for name, weight in base.packed.items():
-        tensor = cast(_Tensor, weight)
-        packed[name] = replace(tensor, new=kinds.get(tensor.members[0], tensor.kind))
+        if isinstance(weight, _Tensor):
+            packed[name] = replace(weight, new=kinds.get(weight.members[0], weight.kind))
     return replace(base, packed=packed)
 
 
 def header(base: Dequantized, file: Any) -> bytes:
     """The header of an output file: the base's own bytes, but for types and offsets that change."""
-    kinds = {weight.members[0]: cast(_Tensor, weight).new for weight in base.packed.values()}
+    kinds = {weight.members[0]: weight.new for weight in base.packed.values() if isinstance(weight, _Tensor)}
     return read_model(file).header(kinds)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..adapter import Adapter, Target
+from ..adapter import Adapter, Target, check_adapter
 from ..binding import Site, apart, check_site, find_parts, find_sites, fits, with_layouts
 from ..errors import TargetNotFound, Unsupported, UsageError
 from ..formats._trained import as_trained
@@ -78,6 +78,10 @@ def inject(
 
     After an error nothing is attached.
     """
+    check_adapter(adapter)
+    if not isinstance(model, nn.Module):
+        cure = "Pass a torch.nn.Module; is the order of the arguments right?"
+        raise UsageError(f"a {type(model).__name__} where a model belongs", cure=cure)
     adapter.validate()
     if name in names_of(model):
         raise UsageError("an adapter of this name is attached", where=name, cure="Pass another name=")

@@ -35,15 +35,19 @@ def misplaced(update: Update, sizes: Mapping[str, Any]) -> Iterator[tuple[str, s
 
 def repeated(update: Update) -> str:
     """The first field with a position, or pair of positions, that comes twice where its field says none does."""
+    import numpy as np
+
     fields = update.tensor_fields()
     for name in (name for name in update.tensors if fields[name].metadata["distinct"]):
-        index = as_lazy(update.tensors[name]).numpy().astype("int64")
-        if len(fields[name].metadata["below"]) == 2:
-            columns = index[..., 1, :]
-            index = index[..., 0, :] * (int(columns.max(initial=0)) + 1) + columns
-        ordered = index.copy()
-        ordered.sort(-1)
-        if (ordered[..., 1:] == ordered[..., :-1]).any():
+        tensor = as_lazy(update.tensors[name])
+        if not tensor.nbytes:
+            continue
+        index = tensor.numpy()
+        # Pairs are compared as pairs: one number made of both overflows where positions are large.
+        rows = [index] if len(fields[name].metadata["below"]) == 1 else [index[..., 0, :], index[..., 1, :]]
+        order = np.lexsort(rows, axis=-1)
+        sorted_rows = [np.take_along_axis(row, order, -1) for row in rows]
+        if np.logical_and.reduce([row[..., 1:] == row[..., :-1] for row in sorted_rows]).any():
             return name
     return ""
 

@@ -66,14 +66,18 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
             continue
         if rule.define:
             size = _compiled(rule.value)(names)
-            if dims.setdefault(rule.define, size) != size:
-                why = f"{rule.define} is {dims[rule.define]}, and {rule.value} is {size}"
+            if size is False or size < 0 or dims.setdefault(rule.define, size) != size:
+                why = f"{rule.define} is {dims.get(rule.define)}, and {rule.value} is {size}"
                 raise ShapeMismatch(why, where=rule.where or None, cure=_AGAIN)
         elif not _compiled(rule.require)(names):
             known = ", ".join(f"{name}={names.value(name)}" for name in names_in(rule.require))
             why = f"{rule.require} does not hold" + (f" with {known}" if known else "")
             why = f"{rule.meaning} ({why})" if rule.meaning else why
             raise getattr(errors, rule.error)(why, where=rule.where or None, cure=_AGAIN)
+
+
+class _NoSize(Exception):
+    """An axis whose size no tensor tells."""
 
 
 class _Names:
@@ -83,7 +87,11 @@ class _Names:
         self.update, self.dims, self.stack = update, dims, stack
 
     def value(self, name: str) -> Any:
-        return self.dims[name] if name in self.dims else self.update.attributes[name]
+        if name in self.dims:
+            return self.dims[name]
+        if name not in self.update.attributes:
+            raise _NoSize(name)
+        return self.update.attributes[name]
 
     def call(self, function: str, argument: str) -> Any:
         if function == "block":
@@ -121,7 +129,7 @@ def _compiled(expression: str) -> Evaluate:
     def guarded(names: _Names) -> Any:
         try:
             return evaluate(names)
-        except (ZeroDivisionError, OverflowError):
+        except (ZeroDivisionError, OverflowError, _NoSize):
             return False
 
     return guarded

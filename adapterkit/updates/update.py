@@ -86,7 +86,7 @@ class Update:
             # A method that numbers its versions by hand knows the last of them alone.
             cls.since = ("",) * (cls.version - 1) + ("1.0",)
         cls.version = len(cls.since)
-        dataclasses.dataclass(frozen=True, eq=False, kw_only=True)(cls)
+        dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)(cls)
         fields = dataclasses.fields(cast(Any, cls))
         cls._tensors = {f.name: f for f in fields if "axes" in f.metadata}
         cls._attributes = {f.name: f for f in fields if "axes" not in f.metadata}
@@ -96,6 +96,11 @@ class Update:
         cls._positions = any(f.metadata["below"] or f.metadata["distinct"] for f in cls._tensors.values())
         # Another round checks products and quotients whose names a later tensor had yet to tell.
         cls._rounds = 1 if all(axes.plain for axes, _ in cls._axes.values()) else 2
+
+    def __repr__(self) -> str:
+        tensors = [f"{name}={list(leaf.shape)}" for name, leaf in self.tensors.items()]
+        values = [f"{name}={value!r}" for name, value in self.attributes.items()]
+        return f"{type(self).__name__}({', '.join([*tensors, *values])})"
 
     @property
     def method(self) -> str:
@@ -203,7 +208,7 @@ class Update:
             present = {name for names in group for name in names if getattr(self, name) is not None}
             if present not in [set(names) for names in group]:
                 choices = " or ".join(" and ".join(names) or "none" for names in group)
-                raise Malformed(f"needs exactly one of: {choices}", where=next(iter(present), None), cure=DAMAGED)
+                raise Malformed(f"needs exactly one of: {choices}", cure=DAMAGED)
 
     @property
     def file(self) -> str | None:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from container import Stored, layout, native, numbers, pack, stored
+from container import Stored, layout, native, numbers, pack, stored, text
 from invalid.case import LORA, RECORD, TENSORS
 
+METHODS = Path(__file__).parents[2] / "spec" / "methods"
+
 VALUES: list[tuple[Any, str]] = [
+    (2.0**-44, "5.684341886080802e-14"),
     (0.5, "0.5"), (2.0, "2.0"), (1e-05, "1e-05"), (1e16, "1e+16"), (0.0001, "0.0001"),
     (9999999999999998.0, "9999999999999998.0"),
     (-0.0, "-0.0"), (5e-324, "5e-324"), (1.7976931348623157e308, "1.7976931348623157e+308"), (1e22, "1e+22"),
@@ -80,7 +83,49 @@ def valid() -> dict[str, bytes]:
         "foreign_tensor": native(kept, TENSORS | {"x.rest": stored(numbers("valid.rest", 2), "F32")}),
         "deep": native(RECORD | {"recipe": [{"op": "x", "args": deep}]}, TENSORS),
         "integer_scaling": native(RECORD | {"updates": [LORA | {"attributes": {"scaling": 2}}]}, TENSORS),
+        "negative_zero": native(
+            text(RECORD | {"updates": [LORA, LORA]}).replace("0.5", "-0", 1).replace("0.5", "-0.0"), TENSORS
+        ),
+        "nearest_digits": native(text(RECORD).replace("0.5", "5.6843418860808015e-14"), TENSORS),
+        "code_points": native(
+            RECORD | {"updates": [_at(path="\U0001f600"), _at(path="\uffff"), _at(path="e\u0301"), _at(path="\u00e9")]},
+            TENSORS,
+        ),
+        "equal_names": native(
+            RECORD
+            | {"updates": [_at(path="q", rows=[0, 3]), _at(path="q[0:3]"), _at(path="q[0:3]", layout="in out *k")]},
+            TENSORS,
+        ),
+        "no_elements": native(
+            RECORD, {"q.A": Stored("F32", (0, 1 << 62, 1 << 62), b""), "q.B": Stored("F32", (3, 0), b"")}
+        ),
+        "positions_beyond_53_bits": _placed("rows", [(1 << 64) - 1, (1 << 64) - 2, 1 << 53, (1 << 53) + 1], "U64", 4),
+        "pairs_beyond_53_bits": _placed("shira", [0, 1 << 62, 1, 1 << 53, 0, 0, 3, 0], "I64", 2, 4),
+        "context_beside_weight": native(
+            RECORD | {"updates": [LORA, LORA | {"method": "prompt", "tensors": {"P": "q.A"}, "attributes": {}}, LORA]},
+            TENSORS,
+        ),
+        "white_space": pack(f" \n{text(_header(' ' + text(RECORD) + chr(10)))}\t\r ", layout(TENSORS)[1]),
     }
+
+
+def _at(**target: Any) -> dict[str, Any]:
+    return LORA | {"target": target}
+
+
+def _header(record: str) -> dict[str, Any]:
+    return {"__metadata__": {"adapterkit": record}, **layout(TENSORS)[0]}
+
+
+def _placed(method: str, positions: list[int], dtype: str, *shape: int) -> bytes:
+    """An adapter whose positions are more than a binary64 tells apart; no weight has so many, and a file may."""
+    packed = struct.pack(f"<{len(positions)}{'Q' if dtype == 'U64' else 'q'}", *positions)
+    index = Stored(dtype, shape, packed)
+    entry = tomllib.loads((METHODS / f"{method}.toml").read_text("utf-8"))
+    (other,) = (tensor["name"] for tensor in entry["tensors"] if tensor["name"] != "index")
+    values = stored(numbers(f"valid.{method}", 4, *([2] if method == "rows" else [])), "F32")
+    update = LORA | {"method": method, "tensors": {"index": "q.index", other: "q.values"}, "attributes": {}}
+    return native(RECORD | {"updates": [update]}, {"q.index": index, "q.values": values})
 
 
 def folders() -> dict[str, dict[str, bytes]]:
@@ -95,6 +140,12 @@ def folders() -> dict[str, dict[str, bytes]]:
         "indexed": shards,
         "indexed_beside_others": {**shards, "other.safetensors": one},
         "named_otherwise": {"weights.safetensors": one},
+        "config_key_twice": {"model.safetensors": one, "config.json": b'{"a": 1, "a": 1e999}'},
+        "indexed_in_folders": {
+            "model.safetensors.index.json": index.replace(b"model-", b"part/model-"),
+            f"part/{first}": one,
+            f"part/{second}": two,
+        },
         "config_with_nan": {"model.safetensors": one, "config.json": b'{"limit": NaN, "most": Infinity}'},
     }
 

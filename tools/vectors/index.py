@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
+import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,7 +31,7 @@ INVALID = {
     "R-4.1": ["entry_field_twice", "tensor_twice", "metadata_twice", "record_key_twice"],
     "R-4.2": ["record_nan", "record_infinity", "record_overflow", "shape_nan"],
     "R-4.3": ["header_half_surrogate", "record_half_surrogate"],
-    "R-4.4": ["header_deep", "record_deep"],
+    "R-4.4": ["header_deep", "record_deep", "record_101_deep"],
     "R-6.1": ["record_empty", "record_not_json", "record_list"],
     "R-6.2": [
         "version_leading_zero", "version_major_alone", "version_minor_leading_zero", "version_missing",
@@ -40,7 +42,8 @@ INVALID = {
     "R-6.4": [
         "record_unknown_field", "updates_empty", "updates_missing", "updates_object", "update_unknown_field",
         "update_without_target", "target_text", "target_unknown_field", "path_missing", "path_number", "layout_null",
-        "rows_float", "rows_negative", "rows_one", "method_empty", "method_number", "method_version_text",
+        "rows_float", "rows_negative", "rows_one", "unknown_field_newer",
+        "method_empty", "method_number", "method_version_text",
         "method_version_zero", "tensor_name_number", "attributes_missing", "base_text", "base_unknown_field",
         "extensions_list", "foreign_without_format", "recipe_step_without_op", "requires_text",
     ],
@@ -52,7 +55,7 @@ INVALID = {
     "R-7.4": ["target_in_two_places"],
     "R-7.5": [
         "attribute_bool", "attribute_huge", "attribute_list", "attribute_null", "attribute_text", "attribute_word",
-        "attribute_below", "attribute_above", "attribute_zero", "attribute_true",
+        "attribute_below", "attribute_above", "attribute_zero", "attribute_true", "attribute_beyond_binary64",
     ],
     "R-7.6": ["path_empty", "context_with_layout", "context_with_rows"],
     "R-7.7": ["layout_unknown"],
@@ -71,17 +74,20 @@ INVALID = {
                "index_without_map", "index_key_twice"],
     "R-12.3": [
         "index_absolute", "index_backslash", "index_climbs", "index_climbs_inside", "index_drive", "index_file_url",
-        "index_name_empty", "index_nul", "index_url",
+        "index_name_empty", "index_nul", "index_url", "index_part_empty", "index_part_dot", "index_part_long",
     ],
     "R-12.4": [
         "index_shards_swapped", "index_tensor_absent", "index_tensor_twice", "index_tensor_unlisted", "shard_missing",
-        "shard_malformed",
+        "shard_malformed", "index_folders_swapped",
     ],
-    "R-12.5": ["config_not_json"],
+    "R-12.5": ["config_not_json", "config_deep"],
+    "R-13.2": ["two_faults_*"],
 }  # fmt: skip
 """Requirement -> the invalid cases, or patterns of them, that break it."""
 
 PROVENANCE = "made by tools/vectors, from formulas in float64 of their own"
+EVERY_ERROR = ["R-13.1", "R-13.3"]
+"""Requirements that every invalid case tests: the class of the error, and its place."""
 
 
 def index(spec: Path, version: str) -> bytes:
@@ -100,8 +106,22 @@ def _methods(spec: Path) -> Iterator[dict[str, Any]]:
     for adapter in sorted((spec / "vectors" / "methods").glob("*.adapter.safetensors")):
         name = adapter.name.removesuffix(".adapter.safetensors")
         expected = adapter.with_name(f"{name}.expected.safetensors")
-        yield _case(spec, f"methods/{name}", "compute", ["R-10.3"], [adapter, expected], {"tolerance": 1e-12})
-        yield _case(spec, f"digest/{name}", "check", ["R-11.1"], [adapter], {"digest": _digest(spec, name)})
+        kinds = {_kind(spec, update["method"]) for update in _record(adapter)["updates"]}
+        conformance_class = "merger" if kinds <= {"additive", "weight"} else "runtime"
+        files, tolerance = [adapter, expected], {"tolerance": 1e-12}
+        yield _case(spec, f"methods/{name}", conformance_class, "compute", ["R-10.3"], files, tolerance)
+        yield _case(spec, f"digest/{name}", "reader", "check", ["R-11.1"], [adapter], {"digest": _digest(spec, name)})
+
+
+def _record(adapter: Path) -> dict[str, Any]:
+    data = adapter.read_bytes()
+    header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    record: dict[str, Any] = json.loads(header["__metadata__"]["adapterkit"])
+    return record
+
+
+def _kind(spec: Path, method: str) -> str:
+    return str(tomllib.loads((spec / "methods" / f"{method}.toml").read_text("utf-8"))["kind"])
 
 
 def _digest(spec: Path, name: str) -> str:
@@ -118,30 +138,39 @@ def _invalid(spec: Path) -> Iterator[dict[str, Any]]:
             else [file.with_suffix(".safetensors")]
         )
         verb = "base" if said["opens"] == "base" else "check"
+        reads = "validator" if said["stage"] == "values" else "reader"
         expected = {"error": said["error"], "where": said["where"], "stage": said["stage"]}
-        case = _case(spec, f"invalid/{file.stem}", verb, requirements_of(file.stem), inputs, expected)
+        rules = [*requirements_of(file.stem), *EVERY_ERROR]
+        case = _case(
+            spec, f"invalid/{file.stem}", "base reader" if verb == "base" else reads, verb, rules, inputs, expected
+        )
         yield {**case, "path": (folder if folder.is_dir() else inputs[0]).relative_to(spec / "vectors").as_posix()}
 
 
 def _canonical(spec: Path) -> Iterator[dict[str, Any]]:
-    yield _case(spec, "canonical", "none", ["R-4.5"], [spec / "vectors" / "canonical.json"], {})
+    yield _case(spec, "canonical", "writer", "canonical", ["R-4.5"], [spec / "vectors" / "canonical.json"], {})
 
 
 def _merges(spec: Path) -> Iterator[dict[str, Any]]:
     for merged in sorted((spec / "vectors" / "merges").glob("*.merged.safetensors")):
         name = merged.name.removesuffix(".merged.safetensors")
         parts = [merged.with_name(f"{name}.{part}.safetensors") for part in ("adapter", "base", "merged")]
-        yield _case(spec, f"merges/{name}", "none", ["R-10.4"], parts, {})
+        yield _case(spec, f"merges/{name}", "merger", "merge", ["R-10.4"], parts, {})
 
 
 def _valid(spec: Path) -> Iterator[dict[str, Any]]:
     rules = {
         "deep": ["R-4.4"], "foreign_tensor": ["R-7.3"], "integer_scaling": ["R-7.5", "R-11.1"],
-        "newer_minor": ["R-6.6"], "oldest_version": ["R-6.7"],
+        "newer_minor": ["R-6.6"], "oldest_version": ["R-6.7"], "code_points": ["R-11.1"],
+        "no_elements": ["R-3.5", "R-8.1"],
+        "equal_names": ["R-11.1", "R-7.4"], "negative_zero": ["R-7.5", "R-11.1"],
+        "positions_beyond_53_bits": ["R-10.2"],
+        "pairs_beyond_53_bits": ["R-10.2"], "context_beside_weight": ["R-7.9"], "nearest_digits": ["R-4.5", "R-11.1"],
+        "white_space": ["R-3.2", "R-6.1"],
     }  # fmt: skip
     for file in sorted((spec / "vectors" / "valid").glob("*.safetensors")):
         expected = {"digest": _digest(spec, file.stem)}
-        yield _case(spec, f"valid/{file.stem}", "check", rules[file.stem], [file], expected)
+        yield _case(spec, f"valid/{file.stem}", "reader", "check", rules[file.stem], [file], expected)
 
 
 def _folders(spec: Path) -> Iterator[dict[str, Any]]:
@@ -149,17 +178,21 @@ def _folders(spec: Path) -> Iterator[dict[str, Any]]:
         names = ("a.weight", "b.weight") if folder.name.startswith("indexed") else ("a.weight",)
         rules = ["R-12.5"] if folder.name.startswith("config") else ["R-12.1", "R-12.4"]
         expected = {"tensors": {name: ["F32", [2, 2]] for name in names}}
-        case = _case(spec, f"folders/{folder.name}", "base", rules, sorted(folder.iterdir()), expected)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        case = _case(spec, f"folders/{folder.name}", "base reader", "base", rules, files, expected)
         yield {**case, "path": folder.relative_to(spec / "vectors").as_posix()}
 
 
 def _case(
-    spec: Path, name: str, verb: str, requirements: list[str], inputs: list[Path], expected: dict[str, Any]
-) -> dict[str, Any]:
+    spec: Path, name: str, conformance_class: str, verb: str, requirements: list[str], inputs: list[Path],
+    expected: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     hashes = {
         path.relative_to(spec / "vectors").as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs
     }
+    oldest = tomllib.loads((spec / "1.0" / "manifest.toml").read_text("utf-8"))
+    version = oldest["version"] if hashes.keys() <= oldest["vectors"].keys() else "1.1"
     return {
-        "case": name, "verb": verb, "requirements": requirements, "inputs": hashes, "expected": expected,
-        "provenance": PROVENANCE,
+        "case": name, "class": conformance_class, "version": version, "verb": verb, "requirements": requirements,
+        "inputs": hashes, "expected": expected, "provenance": PROVENANCE,
     }  # fmt: skip

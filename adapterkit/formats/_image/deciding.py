@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...metadata import metadata_of
-from ...naming.image import ROOTS, Family, families, rooted
+from ...naming.image import COMFYUI, ROOTS, Family, families, rooted
 
 if TYPE_CHECKING:
     from ...adapter import Adapter, Target, Updates
@@ -23,7 +23,7 @@ FAMILY = "adapterkit.family"
 FAMILIES = {"xlabs": ("flux", "chroma"), "bfl_control": ("flux",)}
 """Format -> the families that its files can be of."""
 
-SOURCES = {"comfyui": "native", "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
+SOURCES = {"comfyui": COMFYUI, "xlabs": "native", "bfl_control": "native", "diffusers": "diffusers"}
 """Format -> the naming of its files. kohya and LyCORIS write any names, with underscores."""
 
 DENOISERS = ("unet", "transformer", "transformer_2", "denoiser")
@@ -35,7 +35,7 @@ class Origin:
     """Facts about the naming that an adapter's names come from.
 
     Attributes:
-        naming: `native` or `diffusers`; empty where nothing tells.
+        naming: `native`, `comfyui` or `diffusers`; empty where nothing tells.
         families: families that have all names of a base, if there is one.
         inside: whether the targets are modules of that base.
         metadata: of the file that the adapter was read from.
@@ -155,7 +155,7 @@ def narrowed(families: list[Family], fits: Any) -> list[Family]:
 def _unknown(paths: Iterable[str], naming: str) -> str:
     best = max(families(), key=lambda family: sum(path in family for path in paths))
     odd = next(path for path in paths if path not in best)
-    words = {"native": "its authors' naming", "diffusers": "diffusers' naming"}
+    words = {"native": "its authors' naming", "comfyui": "ComfyUI's naming", "diffusers": "diffusers' naming"}
     return (
         f"{odd} is a module of no family that can be translated into {words.get(naming, 'the naming of this format')}"
     )

@@ -41,6 +41,7 @@ class ImageFormat(Format, ABC):
         naming: `native` or `diffusers` where its files go by one naming; empty where they go by any.
     """
 
+    options: ClassVar[frozenset[str]] = frozenset({"family"})
     rules: ClassVar[Rules] = Rules()
     naming: ClassVar[str] = ""
 
@@ -94,12 +95,17 @@ class ImageFormat(Format, ABC):
 
     # What is the same for all.
 
-    def read(self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None) -> Adapter:
-        from .reading import decoded
+    def read(
+        self, path: Path, *, compat: str | None = None, base: Checkpoint | None = None, family: str | None = None
+    ) -> Adapter:
+        from .reading import check_family, decoded, of_family
 
         try:
             tensors, metadata = container.load(self.chosen(path))
-            return decoded(self, tensors, metadata, compat, base)
+            adapter = decoded(self, tensors, of_family(metadata, family), compat, base)
+            if family is not None:
+                check_family(adapter, family)
+            return adapter
         except AdapterkitError as error:
             raise error.at(path=path) from None
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ...adapter import Adapter, Foreign, Step, Target
-from ...errors import AdapterkitError, Malformed
+from ...errors import AdapterkitError, Malformed, UsageError, nearest
+from ...naming.image import families, rooted
 from ...tensors.scalars import at_once
 from .biases import check_biases
+from .deciding import FAMILY, denoiser_targets
 from .file import rules_for
 from .laws import decode
 from .leftovers import Leftovers
@@ -49,6 +51,34 @@ def decoded(
     kept = {key: tensors[key] for key in hints.kept}
     name = dialect.name()
     return Adapter(placed_there, None, (Step("read", {"format": name}),), Foreign(name, data, kept))
+
+
+def of_family(metadata: Metadata, family: str | None) -> Metadata:
+    """The metadata with the family that the caller says the file is of.
+
+    Raises:
+        UsageError: no family has this name.
+    """
+    if family is None:
+        return metadata
+    known = [each.name for each in families()]
+    if family not in known:
+        cure = nearest(family, known) or f"Known: {', '.join(sorted(known))}"
+        raise UsageError(f"unknown family {family!r}", cure=cure)
+    return [*((key, value) for key, value in metadata if key != FAMILY), (FAMILY, family)]
+
+
+def check_family(adapter: Adapter, family: str) -> None:
+    """Check that every module of a U-Net or a transformer is one of the family that the caller named.
+
+    Raises:
+        UsageError: one is not; names it.
+    """
+    own = next(each for each in families() if each.name == family)
+    for target in denoiser_targets(adapter.updates, ()):
+        if rooted(target.path)[1] not in own:
+            why = f"{own.title} has no such module"
+            raise UsageError(why, where=str(target), cure="Name another family, or leave --family (family=) out")
 
 
 def _check_shapes(stem: str, found: list[Found]) -> None:

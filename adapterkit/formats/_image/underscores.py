@@ -85,8 +85,11 @@ def _together(
         odd = next((stem for stem, path in readings[family].items() if path != first[stem]), None)
         if odd is not None:
             why = f"it can be {first[odd]} of {fitting[0].title}, or {readings[family][odd]} of {family.title}"
-            raise TargetNotFound(why, where=odd, cure="Pass --base (base=), whose names decide")
+            raise TargetNotFound(why, where=odd, cure=_DECIDE)
     return first
+
+
+_DECIDE = "Name the family by --family (family=), or give the base by --base (base=): its names decide"
 
 
 def _in_diffusers(family: Family, reading: Mapping[str, str]) -> tuple[tuple[Piece, ...], ...]:
@@ -126,9 +129,7 @@ def _resolve(stem: str, tag: str, flat: str, third: str, walked: Mapping[str, li
     if len(found) == 1:
         return found[0]
     if found:
-        raise TargetNotFound(
-            f"it can be any of {', '.join(found)}", where=stem, cure="Pass base=/--base, whose names decide"
-        )
+        raise TargetNotFound(f"it can be any of {', '.join(found)}", where=stem, cure=_DECIDE)
     raise TargetNotFound("no module of a known model has this name", where=stem, cure=_near(flat, walked))
 
 

@@ -132,7 +132,11 @@ def _expressible(
     """What a file can say, and a line for each thing that was left out or rewritten."""
     updates, lines = rewritten(updates, rules, on_loss)
     places = [(t, i) for t, found in updates.items() for i, u in enumerate(found) if why_not(u, rules)]
+    before = updates
     updates, losses = dialect.renamed(updates, hints.stems, origin, fold=on_loss in ("fold", "promote"))
+    # Parts of a fused weight that cannot be put together can be as LoRAs.
+    lost = {target for target, _ in losses if target in before}
+    places += [(t, i) for t in before if t in lost for i, u in enumerate(before[t]) if not isinstance(u, LoRA)]
     named = not losses
     losses += list(_losses(dialect, rules, updates, hints))
     items = [f"{target}: {why}" for target, why in dict.fromkeys(losses)]
@@ -154,8 +158,11 @@ def _expressible(
 
 def _keeping(origin: Origin) -> str:
     """What to type where names cannot be translated."""
-    keeps = {"native": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
-    return f"Write a format that keeps these names, --to {keeps}; or give the base, whose names decide: base= or --base"
+    keeps = {"native": "comfyui", "comfyui": "comfyui", "diffusers": "diffusers"}.get(origin.naming, "adapterkit")
+    return (
+        f"Write a format that keeps these names, --to {keeps}; or name the family when it is read, "
+        "--family (family=), or give the base by --base (base=): its names decide"
+    )
 
 
 def _losses(dialect: ImageFormat, rules: Rules, updates: Updates, hints: Hints) -> Iterable[tuple[Target, str]]:

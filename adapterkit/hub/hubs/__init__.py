@@ -1,4 +1,4 @@
-"""The hubs: one file each, called as its scheme is; third parties add theirs by the entry point `adapterkit.hubs`."""
+"""The hubs, one module per scheme. Other packages add theirs by the entry point group `adapterkit.hubs`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ HUBS: Registry[type[Remote]] = Registry("hub", __name__, "adapterkit.hubs", Remo
 
 
 def hub_of(scheme: str) -> type[Remote]:
-    """The hub of a scheme; fsspec's, where only that knows it.
+    """Return the hub class of a scheme, or fsspec's if only fsspec knows the scheme.
 
     Raises:
-        UsageError: there is none.
+        UsageError: nobody knows the scheme.
     """
     if scheme in HUBS:
         return HUBS[scheme]
@@ -27,5 +27,5 @@ def hub_of(scheme: str) -> type[Remote]:
 
 
 def remote_at(uri: Uri, token: str | None = None) -> Remote:
-    """The place that a uri names."""
+    """Return the remote that a uri names."""
     return hub_of(uri.scheme)(uri, token)

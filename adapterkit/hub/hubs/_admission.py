@@ -1,6 +1,7 @@
-"""How a registry lets one in: credentials that `docker login` or `oras login` left, changed for a token where it asks.
+"""Registry authentication: find credentials that `docker login` or `oras login` stored, and trade them for a token.
 
-Source: https://distribution.github.io/distribution/spec/auth/token/. Programs that keep credentials are not run.
+Source: https://distribution.github.io/distribution/spec/auth/token/. Credential helper programs are not run: a config
+file must not be able to start a process.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from ...tensors.strict_json import load_json
 from ..web import Refused, answered, body_of
 
 MAX_ANSWER = 1 << 20
-"""Bytes of a token's reply; tokens with many scopes take some 10 KB."""
+"""Largest reply to a token request, in bytes; tokens with many scopes take some 10 KB."""
 
 DOCKER_HUB = {"docker.io", "index.docker.io", "registry-1.docker.io"}
-"""What people, the tools that keep credentials, and the network call the same registry."""
+"""Names of Docker Hub. People, credential stores and the network each use a different one."""
 
 
 def is_near(host: str) -> bool:
-    """Whether a registry is this machine itself: such ones are spoken to without encryption, as all tools do."""
+    """Whether a registry is on this machine. Like other tools, talk plain HTTP to such a registry."""
     name = urlsplit(f"//{host}").hostname or ""
     try:
         return ipaddress.ip_address(name).is_loopback
@@ -36,13 +37,13 @@ def is_near(host: str) -> bool:
 
 
 class Admission:
-    """What is sent along to one registry.
+    """The authentication headers for one registry.
 
     Args:
-        host: of the registry.
-        url: of the registry's repository.
-        place: what errors name.
-        token: `user:password` or a token; what the tools left if absent.
+        host: the registry's host name, with a port if it has one.
+        url: the url of the repository.
+        place: the uri that errors name.
+        token: `user:password` or a bearer token; if absent, the credentials that other tools stored.
     """
 
     def __init__(self, host: str, url: str, place: str, token: str | None) -> None:
@@ -51,7 +52,7 @@ class Admission:
 
     @property
     def known(self) -> bool:
-        """Whether there are credentials."""
+        """Whether any credentials are available."""
         return bool(self._credentials)
 
     @cached_property
@@ -62,7 +63,7 @@ class Admission:
         return _basic(self.token) if ":" in self.token else f"Bearer {self.token}"
 
     def ask(self, challenge: str) -> bool:
-        """Does what a challenge asks for; whether that changed anything, so that the request is worth another try."""
+        """Answer a `WWW-Authenticate` challenge; return whether the headers changed, so that a retry makes sense."""
         kind, _, rest = challenge.partition(" ")
         told = dict(re.findall(r'(\w+)="([^"]*)"', rest))
         before = dict(self.headers)
@@ -74,6 +75,7 @@ class Admission:
 
     def _token(self, told: Mapping[str, str]) -> str:
         realm = urlsplit(told["realm"])
+        # The realm receives the password. A registry on this machine may use plain HTTP, but only for a local realm.
         if realm.scheme != "https" and not (realm.scheme == "http" and is_near(self.host) and is_near(realm.netloc)):
             why = f"the registry sends to {realm.scheme or 'nowhere'}://{realm.hostname or ''} for a token"
             raise NetworkError(why, path=self.place, cure="That is not safe: check the name of the registry")
@@ -98,7 +100,7 @@ def _token_in(body: bytes, place: str) -> str:
 
 
 def _left(host: str) -> Iterator[str]:
-    """Credentials that other tools left for a registry."""
+    """Yield the credentials that other tools stored for a registry."""
     hosts = DOCKER_HUB if host in DOCKER_HUB else {host}
     for file in _files():
         entries = _read(file).get("auths")

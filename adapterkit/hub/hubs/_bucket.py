@@ -1,4 +1,4 @@
-"""Requests to a bucket of S3's kind: signed addresses over the HTTP that all hubs share, and the store that signs."""
+"""Requests to an S3 bucket: presigned urls over the shared HTTP client, and the obstore store that signs them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from obstore.store import S3Store
 
 SIGNED = timedelta(minutes=15)
-"""How long a signed address holds; each request has one of its own."""
+"""How long a presigned url is valid. Each request gets its own."""
 
 
 class Bucket:
-    """A bucket, as AWS's environment describes the way to it.
+    """A bucket, configured by the AWS environment variables.
 
     Attributes:
-        store: obstore's.
+        store: the obstore store.
 
     Raises:
         Unsupported: obstore is not installed.
@@ -47,28 +47,28 @@ class Bucket:
 
     @contextmanager
     def asked(self, method: str, key: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """An open answer for an object, that is no refusal.
+        """Yield the open response to a request for an object.
 
         Raises:
-            Refused: it is one.
+            Refused: the status is 400 or above.
         """
         with self._answered(method, self._address(self.signer, method, key), headers) as response:
             yield response
 
     def whole(self, key: str) -> tuple[bytes, str | None]:
-        """A small object, and its tag.
+        """Return the bytes of a small object and its ETag.
 
         Raises:
-            Malformed: it is too large to be what it should.
+            NetworkError: the object is larger than any document that this package stores.
         """
         with self.asked("GET", key, {}) as response:
             return body_of(response, self.place), response.headers.get("ETag")
 
     def page(self, query: Mapping[str, str]) -> bytes:
-        """The answer to a query of the bucket itself.
+        """Return the response to a query on the bucket itself.
 
-        The store signs addresses of objects alone, behind the address of a bucket: here that ends with a query. What
-        it puts behind that, in the way of an object's name, becomes the value of `x-id`, which S3 takes no notice of.
+        obstore signs urls of objects only, and it appends the object's key to the endpoint's url. Here the endpoint
+        ends with the query and an `x-id=` parameter, so the appended key becomes the value of `x-id`. S3 ignores it.
         """
         bucket = self._address(self.signer, "GET", "x").partition("?")[0].removesuffix("/x")
         endpoint = f"{bucket}?{urlencode({**query, 'x-id': ''}, quote_via=quote)}"
@@ -83,7 +83,7 @@ class Bucket:
         return S3Store(self.name, config=config, **self.options)  # type: ignore[arg-type]
 
     def _address(self, signer: S3Store, method: str, key: str) -> str:
-        """A signed address; without a signature where nothing is to be signed."""
+        """Return a presigned url; for anonymous access, the url with its signature removed."""
         import obstore
 
         url: str = obstore.sign(signer, method, key, SIGNED)  # type: ignore[call-overload]
@@ -97,12 +97,12 @@ class Bucket:
             yield response
 
 
-# Where nothing is to be signed, the address is wanted alone.
+# obstore builds a url only while it signs. For anonymous access these keys sign it, and the signature is cut off.
 _NOBODY = {"access_key_id": "none", "secret_access_key": "none", "skip_signature": False}
 
 
 def _options() -> dict[str, Any]:
-    """The store's waits are those of all hubs. Without encryption it is spoken to on this machine alone."""
+    """Return the store's options: the same waits as all hubs, and plain HTTP for a server on this machine only."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     plain = endpoint.startswith("http://") and is_near(endpoint.removeprefix("http://").partition("/")[0])
     waits = {"init_backoff": timedelta(seconds=retries.FIRST_WAIT), "max_backoff": timedelta(seconds=30), "base": 2}

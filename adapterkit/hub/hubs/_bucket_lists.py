@@ -1,4 +1,4 @@
-"""Lists of a bucket's objects, page by page.
+"""List the objects of a bucket, page by page.
 
 Source: https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
 """
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 Query = dict[str, str]
 
 PAGE = 1000
-"""Objects in an answer, at most."""
+"""Largest number of objects in one response."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One object, as a list tells it."""
+    """One object in a listing."""
 
     key: str
     size: int
@@ -30,16 +30,18 @@ class Listed:
 
 
 def objects(asked: Callable[[Query], bytes], folder: str, place: str, *, deep: bool) -> Iterator[Listed]:
-    """The objects of a folder; marks that stand for folders themselves are none.
+    """Yield the objects of a folder.
+
+    Empty objects whose key ends with a slash are skipped: consoles create them to show a folder.
 
     Args:
-        asked: gives the answer to a query.
-        folder: without a slash at its end; all of the bucket if empty.
-        place: what errors name.
-        deep: with those of the folders in it.
+        asked: returns the response to a query.
+        folder: the prefix, without a slash at its end; empty for the whole bucket.
+        place: the uri that errors name.
+        deep: include objects in subfolders.
 
     Raises:
-        Malformed: an answer makes no sense.
+        Malformed: a response is not a listing.
     """
     query = {"list-type": "2", "max-keys": str(PAGE), "prefix": f"{folder}/" if folder else ""} | (
         {} if deep else {"delimiter": "/"}
@@ -78,5 +80,5 @@ def _told(element: Element, name: str) -> str | None:
 
 
 def _name(element: Element) -> str:
-    """A tag without its namespace, which some servers leave out."""
+    """Return a tag without its namespace, which some servers leave out."""
     return str(element.tag).rpartition("}")[2]

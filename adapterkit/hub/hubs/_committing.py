@@ -1,4 +1,4 @@
-"""One commit upon the state that was looked at: nobody sees half of it, and nobody else's is overwritten."""
+"""Push one commit on top of a known parent, so that readers never see half of it and no other push is overwritten."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def send(
     remote: HuggingFace, contents: Mapping[str, Content], found: Mapping[str, Digests], message: str, private: bool
 ) -> str:
-    """Makes what has to be made, and one commit; returns its name."""
+    """Create the repository and branch if needed, and make one commit; return its hash."""
     uri, api = remote.uri, remote.api
     remote.call(lambda: api.create_repo(uri.repo, private=private or None, exist_ok=True))
     head = head_of(remote)
@@ -26,7 +26,7 @@ def send(
     def act() -> str:
         from huggingface_hub import CommitOperationAdd
 
-        # Operations remember that they were sent, so that each attempt needs new ones.
+        # Operations remember that they were uploaded, so each attempt needs new ones.
         operations = [CommitOperationAdd(name, _content(content)) for name, content in contents.items()]
         done = api.create_commit(
             uri.repo, operations, commit_message=message, revision=uri.revision, parent_commit=head, num_threads=2
@@ -38,7 +38,7 @@ def send(
 
 
 def head_of(remote: HuggingFace) -> str:
-    """The commit to build upon; a branch that is not there is begun at the main one."""
+    """Return the commit to build on; a missing branch is created from the main one."""
     uri, hub = remote.uri, type(remote)
     try:
         return hub(uri, remote.token).commit
@@ -51,7 +51,11 @@ def head_of(remote: HuggingFace) -> str:
 
 
 def _once(remote: HuggingFace, head: str, found: Mapping[str, Digests], act: Callable[[], str]) -> str:
-    """Commits; where the answer was lost, a later attempt finds that the state has moved, to what was to be pushed."""
+    """Commit once, even if the reply is lost.
+
+    The request may have succeeded before the connection broke. Then the branch has moved away from `head` and already
+    holds the pushed files, and the new commit is returned instead of an error.
+    """
     try:
         return remote.call(act)
     except NetworkError as error:
@@ -64,6 +68,7 @@ def _once(remote: HuggingFace, head: str, found: Mapping[str, Digests], act: Cal
         else:
             if moved:
                 return now.commit
+        # The hub answers 412 when `parent_commit` is no longer the head of the branch.
         if "412" in error.why or "refresh" in error.why:
             cure = "Look at what is there now, and run the same command again"
             raise NetworkError("somebody else pushed meanwhile", path=str(remote.uri), cure=cure) from None
@@ -76,7 +81,10 @@ def _content(content: Content) -> str | bytes:
 
 @contextmanager
 def _uploading(endpoint: str) -> Iterator[None]:
-    """Without xet where the hub is not Hugging Face's own: other servers do not speak it. Without words or bars."""
+    """Silence huggingface_hub's logs and progress bars, and turn xet off for hubs other than Hugging Face's own.
+
+    Other servers do not speak the xet protocol. An environment that disables xet keeps it disabled.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 

@@ -1,4 +1,4 @@
-"""Whatever fsspec knows: read, never written; such places tell no digests, so only sizes are checked."""
+"""Read from any place that fsspec knows. Such places list no digests, so only sizes are checked; writing is refused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ._listings import Listing, unknown
 
 CHUNK = 1 << 20
 LOCAL = {"file", "local", "hf", "dir", "reference", "simplecache", "filecache", "blockcache", "cached"}
-"""What has a way of its own here, or is made of other places."""
+"""Schemes that have their own reader here, or that wrap other places."""
 
 
 class Filesystem(Listing):
-    """A folder or a file of a file system."""
+    """A folder or a file on an fsspec file system."""
 
     scheme = ""
 
@@ -29,7 +29,7 @@ class Filesystem(Listing):
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        """The file system, and what it calls the container."""
+        """The file system, and its name for the container."""
         import fsspec
 
         try:
@@ -41,6 +41,7 @@ class Filesystem(Listing):
     def listed(self) -> list[RemoteFile]:
         system, root = self._opened
         place = f"{root}/{self.uri.path}" if self.uri.path else root
+        # `find` on a file returns that file alone. Its siblings are listed too, because configs lie beside weights.
         found = self.call(lambda: system.find(place, detail=True))
         if len(found) == 1 and place in {str(name).rstrip("/") for name in found}:
             found = self.call(
@@ -79,7 +80,7 @@ class Filesystem(Listing):
 
 @cache
 def filesystem(scheme: str) -> type[Filesystem] | None:
-    """The hub of a scheme that fsspec knows; None where it knows none."""
+    """Return the hub class of a scheme that fsspec knows, else None."""
     if scheme in LOCAL:
         return None
     import fsspec

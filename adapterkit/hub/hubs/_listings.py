@@ -1,4 +1,4 @@
-"""Places that tell no commits: a listing's own digest is the name of the state."""
+"""Places without commits: the digest of the file listing identifies a state."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ class Listing(Remote):
 
 
 def unknown(path: str, size: int, *signs: object) -> RemoteFile:
-    """A file whose digest the place does not tell; `signs` change when its content does."""
+    """Return a file whose digest the hub does not list; `signs` are values that change with the content."""
     text = json.dumps([path, size, *map(str, signs)])
     return RemoteFile(path, size, f"unknown:{hashlib.sha256(text.encode()).hexdigest()}")

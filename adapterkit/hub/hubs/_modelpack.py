@@ -1,4 +1,4 @@
-"""Manifests: what a ModelPack artifact says of its files, written and read.
+"""Write and read the manifest of a ModelPack artifact.
 
 Sources: the OCI image specification, https://github.com/opencontainers/image-spec/blob/main/manifest.md, and
 https://github.com/modelpack/model-spec/blob/main/docs/spec.md with its config.md.
@@ -27,17 +27,17 @@ DOCUMENT = "application/vnd.cncf.model.doc.v1.raw"
 
 FILE_PATH = "org.cncf.model.filepath"
 NAMES = (FILE_PATH, "org.cnai.model.filepath", "org.opencontainers.image.title")
-"""Annotations that name a layer's file; the last one is what oras writes and reads."""
+"""Annotations that name a layer's file; oras writes and reads the last one."""
 
 FOLDER = "io.deis.oras.content.unpack"
-"""oras's mark of a layer that is a folder in an archive."""
+"""oras's annotation for a layer that is an archived folder."""
 
 CONFIGS = (".json", ".jinja", ".model", ".txt", ".yaml", ".yml")
 DOCUMENTS = (".md",)
 
 
 def made(repo: str, tag: str, found: Mapping[str, Digests], message: str) -> tuple[bytes, bytes]:
-    """The config and the manifest of files, by path; the same files and tag always give the same bytes."""
+    """Return a config and a manifest for files by path. The same files and tag always give the same bytes."""
     names = sorted(found)
     described = {
         "descriptor": {"name": repo.rpartition("/")[2], "version": tag},
@@ -55,11 +55,11 @@ def made(repo: str, tag: str, found: Mapping[str, Digests], message: str) -> tup
 
 
 def parsed(body: bytes, place: str) -> Mapping[str, Any]:
-    """A manifest's content.
+    """Return a manifest's content.
 
     Raises:
-        Malformed: it is not one.
-        Unsupported: it is a list of manifests, of which none is meant.
+        Malformed: the bytes are not a manifest.
+        Unsupported: they are an index of several manifests, and nothing says which one is meant.
     """
     try:
         told = load_json(body.decode())
@@ -73,11 +73,11 @@ def parsed(body: bytes, place: str) -> Mapping[str, Any]:
 
 
 def files_of(manifest: Mapping[str, Any], place: str) -> list[RemoteFile]:
-    """The files of a manifest's layers.
+    """Return the files of a manifest's layers.
 
     Raises:
-        Malformed: a layer without a name, a size or a digest.
-        Unsupported: a layer that is an archive.
+        Malformed: a layer has no size or no digest.
+        Unsupported: a layer is an archive, or has no file name.
     """
     return [_file(layer, f"layer {at}", place) for at, layer in enumerate(manifest["layers"])]
 

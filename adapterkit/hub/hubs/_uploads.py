@@ -1,9 +1,11 @@
-"""Blobs to a registry: only those that it lacks, in chunks; a chunk that was lost is sent again, not the blob.
+"""Upload blobs to a registry in chunks, skipping blobs that it already has. A lost chunk is sent again, not the blob.
 
-Source: https://github.com/opencontainers/distribution-spec/blob/main/spec.md, "Pushing a blob in chunks". Where
-an upload stands is remembered, so that another process goes on with it: the registry is asked for what it has, be that
-half a chunk. One may refuse an upload of which it got more than it could say (Docker's 2.8 does, after half a chunk or
-a lost answer, as its addresses carry a signed count): then the blob is begun again.
+Source: https://github.com/opencontainers/distribution-spec/blob/main/spec.md, "Pushing a blob in chunks".
+
+The upload's url is saved to disk, so that another process can continue it. The registry is then asked how many bytes it
+has, which may end within a chunk. Docker's registry 2.8 puts a signed byte count into its upload urls. It refuses an
+upload of which it received more than that count (half a chunk, or a chunk whose reply was lost). Then the blob is sent
+again from its start.
 """
 
 from __future__ import annotations
@@ -28,18 +30,18 @@ if TYPE_CHECKING:
 
 CHUNK = 16 << 20
 LONGEST = 256 << 20
-"""What is held in memory for a registry that wants long chunks, at most."""
+"""Largest chunk that is held in memory for a registry that requires long chunks."""
 
 ANEW = 6
-"""How often a blob is begun again, where the registry has forgotten or damaged it."""
+"""How often a blob is started again after the registry has lost or damaged it."""
 
 
 def upload(remote: Distribution, content: Content, size: int, digest: str) -> None:
-    """Sends a blob, if the registry does not have it.
+    """Send a blob unless the registry already has it.
 
     Raises:
-        Corrupt: the registry does not find the digest in what it got, however often it is sent.
-        NetworkError: it cannot be reached or refuses.
+        Corrupt: the received bytes do not have the digest, however often they are sent.
+        NetworkError: the registry cannot be reached or refuses.
     """
     if _has(remote, digest):
         return
@@ -56,11 +58,11 @@ def upload(remote: Distribution, content: Content, size: int, digest: str) -> No
 
 
 class _Upload:
-    """One blob on its way.
+    """The upload of one blob.
 
     Attributes:
-        location: where its upload stands; None where it has to be begun.
-        at: the bytes that the registry has; None where it has to say so first.
+        location: the upload's current url; None if it has not been started.
+        at: how many bytes the registry has; None if the registry must be asked first.
     """
 
     def __init__(self, remote: Distribution, content: Content, size: int, digest: str) -> None:
@@ -70,10 +72,10 @@ class _Upload:
         self.at: int | None = None
 
     def run(self) -> None:
-        """Sends what is missing.
+        """Send the missing bytes.
 
         Raises:
-            Refused: the registry does not go on with it.
+            Refused: the registry does not continue this upload.
         """
         if self.location is None:
             self._begin()
@@ -89,7 +91,7 @@ class _Upload:
         self.forget()
 
     def forget(self) -> None:
-        """Nobody goes on with it any more."""
+        """Drop the saved url, so that no process continues this upload."""
         self.location = self.at = None
         self.note.unlink(missing_ok=True)
 
@@ -98,7 +100,7 @@ class _Upload:
         self.at, self.chunk = 0, min(max(CHUNK, least), LONGEST)
 
     def _step(self) -> None:
-        """Sends one chunk, from where the registry stands."""
+        """Send one chunk, starting at the byte where the registry stands."""
         location, at = str(self.location), self.at
         if at is None:
             location, at = _asked(self.remote, location)
@@ -106,11 +108,12 @@ class _Upload:
         if chunk:
             location = _patch(self.remote, location, at, chunk)
         self.location, self.at = location, at + len(chunk)
+        # A blob of a single chunk has no state worth saving.
         if self.size > self.chunk:
             _keep(self.note, location)
 
     def _overcome(self, error: Exception, attempt: int) -> None:
-        """Waits, where another attempt may help."""
+        """Wait if another attempt may help; otherwise raise."""
         met = self.remote.passing(error)
         if met is None:
             raise _failed(self.remote, error) from None
@@ -136,16 +139,17 @@ def _has(remote: Distribution, digest: str) -> bool:
 
 
 def _begun(remote: Distribution) -> tuple[str, int]:
-    """Where a new upload stands, and the shortest chunk but the last that the registry takes."""
+    """Start an upload; return its url and the registry's minimum size of all chunks but the last."""
     with remote.asked("POST", f"{remote.url}/blobs/uploads/", {"Content-Length": "0"}, b"") as response:
         least = response.headers.get("OCI-Chunk-Min-Length", "")
         return _location(remote, remote.url, response), int(least) if least.isascii() and least.isdigit() else 0
 
 
 def _asked(remote: Distribution, location: str) -> tuple[str, int]:
-    """Where an upload stands: its address, and the bytes that the registry has."""
+    """Return an upload's current url, and how many bytes the registry has."""
     with remote.asked("GET", location) as response:
         match = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
+        # The range's end is inclusive. Registries answer "0-0" for an empty upload, so 0 means no bytes, not one.
         held = int(match[1]) + 1 if match and match[1] != "0" else 0
         return _location(remote, location, response), held
 
@@ -164,7 +168,8 @@ def _finish(remote: Distribution, location: str, digest: str) -> None:
             with remote.asked("PUT", url, {"Content-Length": "0"}, b""):
                 pass
         except Refused as error:
-            # The answer to an attempt before this one may have been lost.
+            # An earlier attempt may have succeeded although its reply was lost: then the upload is gone (404) and the
+            # blob is there.
             if error.status != 404 or not _has(remote, digest):
                 raise
 
@@ -175,7 +180,7 @@ def _finish(remote: Distribution, location: str, digest: str) -> None:
 
 
 def _location(remote: Distribution, url: str, response: httpx2.Response) -> str:
-    """Where to go on: an address of the registry's choice, as secure as the registry itself."""
+    """Return the next url, which the registry chooses. It must not downgrade from https to http."""
     target = urljoin(url, response.headers.get("Location", "") or url)
     if urlsplit(target).scheme != urlsplit(remote.url).scheme and urlsplit(target).scheme != "https":
         why = f"sends the upload to {urlsplit(target).scheme}://, which is not safe"
@@ -200,6 +205,7 @@ def _read(content: Content, at: int, nbytes: int) -> bytes:
 def _keep(note: Path, location: str) -> None:
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
+        # Only the user may read the file: an upload url can carry a signature that allows writing.
         descriptor = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(location)

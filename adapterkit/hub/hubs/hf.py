@@ -1,7 +1,7 @@
-"""Hugging Face's hub, and others that speak its language: `hf://org/repo[@revision][/path]`.
+"""Hugging Face's hub and compatible servers: `hf://org/repo[@revision][/path]`.
 
-huggingface_hub's environment holds: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE. No text of a token, a header or a signed
-address reaches an error: what a server says is shown with such parts taken out.
+huggingface_hub's environment variables apply: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE. Errors never show a token, a
+header or a signed url: such parts are removed from the server's messages.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class HuggingFace(Remote):
         while url is not None:
             here = url
             found, following = self.call(lambda here=here: self._told(here))  # type: ignore[misc]
-            # A page that is empty and names another one would keep us here for ever.
+            # An empty page that links to another page would make this loop endless.
             if not isinstance(found, list) or (following and not found):
                 raise NetworkError("the hub's list of files makes no sense", path=str(self.uri), cure=_NOT_A_HUB)
             yield from (self._file(entry) for entry in found if not _is_folder(entry))
@@ -97,10 +97,10 @@ class HuggingFace(Remote):
         return f"{self.endpoint}/api/models/{self.uri.repo}"
 
     def _told(self, url: str) -> tuple[Any, str | None]:
-        """The JSON document at an address of the hub, and the address of the next page, if there is one.
+        """Return the JSON document at a url of the hub, and the url of the next page, if there is one.
 
-        huggingface_hub's own functions are not used to read: they read replies of any length, and send the token to
-        whatever address a page names as the next one, also where another server answered after a redirect.
+        huggingface_hub's own functions are not used for reading, for two reasons. They read replies of any length. They
+        also send the token to any url that a page names as the next one, even if a redirect led to another server.
 
         Raises:
             HfHubHTTPError: the hub refuses.
@@ -113,7 +113,7 @@ class HuggingFace(Remote):
 
     @contextmanager
     def _answered(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """An open reply that is not a refusal; the token goes to the endpoint only.
+        """Yield an open reply that is not a refusal; send the token to the endpoint only.
 
         Raises:
             HfHubHTTPError: the hub refuses.
@@ -128,7 +128,7 @@ class HuggingFace(Remote):
             secret = {}
         with answered("GET", url, sent, secret, str(self.uri)) as response:
             if response.status_code >= 400:
-                # huggingface_hub reads the whole body of an error to explain it, so it gets a copy with a short one.
+                # huggingface_hub reads the whole body of an error to explain it. It gets a copy with a short body.
                 told = {key: response.headers[key] for key in _EXPLAINING if key in response.headers}
                 copy = httpx.Response(
                     response.status_code, headers=told, content=said_in(response), request=response.request
@@ -215,7 +215,7 @@ class HuggingFace(Remote):
         return AccessDenied("the hub wants a token", path=place, cure=_LOGIN)
 
     def _said(self, error: Any) -> str:
-        """What the server said, tokens and addresses taken out."""
+        """Return the server's message with tokens and urls removed."""
         text = " ".join(str(getattr(error, "server_message", None) or "").split())[:200]
         return f": {redacted(text, self.token)}" if text else ""
 
@@ -223,7 +223,7 @@ class HuggingFace(Remote):
         try:
             return {file.path: file for file in self.files}
         except RemoteNotFound:
-            # A branch that is not there is begun at the main one.
+            # `send` creates a missing branch from the main one, so the push meets the main branch's files.
             return None if self.uri.revision is None else HuggingFace(Uri(self.uri.repo), self.token).there()
 
     def send(
@@ -242,12 +242,12 @@ class HuggingFace(Remote):
         try:
             self.call(lambda: self.api.create_tag(self.uri.repo, tag=tag, revision=commit, exist_ok=True))
         except NetworkError:
-            # The answer may have been lost.
+            # The tag may be set although the reply was lost.
             if self._tag(tag) != commit:
                 raise
 
     def _tag(self, name: str) -> str | None:
-        """The commit that a tag is on; None where there is no such tag."""
+        """Return the commit that a tag points to; None if there is no such tag."""
 
         def act() -> str | None:
             tags = self._told(f"{self._model}/refs")[0]["tags"]
@@ -261,18 +261,18 @@ def _is_folder(entry: Any) -> bool:
 
 
 def _cause(error: Exception) -> Exception:
-    """What huggingface_hub met while it uploaded a file: it wraps that into a `RuntimeError`."""
+    """Return the original error of a failed upload: huggingface_hub wraps it into a `RuntimeError`."""
     wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
     return error.__cause__ if wrapped and isinstance(error.__cause__, Exception) else error
 
 
 def _bare(endpoint: str) -> str:
-    """An endpoint without a user's name and password."""
+    """Return an endpoint without a user name and password."""
     return re.sub(r"//[^/@]*@", "//", endpoint)
 
 
 _EXPLAINING = ("X-Error-Code", "X-Error-Message", "Content-Type", "Retry-After", "X-Request-Id")
-"""Headers by which huggingface_hub tells refusals apart."""
+"""Headers by which huggingface_hub distinguishes refusals."""
 
 _LOGIN = "Set HF_TOKEN, or run 'hf auth login'"
 _REACH = "Check the connection and HF_ENDPOINT, then run the same command again: it goes on where it stopped"

@@ -1,6 +1,7 @@
-"""ModelScope: `modelscope://org/repo[@revision][/path]`, read by its own light client, the package modelscope-hub.
+"""ModelScope: `modelscope://org/repo[@revision][/path]`, read through its light client, the package modelscope-hub.
 
-Its environment holds (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT). Files are verified by the sha256 that the hub lists.
+The client's environment variables apply (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT). Files are verified against the
+sha256 that the hub lists.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class ModelScope(Listing):
         return Passing("the connection was lost", wait) if lost or _status(error) in PASSING else None
 
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """By the kind of the client's error alone: its words may hold addresses with signatures."""
+        """Classify by the type and status of the client's error; its message may contain signed urls."""
         place, status = str(self.uri), _status(error)
         if status in (401, 403):
             return AccessDenied("access is denied", path=place, cure="Set MODELSCOPE_API_TOKEN")
@@ -78,11 +79,11 @@ class ModelScope(Listing):
 
 
 def _guard(client: Any, place: str) -> None:
-    """Keep the token at the hub's own origin, and bound all replies but files.
+    """Keep the token at the hub's own origin, and limit the size of all replies except files.
 
-    The client also sends its token as a cookie for the host. A cookie knows neither port nor scheme by itself, so that
-    requests would send it to another port, or without encryption, after a redirect. It drops the `Authorization` header
-    there by itself.
+    The client also sends its token as a cookie for the host. By default a cookie is bound to neither port nor scheme,
+    so after a redirect, requests would send it to another port or without encryption. The client itself drops the
+    `Authorization` header in that case.
     """
     home = urlsplit(client._endpoint)
 
@@ -98,7 +99,7 @@ def _guard(client: Any, place: str) -> None:
     for session in (client._session, client._read_session):
         session.hooks["response"].append(bounded)
         for cookie in session.cookies:
-            # http.cookiejar takes 80 for the port of an address that names none, with https too.
+            # http.cookiejar assumes port 80 for a url without a port, even for https.
             cookie.port, cookie.port_specified, cookie.secure = str(home.port or 80), True, home.scheme == "https"
 
 

@@ -1,8 +1,8 @@
 """Registries of the OCI distribution specification: `oci://registry/name:tag`.
 
-What is pushed is a ModelPack artifact (github.com/modelpack/model-spec): one raw layer a file, content-addressed, the
-tag set last. Read is any artifact whose layers carry names of files, such as those of `oras push`. Addresses that a
-manifest holds are never followed.
+A push writes a ModelPack artifact (github.com/modelpack/model-spec): one raw layer per file, content-addressed, and the
+tag last. A pull reads any artifact whose layers name their files, such as those of `oras push`. Urls inside a manifest
+are never followed: they could point to any server.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ _NAME = re.compile(
 )
 LATEST = "latest"
 MAX_MANIFEST = 4 << 20
-"""The size up to which registries must take a manifest (OCI distribution specification)."""
+"""Largest manifest that registries must accept, in bytes (OCI distribution specification)."""
 
 TRIES = 3
-"""How often a manifest whose bytes came wrong is asked for."""
+"""How often a manifest is fetched while its bytes do not match the digest."""
 
 
 @dataclass(frozen=True, slots=True)
 class OciUri(Uri):
-    """An artifact by its tag, or by its digest."""
+    """An artifact, named by its tag or its digest."""
 
     def __str__(self) -> str:
         mark = "@" if (self.revision or "").startswith("sha256:") else ":"
@@ -94,11 +94,11 @@ class Distribution(Remote):
 
     @cached_property
     def manifest(self) -> tuple[str, Mapping[str, Any]]:
-        """The manifest's digest, and what it says.
+        """The manifest's digest and content.
 
         Raises:
-            Corrupt: its bytes do not have the digest that the registry, or the uri, promises.
-            Malformed: it is not one.
+            Corrupt: the bytes do not have the digest that the registry or the uri promises.
+            Malformed: the bytes are not a manifest.
         """
         for _ in range(TRIES):
             body, promised = self.call(self._manifest)
@@ -128,17 +128,17 @@ class Distribution(Remote):
     def asked(
         self, method: str, url: str, headers: Mapping[str, str] | None = None, content: bytes | None = None
     ) -> Iterator[httpx2.Response]:
-        """An open answer that is no refusal; admission is asked for where the registry wants that first.
+        """Yield an open response that is not a refusal; authenticate first if the registry asks for it.
 
         Raises:
-            Refused: the registry says no.
+            Refused: the registry refuses.
         """
         registry = origin(self.url)
         for attempt in range(2):
             secret = self.admission.headers if origin(url) == registry else {}
             with answered(method, url, headers or {}, secret, str(self.uri), content) as response:
                 # Only the registry itself may ask for credentials. After a redirect another server answers, and its
-                # challenge would name a realm of its own: containerd sent the password there (CVE-2020-15157).
+                # challenge would name its own realm. containerd sent the password there (CVE-2020-15157).
                 is_registry = origin(str(response.url)) == registry
                 challenge = response.headers.get("WWW-Authenticate", "")
                 if response.status_code == 401 and is_registry and attempt == 0 and self.admission.ask(challenge):
@@ -198,6 +198,7 @@ class Distribution(Remote):
             raise UsageError("a registry decides by itself who sees what", path=str(self.uri), cure=cure)
         if (self.uri.revision or "").startswith("sha256:"):
             raise UsageError("a digest cannot be pushed to", path=str(self.uri), cure="Name a tag")
+        # A registry has no conditional PUT for tags. Comparing before and after the upload leaves a short race.
         before = self._now()
         for name, content in files.items():
             _uploads.upload(self, content, found[name][0], found[name][1])

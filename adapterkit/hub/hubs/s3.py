@@ -1,11 +1,12 @@
-"""S3 and what speaks its language: `s3://bucket/path`, by obstore (the extra `s3`); AWS's environment holds.
+"""S3 and compatible stores: `s3://bucket/path`, through obstore (the extra `s3`). AWS's environment variables apply.
 
-A push leaves a list of the files with their digests beside them. It says that a push is under way from before the first
-file to after the last, and is claimed by create-if-absent or by a condition on what was seen, so that two pushes do not
-mix and nobody takes half of one for the whole. Without a list, files are read as they lie and only sizes are checked.
+A push writes a list of the files and their digests beside them. The list is marked as `pushing` before the first upload
+and as `whole` after the last one. It is claimed by create-if-absent, or by a condition on the ETag that was seen. So
+two pushes cannot mix, and no reader takes half of one for the whole. Without a list, the objects found in the folder
+are read, and only sizes are checked.
 
-Objects and lists are read by signed addresses over the HTTP that all hubs share. The store's own requests are uploads,
-with a sha256 that S3 holds against what arrives. For them it knows no Retry-After: it waits longer each time.
+Objects and lists are read by presigned urls over the HTTP client that all hubs share. The store's own requests are
+uploads only; S3 verifies them against a sha256. For uploads the store ignores Retry-After and uses exponential backoff.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ._listings import Listing, unknown
 LIST = ".adapterkit-files.json"
 CHUNK = 8 << 20
 MULTIPART = 64 << 20
-"""Bytes above which a file is sent in parts."""
+"""Files larger than this are uploaded in parts, in bytes."""
 
 
 class S3(Listing):
@@ -56,7 +57,10 @@ class S3(Listing):
 
     @cached_property
     def _list(self) -> tuple[str, Mapping[str, Any], str | None] | None:
-        """Where the list lies, what it says, and its tag: of this folder, or of the one that a file lies in."""
+        """The list of files: its key, content and ETag.
+
+        A uri may name a file, so the list of the parent folder is tried second.
+        """
         for folder in dict.fromkeys((self.uri.path, self.uri.path.rpartition("/")[0])):
             key = f"{folder}/{LIST}" if folder else LIST
             try:
@@ -84,7 +88,7 @@ class S3(Listing):
         ]
 
     def _found(self) -> Iterator[RemoteFile]:
-        """The files as they lie: of the folder, or those beside the one that is named."""
+        """Yield the objects as they are listed: those of the folder, or those beside a named file."""
         path, place = self.uri.path, str(self.uri)
         found = objects(self._listing, path, place, deep=True)
         first = next(found, None)
@@ -107,7 +111,7 @@ class S3(Listing):
             yield begins_at(response), response.iter_raw(PIECE)
 
     def there(self) -> Mapping[str, RemoteFile] | None:
-        """What a push meets; of one that was interrupted, what was there before it."""
+        """Return the existing remote files; after an interrupted push, those of the state before it."""
         if self._list is not None and self._list[0] == self._key(LIST):
             return {file.path: file for file in self._told()}
         return super().there()
@@ -140,11 +144,11 @@ class S3(Listing):
     def _claim(self, before: Mapping[str, Any]) -> str | None:
         own = self._list is not None and self._list[0] == self._key(LIST)
         tag = self._list[2] if own and self._list is not None else None
-        # The name of this push tells its claim from another's that says the same.
+        # The random name distinguishes this push's claim from another one with the same files.
         return self._write({"state": "pushing", "files": before, "by": secrets.token_hex(16)}, tag)
 
     def _write(self, told: Mapping[str, Any], tag: str | None) -> str | None:
-        """Writes the list where it is still what it was when it was seen, or still absent; its new tag."""
+        """Write the list if it is still in the state that was seen (or still absent); return its new ETag."""
         import obstore
 
         mode: Any = "create" if tag is None else {"e_tag": tag}
@@ -155,7 +159,7 @@ class S3(Listing):
                 lambda: obstore.put(self.bucket.store, key, data, mode=mode, use_multipart=False)["e_tag"]
             )
         except NetworkError as error:
-            # Where the answer was lost, a later attempt meets what this one wrote.
+            # The write may have succeeded although its reply was lost. Then the stored list is this one.
             there, written = self._there(key)
             if there != data:
                 raise error from None
@@ -171,13 +175,13 @@ class S3(Listing):
         return self.call(act)
 
     def passing(self, error: Exception) -> Passing | None:
-        # The store itself has tried its own requests again.
+        # obstore has already retried its own requests, so its errors are final.
         if isinstance(error, Passing):
             return error
         return Passing("the connection was lost") if is_transport(error) else None
 
     def failure(self, error: Exception) -> AdapterkitError | None:
-        """By the kind of the store's error alone: its words hold addresses, keys and signatures."""
+        """Classify by the type of the store's error; its message contains urls, keys and signatures."""
         place, kind = str(self.uri), type(error).__name__
         if is_offline(error):
             return offline(place)
@@ -199,7 +203,7 @@ class S3(Listing):
 
 
 def _status(error: Exception) -> int | None:
-    """The status of a refusal; the store keeps it in its words."""
+    """Return the HTTP status of a refusal; obstore has it in its message only."""
     if isinstance(error, Refused):
         return error.status
     told = re.search(r"non-2xx status code: (\d{3})", str(error))
@@ -212,10 +216,10 @@ def _entries(files: Mapping[str, RemoteFile], folder: str) -> dict[str, dict[str
 
 
 def _checked(body: bytes, place: str) -> Mapping[str, Any]:
-    """The content of a list.
+    """Return the parsed content of a list.
 
     Raises:
-        Corrupt: it is none.
+        Corrupt: the bytes are not such a list.
     """
     try:
         told = load_json(body.decode())
@@ -230,5 +234,5 @@ def _checked(body: bytes, place: str) -> Mapping[str, Any]:
     return told  # type: ignore[no-any-return]
 
 
-_PUSH_AGAIN = "Push again, with overwriting allowed"
+_PUSH_AGAIN = "Push again with --overwrite (in Python overwrite=True)"
 _CREDENTIALS = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL"

@@ -6,9 +6,9 @@
 //     const adapter = readAdapter(bytes, methods)        // throws AdapterError with .error and .where
 //     adapter.checkValues()
 //     adapter.digest()                                   // a promise of the sha256
-//     merge(adapter, baseTensors)                        // name -> {shape, data: Float64Array}
+//     mergeTarget(adapter.targets[0], weight, bias)      // W' and b' in 64 bits
 //
-// cli.mjs beside it is its command line.
+// merge.mjs beside it rounds to the stored types; run.mjs and cli.mjs run the vectors.
 
 export const SPEC = [1, 1];
 
@@ -29,11 +29,12 @@ const malformed = (where, why) => new AdapterError("Malformed", where, why);
 
 const MAX_DEPTH = 100;
 const MAX_DIGITS = 4300;
+const MAX_CONTAINERS = 2 ** 21; // objects and lists; 90 MB of `{},` would take gigabytes
 const NUMBER = /-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?/y;
 
 // Lenient, as configurations are read: NaN and infinities pass, and of equal keys the last counts.
 export function parseJSON(text, lenient = false) {
-  let at = 0;
+  let [at, containers] = [0, 0];
   const fail = (why) => {
     throw new SyntaxError(`${why} at character ${at}`);
   };
@@ -85,7 +86,7 @@ export function parseJSON(text, lenient = false) {
   const value = (depth) => {
     space();
     const c = text[at];
-    if ((c === "{" || c === "[") && depth >= MAX_DEPTH) fail("nested too deeply");
+    if ((c === "{" || c === "[") && (depth >= MAX_DEPTH || ++containers > MAX_CONTAINERS)) fail("nested too deeply, or too much");
     if (c === "{") return sequence(new Map(), "}", (found) => pair(found, depth + 1));
     if (c === "[") return sequence([], "]", (found) => found.push(value(depth + 1)));
     if (c === '"') return string();
@@ -156,7 +157,7 @@ function byCodePoint(a, b) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Element types (README, section 5): bytes an element, and how an element is read as a 64-bit number.
 
-function smallFloat(bits, exponentBits, mantissaBits, bias, special) {
+export function smallFloat(bits, exponentBits, mantissaBits, bias, special) {
   // special: "ieee" has infinities and NaNs, "fn" one NaN a sign (all ones), "fnuz" a single NaN (negative zero).
   const mantissa = bits & ((1 << mantissaBits) - 1);
   const exponent = (bits >> mantissaBits) & ((1 << exponentBits) - 1);
@@ -170,12 +171,16 @@ function smallFloat(bits, exponentBits, mantissaBits, bias, special) {
 }
 
 // Name -> bytes an element, and a function (DataView, offset) -> number. Those of DataView's own types are little-endian.
+// Types that are not: name -> bits, bits of the exponent, bits of the significand, bias, special values.
+export const SMALL = {
+  F8_E5M2: [8, 5, 2, 15, "ieee"], F8_E4M3: [8, 4, 3, 7, "fn"], F8_E4M3FNUZ: [8, 4, 3, 8, "fnuz"],
+  F8_E5M2FNUZ: [8, 5, 2, 16, "fnuz"], F16: [16, 5, 10, 15, "ieee"], BF16: [16, 8, 7, 127, "ieee"],
+};
 const small = (bits, ...how) => [bits / 8, (v, i) => smallFloat(v[`getUint${bits}`](i, true), ...how)];
 const plainType = (name) => [parseInt(name.match(/\d+$/)[0]) / 8, (v, i) => v[`get${name}`](i, true)];
 const whole = { U8: "Uint8", I8: "Int8", I16: "Int16", U16: "Uint16", I32: "Int32", U32: "Uint32", I64: "BigInt64", U64: "BigUint64" };
 const real = {
-  F8_E5M2: small(8, 5, 2, 15, "ieee"), F8_E4M3: small(8, 4, 3, 7, "fn"), F8_E4M3FNUZ: small(8, 4, 3, 8, "fnuz"),
-  F8_E5M2FNUZ: small(8, 5, 2, 16, "fnuz"), F16: small(16, 5, 10, 15, "ieee"), BF16: small(16, 8, 7, 127, "ieee"),
+  ...Object.fromEntries(Object.entries(SMALL).map(([name, how]) => [name, small(...how)])),
   F8_E8M0: [1, (v, i) => (v.getUint8(i) === 255 ? NaN : 2 ** (v.getUint8(i) - 127))],
   F32: plainType("Float32"), F64: plainType("Float64"),
 };
@@ -223,7 +228,7 @@ export function readSafetensors(bytes) {
   if (start + end !== size) throw malformed(`byte ${start + end < size ? start + end : size}`, "cut short, or trailing bytes");
   const tensors = new Map();
   for (const { name, dtype, shape, from, to } of entries) {
-    tensors.set(name, tensorOf(dtype, shape.map(Number), bytes.subarray(Number(start + from), Number(start + to))));
+    tensors.set(name, tensorOf(dtype, shape, bytes.subarray(Number(start + from), Number(start + to))));
   }
   return { tensors, metadata };
 }
@@ -244,14 +249,13 @@ function entryOf(name, spec) {
 const isSize = (n) => typeof n === "bigint" && n >= 0n && n < 1n << 63n;
 const isSizes = (value) => Array.isArray(value) && value.length <= MAX_AXES && value.every(isSize);
 
-function tensorOf(dtype, shape, bytes) {
+// `sizes` and `integers` are BigInts: an axis and a position may be larger than a Number holds exactly.
+function tensorOf(dtype, sizes, bytes) {
   const { size, get } = DTYPES.get(dtype);
-  const numbers = () => {
-    const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
-    const count = shape.reduce((product, n) => product * n, 1);
-    return Float64Array.from({ length: count }, (_, i) => Number(get(view, i * size)));
-  };
-  return { dtype, shape, bytes, numbers };
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
+  const numbers = () => Float64Array.from({ length: bytes.length / size }, (_, i) => Number(get(view, i * size)));
+  const integers = () => Array.from({ length: bytes.length / size }, (_, i) => BigInt(get(view, i * size)));
+  return { dtype, shape: sizes.map(Number), sizes, bytes, numbers, integers };
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -263,12 +267,13 @@ const isText = (v) => typeof v === "string";
 const isObject = (v) => v instanceof Map;
 const isTexts = (v) => isObject(v) && [...v.values()].every(isText);
 const orNull = (test) => (v) => v === null || test(v);
-const isRows = (v) => Array.isArray(v) && v.length === 2 && v.every((n) => typeof n === "bigint" && n >= 0n);
-// Field -> [test, whether it is required, fields inside an object or inside the objects of a list].
+const isCount = (v) => typeof v === "bigint" && v >= 0n;
+const isPair = (v) => Array.isArray(v) && v.length === 2;
+// Field -> [test, whether it is required, fields inside an object or inside the objects of a list, or test of items].
 const BASE = { id: [orNull(isText)], revision: [orNull(isText)], config_hash: [orNull(isText)] };
 const STEP = { op: [isText, true], args: [isObject, true] };
 const FOREIGN = { format: [isText, true], data: [isObject, true], tensors: [isTexts, true] };
-const TARGET = { path: [isText, true], layout: [isText], rows: [orNull(isRows)] };
+const TARGET = { path: [isText, true], layout: [isText], rows: [orNull(isPair), false, isCount] };
 const UPDATE = {
   target: [isObject, true, TARGET],
   method: [(v) => isText(v) && v.length > 0, true],
@@ -279,29 +284,27 @@ const UPDATE = {
 const RECORD = {
   version: [isText, true],
   updates: [(v) => Array.isArray(v) && v.length > 0, true, UPDATE],
-  requires: [(v) => Array.isArray(v) && v.every(isText)],
+  requires: [Array.isArray, false, isText],
   recipe: [Array.isArray, false, STEP],
   base: [orNull(isObject), false, BASE],
   foreign: [orNull(isObject), false, FOREIGN],
   extensions: [isObject],
 };
 
+// In the order of the document, each field with all that is in it; then what is missing.
 function checkFields(value, fields, where) {
-  if (!isObject(value)) throw malformed(where, "not an object");
-  for (const key of value.keys()) {
+  if (!(fields instanceof Function ? fields(value) : isObject(value))) throw malformed(where, "not of its type");
+  if (fields instanceof Function) return;
+  for (const [key, found] of value) {
     if (!Object.hasOwn(fields, key)) throw malformed(where, `unknown field ${key}`);
-  }
-  for (const [key, [test, required, inside]] of Object.entries(fields)) {
+    const [test, , inside] = fields[key];
     const place = `${where}.${key}`;
-    if (!value.has(key)) {
-      if (required) throw malformed(place, "missing");
-      continue;
-    }
-    const found = value.get(key);
     if (!test(found)) throw malformed(place, "not of its type");
     if (inside && Array.isArray(found)) found.forEach((item, i) => checkFields(item, inside, `${place}[${i}]`));
     else if (inside && found !== null) checkFields(found, inside, place);
   }
+  const missing = Object.keys(fields).find((key) => fields[key][1] && !value.has(key));
+  if (missing) throw malformed(where, `lacks ${missing}`);
 }
 
 // The adapter in the bytes of a file; `methods` are the entries of spec/1.1/methods.json by name.
@@ -383,22 +386,16 @@ function decodeUpdate(entry, take, place, methods) {
   const fields = new Map(method.tensors.map((field) => [field.name, field]));
   const known = (method.attributes ?? []).filter((a) => BigInt(a.since ?? 1) <= version);
   const [tensors, attributes] = [new Map(), new Map()];
-  for (const field of entry.get("tensors").keys()) {
-    if (!fields.has(field)) throw malformed(`${place}: tensors`, `unknown name ${field}`);
-  }
-  for (const attribute of entry.get("attributes").keys()) {
-    if (!known.some((a) => a.name === attribute)) throw malformed(`${place}: attributes`, `unknown name ${attribute}`);
-  }
+  const checkNames = (what, given, names, required) => {
+    const fault = [...given.keys()].find((each) => !names.includes(each)) ?? required.find((each) => !given.has(each));
+    if (fault !== undefined) throw malformed(`${place}: ${what}`, `unknown or missing name ${fault}`);
+  };
+  const namesOf = (list) => list.map((each) => each.name);
+  checkNames("tensors", entry.get("tensors"), [...fields.keys()], namesOf(method.tensors.filter((t) => !t.optional)));
+  checkNames("attributes", entry.get("attributes"), namesOf(known), namesOf(known.filter((a) => a.default === undefined)));
   for (const [field, key] of entry.get("tensors")) tensors.set(field, take(key, `${place}: ${field}`));
-  for (const field of fields.values()) {
-    if (!field.optional && !tensors.has(field.name)) throw malformed(`${place}: tensors`, `lacks ${field.name}`);
-  }
-  for (const a of method.attributes ?? []) {
-    const given = entry.get("attributes").get(a.name);
-    if (given !== undefined) attributes.set(a.name, given);
-    else if (a.default === undefined) throw malformed(`${place}: tensors`, `lacks ${a.name}`);
-    else attributes.set(a.name, a.type === "int" ? BigInt(a.default) : a.default);
-  }
+  const given = entry.get("attributes");
+  for (const a of method.attributes ?? []) attributes.set(a.name, given.has(a.name) ? given.get(a.name) : plain(a, a.default));
   const ordered = method.tensors.filter((t) => tensors.has(t.name)).map((t) => [t.name, tensors.get(t.name)]);
   return { method, tensors: new Map(ordered), attributes };
 }
@@ -455,7 +452,7 @@ export class Adapter {
         );
         say([target.path, target.layout, target.rows, update.method.name, BigInt(version), attributes]);
         for (const [field, tensor] of update.tensors) {
-          say([field, tensor.dtype, tensor.shape.map(BigInt)]);
+          say([field, tensor.dtype, tensor.sizes]);
           parts.push(tensor.bytes);
         }
       }
@@ -468,7 +465,7 @@ export class Adapter {
 // The oldest version of a method that has all attributes that an update uses.
 function statedVersion({ method, attributes }) {
   const newer = (method.attributes ?? []).filter((a) => (a.since ?? 1) > 1);
-  const used = newer.filter((a) => canonical(attributes.get(a.name)) !== canonical(plain(a, a.default)));
+  const used = newer.filter((a) => attributes.get(a.name) != plain(a, a.default)); // 1 equals 1.0, and 0.0 equals -0.0
   return Math.max(method.since.findIndex(Boolean) + 1, ...used.map((a) => a.since));
 }
 
@@ -518,7 +515,7 @@ function checkForms({ method, tensors }) {
   for (const group of method.one_of ?? []) {
     const present = new Set(group.flat().filter((name) => tensors.has(name)));
     const fits = group.some((names) => names.length === present.size && names.every((name) => present.has(name)));
-    if (!fits) throw malformed([...present][0] ?? "", "not exactly one of the method's forms");
+    if (!fits) throw malformed("", "not exactly one of the method's forms");
   }
 }
 
@@ -533,7 +530,7 @@ function solve(update, stacked) {
   // Products and quotients may wait for an axis that a later tensor tells.
   const rounds = update.method.tensors.some(({ shape }) => /[*/]\w/.test(shape.replace(/(^| )\*/g, "$1"))) ? 2 : 1;
   for (let round = 0; round < rounds; round++) {
-    for (const { name, shape } of fields) bindShape(stacked ? `e ${shape}` : shape, update.tensors.get(name).shape, dims, name);
+    for (const { name, shape } of fields) bindShape(stacked ? `e ${shape}` : shape, update.tensors.get(name).sizes, dims, name);
   }
   return dims;
 }
@@ -548,11 +545,11 @@ function bindShape(text, shape, dims, field) {
   for (const axis of axes) {
     let fits;
     if (axis.startsWith("*")) {
-      const sizes = shape.slice(at, at + extra).map(BigInt);
+      const sizes = shape.slice(at, at + extra);
       if (!dims.has(axis.slice(1))) dims.set(axis.slice(1), sizes);
       fits = canonical(dims.get(axis.slice(1))) === canonical(sizes);
       at += extra;
-    } else fits = bindAxis(axis, BigInt(shape[at++]), dims);
+    } else fits = bindAxis(axis, shape[at++], dims);
     if (!fits) throw mismatch(field, `[${shape}] is not [${text}]`);
   }
 }
@@ -599,7 +596,7 @@ function applyRules(update, stacked) {
     if (rule.define) {
       const size = evaluateRule(rule.value, scope);
       if (!dims.has(rule.define)) dims.set(rule.define, size);
-      if (dims.get(rule.define) !== size) throw mismatch(rule.where ?? "", `${rule.define} is not ${rule.value}`);
+      if (dims.get(rule.define) !== size || size === false || size < 0n) throw mismatch(rule.where ?? "", `${rule.define} is not ${rule.value}`);
     } else if (!evaluateRule(rule.require, scope)) {
       throw new AdapterError(rule.error, rule.where ?? "", `${rule.require} does not hold`);
     }
@@ -607,15 +604,15 @@ function applyRules(update, stacked) {
 }
 
 // Expressions of rules (README, section 9): or, and, not, comparisons, + -, * // %, **, names, words, has axes block.
+// What has no value, such as a quotient by 0, is undefined, and makes all undefined that needs it; in the end, false.
 function evaluateRule(text, { update, dims, stacked }) {
   const tokens = text.match(/\w+|'[^']*'|\/\/|\*\*|[<>=!]=|[-+*%()<>,]/g);
   let at = 0;
   const next = (...words) => (words.includes(tokens[at]) ? tokens[at++] : undefined);
   const name = (word) => (dims.has(word) ? dims.get(word) : update.attributes.get(word));
   const blockOf = (p) => {
-    let b = 1n;
-    while ((b * (b - 1n)) / 2n < p) b++;
-    return (b * (b - 1n)) / 2n === p ? b : 0n;
+    const near = BigInt(Math.round((1 + Math.sqrt(1 + 8 * Number(p))) / 2));
+    return [near - 1n, near, near + 1n].find((b) => b > 0n && b * (b - 1n) === 2n * p) ?? 0n;
   };
   const atom = () => {
     const token = tokens[at++];
@@ -637,15 +634,15 @@ function evaluateRule(text, { update, dims, stacked }) {
     const base = atom();
     if (!next("**")) return base;
     const exponent = power();
-    if (exponent < 0n || exponent > 63n) throw new RangeError("no size of anything");
-    return base ** exponent;
+    return base === undefined || !(exponent >= 0n && exponent <= 63n) ? undefined : base ** exponent;
   };
+  const floor = (a, b) => a / b - (a % b !== 0n && a < 0n !== b < 0n ? 1n : 0n);
   const chain = (inner, ...words) => () => {
     let value = inner();
     for (let operator; (operator = next(...words)); ) {
-      const other = inner();
-      if ((operator === "//" || operator === "%") && !other) throw new RangeError("divided by zero");
-      value = { "+": () => value + other, "-": () => value - other, "*": () => value * other, "//": () => value / other, "%": () => value % other }[operator]();
+      const [a, b] = [value, inner()];
+      const lost = a === undefined || b === undefined || ("//%".includes(operator) && !b);
+      value = lost ? undefined : { "+": () => a + b, "-": () => a - b, "*": () => a * b, "//": () => floor(a, b), "%": () => a - floor(a, b) * b }[operator]();
     }
     return value;
   };
@@ -655,23 +652,24 @@ function evaluateRule(text, { update, dims, stacked }) {
     const operator = next("==", "!=", "<", "<=", ">", ">=");
     if (!operator) return one;
     const other = sum();
+    if (one === undefined || other === undefined) return undefined;
     return { "==": one === other, "!=": one !== other, "<": one < other, "<=": one <= other, ">": one > other, ">=": one >= other }[operator];
   };
-  const negated = () => (next("not") ? !negated() : comparison());
-  // Every part is evaluated, since its tokens have to be consumed; a part that cannot be makes the rule false.
-  const joined = (inner, word, join) => () => {
+  const negated = () => {
+    if (!next("not")) return comparison();
+    const value = negated();
+    return value === undefined ? undefined : !value;
+  };
+  // Every part is computed, since its tokens have to be consumed; the first that decides or has no value counts.
+  const joined = (inner, word, stop) => () => {
     const parts = [inner()];
     while (next(word)) parts.push(inner());
-    return parts.length > 1 ? join(parts) : parts[0];
+    const decides = parts.findIndex((value) => value === undefined || Boolean(value) === stop);
+    return parts.at(decides); // the last where none does
   };
-  const both = joined(negated, "and", (parts) => parts.every(Boolean));
-  const either = joined(both, "or", (parts) => parts.some(Boolean));
-  try {
-    return either();
-  } catch (error) {
-    if (error instanceof RangeError) return false;
-    throw error;
-  }
+  const both = joined(negated, "and", false);
+  const either = joined(both, "or", true);
+  return either() ?? false;
 }
 
 function checkValues({ method, tensors, dims }) {
@@ -683,7 +681,7 @@ function checkValues({ method, tensors, dims }) {
   for (const field of placed) {
     for (const [row, part] of rowsOf(field, tensors.get(field.name)).entries()) {
       const bound = sizeOf(field.below[row], dims);
-      if (part.some((n) => n < 0 || (bound !== undefined && n >= bound))) throw malformed(field.name, "a position outside");
+      if (part.some((n) => n < 0n || (bound !== undefined && n >= bound))) throw malformed(field.name, "a position outside");
     }
   }
   for (const field of placed.filter((t) => t.distinct)) {
@@ -700,7 +698,7 @@ function checkValues({ method, tensors, dims }) {
 
 // The positions of a field, for each axis that they are on: pairs are two rows, of which experts may have several.
 function rowsOf(field, tensor) {
-  const numbers = [...tensor.numbers()];
+  const numbers = tensor.integers();
   if (field.below.length === 1) return [numbers];
   const last = tensor.shape.at(-1);
   return [0, 1].map((row) => numbers.filter((_, i) => Math.floor(i / last) % 2 === row));
@@ -708,7 +706,7 @@ function rowsOf(field, tensor) {
 
 function sizeOf(axis, dims) {
   const names = axis.match(/[a-z_]\w*/gi) ?? [];
-  return names.every((name) => dims.has(name)) ? Number(evaluateAxis(axis, dims)) : undefined;
+  return names.every((name) => dims.has(name)) ? evaluateAxis(axis, dims) : undefined;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1013,13 +1011,10 @@ export function fieldsOf({ tensors, attributes }, expert) {
   const t = {};
   for (const [name, tensor] of tensors) {
     const all = numeric(tensor);
-    // Seeds have 64 bits, more than a Number holds.
-    const view = new DataView(tensor.bytes.buffer, tensor.bytes.byteOffset, tensor.bytes.length);
-    const { get, size, whole } = DTYPES.get(tensor.dtype);
-    const integers = whole && Array.from(all.data, (_, i) => BigInt(get(view, i * size)));
     t[name] = expert === undefined ? all : part(all, expert);
     const step = t[name].data.length;
-    t[name].whole = integers && integers.slice((expert ?? 0) * step, ((expert ?? 0) + 1) * step);
+    // Seeds have 64 bits, more than a Number holds.
+    if (DTYPES.get(tensor.dtype).whole) t[name].whole = tensor.integers().slice((expert ?? 0) * step, ((expert ?? 0) + 1) * step);
   }
   const a = Object.fromEntries([...attributes].map(([name, value]) => [name, typeof value === "bigint" ? Number(value) : value]));
   return { t, a };
@@ -1159,7 +1154,7 @@ export function readBase(files, read) {
     for (const name of names) if (!files.includes(name)) throw malformed("weight_map", `${name} is not there`);
   } else if (files.includes(SINGLE)) names = [SINGLE];
   else {
-    names = files.filter((name) => name.endsWith(".safetensors"));
+    names = files.filter((name) => name.endsWith(".safetensors") && !name.includes("/"));
     if (names.length !== 1) throw usage(`${names.length} safetensors files and no ${INDEX}`);
   }
   const [tensors, home] = [new Map(), new Map()];
@@ -1194,6 +1189,7 @@ function indexOf(bytes) {
 }
 
 function checkShardName(name) {
-  const strange = name === "" || /[\\\0:]/.test(name) || name.startsWith("/") || name.split("/").includes("..");
+  const bytes = (text) => new TextEncoder().encode(text).length;
+  const strange = /[\\\0:]/.test(name) || name.split("/").some((part) => ["", ".", ".."].includes(part) || bytes(part) > 255);
   if (strange) throw malformed(name, "not the plain name of a file inside the folder");
 }

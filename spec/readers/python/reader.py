@@ -1,6 +1,7 @@
 """The library as a program that `adapterkit conformance` can call (README, section 16).
 
-python reader.py check FILE...     python reader.py base FOLDER...     python reader.py compute ADAPTER BASE
+python reader.py check FILE...               python reader.py base FOLDER...        python reader.py canonical FILE...
+python reader.py compute ADAPTER BASE        python reader.py merge ADAPTER BASE
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 
 import adapterkit as ak
+from adapterkit.adapter import canonical
 from adapterkit.errors import AdapterkitError
 from adapterkit.tensors.checkpoint import open_checkpoint
+from adapterkit.tensors.strict_json import load_json
 
 
 def check(path: str) -> dict[str, Any]:
@@ -58,6 +61,23 @@ def compute(adapter: str, base: str) -> dict[str, Any]:
     return {"ok": True, "outputs": outputs}
 
 
+def merge(adapter: str, base: str) -> dict[str, Any]:
+    """Merge an adapter into a base of one file."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        ak.merge(base, adapter, Path(folder, "out.safetensors"))
+        tensors = open_checkpoint(Path(folder, "out.safetensors")).tensors
+        found = {name: [leaf.dtype.name, list(leaf.shape), bytes(leaf.fetch()).hex()] for name, leaf in tensors.items()}
+    return {"ok": True, "tensors": found}
+
+
+def canonical_texts(path: str) -> dict[str, Any]:
+    """The texts of JSON in a file, each as canonical JSON."""
+    texts = json.loads(Path(path).read_text("utf-8"))
+    return {"ok": True, "canonical": [canonical(load_json(each["json"])) for each in texts]}
+
+
 def _told(run: Callable[..., dict[str, Any]], *paths: str) -> dict[str, Any]:
     try:
         return run(*paths)
@@ -67,7 +87,7 @@ def _told(run: Callable[..., dict[str, Any]], *paths: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     verb, *paths = sys.argv[1:]
-    groups = [paths] if verb == "compute" else [[path] for path in paths]
+    groups = [paths] if verb in ("compute", "merge") else [[path] for path in paths]
     for group in groups:
-        run = {"check": check, "base": base, "compute": compute}[verb]
+        run = {"check": check, "base": base, "compute": compute, "merge": merge, "canonical": canonical_texts}[verb]
         print(json.dumps({"path": group[0], **_told(run, *group)}))

@@ -85,7 +85,6 @@ OWN: dict[str, dict[str, Any]] = {
         "moe_layers": [0, 1],
         "no_rope_layers": [1, 0],
     },
-    "mllama_text_model": {"cross_attention_layers": [1]},
     "mllama_vision_model": {
         "num_global_layers": 1,
         "intermediate_layers_indices": [0],
@@ -164,6 +163,17 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen2_vl_text": {"rope_parameters": MROPE},
     "qwen2_5_vl_text": {"rope_parameters": MROPE},
     "glm4v_text": {"rope_parameters": MROPE},
+    "Glm4vMoe_text": {"rope_parameters": MROPE},
+    "mllama_text_model": {
+        "cross_attention_layers": [1],
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+    },
+    "moonshine": {
+        "encoder_num_attention_heads": 4,
+        "encoder_num_key_value_heads": 4,
+        "decoder_num_attention_heads": 4,
+        "decoder_num_key_value_heads": 4,
+    },
     "glm4v_moe_text": {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16], "rope_parameters": MROPE},
     "chameleon": {"vocabulary_map": {"<image>": 90, **{f"IMGIMG{letter}Z": 91 + n for n, letter in enumerate("AB")}}},
@@ -201,7 +211,10 @@ CLASSES = (
     "MODEL_FOR_CTC_MAPPING_NAMES", "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES", "MODEL_MAPPING_NAMES",
 )  # fmt: skip
 ENCODERS = ("bert", "roberta", "electra", "vit", "clip", "siglip")
-FIRST = {"clip": "CLIPModel", "siglip": "SiglipModel", "bart": "BartForConditionalGeneration"}
+FIRST = {
+    "clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model", "bart": "BartForConditionalGeneration",
+    "video_llava": "VideoLlavaForConditionalGeneration",
+}  # fmt: skip
 
 
 def small_config(model_type: str) -> PretrainedConfig:

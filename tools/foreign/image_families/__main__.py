@@ -100,6 +100,10 @@ def toml_of(name: str, family: Family) -> str:
             block, _, last = weight.rpartition(".")
             if last in names:
                 places["diffusers_fused"] = {"name": f"{block}.{fused}", "part": names.index(last), "of": len(names)}
+    for places in weights.values() if family.comfyui else ():
+        there = family.comfyui.get(_name(places.get("native", "")))
+        if there is not None:
+            places["comfyui"] = there
     # A weight whose key is no name in diffusers needs its place in both namings.
     for places in weights.values() if family.fused else ():
         if "diffusers" in places:
@@ -108,7 +112,8 @@ def toml_of(name: str, family: Family) -> str:
         "# Made by tools/foreign/image_families and reviewed. spec/architectures/README.md says what each field means.",
         "format = 1", f'family = "{name}"', "model_types = []",
         f"sources = {_value([*family.sources, f'diffusers {diffusers.__version__}: its model and converter'])}",
-        f"keyed = {_value(keyed)}", "", "[pipeline]", *(f"{key} = {_value(each)}" for key, each in facts.items()),
+        f"keyed = {_value(keyed)}", *(['extends = { comfyui = "native" }'] if family.comfyui else []), "",
+        "[pipeline]", *(f"{key} = {_value(each)}" for key, each in facts.items()),
     ]  # fmt: skip
     if ratios:
         lines += ["", "[pipeline.ratios]", *(f'"{key}" = {_value(each)}' for key, each in ratios.items())]

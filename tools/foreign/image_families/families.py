@@ -34,6 +34,7 @@ class Family:
         counted: all published models have as many blocks as the class has by default.
         distinctive, widths: see spec/architectures/README.md.
         ratios: patterns of diffusers' modules whose outputs by inputs are evidence.
+        comfyui: the authors' name -> ComfyUI's, where that is another; empty where ComfyUI has no such module.
         fused: module that fuse_qkv_projections makes -> the modules beside it that it is made of.
         sources: where the authors' names come from.
     """
@@ -51,6 +52,7 @@ class Family:
     counted: bool = False
     widths: tuple[int, ...] = ()
     ratios: tuple[str, ...] = ()
+    comfyui: dict[str, Any] = field(default_factory=dict)
     fused: dict[str, str] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
@@ -155,6 +157,20 @@ def _wan(state: State) -> State:
     ):
         made[f"{other}.weight"] = made.pop(f"{word}.weight")  # As scripts/convert_skyreelsv2_to_diffusers.py has it.
     return made
+
+
+_IN_COMFYUI = {
+    f"{word}.{part}": f"{word}.{layer}_layer"
+    for word in ("time_in", "time_r_in", "guidance_in", "txt_in.t_embedder", "txt_in.c_embedder")
+    for part, layer in zip(
+        ("linear_1", "linear_2") if word.endswith("c_embedder") else ("mlp.0", "mlp.2"), ("in", "out"), strict=True
+    )
+}  # fmt: skip
+"""ComfyUI's names of HunyuanVideo's embedders: it has FLUX's for these."""
+_QKV_IN_COMFYUI = {
+    f"double_blocks.{{n}}.{x}_attn_{letter}": {"name": f"double_blocks.{{n}}.{x}_attn_qkv", "part": part, "of": 3}
+    for x in ("img", "txt") for part, letter in enumerate("qkv")
+}  # fmt: skip
 
 
 def _flux3(state: State) -> State:
@@ -268,6 +284,10 @@ FAMILIES: dict[str, Family] = {
         vace_blocks.#.{{before,after}}_proj""",
         config={"image_dim": 1280, "added_kv_proj_dim": 5120}, widths=(1536, 2048, 3072),
         sources=("Wan-Video/Wan2.1: model.py and vace_model.py", "SkyworkAI/SkyReels-V2"),
+        comfyui=dict.fromkeys(
+            ("fps_embedding", "fps_projection.0", "fps_projection.2", "vace_blocks.{n}.cross_attn.k_img",
+             "vace_blocks.{n}.cross_attn.v_img"), ""
+        ),
     ),
     "hunyuan_video": Family(
         ("HunyuanVideoTransformer3DModel",), single.convert_hunyuan_video_transformer_to_diffusers,
@@ -280,6 +300,7 @@ FAMILIES: dict[str, Family] = {
         single_blocks.#.linear1*7 single_blocks.#.{linear2,modulation.linear,q_norm,k_norm}
         final_layer.linear final_layer.adaLN_modulation.1""",
         rows=3072, counted=True, config={"guidance_embeds": True}, sources=("Tencent-Hunyuan/HunyuanVideo: models.py",),
+        comfyui=_IN_COMFYUI,
     ),
     "hunyuan_video_15": Family(
         ("HunyuanVideo15Transformer3DModel",), _hunyuan_video_15,
@@ -290,6 +311,7 @@ FAMILIES: dict[str, Family] = {
         double_blocks.#.{img,txt}_attn_{q,k,v,proj,q_norm,k_norm} double_blocks.#.{img,txt}_mod.linear
         double_blocks.#.{img,txt}_mlp.{fc1,fc2} final_layer.linear final_layer.adaLN_modulation.1""",
         config={"use_meanflow": True}, sources=("diffusers: scripts/convert_hunyuan_video1_5_to_diffusers.py",),
+        comfyui=_IN_COMFYUI | _QKV_IN_COMFYUI,
     ),
     "ltx": Family(
         ("LTXVideoTransformer3DModel",), single.convert_ltx_transformer_checkpoint_to_diffusers, "<ltx>",
@@ -349,6 +371,13 @@ FAMILIES: dict[str, Family] = {
         ),
         "layers.#.{self,cross}_attn.{q,k,v,o}_proj layers.#.mlp.{gate,up,down}_proj",
         sources=("ace-step/ACE-Step-1.5",),
+        comfyui={
+            f"layers.{{n}}.{name}": f"decoder.layers.{{n}}.{name}"
+            for name in (
+                *(f"{x}_attn.{letter}_proj" for x in ("self", "cross") for letter in "qkvo"),
+                *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+            )
+        },
     ),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from invalid.bases import bases
 from invalid.case import Invalid
 from invalid.containers import containers
+from invalid.precedence import precedence
 from invalid.records import records
 
 
@@ -15,3 +16,4 @@ def cases() -> Iterator[Invalid]:
     yield from containers()
     yield from records()
     yield from bases()
+    yield from precedence()

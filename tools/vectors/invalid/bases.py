@@ -44,6 +44,9 @@ def _indexes() -> Iterator[Invalid]:
     yield naming("index_url", "https://example.org/model-2.safetensors")
     yield naming("index_file_url", "file:///etc/passwd")
     yield naming("index_nul", "model-2.safetensors\0")
+    yield naming("index_part_empty", "part//model-2.safetensors")
+    yield naming("index_part_dot", "./model-2.safetensors")
+    yield naming("index_part_long", "\u00e9" * 128)
     yield _index("index_name_empty", "", whole | {"b.weight": ""})
     yield _index("shard_missing", "weight_map", whole, second=None)
     yield _index("shard_malformed", "header length", whole, second=TWO[:20])
@@ -56,6 +59,10 @@ def _indexes() -> Iterator[Invalid]:
     })))  # fmt: skip
     yield _index("index_metadata_list", "metadata", text({"metadata": [], "weight_map": whole}).encode())
     yield _index("index_shards_swapped", "a.weight", {"a.weight": SECOND, "b.weight": FIRST})
+    weight_map = {"a.weight": "two/model.safetensors", "b.weight": "one/model.safetensors"}
+    parts = {"one/model.safetensors": ONE, "two/model.safetensors": TWO}
+    raw = text({"weight_map": weight_map}).encode()
+    yield Invalid("index_folders_swapped", {INDEX: raw, **parts}, where="a.weight", opens="base")
     yield _index("index_not_json", "", b'{"weight_map": ')
     yield _index("index_list", "", b"[]")
     twice = b'{"weight_map":{"a.weight":"model-1.safetensors","a.weight":"model-2.safetensors"}}'
@@ -69,6 +76,8 @@ def _folders() -> Iterator[Invalid]:
     config = {"model.safetensors": ONE, "config.json": b"{'model_type': 'llama'}"}
     index = text({"weight_map": {"a.weight": "model.safetensors"}}).encode()
     yield Invalid("config_not_json", config, opens="base")
+    deep = {"model.safetensors": ONE, "config.json": b'{"a":' + b"[" * 100 + b"]" * 100 + b"}"}
+    yield Invalid("config_deep", deep, opens="base")
     yield Invalid("index_and_whole", {"model.safetensors": ONE, INDEX: index}, "UsageError", opens="base")
     yield Invalid("two_files_no_index", {FIRST: ONE, SECOND: TWO}, "UsageError", opens="base")
     yield Invalid("no_weights", {"readme.txt": b"weights to follow\n"}, "UsageError", opens="base")

@@ -57,6 +57,11 @@ def _records() -> Iterator[Invalid]:
     yield Invalid("record_infinity", native(words.replace("0.5", "-Infinity"), TENSORS), where="metadata adapterkit")
     yield Invalid("record_overflow", native(words.replace("0.5", "1e999"), TENSORS), where="metadata adapterkit")
     yield Invalid("record_deep", native(f'{{"version":"1.0","updates":{DEEP}}}', TENSORS), where="metadata adapterkit")
+    inside: Any = []
+    for level in range(96):
+        inside = {"inside": inside} if level % 2 else [inside]
+    nested = RECORD | {"recipe": [{"op": "x", "args": {"deep": inside}}]}
+    yield Invalid("record_101_deep", native(nested, TENSORS), where="metadata adapterkit")
     lone = words.replace('"path":"q"', '"path":"\\udc00"')
     yield Invalid("record_half_surrogate", native(lone, TENSORS), where="metadata adapterkit")
     yield Invalid("record_unknown_field", _record(lambda r: r.update(author="x")), where="metadata adapterkit")
@@ -76,6 +81,8 @@ def _records() -> Iterator[Invalid]:
     yield Invalid("extensions_number_newer", _record(lambda r: r.update(newer)), where="extensions")
     repeated = {"version": "1.9", "extensions": {"colour": "blue"}, "colour": "red"}
     yield Invalid("extensions_repeated_newer", _record(lambda r: r.update(repeated)), where="extensions")
+    unknown = {"version": "1.9", "updates": [LORA | {"colour": "red"}]}
+    yield Invalid("unknown_field_newer", _record(lambda r: r.update(unknown)), where="metadata adapterkit.updates[0]")
     yield Invalid("base_text", _record(lambda r: r.update(base="org/model")), where="base")
     yield Invalid("base_unknown_field", _record(lambda r: r.update(base={"url": "x"})), where="base")
     yield Invalid("recipe_step_without_op", _record(lambda r: r.update(recipe=[{"args": {}}])), where="recipe")
@@ -127,6 +134,9 @@ def _methods() -> Iterator[Invalid]:
     yield Invalid("attribute_null", native(null, TENSORS), where="lora.scaling")
     huge = text(RECORD).replace("0.5", "1" + "0" * 400)
     yield Invalid("attribute_huge", native(huge, TENSORS), where="lora.scaling")
+    # It rounds to the largest number of binary64, and is above it.
+    beyond = text(RECORD).replace("0.5", str((1 << 1024) - (1 << 970) - 1))
+    yield Invalid("attribute_beyond_binary64", native(beyond, TENSORS), where="q: lora.scaling")
     yield Invalid("attributes_missing", _update(attributes=None), where="updates[0]")
     five, three = stored(numbers("invalid.5", 5), "F32"), stored(numbers("invalid.3", 3), "F32")
     yield Invalid("ia3_both", _with("ia3", {}, l=three, l_in=five), where="q: ia3")

@@ -1,0 +1,351 @@
+"""Which tools load an adapter file as it is, which after a conversion, and why the others do not.
+
+What each tool loads is data: one file a tool in `spec/loaders`, most of it found by running the tool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ..errors import AdapterkitError, Malformed, Unrepresentable
+from ..formats import FORMATS, Format
+from ..formats._format import TENSORS
+from ..formats._image import container
+from ..formats._image.deciding import candidates, denoiser_targets, origin_of
+from ..formats._image.dialect import ImageFormat
+from ..formats._promotion import Promotion
+from ..methods.lora import LoRA
+from ..naming import architectures
+from ..naming.image import component_of, encoders, families
+from ..updates import Additive
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..naming.image import Family
+
+FORMAT = 1
+"""Version of the files' format that this code reads."""
+
+
+class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One spelling of the modules of U-Nets and transformers; `spec/loaders/README.md` says what each field means."""
+
+    prefix: str
+    naming: str
+    families: list[str]
+    without: dict[str, list[str]] = {}
+    only: dict[str, list[str]] = {}
+    slots: list[str] = []
+    processors: bool = False
+
+
+class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One spelling of the modules of text encoders."""
+
+    prefix: str
+    names: list[str]
+    slots: list[str] = []
+
+
+class Files(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A format that a tool loads as a whole."""
+
+    format: str
+    families: list[str] = []
+    methods: list[str] = []
+    profile: str | None = None
+
+
+class Loader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tool."""
+
+    format: int
+    title: str
+    url: str
+    sources: list[str]
+    unread: str
+    version: str = ""
+    kind: str = "image"
+    needs: str = ""
+    containers: tuple[str, ...] = ("safetensors", "torch")
+    convert: list[str] = []
+    slots: list[str] = []
+    keys: list[Keys] = []
+    encoders: list[Encoder] = []
+    files: list[Files] = []
+    differs: dict[str, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a tool makes of a file.
+
+    Attributes:
+        tool: the name of its file in `spec/loaders`.
+        title: the tool and the version that is known.
+        loads: `yes`; `part` where it loads some of the file's keys and leaves the others out; `no`.
+        why: why it does not load all, and how its result differs.
+        convert: arguments of `adapterkit convert` after which it loads all; empty where none is known.
+    """
+
+    tool: str
+    title: str
+    loads: str
+    why: str = ""
+    convert: str = ""
+
+
+@cache
+def loaders() -> Mapping[str, Loader]:
+    """Name -> tool, in the order of their names.
+
+    Raises:
+        Malformed: a file does not have the form of the README.
+    """
+    return {file.stem: load(file) for file in sorted(folder().glob("*.toml"))}
+
+
+def load(path: Path) -> Loader:
+    """Read one file and check it."""
+    try:
+        found = msgspec.toml.decode(path.read_bytes(), type=Loader)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise Malformed(f"not a loader file ({error})", path=path, cure="Correct the file") from error
+    known = {family.name for family in families()}
+    named = {name for keys in found.keys for name in (*keys.families, *keys.without, *keys.only)}
+    named |= {name for files in found.files for name in files.families}
+    formats = {*found.convert, *(files.format for files in found.files)}
+    for names, there, word in ((named, known, "family"), (formats, FORMATS, "format")):
+        if unknown := sorted(name for name in names if name not in there):
+            raise Malformed(f"no such {word}: {unknown[0]}", path=path, cure="Correct the file")
+    if found.format != FORMAT:
+        raise Malformed(f"format {found.format}, and this version reads format {FORMAT}", path=path, cure="Correct it")
+    return found
+
+
+@cache
+def folder() -> Path:
+    """Where the files are: in an installed package beside this module, in a checkout in `spec`."""
+    installed = Path(__file__).parent / "data"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "spec" / "loaders"
+
+
+def loaders_of(adapter: Adapter, format: str, path: Path, *, convert: bool = True) -> list[Answer]:  # noqa: A002 - the public contract's word
+    """Say of every tool whether it loads a file.
+
+    Args:
+        adapter: what was read.
+        format: the format in which it was read.
+        path: the file or folder.
+        convert: also try conversions for tools that do not load all of it; this may read values.
+
+    Returns:
+        one answer a tool that is for this kind of model, in the order of their names.
+    """
+    seen = _File.of(adapter, format, path)
+    return [_answer(name, tool, seen, convert) for name, tool in loaders().items() if _is_for(tool, seen)]
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What decides whether a tool loads a file."""
+
+    adapter: Adapter
+    format: str
+    keys: tuple[str, ...]
+    container: str
+    families: tuple[Family, ...]
+    inside: bool
+
+    @classmethod
+    def of(cls, adapter: Adapter, format: str, path: Path) -> _File:  # noqa: A002 - the public contract's word
+        writer = FORMATS[format]()
+        file = path
+        if path.is_dir():
+            inside_folder = [each for each in sorted(path.iterdir()) if each.suffix.lower() in TENSORS]
+            own = [each for each in inside_folder if each.name in writer.owns]
+            file = next(iter(own or inside_folder), path)
+        keys = tuple(container.names(file)) if isinstance(writer, ImageFormat) else ()
+        kind = "torch" if file.suffix in container.TORCH else "safetensors"
+        inside = any(component_of(target.path) for target in adapter.updates) or isinstance(writer, ImageFormat)
+        targets = denoiser_targets(adapter.updates, ()) if inside else []
+        found = candidates(adapter.updates, targets, origin_of(adapter, None)) if targets else []
+        return cls(adapter, format, keys, kind, tuple(found), inside or format == "textual_inversion")
+
+
+def _is_for(tool: Loader, seen: _File) -> bool:
+    return (tool.kind == "image") == seen.inside
+
+
+def _answer(name: str, tool: Loader, seen: _File, convert: bool) -> Answer:
+    title = f"{tool.title} {tool.version}".rstrip()
+    loads, why = _loads(tool, seen)
+    words = "" if loads == "yes" or not convert else _conversion(tool, seen)
+    if loads == "yes":
+        why = "; ".join(
+            f"{method} differs: {tool.differs[method]}"
+            for method in dict.fromkeys(update.method for _, update in seen.adapter)
+            if method in tool.differs
+        )
+    return Answer(name, title, loads, why, words)
+
+
+def _loads(tool: Loader, seen: _File) -> tuple[str, str]:
+    """Whether a tool loads a file, and why not."""
+    if seen.container not in tool.containers:
+        return "no", f"it reads no {seen.container} files"
+    for files in tool.files:
+        if files.format == seen.format:
+            return _whole(files, seen)
+    if not seen.keys:
+        known = ", ".join(dict.fromkeys([*(files.format for files in tool.files), *tool.convert]))
+        return "no", f"it does not read {seen.format}; it reads {known}"
+    return _by_keys(tool, seen)
+
+
+def _whole(files: Files, seen: _File) -> tuple[str, str]:
+    if files.families and not {family.name for family in seen.families} & {*files.families}:
+        return "no", f"it reads these files of {', '.join(files.families)} only"
+    odd = next((u.method for _, u in seen.adapter if files.methods and u.method not in files.methods), "")
+    if odd:
+        return "no", f"it does not read {odd} in {files.format} files"
+    return ("yes", "") if files.profile is None else _profiled(files, seen.adapter)
+
+
+def _profiled(files: Files, adapter: Adapter) -> tuple[str, str]:
+    """Whether a consumer of a part of a format takes a file as it is."""
+    try:
+        fitted, lines = FORMATS[files.format]().fit(adapter, str(files.profile))
+    except AdapterkitError as error:
+        return "no", "; ".join([error.why, *getattr(error, "items", ())][:2])
+    same = not lines and _numbers(fitted) == _numbers(adapter)
+    return ("yes", "") if same else ("no", "; ".join(lines[:2]) or "its scalings and ranks are not one for all modules")
+
+
+def _numbers(adapter: Adapter) -> list[Any]:
+    return [(str(t), u.method, u.attributes, u.dims(t.stacked).get("r")) for t, u in adapter]
+
+
+def _by_keys(tool: Loader, seen: _File) -> tuple[str, str]:
+    """Whether a tool holds every key of a file of an image model."""
+    tried: list[list[str]] = []
+    for family in seen.families or (None,):
+        if family is not None and not any(family.name in keys.families for keys in tool.keys):
+            continue
+        tried.append([key for key in seen.keys if not _holds(tool, family, key)])
+    if not tried:
+        return "no", f"it has no {' or '.join(family.title for family in seen.families)}"
+    lost = min(tried, key=len)
+    if not lost:
+        return "yes", ""
+    some = "none of its keys" if len(lost) == len(seen.keys) else f"{len(lost)} of {len(seen.keys)} keys not"
+    why = f"it holds {some}, such as {lost[0]}; it {tool.unread}"
+    refuses = tool.unread.startswith("refuses") or len(lost) == len(seen.keys)
+    return ("no" if refuses else "part"), why
+
+
+def _holds(tool: Loader, family: Family | None, key: str) -> bool:
+    for keys in tool.keys:
+        if family is None or family.name not in keys.families or not key.startswith(keys.prefix):
+            continue
+        if any(_held(keys, family, name) for name in _modules(key[len(keys.prefix) :], keys.slots or tool.slots)):
+            return True
+    for each in tool.encoders:
+        if key.startswith(each.prefix):
+            for name in _modules(key[len(each.prefix) :], each.slots or tool.slots):
+                for kind in each.names:
+                    known = encoders()[kind]
+                    if known.unflattened(name) if each.prefix.endswith("_") else name in known:
+                        return True
+    return False
+
+
+def _modules(rest: str, slots: Iterable[str]) -> Iterator[str]:
+    """What stands before the slots that a key ends with."""
+    for slot in slots:
+        end = slot if slot.startswith("_") else f".{slot}"
+        if rest.endswith(end) and len(rest) > len(end):
+            yield rest[: -len(end)]
+
+
+def _held(keys: Keys, family: Family, name: str) -> bool:
+    names = family.names(keys.naming)
+    if keys.processors:
+        if ".processor." not in name:
+            return False
+        name = name.replace(".processor.", ".")
+        name = f"{name}.0" if name.endswith(".to_out") else name
+    paths = names.unflattened(name) if keys.prefix.endswith("_") else [name]
+    patterns = {pattern for path in paths for pattern in names.patterns_of(path)}
+    lacking, only = (
+        {architectures.HOLE.sub("#", each) for each in field.get(family.name, ())}
+        for field in (keys.without, keys.only)
+    )
+    return bool(patterns - lacking if not only else patterns & only)
+
+
+def _conversion(tool: Loader, seen: _File) -> str:
+    """The arguments of `adapterkit convert` after which a tool loads all of an adapter; empty where none is found."""
+    for name in tool.convert:
+        writer = FORMATS[name]()
+        if isinstance(writer, ImageFormat):
+            for on_loss in ("refuse", "fold", "promote"):
+                written = _written(writer, seen, on_loss)
+                if written is not None and _loads(tool, written)[0] == "yes":
+                    return f"--to {name}" + (f" --on-loss {on_loss}" if on_loss != "refuse" else "")
+        elif not seen.inside and (words := _to_language(tool, writer, seen)):
+            return words
+    return ""
+
+
+def _written(writer: ImageFormat, seen: _File, on_loss: str) -> _File | None:
+    """The file that a writer would write, keys alone; None where it refuses."""
+    from ..formats._image.writing import encoded
+
+    keys: list[str] = []
+    fresh = seen.adapter.replace(foreign=None) if writer.name() == seen.format else seen.adapter
+
+    def ask(adapter: Adapter) -> list[str]:
+        tensors, _, lines = encoded(writer, adapter, Path(writer.file or "lora.safetensors"), on_loss, None)
+        keys[:] = tensors
+        return lines
+
+    try:
+        lines = ask(fresh) if on_loss != "promote" else Promotion.into(writer, None, None).ask(fresh, ask)
+    except AdapterkitError:
+        return None
+    if any(line.startswith("left out") for line in lines):
+        return None
+    return replace(seen, format=writer.name(), keys=tuple(keys), container="safetensors")
+
+
+def _to_language(tool: Loader, writer: Format, seen: _File) -> str:
+    """The conversion of an adapter of a language model, as far as its methods tell."""
+    profile = next((files.profile for files in tool.files if files.profile is not None), None)
+    words = [f"--to {type(writer).__module__.rpartition('.')[2]}", *([f"--profile {profile}"] if profile else [])]
+    updates = [update for _, update in seen.adapter]
+    if profile is not None:
+        try:
+            writer.fit(seen.adapter, profile)
+        except Unrepresentable:
+            if not all(_promotable(update) for update in updates):
+                return ""
+            words.append("--on-loss promote")
+    elif not all(update.method in writer.methods for update in updates):
+        if not all(
+            update.method in writer.methods or ("lora" in writer.methods and _promotable(update)) for update in updates
+        ):
+            return ""
+        words.append("--on-loss promote")
+    return " ".join([*words, *([tool.needs] if tool.needs else [])])
+
+
+def _promotable(update: Any) -> bool:
+    """Whether an update is a LoRA of exact factors."""
+    return isinstance(update, LoRA) or (isinstance(update, Additive) and type(update).pair is not Additive.pair)

@@ -1,0 +1,39 @@
+"""Tables for notebooks: what `_repr_html_` of results returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+MOST_ROWS = 60
+"""Rows that are shown; a notebook with tens of thousands of rows cannot be scrolled."""
+
+
+def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table as HTML, its text escaped: names come from files that nobody has checked.
+
+    Args:
+        title: shown above the table.
+        columns: names of the columns.
+        rows: cells; rows beyond `MOST_ROWS` are counted.
+    """
+    every = list(rows)
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in every[:MOST_ROWS])
+    left = len(every) - MOST_ROWS
+    more = f"<p>... and {left:,} more rows</p>" if left > 0 else ""
+    return f"<p><b>{escape(title)}</b></p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return escape(f"{value:.4g}" if isinstance(value, float) else str(value))
+
+
+def counts(names: Iterable[str]) -> str:
+    """Each name with how often it occurs, the most frequent first: `14 lora, 2 ia3`."""
+    found: dict[str, int] = {}
+    for name in names:
+        found[name] = found.get(name, 0) + 1
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(found.items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,58 @@
+"""Tests for packages that add a format, a method, a combiner, a quantization scheme or a hub to adapterkit.
+
+Subclass the tests of one kind in a test module of the package and name the addition; pytest collects the subclass:
+
+    from adapterkit.testing import FormatTests
+
+    class TestAcme(FormatTests):
+        format = "acme"
+
+Each class says in its docstring what the package must provide. The tests compare with something the addition did not
+write: a formula in float64, the shapes of the adapter that was to be written, the bytes that were there before. They
+need pytest (`pip install adapterkit[test]`); merging and live models are tested where torch is installed.
+
+The entry points by which a package adds something:
+
+| group | the class that a registered one derives from | tests |
+|---|---|---|
+| `adapterkit.formats` | `adapterkit.formats._format.Format` | `FormatTests` |
+| `adapterkit.methods` | a class derived from one kind in `adapterkit.updates` | `MethodTests` |
+| `adapterkit.combiners` | `adapterkit.ops.methods._method.Method` | `CombinerTests` |
+| `adapterkit.quant` | `adapterkit.quant._scheme.Scheme` | `SchemeTests` |
+| `adapterkit.hubs` | `adapterkit.hub.remote.Remote` | `HubTests` |
+| `adapterkit.peft_families` | `adapterkit.formats.peft.families._family.Family` | `MethodTests` of its method |
+| `adapterkit.adapterhub_families` | likewise for AdapterHub | `MethodTests` of its method |
+
+The name of an entry point is the name of the module that holds the class: `acme = "acme_adapters.acme:Acme"`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .combiners import CombinerTests
+    from .examples import adapter_of, example
+    from .formats import FormatTests
+    from .hubs import HubTests
+    from .methods import MethodTests
+    from .schemes import SchemeTests
+
+_HOME = {
+    "CombinerTests": "combiners",
+    "FormatTests": "formats",
+    "HubTests": "hubs",
+    "MethodTests": "methods",
+    "SchemeTests": "schemes",
+    "adapter_of": "examples",
+    "example": "examples",
+}
+
+__all__ = ["CombinerTests", "FormatTests", "HubTests", "MethodTests", "SchemeTests", "adapter_of", "example"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,126 @@
+"""What a combiner must pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from ..adapter import Adapter, Target
+from ..errors import UsageError
+from ..formats import read, write
+from ..ops import COMBINERS, combine
+from .examples import example
+
+
+class CombinerTests:
+    """Tests of a way to combine adapters.
+
+    Attributes:
+        combiner: its name.
+        parameters: values without which it cannot run.
+        count: how many adapters it is given.
+    """
+
+    combiner: ClassVar[str] = ""
+    parameters: ClassVar[dict[str, Any]] = {}
+    count: ClassVar[int] = 3
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # pytest does not collect what is None: tests of what the combiner does not have would only be skipped.
+        if cls.combined is CombinerTests.combined:
+            cls.test_its_formula_is_the_papers = None  # type: ignore[assignment, method-assign]
+        if cls.combiner in COMBINERS and "rank" in COMBINERS[cls.combiner].parameters():
+            cls.test_a_rank_cuts_the_result = None  # type: ignore[assignment, method-assign]
+
+    def options(self) -> dict[str, Any]:
+        """Further arguments of `adapterkit.combine`: `base`, `data`, `compat`."""
+        return {}
+
+    def combined(self, changes: list[Any], weights: list[float]) -> Any:
+        """The combined change of one weight, in float64 numpy, computed without the combiner's class.
+
+        Args:
+            changes: dense changes `[out, in]`, one an adapter.
+            weights: one an adapter.
+
+        Returns:
+            `[out, in]`. Where a subclass defines this, the combiner is compared with it.
+        """
+        raise NotImplementedError
+
+    def adapters(self) -> list[Adapter]:
+        """The adapters: LoRAs of rank 2 at two targets, in float64 so that nothing is rounded on the way."""
+        made = []
+        for number in range(self.count):
+            updates = {}
+            for place, path in enumerate(("q", "v")):
+                update = example("lora", out=6, inputs=5, seed=10 * number + place, scaling=0.5 + number)
+                updates[Target(path)] = (update.map(_wide),)
+            made.append(Adapter(updates))
+        return made
+
+    def result(self, adapters: list[Adapter], weights: list[float] | None = None, **more: Any) -> Adapter:
+        """What the combiner makes of the adapters."""
+        given = self.parameters | self.options() | more
+        return combine(adapters, self.combiner, weights, **given)
+
+    def test_it_says_where_it_is_from(self) -> None:
+        cls = COMBINERS[self.combiner]
+        assert cls.title, "say in `title` what it is called in print"
+        assert cls.paper, "say in `paper` where the formula comes from"
+        for name, field in cls.parameters().items():
+            assert field.metadata["meaning"], f"say what the parameter {name} means"
+
+    def test_its_formula_is_the_papers(self) -> None:
+        import numpy as np
+
+        adapters, weights = self.adapters(), [1.0, 0.5, 2.0][: self.count]
+        for path in ("q", "v"):
+            changes = [each.delta(path).double().numpy() for each in adapters]
+            expected = self.combined(changes, weights)
+            found = self.result(adapters, weights).delta(path).double().numpy()
+            size = max(float(np.abs(expected).max()), 1e-12)
+            assert float(np.abs(found - expected).max()) <= 1e-5 * size
+
+    def test_the_same_call_gives_the_same_numbers(self) -> None:
+        one, two = (self.result(self.adapters()) for _ in range(2))
+        assert one.digest() == two.digest()
+
+    def test_the_result_has_all_targets_and_can_be_written(self, tmp_path: Path) -> None:
+        made = self.result(self.adapters())
+        assert {str(target) for target in made.updates} == {"q", "v"}
+        made.validate()
+        made.check_values()
+        write(made, tmp_path / "x.safetensors", "adapterkit")
+        back = read(tmp_path / "x.safetensors")
+        assert back.digest() == made.digest()
+        assert back.recipe[-1].args["method"] == self.combiner
+
+    def test_one_adapter_lacks_a_target(self) -> None:
+        first, *others = self.adapters()
+        lacking = first.replace(updates={t: u for t, u in first.updates.items() if t.path != "v"})
+        made = self.result([lacking, *others])
+        assert {str(target) for target in made.updates} == {"q", "v"}
+
+    def test_a_rank_cuts_the_result(self) -> None:
+        import numpy as np
+
+        made = self.result(self.adapters(), rank=2)
+        for path in ("q", "v"):
+            S = np.linalg.svd(made.delta(path).double().numpy(), compute_uv=False)
+            assert (S[2:] <= 1e-6 * max(S[0], 1e-12)).all()
+
+    def test_wrong_parameters_are_refused(self) -> None:
+        with pytest.raises(UsageError):
+            self.result(self.adapters(), no_such_parameter=1)
+        with pytest.raises(UsageError):
+            self.result(self.adapters(), [1.0] * (self.count + 1))
+        with pytest.raises(UsageError):
+            self.result([])
+
+
+def _wide(leaf: Any) -> Any:
+    return leaf.double()

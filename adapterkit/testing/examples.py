@@ -1,0 +1,57 @@
+"""Updates with random numbers, made from a method's own shape strings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..adapter import Adapter, Target
+from ..errors import Unsupported
+from ..methods import METHODS
+
+if TYPE_CHECKING:
+    from ..updates import Update
+
+
+def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed: int = 0, **attributes: Any) -> Update:
+    """An update of a linear layer with random numbers in all trained tensors.
+
+    A method that can be trained from scratch is made by its `initial`, and then moved away from its start, where it
+    changes nothing.
+
+    Args:
+        method: its name.
+        out: outputs of the layer.
+        inputs: inputs of the layer.
+        rank: of factors.
+        seed: of the random numbers.
+        attributes: values of the method's attributes.
+
+    Returns:
+        the update, its tensors in float32 on the CPU.
+
+    Raises:
+        Unsupported: the method has no `initial`; such a method's tests give an update of their own.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    cls: Any = METHODS[method]
+    if not hasattr(cls, "initial"):
+        raise Unsupported(f"{method} has no fresh update", cure="Define `update` in the class of its tests")
+    W, b = random((out, inputs)), random((out,))
+    update: Update = cls.initial(W, b, rank, random, **attributes)
+    moved = {
+        name: leaf.float() + 0.2 * random(tuple(leaf.shape))
+        for name, leaf in update.tensors.items()
+        if name not in update.frozen and torch.is_tensor(leaf) and leaf.is_floating_point()
+    }
+    return update.replace(**moved)
+
+
+def adapter_of(update: Update, *paths: str) -> Adapter:
+    """An adapter that has the same update at each of these targets."""
+    return Adapter({Target(path): (update,) for path in paths})

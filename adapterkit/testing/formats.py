@@ -1,0 +1,235 @@
+"""What a format must pass."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from ..adapter import Adapter, Target
+from ..errors import AdapterkitError, Unrepresentable, UsageError
+from ..formats import FORMATS, detect, read, recognised, write
+from ..methods import METHODS
+from .examples import example
+
+WIDTH = 16
+SHAPES = {"self_attn.q_proj": (16, 16), "self_attn.v_proj": (8, 16), "mlp.down_proj": (16, 24)}
+
+_STRANGE = ("bottleneck", "ia3", "lora")
+"""Methods of which most formats lack one."""
+
+
+class FormatTests:
+    """Tests of a format's reader and writer.
+
+    Attributes:
+        format: its name.
+        targets: paths of linear layers of one base that the format can name -> (outputs, inputs) of each.
+        file: what a file or folder of the format is called; `Format.file` or `adapter` if empty.
+        on_loss: what `write` may do with a scaling that the format cannot say.
+        needs_base: the format's files are read with the base; writing is given the base always.
+    """
+
+    format: ClassVar[str] = ""
+    targets: ClassVar[dict[str, tuple[int, int]]] = {
+        f"model.layers.{layer}.{name}": shape for layer in (0, 1) for name, shape in SHAPES.items()
+    }
+    file: ClassVar[str] = ""
+    on_loss: ClassVar[str] = "fold"
+    needs_base: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        methods = FORMATS[cls.format].methods if cls.format in FORMATS else frozenset()
+        # pytest does not collect what is None: tests of what the format does not have would only be skipped.
+        if "lora" not in methods:
+            cls.test_a_scaling_is_not_lost = None  # type: ignore[assignment, method-assign]
+        if methods.issuperset(_STRANGE):
+            cls.test_what_it_cannot_say_is_refused_and_leaves_what_was_there = None  # type: ignore[assignment, method-assign]
+
+    def base(self, folder: Path) -> Path | None:
+        """A base with weights of all targets, written into `folder`: a llama's, unless a subclass writes another."""
+        import numpy as np
+
+        from ..tensors import safetensors
+        from ..tensors.lazy import from_numpy
+
+        folder.mkdir(exist_ok=True)
+        rng = np.random.default_rng(5)
+        tensors = {f"{path}.weight": from_numpy(rng.normal(size=s).astype("f4")) for path, s in self.targets.items()}
+        # Methods that change a bias are refused where there is none.
+        tensors |= {f"{path}.bias": from_numpy(rng.normal(size=s[:1]).astype("f4")) for path, s in self.targets.items()}
+        safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "intermediate_size": 24} | sizes
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return folder
+
+    def adapter(self, method: str, scaling: float = 0.375) -> Adapter | None:
+        """An adapter with one update of a method at every target; None where the method has no fresh update.
+
+        Its numbers differ from target to target.
+        """
+        cls: Any = METHODS[method]
+        if not hasattr(cls, "initial") or cls.kind not in ("additive", "weight"):
+            return None
+        fields = cls.attribute_fields()
+        more: dict[str, Any] = {"scaling": scaling} if "scaling" in fields else {}
+        updates = {}
+        for seed, (path, (out, inputs)) in enumerate(self.targets.items()):
+            try:
+                updates[Target(path)] = (example(method, out=out, inputs=inputs, seed=seed, **more),)
+            except (AdapterkitError, TypeError, ValueError):
+                return None  # It needs sizes or tensors that only its own tests know.
+        return Adapter(updates)
+
+    def test_it_is_one_class_in_a_module_of_its_name(self) -> None:
+        cls = FORMATS[self.format]
+        assert cls.__module__.rpartition(".")[2] == self.format
+        assert cls.url.startswith(("http://", "https://")), "say in `url` where the format is described"
+        assert cls.description, "say in `description` what the format is, in one line"
+        assert cls.methods, "name in `methods` what the format can express"
+        unknown = sorted(name for name in cls.methods if name not in METHODS)
+        assert not unknown, f"`methods` names {unknown}, which no method is called"
+        for name in ("sniff", "read", "write"):
+            assert inspect.getdoc(getattr(cls, name)), f"{name} has no docstring"
+
+    def test_what_it_writes_is_detected_and_read_as_the_same_function(self, tmp_path: Path) -> None:
+        """Each method that the format says it has, at every target, with a scaling of 0.375."""
+        base = self.base(tmp_path / "base")
+        tried = 0
+        for method in sorted(FORMATS[self.format].methods):
+            adapter = self.adapter(method)
+            if adapter is None:
+                continue
+            path = self._place(tmp_path / method)
+            try:
+                write(adapter, path, self.format, base, self.on_loss)
+            except Unrepresentable:
+                if method == "lora":
+                    raise
+                continue  # It has the method for other layers, or with other attributes.
+            tried += 1
+            assert detect(path) == self.format, f"what was written with {method} is detected as another format"
+            self._compare(method, adapter, self._read(path, base), base)
+        assert tried, "none of its methods could be written at these targets: set `targets`"
+
+    def test_a_scaling_is_not_lost(self, tmp_path: Path) -> None:
+        """The change of a LoRA of scaling 3 is three times that of scaling 1, after writing and reading."""
+        import numpy as np
+
+        base = self.base(tmp_path / "base")
+        changes = []
+        for scaling in (1.0, 3.0):
+            path = self._place(tmp_path / f"{scaling:g}")
+            adapter = self.adapter("lora", scaling)
+            assert adapter is not None
+            write(adapter, path, self.format, base, self.on_loss)
+            back = read(path, self.format, base)
+            target = next(iter(self.targets))
+            changes.append(back.delta(target, base=base).numpy())
+        assert np.allclose(changes[1], 3 * changes[0], rtol=1e-5, atol=1e-6)
+
+    def test_writing_twice_gives_the_same_bytes(self, tmp_path: Path) -> None:
+        base = self.base(tmp_path / "base")
+        method = self._some_method()
+        adapter = self.adapter(method)
+        assert adapter is not None
+        contents = []
+        for name in ("one", "two"):
+            path = self._place(tmp_path / name)
+            write(adapter, path, self.format, base, self.on_loss)
+            files = sorted(file for file in (tmp_path / name).rglob("*") if file.is_file())
+            contents.append({str(f.relative_to(tmp_path / name)): f.read_bytes() for f in files})
+        assert contents[0] == contents[1]
+
+    def test_what_it_cannot_say_is_refused_and_leaves_what_was_there(self, tmp_path: Path) -> None:
+        base = self.base(tmp_path / "base")
+        path = self._place(tmp_path / "out")
+        adapter = self.adapter(self._some_method())
+        assert adapter is not None
+        write(adapter, path, self.format, base, self.on_loss)
+        before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+        methods = FORMATS[self.format].methods
+        other = next(name for name in _STRANGE if name not in methods)
+        foreign = self._bottleneck() if other == "bottleneck" else self.adapter(other)
+        assert foreign is not None
+        with pytest.raises(AdapterkitError) as raised:
+            write(foreign, path, self.format, base)
+        assert raised.value.why
+        assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
+
+    def test_other_files_are_not_its_own(self, tmp_path: Path) -> None:
+        """`sniff` says no, and raises nothing, for what is not of this format."""
+        own = FORMATS[self.format]()
+        strangers = {
+            "empty": b"", "zeros": bytes(64), "text": b"hello\n", "json": b'{"a": [1, 2]}', "noise": bytes(range(256)),
+            "adapter_config.json": b"{}", "x.safetensors": (2).to_bytes(8, "little") + b"{}",
+        }  # fmt: skip
+        for name, data in strangers.items():
+            (tmp_path / name).write_bytes(data)
+            assert own.sniff(tmp_path / name) is False, f"{name} is taken for {self.format}"
+        (tmp_path / "folder").mkdir()
+        assert own.sniff(tmp_path / "folder") is False
+        assert own.sniff(tmp_path / "nothing here") is False
+        update = example("lora", out=8, inputs=16)
+        write(Adapter({Target("q"): (update,)}), tmp_path / "native.safetensors", "adapterkit")
+        if self.format != "adapterkit":
+            assert self.format not in recognised(tmp_path / "native.safetensors")
+
+    def test_a_damaged_file_is_a_typed_error(self, tmp_path: Path) -> None:
+        """Each file of an adapter, cut short or with its last byte changed; nothing but typed errors comes out."""
+        base = self.base(tmp_path / "base")
+        path = self._place(tmp_path / "out")
+        adapter = self.adapter(self._some_method())
+        assert adapter is not None
+        write(adapter, path, self.format, base, self.on_loss)
+        files = sorted(file for file in (tmp_path / "out").rglob("*") if file.is_file())
+        for file in files:
+            whole = file.read_bytes()
+            for cut in {0, 1, len(whole) // 3, len(whole) // 2, max(len(whole) - 1, 0)}:
+                file.write_bytes(whole[:cut])
+                with suppress(AdapterkitError):
+                    read(path, self.format, base).check_values()
+            file.write_bytes(whole)
+        read(path, self.format, base).check_values()
+
+    def _read(self, path: Path, base: Path | None) -> Adapter:
+        """Read with the base where the format needs it, or where this adapter does."""
+        try:
+            return read(path, self.format, base if self.needs_base else None)
+        except UsageError:
+            return read(path, self.format, base)
+
+    def _place(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / (self.file or FORMATS[self.format].file or "adapter")
+
+    def _some_method(self) -> str:
+        methods = FORMATS[self.format].methods
+        if "lora" in methods:
+            return "lora"
+        return next(name for name in sorted(methods) if self.adapter(name) is not None)
+
+    def _bottleneck(self) -> Adapter:
+        """A method that is no change of a weight, which most formats do not have."""
+        import torch
+
+        cls: Any = METHODS["bottleneck"]
+        path, (out, _) = next(iter(self.targets.items()))
+        return Adapter({Target(path): (cls(down=torch.ones(2, out), up=torch.ones(out, 2)),)})
+
+    def _compare(self, method: str, adapter: Adapter, back: Adapter, base: Path | None) -> None:
+        import numpy as np
+
+        for path in self.targets:
+            found = ", ".join(map(str, back.updates))
+            assert back.find(path), f"{method}: {path} is not in what was read back: {found}"
+            ours, theirs = (each.delta(path, base=base).numpy() for each in (adapter, back))
+            size = float(np.abs(ours).max())
+            error = float(np.abs(ours - theirs).max())
+            assert error <= 1e-5 * size, f"{method}: the change of {path} is another by {error / size:.1e} of it"

@@ -1,0 +1,61 @@
+// Merges with the reader beside it: computed in 64 bits, and each element rounded once to the stored type (README, R-10.4).
+
+import { AdapterError, DTYPES, FORMULAS, SMALL, mergeTarget, numeric, smallFloat } from "./adapterkit.mjs";
+
+// The bits of a number in a small type, to nearest, ties to even; undefined beyond the largest. Bits count units in the
+// last place: after the last unit of one exponent comes the first of the next.
+function smallBits(value, exponentBits, mantissaBits, bias, special) {
+  const size = Math.abs(value);
+  const lowest = 1 - bias;
+  let exponent = Math.max(Math.floor(Math.log2(size)), lowest);
+  if (2 ** exponent > size && exponent > lowest) exponent--; // the logarithm is rounded
+  const units = size / 2 ** (exponent - mantissaBits);
+  const down = Math.floor(units);
+  const up = units - down > 0.5 || (units - down === 0.5 && down % 2 === 1);
+  const bits = (exponent - lowest) * 2 ** mantissaBits + down + (up ? 1 : 0);
+  const sign = 2 ** (mantissaBits + exponentBits);
+  if (bits >= sign || !Number.isFinite(smallFloat(bits, exponentBits, mantissaBits, bias, special))) return undefined;
+  return value > 0 || Object.is(value, 0) || (special === "fnuz" && bits === 0) ? bits : sign + bits;
+}
+
+// The bytes of 64-bit numbers in an element type; `name` is the tensor's, for errors.
+function rounded(data, dtype, name) {
+  const { size } = DTYPES.get(dtype);
+  const view = new DataView(new ArrayBuffer(data.length * size));
+  data.forEach((value, i) => {
+    let fits = true;
+    if (SMALL[dtype]) {
+      const [width, ...how] = SMALL[dtype];
+      const bits = smallBits(value, ...how);
+      fits = bits !== undefined;
+      view[`setUint${width}`](i * size, bits ?? 0, true);
+    } else if (dtype === "F32" || dtype === "F64") {
+      view[`setFloat${8 * size}`](i * size, value, true);
+      fits = Number.isFinite(DTYPES.get(dtype).get(view, i * size));
+    } else throw new AdapterError("Unsupported", name, `no merges into ${dtype}`);
+    if (!fits) throw new AdapterError("Unsupported", name, `${value} is beyond the largest number of ${dtype}`);
+  });
+  return new Uint8Array(view.buffer);
+}
+
+// Name -> {dtype, shape, bytes}: all tensors of a base, merged where the adapter says.
+export function merge(adapter, base) {
+  const exact = new Map();
+  for (const entry of adapter.targets) {
+    const missing = entry.updates.find(({ method }) => !FORMULAS[method.name]?.weight);
+    if (missing) throw new AdapterError("Unsupported", entry.target.name, `cannot merge ${missing.method.name}`);
+    const [weight, bias] = ["weight", "bias"].map((leaf) => {
+      const name = `${entry.target.path}.${leaf}`;
+      return exact.get(name) ?? (base.has(name) ? numeric(base.get(name)) : undefined);
+    });
+    if (!weight) throw new AdapterError("Unsupported", entry.target.name, "the base has no such weight");
+    const merged = mergeTarget(entry, weight, bias);
+    exact.set(`${entry.target.path}.weight`, merged.weight);
+    if (merged.bias) exact.set(`${entry.target.path}.bias`, merged.bias);
+  }
+  const written = [...exact].map(([name, { shape, data }]) => {
+    const { dtype } = base.get(name);
+    return [name, { dtype, shape, bytes: rounded(data, dtype, name) }];
+  });
+  return new Map([...base, ...written]);
+}

@@ -1,0 +1,129 @@
+// What a runner of the vectors asks of the reader beside it (README, section 16), on bytes: for node and for browsers.
+// `methods`: what spec/1.1/methods.json holds. Each function returns an object, or throws AdapterError.
+
+import * as ak from "./adapterkit.mjs";
+import { merge } from "./merge.mjs";
+
+const { AdapterError, DTYPES, FORMULAS, array, matmul, part, product, readAdapter, readSafetensors, reshape } = ak;
+const { fieldsOf, mergeTarget, numeric, stack, transposed, viewed } = ak;
+
+// An error as the one who asked is told it; other errors are faults of the reader, and thrown on.
+export const told = (error) => {
+  if (!(error instanceof AdapterError)) throw error;
+  return { ok: false, error: error.error, where: error.where };
+};
+
+// What the layers of the vectors compute (README, section 16).
+function layerOf(W, b, layout) {
+  const kernel = W.shape.slice(2);
+  return (x) => {
+    if (x.dtype && DTYPES.get(x.dtype).whole) {
+      const y = array([...x.shape, W.shape[0]]);
+      x.data.forEach((token, i) => {
+        for (let o = 0; o < W.shape[0]; o++) y.data[i * W.shape[0] + o] = W.data[o * W.shape[1] + token] + (b ? b.data[o] : 0);
+      });
+      return y;
+    }
+    if (W.shape.length === 1) return array(x.shape, x.data.map((v, i) => v * W.data[i % W.shape[0]] + (b ? b.data[i % W.shape[0]] : 0)));
+    if (kernel.length) return convolved(x, W, b, kernel, layout === "in out *k");
+    const y = matmul(reshape(x, [product(x.shape.slice(0, -1)), x.shape.at(-1)]), transposed(W));
+    if (b) y.data.forEach((_, i) => (y.data[i] += b.data[i % W.shape[0]]));
+    return reshape(y, [...x.shape.slice(0, -1), W.shape[0]]);
+  };
+}
+
+// Stride 1, no padding, any number of kernel axes; in groups where W reads fewer channels than x has.
+function convolved(x, W, b, kernel, transposedLayer) {
+  const [batch, channels, ...size] = x.shape;
+  const [outs, ins] = W.shape;
+  const groups = channels / ins;
+  const sizes = size.map((n, axis) => (transposedLayer ? n + kernel[axis] - 1 : n - kernel[axis] + 1));
+  const y = array([batch, outs, ...sizes]);
+  const places = product(sizes);
+  const unravel = (index, shape) => shape.map((n, axis) => Math.floor(index / product(shape.slice(axis + 1))) % n);
+  const ravel = (at, shape) => at.reduce((sum, n, axis) => sum * shape[axis] + n, 0);
+  for (let p = 0; p < product(transposedLayer ? size : sizes); p++) {
+    for (let k = 0; k < product(kernel); k++) {
+      const step = unravel(k, kernel);
+      const here = unravel(p, transposedLayer ? size : sizes);
+      const there = here.map((n, axis) => n + step[axis]);
+      const [from, to] = transposedLayer ? [ravel(here, size), ravel(there, sizes)] : [ravel(there, size), ravel(here, sizes)];
+      for (let n = 0; n < batch; n++) {
+        for (let o = 0; o < outs; o++) {
+          const first = Math.floor(o / (outs / groups)) * ins;
+          for (let c = 0; c < ins; c++) {
+            const value = x.data[(n * channels + first + c) * product(size) + from];
+            y.data[(n * outs + o) * places + to] += value * W.data[(o * ins + c) * product(kernel) + k];
+          }
+        }
+      }
+    }
+  }
+  return b ? array(y.shape, y.data.map((value, i) => value + b.data[Math.floor(i / places) % outs])) : y;
+}
+
+// What must come out of a vector (README, section 16): target -> {name: array}, or an error for methods without a formula.
+function compute(adapter, base) {
+  const found = {};
+  for (const entry of adapter.targets) {
+    const { target, updates } = entry;
+    const at = (name) => base.get(`${target.path || "(model)"}.${name}`);
+    const unknown = updates.find(({ method }) => !FORMULAS[method.name]);
+    if (unknown) {
+      found[target.path] = new AdapterError("Unsupported", target.name, `no formula of ${unknown.method.name}`);
+      continue;
+    }
+    const [weight, bias, x] = ["weight", "bias", "x"].map((name) => at(name) && numeric(at(name)));
+    if (updates[0].method.kind === "output") {
+      const { t, a } = fieldsOf(updates[0]);
+      const beside = Object.fromEntries(["added", "norm_weight", "norm_bias"].map((n) => [n, at(n) && numeric(at(n))]));
+      found[target.path] = { y: FORMULAS[updates[0].method.name].output(x, layerOf(viewed(weight, target.layout), bias, target.layout), t, a, beside) };
+      continue;
+    }
+    const merged = mergeTarget(entry, weight, bias);
+    const W = viewed(merged.weight, target.layout);
+    const y = target.stacked
+      ? stack(Array.from({ length: W.shape[0] }, (_, e) => layerOf(part(W, e), merged.bias && part(merged.bias, e), target.layout)(part(x, e))))
+      : layerOf(W, merged.bias, target.layout)(x);
+    found[target.path] = { "merged.weight": merged.weight, ...(merged.bias && { "merged.bias": merged.bias }), y };
+  }
+  return found;
+}
+
+export async function check(bytes, methods) {
+  const adapter = readAdapter(bytes, methods);
+  adapter.checkValues();
+  const version = adapter.record.get("version");
+  return { ok: true, version, targets: adapter.targets.map(({ target }) => target.name), digest: await adapter.digest() };
+}
+
+// `files`: names of a folder's files, with `/` between parts; `read(name)`: the bytes of one.
+export async function base(files, read) {
+  const { tensors } = ak.readBase(files.toSorted(), read);
+  return { ok: true, tensors: Object.fromEntries([...tensors].map(([name, t]) => [name, [t.dtype, t.shape]])) };
+}
+
+export async function computed(adapterBytes, baseBytes, methods) {
+  const adapter = readAdapter(adapterBytes, methods);
+  const found = compute(adapter, readSafetensors(baseBytes).tensors);
+  const plain = (a) => ({ shape: a.shape, values: [...a.data] });
+  const outputs = Object.entries(found).map(([path, arrays]) => {
+    if (arrays instanceof AdapterError) return [path, told(arrays)];
+    return [path, Object.fromEntries(Object.entries(arrays).map(([name, a]) => [name, plain(a)]))];
+  });
+  return { ok: true, outputs: Object.fromEntries(outputs) };
+}
+
+export async function merged(adapterBytes, baseBytes, methods) {
+  const adapter = readAdapter(adapterBytes, methods);
+  adapter.checkValues();
+  const hex = (bytes) => [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  const tensors = [...merge(adapter, readSafetensors(baseBytes).tensors)];
+  return { ok: true, tensors: Object.fromEntries(tensors.map(([name, t]) => [name, [t.dtype, t.shape, hex(t.bytes)]])) };
+}
+
+// The texts of JSON in a file, each as canonical JSON.
+export async function canonicals(bytes) {
+  const texts = JSON.parse(new TextDecoder().decode(bytes));
+  return { ok: true, canonical: texts.map(({ json }) => ak.canonical(ak.parseJSON(json))) };
+}

@@ -1,0 +1,267 @@
+#!/usr/bin/env python
+"""Figures of the package's structure: sizes, what a command runs, circles of imports, types, comments.
+
+    python tools/house                 print them
+    python tools/house --json          the same for machines
+    python tools/house --against FILE  beside those of an earlier `--json`
+
+They describe, they do not judge: no limit is enforced. What a merge, a read and a convert run is counted in a process
+of its own, with a LoRA of one target in PEFT's format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import tokenize
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "adapterkit"
+HARD = ("merging", "tensors", "onnx", "hub")
+"""Packages whose code is hard, where a comment that says why is worth most."""
+
+TRACED = """
+import json, sys, threading
+from pathlib import Path
+folder, verb, root = sys.argv[1:4]
+entered = set()
+def trace(frame, event, _):
+    if event == "call" and frame.f_code.co_filename.startswith(root):
+        entered.add((frame.f_code.co_filename, frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname")
+                     else frame.f_code.co_name))
+sys.setprofile(trace)
+threading.setprofile(trace)
+from adapterkit.cli import main
+words = {
+    "merge": ["merge", f"{folder}/base.safetensors", f"{folder}/lora", "-o", f"{folder}/merged.safetensors"],
+    "read": ["inspect", f"{folder}/lora"],
+    "convert": ["convert", f"{folder}/lora", f"{folder}/out.safetensors", "--to", "adapterkit"],
+}[verb]
+sys.argv = ["adapterkit", *words, "--quiet"]
+try:
+    main()
+except SystemExit as error:
+    assert not error.code, error.code
+sys.setprofile(None)
+functions = {each for each in entered if "<module>" not in each[1]}
+files = {file for file, _ in functions}
+print("FIGURES", json.dumps({"files": len(files), "functions": len(functions)}))
+"""
+
+
+def modules() -> list[Path]:
+    """The package's files."""
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def sizes(trees: dict[Path, ast.Module]) -> dict[str, Any]:
+    """Numbers and sizes of modules and functions, in lines."""
+    files = [len(path.read_text("utf-8").splitlines()) for path in trees]
+    functions = [node.end_lineno - node.lineno + 1 for tree in trees.values() for node in functions_of(tree)]
+    return {
+        "modules": len(files), "lines": sum(files),
+        "module, median": statistics.median(files), "module, 90 %": percentile(files),
+        "functions": len(functions),
+        "function, median": statistics.median(functions), "function, 90 %": percentile(functions),
+    }  # fmt: skip
+
+
+def percentile(numbers: list[int]) -> int:
+    """The number that nine of ten do not exceed."""
+    return sorted(numbers)[len(numbers) * 9 // 10]
+
+
+def functions_of(tree: ast.AST) -> Iterator[Any]:
+    """All functions and methods."""
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def single_use(trees: dict[Path, ast.Module]) -> dict[str, Any]:
+    """Private functions, and how many of them are named once in their module, beside their definition."""
+    private = once = 0
+    for tree in trees.values():
+        named = Counter(
+            node.id if isinstance(node, ast.Name) else node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Name | ast.Attribute)
+        )
+        names = [f.name for f in functions_of(tree) if f.name.startswith("_") and not f.name.startswith("__")]
+        private += len(names)
+        once += sum(named[name] == 1 for name in names)
+    return {"private functions": private, "of these named once, %": round(100 * once / private, 1)}
+
+
+def typed(trees: dict[Path, ast.Module]) -> dict[str, Any]:
+    """The share of signatures that hold `Any`."""
+    with_any = total = public = 0
+    for tree in trees.values():
+        for node in functions_of(tree):
+            total += 1
+            arguments = [
+                *node.args.posonlyargs,
+                *node.args.args,
+                *node.args.kwonlyargs,
+                node.args.vararg,
+                node.args.kwarg,
+            ]
+            notes = [a.annotation for a in arguments if a is not None and a.annotation is not None]
+            notes += [node.returns] if node.returns is not None else []
+            if any(isinstance(each, ast.Name) and each.id == "Any" for note in notes for each in ast.walk(note)):
+                with_any += 1
+                public += not node.name.startswith("_")
+    return {"signatures with Any, %": round(100 * with_any / total, 1), "public ones with Any": public}
+
+
+def comments() -> dict[str, Any]:
+    """Comments for 1,000 lines, in all and where the code is hard; directives for tools are not counted."""
+    found = {}
+    for name, folder in {"all": PACKAGE, **{name: PACKAGE / name for name in HARD}}.items():
+        lines = count = 0
+        for path in folder.rglob("*.py"):
+            text = path.read_text("utf-8")
+            lines += len(text.splitlines())
+            tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+            count += sum(
+                token.type == tokenize.COMMENT and not token.string.startswith(("# fmt:", "# noqa", "# type:", "#!"))
+                for token in tokens
+            )
+        found[f"comments for 1,000 lines, {name}"] = round(1000 * count / lines, 1)
+    return found
+
+
+def circles(trees: dict[Path, ast.Module]) -> dict[str, Any]:
+    """Circles of imports, those of functions and of types included: number, and the largest."""
+    names = {name_of(path): path for path in trees}
+    edges = {name: set(imported(name, path, trees[path], names)) for name, path in names.items()}
+    groups = [group for group in components(edges) if len(group) > 1]
+    return {
+        "circles of imports": len(groups),
+        "modules in the largest circle": max(map(len, groups), default=0),
+        "circles of more than two": sum(len(group) > 2 for group in groups),
+    }
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(name: str, path: Path, tree: ast.Module, names: dict[str, Path]) -> Iterator[str]:
+    """The package's modules that a module imports anywhere."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        steps = node.level - (path.name == "__init__.py")
+        start = name.split(".")[: len(name.split(".")) - steps]
+        base = ".".join([*start, *([node.module] if node.module else [])])
+        for alias in node.names:
+            target = f"{base}.{alias.name}" if f"{base}.{alias.name}" in names else base
+            if target in names and target != name and not name.startswith(f"{target}."):
+                yield target
+
+
+def components(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected components, by Tarjan's algorithm, without recursion."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    held: set[str] = set()
+    found: list[list[str]] = []
+    for root in edges:
+        if root in order:
+            continue
+        work = [(root, iter(edges[root]))]
+        order[root] = low[root] = len(order)
+        stack.append(root)
+        held.add(root)
+        while work:
+            node, rest = work[-1]
+            follow = next((each for each in rest if each not in order or each in held), None)
+            if follow is None:
+                work.pop()
+                if work:
+                    low[work[-1][0]] = min(low[work[-1][0]], low[node])
+                if low[node] == order[node]:
+                    group = []
+                    while not group or group[-1] != node:
+                        group.append(stack.pop())
+                        held.discard(group[-1])
+                    found.append(group)
+            elif follow in order:
+                low[node] = min(low[node], order[follow])
+            else:
+                order[follow] = low[follow] = len(order)
+                stack.append(follow)
+                held.add(follow)
+                work.append((follow, iter(edges[follow])))
+    return found
+
+
+def entered() -> dict[str, Any]:
+    """Files and functions of the package that a merge, a read and a convert of one LoRA tensor enter."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        inputs(Path(folder))
+        for verb in ("merge", "read", "convert"):
+            command = [sys.executable, "-c", TRACED, folder, verb, str(PACKAGE)]
+            run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+            line = next((line for line in run.stdout.splitlines() if line.startswith("FIGURES")), None)
+            if line is None:
+                raise SystemExit(f"{verb}: {run.stderr}")
+            for noun, count in json.loads(line.partition(" ")[2]).items():
+                figures[f"{noun} entered by a {verb}"] = count
+    return figures
+
+
+def inputs(folder: Path) -> None:
+    """A base of one weight, and a LoRA of it in PEFT's format."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    ones = np.ones((2, 4), "f4")
+    (folder / "lora").mkdir()
+    save_file({"model.q_proj.weight": np.ones((4, 4), "f4")}, folder / "base.safetensors", {"format": "pt"})
+    keys = {"base_model.model.model.q_proj.lora_A.weight": ones, "base_model.model.model.q_proj.lora_B.weight": ones.T}
+    save_file({key: np.ascontiguousarray(value) for key, value in keys.items()},
+              folder / "lora" / "adapter_model.safetensors", {"format": "pt"})  # fmt: skip
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def figures() -> dict[str, Any]:
+    """All figures, by name."""
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in modules()}
+    return sizes(trees) | single_use(trees) | typed(trees) | comments() | circles(trees) | entered()
+
+
+def main() -> int:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="figures of another commit, as --json printed them"
+    )
+    chosen = parser.parse_args()
+    found = figures()
+    if chosen.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    before = json.loads(chosen.against.read_text("utf-8")) if chosen.against else {}
+    for name, value in found.items():
+        print(f"{name:45} {before.get(name, ''):>10} {value:>10,}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
