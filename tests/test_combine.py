@@ -610,7 +610,7 @@ def test_clusters_are_those_of_points_far_apart():
 def test_the_census_finds_the_threshold_of_numbers_in_parts(one, other, kept):
     census = Census()
     parts = [Blocks.of(np.array([part])) for part in (one, other)]
-    census.run(lambda: [census.count([0], part, [lambda *_: kept]) for part in parts])
+    census.run(lambda _: [census.count([0], part, [lambda *_: kept]) for part in parts])
     sizes = np.sort(np.abs([*one, *other]))[::-1]
     expected = np.inf if kept == 0 else sizes[min(kept, len(sizes)) - 1]
     assert census.threshold(0) == expected

@@ -25,25 +25,30 @@ class Census:
         self.counting = False
         self._selections: dict[Any, Selection] = {}
         self._sums: dict[Any, float] = {}
-        self._sampling = False
+        self._sampling = self._summing = False
         self._lock = Lock()
         self._vote: Callable[[Census], None] | None = None
         self._votes: int | None = None
         self._majority: int | None = None
 
-    def run(self, once: Callable[[], None], stages: int = 1) -> None:
+    def run(self, once: Callable[[bool], None], stages: int = 1) -> None:
         """Fills the census.
 
         Args:
-            once: runs the formula at all targets; called about three times a stage.
-            stages: how often numbers are looked for that depend on those of the stage before.
+            once: runs the formula at all targets, or at some of them for a sample if told so; called with False about
+                twice a stage.
+            stages: how often numbers are looked for that depend on those of the stage before; 0 for sums alone.
         """
         self.counting = True
         for _ in range(stages):
             self._sampling = True
-            once()
+            once(True)
             self._sampling = False
-            settle(list(self._selections.values()), once)
+            settle(list(self._selections.values()), lambda: once(False))
+        if not stages:
+            self._summing = True
+            once(False)
+            self._summing = False
         self.counting = False
 
     def count(
@@ -66,7 +71,7 @@ class Census:
         key = np.abs if key is None else key
         with self._lock:
             for name, kept in zip(series, wanted, strict=True):
-                self._selections.setdefault(name, Selection(kept))
+                self._selections.setdefault(name, Selection(kept, partial=True))
         searched = [(i, self._selections[name]) for i, name in enumerate(series)]
         searched = [(i, selection) for i, selection in searched if selection.found is None]
         if self._sampling:
@@ -90,8 +95,8 @@ class Census:
         return series in self._selections and self._selections[series].found is not None
 
     def add(self, name: Hashable, value: float) -> None:
-        """Adds to a sum over all targets; called in each round, it counts once."""
-        if self._sampling:
+        """Adds to a sum over all targets."""
+        if self._summing:
             with self._lock:
                 self._sums[name] = self._sums.get(name, 0.0) + value
 

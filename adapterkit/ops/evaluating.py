@@ -44,6 +44,10 @@ FIT = "fit"
 """The rank of results that have no low-rank factors is that of the largest input; all others stay exact."""
 
 
+SAMPLED = 16
+"""Targets that tell about where a threshold of all of them is; what they tell decides on the time alone."""
+
+
 class Evaluation:
     """The formula at one target after another, several of them at a time.
 
@@ -155,10 +159,11 @@ class Evaluation:
             why = "what is counted over the whole adapter cannot differ from target to target"
             raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
         stages = self.asked.method(self.found[0].target).stages
-        self.census.run(lambda: self._pass(self.census), stages)
+        self.census.run(lambda few: self._pass(self.census, few), stages)
 
-    def _pass(self, census: Census) -> None:
-        """Runs the formula at all targets for a census alone."""
+    def _pass(self, census: Census, few: bool = False) -> None:
+        """Runs the formula at all targets, or at a few of them, for a census alone."""
+        chosen = self.found[:: max(len(self.found) // SAMPLED, 1)] if few else self.found
 
         def once(place: Place) -> None:
             with _errors_at(place):
@@ -167,7 +172,7 @@ class Evaluation:
                     self._matrix(method, place, at, deltas)
                 self._bias(place, changes, census)
 
-        with ahead(once, self.found, self.workers, self._cost) as done:
+        with ahead(once, chosen, self.workers, self._cost) as done:
             for _ in done:
                 pass
 

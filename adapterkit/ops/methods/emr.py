@@ -8,7 +8,7 @@ itself is the result.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import UsageError
 from ._entrywise import Entrywise
@@ -26,6 +26,7 @@ class EMR(Entrywise):
 
     title = "Elect, mask and rescale (EMR)"
     paper = "https://arxiv.org/abs/2405.17461"
+    stages: ClassVar[int] = 0
 
     task: int | None = parameter(
         None, "the adapter, counted from 0, whose mask and scale are applied; none if not given", least=0, kind=int
