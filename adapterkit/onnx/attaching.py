@@ -160,7 +160,7 @@ def _valued(update: Update, layer: Any, place: Found, position: int, slots: Any)
     def value(field: str, leaf: Any) -> Value:
         def make() -> Any:
             array = as_array(leaf)
-            return array if array.dtype.kind in "iu" else array.astype(dtype)
+            return array.astype("i8" if array.dtype.kind in "iu" else dtype)
 
         key = building.keep(leaf), dtype.str
         held = building.tensor(key, f"{name}.{field}", make)
@@ -173,7 +173,7 @@ def _valued(update: Update, layer: Any, place: Found, position: int, slots: Any)
 
 def _wide(leaf: Any) -> Any:
     array = as_array(leaf)
-    return array if array.dtype.kind in "iu" else array.astype(np.float64)
+    return array.astype("i8" if array.dtype.kind in "iu" else np.float64)
 
 
 def _sayable(update: Update, layer: Any, branch: Branch, constant: bool) -> Update:

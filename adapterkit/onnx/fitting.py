@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..adapter import Adapter, Target
-from ..binding import find_sites
+from ..binding import find_sites, renamed
 from ..errors import ShapeMismatch, TargetNotFound, Unsupported, nearest, places_errors
 from ..tensors.lazy import as_array, from_numpy
 from ..tensors.ort_adapter import OrtAdapter, write_ort_adapter
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 @places_errors
 def fit(
-    model: Model, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None
+    model: Model, adapter: Adapter | str | PathLike[str], *, base_weights: Base | None = None,
+    rename: str | Sequence[str] = (),
 ) -> dict[str, Array]:  # fmt: skip
     """Return the tensors that an adapter puts into the slots of a model.
 
@@ -35,6 +37,7 @@ def fit(
         model: an ONNX file or in-memory model to which `inject` or `export` gave slots.
         adapter: the adapter, or its path; of any rank, and at any subset of the slots' targets.
         base_weights: the base's weights, for adapter files whose values depend on them.
+        rename: rules for names that cannot be told, as in `adapterkit.merge`.
 
     Returns:
         Slot name -> array, in the slot's dtype.
@@ -45,21 +48,23 @@ def fit(
         Unsupported: one slot would have to hold two different tensors.
         Malformed: the model's list of slots is damaged.
     """
-    return _fitted(model, loaded(adapter, base_weights)[0])[0]
+    (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
+    return _fitted(model, read)[0]
 
 
 @places_errors
 def write_adapter(
-    model: Model, adapter: Adapter | str | PathLike[str], out: str | PathLike[str], *, base_weights: Base | None = None
+    model: Model, adapter: Adapter | str | PathLike[str], out: str | PathLike[str], *, base_weights: Base | None = None,
+    rename: str | Sequence[str] = (),
 ) -> Path:  # fmt: skip
-    """Write an adapter as an `.onnx_adapter` file for the slots of a model; see `fit`.
+    """Write an adapter as an `.onnx_adapter` file for the slots of a model; see `fit` for the arguments.
 
     onnxruntime's `LoraAdapter` and `Session` load it. A record beside it says what its values mean, so
     `adapterkit.read` can read them back.
     """
     from ..formats.onnx_adapter import write_slots_record
 
-    read, _ = loaded(adapter, base_weights)
+    (read,) = renamed([loaded(adapter, base_weights)[0]], rename)
     feeds, names = _fitted(model, read)
     write_ort_adapter(out, OrtAdapter({name: from_numpy(array) for name, array in feeds.items()}))
     told = {name for fields in names for name in fields.values()}

@@ -73,15 +73,17 @@ class Session:
         """Names of the loaded adapters."""
         return tuple(self._loaded)
 
-    def load(self, name: str, adapter: Adapter | str | PathLike[str]) -> None:
+    def load(self, name: str, adapter: Adapter | str | PathLike[str], *, rename: str | Sequence[str] = ()) -> None:
         """Load an adapter under a name, replacing one of that name; it stays on the session's device.
 
         Args:
             name: the name for `run`.
             adapter: an `.onnx_adapter` file for this model's slots, an adapter, or the path of one in any format.
+            rename: rules for names that cannot be told, as in `adapterkit.merge`.
 
         Raises:
-            TargetNotFound: the model has no slot for a tensor; names the nearest.
+            TargetNotFound: the model has no slot for a tensor, or a rule matches no target; names the nearest.
+            UsageError: rules with an `.onnx_adapter` file, whose names are those of slots.
             ShapeMismatch: a tensor does not fit its slot, or the other tensors.
             Malformed: the file is damaged.
         """
@@ -89,9 +91,12 @@ class Session:
         path = None if isinstance(adapter, Adapter) else adapter
         if ready_made:
             assert path is not None
+            if rename:
+                cure = "Leave rename= out, or give the adapter that the file was written from"
+                raise UsageError("a file of slots has no targets to rename", path=path, cure=cure)
             feeds = {key: as_array(leaf) for key, leaf in read_ort_adapter(path).tensors.items()}
         else:
-            feeds = fit(self._path, adapter)
+            feeds = fit(self._path, adapter, rename=rename)
         for key, array in feeds.items():
             check_slot(key, array, self._slots, path)
         check_together(feeds, self._slots, path)
