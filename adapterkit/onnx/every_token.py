@@ -85,6 +85,7 @@ def last_columns(value: Value, own: Value) -> ir.Value:
     one, most = (literal(np.array([number], dtype=np.int64)) for number in (1, np.iinfo(np.int64).max))
     sizes = node("Shape", [own.value], None, np.int64, (2,))
     count = node("Slice", [sizes, one, most], None, np.int64, (1,))
+    # A negative start counts from the end, whose position is only known at run time.
     start = node("Neg", [count], None, np.int64, (1,))
     return node("Slice", [value.value, start, most, one], None, value.dtype, None)
 

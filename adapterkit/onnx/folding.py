@@ -110,6 +110,7 @@ class Folding:
     def _weight(self, held: ir.Value) -> None:
         stored = stored_behind(held)
         change = Change(self.name, lazy_of(stored.value), self._folds(stored, shape_of(stored.value)))
+        # Nodes with the same tensor and the same changes share the result.
         key = ("weight", id(stored.value), *self.key)
         new = fresh_value(self.building, self.fresh, key, stored.value, change)
         exchange(self.spot.node, self.spot.kind.position, stored, new, self.building)

@@ -209,6 +209,7 @@ def keep_original(source: Source) -> None:
         raise Unsupported("an adapter is in this graph already", path=source.path, cure="Eject it first")
     runs, rest, end = [], [], 0
     for name, data in _inline(model):
+        # Search forward only, because the tensors are in the order of the file.
         at = source.original.find(data, end)
         if at >= 0:
             runs.append([at, len(data), name])

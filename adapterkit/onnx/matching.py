@@ -97,6 +97,7 @@ def nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]
     Raises:
         TargetNotFound: no layer does, or several may.
     """
+    # Nodes that share a stored weight count as one candidate.
     by_weight: dict[Any, list[Spot]] = {}
     for spot in spots:
         by_weight.setdefault((spot.sources, spot.kind), []).append(spot)

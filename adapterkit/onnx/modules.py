@@ -48,6 +48,7 @@ class Module:
         """
         found = [value for value in self.entering if len(_sizes(value)) == 3 and _sizes(value)[2] == channels]
         if len(found) > 1:
+            # The module's own Add is its residual connection, and one operand is the value that it transforms.
             adds = [node for node in self.nodes if node.op_type == "Add" and modules_of(node)[-1:] == (self.path,)]
             found = [value for value in found if any(value in node.inputs for node in adds)]
         if len(found) != 1:

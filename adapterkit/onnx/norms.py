@@ -210,6 +210,7 @@ def _held(spot: Spot) -> Array:
 def _scaled(spot: Spot, W: Array) -> bool:
     """Whether a layer holds a weight with each channel scaled by some factor."""
     V, rows = _held(spot), _by_channel(spot, W)
+    # The best factor of each channel, by least squares.
     factors = (V * rows).sum(1) / np.maximum((rows * rows).sum(1), 1e-300)
     return bool(np.linalg.norm(V - factors[:, None] * rows) <= 1e-3 * np.linalg.norm(V))
 

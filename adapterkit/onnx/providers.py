@@ -38,6 +38,7 @@ def runs_on(provider: str) -> bool:
         session = onnxruntime.InferenceSession(_one_node(), quiet_options(), providers=[provider])
     except Exception:  # onnxruntime's errors have no common base class.
         return False
+    # onnxruntime may fall back to the CPU without an error.
     return bool(session.get_providers()[0] == provider)
 
 
@@ -51,6 +52,7 @@ def quiet_options() -> Any:
     """Return session options that log nothing."""
     onnxruntime: Any = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
+    # 4 means fatal. Anything milder would be printed to stderr, past Python's logging.
     options.log_severity_level = 4
     return options
 

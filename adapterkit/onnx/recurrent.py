@@ -40,6 +40,7 @@ class Recurrent(Layer):
     def takes(cls, node: ir.Node) -> bool:
         given = node.inputs[cls.position] if len(node.inputs) > cls.position else None
         known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(given)
+        # A unidirectional layer stacks only one direction.
         return known and cls.direction < shape_of(node.inputs[cls.position])[0]  # type: ignore[arg-type]
 
     @classmethod

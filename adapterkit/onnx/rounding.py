@@ -25,6 +25,7 @@ def difference_of(got: Sequence[Any], wanted: Sequence[Any]) -> float:
             continue
         a, b = a.astype(np.float64), b.astype(np.float64)
         there = np.isfinite(b)
+        # NaNs and infinities must be in the same places; otherwise no number measures the difference.
         if a.shape != b.shape or not np.array_equal(np.isfinite(a), there):
             return float("inf")
         if not np.array_equal(a[~there], b[~there], equal_nan=True):

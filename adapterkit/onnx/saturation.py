@@ -103,6 +103,7 @@ def _clipped(model: ir.Model, feeds: Mapping[str, Array]) -> tuple[dict[str, int
     """Return node -> clipped values, and the number of all values."""
     nodes, outputs = quantizers(model), list(model.graph.outputs)
     seen = list(dict.fromkeys(node.inputs[0] for node in nodes))
+    # Declare the quantizers' inputs as outputs, so that a run returns them.
     model.graph.outputs.extend(value for value in seen if value is not None and value not in outputs)
     try:
         told = _run(model, [value.name or "" for value in seen if value is not None], feeds)

@@ -265,6 +265,7 @@ class Value:
     def __setitem__(self, key: Any, values: Any) -> None:
         from .indexing import written
 
+        # Graph values cannot change. The assignment makes this object stand for the new value instead.
         new = written(self, key, self.like(values))
         self._value, self.known, self._numbers = new._value, new.known, None
 

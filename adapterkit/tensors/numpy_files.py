@@ -140,7 +140,7 @@ def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DTy
         fields = ast.literal_eval(file.read(count).decode("utf-8").strip())
         shape, descr, fortran = fields["shape"], fields["descr"], fields["fortran_order"]
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
-        raise _damaged(path, "a header that is none") from None
+        raise _damaged(path, "an invalid header") from None
     if (
         not isinstance(shape, tuple)
         or len(shape) > 32

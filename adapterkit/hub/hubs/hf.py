@@ -90,7 +90,7 @@ class HuggingFace(Remote):
             found, following = self.call(lambda here=here: self._told(here))  # type: ignore[misc]
             # An empty page that links to another page would make this loop endless.
             if not isinstance(found, list) or (following and not found):
-                raise NetworkError("the hub's list of files makes no sense", path=str(self.uri), cure=_NOT_A_HUB)
+                raise NetworkError("the hub's list of files is invalid", path=str(self.uri), cure=_NOT_A_HUB)
             yield from (self._file(entry) for entry in found if not _is_folder(entry))
             url = following
 
@@ -183,7 +183,7 @@ class HuggingFace(Remote):
             why = f"cannot reach {_bare(self.endpoint)} ({type(error).__name__.removesuffix('Error')})"
             return NetworkError(str(error) if isinstance(error, Passing) else why, path=place, cure=_REACH)
         if isinstance(error, (ValueError, LookupError, TypeError, AttributeError, RecursionError)):
-            why = f"the hub's answer makes no sense ({type(error).__name__})"
+            why = f"the hub's answer is invalid ({type(error).__name__})"
             return NetworkError(why, path=place, cure=_NOT_A_HUB)
         return None
 

@@ -139,7 +139,7 @@ def check_place(
     """
     kind = NUMBERS.get(number)
     if kind is not None and (not shape or shape[-1] % BLOCKS[kind][1]):
-        raise reader.damaged(f"rows of {name!r} are no whole blocks of {BLOCKS[kind][1]}")
+        raise reader.damaged(f"rows of {name!r} are not a multiple of the block size of {BLOCKS[kind][1]}")
     size = size_of(shape, number)
     if offset % alignment or start + offset + size > reader.size:
         raise reader.damaged(f"{name!r} of {size} bytes at {offset} is not aligned, or lies beyond the end")
