@@ -62,7 +62,7 @@ class LoRAFA(torch.optim.Optimizer):
         super().__init__(list(dict.fromkeys(trained)), settings)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns what the closure does, if there is one."""
         loss = None
         if closure is not None:
@@ -95,5 +95,6 @@ class LoRAFA(torch.optim.Optimizer):
     def _projected(grad: Tensor, A: Tensor, scaling: float) -> Tensor:
         flat = A.flatten(1).float()
         square = flat @ flat.mT
-        inverse = torch.linalg.pinv(square + 1e-8 * torch.eye(len(square), device=square.device))
-        return ((grad.float() @ inverse) / scaling**2).to(grad.dtype)
+        inverse: Tensor = torch.linalg.pinv(square + 1e-8 * torch.eye(len(square), device=square.device))
+        out: Tensor = ((grad.float() @ inverse) / scaling**2).to(grad.dtype)
+        return out
