@@ -28,7 +28,7 @@ BINS = 1 << 16
 SHARE = 256
 """One number of so many is in a sample, of tensors above `WHOLE`."""
 
-WHOLE = 1 << 15
+WHOLE = 1 << 12
 """Tensors of at most so many entries are sampled whole."""
 
 DEVIATIONS = 6.0
@@ -169,7 +169,7 @@ class Selection:
         self._samples = []
         if not values.size:
             return
-        order = np.argsort(-values, kind="stable")
+        order = np.argsort(-values)
         values, reach = values[order], np.cumsum(weights[order])
         total = reach[-1]
         share = weights[order][values > 0].sum()
