@@ -617,16 +617,20 @@ def test_the_census_finds_the_threshold_of_numbers_in_parts(one, other, kept):
     assert census.threshold(0) == expected
 
 
-@pytest.mark.parametrize("series", ["normal", "equal", "few", "wide", "misled"])
+@pytest.mark.parametrize("series", ["normal", "equal", "few", "wide", "misled", "sparse"])
 @pytest.mark.parametrize("share", [0.0, 1e-5, 0.2, 0.9999, 1.0])
 def test_numbers_too_many_to_hold_are_selected_exactly(monkeypatch, series, share):
     """Against a full sort: by bins alone, with ties, over 600 orders of magnitude, and from a sample that misleads."""
     monkeypatch.setattr(selection, "HELD", 40)
     rng = np.random.default_rng(3)
     values = np.abs(rng.normal(size=20000))
-    values = {"equal": np.full(20000, 0.3), "few": rng.integers(0, 3, 20000) * 0.1, "wide": values**200}.get(
-        series, values
-    )
+    sparse = np.where(rng.random(20000) < 0.1, values, 0.0)
+    values = {
+        "sparse": sparse,
+        "equal": np.full(20000, 0.3),
+        "few": rng.integers(0, 3, 20000) * 0.1,
+        "wide": values**200,
+    }.get(series, values)
     k = round(share * len(values))
     search = selection.Selection(lambda *_: k)
     search.sample(values[:500] if series != "misled" else np.full(500, 1e-300), len(values))
