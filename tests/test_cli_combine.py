@@ -307,3 +307,17 @@ def test_settings_without_a_method_are_no_merge(base: Path, adapters: list[Path]
     result = run("merge", base, *adapters, "--set", "density=0.5", "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sum_of_other_methods_is_cut_to_a_rank(tmp_path: Path) -> None:
+    """A LoRA and a DoRA at their base: the best LoRA of that rank of the sum of both changes."""
+    data = Path(ak.__file__).parent / "demo" / "data"
+    words = ["combine", data / "rotated", data / "negative", "--method", "linear", "--base", data / "base"]
+    done = run(*words, "--rank", "8", "-o", tmp_path / "mixed")
+    assert done.exit_code == 0, done.output
+    one, other, mixed = (ak.read(place) for place in (data / "rotated", data / "negative", tmp_path / "mixed"))
+    name = "layers.0.mlp.up_proj"
+    D = sum(np.asarray(each.delta(name, base=data / "base"), "f8") for each in (one, other))
+    U, S, Vh = np.linalg.svd(D, full_matrices=False)
+    expected = (U[:, :8] * S[:8]) @ Vh[:8]
+    assert np.abs(np.asarray(mixed.delta(name)) - expected).max() < 1e-5 * np.abs(expected).max()

@@ -159,7 +159,10 @@ def test_a_command_that_was_killed_when_its_work_was_done(words: list[str], tmp_
         assert tree(tmp_path / "made") == whole
 
 
-READING = {"conformance", "demo", "diff", "doctor", "inspect", "list", "names", "scan", "validate", "verify"}
+READING = {
+    "completion", "conformance", "demo", "diff", "doctor", "help", "inspect", "list", "names", "scan", "validate",
+    "verify",
+}  # fmt: skip
 """Commands that write nothing."""
 
 ELSEWHERE = {"export": "test_onnx_export.py"}

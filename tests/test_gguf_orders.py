@@ -77,6 +77,25 @@ def test_one_of_the_two_tensors_of_a_weight_is_no_target(tmp_path):
         ak.merge(base, adapter, tmp_path / "out.gguf")
 
 
+@pytest.mark.parametrize(("family", "fits"), [("mistral", True), ("llama", True), ("gemma", False)])
+def test_adapters_of_all_families_of_an_architecture_fit_its_files(family, fits, tmp_path):
+    """llama.cpp's converter makes files of the architecture llama from Mistral's models too."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes((DATA / "rope" / "adapter_model.safetensors").read_bytes())
+    config = json.loads((DATA / "rope" / "adapter_config.json").read_text())
+    library = f"transformers.models.{family}.modeling_{family}"
+    config["auto_mapping"] = {"base_model_class": "Any", "parent_library": library}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if fits:
+        ak.merge(DATA / "rope" / "base.gguf", folder, tmp_path / "out.gguf")
+        ak.merge(DATA / "rope" / "base.gguf", DATA / "rope", tmp_path / "plain.gguf")
+        assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+    else:
+        with pytest.raises(TargetNotFound, match="family gemma"):
+            ak.merge(DATA / "rope" / "base.gguf", folder, tmp_path / "out.gguf")
+
+
 def test_an_architecture_without_a_family_is_refused_by_name(tmp_path):
     base = write(tmp_path / "a.gguf", "zebra")
     with pytest.raises(Unsupported, match=r"'zebra'.*Known: .*qwen3moe"):

@@ -1152,6 +1152,15 @@ def _():
     handle.merge_()
 
 
+@odd("a weight that ZeRO has partitioned", raises=Unsupported, match=r"0\.weight: .*partitioned.*before deepspeed")
+def _():
+    model = one()
+    # As deepspeed.zero.Init leaves it; `tools/foreign/check_deepspeed.py` runs DeepSpeed itself.
+    model[0].weight.ds_status = type("ZeroParamStatus", (), {"name": "NOT_AVAILABLE"})()
+    model[0].weight.data = torch.empty(0, dtype=torch.float64)
+    inject(model)
+
+
 @odd("a LoReFT whose rows depend on each other", raises=Malformed, match="depend on each other")
 def _():
     row = draw(1, 16)

@@ -27,6 +27,8 @@ ADDRESSES = (
 COMMANDS = {
     "combine": ["{} {} --method linear -o out", "lora lora --method linear -o {}"],
     "convert": ["{} out --to peft", "lora {} --to peft", "lora out --to gguf --base {}"],
+    "completion": ["{}"],
+    "help": ["{}"],
     "conformance": ["--suite {} -- true"],
     "demo": ["{}", "-o {}"],
     "diff": ["{} lora", "lora {}"],

@@ -1,14 +1,8 @@
-r"""Show what an adapter, a base or a graph holds.
+"""Show what an adapter, a base or a graph holds.
 
 SRC is an adapter in any known format, or a base: a folder of weights or one weight file, here or on a hub
 (hf://org/repo). Only headers are read, but with --layers. Of an ONNX model, the layers are shown that an adapter can
 name.
-
-\b
-Examples:
-  adapterkit inspect lora
-  adapterkit inspect lora --layers
-  adapterkit inspect lora --base model --all
 """
 
 from __future__ import annotations

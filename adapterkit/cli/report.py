@@ -1,13 +1,7 @@
-r"""Show what adapters change, in one HTML page with verdicts.
+"""Show what adapters change, in one HTML page with verdicts.
 
 Each A is an adapter in any known format. The page needs no network: it holds norms by layer, spectra, ranks, what
 adapters have in common and where they conflict. With --base changes are held against its weights.
-
-\b
-Examples:
-  adapterkit report lora -o report.html
-  adapterkit report style subject -o both.html --figures pictures
-  adapterkit report lora --base model --merged merged -o merged.html
 """
 
 from __future__ import annotations

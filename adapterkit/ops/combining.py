@@ -98,7 +98,8 @@ def combine(
     _check_given(name, adapters, base, data, seed)
     first = made(COMBINERS[name], {key: one_of(value, key) for key, value in values.items()})
     summing = first.sums([1.0] * len(adapters)) is not None
-    lower = None if summing else "combined"
+    # A sum keeps updates as they are; one that is cut to a rank is computed from the changes like any other result.
+    lower = None if summing and cut is None else "combined"
     base = None if base is None else opened(base)
     given = [source_adapter(source, base) for source in adapters]
     read, found = places(given, base=base, lower=lower, disjoint=disjoint, rename=rename, strict_base=strict_base)

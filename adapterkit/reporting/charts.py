@@ -105,6 +105,8 @@ def inline(chart: Chart) -> str:
         text = re.sub(noise, "", text)
     text = re.sub(r"(?<=\d\.\d\d)\d+", "", text)
     text = re.sub(r' aria-label="[^"]*(axis|legend)[^"]*"', "", text)
+    # The drawing is one image to a screen reader, so its marks may not have labels; `page.js` shows them as tips.
+    text = text.replace(' aria-label="', ' data-tip="')
     label = _escaped(f"{chart.title}. {chart.caption}")
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 

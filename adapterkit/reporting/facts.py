@@ -122,13 +122,14 @@ def formats_of(adapter: Adapter) -> dict[str, str]:
     order = [*WAYS]
     found = {}
     for name, entry in FORMATS.items():
-        ways = [_way(entry, method) for method in methods]
+        ways = [way(entry, method) for method in methods]
         if ways and all(ways):
-            found[name] = max((way for way in ways if way), key=order.index)
+            found[name] = max((each for each in ways if each), key=order.index)
     return dict(sorted(found.items(), key=lambda item: (order.index(item[1]), item[0])))
 
 
-def _way(entry: Any, method: Any) -> str | None:
+def way(entry: Any, method: Any) -> str | None:
+    """Return how a format can hold a method, a key of `WAYS`; None where it cannot."""
     if method.__module__.rpartition(".")[2] in entry.methods:
         return "native"
     if method.kind not in ("additive", "weight") or "lora" not in entry.methods:

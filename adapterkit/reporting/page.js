@@ -9,10 +9,10 @@
 
   const tip = document.getElementById("tip");
   document.addEventListener("pointermove", (event) => {
-    const mark = event.target.closest && event.target.closest("figure svg [aria-label]");
+    const mark = event.target.closest && event.target.closest("figure svg [data-tip]");
     tip.hidden = !mark;
     if (!mark) return;
-    tip.textContent = mark.getAttribute("aria-label");
+    tip.textContent = mark.dataset.tip;
     tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + "px";
     tip.style.top = Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8) + "px";
   });

@@ -100,7 +100,7 @@ def _lead(report: Report) -> str:
     if bases:
         told.append(f"made for {', '.join(map(escape, bases))}")
     if report.base:
-        told.append(f"held against the base {escape(report.base)}")
+        told.append(f"held against {escape(report.base)}")
     if report.merged:
         told.append(f"and the merged model {escape(report.merged)}")
     return ", ".join(told) + "."
@@ -165,7 +165,9 @@ def _facts(found: Sequence[Facts]) -> str:
         "trigger words",
     )
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    return _scrolled(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>", "The adapters")
+    return _scrolled(
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>", "Table of the adapters"
+    )
 
 
 def size(count: int) -> str:
@@ -258,7 +260,9 @@ def _table(report: Report) -> str:
         '<p class="search" hidden><label for="q">Search the targets</label>'
         '<input id="q" type="search" placeholder="layers.11 o_proj" autocomplete="off"></p>'
         f'<p id="count" role="status">{told}, the largest changes first.</p>'
-        + _scrolled(f'<table id="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>', "All targets")
+        + _scrolled(
+            f'<table id="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>', "Table of all targets"
+        )
     )
 
 
@@ -318,7 +322,7 @@ def _formats(found: Sequence[Facts]) -> str:
         )  # fmt: skip
         parts.append(rows)
     head = '<thead><tr><th scope="col">adapter</th><th scope="col">how</th><th scope="col">formats</th></tr></thead>'
-    table = _scrolled(f"<table>{head}<tbody>{''.join(parts)}</tbody></table>", "Formats")
+    table = _scrolled(f"<table>{head}<tbody>{''.join(parts)}</tbody></table>", "Table of formats")
     tools = "".join(
         f'<tr><th scope="row">{escape(facts.name)}</th>'
         f"{''.join(_cell(each[name]) for name in ('title', 'loads', 'why'))}</tr>"
@@ -327,7 +331,7 @@ def _formats(found: Sequence[Facts]) -> str:
     if tools:
         head = "".join(f'<th scope="col">{name}</th>' for name in ("adapter", "tool", "loads it", "why"))
         table += "<p>What tools make of the file as it is.</p>" + _scrolled(
-            f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Tools"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{tools}</tbody></table>", "Table of tools"
         )
     return (
         "<p>Formats that can hold the methods of each adapter. <code>adapterkit convert</code> checks names of modules "

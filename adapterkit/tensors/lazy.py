@@ -235,6 +235,16 @@ def as_torch(leaf: Leaf, device: str | torch.device | None = None, dtype: torch.
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
+def for_formulas(leaf: Leaf, device: str | torch.device | None, dtype: torch.dtype) -> torch.Tensor:
+    """Any leaf as formulas compute with it: real numbers in `dtype`, whole numbers in int64.
+
+    A file may hold positions and seeds in any whole type. A sum or product of them overflows the small ones, and torch
+    knows few operations on uint16 to uint64. A seed of uint64 keeps its bits.
+    """
+    value = as_torch(leaf, device, dtype)
+    return value if value.is_floating_point() else value.long()
+
+
 def as_array(leaf: Leaf) -> np.ndarray[Any, Any]:
     """Return any leaf as a numpy array for arithmetic; bfloat16 and float8 use ml_dtypes."""
     tensor = as_lazy(leaf)

@@ -39,6 +39,8 @@ def uniform(seeds: Any, stream: int, first: int, stop: int, count: int, dtype: A
     seed div 2^32). A word w becomes w / 2^31 - 1, rounded once to the dtype.
     """
     xp = namespace(seeds)
+    if seeds.dtype != xp.int64:
+        seeds = xp.astype(seeds, xp.int64)
     quarters = (count + 3) // 4
     places = xp.arange(quarters, dtype=xp.int64, device=_device(seeds))
     vectors = xp.arange(first, stop, dtype=xp.int64, device=_device(seeds))[:, None, None]

@@ -26,7 +26,7 @@ def skew(pairs: Any) -> Any:
         return xp.zeros((*pairs.shape[:-1], b, b), **_kind(pairs))
     i = xp.arange(b, device=_kind(pairs)["device"])
     row, column = i[:, None], i[None, :]
-    # An index and a mask instead of an assignment: symbolic values of ONNX graphs cannot be assigned to.
+    # An index and a mask instead of an assignment, which values of an ONNX graph support in a few forms only.
     place = row * (2 * b - row - 1) // 2 + column - row - 1
     above = row < column
     upper = pairs[..., xp.where(above, place, place * 0)] * xp.astype(above, pairs.dtype)

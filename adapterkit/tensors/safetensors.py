@@ -150,7 +150,7 @@ def _header_length(prefix: bytes, size: int, path: str) -> int:
 def _parse(raw: bytes, path: str) -> tuple[dict[str, Any], bool]:
     """Return the header, and whether it holds only text and whole numbers; see `load_table`."""
     try:
-        fields, regular = load_table(raw.decode("utf-8"), len(_FIELDS))
+        fields, regular = load_table(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Malformed(f"the header is not valid JSON ({error})", path=path, where="header", cure=_AGAIN) from error
     if not isinstance(fields, dict):

@@ -35,7 +35,7 @@ def load_json(text: str) -> Any:
     return _load(text, _unique)
 
 
-def load_table(text: str, columns: int) -> tuple[Any, bool]:
+def load_table(text: str) -> tuple[Any, bool]:
     """Return the value of a JSON text that is one large object of small objects, such as a tensor header.
 
     It returns the same as `load_json` in a third of the time. A glance at the text without its strings tells whether it
@@ -43,7 +43,6 @@ def load_table(text: str, columns: int) -> tuple[Any, bool]:
 
     Args:
         text: the JSON text.
-        columns: the number of fields of each inner object, except for `__metadata__`, whose fields are text.
 
     Returns:
         The value, and whether it holds only objects, lists, text and non-negative whole numbers.
@@ -56,9 +55,8 @@ def load_table(text: str, columns: int) -> tuple[Any, bool]:
     value = _load(text, None if regular else _unique)
     if not isinstance(value, dict):
         return value, False
-    beside = value.get("__metadata__")
-    fields = len(value) + (len(beside) if isinstance(beside, dict) else 0)
-    fields += columns * (len(value) - ("__metadata__" in value))
+    # Count the keys that were read: an entry with one key twice and another missing has the usual number of colons.
+    fields = len(value) + sum(len(inner) for inner in value.values() if isinstance(inner, dict))
     if regular and bare.count(b":") != fields:
         # More or fewer colons than keys: a key occurs twice, or this is not such a table. Parse it the slow way.
         return _load(text, _unique), False
