@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .methods import METHODS
     from .ops import combine
     from .ops import compare as diff
+    from .scanning import scan
 
 _HOME = {
     "Adapter": "adapter",
@@ -42,6 +43,7 @@ _HOME = {
     "plan": "merging",
     "read": "formats",
     "report": "api",
+    "scan": "scanning",
     "verify": "merging",
     "write": "formats",
 }
@@ -69,6 +71,7 @@ __all__ = [
     "plan",
     "read",
     "report",
+    "scan",
     "torch",
     "verify",
     "write",

@@ -13,6 +13,7 @@ from adapterkit.errors import Malformed
 from adapterkit.methods import METHODS
 from adapterkit.naming import architectures
 from adapterkit.naming.architectures import architecture_of, faults, fill, folder, load
+from adapterkit.naming.layouts import stored_in_out
 from adapterkit.tensors.lazy import from_numpy
 
 LoRA = METHODS["lora"]
@@ -170,6 +171,22 @@ def test_a_family_that_nothing_names_takes_one_file_and_no_code(tmp_path, monkey
         "z.0.x.1.u.weight": [6, 7, 8], "z.0.x.1.g.weight": [9, 10, 11],
     }  # fmt: skip
     assert [str(rule) for rule in bound.rules] == ["architecture zebra: live -> hub"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "path", "turned"),
+    [
+        ("gpt_oss", "model.layers.1.mlp.experts.gate_up_proj", True),
+        ("gpt_oss", "model.layers.1.self_attn.q_proj", False),
+        ("llama4", "language_model.model.layers.1.feed_forward.experts.down_proj", True),
+        ("llama4_text", "model.layers.1.feed_forward.experts.gate_up_proj", True),
+        ("llama4_text", "model.layers.1.feed_forward.shared_expert.down_proj", False),
+        ("mixtral", "model.layers.1.mlp.experts.gate_up_proj", None),
+        ("gpt2", "transformer.h.0.attn.c_attn", True),
+    ],
+)
+def test_what_is_stored_with_inputs_first_is_told_by_the_files(model_type, path, turned):
+    assert stored_in_out(path, {"model_type": model_type}) is turned
 
 
 def test_every_weight_of_a_tools_naming_is_one_of_its_families():

@@ -22,7 +22,7 @@ from adapterkit.cli import _failures, _options, adapterkit
 COMMANDS = [
     "combine", "completion", "conformance", "convert", "demo", "diff", "doctor", "export", "extract", "help", "inject",
     "inspect", "list",
-    "merge", "names", "pull", "push", "report", "resize", "validate", "verify",
+    "merge", "names", "pull", "push", "report", "resize", "scan", "validate", "verify",
 ]  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
 

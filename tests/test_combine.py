@@ -13,8 +13,10 @@ import adapterkit as ak
 from adapterkit.adapter import Adapter, Target
 from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from adapterkit.methods import METHODS
-from adapterkit.ops import COMBINERS
+from adapterkit.ops import COMBINERS, selection
+from adapterkit.ops.blocks import Blocks
 from adapterkit.ops.census import Census
+from adapterkit.ops.methods._entrywise import Entrywise
 from adapterkit.ops.methods.lego import clusters
 from adapterkit.tensors.lazy import from_numpy
 
@@ -440,10 +442,63 @@ def test_clusters_are_those_of_points_far_apart():
 )
 def test_the_census_finds_the_threshold_of_numbers_in_parts(one, other, kept):
     census = Census()
-    census.run(lambda: [census.feed(0, np.array(part), lambda _: kept) for part in (one, other)])
+    parts = [Blocks.of(np.array([part])) for part in (one, other)]
+    census.run(lambda: [census.count([0], part, [lambda *_: kept]) for part in parts])
     sizes = np.sort(np.abs([*one, *other]))[::-1]
     expected = np.inf if kept == 0 else sizes[min(kept, len(sizes)) - 1]
     assert census.threshold(0) == expected
+
+
+@pytest.mark.parametrize("series", ["normal", "equal", "few", "wide", "misled"])
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.2, 0.9999, 1.0])
+def test_numbers_too_many_to_hold_are_selected_exactly(monkeypatch, series, share):
+    """Against a full sort: by bins alone, with ties, over 600 orders of magnitude, and from a sample that misleads."""
+    monkeypatch.setattr(selection, "HELD", 40)
+    rng = np.random.default_rng(3)
+    values = np.abs(rng.normal(size=20000))
+    values = {"equal": np.full(20000, 0.3), "few": rng.integers(0, 3, 20000) * 0.1, "wide": values**200}.get(
+        series, values
+    )
+    k = round(share * len(values))
+    search = selection.Selection(lambda *_: k)
+    search.sample(values[:500] if series != "misled" else np.full(500, 1e-300), len(values))
+    rounds = []
+    selection.settle([search], lambda: [rounds.append(1), *(search.feed(part) for part in np.split(values, 5))])
+    ordered = np.sort(values)[::-1]
+    expected = ordered[k - 1] if k else np.inf
+    found = search.found
+    assert (found.value, found.above, found.total) == (expected, (values > expected).sum(), len(values))
+    assert found.equal == (values == expected).sum()
+    assert len(rounds) <= 8
+
+
+def test_numbers_that_are_not_finite_are_refused_by_a_selection():
+    for bad, k in ((np.inf, 1), (np.nan, 2)):
+        search = selection.Selection(lambda *_, k=k: k)
+        with pytest.raises(Malformed, match="too large"):
+            selection.settle([search], lambda s=search, v=bad: s.feed(np.array([1.0, v])))
+
+
+ENTRYWISE = sorted(name for name in set(PLAIN) - {"lego"} if issubclass(COMBINERS[name], Entrywise))
+
+
+@pytest.mark.parametrize("name", ENTRYWISE)
+def test_a_result_does_not_depend_on_blocks_or_workers(name, monkeypatch):
+    """Formed a row at a time, by several threads, from thresholds of a small sample, it is what one block makes."""
+    targets = [Target(f"layers.{i}.q") for i in range(3)]
+    given_ = adapters(few(name), targets=targets, bias=True)
+    more = [{}, {"scope": "row"}] if name == "breadcrumbs" else [{}]
+    more += [{"rescale": "norm"}] if "rescale" in COMBINERS[name].parameters() else []
+    whole = [ak.ops.combine(given_, name, workers=1, **each) for each in more]
+    expected = [[(exact(made, t), made.updates[t][0].d.numpy()) for t in targets] for made in whole]
+    monkeypatch.setattr("adapterkit.ops.blocks.ENTRIES", 2 * IN * len(given_))
+    monkeypatch.setattr("adapterkit.ops.blocks.WHOLE", 40)
+    monkeypatch.setattr(selection, "HELD", 7)
+    for each, found in zip(more, expected, strict=True):
+        made = ak.ops.combine(given_, name, workers=3, **each)
+        for target, (D, d) in zip(targets, found, strict=True):
+            close(exact(made, target), D, 1e-12)
+            close(made.updates[target][0].d.numpy(), d, 1e-12)
 
 
 # Other shapes, other methods of adaptation, absent targets.

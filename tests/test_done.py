@@ -160,18 +160,8 @@ def test_a_command_that_was_killed_when_its_work_was_done(words: list[str], tmp_
 
 
 READING = {
-    "completion",
-    "help",
-    "conformance",
-    "demo",
-    "diff",
-    "doctor",
-    "inspect",
-    "list",
-    "names",
-    "validate",
-    "verify",
-}
+    "completion", "help", "conformance", "demo", "diff", "doctor", "inspect", "list", "names", "scan", "validate", "verify",
+}  # fmt: skip
 """Commands that write nothing."""
 
 ELSEWHERE = {"export": "test_onnx_export.py"}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import adapterkit as ak
-from adapterkit.errors import TargetNotFound, Unsupported
+from adapterkit.errors import TargetNotFound, Unrepresentable, Unsupported
 
 gguf = pytest.importorskip("gguf")
 DATA = Path(__file__).parent / "data" / "gguf"
@@ -39,7 +39,10 @@ def test_a_merge_is_what_llama_cpp_makes_of_pefts_merged_model(kind, tmp_path):
 
 
 def test_all_kinds_of_orders_are_among_the_cases():
-    assert KINDS == ["experts", "interleaved", "qkv_by_group", "qkv_by_head", "rope", "stack_in_parts", "turned"]
+    assert KINDS == [
+        "experts", "interleaved", "latent", "layers_twice", "linear", "linear_split", "qkv_by_group", "qkv_by_head",
+        "rope", "rotary", "stack_in_parts", "turned",
+    ]  # fmt: skip
 
 
 def write(path, architecture, kind="model", names=("token_embd",)):
@@ -64,7 +67,7 @@ def test_a_projector_is_left_alone_and_said(architecture, kind, tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_a_weight_in_an_order_that_no_family_says_is_no_target(tmp_path):
+def test_one_of_the_two_tensors_of_a_weight_is_no_target(tmp_path):
     """llama.cpp keeps kv_b_proj of DeepSeek as two tensors, one of them turned head by head."""
     base = write(tmp_path / "a.gguf", "deepseek2", names=["blk.0.attn_k_b", "blk.0.attn_output"])
     adapter = ak.Adapter(
@@ -74,10 +77,37 @@ def test_a_weight_in_an_order_that_no_family_says_is_no_target(tmp_path):
         ak.merge(base, adapter, tmp_path / "out.gguf")
 
 
+@pytest.mark.parametrize(("family", "fits"), [("mistral", True), ("llama", True), ("gemma", False)])
+def test_adapters_of_all_families_of_an_architecture_fit_its_files(family, fits, tmp_path):
+    """llama.cpp's converter makes files of the architecture llama from Mistral's models too."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes((DATA / "rope" / "adapter_model.safetensors").read_bytes())
+    config = json.loads((DATA / "rope" / "adapter_config.json").read_text())
+    library = f"transformers.models.{family}.modeling_{family}"
+    config["auto_mapping"] = {"base_model_class": "Any", "parent_library": library}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if fits:
+        ak.merge(DATA / "rope" / "base.gguf", folder, tmp_path / "out.gguf")
+        ak.merge(DATA / "rope" / "base.gguf", DATA / "rope", tmp_path / "plain.gguf")
+        assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+    else:
+        with pytest.raises(TargetNotFound, match="family gemma"):
+            ak.merge(DATA / "rope" / "base.gguf", folder, tmp_path / "out.gguf")
+
+
 def test_an_architecture_without_a_family_is_refused_by_name(tmp_path):
     base = write(tmp_path / "a.gguf", "zebra")
     with pytest.raises(Unsupported, match=r"'zebra'.*Known: .*qwen3moe"):
         ak.merge(base, DATA / "rope", tmp_path / "out.gguf")
+
+
+TWO = "llama.cpp keeps the weight in two tensors"
+APART = {
+    "latent": (("kv_b_proj",), TWO), "linear_split": (("in_proj_qkvz",), TWO),
+    "rotary": (("q_proj", "k_proj"), "does not say in which of two orders"),
+}  # fmt: skip
+"""Kind -> the modules for which llama.cpp's files have no adapter, and why."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,7 +121,16 @@ def test_an_adapter_goes_to_llama_cpp_and_back(kind, tmp_path):
     from safetensors.numpy import save_file
 
     save_file({n: np.zeros(s, "f4") for n, s in shapes.items()}, tmp_path / "base" / "model.safetensors")
-    ak.write(ak.read(folder, base=tmp_path / "base"), tmp_path / "a.gguf", "gguf", tmp_path / "base", "fold")
+    adapter = ak.read(folder, base=tmp_path / "base")
+    if kind in APART:
+        modules, why = APART[kind]
+        with pytest.raises(Unrepresentable, match=f"{modules[-1]}: .*{why}"):
+            ak.write(adapter, tmp_path / "a.gguf", "gguf", tmp_path / "base", "fold")
+        updates = {target: given for target, given in adapter.updates.items() if not target.path.endswith(modules)}
+        adapter = adapter.replace(updates=updates)
+    ak.write(adapter, tmp_path / "a.gguf", "gguf", tmp_path / "base", "fold")
+    again = ak.read(tmp_path / "a.gguf", base=tmp_path / "base")
+    assert ak.ops.compare(again, adapter.bind(tmp_path / "base")).equal
     before, expected, factors = (
         tensors(p) for p in (folder / "base.gguf", folder / "merged.gguf", tmp_path / "a.gguf")
     )

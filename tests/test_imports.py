@@ -29,7 +29,7 @@ LAYERS = [
     {"conformance", "demo", "torch"},
     {"onnx"},
     {"hub"},
-    {"reporting", "destination"},
+    {"destination", "reporting", "scanning"},
     {"api"},
     {"cli", "testing"},
     {"__main__"},

@@ -371,6 +371,16 @@ def test_what_a_consumer_cannot_run_is_refused_by_name(profile, tmp_path):
         ak.write(head, tmp_path, "peft", profile=profile)
 
 
+def test_tensorrt_llm_takes_experts_from_pefts_folders_alone(tmp_path):
+    """Its lora_manager.py reads LAYER.mlp.experts.E.MODULE; the arrays of hf_lora_convert.py have no experts."""
+    experts = {Target(f"model.layers.0.mlp.experts.{e}.up_proj"): (lora(24, 16),) for e in range(2)}
+    ak.write(ak.Adapter(experts), tmp_path / "peft", "peft", profile="tensorrt_llm")
+    keys = ak.tensors.safetensors.read(tmp_path / "peft" / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.0.mlp.experts.1.up_proj.lora_A.weight" in keys
+    with pytest.raises(Unrepresentable, match="--to peft --profile tensorrt_llm"):
+        ak.write(ak.Adapter(experts), tmp_path / "arrays", "tensorrt_llm")
+
+
 def test_an_unknown_profile_names_those_there_are(tmp_path):
     with pytest.raises(UsageError, match="Known: llama_cpp, nim"):
         ak.write(llama(), tmp_path, "peft", profile="another")

@@ -5,7 +5,7 @@ import pytest
 
 from adapterkit.errors import Malformed, ShapeMismatch, TargetNotFound, UsageError
 from adapterkit.naming import litgpt, tinker, torchtune
-from adapterkit.naming.architectures import Place, folder, load
+from adapterkit.naming.architectures import LINEAR, SPLIT, Place, folder, load
 from adapterkit.naming.experts import Experts
 from adapterkit.naming.heads import Heads, by_group, heads_of, rope_pairs, undone
 from adapterkit.naming.tables import Names, Table
@@ -52,14 +52,15 @@ def test_gguf_py_has_the_same_names(file):
         known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[numbers[0]]}
         for weight in family.record.weights:
             place = family.place(weight, "gguf")
-            assert place is None or place.name.replace("{n}", "{bid}") in known, (name, weight)
+            names = [] if place is None else [place.name, *([place.beside] if place.beside else [])]
+            assert known >= {each.replace("{n}", "{bid}") for each in names}, (name, weight)
 
 
 def test_most_families_of_llama_cpp_have_their_places():
     assert len(GGUF) >= 60
     assert {name for file in GGUF for name in load(file).record.gguf} >= {"llama", "gpt-oss", "qwen3moe", "falcon"}
     rows = {p.rows for f in GGUF for w in load(f).record.weights if isinstance(p := load(f).place(w, "gguf"), Place)}
-    assert rows == {None, "rope", "qkv"}
+    assert rows == {None, "rope", "qkv", "rotary", *LINEAR, *SPLIT}
 
 
 def test_a_base_that_is_walked_gives_its_own_names():

@@ -113,6 +113,26 @@ def test_albert(tmp_path, close):
     close(torch.tensor(next(iter(session.run(feeds, "one").values()))), wanted)
 
 
+def test_a_session_and_a_file_of_slots_take_an_adapter_under_other_names(slots, tmp_path):
+    path, adapter = slots, ak.read(tmp_path / "one")
+    ((own, given),) = adapter.updates.items()
+    renamed = ak.Adapter({ak.Target("odd.name", own.layout): given})
+    session = ak.onnx.Session(path)
+    with pytest.raises(TargetNotFound):
+        session.load("one", renamed)
+    session.load("one", adapter)
+    session.load("two", renamed, rename=f"odd.name={own.path}")
+    one, two = (session._loaded[name] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[key][0], two[key][0]) for key in one)
+    files = tmp_path / "a.onnx_adapter", tmp_path / "b.onnx_adapter"
+    ak.onnx.write_adapter(path, adapter, files[0])
+    ak.onnx.write_adapter(path, renamed, files[1], rename=f"odd.name={own.path}")
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with pytest.raises(UsageError, match="no targets to rename"):
+        session.load("three", files[0], rename="a=b")
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_both_branches_of_an_if(inside, tmp_path):
     """As merged decoders have them: weights outside of the branches, or in each."""

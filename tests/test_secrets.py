@@ -44,6 +44,7 @@ COMMANDS = {
     "push": ["lora {}", "{} hf://org/x", "lora hf://org/x --tag {}"],
     "report": ["{}", "lora --base {}", "lora -o {}", "lora --base base --merged {}"],
     "resize": ["{} --rank 1 -o out", "lora --rank 1 -o {}"],
+    "scan": ["{}", "lora --base {}", "lora --sarif {}"],
     "validate": ["{}", "lora --base {}"],
     "verify": ["{} --base base --adapter lora", "base --base {} --adapter lora", "base --base base --adapter {}"],
 }

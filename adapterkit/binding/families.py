@@ -13,7 +13,8 @@ from typing import Any
 from ..adapter import Adapter
 from ..errors import TargetNotFound
 from ..metadata import model_types_of
-from ..naming.architectures import is_family
+from ..naming.architectures import is_family, of_gguf
+from ..naming.gguf import ARCHITECTURE
 
 
 def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
@@ -49,7 +50,10 @@ def check_family(adapter: Adapter, config: Mapping[str, Any] | None) -> None:
 
 
 def _families(config: Mapping[str, Any]) -> Iterator[str]:
-    """The family of a model, and those of its parts."""
+    """The family of a model, and those of its parts; all that have a GGUF file's `general.architecture`."""
+    if isinstance(config.get(ARCHITECTURE), str):
+        # DeepSeek-V2, DeepSeek-V3 and GLM-4.7-Flash are all `deepseek2`.
+        yield from (name for family in of_gguf(config[ARCHITECTURE]) for name in family.record.model_types)
     if isinstance(config.get("model_type"), str) and config["model_type"]:
         yield config["model_type"]
     for name, part in config.items():

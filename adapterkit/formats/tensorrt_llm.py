@@ -192,6 +192,8 @@ def _number(target: Target) -> tuple[int, int]:
 
 def _why_not(target: Target, update: Pair) -> str:
     found = OWN.fullmatch(target.path)
+    if target.stacked or ".experts." in target.path:
+        return "an expert, of which these arrays have none: TensorRT-LLM reads experts from PEFT's folders, " + _EXPERTS
     if found is None or found["module"] not in (*numbers(), FUSED):
         return "a module that TensorRT-LLM has no number for here"
     return unfit(target, update)
@@ -204,4 +206,5 @@ def _save(folder: Path, weights: Lazy, config: Lazy) -> None:
     write_npy(folder / CONFIG, config)
 
 
+_EXPERTS = "--to peft --profile tensorrt_llm (format='peft', profile='tensorrt_llm')"
 _PEFT = "Give TensorRT-LLM's source, a folder of PEFT's"

@@ -29,6 +29,15 @@ FORMAT = 1
 """Version of the file format that this code reads."""
 
 
+TURNED = ("rope", "rotary")
+"""Orders of rows by what a rotary embedding turns, in query or in key heads."""
+
+LINEAR = ("linear_value", "linear_qkv")
+"""Orders of rows by the heads of a linear attention."""
+
+SPLIT = ("latent", "linear_qkvz")
+"""Ways to share the rows of a weight between two tensors."""
+
 QKV = ("query", "key", "value")
 """The weights in a fused projection, in the order of their rows."""
 
@@ -49,8 +58,11 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         flat: the tensor has one axis, the inputs: the weight has one row.
         transposed: the tensor is stored with inputs before outputs.
         rows: the order of the rows; `rope` is Meta's order, in which rotated pairs of rows stand side by side; `qkv`
-            has all queries, then all keys, then all values of a fused weight that holds them group by group.
+            has all queries, then all keys, then all values of a fused weight that holds them group by group; the
+            README has the others.
         heads: which heads share the rows, `query` or `kv`; only with `rope`.
+        columns: the order of the inputs, in the words of `rows`.
+        beside: template of a second tensor, which has the rows of the weight that the first one lacks.
     """
 
     name: str
@@ -65,6 +77,8 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     transposed: bool = False
     rows: str | None = None
     heads: str | None = None
+    columns: str | None = None
+    beside: str | None = None
 
 
 class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,6 +120,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: dict[str, dict[str, str | Place]]
     sources: list[str] = []
     gguf: list[str] = []
+    gguf_key: str | None = None
     keyed: list[str] = []
     extends: dict[str, str] = {}
     vocabulary: list[str] = []
@@ -393,7 +408,8 @@ def faults(record: Record) -> Iterator[str]:
             runs: Iterable[int | str | None] = [place.qkv]
             if place.part is not None:
                 runs = range(place.part, place.part + place.parts)
-            others = {taken.setdefault((place.name, run), weight) for run in runs} - {weight}
+            held = [(place.name, run) for run in runs] + ([(place.beside, None)] if place.beside else [])
+            others = {taken.setdefault(each, weight) for each in held} - {weight}
             yield from (f"{naming}: {weight} and {other} are both {place.name}" for other in sorted(others))
             divisions.setdefault(place.name, set()).add("qkv" if place.qkv else place.of)
         yield from (f"{naming}: {name} is divided in different ways" for name, of in divisions.items() if len(of) > 1)
@@ -417,8 +433,13 @@ def _place_faults(weight: str, naming: str, place: Place) -> Iterator[str]:
         yield f"{naming}: {place.name} needs both part and of, or neither"
     elif first is not None and of is not None and not (0 <= first < first + place.parts <= of):
         yield f"{naming}: {place.name} has part {first} of {of}"
-    if place.rows not in (None, "rope", "qkv") or (place.rows == "rope") != (place.heads in ("query", "kv")):
+    known = (None, "qkv", *TURNED, *LINEAR, *SPLIT)
+    if place.rows not in known or (place.rows in TURNED) != (place.heads in ("query", "kv")):
         yield f"{naming}: {place.name} has rows {place.rows!r} of heads {place.heads!r}"
+    if place.columns not in (None, "linear_value"):
+        yield f"{naming}: {place.name} has columns {place.columns!r}"
+    if (place.beside is None) != (place.rows not in SPLIT) or set(HOLE.findall(place.beside or place.name)) != there:
+        yield f"{naming}: {place.name} has rows {place.rows!r} and {place.beside!r} beside it"
     if place.qkv not in (None, *QKV) or (place.qkv is not None and place.of is not None):
         yield f"{naming}: {place.name} has qkv {place.qkv!r} and of {place.of!r}"
     if place.groups and place.qkv is None:

@@ -6,30 +6,43 @@ converting tiny models with llama.cpp itself. What has no place there is refused
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Unsupported, UsageError, shown
-from .architectures import Architecture, Place, gguf_architectures, of_gguf
-from .heads import Heads, by_group, rope_pairs, undone
+from .architectures import SPLIT, Architecture, Place, gguf_architectures, of_gguf, shape_of
+from .heads import (
+    Heads,
+    by_group,
+    by_value_head,
+    latent,
+    linear_heads,
+    linear_qkv,
+    linear_qkvz,
+    rope_pairs,
+    rotary_halves,
+    undone,
+)
 
 if TYPE_CHECKING:
-    from .heads import Rows
+    from .heads import LinearHeads, Rows
 
 NAMING = "gguf"
 
 ARCHITECTURE = "general.architecture"
 
 
-def family_of(name: str, modules: Collection[str]) -> Architecture:
+def family_of(name: str, modules: Collection[str], keys: Collection[str] = ()) -> Architecture:
     """The family of a model or adapter file.
 
     Several families share one `general.architecture` (Llama, Mistral and Mixtral are all `llama`): the one that knows
-    most of the file's names is taken, and of those that know as many the one with the fewest weights that GGUF lacks.
+    most of the file's names is taken; of those that know as many the one with the fewest weights that GGUF lacks, and
+    then the one with the fewest names that the file lacks.
 
     Args:
         name: the file's `general.architecture`.
         modules: names of its tensors without `.weight` and the like.
+        keys: of its key-values.
 
     Raises:
         Unsupported: no family has it.
@@ -38,13 +51,16 @@ def family_of(name: str, modules: Collection[str]) -> Architecture:
     if not families:
         known = f"Known: {', '.join(gguf_architectures())}. Or use the weights that it was converted from"
         raise Unsupported(f"GGUF files of architecture {name!r}", where=ARCHITECTURE, cure=known)
-    return min(families, key=lambda each: _rank(each, modules))
+    marked = [each for each in families if each.record.gguf_key and f"{name}.{each.record.gguf_key}" in keys]
+    plain = [each for each in families if each.record.gguf_key is None]
+    return min(marked or plain or families, key=lambda each: _rank(each, modules))
 
 
-def _rank(family: Architecture, modules: Collection[str]) -> tuple[int, int, str]:
+def _rank(family: Architecture, modules: Collection[str]) -> tuple[int, int, int, str]:
     known = sum(bool(family.find(module, NAMING)) for module in modules)
+    absent = len(set(family.templates(NAMING)) - {shape_of(module) for module in modules})
     lacking = sum(family.place(weight, NAMING) is None for weight in family.record.weights)
-    return -known, lacking, family.family
+    return -known, lacking, absent, family.family
 
 
 def is_projector(values: Mapping[str, Any]) -> bool:
@@ -64,13 +80,68 @@ def row_order(place: Place, rows: int, heads: Heads, where: str) -> Rows | None:
 
     Raises:
         ShapeMismatch: so many heads do not share the rows evenly.
+        Unsupported: the rows lie in two tensors, or nothing tells the heads of a linear attention.
     """
     if place.rows is None:
         return None
     if place.rows == "rope":
         return rope_pairs(rows, heads.query if place.heads == "query" else heads.kv, where)
+    if place.rows == "rotary":
+        if not heads.rotary:
+            why = "nothing says how many rows of a head are turned, and the order of rows depends on it"
+            raise Unsupported(why, where=where, cure="Give a base whose config.json has partial_rotary_factor")
+        return rotary_halves(rows, heads.query if place.heads == "query" else heads.kv, heads.rotary, where)
+    if place.rows in SPLIT:
+        raise Unsupported(f"its rows lie in two tensors, {place.name} and {place.beside}", where=where, cure=_MERGE)
+    if place.rows == "linear_value":
+        return by_value_head(rows, _linear(heads, where), where)
+    if place.rows == "linear_qkv":
+        return linear_qkv(rows, _linear(heads, where), where)
     sizes = Heads(heads.query, heads.kv, rows // (heads.query + 2 * heads.kv))
     return undone(by_group(sizes))
+
+
+def column_order(place: Place, columns: int, heads: Heads, where: str) -> Rows | None:
+    """Column i of the file's tensor is column `order[i]` of the weight; None where both have the same order.
+
+    Raises:
+        ShapeMismatch, Unsupported: as for `row_order`.
+    """
+    return None if place.columns is None else by_value_head(columns, _linear(heads, where), where)
+
+
+def rows_apart(
+    place: Place, shapes: tuple[tuple[int, ...], tuple[int, ...]], heads: Callable[[], Heads], where: str
+) -> tuple[tuple[Rows, Rows], bool, int]:
+    """The rows of a weight that each of two tensors has, in the tensors' order.
+
+    Args:
+        place: of the weight.
+        shapes: of the two tensors.
+        heads: gives those of the model, where they are needed.
+        where: for errors.
+
+    Returns:
+        the rows of both, whether the first has its heads' matrices transposed, and the width of a row.
+
+    Raises:
+        Unsupported: the two tensors do not go together.
+        ShapeMismatch: so many heads do not share the rows evenly.
+    """
+    first, second = shapes
+    if place.rows == "latent" and len(first) == len(second) == 3 and (first[0], first[1]) == (second[0], second[2]):
+        return latent(first[0], first[2], second[1]), True, first[1]
+    if place.rows == "linear_qkvz" and len(first) == len(second) == 2 and first[1] == second[1]:
+        return linear_qkvz(first[0] + second[0], _linear(heads(), where), where), False, first[1]
+    why = f"its rows lie in two tensors of shapes {list(first)} and {list(second)}"
+    raise Unsupported(why, where=where, cure=_MERGE)
+
+
+def _linear(heads: Heads, where: str) -> LinearHeads:
+    if heads.linear is None:
+        why = "nothing says how many key and value heads the linear attention has, and the order of rows depends on it"
+        raise Unsupported(why, where=where, cure="Give the base, with its config.json, by base= or --base")
+    return heads.linear
 
 
 def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
@@ -84,10 +155,15 @@ def heads_in(values: Mapping[str, Any], name: str, where: str) -> Heads:
     if type(query) is not int or type(kv) is not int or not (query > 0 and kv > 0):
         said = f"attention.head_count says {shown(query)} and head_count_kv {shown(kv)}"
         why = f"{said}, and the order of rows depends on it"
-        raise Unsupported(why, where=where, cure="Merge into the weights that it was converted from")
+        raise Unsupported(why, where=where, cure=_MERGE)
     width = values.get(f"{name}.embedding_length")
     dim = values.get(f"{name}.attention.key_length", width // query if type(width) is int else 1)
-    return Heads(query, kv, dim if type(dim) is int and dim > 0 else 1)
+    linear = [values.get(f"{name}.ssm.{key}") for key in ("group_count", "time_step_rank", "state_size", "inner_size")]
+    if type(linear[1]) is int and type(linear[3]) is int and linear[1] > 0:
+        linear[3] //= linear[1]  # All value heads together.
+    rotary = values.get(f"{name}.rope.dimension_count")
+    turned = rotary if type(rotary) is int and rotary > 0 else 0
+    return Heads(query, kv, dim if type(dim) is int and dim > 0 else 1, linear_heads(*linear), turned)
 
 
 def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
@@ -112,3 +188,6 @@ def name_for(config: Mapping[str, Any] | None) -> tuple[str, Architecture]:
     known = ", ".join(gguf_architectures())
     why = f"bases of model_type {config.get('model_type')!r}"
     raise Unsupported(why, where="config.json", cure=f"GGUF files of these architectures are known: {known}")
+
+
+_MERGE = "Merge into the weights that it was converted from"

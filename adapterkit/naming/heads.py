@@ -19,14 +19,39 @@ if TYPE_CHECKING:
 
 _LARGEST = 1 << 24
 
+LINEAR_FIELDS = (
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+)  # fmt: skip
+"""Fields of a config that say the heads of a linear attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearHeads:
+    """The heads of a linear attention: how many keys and values, and the width of each."""
+
+    keys: int
+    values: int
+    key_dim: int
+    value_dim: int
+
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How many heads ask, how many answer, and the width of each."""
+    """How many heads ask, how many answer, and the width of each.
+
+    Attributes:
+        query: heads that ask.
+        kv: heads that answer.
+        dim: rows of a head.
+        linear: the heads of a linear attention beside it.
+        rotary: rows of a head that a rotary embedding turns; 0 where that is not known.
+    """
 
     query: int
     kv: int
     dim: int
+    linear: LinearHeads | None = None
+    rotary: int = 0
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -57,7 +82,21 @@ def heads_of(config: Mapping[str, Any] | None, where: str) -> Heads:
     dim = _count(own, ("head_dim",), where, width // query)
     if not dim:
         raise UsageError("the base's config does not say how wide its heads are", where=where, cure=_GIVE)
-    return Heads(query, kv, dim)
+    parameters = own.get("rope_parameters")
+    factor = (parameters if isinstance(parameters, dict) else own).get("partial_rotary_factor")
+    rotary = int(dim * factor) if isinstance(factor, int | float) and 0 < factor <= 1 else 0
+    return Heads(query, kv, dim, linear_of(own), rotary)
+
+
+def linear_of(config: Mapping[str, Any]) -> LinearHeads | None:
+    """Return the heads of a base's linear attention by its config; None for a base without one."""
+    return linear_heads(*(config.get(name) for name in LINEAR_FIELDS))
+
+
+def linear_heads(keys: Any, values: Any, key_dim: Any, value_dim: Any) -> LinearHeads | None:
+    """Return the heads of a linear attention; None where these are no counts, or the values are not shared evenly."""
+    counts = [count for count in (keys, values, key_dim, value_dim) if type(count) is int and 0 < count <= _LARGEST]
+    return LinearHeads(*counts) if len(counts) == 4 and counts[1] % counts[0] == 0 else None
 
 
 def _count(config: Any, names: tuple[str, ...], where: str, default: int | None = None) -> int:
@@ -89,6 +128,26 @@ def rope_pairs(rows: int, heads: int, where: str) -> Rows:
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
 
 
+def rotary_halves(rows: int, heads: int, rotary: int, where: str) -> Rows:
+    """Return the order in which llama.cpp keeps the queries and keys of models with M-RoPE that turn adjacent rows.
+
+    Its kernel turns a row of the first half with one of the second half: in each head, the even ones of the turned rows
+    come first, then the odd ones, then those that are not turned.
+
+    Raises:
+        ShapeMismatch: so many heads do not share the rows evenly.
+    """
+    import numpy as np
+
+    if rows % heads or rotary % 2 or not 0 < rotary <= rows // heads:
+        why = f"{rows} rows are not those of {heads} heads with {rotary} turned rows"
+        raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+    each = np.arange(rows // heads)
+    one = np.concatenate([each[:rotary:2], each[1:rotary:2], each[rotary:]])
+    order: Rows = np.arange(heads)[:, None] * len(each) + one
+    return order.reshape(-1)
+
+
 def by_group(heads: Heads) -> Rows:
     """Megatron's order of q, k and v in one weight: for each group its queries, its key, its value."""
     import numpy as np
@@ -96,6 +155,57 @@ def by_group(heads: Heads) -> Rows:
     q, k, v = np.split(np.arange(sum(heads.sizes)), np.cumsum(heads.sizes)[:2])
     groups = [part.reshape(heads.kv, -1) for part in (q, k, v)]
     return np.concatenate(groups, axis=1).reshape(-1)
+
+
+def by_value_head(rows: int, heads: LinearHeads, where: str) -> Rows:
+    """Return llama.cpp's order of what belongs to the value heads of a linear attention.
+
+    transformers has the value heads that share a key side by side; llama.cpp has the first value head of each key, then
+    the second ones, because ggml repeats keys that way (llama.cpp #19468).
+
+    Raises:
+        ShapeMismatch: the value heads do not share the rows evenly.
+    """
+    import numpy as np
+
+    if rows % heads.values:
+        why = f"{rows} rows are not shared evenly by {heads.values} value heads"
+        raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+    return np.arange(rows).reshape(heads.keys, heads.values // heads.keys, -1).swapaxes(0, 1).reshape(-1)
+
+
+def linear_qkv(rows: int, heads: LinearHeads, where: str) -> Rows:
+    """Return llama.cpp's order of a linear attention's queries, keys and values: only the values are reordered."""
+    import numpy as np
+
+    values = heads.values * heads.value_dim
+    if rows != 2 * heads.keys * heads.key_dim + values:
+        why = f"{rows} rows are not those of {heads.keys} key and {heads.values} value heads"
+        raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+    return np.concatenate([np.arange(rows - values), rows - values + by_value_head(values, heads, where)])
+
+
+def linear_qkvz(rows: int, heads: LinearHeads, where: str) -> tuple[Rows, Rows]:
+    """Return the rows of the queries, keys and values, and those of the gates, in a weight that has them key by key.
+
+    transformers has for each key head its query, its key, its values and their gates (Qwen3-Next's `in_proj_qkvz`).
+    """
+    import numpy as np
+
+    each = heads.values // heads.keys * heads.value_dim
+    if rows != heads.keys * 2 * (heads.key_dim + each):
+        why = f"{rows} rows are not those of {heads.keys} key and {heads.values} value heads"
+        raise ShapeMismatch(why, where=where, cure="Is this the base that the adapter was trained on?")
+    parts = np.split(np.arange(rows).reshape(heads.keys, -1), np.cumsum([heads.key_dim, heads.key_dim, each]), axis=1)
+    return np.concatenate([part.reshape(-1) for part in parts[:3]]), parts[3].reshape(-1)
+
+
+def latent(heads: int, keys: int, values: int) -> tuple[Rows, Rows]:
+    """Return the rows of the keys and those of the values in a weight that has them head by head, as DeepSeek's MLA."""
+    import numpy as np
+
+    rows = np.arange(heads * (keys + values)).reshape(heads, -1)
+    return rows[:, :keys].reshape(-1), rows[:, keys:].reshape(-1)
 
 
 def undone(order: Rows) -> Rows:

@@ -1,17 +1,20 @@
 """Weights that a base stores the other way round, by the `model_type` of its config.
 
 Only what shapes cannot tell: a square weight looks the same both ways. Sources: `Conv1D` in transformers' modelling
-files of these families, and the experts of gpt-oss, stored `[expert, in, out]`.
+files of these families, and for experts that are stored `[expert, in, out]` the places that are `transposed` in
+spec/architectures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
+from .architectures import HOLE, Architecture, architecture_of, shape_of
+
 _CONV1D = ("*.c_attn", "*.c_proj", "*.c_fc", "*.q_attn")
-_EXPERTS = ("*.experts.gate_up_proj", "*.experts.down_proj")
 
 IN_OUT = {
     "gpt2": _CONV1D,
@@ -19,12 +22,23 @@ IN_OUT = {
     "imagegpt": _CONV1D,
     "decision_transformer": _CONV1D,
     "clvp_decoder": _CONV1D,
-    "gpt_oss": _EXPERTS,
 }
 """model_type -> globs of targets stored with `in` before `out`."""
 
 
 def stored_in_out(path: str, config: Mapping[str, Any] | None) -> bool | None:
-    """Whether the base stores this target `in` first; None where the family is not in the table."""
+    """Whether the base stores this target `in` first; None where nothing says that the family does so anywhere."""
     globs = IN_OUT.get(str((config or {}).get("model_type")))
-    return None if globs is None else any(fnmatchcase(path, glob) for glob in globs)
+    if globs is not None:
+        return any(fnmatchcase(path, glob) for glob in globs)
+    family = architecture_of(config)
+    ends = () if family is None else _transposed(family)
+    return any(shape_of(path).endswith(end) for end in ends) if ends else None
+
+
+@cache
+def _transposed(family: Architecture) -> tuple[str, ...]:
+    """The endings, from a layer's number on, of the names whose tensors are transposed."""
+    places = (family.place(weight, naming) for weight in family.record.weights for naming in ("hub", "transformers5"))
+    names = (shape_of(HOLE.sub("0", place.name)) for place in places if place is not None and place.transposed)
+    return tuple(dict.fromkeys(name[name.rfind("#") :] for name in names))

@@ -365,8 +365,8 @@ def moves_to(
     moves: list[Move] = []
     for weight, ours, numbers in weights:
         theirs = architecture.place(weight, naming)
-        if theirs is None:
-            return None
+        if theirs is None or (orders and (ours.beside or theirs.beside)):
+            return None  # Rows that lie in two tensors are no part of one.
         take, into = part_of(ours), part_of(theirs)
         before, after = (Place("", rows=place.rows, heads=place.heads) for place in (ours, theirs))
         turn = (before, after) if orders and before != after else None

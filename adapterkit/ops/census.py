@@ -1,69 +1,94 @@
-"""The k-th largest magnitude of numbers too many to hold: found bit by bit, in four rounds over them.
-
-Magnitudes are positive, and the bits of positive doubles are ordered as the doubles are: each round counts 16 more bits
-of those that begin like the one looked for.
-"""
+"""What is counted over all targets before any of them is computed: thresholds of whole adapters, and majorities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..tensors.computed import Array
+from .selection import Selection, settle
 
-BITS = 16
-ROUNDS = 4
+if TYPE_CHECKING:
+    from .blocks import Blocks
 
 
 class Census:
-    """Counts magnitudes of each adapter's changes over all targets.
+    """Numbers of each adapter's changes over all targets.
 
     Attributes:
-        counting: whether numbers are wanted; else thresholds are there to be asked for.
+        counting: whether formulas are run to feed it; their results are not used then.
+        majority: the sign of most entries over all targets, 1 or -1; worked out when it is first asked for.
     """
 
     def __init__(self) -> None:
         self.counting = False
-        self._round = 0
-        self._wanted: dict[int, Callable[[int], int]] = {}
-        self._counts: dict[int, Array] = {}
-        self._prefix: dict[int, int] = {}
-        self._left: dict[int, int] = {}
+        self._selections: dict[int, Selection] = {}
+        self._sampling = False
+        self._lock = Lock()
+        self._vote: Callable[[Census], None] | None = None
+        self._votes: int | None = None
+        self._majority: int | None = None
 
     def run(self, once: Callable[[], None]) -> None:
-        """Fills the census: `once` goes over all targets, and is called four times."""
-        self.counting = True
-        for self._round in range(ROUNDS):
-            self._counts = {}
-            once()
-            for t, counts in self._counts.items():
-                self._narrow(t, counts)
+        """Fills the census: `once` runs the formula at all targets, about three times."""
+        self.counting = self._sampling = True
+        once()
+        self._sampling = False
+        settle(list(self._selections.values()), once)
         self.counting = False
 
-    def feed(self, t: int, values: Array, kept: Callable[[int], int]) -> None:
-        """More numbers of adapter t, of which the `kept(count of all)` largest are looked for."""
+    def count(self, adapters: Sequence[int], blocks: Blocks, wanted: Sequence[Callable[[int, int], int]]) -> None:
+        """Counts the magnitudes of some adapters' changes at one weight.
+
+        Args:
+            adapters: which adapters the changes are of.
+            blocks: the changes.
+            wanted: how many of the largest are looked for, from the number of all, for each adapter.
+        """
         import numpy as np
 
-        bits = np.abs(values).astype("<f8").ravel().view("<u8")
-        shift = BITS * (ROUNDS - 1 - self._round)
-        if self._round:
-            bits = bits[bits >> np.uint64(shift + BITS) == np.uint64(self._prefix[t])]
-        found = np.bincount((bits >> np.uint64(shift)).astype(np.int64) & (2**BITS - 1), minlength=2**BITS)
-        self._counts[t] = self._counts.get(t, 0) + found
-        self._wanted[t] = kept
+        with self._lock:
+            for adapter, kept in zip(adapters, wanted, strict=True):
+                self._selections.setdefault(adapter, Selection(kept))
+        searched = [(i, self._selections[adapter]) for i, adapter in enumerate(adapters)]
+        if self._sampling:
+            drawn = np.abs(blocks.sample())
+            for i, selection in searched:
+                selection.sample(drawn[i], blocks.size)
+            return
+        searched = [(i, selection) for i, selection in searched if selection.found is None]
+        for _, changes in blocks:
+            for i, selection in searched:
+                selection.feed(np.abs(changes[i]).reshape(-1))
 
-    def threshold(self, t: int) -> float:
-        """The smallest of the magnitudes that are kept; infinite where none is."""
-        import numpy as np
+    def threshold(self, adapter: int) -> float:
+        """The smallest of an adapter's magnitudes that are kept; infinite where none is."""
+        found = self._selections[adapter].found
+        assert found is not None
+        return found.value
 
-        return float(np.array([self._prefix[t]], "<u8").view("<f8")[0]) if self._left[t] else float("inf")
+    def votes_by(self, vote: Callable[[Census], None]) -> None:
+        """Says how all targets are gone over for the majority, which few combinations need: see `majority`."""
+        self._vote = vote
 
-    def _narrow(self, t: int, counts: Array) -> None:
-        if self._round == 0:
-            total = int(counts.sum())
-            self._left[t], self._prefix[t] = min(self._wanted[t](total), total), 0
-        above = counts[::-1].cumsum()[::-1]
-        place = int((above >= self._left[t]).nonzero()[0][-1]) if self._left[t] else 0
-        self._left[t] -= int(above[place] - counts[place]) if self._left[t] else 0
-        self._prefix[t] = self._prefix[t] << BITS | place
+    @property
+    def voting(self) -> bool:
+        """Whether formulas are run for `add_votes` alone."""
+        return self._votes is not None
+
+    def add_votes(self, signs: int) -> None:
+        """The sum of the elected signs at one weight."""
+        with self._lock:
+            assert self._votes is not None
+            self._votes += signs
+
+    @property
+    def majority(self) -> int:
+        with self._lock:
+            if self._majority is None:
+                assert self._vote is not None
+                poll = Census()
+                poll._selections, poll._votes = self._selections, 0
+                self._vote(poll)
+                self._majority = -1 if poll._votes < 0 else 1
+            return self._majority

@@ -8,14 +8,11 @@ token embeddings the rows that changed, new tokens among them.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from typing import TYPE_CHECKING, Any
-
-from threadpoolctl import threadpool_limits
 
 from ..adapter import Adapter, BaseRef, Foreign, Step, Target, config_hash
 from ..binding.bases import check_tuned
@@ -33,7 +30,7 @@ from ..tensors.checkpoint import opened
 from ..tensors.dtypes import DTYPES
 from ..tensors.fingerprint import fingerprint
 from ..tensors.lazy import Lazy, from_numpy
-from .ahead import ahead
+from .ahead import ahead, most_workers, one_blas_thread
 from .at_base import view_of
 from .building import balanced, low_rank, result_type
 from .criteria import Criterion
@@ -130,8 +127,8 @@ def extract(
     import numpy as np  # noqa: F401
 
     with (
-        threadpool_limits(1, "blas"),
-        ahead(lambda name: [*job.changes(name)], names, workers or min(os.cpu_count() or 1, 16)) as results,
+        one_blas_thread(),
+        ahead(lambda name: [*job.changes(name)], names, workers or most_workers()) as results,
     ):
         for name, found in zip(names, results, strict=True):
             for target, update, cut in found:

@@ -1,6 +1,6 @@
-"""GGUF: models as llama.cpp has them; a weight is one tensor of ggml's blocks, in the file's own names and row order.
+"""GGUF models, as llama.cpp stores them: each weight is a tensor of ggml blocks, with its own names and row order.
 
-Merged, a file becomes a file: key-values and every tensor that no adapter touches keep their bytes.
+A merge writes a GGUF file again: key-values and all tensors that no adapter touches keep their bytes.
 """
 
 from __future__ import annotations
@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import Unsupported, UsageError
 from ..naming.architectures import STORED_AS, WEIGHT, fill
-from ..naming.gguf import ARCHITECTURE, family_of, heads_in, is_projector, place_of, row_order
+from ..naming.gguf import ARCHITECTURE, column_order, family_of, heads_in, is_projector, place_of, row_order, rows_apart
 from ..tensors.dtypes import DTYPES
-from ..tensors.ggml_blocks import BLOCKS, decoded, encoded
+from ..tensors.ggml_blocks import BLOCKS, encoded
 from ..tensors.gguf import PLAIN, Model, raw_size, read_model
 from ..tensors.lazy import Lazy
 from ..tensors.marks import is_gguf
-from ._scheme import Packed, Scheme, numbers, steps
+from ._gguf_split import Piece, Split, read_rows
+from ._scheme import Packed, Scheme, steps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +34,7 @@ FLOATS = tuple(name for name in PLAIN.values() if DTYPES[name].floating)
 
 
 class GgufModel(Scheme):
-    """One file, or several `-00001-of-0000N.gguf`; `general.architecture` decides on names and row order."""
+    """One file, or several `-00001-of-0000N.gguf`; `general.architecture` determines names and row order."""
 
     url = "https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"
     description = f"GGUF models: {', '.join(BLOCKS)}; merged into a GGUF file of the same or another type"
@@ -44,15 +46,18 @@ class GgufModel(Scheme):
     def find(self, base: Checkpoint) -> Iterator[Packed]:
         files = [read_model(file) for file in base.files]
         contents = _Contents(files)
+        split, members = contents.split(files, base)
+        yield from split
         for file in files:
             for name, kind in file.types.items():
-                if kind in BLOCKS or kind in FLOATS:
+                if (kind in BLOCKS or kind in FLOATS) and name not in members:
                     yield from contents.weights(name, kind, file, base.tensors[name])
 
     def config(self, base: Checkpoint) -> Mapping[str, Any] | None:
-        """The model type of the family, by which adapters' names are resolved."""
+        """Return a config with the model type of the family, by which adapters' names are resolved."""
         contents = _Contents([read_model(file) for file in base.files])
-        return {**(base.config or {}), "model_type": contents.model_type, STORED_AS: "gguf"}
+        said = {"model_type": contents.model_type, STORED_AS: "gguf", ARCHITECTURE: contents.name}
+        return {**(base.config or {}), **said}
 
 
 def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
@@ -63,10 +68,10 @@ def _slice(stored: Lazy, offset: int, size: int) -> Lazy:
 
 
 class _Contents:
-    """What the tensors of a model are, by its key-values and the family that they say.
+    """Maps a model's tensors to weights, by its key-values and the naming of its family.
 
     Raises:
-        Unsupported: the file is no language model, or of an architecture that no family has.
+        Unsupported: the file is not a language model, or no family has its architecture.
     """
 
     def __init__(self, files: Sequence[Model]) -> None:
@@ -77,18 +82,46 @@ class _Contents:
                 why, where=ARCHITECTURE, cure="Merge into the model's own GGUF file; this one stays as it is"
             )
         self.name = str(self.said.get(ARCHITECTURE))
-        self.family = family_of(self.name, {_module(name)[0] for file in files for name in file.types})
+        self.family = family_of(self.name, {_module(name)[0] for file in files for name in file.types}, self.said)
         self.model_type = self.family.record.model_types[0]
 
-    def weights(self, name: str, kind: str, file: Model, stored: Lazy) -> Iterator[Packed]:
-        """A tensor's weight under its key, or those of the experts that are stacked in it.
+    def split(self, files: Sequence[Model], base: Checkpoint) -> tuple[list[Split], set[str]]:
+        """Return the weights whose rows are in two tensors, and these tensors' names, if both have a known type."""
+        kinds = {name: kind for file in files for name, kind in file.types.items()}
+        shapes = {name: shape for file in files for name, shape in file.shapes.items()}
+        found: list[Split] = []
+        for name, kind in kinds.items():
+            module, leaf = _module(name)
+            at = place_of(self.family, module) if leaf == ".weight" else None
+            if at is None or at[1].beside is None:
+                continue
+            other = f"{fill(at[1].beside, at[2])}.weight"
+            seen = self.family.place(at[0], WEIGHT)
+            if seen is None or not {kind, kinds.get(other)} <= {*BLOCKS, *FLOATS}:
+                continue
+            pair = (name, other)
+            both = shapes[name], shapes[other]
+            heads = partial(heads_in, self.said, self.name, name)
+            places, turned, width = rows_apart(at[1], both, heads, name)
+            pieces = tuple(
+                Piece(each, base.tensors[each], kinds[each], shape if turned and not number else _flat(shape, width),
+                      where, turned and not number)
+                for number, (each, shape, where) in enumerate(zip(pair, both, places, strict=True))
+            )  # fmt: skip
+            shape = (sum(map(len, places)), width)
+            found.append(Split(f"{fill(seen.name, at[2])}.weight", shape, DTYPES["F32"], pair, pieces))
+        return found, {member for weight in found for member in weight.members}
 
-        A tensor that the family's file does not have keeps its name in the GGUF file, so that no target finds it.
+    def weights(self, name: str, kind: str, file: Model, stored: Lazy) -> Iterator[Packed]:
+        """Yield a tensor's weight under its name in the base, or the weights of the experts stacked in it.
+
+        A tensor that the family does not list keeps its name in the GGUF file, so no target finds it.
         """
         shape, dtype = file.shapes[name], DTYPES["F32"]
         module, leaf = _module(name)
         found = place_of(self.family, module) if leaf else None
-        if found is None:
+        # The second tensor of a pair is missing, so the weight cannot be assembled.
+        if found is None or found[1].beside is not None:
             yield _Tensor(name, shape, dtype, (name,), stored, kind, kind, None, file.alignment)
             return
         key, place, numbers = found
@@ -101,26 +134,35 @@ class _Contents:
                 part = _slice(stored, expert * size, size)
                 yield _Tensor(own, shape[1:], dtype, (name,), part, kind, kind, None, file.alignment, shape[0])
             return
-        order = None
+        order = columns = None
         if place.rows is not None:
             order = row_order(place, shape[0], heads_in(self.said, self.name, name), name)
+        if place.columns is not None and len(shape) > 1:
+            columns = column_order(place, shape[-1], heads_in(self.said, self.name, name), name)
         own_shape = (1, *shape) if place.flat and leaf == ".weight" else shape
         yield _Tensor(
-            f"{fill(seen.name, numbers)}{leaf}", own_shape, dtype, (name,), stored, kind, kind, order, file.alignment
-        )
+            f"{fill(seen.name, numbers)}{leaf}", own_shape, dtype, (name,), stored, kind, kind, order, file.alignment,
+            columns=columns,
+        )  # fmt: skip
+
+
+def _flat(shape: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """Return the shape of a stack of matrices as one matrix of all their rows."""
+    return (math.prod(shape) // width, width)
 
 
 def _module(name: str) -> tuple[str, str]:
-    """(module, `.weight` or `.bias`) of a tensor's name; of another name, itself and nothing."""
+    """Split a tensor's name into (module, `.weight` or `.bias`); other names have an empty second part."""
     module, dot, leaf = name.rpartition(".")
     return (module, dot + leaf) if leaf in ("weight", "bias") else (name, "")
 
 
 @dataclass(frozen=True, eq=False)
 class _Tensor(Packed):
-    """Rows of blocks. `kind` is as stored, `new` as it will be written; row i is row `order[i]` of the weight.
+    """Rows of blocks. `kind` is the stored type and `new` the type to write; row i is row `order[i]` of the weight.
 
-    `experts` weights share the member, one behind the other, `stored` being the bytes of this one; 0: it has its own.
+    Likewise column i is column `columns[i]` of the weight. If `experts` is not 0, that many weights share the member,
+    one after the other, and `stored` has the bytes of this one.
     """
 
     stored: Lazy
@@ -129,6 +171,7 @@ class _Tensor(Packed):
     order: Array | None
     alignment: int
     experts: int = 0
+    columns: Array | None = None
 
     @property
     def merged(self) -> str:
@@ -140,7 +183,7 @@ class _Tensor(Packed):
 
     @property
     def written(self) -> Lazy:
-        """The tensor as it will be written: its size alone."""
+        """The tensor as it will be written: its size only."""
         if self.new == self.kind and not self.experts:
             return self.stored
         size = -(-raw_size(self.new, self.shape) * max(self.experts, 1) // self.alignment) * self.alignment
@@ -163,12 +206,13 @@ class _Tensor(Packed):
             return self._read(start, stop)[:, self._places]
         wanted = self._places[start:stop]
         first, end = int(wanted.min(initial=0)), int(wanted.max(initial=-1)) + 1
+        # Reading up to four times as many rows in one read is cheaper than one read for each run of rows.
         if end - first <= 4 * len(wanted):
             return cast("Array", self._read(first, end)[wanted - first])
         return self._scattered(wanted)
 
     def _scattered(self, wanted: Array) -> Array:
-        """Rows that lie far from each other: one read for each run of them."""
+        """Return rows that are far apart, with one read for each run of them."""
         import numpy as np
 
         cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
@@ -176,7 +220,7 @@ class _Tensor(Packed):
 
     @property
     def _places(self) -> Array:
-        """The tensor's row in which each row of the weight is; of a vector, the position of each number."""
+        """The tensor's row for each row of the weight; for a vector, the position of each number."""
         import numpy as np
 
         return np.argsort(np.asarray(self.order), kind="stable")
@@ -196,33 +240,34 @@ class _Tensor(Packed):
 
     def _encoded(self, values: Array) -> bytes:
         rows = values[:, self.order] if self.order is not None and len(self.shape) < 2 else values
+        rows = rows if self.columns is None else rows[:, self.columns]
         return bytes(rows.tobytes()) if self.new in FLOATS else encoded(self.new, rows)
 
     def _read(self, start: int, stop: int) -> Array:
-        width = self.shape[-1]
-        row = raw_size(self.kind, (width,))
-        data = numbers(self.stored, start * row, (stop - start) * row)
-        if self.kind in BLOCKS:
-            return decoded(self.kind, data).reshape(-1, width)
-        return cast("Array", data.view(DTYPES[self.kind].array).astype("f4").reshape(-1, width))
+        import numpy as np
+
+        rows = read_rows(self.stored, self.kind, self.shape[-1], start, stop)
+        return rows if self.columns is None else rows[:, np.argsort(np.asarray(self.columns), kind="stable")]
 
 
 def retyped(base: Dequantized, kind: str) -> Dequantized:
-    """The base with every matrix to be written in another type; vectors and routers stay.
+    """Return the base with every matrix to be written in another type; vectors and routers stay unchanged.
 
     Raises:
-        UsageError: no such type.
-        Unsupported: rows that are no whole blocks of it.
+        UsageError: there is no such type.
+        Unsupported: rows are not whole blocks of it.
     """
     kind = {"FLOAT32": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}.get(kind.upper(), kind.upper())
     if kind not in (*BLOCKS, "F32", "F16", "BF16"):
         known = ", ".join((*BLOCKS, "F32", "F16", "BF16"))
         raise UsageError(f"GGUF tensors are not written in {kind!r}", cure=f"Known: {known}")
-    packed = {name: _retyped(cast(_Tensor, weight), kind) for name, weight in base.packed.items()}
+    packed = {name: _retyped(weight, kind) for name, weight in base.packed.items()}
     return replace(base, packed=packed)
 
 
-def _retyped(weight: _Tensor, kind: str) -> Packed:
+def _retyped(weight: Packed, kind: str) -> Packed:
+    if not isinstance(weight, _Tensor):
+        return weight
     name = weight.members[0]
     if len(weight.shape) < 2 or "_norm" in name or "ffn_gate_inp" in name:
         return weight
@@ -233,16 +278,16 @@ def _retyped(weight: _Tensor, kind: str) -> Packed:
 
 
 def like(base: Dequantized, merged: Checkpoint) -> Dequantized:
-    """The base with every tensor in the type that another file of the same tensors has it in."""
+    """Return the base with every tensor to be written in the type that it has in another file."""
     kinds = {name: kind for file in merged.files for name, kind in read_model(file).types.items()}
-    packed = {}
+    packed = dict(base.packed)
     for name, weight in base.packed.items():
-        tensor = cast(_Tensor, weight)
-        packed[name] = replace(tensor, new=kinds.get(tensor.members[0], tensor.kind))
+        if isinstance(weight, _Tensor):
+            packed[name] = replace(weight, new=kinds.get(weight.members[0], weight.kind))
     return replace(base, packed=packed)
 
 
 def header(base: Dequantized, file: Any) -> bytes:
-    """The header of an output file: the base's own bytes, but for types and offsets that change."""
-    kinds = {weight.members[0]: cast(_Tensor, weight).new for weight in base.packed.values()}
+    """Return the header of an output file: the base's own bytes, except for changed types and offsets."""
+    kinds = {weight.members[0]: weight.new for weight in base.packed.values() if isinstance(weight, _Tensor)}
     return read_model(file).header(kinds)

@@ -26,7 +26,7 @@ from .layers import Conv1D, stored_layout, stored_shape
 from .leaves import is_leaf_name
 from .moments import Moments, moments_of
 from .packed import dequantized, is_packed
-from .sharding import whole
+from .sharding import check_gathered, whole
 from .starts import OF_DATA, Place, find, start_of
 from .wrappers import unwrapped
 
@@ -93,6 +93,7 @@ def create(
     if rank < 1 or (alpha is not None and "scaling" in attributes):
         raise UsageError("rank is below 1, or both alpha and scaling are given", cure="Correct the arguments")
     check_dropout(dropout, cls, method)
+    check_gathered(model)
     if issubclass(cls, ContextUpdate):
         given = {"exclude": exclude, "layers": layers, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
         _refuse(method, {**given, "use_rslora": use_rslora, "init": init != "default", "data": data})

@@ -49,13 +49,27 @@ FAULTY = {"gpt2": "swaps the factors of Conv1D layers, so that they have the sha
 SMALL = {
     "num_hidden_layers": 1, "n_layer": 1, "hidden_size": 16, "n_embd": 16, "intermediate_size": 8, "ffn_hidden_size": 8,
     "n_inner": 8, "num_attention_heads": 4, "n_head": 4, "head_dim": 4, "vocab_size": 8, "num_local_experts": 2,
-    "num_experts": 2, "moe_intermediate_size": 8, "max_position_embeddings": 8, "layer_types": ["full_attention"],
+    "num_experts": 2, "moe_intermediate_size": 8, "num_layers": 1, "num_decoder_layers": 1, "d_model": 16, "d_ff": 8,
+    "d_kv": 4, "max_position_embeddings": 8, "layer_types": ["full_attention"],
 }  # fmt: skip
 """Fields that make a tiny model small enough to be kept; those that its config does not have are left out."""
 
+WIDER: dict[str, dict[str, Any]] = {
+    "linear": {"layer_types": ["linear_attention"]},
+    "linear_split": {"layer_types": ["linear_attention"]},
+    "rotary": {
+        "text_config.hidden_size": 32,
+        "text_config.rope_parameters": {
+            "rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5,
+        },
+    },
+}  # fmt: skip
+"""Name of a kind -> fields that it needs. Of 4 rows a head only 2 would be turned, and these stay where they are."""
+
 VECTORS = {
     "rope": "llama", "qkv_by_head": "bloom", "qkv_by_group": "falcon", "turned": "gpt2", "experts": "qwen3_moe",
-    "interleaved": "gpt_oss", "stack_in_parts": "granitemoe",
+    "interleaved": "gpt_oss", "stack_in_parts": "granitemoe", "latent": "deepseek_v3", "linear": "qwen3_5_text",
+    "linear_split": "qwen3_next", "rotary": "glm4v", "layers_twice": "t5",
 }  # fmt: skip
 """Name of a kind of order -> a model type that has it."""
 
@@ -64,7 +78,10 @@ def write_vectors(conversion: Any, out: Path) -> None:
     """For each kind of order: the base, PEFT's adapter, and the GGUF file of the model that PEFT merged."""
     for name, model_type in VECTORS.items():
         known = tiny(model_type).config
-        fields = {key: value for key, value in SMALL.items() if hasattr(known, key)} | GROUPED.get(model_type, {})
+        inner = "text_config." if hasattr(known, "vision_config") else ""
+        own = known.get_text_config() if inner else known
+        fields = {inner + key: value for key, value in SMALL.items() if hasattr(own, key)}
+        fields |= GROUPED.get(model_type, {}) | WIDER.get(name, {})
         model = tiny(model_type, **fields)
         with tempfile.TemporaryDirectory() as held:
             folder, kept = Path(held), out / name
@@ -86,7 +103,16 @@ def write_vectors(conversion: Any, out: Path) -> None:
 def in_language_model(name: str) -> bool:
     """Whether a module is of the part of a model that a GGUF file of a language model has."""
     words = name.split(".")
-    return not {"visual", "vision_tower", "vision_model", "multi_modal_projector", "audio_tower"} & set(words)
+    return not {
+        "visual",
+        "vision_tower",
+        "vision_model",
+        "multi_modal_projector",
+        "audio_tower",
+        "merger",
+        "aligner",
+        "generation_aligner",
+    } & set(words)
 
 
 def adapted(model: Any, experts: bool) -> Any:

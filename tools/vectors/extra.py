@@ -161,7 +161,15 @@ def merges() -> dict[str, bytes]:
     held = {"bf16": _from_bf16(low["bf16"]), "f16": np.frombuffer(low["f16"].data, "<f2").reshape(W.shape).astype("f8")}
     exact = {path: held[path] + 0.5 * (B.astype("f8") @ A.astype("f8")) for path in held}
     merged = {"bf16": _bf16(exact["bf16"]), "f16": Stored("F16", W.shape, exact["f16"].astype("<f2").tobytes())}
+    parts = [LORA | {"target": {"path": "fused", "rows": rows}} for rows in ([12, 24], [0, 12])]
+    half = np.concatenate([0.5 * (B[:12].astype("f8") @ A), 0.5 * (B[:12].astype("f8") @ A)])
+    fused = {"fused.weight": stored(W, "F32"), "fused.bias": stored(W[:, 0], "F32")}
     return {
+        "rows.adapter": native(
+            {"version": "1.0", "updates": parts}, {"q.A": stored(A, "F32"), "q.B": stored(B[:12], "F32")}
+        ),
+        "rows.base": pack(*layout(fused)),
+        "rows.merged": pack(*layout(fused | {"fused.weight": stored((W + half).astype("f4"), "F32")})),
         "lora.adapter": adapter,
         "lora.base": pack(*layout({f"{path}.weight": tensor for path, tensor in low.items()})),
         "lora.merged": pack(*layout({f"{path}.weight": tensor for path, tensor in merged.items()})),

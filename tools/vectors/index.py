@@ -28,7 +28,7 @@ INVALID = {
     ],
     "R-3.8": ["metadata_list", "metadata_number", "metadata_object"],
     "R-3.9": ["record_missing", "metadata_null"],
-    "R-4.1": ["entry_field_twice", "tensor_twice", "metadata_twice", "record_key_twice"],
+    "R-4.1": ["entry_field_twice", "entry_field_for_another", "tensor_twice", "metadata_twice", "record_key_twice"],
     "R-4.2": ["record_nan", "record_infinity", "record_overflow", "shape_nan"],
     "R-4.3": ["header_half_surrogate", "record_half_surrogate"],
     "R-4.4": ["header_deep", "record_deep", "record_101_deep"],

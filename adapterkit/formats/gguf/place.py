@@ -11,9 +11,9 @@ from ...binding.translating import moves_of, translated
 from ...errors import Unrepresentable
 from ...methods.alora import ALoRA
 from ...naming.architectures import Architecture, expert_count
-from ...naming.gguf import NAMING, name_for, place_of, row_order
-from ...naming.heads import Heads, heads_of
-from ...tensors.arrange import turned
+from ...naming.gguf import NAMING, column_order, name_for, place_of, row_order
+from ...naming.heads import LINEAR_FIELDS, Heads, heads_of, linear_of
+from ...tensors.arrange import reordered, turned
 from ...tensors.lazy import Lazy, as_lazy
 from .._pairs import Pairs, in_row_order, unfit
 
@@ -35,7 +35,7 @@ class Place:
         name: the file's `general.architecture`.
         family: its family.
         config: the base's config, which tells the heads; None where there is no base.
-        known: the numbers of heads, `query` and `kv`, as far as a file that was read told them.
+        known: the numbers of heads, `query`, `kv` and `LINEAR_FIELDS`, as far as a file that was read told them.
         experts: how many experts a stack has; 0 where nothing tells.
     """
 
@@ -68,6 +68,15 @@ class Place:
             return None
         return row_order(where, rows, self.heads(foreign), foreign)
 
+    def columns(self, foreign: str, columns: int) -> Any:
+        """The order of the file's inputs, where it is not the weight's own."""
+        where = self.where(foreign)
+        return (
+            None
+            if where is None or where.columns is None
+            else column_order(where, columns, self.heads(foreign), foreign)
+        )
+
     def heads(self, where: str) -> Heads:
         """The base's heads.
 
@@ -77,7 +86,11 @@ class Place:
         if not {"query", "kv"} <= self.known.keys():
             found = heads_of(self.config, where)
             self.known |= {"query": found.query, "kv": found.kv}
-        return Heads(self.known["query"], self.known["kv"], 1)
+            self.known |= {"rotary": found.rotary} if found.rotary else {}
+            if found.linear is not None:
+                counts = (found.linear.keys, found.linear.values, found.linear.key_dim, found.linear.value_dim)
+                self.known |= dict(zip(LINEAR_FIELDS, counts, strict=True))
+        return Heads(self.known["query"], self.known["kv"], 1, linear_of(self.known), self.known.get("rotary", 0))
 
     def moves(self, updates: Mapping[Target, tuple[Any, ...]]) -> dict[str, tuple[Move, ...]]:
         """Where each target goes in the file; those without a place are left out."""
@@ -87,6 +100,12 @@ class Place:
         """Why a file has no place for an update."""
         if target.path not in moves:
             return f"no place for it is known in GGUF files of the architecture {self.name}"
+        place = self.where(moves[target.path][0].path)
+        if place is not None and place.beside is not None:
+            return "llama.cpp keeps the weight in two tensors and takes no adapter there: merge into the GGUF model"
+        if place is not None and place.rows == "rotary":
+            # Files for GLM-4 and GLM-4V have one architecture and no word that tells them apart.
+            return "an adapter file does not say in which of two orders its rows are: merge into the GGUF model"
         experts = target.stacked or any(move.slot is not None for move in moves[target.path])
         if isinstance(update, ALoRA) and (target.layout != "out *in" or experts):
             return "an activated LoRA on an embedding, a Conv1D or an expert"
@@ -113,6 +132,8 @@ class Place:
             order = self.order(target.path, B.shape[0])
             held = update if order is None else in_row_order(update, lambda: order)
             A, B = as_lazy(held.A), as_lazy(held.B)
+            columns = self.columns(target.path, A.shape[-1])
+            A = A if columns is None else reordered(A, lambda: columns, 1)
         return dict(zip(keys(target.path), (turned(A) if target.path == EMBEDDING else A, B), strict=True))
 
 

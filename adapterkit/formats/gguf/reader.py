@@ -16,8 +16,9 @@ from ...naming.heads import undone
 from ...naming.layouts import stored_in_out
 from ...naming.tables import modules_of, without_prefix
 from ...naming.ties import aliases, is_embedding
-from ...tensors.arrange import turned
+from ...tensors.arrange import reordered, turned
 from ...tensors.gguf import Gguf, Value
+from ...tensors.lazy import as_lazy
 from .._pairs import DAMAGED, check_factors, grouped, in_row_order, pair
 from .invocation import activated, invocation_of
 from .place import EMBEDDING, SLOTS, Place
@@ -108,6 +109,9 @@ def _update(place: Place, foreign: str, slots: Slots, alpha: float) -> tuple[Tar
     rank = check_factors(foreign, slots)
     update = pair(slots, alpha / rank if alpha else 1.0)
     order = place.order(foreign, update.B.shape[0])
+    columns = place.columns(foreign, update.A.shape[-1])
+    if columns is not None:
+        update = update.replace(A=reordered(as_lazy(update.A), lambda: undone(columns), 1))
     return Target(foreign), update if order is None else in_row_order(update, lambda: undone(order))
 
 

@@ -61,16 +61,15 @@ PROFILES = {
     "sglang": Profile("SGLang", _LAYER | _FUSED | {"embed_tokens", "lm_head", "w1", "w2", "w3"}),
     "tensorrt_llm": Profile(
         "TensorRT-LLM",
-        _LAYER | _FUSED | {"query_key_value", "dense", "c_fc", "c_proj"},
+        _LAYER | _FUSED | {"query_key_value", "dense", "c_fc", "c_proj", "w1", "w2", "w3"},
         embeddings=False,
         narrow=True,
-        experts=False,
     ),
     "unsloth_grouped": Profile("Unsloth before September 2026", order=GROUPED),
     "vllm": Profile("vLLM", stacks=True),
 }
-"""Sources: llama.cpp's convert_lora_to_gguf.py, TensorRT-LLM's hf_lora_convert.py, vLLM's lora/peft_helper.py and
-SGLang's lora/utils.py."""
+"""Sources: llama.cpp's convert_lora_to_gguf.py, TensorRT-LLM's hf_lora_convert.py and lora_manager.py, vLLM's
+lora/peft_helper.py and SGLang's lora/utils.py."""
 
 
 def fitted(adapter: Adapter, profile: str, on_loss: str, base: Checkpoint | None = None) -> tuple[Adapter, list[str]]:

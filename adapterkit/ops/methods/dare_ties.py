@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ._entrywise import DENOMINATOR, DENOMINATORS, RESCALE, RESCALES, SIGN, SIGNS, ZERO_SIGN, ZERO_SIGNS, Sparse
 from ._method import parameter
-from .dare_linear import dropped
+from .dare_linear import drawn
 
 if TYPE_CHECKING:
-    from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Mask
 
 
 class DareTIES(Sparse):
@@ -36,5 +37,5 @@ class DareTIES(Sparse):
     zero_sign: str = parameter("majority", ZERO_SIGN, among=ZERO_SIGNS)
     denominator: str = parameter("count", DENOMINATOR, among=DENOMINATORS)
 
-    def sparse(self, D: Array, t: int, at: At) -> Array:
-        return dropped(D, at.each(self, "density")[t], self.rescale, t, at)
+    def mask(self, blocks: Blocks, at: At) -> Mask:
+        return drawn(at.each(self, "density"), at)

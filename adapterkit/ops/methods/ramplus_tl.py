@@ -16,6 +16,8 @@ from .ram import EPSILON
 if TYPE_CHECKING:
     from ...tensors.computed import Array
     from ..at import At
+    from ..blocks import Blocks
+    from ._entrywise import Formula
 
 
 class RAMPlus(Entrywise):
@@ -29,20 +31,30 @@ class RAMPlus(Entrywise):
     alpha: float = parameter(0.2, "the most that counts of shared over own entries", least=0)
     epsilon: float = parameter(1e-5, EPSILON, least=0)
 
-    def merged(self, changes: Array, weights: Array, at: At) -> Array:
+    def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:
         import numpy as np
 
-        changed = np.abs(changes) > self.epsilon
-        tasks = changed.sum(0)
-        own = self._factors(changed.reshape(len(changed), -1), tasks.ravel())
-        factors = np.where(tasks > 1, 1 / np.maximum(tasks, 1), own.reshape(-1, *[1] * tasks.ndim))
-        result: Array = self.scale * np.tensordot(weights, changes * changed * factors, 1)
-        return result
+        own = self._factors(blocks)[:, None, None]
 
-    def _factors(self, changed: Array, tasks: Array) -> Array:
+        def formula(changes: Array, _: slice) -> Array:
+            changed = np.abs(changes) > self.epsilon
+            tasks = changed.sum(0)
+            changes *= changed
+            changes *= np.where(tasks > 1, 1 / np.maximum(tasks, 1), own)
+            result: Array = self.scale * np.tensordot(weights, changes, 1)
+            return result
+
+        return formula
+
+    def _factors(self, blocks: Blocks) -> Array:
         """Of each task's own entries, `[T]`."""
         import numpy as np
 
-        shared, own = (changed & (tasks > 1)).sum(1), (changed & (tasks == 1)).sum(1)
+        shared, own = np.zeros(blocks.count, int), np.zeros(blocks.count, int)
+        for _, changes in blocks:
+            changed = np.abs(changes) > self.epsilon
+            tasks = changed.sum(0)
+            shared += (changed & (tasks > 1)).sum((1, 2))
+            own += (changed & (tasks == 1)).sum((1, 2))
         factors: Array = 1 + self.r * np.clip(shared / np.maximum(own, 1), 0, self.alpha)
         return factors

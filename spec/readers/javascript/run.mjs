@@ -73,7 +73,9 @@ function compute(adapter, base) {
       found[target.path] = new AdapterError("Unsupported", target.name, `no formula of ${unknown.method.name}`);
       continue;
     }
-    const [weight, bias, x] = ["weight", "bias", "x"].map((name) => at(name) && numeric(at(name)));
+    const before = found[target.path] ?? {}; // other rows of the same weight
+    const stored = (name) => before[`merged.${name}`] ?? (at(name) && numeric(at(name)));
+    const [weight, bias, x] = ["weight", "bias", "x"].map(stored);
     if (updates[0].method.kind === "output") {
       const { t, a } = fieldsOf(updates[0]);
       const beside = Object.fromEntries(["added", "norm_weight", "norm_bias"].map((n) => [n, at(n) && numeric(at(n))]));

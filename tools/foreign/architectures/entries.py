@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,8 +178,15 @@ def _fill(shape: str, holes: Iterable[str]) -> str:
 
 
 def _shape(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
+    words = name.split(".")
+    return ".".join("#" if _counts(words, at) else word for at, word in enumerate(words))
 
 
 def _numbers(name: str) -> list[str]:
-    return [word for word in name.split(".") if word.isdigit()]
+    words = name.split(".")
+    return [word for at, word in enumerate(words) if _counts(words, at)]
+
+
+def _counts(words: list[str], at: int) -> bool:
+    """Whether a word is a number of many alike: T5's blocks have an attention as `layer.0`, a network as `layer.1`."""
+    return words[at].isdigit() and not (at >= 3 and words[at - 1] == "layer" and words[at - 3] == "block")

@@ -34,7 +34,7 @@ from writing import _short, _value
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from adapterkit.naming.architectures import load  # noqa: E402
+from adapterkit.naming.architectures import LINEAR, load  # noqa: E402
 from adapterkit.naming.heads import by_group, heads_of, rope_pairs, undone  # noqa: E402
 
 OUT = ROOT / "spec" / "architectures"
@@ -163,13 +163,20 @@ def merged(record: dict[str, Any], told: Mapping[str, Any]) -> dict[str, dict[st
             uses.setdefault(key, {}).setdefault(_template(module), (turned, rows, stacked, size, flat))
     weights: dict[str, dict[str, Any]] = {}
     for key, namings in record["weights"].items():
-        own = {naming: place for naming, place in namings.items() if naming != "gguf"}
+        own = {naming: place for naming, place in namings.items() if naming != "gguf" or _by_hand(place)}
         for name, places in _weights(
             key, own, uses.get(key, {}), architecture.place(key, "hub"), told["config"]
         ).items():
             order = {naming: places[naming] for naming in namings if naming in places}
             weights[name] = order | places
     return weights
+
+
+def _by_hand(place: Any) -> bool:
+    """Whether a place has an order that this tool cannot find; check_gguf.py proves it."""
+    return isinstance(place, dict) and bool(
+        {"beside", "columns"} & place.keys() or place.get("rows") in (*LINEAR, "rotary")
+    )
 
 
 def _weights(key: str, own: dict[str, Any], uses: Mapping[str, Any], hub: Any, config: Mapping[str, Any]) -> Any:
