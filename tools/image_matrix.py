@@ -174,11 +174,11 @@ def outcome_of(family: Family, dialect: str, method: str, targets: dict[str, int
 HEADER = """\
 # Methods, dialects and families of image, video and audio models
 
-Made by `tools/image_matrix.py`: every cell is what the writer of a dialect does with an adapter of the family and method
-in diffusers' names. `=` the dialect has words for the method; `L` it is written as an exactly equal LoRA, `D` as a
-difference of weights, both with `--on-loss promote`; a number: it is refused, for the reason below. Where a cell has two
-marks, the second is for weights that are parts of a fused one in the authors' naming: queries, keys and values, each
-with factors of its own.
+Made by `tools/image_matrix.py`: every cell is what the writer of a dialect does with an adapter of the family and
+method in diffusers' names. `=` the dialect has words for the method; `L` it is written as an exactly equal LoRA, `D` as
+a difference of weights, both with `--on-loss promote`; a number: it is refused, for the reason below. Where a cell has
+two marks, the second is for weights that are parts of a fused one in the authors' naming: queries, keys and values,
+each with factors of its own.
 
 XLabs' files hold LoRA on FLUX's attention, BFL's control files LoRA and whole scales of norms of FLUX.
 """
