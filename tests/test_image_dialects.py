@@ -454,7 +454,8 @@ def test_a_lora_without_config_of_an_unknown_model_is_asked_for_its_alpha(tmp_pa
     save_file(held, tmp_path / "a.safetensors")
     code, why = shown(tmp_path / "a.safetensors")
     assert code == 2
-    assert "--alpha" in why
+    assert "--alpha 2 (alpha=2)" in why
+    assert shown(tmp_path / "a.safetensors", "--alpha", "2")[1]["updates"][0]["attributes"]["scaling"] == 1
 
 
 def test_inspect_says_the_family_the_metadata_and_missing_alphas(tmp_path):

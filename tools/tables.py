@@ -27,6 +27,8 @@ from adapterkit.cli.list import combiners  # noqa: E402
 from adapterkit.naming.image import COMFYUI, KOHYA, Family  # noqa: E402
 from adapterkit.naming.image import families as image_families  # noqa: E402
 from adapterkit.naming.patterns import fill  # noqa: E402
+from adapterkit.ops.methods import COMBINERS  # noqa: E402
+from adapterkit.ops.methods._method import DEPENDENCES  # noqa: E402
 from adapterkit.quant import SCHEMES  # noqa: E402
 from adapterkit.updates import Additive  # noqa: E402
 
@@ -152,20 +154,23 @@ def _names(family: Family, format_name: str) -> str:
 
 
 def combine() -> str:
-    """One row a way to combine: what it is and its parameters, as `adapterkit list combine` has them."""
+    """One row a method: what it is, its parameters, and what its result is and depends on beside the changes.
+
+    Each dependence, and its absence, is tested by `test_a_method_says_what_its_result_depends_on`.
+    """
     rows = [_combiner_row(entry) for entry in combiners()]
-    return _markdown(("Method", "What it is", "Parameters"), rows)
+    return _markdown(("Method", "What it is", "Parameters", "Result", "Depends also on"), rows)
 
 
 def _combiner_row(entry: dict[str, Any]) -> list[str]:
     needs = " (needs `data=`)" * (entry["data"] is not None) + " (needs `base=`)" * entry["based"]
     title = f"[{entry['title']}]({entry['paper']})" + needs
     names = ["then"] * (entry["then"] is not None) + list(entry["parameters"])
-    return [
-        f"[`{entry['name']}`](reference/combiners/{entry['name']}.md)",
-        title,
-        " ".join(f"`{name}`" for name in names),
-    ]
+    method = COMBINERS[entry["name"]]
+    depends = ", ".join(what for what in DEPENDENCES if what in method.depends)
+    result = "dense" if method().dense else "low rank"
+    name = f"[`{entry['name']}`](reference/combiners/{entry['name']}.md)"
+    return [name, title, " ".join(f"`{each}`" for each in names), result, depends]
 
 
 def quant() -> str:

@@ -111,8 +111,8 @@ def stated() -> dict[str, Any]:
 
 
 def stating(command: F) -> F:
-    """Add the options `--alpha` and `--strict`, for commands whose own `--rank` means something else."""
-    for option in (_strict, _alpha):
+    """Add the options `--alpha`, `--strict` and `--family`, for commands whose own `--rank` means something else."""
+    for option in (_family, _strict, _alpha):
         command = option(command)
     return command
 

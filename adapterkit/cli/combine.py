@@ -70,7 +70,7 @@ def command(
         _check_writable(outline, target_format, options.get("base"), on_loss, what)
 
     with progress(settings, "combine") as meter:
-        working = {"report": cuts.append, "before": refuse_early, "progress": meter}
+        working: dict[str, Any] = {"report": cuts.append, "before": refuse_early, "progress": meter}
         try:
             made = ops.combine(read, **options, **working)
         except Unrepresentable:
@@ -79,7 +79,10 @@ def command(
             made = ops.combine(read, **options | {"rank": "fit"}, **working)
     record = destination.write(made, on_loss)
     record |= {"cuts": [cut.record() for cut in cuts], "relative_error": _error(cuts)}
-    record["warnings"] = _options.base_warnings(sources, read, options.get("base"))
+    record["warnings"] = [
+        *made.recipe[-1].args.get("warnings", ()),
+        *_options.base_warnings(sources, read, options.get("base")),
+    ]
     show(settings, record | said(made), _view)
 
 

@@ -91,8 +91,9 @@ class Promotion:
         """Whether updates come down to one LoRA or one difference of weights, and are not one already."""
         if not found or (len(found) == 1 and isinstance(found[0], (LoRA, Dense))):
             return False
-        sums = all(isinstance(update, Additive) for update in found)
-        return sums and (self.dense or (self.lora and all(type(u).pair is not Additive.pair for u in found)))
+        sums = [update for update in found if isinstance(update, Additive)]
+        thin = self.lora and all(type(update).pair is not Additive.pair for update in sums)
+        return len(sums) == len(found) and (self.dense or thin)
 
     def _promoted(self, adapter: Adapter, targets: set[Target]) -> tuple[Adapter, list[str]]:
         updates: dict[Target, tuple[Update, ...]] = {}

@@ -81,6 +81,20 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     beside: str | None = None
 
 
+class Encoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One text encoder of a pipeline.
+
+    Attributes:
+        kind: `clip`, `t5` or `llm`, whose modules it has.
+        comfyui: what ComfyUI calls it; empty where ComfyUI does not have it.
+        prefix: of an `llm`, what stands before `layers.` in diffusers' names.
+    """
+
+    kind: str
+    comfyui: str = ""
+    prefix: str = ""
+
+
 class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The facts of a family that is a part of a pipeline of diffusers: what it is called, and how it is recognised.
 
@@ -96,6 +110,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         widths: inputs of its blocks in the models that were published.
         blocks: first word of a name -> how many blocks the largest published model has.
         ratios: weight -> its outputs by its inputs.
+        encoders: diffusers' name of a text encoder -> what it is.
     """
 
     component: str = "transformer"
@@ -109,6 +124,7 @@ class Pipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     widths: list[int] = []
     blocks: dict[str, int] = {}
     ratios: dict[str, float] = {}
+    encoders: dict[str, Encoder] = {}
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -127,16 +127,40 @@ def families() -> tuple[Family, ...]:
 @cache
 def encoders() -> dict[str, Names]:
     """The names of the text encoders, which are called the same everywhere."""
+    llm = ("llama", "qwen3", "gemma2")
+    blocks = {
+        _pattern(weight).removeprefix("model.")
+        for file in llm
+        for weight in architectures.named(file).record.weights
+        if weight.startswith("model.layers.") and ("attn." in weight or "mlp." in weight)
+    }
     files = {"clip": (("clip",), ("text_",)), "t5": (("t5", "mt5"), ("encoder.", "shared"))}
     return {
-        kind: names_of(
-            [
-                *(_pattern(w) for file in of for w in architectures.named(file).record.weights if w.startswith(begins)),
-                *_TIED.get(kind, ()),
-            ]
-        )
-        for kind, (of, begins) in files.items()
+        "llm": names_of(f"{before}{name}" for name in sorted(blocks) for before in LLM_PREFIXES),
+        **{
+            kind: names_of(
+                [
+                    *(
+                        _pattern(w)
+                        for file in of
+                        for w in architectures.named(file).record.weights
+                        if w.startswith(begins)
+                    ),
+                    *_TIED.get(kind, ()),
+                ]
+            )
+            for kind, (of, begins) in files.items()
+        },
     }
+
+
+LLM_PREFIXES = ("", "model.", "model.language_model.")
+"""What may stand before `layers.` in a language model that is a text encoder: its backbone alone, or a whole model."""
+
+
+def encoder_kind(rest: str) -> str:
+    """`clip`, `t5` or `llm`, whose module a name inside a text encoder is; empty where it is none's."""
+    return next((kind for kind, names in encoders().items() if rest in names), "")
 
 
 _TIED = {"t5": ("encoder.embed_tokens",)}
@@ -157,11 +181,16 @@ ROOTS = {
     "text_encoder": "text_encoder",
     "text_encoder_2": "text_encoder_2",
     "text_encoder_3": "text_encoder_3",
+    "text_encoder_4": "text_encoder_4",
     "cond_stage_model.transformer": "text_encoder",
     "conditioner.embedders.0.transformer": "text_encoder",
     "text_encoders.clip_l.transformer": "text_encoder",
     "text_encoders.clip_g.transformer": "text_encoder_2",
     "text_encoders.t5xxl.transformer": "t5",
+    **{
+        f"text_encoders.{word}.transformer": "text_encoder"
+        for word in ("clip_h", "umt5xxl", "llama", "qwen25_7b", "qwen3_06b", "qwen3_4b", "gemma2_2b")
+    },
 }
 """What names of a part of a pipeline begin with -> the part; `denoiser` is the U-Net or the transformer."""
 

@@ -232,8 +232,6 @@ def _refuse(adapter: Adapter) -> None:
         if update.kind == "context":
             why = f"{update.method} changes {update.acts_on}, which a graph's nodes do not show"
             raise Unsupported(why, where=str(target), cure="Attach it to the torch model and export that")
-        if target.stacked:
-            raise Unsupported("stacked experts in a graph", where=str(target), cure="Merge them before the export")
 
 
 def _seen(node: ir.Node, kind: type[Layer]) -> tuple[int, ...]:
@@ -344,6 +342,8 @@ def _placed(adapter: Adapter, known: Known, config: Config) -> Placed:
 
 def _found(site: Site, asked: Target, known: Known) -> Found:
     name = site.weight
+    if site.target.stacked:
+        raise Unsupported("stacked experts in a graph", where=str(asked), cure="Merge them before the export")
     if name is None:
         raise TargetNotFound("the graph has no weight there", where=str(asked), cure="Target a layer that has one")
     method, spots = known[name]

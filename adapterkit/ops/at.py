@@ -38,6 +38,7 @@ class At:
         scalings: the factor apart from B and A of each present adapter, where it has a single pair of factors.
         census: what was counted over all targets, or is being counted.
         asks: `data=`, for methods that need it.
+        depth: from 0 in the first layer to 1 in the last; None for targets in no numbered layer.
         base: gives what the base has here, `[out, in * k]` or `[out]`, to methods that look at it.
     """
 
@@ -50,6 +51,7 @@ class At:
     scalings: tuple[float | None, ...] = ()
     census: Census = field(default_factory=Census)
     asks: Callable[..., Any] | None = None
+    depth: float | None = None
     base: Callable[[], Array] = _no_base
 
     def each(self, method: Method, name: str) -> list[Any]:

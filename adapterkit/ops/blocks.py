@@ -110,10 +110,10 @@ def _form(delta: Delta, rows: slice, D: Array) -> None:
     """Some rows of a change, into D."""
     import numpy as np
 
-    if delta.rank:
-        np.matmul(delta.B[rows], delta.A, out=D)
-    else:
-        D[...] = 0.0
+    if delta.rest is not None and not delta.rank:
+        D[...] = delta.rest[rows]
+        return
+    np.matmul(delta.B[rows], delta.A, out=D)
     if delta.rest is not None:
         D += delta.rest[rows]
 

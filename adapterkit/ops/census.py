@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .selection import Selection, settle
 
 if TYPE_CHECKING:
+    from ..tensors.computed import Array
     from .blocks import Blocks
 
 
@@ -22,50 +23,86 @@ class Census:
 
     def __init__(self) -> None:
         self.counting = False
-        self._selections: dict[int, Selection] = {}
-        self._sampling = False
+        self._selections: dict[Any, Selection] = {}
+        self._sums: dict[Any, float] = {}
+        self._sampling = self._summing = False
         self._lock = Lock()
         self._vote: Callable[[Census], None] | None = None
         self._votes: int | None = None
         self._majority: int | None = None
 
-    def run(self, once: Callable[[], None]) -> None:
-        """Fills the census: `once` runs the formula at all targets, about three times."""
-        self.counting = self._sampling = True
-        once()
-        self._sampling = False
-        settle(list(self._selections.values()), once)
-        self.counting = False
-
-    def count(self, adapters: Sequence[int], blocks: Blocks, wanted: Sequence[Callable[[int, int], int]]) -> None:
-        """Counts the magnitudes of some adapters' changes at one weight.
+    def run(self, once: Callable[[bool], None], stages: int = 1) -> None:
+        """Fills the census.
 
         Args:
-            adapters: which adapters the changes are of.
+            once: runs the formula at all targets, or at some of them for a sample if told so; called with False about
+                twice a stage.
+            stages: how often numbers are looked for that depend on those of the stage before; 0 for sums alone.
+        """
+        self.counting = True
+        for _ in range(stages):
+            self._sampling = True
+            once(True)
+            self._sampling = False
+            settle(list(self._selections.values()), lambda: once(False))
+        if not stages:
+            self._summing = True
+            once(False)
+            self._summing = False
+        self.counting = False
+
+    def count(
+        self,
+        series: Sequence[Hashable],
+        blocks: Blocks,
+        wanted: Sequence[Callable[[int, int], int]],
+        key: Callable[[Array], Array] | None = None,
+    ) -> None:
+        """Counts numbers of the changes at one weight; each series goes on at the next weight.
+
+        Args:
+            series: what each series is called, such as the adapter that it is of.
             blocks: the changes.
-            wanted: how many of the largest are looked for, from the number of all, for each adapter.
+            wanted: how many of the largest are looked for in each series, from how many there are and are not zero.
+            key: from changes `[T, ...]` to the series on the first axis; their magnitudes if not given.
         """
         import numpy as np
 
+        key = np.abs if key is None else key
         with self._lock:
-            for adapter, kept in zip(adapters, wanted, strict=True):
-                self._selections.setdefault(adapter, Selection(kept))
-        searched = [(i, self._selections[adapter]) for i, adapter in enumerate(adapters)]
-        if self._sampling:
-            drawn = np.abs(blocks.sample())
-            for i, selection in searched:
-                selection.sample(drawn[i], blocks.size)
-            return
+            for name, kept in zip(series, wanted, strict=True):
+                self._selections.setdefault(name, Selection(kept, partial=True))
+        searched = [(i, self._selections[name]) for i, name in enumerate(series)]
         searched = [(i, selection) for i, selection in searched if selection.found is None]
-        for _, changes in blocks:
+        if self._sampling:
+            drawn = key(blocks.sample()) if searched else None
             for i, selection in searched:
-                selection.feed(np.abs(changes[i]).reshape(-1))
+                selection.sample(drawn[i].reshape(-1), blocks.size)  # type: ignore[index]
+            return
+        for _, changes in blocks if searched else ():
+            values = key(changes)
+            for i, selection in searched:
+                selection.feed(np.ascontiguousarray(values[i]).reshape(-1))
 
-    def threshold(self, adapter: int) -> float:
-        """The smallest of an adapter's magnitudes that are kept; infinite where none is."""
-        found = self._selections[adapter].found
+    def threshold(self, series: Hashable) -> float:
+        """The smallest of a series' numbers that are kept; infinite where none is."""
+        found = self._selections[series].found
         assert found is not None
         return found.value
+
+    def knows(self, series: Hashable) -> bool:
+        """Whether a number of an earlier stage was found."""
+        return series in self._selections and self._selections[series].found is not None
+
+    def add(self, name: Hashable, value: float) -> None:
+        """Adds to a sum over all targets."""
+        if self._summing:
+            with self._lock:
+                self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def sum_of(self, name: Hashable) -> float:
+        """A sum over all targets."""
+        return self._sums.get(name, 0.0)
 
     def votes_by(self, vote: Callable[[Census], None]) -> None:
         """Says how all targets are gone over for the majority, which few combinations need: see `majority`."""
@@ -88,7 +125,7 @@ class Census:
             if self._majority is None:
                 assert self._vote is not None
                 poll = Census()
-                poll._selections, poll._votes = self._selections, 0
+                poll._selections, poll._votes, poll.counting = self._selections, 0, True
                 self._vote(poll)
                 self._majority = -1 if poll._votes < 0 else 1
             return self._majority

@@ -76,7 +76,8 @@ def combine(
         parameters: the method's; given like weights.
 
     Returns:
-        LoRA where the method works on factors, else a dense difference, computed when it is read.
+        LoRA where the method works on factors, else a dense difference, computed when it is read. Where a result is
+        zero although the changes are not, or too small for its type, the lineage's last step says so in `warnings`.
 
     Raises:
         CheckFailed: the base is not the one that an adapter names, and `strict_base`.
@@ -120,7 +121,7 @@ def combine(
         report(lost)  # type: ignore[misc]
     said = {
         "method": name, "parameters": asked.record(first), "weights": asked.weights, "seed": seed,
-        "each": [dict(own) for own in asked.each], "rank": cut, "compat": compat,
+        "each": [dict(own) for own in asked.each], "rank": cut, "compat": compat, "warnings": sorted(work.notes),
     }  # fmt: skip
     return of_several(
         read, updates, "combine", **{key: value for key, value in said.items() if value not in (None, [])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -43,11 +44,16 @@ FIT = "fit"
 """The rank of results that have no low-rank factors is that of the largest input; all others stay exact."""
 
 
+SAMPLED = 16
+"""Targets that tell about where a threshold of all of them is; what they tell decides on the time alone."""
+
+
 class Evaluation:
     """The formula at one target after another, several of them at a time.
 
     Attributes:
         cuts: what became of each target whose result was cut to a rank.
+        notes: a line for each target whose result is zero although the changes are not, or too small for its type.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class Evaluation:
         self.census = Census()
         self.census.votes_by(self._pass)
         self.cuts: list[Cut] = []
+        self.notes: list[str] = []
         self.learned: Mapping[Target, Array] | None = None
         self.asks: Callable[..., Any] | None = None
 
@@ -88,21 +95,22 @@ class Evaluation:
         return outlined(made, read[0])
 
     def _outline_at(self, place: Place) -> tuple[Update, ...]:
-        method, lead = self.asked.method(place.target), ()
+        method = self.asked.method(place.target)
         if self._summed(place, method) is not None:
             return summed_at(place, [1.0] * len(place.updates), stacking=False)
         changes = [change for change in place.changes() if change is not None]
-        if place.target.stacked:
-            lead = (changes[0].experts,)
-        biased, weighted = (any(getattr(c, name) for c in changes) for name in ("changes_bias", "changes_weight"))
-        bias = unknown((*lead, place.shape[0]), self.dtype) if biased else None
+        lead = (changes[0].experts or 1,) if place.target.stacked else ()
+        fields: dict[str, Any] = {}
+        weighted = any(change.changes_weight for change in changes)
+        bias = unknown((*lead, place.shape[0]), self.dtype) if any(c.changes_bias for c in changes) else None
         if not weighted or len(place.shape) == 1 or (method.dense and self.rank is None):
-            D = unknown((*lead, *place.shape), self.dtype) if weighted else None
-            return (Dense(**{name: leaf for name, leaf in (("D", D), ("d", bias)) if leaf is not None}),)
+            fields |= {"D": unknown((*lead, *place.shape), self.dtype)} if weighted else {}
+            return (Dense(**fields, **({} if bias is None else {"d": bias})),)  # type: ignore[arg-type]
         rank = self.rank if isinstance(self.rank, int) else sum(self._ranks(place)) or self.fallback or 1
         rank = min(rank, place.shape[0], math.prod(place.shape[1:]))
-        A = unknown((*lead, rank, *place.shape[1:]), self.dtype)
-        return (LoRA(A=A, B=unknown((*lead, place.shape[0], rank), self.dtype), bias=bias),)
+        fields["A"] = unknown((*lead, rank, *place.shape[1:]), self.dtype)
+        fields["B"] = unknown((*lead, place.shape[0], rank), self.dtype)
+        return (LoRA(**fields, bias=bias),)  # type: ignore[arg-type]
 
     def _summed(self, place: Place, method: Method) -> list[float] | None:
         """The weights of a plain sum, where that is all there is to do."""
@@ -143,33 +151,28 @@ class Evaluation:
         return [sum(int(A.shape[int(place.target.stacked)]) for A in each) for each in found]
 
     def _placed(self, place: Place) -> tuple[tuple[Update, ...], Cut | None]:
-        import numpy as np
-
-        try:
-            # What is too large for a float is refused where it is stored, and by decompositions.
-            with np.errstate(over="ignore", invalid="ignore"):
-                return self._at(place)
-        except np.linalg.LinAlgError:
-            raise too_large().at(where=str(place.target)) from None
-        except AdapterkitError as error:
-            raise error.at(where=str(place.target)) from None
+        with _errors_at(place):
+            return self._at(place)
 
     def _count(self) -> None:
         if self.asked.varies:
             why = "what is counted over the whole adapter cannot differ from target to target"
             raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
-        self.census.run(lambda: self._pass(self.census))
+        stages = self.asked.method(self.found[0].target).stages
+        self.census.run(lambda few: self._pass(self.census, few), stages)
 
-    def _pass(self, census: Census) -> None:
-        """Runs the formula at all targets for a census alone."""
+    def _pass(self, census: Census, few: bool = False) -> None:
+        """Runs the formula at all targets, or at a few of them, for a census alone."""
+        chosen = self.found[:: max(len(self.found) // SAMPLED, 1)] if few else self.found
 
         def once(place: Place) -> None:
-            changes = place.changes()
-            for method, at, deltas in self._standings(place, changes, census):
-                self._matrix(method, place, at, deltas)
-            self._bias(place, changes, census)
+            with _errors_at(place):
+                changes = place.changes()
+                for method, at, deltas in self._standings(place, changes, census):
+                    self._matrix(method, place, at, deltas)
+                self._bias(place, changes, census)
 
-        with ahead(once, self.found, self.workers, self._cost) as done:
+        with ahead(once, chosen, self.workers, self._cost) as done:
             for _ in done:
                 pass
 
@@ -187,12 +190,33 @@ class Evaluation:
             return (dense(place.target, place.shape, None, bias, self.dtype),), None
         made = [self._cut(method, place, at, deltas) for method, at, deltas in self._standings(place, changes)]
         update = self._stored(place, [delta for delta, _, _ in made], bias)
+        self._look(place, changes, [delta for delta, _, _ in made])
         if not any(lost for _, _, lost in made):
             return (update,), None
-        norm, error = (math.hypot(*(each[i] for each in made)) for i in (1, 2))
+        norm, error = math.hypot(*(size for _, size, _ in made)), math.hypot(*(lost for _, _, lost in made))
         rank = max(delta.rank for delta, _, _ in made)
         cut = Cut(str(place.target), update.method, min(made[0][0].shape), rank, norm, error)
         return (update,), cut
+
+    def _look(self, place: Place, changes: Sequence[Change | None], made: Sequence[Delta] | None) -> None:
+        """Notes a result that is zero, or that its type holds as zero, where the changes are not."""
+        import numpy as np
+
+        # A bound on the entries: it tells what is surely too small, without forming a product.
+        given = max((_bound(d) for c in changes if c is not None and c.changes_weight for d in c.deltas()), default=0.0)
+        if not given:
+            return
+        kind = np.finfo(np.float64 if self.dtype.name == "F64" else np.float32)
+        if made is None:
+            found = given * max(map(abs, self._weights(place.target)), default=0.0) * len(changes)
+            if 0 < found < kind.smallest_subnormal:
+                self.notes.append(_small(place, found, self.dtype.name))
+            return
+        found = max(map(_bound, made))
+        if not found:
+            self.notes.append(f"{place.target}: the result is zero; the largest change there is at most {given:.2g}")
+        elif max(max(map(_size, (d.B, d.A)), default=0.0) for d in made) < kind.smallest_subnormal:
+            self.notes.append(_small(place, found, self.dtype.name))
 
     def _thin(self, place: Place) -> bool:
         return len(place.shape) > 1 and all(isinstance(update, LoRA) for update in place.all_updates)
@@ -204,6 +228,7 @@ class Evaluation:
         first = next(change for change in changes if change is not None)
         lead = (first.experts,) if first.experts is not None else ()
         shape, bias = (*lead, *place.shape), self._bias(place, changes)
+        self._look(place, changes, None)
 
         def make() -> Array:
             import numpy as np
@@ -272,10 +297,11 @@ class Evaluation:
                 return Delta(*balanced(U[:, :rank], S[:rank], Vh[:rank])), math.hypot(*S), lost
             D = made.dense()
         else:
-            D = self._held(method, place, at, deltas)
-            if D is None:
+            held = self._held(method, place, at, deltas)
+            if held is None:
                 rows = lambda: method.rows(Blocks(deltas), self._present(place, at), at)  # noqa: E731
                 return _approximation(*streamed(rows, deltas[0].shape, self._rank_of(deltas), self.seed))
+            D = held
         return _approximation(*approximated(D, self._rank_of(deltas), self.seed))
 
     def _held(self, method: Method, place: Place, at: At, deltas: list[Delta]) -> Array | None:
@@ -335,6 +361,7 @@ class Evaluation:
         scalings = tuple(_scaling(place.updates[t]) for t in present)
         counted = self.census if census is None else census
         at = At(place.target, place.shape, present, part, self.seed, self.asked.each, scalings, counted, self.asks)
+        at = replace(at, depth=self.asked.depths.known(place.target))
         base = self.base
         return at if base is None else replace(at, base=lambda: base.at(place.target, expert, bias))
 
@@ -366,6 +393,38 @@ class Evaluation:
         # A view that grows with what is done, so that nothing is copied for each target.
         so_far = Adapter(MappingProxyType(done), read[0].base)
         return lambda position, path: self.data(position, path, so_far if done else None)
+
+
+@contextmanager
+def _errors_at(place: Place) -> Iterator[None]:
+    """Errors within the block name the target, and those of LAPACK are typed."""
+    import numpy as np
+
+    try:
+        # What is too large for a float is refused where it is stored, and by decompositions.
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield
+    except np.linalg.LinAlgError:
+        raise too_large().at(where=str(place.target)) from None
+    except AdapterkitError as error:
+        raise error.at(where=str(place.target)) from None
+
+
+def _size(X: Array) -> float:
+    """The largest magnitude."""
+    import numpy as np
+
+    return float(np.abs(X).max()) if X.size else 0.0
+
+
+def _bound(delta: Delta) -> float:
+    """A bound on the magnitudes of a change."""
+    rest = 0.0 if delta.rest is None else _size(delta.rest)
+    return delta.rank * _size(delta.B) * _size(delta.A) + rest
+
+
+def _small(place: Place, bound: float, dtype: str) -> str:
+    return f"{place.target}: entries up to {bound:.2g} are zero in {dtype}; dtype='F64' (--dtype F64) holds them"
 
 
 def _bytes(place: Place) -> int:

@@ -61,10 +61,12 @@ class Selection:
 
     Attributes:
         wanted: k, from how many numbers there are and how many of them are not zero.
+        partial: whether samples are of a part of the series, which may be larger or smaller than the rest.
         found: the number; None as long as another round is needed.
     """
 
     wanted: Callable[[int, int], int]
+    partial: bool = False
     found: Selected | None = None
     _lo: int = 0
     _hi: int = LARGEST
@@ -174,9 +176,11 @@ class Selection:
         k = float(min(self.wanted(round(total), round(share)), total))
         spread = DEVIATIONS * math.sqrt(max(k * (total - k) / total, 1.0) * weights.max()) if weights.max() > 1 else 0.0
         first, last = (int(np.searchsorted(reach, rank)) for rank in (k - spread, k + spread))
-        hi = _bits(float(values[first])) if k - spread > 0 and first < len(values) else LARGEST
-        lo = _bits(float(values[last])) if last < len(values) else 0
-        self._interval(min(lo, hi), hi, float(reach[min(last, len(values) - 1)] - reach[max(first - 1, 0)]))
+        wider = 2.0 if self.partial else 1.0
+        hi = _bits(wider * float(values[first])) if k - spread > 0 and first < len(values) else LARGEST
+        lo = _bits(float(values[last]) / wider) if last < len(values) else 0
+        expected = math.inf if self.partial else float(reach[min(last, len(values) - 1)] - reach[max(first - 1, 0)])
+        self._interval(min(lo, hi), min(hi, LARGEST), expected)
 
 
 def _bits(value: float) -> int:

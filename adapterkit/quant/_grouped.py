@@ -29,7 +29,7 @@ class Grouped(Packed):
     """A packed weight of integers; a subclass reads integers, zero points and scales of rows.
 
     Attributes:
-        bits: of each number.
+        bits: the width of each number.
         groups: the number of groups of columns.
         index: the group of each column, if columns were reordered; None if groups are runs of columns.
     """

@@ -23,7 +23,7 @@ def example(method: str, *, out: int = 8, inputs: int = 16, rank: int = 2, seed:
         out: outputs of the layer.
         inputs: inputs of the layer.
         rank: the rank of factors.
-        seed: of the random numbers.
+        seed: the seed of the random numbers.
         attributes: values of the method's attributes.
 
     Returns:

@@ -53,7 +53,7 @@ def _rotation_parts(update: OFT, spans: Sequence[tuple[int, int]]) -> list[Updat
     size = int(update.dims()["b"]) if update.square is not None else 0  # type: ignore[arg-type]
     if not size or update.constraint or update.coft or any(edge % size for span in spans for edge in span):
         return None
-    parts = []
+    parts: list[Update] = []
     for start, stop in spans:
         part = update.replace(**{name: narrow(update.tensors[name], 0, start // size, stop // size)})
         parts.append(part if part.rescale is None else part.replace(rescale=narrow(part.rescale, 0, start, stop)))

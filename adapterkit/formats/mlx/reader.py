@@ -59,11 +59,14 @@ class Modules:
         return {target: held for target, held in updates.items() if target not in lost} | dict(found)
 
     def named(self, name: str) -> str:
-        """The base's own name.
+        """The base's own name of a module; without a base, the hub's name of it.
 
         Raises:
             TargetNotFound: the base has none, or several.
         """
+        moves = from_mlx(name, self.config, 0)
+        if moves is not None and len(moves) == 1 and moves[0].plain:
+            name = moves[0].path
         if self.own is None:
             return name
         bare = list(without_prefix(name))

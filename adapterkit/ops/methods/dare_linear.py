@@ -24,6 +24,7 @@ class Dare(Sparse):
 
     title = "DARE, then task arithmetic"
     paper = "https://arxiv.org/abs/2311.03099"
+    depends: ClassVar = frozenset({"order", "seed"})
     single = frozenset({"density"})
     compat: ClassVar = {"mergekit": {"density": 1.0, "rescale": "norm"}, "peft": {}}
 

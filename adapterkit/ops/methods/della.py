@@ -25,6 +25,7 @@ class Della(Sparse):
 
     title = "DELLA"
     paper = "https://arxiv.org/abs/2406.11617"
+    depends: ClassVar = frozenset({"order", "seed"})
     single = frozenset({"density", "epsilon"})
     compat: ClassVar = {
         "mergekit": {

@@ -26,6 +26,7 @@ class NearSwap(Entrywise):
 
     title = "NearSwap"
     paper = "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001"
+    depends: ClassVar = frozenset({"size"})
     takes = (1, 1)
     compat: ClassVar = {"mergekit": {}}
 

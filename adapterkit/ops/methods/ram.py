@@ -25,6 +25,7 @@ class RAM(Entrywise):
 
     title = "Reinforced agent merging (RAM)"
     paper = "https://arxiv.org/abs/2601.13572"
+    depends: ClassVar = frozenset({"size"})
     compat: ClassVar = {"mergekit": {}}
 
     epsilon: float = parameter(1e-5, EPSILON, least=0)

@@ -1,8 +1,9 @@
 """Reinforced agent merging plus, tensor by tensor: what one task alone changed is also scaled up, by what it shares.
 
 Task t's own entries are multiplied by 1 + r clip(rho_t, 0, alpha), rho_t being how many of the entries that it changed
-others changed too, over how many they did not.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. rho is that of a
-tensor, and r and alpha are mergekit's; https://github.com/xiangchi-yuan/mrl counts over the model, with 0.05 and 1.
+others changed too, over how many they did not.  Yuan et al. 2026, https://arxiv.org/abs/2601.13572. r and alpha
+are those of https://github.com/xiangchi-yuan/mrl, which counts over the model; here, as in mergekit, whose r and alpha
+are 0.1 and 0.2, rho is that of a tensor.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ class RAMPlus(Entrywise):
 
     title = "Reinforced agent merging plus (RAM+), tensor by tensor"
     paper = "https://arxiv.org/abs/2601.13572"
-    compat: ClassVar = {"mergekit": {}}
+    depends: ClassVar = frozenset({"size"})
+    compat: ClassVar = {"mergekit": {"r": 0.1, "alpha": 0.2}}
 
-    r: float = parameter(0.1, "how much a share of shared entries scales a task's own", least=0)
-    alpha: float = parameter(0.2, "the most that counts of shared over own entries", least=0)
+    r: float = parameter(0.05, "how much a share of shared entries scales a task's own", least=0)
+    alpha: float = parameter(1.0, "the most that counts of shared over own entries", least=0)
     epsilon: float = parameter(1e-5, EPSILON, least=0)
 
     def formula(self, blocks: Blocks, weights: Array, at: At) -> Formula:

@@ -33,7 +33,7 @@ class Model:
         types: tensor name -> type name, in the file's order.
         shapes: tensor name -> shape in numpy's axis order.
         spans: tensor name -> its bytes, including the padding before the next tensor.
-        alignment: of the data, in bytes.
+        alignment: the alignment of the data, in bytes.
         raw: the bytes of the header.
         entries: tensor name -> offset of its type field in the header; the field of its data offset follows.
         places: key -> offset of its value in the header.

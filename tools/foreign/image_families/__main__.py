@@ -23,7 +23,7 @@ from typing import Any
 
 import diffusers
 import torch
-from families import _LTX, FAMILIES, SD_SCRIPTS, WORDS, Family, State
+from families import _LTX, ENCODERS, FAMILIES, SD_SCRIPTS, WORDS, Family, State
 
 ROOT = Path(__file__).resolve().parents[3]
 OUT = ROOT / "spec" / "architectures"
@@ -115,6 +115,9 @@ def toml_of(name: str, family: Family) -> str:
         f"keyed = {_value(keyed)}", *(['extends = { comfyui = "native" }'] if family.comfyui else []), "",
         "[pipeline]", *(f"{key} = {_value(each)}" for key, each in facts.items()),
     ]  # fmt: skip
+    if name in ENCODERS:
+        known = {key: {word: each for word, each in found.items() if each} for key, found in ENCODERS[name].items()}
+        lines += ["", "[pipeline.encoders]", *(f"{key} = {_value(each)}" for key, each in known.items())]
     if ratios:
         lines += ["", "[pipeline.ratios]", *(f'"{key}" = {_value(each)}' for key, each in ratios.items())]
     lines += ["", "[weights]", *(f'"{key}" = {_value(each)}' for key, each in weights.items())]

@@ -413,3 +413,31 @@ WORDS: dict[str, list[str]] = {
 
 SD_SCRIPTS = {"flux", "sd3", "lumina2", "chroma", "cosmos"}
 """The families that sd-scripts trains."""
+
+_CLIP_L, _CLIP_G = {"kind": "clip", "comfyui": "clip_l"}, {"kind": "clip", "comfyui": "clip_g"}
+_T5 = {"kind": "t5", "comfyui": "t5xxl"}
+
+
+def _llm(comfyui: str = "", prefix: str = "") -> dict[str, str]:
+    return {"kind": "llm", "comfyui": comfyui, "prefix": prefix}
+
+
+ENCODERS: dict[str, dict[str, dict[str, str]]] = {
+    "flux": {"text_encoder": _CLIP_L, "text_encoder_2": _T5},
+    "chroma": {"text_encoder": _T5},
+    "sd3": {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "text_encoder_3": _T5},
+    "pixart": {"text_encoder": _T5},
+    "sana": {"text_encoder": _llm()},
+    "lumina2": {"text_encoder": _llm("gemma2_2b")},
+    "z_image": {"text_encoder": _llm("qwen3_4b")},
+    "hidream": {
+        "text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "text_encoder_3": _T5, "text_encoder_4": _llm("llama"),
+    },
+    "qwen_image": {"text_encoder": _llm("qwen25_7b", "model.language_model.")},
+    "wan": {"text_encoder": {"kind": "t5", "comfyui": "umt5xxl"}},
+    "hunyuan_video": {"text_encoder": _llm("llama"), "text_encoder_2": _CLIP_L},
+    "ltx": {"text_encoder": _T5},
+    "mochi": {"text_encoder": _T5},
+    "cosmos": {"text_encoder": _llm("qwen3_06b")},
+}  # fmt: skip
+"""Text encoders by diffusers' names: what they are, and what ComfyUI calls them (comfy/text_encoders)."""
