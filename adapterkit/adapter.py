@@ -343,8 +343,8 @@ DEEPEST = 100
 MOST_VALUES = 1 << 22
 """Most values in one such record. YAML aliases can refer to lists of aliases, so a few bytes become billions."""
 
-MOST_DIGITS = 4300
-"""Most decimal digits of an integer: by default, Python prints and parses no more."""
+TOO_LARGE = 10**4300
+"""The first integer of more than 4300 decimal digits: Python prints and reads no more by default."""
 
 
 def check_json(value: Any, where: str) -> None:
@@ -381,7 +381,7 @@ def _plain_number(value: Any) -> bool:
     """Whether a value is null, true, false or a number that JSON can express."""
     if isinstance(value, float):
         return math.isfinite(value)
-    return value is None or (isinstance(value, int) and abs(value) < 10**MOST_DIGITS)
+    return value is None or (isinstance(value, int) and abs(value) < TOO_LARGE)
 
 
 def _encodes(text: str) -> bool:
