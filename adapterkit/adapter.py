@@ -446,7 +446,7 @@ def _placed(error: AdapterkitError, target: Target, update: Update) -> Adapterki
 
 
 def check_adapter(value: object) -> None:
-    """Refuse what is no adapter, such as the path of one, or an argument in another's place.
+    """Refuse a value that is not an adapter, such as a path, or arguments in the wrong order.
 
     Raises:
         UsageError: it is of another type.
@@ -457,7 +457,7 @@ def check_adapter(value: object) -> None:
 
 
 def _row(update: Update, stacked: bool) -> tuple[object, ...]:
-    """Method, shapes, rank and scaling of an update, for a table."""
+    """Return the method, shapes, rank and scaling of an update, for a table."""
     shapes = " ".join(f"{name}{list(leaf.shape)}" for name, leaf in update.tensors.items())
     return update.method, shapes, update.dims(stacked).get("r"), update.attributes.get("scaling")
 
