@@ -394,3 +394,12 @@ def test_whole_numbers_of_any_type_mean_the_same(name, kind, tmp_path):
     ak.torch.inject(module, changed.replace(updates=here))
     y = module.linear(torch.tensor(expected["linear.x"])).detach().numpy()
     np.testing.assert_allclose(y, expected["linear.y"], rtol=0, atol=1e-9)
+
+
+def test_numbers_whose_squares_overflow_are_refused(tmp_path):
+    """The norm of a DoRA's row was infinite, and the merged row was zero."""
+    fields = {"A": np.array([[1e200, 1.0]]), "B": np.array([[1.0], [1.0]]), "magnitude": np.ones(2)}
+    adapter = Adapter({Target("q"): (METHODS["dora"](**{n: from_numpy(array) for n, array in fields.items()}),)})
+    save_file({"q.weight": np.eye(2)}, tmp_path / "base.safetensors")
+    with pytest.raises(Unsupported, match=r"q: dora\.A: a number above 3e\+150"):
+        ak.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
