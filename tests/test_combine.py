@@ -15,6 +15,7 @@ from adapterkit.adapter import Adapter, Target
 from adapterkit.errors import Malformed, ShapeMismatch, Unsupported, UsageError
 from adapterkit.methods import METHODS
 from adapterkit.ops import COMBINERS, selection
+from adapterkit.ops.ahead import MEMORY, ahead, one_blas_thread
 from adapterkit.ops.at import At
 from adapterkit.ops.blocks import Blocks
 from adapterkit.ops.census import Census
@@ -616,16 +617,20 @@ def test_the_census_finds_the_threshold_of_numbers_in_parts(one, other, kept):
     assert census.threshold(0) == expected
 
 
-@pytest.mark.parametrize("series", ["normal", "equal", "few", "wide", "misled"])
+@pytest.mark.parametrize("series", ["normal", "equal", "few", "wide", "misled", "sparse"])
 @pytest.mark.parametrize("share", [0.0, 1e-5, 0.2, 0.9999, 1.0])
 def test_numbers_too_many_to_hold_are_selected_exactly(monkeypatch, series, share):
     """Against a full sort: by bins alone, with ties, over 600 orders of magnitude, and from a sample that misleads."""
     monkeypatch.setattr(selection, "HELD", 40)
     rng = np.random.default_rng(3)
     values = np.abs(rng.normal(size=20000))
-    values = {"equal": np.full(20000, 0.3), "few": rng.integers(0, 3, 20000) * 0.1, "wide": values**200}.get(
-        series, values
-    )
+    sparse = np.where(rng.random(20000) < 0.1, values, 0.0)
+    values = {
+        "sparse": sparse,
+        "equal": np.full(20000, 0.3),
+        "few": rng.integers(0, 3, 20000) * 0.1,
+        "wide": values**200,
+    }.get(series, values)
     k = round(share * len(values))
     search = selection.Selection(lambda *_: k)
     search.sample(values[:500] if series != "misled" else np.full(500, 1e-300), len(values))
@@ -666,6 +671,60 @@ def test_a_result_does_not_depend_on_blocks_or_workers(name, monkeypatch):
         for target, (D, d) in zip(targets, found, strict=True):
             close(exact(made, target), D, 1e-12)
             close(made.updates[target][0].d.numpy(), d, 1e-12)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("name", ["ties", "linear"])
+def test_a_large_result_is_cut_near_to_the_best_with_its_error_measured(name, streams, monkeypatch):
+    """Held or gone over some rows at a time: against the decomposition of the whole result by LAPACK."""
+    if streams:
+        monkeypatch.setattr("adapterkit.ops.evaluating.MEMORY", 1000)
+    rng = np.random.default_rng(1)
+    dense_one = Adapter({Q: (METHODS["dense"](D=from_numpy(rng.normal(size=(400, 450)).astype("f4"))),)})
+    given_ = adapters(2, targets=[Q], out=400, columns=(450,)) if name == "ties" else [
+        dense_one, *adapters(1, targets=[Q], out=400, columns=(450,))
+    ]  # fmt: skip
+    whole = change(ak.ops.combine(given_, name))
+    cuts = []
+    made = ak.ops.combine(given_, name, rank=6, report=cuts.append)
+    lost = np.linalg.norm(exact(made) - whole)
+    S = np.linalg.svd(whole, compute_uv=False)
+    assert abs(cuts[0].error - lost) <= 1e-4 * np.linalg.norm(whole)
+    assert abs(cuts[0].norm - np.linalg.norm(whole)) <= 1e-4 * np.linalg.norm(whole)
+    assert lost <= 1.02 * np.sqrt((S[6:] ** 2).sum())
+
+
+def test_workers_share_a_budget_and_one_needs_as_much_as_it_needs():
+    held, most = [], []
+
+    def work(cost):
+        held.append(cost)
+        most.append(sum(held))
+        held.remove(cost)
+        return cost
+
+    costs = [MEMORY // 2, MEMORY // 2, MEMORY // 3, 2 * MEMORY, 5, MEMORY]
+    with ahead(work, costs, 4, lambda cost: cost) as results:
+        assert list(results) == costs
+    assert max(most) <= 2 * MEMORY
+    assert all(total <= MEMORY or total == 2 * MEMORY for total in most)
+
+
+def test_blas_has_its_threads_back_after_several_threads_limited_it():
+    from threadpoolctl import threadpool_info
+
+    def threads():
+        return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+    def limited(_):
+        with one_blas_thread():
+            np.ones((50, 50)) @ np.ones((50, 50))
+            return set(threads())
+
+    before = threads()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(found <= {1} for found in pool.map(limited, range(40)))
+    assert threads() == before
 
 
 # Other shapes, other methods of adaptation, absent targets.

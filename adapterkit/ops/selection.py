@@ -28,7 +28,7 @@ BINS = 1 << 16
 SHARE = 256
 """One number of so many is in a sample, of tensors above `WHOLE`."""
 
-WHOLE = 1 << 15
+WHOLE = 1 << 12
 """Tensors of at most so many entries are sampled whole."""
 
 DEVIATIONS = 6.0
@@ -92,8 +92,10 @@ class Selection:
         if self._samples:
             self._guess()
         self._total = self._nonzero = self._above = self._inside = 0
-        collects = self._expected <= HELD or self._lo == self._hi
-        self._values, self._bins = ([], None) if collects else (None, np.zeros(BINS, np.int64))
+        # Numbers that are all equal, such as the zeros of a sparse change, are counted alone.
+        several = self._lo < self._hi
+        self._values = [] if several and self._expected <= HELD else None
+        self._bins = np.zeros(BINS, np.int64) if several and self._values is None else None
 
     def feed(self, values: Array) -> None:
         """More numbers, none of them negative."""
@@ -104,7 +106,7 @@ class Selection:
         above = int(np.count_nonzero(larger))
         inside = values[(values >= lo) ^ larger] if above else values[values >= lo]
         bins = None
-        if self._values is None:
+        if self._bins is not None:
             places = (inside.astype("<f8", copy=False).view("<u8") - np.uint64(self._lo)) >> np.uint64(self._shift)
             bins = np.bincount(places.astype(np.int64), minlength=BINS)
         nonzero = int(np.count_nonzero(values))
@@ -129,6 +131,8 @@ class Selection:
             self._interval(self._hi + 1, LARGEST, math.inf)
         elif k > self._above + self._inside:
             self._interval(0, self._lo - 1, math.inf)
+        elif self._lo == self._hi:
+            self.found = Selected(_double(self._lo), self._above, self._inside, self._total)
         elif self._values is not None:
             inside = np.concatenate(self._values)
             place = inside.size - (k - self._above)
@@ -145,10 +149,6 @@ class Selection:
         place = int((above >= k).nonzero()[0][-1])
         lo = self._lo + (place << self._shift)
         hi = min(lo + (1 << self._shift) - 1, self._hi)
-        if self._shift == 0:
-            count = int(self._bins[place])
-            self.found = Selected(_double(lo), int(above[place]) - count, count, self._total)
-            return
         self._interval(lo, hi, float(self._bins[place]))
 
     @property
@@ -169,7 +169,7 @@ class Selection:
         self._samples = []
         if not values.size:
             return
-        order = np.argsort(-values, kind="stable")
+        order = np.argsort(-values)
         values, reach = values[order], np.cumsum(weights[order])
         total = reach[-1]
         share = weights[order][values > 0].sum()
