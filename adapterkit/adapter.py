@@ -343,8 +343,8 @@ DEEPEST = 100
 MOST_VALUES = 1 << 22
 """Most values in one such record. YAML aliases can refer to lists of aliases, so a few bytes become billions."""
 
-MOST_DIGITS = 4300
-"""Most decimal digits of an integer: by default, Python prints and parses no more."""
+TOO_LARGE = 10**4300
+"""The first integer of more than 4300 decimal digits: Python prints and reads no more by default."""
 
 
 def check_json(value: Any, where: str) -> None:
@@ -381,7 +381,7 @@ def _plain_number(value: Any) -> bool:
     """Whether a value is null, true, false or a number that JSON can express."""
     if isinstance(value, float):
         return math.isfinite(value)
-    return value is None or (isinstance(value, int) and abs(value) < 10**MOST_DIGITS)
+    return value is None or (isinstance(value, int) and abs(value) < TOO_LARGE)
 
 
 def _encodes(text: str) -> bool:
@@ -446,7 +446,7 @@ def _placed(error: AdapterkitError, target: Target, update: Update) -> Adapterki
 
 
 def check_adapter(value: object) -> None:
-    """Refuse what is no adapter, such as the path of one, or an argument in another's place.
+    """Refuse a value that is not an adapter, such as a path, or arguments in the wrong order.
 
     Raises:
         UsageError: it is of another type.
@@ -457,7 +457,7 @@ def check_adapter(value: object) -> None:
 
 
 def _row(update: Update, stacked: bool) -> tuple[object, ...]:
-    """Method, shapes, rank and scaling of an update, for a table."""
+    """Return the method, shapes, rank and scaling of an update, for a table."""
     shapes = " ".join(f"{name}{list(leaf.shape)}" for name, leaf in update.tensors.items())
     return update.method, shapes, update.dims(stacked).get("r"), update.attributes.get("scaling")
 

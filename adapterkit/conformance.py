@@ -90,7 +90,10 @@ def conformance(command: Sequence[str] | Ask, suite: Path | None = None) -> list
     for case in (case for case in cases if case["verb"] in ("compute", "merge")):
         adapter, base, *merged = (root / name for name in case["inputs"])
         (line,) = ask(case["verb"], [adapter, base])
-        found.append(_merged(case, line, merged[0]) if merged else _computed(case, line, base))
+        if case["verb"] == "compute":
+            found.append(_computed(case, line, base))
+        else:
+            found.append(_merged(case, line, merged[0]) if merged else _judged(case, line))
     return found
 
 

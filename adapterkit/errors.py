@@ -21,7 +21,7 @@ MAX_LINE = 800
 
 MAX_LINES = 200
 MAX_TEXT = 3000
-"""Characters of an error of many lines, from where on lines are only counted: a terminal shows about as many."""
+"""Longest error of many lines in characters, about a terminal's screen; further lines are only counted."""
 
 MAX_PATH = 4096
 """Longest path in characters, the limit of Linux."""

@@ -102,7 +102,7 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """Return the trigger words among the strings of an adapter, each once.
 
     Args:
-        metadata: as `metadata_of` gives it.
+        metadata: the result of `metadata_of`.
     """
     words = (word.strip() for key in _TRIGGERS for word in metadata.get(key, "").split(","))
     return tuple(dict.fromkeys(word for word in words if word))

@@ -45,7 +45,7 @@ class Registry(Mapping[str, T], Generic[T]):
             Unsupported: there is none of that name.
         """
         if not isinstance(name, str):
-            raise Unsupported(f"{shown(name)} is no name of a {self.noun}", cure=f"Known: {', '.join(self)}")
+            raise Unsupported(f"{shown(name)} is not the name of a {self.noun}", cure=f"Known: {', '.join(self)}")
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         return self._loaded[name]

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = {"README.md": ROOT / "README.md", **{page.name: page for page in sorted(DOCS.glob("*.md"))}}
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 RUN = ("README.md", "index.md", "tasks.md", "reports.md")
 """Pages whose code is run as it stands, from the top, in a folder with a base and two adapters. The code of others
 needs hubs, devices or models that are trained on the way; tests of those areas run the same calls."""
@@ -105,3 +106,16 @@ def test_the_speed_chart_shows_the_numbers_of_the_table() -> None:
     for tool_name, number in re.findall(r"(adapterkit|PEFT) ([\d.]+) s", alternative[0]):
         row = next(row for name, row in rows.items() if name.startswith(tool_name))
         assert row["seconds"] == float(number)
+
+
+def test_the_specification_is_part_of_the_site(pages: dict[str, str]) -> None:
+    """Every link of its pages leads to a page, to a file of docs/, or to a file that the repository has."""
+    text = pages["specification/index.md"]
+    assert {f"**R-{number}**" for number in ("3.1", "8.1", "13.3")} <= set(re.findall(r"\*\*R-[\d.]+\*\*", text))
+    blob = "https://github.com/adapterkit/adapterkit/blob/main/"
+    found = [(path, link) for path in pages if path.startswith("specification/") for link in LINK.findall(pages[path])]
+    assert ("specification/adopting.md", "../check.html") in found
+    for path, link in found:
+        inside = str((Path("/") / path).parent.joinpath(link).resolve().relative_to("/"))
+        there = ROOT / link.removeprefix(blob) if link.startswith(blob) else DOCS / inside
+        assert there.exists() or inside in pages or link.startswith("https://huggingface.co/"), f"{path}: {link}"

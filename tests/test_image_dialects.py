@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers.loaders import lora_pipeline
+from diffusers.loaders import lora_pipeline, single_file_utils
 from safetensors.numpy import load_file, save_file
 
 import adapterkit as ak
@@ -274,7 +274,7 @@ def whole(family, naming):
     """One block's modules of a family: name -> (outputs, inputs), such that the file says what the family is."""
     from adapterkit.naming.architectures import fill
 
-    sizes, architecture = {}, family.architecture
+    sizes, architecture, told = {}, family.architecture, {}
     for weight in architecture.record.weights:
         place, native = (architecture.place(weight, each) for each in (naming, family.wanted("comfyui")))
         words = place.name.split(".") if place else []
@@ -284,7 +284,10 @@ def whole(family, naming):
         name = fill(place.name, {"{n}": str(last), "{m}": "0", "{k}": "0", "{e}": "0", "{j}": "0"})
         if "norm" in words[-1] and "linear" not in name:
             continue
-        ratio = family.ratio(name)
+        at = None if native is None else native.ratio
+        if at is not None and (native.name, at) != told.setdefault(native.name, (native.name, at)):
+            continue
+        ratio = at or family.ratio(name)
         sizes[name] = (round(24 * ratio) if ratio else 24 * (place.of or 1), 24)
     return sizes
 
@@ -505,7 +508,8 @@ def test_the_loader_of_diffusers_computes_what_the_file_says(name, tmp_path):
     linear = {
         path: tuple(module.weight.shape)
         for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and family.moves(path, "diffusers", "native")
+        if isinstance(module, torch.nn.Linear)
+        and family.moves(path, "diffusers", "native", module.out_features / module.in_features)
     }
     word = {"modelspec.architecture": family.facts.words[0]}
     save_file(pairs(linear, dotted("transformer.")), tmp_path / "a.safetensors", word)
@@ -621,3 +625,38 @@ def test_split_lohas_become_one_lora_of_the_fused_weight_where_that_is_allowed(t
     )
     wanted = np.concatenate([a * b for a, b in zip(one, two, strict=True)])
     assert np.abs(got - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+# Modules that are another weight in the last block.
+
+LAST = {
+    "sd3": (
+        "joint_blocks.{}.context_block.adaLN_modulation.1", {0: 6, 23: 2},
+        {0: "norm1_context.linear", 23: "norm1_context.linear"},
+    ),
+    "mochi": ("blocks.{}.mod_y", {0: 2, 47: 0.5}, {0: "norm1_context.linear", 47: "norm1_context.linear_1"}),
+}  # fmt: skip
+"""Family -> the authors' name, outputs by inputs of the first and the last block, and diffusers' names."""
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_last_block_s_modulation_is_told_by_its_shape(name, tmp_path):
+    """SD 3's has its halves in another order in diffusers, Mochi's another name; those of other blocks are the same."""
+    native, ratios, theirs = LAST[name]
+    held = pairs({native.format(number): (int(16 * ratio), 16) for number, ratio in ratios.items()}, COMFY)
+    save_file(held, tmp_path / "a.safetensors", {"modelspec.architecture": FAMILIES[name].facts.words[0]})
+    adapter = ak.read(tmp_path / "a.safetensors")
+    assert ak.write(adapter, tmp_path / "b.safetensors", "diffusers") == []
+    got, wanted = changes(load_file(tmp_path / "b.safetensors")), {}
+    for number, module in theirs.items():
+        delta = adapter.delta(f"transformer.{native.format(number)}")
+        if name == "sd3" and number == 23:
+            delta = single_file_utils.swap_scale_shift(delta, dim=None)
+        wanted[f"transformer.transformer_blocks.{number}.{module}"] = delta.numpy()
+    assert got.keys() == wanted.keys()
+    assert all(np.abs(got[key] - wanted[key]).max() < 1e-6 for key in wanted)
+    back = ak.read(tmp_path / "b.safetensors", family=name)
+    assert ak.write(back, tmp_path / "c.safetensors", "comfyui") == []
+    again = ak.read(tmp_path / "c.safetensors", family=name)
+    assert {str(target) for target in again.updates} == {str(target) for target in adapter.updates}
+    assert all(np.allclose(again.delta(str(t)), adapter.delta(str(t)), atol=1e-6) for t in adapter.updates)

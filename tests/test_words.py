@@ -58,7 +58,7 @@ def documentation(source: str) -> Iterator[tuple[int, str]]:
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 yield statement.lineno, value.value
     comments: list[tuple[int, str]] = []
-    previous = 0
+    previous = -1
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT:
             continue
@@ -68,7 +68,7 @@ def documentation(source: str) -> Iterator[tuple[int, str]]:
             comments[-1] = (comments[-1][0], f"{comments[-1][1]} {text}")
         else:
             comments.append((line, text))
-        previous = line if alone else 0
+        previous = line if alone else -1
     yield from comments
 
 

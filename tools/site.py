@@ -35,6 +35,15 @@ KINDS = {
 }
 
 
+SPECIFICATION = {
+    "README.md": "specification/index.md", "ADOPTING.md": "specification/adopting.md",
+    "CHANGES.md": "specification/changes.md",
+}  # fmt: skip
+"""Texts of spec/ -> their pages."""
+
+SOURCE = "https://github.com/adapterkit/adapterkit/blob/main/spec/"
+
+
 def pages() -> dict[str, str]:
     """Return every generated page: path below docs -> Markdown."""
     made: dict[str, str] = {}
@@ -44,6 +53,8 @@ def pages() -> dict[str, str]:
         made[f"reference/formats/{name}.md"] = format_page(name)
     for entry in combiners():
         made[f"reference/combiners/{entry['name']}.md"] = combiner_page(entry)
+    for source, path in SPECIFICATION.items():
+        made[path] = specification_page(source)
     made["reference/commands.md"] = commands_page()
     made["reference/errors.md"] = errors_page()
     made["reference/python.md"] = python_page()
@@ -67,6 +78,19 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
     """Let no page of the site load anything from elsewhere; mkdocs calls this."""
     up = "../" * page.url.count("/")
     return SHIM.sub(f"{up}scripts/file_worker.js", output)
+
+
+def specification_page(source: str) -> str:
+    """A text of spec/, with links to the other pages of the site, and to the repository for all other files."""
+
+    def moved(link: re.Match[str]) -> str:
+        path = link[1]
+        if path in SPECIFICATION:
+            return f"]({SPECIFICATION[path].removeprefix('specification/')})"
+        return f"]({path.replace('../docs/', '../')})" if path.startswith("../docs/") else f"]({SOURCE}{path})"
+
+    text = (ROOT / "spec" / source).read_text("utf-8")
+    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", moved, text)
 
 
 def method_page(name: str) -> str:

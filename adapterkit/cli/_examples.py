@@ -59,6 +59,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "adapterkit report lora --base base --merged tuned -o merged.html",
     ),
     "resize": ("adapterkit resize lora --rank 2 -o small", "adapterkit resize lora --energy 0.99 -o smaller"),
+    "scan": ("adapterkit scan base", "adapterkit scan hf://org/lora --fail-on high"),
     "validate": ("adapterkit validate lora", "adapterkit validate lora --base base"),
     "verify": ("adapterkit verify tuned --base base --adapter lora",),
 }

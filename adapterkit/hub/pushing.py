@@ -121,6 +121,7 @@ def _sent(pushed: Pushed, payload: Payload, remote: Remote, message: str, privat
     changed = [*pushed.added, *pushed.replaced]
     if changed or pushed.removed:
         commit = remote.send(payload.files, changed, payload.digests(), message, private)
+        # Look it up with a new remote, because this one has cached the listing from before the push.
         check_listed(remote_at(remote.uri.at(commit), remote.token), payload.digests())
     else:
         commit = remote.kept()

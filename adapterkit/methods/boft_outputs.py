@@ -1,4 +1,4 @@
-"""BOFT as LyCORIS has it: a product of block rotations, butterfly-wise, on the outputs.  https://arxiv.org/abs/2309.14859
+"""BOFT as in LyCORIS: a product of block rotations, butterfly-wise, on the outputs.  https://arxiv.org/abs/2309.14859
 
 The original BOFT (https://arxiv.org/abs/2311.06243) rotates inputs, and PEFT groups other chunks. Here, blocks of b
 outputs consist of pairs that are b / 2 * 2^i apart in factor i, and Q is not halved. LyCORIS's bypass mode also rotates

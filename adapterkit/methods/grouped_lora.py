@@ -1,4 +1,4 @@
-"""LoRA across the groups of a convolution, as PEFT has it: y' = y + scaling * (B @ A(x) + bias).
+"""LoRA across the groups of a convolution, as in PEFT: y' = y + scaling * (B @ A(x) + bias).
 
 Hu et al. 2021, https://arxiv.org/abs/2106.09685; https://github.com/huggingface/peft/pull/2403.
 A is a convolution without groups: it reads all channels. B mixes within groups: its first rows read the first channels

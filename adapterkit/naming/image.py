@@ -85,12 +85,21 @@ class Family:
         order = dict.fromkeys([*([preferred] if preferred in self.namings else []), *self.namings])
         return next((naming for naming in order if all(path in self.names(naming) for path in paths)), "")
 
-    def moves(self, path: str, ours: str, theirs: str) -> tuple[Piece, ...]:
-        """Where the rows of a module of one naming are in another; nothing where that is not known for all rows."""
+    def moves(self, path: str, ours: str, theirs: str, ratio: float | None = None) -> tuple[Piece, ...]:
+        """Where the rows of a module of one naming are in another; nothing where that is not known for all rows.
+
+        Args:
+            path: the module.
+            ours: its naming.
+            theirs: the other one.
+            ratio: its outputs by its inputs, where that decides which weight it is.
+        """
         pieces = []
         for weight, place, numbers in self.architecture.find(path, ours):
+            if place.ratio is not None and (ratio is None or abs(place.ratio - ratio) > 1e-6):
+                continue
             there = self.architecture.place(weight, self.wanted(theirs))
-            if there is None:
+            if there is None or (there.ratio is not None and ratio is not None and abs(there.ratio - ratio) > 1e-6):
                 return ()
             pieces.append(Piece(fill(there.name, numbers), _run(place), _run(there)))
         found = merged(pieces)

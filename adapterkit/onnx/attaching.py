@@ -117,6 +117,7 @@ def _layer(place: Found, spot: Spot | None, branch: Branch) -> Any:
 
 def _check(place: Found, layer: Any, bias: Any) -> None:
     outer = [isinstance(update, OutputUpdate) for update in place.updates]
+    # An output update sees the layer's result, so a change of the weight cannot come after it.
     if outer != sorted(outer):
         why = "an update of weights behind one of the output"
         raise Unsupported(why, where=str(place.asked), cure="Order updates of weights before those of outputs")

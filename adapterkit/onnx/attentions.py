@@ -110,6 +110,7 @@ def with_prefixes(target: Target, updates: Sequence[ContextUpdate], building: Bu
     _check_width(past, at, target)
     scores = _scores(past[:, 0], at, branch)
     values = past[:, 1] * _ones(at, branch, kind)
+    # The graph's own scores have the mask added already, so the prefix's scores stay unmasked.
     joined = branch.node("Concat", [scores.value, at.softmax.inputs[0]], {"axis": -1}, kind, None)
     every = branch.node("Concat", [values.value, at.mixed.inputs[1]], {"axis": -2}, kind, None)
     for reader, position, new in ((at.softmax, 0, joined), (at.mixed, 1, every)):
@@ -131,6 +132,7 @@ def _past(update: ContextUpdate, at: Attention, branch: Branch, kind: Any, targe
     if at.heads % heads:
         why = f"made for {heads} heads; the attention has {at.heads}"
         raise ShapeMismatch(why, where=str(target), cure="Is this the base that the adapter was trained on?")
+    # In grouped-query attention, several query heads share a key head.
     shared = [head * heads // at.heads for head in range(at.heads)]
     out: Value = found if heads == at.heads else found[:, :, shared]
     return out

@@ -36,6 +36,7 @@ class Building:
 
     def now(self, value: ir.Value) -> ir.Value:
         """Return the value that now stands in place of a value of the original graph."""
+        # A value may have been replaced several times, by several targets in a row.
         while value in self.moved:
             value = self.moved[value]
         return value
@@ -70,6 +71,7 @@ class Building:
         """Return an overridable input: an initializer (its default) that is also listed as a graph input."""
         if key not in self.tensors:
             value = self.tensor(key, wanted, lambda: default)
+            # The default has size 0 or 1 on open axes, so the declared shape must be open instead.
             value.shape = ir.Shape(shape)
             self.inputs.append(value)
         return self.tensors[key]

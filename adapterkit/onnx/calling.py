@@ -74,6 +74,7 @@ def _encoder(model: Any) -> Words:
 
     def example(batch: int, length: int) -> tuple[Any, ...]:
         mask = torch.ones(batch, length, dtype=torch.int64)
+        # Hide a position, so that the check covers padding.
         mask[0, length - 1 :] = 0 if batch > 1 else 1
         kind = torch.zeros_like(mask)
         kind[:, length // 2 :] = 1
@@ -114,8 +115,10 @@ def _causal(model: Any, source: Path) -> Words:
 
     def example(batch: int, length: int, past: int) -> tuple[Any, ...]:
         mask = torch.ones(batch, past + length, dtype=torch.int64)
+        # Hide a position of the past, so that the check covers left padding.
         mask[0, : int(batch > 1 and past > 0)] = 0
         positions = torch.arange(past, past + length)[None].repeat(batch, 1)
+        # The past is random instead of zero, so that outputs depend on it.
         held = [
             tuple(torch.randn(batch, heads, past, width, generator=rng).to(kind) for heads, width in pair)
             for pair in sizes

@@ -45,6 +45,7 @@ class Words:
     ) -> None:  # fmt: skip
         self.building, self.told = building, dict(told or {})
         asked = {word for update in updates for kind in ("asks", "hears") for word in getattr(update, kind, ())}
+        # A network beside the model, and a first pass, read the inputs of the whole call.
         asked |= set(CALL) if asked & {SHADOW, LAST} else set()
         for word, value in self.told.items():
             if word not in asked:

@@ -67,6 +67,7 @@ def _turns(node: ir.Node) -> bool | None:
     if node.op_type != "Transpose" or node.inputs[0] is None:
         return None
     axes = len(shape_of(node.inputs[0]))
+    # Without `perm`, a Transpose reverses all axes.
     order = list(attribute(node, "perm", range(axes)[::-1]))
     if order == list(range(axes)):
         return False
@@ -205,6 +206,7 @@ def exchange(node: ir.Node, position: int, stored: Stored, new: ir.Value, buildi
     for link in stored.chain:
         out = ir.Value(name=building.name(f"{new.name}/{link.op_type}_output"), type=link.outputs[0].type)
         out.shape = link.outputs[0].shape
+        # Other nodes may read the originals, so the chain is copied.
         copy = ir.node(
             link.op_type, [value], {name: held.value for name, held in link.attributes.items()}, outputs=[out],
             name=building.name(f"{new.name}/{link.op_type}"),

@@ -211,7 +211,7 @@ def _compared(
             continue
         clipped = _saturation(plain, out, feeds, both)
         if wanted is None:
-            why = "it runs; there is no second way to make this change that it could be held against"
+            why = "it runs, but there is no second way to make this change to compare it with"
             return Outcome(None, why, _second(out, plain, both, feeds, got), clipped)
         difference = difference_of(got, results)
         if judged:
@@ -223,9 +223,10 @@ def _compared(
             difference = difference_of(got, results)
             _judge(difference, out, 0.0)
         reference = _second(out, wanted, both, feeds, got) if judged else None
+        # If the adapter changes nothing on these inputs, equality proves little. Then other sizes are tried.
         if plain is None or difference_of(got, session_of(plain).run(None, feeds)) > 0:
             return Outcome(difference, None, reference, clipped)
-        why = "on the inputs that it was run on, the adapter changes nothing"
+        why = "the adapter changes nothing on the inputs of the check"
         unseen = Outcome(difference, why, reference, clipped)
     if unseen is not None:
         return unseen

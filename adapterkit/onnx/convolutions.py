@@ -36,6 +36,7 @@ class Conv(Layer):
 
     def op(self, x: Value, w: Value) -> Value:
         w = self._of(x, w)
+        # The new weight may have another kernel, whose shape ONNX infers without the attribute.
         kept = {name: held.value for name, held in self.node.attributes.items() if name != "kernel_shape"}
         # The weight spans the channels of all groups: convolve without groups.
         if len(w.shape) == len(self.shape) and w.shape[1] != self.shape[1]:
@@ -45,6 +46,7 @@ class Conv(Layer):
 
     def mix(self, h: Value, w: Value) -> Value:
         w = self._of(h, w)
+        # A mix of channels is a convolution with a kernel of size 1.
         point = w.reshape(*w.shape[:2], *[1] * (len(self.shape) - 2))
         return self._node("Conv", h, point, w.shape[0], {})
 

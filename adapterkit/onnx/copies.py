@@ -27,6 +27,7 @@ def copied(nodes: Sequence[ir.Node], copies: Copies, name: Callable[[str], str])
 
 
 def _copied(node: ir.Node, copies: Copies, name: Callable[[str], str]) -> ir.Node:
+    # A subgraph may read outer values, which would have to be replaced inside of it, too.
     if any(held.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for held in node.attributes.values()):
         cure = "Attach it to the torch model, and export that"
         raise Unsupported(f"a copy of a {node.op_type}", where=node.name, cure=cure)

@@ -23,9 +23,10 @@ def checked_data(model: ir.Model, path: Path) -> tuple[Path, ...]:
         file = contained(path.parent, str(tensor.location))
         real = _inside(file, path, where)
         offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
+        # The length may be left out of a reference; then it follows from shape and dtype.
         need = offset + length
         if offset < 0 or length < tensor.nbytes:
-            raise Malformed("its place in the data file makes no sense", path=path, where=where, cure=_AGAIN)
+            raise Malformed("its offset or length in the data file is invalid", path=path, where=where, cure=_AGAIN)
         files[file] = max(files.get(file, 0), need)
         if real.stat().st_size < need:
             why = f"{real.stat().st_size} bytes where {need} are needed"
@@ -48,7 +49,7 @@ def _inside(file: Path, model: Path, where: str) -> Path:
         raise Malformed(why, path=model, where=where, cure="Do not use this file: repack the model")
     # An archive may contain a hard link to any file of the user who unpacks it. onnx refuses hard links, too.
     if real.stat().st_nlink > 1:
-        why = f"its data file {file.name} has a second name, a hard link, that may be of another's file"
+        why = f"its data file {file.name} is a hard link, possibly to another user's file"
         raise Malformed(why, path=model, where=where, cure="Copy the file in its own place, if you trust it")
     return real
 

@@ -56,6 +56,7 @@ def new_tokens(spot: Spot, more: Array, target: Target, branch: Branch) -> NewTo
     Raises:
         ShapeMismatch: the vectors have another size.
     """
+    # Layers see weights as [out, in]: for an embedding, `in` counts the tokens.
     (dim, count), building = spot.shape[:2], branch.building
     if more.shape[-1] != dim:
         raise ShapeMismatch(f"made for embeddings of {more.shape[-1]}; the graph's have {dim}", where=str(target))

@@ -45,6 +45,7 @@ def every_token(words: Words, branch: Branch) -> ir.Value:
     past = next(iter(past_inputs(words.building.model.graph).values()), None)
     if past is None:
         return ids
+    # The name of the past's own open size ties the two inputs' lengths together.
     length = "past_tokens" if past.shape is None or len(past.shape) < 3 else past.shape[2]
     earlier = words.new(EARLIER, [first_axis(found), length])
     return branch.node("Concat", [earlier, ids], {"axis": 1}, np.int64, None)
@@ -84,6 +85,7 @@ def last_columns(value: Value, own: Value) -> ir.Value:
     one, most = (literal(np.array([number], dtype=np.int64)) for number in (1, np.iinfo(np.int64).max))
     sizes = node("Shape", [own.value], None, np.int64, (2,))
     count = node("Slice", [sizes, one, most], None, np.int64, (1,))
+    # A negative start counts from the end, whose position is only known at run time.
     start = node("Neg", [count], None, np.int64, (1,))
     return node("Slice", [value.value, start, most, one], None, value.dtype, None)
 

@@ -118,6 +118,7 @@ def export(
     stays: tuple[Path, ...] = () if share is None else opened_base(share).files
     with placing(target, stays=stays, inputs=files_of_adapters(named)) as place:
         path = place.path
+        # The quantizer starts from a float graph, which is checked, too.
         plain = path if quantize is None else place.scratch / "float.onnx"
         with attached(held, adapters, mode):
             if mode == "attached" and any(getattr(u, "asks", ()) for one in adapters.values() for _, u in one):
@@ -269,6 +270,7 @@ def _opened(graph: ir.Model, adapters: Mapping[str, Adapter], config: Mapping[st
 def _form(place: Found) -> list[Any]:
     """Return what adapters must have in common to use the same slots."""
     return [
+        # `scaling` is a slot of its own, so adapters may differ in it.
         (update.method, sorted(update.tensors), {k: v for k, v in update.attributes.items() if k != "scaling"})
         for update in place.updates
     ]

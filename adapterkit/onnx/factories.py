@@ -58,6 +58,7 @@ def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     module, colon, name = factory.partition(":")
     if not (module and colon and name):
         raise UsageError(f"{factory!r} names no function", where="model", cure="Write module:function")
+    # For a console command, Python puts the command's folder on the path, not the working folder.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -73,8 +74,10 @@ def _made(factory: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         raise UsageError(f"{factory} returns something else", where="model", cure=cure)
     more = dict(found[2]) if len(found) == 3 else {}
     if foreign := sorted(more.keys() - OWN, key=str):
-        cure = f"Leave it to the caller; a function may tell: {', '.join(sorted(OWN))}"
-        raise UsageError(f"{factory} tells {foreign[0]}", where="model", cure=cure)
+        cure = f"Leave it out; a function may return: {', '.join(sorted(OWN))}"
+        raise UsageError(
+            f"{factory} returns the argument {foreign[0]}, which only the caller may set", where="model", cure=cure
+        )
     return found[0], tuple(found[1]), more
 
 

@@ -46,6 +46,7 @@ def first_pass(words: Words, told: Any) -> ir.Value:
     end, ids = copies.get(value, value), words.input(TOKENS)
     if ids is not None:
         end = of_call(end, words, branch, plain(ids, branch))
+    # At the front, because branches anywhere in the graph may read the result.
     graph.insert_before(graph[0], branch.nodes)
     return end
 

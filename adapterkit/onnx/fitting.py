@@ -37,7 +37,7 @@ def fit(
         model: an ONNX file or in-memory model to which `inject` or `export` gave slots.
         adapter: the adapter, or its path; of any rank, and at any subset of the slots' targets.
         base_weights: the base's weights, for adapter files whose values depend on them.
-        rename: rules for names that cannot be told, as in `adapterkit.merge`.
+        rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
     Returns:
         Slot name -> array, in the slot's dtype.

@@ -42,6 +42,7 @@ def check_folder(target: Path, overwrite: bool) -> None:
     cure = "Remove it yourself, or write beside"
     if not (target / "model.onnx").is_file():
         raise StorageError("not a folder that an export wrote", path=target, cure=cure)
+    # A folder with other weights is a model of its own, which an export must not replace.
     held = sorted(name for name in os.listdir(target) if name.endswith(WEIGHTS) and name != "model.onnx")
     if held:
         raise StorageError(f"it holds {held[0]}, which no export wrote", path=target, cure=cure)

@@ -110,6 +110,7 @@ class Folding:
     def _weight(self, held: ir.Value) -> None:
         stored = stored_behind(held)
         change = Change(self.name, lazy_of(stored.value), self._folds(stored, shape_of(stored.value)))
+        # Nodes with the same tensor and the same changes share the result.
         key = ("weight", id(stored.value), *self.key)
         new = fresh_value(self.building, self.fresh, key, stored.value, change)
         exchange(self.spot.node, self.spot.kind.position, stored, new, self.building)
@@ -137,6 +138,7 @@ def _bias(spot: Spot, at: list[Fold], held: Callable[[], Array], bias: ir.Value)
         norm = place.norm
         own, scale = (flat, np.ones(1)) if norm is None else (_or_zeros(norm.bias, flat), norm.scale[rows])
         seen = None if W is None else _part(W if norm is None else norm.weight, place)
+        # With a folded norm the graph holds scale * b + shift, so a change of b counts times the scale.
         after[rows] += factor * scale * (_through(place, seen, own[rows])[1] - own[rows])
     return after.reshape(before.shape)
 
@@ -201,6 +203,7 @@ def _rounded(array: Array, kind: ir.DataType, name: str) -> Array:
         return array
     with np.errstate(over="ignore"):
         out = np.ascontiguousarray(array).astype(kind.numpy())
+    # Only an overflow is an error here. A base may hold NaN or infinity already.
     if not np.isfinite(out.astype(np.float64)).all() and np.isfinite(array).all():
         cure = "Merge with a smaller weight"
         raise Malformed(f"merging gives values that {kind.name} cannot hold", where=name, cure=cure)

@@ -80,6 +80,7 @@ def taken_apart(node: ir.Node, building: Building) -> ir.Node:
     assert x is not None
     assert W is not None
     third = shape_of(W)[1] // 3
+    # Without the attribute, queries, keys and values have equal sizes.
     ends = np.cumsum(attribute(node, "qkv_hidden_sizes", None) or [third] * 3)
     branch, kind = Branch(building, node.name or "attention"), element_type(W)
     y = branch.node("MatMul", [x, W], None, kind, None)

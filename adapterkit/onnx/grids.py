@@ -105,6 +105,7 @@ class Seen:
 
     def numbers_of(self, node: ir.Node, q: Array, zero: Array | None) -> Numbers:
         limits = import_module("ml_dtypes").iinfo(q.dtype)
+        # The rows have no padding for a last, shorter block.
         uneven = self.block and self.shape[self.axis] % self.block
         if uneven or (zero is not None and zero.size not in (1, self.scale.size)) or (zero is None and limits.min == 0):
             raise unknown(node)
@@ -126,7 +127,7 @@ def numbers_in(node: ir.Node, q: Array, zero: Any, scale: Array, limits: tuple[i
 
 def unknown(node: ir.Node) -> Unsupported:
     """Return the error for an unknown packing scheme."""
-    why = "a weight that is packed in a way that is not known here"
+    why = "a weight in an unknown packing scheme"
     return Unsupported(why, where=node.name, cure="Merge with quantized='dequantize'/--quantized dequantize")
 
 

@@ -39,6 +39,7 @@ def written(value: Value, key: Any, values: Value) -> Value:
         raise Unsayable("no node writes there")
     turn = bool(before)
     index = np.array(last, dtype=np.int64)[:, None]
+    # ScatterND indexes the leading axis, so the axis of the positions is moved there.
     rows, new = (value.swapaxes(0, 1), values.swapaxes(0, 1)) if turn else (value, values)
 
     def numbers(a: Any, b: Any) -> Any:
@@ -102,6 +103,7 @@ def _sliced(value: Value, parts: list[tuple[int, Any]]) -> Value:
 
 def _cut(part: Any) -> slice:
     if isinstance(part, int):
+        # For -1, the end would be 0, which is before the start.
         return slice(part, part + 1 if part != -1 else _END, 1)
     step = 1 if part.step is None else part.step
     if step < 1:

@@ -209,12 +209,14 @@ def keep_original(source: Source) -> None:
         raise Unsupported("an adapter is in this graph already", path=source.path, cure="Eject it first")
     runs, rest, end = [], [], 0
     for name, data in _inline(model):
+        # Search forward only, because the tensors are in the order of the file.
         at = source.original.find(data, end)
         if at >= 0:
             runs.append([at, len(data), name])
             rest.append(source.original[end:at])
             end = at + len(data)
     rest.append(source.original[end:])
+    # The metadata is text, in which base85 takes less space than base64.
     packed = base64.b85encode(zlib.compress(b"".join(rest), 9)).decode()
     digest = hashlib.sha256(source.original).hexdigest()
     model.metadata_props[ORIGINAL] = json.dumps(

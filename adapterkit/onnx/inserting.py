@@ -36,6 +36,7 @@ def takes_over(old: ir.Value, new: ir.Value, branch: Branch) -> None:
     for use in old.uses():
         if use.node not in own:
             use.node.replace_input_with(use.idx, new)
+    # Callers know a graph's outputs by name, so the new value takes over the old one's.
     if old.is_graph_output():
         made_by = new.producer()
         assert made_by is not None

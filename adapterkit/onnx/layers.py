@@ -275,7 +275,7 @@ class Gemm(Layer):
     def own_bias(self) -> ir.Value | None:
         held = self.node.inputs[2] if len(self.node.inputs) > 2 else None
         if held is not None and not (is_constant(held) and math.prod(shape_of(held)) == self.outputs):
-            raise Unsupported("a Gemm whose bias is no vector", where=self.node.name, cure="Export it anew")
+            raise Unsupported("a Gemm whose bias is not a vector", where=self.node.name, cure="Export it anew")
         return held
 
     def unfolded(self, given: ir.Value, end: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -351,5 +351,6 @@ def bias_after(node: ir.Node, out: ir.Value, outputs: int) -> tuple[ir.Node, ir.
     other = add.inputs[1 - list(add.inputs).index(out)]
     if other is None or not is_constant(other):
         return None
+    # Only a vector of the outputs is a bias; another constant may be a mask or a table of positions.
     on_the_left = node.op_type == "MatMul" and is_constant(node.inputs[0])
     return (add, other) if shape_of(other) == ((outputs, 1) if on_the_left else (outputs,)) else None

@@ -41,6 +41,7 @@ def _merged(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]
 
     with injected(model, adapters) as handles:
         changed = changes(handles) if handles else []
+    # Swap `data` and keep the parameters themselves, so that ties between them survive.
     before = [parameter.data for parameter, _ in changed]
     try:
         for parameter, value in changed:

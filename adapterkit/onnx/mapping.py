@@ -77,6 +77,7 @@ def layers(model: Model, *, base_weights: Base | None = None) -> list[Place]:
     known, found = by_name(spots), []
     base = opened_base(base_weights)
     for name, tensor in base.tensors.items():
+        # Vectors are norms and biases, which are no layers of their own.
         if len(tensor.shape) > 1 and tensor.dtype.floating:
             found.append(_looked_for(name, base, known, spots))
     seen = {id(spot.node) for place in found for spot in place.spots}

@@ -97,10 +97,12 @@ def nearest(W: Any, spots: Sequence[Spot], where: str) -> tuple[str, list[Spot]]
     Raises:
         TargetNotFound: no layer does, or several may.
     """
+    # Nodes that share a stored weight count as one candidate.
     by_weight: dict[Any, list[Spot]] = {}
     for spot in spots:
         by_weight.setdefault((spot.sources, spot.kind), []).append(spot)
     near = [_Near(d, same[0]) for same in by_weight.values() if (d := distance(W, same[0])) is not None]
+    # Nearest first: the second one decides whether the first is unambiguous.
     near.sort(key=lambda one: one.distance)
     equal = [one for one in near if one.distance == 0]
     if equal:

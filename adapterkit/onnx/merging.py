@@ -179,6 +179,7 @@ def fold(
         floating = unpacked([place for place, _ in folds], building)
         folds = [(place, factor) for place, (_, factor) in zip(floating, folds, strict=True)]
     fresh: dict[tuple[Any, ...], ir.Value] = {}
+    # All targets of a node are folded together, because its weight is rounded only once.
     by_spot: dict[Any, list[Fold]] = {}
     for place, factor in folds:
         for spot in dict.fromkeys(place.spots):

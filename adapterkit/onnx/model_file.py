@@ -69,6 +69,7 @@ def opened(model: ir.Model | str | os.PathLike[str]) -> Source:
         Unsupported: its opset is too old to be converted, or it is in memory and too large for a file.
     """
     if isinstance(model, ir.Model):
+        # The caller's model must not change.
         copy = model.clone()
         if _large(copy):
             cure = "Save it with its numbers in data files (onnx_ir.save with external_data=), and name the file"
@@ -130,6 +131,7 @@ def inline(model: ir.Model) -> bytes:
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
+                # Copy the numbers, because an external tensor's array is a view of its mapped file.
                 array = np.array(tensor.numpy())
                 value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=value.name)
     data: bytes = ir.to_proto(model).SerializeToString()
@@ -311,6 +313,7 @@ def _check_unshared(stage: Path, names: Iterable[Path], out: Path) -> None:
         there = out.parent / name
         if not there.exists() or _same(there, stage / name):
             continue
+        # protobuf stores the file's name as plain bytes, so a search is enough to find a reference to it.
         for other in out.parent.glob("*.onnx"):
             if other.name != out.name and os.fsencode(name.as_posix()) in other.read_bytes():
                 why = f"already there, and {other.name} names it as its data"

@@ -48,6 +48,7 @@ class Module:
         """
         found = [value for value in self.entering if len(_sizes(value)) == 3 and _sizes(value)[2] == channels]
         if len(found) > 1:
+            # The module's own Add is its residual connection, and one operand is the value that it transforms.
             adds = [node for node in self.nodes if node.op_type == "Add" and modules_of(node)[-1:] == (self.path,)]
             found = [value for value in found if any(value in node.inputs for node in adds)]
         if len(found) != 1:
@@ -98,6 +99,7 @@ def _told(scopes: str | None, name: str) -> tuple[str, ...]:
     if listed_names:
         return tuple(module for module in listed_names[:-1] if module)
     parts = name.split("/")
+    # Names of torch's older exporter start with a slash; others tell nothing.
     if parts[0] or len(parts) < 3:
         return ()
     return tuple(".".join(parts[1:end]) for end in range(2, len(parts)))

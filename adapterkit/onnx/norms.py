@@ -210,6 +210,7 @@ def _held(spot: Spot) -> Array:
 def _scaled(spot: Spot, W: Array) -> bool:
     """Whether a layer holds a weight with each channel scaled by some factor."""
     V, rows = _held(spot), _by_channel(spot, W)
+    # The best factor of each channel, by least squares.
     factors = (V * rows).sum(1) / np.maximum((rows * rows).sum(1), 1e-300)
     return bool(np.linalg.norm(V - factors[:, None] * rows) <= 1e-3 * np.linalg.norm(V))
 
@@ -224,6 +225,7 @@ def _guesses(base: Checkpoint, spot: Spot, W: Array, b: Array | None, held: Arra
             by_weight = float(np.linalg.norm(V - scale[:, None] * rows)) / size
             wanted = shift if b is None else scale * b + shift
             by_bias = float(abs(held - wanted).max()) / most
+            # Weight and bias must both fit, because several norms can have similar scales.
             yield _Guess(name, scale, shift, max(by_weight, by_bias))
 
 

@@ -113,6 +113,7 @@ def _own(module: Module, end: ir.Value) -> Outlet | None:
     (node, at) = found[0]
     total = node.outputs[0]
     through = between(total, end, module.nodes)
+    # A constant matrix on the way means another layer, not a normalisation.
     if any(len(one.shape or ()) > 1 and is_constant(one) for n in through for one in n.inputs if one is not None):
         return None
     read = [value for value in module.entering if value is not node.inputs[at]]

@@ -46,6 +46,7 @@ class MatMulNBits(Layer):
     def takes(cls, node: ir.Node) -> bool:
         known = node.op_type == cls.op_type and node.domain == "com.microsoft" and len(node.inputs) > 2
         plain = known and all(is_constant(one) for one in node.inputs[1:] if one is not None)
+        # Input 4 is `g_idx`, which assigns columns to groups; layers with it are not read.
         ordered = len(node.inputs) < 5 or node.inputs[4] is None
         return plain and ordered and attribute(node, "bits", 4) in (2, 4, 8)
 
@@ -74,6 +75,7 @@ class MatMulNBits(Layer):
         blocks = -(-K // size)
         q = unpacked(packed.reshape(N, -1), bits).reshape(N, blocks, size).astype(np.float32)
         if zeros is None:
+            # Without zero points, the middle of the range stands for 0.
             zero: Any = np.float32(1 << (bits - 1))
         elif zeros.dtype == np.uint8:
             zero = unpacked(zeros.reshape(N, -1), bits)[:, :blocks, None].astype(np.float32)

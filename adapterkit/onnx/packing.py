@@ -193,6 +193,7 @@ def _value(building: Building, fresh: dict[Any, ir.Value], old: ir.Value | None,
     assert old.const_value is not None
     kind = old.const_value.dtype
     held = np.ascontiguousarray(array.astype(kind.numpy()))
+    # By content, so that layers which share a tensor and get equal numbers share the new one, too.
     key = ("packed", building.keep(old), hashlib.sha256(held.tobytes()).digest())
     if key not in fresh:
         name = building.name(f"{old.name}.merged")

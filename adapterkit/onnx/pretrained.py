@@ -126,6 +126,7 @@ def _loaded(source: Path, dtype: str) -> Any:
         name = names[0]
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
         raise Malformed(f"its config.json cannot be read ({error})", path=source, cure="Fetch it again") from None
+    # Only class names pass: a name from the file must not reach another attribute of the library.
     if not isinstance(name, str) or not (name == "AutoModel" or name.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))):
         raise Malformed(f"architectures names {name!r}", path=source / "config.json", cure="Fetch it again")
     built = getattr(transformers, name, None)
@@ -149,7 +150,7 @@ def _loaded(source: Path, dtype: str) -> Any:
     except Exception as error:  # transformers raises many types of errors for damaged folders.
         first = first_line(error)
         if "trust_remote_code" in str(error):
-            raise Unsupported("the model is code of its own, which is not run", path=source, cure=_OWN_CODE) from None
+            raise Unsupported("the model brings its own code, which is not run", path=source, cure=_OWN_CODE) from None
         raise Malformed(f"transformers cannot load it ({first})", path=source, cure="Fetch the folder again") from error
     return model.eval()
 
@@ -175,7 +176,7 @@ def _check_no_kernel(config: Any, source: Path) -> None:
                 if name not in KERNELS_OF_TORCH:
                     field = str(key).removesuffix("_internal").removeprefix("_")
                     cure = f'Set {field} to "eager" in config.json, or leave it out'
-                    why = f"{field} {name!r} is a kernel to be fetched and run, which is not done"
+                    why = f"{field} {name!r} is a kernel that would be downloaded and run, which is refused"
                     raise Unsupported(why, path=source / "config.json", cure=cure)
         elif isinstance(value, dict) or type(value).__name__.endswith("Config"):
             _check_no_kernel(value, source)

@@ -100,4 +100,5 @@ def _projected(P: Any, layer: Layer, target: Target) -> Any:
 def _of_heads(array: Any, heads: int, d: int) -> Any:
     """Reshape `[n, groups * d]` to `[heads, n, d]`, repeating the groups of grouped queries."""
     split = array.reshape(len(array), -1, d).swapaxes(0, 1)
+    # In grouped-query attention, several query heads share a key head.
     return np.repeat(split, heads // len(split), 0)

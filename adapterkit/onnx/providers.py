@@ -32,11 +32,13 @@ def runs_on(provider: str) -> bool:
     if provider in OF_NVIDIA and not _has_driver():
         return False
     if provider in OF_NVIDIA and hasattr(onnxruntime, "preload_dlls"):
+        # CUDA libraries from pip's nvidia packages are not on the loader's search path.
         onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(_one_node(), quiet_options(), providers=[provider])
     except Exception:  # onnxruntime's errors have no common base class.
         return False
+    # onnxruntime may fall back to the CPU without an error.
     return bool(session.get_providers()[0] == provider)
 
 
@@ -50,6 +52,7 @@ def quiet_options() -> Any:
     """Return session options that log nothing."""
     onnxruntime: Any = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
+    # 4 means fatal. Anything milder would be printed to stderr, past Python's logging.
     options.log_severity_level = 4
     return options
 

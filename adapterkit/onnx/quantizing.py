@@ -132,6 +132,7 @@ def _in_bits(model: Path, scheme: Mapping[str, Any], out: Path) -> None:
     quantizers: Any = import_module("onnxruntime.quantization.matmul_nbits_quantizer")
     quantizer = quantizers.MatMulNBitsQuantizer(onnx.load(model), block_size=BLOCK, is_symmetric=True, **scheme)
     quantizer.process()
+    # A single protobuf file is limited to 2 GB.
     quantizer.model.save_model_to_file(str(out), use_external_data_format=True)
 
 

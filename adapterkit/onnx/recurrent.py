@@ -40,6 +40,7 @@ class Recurrent(Layer):
     def takes(cls, node: ir.Node) -> bool:
         given = node.inputs[cls.position] if len(node.inputs) > cls.position else None
         known = node.op_type in GATES and node.domain in ("", "ai.onnx") and is_constant(given)
+        # A unidirectional layer stacks only one direction.
         return known and cls.direction < shape_of(node.inputs[cls.position])[0]  # type: ignore[arg-type]
 
     @classmethod
@@ -56,6 +57,7 @@ class Recurrent(Layer):
 
     @classmethod
     def detached(cls, node: ir.Node) -> Callable[[], Array]:
+        # argsort inverts the permutation: from ONNX's order back to torch's.
         copy, order = held_apart(cls.operand_of(node)), np.argsort(GATES[node.op_type])
         return lambda: _reordered(numbers(copy)[cls.direction], order)
 

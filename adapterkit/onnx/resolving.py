@@ -284,6 +284,7 @@ def by_name(spots: Sequence[Spot]) -> Known:
         if method == "path":
             some |= _calls(some)
         for name, at in some.items():
+            # The first method that has a name wins, in the order of reliability.
             known.setdefault(name, (method, _told_apart(name, at) if method in ("folded_from", "initializer") else at))
     return known
 

@@ -20,10 +20,12 @@ def difference_of(got: Sequence[Any], wanted: Sequence[Any]) -> float:
     worst = 0.0
     for one, other in zip(got, wanted, strict=True):
         a, b = (np.asarray(array) for array in (one, other))
+        # numpy gives bfloat16 and float8 of ml_dtypes the kind V.
         if a.dtype.kind not in "fV":
             continue
         a, b = a.astype(np.float64), b.astype(np.float64)
         there = np.isfinite(b)
+        # NaNs and infinities must be in the same places; otherwise no number measures the difference.
         if a.shape != b.shape or not np.array_equal(np.isfinite(a), there):
             return float("inf")
         if not np.array_equal(a[~there], b[~there], equal_nan=True):

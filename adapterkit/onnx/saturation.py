@@ -103,6 +103,7 @@ def _clipped(model: ir.Model, feeds: Mapping[str, Array]) -> tuple[dict[str, int
     """Return node -> clipped values, and the number of all values."""
     nodes, outputs = quantizers(model), list(model.graph.outputs)
     seen = list(dict.fromkeys(node.inputs[0] for node in nodes))
+    # Declare the quantizers' inputs as outputs, so that a run returns them.
     model.graph.outputs.extend(value for value in seen if value is not None and value not in outputs)
     try:
         told = _run(model, [value.name or "" for value in seen if value is not None], feeds)
@@ -123,6 +124,7 @@ def _run(model: ir.Model, names: list[str], feeds: Mapping[str, Array]) -> dict[
     wanted = [name for name in names if name not in taken]
     for value in [value for value in model.graph.outputs if value.name in inputs]:
         model.graph.outputs.remove(value)
+    # Without optimizations, no quantizer is fused with its neighbours, and its input is the one in the graph.
     session = session_of(inline(model), optimized=False)
     results = session.run(wanted, {name: array for name, array in feeds.items() if name in taken})
     return {**{name: np.asarray(feeds[name]) for name in inputs}, **dict(zip(wanted, results, strict=True))}

@@ -19,6 +19,7 @@ def listed(text: str | None) -> list[str]:
     if not text or len(text) > _LIST:
         return []
     try:
+        # torch writes the list as Python's repr, which is not JSON.
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return []

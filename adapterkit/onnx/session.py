@@ -56,6 +56,7 @@ class Session:
         opened(self._path)  # Refuses bad external data, before onnxruntime reads any.
         self._session = _started(self._path, providers)
         self._entries = {entry.name: entry for entry in self._session.get_inputs()}
+        # onnxruntime calls inputs with a default overridable initializers.
         self._slots = {entry.name: entry for entry in self._session.get_overridable_initializers()}
         self.inputs, self.slots = tuple(self._entries), tuple(self._slots)
         self.outputs = tuple(entry.name for entry in self._session.get_outputs())
@@ -79,7 +80,7 @@ class Session:
         Args:
             name: the name for `run`.
             adapter: an `.onnx_adapter` file for this model's slots, an adapter, or the path of one in any format.
-            rename: rules for names that cannot be told, as in `adapterkit.merge`.
+            rename: rules for names that cannot be resolved, as in `adapterkit.merge`.
 
         Raises:
             TargetNotFound: the model has no slot for a tensor, or a rule matches no target; names the nearest.
@@ -92,7 +93,7 @@ class Session:
         if ready_made:
             assert path is not None
             if rename:
-                cure = "Leave rename= out, or give the adapter that the file was written from"
+                cure = "Leave rename= (--rename) out, or give the adapter that the file was written from"
                 raise UsageError("a file of slots has no targets to rename", path=path, cure=cure)
             feeds = {key: as_array(leaf) for key, leaf in read_ort_adapter(path).tensors.items()}
         else:
@@ -225,6 +226,7 @@ def _value(array: Array, device: str = "cpu") -> Any:
         from onnx import TensorProto
 
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(whole, TensorProto.BFLOAT16)
+    # ascontiguousarray turns a scalar into shape [1], so its shape is restored.
     return onnxruntime.OrtValue.ortvalue_from_numpy(whole.reshape(array.shape), device, 0)
 
 

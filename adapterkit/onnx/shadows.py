@@ -54,7 +54,7 @@ def config_of(base: Checkpoint | None, path: Path | None) -> Mapping[str, Any]:
         return base.config
     beside = None if path is None else path.parent / "config.json"
     if beside is None or not beside.is_file():
-        why = "a network like the base, which the base's config.json tells; none is beside the graph"
+        why = "the adapter's network is built from the base's config.json, and there is none beside the graph"
         raise UsageError(why, path=path, cure="Name the base's folder: base_weights=DIR, --base-weights DIR")
     return read_json(beside)
 
@@ -102,6 +102,7 @@ class Shadows:
         from .tracing import quiet
 
         try:
+            # On the meta device the model takes no memory. Its numbers come from the adapter.
             with quiet(), torch.device("meta"):
                 return auto.AutoModel.from_config(auto.CONFIG_MAPPING[kind].from_dict(dict(config)))
         except Exception as error:  # transformers raises many types of errors for bad configs.

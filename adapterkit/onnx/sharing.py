@@ -105,5 +105,6 @@ def _placed(value: ir.Value, leaf: Lazy, out: Path, building: Building) -> None:
         use.node.replace_input_with(use.idx, cast.outputs[0])
     graph = value.graph
     assert isinstance(graph, ir.Graph)
+    # At the front, before all nodes that may read it.
     graph.insert_before(graph[0], cast)
     value.const_value, value.type = place, ir.TensorType(kind)

@@ -286,6 +286,7 @@ def _changes_nothing(update: Update, tensors: dict[str, Array], place: Found) ->
     try:
         if isinstance(update, OutputUpdate):
             return _same_output(trial, seen)
+        # Random numbers, because a weight of zeros would hide most changes.
         W: Any = np.random.default_rng(0).normal(size=seen)
         b: Any = np.random.default_rng(1).normal(size=seen[0])
         settled = trial.settled(W) if trial.bias_sees_weight else trial

@@ -70,6 +70,7 @@ def worked_out(values: Iterable[ir.Value]) -> None:
         assert isinstance(tensor, Changed)
         value.const_value = ir.Tensor(tensor.change.array(), dtype=tensor.dtype, name=value.name)
 
+    # One BLAS thread per worker, because the workers together already use all cores.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(most_workers()) as pool:
         list(pool.map(compute, values))
 

@@ -85,9 +85,11 @@ class Symbols:
         return _each("Exp", np.exp, x)
 
     def log1p(self, x: Any) -> Any:
+        # ONNX has no Log1p.
         return _each("Log", np.log, 1 + x)
 
     def expm1(self, x: Any) -> Any:
+        # ONNX has no Expm1.
         return self.exp(x) - 1
 
     def tanh(self, x: Any) -> Any:
@@ -126,6 +128,7 @@ class Symbols:
             raise Unsayable("an order of an open number of entries")
         count = x.branch.building.literal(np.array([x.shape[axis]], dtype=np.int64))
         words = {"axis": axis, "largest": 0}
+        # ONNX has no ArgSort. TopK of all entries sorts them, and puts the lower index first for ties.
         node = x.branch.node("TopK", [x.value, count], words, np.int64, x.sizes, position=1)
         known = (lambda: np.argsort(x.numbers(), axis, kind="stable")) if x.known else None
         return Value(x.branch, x.sizes, np.int64, node, known)

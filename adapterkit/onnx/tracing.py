@@ -64,6 +64,7 @@ def quiet() -> Iterator[None]:
     before, logger.disabled = logger.level, True
     logger.setLevel(logging.ERROR)
     try:
+        # The exporter warns by both ways: its logger and Python warnings.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield

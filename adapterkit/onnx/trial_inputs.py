@@ -33,6 +33,7 @@ def made_up(session: Any, sizes: Sequence[int]) -> dict[str, Any]:
         if name == "bool" or (name in ("int64", "int32") and "mask" in entry.name):
             feeds[entry.name] = _mask(shape).astype(_TYPES[name])
         elif name in ("int64", "int32"):
+            # 0 and 1 are valid as tokens, token types and masks of any model.
             feeds[entry.name] = rng.integers(0, 2, shape).astype(_TYPES[name])
         else:
             feeds[entry.name] = rng.normal(size=shape).astype(_TYPES[name])

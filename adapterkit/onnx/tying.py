@@ -68,6 +68,7 @@ def with_tied(found: Sequence[Found], adapter: Adapter, spots: Sequence[Spot], t
     Raises:
         UsageError: nothing tells which layers an update changes.
     """
+    # The config is explicit, while equal numbers alone do not prove a tie.
     if says_untied(tying.config):
         return list(found)
     for group in _groups(spots, [spot for place in found if _may_be_tied(place) for spot in place.spots]):

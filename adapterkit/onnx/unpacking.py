@@ -82,6 +82,7 @@ def _unpacked(spot: Spot, layer: Layer, whole: bool, building: Building, made: d
         tensor = ir.LazyTensor(worked_out, kind, sizes, cache=False, name=name)
         made[key] = ir.Value(name=name, shape=sizes, type=ir.TensorType(kind), const_value=tensor)
         building.model.graph.register_initializer(made[key])
+        # Keep the operand alive, so that no other object gets its id.
         building.keep(operand)
     return made[key]
 

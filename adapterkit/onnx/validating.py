@@ -71,6 +71,7 @@ def _check_graph(graph: Any, opsets: dict[str, int], outer: frozenset[str], path
     for names in (value.name for value in (*graph.input, *graph.output, *graph.value_info)):
         _check_text(names, "a value", path)
     inside = {name for node in graph.node for name in node.output if name}
+    # Subgraphs may read any of these, because runtimes sort the nodes.
     known = frozenset(outer | given | inside)
     _check_order(graph, given, outer, path)
     for node in graph.node:
@@ -105,6 +106,7 @@ def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path 
         for one in own:
             readers.setdefault(one, []).append(at)
         waits.append(own)
+    # Kahn's algorithm: nodes that never become ready are on a cycle.
     ready = [at for at, own in enumerate(waits) if not own]
     done = 0
     while ready:
@@ -115,7 +117,7 @@ def _check_order(graph: Any, given: set[str], outer: frozenset[str], path: Path 
                 ready.append(reader)
     if done < len(waits):
         node = next(node for node, own in zip(graph.node, waits, strict=True) if own)
-        raise Malformed("its value is made of itself", path=path, where=_name(node), cure=_AGAIN)
+        raise Malformed("its value depends on itself", path=path, where=_name(node), cure=_AGAIN)
 
 
 def _read(node: Any, depth: int = 0) -> Iterator[str]:

@@ -246,6 +246,7 @@ class Value:
     def _reduced(self, op: str, f: Callable[..., Any], axis: Any, keepdims: bool, in_input: bool) -> Value:
         axes = None if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
         attributes: dict[str, Any] = {"keepdims": int(keepdims)}
+        # ReduceSum takes its axes as an input since opset 13, the other reductions since opset 18.
         more: list[ir.Value | None] = []
         if axes is not None and in_input:
             more = [self.branch.building.literal(np.array(axes, dtype=np.int64))]
@@ -264,6 +265,7 @@ class Value:
     def __setitem__(self, key: Any, values: Any) -> None:
         from .indexing import written
 
+        # Graph values cannot change. The assignment makes this object stand for the new value instead.
         new = written(self, key, self.like(values))
         self._value, self.known, self._numbers = new._value, new.known, None
 
@@ -280,5 +282,6 @@ def plain(value: ir.Value, branch: Branch) -> Value:
 
 
 def _same_type(one: Value, two: Value) -> None:
+    # ONNX operators need operands of one type, where numpy would promote.
     if one.dtype != two.dtype:
         raise Unsayable(f"{one.dtype} beside {two.dtype}")

@@ -103,7 +103,7 @@ def detect(base: Checkpoint) -> str:
     if len(found) == 1:
         return found[0]
     method = said_method(base)
-    why = f"could be {' or '.join(found)}" if found else f"quantized ({method}) in no way that is known here"
+    why = f"could be {' or '.join(found)}" if found else f"quantized ({method}) by an unknown scheme"
     raise Unsupported(why, path=base.root, cure=f"Known: {', '.join(SCHEMES)}. {ORIGINAL}")
 
 

@@ -272,7 +272,7 @@ def _retyped(weight: Packed, kind: str) -> Packed:
     if len(weight.shape) < 2 or "_norm" in name or "ffn_gate_inp" in name:
         return weight
     if kind in BLOCKS and weight.shape[-1] % BLOCKS[kind][1]:
-        why = f"rows of {weight.shape[-1]} are no whole blocks of {kind}"
+        why = f"rows of {weight.shape[-1]} are not a multiple of the block size of {kind}"
         raise Unsupported(why, where=name, cure="Choose F16, BF16 or F32")
     return replace(weight, new=kind)
 

@@ -112,5 +112,5 @@ def _dtype(base: Checkpoint, name: str, module: str) -> Any:
     text = bytes(stored.fetch()).decode("latin-1") if stored.nbytes <= LARGEST_TEXT else ""
     found = BY_TORCH.get(text.removeprefix("torch."))
     if found is None or found.name not in ("F16", "BF16", "F32"):
-        raise Malformed(f"{text!r} is no dtype to compute in", path=base.root, where=key, cure=DAMAGED)
+        raise Malformed(f"{text!r} is not a dtype to compute in", path=base.root, where=key, cure=DAMAGED)
     return found

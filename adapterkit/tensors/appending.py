@@ -56,6 +56,7 @@ class _Begun:
         # A file with its data elsewhere is sparse on disk: its span must be fetched, not copied.
         self.span = tensor.span if tensor.span is None or tensor.span.path not in ELSEWHERE else None
         self.early: Future[Buffer] | None = None
+        # Larger tensors wait for their turn, so that memory holds only one of them.
         if self.span is None and tensor.nbytes <= AHEAD:
             self.early = pool.submit(tensor.fetch)
 

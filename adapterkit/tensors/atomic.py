@@ -25,8 +25,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         with _alone(part) as file:
             try:
+                # The file may hold what a killed writer left.
                 file.truncate(0)
                 yield file
+                # Sync before the rename: after a crash, the new name must not be without its data.
                 file.flush()
                 os.fsync(file.fileno())
                 if os.name == "nt":  # Windows cannot rename an open file.

@@ -121,6 +121,7 @@ def _concatenated(
     """Concatenate parts; each is copied right after it is read, while it is still in the CPU cache."""
     import numpy as np
 
+    # One buffer of the final size avoids a second copy of all parts, which np.concatenate would need.
     made, end = np.empty(shape, dtype), 0
     for part in parts:
         start, end = end, end + part.shape[axis]

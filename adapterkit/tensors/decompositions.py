@@ -39,6 +39,7 @@ def _kept(W: Any, name: str, decompose: Callable[[Any, Any], Any]) -> Any:
 
 def _parts(W: Any, decompose: Callable[[Any, Any], Any]) -> Any:
     xp = namespace(W)
+    # Linear algebra libraries have no 16-bit routines.
     wide = W if W.dtype in (xp.float32, xp.float64) else xp.astype(W, xp.float32)
     return tuple(xp.astype(part, W.dtype) for part in decompose(xp, wide))
 

@@ -49,6 +49,7 @@ def fingerprint(base: Checkpoint) -> str:
     share = min(max(SAMPLE // max(len(base.tensors), 1), LEAST), MOST)
     digest = hashlib.sha256()
     with files_kept_open():
+        # Sorted by name, so that shards and file order do not matter.
         for name in sorted(base.tensors):
             tensor = base.tensors[name]
             digest.update(f"{name}\0{tensor.dtype.name}\0{list(tensor.shape)}\0".encode())

@@ -93,6 +93,7 @@ def kept(what: str, path: Path, read: Callable[..., T], *args: Any) -> T:
     if key not in known:
         try:
             known[key] = (read(*args), None)
+        # Keep errors, too: several format modules ask for the same damaged header.
         except Exception as error:
             known[key] = (None, error)
     value, failure = known[key]

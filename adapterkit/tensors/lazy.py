@@ -108,6 +108,7 @@ def _read_into(data: bytearray, file: io.FileIO, offset: int) -> int:
     # An unbuffered read may return fewer bytes than asked for: Linux stops at 2 GB. Only 0 means the end.
     file.seek(offset)
     done = file.readinto(data)
+    # The common case is one call; only short reads pay for the loop.
     if done < len(data):
         view = memoryview(data)
         while done < len(data) and (count := file.readinto(view[done:])):
@@ -187,7 +188,7 @@ class Lazy:
         return torch.frombuffer(writable, dtype=kind).reshape(self.shape).to(device or "cpu")
 
     def _check_axes(self) -> None:
-        """Refuse axes that no array has: a file may hold [0, 2**62, 2**62], which has no bytes."""
+        """Refuse axes that no array can have: a file may state [0, 2**62, 2**62], which takes no bytes."""
         if not self.nbytes and math.prod(n or 1 for n in self.shape) * self.dtype.itemsize >= 1 << 63:
             why = f"arrays cannot have the shape {list(self.shape)}"
             raise Unsupported(why, path=self.file, cure="Take this tensor out: it has no elements")
@@ -236,10 +237,10 @@ def as_torch(leaf: Leaf, device: str | torch.device | None = None, dtype: torch.
 
 
 def for_formulas(leaf: Leaf, device: str | torch.device | None, dtype: torch.dtype) -> torch.Tensor:
-    """Any leaf as formulas compute with it: real numbers in `dtype`, whole numbers in int64.
+    """Return any leaf in the dtype that formulas compute with: real numbers in `dtype`, integers in int64.
 
-    A file may hold positions and seeds in any whole type. A sum or product of them overflows the small ones, and torch
-    knows few operations on uint16 to uint64. A seed of uint64 keeps its bits.
+    A file may store positions and seeds in any integer dtype. Their sums and products overflow the small ones, and
+    torch has few operations for uint16 to uint64. A uint64 seed keeps its bits.
     """
     value = as_torch(leaf, device, dtype)
     return value if value.is_floating_point() else value.long()

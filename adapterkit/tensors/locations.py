@@ -71,7 +71,7 @@ def exists(path: Path) -> bool:
 
 
 def path_text(name: str | os.PathLike[str]) -> str:
-    """The text of a path or address; `~` at its start is the user's home, unless a file is called so.
+    """Return the text of a path or uri; a leading `~` is the user's home, unless a file has that name.
 
     Raises:
         UsageError: it is neither text nor a path.

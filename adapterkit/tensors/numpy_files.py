@@ -116,6 +116,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> Lazy
 
     def fetch() -> bytes:
         try:
+            # Open the archive for each array, so that no file stays open between fetches.
             with zipfile.ZipFile(path) as again, again.open(info.filename) as file:
                 file.read(start)
                 return file.read(size)
@@ -135,10 +136,11 @@ def _header(file: BinaryIO | IO[bytes], path: str) -> tuple[tuple[int, ...], DTy
     if count > MAX_HEADER:
         raise _damaged(path, f"a header of {count} bytes")
     try:
+        # By the format, the header is a Python literal. Its length is limited above, and literal_eval runs no code.
         fields = ast.literal_eval(file.read(count).decode("utf-8").strip())
         shape, descr, fortran = fields["shape"], fields["descr"], fields["fortran_order"]
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
-        raise _damaged(path, "a header that is none") from None
+        raise _damaged(path, "an invalid header") from None
     if (
         not isinstance(shape, tuple)
         or len(shape) > 32

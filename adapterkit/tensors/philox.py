@@ -48,6 +48,7 @@ def uniform(seeds: Any, stream: int, first: int, stop: int, count: int, dtype: A
     words = philox((places[None, None], vectors, vectors * 0 + stream, vectors * 0), key)
     drawn = xp.stack([word + 0 * words[0] for word in words], axis=-1)
     flat = xp.reshape(drawn, (stop - first, len(seeds), 4 * quarters))[..., :count]
+    # Shift while the numbers are integers, so that there is only one rounding.
     return xp.astype(flat - (1 << 31), dtype) * 2.0**-31
 
 

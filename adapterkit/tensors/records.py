@@ -94,6 +94,7 @@ def is_finished(target: Path, beside: Path, made_from: str) -> bool:
     if not os.path.lexists(target):
         return False
     try:
+        # Limit the output, because a damaged record could inflate to any size.
         record = json.loads(zlib.decompressobj().decompress(_read(target, beside), LARGEST))
         files = {target.parent / name: told for name, told in record["files"].items()}
         same = bool(files) and record["made_from"] == made_from

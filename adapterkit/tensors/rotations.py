@@ -42,8 +42,8 @@ def orthonormal_rows(R: Any) -> Any:
     """Orthonormalize the rows `[r, n]` by Gram-Schmidt; already orthonormal rows stay as they are.
 
     Raises:
-        Malformed: a row depends on the others. Trainers draw another direction in its place, of which a file says
-            nothing.
+        Malformed: a row depends on the others. Trainers draw another direction in its place, which the file does not
+            store.
     """
     try:
         return in_float32(_orthonormal, R)
@@ -72,7 +72,7 @@ def _dependent(R: Any) -> Malformed:
 
 
 def _has_values(array: Any) -> bool:
-    """Whether Python may look at the numbers: not in graphs, traces and transforms."""
+    """Whether Python can read the numbers, which it cannot in graphs, traces and transforms."""
     import numpy as np
 
     if isinstance(array, np.ndarray):

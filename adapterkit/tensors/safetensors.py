@@ -113,6 +113,7 @@ def encode_header(tensors: Iterable[tuple[str, DType, Shape]], metadata: Mapping
     except UnicodeEncodeError as error:
         why = f"a name or metadata with half of a surrogate pair ({error.object[error.start : error.end]!r})"
         raise Malformed(why, where="header", cure="Rename it, or leave it out") from None
+    # Pad with spaces like the safetensors library, so that the data starts at a multiple of 8 bytes.
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
@@ -220,6 +221,7 @@ def _entry(name: str, spec: Any, start: int, path: str) -> Entry:
 def _sizes(value: Any) -> bool:
     if not isinstance(value, list) or len(value) > MAX_AXES:
         return False
+    # Not isinstance: JSON's true and false are integers to Python.
     return all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 

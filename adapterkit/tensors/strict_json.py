@@ -65,6 +65,7 @@ def load_table(text: str) -> tuple[Any, bool]:
 
 def _load(text: str, hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None) -> Any:
     value = json.loads(text, object_pairs_hook=hook, parse_constant=_refuse, parse_float=_finite)
+    # Only an escape can produce a lone surrogate, so most documents skip this check.
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value

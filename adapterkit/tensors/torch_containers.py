@@ -168,6 +168,7 @@ def _storage_offset(file: Capped, info: zipfile.ZipInfo | None, storage: Storage
 
 def read_legacy(file: Capped, size: int) -> Contents:
     """Return the content of the older container, a sequence of pickles; raises the same as `read_zip`."""
+    # The pickles come first and have no length field, so read as much as they may take.
     stream = io.BytesIO(file.at(0, min(size, LIMIT)))
     machine = Machine("pickles")
     magic, version, system, value, keys = (machine.load(stream) for _ in range(5))

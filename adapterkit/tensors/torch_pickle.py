@@ -46,7 +46,7 @@ class Machine:
             error.at(where=f"{self.place} byte {position}")
             raise
         except (IndexError, KeyError, TypeError, ValueError) as error:
-            why = f"the pickle makes no sense: {short(str(error))}"
+            why = f"the pickle is invalid: {short(str(error))}"
             raise damaged(why, f"{self.place} byte {position}") from error
 
     def step(self, stream: io.BytesIO) -> str:

@@ -83,6 +83,7 @@ def _unwrapped(value: dict[Any, Any]) -> object:
 
 def _lazies(path: str, views: dict[str, View], places: Places) -> dict[str, Lazy]:
     lazies = {name: _lazy(path, view, places[view.storage.key]) for name, view in views.items()}
+    # An expanded tensor has a stride of 0, so a few stored bytes can stand for gigabytes.
     expanded = {name: lazies[name].nbytes for name, view in views.items() if prod(view.shape) > view.extent}
     if sum(expanded.values()) > _EXPANDED:
         largest = max(expanded, key=lambda name: expanded[name])

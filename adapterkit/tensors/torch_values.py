@@ -133,6 +133,7 @@ def _tensor_v3(
 
 def _inside(view: View) -> View:
     shape, stride, itemsize = list(view.shape), list(view.stride), view.dtype.itemsize
+    # `n or 1` also limits the other axes of an empty tensor: numpy computes sizes in 64 bits.
     if len(shape) != len(stride) or prod(n or 1 for n in shape) * itemsize >= 1 << 63:
         raise damaged(f"no tensor has shape {shape}, strides {stride}", view.storage.where)
     if view.extent and (view.offset + view.extent) * itemsize > view.storage.nbytes:

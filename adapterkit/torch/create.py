@@ -48,10 +48,10 @@ def create(
     """Return a fresh adapter, to be trained through `inject(model, adapter, trainable=True)`.
 
     With the same seed, `lora` and `dora` begin with the numbers that PEFT draws after `torch.manual_seed(seed)`.
-    The model is not changed, by no initialiser: where PEFT overwrites the base (PiSSA, OLoRA, CorDA), the adapter holds
-    the subtracted part as an update of its own, `residual`, which is not trained. It therefore means the same in every
-    file, and `handle.remove()` gives the base back. Formats of LoRA alone take it with `on_loss="promote"`, as one LoRA
-    of twice the rank.
+    The model is not changed, by no initialiser: where PEFT overwrites the base (PiSSA, OLoRA, CorDA, LoftQ), the
+    adapter holds the subtracted part as an update of its own, `residual`, which is not trained. It therefore means the
+    same in every file, and `handle.remove()` gives the base back. Formats of LoRA alone take it with
+    `on_loss="promote"`, as one LoRA of twice the rank; what LoftQ subtracts is a whole matrix, which is no LoRA.
 
     Args:
         model: the model it is for; names of wrappers (`torch.compile`, DDP, PEFT) are left out of the targets.
@@ -71,7 +71,9 @@ def create(
         alpha_pattern: the same for alpha.
         use_rslora: divide alpha by the root of the rank.
         init: what `lora` and `dora` begin with: `default`, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N` (N
-            steps of a randomised SVD), `olora`, and from data `corda` (`corda_kpm` for its other mode) and `eva`.
+            steps of a randomised SVD), `olora`, `loftq` (beside weights rounded to nf4; `loftq_int8` to 8 bits,
+            `loftq_iter_N` and `loftq_int8_iter_N` in N steps), and from data `corda` (`corda_kpm` for its other mode)
+            and `eva`.
         data: batches for `corda` and `eva`: a mapping is passed to the model as keyword arguments, a list or tuple as
             arguments, anything else as its one argument.
         rho: for `eva`, how many times its rank a layer may have at most when ranks are shared out by explained

@@ -44,7 +44,8 @@ def short_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, w
     """
     (out, into), size, dtype = W.shape, x.numel(), W.dtype
     most = max(size, size // into * out) if into else SMALL
-    if most > SMALL:
+    # With A frozen (LoRA-FA) autograd keeps x A^T here and not x, which is less than the functions below keep.
+    if most > SMALL and (A.requires_grad or not B.requires_grad):
         return None
     y = functional.linear(x, W, b)
     if A.dtype is dtype:

@@ -77,7 +77,7 @@ def apply_rules(update: Update, dims: Dims, stack: bool) -> None:
 
 
 class _NoSize(Exception):
-    """An axis whose size no tensor tells."""
+    """An axis whose size no tensor shows."""
 
 
 class _Names:

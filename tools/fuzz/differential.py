@@ -115,13 +115,15 @@ def _compared(path: Path, base: Path, merged: dict[str, Any]) -> tuple[int, str]
 
     import adapterkit as ak
     from adapterkit.errors import AdapterkitError
+    from adapterkit.tensors.lazy import as_array
 
     adapter = ak.read(path, format="adapterkit")
     updates = {
         target: each for target, each in adapter.updates.items() if "merged.weight" in merged.get(target.path, {})
     }
-    if not updates:
-        return 0, ""
+    leaves = [leaf for each in updates.values() for update in each for leaf in update.tensors.values()]
+    if not updates or any(np.max(np.abs(as_array(leaf).astype("f8")), initial=0) > 2.0**500 for leaf in leaves):
+        return 0, ""  # nothing that both can merge, or numbers that the specification does not ask to compute with
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.safetensors")
         try:

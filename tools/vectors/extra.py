@@ -169,10 +169,25 @@ def merges() -> dict[str, bytes]:
             {"version": "1.0", "updates": parts}, {"q.A": stored(A, "F32"), "q.B": stored(B[:12], "F32")}
         ),
         "rows.base": pack(*layout(fused)),
+        **_refused(),
         "rows.merged": pack(*layout(fused | {"fused.weight": stored((W + half).astype("f4"), "F32")})),
         "lora.adapter": adapter,
         "lora.base": pack(*layout({f"{path}.weight": tensor for path, tensor in low.items()})),
         "lora.merged": pack(*layout({f"{path}.weight": tensor for path, tensor in merged.items()})),
+    }
+
+
+def _refused() -> dict[str, bytes]:
+    """A DoRA whose changed row has the norm 0, and a change that BF16 has no number for."""
+    nothing = {"A": stored(np.zeros((1, 2)), "F32"), "B": stored(np.zeros((2, 1)), "F32")}
+    dora = LORA | {"method": "dora", "tensors": {"A": "A", "B": "B", "magnitude": "m"}, "attributes": {}}
+    large = {"q.A": stored(np.full((1, 2), 2.0**100), "F32"), "q.B": stored(np.full((2, 1), 2.0**30), "F32")}
+    base = pack(*layout({"q.weight": stored(np.array([[0.0, 0.0], [1.0, 1.0]]), "BF16")}))
+    return {
+        "norm_of_zero.adapter": native(RECORD | {"updates": [dora]}, nothing | {"m": stored(np.ones(2), "F32")}),
+        "norm_of_zero.base": base,
+        "beyond_bf16.adapter": native(RECORD, large),
+        "beyond_bf16.base": base,
     }
 
 

@@ -106,7 +106,7 @@ class _Into:
         source = source or self.family.naming_of([rest])
         if source == self.naming:
             return self.keep(target, found)
-        pieces = self.family.moves(rest, source, self.naming)
+        pieces = self.family.moves(rest, source, self.naming, ratio_of(target, found))
         root = self._root(root)
         if not pieces:
             words = {"native": "its authors'", "comfyui": "ComfyUI's", "diffusers": "diffusers'"}.get(
@@ -192,6 +192,16 @@ class _Into:
                 self.keep(replace(member.origin, path=path, rows=rows), (member.update,))
             return None, ""
         return joined(parts, fold=self.fold)
+
+
+def ratio_of(target: Target, found: tuple[Update, ...]) -> float | None:
+    """The outputs by the inputs of the weight that updates are for; None where their shapes do not tell."""
+    for update in found:
+        dims = update.dims(target.stacked)
+        out, in_ = outputs_of(update), dims.get("in", dims.get("columns"))
+        if out and isinstance(in_, int) and in_ and target.rows is None:
+            return out / in_
+    return None
 
 
 def _is_order(pieces: tuple[Piece, ...]) -> bool:

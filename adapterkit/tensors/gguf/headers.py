@@ -62,6 +62,7 @@ def read_keys(reader: Reader) -> tuple[dict[str, Value], int, int, dict[str, int
         raise reader.damaged("not a GGUF file")
     version = reader.number("<I", "a version")
     if version not in (2, 3):
+        # Read in the wrong byte order, version 3 is 0x03000000.
         swapped = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
         raise Unsupported(f"GGUF, {swapped}", path=reader.path, cure="Write it little-endian, of version 3")
     count, keys = reader.number("<Q", "a count"), reader.number("<Q", "a count")
@@ -138,7 +139,7 @@ def check_place(
     """
     kind = NUMBERS.get(number)
     if kind is not None and (not shape or shape[-1] % BLOCKS[kind][1]):
-        raise reader.damaged(f"rows of {name!r} are no whole blocks of {BLOCKS[kind][1]}")
+        raise reader.damaged(f"rows of {name!r} are not a multiple of the block size of {BLOCKS[kind][1]}")
     size = size_of(shape, number)
     if offset % alignment or start + offset + size > reader.size:
         raise reader.damaged(f"{name!r} of {size} bytes at {offset} is not aligned, or lies beyond the end")

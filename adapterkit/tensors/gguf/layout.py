@@ -70,7 +70,9 @@ def alignment_of(values: Mapping[str, Value]) -> int:
     """
     alignment = values[ALIGNMENT].value if ALIGNMENT in values else 32
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment % 8:
-        raise Malformed(f"{alignment!r} is no alignment", where=ALIGNMENT, cure="Fetch or write the file again")
+        raise Malformed(
+            f"{alignment!r} is not a valid alignment", where=ALIGNMENT, cure="Fetch or write the file again"
+        )
     return alignment
 
 

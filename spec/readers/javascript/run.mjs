@@ -83,6 +83,11 @@ function compute(adapter, base) {
       continue;
     }
     const merged = mergeTarget(entry, weight, bias);
+    const wrong = ["weight", "bias"].find((leaf) => !(merged[leaf]?.data ?? []).every(Number.isFinite));
+    if (wrong) {
+      found[target.path] = new AdapterError("Malformed", `${target.path}.${wrong}`, "merging gives what is no number");
+      continue;
+    }
     const W = viewed(merged.weight, target.layout);
     const y = target.stacked
       ? stack(Array.from({ length: W.shape[0] }, (_, e) => layerOf(part(W, e), merged.bias && part(merged.bias, e), target.layout)(part(x, e))))
