@@ -5,10 +5,10 @@
 
 Random float32 LoRA adapters of `size` x `size` targets. Seconds are processor time of all threads, medians of rounds;
 for the peers, set OMP_NUM_THREADS=1 where other work runs. The dense formula is the paper's in float64 numpy on the
-same changes; decompositions that several begin with are made once and charged to each. The error is that of our result
-against it, relative in the Frobenius norm. Memory is the most that was allocated above what the adapters hold, by tracemalloc
-(numpy and Python), and for PEFT and mergekit, whose tensors that does not see, not shown. mergekit is timed where it is
-installed.
+same changes; decompositions that several begin with are made once and charged to each. The error is that of our
+result against it, relative in the Frobenius norm. Memory is the most that was allocated above what the adapters hold,
+by tracemalloc (numpy and Python), and for PEFT and mergekit, whose tensors that does not see, not shown. mergekit is
+timed where it is installed.
 """
 
 from __future__ import annotations
