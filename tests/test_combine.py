@@ -280,6 +280,19 @@ def test_ties_trims_over_the_whole_adapter(density):
         close(made.updates[target][0].d.numpy(), elected_mean(np.stack([task[i + 2] for task in per_task])))
 
 
+def test_ties_of_many_targets_is_exact_whatever_a_few_of_them_tell():
+    """Targets of sizes over six orders of magnitude, of which every other is looked at for a sample."""
+    targets = [Target(f"layers.{i}.q") for i in range(40)]
+    given_ = [
+        Adapter({t: (u[0].replace(scaling=10.0 ** (i % 7 - 3)),) for i, (t, u) in enumerate(a.updates.items())})
+        for a in adapters(2, targets=targets, out=12, rank=2)
+    ]
+    kept = [trimmed([exact(a, t) for t in targets], 0.2) for a in given_]
+    made = ak.ops.combine(given_, "ties")
+    for i, target in enumerate(targets):
+        close(exact(made, target), elected_mean(np.stack([task[i] for task in kept])))
+
+
 def test_knots_ties_is_ties_on_aligned_coordinates():
     given_ = adapters()
     U, aligned = {}, [[] for _ in given_]

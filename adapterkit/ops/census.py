@@ -18,11 +18,13 @@ class Census:
 
     Attributes:
         counting: whether formulas are run to feed it; their results are not used then.
+        partial: whether samples are of a few targets.
         majority: the sign of most entries over all targets, 1 or -1; worked out when it is first asked for.
     """
 
     def __init__(self) -> None:
         self.counting = False
+        self.partial = False
         self._selections: dict[Any, Selection] = {}
         self._sums: dict[Any, float] = {}
         self._sampling = self._summing = False
@@ -71,7 +73,7 @@ class Census:
         key = np.abs if key is None else key
         with self._lock:
             for name, kept in zip(series, wanted, strict=True):
-                self._selections.setdefault(name, Selection(kept, partial=True))
+                self._selections.setdefault(name, Selection(kept, partial=self.partial))
         searched = [(i, self._selections[name]) for i, name in enumerate(series)]
         searched = [(i, selection) for i, selection in searched if selection.found is None]
         if self._sampling:

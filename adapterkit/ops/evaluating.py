@@ -159,6 +159,7 @@ class Evaluation:
             why = "what is counted over the whole adapter cannot differ from target to target"
             raise UsageError(why, where="scope", cure="Set scope=tensor, or one value for all targets")
         stages = self.asked.method(self.found[0].target).stages
+        self.census.partial = len(self.found) >= 2 * SAMPLED
         self.census.run(lambda few: self._pass(self.census, few), stages)
 
     def _pass(self, census: Census, few: bool = False) -> None:

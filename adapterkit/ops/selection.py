@@ -34,6 +34,9 @@ WHOLE = 1 << 12
 DEVIATIONS = 6.0
 """Standard deviations that the interval reaches to both sides of where the sample has the number."""
 
+WIDER = 1.25
+"""By how much the interval is wider to both sides where the sample is of a few targets: layers differ in size."""
+
 LARGEST = 0x7FEFFFFFFFFFFFFF
 """The bits of the largest double."""
 
@@ -176,7 +179,7 @@ class Selection:
         k = float(min(self.wanted(round(total), round(share)), total))
         spread = DEVIATIONS * math.sqrt(max(k * (total - k) / total, 1.0) * weights.max()) if weights.max() > 1 else 0.0
         first, last = (int(np.searchsorted(reach, rank)) for rank in (k - spread, k + spread))
-        wider = 2.0 if self.partial else 1.0
+        wider = WIDER if self.partial else 1.0
         hi = _bits(wider * float(values[first])) if k - spread > 0 and first < len(values) else LARGEST
         lo = _bits(float(values[last]) / wider) if last < len(values) else 0
         expected = math.inf if self.partial else float(reach[min(last, len(values) - 1)] - reach[max(first - 1, 0)])

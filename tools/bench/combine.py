@@ -3,12 +3,12 @@
     python tools/bench/combine.py [--size 4096] [--tasks 8] [--rank 16] [--targets 1] [--rounds 3]
         [--only tsv] [--no-dense] [--single]
 
-Random float32 LoRA adapters of `size` x `size` targets. Seconds are processor time of all threads, medians of rounds:
-set OMP_NUM_THREADS=1 where other work runs. The dense formula is the paper's in float64 numpy on the same changes;
-decompositions that several begin with are made once and charged to each. The error is that of our result against it,
-relative in the Frobenius norm. Memory is the most that was allocated above what the adapters hold, by tracemalloc
-(numpy and Python), and for PEFT and mergekit, whose tensors that does not see, not shown. mergekit is timed where it is
-installed.
+Random float32 LoRA adapters of `size` x `size` targets. Seconds are processor time of all threads, medians of rounds;
+for the peers, set OMP_NUM_THREADS=1 where other work runs. The dense formula is the paper's in float64 numpy on the
+same changes; decompositions that several begin with are made once and charged to each. The error is that of our
+result against it, relative in the Frobenius norm. Memory is the most that was allocated above what the adapters hold,
+by tracemalloc (numpy and Python), and for PEFT and mergekit, whose tensors that does not see, not shown. mergekit is
+timed where it is installed.
 """
 
 from __future__ import annotations
@@ -301,6 +301,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[list[Array], int], Array] 
     "lego": ("lego", {}, None),
     "robust_merge": ("robust_merge", {}, None),
     "linear, rank 16": ("linear", {"rank": 16}, None),
+    "knots_ties": ("knots_ties", {}, None),
+    "ties, rank 16": ("ties", {"rank": 16}, None),
+    "dare_ties, rank 16": ("dare_ties", {"rank": 16}, None),
+    "della, rank 16": ("della", {"rank": 16}, None),
+    "breadcrumbs, rank 16": ("breadcrumbs", {"rank": 16}, None),
+    "sce, rank 16": ("sce", {"rank": 16}, None),
     "ties, per tensor": ("ties", {"scope": "tensor"}, dense_ties),
     "dare_linear": ("dare_linear", {}, None),
 }
